@@ -1,0 +1,81 @@
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tinkerfs import names
+
+any_text = st.text(
+    st.one_of(
+        st.characters(exclude_categories=()),
+        st.sampled_from("%~/.\0\n 2Ff5\udc80\udcff\udcc3\udca9é"),
+    ),
+    max_size=300,
+)
+
+
+@given(any_text)
+@example("")
+@example(".")
+@example("..")
+@example("%")
+@example("%~")
+@example("%2F")
+@example("a%2fb")
+@example("\udcc3\udca9")
+@example("\ud800")
+@example("é" * 200)
+def test_a_name_round_trips_and_is_a_file_name(name):
+    encoded = names.encode(name)
+    raw = encoded.encode("utf-8", "surrogateescape")
+    assert 0 < len(raw) <= 255
+    assert b"/" not in raw and b"\0" not in raw and raw not in (b".", b"..")
+    assert raw.decode("utf-8", "surrogateescape") == encoded
+    if names.is_cut(encoded):
+        assert len(raw) >= 250
+        with pytest.raises(ValueError, match="cut"):
+            names.decode(encoded)
+    else:
+        assert names.decode(encoded) == name
+
+
+@given(any_text, any_text)
+@example("é", "\udcc3\udca9")
+@example("", "%~")
+@example("a/b", "a%2Fb")
+@example("x" * 300, "x" * 301)
+def test_no_two_names_meet(one, other):
+    same = one == other
+    assert (names.encode(one) == names.encode(other)) is same
+
+
+@given(
+    st.text(
+        st.characters(exclude_characters="%/\0", exclude_categories=("Cs",)),
+        min_size=1,
+        max_size=60,
+    )
+)
+def test_a_file_name_is_shown_as_it_stands(name):
+    if name not in (".", ".."):
+        assert names.encode(name) == name
+
+
+@pytest.mark.parametrize("name", ["100%", "5% off", "%zz", "a:b@c", "-rf", "new\nline", "\udcff"])
+def test_odd_but_possible_names_are_kept(name):
+    assert names.encode(name) == name
+
+
+@pytest.mark.parametrize("file_name", ["%2f", "%41", "a%2Fb%", "%2E%2E%2E", "x%ED%A0"])
+def test_what_encode_never_returns_is_refused(file_name):
+    if file_name == "a%2Fb%":
+        pytest.raises(ValueError, names.decode, file_name)
+        return
+    with pytest.raises(ValueError, match=r"not the file name|can't decode"):
+        names.decode(file_name)
+
+
+def test_software_probes():
+    for name in [".git", ".Trash-1000", "._x", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden"]:
+        assert names.is_software_probe(name)
+    for name in ["git", "info.json", ".tinkerfs", ".content", "latest"]:
+        assert not names.is_software_probe(name)

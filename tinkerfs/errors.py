@@ -1,0 +1,266 @@
+"""Every failure tinkerfs knows, and the one place that decides an errno.
+
+    TinkerfsError
+    ├── SetupError              it cannot start: one line, with the cure
+    └── ApiError                the API, or the way to it, failed
+        ├── Unauthorized        401, 403
+        ├── NotFound            404, 410: the thing is not there
+        ├── EndpointMissing     404, 405, 410, 501: the server lacks the whole endpoint
+        ├── BadRequest          400, 422
+        ├── Conflict            409
+        ├── NotReady            425, and 503 of an archive that is being built
+        ├── Rejected            any other 4xx
+        ├── RateLimited         429, after the retries
+        ├── ServerError         5xx, after the retries
+        ├── Unreachable         no route, refused, no such host, cut off before an answer
+        ├── TimedOut            no answer in time
+        └── ProtocolError       an answer that is not what the API promises
+
+Above the API everything is an `OSError(errno, text, path)`, made by the functions below. All text
+that comes from outside passes `redact` before it gets here.
+"""
+
+import errno
+import os
+import re
+
+__all__ = [
+    "ApiError",
+    "BadRequest",
+    "Conflict",
+    "EndpointMissing",
+    "NotFound",
+    "NotReady",
+    "ProtocolError",
+    "RateLimited",
+    "Rejected",
+    "ServerError",
+    "SetupError",
+    "TimedOut",
+    "TinkerfsError",
+    "Unauthorized",
+    "Unreachable",
+]
+
+
+class TinkerfsError(Exception):
+    """Base of all that tinkerfs raises on its own account."""
+
+
+class SetupError(TinkerfsError):
+    """Why tinkerfs cannot start, in one line that names the cure."""
+
+
+class ApiError(TinkerfsError):
+    """A call of the API that failed.
+
+    Args:
+        message: the server's own words, or ours where there was no answer; no secrets.
+        endpoint: method and path template, e.g. "GET training_runs/{run}".
+        status: the HTTP status, None where there was no answer.
+        retry_after_s: how long the server asked us to wait, seconds.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        endpoint: str = "",
+        status: int | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.endpoint = endpoint
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        """Say which call failed, how, and in whose words."""
+        status = f" {self.status}" if self.status is not None else ""
+        return f"{self.endpoint or 'API'}{status}: {self.message}"
+
+
+class Unauthorized(ApiError):
+    """The key is missing, wrong, expired, or may not do this."""
+
+
+class NotFound(ApiError):
+    """The API says that the thing is not there."""
+
+
+class EndpointMissing(ApiError):
+    """The thing is there, but this server has no such endpoint."""
+
+
+class BadRequest(ApiError):
+    """The API refused the request's content."""
+
+
+class Conflict(ApiError):
+    """The thing is in a state that forbids the change."""
+
+
+class NotReady(ApiError):
+    """The thing is still being made; ask again later."""
+
+
+class Rejected(ApiError):
+    """A client error that has no meaning of its own here."""
+
+
+class RateLimited(ApiError):
+    """Too many calls, also after waiting."""
+
+
+class ServerError(ApiError):
+    """The server failed, also after retries."""
+
+
+class Unreachable(ApiError):
+    """No connection to the server."""
+
+
+class TimedOut(ApiError):
+    """No answer within the time that was allowed."""
+
+
+class ProtocolError(ApiError):
+    """An answer that cannot be understood."""
+
+
+#: What the caller of a file operation sees of each API failure (spec: "Errors").
+ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
+    Unauthorized: errno.EACCES,
+    NotFound: errno.ENOENT,
+    EndpointMissing: errno.EOPNOTSUPP,
+    BadRequest: errno.EINVAL,
+    Conflict: errno.EBUSY,
+    NotReady: errno.EBUSY,
+    Rejected: errno.EIO,
+    RateLimited: errno.EBUSY,
+    ServerError: errno.EIO,
+    Unreachable: errno.EHOSTUNREACH,
+    TimedOut: errno.ETIMEDOUT,
+    ProtocolError: errno.EPROTO,
+}
+
+#: Failures that say nothing about the thing asked for, so that a last good answer may be served.
+OUTAGES: tuple[type[ApiError], ...] = (
+    RateLimited,
+    ServerError,
+    Unreachable,
+    TimedOut,
+    ProtocolError,
+)
+
+
+def from_api(error: ApiError, path: str, *, is_lookup: bool = False) -> OSError:
+    """Return the OSError for an API failure.
+
+    Args:
+        error: the failure.
+        path: the file path of the operation.
+        is_lookup: the operation asked whether a name exists: 400 and 422 mean that it does not.
+    """
+    number = ERRNO_OF_API_ERROR[type(error)]
+    if is_lookup and isinstance(error, BadRequest):
+        number = errno.ENOENT
+    return OSError(number, str(error), path)
+
+
+def not_found(path: str) -> OSError:
+    """ENOENT: there is no such name."""
+    return OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def not_a_directory(path: str) -> OSError:
+    """ENOTDIR: a folder was asked for and this is none."""
+    return OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+
+def is_a_directory(path: str) -> OSError:
+    """EISDIR: a file was asked for and this is a folder."""
+    return OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+
+
+def not_a_link(path: str) -> OSError:
+    """EINVAL: readlink(2) of something else."""
+    return OSError(errno.EINVAL, "not a symbolic link", path)
+
+
+def not_permitted(path: str, why: str) -> OSError:
+    """EPERM: this is never done here, or not by this caller now."""
+    return OSError(errno.EPERM, why, path)
+
+
+def read_only(path: str) -> OSError:
+    """EROFS: the mount was made read-only."""
+    return OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+
+def not_empty(path: str, why: str) -> OSError:
+    """ENOTEMPTY: the folder still shows something."""
+    return OSError(errno.ENOTEMPTY, why, path)
+
+
+def invalid(path: str, why: str) -> OSError:
+    """EINVAL: a value that means nothing to this control."""
+    return OSError(errno.EINVAL, why, path)
+
+
+def out_of_range(path: str, why: str) -> OSError:
+    """ERANGE: a value that has a meaning, outside what the API takes."""
+    return OSError(errno.ERANGE, why, path)
+
+
+def busy(path: str, why: str) -> OSError:
+    """EBUSY: not now."""
+    return OSError(errno.EBUSY, why, path)
+
+
+def bad_handle(path: str, why: str) -> OSError:
+    """EBADF: the file was not opened for this."""
+    return OSError(errno.EBADF, why, path)
+
+
+def interrupted(path: str = "") -> OSError:
+    """EINTR: the caller was interrupted, or the mount is going down."""
+    return OSError(errno.EINTR, os.strerror(errno.EINTR), path or None)
+
+
+def timed_out(path: str, why: str) -> OSError:
+    """ETIMEDOUT: the caller's own bound on waiting has passed."""
+    return OSError(errno.ETIMEDOUT, why, path)
+
+
+def unexpected(error: Exception, path: str) -> OSError:
+    """EIO: a fault of tinkerfs itself; the log has the traceback."""
+    return OSError(errno.EIO, f"internal error: {type(error).__name__}", path)
+
+
+def is_missing(error: OSError) -> bool:
+    """Tell whether the error says that a name does not exist."""
+    return error.errno == errno.ENOENT
+
+
+def name_of(error: OSError) -> str:
+    """Return the errno's name, e.g. "ENOENT"."""
+    return errno.errorcode.get(error.errno or 0, "EIO")
+
+
+_URL_QUERY = re.compile(r"(https?://[^\s?#\"'<>]+)[?#][^\s\"'<>]*")
+_USERINFO = re.compile(r"(https?://)[^\s/@\"'<>]+@")
+_KEY = re.compile(r"\b(?:tml-[\w.-]+|eyJ[\w-]+\.[\w-]+\.[\w-]*)")
+
+
+def redact(text: str, *, limit: int = 500) -> str:
+    """Return `text` on one line without keys and signatures, at most `limit` characters.
+
+    A signed URL keeps its place but loses its query, where the signature stands.
+    """
+    text = _URL_QUERY.sub(r"\1?[redacted]", text)
+    text = _USERINFO.sub(r"\1[redacted]@", text)
+    text = _KEY.sub("[redacted key]", text)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,164 @@
+"""What the mount tells of itself: counters, last failures, last changes, what is waited for.
+
+Everybody calls down into one `Telemetry`; `.tinkerfs/` and `tinkerfs status` show it. Thread-safe.
+No key and no signed URL comes in: all words from outside passed `errors.redact` before.
+"""
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from tinkerfs import errors
+from tinkerfs.call import Caller
+from tinkerfs.clock import SYSTEM_CLOCK, Clock
+
+__all__ = ["Change", "Telemetry"]
+
+log = logging.getLogger(__name__)
+
+#: How many failures and changes are kept (spec: "The tree").
+KEPT_LINES = 100
+
+
+@dataclass(slots=True)
+class _Line:
+    time: float
+    text: str
+    times: int = 1
+
+
+@dataclass(slots=True)
+class Change:
+    """One change that was asked for through this mount; `outcome` says how it ended."""
+
+    time: float
+    path: str
+    what: str
+    who: str
+    outcome: str = "under way"
+
+
+class Telemetry:
+    """Counters and journals of one mount."""
+
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._started = clock.now()
+        self._started_monotonic = clock.monotonic()
+        # All guarded by _lock.
+        self._counters: Counter[str] = Counter()
+        self._calls: dict[str, Counter[str]] = {}
+        self._errors: deque[_Line] = deque(maxlen=KEPT_LINES)
+        self._changes: deque[Change] = deque(maxlen=KEPT_LINES)
+        self._waits: dict[int, tuple[str, float]] = {}
+        self._next_wait = 0
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a named counter, e.g. "cache_hits"."""
+        with self._lock:
+            self._counters[name] += amount
+
+    def count_call(self, endpoint: str, outcome: str) -> None:
+        """Count one HTTP request: `outcome` is its status, or what went wrong instead of one."""
+        with self._lock:
+            self._calls.setdefault(endpoint, Counter())[outcome] += 1
+
+    def failed(self, path: str, operation: str, error: OSError) -> None:
+        """Remember and log a failed operation; the same failure again only counts up."""
+        number = errors.name_of(error)
+        text = f"{path or '-'}\t{operation}\t{number}\t{errors.redact(error.strerror or '')}"
+        log.warning("%s", text.replace("\t", " "))
+        with self._lock:
+            self._counters["errors"] += 1
+            last = self._errors[-1] if self._errors else None
+            if last is not None and last.text == text:
+                last.times += 1
+                last.time = self._clock.now()
+            else:
+                self._errors.append(_Line(self._clock.now(), text))
+
+    @contextmanager
+    def changing(self, path: str, what: str, caller: Caller) -> Iterator[Change]:
+        """Record a change from the moment it is asked for; the body's error is its outcome.
+
+        The body may set `outcome` itself; it is "done" where it ends well and leaves it alone.
+        """
+        change = Change(
+            self._clock.now(),
+            path,
+            what,
+            f"{caller.command()}[{caller.pid}] uid {caller.uid}",
+        )
+        with self._lock:
+            self._changes.append(change)
+        log.info("%s: %s asked for by %s", path, what, change.who)
+        try:
+            yield change
+        except BaseException as error:
+            change.outcome = f"failed: {errors.redact(str(error))}"
+            raise
+        else:
+            if change.outcome == "under way":
+                change.outcome = "done"
+        finally:
+            log.info("%s: %s: %s", path, what, change.outcome)
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Show `what` as being waited for while the body runs."""
+        with self._lock:
+            number = self._next_wait = self._next_wait + 1
+            self._waits[number] = (what, self._clock.monotonic())
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._waits[number]
+
+    def snapshot(self) -> dict[str, object]:
+        """Return everything as plain JSON values; times are RFC 3339, spans seconds."""
+        with self._lock:
+            now = self._clock.monotonic()
+            calls = {endpoint: dict(outcomes) for endpoint, outcomes in sorted(self._calls.items())}
+            hits, misses = self._counters["cache_hits"], self._counters["cache_misses"]
+            return {
+                "started": rfc3339(self._started),
+                "uptime_s": round(now - self._started_monotonic, 3),
+                "calls": calls,
+                "calls_total": sum(sum(outcomes.values()) for outcomes in calls.values()),
+                "cache_hit_rate": round(hits / (hits + misses), 4) if hits + misses else None,
+                "counters": dict(sorted(self._counters.items())),
+                "waiting": [
+                    {"what": what, "for_s": round(now - since, 3)}
+                    for what, since in self._waits.values()
+                ],
+                "last_errors": [_error_text(line) for line in list(self._errors)[-5:]],
+            }
+
+    def errors_text(self) -> str:
+        """Return the last failures, a line each, newest last."""
+        with self._lock:
+            return "".join(_error_text(line) + "\n" for line in self._errors)
+
+    def changes_text(self) -> str:
+        """Return the last changes, a line each, newest last."""
+        with self._lock:
+            return "".join(
+                "\t".join((rfc3339(c.time), c.path, c.what, c.who, c.outcome)) + "\n"
+                for c in self._changes
+            )
+
+
+def rfc3339(seconds: float) -> str:
+    """Return a time (seconds since 1970) as RFC 3339 in UTC, to the second."""
+    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _error_text(line: _Line) -> str:
+    times = f"\t({line.times} times)" if line.times > 1 else ""
+    return f"{rfc3339(line.time)}\t{line.text}{times}"

@@ -1,0 +1,1 @@
+"""The file system without a kernel: names, attributes, bytes, removal."""

@@ -1,0 +1,90 @@
+"""What the tree gives to its adapters: attributes, entries, handles.
+
+Plain values and one protocol; nothing here knows the API, HTTP or FUSE.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from tinkerfs.call import Call
+
+__all__ = ["Attr", "Entry", "Handle", "Space", "inode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Attr:
+    """What stat returns.
+
+    Attributes:
+        mode: file type and permission bits, as in st_mode.
+        size_bytes: the file's length; an upper bound where only opening can tell.
+        mtime_ns: nanoseconds since 1970.
+        ino: inode number, the same for the same path in every mount.
+        nlink: hard links; 1 for a folder whose subfolders are not counted.
+        blocks: 512-byte units of storage.
+        uid: owner.
+        gid: group.
+    """
+
+    mode: int
+    size_bytes: int
+    mtime_ns: int
+    ino: int
+    nlink: int
+    blocks: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name in a listing.
+
+    Attributes:
+        name: the file name; bytes that are no UTF-8 as surrogate escapes.
+        ino: as `Attr.ino`.
+        mode: at least the file type bits.
+        attr: its attributes, None where telling them would cost a call.
+    """
+
+    name: str
+    ino: int
+    mode: int
+    attr: Attr | None
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What df shows, bytes."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+class Handle(Protocol):
+    """One open file. Thread-safe; reads are positional."""
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether the kernel must neither cache the bytes nor trust the size it was told."""
+        ...
+
+    @property
+    def size_bytes(self) -> int:
+        """The file's exact length, known by now."""
+        ...
+
+    def read(self, size: int, offset: int, call: Call) -> bytes:
+        """Return the bytes of [offset, offset + size); fewer only at the file's end."""
+        ...
+
+    def write(self, data: bytes, call: Call) -> int:
+        """Act on one whole value; return len(data). Raises EBADF where it was not opened to write."""
+        ...
+
+
+def inode(path: str) -> int:
+    """Return the inode number of a path: 63 bits of a hash, never 0 or 1 (FUSE's root)."""
+    digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return max(int.from_bytes(digest, "big") >> 1, 2)
