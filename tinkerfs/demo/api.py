@@ -1,0 +1,336 @@
+"""The API's origin: which endpoint a request is for, and the answer of each.
+
+The endpoints are the table of the wire contract. Errors are worded as the services word them.
+"""
+
+import base64
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, Literal
+
+from tinkerfs.demo import wire
+from tinkerfs.demo.account import Account
+from tinkerfs.demo.catalogue import BASE_MODELS, Checkpoint, Run
+from tinkerfs.demo.changes import Changes
+from tinkerfs.demo.http import Reply, error_reply, json_reply
+from tinkerfs.demo.journal import Entry
+from tinkerfs.demo.lookup import Lookup, Refusal
+from tinkerfs.demo.profiles import Profile
+from tinkerfs.demo.store import Store
+
+__all__ = ["Api", "Behaviour"]
+
+_CHECKPOINT = "training_runs/{run}/checkpoints/{ckpt}"
+_ROUTES = (
+    ("GET", "training_runs", "GET training_runs"),
+    ("GET", "training_runs/{run}", "GET training_runs/{run}"),
+    ("GET", "training_runs/{run}/checkpoints", "GET training_runs/{run}/checkpoints"),
+    ("GET", f"{_CHECKPOINT}/archive", "GET archive"),
+    ("GET", f"{_CHECKPOINT}/download", "GET download"),
+    ("GET", f"{_CHECKPOINT}/external_weights_urls", "GET external_weights_urls"),
+    ("POST", f"{_CHECKPOINT}/publish", "POST publish"),
+    ("DELETE", f"{_CHECKPOINT}/publish", "DELETE publish"),
+    ("PUT", f"{_CHECKPOINT}/ttl", "PUT ttl"),
+    ("DELETE", _CHECKPOINT, "DELETE checkpoint"),
+    ("GET", "checkpoints", "GET checkpoints"),
+    ("POST", "weights_info", "POST weights_info"),
+    ("GET", "sessions", "GET sessions"),
+    ("POST", "sessions/search", "POST sessions/search"),
+    ("GET", "sessions/{session}/trace_export", "GET trace_export"),
+    ("GET", "sessions/{session}", "GET sessions/{session}"),
+    ("GET", "samplers/{sampler}", "GET samplers/{sampler}"),
+    ("GET", "get_server_capabilities", "GET get_server_capabilities"),
+    ("GET", "healthz", "GET healthz"),
+    ("POST", "client/config", "POST client/config"),
+    ("POST", "client/dynamic_config", "POST client/dynamic_config"),
+    ("POST", "telemetry", "POST telemetry"),
+    ("GET", "auth/apikey/me", "GET auth/apikey/me"),
+)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """`{ckpt}` takes slashes, as a checkpoint id has one; every other name is one segment."""
+    named = template.replace("{ckpt}", r"(?P<ckpt>.+)")
+    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", named), re.DOTALL)
+
+
+_PATTERNS = [(method, _pattern(template), endpoint) for method, template, endpoint in _ROUTES]
+_OPEN = frozenset({"GET healthz", "GET download"})
+"""Endpoints that need no key."""
+
+
+@dataclass(slots=True)
+class Behaviour:
+    """What an API does apart from its profile; may be changed while it serves.
+
+    Attributes:
+        api_keys: The keys that it knows.
+        accepts_jwt: Whether any JWT that has not expired will do as well.
+        archive_answer: Whether the archive's URL comes as a redirect or in JSON.
+        tells_expiry: Whether that redirect has an `Expires` header.
+        building_status: What it answers while an archive is being built: 503 or 425.
+        retry_after: The `Retry-After` header of that answer; None for none.
+    """
+
+    api_keys: set[str]
+    accepts_jwt: bool = True
+    archive_answer: Literal["redirect", "json"] = "redirect"
+    tells_expiry: bool = True
+    building_status: int = 503
+    retry_after: str | None = "1"
+
+
+class Api:
+    """Answers requests to the API. Thread-safe.
+
+    Args:
+        account: What there is.
+        profile: Which server this is.
+        behaviour: The rest of its manners.
+        store: Where the files are.
+        prefix: Path before `/api/v1`, empty or with a slash in front.
+        clock: Returns Unix time.
+    """
+
+    name = "api"
+
+    def __init__(
+        self,
+        account: Account,
+        profile: Profile,
+        behaviour: Behaviour,
+        store: Store,
+        prefix: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.base_url = ""
+        self._account, self._profile, self._behaviour = account, profile, behaviour
+        self._store, self._clock = store, clock
+        self._root = f"{prefix}/api/v1/"
+        self._lookup = Lookup(account, profile)
+        changes = Changes(account, profile, self._lookup, clock)
+        self._handlers: dict[str, Callable[[Entry, dict[str, str]], Reply]] = {
+            "GET training_runs": self._list_runs,
+            "GET training_runs/{run}": self._get_run,
+            "GET training_runs/{run}/checkpoints": self._list_run_checkpoints,
+            "GET archive": self._archive,
+            "GET download": self._download,
+            "GET external_weights_urls": self._external_urls,
+            "POST publish": changes.publish,
+            "DELETE publish": changes.unpublish,
+            "PUT ttl": changes.set_ttl,
+            "DELETE checkpoint": changes.delete,
+            "GET checkpoints": self._list_checkpoints,
+            "POST weights_info": self._weights_info,
+            "GET sessions": self._list_sessions,
+            "POST sessions/search": self._search_sessions,
+            "GET trace_export": lambda _entry, _args: json_reply({"status": "pending"}),
+            "GET sessions/{session}": self._get_session,
+            "GET samplers/{sampler}": self._get_sampler,
+            "GET get_server_capabilities": self._capabilities,
+            "GET healthz": lambda _entry, _args: json_reply({"status": "ok"}),
+            "POST client/config": lambda _entry, _args: json_reply({}),
+            "POST client/dynamic_config": lambda _entry, _args: json_reply({}),
+            "POST telemetry": lambda _entry, _args: json_reply({"status": "accepted"}),
+            "GET auth/apikey/me": self._key,
+        }
+
+    def endpoint(self, method: str, path: str) -> str:
+        """Return the name of the endpoint that a request is for, `?` if of none."""
+        return self._route(method, path)[0]
+
+    def answer(self, entry: Entry) -> Reply:
+        """Answer a request."""
+        if self._profile.requires_key and entry.endpoint not in _OPEN:
+            if entry.api_key is None:
+                return error_reply(401, "Missing API key")
+            if not self._knows(entry.api_key):
+                return error_reply(401, "Invalid API key")
+        endpoint, args = self._route(entry.method, entry.path)
+        if endpoint == "?":
+            others = ("GET", "POST", "PUT", "DELETE")
+            is_path = any(self._route(method, entry.path)[0] != "?" for method in others)
+            return error_reply(405 if is_path else 404)
+        if endpoint in self._profile.missing:
+            return error_reply(404)
+        try:
+            with self._account.lock:
+                return self._handlers[endpoint](entry, args)
+        except Refusal as refusal:
+            return error_reply(refusal.status, refusal.detail, refusal.headers)
+
+    def _route(self, method: str, path: str) -> tuple[str, dict[str, str]]:
+        if path.startswith(self._root):
+            rest = path[len(self._root) :]
+            for known_method, pattern, endpoint in _PATTERNS:
+                if known_method == method and (match := pattern.fullmatch(rest)):
+                    return endpoint, match.groupdict()
+        return "?", {}
+
+    def _knows(self, key: str) -> bool:
+        if key in self._behaviour.api_keys:
+            return True
+        if not self._behaviour.accepts_jwt or not key.startswith("eyJ"):
+            return False
+        try:
+            payload = key.split(".")[1]
+            claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+            return bool(claims["exp"] > self._clock())
+        except (IndexError, KeyError, TypeError, ValueError):
+            return False
+
+    # Listings
+
+    def _list_runs(self, entry: Entry, _args: dict[str, str]) -> Reply:
+        offset, limit = self._page(entry, 20)
+        runs = [wire.run_json(run, self._profile) for run in self._account.runs(offset, limit)]
+        cursor = wire.cursor_json(offset, limit, self._account.run_count, self._profile)
+        return json_reply({"training_runs": runs, "cursor": cursor})
+
+    def _list_run_checkpoints(self, _entry: Entry, args: dict[str, str]) -> Reply:
+        run = self._lookup.run(args["run"])
+        found = [c for c in run.checkpoints if self._lookup.may_list(run, c)]
+        records = [wire.checkpoint_json(run.id, c, self._profile) for c in found]
+        cursor = wire.cursor_json(0, len(records), len(records), self._profile)
+        return json_reply({"checkpoints": records, "cursor": cursor})
+
+    def _list_checkpoints(self, entry: Entry, _args: dict[str, str]) -> Reply:
+        offset, limit = self._page(entry, 100)
+        page = self._account.checkpoints(offset, limit)
+        records = [wire.checkpoint_json(run.id, c, self._profile) for run, c in page]
+        total_count = self._account.checkpoint_count
+        cursor = wire.cursor_json(offset, limit, total_count, self._profile)
+        return json_reply({"checkpoints": records, "cursor": cursor})
+
+    def _list_sessions(self, entry: Entry, _args: dict[str, str]) -> Reply:
+        return json_reply({"sessions": self._account.session_ids(*self._page(entry, 20))})
+
+    def _search_sessions(self, entry: Entry, _args: dict[str, str]) -> Reply:
+        query = self._lookup.body(entry)
+        limit = query.get("limit", 50)
+        if not isinstance(limit, int) or not 1 <= limit <= 200:
+            raise Refusal(422, [{"loc": ["body", "limit"], "msg": "must be from 1 to 200"}])
+        words = str(query.get("display_name") or "").lower().split()
+        after = (query.get("cursor") or {}).get("last_session_id")
+        ids = self._account.session_ids()
+        if after in ids:
+            ids = ids[ids.index(after) + 1 :]
+        found: list[dict[str, Any]] = []
+        for session_id in ids:
+            session = self._account.session(session_id)
+            if session is None or not all(w in (session.display_name or "").lower() for w in words):
+                continue
+            runs = [run for run in map(self._account.run, session.run_ids) if run is not None]
+            found.append(wire.session_summary_json(session, runs, self._profile))
+            if len(found) > limit:
+                break
+        page = found[:limit]
+        cursor = None
+        if len(found) > limit:
+            last = page[-1]
+            cursor = {
+                "last_created_at": last["created_at"],
+                "last_session_id": last["session_id"],
+            }
+        return json_reply({"sessions": page, "next_cursor": cursor})
+
+    def _page(self, entry: Entry, default_limit: int) -> tuple[int, int]:
+        offset = self._lookup.number(entry, "offset", 0)
+        limit = self._lookup.number(entry, "limit", default_limit)
+        return offset, limit if self._profile.page_max is None else min(
+            limit, self._profile.page_max
+        )
+
+    # Single records
+
+    def _get_run(self, _entry: Entry, args: dict[str, str]) -> Reply:
+        return json_reply(wire.run_json(self._lookup.run(args["run"]), self._profile))
+
+    def _weights_info(self, entry: Entry, _args: dict[str, str]) -> Reply:
+        run, _checkpoint = self._lookup.by_tinker_path(self._lookup.body(entry).get("tinker_path"))
+        return json_reply(wire.weights_info_json(run))
+
+    def _get_session(self, _entry: Entry, args: dict[str, str]) -> Reply:
+        session = self._account.session(args["session"])
+        if session is None:
+            raise Refusal(404, f"Session {args['session']} not found")
+        return json_reply(wire.session_json(session))
+
+    def _get_sampler(self, _entry: Entry, args: dict[str, str]) -> Reply:
+        sampler_id = args["sampler"]
+        sampler = self._account.sampler(sampler_id)
+        if sampler is None:
+            raise Refusal(404, f"Sampler {sampler_id} not found")
+        base_model, path = sampler
+        record = {"sampler_id": sampler_id, "base_model": base_model, "model_path": path}
+        return json_reply(record)
+
+    def _capabilities(self, _entry: Entry, _args: dict[str, str]) -> Reply:
+        models = [
+            {"model_name": name, "max_context_length": 32768, "trainable": True, "sampleable": True}
+            for name in BASE_MODELS
+        ]
+        return json_reply({"supported_models": models})
+
+    def _key(self, _entry: Entry, _args: dict[str, str]) -> Reply:
+        organisation = {"id": "demo-org", "name": "Demo"}
+        user = {"id": "demo-user", "name": "Demo user", "email": "demo@example.com"}
+        details = {"org_details": organisation, "user_details": user}
+        return json_reply({"key_id": 1, "name": "demo", "note": "", "details": details})
+
+    # Files
+
+    def _archive(self, _entry: Entry, args: dict[str, str]) -> Reply:
+        run, checkpoint = self._ready(args)
+        if self._profile.serves_archives_itself:
+            bare = checkpoint.name if self._profile.archive_ids == "name" else checkpoint.id
+            base = f"{self.base_url}/api/v1/training_runs/{run.id}/checkpoints/{bare}"
+            url, expires_s = f"{base}/download", self._clock() + 7200
+        else:
+            url, expires_s = self._store.sign_archive(run, checkpoint)
+        if self._behaviour.archive_answer == "json":
+            return json_reply({"url": url, "expires": wire.time_json(expires_s, self._profile)})
+        headers = {"Location": url}
+        if self._behaviour.tells_expiry:
+            headers["Expires"] = formatdate(expires_s, usegmt=True)
+        return Reply(HTTPStatus.FOUND, headers)
+
+    def _download(self, _entry: Entry, args: dict[str, str]) -> Reply:
+        run, checkpoint = self._ready(args)
+        content = self._store.archive(run, checkpoint)
+        name = f"{run.id}_{checkpoint.name}.tar.gz"
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Disposition": f'attachment; filename="{name}"',
+        }
+        return Reply(HTTPStatus.OK, headers, content)
+
+    def _external_urls(self, _entry: Entry, args: dict[str, str]) -> Reply:
+        run, checkpoint = self._lookup.checkpoint(
+            args["run"], args["ckpt"], "kind/name", self._profile.kinds
+        )
+        if checkpoint.kind != "external_weights":
+            raise Refusal(400, f"{checkpoint.id} is not an external weights checkpoint")
+        urls, expires_s = self._store.sign_files(run, checkpoint)
+        return json_reply({"urls": urls, "expires": wire.time_json(expires_s, self._profile)})
+
+    def _ready(self, args: dict[str, str]) -> tuple[Run, Checkpoint]:
+        """Return a checkpoint whose archive exists, or refuse as the server does till then."""
+        profile = self._profile
+        run, checkpoint = self._lookup.checkpoint(
+            args["run"], args["ckpt"], profile.archive_ids, profile.archive_kinds
+        )
+        if checkpoint.is_pending:
+            raise Refusal(425, "Checkpoint is still being created")
+        if checkpoint.building_polls != 0:
+            if checkpoint.building_polls is not None:
+                checkpoint.building_polls -= 1
+            behaviour = self._behaviour
+            headers = {"Retry-After": behaviour.retry_after} if behaviour.retry_after else {}
+            raise Refusal(behaviour.building_status, "Archive is being created", headers)
+        return run, checkpoint

@@ -1,0 +1,347 @@
+"""Requests and answers over a socket, and the faults on their way.
+
+An `Origin` decides what a request means; this module reads it, keeps the journal, applies the fault
+plan, and writes the answer. One thread per connection, HTTP/1.1 with keep-alive.
+"""
+
+import contextlib
+import itertools
+import json
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Protocol
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tinkerfs.demo.content import Content, Data, iter_chunks
+from tinkerfs.demo.faults import FaultPlan, Rule, pause
+from tinkerfs.demo.journal import Entry, Journal
+
+__all__ = ["Listener", "Origin", "Reply", "error_reply", "json_reply"]
+
+_MAX_BODY_BYTES = 1 << 20
+_NO_RULE = Rule("*")
+_NOTHING = Data(b"")
+_PROXY_PAGE = "<html>\n<head><title>502 Bad Gateway</title></head>\n<body>nginx</body>\n</html>\n"
+
+
+@dataclass(slots=True)
+class Reply:
+    """An answer: `[start, stop)` of a content."""
+
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    content: Content = _NOTHING
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Length of the body."""
+        return (self.content.size_bytes if self.stop is None else self.stop) - self.start
+
+
+def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    """Return an answer of JSON."""
+    body = json.dumps(value, separators=(",", ":")).encode()
+    return Reply(status, {"Content-Type": "application/json", **(headers or {})}, Data(body))
+
+
+def error_reply(status: int, detail: Any = None, headers: Mapping[str, str] | None = None) -> Reply:
+    """Return an error as the API words it; without a detail, as its framework does."""
+    return json_reply({"detail": detail or _phrase(status)}, status, headers)
+
+
+def _phrase(status: int) -> str:
+    return next((known.phrase for known in HTTPStatus if known == status), "Unknown")
+
+
+class Origin(Protocol):
+    """One of the two servers, as seen from the socket."""
+
+    name: str
+
+    def endpoint(self, method: str, path: str) -> str:
+        """Return the name of the endpoint that a request is for, `?` if of none."""
+
+    def answer(self, entry: Entry) -> Reply:
+        """Answer a request. Called from many threads at once."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Serves the requests of one connection."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: "Listener"
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: there is a journal."""
+
+    def _serve(self) -> None:
+        listener = self.server
+        target = urlsplit(self.path)
+        path = unquote(target.path, errors="surrogateescape")
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        entry = Entry(
+            origin=listener.origin.name,
+            method=self.command,
+            path=path,
+            query=dict(parse_qsl(target.query, keep_blank_values=True)),
+            endpoint=listener.origin.endpoint(self.command, path),
+            headers=headers,
+            api_key=headers.get("x-api-key") or bearer or None,
+            body=self.rfile.read(min(int(headers.get("content-length") or 0), _MAX_BODY_BYTES)),
+        )
+        listener.journal.begin(entry)
+        try:
+            self._exchange(entry, listener.faults.take(entry) or _NO_RULE)
+        finally:
+            listener.journal.end(entry)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
+
+    def _exchange(self, entry: Entry, rule: Rule) -> None:
+        if not pause(self.server.latency_s() + rule.latency_s, self._is_over):
+            return self._abort()
+        if rule.call is not None:
+            rule.call()
+        if (rule.hang or rule.hold_until is not None) and not rule.hold(self._is_over):
+            return self._abort()
+        if rule.refuse or rule.reset:
+            return self._abort(reset=rule.reset)
+        entry.is_range_hidden = rule.ignore_range
+        reply = _own_answer(rule) if rule.replaces_answer else self.server.origin.answer(entry)
+        _spoil(reply, rule)
+        entry.status = reply.status
+        return self._send(entry, reply, rule)
+
+    def _send(self, entry: Entry, reply: Reply, rule: Rule) -> None:
+        headers = {
+            "Date": formatdate(usegmt=True),
+            "Server": "tinkerfs-demo",
+            "Content-Length": str(reply.length),
+            **reply.headers,
+        }
+        if reply.status == HTTPStatus.NO_CONTENT:
+            del headers["Content-Length"]
+        lowered = {name.lower(): name for name in headers}
+        for name, value in rule.headers.items():
+            headers.pop(lowered.get(name.lower(), name), None)
+            if value is not None:
+                headers[name] = value
+        lines = [f"HTTP/1.1 {reply.status} {_phrase(reply.status)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        if entry.method == "HEAD" or not reply.length:
+            self.wfile.write(head)
+            return
+        self._send_body(entry, reply, rule, head)
+
+    def _send_body(self, entry: Entry, reply: Reply, rule: Rule, head: bytes) -> None:
+        """Send the head in one packet with the first of the body, then the rest."""
+        stop = reply.start + reply.length
+        if 0 in (rule.cut_after_bytes, rule.stall_after_bytes):
+            self.wfile.write(head)
+            head = b""
+            if rule.cut_after_bytes == 0 or not rule.hold(self._is_over):
+                return self._abort()
+        for chunk in iter_chunks(reply.content, reply.start, stop):
+            pieces = _pieces(chunk, entry.sent_bytes, rule)
+            for piece in pieces:
+                if rule.bytes_per_s and not pause(len(piece) / rule.bytes_per_s, self._is_over):
+                    return self._abort()
+                self.wfile.write(head + piece)
+                entry.sent_bytes += len(piece)
+                head = b""
+                if entry.sent_bytes == rule.cut_after_bytes:
+                    return self._abort()
+                if entry.sent_bytes == rule.stall_after_bytes and not rule.hold(self._is_over):
+                    return self._abort()
+        return None
+
+    def _abort(self, *, reset: bool = False) -> None:
+        self.close_connection = True
+        if reset:
+            # SO_LINGER of 0 makes close(2) send RST; the listener must not send FIN before.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.server.forget(self.connection)
+
+    def _is_over(self) -> bool:
+        """Whether the server closes, or the client is gone."""
+        if self.server.is_closing():
+            return True
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True
+
+
+class Listener(ThreadingHTTPServer):
+    """A listening socket with its connections.
+
+    Args:
+        address: Host and port; port 0 for any.
+        origin: What answers.
+        journal: Where requests are recorded.
+        faults: What goes wrong.
+        latency_s: Returns the delay of every answer.
+        is_closing: Tells whether waits are to end.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+    # The port is taken again while old connections linger.
+    allow_reuse_address = True
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        origin: Origin,
+        journal: Journal,
+        faults: FaultPlan,
+        latency_s: Callable[[], float],
+        is_closing: Callable[[], bool],
+    ) -> None:
+        self.origin, self.journal, self.faults = origin, journal, faults
+        self.latency_s = latency_s
+        self._is_server_closing = is_closing
+        self._is_stopped = False
+        self._lock = threading.Lock()
+        self._connections: set[socket.socket] = set()  # guarded by _lock
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, _Handler)
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(0.02,), name=f"demo-{origin.name}", daemon=True
+        )
+        self._thread.start()
+
+    def server_bind(self) -> None:
+        """Bind, without the name look-up of the base class, which may take seconds."""
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+        self.server_address = (self.server_name, self.server_port)
+
+    def is_closing(self) -> bool:
+        """Whether waits of its requests are to end."""
+        return self._is_stopped or self._is_server_closing()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection."""
+        with self._lock:
+            self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection: in order if it is known, else (after `forget`) at once."""
+        with self._lock:
+            is_known = request in self._connections
+            self._connections.discard(request)
+        if is_known:
+            super().shutdown_request(request)
+        else:
+            self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that went away; the journal tells of the rest by its status."""
+
+    def forget(self, request: socket.socket) -> None:
+        """Let a connection be closed without a word."""
+        with self._lock:
+            self._connections.discard(request)
+
+    def drop_connections(self) -> None:
+        """End all connections, whatever they are doing."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        """Stop listening and end all connections. Returns at once."""
+        self._is_stopped = True
+        self.shutdown()
+        self.server_close()
+        self.drop_connections()
+
+
+def _own_answer(rule: Rule) -> Reply:
+    """The answer that a rule gives instead of the origin."""
+    if rule.redirect_to is not None:
+        return Reply(rule.status or HTTPStatus.FOUND, {"Location": rule.redirect_to})
+    if rule.html:
+        content = Data(_PROXY_PAGE.encode())
+        return Reply(rule.status or HTTPStatus.BAD_GATEWAY, {"Content-Type": "text/html"}, content)
+    status, body = rule.status or HTTPStatus.OK, rule.body
+    if isinstance(body, bytes):
+        return Reply(status, {}, Data(body))
+    if isinstance(body, str):
+        return Reply(status, {"Content-Type": "text/plain; charset=utf-8"}, Data(body.encode()))
+    return error_reply(status) if body is None else json_reply(body, status)
+
+
+def _spoil(reply: Reply, rule: Rule) -> None:
+    """Change a true answer as a rule says."""
+    edits: list[Callable[[Any], Any]] = []
+    if rule.page_max is not None:
+        edits.append(lambda value: _with_page(value, rule.page_max or 0))
+    if rule.total_count is not None or rule.cursor is not None:
+        edits.append(lambda value: _with_cursor(value, rule))
+    if rule.edit is not None:
+        edits.append(rule.edit)
+    if edits and reply.status < HTTPStatus.BAD_REQUEST:
+        value = json.loads(reply.content.read(0, reply.content.size_bytes))
+        for edit in edits:
+            value = edit(value)
+        reply.content = Data(json.dumps(value).encode())
+    if rule.half_json:
+        reply.content = Data(reply.content.read(0, reply.content.size_bytes // 2))
+
+
+def _with_page(value: Any, page_max: int) -> Any:
+    return {k: v[:page_max] if isinstance(v, list) else v for k, v in value.items()}
+
+
+def _with_cursor(value: Any, rule: Rule) -> Any:
+    cursor = value.get("cursor")
+    if rule.cursor == "missing":
+        value.pop("cursor", None)
+    elif rule.cursor == "null":
+        value["cursor"] = None
+    elif cursor:
+        total = rule.total_count
+        cursor["total_count"] = total(cursor["total_count"]) if callable(total) else total
+    return value
+
+
+def _pieces(chunk: bytes, offset: int, rule: Rule) -> list[bytes]:
+    """Cut a chunk of a body, at `offset` of it, where a rule wants to do something."""
+    if rule.flip_byte is not None and offset <= rule.flip_byte < offset + len(chunk):
+        at = rule.flip_byte - offset
+        chunk = chunk[:at] + bytes([chunk[at] ^ 0xFF]) + chunk[at + 1 :]
+    marks = {0, len(chunk)}
+    for mark in (rule.cut_after_bytes, rule.stall_after_bytes):
+        if mark is not None and offset < mark < offset + len(chunk):
+            marks.add(mark - offset)
+    if rule.bytes_per_s is not None:
+        step = max(1, int(rule.bytes_per_s / 20))
+        marks.update(range(0, len(chunk), step))
+    ordered = sorted(marks)
+    return [chunk[begin:end] for begin, end in itertools.pairwise(ordered)]

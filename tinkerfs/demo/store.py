@@ -1,0 +1,151 @@
+"""The object store: the second origin, which serves files by signed URL, with Range.
+
+It answers as S3 and its like do: 206 with Content-Range, ETag and If-Range, 403 once a URL has
+expired. It never wants the API's key; the journal tells whether one was sent.
+"""
+
+import hashlib
+from collections import OrderedDict
+from email.utils import formatdate
+from http import HTTPStatus
+from xml.sax.saxutils import escape
+
+from tinkerfs.demo.account import Account
+from tinkerfs.demo.archive import MIN_SIZE_BYTES, Adapter, adapter_files, gzipped, tar_of
+from tinkerfs.demo.catalogue import Checkpoint, Run
+from tinkerfs.demo.content import Content, Data
+from tinkerfs.demo.http import Reply
+from tinkerfs.demo.journal import Entry
+from tinkerfs.demo.profiles import Profile
+from tinkerfs.demo.ranges import UnsatisfiableRange, parse_range
+from tinkerfs.demo.signing import Signer
+
+__all__ = ["Store"]
+
+_KEPT_ARCHIVES = 32
+
+
+class Store:
+    """Answers requests for files. Thread-safe.
+
+    Args:
+        account: Whose checkpoints they are.
+        profile: Which server this is.
+        signer: Makes and checks the URLs.
+    """
+
+    name = "store"
+
+    def __init__(self, account: Account, profile: Profile, signer: Signer) -> None:
+        self.base_url = ""
+        self._account, self._profile, self._signer = account, profile, signer
+        # Kept for the checksum that a gzip archive computes once; guarded by the account's lock.
+        self._archives: OrderedDict[tuple[str, str, int, int | None], Content] = OrderedDict()
+
+    def sign_archive(self, run: Run, checkpoint: Checkpoint) -> tuple[str, float]:
+        """Return a URL of a checkpoint's archive, and when it expires (Unix time)."""
+        path = f"/archives/{run.id}/{checkpoint.id}/archive.tar"
+        return self._signer.sign(self.base_url, path)
+
+    def sign_files(self, run: Run, checkpoint: Checkpoint) -> tuple[dict[str, str], float]:
+        """Return a URL for each file of a checkpoint, and when the first one expires."""
+        signed = {
+            name: self._signer.sign(self.base_url, f"/files/{run.id}/{checkpoint.id}/{name}")
+            for name in self.files(run, checkpoint)
+        }
+        urls = {name: url for name, (url, _) in signed.items()}
+        return urls, min((expires_s for _, expires_s in signed.values()), default=0.0)
+
+    def files(self, run: Run, checkpoint: Checkpoint) -> dict[str, Content]:
+        """Return the files of a checkpoint by name."""
+        if checkpoint.files is not None:
+            return checkpoint.files
+        identity = f"{run.id}/{checkpoint.id}/{checkpoint.time_s}/{checkpoint.generation}"
+        size_bytes = checkpoint.size_bytes or 16 * MIN_SIZE_BYTES
+        return adapter_files(Adapter(run.base_model, run.lora_rank, size_bytes, identity))
+
+    def archive(self, run: Run, checkpoint: Checkpoint) -> Content:
+        """Return the archive of a checkpoint."""
+        if checkpoint.archive is not None:
+            return checkpoint.archive
+        with self._account.lock:
+            key = (run.id, checkpoint.id, checkpoint.generation, checkpoint.size_bytes)
+            content = self._archives.pop(key, None)
+            if content is None:
+                content = tar_of(self.files(run, checkpoint), int(checkpoint.time_s or 0))
+                if self._profile.archive_form == "gzip":
+                    content = gzipped(content)
+            self._archives[key] = content
+            if len(self._archives) > _KEPT_ARCHIVES:
+                self._archives.popitem(last=False)
+            return content
+
+    def endpoint(self, method: str, path: str) -> str:
+        """Return `GET store/archive`, `GET store/file`, the same with HEAD, or `?`."""
+        kind = {"archives": "archive", "files": "file"}.get(path.split("/")[1])
+        return f"{method} store/{kind}" if kind and method in ("GET", "HEAD") else "?"
+
+    def answer(self, entry: Entry) -> Reply:
+        """Answer a request for a file."""
+        if entry.endpoint == "?":
+            return _error(405 if entry.method != "GET" else 404, "MethodNotAllowed")
+        refusal = self._signer.refusal(entry.path, entry.query)
+        if refusal is not None:
+            return _error(403, refusal)
+        with self._account.lock:
+            found = self._find(entry.path)
+        if found is None:
+            return _error(404, "NoSuchKey")
+        return _serve(entry, *found)
+
+    def _find(self, path: str) -> tuple[Content, str, float] | None:
+        """Return a file, its ETag and its time."""
+        _, what, run_id, kind, bare, *rest = path.split("/")
+        run = self._account.run(run_id)
+        checkpoint = self._account.checkpoint(run_id, f"{kind}/{bare}")
+        if run is None or checkpoint is None:
+            return None
+        if what == "archives":
+            content: Content | None = self.archive(run, checkpoint)
+        else:
+            content = self.files(run, checkpoint).get("/".join(rest))
+        if content is None:
+            return None
+        identity = f"{path}\n{checkpoint.time_s}\n{checkpoint.generation}\n{content.size_bytes}"
+        digest = hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16)
+        return content, f'"{digest.hexdigest()}"', checkpoint.time_s or 0.0
+
+
+def _serve(entry: Entry, content: Content, etag: str, time_s: float) -> Reply:
+    """Answer as RFC 9110 says, sections 13 and 14."""
+    modified = formatdate(time_s, usegmt=True)
+    size_bytes = content.size_bytes
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Accept-Ranges": "bytes",
+        "ETag": etag,
+        "Last-Modified": modified,
+    }
+    if "if-match" in entry.headers and entry.headers["if-match"] not in ("*", etag):
+        return _error(412, "PreconditionFailed")
+    if entry.headers.get("if-none-match") == etag:
+        return Reply(HTTPStatus.NOT_MODIFIED, headers)
+    reply = Reply(HTTPStatus.OK, headers, content)
+    is_unchanged = entry.headers.get("if-range", etag) in (etag, modified)
+    if entry.range is None or entry.is_range_hidden or entry.method != "GET" or not is_unchanged:
+        return reply
+    try:
+        asked = parse_range(entry.range, size_bytes)
+    except UnsatisfiableRange:
+        refused = _error(416, "InvalidRange")
+        refused.headers["Content-Range"] = f"bytes */{size_bytes}"
+        return refused
+    if asked is not None:
+        reply.status, (reply.start, reply.stop) = HTTPStatus.PARTIAL_CONTENT, asked
+        headers["Content-Range"] = f"bytes {asked[0]}-{asked[1] - 1}/{size_bytes}"
+    return reply
+
+
+def _error(status: int, code: str) -> Reply:
+    body = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{escape(code)}</Code></Error>'
+    return Reply(status, {"Content-Type": "application/xml"}, Data(body.encode()))
