@@ -58,7 +58,7 @@ def demo_server(
     latency_ms: float,
     prefix: str,
 ) -> None:
-    """Serve a sample account as the Tinker API does, until interrupted.
+    r"""Serve a sample account as the Tinker API does, until interrupted.
 
     Once it answers, it prints two lines for a shell to eval, TINKER_BASE_URL and TINKER_API_KEY.
     Any client can then be tried on it, without a key of one's own and without a network:
@@ -72,6 +72,7 @@ def demo_server(
     """
     import shlex
     import signal
+    import sys
     import time
 
     from tinkerfs.demo.server import DemoServer
@@ -99,7 +100,7 @@ def demo_server(
     with server:
         for name, value in server.environment.items():
             click.echo(f"export {name}={shlex.quote(value)}")
-        click.get_text_stream("stdout").flush()
+        sys.stdout.flush()
         click.echo(
             f"serving {runs} training runs of {checkpoints} checkpoints; Ctrl-C ends it", err=True
         )
