@@ -8,7 +8,7 @@ thread that serves the request).
 
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, TimeoutError  # noqa: A004  (3.11: the builtin itself)
+from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
@@ -30,7 +30,7 @@ class Caller:
     Attributes:
         pid: thread id as the kernel gives it; 0 where it is in another pid namespace.
         uid: its user.
-        group: its process group; 0 where that cannot be told, so that all such callers count as one.
+        group: its process group; 0 where that cannot be told: all such callers count as one.
     """
 
     pid: int

@@ -20,9 +20,11 @@ Above the API everything is an `OSError(errno, text, path)`, made by the functio
 that comes from outside passes `redact` before it gets here.
 """
 
+import copy
 import errno
 import os
 import re
+from typing import Self
 
 __all__ = [
     "ApiError",
@@ -74,6 +76,14 @@ class ApiError(TinkerfsError):
         self.endpoint = endpoint
         self.status = status
         self.retry_after_s = retry_after_s
+        #: Whether this is told again from memory, without a new call.
+        self.is_remembered = False
+
+    def remembered(self) -> Self:
+        """Return a copy to raise again; raising one object ever again would grow its traceback."""
+        again = copy.copy(self)
+        again.is_remembered = True
+        return again
 
     def __str__(self) -> str:
         """Say which call failed, how, and in whose words."""
@@ -166,7 +176,9 @@ def from_api(error: ApiError, path: str, *, is_lookup: bool = False) -> OSError:
     number = ERRNO_OF_API_ERROR[type(error)]
     if is_lookup and isinstance(error, BadRequest):
         number = errno.ENOENT
-    return OSError(number, str(error), path)
+    failure = OSError(number, str(error), path)
+    failure.__cause__ = error
+    return failure
 
 
 def not_found(path: str) -> OSError:
@@ -219,6 +231,11 @@ def busy(path: str, why: str) -> OSError:
     return OSError(errno.EBUSY, why, path)
 
 
+def not_a_file(path: str) -> OSError:
+    """ELOOP: open(2) of a symbolic link that nobody followed."""
+    return OSError(errno.ELOOP, "a symbolic link", path)
+
+
 def bad_handle(path: str, why: str) -> OSError:
     """EBADF: the file was not opened for this."""
     return OSError(errno.EBADF, why, path)
@@ -242,6 +259,29 @@ def unexpected(error: Exception, path: str) -> OSError:
 def is_missing(error: OSError) -> bool:
     """Tell whether the error says that a name does not exist."""
     return error.errno == errno.ENOENT
+
+
+def is_outage(error: OSError) -> bool:
+    """Tell whether the API failed in a way that an operator wants to know of."""
+    return isinstance(error.__cause__, ApiError) and not is_missing(error)
+
+
+def is_worth_telling(error: OSError) -> bool:
+    """Tell whether an error says more than that a name is not there or is of another kind."""
+    cause = error.__cause__
+    if isinstance(cause, ApiError):
+        return not (cause.is_remembered and is_missing(error))
+    return error.errno not in (errno.ENOENT, errno.EINTR, errno.ENOTDIR, errno.EISDIR)
+
+
+def is_timeout(error: OSError) -> bool:
+    """Tell whether the error says that a wait took too long."""
+    return error.errno == errno.ETIMEDOUT
+
+
+def is_interruption(error: OSError) -> bool:
+    """Tell whether the error says that the caller gave up."""
+    return error.errno == errno.EINTR
 
 
 def name_of(error: OSError) -> str:

@@ -33,13 +33,23 @@ class _Line:
 
 @dataclass(slots=True)
 class Change:
-    """One change that was asked for through this mount; `outcome` says how it ended."""
+    """One change that was asked for through this mount.
+
+    Attributes:
+        time: when it was asked for, seconds since 1970.
+        path: the file that was written or removed.
+        what: what the API is asked to do.
+        who: the process and user.
+        outcome: how it ended, or that it has not.
+        caller_left: why its caller no longer waited; empty while it did.
+    """
 
     time: float
     path: str
     what: str
     who: str
     outcome: str = "under way"
+    caller_left: str = ""
 
 
 class Telemetry:
@@ -71,8 +81,10 @@ class Telemetry:
     def failed(self, path: str, operation: str, error: OSError) -> None:
         """Remember and log a failed operation; the same failure again only counts up."""
         number = errors.name_of(error)
-        text = f"{path or '-'}\t{operation}\t{number}\t{errors.redact(error.strerror or '')}"
-        log.warning("%s", text.replace("\t", " "))
+        words = errors.redact(error.strerror or "")
+        text = f"{_one_line(path) or '-'}\t{operation}\t{number}\t{words}"
+        level = logging.WARNING if errors.is_outage(error) else logging.INFO
+        log.log(level, "%s", text.replace("\t", " "))
         with self._lock:
             self._counters["errors"] += 1
             last = self._errors[-1] if self._errors else None
@@ -82,31 +94,19 @@ class Telemetry:
             else:
                 self._errors.append(_Line(self._clock.now(), text))
 
-    @contextmanager
-    def changing(self, path: str, what: str, caller: Caller) -> Iterator[Change]:
-        """Record a change from the moment it is asked for; the body's error is its outcome.
-
-        The body may set `outcome` itself; it is "done" where it ends well and leaves it alone.
-        """
-        change = Change(
-            self._clock.now(),
-            path,
-            what,
-            f"{caller.command()}[{caller.pid}] uid {caller.uid}",
-        )
+    def change_asked(self, path: str, what: str, caller: Caller) -> Change:
+        """Record a change before anything is done about it; `change_ended` says how it went."""
+        who = f"{caller.command()}[{caller.pid}] uid {caller.uid}"
+        change = Change(self._clock.now(), path, what, who)
         with self._lock:
             self._changes.append(change)
-        log.info("%s: %s asked for by %s", path, what, change.who)
-        try:
-            yield change
-        except BaseException as error:
-            change.outcome = f"failed: {errors.redact(str(error))}"
-            raise
-        else:
-            if change.outcome == "under way":
-                change.outcome = "done"
-        finally:
-            log.info("%s: %s: %s", path, what, change.outcome)
+        log.info("%s: %s asked for by %s", path, what, who)
+        return change
+
+    def change_ended(self, change: Change, outcome: str) -> None:
+        """Record how a change ended."""
+        change.outcome = errors.redact(outcome)
+        log.info("%s: %s: %s", change.path, change.what, change.outcome)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -149,7 +149,7 @@ class Telemetry:
         """Return the last changes, a line each, newest last."""
         with self._lock:
             return "".join(
-                "\t".join((rfc3339(c.time), c.path, c.what, c.who, c.outcome)) + "\n"
+                "\t".join((rfc3339(c.time), _one_line(c.path), c.what, c.who, _ending(c))) + "\n"
                 for c in self._changes
             )
 
@@ -157,6 +157,15 @@ class Telemetry:
 def rfc3339(seconds: float) -> str:
     """Return a time (seconds since 1970) as RFC 3339 in UTC, to the second."""
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _one_line(text: str) -> str:
+    """Return a path with what would break the journal's lines and columns escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _ending(change: Change) -> str:
+    return change.outcome + (f" (its caller: {change.caller_left})" if change.caller_left else "")
 
 
 def _error_text(line: _Line) -> str:

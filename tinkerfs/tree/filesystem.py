@@ -1,37 +1,373 @@
 """FileSystem: the tree behind an interface like `os`, for every adapter.
 
-Thread-safe. Every method raises `OSError` with an errno, a sentence and the path; failures that say
-more than "no such name" also land in the mount's `errors`.
+Paths are absolute and normal ("/runs/x"), bytes that are no UTF-8 as surrogate escapes.
+Thread-safe. Every method raises `OSError` with an errno, a sentence and the path; each failure that
+says more than "no such name" also lands in the mount's `errors`.
 """
 
+import os
+import posixpath
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from tinkerfs import errors, names
 from tinkerfs.call import Call
-from tinkerfs.tree.node import Attr, Entry, Handle, Space
+from tinkerfs.tree.handles import RenderedHandle
+from tinkerfs.tree.layout import ROOT
+from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
+from tinkerfs.tree.removal import Removals
+from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Model, Removal, Site
+
+__all__ = ["FileSystem"]
+
+_FOLDER_MODE = stat.S_IFDIR | 0o755
+_LINK_MODE = stat.S_IFLNK | 0o777
+_WRITE_BITS = 0o222
+#: As many links as Linux follows in one path (path_resolution(7)).
+_MAX_LINKS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """A resolved path: its row of the table, and what it is about."""
+
+    row: File | Control | Link | Folder
+    subject: Any
+    path: str
+    parent: "_Node | None"
 
 
 class FileSystem:
-    """SKELETON of the contract; being written."""
+    """The account as files.
+
+    Args:
+        model: what the tree shows.
+        cache_dir: the folder whose disk `space` tells of.
+    """
+
+    def __init__(self, model: Model, cache_dir: Path) -> None:
+        settings = model.settings
+        self._model = model
+        self._cache_dir = cache_dir
+        self._removals = Removals(model.clock)
+        self._root = _Node(ROOT, None, "/", None)
+        self._uid = os.getuid() if settings.uid is None else settings.uid
+        self._gid = os.getgid() if settings.gid is None else settings.gid
+        self._mode_mask = ~(settings.umask | (_WRITE_BITS if settings.read_only else 0))
+
+    # Looking.
 
     def stat(self, path: str, call: Call) -> Attr:
-        """Return attributes. ENOENT."""
-        raise NotImplementedError
-
-    def handle_stat(self, path: str, handle: Handle, call: Call) -> Attr: ...  # exact size
+        """Return the attributes of a path; links are not followed."""
+        with self._telling(path, "stat"):
+            return self._attr(self._resolve(path, call), call)
 
     def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
-        """Snapshot of a folder, without . and .. ; may wait for the listing."""
-        raise NotImplementedError
+        """Return what a folder holds, without `.` and `..`, in the table's order."""
+        with self._telling(path, "list"):
+            folder = self._resolve(path, call)
+            if not isinstance(folder.row, Folder):
+                raise errors.not_a_directory(path)
+            return tuple(self._entry(node, call) for node in self._children(folder, call))
 
-    def readlink(self, path: str, call: Call) -> str: ...
-    def open(self, path: str, flags: int, call: Call) -> Handle: ...
-    def truncate(self, path: str, size: int, call: Call) -> None: ...
+    def readlink(self, path: str, call: Call) -> str:
+        """Return where a symbolic link points, relative to its folder."""
+        with self._telling(path, "readlink"):
+            node = self._resolve(path, call)
+            if not isinstance(node.row, Link):
+                raise errors.not_a_link(path)
+            return self._target(node, call)
+
+    def follow(self, path: str, call: Call) -> str:
+        """Return the path that is meant once every link is followed, as a kernel does."""
+        done, pending, links = "/", [part for part in path.split("/") if part], 0
+        while pending:
+            part = pending.pop(0)
+            done = posixpath.normpath(posixpath.join(done, part))
+            if stat.S_ISLNK(self.stat(done, call).mode):
+                links += 1
+                if links > _MAX_LINKS:
+                    raise errors.not_a_link(path)
+                pending = [p for p in self.readlink(done, call).split("/") if p] + pending
+                done = posixpath.dirname(done)
+        return done
+
+    def space(self) -> Space:
+        """Return the room of the disk that holds the cache."""
+        status = os.statvfs(self._cache_dir)
+        return Space(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
+
+    # Reading and writing.
+
+    def open(self, path: str, flags: int, call: Call) -> Handle:
+        """Open a file; what is to be read is resolved before this returns.
+
+        Raises:
+            OSError: EPERM for writing what cannot be written, EROFS on a read-only mount, and what
+                resolving its bytes raises.
+        """
+        is_for_writing = (flags & os.O_ACCMODE) != os.O_RDONLY
+        is_for_reading = (flags & os.O_ACCMODE) != os.O_WRONLY
+        with self._telling(path, "open"):
+            node = self._resolve(path, call)
+            row = node.row
+            if isinstance(row, Folder):
+                raise errors.is_a_directory(path)
+            if isinstance(row, Link):
+                raise errors.not_a_file(path)
+            if is_for_writing:
+                self._check_writable(path, row)
+        handle = RenderedHandle(
+            path,
+            lambda call: self._read(node, call),
+            (lambda text, call: self._store(node, text, call)) if is_for_writing else None,
+        )
+        if is_for_reading:
+            handle.load(call)
+        return handle
+
+    def truncate(self, path: str, size: int, call: Call) -> None:
+        """Do nothing to a control, whose value only a write changes; refuse anything else."""
+        del size
+        self.set_attributes(path, call)
+
     def set_attributes(self, path: str, call: Call) -> None:
-        """chmod, chown, utimens: nothing on a control, else EPERM/EROFS."""
+        """Accept chmod, chown and utimens of a control, changing nothing; refuse anything else."""
+        with self._telling(path, "change attributes"):
+            self._check_writable(path, self._resolve(path, call).row)
 
     def create(self, path: str, call: Call) -> None:
-        """create, mknod, mkdir, symlink, link, rename: always raises EPERM (EROFS read-only)."""
+        """Refuse to make, rename or link anything: EPERM, or EROFS on a read-only mount."""
+        del call
+        with self._telling(path, "create"):
+            if self._model.settings.read_only:
+                raise errors.read_only(path)
+            raise errors.not_permitted(path, "nothing can be created, renamed or linked here")
 
-    def unlink(self, path: str, call: Call) -> None: ...
-    def rmdir(self, path: str, call: Call) -> None: ...
-    def space(self) -> Space: ...
+    # Removing.
+
+    def unlink(self, path: str, call: Call) -> None:
+        """Hide a generated file of a checkpoint's folder; refuse to remove any other."""
+        with self._telling(path, "unlink"):
+            group = self._removing_group(path, call)
+            node = self._resolve(path, call)
+            if isinstance(node.row, Folder):
+                raise errors.is_a_directory(path)
+            folder = node.parent
+            assert folder is not None
+            if not _is_checkpoint(folder):
+                raise self._removals.refuse(group, path)
+            self._removals.hide(folder.subject.key, node.row.name)
+
+    def rmdir(self, path: str, call: Call) -> None:
+        """Delete the checkpoint whose folder shows no file any more.
+
+        Raises:
+            OSError: ENOTEMPTY while something is left, EPERM for what is no checkpoint, and what
+                the API's delete raises, after which all its files are back.
+        """
+        with self._telling(path, "rmdir"):
+            group = self._removing_group(path, call)
+            node = self._resolve(path, call)
+            if not isinstance(node.row, Folder):
+                raise errors.not_a_directory(path)
+            if node.row.removal is Removal.NEVER:
+                raise self._removals.refuse(group, path)
+            if any(True for _child in self._children(node, call)):
+                raise errors.not_empty(path, "it still shows something; rm -r removes that first")
+            if _is_checkpoint(node):
+                try:
+                    self._model.catalogue.delete(node.subject, path, call)
+                finally:
+                    self._removals.restore(node.subject.key)
+
+    def _removing_group(self, path: str, call: Call) -> int:
+        if self._model.settings.read_only:
+            raise errors.read_only(path)
+        group = call.caller().group
+        self._removals.check(group, path)
+        return group
+
+    # Resolving.
+
+    def _resolve(self, path: str, call: Call) -> _Node:
+        node = self._root
+        try:
+            for name in path.split("/"):
+                if name:
+                    node = self._child(node, name, call)
+        except errors.ApiError as error:
+            raise errors.from_api(error, path, is_lookup=True) from error
+        return node
+
+    def _child(self, folder: _Node, name: str, call: Call) -> _Node:
+        path = posixpath.join(folder.path, name)
+        if not isinstance(folder.row, Folder):
+            raise errors.not_a_directory(path)
+        for row in folder.row.rows:
+            if isinstance(row, Each):
+                subject = self._find(row, folder, name, call)
+                if subject is not None:
+                    node = _Node(row.node, subject, path, folder)
+                    break
+            elif row.name == name:
+                node = _Node(row, folder.subject, path, folder)
+                break
+        else:
+            raise errors.not_found(path)
+        if not self._is_shown(node, call):
+            raise errors.not_found(path)
+        return node
+
+    def _find(self, row: Each, folder: _Node, name: str, call: Call) -> Any:
+        if names.is_software_probe(name):
+            return None
+        site = self._site(folder, call)
+        if names.is_cut(name):
+            return next((s for n, s in row.list(site) if names.encode(n) == name), None)
+        try:
+            return row.find(site, names.decode(name))
+        except ValueError:  # no server name has this file name
+            return None
+
+    def _children(self, folder: _Node, call: Call) -> Iterator[_Node]:
+        assert isinstance(folder.row, Folder)
+        for row in folder.row.rows:
+            if not isinstance(row, Each):
+                path = posixpath.join(folder.path, row.name)
+                node = _Node(row, folder.subject, path, folder)
+                if self._is_shown(node, call):
+                    yield node
+            elif row.is_listed:
+                for name, subject in self._listed(row, folder, call):
+                    path = posixpath.join(folder.path, names.encode(name))
+                    yield _Node(row.node, subject, path, folder)
+
+    def _listed(self, row: Each, folder: _Node, call: Call) -> Iterator[tuple[str, Any]]:
+        try:
+            yield from row.list(self._site(folder, call))
+        except errors.EndpointMissing as error:
+            # A listing that this server does not have leaves the folder empty, and `ls` working.
+            if not error.is_remembered:
+                failure = errors.from_api(error, folder.path)
+                self._model.telemetry.failed(folder.path, "list", failure)
+
+    def _is_shown(self, node: _Node, call: Call) -> bool:
+        if isinstance(node.row, Link) and node.row.target(self._site(node, call)) is None:
+            return False
+        folder = node.parent
+        assert folder is not None
+        return not (
+            _is_checkpoint(folder) and node.row.name in self._removals.hidden(folder.subject.key)
+        )
+
+    # Attributes and bytes.
+
+    def _entry(self, node: _Node, call: Call) -> Entry:
+        if isinstance(node.row, File) and node.row.is_costly:
+            return Entry(_name(node), inode(node.path), self._file_mode(node.row), None)
+        attr = self._attr(node, call)
+        return Entry(_name(node), attr.ino, attr.mode, attr)
+
+    def _attr(self, node: _Node, call: Call) -> Attr:
+        row, site = node.row, self._site(node, call)
+        nlink, blocks, size_bytes = 1, 0, 0
+        if isinstance(row, Folder):
+            mode = _FOLDER_MODE & self._mode_mask
+            nlink = _folder_nlink(row)
+            blocks = row.blocks(site) if row.blocks is not None else 0
+        elif isinstance(row, Link):
+            mode = _LINK_MODE
+            size_bytes = len(self._target(node, call).encode("utf-8", "surrogateescape"))
+        else:
+            mode = self._file_mode(row)
+            told = row.told_bytes if isinstance(row, File) else None
+            size_bytes = told(site) if told is not None else len(self._rendering(node, call))
+        return Attr(
+            mode=mode,
+            size_bytes=size_bytes,
+            mtime_ns=self._mtime_ns(node, call),
+            ino=inode(node.path),
+            nlink=nlink,
+            blocks=blocks,
+            uid=self._uid,
+            gid=self._gid,
+        )
+
+    def _mtime_ns(self, node: _Node, call: Call) -> int:
+        if node.row.mtime_ns is not None:
+            return node.row.mtime_ns(self._site(node, call))
+        if isinstance(node.row, Folder) or node.parent is None:
+            return self._model.started_ns
+        return self._mtime_ns(node.parent, call)
+
+    def _file_mode(self, row: File | Control) -> int:
+        return stat.S_IFREG | (row.mode & self._mode_mask)
+
+    def _target(self, node: _Node, call: Call) -> str:
+        assert isinstance(node.row, Link)
+        target = node.row.target(self._site(node, call))
+        if target is None:
+            raise errors.not_found(node.path)
+        return posixpath.relpath(target, posixpath.dirname(node.path))
+
+    def _rendering(self, node: _Node, call: Call) -> bytes:
+        assert isinstance(node.row, (File, Control))
+        return node.row.render(self._site(node, call))
+
+    def _read(self, node: _Node, call: Call) -> bytes:
+        with self._telling(node.path, "read"):
+            return self._rendering(node, call)
+
+    def _store(self, node: _Node, text: str, call: Call) -> None:
+        assert isinstance(node.row, Control)
+        with self._telling(node.path, "write"):
+            node.row.store(self._site(node, call), text)
+
+    def _site(self, node: _Node, call: Call) -> Site:
+        return Site(self._model, node.subject, node.path, call)
+
+    # Refusing and telling.
+
+    def _check_writable(self, path: str, row: File | Control | Link | Folder) -> None:
+        if self._model.settings.read_only:
+            raise errors.read_only(path)
+        if not isinstance(row, Control):
+            raise errors.not_permitted(
+                path, "only published, expires_at and refresh are written to"
+            )
+
+    @contextmanager
+    def _telling(self, path: str, operation: str) -> Iterator[None]:
+        """Make every failure an OSError with a path, and tell those that are worth it."""
+        try:
+            yield
+        except errors.ApiError as error:
+            failure = errors.from_api(error, path)
+            self._model.telemetry.failed(path, operation, failure)
+            raise failure from error
+        except OSError as failure:
+            if not failure.filename:
+                failure.filename = path
+            if errors.is_worth_telling(failure):
+                self._model.telemetry.failed(path, operation, failure)
+            raise
+
+
+def _is_checkpoint(node: _Node) -> bool:
+    return isinstance(node.row, Folder) and node.row.removal is Removal.CHECKPOINT
+
+
+def _name(node: _Node) -> str:
+    return posixpath.basename(node.path)
+
+
+def _folder_nlink(folder: Folder) -> int:
+    """Return 2 and one for each subfolder, or 1, "not counted", where that would take a call."""
+    if any(isinstance(row, Each) for row in folder.rows):
+        return 1
+    return 2 + sum(isinstance(row, Folder) for row in folder.rows)

@@ -71,8 +71,8 @@ class Handle(Protocol):
         ...
 
     @property
-    def size_bytes(self) -> int:
-        """The file's exact length, known by now."""
+    def size_bytes(self) -> int | None:
+        """The file's exact length, None while nothing was read."""
         ...
 
     def read(self, size: int, offset: int, call: Call) -> bytes:
@@ -80,7 +80,7 @@ class Handle(Protocol):
         ...
 
     def write(self, data: bytes, call: Call) -> int:
-        """Act on one whole value; return len(data). Raises EBADF where it was not opened to write."""
+        """Act on one whole value; return len(data)."""
         ...
 
 

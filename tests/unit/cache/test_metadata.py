@@ -1,0 +1,254 @@
+import threading
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tests.support.clocks import FakeTime
+from tinkerfs import errors
+from tinkerfs.cache.metadata import FAILURE_TTL_S, MetadataCache, Policy
+from tinkerfs.call import IN_PROCESS, Call
+from tinkerfs.telemetry import Telemetry
+
+POLICY = Policy(ttl_s=30, stale_s=3600, negative_ttl_s=5)
+
+
+class Loads:
+    """A load whose answers are set by the test, and counted."""
+
+    def __init__(self):
+        self.answer = "one"
+        self.calls = 0
+        self.held = threading.Event()
+        self.held.set()
+        self._lock = threading.Lock()
+
+    def __call__(self):
+        with self._lock:
+            self.calls += 1
+            answer = self.answer
+        assert self.held.wait(10)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def time():
+    return FakeTime()
+
+
+@pytest.fixture
+def telemetry(time):
+    return Telemetry(time.clock)
+
+
+@pytest.fixture
+def cache(time, telemetry):
+    return MetadataCache(telemetry, time.clock)
+
+
+def test_a_value_is_loaded_once_within_its_ttl(cache, time):
+    load = Loads()
+    for _ in range(3):
+        assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    time.advance(29.9)
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    assert load.calls == 1
+    time.advance(0.2)
+    load.answer = "two"
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
+    assert load.calls == 2
+
+
+@pytest.mark.parametrize("answer", ["value", errors.NotFound("no"), errors.ServerError("down")])
+def test_all_who_wait_share_one_load_and_its_outcome(cache, answer):
+    load = Loads()
+    load.answer = answer
+    load.held.clear()
+    outcomes = []
+
+    def ask():
+        try:
+            outcomes.append(cache.get("k", load, POLICY, IN_PROCESS))
+        except errors.ApiError as error:
+            outcomes.append(type(error))
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    load.held.set()
+    for thread in threads:
+        thread.join(10)
+    wanted = type(answer) if isinstance(answer, Exception) else answer
+    assert outcomes == [wanted] * 16
+    assert load.calls == 1
+
+
+def test_absence_is_remembered_for_its_own_time_and_marked_as_remembered(cache, time):
+    load = Loads()
+    load.answer = errors.NotFound("no such run")
+    with pytest.raises(errors.NotFound) as first:
+        cache.get("k", load, POLICY, IN_PROCESS)
+    assert not first.value.is_remembered
+    time.advance(4.9)
+    with pytest.raises(errors.NotFound, match="no such run") as again:
+        cache.get("k", load, POLICY, IN_PROCESS)
+    assert again.value.is_remembered
+    assert load.calls == 1
+    time.advance(0.2)
+    load.answer = "made"
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "made"
+
+
+def test_an_outage_serves_the_last_good_answer_and_is_told(cache, time, telemetry, caplog):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    time.advance(31)
+    load.answer = errors.Unreachable("refused")
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    assert "refused" in telemetry.errors_text()
+    assert telemetry.snapshot()["counters"]["stale_answers"] == 1
+    calls = load.calls
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    assert load.calls == calls, "a failure is remembered for a moment"
+    time.advance(FAILURE_TTL_S)
+    load.answer = "two"
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
+    caplog.clear()
+
+
+def test_the_last_good_answer_has_an_end(cache, time, caplog):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    load.answer = errors.Unreachable("refused")
+    time.advance(3599)
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    time.advance(3)
+    with pytest.raises(errors.Unreachable):
+        cache.get("k", load, POLICY, IN_PROCESS)
+    caplog.clear()
+
+
+@pytest.mark.parametrize("kind", [errors.Unauthorized, errors.NotFound])
+def test_an_answer_about_the_thing_itself_replaces_the_last_good_one(cache, time, kind):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    time.advance(31)
+    load.answer = kind("no more")
+    with pytest.raises(kind):
+        cache.get("k", load, POLICY, IN_PROCESS)
+    assert cache.peek("k") is None
+
+
+def test_who_has_a_last_good_answer_does_not_wait_long_for_a_newer_one(cache, time):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    time.advance(31)
+    load.held.clear()
+    load.answer = "two"
+    impatient = Call(timeout_s=0.05)
+    assert cache.get("k", load, POLICY, impatient) == "one"
+    load.held.set()
+    assert cache.get("k", load, POLICY, IN_PROCESS) in ("one", "two")
+
+
+def test_a_wait_without_a_last_good_answer_ends_with_its_bound_or_its_interruption(cache):
+    load = Loads()
+    load.held.clear()
+    with pytest.raises(TimeoutError):
+        cache.get("k", load, POLICY, Call(timeout_s=0.05))
+    with pytest.raises(InterruptedError):
+        cache.get("k", load, POLICY, Call(interrupted=lambda: True))
+    load.held.set()
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    assert load.calls == 1, "the load went on, and the next try joined it"
+
+
+def test_a_load_that_began_before_a_change_is_not_kept(cache):
+    old, new = Loads(), Loads()
+    cache.get("k", old, POLICY, IN_PROCESS)
+    old.held.clear()
+    old.answer = "before the change"
+    slow = threading.Thread(target=lambda: cache.reload("k", old, POLICY, IN_PROCESS))
+    slow.start()
+    while old.calls < 2:
+        pass
+    cache.amend("k", lambda _value: "after the change", is_exact=True)
+    old.held.set()
+    slow.join(10)
+    assert cache.get("k", new, POLICY, IN_PROCESS) == "after the change"
+    assert new.calls == 0
+
+
+def test_an_inexact_amendment_is_asked_for_again(cache):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    cache.amend("k", lambda _value: "guess", is_exact=False)
+    assert cache.peek("k") == "guess"
+    load.answer = "truth"
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "truth"
+
+
+def test_reload_never_takes_a_kept_answer(cache, caplog):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    load.answer = "two"
+    assert cache.reload("k", load, POLICY, IN_PROCESS) == "two"
+    load.answer = errors.ServerError("down")
+    with pytest.raises(errors.ServerError):
+        cache.reload("k", load, POLICY, IN_PROCESS)
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
+    caplog.clear()
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """The cache against a dictionary and a clock."""
+
+    keys = st.sampled_from("abc")
+
+    def __init__(self):
+        super().__init__()
+        self.time = FakeTime()
+        self.cache = MetadataCache(Telemetry(self.time.clock), self.time.clock)
+        self.truth = dict.fromkeys("abc", 0)
+        self.model = {}
+
+    @rule(key=keys)
+    def change_on_the_server(self, key):
+        self.truth[key] += 1
+
+    @rule(seconds=st.floats(0, 40))
+    def time_passes(self, seconds):
+        self.time.advance(seconds)
+
+    @rule(key=keys)
+    def get(self, key):
+        now = self.time.monotonic
+        value, until = self.model.get(key, (None, -1.0))
+        if now >= until:
+            value = self.truth[key]
+            self.model[key] = (value, now + POLICY.ttl_s)
+        assert self.cache.get(key, lambda: self.truth[key], POLICY, IN_PROCESS) == value
+
+    @rule(key=keys)
+    def amend(self, key):
+        self.cache.amend(key, lambda value: value + 100, is_exact=True)
+        if key in self.model:
+            value, until = self.model[key]
+            self.model[key] = (value + 100, until)
+
+    @rule()
+    def clear(self):
+        self.cache.clear()
+        self.model.clear()
+
+    @invariant()
+    def nothing_is_invented(self):
+        for key in "abc":
+            assert self.cache.peek(key) in (None, self.model.get(key, (None,))[0])
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

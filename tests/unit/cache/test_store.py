@@ -1,0 +1,78 @@
+import os
+import stat
+
+import pytest
+
+from tinkerfs.cache.store import Store, prepare_cache_dir
+from tinkerfs.errors import SetupError
+
+
+def test_what_is_put_is_there_in_the_next_mount(tmp_path):
+    with Store(tmp_path) as store:
+        store.put("space", "key\udcff", b"\0bytes")
+        store.put("space", "key\udcff", b"newer")
+        assert store.get("other", "key\udcff") is None
+    with Store(tmp_path) as store:
+        assert store.get("space", "key\udcff") == b"newer"
+        assert store.get("space", "key") is None
+
+
+def test_two_mounts_share_it(tmp_path):
+    with Store(tmp_path) as one, Store(tmp_path) as other:
+        one.put("s", "k", b"v")
+        assert other.get("s", "k") == b"v"
+        other.put("s", "k2", b"v2")
+        assert one.get("s", "k2") == b"v2"
+
+
+def test_its_file_is_private(tmp_path):
+    with Store(tmp_path):
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {0o600}
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"not a database at all" * 100, b"SQLite format 3\0" + b"x" * 4096]
+)
+def test_a_broken_file_is_made_anew_and_told(tmp_path, garbage, caplog):
+    (tmp_path / "metadata.sqlite3").write_bytes(garbage)
+    with Store(tmp_path) as store:
+        store.put("s", "k", b"v")
+        assert store.get("s", "k") == b"v"
+    assert "made anew" in caplog.text
+    caplog.clear()
+
+
+def test_a_store_that_cannot_be_opened_keeps_nothing_and_fails_nobody(tmp_path, caplog):
+    (tmp_path / "metadata.sqlite3").mkdir()
+    with Store(tmp_path) as store:
+        store.put("s", "k", b"v")
+        assert store.get("s", "k") is None
+    assert caplog.text.count("goes on without") == 1
+    caplog.clear()
+
+
+def test_the_cache_folder_is_made_private(tmp_path):
+    folder = prepare_cache_dir(tmp_path / "a" / "b")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert prepare_cache_dir(folder) == folder
+    assert list(folder.iterdir()) == []
+
+
+def test_a_cache_folder_that_is_not_ours_alone_is_refused(tmp_path):
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("real")
+    with pytest.raises(SetupError, match="link"):
+        prepare_cache_dir(tmp_path / "link")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(SetupError, match="written by others"):
+        prepare_cache_dir(tmp_path / "open")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match="--cache-dir"):
+        prepare_cache_dir(tmp_path / "file")
+    if os.getuid() == 0:
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        os.chown(tmp_path / "theirs", 1234, 1234)
+        with pytest.raises(SetupError, match="somebody else"):
+            prepare_cache_dir(tmp_path / "theirs")

@@ -1,0 +1,1 @@
+"""Mechanisms that keep what was fetched; they know nothing of Tinker."""

@@ -1,0 +1,431 @@
+"""Catalogue: a read-through model of the account, and every change beside what it invalidates.
+
+The tree asks it for training runs and checkpoints and never sees the cache or the client. Values
+are immutable; every method is thread-safe and waits only through the `Call` it is given. Failures
+are `ApiError`s, or the `OSError`s of a wait that ended early.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Self
+
+from msgspec.structs import replace
+
+from tinkerfs import errors
+from tinkerfs.api import models
+from tinkerfs.api.client import CheckpointRef, Client
+from tinkerfs.cache.flight import in_thread, side_by_side
+from tinkerfs.cache.metadata import MetadataCache, Policy
+from tinkerfs.cache.store import Store
+from tinkerfs.call import IN_PROCESS, Call
+from tinkerfs.clock import Clock
+from tinkerfs.telemetry import Telemetry, rfc3339
+from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
+
+__all__ = ["Catalogue", "Checkpoint", "CheckpointListing", "RunListing"]
+
+#: Absence is remembered this long at most, seconds; never longer than the TTL.
+NEGATIVE_TTL_S = 5.0
+#: A server that refuses the weights info of a checkpoint is not asked again for this long, seconds.
+REFUSED_INFO_TTL_S = 600.0
+#: A second checkpoint of a run asked for within this time makes a walk of it, seconds.
+WALK_WINDOW_S = 10.0
+#: Weights infos asked for at once.
+CONCURRENCY = 8
+
+_REFUSALS = (errors.NotFound, errors.EndpointMissing, errors.BadRequest, errors.Rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint of a run, as a listing told of it.
+
+    Attributes:
+        run_id: its training run.
+        kind: what the second part of its tinker path is on the official service.
+        name: the rest of its id.
+        record: the listing's record.
+    """
+
+    run_id: str
+    kind: str
+    name: str
+    record: models.Checkpoint
+
+    @classmethod
+    def of(cls, run_id: str, record: models.Checkpoint) -> Self:
+        """Make a checkpoint of a listing's record."""
+        return cls(run_id, *_kind_and_name(record), record)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What names it in this account, whatever form the server lists."""
+        return (self.run_id, self.kind, self.name)
+
+    @property
+    def tinker_path(self) -> str:
+        """Its address, as the server wrote it where it did."""
+        return self.record.tinker_path or str(TinkerPath(self.run_id, self.kind, self.name))
+
+    @property
+    def version(self) -> str:
+        """What changes when a checkpoint is saved again under its name."""
+        return "undated" if self.record.time_ns is None else str(self.record.time_ns)
+
+    @property
+    def ref(self) -> CheckpointRef:
+        """How the API is asked about it."""
+        return CheckpointRef(
+            run_id=self.run_id,
+            path_id=f"{self.kind}/{self.name}",
+            listed_id=self.record.checkpoint_id,
+            is_known=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunListing:
+    """The user's training runs, in the server's order."""
+
+    by_id: dict[str, models.TrainingRun]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointListing:
+    """The checkpoints of one run, in the server's order.
+
+    Attributes:
+        by_name: kind and name to checkpoint; every one of them.
+        bare: those that are shown by a bare name: the server's id is one, and is unambiguous.
+        kinds: the kinds that group the others, also those whose last checkpoint is gone by now.
+    """
+
+    by_name: dict[tuple[str, str], Checkpoint]
+    bare: dict[str, Checkpoint] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, run_id: str, records: Iterable[models.Checkpoint], kinds: Iterable[str] = ()
+    ) -> "CheckpointListing":
+        """Sort the server's records; of two that are the same checkpoint the first counts."""
+        by_name: dict[tuple[str, str], Checkpoint] = {}
+        bare_names: dict[str, int] = {}
+        for record in records:
+            checkpoint = Checkpoint.of(run_id, record)
+            first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
+            if first is checkpoint and "/" not in record.checkpoint_id:
+                bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
+        taken = {kind for kind, _ in by_name} | set(KINDS)
+        bare = {
+            name: checkpoint
+            for (_, name), checkpoint in by_name.items()
+            if bare_names.get(name) == 1
+            and name not in taken
+            and "/" not in checkpoint.record.checkpoint_id
+        }
+        grouped = [c.kind for c in by_name.values() if bare.get(c.name) is not c]
+        return cls(by_name, bare, tuple(dict.fromkeys([*grouped, *kinds])))
+
+    def of_kind(self, kind: str) -> list[Checkpoint]:
+        """Return those that are shown in the folder of a kind."""
+        return [
+            checkpoint
+            for checkpoint in self.by_name.values()
+            if checkpoint.kind == kind and self.bare.get(checkpoint.name) is not checkpoint
+        ]
+
+    def without(self, gone: Checkpoint) -> "CheckpointListing":
+        """Return the listing after a deletion."""
+        records = (c.record for c in self.by_name.values() if c.key != gone.key)
+        return CheckpointListing.of(gone.run_id, records, self.kinds)
+
+    def with_record(self, changed: Checkpoint, record: models.Checkpoint) -> "CheckpointListing":
+        """Return the listing with another record for a checkpoint."""
+        records = (record if c.key == changed.key else c.record for c in self.by_name.values())
+        return CheckpointListing.of(changed.run_id, records, self.kinds)
+
+
+def _kind_and_name(record: models.Checkpoint) -> tuple[str, str]:
+    """Return what the official service's id of this checkpoint would be made of."""
+    kind, slash, name = record.checkpoint_id.partition("/")
+    if slash:
+        return kind, name
+    try:
+        path = TinkerPath.parse(record.tinker_path or "")
+    except ValueError:
+        path = None
+    if path is not None and path.kind in KINDS:
+        return path.kind, record.checkpoint_id
+    type_ = record.checkpoint_type or "training"
+    return KIND_OF_TYPE.get(type_, type_), record.checkpoint_id
+
+
+class Catalogue:
+    """The account behind one key at one server."""
+
+    def __init__(
+        self,
+        client: Client,
+        cache: MetadataCache,
+        store: Store,
+        telemetry: Telemetry,
+        clock: Clock,
+        *,
+        ttl_s: float,
+        stale_s: float,
+    ) -> None:
+        self._client = client
+        self._cache = cache
+        self._store = store
+        self._telemetry = telemetry
+        self._clock = clock
+        self._listing = Policy(ttl_s, stale_s, min(NEGATIVE_TTL_S, ttl_s))
+        self._immutable = Policy(float("inf"), float("inf"), REFUSED_INFO_TTL_S, _REFUSALS)
+        self._lock = threading.Lock()
+        self._last_asked: dict[str, tuple[tuple[str, str, str], float]] = {}  # guarded by _lock
+        self._walked: set[str] = set()  # guarded by _lock
+
+    # What is there.
+
+    def runs(self, call: Call) -> RunListing:
+        """Return the user's training runs; ceil(runs / page) calls when not fresh."""
+        return self._cache.get(("runs",), self._load_runs, self._listing, call)
+
+    def known_runs(self) -> RunListing | None:
+        """Return the training runs as last listed, without a call."""
+        return self._cache.peek(("runs",))  # type: ignore[no-any-return]
+
+    def run(self, run_id: str, call: Call) -> models.TrainingRun:
+        """Return one training run: of the listing where there is one, else asked for by itself.
+
+        Raises:
+            ApiError: NotFound or BadRequest where there is no such run.
+        """
+        if self.known_runs() is not None:
+            run = self.runs(call).by_id.get(run_id)
+            if run is not None:
+                return run
+        return self._cache.get(
+            ("run", run_id), partial(self._client.training_run, run_id), self._by_name, call
+        )
+
+    def checkpoints(self, run_id: str, call: Call) -> CheckpointListing:
+        """Return the checkpoints of a run; one call when not fresh."""
+        return self._cache.get(
+            ("checkpoints", run_id), partial(self._load_checkpoints, run_id), self._listing, call
+        )
+
+    def known_checkpoints(self, run_id: str) -> CheckpointListing | None:
+        """Return a run's checkpoints as last listed, without a call."""
+        return self._cache.peek(("checkpoints", run_id))  # type: ignore[no-any-return]
+
+    def weights_info(self, checkpoint: Checkpoint, call: Call) -> bytes:
+        """Return a checkpoint's weights info as JSON; asked for once ever, kept across mounts.
+
+        The second checkpoint of a run within a short while has the others' asked for behind it.
+        """
+        load = partial(self._load_weights_info, checkpoint)
+        kept = self._cache.peek(_info_key(checkpoint)) or self._kept_info(checkpoint)
+        if kept is not None:
+            return kept  # type: ignore[no-any-return]
+        self._notice_walk(checkpoint)
+        return self._cache.get(_info_key(checkpoint), load, self._immutable, call)
+
+    # Changes. Each runs on a thread of its own, so that it is not taken back when its caller goes;
+    # `changes` tells how it ended.
+
+    def set_published(self, seen: Checkpoint, wanted: bool, path: str, call: Call) -> None:
+        """Publish or unpublish; nothing is asked for that is so already."""
+
+        def act(checkpoint: Checkpoint) -> str | None:
+            if checkpoint.record.is_public == wanted:
+                return "was so already"
+            if wanted:
+                self._client.publish(checkpoint.ref)
+            else:
+                self._client.unpublish(checkpoint.ref)
+            raw = models.with_fields(checkpoint.record.raw, public=wanted)
+            record = replace(checkpoint.record, is_public=wanted, raw=raw)
+            self._amend(checkpoint, lambda listing: listing.with_record(checkpoint, record))
+            return None
+
+        self._change(seen, "publish" if wanted else "unpublish", act, path, call)
+
+    def set_ttl(self, seen: Checkpoint, ttl_s: int | None, path: str, call: Call) -> None:
+        """Let a checkpoint expire `ttl_s` seconds from now, or never."""
+
+        def act(checkpoint: Checkpoint) -> None:
+            self._client.set_ttl(checkpoint.ref, ttl_s)
+            expires_at_s = None if ttl_s is None else self._clock.now() + ttl_s
+            record = replace(
+                checkpoint.record,
+                expires_at_ns=None if expires_at_s is None else int(expires_at_s * 1e9),
+                raw=models.with_fields(
+                    checkpoint.record.raw,
+                    expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
+                ),
+            )
+            # The server rounds as it likes: ours serves only until the next look asks it.
+            self._amend(
+                checkpoint, lambda listing: listing.with_record(checkpoint, record), is_exact=False
+            )
+
+        what = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
+        self._change(seen, what, act, path, call)
+
+    def delete(self, seen: Checkpoint, path: str, call: Call) -> None:
+        """Delete a checkpoint for good."""
+
+        def act(checkpoint: Checkpoint) -> None:
+            self._client.delete(checkpoint.ref)
+            self._amend(checkpoint, lambda listing: listing.without(checkpoint))
+
+        self._change(seen, "delete", act, path, call)
+
+    def refresh(self) -> None:
+        """Drop every entry; what is immutable stays on disk."""
+        self._cache.clear()
+
+    def _change(
+        self,
+        seen: Checkpoint,
+        what: str,
+        act: Callable[[Checkpoint], str | None],
+        path: str,
+        call: Call,
+    ) -> None:
+        """Ask the server afresh what is there, then act on it, under the eyes of `changes`."""
+        change = self._telemetry.change_asked(path, what, call.caller())
+
+        def work() -> None:
+            try:
+                outcome = act(self._afresh(seen))
+            except Exception as error:
+                self._telemetry.change_ended(change, f"failed: {error}")
+                raise
+            self._telemetry.change_ended(change, outcome or "done")
+
+        try:
+            call.wait(in_thread(work, f"{what} {path}"))
+        except OSError as error:
+            change.caller_left = errors.name_of(error)
+            raise
+
+    def _afresh(self, seen: Checkpoint) -> Checkpoint:
+        """Return a checkpoint as the server tells of it now."""
+        load = partial(self._load_checkpoints, seen.run_id)
+        key = ("checkpoints", seen.run_id)
+        listing = self._cache.reload(key, load, self._listing, IN_PROCESS)
+        now = listing.by_name.get((seen.kind, seen.name))
+        if now is None:
+            raise errors.NotFound("the checkpoint is gone by now")
+        if now.version != seen.version:
+            raise errors.Conflict("the checkpoint was saved again since it was looked at")
+        return now
+
+    def _amend(
+        self,
+        checkpoint: Checkpoint,
+        change: Callable[[CheckpointListing], CheckpointListing],
+        *,
+        is_exact: bool = True,
+    ) -> None:
+        """Make every listing agree with a change that the server has made."""
+        run_id = checkpoint.run_id
+        self._cache.amend(("checkpoints", run_id), change, is_exact=is_exact)
+        listing = self.known_checkpoints(run_id)
+        if listing is None:
+            return
+
+        def in_run(run: models.TrainingRun) -> models.TrainingRun:
+            return replace(
+                run,
+                last_checkpoint=_newest(listing, run.last_checkpoint),
+                last_sampler_checkpoint=_newest(listing, run.last_sampler_checkpoint),
+            )
+
+        def in_runs(runs: RunListing) -> RunListing:
+            run = runs.by_id.get(run_id)
+            return runs if run is None else RunListing({**runs.by_id, run_id: in_run(run)})
+
+        self._cache.amend(("run", run_id), in_run, is_exact=True)
+        self._cache.amend(("runs",), in_runs, is_exact=True)
+
+    # Loading.
+
+    @property
+    def _by_name(self) -> Policy:
+        """A run that is asked for by name: 400 and 422 also say that there is none."""
+        return Policy(
+            self._listing.ttl_s,
+            self._listing.stale_s,
+            self._listing.negative_ttl_s,
+            (*self._listing.negative, errors.BadRequest),
+        )
+
+    def _load_runs(self) -> RunListing:
+        return RunListing({run.run_id: run for run in self._client.all_training_runs()})
+
+    def _load_checkpoints(self, run_id: str) -> CheckpointListing:
+        return CheckpointListing.of(run_id, self._client.list_checkpoints(run_id))
+
+    def _kept_info(self, checkpoint: Checkpoint) -> bytes | None:
+        return self._store.get(self._space, f"{checkpoint.tinker_path}\n{checkpoint.version}")
+
+    def _load_weights_info(self, checkpoint: Checkpoint) -> bytes:
+        raw = self._kept_info(checkpoint)
+        if raw is None:
+            raw = self._client.weights_info(checkpoint.tinker_path).raw
+            self._store.put(self._space, f"{checkpoint.tinker_path}\n{checkpoint.version}", raw)
+        return raw
+
+    @property
+    def _space(self) -> str:
+        return f"weights_info {self._client.base_url}"
+
+    def _notice_walk(self, checkpoint: Checkpoint) -> None:
+        """Ask for the siblings' weights info too, once somebody goes through them."""
+        run_id, now = checkpoint.run_id, self._clock.monotonic()
+        with self._lock:
+            last = self._last_asked.get(run_id)
+            self._last_asked[run_id] = (checkpoint.key, now)
+            is_walk = (
+                last is not None and last[0] != checkpoint.key and now - last[1] < WALK_WINDOW_S
+            )
+            if not is_walk or run_id in self._walked:
+                return
+            self._walked.add(run_id)
+        listing = self.known_checkpoints(run_id)
+        if listing is None:
+            return
+
+        def ask(sibling: Checkpoint) -> None:
+            load = partial(self._load_weights_info, sibling)
+            self._cache.get(_info_key(sibling), load, self._immutable, IN_PROCESS)
+
+        def walk() -> None:
+            works = [partial(ask, sibling) for sibling in listing.by_name.values()]
+            side_by_side(works, CONCURRENCY, f"weights info of {run_id}")
+            with self._lock:
+                self._walked.discard(run_id)
+                self._last_asked.pop(run_id, None)
+
+        in_thread(walk, f"walk {run_id}")
+
+
+def _info_key(checkpoint: Checkpoint) -> tuple[str, str, str]:
+    return ("weights_info", checkpoint.tinker_path, checkpoint.version)
+
+
+def _newest(listing: CheckpointListing, last: models.Checkpoint | None) -> models.Checkpoint | None:
+    """Return a run's last checkpoint of the kind that `last` was of, as it is now."""
+    if last is None:
+        return None
+    kind, name = _kind_and_name(last)
+    if (kind, name) in listing.by_name:
+        return listing.by_name[kind, name].record
+    of_kind = [c.record for c in listing.by_name.values() if c.kind == kind]
+    return max(of_kind, key=lambda record: record.time_ns or 0, default=None)

@@ -1,0 +1,412 @@
+"""THE TABLE: which names exist where.
+
+To add a file: write a pure function in `render.py` (or one that asks the model), add a row here,
+run `scripts/docs`. Listing, lookup, attributes and `docs/layout.md` follow from the row. What
+cannot be removed stands first and last in its folder, so that a tool that removes everything meets
+a refusal before it comes to a checkpoint, from whichever end it begins.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from tinkerfs import errors, names
+from tinkerfs.api import models
+from tinkerfs.catalogue import Checkpoint
+from tinkerfs.tinker_path import KINDS
+from tinkerfs.tree import controls, readme, render
+from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, Site
+
+__all__ = ["ROOT", "checkpoint_path", "documentation"]
+
+#: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
+LONGEST_URL_BYTES = 16_384
+_BLOCK_BYTES = 512
+
+
+# What the rows ask, in the order of the table.
+
+
+def _list_runs(site: Site) -> Iterable[tuple[str, models.TrainingRun]]:
+    return site.model.catalogue.runs(site.call).by_id.items()
+
+
+def _find_run(site: Site, run_id: str) -> models.TrainingRun | None:
+    try:
+        return site.model.catalogue.run(run_id, site.call)
+    except (errors.NotFound, errors.BadRequest) as error:
+        if error.is_remembered:
+            return None
+        raise
+
+
+def _newest_run_ns(site: Site) -> int:
+    known = site.model.catalogue.known_runs()
+    times = (run.last_request_time_ns for run in known.by_id.values()) if known else ()
+    return max((time for time in times if time is not None), default=site.model.started_ns)
+
+
+def _run_ns(site: Site) -> int:
+    time_ns: int | None = site.subject.last_request_time_ns
+    return site.model.started_ns if time_ns is None else time_ns
+
+
+def _latest(site: Site) -> str | None:
+    return _latest_path(site.subject, site.subject.last_checkpoint)
+
+
+def _latest_sampler(site: Site) -> str | None:
+    return _latest_path(site.subject, site.subject.last_sampler_checkpoint)
+
+
+def _latest_path(run: models.TrainingRun, record: models.Checkpoint | None) -> str | None:
+    if record is None:
+        return None
+    # `<kind>/<name>` always resolves, so no listing has to tell how the server lists it.
+    checkpoint = Checkpoint.of(run.run_id, record)
+    return f"/runs/{names.encode(run.run_id)}/checkpoints/" + _kind_and_name(checkpoint)
+
+
+def _list_kinds(site: Site) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
+    listing = site.model.catalogue.checkpoints(site.subject.run_id, site.call)
+    for kind in listing.kinds:
+        if listing.of_kind(kind):
+            yield kind, (site.subject, kind)
+
+
+def _find_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
+    # The three kinds always resolve, so that `rmdir` finds the folder that it has just emptied.
+    if kind in KINDS:
+        return site.subject, kind
+    listing = site.model.catalogue.checkpoints(site.subject.run_id, site.call)
+    is_known = kind in listing.kinds or any(kind == other for other, _name in listing.by_name)
+    return (site.subject, kind) if is_known else None
+
+
+def _list_bare(site: Site) -> Iterable[tuple[str, Checkpoint]]:
+    return site.model.catalogue.checkpoints(site.subject.run_id, site.call).bare.items()
+
+
+def _find_bare(site: Site, name: str) -> Checkpoint | None:
+    return site.model.catalogue.checkpoints(site.subject.run_id, site.call).bare.get(name)
+
+
+def _list_all_kinds(site: Site) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
+    listing = site.model.catalogue.checkpoints(site.subject.run_id, site.call)
+    for kind in dict.fromkeys(kind for kind, _name in listing.by_name):
+        yield kind, (site.subject, kind)
+
+
+def _list_all_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
+    run, wanted = site.subject
+    listing = site.model.catalogue.checkpoints(run.run_id, site.call)
+    for (kind, name), checkpoint in listing.by_name.items():
+        if kind == wanted:
+            yield name, checkpoint
+
+
+def _list_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
+    run, kind = site.subject
+    for checkpoint in site.model.catalogue.checkpoints(run.run_id, site.call).of_kind(kind):
+        yield checkpoint.name, checkpoint
+
+
+def _find_of_kind(site: Site, name: str) -> Checkpoint | None:
+    run, kind = site.subject
+    return site.model.catalogue.checkpoints(run.run_id, site.call).by_name.get((kind, name))
+
+
+def _group_ns(site: Site) -> int:
+    run, kind = site.subject
+    known = site.model.catalogue.known_checkpoints(run.run_id)
+    times = (c.record.time_ns for c in known.of_kind(kind)) if known else ()
+    fallback = run.last_request_time_ns or site.model.started_ns
+    return max((time for time in times if time is not None), default=fallback)
+
+
+def _checkpoint_ns(site: Site) -> int:
+    time_ns: int | None = site.subject.record.time_ns
+    return site.model.started_ns if time_ns is None else time_ns
+
+
+def _stored_blocks(site: Site) -> int:
+    return -(-(site.subject.record.size_bytes or 0) // _BLOCK_BYTES)
+
+
+def _checkpoint_info(site: Site) -> bytes:
+    try:
+        info = site.model.catalogue.weights_info(site.subject, site.call)
+    except errors.ApiError as error:
+        # It costs this checkpoint its weights info and nothing else; `errors` tells why.
+        if not error.is_remembered:
+            site.model.telemetry.failed(
+                site.path, "weights info", errors.from_api(error, site.path)
+            )
+        info = None
+    return render.checkpoint_info(site.subject.record, info)
+
+
+def _published(site: Site) -> bytes:
+    return render.line("1" if site.subject.record.is_public else "0")
+
+
+def _expires_at(site: Site) -> bytes:
+    expires_at_ns = site.subject.record.expires_at_ns
+    return render.line("never" if expires_at_ns is None else render.rfc3339_ns(expires_at_ns))
+
+
+def _list_version(site: Site) -> Iterable[tuple[str, Checkpoint]]:
+    return ((site.subject.version, site.subject),)
+
+
+def _find_version(site: Site, version: str) -> Checkpoint | None:
+    checkpoint: Checkpoint = site.subject
+    return checkpoint if version == checkpoint.version else None
+
+
+def _archive_url(site: Site) -> bytes:
+    checkpoint: Checkpoint = site.subject
+    archives = site.model.archives
+    key = (*checkpoint.key, checkpoint.version)
+    return render.line(archives.url(key, checkpoint.ref, site.path, site.call).url)
+
+
+def _archive_url_bytes(site: Site) -> int:
+    known = site.model.archives.known((*site.subject.key, site.subject.version))
+    return LONGEST_URL_BYTES if known is None else len(render.line(known.url))
+
+
+def _content(name: str) -> "Link":
+    def target(site: Site) -> str:
+        checkpoint: Checkpoint = site.subject
+        place = (".content", checkpoint.run_id, checkpoint.kind, checkpoint.name)
+        return "/" + "/".join(map(names.encode, (*place, checkpoint.version, name)))
+
+    return Link(name, _CONTENT_DOCS[name], target)
+
+
+def _kind_and_name(checkpoint: Checkpoint) -> str:
+    return f"{names.encode(checkpoint.kind)}/{names.encode(checkpoint.name)}"
+
+
+def checkpoint_path(checkpoint: Checkpoint) -> str:
+    """Return the path from the mount's root that always leads to a checkpoint."""
+    run = names.encode(checkpoint.run_id)
+    return f"/runs/{run}/checkpoints/{_kind_and_name(checkpoint)}"
+
+
+def _control_file_ns(site: Site) -> int:
+    return int(site.model.clock.now() * 1e9)
+
+
+# The table.
+
+_CONTENT_DOCS = {
+    "archive_url": "a fresh signed URL of the archive and a newline; resolved when opened",
+}
+
+_CHECKPOINT_ROWS: tuple[Row, ...] = (
+    File(
+        "info.json",
+        "weights info, merged with the listing's record",
+        _checkpoint_info,
+        mode=0o644,
+        is_costly=True,
+    ),
+    _content("archive_url"),
+    Control(
+        "published",
+        '"1" or "0"; written to publish or unpublish',
+        _published,
+        controls.store_published,
+    ),
+    Control(
+        "expires_at",
+        'RFC 3339 time or "never"; written to set or clear the expiry',
+        _expires_at,
+        controls.store_expires_at,
+    ),
+    File(
+        "tinker_path",
+        "the tinker:// path and a newline",
+        lambda site: render.line(site.subject.tinker_path),
+        mode=0o644,
+    ),
+)
+
+
+def _checkpoint(doc: str) -> Folder:
+    return Folder(
+        "<name>", doc, _CHECKPOINT_ROWS, _checkpoint_ns, _stored_blocks, Removal.CHECKPOINT
+    )
+
+
+_CHECKPOINTS = Folder(
+    "checkpoints",
+    "the run's checkpoints; below it stands the checkpoint id",
+    (
+        Each(
+            Folder(
+                "<kind>",
+                "those of one kind: weights, sampler_weights, external_weights",
+                (Each(_checkpoint("a checkpoint"), _list_of_kind, _find_of_kind),),
+                _group_ns,
+                removal=Removal.GROUPING,
+            ),
+            _list_kinds,
+            _find_kind,
+        ),
+        Each(
+            _checkpoint("a checkpoint, where the server's ids have no kind"),
+            _list_bare,
+            _find_bare,
+        ),
+    ),
+    _run_ns,
+    removal=Removal.GROUPING,
+)
+
+_RUN = Folder(
+    "<run_id>",
+    "a training run",
+    (
+        File("info.json", "the training run's record", lambda site: render.run_info(site.subject)),
+        _CHECKPOINTS,
+        Link("latest", "the newest training checkpoint, when the run has one", _latest),
+        Link("latest_sampler", "the newest sampler checkpoint, when there is one", _latest_sampler),
+    ),
+    _run_ns,
+)
+
+_VERSION = Folder(
+    "<version>",
+    "as of the time it was saved",
+    (
+        File(
+            "archive_url",
+            _CONTENT_DOCS["archive_url"],
+            _archive_url,
+            mode=0o400,
+            told_bytes=_archive_url_bytes,
+        ),
+    ),
+    _checkpoint_ns,
+)
+
+
+# A walk must not come to what costs the server something: nothing here is listed.
+_CONTENT = Folder(
+    ".content",
+    "what costs something to read, reached through the symlinks; lists nothing",
+    (
+        Each(
+            Folder(
+                "<run_id>",
+                "of a training run",
+                (
+                    Each(
+                        Folder(
+                            "<kind>",
+                            "of a kind",
+                            (
+                                Each(
+                                    Folder(
+                                        "<name>",
+                                        "of a checkpoint",
+                                        (Each(_VERSION, _list_version, _find_version, False),),
+                                    ),
+                                    _list_all_of_kind,
+                                    _find_of_kind,
+                                    False,
+                                ),
+                            ),
+                        ),
+                        _list_all_kinds,
+                        _find_kind,
+                        False,
+                    ),
+                ),
+            ),
+            _list_runs,
+            _find_run,
+            False,
+        ),
+    ),
+)
+
+_TINKERFS = Folder(
+    ".tinkerfs",
+    "the mount's own control files",
+    (
+        File(
+            "stats.json",
+            "counters: API calls by endpoint and status, cache hits, errors, uptime",
+            lambda site: render.json_values(
+                {"base_url": site.model.settings.base_url, **site.model.telemetry.snapshot()}
+            ),
+            mtime_ns=_control_file_ns,
+        ),
+        File(
+            "errors",
+            "the last 100 failures, newest last",
+            lambda site: site.model.telemetry.errors_text().encode("utf-8", "replace"),
+            mode=0o600,
+            mtime_ns=_control_file_ns,
+        ),
+        File(
+            "changes",
+            "the last 100 changes asked for through this mount, newest last",
+            lambda site: site.model.telemetry.changes_text().encode("utf-8", "replace"),
+            mode=0o600,
+            mtime_ns=_control_file_ns,
+        ),
+        Control(
+            "refresh",
+            "written (anything) to drop every cached entry now",
+            lambda _site: b"",
+            controls.store_refresh,
+        ),
+    ),
+)
+
+ROOT = Folder(
+    "",
+    "the account",
+    (
+        File("README.md", "what is here and how to use it", lambda _site: readme.TEXT),
+        Folder(
+            "runs",
+            "every training run of the account",
+            (Each(_RUN, _list_runs, _find_run),),
+            _newest_run_ns,
+        ),
+        _CONTENT,
+        _TINKERFS,
+    ),
+)
+
+
+def documentation() -> str:
+    """Return `docs/layout.md`, made from the table."""
+    lines = [
+        "# Layout",
+        "",
+        "Made from the table in `tinkerfs/tree/layout.py` by `scripts/docs`; do not edit.",
+        "",
+        "| path | kind | mode | what |",
+        "|---|---|---|---|",
+        *(_documented(ROOT, "")),
+        "",
+        "A link's permissions are its target's. On a read-only mount nothing shows a write bit.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _documented(folder: Folder, path: str) -> Iterator[str]:
+    for row in folder.rows:
+        node = row.node if isinstance(row, Each) else row
+        where = f"{path}/{node.name}"
+        kind = type(node).__name__.lower()
+        mode = {"folder": "0755", "link": "-"}.get(kind) or f"{node.mode:04o}"  # type: ignore[union-attr]
+        yield f"| `{where}` | {kind} | {mode} | {node.doc} |"
+        if isinstance(node, Folder):
+            yield from _documented(node, where)

@@ -1,0 +1,35 @@
+"""The text of the mount's own README.md."""
+
+__all__ = ["TEXT"]
+
+TEXT = b"""\
+# Your Tinker training runs and checkpoints, as files
+
+    runs/<run_id>/info.json                          the training run
+    runs/<run_id>/latest, latest_sampler             its newest checkpoints
+    runs/<run_id>/checkpoints/<kind>/<name>/         one checkpoint:
+        info.json      weights info (base model, LoRA rank ...) and the listing's record
+        archive_url    a fresh signed URL of the archive; made when you read it
+        published      1 or 0; write 1 to publish, 0 to unpublish
+        expires_at     a time or "never"; write 12h, 30d, seconds, an RFC 3339 time, or never
+        tinker_path    tinker://<run_id>/<kind>/<name>
+
+Try:
+
+    ls -lt runs                                      newest runs first
+    jq .lora_rank runs/*/checkpoints/weights/*/info.json
+    echo 1 > runs/<run_id>/latest/published
+    curl -o archive.tar "$(cat runs/<run_id>/latest_sampler/archive_url)"
+    rm -r runs/<run_id>/checkpoints/weights/0001     deletes that checkpoint, for good
+
+Looking is free: ls, find, grep -r and du never ask the server for an archive. Nothing but a
+checkpoint can be removed, and a command that tries (rm -rf of a run, find -delete) is stopped there
+and may remove nothing until it has left off for a minute.
+
+When a command fails, the reason, in the server's own words, is in
+
+    .tinkerfs/errors        the last 100 failures
+    .tinkerfs/changes       the last 100 changes, who asked for them, and how they ended
+    .tinkerfs/stats.json    calls made, cache hits, what is being waited for
+    .tinkerfs/refresh       write anything to forget everything that is cached
+"""

@@ -1,0 +1,50 @@
+"""What the files hold: pure functions, model -> bytes."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from tinkerfs.api import models
+
+__all__ = ["checkpoint_info", "json_file", "line", "rfc3339_ns", "run_info"]
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def line(text: str) -> bytes:
+    """Return a text and a newline; surrogate escapes as the bytes they stand for."""
+    try:
+        return f"{text}\n".encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return f"{text}\n".encode("utf-8", "surrogatepass")
+
+
+def json_file(raw: bytes) -> bytes:
+    """Return a JSON record indented, every number and unknown field as it came, and a newline."""
+    return msgspec.json.format(raw, indent=2) + b"\n"
+
+
+def json_values(values: object) -> bytes:
+    """Return plain values as indented JSON and a newline."""
+    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def run_info(run: models.TrainingRun) -> bytes:
+    """Return a training run's info.json."""
+    return json_file(run.raw)
+
+
+def checkpoint_info(record: models.Checkpoint, weights_info: bytes | None) -> bytes:
+    """Return a checkpoint's info.json: the weights info, and over it the listing's record."""
+    if weights_info is None:
+        return json_file(record.raw)
+    return json_file(models.merged(weights_info, record.raw))
+
+
+def rfc3339_ns(time_ns: int) -> str:
+    """Return a time (nanoseconds since 1970) as RFC 3339 in UTC, with a fraction if it has one."""
+    seconds, fraction_ns = divmod(time_ns, 1_000_000_000)
+    whole = (_EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S")
+    fraction = f".{fraction_ns:09d}".rstrip("0") if fraction_ns else ""
+    return f"{whole}{fraction}Z"

@@ -1,0 +1,137 @@
+"""The kinds of row that the layout table is made of.
+
+A folder is a tuple of rows. A row is a name that is always there (`File`, `Control`, `Link`,
+`Folder`) or an `Each`: one node for every name that the account has. Each folder is about a
+*subject* (nothing, a training run, a checkpoint), which its rows' functions are given. So listing,
+lookup and documentation come from the same row, and a new name is one row and one function.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from tinkerfs.call import Call
+from tinkerfs.catalogue import Catalogue
+from tinkerfs.clock import Clock
+from tinkerfs.settings import Settings
+from tinkerfs.telemetry import Telemetry
+from tinkerfs.weights.archives import Archives
+
+__all__ = ["Control", "Each", "File", "Folder", "Link", "Model", "Removal", "Row", "Site"]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the functions of the table may ask."""
+
+    settings: Settings
+    catalogue: Catalogue
+    archives: Archives
+    telemetry: Telemetry
+    clock: Clock
+    started_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a function of the table is at work: the model, the node's subject, its path, the call.
+
+    Attributes:
+        model: what may be asked.
+        subject: what the folder is about.
+        path: the node's path, for messages.
+        call: how to wait; functions that take no call must not.
+    """
+
+    model: Model
+    subject: Any
+    path: str
+    call: Call
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file whose bytes are made of metadata.
+
+    Attributes:
+        name: file name.
+        doc: one line for the documentation.
+        render: its bytes; called by `open`, and by `stat` for the length without `told_bytes`.
+        mode: permission bits.
+        told_bytes: for what only `open` may resolve: the length told without asking anybody, an
+            upper bound above 0.
+        is_costly: rendering may take a call of its own, so a listing leaves its attributes out.
+        mtime_ns: None for the folder's.
+    """
+
+    name: str
+    doc: str
+    render: Callable[[Site], bytes]
+    mode: int = 0o444
+    told_bytes: Callable[[Site], int] | None = None
+    is_costly: bool = False
+    mtime_ns: Callable[[Site], int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A file whose writes act: `store` gets one whole value, and its errors are the write's."""
+
+    name: str
+    doc: str
+    render: Callable[[Site], bytes]
+    store: Callable[[Site, str], None]
+    mode: int = 0o644
+    mtime_ns: Callable[[Site], int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A symbolic link: `target` gives a path from the mount's root, None where there is no link."""
+
+    name: str
+    doc: str
+    target: Callable[[Site], str | None]
+    mtime_ns: Callable[[Site], int] | None = None
+
+
+class Removal(Enum):
+    """What removing does to a folder."""
+
+    NEVER = "it and what is in it cannot be removed"
+    GROUPING = "rmdir succeeds once nothing is left in it, and changes nothing"
+    CHECKPOINT = "its files can be hidden by unlink, and rmdir deletes the checkpoint"
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder; `rows` are its names, in the order they are listed."""
+
+    name: str
+    doc: str
+    rows: "tuple[Row, ...]"
+    mtime_ns: Callable[[Site], int] | None = None
+    blocks: Callable[[Site], int] | None = None
+    removal: Removal = Removal.NEVER
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """One `node` for each name of the account.
+
+    Attributes:
+        node: the kind of node; its own name is the pattern shown in the documentation.
+        list: the server's names and their subjects, in order.
+        find: the subject behind one server name, None where there is none; resolves names that no
+            listing tells as well.
+        is_listed: whether a listing of the folder shows them.
+    """
+
+    node: Folder | Link
+    list: Callable[[Site], Iterable[tuple[str, Any]]]
+    find: Callable[[Site, str], Any]
+    is_listed: bool = True
+
+
+Row = File | Control | Link | Folder | Each
