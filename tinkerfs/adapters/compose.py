@@ -1,0 +1,73 @@
+"""The composition root: settings -> a FileSystem with everything behind it.
+
+For the command line and the fsspec adapter. Nothing is opened before the context is entered, and all
+of it is closed when it is left.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinkerfs.api.client import Client
+from tinkerfs.api.credentials import Credentials
+from tinkerfs.cache.metadata import MetadataCache
+from tinkerfs.cache.store import Store, default_cache_dir, prepare_cache_dir
+from tinkerfs.catalogue import Catalogue
+from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.settings import Settings
+from tinkerfs.telemetry import Telemetry
+from tinkerfs.tree.filesystem import FileSystem
+from tinkerfs.tree.rows import Model
+from tinkerfs.weights.archives import Archives
+
+__all__ = ["Parts", "compose"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an adapter needs: the tree, and the client for a first look at the server."""
+
+    filesystem: FileSystem
+    client: Client
+    telemetry: Telemetry
+
+
+@contextmanager
+def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
+    """Build everything behind a mount.
+
+    Raises:
+        SetupError: the cache folder cannot be used.
+    """
+    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
+    cache_dir = prepare_cache_dir(folder.expanduser().absolute())
+    telemetry = Telemetry(clock)
+    with ExitStack() as stack:
+        client = stack.enter_context(
+            Client(
+                settings.base_url,
+                Credentials(clock=clock),
+                telemetry,
+                timeout_s=settings.timeout_s,
+                clock=clock,
+            )
+        )
+        catalogue = Catalogue(
+            client,
+            MetadataCache(telemetry, clock),
+            stack.enter_context(Store(cache_dir)),
+            telemetry,
+            clock,
+            ttl_s=settings.ttl_s,
+            stale_s=settings.stale_s,
+        )
+        archives = Archives(
+            client,
+            telemetry,
+            clock,
+            timeout_s=settings.archive_timeout_s,
+            burst=settings.archive_burst,
+        )
+        model = Model(settings, catalogue, archives, telemetry, clock, int(clock.now() * 1e9))
+        yield Parts(FileSystem(model, cache_dir), client, telemetry)
