@@ -58,18 +58,18 @@ def demo_server(
     latency_ms: float,
     prefix: str,
 ) -> None:
-    r"""Serve a sample account as the Tinker API does, until interrupted.
+    """Serve a sample account as the Tinker API does, until interrupted.
 
     Once it answers, it prints two lines for a shell to eval, TINKER_BASE_URL and TINKER_API_KEY.
     Any client can then be tried on it, without a key of one's own and without a network:
 
     \b
-        tinkerfs demo-server > env &
-        sleep 1; . ./env
+        tinkerfs demo-server > demo.env &
+        sleep 1; . ./demo.env
         tinkerfs mount ~/tinker
 
     Exit codes: 0 after SIGINT or SIGTERM, 1 if the address cannot be had, 2 for a wrong option.
-    """
+    """  # noqa: D301
     import shlex
     import signal
     import sys

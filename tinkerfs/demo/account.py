@@ -167,6 +167,18 @@ class Account:
             found = run.checkpoints if run else []
             return next((c for c in found if c.id == checkpoint_id), None)
 
+    def find(self, run_id: str, checkpoint_id: str) -> tuple[Run, Checkpoint]:
+        """Return a checkpoint with its run.
+
+        Raises:
+            KeyError: There is no such checkpoint.
+        """
+        with self.lock:
+            run, checkpoint = self.run(run_id), self.checkpoint(run_id, checkpoint_id)
+            if run is None or checkpoint is None:
+                raise KeyError(run_id, checkpoint_id)
+            return run, checkpoint
+
     def add_checkpoint(self, run_id: str, checkpoint_id: str, **fields: Any) -> Checkpoint:
         """Save a checkpoint now, as the newest of its run; it takes the place of one of that id.
 

@@ -129,7 +129,7 @@ class Api:
             "POST weights_info": self._weights_info,
             "GET sessions": self._list_sessions,
             "POST sessions/search": self._search_sessions,
-            "GET trace_export": lambda _entry, _args: json_reply({"status": "pending"}),
+            "GET trace_export": self._trace,
             "GET sessions/{session}": self._get_session,
             "GET samplers/{sampler}": self._get_sampler,
             "GET get_server_capabilities": self._capabilities,
@@ -260,6 +260,10 @@ class Api:
         if session is None:
             raise Refusal(404, f"Session {args['session']} not found")
         return json_reply(wire.session_json(session))
+
+    def _trace(self, entry: Entry, args: dict[str, str]) -> Reply:
+        self._get_session(entry, args)
+        return json_reply({"status": "ready", "url": self._store.sign_trace(args["session"])})
 
     def _get_sampler(self, _entry: Entry, args: dict[str, str]) -> Reply:
         sampler_id = args["sampler"]

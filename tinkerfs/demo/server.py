@@ -13,6 +13,7 @@ from typing import Any, Self
 from tinkerfs.demo.account import Account
 from tinkerfs.demo.api import Api, Behaviour
 from tinkerfs.demo.catalogue import Catalogue
+from tinkerfs.demo.content import Content
 from tinkerfs.demo.faults import FaultPlan
 from tinkerfs.demo.http import Listener, Origin
 from tinkerfs.demo.journal import Journal
@@ -146,6 +147,30 @@ class DemoServer:
     def environment(self) -> dict[str, str]:
         """The variables that make any client of the API use this server."""
         return {"TINKER_BASE_URL": self.base_url, "TINKER_API_KEY": self.api_key}
+
+    def files(self, run_id: str, checkpoint_id: str) -> dict[str, Content]:
+        """Return the true files of a checkpoint by name, for comparison.
+
+        Raises:
+            KeyError: There is no such checkpoint.
+        """
+        return self._store.files(*self.account.find(run_id, checkpoint_id))
+
+    def archive(self, run_id: str, checkpoint_id: str) -> Content:
+        """Return the true archive of a checkpoint, for comparison.
+
+        Raises:
+            KeyError: There is no such checkpoint.
+        """
+        return self._store.archive(*self.account.find(run_id, checkpoint_id))
+
+    def archive_url(self, run_id: str, checkpoint_id: str) -> str:
+        """Return a fresh signed URL of a checkpoint's archive, without a request.
+
+        Raises:
+            KeyError: There is no such checkpoint.
+        """
+        return self._store.sign_archive(*self.account.find(run_id, checkpoint_id))[0]
 
     def stop_listening(self, *origins: str) -> None:
         """Refuse connections from now on, and end those that are open.

@@ -1,0 +1,256 @@
+"""Run the official client of each given environment against the embedded server.
+
+The client's library is tried by interop_client.py, inside the environment; its command line from
+here, where the server's own state can be looked at after every command.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinkerfs.demo.catalogue import Checkpoint, Run
+from tinkerfs.demo.server import DemoServer
+
+CLIENT = Path(__file__).with_name("interop_client.py")
+
+
+def truth_of(server: DemoServer) -> dict[str, Any]:
+    """Return what the client shall find, in the account's own words."""
+    account = server.account
+    sessions = {}
+    for session_id in account.session_ids():
+        session = account.session(session_id)
+        assert session is not None
+        sessions[session_id] = {
+            "run_ids": session.run_ids,
+            "samplers": session.samplers,
+            "display_name": session.display_name,
+        }
+    return {
+        "runs": [_run(run) for run in account.runs()],
+        "foreign": account.foreign_run_ids,
+        "sessions": sessions,
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "base_model": run.base_model,
+        "owner": run.owner,
+        "lora_rank": run.lora_rank,
+        "time_s": run.last_request_time_s,
+        "user_metadata": run.user_metadata,
+        "checkpoints": [_checkpoint(run, checkpoint) for checkpoint in run.checkpoints],
+    }
+
+
+def _checkpoint(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "id": checkpoint.id,
+        "path": f"tinker://{run.id}/{checkpoint.id}",
+        "time_s": checkpoint.time_s,
+        "size_bytes": checkpoint.size_bytes,
+        "is_public": checkpoint.is_public,
+        "expires_at_s": checkpoint.expires_at_s,
+    }
+
+
+class CommandLine:
+    """The `tinker` command of one environment, on a server of its own."""
+
+    def __init__(self, venv: Path, server: DemoServer, home: Path) -> None:
+        self.server, self._home = server, home
+        self._command = str(venv / "bin" / "tinker")
+        run = next(r for r in server.account.runs() if any("ext" in c.kind for c in r.checkpoints))
+        self.run = run
+        self.environment = environment(server, home)
+
+    def tinker(self, *args: str) -> str:
+        """Run a command and return its standard output."""
+        done = subprocess.run(
+            [self._command, *args],
+            env=self.environment,
+            cwd=self._home,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            msg = f"tinker {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
+            raise AssertionError(msg)
+        return done.stdout
+
+    def path(self, checkpoint_id: str) -> str:
+        """Return the tinker path of a checkpoint of the chosen run."""
+        return f"tinker://{self.run.id}/{checkpoint_id}"
+
+    def checkpoint(self, checkpoint_id: str) -> Checkpoint | None:
+        """Return the server's record of one."""
+        return self.server.account.checkpoint(self.run.id, checkpoint_id)
+
+    def run_list(self) -> None:
+        """`run list` shows every run."""
+        listed = json.loads(self.tinker("--format", "json", "run", "list", "--limit", "0"))
+        assert [r["training_run_id"] for r in listed["runs"]] == self.server.account.run_ids
+        text = self.tinker("run", "list")
+        assert self.run.id[:8] in text, text
+
+    def run_info(self) -> None:
+        """`run info` shows one."""
+        found = json.loads(self.tinker("--format", "json", "run", "info", self.run.id))
+        assert (found["training_run_id"], found["lora_rank"]) == (self.run.id, self.run.lora_rank)
+
+    def checkpoint_list(self) -> None:
+        """`checkpoint list` shows those of all runs, and those of one."""
+        args = ("--format", "json", "checkpoint", "list")
+        everything = json.loads(self.tinker(*args, "--limit", "0"))["checkpoints"]
+        expected = [f"tinker://{r.id}/{c.id}" for r, c in self.server.account.checkpoints()]
+        assert [c["tinker_path"] for c in everything] == expected
+        of_one = json.loads(self.tinker(*args, "--run-id", self.run.id))["checkpoints"]
+        ids = [c.id for c in self.run.checkpoints]
+        assert sorted(c["checkpoint_id"] for c in of_one) == sorted(ids)
+
+    def checkpoint_info(self) -> None:
+        """`checkpoint info` shows one."""
+        args = ("--format", "json", "checkpoint", "info", self.path("weights/0001"))
+        record, found = self.checkpoint("weights/0001"), json.loads(self.tinker(*args))
+        assert record is not None
+        assert found["size_bytes"] == record.size_bytes, found
+
+    def publish_and_unpublish(self) -> None:
+        """`checkpoint publish` and `unpublish` reach the server; so does doing it twice."""
+        record = self.checkpoint("sampler_weights/0001")
+        assert record is not None
+        record.is_public = False
+        self.tinker("checkpoint", "publish", self.path("sampler_weights/0001"))
+        assert record.is_public
+        self.tinker("checkpoint", "unpublish", self.path("sampler_weights/0001"))
+        assert not record.is_public
+
+    def set_ttl(self) -> None:
+        """`checkpoint set-ttl` sets an expiry, and removes it."""
+        record = self.checkpoint("weights/0001")
+        assert record is not None
+        self.tinker("checkpoint", "set-ttl", self.path("weights/0001"), "--ttl", "7200")
+        assert abs((record.expires_at_s or 0) - time.time() - 7200) < 60
+        self.tinker("checkpoint", "set-ttl", self.path("weights/0001"), "--remove")
+        assert record.expires_at_s is None
+
+    def download_external(self) -> None:
+        """`checkpoint download` of external weights brings their very bytes."""
+        self.tinker("checkpoint", "download", self.path("external_weights/export"), "-o", "ext")
+        folder = self._home / "ext" / f"{self.run.id}_external_weights_export"
+        if not folder.exists():
+            (folder,) = (self._home / "ext").iterdir()
+        self._compare(folder, "external_weights/export")
+
+    def download_archive(self) -> None:
+        """`checkpoint download` of a training checkpoint unpacks its archive."""
+        self.tinker("checkpoint", "download", self.path("weights/0001"), "-o", "tar")
+        (folder,) = (self._home / "tar").iterdir()
+        self._compare(folder, "weights/0001")
+
+    def delete(self) -> None:
+        """`checkpoint delete` deletes what it names."""
+        self.tinker("checkpoint", "delete", "-y", self.path("weights/0001"))
+        assert self.checkpoint("weights/0001") is None
+        assert self.checkpoint("sampler_weights/0001") is not None
+
+    def _compare(self, folder: Path, checkpoint_id: str) -> None:
+        record = self.checkpoint(checkpoint_id)
+        assert record is not None
+        files = self.server.files(self.run.id, checkpoint_id)
+        found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        assert sorted(found) == sorted(files)
+        for name, content in files.items():
+            expected = hashlib.sha256(content.read(0, content.size_bytes)).hexdigest()
+            assert hashlib.sha256(found[name].read_bytes()).hexdigest() == expected, name
+
+
+def environment(server: DemoServer, home: Path) -> dict[str, str]:
+    """Return an environment that shows the client this server and nothing of the user's."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER", "PYTHON"))}
+    proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    for name in proxies:
+        kept.pop(name, None)
+    return kept | server.environment | {"HOME": str(home)}
+
+
+def try_library(venv: Path, home: Path) -> list[str]:
+    """Run interop_client.py inside an environment; return what it tells, one line a step."""
+    with DemoServer(runs=45, checkpoints=6, prefix="/services/tinker-prod") as server:
+        done = subprocess.run(
+            [str(venv / "bin" / "python"), str(CLIENT)],
+            input=json.dumps(truth_of(server)),
+            env=environment(server, home),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        lines = done.stdout.splitlines()
+        if done.returncode:
+            lines.append(f"FAIL library: exit {done.returncode}")
+        if any(entry.had_key for entry in server.journal.entries("store")):
+            lines.append("FAIL the key was sent to the store")
+        unknown = {e.path for e in server.journal.entries("?")}
+        lines += [f"FAIL the server does not know {path}" for path in sorted(unknown)]
+    return lines
+
+
+def try_command_line(venv: Path, home: Path, *, has_archives: bool) -> list[str]:
+    """Run the commands of an environment; return one line a step."""
+    with DemoServer(runs=25, checkpoints=6) as server:
+        command = CommandLine(venv, server, home)
+        steps: list[Callable[[], None]] = [
+            command.run_list,
+            command.run_info,
+            command.checkpoint_list,
+            command.checkpoint_info,
+            command.publish_and_unpublish,
+            command.set_ttl,
+            command.download_archive if has_archives else command.download_external,
+            command.delete,
+        ]
+        return [_step(step) for step in steps]
+
+
+def _step(step: Callable[[], None]) -> str:
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001 - a summary of all steps helps more than the first traceback
+        return f"FAIL command {step.__name__}: {type(error).__name__}: {error}"
+    return f"ok command {step.__name__}"
+
+
+def main() -> int:
+    """Try every environment that the command line names."""
+    failures = 0
+    for venv in (Path(name).resolve() for name in sys.argv[1:]):
+        script = "import importlib.metadata as m; print(m.version('tinker'))"
+        python = str(venv / "bin" / "python")
+        version = subprocess.check_output([python, "-c", script], text=True).strip()
+        has_archives = tuple(map(int, version.split(".")[:2])) < (0, 36)
+        with tempfile.TemporaryDirectory() as home:
+            lines = try_library(venv, Path(home))
+            lines += try_command_line(venv, Path(home), has_archives=has_archives)
+        failed = [line for line in lines if line.startswith("FAIL")]
+        for line in lines:
+            print(f"tinker {version}: {line}")
+        print(f"tinker {version}: {len(lines) - len(failed)} of {len(lines)} passed", flush=True)
+        failures += len(failed)
+    print("interop: all passed" if not failures else f"interop: {failures} FAILED")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
