@@ -127,7 +127,7 @@ class CommandLine:
         assert found["size_bytes"] == record.size_bytes, found
 
     def publish_and_unpublish(self) -> None:
-        """`checkpoint publish` and `unpublish` reach the server; so does doing it twice."""
+        """`checkpoint publish` and `unpublish` reach the server."""
         record = self.checkpoint("sampler_weights/0001")
         assert record is not None
         record.is_public = False
@@ -188,18 +188,20 @@ def environment(server: DemoServer, home: Path) -> dict[str, str]:
 def try_library(venv: Path, home: Path) -> list[str]:
     """Run interop_client.py inside an environment; return what it tells, one line a step."""
     with DemoServer(runs=45, checkpoints=6, prefix="/services/tinker-prod") as server:
+        command = ["timeout", "100", str(venv / "bin" / "python"), str(CLIENT)]
         done = subprocess.run(
-            [str(venv / "bin" / "python"), str(CLIENT)],
+            command,
             input=json.dumps(truth_of(server)),
             env=environment(server, home),
             stdout=subprocess.PIPE,
             text=True,
-            timeout=120,
             check=False,
         )
         lines = done.stdout.splitlines()
         if done.returncode:
             lines.append(f"FAIL library: exit {done.returncode}")
+        if not lines:
+            lines.append("FAIL library: no step was run")
         if any(entry.had_key for entry in server.journal.entries("store")):
             lines.append("FAIL the key was sent to the store")
         unknown = {e.path for e in server.journal.entries("?")}
