@@ -284,6 +284,21 @@ def is_interruption(error: OSError) -> bool:
     return error.errno == errno.EINTR
 
 
+def is_disconnected(error: OSError) -> bool:
+    """Tell whether the error is that of a mount whose daemon is dead."""
+    return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+def is_busy(error: OSError) -> bool:
+    """Tell whether somebody holds what was to go."""
+    return error.errno == errno.EBUSY
+
+
+def from_number(number: int, path: str) -> OSError:
+    """Return the error that a system call left behind."""
+    return OSError(number, os.strerror(number), path)
+
+
 def name_of(error: OSError) -> str:
     """Return the errno's name, e.g. "ENOENT"."""
     return errno.errorcode.get(error.errno or 0, "EIO")

@@ -1,0 +1,1 @@
+"""Ways into the file system from outside: the kernel (FUSE) and fsspec."""

@@ -1,0 +1,358 @@
+"""The file system as the operations that a FUSE binding calls; nothing is decided here.
+
+Both bindings find operations by their name: a method that is misspelt is never called, without a
+word (`tests/unit/adapters/test_operations.py` compares the names with the bindings' own). xattr
+operations are left out on purpose: where they exist, `ls -l` of 10,000 makes 30,000 calls of them.
+
+Thread-safe: libfuse calls from many threads at once.
+"""
+
+import functools
+import itertools
+import logging
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+
+from tinkerfs import errors
+from tinkerfs.call import Call, Caller
+from tinkerfs.tree.filesystem import FileSystem
+from tinkerfs.tree.node import Attr, Entry, Handle, inode
+
+__all__ = ["Operations"]
+
+log = logging.getLogger(__name__)
+
+#: A name that is looked up holds up the other new names of its folder (the kernel's rule).
+LOOKUP_TIMEOUT_S: Final = 5.0
+#: So does a name that is removed.
+REMOVAL_TIMEOUT_S: Final = 10.0
+
+_BLOCK_BYTES: Final = 4096
+_NAME_MAX: Final = 255
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Requests(Protocol):
+    """What a binding tells of the request that this thread serves."""
+
+    def interrupted(self) -> bool:
+        """Tell whether its caller was interrupted."""
+        ...
+
+    def context(self) -> tuple[int, int, int]:
+        """Return (uid, gid, pid) of its caller."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    path: str
+    handle: Handle
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    path: str
+    entries: tuple[Entry, ...]
+
+
+def _operation(
+    method: "Callable[Concatenate[Operations, P], R]",
+) -> "Callable[Concatenate[Operations, P], R]":
+    """Log an operation in one line, and let out nothing but an OSError with an errno.
+
+    A decorator on each method: mfusepy calls the methods, not `Operations.__call__`.
+    """
+    name = method.__name__
+
+    @functools.wraps(method)
+    def wrapped(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        path = args[0]
+        try:
+            result = method(self, *args, **kwargs)
+        except OSError as error:
+            if not error.errno:
+                log.exception("%s %s: an error without an errno", name, path)
+                raise errors.unexpected(error, str(path)) from error
+            log.debug("%s %s: %s", name, path, errors.name_of(error))
+            raise
+        except Exception as error:
+            log.exception("%s %s failed", name, path)
+            raise errors.unexpected(error, str(path)) from error
+        log.debug("%s %s", name, path)
+        return result
+
+    return wrapped
+
+
+class Operations:
+    """FUSE operations over a `FileSystem`, for a binding with `raw_fi=True`.
+
+    Args:
+        filesystem: what is served.
+        requests: the binding, for who asks and whether they still wait.
+        timeout_s: bound on every wait that has no bound of its own.
+        stopping: set when the mount goes down: whoever waits then gets EINTR.
+        ready: called once the kernel has been answered for the first time.
+    """
+
+    use_ns = True
+
+    def __init__(
+        self,
+        filesystem: FileSystem,
+        requests: Requests,
+        *,
+        timeout_s: float,
+        stopping: threading.Event,
+        ready: Callable[[], None],
+    ) -> None:
+        self._filesystem = filesystem
+        self._requests = requests
+        self._timeout_s = timeout_s
+        self._stopping = stopping
+        self._ready = ready
+        self._numbers = itertools.count(1)
+        # Single operations on a dict are atomic, and a number is used by one file alone.
+        self._files: dict[int, _Open] = {}
+        self._listings: dict[int, _Listing] = {}
+
+    def _interrupted(self) -> bool:
+        return self._stopping.is_set() or self._requests.interrupted()
+
+    def _call(self, timeout_s: float | None) -> Call:
+        uid, _gid, pid = self._requests.context()
+        return Call(timeout_s, self._interrupted, functools.partial(Caller.from_ids, pid, uid))
+
+    def _file(self, fi: Any) -> _Open:
+        try:
+            return self._files[fi.fh]
+        except KeyError:
+            raise errors.bad_handle("", "no such open file") from None
+
+    # The mount itself
+
+    def init(self, _path: str) -> None:
+        """Take note that the kernel's first request has come: the mount answers."""
+        self._ready()
+
+    @_operation
+    def statfs(self, _path: str) -> dict[str, int]:
+        """Answer df."""
+        space = self._filesystem.space()
+        free = space.free_bytes // _BLOCK_BYTES
+        return {
+            "f_bsize": _BLOCK_BYTES,
+            "f_frsize": _BLOCK_BYTES,
+            "f_blocks": space.total_bytes // _BLOCK_BYTES,
+            "f_bfree": free,
+            "f_bavail": free,
+            "f_namemax": _NAME_MAX,
+        }
+
+    # Names and attributes
+
+    @_operation
+    def getattr(self, path: str | None, fi: Any = None) -> dict[str, int]:
+        """Answer stat and fstat; the latter with the exact size of what was opened."""
+        call = self._call(LOOKUP_TIMEOUT_S)
+        # A file that was unlinked while it was open comes without a path: its handle knows.
+        if fi is not None and fi.fh in self._files:
+            file = self._files[fi.fh]
+            return _stat(self._filesystem.handle_stat(file.path, file.handle, call))
+        return _stat(self._filesystem.stat(_known(path), call))
+
+    @_operation
+    def readlink(self, path: str) -> str:
+        """Answer readlink."""
+        return self._filesystem.readlink(path, self._call(LOOKUP_TIMEOUT_S))
+
+    @_operation
+    def opendir(self, path: str) -> int:
+        """Fetch the listing: here, where a wait holds up nobody else, and not in readdir."""
+        entries = self._filesystem.listdir(path, self._call(self._timeout_s))
+        number = next(self._numbers)
+        parent = path.rpartition("/")[0] or "/"
+        dots = (
+            Entry(".", inode(path), stat.S_IFDIR, None),
+            Entry("..", inode(parent), stat.S_IFDIR, None),
+        )
+        self._listings[number] = _Listing(path, dots + entries)
+        return number
+
+    def entries(
+        self, fh: int, offset: int
+    ) -> Iterator[tuple[str, int, int, dict[str, int] | None, int]]:
+        """Yield (name, inode, mode, attributes or None, offset of the next) from an offset on."""
+        try:
+            listing = self._listings[fh]
+        except KeyError:
+            raise errors.bad_handle("", "no such open folder") from None
+        for index in range(offset, len(listing.entries)):
+            entry = listing.entries[index]
+            attributes = _stat(entry.attr) if entry.attr else None
+            yield entry.name, entry.ino, entry.mode, attributes, index + 1
+
+    @_operation
+    def readdir(self, _path: str | None, fh: int) -> list[tuple[str, dict[str, int], int]]:
+        """List names, from the snapshot that opendir took.
+
+        libfuse 2 takes everything at once, and of the attributes no more than these two.
+        """
+        return [
+            (name, {"st_mode": mode, "st_ino": ino}, 0)
+            for name, ino, mode, _attributes, _offset in self.entries(fh, 0)
+        ]
+
+    @_operation
+    def releasedir(self, _path: str | None, fh: int) -> int:
+        """Forget a listing."""
+        self._listings.pop(fh, None)
+        return 0
+
+    @_operation
+    def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:
+        """Do nothing, well: every change was made when it was asked for."""
+        return 0
+
+    # Files
+
+    @_operation
+    def open(self, path: str, fi: Any) -> int:
+        """Open; the file system itself bounds the wait, longer where an archive is built."""
+        handle = self._filesystem.open(path, fi.flags, self._call(None))
+        number = next(self._numbers)
+        self._files[number] = _Open(path, handle)
+        fi.fh = number
+        fi.direct_io = handle.direct_io
+        # What goes through the page cache is immutable: its path carries a version.
+        fi.keep_cache = not handle.direct_io
+        return 0
+
+    @_operation
+    def read(self, _path: str | None, size: int, offset: int, fi: Any) -> bytes:
+        """Read positionally: requests come from several threads and out of order."""
+        return self._file(fi).handle.read(size, offset, self._call(self._timeout_s))
+
+    @_operation
+    def write(self, _path: str | None, data: bytes, _offset: int, fi: Any) -> int:
+        """Hand over one whole value. `>>` writes at the old size, so the offset says nothing."""
+        return self._file(fi).handle.write(data, self._call(self._timeout_s))
+
+    @_operation
+    def truncate(self, path: str | None, length: int, fi: Any = None) -> int:
+        """Truncate by path or by handle."""
+        if fi is not None and fi.fh in self._files:
+            path = self._files[fi.fh].path
+        self._filesystem.truncate(_known(path), length, self._call(self._timeout_s))
+        return 0
+
+    @_operation
+    def flush(self, _path: str | None, _fi: Any) -> int:
+        """Do nothing, well: an error from here would be lost in most programs."""
+        return 0
+
+    @_operation
+    def fsync(self, _path: str | None, _datasync: int, _fi: Any) -> int:
+        """Do nothing, well: every change was made when it was written."""
+        return 0
+
+    @_operation
+    def release(self, _path: str | None, fi: Any) -> int:
+        """Forget an open file."""
+        self._files.pop(fi.fh, None)
+        return 0
+
+    # Changes
+
+    @_operation
+    def unlink(self, path: str) -> int:
+        """Remove a file."""
+        self._filesystem.unlink(path, self._call(REMOVAL_TIMEOUT_S))
+        return 0
+
+    @_operation
+    def rmdir(self, path: str) -> int:
+        """Remove a folder."""
+        self._filesystem.rmdir(path, self._call(REMOVAL_TIMEOUT_S))
+        return 0
+
+    def _set_attributes(self, path: str | None) -> int:
+        self._filesystem.set_attributes(_known(path), self._call(LOOKUP_TIMEOUT_S))
+        return 0
+
+    @_operation
+    def chmod(self, path: str | None, _mode: int) -> int:
+        """Change no mode: succeeds where that may be said."""
+        return self._set_attributes(path)
+
+    @_operation
+    def chown(self, path: str | None, _uid: int, _gid: int) -> int:
+        """Change no owner: succeeds where that may be said."""
+        return self._set_attributes(path)
+
+    @_operation
+    def utimens(self, path: str | None, _times: tuple[int, int] | None = None) -> int:
+        """Change no time: succeeds where that may be said."""
+        return self._set_attributes(path)
+
+    def _create(self, path: str) -> int:
+        self._filesystem.create(path, self._call(LOOKUP_TIMEOUT_S))
+        return 0
+
+    @_operation
+    def create(self, path: str, _mode: int, _fi: Any = None) -> int:
+        """Refuse a new file."""
+        return self._create(path)
+
+    @_operation
+    def mknod(self, path: str, _mode: int, _dev: int) -> int:
+        """Refuse a new node."""
+        return self._create(path)
+
+    @_operation
+    def mkdir(self, path: str, _mode: int) -> int:
+        """Refuse a new folder."""
+        return self._create(path)
+
+    @_operation
+    def symlink(self, path: str, _target: str) -> int:
+        """Refuse a new symbolic link."""
+        return self._create(path)
+
+    @_operation
+    def link(self, path: str, _existing: str) -> int:
+        """Refuse a new hard link."""
+        return self._create(path)
+
+    @_operation
+    def rename(self, old: str, _new: str) -> int:
+        """Refuse another name."""
+        return self._create(old)
+
+
+def _known(path: str | None) -> str:
+    """Return the path, or say ENOENT where its file has been unlinked."""
+    if path is None:
+        raise errors.not_found("")
+    return path
+
+
+def _stat(attr: Attr) -> dict[str, int]:
+    return {
+        "st_mode": attr.mode,
+        "st_size": attr.size_bytes,
+        "st_mtime": attr.mtime_ns,
+        "st_atime": attr.mtime_ns,
+        "st_ctime": attr.mtime_ns,
+        "st_ino": attr.ino,
+        "st_nlink": attr.nlink,
+        "st_blocks": attr.blocks,
+        "st_uid": attr.uid,
+        "st_gid": attr.gid,
+    }

@@ -1,0 +1,218 @@
+"""One mount, from its first request to its end.
+
+The main thread owns the signals and nothing else; libfuse's loop runs in a thread of its own. So a
+signal is acted upon at once, however many requests hang.
+
+A mount is never unmounted because something went wrong inside: an empty folder in its place makes
+`rsync --delete` empty the other side. A dead one says ENOTCONN, and the next mount cleans it up.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from tinkerfs import errors
+from tinkerfs.adapters import mounts
+from tinkerfs.adapters.binding import Binding
+from tinkerfs.adapters.fuse import Operations
+from tinkerfs.errors import SetupError
+from tinkerfs.tree.filesystem import FileSystem
+
+__all__ = ["block_signals", "serve", "stop_was_asked_for"]
+
+log = logging.getLogger(__name__)
+
+_STOP: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+#: By it the other threads wake the main thread from sigwait.
+_WAKE: Final = signal.SIGUSR1
+
+#: After a signal: how long the process may take to end tidily. The promise is 2 s.
+_TIDY_END_S: Final = 1.5
+
+
+def block_signals() -> None:
+    """Keep the signals that end a mount for `serve` to take; call before any thread starts.
+
+    A thread that started earlier would take them with their default action, which is to die.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP | {_WAKE})
+
+
+def stop_was_asked_for() -> bool:
+    """Tell whether a signal has come that `serve` has not been there to take."""
+    return bool(signal.sigpending() & _STOP)
+
+
+def serve(
+    filesystem: FileSystem,
+    binding: Binding,
+    mountpoint: str,
+    *,
+    timeout_s: float,
+    read_only: bool = False,
+    allow_other: bool = False,
+    ready: Callable[[], None],
+) -> None:
+    """Mount, serve until a signal or an unmount, and return; the mount is gone then.
+
+    To be called in the main thread, after `block_signals`.
+
+    Args:
+        filesystem: what is served.
+        binding: who talks to the kernel.
+        mountpoint: an absolute path without links.
+        timeout_s: bound on waits.
+        read_only: the kernel refuses changes.
+        allow_other: the kernel lets other users in.
+        ready: called once the mount answers.
+
+    Raises:
+        SetupError: libfuse cannot mount.
+    """
+    loop = _Loop()
+    operations = Operations(
+        filesystem, binding, timeout_s=timeout_s, stopping=loop.stopping, ready=loop.answered
+    )
+    options = binding.mount_options(read_only=read_only, allow_other=allow_other)
+    with _captured_stderr() as words:
+        loop.start(lambda: binding.run(operations, mountpoint, options))
+        asked = loop.wait_for_the_kernel()
+        reason = words()
+    if loop.has_ended:
+        raise _refusal(mountpoint, reason)
+    if not asked:
+        os.stat(mountpoint)  # the first answer: everybody else waits for the same
+        log.info("%s: mounted by %s", mountpoint, binding)
+        ready()
+        asked = loop.wait_for_the_end()
+    if asked:
+        log.info("%s: asked to end", mountpoint)
+        _end_in_time()
+        loop.stopping.set()
+        _detach(mountpoint)
+        loop.join(_TIDY_END_S / 2)
+    elif loop.failure is not None:
+        raise SetupError(f"{mountpoint}: the mount ended: {loop.failure}")
+    else:
+        log.info("%s: unmounted", mountpoint)
+        _end_in_time()
+        loop.stopping.set()
+
+
+class _Loop:
+    """libfuse's loop in its thread, and how the main thread learns what becomes of it."""
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self.failure: BaseException | None = None
+        self._answered = threading.Event()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, run: Callable[[], None]) -> None:
+        def work() -> None:
+            try:
+                run()
+            except BaseException as error:  # noqa: BLE001  (told by the main thread)
+                self.failure = error
+            self._ended.set()
+            _wake_the_main_thread()
+
+        self._thread = threading.Thread(target=work, name="fuse", daemon=True)
+        self._thread.start()
+
+    def answered(self) -> None:
+        """Say that the kernel's first request has come; called by libfuse's thread."""
+        self._answered.set()
+        _wake_the_main_thread()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended.is_set()
+
+    def wait_for_the_kernel(self) -> bool:
+        """Wait until the mount answers or the loop has ended; True when a signal came first."""
+        return self._wait(lambda: self._answered.is_set() or self._ended.is_set())
+
+    def wait_for_the_end(self) -> bool:
+        """Wait until the loop has ended; True when a signal came first."""
+        return self._wait(self._ended.is_set)
+
+    def _wait(self, is_over: Callable[[], bool]) -> bool:
+        while not is_over():
+            if signal.sigwait(_STOP | {_WAKE}) in _STOP:
+                return True
+        return False
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+
+def _wake_the_main_thread() -> None:
+    main = threading.main_thread().ident
+    if main is not None:
+        signal.pthread_kill(main, _WAKE)
+
+
+def _detach(mountpoint: str) -> None:
+    """Take the mount out of the tree, whoever holds it: they were told EINTR, or soon ENOTCONN."""
+    try:
+        mounts.unmount(mountpoint, lazy=True)
+    except OSError as error:
+        if mounts.find_mount(mountpoint) is not None:
+            log.error("%s cannot be unmounted: %s", mountpoint, error)  # noqa: TRY400
+
+
+def _end_in_time() -> None:
+    """End the process with status 0 soon, if it has not ended itself by then.
+
+    The interpreter joins all worker threads when it exits, and one of them may sit in a call to a
+    server that does not answer. The mount is gone from the tree by then, and what is kept on disk
+    is written in transactions, so nothing is lost by not waiting for it.
+    """
+
+    def end() -> None:
+        logging.shutdown()
+        os._exit(0)
+
+    timer = threading.Timer(_TIDY_END_S, end)
+    timer.daemon = True
+    timer.start()
+
+
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Collect what libfuse writes to descriptor 2, for the one line that a failure becomes."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as words:
+        os.dup2(words.fileno(), 2)
+
+        def so_far() -> str:
+            words.seek(0)
+            return words.read().decode("utf-8", "replace")
+
+        try:
+            yield so_far
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _refusal(mountpoint: str, words: str) -> SetupError:
+    reason = "; ".join(dict.fromkeys(line.strip() for line in words.splitlines() if line.strip()))
+    reason = errors.redact(reason) or "libfuse gave no reason"
+    cure = "see `tinkerfs doctor`"
+    if "not permitted" in reason.lower() or "permission denied" in reason.lower():
+        cure = (
+            "mounting needs a right that is missing here; in a container, start it with"
+            " --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined"
+        )
+    return SetupError(f"cannot mount on {mountpoint}: {reason}: {cure}")

@@ -1,0 +1,249 @@
+"""Mounts as the running system shows them: which there are, whether they answer, how they go.
+
+Nothing here touches a file below a mountpoint in this process: a request to a mount that hangs
+cannot be interrupted, nor its process killed, until it is answered.
+"""
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from tinkerfs import errors
+
+__all__ = [
+    "FSTYPE",
+    "Holder",
+    "Mount",
+    "find_mount",
+    "fusermount",
+    "holders",
+    "list_mounts",
+    "probe",
+    "read_file",
+    "tinkerfs_mounts",
+    "unmount",
+    "wait_until",
+]
+
+FSTYPE: Final = "fuse.tinkerfs"
+
+_MNT_DETACH: Final = 2
+_UMOUNT_NOFOLLOW: Final = 8
+
+#: How long a mount may take to answer what costs it nothing, before it is said to hang.
+PROBE_TIMEOUT_S: Final = 2.0
+
+Health = Literal["answers", "dead", "hangs"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One line of /proc/self/mountinfo."""
+
+    mountpoint: str
+    fstype: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that keeps a mount from going: by a file, a working directory, or a mapping."""
+
+    pid: int
+    command: str
+    what: str
+
+    def __str__(self) -> str:
+        """Name it as `ps` would, and what it holds."""
+        return f"{self.command}[{self.pid}] ({self.what})"
+
+
+def list_mounts(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
+    """Return all mounts that this process sees, in the order they were made (proc(5))."""
+    with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
+        lines = file.read().splitlines()
+    mounts = []
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields, kind = left.split(" "), right.split(" ")
+        if len(fields) >= 5 and len(kind) >= 2:
+            mounts.append(Mount(_unescape(fields[4]), kind[0], _unescape(kind[1])))
+    return mounts
+
+
+def _unescape(text: str) -> str:
+    """Undo the kernel's octal escapes of space, tab, newline and backslash."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
+
+
+def tinkerfs_mounts() -> list[Mount]:
+    """Return the mounts of tinkerfs."""
+    return [mount for mount in list_mounts() if mount.fstype == FSTYPE]
+
+
+def find_mount(mountpoint: str) -> Mount | None:
+    """Return what is mounted at just this path, the uppermost where there are several."""
+    found = None
+    for mount in list_mounts():
+        if mount.mountpoint == mountpoint:
+            found = mount
+    return found
+
+
+def probe(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
+    """Tell whether a mount answers, is dead (its daemon is gone), or hangs."""
+    code = (
+        "import errno, os, sys\n"
+        "try: os.stat(sys.argv[1])\n"
+        "except OSError as error:\n"
+        "    sys.exit(3 if error.errno in map(int, sys.argv[2:]) else 0)\n"
+    )
+    answer = _in_a_process([sys.executable, "-I", "-S", "-c", code, mountpoint], timeout_s)
+    if answer is None:
+        return "hangs"
+    return "dead" if answer[0] == 3 else "answers"
+
+
+def read_file(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> bytes | None:
+    """Return a small file of a mount that may hang; None where it cannot be had in time."""
+    answer = _in_a_process(["cat", "--", path], timeout_s)
+    return answer[1] if answer is not None and answer[0] == 0 else None
+
+
+def _in_a_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | None:
+    """Return (exit status, output), or None when it takes too long; then it is left to itself."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        # A process in an unanswered request dies only when that is answered: no wait for it here.
+        process.kill()
+        if process.stdout:
+            process.stdout.close()
+        process.returncode = -9
+        return None
+    return process.returncode, output
+
+
+def fusermount(major: int | None = None) -> str | None:
+    """Return the program that mounts and unmounts for users who are not root.
+
+    Args:
+        major: the libfuse that will call it, by a name of its own; None for any.
+    """
+    names = {2: ("fusermount",), 3: ("fusermount3",)}.get(major or 0, ("fusermount3", "fusermount"))
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return found
+    return None
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount.
+
+    Args:
+        mountpoint: an absolute path without links.
+        lazy: let it vanish from the tree now, and end when the last user lets go.
+
+    Raises:
+        OSError: EBUSY while somebody holds it; EINVAL where nothing is mounted; EPERM.
+    """
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
+        if libc.umount2(os.fsencode(mountpoint), flags) != 0:
+            raise errors.from_number(ctypes.get_errno(), mountpoint)
+        return
+    program = fusermount()
+    if program is None:
+        raise errors.not_permitted(mountpoint, "unmounting needs fusermount3 (package fuse3)")
+    arguments = ["-u", "-z"] if lazy else ["-u"]
+    done = subprocess.run(
+        [program, *arguments, "--", mountpoint],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0:
+        words = " ".join(done.stderr.split()) or f"{program} failed"
+        if "busy" in words.lower():
+            raise errors.busy(mountpoint, words)
+        raise errors.not_permitted(mountpoint, words)
+
+
+def holders(mountpoint: str) -> list[Holder]:
+    """Return the processes that hold a mount, as far as we may look; one entry each."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            what = next(_held_by(f"/proc/{name}", mountpoint), None)
+            if what is not None:
+                found.append(Holder(int(name), _comm(name), what))
+    return sorted(found, key=lambda holder: holder.pid)
+
+
+def _held_by(process: str, mountpoint: str) -> Iterator[str]:
+    def is_inside(target: str) -> bool:
+        return target == mountpoint or target.startswith(mountpoint.rstrip("/") + "/")
+
+    for link, what in (("cwd", "its working directory"), ("root", "its root")):
+        target = _readlink(f"{process}/{link}")
+        if target is not None and is_inside(target):
+            yield what
+    try:
+        numbers = os.listdir(f"{process}/fd")
+    except OSError:
+        numbers = []
+    for number in numbers:
+        target = _readlink(f"{process}/fd/{number}")
+        if target is not None and is_inside(target):
+            yield f"open: {target}"
+    try:
+        with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                path = line.rstrip("\n").split(" ", 5)[-1].lstrip()
+                if is_inside(path):
+                    yield f"mapped: {path}"
+    except OSError:
+        return
+
+
+def _readlink(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return None
+
+
+def _comm(pid: str) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().strip() or "?"
+    except OSError:
+        return "?"
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, *, step_s: float = 0.02) -> bool:
+    """Look every `step_s` whether a condition holds; return whether it did in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() >= deadline:
+            return condition()
+        time.sleep(step_s)
+    return True
