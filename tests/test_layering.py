@@ -1,0 +1,189 @@
+"""The arrows of docs/architecture.md, read from the imports and enforced.
+
+    cli -> adapters -> tree -> catalogue, weights -> api, cache -> base
+
+Arrows go right only, and not between the two of one column. `demo` stands alone.
+"""
+
+import ast
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "tinkerfs"
+MAX_LINES = 500
+
+#: Longer than MAX_LINES, and why.
+LONG_MODULES: dict[str, str] = {}
+
+BASE = {"call", "clock", "errors", "names", "settings", "telemetry", "tinker_path"}
+
+#: Part of the package -> the parts that it may import besides itself.
+ARROWS = {
+    **dict.fromkeys(BASE, BASE),
+    # The mechanisms of the cache know nothing of Tinker.
+    "cache": BASE - {"tinker_path"},
+    "api": BASE,
+    "catalogue": BASE | {"api", "cache"},
+    "weights": BASE | {"api", "cache"},
+    "tree": BASE | {"api", "cache", "catalogue", "weights"},
+    "adapters": BASE | {"api", "cache", "catalogue", "weights", "tree"},
+    "cli": BASE | {"api", "cache", "catalogue", "weights", "tree", "adapters", "demo"},
+    "demo": set(),
+    "__init__": set(),
+    "__main__": {"cli"},
+}
+
+#: Module from outside -> the parts, or single modules, that may import it.
+CONFINED = {
+    "cachetools": {"cache"},
+    "click": {"cli"},
+    "fsspec": {"adapters"},
+    "fuse": {"adapters"},
+    "fusepy": {"adapters"},
+    "httpx": {"api", "weights.source"},
+    "mfusepy": {"adapters"},
+    "sqlite3": {"cache"},
+    "stamina": {"api", "weights.source"},
+}
+
+#: What is imported by another name than it is installed by.
+INSTALLED_AS = {"fuse": "fusepy"}
+
+
+def violations(module, source):
+    """Return what `source` would do wrong as `module`, e.g. "tree.layout"; each with its line."""
+    part = module.partition(".")[0]
+    if part not in ARROWS:
+        return [f"{module}: a new part of the package: say in ARROWS what it may import"]
+    found = []
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for target in _imported(node, module):
+            top, _, rest = target.partition(".")
+            if top == "tinkerfs":
+                found += _crossed(part, rest, node.lineno)
+            elif top not in sys.stdlib_module_names and part == "demo":
+                found.append(f"{node.lineno}: demo imports {top}: the standard library must do")
+            if top in CONFINED and not CONFINED[top] & {part, module}:
+                found.append(f"{node.lineno}: {top} belongs in {', '.join(sorted(CONFINED[top]))}")
+        if module != "errors" and _names_an_errno(node):
+            found.append(f"{node.lineno}: decides an errno: a function of errors.py does that")
+        if part not in ("cli", "demo") and _prints(node):
+            found.append(f"{node.lineno}: prints")
+    lines = source.count("\n")
+    if lines > MAX_LINES and module not in LONG_MODULES:
+        found.append(f"{lines} lines: more than {MAX_LINES}")
+    return [f"{module}:{each}" for each in found]
+
+
+def _imported(node, module):
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    origin = node.module or ""
+    if node.level:
+        package = ["tinkerfs", *module.split(".")][: -node.level]
+        origin = ".".join([*package, *filter(None, [origin])])
+    if origin == "tinkerfs":  # `from tinkerfs import errors` names a module
+        return [f"tinkerfs.{alias.name}" for alias in node.names]
+    return [origin]
+
+
+def _crossed(part, target, line):
+    to = target.partition(".")[0] or "__init__"
+    if to == part or to in ARROWS[part]:
+        return []
+    if to not in ARROWS:  # a name of tinkerfs/__init__.py, which all may read
+        return []
+    return [f"{line}: {part} -> {to} goes against the arrows"]
+
+
+def _names_an_errno(node):
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "errno"
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "errno"
+        and node.attr.startswith("E")
+    )
+
+
+def _prints(node):
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    )
+
+
+def modules():
+    """Yield (module without "tinkerfs.", path) of the whole package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts), path
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), [pytest.param(*each, id=each[0]) for each in modules()]
+)
+def test_imports_follow_the_arrows(module, path):
+    assert violations(module, path.read_text()) == []
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["fsspec"]]
+    declared = {requirement.partition(">")[0] for requirement in requirements}
+    imported = set()
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported |= {target.partition(".")[0] for target in _imported(node, module)}
+    foreign = imported - set(sys.stdlib_module_names) - {"tinkerfs"}
+    assert {INSTALLED_AS.get(name, name) for name in foreign} - declared == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("cache.metadata", "import tinkerfs.api.client", "cache -> api"),
+        ("cache.metadata", "from tinkerfs.tinker_path import TinkerPath", "cache -> tinker_path"),
+        ("api.client", "from tinkerfs.cache.store import Store", "api -> cache"),
+        ("api.client", "from ..cache import store", "api -> cache"),
+        ("api.client", "from .. import cache", "api -> cache"),
+        ("catalogue", "from tinkerfs import weights", "catalogue -> weights"),
+        ("tree.layout", "def f():\n    from tinkerfs.adapters import fuse", "tree -> adapters"),
+        ("errors", "from tinkerfs import catalogue", "errors -> catalogue"),
+        ("demo.server", "from tinkerfs.errors import redact", "demo -> errors"),
+        ("demo.server", "import msgspec", "demo imports msgspec"),
+        ("tree.layout", "import httpx", "httpx belongs in api, weights.source"),
+        ("weights.archives", "import httpx", "httpx belongs in"),
+        ("tree.layout", "import mfusepy", "mfusepy belongs in adapters"),
+        ("catalogue", "import sqlite3", "sqlite3 belongs in cache"),
+        ("adapters.fuse", "import errno\nraise OSError(errno.EIO, '')", "2: decides an errno"),
+        ("adapters.fuse", "from errno import EIO", "decides an errno"),
+        ("tree.layout", "print()", "prints"),
+        ("tree.layout", "pass\n" * 501, "501 lines"),
+        ("kitchen", "", "a new part"),
+    ],
+)
+def test_a_violation_is_found(module, source, wrong):
+    [found] = violations(module, source)
+    assert wrong in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("cli.mount", "import click\nfrom tinkerfs.demo import server\nprint()"),
+        ("weights.source", "import httpx"),
+        ("tree.layout", "from tinkerfs import __version__, errors\nfrom . import node"),
+        ("errors", "import errno\nerrno.EIO"),
+        ("demo.server", "from tinkerfs import __version__\nimport http.server\nprint()"),
+    ],
+)
+def test_what_is_allowed_passes(module, source):
+    assert violations(module, source) == []

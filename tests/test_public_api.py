@@ -1,0 +1,114 @@
+"""What the package shows of itself, and what showing it costs."""
+
+import ast
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import tinkerfs
+
+#: Never loaded before something is mounted or called (0.2 s, 0.05 s, and libfuse may be missing).
+COSTLY = ("httpx", "fuse", "fusepy", "mfusepy", "sqlite3", "fsspec")
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(tinkerfs.__path__, "tinkerfs.")
+    if module.name != "tinkerfs.__main__"
+)
+
+
+def source_of(name):
+    return ast.parse(importlib.util.find_spec(name).loader.get_source(name))
+
+
+def public_definitions(name):
+    """Yield the classes and functions that a module defines for others."""
+    for node in source_of(name).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+
+
+def imported_by_name():
+    """Return the names that modules take from each other: module -> names."""
+    taken = {}
+    for importer in MODULES:
+        for node in ast.walk(source_of(importer)):
+            if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+                names = {alias.name for alias in node.names}
+                modules = {name for name in names if f"{node.module}.{name}" in MODULES}
+                taken.setdefault(node.module, set()).update(names - modules)
+    return taken
+
+
+TAKEN = imported_by_name()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_is_sorted_and_complete(name):
+    """`__all__` has every public class and function, and every name that others import."""
+    module = importlib.import_module(name)
+    expected = {node.name for node in public_definitions(name)} | TAKEN.get(name, set())
+    exported = getattr(module, "__all__", None)
+    if exported is None:
+        assert expected == set(), f"{name} has no __all__"
+        return
+    assert list(exported) == sorted(exported)
+    assert expected - set(exported) == set(), f"missing from __all__ of {name}"
+    assert [each for each in exported if not hasattr(module, each)] == []
+    assert [each for each in exported if each.startswith("_") and each != "__version__"] == []
+
+
+@pytest.mark.parametrize("name", ["tinkerfs", *MODULES])
+def test_what_is_public_says_what_it_does(name):
+    tree = source_of(name)
+    assert ast.get_docstring(tree), f"{name} has no docstring"
+    undocumented = [node.name for node in public_definitions(name) if not ast.get_docstring(node)]
+    assert undocumented == []
+
+
+def loaded_after(code):
+    """Return which of COSTLY are loaded in a new interpreter after `code`."""
+    code += f"\nimport json, sys\nprint(json.dumps([m for m in {COSTLY!r} if m in sys.modules]))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def test_importing_the_package_loads_nothing_costly():
+    assert loaded_after("import tinkerfs") == []
+
+
+def test_every_module_can_be_imported_without_libfuse():
+    """A binding raises OSError at its import where no libfuse is: only mounting imports one."""
+    code = (
+        "import importlib, sys\nfor name in ('fuse', 'fusepy', 'mfusepy'): sys.modules[name] = None"
+    )
+    code += f"\nfor name in {MODULES!r}: importlib.import_module(name)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def commands():
+    """Yield the words of every command: (), ("mount",), ("cache", "info"), ..."""
+    import click
+    from tinkerfs.cli.main import main
+
+    def walk(command, words):
+        yield words
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                yield from walk(command.get_command(context, name), (*words, name))
+
+    return list(walk(main, ()))
+
+
+def test_help_loads_nothing_costly():
+    for words in commands():
+        code = "from tinkerfs.cli.main import main\n"
+        code += f"main({[*words, '--help']!r}, standalone_mode=False)"
+        assert loaded_after(code) == [], " ".join(["tinkerfs", *words, "--help"])
