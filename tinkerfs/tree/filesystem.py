@@ -10,7 +10,7 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,13 @@ class FileSystem:
         """Return the attributes of a path; links are not followed."""
         with self._telling(path, "stat"):
             return self._attr(self._resolve(path, call), call)
+
+    def handle_stat(self, path: str, handle: Handle, call: Call) -> Attr:
+        """Return the attributes of an open file, with its exact length; also of an unlinked one."""
+        with self._telling(path, "stat"):
+            attr = self._attr(self._resolve(path, call, with_hidden=True), call)
+            size_bytes = handle.size_bytes
+            return attr if size_bytes is None else replace(attr, size_bytes=size_bytes)
 
     def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
         """Return what a folder holds, without `.` and `..`, in the table's order."""
@@ -194,12 +201,14 @@ class FileSystem:
 
     # Resolving.
 
-    def _resolve(self, path: str, call: Call) -> _Node:
+    def _resolve(self, path: str, call: Call, *, with_hidden: bool = False) -> _Node:
         node = self._root
         try:
             for name in path.split("/"):
                 if name:
                     node = self._child(node, name, call)
+                    if not (with_hidden or self._is_shown(node, call)):
+                        raise errors.not_found(path)
         except errors.ApiError as error:
             raise errors.from_api(error, path, is_lookup=True) from error
         return node
@@ -212,16 +221,10 @@ class FileSystem:
             if isinstance(row, Each):
                 subject = self._find(row, folder, name, call)
                 if subject is not None:
-                    node = _Node(row.node, subject, path, folder)
-                    break
+                    return _Node(row.node, subject, path, folder)
             elif row.name == name:
-                node = _Node(row, folder.subject, path, folder)
-                break
-        else:
-            raise errors.not_found(path)
-        if not self._is_shown(node, call):
-            raise errors.not_found(path)
-        return node
+                return _Node(row, folder.subject, path, folder)
+        raise errors.not_found(path)
 
     def _find(self, row: Each, folder: _Node, name: str, call: Call) -> Any:
         if names.is_software_probe(name):
