@@ -32,6 +32,10 @@ def public_definitions(name):
             yield node
 
 
+def constants_then_classes_then_functions(name):
+    return (not name.isupper(), not name[0].isupper(), name)
+
+
 def imported_by_name():
     """Return the names that modules take from each other: module -> names."""
     taken = {}
@@ -56,7 +60,7 @@ def test_all_is_sorted_and_complete(name):
     if exported is None:
         assert expected == set(), f"{name} has no __all__"
         return
-    assert list(exported) == sorted(exported)
+    assert list(exported) == sorted(exported, key=constants_then_classes_then_functions)
     assert expected - set(exported) == set(), f"missing from __all__ of {name}"
     assert [each for each in exported if not hasattr(module, each)] == []
     assert [each for each in exported if each.startswith("_") and each != "__version__"] == []
