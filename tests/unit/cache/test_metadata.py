@@ -102,7 +102,8 @@ def test_absence_is_remembered_for_its_own_time_and_marked_as_remembered(cache, 
     assert cache.get("k", load, POLICY, IN_PROCESS) == "made"
 
 
-def test_an_outage_serves_the_last_good_answer_and_is_told(cache, time, telemetry, caplog):
+@pytest.mark.expect_warnings("refused|down")
+def test_an_outage_serves_the_last_good_answer_and_is_told(cache, time, telemetry):
     load = Loads()
     cache.get("k", load, POLICY, IN_PROCESS)
     time.advance(31)
@@ -116,10 +117,10 @@ def test_an_outage_serves_the_last_good_answer_and_is_told(cache, time, telemetr
     time.advance(FAILURE_TTL_S)
     load.answer = "two"
     assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
-    caplog.clear()
 
 
-def test_the_last_good_answer_has_an_end(cache, time, caplog):
+@pytest.mark.expect_warnings("refused|down")
+def test_the_last_good_answer_has_an_end(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, IN_PROCESS)
     load.answer = errors.Unreachable("refused")
@@ -128,7 +129,6 @@ def test_the_last_good_answer_has_an_end(cache, time, caplog):
     time.advance(3)
     with pytest.raises(errors.Unreachable):
         cache.get("k", load, POLICY, IN_PROCESS)
-    caplog.clear()
 
 
 @pytest.mark.parametrize("kind", [errors.Unauthorized, errors.NotFound])
@@ -191,7 +191,8 @@ def test_an_inexact_amendment_is_asked_for_again(cache):
     assert cache.get("k", load, POLICY, IN_PROCESS) == "truth"
 
 
-def test_reload_never_takes_a_kept_answer(cache, caplog):
+@pytest.mark.expect_warnings("refused|down")
+def test_reload_never_takes_a_kept_answer(cache):
     load = Loads()
     cache.get("k", load, POLICY, IN_PROCESS)
     load.answer = "two"
@@ -200,7 +201,6 @@ def test_reload_never_takes_a_kept_answer(cache, caplog):
     with pytest.raises(errors.ServerError):
         cache.reload("k", load, POLICY, IN_PROCESS)
     assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
-    caplog.clear()
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -21,7 +21,7 @@ def test_words_that_unpublish(word):
 
 @given(st.text())
 def test_anything_else_is_einval(text):
-    if text.strip().lower() not in "1 true yes on 0 false no off".split():
+    if text.strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         with pytest.raises(OSError, match="publish") as caught:
             parse_flag(text, "/p")
         assert (caught.value.errno, caught.value.filename) == (errno.EINVAL, "/p")
@@ -47,17 +47,17 @@ def test_expiries(text, seconds):
 
 @pytest.mark.parametrize(
     "text",
-    ["3599", "315360001", "-5", "59m", "11y0", "2020-01-01T00:00:00Z", "9999-01-01T00:00:00Z"],
+    ["3599", "315360001", "-5", "59m", "2020-01-01T00:00:00Z", "9999-01-01T00:00:00Z"],
 )
 def test_what_the_api_does_not_take_is_erange(text):
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match="between 3600 and 315360000") as caught:
         parse_expiry_s(text, NOW, "/p")
-    wanted = errno.EINVAL if text == "11y0" else errno.ERANGE
-    assert caught.value.errno == wanted
+    assert caught.value.errno == errno.ERANGE
 
 
 @pytest.mark.parametrize(
-    "text", ["", "soon", "12 parsecs", "2027-01-16", "2027-01-16T10:00:00", "1e9", "nan", "0x10"]
+    "text",
+    ["", "soon", "12 parsecs", "2027-01-16", "2027-01-16T10:00:00", "1e9", "11y0", "nan", "0x10"],
 )
 def test_nonsense_is_einval(text):
     with pytest.raises(OSError, match="RFC 3339") as caught:

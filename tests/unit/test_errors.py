@@ -1,0 +1,82 @@
+import errno
+import inspect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinkerfs import errors
+
+#: The table of the specification, by kind.
+WANTED = {
+    errors.Unauthorized: errno.EACCES,
+    errors.NotFound: errno.ENOENT,
+    errors.EndpointMissing: errno.EOPNOTSUPP,
+    errors.BadRequest: errno.EINVAL,
+    errors.Conflict: errno.EBUSY,
+    errors.NotReady: errno.EBUSY,
+    errors.Rejected: errno.EIO,
+    errors.RateLimited: errno.EBUSY,
+    errors.ServerError: errno.EIO,
+    errors.Unreachable: errno.EHOSTUNREACH,
+    errors.TimedOut: errno.ETIMEDOUT,
+    errors.ProtocolError: errno.EPROTO,
+}
+
+
+def test_every_kind_has_its_errno():
+    assert errors.ERRNO_OF_API_ERROR == WANTED
+    kinds = {
+        value
+        for value in vars(errors).values()
+        if inspect.isclass(value)
+        and issubclass(value, errors.ApiError)
+        and value is not errors.ApiError
+    }
+    assert kinds == set(WANTED)
+    assert errno.EAGAIN not in WANTED.values()
+
+
+@pytest.mark.parametrize("kind", WANTED)
+def test_an_api_failure_becomes_an_oserror_with_the_servers_words(kind):
+    cause = kind("the server's words", endpoint="GET training_runs", status=418)
+    failure = errors.from_api(cause, "/runs")
+    assert failure.errno == WANTED[kind]
+    assert failure.filename == "/runs"
+    assert failure.strerror == "GET training_runs 418: the server's words"
+    assert failure.__cause__ is cause
+
+
+def test_a_refused_lookup_says_that_the_name_is_not_there():
+    failure = errors.from_api(errors.BadRequest("bad id"), "/runs/x", is_lookup=True)
+    assert failure.errno == errno.ENOENT
+
+
+def test_a_remembered_error_is_the_same_but_marked():
+    cause = errors.NotFound("gone", endpoint="GET x", status=404, retry_after_s=1.5)
+    again = cause.remembered()
+    assert again.is_remembered
+    assert not cause.is_remembered
+    assert (str(again), again.status, again.retry_after_s) == (str(cause), 404, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("https://s.example/a.tar?X-Signature=abc&b=1", "https://s.example/a.tar?[redacted]"),
+        ("see (https://s.example/a?sig=1) now", "see (https://s.example/a?[redacted] now"),
+        ("https://user:pass@host/x", "https://[redacted]@host/x"),
+        ("key tml-abc.DEF-123 is wrong", "key [redacted key] is wrong"),
+        ("Bearer eyJhbGci.eyJzdWIi.c2ln!", "Bearer [redacted key]!"),
+        ("two\n lines\tand\0more", "two lines and\0more"),
+    ],
+)
+def test_secrets_and_line_breaks_are_taken_out(text, wanted):
+    assert errors.redact(text) == wanted
+
+
+@given(st.text())
+def test_redacting_bounds_and_never_fails(text):
+    once = errors.redact(text)
+    assert len(once) <= 500
+    assert "\n" not in once
