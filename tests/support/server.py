@@ -1,28 +1,36 @@
-"""Demo servers for tests: `demo_server(...)` makes one that ends with the test."""
+"""Demo servers for tests. A test module, or a conftest, imports the fixtures it wants:
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from typing import Any
+from tests.support.server import demo_server, server  # noqa: F401
+"""
 
+from contextlib import ExitStack, contextmanager
+
+import httpx
 import pytest
 
 from tinkerfs.demo.server import DemoServer
 
-MakeServer = Callable[..., DemoServer]
-
 
 @pytest.fixture
-def demo_server() -> Iterator[MakeServer]:
-    """A factory of running servers, with the arguments of `DemoServer`."""
+def demo_server():
+    """A factory of running servers, with the arguments of `DemoServer`; they end with the test."""
     with ExitStack() as stack:
 
-        def make(**options: Any) -> DemoServer:
+        def make(**options):
             return stack.enter_context(DemoServer(**options))
 
         yield make
 
 
 @pytest.fixture
-def server(demo_server: MakeServer) -> DemoServer:
+def server(demo_server):
     """A running server with 10 runs of 5 checkpoints."""
     return demo_server()
+
+
+@contextmanager
+def api_client(server, **options):
+    """A client of the API, with the key, for paths such as `training_runs`."""
+    options = {"headers": {"X-API-Key": server.api_key}, "timeout": 10.0} | options
+    with httpx.Client(base_url=f"{server.base_url}/api/v1/", trust_env=False, **options) as client:
+        yield client

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tinkerfs.demo.content import Concat, Content, Data, GzipStored, Noise
 
-__all__ = ["Adapter", "adapter_files", "gzipped", "tar_of"]
+__all__ = ["MIN_SIZE_BYTES", "Adapter", "adapter_files", "gzipped", "tar_of"]
 
 _CONFIG_BYTES = 1024
 MIN_SIZE_BYTES = 4096

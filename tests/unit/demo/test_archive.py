@@ -1,0 +1,96 @@
+import io
+import json
+import math
+import struct
+import tarfile
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinkerfs.demo.archive import MIN_SIZE_BYTES, Adapter, adapter_files, gzipped, tar_of
+
+adapters = st.builds(
+    Adapter,
+    base_model=st.sampled_from(["Qwen/Qwen3-8B", "a"]),
+    lora_rank=st.sampled_from([1, 4, 8, 32, 128]),
+    size_bytes=st.integers(MIN_SIZE_BYTES, 3_000_000),
+    identity=st.text(max_size=5),
+)
+
+
+def whole(content):
+    return content.read(0, content.size_bytes)
+
+
+@given(adapters)
+def test_files_add_up_to_the_size_told(adapter):
+    assert sum(c.size_bytes for c in adapter_files(adapter).values()) == adapter.size_bytes
+
+
+@given(adapters)
+def test_tensors_fill_the_safetensors_file(adapter):
+    data = whole(adapter_files(adapter)["adapter_model.safetensors"])
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + header_bytes])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    end = 0
+    for tensor in header.values():
+        begin, stop = tensor["data_offsets"]
+        assert begin == end
+        assert stop - begin == 4 * math.prod(tensor["shape"])
+        end = stop
+    assert 8 + header_bytes + end == len(data)
+
+
+@given(adapters)
+def test_values_are_small_and_finite(adapter):
+    data = whole(adapter_files(adapter)["adapter_model.safetensors"])
+    values = struct.unpack("<8f", data[-32:])
+    assert all(0 < abs(value) < 1 for value in values)
+
+
+@given(adapters)
+def test_the_tar_is_a_tar(adapter):
+    files = adapter_files(adapter)
+    with tarfile.open(fileobj=io.BytesIO(whole(tar_of(files, 1_700_000_000)))) as archive:
+        assert archive.getnames() == list(files)
+        for name, content in files.items():
+            assert archive.extractfile(name).read() == whole(content)
+            assert archive.getmember(name).mtime == 1_700_000_000
+
+
+@given(adapters, st.data())
+def test_a_range_of_the_tar_is_a_slice_of_it(adapter, data):
+    content = tar_of(adapter_files(adapter), 0)
+    start = data.draw(st.integers(0, content.size_bytes))
+    stop = data.draw(st.integers(start, content.size_bytes))
+    assert content.read(start, stop) == whole(content)[start:stop]
+
+
+def test_the_configuration_tells_model_and_rank():
+    files = adapter_files(Adapter("Qwen/Qwen3-8B", 16, 100_000, "x"))
+    config = json.loads(whole(files["adapter_config.json"]))
+    assert (config["base_model_name_or_path"], config["r"]) == ("Qwen/Qwen3-8B", 16)
+    assert config["peft_type"] == "LORA"
+
+
+def test_other_identities_have_other_weights_of_the_same_size():
+    first, second = (
+        whole(adapter_files(Adapter("m", 8, 50_000, who))["adapter_model.safetensors"])
+        for who in ("a", "b")
+    )
+    assert len(first) == len(second)
+    assert first[-1000:] != second[-1000:]
+
+
+def test_any_part_of_a_huge_archive_is_made_at_once():
+    content = tar_of(adapter_files(Adapter("m", 64, 40 << 30, "huge")), 0)
+    assert content.size_bytes > 40 << 30
+    assert len(content.read(39 << 30, (39 << 30) + 4096)) == 4096
+    assert content.read(content.size_bytes - 1024, content.size_bytes) == bytes(1024)
+
+
+def test_the_gzip_form_opens_as_a_tar():
+    content = gzipped(tar_of(adapter_files(Adapter("m", 8, 300_000, "x")), 0))
+    with tarfile.open(fileobj=io.BytesIO(whole(content)), mode="r:gz") as archive:
+        assert "adapter_model.safetensors" in archive.getnames()
