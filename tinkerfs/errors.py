@@ -284,9 +284,8 @@ def is_interruption(error: OSError) -> bool:
     return error.errno == errno.EINTR
 
 
-def is_disconnected(error: OSError) -> bool:
-    """Tell whether the error is that of a mount whose daemon is dead."""
-    return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+#: What a mount whose daemon is dead answers to everything.
+DISCONNECTED = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def is_busy(error: OSError) -> bool:

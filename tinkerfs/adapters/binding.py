@@ -42,7 +42,8 @@ _INSTALL = {
 
 #: The kernel lets only 12 reads of page cache wait at a time, and libfuse 3 starts only 10 threads:
 #: 64 waiting reads then held up `ls` for 28 s. The threads must outnumber the background requests,
-#: or waiting reads would take every one of them. Threads are made when needed: a high bound is free.
+#: or waiting reads would take every one of them. Threads are made when needed, so a high bound costs
+#: nothing.
 MAX_BACKGROUND = 200
 MAX_THREADS = 500
 
@@ -100,7 +101,7 @@ class Binding:
 
         To be called in the thread that libfuse calls us in; exported by libfuse 2 and 3.
         """
-        return bool(self.module._libfuse.fuse_interrupted())  # noqa: SLF001
+        return bool(self.module._libfuse.fuse_interrupted())
 
     def context(self) -> tuple[int, int, int]:
         """Return (uid, gid, pid) of who made the request that this thread serves."""
@@ -140,7 +141,8 @@ class Binding:
     ) -> None:
         """Mount and serve until unmounted; returns then.
 
-        Always in the foreground: libfuse would fork, and the threads that exist by then with it die.
+        Always in the foreground: libfuse would fork, and the threads that exist by then are dead
+        after.
 
         Raises:
             RuntimeError: libfuse could not mount; it has written why to standard error.
@@ -277,7 +279,7 @@ def _import(name: str, library: Library) -> Any:
                 if hasattr(module, "FUSE") and hasattr(module, "Operations"):
                     # A binding that was imported before keeps the library it has. fusepy would lay
                     # its libfuse 2 structures over libfuse 3 without a word.
-                    loaded = int(module._libfuse.fuse_version())  # noqa: SLF001
+                    loaded = int(module._libfuse.fuse_version())
                     if loaded != library.version:
                         raise ImportError(f"{candidate} is loaded with libfuse {loaded} already")
                     return module

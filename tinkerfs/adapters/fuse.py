@@ -14,12 +14,14 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 from tinkerfs import errors
 from tinkerfs.call import Call, Caller
-from tinkerfs.tree.filesystem import FileSystem
 from tinkerfs.tree.node import Attr, Entry, Handle, inode
+
+if TYPE_CHECKING:
+    from tinkerfs.tree.filesystem import FileSystem
 
 __all__ = ["Operations"]
 
@@ -105,7 +107,7 @@ class Operations:
 
     def __init__(
         self,
-        filesystem: FileSystem,
+        filesystem: "FileSystem",
         requests: Requests,
         *,
         timeout_s: float,
@@ -164,7 +166,10 @@ class Operations:
         # A file that was unlinked while it was open comes without a path: its handle knows.
         if fi is not None and fi.fh in self._files:
             file = self._files[fi.fh]
-            return _stat(self._filesystem.handle_stat(file.path, file.handle, call))
+            answer = _stat(self._filesystem.stat(file.path, call))
+            if file.handle.size_bytes is not None:
+                answer["st_size"] = file.handle.size_bytes
+            return answer
         return _stat(self._filesystem.stat(_known(path), call))
 
     @_operation

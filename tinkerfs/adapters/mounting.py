@@ -15,14 +15,16 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tinkerfs import errors
 from tinkerfs.adapters import mounts
 from tinkerfs.adapters.binding import Binding
 from tinkerfs.adapters.fuse import Operations
 from tinkerfs.errors import SetupError
-from tinkerfs.tree.filesystem import FileSystem
+
+if TYPE_CHECKING:
+    from tinkerfs.tree.filesystem import FileSystem
 
 __all__ = ["block_signals", "serve", "stop_was_asked_for"]
 
@@ -50,7 +52,7 @@ def stop_was_asked_for() -> bool:
 
 
 def serve(
-    filesystem: FileSystem,
+    filesystem: "FileSystem",
     binding: Binding,
     mountpoint: str,
     *,

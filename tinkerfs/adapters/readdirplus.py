@@ -31,8 +31,8 @@ def with_readdirplus(module: Any, *, max_background: int) -> Any:
             entries = self.operations.entries(fip.contents.fh, offset)
             for name, ino, mode, attributes, following in entries:
                 ctypes.memset(ctypes.byref(st), 0, size)
-                # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
-                # so a plain `ls` costs nothing that only `ls -l` must pay for.
+                # An entry without PLUS is looked up by who wants its attributes, and by nobody
+                # else: so a plain `ls` costs nothing that only `ls -l` must pay for.
                 plus = 0
                 if attributes is not None and flags & _READDIR_PLUS:
                     module.set_st_attrs(st, attributes, use_ns=True)

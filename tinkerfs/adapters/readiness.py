@@ -72,7 +72,7 @@ def start_in_background(command: Sequence[str], environ: Mapping[str, str] | Non
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as pipe:
         try:
-            child = subprocess.Popen(
+            child = subprocess.Popen(  # noqa: S603  (ourselves)
                 command,
                 env={**(os.environ if environ is None else environ), VARIABLE: str(writer)},
                 pass_fds=(writer,),

@@ -1,0 +1,170 @@
+"""A small file system in memory with the interface of `tinkerfs.tree.filesystem.FileSystem`.
+
+For tests of the adapters alone: it can hang on purpose, and knows nothing of Tinker.
+
+    /hello              "hello\\n"
+    /control            writable; holds what was last written; "bad" is EINVAL
+    /folder/<0000...>   as many small files as asked for
+    /folder/costly      listed without attributes
+    /slow/read-<any>    opens at once, reads wait for ever
+    /slow/open-<any>    opens wait for ever; so do stats of stat-<any>, listings of list-<any>/
+    /cached-<bytes>     that many bytes through the page cache; reads wait for ever past `slow_from`
+    /broken             reading raises what is no OSError
+    /link               -> folder/0000
+    /removable          may be unlinked
+    /\\xff              a name that is no UTF-8
+"""
+
+import os
+import stat
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from tinkerfs import errors
+from tinkerfs.call import Call
+from tinkerfs.tree.node import Attr, Entry, Space, inode
+
+NEVER: "Future[bytes]" = Future()
+MTIME_NS = 1_700_000_000_123_456_789
+
+
+@dataclass
+class MemoryHandle:
+    fs: "MemoryFileSystem"
+    path: str
+    direct_io: bool = True
+
+    @property
+    def size_bytes(self) -> int | None:
+        return len(self.fs.data(self.path))
+
+    def read(self, size: int, offset: int, call: Call) -> bytes:
+        name = self.path.rpartition("/")[2]
+        if name.startswith("read-"):
+            return call.wait(NEVER)
+        if name == "broken":
+            raise ZeroDivisionError("on purpose")
+        if name.startswith("cached-slow"):
+            return call.wait(NEVER)
+        return self.fs.data(self.path)[offset : offset + size]
+
+    def write(self, data: bytes, call: Call) -> int:
+        if self.path != "/control":
+            raise errors.bad_handle(self.path, "not writable")
+        if data.strip() == b"bad":
+            raise errors.invalid(self.path, "bad")
+        self.fs.control = data
+        return len(data)
+
+
+@dataclass
+class MemoryFileSystem:
+    many: int = 10
+    read_only: bool = False
+    control: bytes = b"0\n"
+    removed: set[str] = field(default_factory=set)
+    stats: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def data(self, path: str) -> bytes:
+        name = path.rpartition("/")[2]
+        if path == "/control":
+            return self.control
+        if name.startswith("cached-slow"):
+            return bytes(1 << 20)
+        if name.startswith("cached-"):
+            return bytes(range(256)) * (int(name.removeprefix("cached-")) // 256)
+        if path == "/stats":
+            with self.lock:
+                return "".join(f"{line}\n" for line in self.stats).encode("utf-8", "replace")
+        return b"hello\n"
+
+    def names(self, path: str) -> list[str] | None:
+        if path == "/":
+            names = [
+                "hello",
+                "control",
+                "folder",
+                "slow",
+                "cached-1048576",
+                "cached-slow",
+                "broken",
+            ]
+            names += ["link", "removable", "empty", "stats", "\udcff"]
+        elif path == "/folder":
+            names = ["costly", *(f"{i:04}" for i in range(self.many))]
+        elif path == "/slow":
+            names = []
+        elif path == "/empty" or path.startswith("/slow/list-"):
+            return []
+        else:
+            return None
+        return [name for name in names if f"{path.rstrip('/')}/{name}" not in self.removed]
+
+    def attr(self, path: str) -> Attr:
+        names = self.names(path)
+        parent, _, name = path.rpartition("/")
+        if path == "/link":
+            mode, size = stat.S_IFLNK | 0o777, len("folder/0000")
+        elif names is not None and path not in self.removed:
+            mode, size = stat.S_IFDIR | 0o755, 0
+        elif name in (self.names(parent or "/") or ()) or parent == "/slow":
+            mode, size = stat.S_IFREG | 0o644, len(self.data(path))
+        else:
+            raise errors.not_found(path)
+        return Attr(mode, size, MTIME_NS, inode(path), 1, -(-size // 512), os.getuid(), os.getgid())
+
+    def stat(self, path: str, call: Call) -> Attr:
+        with self.lock:
+            self.stats.append(path)
+        if path.startswith("/slow/stat-"):
+            call.wait(NEVER)
+        return self.attr(path)
+
+    def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
+        if path.startswith("/slow/list-"):
+            call.wait(NEVER)
+        names = self.names(path)
+        if names is None:
+            raise errors.not_a_directory(path)
+        entries = []
+        for name in names:
+            attr = self.attr(f"{path.rstrip('/')}/{name}")
+            entries.append(Entry(name, attr.ino, attr.mode, None if name == "costly" else attr))
+        return tuple(entries)
+
+    def readlink(self, path: str, call: Call) -> str:
+        return "folder/0000"
+
+    def open(self, path: str, flags: int, call: Call) -> MemoryHandle:
+        self.attr(path)
+        name = path.rpartition("/")[2]
+        if name.startswith("open-"):
+            call.wait(NEVER)
+        if flags & os.O_ACCMODE != os.O_RDONLY and path != "/control":
+            raise errors.not_permitted(path, "not writable")
+        return MemoryHandle(self, path, not name.startswith("cached-"))
+
+    def truncate(self, path: str, size: int, call: Call) -> None:
+        self.set_attributes(path, call)
+
+    def set_attributes(self, path: str, call: Call) -> None:
+        if path != "/control":
+            raise errors.not_permitted(path, "not writable")
+
+    def create(self, path: str, call: Call) -> None:
+        raise errors.not_permitted(path, f"nothing is made here by uid {call.caller().uid}")
+
+    def unlink(self, path: str, call: Call) -> None:
+        if path != "/removable":
+            raise errors.not_permitted(path, "stays")
+        self.removed.add(path)
+
+    def rmdir(self, path: str, call: Call) -> None:
+        if path != "/empty":
+            raise errors.not_empty(path, "not empty")
+        self.removed.add(path)
+
+    def space(self) -> Space:
+        return Space(1 << 30, 1 << 29)

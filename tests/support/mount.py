@@ -1,0 +1,160 @@
+"""Real mounts for tests: in a process of their own, waited for, and always unmounted.
+
+Run as a program it serves the file system in memory: `python -m tests.support.mount MOUNTPOINT`.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tinkerfs.adapters import mounts
+
+ROOT = Path(__file__).parents[2]
+BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
+
+
+def why_no_kernel() -> str | None:
+    """Why real mounts cannot be made here; None where they can."""
+    if not os.path.exists("/dev/fuse"):
+        return "no /dev/fuse"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as error:
+        return f"/dev/fuse: {error.strerror}"
+    if os.geteuid() != 0 and mounts.fusermount() is None:
+        return "no fusermount"
+    return None
+
+
+def require_kernel() -> None:
+    """Skip the test where there is no FUSE; fail it where that was asked for, as in CI."""
+    reason = why_no_kernel()
+    if reason is not None:
+        if os.environ.get("TINKERFS_REQUIRE_KERNEL_TESTS") == "1":
+            pytest.fail(f"kernel tests are required here, and there is {reason}")
+        pytest.skip(reason)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    assert mounts.wait_until(condition, timeout_s), "waited in vain"
+
+
+def force_unmount(mountpoint: str) -> None:
+    while mounts.find_mount(mountpoint) is not None:
+        with contextlib.suppress(OSError):
+            mounts.unmount(mountpoint, lazy=True)
+
+
+@contextlib.contextmanager
+def memory_mount(
+    mountpoint: Path, binding: str, *options: str, ready_within_s: float = 20.0
+) -> Iterator[subprocess.Popen[str]]:
+    """Serve the file system in memory until the block ends."""
+    log = mountpoint.with_name(f"{mountpoint.name}.log")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.mount", str(mountpoint), *options],
+            cwd=ROOT,
+            env=os.environ | {"TINKERFS_FUSE_BINDING": binding},
+            stdout=subprocess.PIPE,
+            stderr=output,
+            text=True,
+        )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n", log.read_text()
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+        force_unmount(str(mountpoint))
+
+
+def run(
+    *command: str | Path, timeout_s: float = 60.0, **kwargs: object
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a session of its own, and return what came of it."""
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=timeout_s,
+        check=False,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        **kwargs,
+    )
+
+
+@contextlib.contextmanager
+def running(
+    commands: Sequence[Sequence[str | Path]],
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start commands that may wait for ever; kill what is left of them at the end."""
+    processes = [
+        subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for command in commands
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait(20)
+
+
+def interrupt_after(process: subprocess.Popen[bytes], delay_s: float) -> float:
+    """Send Ctrl-C after a while, and return how long the process took to end then, seconds."""
+    time.sleep(delay_s)
+    assert process.poll() is None, "it did not wait"
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.wait(20)
+    return time.monotonic() - started
+
+
+def _serve() -> None:
+    import argparse
+    import logging
+
+    from tests.support.memoryfs import MemoryFileSystem
+    from tinkerfs.adapters import binding, mounting
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("mountpoint")
+    parser.add_argument("--many", type=int, default=10)
+    parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--allow-other", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)d %(name)s %(message)s")
+    mounting.block_signals()
+    mounting.serve(
+        MemoryFileSystem(arguments.many),  # type: ignore[arg-type]
+        binding.load(),
+        arguments.mountpoint,
+        timeout_s=arguments.timeout,
+        read_only=arguments.read_only,
+        allow_other=arguments.allow_other,
+        ready=lambda: print("ready", flush=True),
+    )
+
+
+if __name__ == "__main__":
+    _serve()

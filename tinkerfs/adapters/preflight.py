@@ -1,0 +1,144 @@
+"""What must be so before a mount is tried; each refusal is one line with its cure.
+
+The same checks serve `tinkerfs mount` and `tinkerfs doctor`.
+"""
+
+import os
+import re
+import stat
+from typing import Final
+
+from tinkerfs.adapters import mounts
+from tinkerfs.errors import SetupError
+
+__all__ = ["check_allow_other", "check_device", "check_fusermount", "prepare_mountpoint"]
+
+_DEVICE: Final = "/dev/fuse"
+_CONFIGURATION: Final = "/etc/fuse.conf"
+_CONTAINER: Final = (
+    "start a container with --device /dev/fuse --cap-add SYS_ADMIN; elsewhere: modprobe fuse"
+)
+
+
+def check_device(path: str = _DEVICE) -> None:
+    """Make sure that the kernel's door can be opened.
+
+    Raises:
+        SetupError: it cannot.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise SetupError(f"there is no {path}: {_CONTAINER}") from None
+    except PermissionError:
+        raise SetupError(
+            f"{path} may not be opened: join the group that owns it (often `fuse`), or {_CONTAINER}"
+        ) from None
+    except OSError as error:
+        raise SetupError(f"{path} does not open ({error.strerror}): {_CONTAINER}") from None
+
+
+def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
+    """Make sure that the program is there which mounts for users who are not root.
+
+    Args:
+        major: the libfuse that will call it.
+        is_root: root mounts without it; None to look.
+
+    Raises:
+        SetupError: it is not.
+    """
+    if os.geteuid() == 0 if is_root is None else is_root:
+        return
+    if mounts.fusermount(major) is None:
+        name = "fusermount3" if major == 3 else "fusermount"
+        raise SetupError(
+            f"there is no {name}, by which users mount: apt install fuse3 | dnf install fuse3"
+            " | apk add fuse3; or mount as root"
+        )
+
+
+def check_allow_other(path: str = _CONFIGURATION, *, is_root: bool | None = None) -> None:
+    """Make sure that --allow-other is allowed.
+
+    Raises:
+        SetupError: it is not, for who is not root.
+    """
+    if os.geteuid() == 0 if is_root is None else is_root:
+        return
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            is_allowed = re.search(r"^\s*user_allow_other\s*$", file.read(), re.MULTILINE)
+    except OSError:
+        is_allowed = None
+    if not is_allowed:
+        raise SetupError(
+            f"--allow-other is not allowed here: have root write user_allow_other into {path},"
+            " or mount as root"
+        )
+
+
+def prepare_mountpoint(mountpoint: str) -> str:
+    """Make sure that a folder can be mounted on, cleaning up after a dead daemon; return its path.
+
+    Raises:
+        SetupError: it cannot.
+    """
+    path = _absolute(mountpoint)
+    mount = mounts.find_mount(path)
+    if mount is not None and mount.fstype.startswith("fuse"):
+        _clear(path, mount)
+    try:
+        status = os.stat(path)
+        entries = os.scandir(path) if stat.S_ISDIR(status.st_mode) else None
+    except FileNotFoundError:
+        raise SetupError(f"{mountpoint} does not exist: mkdir -p {mountpoint}") from None
+    except NotADirectoryError:
+        raise SetupError(f"{mountpoint} is below a file: name a folder") from None
+    except PermissionError:
+        raise SetupError(
+            f"{mountpoint} may not be read by you: name a folder of your own"
+        ) from None
+    except OSError as error:
+        raise SetupError(
+            f"{mountpoint} cannot be mounted on ({error.strerror}): name another folder"
+        ) from None
+    if entries is None:
+        raise SetupError(f"{mountpoint} is no folder: name an empty folder")
+    with entries:
+        if next(entries, None) is not None:
+            raise SetupError(
+                f"{mountpoint} is not empty, and a mount would hide what is there:"
+                " name an empty folder"
+            )
+    # fusermount's own rule for users: they must be able to write there, and in a sticky folder like
+    # /tmp own it (fuse: util/fusermount.c, check_perm).
+    is_sticky_of_others = status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid()
+    if os.geteuid() != 0 and (not os.access(path, os.W_OK) or is_sticky_of_others):
+        raise SetupError(f"{mountpoint} is not yours: name a folder of your own, or mount as root")
+    return path
+
+
+def _absolute(mountpoint: str) -> str:
+    """Return the path as the kernel will show it.
+
+    The last part is left alone where it is a mount already: its daemon may be dead or hang, and a
+    mountpoint is no link.
+    """
+    path = os.path.abspath(mountpoint)
+    parent, name = os.path.split(path)
+    resolved = os.path.join(os.path.realpath(parent), name)
+    if mounts.find_mount(resolved) is not None:
+        return resolved
+    return os.path.realpath(path)
+
+
+def _clear(path: str, mount: mounts.Mount) -> None:
+    health = mounts.probe(path)
+    if health == "dead":
+        mounts.unmount(path, lazy=True)
+    elif mount.fstype == mounts.FSTYPE:
+        verb = "hangs" if health == "hangs" else "is mounted"
+        raise SetupError(f"{path}: tinkerfs {verb} there already: tinkerfs umount {path}")
+    elif health == "hangs":
+        raise SetupError(f"{path}: a mount of {mount.fstype} hangs there: name another folder")
