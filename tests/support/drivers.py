@@ -1,0 +1,318 @@
+"""One way to ask every face of the file system the same questions: in process, fsspec, the kernel.
+
+Paths are relative to the root, without a slash in front; links are followed wherever `os` follows
+them. Failures are `OSError`s everywhere.
+"""
+
+import errno
+import itertools
+import json
+import os
+import posixpath
+import stat
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from tests.support.clocks import FakeTime
+from tests.support.account import mounted
+from tinkerfs.adapters.compose import compose
+from tinkerfs.call import Call, Caller
+from tinkerfs.settings import Settings
+
+BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
+KINDS = ("process", "fsspec", *BINDINGS)
+
+#: A shell's words for an errno are `os.strerror`'s.
+OK = "OK"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What lstat tells; None where a driver does not."""
+
+    mode: int
+    size: int
+    mtime_ns: int
+    ino: int
+    nlink: int
+    uid: int
+    gid: int
+    blocks: int | None
+
+    @property
+    def is_folder(self):
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_link(self):
+        return stat.S_ISLNK(self.mode)
+
+    @property
+    def permissions(self):
+        return stat.S_IMODE(self.mode)
+
+
+class Driver(Protocol):
+    """What every driver does.
+
+    Attributes:
+        kind: one of KINDS.
+        time: whose hands the test turns; None for a mount, whose clock is the machine's.
+    """
+
+    kind: str
+    time: FakeTime | None
+
+    def stat(self, path: str) -> Status: ...
+    def listdir(self, path: str) -> list[str]: ...
+    def readlink(self, path: str) -> str: ...
+    def read(self, path: str) -> bytes: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def remove(self, *steps: str) -> list[str]:
+        """Do each of `unlink PATH`, `rmdir PATH` and `rmtree PATH` as one process group that was
+        not here before; return OK or the errno's name of each."""
+
+
+def outcome_of(work):
+    """Run it; return OK or the name of the errno."""
+    try:
+        work()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return OK
+
+
+class InProcess:
+    """The FileSystem itself."""
+
+    kind = "process"
+
+    def __init__(self, filesystem, time=None):
+        self.filesystem = filesystem
+        self.time = time
+        self._groups = itertools.count(1_000_000)
+        self.call = Call(timeout_s=60.0)
+
+    def _own(self, path):
+        folder, name = posixpath.split(f"/{path}" if path else "/")
+        return posixpath.join(self.filesystem.follow(folder, self.call), name)
+
+    def _follow(self, path):
+        return self.filesystem.follow(f"/{path}", self.call)
+
+    def stat(self, path):
+        attr = self.filesystem.stat(self._own(path), self.call)
+        return Status(
+            attr.mode,
+            attr.size_bytes,
+            attr.mtime_ns,
+            attr.ino,
+            attr.nlink,
+            attr.uid,
+            attr.gid,
+            attr.blocks,
+        )
+
+    def listdir(self, path):
+        return [e.name for e in self.filesystem.listdir(self._follow(path), self.call)]
+
+    def readlink(self, path):
+        return self.filesystem.readlink(self._own(path), self.call)
+
+    def read(self, path):
+        place = self._follow(path)
+        handle = self.filesystem.open(place, os.O_RDONLY, self.call)
+        parts = []
+        while part := handle.read(4096, sum(map(len, parts)), self.call):
+            parts.append(part)
+        data = b"".join(parts)
+        assert handle.size_bytes == len(data)
+        assert self.filesystem.handle_stat(place, handle, self.call).size_bytes == len(data)
+        return data
+
+    def write(self, path, data):
+        flags = os.O_WRONLY | os.O_TRUNC
+        handle = self.filesystem.open(self._follow(path), flags, self.call)
+        assert handle.write(data, self.call) == len(data)
+
+    def remove(self, *steps):
+        group = next(self._groups)
+        call = replace(self.call, caller=lambda: Caller(os.getpid(), os.getuid(), group))
+        return [outcome_of(lambda step=step: self._remove(step, call)) for step in steps]
+
+    def _remove(self, step, call):
+        verb, _, path = step.partition(" ")
+        place = self._own(path)
+        if verb == "rmtree":
+            self._rmtree(place, call)
+        else:
+            getattr(self.filesystem, verb)(place, call)
+
+    def _rmtree(self, place, call):
+        for entry in self.filesystem.listdir(place, call):
+            below = posixpath.join(place, entry.name)
+            if stat.S_ISDIR(entry.mode):
+                self._rmtree(below, call)
+            else:
+                self.filesystem.unlink(below, call)
+        self.filesystem.rmdir(place, call)
+
+
+class Fsspec:
+    """The FileSystem behind fsspec's interface."""
+
+    kind = "fsspec"
+
+    def __init__(self, filesystem, time=None):
+        from tinkerfs.adapters.fsspec import TinkerFileSystem
+
+        self.fs = TinkerFileSystem(filesystem=filesystem, skip_instance_cache=True)
+        self.filesystem = filesystem
+        self.time = time
+        self._process = InProcess(filesystem, time)
+
+    def stat(self, path):
+        if not path:
+            return self._process.stat("")
+        parent, _, name = path.rpartition("/")
+        listed = {posixpath.basename(i["name"]): i for i in self.fs.ls(f"tinker://{parent}")}
+        info = listed.get(name) or self.fs.info(f"tinker://{path}")
+        fields = ("mode", "size", "ino", "nlink", "uid", "gid")
+        values = {name: info[name] for name in fields}
+        return Status(mtime_ns=round(info["mtime"] * 1e9), blocks=None, **values)
+
+    def listdir(self, path):
+        names = self.fs.ls(f"tinker://{path}", detail=False)
+        return [posixpath.basename(name) for name in names]
+
+    def readlink(self, path):
+        return self._process.readlink(path)
+
+    def read(self, path):
+        with self.fs.open(f"tinker://{path}", "rb") as file:
+            data = file.read()
+        assert self.fs.cat_file(f"tinker://{path}", 0, len(data)) == data
+        return data
+
+    def write(self, path, data):
+        with self.fs.open(f"tinker://{path}", "wb") as file:
+            file.write(data)
+
+    def remove(self, *steps):
+        # The group is this process's own: what went before is past only once it has left off.
+        self.time.advance(61)
+        return [outcome_of(lambda step=step: self._remove(step)) for step in steps]
+
+    def _remove(self, step):
+        verb, _, path = step.partition(" ")
+        if verb == "rmtree":
+            self.fs.rm(f"tinker://{path}", recursive=True)
+        elif verb == "rmdir":
+            self.fs.rmdir(f"tinker://{path}")
+        else:
+            self.fs.rm_file(f"tinker://{path}")
+
+
+_REMOVER = """
+import errno, json, os, shutil, sys
+for verb, path in json.load(sys.stdin):
+    try:
+        {"unlink": os.unlink, "rmdir": os.rmdir, "rmtree": shutil.rmtree}[verb](path)
+    except OSError as error:
+        print(errno.errorcode[error.errno])
+    else:
+        print("OK")
+"""
+
+
+class KernelMount:
+    """A mount, through the kernel; removals are done by processes of their own sessions."""
+
+    time = None
+
+    def __init__(self, kind, root):
+        self.kind = kind
+        self.root = str(root)
+
+    def path(self, path=""):
+        return os.path.join(self.root, path) if path else self.root
+
+    def stat(self, path):
+        s = os.lstat(self.path(path))
+        return Status(
+            s.st_mode,
+            s.st_size,
+            s.st_mtime_ns,
+            s.st_ino,
+            s.st_nlink,
+            s.st_uid,
+            s.st_gid,
+            s.st_blocks,
+        )
+
+    def listdir(self, path):
+        return os.listdir(self.path(path))
+
+    def readlink(self, path):
+        return os.readlink(self.path(path))
+
+    def read(self, path):
+        with open(self.path(path), "rb", buffering=0) as file:
+            return file.readall()
+
+    def write(self, path, data):
+        fd = os.open(self.path(path), os.O_WRONLY | os.O_TRUNC)
+        try:
+            os.write(fd, data)
+        finally:
+            os.close(fd)
+
+    def remove(self, *steps):
+        parted = [step.partition(" ") for step in steps]
+        asked = json.dumps([(verb, self.path(path)) for verb, _, path in parted])
+        done = subprocess.run(
+            [sys.executable, "-S", "-E", "-c", _REMOVER],
+            input=asked,
+            capture_output=True,
+            text=True,
+            check=True,
+            start_new_session=True,
+            timeout=60,
+        )
+        return done.stdout.split()
+
+
+@contextmanager
+def opened(kind, server, folder, *, time=None, **settings):
+    """A driver of a kind over a server.
+
+    Args:
+        kind: one of KINDS.
+        server: a DemoServer.
+        folder: where cache and mountpoint are made.
+        time: the clock, for those that take one.
+        settings: fields of Settings.
+    """
+    if kind in BINDINGS:
+        with mounted(server, folder, binding=kind, **settings) as root:
+            yield KernelMount(kind, root)
+        return
+    cache_dir = folder / "cache"
+    cache_dir.mkdir(mode=0o700, exist_ok=True)
+    time = time or FakeTime()
+    all_settings = Settings(base_url=server.base_url, cache_dir=str(cache_dir), **settings)
+    with ExitStack() as stack:
+        before = os.environ.get("TINKER_API_KEY")
+        os.environ["TINKER_API_KEY"] = server.api_key
+        try:
+            parts = stack.enter_context(compose(all_settings, time.clock))
+        finally:
+            if before is None:
+                del os.environ["TINKER_API_KEY"]
+            else:
+                os.environ["TINKER_API_KEY"] = before
+        make = InProcess if kind == "process" else Fsspec
+        yield make(parts.filesystem, time)
