@@ -23,7 +23,7 @@ _SOURCE_AND_MOUNTPOINT = re.compile(r"tinkerfs (tinker|https?://\S+) \S+ -o ")
 
 def commands():
     """Return every command of the command line by its words: "", "mount", "cache info", ..."""
-    from tinkerfs.cli.main import main
+    from tinkerfs.cli.main import cli
 
     def walk(command, words):
         found = {" ".join(words): command}
@@ -33,7 +33,7 @@ def commands():
                 found |= walk(command.get_command(context, name), (*words, name))
         return found
 
-    return walk(main, ())
+    return walk(cli, ())
 
 
 def options_of(command):
