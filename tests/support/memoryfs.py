@@ -122,6 +122,9 @@ class MemoryFileSystem:
             call.wait(NEVER)
         return self.attr(path)
 
+    def handle_stat(self, path: str, handle: MemoryHandle, call: Call) -> Attr:
+        return self.attr(path)
+
     def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
         if path.startswith("/slow/list-"):
             call.wait(NEVER)

@@ -42,8 +42,8 @@ _INSTALL = {
 
 #: The kernel lets only 12 reads of page cache wait at a time, and libfuse 3 starts only 10 threads:
 #: 64 waiting reads then held up `ls` for 28 s. The threads must outnumber the background requests,
-#: or waiting reads would take every one of them. Threads are made when needed, so a high bound costs
-#: nothing.
+#: or waiting reads would take every one of them. Threads are made when needed, so that a high bound
+#: costs nothing.
 MAX_BACKGROUND = 200
 MAX_THREADS = 500
 

@@ -166,10 +166,7 @@ class Operations:
         # A file that was unlinked while it was open comes without a path: its handle knows.
         if fi is not None and fi.fh in self._files:
             file = self._files[fi.fh]
-            answer = _stat(self._filesystem.stat(file.path, call))
-            if file.handle.size_bytes is not None:
-                answer["st_size"] = file.handle.size_bytes
-            return answer
+            return _stat(self._filesystem.handle_stat(file.path, file.handle, call))
         return _stat(self._filesystem.stat(_known(path), call))
 
     @_operation

@@ -21,6 +21,8 @@ __all__ = [
     "FSTYPE",
     "Holder",
     "Mount",
+    "absolute",
+    "daemons",
     "find_mount",
     "fusermount",
     "holders",
@@ -95,6 +97,19 @@ def find_mount(mountpoint: str) -> Mount | None:
         if mount.mountpoint == mountpoint:
             found = mount
     return found
+
+
+def absolute(mountpoint: str) -> str:
+    """Return a mountpoint's path as the kernel shows it, without asking what is mounted there.
+
+    Its last part is left alone where it is a mount already: the daemon may be dead, or hang.
+    """
+    path = os.path.abspath(mountpoint)
+    parent, name = os.path.split(path)
+    resolved = os.path.join(os.path.realpath(parent), name)
+    if find_mount(resolved) is not None:
+        return resolved
+    return os.path.realpath(path)
 
 
 def probe(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
@@ -224,6 +239,32 @@ def _held_by(process: str, mountpoint: str) -> Iterator[str]:
                     yield f"mapped: {path}"
     except OSError:
         return
+
+
+def daemons(mountpoint: str) -> list[int]:
+    """Return the processes that serve a mount, as far as we may look: by what they hold and say.
+
+    The kernel does not tell which process serves a mount, and a mount that hangs cannot be asked.
+    """
+    numbers = [name for name in os.listdir("/proc") if name.isdigit()]
+    return sorted(int(name) for name in numbers if _serves(f"/proc/{name}", mountpoint))
+
+
+def _serves(process: str, mountpoint: str) -> bool:
+    try:
+        with open(f"{process}/cmdline", "rb") as file:
+            arguments = [os.fsdecode(argument) for argument in file.read().split(b"\0")]
+        if not any("tinkerfs" in argument for argument in arguments):
+            return False
+        numbers = os.listdir(f"{process}/fd")
+    except OSError:
+        return False
+    if not any(_readlink(f"{process}/fd/{number}") == "/dev/fuse" for number in numbers):
+        return False
+    folder = _readlink(f"{process}/cwd") or "/"
+    return any(
+        os.path.normpath(os.path.join(folder, argument)) == mountpoint for argument in arguments
+    )
 
 
 def _readlink(path: str) -> str | None:

@@ -84,7 +84,7 @@ def prepare_mountpoint(mountpoint: str) -> str:
     Raises:
         SetupError: it cannot.
     """
-    path = _absolute(mountpoint)
+    path = mounts.absolute(mountpoint)
     mount = mounts.find_mount(path)
     if mount is not None and mount.fstype.startswith("fuse"):
         _clear(path, mount)
@@ -117,20 +117,6 @@ def prepare_mountpoint(mountpoint: str) -> str:
     if os.geteuid() != 0 and (not os.access(path, os.W_OK) or is_sticky_of_others):
         raise SetupError(f"{mountpoint} is not yours: name a folder of your own, or mount as root")
     return path
-
-
-def _absolute(mountpoint: str) -> str:
-    """Return the path as the kernel will show it.
-
-    The last part is left alone where it is a mount already: its daemon may be dead or hang, and a
-    mountpoint is no link.
-    """
-    path = os.path.abspath(mountpoint)
-    parent, name = os.path.split(path)
-    resolved = os.path.join(os.path.realpath(parent), name)
-    if mounts.find_mount(resolved) is not None:
-        return resolved
-    return os.path.realpath(path)
 
 
 def _clear(path: str, mount: mounts.Mount) -> None:

@@ -1,0 +1,205 @@
+"""Settings from the command line, the environment and a TOML file, by the one table of options.
+
+Flag beats `-o`, `-o` beats environment, environment beats file, file beats default.
+"""
+
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeVar
+
+import click
+
+from tinkerfs.errors import SetupError
+from tinkerfs.settings import OPTIONS, Option, Settings
+
+__all__ = ["as_arguments", "resolve", "settings_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: The system's own file, for mounts that root makes at boot.
+SYSTEM_FILE: Final = "/etc/tinkerfs.toml"
+
+#: What mount(8), fstab and systemd say about any file system: it is theirs to act upon, not ours.
+_IGNORED: Final = frozenset(
+    """
+    defaults rw auto noauto user nouser users owner group nofail _netdev dev nodev suid nosuid exec
+    noexec async sync dirsync atime noatime diratime nodiratime relatime norelatime strictatime
+    nostrictatime lazytime nolazytime silent loud iversion noiversion mand nomand comment bg
+    """.split()  # noqa: SIM905  (one to a line would be a page)
+)
+_IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "user=")
+
+#: Other names that `-o` takes, as mount(8) and libfuse spell them.
+_ALIASES: Final = {"ro": "read-only", "allow_other": "allow-other"}
+
+
+def settings_options(*fields: str) -> Callable[[F], F]:
+    """Return a decorator that gives a command the settings' flags.
+
+    Args:
+        *fields: the attributes of `Settings` wanted; all of them where none is named.
+    """
+
+    def decorate(command: F) -> F:
+        for option in reversed(OPTIONS):
+            if not fields or option.field in fields:
+                command = _flag(option)(command)
+        return command
+
+    return decorate
+
+
+def _flag(option: Option) -> Callable[[F], F]:
+    # Values stay text here: `resolve` parses what comes from anywhere in one place.
+    help_ = f"{option.help}  [env: {option.variable}]"
+    if option.is_switch:
+        return click.option(
+            f"--{option.flag}", option.field, is_flag=True, default=None, help=help_
+        )
+    return click.option(
+        f"--{option.flag}", option.field, metavar=option.metavar, default=None, help=help_
+    )
+
+
+def resolve(
+    flags: Mapping[str, str | bool | None],
+    mount_options: Iterable[str] = (),
+    *,
+    config: str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Return the settings.
+
+    Args:
+        flags: field -> what the command line said, None for nothing.
+        mount_options: the arguments of each `-o`.
+        config: a TOML file that must be there; None for the usual places.
+        environ: the environment; None for the process's.
+
+    Raises:
+        SetupError: a value that means nothing, or an option there is not; the message names where
+            it stands.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, object] = {}
+    by_flag = {option.flag: option for option in OPTIONS}
+    for name, (text, file) in _file_values(config, environ).items():
+        option = by_flag.get(name)
+        if option is None:
+            known = ", ".join(sorted(by_flag))
+            raise SetupError(f"{file}: there is no option {name!r}; there are {known}")
+        values[option.field] = _parse(option, text, f"{file}: {name}")
+    for option in OPTIONS:
+        for variable in _variables(option):
+            if environ.get(variable):
+                values[option.field] = _parse(option, environ[variable], variable)
+                break
+    for option, text in _mount_options(mount_options):
+        values[option.field] = _parse(option, text, f"-o {option.flag}")
+    for option in OPTIONS:
+        given = flags.get(option.field)
+        if isinstance(given, bool):
+            values[option.field] = given
+        elif given is not None:
+            values[option.field] = _parse(option, given, f"--{option.flag}")
+    return Settings(**values)  # type: ignore[arg-type]  # each parsed by its own option
+
+
+def as_arguments(
+    flags: Mapping[str, str | bool | None], mount_options: Iterable[str], config: str | None
+) -> list[str]:
+    """Return the command line that says the same again, for the process that will serve."""
+    arguments = []
+    for option in OPTIONS:
+        given = flags.get(option.field)
+        if given is True:
+            arguments.append(f"--{option.flag}")
+        elif isinstance(given, str):
+            arguments.append(f"--{option.flag}={given}")
+    for each in mount_options:
+        arguments += ["-o", each]
+    if config is not None:
+        arguments.append(f"--config={config}")
+    return arguments
+
+
+def _variables(option: Option) -> tuple[str, ...]:
+    # The official client's own variable, so that one setting serves both.
+    return (
+        (option.variable, "TINKER_BASE_URL") if option.field == "base_url" else (option.variable,)
+    )
+
+
+def _parse(option: Option, text: str, where: str) -> object:
+    try:
+        return option.parse(text)
+    except ValueError as error:
+        raise SetupError(f"{where}: {error}") from None
+
+
+def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
+    by_flag = {option.flag: option for option in OPTIONS}
+    for argument in arguments:
+        for item in argument.split(","):
+            if not item or item in _IGNORED or item.startswith(_IGNORED_PREFIXES):
+                if item == "rw":  # the last of ro and rw counts, as with mount(8)
+                    yield by_flag["read-only"], "no"
+                continue
+            name, equals, text = item.partition("=")
+            option = by_flag.get(_ALIASES.get(name, name.replace("_", "-")))
+            if option is None:
+                known = ", ".join(sorted(by_flag))
+                raise SetupError(f"-o {item}: there is no such option; there are {known}")
+            if not equals:
+                if not option.is_switch:
+                    raise SetupError(f"-o {item}: it takes a value: -o {name}={option.metavar}")
+                text = "yes"
+            yield option, text
+
+
+def _file_values(config: str | None, environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return option name -> (text, file), of the file named, else the user's over the system's."""
+    config = config or environ.get("TINKERFS_CONFIG") or None
+    if config is not None:
+        return _read_file(config, must_exist=True)
+    return {**_read_file(SYSTEM_FILE), **_read_file(_user_file(environ))}
+
+
+def _user_file(environ: Mapping[str, str]) -> str:
+    # XDG Base Directory Specification; tinkerfs is for Linux alone.
+    home = environ.get("XDG_CONFIG_HOME", "").strip()
+    if not home:
+        home = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".config")
+    return os.path.join(home, "tinkerfs", "config.toml")
+
+
+def _read_file(path: str, *, must_exist: bool = False) -> dict[str, tuple[str, str]]:
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except FileNotFoundError:
+        if must_exist:
+            raise SetupError(f"{path}: there is no such file") from None
+        return {}
+    except OSError as error:
+        if not must_exist:  # e.g. a parent that is no folder, or not ours to read
+            return {}
+        raise SetupError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SetupError(f"{path}: not TOML: {error}") from None
+    return {
+        name.replace("_", "-"): (_text(value, path, name), path) for name, value in content.items()
+    }
+
+
+def _text(value: object, path: str, name: str) -> str:
+    """Return a TOML value as it would be written on the command line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name == "umask" and not isinstance(value, str):
+        # 22 and 0o22 are different numbers in TOML, and nobody means the first.
+        raise SetupError(f'{path}: umask: write it as a text: umask = "022"')
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise SetupError(f"{path}: {name}: neither a text nor a number nor true or false")

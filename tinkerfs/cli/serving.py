@@ -1,0 +1,147 @@
+"""One mount in this process, from its checks to its end: what `mount` and `demo` have in common."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from tinkerfs.errors import SetupError, TinkerfsError, Unauthorized
+from tinkerfs.settings import Settings
+
+if TYPE_CHECKING:
+    from tinkerfs.adapters.readiness import Announcer
+    from tinkerfs.api.client import Client
+
+__all__ = ["FOREGROUND", "start_in_background", "serve_here"]
+
+log = logging.getLogger(__name__)
+
+#: How long a mount waits to hear that the key is right, before it comes up without knowing.
+KEY_CHECK_TIMEOUT_S: Final = 3.0
+
+FOREGROUND: Final = "--foreground"
+
+
+def start_in_background(command: str, mountpoint: str, arguments: Sequence[str]) -> None:
+    """Run `tinkerfs COMMAND --foreground MOUNTPOINT` in another process until the mount answers.
+
+    Raises:
+        SetupError: it will not, and why.
+    """
+    import sys
+
+    from tinkerfs.adapters.readiness import start_in_background as start
+
+    # The absolute path: the process leaves our folder, and others find it by this argument. Links
+    # are followed only by the checks there: following one to a dead mount would fail here.
+    path = os.path.abspath(mountpoint)
+    start([sys.executable, "-m", "tinkerfs", command, FOREGROUND, *arguments, "--", path])
+
+
+def serve_here(
+    settings: Settings,
+    mountpoint: str,
+    *,
+    check_key: bool = True,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Mount, serve until a signal or an unmount, and return.
+
+    Args:
+        settings: of the mount.
+        mountpoint: where; an empty folder, or one that a dead mount has left.
+        check_key: make sure first that the API takes the key.
+        ready: called with the mountpoint's path once the mount answers.
+
+    Raises:
+        SetupError: it will not be, in one line with its cure.
+    """
+    from tinkerfs.adapters.readiness import Announcer
+
+    announcer = Announcer()
+    try:
+        _serve(settings, mountpoint, announcer, check_key=check_key, ready=ready)
+    except TinkerfsError as error:
+        if announcer.is_waited_for:  # the process that waits says it, once
+            announcer.failed(str(error))
+            raise SystemExit(1) from None
+        raise
+    except Exception as error:
+        announcer.failed(f"internal error: {type(error).__name__}: {error}")
+        raise
+
+
+def _serve(
+    settings: Settings,
+    mountpoint: str,
+    announcer: "Announcer",
+    *,
+    check_key: bool,
+    ready: Callable[[str], None] | None,
+) -> None:
+    from tinkerfs.adapters import binding as bindings
+    from tinkerfs.adapters import mounting, preflight
+    from tinkerfs.cli import logs
+
+    # Before any thread starts, so that the signals that end a mount wait for it to be served.
+    mounting.block_signals()
+    logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
+    preflight.check_device()
+    binding = bindings.load()
+    preflight.check_fusermount(binding.library.major)
+    if settings.allow_other:
+        preflight.check_allow_other()
+    path = preflight.prepare_mountpoint(mountpoint)
+
+    from tinkerfs.adapters.compose import compose
+
+    with compose(settings) as parts:
+        if check_key:
+            _check_key(parts.client)
+        if mounting.stop_was_asked_for():
+            raise SetupError("asked to end before the mount was made")
+
+        def answered() -> None:
+            if ready is not None:
+                ready(path)
+            announcer.ready()
+
+        mounting.serve(
+            parts.filesystem,
+            binding,
+            path,
+            timeout_s=settings.timeout_s,
+            read_only=settings.read_only,
+            allow_other=settings.allow_other,
+            ready=answered,
+        )
+
+
+def _check_key(client: "Client") -> None:
+    """Refuse a mount that could only answer "Permission denied"; let one without a network be.
+
+    Raises:
+        SetupError: there is no key, or the API does not take it.
+    """
+    from tinkerfs.adapters import mounting
+    from tinkerfs.cache.flight import in_thread
+
+    answer = in_thread(lambda: client.list_training_runs(limit=1), "first look at the server")
+    waited_s, step_s = 0.0, 0.05
+    while waited_s < KEY_CHECK_TIMEOUT_S and not mounting.stop_was_asked_for():
+        try:
+            answer.result(step_s)
+        except TimeoutError:
+            waited_s += step_s
+            continue
+        except Unauthorized as error:
+            raise SetupError(
+                f"the API does not take the key: {error.message}: set TINKER_API_KEY to one that is"
+                " valid, or run `tinker auth login`"
+            ) from None
+        except SetupError:
+            raise
+        except TinkerfsError as error:
+            log.warning("mounting without an answer from the server: %s", error)
+        return
+    log.warning("mounting without an answer from the server in %g s", KEY_CHECK_TIMEOUT_S)

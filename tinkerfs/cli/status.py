@@ -1,0 +1,119 @@
+"""`tinkerfs status`."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import click
+
+from tinkerfs.errors import SetupError
+
+__all__ = ["status"]
+
+
+@click.command(short_help="Show what mounts do, and what they wait for.")
+@click.argument("mountpoint", required=False)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: a list, an object for each mount."
+)
+def status(mountpoint: str | None, as_json: bool) -> None:
+    """Show the tinkerfs at MOUNTPOINT, or every one there is.
+
+    For each: its server, since when it runs, the API calls by endpoint and outcome, how often the
+    cache answered, what is being waited for now, and the last failures. Costs no API call, and does
+    not hang where a mount does. Exits 1 where MOUNTPOINT is no mount, or one does not answer.
+
+    \b
+        tinkerfs status
+        tinkerfs status ~/tinker --json | jq '.[].calls'
+    """  # noqa: D301
+    from tinkerfs.adapters import mounts
+
+    found = mounts.tinkerfs_mounts()
+    if mountpoint is not None:
+        path = mounts.absolute(mountpoint)
+        found = [mount for mount in found if mount.mountpoint == path]
+        if not found:
+            raise SetupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
+    with ThreadPoolExecutor(max_workers=8) as pool:  # each may take its 2 s
+        reports = list(pool.map(_report, [mount.mountpoint for mount in found]))
+    if as_json:
+        click.echo(json.dumps(reports, indent=2))
+    elif not reports:
+        click.echo("Nothing is mounted.")
+    else:
+        click.echo("\n\n".join(_text(report) for report in reports))
+    if any(report["state"] != "mounted" for report in reports):
+        raise SystemExit(1)
+
+
+def _report(mountpoint: str) -> dict[str, Any]:
+    from tinkerfs.adapters import mounts
+
+    shown = mountpoint.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    report: dict[str, Any] = {"mountpoint": shown, "state": "mounted"}
+    pids = mounts.daemons(mountpoint)
+    if pids:
+        report["pid"] = pids[0]
+    content = mounts.read_file(f"{mountpoint}/.tinkerfs/stats.json")
+    if content is not None:
+        try:
+            told = json.loads(content)
+        except ValueError:
+            told = None
+        if isinstance(told, dict):
+            return {**report, **told}
+    health = mounts.probe(mountpoint)
+    report["state"] = {"answers": "unreadable"}.get(health, health)
+    return report
+
+
+_CURES = {
+    "dead": "dead: its daemon is gone; tinkerfs umount {0}, or mount it again",
+    "hangs": "hangs: it does not answer; tinkerfs umount --force {0}",
+    "unreadable": "its counters may not be read by you",
+}
+
+
+def _text(report: dict[str, Any]) -> str:
+    mountpoint = str(report["mountpoint"])
+    lines = [click.style(mountpoint, bold=True)]
+    if report["state"] != "mounted":
+        lines.append(f"  {_CURES[report['state']].format(mountpoint)}")
+        return "\n".join(lines)
+    hit_rate = report.get("cache_hit_rate")
+    rows: list[tuple[str, str]] = [
+        ("server", str(report.get("base_url", "?"))),
+        ("since", f"{report.get('started', '?')} ({_span(report.get('uptime_s', 0))})"),
+        ("process", str(report.get("pid", "?"))),
+        ("cache", "not asked yet" if hit_rate is None else f"{hit_rate:.0%} of lookups answered"),
+        ("calls", str(report.get("calls_total", 0))),
+    ]
+    lines += [f"  {name:<9}{text}" for name, text in rows]
+    calls = report.get("calls", {})
+    width = max((len(endpoint) for endpoint in calls), default=0)
+    for endpoint, outcomes in calls.items():
+        told = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
+        lines.append(f"    {endpoint:<{width}}  {told}")
+    lines += _section(
+        "waits for", [f"{w['what']} ({_span(w['for_s'])})" for w in report["waiting"]]
+    )
+    lines += _section("last errors", [e.replace("\t", "  ") for e in report["last_errors"]])
+    return "\n".join(lines)
+
+
+def _section(title: str, items: list[str]) -> list[str]:
+    return [f"  {title}", *(f"    {item}" for item in items)] if items else []
+
+
+def _span(seconds: float) -> str:
+    """Return a span of time as people say it: 12s, 3m 5s, 2h 10m, 4d 3h."""
+    total = int(seconds)
+    for unit_s, unit, below_s, below in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if total >= unit_s:
+            return f"{total // unit_s}{unit} {total % unit_s // below_s}{below}"
+    return f"{total}s"
