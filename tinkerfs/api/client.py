@@ -1,0 +1,453 @@
+"""The Tinker API, one method per endpoint. Raises `errors.ApiError` kinds and nothing else.
+
+Used by the catalogue and by what reads weights. It knows no file paths and keeps no answers. Which
+URL form of a checkpoint id a server takes is the one thing it learns.
+"""
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable
+from types import TracebackType
+from typing import Concatenate, ParamSpec, Self, TypeVar
+from urllib.parse import urlencode, urlsplit
+
+from tinkerfs import errors
+from tinkerfs.api import endpoints, paging, parsing, rawjson, signed
+from tinkerfs.api.credentials import Credentials
+from tinkerfs.api.endpoints import Endpoint
+from tinkerfs.api.models import (
+    Capabilities,
+    Checkpoint,
+    FoundSessions,
+    Page,
+    Sampler,
+    Session,
+    SignedUrl,
+    TrainingRun,
+    WeightsInfo,
+)
+from tinkerfs.api.refs import CheckpointRef, IdForm, forms_of, id_path, segment
+from tinkerfs.api.transport import FIRST_BACKOFF_S, Answer, Request, Transport
+from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.telemetry import Telemetry
+
+__all__ = ["CheckpointRef", "Client"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+#: What a server answers to a checkpoint id in the form that it does not take: FastAPI's routers,
+#: and the official service's handlers.
+_WRONG_FORM = frozenset({400, 404, 405, 422})
+
+
+class Client:
+    """A client of one server's API. Thread-safe.
+
+    Every method may take up to `timeout_s` for each HTTP request that it needs, retries included,
+    and raises an `errors.ApiError` when that is over. Nothing is connected before the first call.
+
+    Args:
+        base_url: where the API is, http or https, perhaps with a path.
+        credentials: where the key comes from.
+        telemetry: counts every HTTP request.
+        timeout_s: bound on one request with all its retries, seconds.
+        backoff_s: the first wait between retries, seconds; it doubles up to 20 times as much.
+        clock: `now` for expiries and dates, `monotonic` for bounds.
+
+    Raises:
+        SetupError: the URL, or a proxy's in the environment, cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        credentials: Credentials,
+        telemetry: Telemetry,
+        *,
+        timeout_s: float = 30.0,
+        backoff_s: float = FIRST_BACKOFF_S,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._clock = clock
+        self._transport = Transport(
+            base_url, credentials, telemetry, timeout_s=timeout_s, backoff_s=backoff_s, clock=clock
+        )
+        self._lock = threading.Lock()
+        # Both guarded by _lock.
+        #: The form of a checkpoint id that each operation took last.
+        self._worked: dict[str, IdForm] = {}
+        #: How many records of each listing could not be read, at most, so far.
+        self._unreadable: dict[str, int] = {}
+
+    @property
+    def base_url(self) -> str:
+        """Where the API is, without a slash at its end."""
+        return self._base_url
+
+    def close(self) -> None:
+        """Close every connection; later calls fail as Unreachable."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        """Return the client itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    # Training runs
+
+    def list_training_runs(self, limit: int = 100, offset: int = 0) -> Page[TrainingRun]:
+        """Return one page of the user's own runs.
+
+        Raises:
+            ApiError: it cannot be had; EndpointMissing where the server lists no runs.
+        """
+        return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset)
+
+    def all_training_runs(self) -> tuple[TrainingRun, ...]:
+        """Return every run of the user: ceil(runs / page) calls, at most 8 at once.
+
+        Raises:
+            ApiError: as `list_training_runs`; one page that fails fails all.
+        """
+        return paging.read_all(self.list_training_runs, lambda run: run.run_id)
+
+    def training_run(self, run_id: str) -> TrainingRun:
+        """Return one run: the user's own, or a public one.
+
+        Raises:
+            ApiError: it cannot be had; NotFound where there is none.
+        """
+        path = f"training_runs/{_id(endpoints.RUN, run_id)}?access_scope=accessible"
+        return self._one(Request(endpoints.RUN, path), parsing.parse_training_run)
+
+    # Checkpoints
+
+    def list_checkpoints(self, run_id: str, *, is_known: bool = False) -> tuple[Checkpoint, ...]:
+        """Return every checkpoint of a run; the server does not page them.
+
+        Args:
+            run_id: the run.
+            is_known: whether the run is known to exist.
+
+        Raises:
+            ApiError: they cannot be had; NotFound where there is no such run.
+        """
+        path = f"training_runs/{_id(endpoints.RUN_CHECKPOINTS, run_id)}/checkpoints"
+        request = Request(endpoints.RUN_CHECKPOINTS, path, is_known=is_known)
+        page = self._one(request, parsing.parse_checkpoints)
+        return self._checked(endpoints.RUN_CHECKPOINTS, page).items
+
+    def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> Page[Checkpoint]:
+        """Return one page of the checkpoints of all the user's runs, newest first.
+
+        Raises:
+            ApiError: it cannot be had; EndpointMissing where the server has no such listing.
+        """
+        return self._list(endpoints.USER_CHECKPOINTS, parsing.parse_checkpoints, limit, offset)
+
+    def all_user_checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Return every checkpoint of the user, newest first: ceil(checkpoints / page) calls.
+
+        Raises:
+            ApiError: as `list_user_checkpoints`; one page that fails fails all.
+        """
+        return paging.read_all(self.list_user_checkpoints, _identity)
+
+    def weights_info(self, tinker_path: str, *, is_known: bool = False) -> WeightsInfo:
+        """Return what the weights behind a tinker path are.
+
+        Args:
+            tinker_path: `tinker://...`.
+            is_known: whether the checkpoint is known to exist.
+
+        Raises:
+            ApiError: it cannot be had; NotFound, or BadRequest where the server tells nothing of
+                this kind of checkpoint.
+        """
+        body = rawjson.dumps({"tinker_path": tinker_path})
+        return self._one(
+            Request(endpoints.WEIGHTS_INFO, "weights_info", body, _new_key(), is_known),
+            parsing.parse_weights_info,
+        )
+
+    def archive(self, ref: CheckpointRef) -> SignedUrl:
+        """Return a signed URL of the checkpoint's archive; the server may have to build it first.
+
+        The redirect is read, never followed: the key belongs to the API's origin alone.
+
+        Raises:
+            ApiError: it cannot be had; NotReady while the server builds it, with `retry_after_s`
+                where it says; EndpointMissing where the server gives no archives.
+        """
+        answer = self._on_checkpoint(endpoints.ARCHIVE, ref, "/archive")
+        return self._parsed(endpoints.ARCHIVE, answer, signed.archive_url, self._clock.now())
+
+    def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
+        """Return a signed URL for each file of an external checkpoint, and when they expire.
+
+        The URLs are secrets. The file names are the server's, unchecked. The expiry is in seconds
+        since 1970.
+
+        Raises:
+            ApiError: they cannot be had; EndpointMissing where the server has no such thing.
+        """
+        answer = self._on_checkpoint(endpoints.EXTERNAL_URLS, ref, "/external_weights_urls")
+        return self._parsed(
+            endpoints.EXTERNAL_URLS, answer, signed.external_urls, self._clock.now()
+        )
+
+    def publish(self, ref: CheckpointRef) -> None:
+        """Let everybody read the checkpoint; that it is public already is success.
+
+        Raises:
+            ApiError: it cannot be done.
+        """
+        self._on_checkpoint(endpoints.PUBLISH, ref, "/publish")
+
+    def unpublish(self, ref: CheckpointRef) -> None:
+        """Let only its owner read the checkpoint; that it is private already is success.
+
+        Raises:
+            ApiError: it cannot be done.
+        """
+        self._on_checkpoint(endpoints.UNPUBLISH, ref, "/publish")
+
+    def set_ttl(self, ref: CheckpointRef, ttl_seconds: int | None) -> None:
+        """Let the server delete the checkpoint after a while, or never.
+
+        Args:
+            ref: the checkpoint.
+            ttl_seconds: seconds from now, 3600 to 315360000; None for never.
+
+        Raises:
+            ApiError: it cannot be done; BadRequest out of range.
+        """
+        self._on_checkpoint(endpoints.TTL, ref, "/ttl", rawjson.dumps({"ttl_seconds": ttl_seconds}))
+
+    def delete(self, ref: CheckpointRef) -> None:
+        """Delete the checkpoint for ever.
+
+        Raises:
+            ApiError: it cannot be done; NotFound where it is gone already; NotReady or Conflict
+                while it is being written.
+        """
+        self._on_checkpoint(endpoints.DELETE, ref)
+
+    # Sessions and samplers
+
+    def list_sessions(self, limit: int = 100, offset: int = 0) -> Page[str]:
+        """Return one page of the ids of the user's sessions.
+
+        Raises:
+            ApiError: it cannot be had; EndpointMissing where the server has no sessions.
+        """
+        return self._list(endpoints.SESSIONS, parsing.parse_session_ids, limit, offset)
+
+    def all_sessions(self) -> tuple[str, ...]:
+        """Return the ids of all the user's sessions, page after page: there is no count of them.
+
+        Raises:
+            ApiError: as `list_sessions`; one page that fails fails all.
+        """
+        return paging.read_all(self.list_sessions, lambda session_id: session_id)
+
+    def session(self, session_id: str) -> Session:
+        """Return one session's record.
+
+        Raises:
+            ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
+        """
+        path = f"sessions/{_id(endpoints.SESSION, session_id)}?access_scope=accessible"
+        return self._one(
+            Request(endpoints.SESSION, path), lambda body: parsing.parse_session(session_id, body)
+        )
+
+    def search_sessions(
+        self,
+        *,
+        display_name: str | None = None,
+        statuses: tuple[str, ...] = (),
+        limit: int = 100,
+        cursor: str | None = None,
+    ) -> FoundSessions:
+        """Return one page of the sessions that match.
+
+        Args:
+            display_name: what the name must hold.
+            statuses: one of which it must have; empty for any.
+            limit: how many at once, 1 to 200.
+            cursor: where the page before ended.
+
+        Raises:
+            ApiError: it cannot be had; EndpointMissing where the server has no search.
+        """
+        query: dict[str, object] = {"limit": limit}
+        if display_name is not None:
+            query["display_name"] = display_name
+        if statuses:
+            query["statuses"] = list(statuses)
+        if cursor is not None:
+            query["cursor"] = cursor
+        body = rawjson.dumps(query)
+        request = Request(endpoints.SESSION_SEARCH, "sessions/search", body, _new_key())
+        return self._one(request, parsing.parse_found_sessions)
+
+    def sampler(self, sampler_id: str) -> Sampler:
+        """Return one sampler's record.
+
+        Raises:
+            ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
+        """
+        path = f"samplers/{_id(endpoints.SAMPLER, sampler_id)}"
+        return self._one(
+            Request(endpoints.SAMPLER, path), lambda body: parsing.parse_sampler(sampler_id, body)
+        )
+
+    # The server
+
+    def capabilities(self) -> Capabilities:
+        """Return what the server offers.
+
+        Raises:
+            ApiError: it cannot be had.
+        """
+        request = Request(endpoints.CAPABILITIES, "get_server_capabilities")
+        return self._one(request, parsing.parse_capabilities)
+
+    def health(self) -> str:
+        """Return what the server says of itself, "ok" in general; works without a key.
+
+        Raises:
+            ApiError: it does not answer, or not as the API does.
+        """
+        request = Request(endpoints.HEALTH, "healthz", needs_key=False)
+        _, fields = self._one(request, rawjson.parse_object)
+        return errors.redact(str(fields.get("status", "")))
+
+    def whoami(self) -> bytes:
+        """Return what the server tells of the key, as JSON; nothing of it is secret.
+
+        Raises:
+            ApiError: it cannot be had; Unauthorized where the key is no good; EndpointMissing where
+                the server does not tell.
+        """
+        raw, _ = self._one(Request(endpoints.WHOAMI, "auth/apikey/me"), rawjson.parse_object)
+        return raw
+
+    # What all of them share
+
+    def _one(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        answer = self._transport.send(request, self._transport.deadline())
+        return self._parsed(request.endpoint, answer, lambda answer: parse(answer.body))
+
+    def _list(
+        self,
+        endpoint: Endpoint,
+        parse: Callable[[bytes], Page[T]],
+        limit: int,
+        offset: int,
+    ) -> Page[T]:
+        query = urlencode({"limit": limit, "offset": offset})
+        path = endpoint.label.partition(" ")[2]
+        page = self._one(Request(endpoint, f"{path}?{query}"), parse)
+        return self._checked(endpoint, page)
+
+    def _checked(self, endpoint: Endpoint, page: Page[T]) -> Page[T]:
+        """Tell, once, how many records of a listing could not be read."""
+        count = page.received - len(page.items)
+        with self._lock:
+            before = self._unreadable.get(endpoint.label, 0)
+            self._unreadable[endpoint.label] = max(count, before)
+        if count > before:
+            log.warning(
+                "%s: %d of %d records could not be read and are left out",
+                endpoint.label,
+                count,
+                page.received,
+            )
+        return page
+
+    def _parsed(
+        self,
+        endpoint: Endpoint,
+        answer: Answer,
+        parse: Callable[Concatenate[Answer, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        try:
+            return parse(answer, *args, **kwargs)
+        except errors.ProtocolError as error:
+            host = urlsplit(answer.url).hostname
+            raise errors.ProtocolError(
+                f"{error.message} (from {host})", endpoint=endpoint.label, status=answer.status
+            ) from None
+
+    def _on_checkpoint(
+        self, endpoint: Endpoint, ref: CheckpointRef, tail: str = "", body: bytes | None = None
+    ) -> Answer:
+        """Ask something of a checkpoint, in the form of its id that the server takes.
+
+        Raises:
+            ApiError: what was met; of two forms, what says more.
+        """
+        run = f"training_runs/{_id(endpoint, ref.run_id)}/checkpoints"
+        key = _new_key() if endpoint.method == "POST" else None
+        deadline = self._transport.deadline()
+        failure: errors.ApiError = errors.NotFound(
+            "an empty id names nothing", endpoint=endpoint.label
+        )
+        with self._lock:
+            worked = self._worked.get(endpoint.label)
+        for number, (form, checkpoint_id) in enumerate(forms_of(ref, endpoint, worked)):
+            path = f"{run}/{id_path(checkpoint_id)}{tail}"
+            try:
+                answer = self._transport.send(
+                    Request(endpoint, path, body, key, ref.is_known), deadline
+                )
+            except errors.ApiError as error:
+                if error.status not in _WRONG_FORM:
+                    raise
+                # A handler's words say more than a router's.
+                if number == 0 or isinstance(failure, errors.EndpointMissing):
+                    failure = error
+            else:
+                with self._lock:
+                    self._worked[endpoint.label] = form
+                return answer
+        raise failure
+
+
+def _id(endpoint: Endpoint, text: str) -> str:
+    """Return an id as a URL segment.
+
+    Raises:
+        NotFound: it is empty, and the URL would be another endpoint's.
+    """
+    if not text:
+        raise errors.NotFound("an empty id names nothing", endpoint=endpoint.label)
+    return segment(text)
+
+
+def _identity(checkpoint: Checkpoint) -> tuple[object, ...]:
+    """Return what tells a checkpoint from those of all runs; bare ids repeat."""
+    if checkpoint.tinker_path is not None:
+        return (checkpoint.tinker_path,)
+    return (checkpoint.checkpoint_id, checkpoint.checkpoint_type, checkpoint.time_ns)
+
+
+def _new_key() -> str:
+    return str(uuid.uuid4())

@@ -1,0 +1,99 @@
+"""The endpoints of the API, as a table: what each is called, and what its statuses mean (pure)."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+__all__ = [
+    "ARCHIVE",
+    "CAPABILITIES",
+    "DELETE",
+    "EXTERNAL_URLS",
+    "HEALTH",
+    "PUBLISH",
+    "REDIRECTS",
+    "RUN",
+    "RUNS",
+    "RUN_CHECKPOINTS",
+    "SAMPLER",
+    "SESSION",
+    "SESSIONS",
+    "SESSION_SEARCH",
+    "TTL",
+    "UNPUBLISH",
+    "USER_CHECKPOINTS",
+    "WEIGHTS_INFO",
+    "WHOAMI",
+    "Endpoint",
+    "Scope",
+]
+
+
+class Scope(Enum):
+    """What a missing answer of an endpoint can speak of."""
+
+    #: It lists or tells of the whole account, so that nothing but itself can be missing.
+    ACCOUNT = "account"
+    #: It names a thing by id, and some servers lack it.
+    OPTIONAL_THING = "optional thing"
+    #: It names a thing by id, and every server has it.
+    THING = "thing"
+    #: It does something with a checkpoint that a listing told, and some servers lack it.
+    OPTIONAL_DEED = "optional deed"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One endpoint of the API, as far as failures and retries are concerned.
+
+    Attributes:
+        label: method and path template, which names it in counters and messages.
+        scope: what a missing answer speaks of.
+        successes: statuses from 300 on that are no failure: "already so", an expected redirect.
+        states: statuses that tell a state of the thing: not retried, since asking again at once
+            tells the same.
+        is_removal: whether it removes something, so that "not there" is what was wanted where an
+            earlier try may have done it.
+    """
+
+    label: str
+    scope: Scope
+    successes: frozenset[int] = frozenset()
+    states: frozenset[int] = frozenset()
+    is_removal: bool = False
+
+    @property
+    def method(self) -> str:
+        """The HTTP method."""
+        return self.label.partition(" ")[0]
+
+
+#: The archive is told by a redirect, which is read and not followed.
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_ALREADY_SO = frozenset({409})
+_CHECKPOINT = "training_runs/{run}/checkpoints/{checkpoint}"
+
+RUNS = Endpoint("GET training_runs", Scope.ACCOUNT)
+RUN = Endpoint("GET training_runs/{run}", Scope.THING)
+RUN_CHECKPOINTS = Endpoint("GET training_runs/{run}/checkpoints", Scope.OPTIONAL_DEED)
+USER_CHECKPOINTS = Endpoint("GET checkpoints", Scope.ACCOUNT)
+WEIGHTS_INFO = Endpoint("POST weights_info", Scope.OPTIONAL_DEED)
+ARCHIVE = Endpoint(
+    f"GET {_CHECKPOINT}/archive",
+    Scope.OPTIONAL_DEED,
+    successes=REDIRECTS,
+    states=frozenset({425, 503}),
+)
+EXTERNAL_URLS = Endpoint(f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIONAL_DEED)
+PUBLISH = Endpoint(f"POST {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO)
+UNPUBLISH = Endpoint(f"DELETE {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO)
+TTL = Endpoint(f"PUT {_CHECKPOINT}/ttl", Scope.OPTIONAL_DEED)
+DELETE = Endpoint(
+    f"DELETE {_CHECKPOINT}", Scope.THING, states=frozenset({409, 425}), is_removal=True
+)
+SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT)
+SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_THING)
+SESSION_SEARCH = Endpoint("POST sessions/search", Scope.ACCOUNT)
+SAMPLER = Endpoint("GET samplers/{sampler}", Scope.OPTIONAL_THING)
+CAPABILITIES = Endpoint("GET get_server_capabilities", Scope.ACCOUNT)
+HEALTH = Endpoint("GET healthz", Scope.ACCOUNT)
+WHOAMI = Endpoint("GET auth/apikey/me", Scope.ACCOUNT)

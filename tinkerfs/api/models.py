@@ -1,0 +1,152 @@
+"""What the API tells, as frozen values (pure).
+
+Each record keeps its own JSON bytes in `raw`: unknown fields are shown as the server wrote them,
+and 100,000 records stay small (no dicts). Everything here is immutable, so threads may share it.
+`parsing` makes these of answers.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
+
+from tinkerfs.api.rawjson import merged, with_fields
+
+__all__ = [
+    "Capabilities",
+    "Checkpoint",
+    "FoundSession",
+    "FoundSessions",
+    "Page",
+    "Sampler",
+    "Session",
+    "SignedUrl",
+    "TrainingRun",
+    "WeightsInfo",
+    "merged",
+    "with_fields",
+]
+
+T = TypeVar("T")
+
+
+class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One checkpoint's record.
+
+    Attributes:
+        checkpoint_id: as the server lists it, `<kind>/<name>` or bare `<name>`.
+        checkpoint_type: "training", "sampler", "external", or anything newer.
+        time_ns: when it was saved, nanoseconds since 1970.
+        tinker_path: `tinker://<run>/<kind>/<name>`, unchecked.
+        size_bytes: what the server stores, 0 or more.
+        is_public: whether it is published.
+        expires_at_ns: when the server will delete it, nanoseconds since 1970; None for never.
+        raw: the record's own JSON.
+    """
+
+    checkpoint_id: str
+    checkpoint_type: str | None = None
+    time_ns: int | None = None
+    tinker_path: str | None = None
+    size_bytes: int | None = None
+    is_public: bool = False
+    expires_at_ns: int | None = None
+    raw: bytes
+
+
+class TrainingRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One training run's record; times in nanoseconds since 1970, `raw` its own JSON."""
+
+    run_id: str
+    base_model: str | None = None
+    lora_rank: int | None = None
+    is_lora: bool | None = None
+    last_request_time_ns: int | None = None
+    last_checkpoint: Checkpoint | None = None
+    last_sampler_checkpoint: Checkpoint | None = None
+    raw: bytes
+
+
+class WeightsInfo(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What the weights of a checkpoint are."""
+
+    base_model: str | None = None
+    lora_rank: int | None = None
+    is_lora: bool | None = None
+    raw: bytes
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """One session's record."""
+
+    session_id: str
+    training_run_ids: tuple[str, ...] = ()
+    sampler_ids: tuple[str, ...] = ()
+    raw: bytes
+
+
+class FoundSession(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One session as the search tells it."""
+
+    session_id: str
+    display_name: str | None = None
+    created_at_ns: int | None = None
+    raw: bytes
+
+
+class Sampler(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One sampler's record; `model_path` is the tinker path that it serves, if any."""
+
+    sampler_id: str
+    base_model: str | None = None
+    model_path: str | None = None
+    raw: bytes
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server offers: the names of its base models, and the whole answer."""
+
+    models: tuple[str, ...] = ()
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SignedUrl:
+    """A URL that anyone may read until it expires: a secret, so its repr does not tell it.
+
+    Attributes:
+        url: http or https.
+        expires_at_s: seconds since 1970.
+    """
+
+    url: str
+    expires_at_s: float
+
+    def __repr__(self) -> str:
+        """Tell only when it expires."""
+        return f"SignedUrl(<secret>, expires_at_s={self.expires_at_s!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a listing.
+
+    Attributes:
+        items: the records that could be read.
+        total_count: how many there are in all, by the server's word, which may be stale.
+        limit: the page size that the server says it used.
+        received: how many records came, those that could not be read included.
+    """
+
+    items: tuple[T, ...]
+    total_count: int | None = None
+    limit: int | None = None
+    received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FoundSessions:
+    """One page of a search; `next_cursor` asks for the next one, None at the end."""
+
+    items: tuple[FoundSession, ...]
+    next_cursor: str | None = None

@@ -1,0 +1,225 @@
+"""Reads every page of a listing: the first alone, the others at once. Knows nothing of HTTP.
+
+The server's words about a listing are hints: `limit` may be clamped in silence, `total_count` may
+be stale, zero or missing, and records move between pages while these are read. What came is what
+counts: the first page's length is the step, an empty page is the end, ids tell records apart.
+"""
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+from tinkerfs.api.models import Page
+
+__all__ = ["PAGE_SIZE", "read_all"]
+
+T = TypeVar("T")
+
+#: How many records a page is asked for.
+PAGE_SIZE = 100
+
+#: How many pages of one listing are read at once.
+WORKERS = 8
+
+#: How often a listing is read again because it changed while it was read.
+MAX_REREADS = 2
+
+#: A server that never sends an empty page is not followed for ever.
+MAX_PAGES = 10_000
+
+
+def read_all(
+    fetch: Callable[[int, int], Page[T]],
+    key: Callable[[T], Hashable],
+    *,
+    page_size: int = PAGE_SIZE,
+) -> tuple[T, ...]:
+    """Return every record of a listing once, in the server's order.
+
+    Costs ceil(records / page) calls where the server keeps its word and nothing changes meanwhile.
+    Thread-safe; `fetch` is called from several threads at once.
+
+    Args:
+        fetch: reads the page of (limit, offset).
+        key: a record's id.
+        page_size: how many records to ask for at once.
+
+    Raises:
+        Exception: what `fetch` raised: a listing is whole or it fails.
+    """
+    listing = _Listing(fetch, key, page_size)
+    listing.read()
+    for _ in range(MAX_REREADS):
+        if listing.is_whole():
+            break
+        if not listing.has_changed():
+            if not listing.read_front_again():
+                break
+            continue
+        fresh = _Listing(fetch, key, page_size)
+        fresh.read()
+        if not fresh.is_whole():
+            fresh.add_missing(listing)
+        listing = fresh
+    return listing.items()
+
+
+class _Listing(Generic[T]):
+    """One pass through a listing; used by one thread, only `_Wave` has others."""
+
+    def __init__(
+        self, fetch: Callable[[int, int], Page[T]], key: Callable[[T], Hashable], page_size: int
+    ) -> None:
+        self._fetch = fetch
+        self._key = key
+        self._page_size = page_size
+        self._step = 0
+        self._union: dict[Hashable, T] = {}
+        self._received = 0
+        self._totals: set[int] = set()
+        self._total = 0
+
+    def items(self) -> tuple[T, ...]:
+        return tuple(self._union.values())
+
+    def add_missing(self, other: "_Listing[T]") -> None:
+        for key, item in other._union.items():
+            self._union.setdefault(key, item)
+
+    def has_changed(self) -> bool:
+        """Tell whether the server's count changed between pages: records came or went."""
+        return len(self._totals) > 1
+
+    def is_whole(self) -> bool:
+        """Tell whether nothing is missing, as far as can be told.
+
+        Fewer records than promised, and none twice, is a wrong count; fewer because some came
+        twice means that others were pushed or pulled from page to page, and one slipped through.
+        """
+        if self.has_changed():
+            return False
+        return len(self._union) >= self._total or self._received < self._total
+
+    def read(self) -> None:
+        """Read the first page, then what it promises, then on where the promise is no good."""
+        first = self._fetch(self._page_size, 0)
+        self._take(first)
+        self._step = first.received
+        if not self._step:
+            return
+        last, offset = first, self._step
+        if self._total > offset:
+            end = min(self._total, self._step * MAX_PAGES)
+            for page in _Wave(self._fetch, self._page_size, self._step, end).read():
+                self._take(page)
+                last, offset = page, offset + self._step
+        for _ in range(MAX_PAGES):
+            if self._is_end(first, last, offset):
+                break
+            last = self._fetch(self._page_size, offset)
+            offset += self._step
+            if not self._take(last):  # a server that does not know `offset`
+                break
+
+    def _is_end(self, first: Page[T], last: Page[T], offset: int) -> bool:
+        if not last.received:
+            return True
+        if self._total >= self._received:
+            return offset >= self._total
+        # The count is missing, or less than what came: only a short page tells the end. Where the
+        # server does not name its page size, a first page shorter than asked may be a clamped one.
+        if last is first:
+            return first.limit is not None and first.received < first.limit
+        return last.received < self._step
+
+    def read_front_again(self) -> bool:
+        """Read from the first page until one brings nothing new; tell whether any did.
+
+        A run that is used moves to the front, and pushes all that it passed one place back.
+        """
+        has_found = False
+        for offset in range(0, self._total, self._step):
+            before = self._received
+            is_new = self._take(self._fetch(self._page_size, offset))
+            self._received = before
+            if not is_new:
+                break
+            has_found = True
+            if len(self._union) >= self._total:
+                break
+        return has_found
+
+    def _take(self, page: Page[T]) -> bool:
+        """Add a page's records; tell whether any of them is new."""
+        before = len(self._union)
+        for item in page.items:
+            self._union.setdefault(self._key(item), item)
+        self._received += page.received
+        if page.received and page.total_count:  # SkyRL's count is 0 past the end
+            self._totals.add(page.total_count)
+            self._total = page.total_count
+        return len(self._union) > before
+
+
+class _Wave(Generic[T]):
+    """Pages at known offsets, read by a few threads of its own.
+
+    Daemon threads: a process that ends does not wait for a listing. The first failure, or an empty
+    page, keeps further pages from being asked for.
+    """
+
+    def __init__(
+        self, fetch: Callable[[int, int], Page[T]], page_size: int, step: int, end: int
+    ) -> None:
+        self._fetch = fetch
+        self._page_size = page_size
+        self._step = step
+        self._end = end
+        self._lock = threading.Lock()
+        # All guarded by _lock.
+        self._next = step
+        self._is_over = False
+        self._pages: dict[int, Page[T]] = {}
+        self._error: BaseException | None = None
+
+    def read(self) -> list[Page[T]]:
+        """Return the pages in their order, up to the first empty one, which is included.
+
+        Raises:
+            Exception: the first that a page raised.
+        """
+        count = min(WORKERS, -(-(self._end - self._step) // self._step))
+        threads = [
+            threading.Thread(target=self._work, name=f"tinkerfs-page-{n}", daemon=True)
+            for n in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        pages = []
+        for offset in sorted(self._pages):
+            pages.append(self._pages[offset])
+            if not pages[-1].received:
+                break
+        return pages
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                offset = self._next
+                if self._is_over or offset >= self._end:
+                    return
+                self._next += self._step
+            try:
+                page = self._fetch(self._page_size, offset)
+            except BaseException as error:  # noqa: BLE001  (raised by `read`, in the caller)
+                with self._lock:
+                    self._error = self._error or error
+                    self._is_over = True
+                return
+            with self._lock:
+                self._pages[offset] = page
+                self._is_over = self._is_over or not page.received

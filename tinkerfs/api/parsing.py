@@ -1,0 +1,339 @@
+"""Answers of the API into values: tolerant of new, missing, null and wrong fields (pure).
+
+A field of the wrong type costs that field, a bad record costs itself, and only an answer that holds
+no list, or is no JSON, is a ProtocolError. Two ways lead through a listing. The common one lets
+msgspec check and build (4 us a checkpoint); a record that it refuses goes through `json.loads` and
+one `isinstance` per field.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from tinkerfs.api.models import (
+    Capabilities,
+    Checkpoint,
+    FoundSession,
+    FoundSessions,
+    Page,
+    Sampler,
+    Session,
+    TrainingRun,
+    WeightsInfo,
+)
+from tinkerfs.api.rawjson import (
+    REFUSALS,
+    checked_object,
+    decode_list,
+    decode_object,
+    dumps,
+    loads,
+    loads_object,
+    parse_object,
+)
+from tinkerfs.api.times import parse_time_ns
+from tinkerfs.errors import ProtocolError
+
+__all__ = [
+    "parse_capabilities",
+    "parse_checkpoint",
+    "parse_checkpoints",
+    "parse_found_sessions",
+    "parse_sampler",
+    "parse_session",
+    "parse_session_ids",
+    "parse_training_run",
+    "parse_training_runs",
+    "parse_weights_info",
+]
+
+T = TypeVar("T")
+
+# What msgspec checks on the common way.
+
+
+class _WireCheckpoint(msgspec.Struct, gc=False):
+    checkpoint_id: str
+    checkpoint_type: str | None = None
+    time: str | int | float | None = None
+    tinker_path: str | None = None
+    size_bytes: int | None = None
+    public: bool | None = False
+    expires_at: str | int | float | None = None
+
+
+class _WireRun(msgspec.Struct, gc=False):
+    training_run_id: str
+    base_model: str | None = None
+    is_lora: bool | None = None
+    lora_rank: int | None = None
+    last_request_time: str | int | float | None = None
+    last_checkpoint: msgspec.Raw = msgspec.Raw(b"null")
+    last_sampler_checkpoint: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_decode_checkpoint = msgspec.json.Decoder(_WireCheckpoint).decode
+_decode_run = msgspec.json.Decoder(_WireRun).decode
+
+#: Few values for many records: kept once.
+_TYPES: dict[str, str] = {name: name for name in ("training", "sampler", "external")}
+
+_INT64_MAX = 2**63 - 1
+
+
+def parse_checkpoint(raw: bytes) -> Checkpoint | None:
+    """Read one checkpoint's JSON; None where it is no record or has no id."""
+    try:
+        wire = _decode_checkpoint(raw)
+    except REFUSALS:
+        return _checkpoint_of(loads_object(raw), raw)
+    if not wire.checkpoint_id:
+        return None
+    kind = wire.checkpoint_type
+    return Checkpoint(
+        checkpoint_id=wire.checkpoint_id,
+        checkpoint_type=_TYPES.get(kind, kind) if kind is not None else None,
+        time_ns=parse_time_ns(wire.time),
+        tinker_path=wire.tinker_path,
+        size_bytes=_size(wire.size_bytes),
+        is_public=wire.public is True,
+        expires_at_ns=parse_time_ns(wire.expires_at),
+        raw=raw,
+    )
+
+
+def _checkpoint_of(fields: dict[str, Any] | None, raw: bytes) -> Checkpoint | None:
+    if fields is None or not (checkpoint_id := _text(fields, "checkpoint_id")):
+        return None
+    return Checkpoint(
+        checkpoint_id=checkpoint_id,
+        checkpoint_type=_text(fields, "checkpoint_type"),
+        time_ns=parse_time_ns(fields.get("time")),
+        tinker_path=_text(fields, "tinker_path"),
+        size_bytes=_size(fields.get("size_bytes")),
+        is_public=fields.get("public") is True,
+        expires_at_ns=parse_time_ns(fields.get("expires_at")),
+        raw=raw,
+    )
+
+
+def _parse_run(raw: bytes) -> TrainingRun | None:
+    try:
+        wire = _decode_run(raw)
+    except REFUSALS:
+        return _run_of(loads_object(raw), raw)
+    if not wire.training_run_id:
+        return None
+    return TrainingRun(
+        run_id=wire.training_run_id,
+        base_model=wire.base_model,
+        lora_rank=_size(wire.lora_rank),
+        is_lora=wire.is_lora,
+        last_request_time_ns=parse_time_ns(wire.last_request_time),
+        last_checkpoint=_nested(wire.last_checkpoint),
+        last_sampler_checkpoint=_nested(wire.last_sampler_checkpoint),
+        raw=raw,
+    )
+
+
+def _nested(value: msgspec.Raw) -> Checkpoint | None:
+    raw = bytes(value)
+    return None if raw == b"null" else parse_checkpoint(raw)
+
+
+def _run_of(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
+    if fields is None or not (run_id := _text(fields, "training_run_id")):
+        return None
+    return TrainingRun(
+        run_id=run_id,
+        base_model=_text(fields, "base_model"),
+        lora_rank=_size(fields.get("lora_rank")),
+        is_lora=_truth(fields, "is_lora"),
+        last_request_time_ns=parse_time_ns(fields.get("last_request_time")),
+        last_checkpoint=_nested_checkpoint(fields.get("last_checkpoint")),
+        last_sampler_checkpoint=_nested_checkpoint(fields.get("last_sampler_checkpoint")),
+        raw=raw,
+    )
+
+
+def _nested_checkpoint(value: object) -> Checkpoint | None:
+    return _checkpoint_of(value, dumps(value)) if isinstance(value, dict) else None
+
+
+def parse_training_run(body: bytes) -> TrainingRun:
+    """Read the answer that is one training run.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    raw = checked_object(body)
+    run = _parse_run(raw)
+    if run is None:
+        raise ProtocolError("the answer is not a training run: training_run_id is missing")
+    return run
+
+
+def parse_training_runs(body: bytes) -> Page[TrainingRun]:
+    """Read a page of training runs.
+
+    Raises:
+        ProtocolError: it is not JSON, or has no list.
+    """
+    return _page(body, "training_runs", _parse_run)
+
+
+def parse_checkpoints(body: bytes) -> Page[Checkpoint]:
+    """Read a listing of checkpoints.
+
+    Raises:
+        ProtocolError: it is not JSON, or has no list.
+    """
+    return _page(body, "checkpoints", parse_checkpoint)
+
+
+def parse_session_ids(body: bytes) -> Page[str]:
+    """Read a page of session ids.
+
+    Raises:
+        ProtocolError: it is not JSON, or has no list.
+    """
+    return _page(body, "sessions", _session_id)
+
+
+def _session_id(raw: bytes) -> str | None:
+    value = loads(raw)
+    if isinstance(value, dict):  # SDK 0.36's search tells records; take their ids here as well
+        value = value.get("session_id")
+    return value if isinstance(value, str) and value else None
+
+
+def parse_found_sessions(body: bytes) -> FoundSessions:
+    """Read a page of a session search.
+
+    Raises:
+        ProtocolError: it is not JSON, or has no list.
+    """
+    page = _page(body, "sessions", _found_session)
+    return FoundSessions(page.items, _text(loads_object(body) or {}, "next_cursor") or None)
+
+
+def _found_session(raw: bytes) -> FoundSession | None:
+    fields = loads_object(raw)
+    if fields is None or not (session_id := _text(fields, "session_id")):
+        return None
+    return FoundSession(
+        session_id=session_id,
+        display_name=_text(fields, "display_name"),
+        created_at_ns=parse_time_ns(fields.get("created_at")),
+        raw=raw,
+    )
+
+
+def parse_weights_info(body: bytes) -> WeightsInfo:
+    """Read the answer that tells what weights are.
+
+    Raises:
+        ProtocolError: it is not a JSON object.
+    """
+    raw, fields = parse_object(body)
+    return WeightsInfo(
+        base_model=_text(fields, "base_model"),
+        lora_rank=_size(fields.get("lora_rank")),
+        is_lora=_truth(fields, "is_lora"),
+        raw=raw,
+    )
+
+
+def parse_session(session_id: str, body: bytes) -> Session:
+    """Read one session's record, which does not repeat its id.
+
+    Raises:
+        ProtocolError: it is not a JSON object.
+    """
+    raw, fields = parse_object(body)
+    return Session(
+        session_id=session_id,
+        training_run_ids=_texts(fields.get("training_run_ids")),
+        sampler_ids=_texts(fields.get("sampler_ids")),
+        raw=raw,
+    )
+
+
+def parse_sampler(sampler_id: str, body: bytes) -> Sampler:
+    """Read one sampler's record.
+
+    Raises:
+        ProtocolError: it is not a JSON object.
+    """
+    raw, fields = parse_object(body)
+    return Sampler(
+        sampler_id=sampler_id,
+        base_model=_text(fields, "base_model"),
+        model_path=_text(fields, "model_path"),
+        raw=raw,
+    )
+
+
+def parse_capabilities(body: bytes) -> Capabilities:
+    """Read what the server offers.
+
+    Raises:
+        ProtocolError: it is not a JSON object.
+    """
+    raw, fields = parse_object(body)
+    listed = fields.get("supported_models")
+    models = [
+        name
+        for item in (listed if isinstance(listed, list) else [])
+        if (name := _text(item, "model_name") if isinstance(item, dict) else item)
+    ]
+    return Capabilities(models=_texts(models), raw=raw)
+
+
+def _page(body: bytes, name: str, parse: Callable[[bytes], T | None]) -> Page[T]:
+    """Read a listing: the records under `name`, and what its cursor tells."""
+    try:
+        top = decode_object(body)
+        listed = top.get(name)
+        records = [] if listed is None else decode_list(listed)
+        cursor = loads_object(bytes(top.get("cursor", b"null")))
+        is_listed = listed is not None
+    except REFUSALS:
+        fields = loads_object(body)
+        if fields is None:
+            raise ProtocolError("the answer is not a JSON object") from None
+        found = fields.get(name, ...)
+        # A null list is an empty one: servers written in Go say so.
+        is_listed = found is None or isinstance(found, list)
+        records = [dumps(item) for item in found] if isinstance(found, list) else []
+        cursor = fields.get("cursor")
+    if not is_listed:
+        raise ProtocolError(f"the answer has no list of {name}")
+    items = tuple(item for raw in records if (item := parse(raw)) is not None)
+    known = cursor if isinstance(cursor, dict) else {}
+    return Page(items, _size(known.get("total_count")), _size(known.get("limit")), len(records))
+
+
+def _text(fields: dict[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    return value if isinstance(value, str) else None
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    return tuple(v for v in value if isinstance(v, str) and v) if isinstance(value, list) else ()
+
+
+def _truth(fields: dict[str, Any], name: str) -> bool | None:
+    value = fields.get(name)
+    return value if isinstance(value, bool) else None
+
+
+def _size(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float):
+        if not value.is_integer():
+            return None
+        value = int(value)
+    return value if 0 <= value <= _INT64_MAX else None

@@ -1,0 +1,91 @@
+"""How a checkpoint is named in a URL (pure).
+
+Servers differ in the id that their URLs take: `<kind>/<name>`, or the bare `<name>` that they
+list; SkyRL wants the one to delete and the other for an archive. So the form that the tinker path
+gives is tried, then the listed one, and the client remembers for each operation what worked.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from urllib.parse import quote
+
+from tinkerfs.api.endpoints import Endpoint
+
+__all__ = ["CheckpointRef", "IdForm", "forms_of", "id_path", "segment"]
+
+
+class IdForm(Enum):
+    """Which of a checkpoint's ids a URL takes."""
+
+    PATH = "path"
+    LISTED = "listed"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A checkpoint as an endpoint is asked about it.
+
+    Attributes:
+        run_id: the training run.
+        path_id: `<kind>/<name>`, as the tinker path has it.
+        listed_id: the id as the listing gave it.
+        is_known: whether a listing has just shown it, so that "not there" speaks of the endpoint.
+        is_shared: whether another checkpoint of the run is listed under the same bare id.
+    """
+
+    run_id: str
+    path_id: str
+    listed_id: str
+    is_known: bool = False
+    is_shared: bool = False
+
+
+def forms_of(
+    ref: CheckpointRef, endpoint: Endpoint, worked: IdForm | None
+) -> list[tuple[IdForm, str]]:
+    """Return the forms of an id to try, in order; none for an empty id.
+
+    What is deleted, published or read must be the right one of two checkpoints with one bare id.
+    Therefore:
+
+    - A shared bare id goes into no change, and into a look only for a sampler checkpoint: SkyRL,
+      where names are shared, takes bare ids for archives, and has archives of these alone.
+    - Once a change worked with `<kind>/<name>`, "not there" is the truth, and the bare id may be
+      another checkpoint's by now: it is not tried.
+
+    Args:
+        ref: the checkpoint.
+        endpoint: what is asked of it.
+        worked: the form that this endpoint took last, None before any worked.
+    """
+    is_look = endpoint.method == "GET"
+    forms = [(IdForm.PATH, ref.path_id)] if ref.path_id else []
+    if not ref.listed_id or ref.listed_id == ref.path_id:
+        return forms
+    if ref.is_shared and not (is_look and ref.path_id.startswith("sampler_weights/")):
+        return forms
+    if forms and worked is IdForm.PATH and not is_look:
+        return forms
+    forms.append((IdForm.LISTED, ref.listed_id))
+    return forms[::-1] if worked is IdForm.LISTED else forms
+
+
+def segment(text: str) -> str:
+    """Return `text` as one segment of a URL path (RFC 3986, 3.3); `:` stays as it is.
+
+    A name's bytes that are no UTF-8 (surrogate escapes) are encoded as those bytes. Dots are
+    encoded where the whole segment is `.` or `..`, which clients and proxies would resolve.
+    """
+    if text in (".", ".."):
+        return "%2E" * len(text)
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raw = text.encode("utf-8", "surrogatepass")
+    return quote(raw, safe=":")
+
+
+def id_path(checkpoint_id: str) -> str:
+    """Return a checkpoint id in a URL path: the slash after the kind stays, others are encoded."""
+    kind, slash, name = checkpoint_id.partition("/")
+    return segment(kind) + slash + segment(name) if slash else segment(kind)

@@ -1,0 +1,413 @@
+"""One HTTP request of the API, with the key, the retries and the bounds that all of them share.
+
+The only module of this package that imports httpx. What an answer of 400 or more means is the
+business of `failures`.
+
+Retried are 408, 409, 429, every 5xx and lost connections, as by the Tinker SDK (_base_client.py),
+but all tries together end within one bound: a file operation waits for them.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+from urllib.parse import urlsplit
+
+import httpx
+import stamina
+import stamina.instrumentation
+
+from tinkerfs import __version__, errors
+from tinkerfs.api.credentials import Credentials
+from tinkerfs.api.endpoints import Endpoint
+from tinkerfs.api.failures import failure_of
+from tinkerfs.api.times import parse_retry_after_s
+from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.errors import ApiError, SetupError
+from tinkerfs.telemetry import Telemetry
+
+__all__ = ["FIRST_BACKOFF_S", "Answer", "Request", "Transport"]
+
+#: How many times one request is tried at most (Tinker SDK, _constants.py).
+MAX_TRIES = 10
+
+#: Where there is no way to the server at all, one quick second try must do: a file operation that
+#: fails fast on a dead network is worth more than one that hangs.
+MAX_CONNECT_TRIES = 2
+CONNECT_RETRY_S = 0.2
+
+CONNECT_TIMEOUT_S = 5.0
+FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
+
+#: The largest answer that is read, bytes; 100,000 checkpoints are about 35 MB.
+MAX_ANSWER_BYTES = 256 << 20
+
+_RETRIED = frozenset({408, 409, 429})
+
+# Its own hooks log every retry on WARNING, with the exception behind it. A retry is no news here:
+# the counters tell it, and what comes of it is told once, in the error. (Global by its design.)
+stamina.instrumentation.set_on_retry_hooks(())
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to ask.
+
+    Attributes:
+        endpoint: which endpoint, for counters, messages and the meaning of failures.
+        path: below `/api/v1/`, percent-encoded, with its query.
+        body: JSON to send; None for no body.
+        idempotency_key: a UUID for a POST, the same over all tries.
+        is_known: whether the thing asked about is known to exist.
+        needs_key: whether the key must be sent; where not, it is sent if there is one.
+    """
+
+    endpoint: Endpoint
+    path: str
+    body: bytes | None = None
+    idempotency_key: str | None = None
+    is_known: bool = False
+    needs_key: bool = True
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Answer:
+    """A success, or a redirect that the endpoint expects; a Location is a secret, so no repr.
+
+    Attributes:
+        status: below 400, or one that says that a change is already made.
+        headers: names in any case.
+        body: all of it, decoded from any content coding.
+        url: what was asked.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    url: str
+
+
+class Transport:
+    """Sends requests of one API. Thread-safe; `close` ends it.
+
+    Args:
+        base_url: where the API is, http or https, perhaps with a path.
+        credentials: where the key comes from.
+        telemetry: counts every HTTP request.
+        timeout_s: bound on one `send`, all its tries together, seconds.
+        backoff_s: the first wait between tries, seconds; it doubles up to 20 times as much.
+        max_answer_bytes: the largest answer that is read.
+        clock: whose `monotonic` the bound runs by.
+
+    Raises:
+        SetupError: the URL, or a proxy's in the environment, cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        credentials: Credentials,
+        telemetry: Telemetry,
+        *,
+        timeout_s: float,
+        backoff_s: float = FIRST_BACKOFF_S,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        # Both log URLs, and httpcore headers as well: a Location is a secret.
+        for name in ("httpx", "httpcore"):
+            logger = logging.getLogger(name)
+            if logger.level < logging.WARNING:
+                logger.setLevel(logging.WARNING)
+        self._root = base_url.rstrip("/") + "/api/v1/"
+        self._host = urlsplit(base_url).hostname or base_url
+        self._credentials = credentials
+        self._telemetry = telemetry
+        self._timeout_s = timeout_s
+        self._backoff_s = backoff_s
+        self._max_answer_bytes = max_answer_bytes
+        self._clock = clock
+        try:
+            httpx.URL(self._root)
+            # No `transport=`: it would switch off HTTP_PROXY and the like (httpx/_client.py).
+            self._http = httpx.Client(
+                follow_redirects=False,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+                headers={"Accept": "application/json", "User-Agent": f"tinkerfs/{__version__}"},
+            )
+        except httpx.InvalidURL:
+            raise SetupError("the API's URL cannot be used: correct --base-url") from None
+        except (ValueError, ImportError, OSError) as error:
+            raise SetupError(
+                f"HTTP cannot be set up ({errors.redact(str(error))}): correct HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE"
+            ) from None
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        """Return the transport itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def deadline(self) -> float:
+        """Return the end of an operation that starts now, on the monotonic clock."""
+        return self._clock.monotonic() + self._timeout_s
+
+    def send(self, request: Request, deadline: float) -> Answer:
+        """Send a request, again where that may help, and return its answer.
+
+        Args:
+            request: what to ask.
+            deadline: when to give up, on the monotonic clock.
+
+        Raises:
+            ApiError: the answer is a failure, or there is none; every kind in `errors`.
+        """
+        is_second = False
+        while True:
+            key = self._key(request)
+            try:
+                answer = self._send_as(request, key, deadline)
+            except errors.Unauthorized as error:
+                if error.status != 401 or key is None or not request.needs_key:
+                    raise
+                if not self._credentials.rejected(key, error) or is_second:
+                    raise
+                is_second = True
+                continue
+            if key is not None and request.needs_key:
+                self._credentials.accepted(key)
+            return answer
+
+    def _key(self, request: Request) -> str | None:
+        """Return the key to send, None where none is needed and none can be had.
+
+        Raises:
+            Unauthorized: there is none, or it was refused a moment ago.
+        """
+        try:
+            return self._credentials.get()
+        except (SetupError, errors.Unauthorized) as error:
+            if not request.needs_key:
+                return None
+            if isinstance(error, errors.Unauthorized) and error.endpoint:
+                raise
+            words = error.message if isinstance(error, ApiError) else str(error)
+            raise errors.Unauthorized(words, endpoint=request.endpoint.label) from None
+
+    def _send_as(self, request: Request, key: str | None, deadline: float) -> Answer:
+        tries = _Tries(self._once, request, key, deadline, self._backoff_s, self._clock)
+        # The waits are ours: they follow the server's wish and end with the deadline.
+        for attempt in stamina.retry_context(on=tries.wait_s, attempts=MAX_TRIES, timeout=None):
+            with attempt:
+                return tries.run()
+        raise AssertionError("stamina ended without an error")
+
+    def _once(self, request: Request, key: str | None, deadline: float) -> Answer:
+        """Send a request once and return any answer whatever its status.
+
+        Raises:
+            _Lost: there is no whole answer.
+        """
+        label, outcome = request.endpoint.label, "failed"
+        headers = {"Content-Type": "application/json"} if request.body is not None else {}
+        if key is not None:
+            headers["X-API-Key"] = key
+        if request.idempotency_key is not None:
+            headers["X-Idempotency-Key"] = request.idempotency_key
+        left_s = deadline - self._clock.monotonic()
+        if left_s <= 0:
+            raise _Lost(self._timed_out(label), is_final=True)
+        try:
+            with self._http.stream(
+                request.endpoint.method,
+                self._root + request.path,
+                content=request.body,
+                headers=headers,
+                timeout=httpx.Timeout(left_s, connect=min(CONNECT_TIMEOUT_S, left_s)),
+            ) as response:
+                body = self._read(response, label, deadline)
+                outcome = str(response.status_code)
+                return Answer(response.status_code, response.headers, body, str(response.url))
+        except _Lost as lost:
+            outcome = _outcome_of(lost.error)
+            raise
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, RuntimeError) as error:
+            failure = self._lost(error, label)
+            outcome = _outcome_of(failure.error)
+            raise failure from None
+        finally:
+            self._telemetry.count_call(label, outcome)
+
+    def _read(self, response: httpx.Response, label: str, deadline: float) -> bytes:
+        """Return the whole body; httpx bounds each wait for bytes, this bounds all of them."""
+        body = bytearray()
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > self._max_answer_bytes:
+                raise _Lost(
+                    errors.ProtocolError(
+                        f"{self._host} sent more than {self._max_answer_bytes >> 20} MiB",
+                        endpoint=label,
+                    ),
+                    is_final=True,
+                )
+            if self._clock.monotonic() > deadline:
+                raise _Lost(self._timed_out(label))
+        return bytes(body)
+
+    def _timed_out(self, label: str) -> ApiError:
+        return errors.TimedOut(
+            f"no answer from {self._host} within {self._timeout_s:g} s", endpoint=label
+        )
+
+    def _lost(self, error: Exception, label: str) -> "_Lost":
+        """Return what it means that httpx got no answer."""
+        host = self._host
+        words = errors.redact(str(error)) or type(error).__name__
+        if isinstance(error, httpx.ConnectTimeout):
+            failure: ApiError = errors.TimedOut(f"no connection to {host} in time", endpoint=label)
+            return _Lost(failure, is_unsent=True)
+        if isinstance(error, httpx.TimeoutException):
+            return _Lost(self._timed_out(label))
+        if isinstance(error, httpx.ConnectError | httpx.ProxyError):
+            failure = errors.Unreachable(f"no connection to {host}: {words}", endpoint=label)
+            return _Lost(failure, is_unsent=True)
+        if isinstance(error, httpx.NetworkError) or (
+            isinstance(error, httpx.RemoteProtocolError) and words.startswith(_CUT_WORDS)
+        ):
+            return _Lost(errors.Unreachable(f"{host} broke off: {words}", endpoint=label))
+        if self._http.is_closed:
+            return _Lost(errors.Unreachable("the client is closed", endpoint=label), is_final=True)
+        failure = errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=label)
+        return _Lost(failure, is_final=True)
+
+
+#: How httpcore and h11 tell a connection that ended too early from an answer that is no HTTP; both
+#: are RemoteProtocolError.
+_CUT_WORDS = ("Server disconnected", "peer closed connection")
+
+
+def _outcome_of(error: ApiError) -> str:
+    if isinstance(error, errors.TimedOut):
+        return "timed out"
+    return "unreachable" if isinstance(error, errors.Unreachable) else "not understood"
+
+
+class _Lost(Exception):
+    """No whole answer came.
+
+    Attributes:
+        error: what the caller is told if that stays so.
+        is_unsent: whether the request never got there.
+        is_final: whether another try would end the same.
+    """
+
+    def __init__(self, error: ApiError, *, is_unsent: bool = False, is_final: bool = False) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.is_unsent = is_unsent
+        self.is_final = is_final
+
+
+class _Tries:
+    """The tries of one request with one key; one thread's."""
+
+    def __init__(
+        self,
+        once: Callable[[Request, str | None, float], Answer],
+        request: Request,
+        key: str | None,
+        deadline: float,
+        backoff_s: float,
+        clock: Clock,
+    ) -> None:
+        self._once = once
+        self._request = request
+        self._key = key
+        self._deadline = deadline
+        self._backoff_s = backoff_s
+        self._clock = clock
+        self._count = 0
+        self._count_unsent = 0
+        #: Whether an earlier try may have done what was asked, though nobody said so.
+        self._may_be_done = False
+        #: How long to wait before the next try, seconds; None when the last failure is final.
+        self._wait_s: float | None = None
+
+    def wait_s(self, _: Exception) -> float | bool:
+        """Tell stamina how long to wait before the next try; False ends them."""
+        wait_s = self._wait_s
+        if wait_s is None or self._clock.monotonic() + wait_s >= self._deadline:
+            return False
+        return wait_s
+
+    def run(self) -> Answer:
+        """Try once.
+
+        Raises:
+            ApiError: the try failed; `wait_s` knows whether another one makes sense.
+        """
+        self._count += 1
+        self._wait_s = None
+        try:
+            answer = self._once(self._request, self._key, self._deadline)
+        except _Lost as lost:
+            self._wait_s = self._wait_after_loss(lost)
+            self._may_be_done = self._may_be_done or not lost.is_unsent
+            raise lost.error from None
+        endpoint = self._request.endpoint
+        if answer.status < 300 or answer.status in endpoint.successes:
+            return answer
+        if endpoint.is_removal and self._may_be_done and answer.status in (404, 410):
+            return answer
+        self._wait_s = self._wait_after_answer(answer)
+        self._may_be_done = self._may_be_done or answer.status >= 500
+        raise failure_of(
+            endpoint,
+            answer.status,
+            answer.headers,
+            answer.body,
+            host=urlsplit(answer.url).hostname or "",
+            now_s=self._clock.now(),
+            is_known=self._request.is_known,
+        )
+
+    def _wait_after_loss(self, lost: _Lost) -> float | None:
+        if lost.is_final:
+            return None
+        if lost.is_unsent:
+            self._count_unsent += 1
+            return CONNECT_RETRY_S if self._count_unsent < MAX_CONNECT_TRIES else None
+        # An idle connection that the server has closed is found out by using it: no need to wait.
+        return 0.0 if self._count == 1 else self._backoff()
+
+    def _wait_after_answer(self, answer: Answer) -> float | None:
+        status, endpoint = answer.status, self._request.endpoint
+        if status == 401 or status in endpoint.states:
+            return None
+        is_retried = status in _RETRIED or (status >= 500 and status != 501)
+        wish = answer.headers.get("x-should-retry", "").strip().lower()
+        if wish in ("true", "false"):
+            is_retried = wish == "true"
+        if not is_retried:
+            return None
+        asked_s = parse_retry_after_s(answer.headers, self._clock.now())
+        return self._backoff() if asked_s is None else asked_s
+
+    def _backoff(self) -> float:
+        longest_s = self._backoff_s * (LAST_BACKOFF_S / FIRST_BACKOFF_S)
+        return min(self._backoff_s * 2.0 ** (self._count - 1), longest_s) * random.uniform(0.75, 1)
