@@ -17,7 +17,7 @@ from tinkerfs.demo.journal import Entry
 
 __all__ = ["FaultPlan", "Rule"]
 
-_POLL_S = 0.05
+_POLL_S = 0.1
 
 
 class Rule:
@@ -66,12 +66,13 @@ class Rule:
         )
         self.cut_after_bytes, self.stall_after_bytes = cut_after_bytes, stall_after_bytes
         self.bytes_per_s, self.ignore_range, self.flip_byte = bytes_per_s, ignore_range, flip_byte
+        # What is held waits for the event, so that an arrival does not wake all that came before.
+        self._released = threading.Event()
         self._changed = threading.Condition()
         # All below guarded by _changed.
         self._seen = 0
         self._applied = 0
         self._waiting = 0
-        self._is_released = False
         self._is_removed = False
 
     @property
@@ -103,9 +104,7 @@ class Rule:
 
     def release(self) -> None:
         """Let go of what it holds, now and from now on."""
-        with self._changed:
-            self._is_released = True
-            self._changed.notify_all()
+        self._released.set()
 
     def remove(self) -> None:
         """Let go of what it holds, and apply to no further request."""
@@ -139,17 +138,16 @@ class Rule:
         with self._changed:
             self._waiting += 1
             if self.hold_until is not None and self._waiting >= self.hold_until:
-                self._is_released = True
+                self._released.set()
             self._changed.notify_all()
-            try:
-                while not self._is_released:
-                    if is_over():
-                        return False
-                    self._changed.wait(_POLL_S)
-                return True
-            finally:
+        try:
+            while not self._released.wait(_POLL_S):
+                if is_over():
+                    return False
+            return True
+        finally:
+            with self._changed:
                 self._waiting -= 1
-                self._changed.notify_all()
 
 
 class FaultPlan:

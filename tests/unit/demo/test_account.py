@@ -1,0 +1,137 @@
+import dataclasses
+import time
+
+import pytest
+
+from tinkerfs.demo.account import Account
+from tinkerfs.demo.catalogue import REFERENCE_TIME_S, Catalogue, Session
+
+
+def account(**fields):
+    return Account(Catalogue(**({"runs": 6, "checkpoints": 5} | fields)), lambda: 1_900_000_000.0)
+
+
+def everything(found):
+    return [
+        dataclasses.asdict(run) for run in [*found.runs(), *map(found.run, found.foreign_run_ids)]
+    ]
+
+
+def test_the_same_seed_gives_the_same_account():
+    assert everything(account()) == everything(account())
+    assert everything(account()) != everything(account(seed=1))
+
+
+def test_more_runs_leave_the_first_ones_as_they_are():
+    assert account(runs=6).run_ids == account(runs=60).run_ids[:6]
+
+
+def test_times_are_in_order_and_in_the_past():
+    found = account(runs=50)
+    times = [run.last_request_time_s for run in found.runs()]
+    assert times == sorted(times, reverse=True)
+    assert times[0] < REFERENCE_TIME_S
+    for run in found.runs():
+        saved = [c.time_s for c in run.checkpoints]
+        assert saved == sorted(saved)
+        assert saved[-1] < run.last_request_time_s
+    newest_first = [c.time_s for _, c in found.checkpoints()]
+    assert newest_first == sorted(newest_first, reverse=True)
+
+
+def test_times_of_now():
+    found = account(reference_time_s=time.time())
+    assert time.time() - 3600 < found.runs()[0].last_request_time_s < time.time()
+    expiries = [c.expires_at_s for _, c in found.checkpoints() if c.expires_at_s]
+    assert expiries
+    assert all(expiry > time.time() for expiry in expiries)
+
+
+def test_ids_are_unique():
+    found = account(runs=500, checkpoints=12)
+    assert len(set(found.run_ids)) == 500
+    paths = [f"{run.id}/{c.id}" for run, c in found.checkpoints()]
+    assert len(set(paths)) == len(paths) == 6000
+
+
+def test_every_page_is_a_slice_of_the_whole():
+    found = account()
+    whole = found.checkpoints()
+    assert len(whole) == found.checkpoint_count == 30
+    for offset in range(0, 33, 4):
+        for limit in (0, 1, 4, 7, 100):
+            assert found.checkpoints(offset, limit) == whole[offset : offset + limit]
+
+
+def test_a_large_account_starts_at_once_and_makes_only_what_is_asked():
+    start = time.perf_counter()
+    found = account(runs=10_000, checkpoints=100)
+    assert len(found.checkpoints(999_950, 100)) == 50
+    assert len(found.session_ids(4990, 20)) == 10
+    assert time.perf_counter() - start < 2
+    assert len(found._runs) < 10
+
+
+def test_what_is_added_comes_first():
+    found = account()
+    run = found.add_run(base_model="own/model")
+    checkpoint = found.add_checkpoint(found.run_ids[3], "weights/new", is_public=True)
+    assert found.run_ids[0] == run.id
+    assert found.runs(0, 1) == [run]
+    assert found.checkpoints(0, 1) == [(found.run(found.run_ids[3]), checkpoint)]
+    assert found.checkpoint_count == 31
+    with pytest.raises(KeyError):
+        found.add_checkpoint("none", "weights/new")
+    with pytest.raises(KeyError):
+        found.find(run.id, "weights/none")
+
+
+def test_saving_again_takes_the_place_of_the_former():
+    found = account()
+    run_id = found.run_ids[0]
+    again = found.add_checkpoint(run_id, "weights/0001")
+    assert found.checkpoint(run_id, "weights/0001") is again
+    assert again.generation == 1
+    assert found.checkpoint_count == 30
+
+
+def test_deleting_and_removing():
+    found = account()
+    run_id = found.run_ids[2]
+    assert found.delete_checkpoint(run_id, "weights/0001")
+    assert not found.delete_checkpoint(run_id, "weights/0001")
+    assert not found.delete_checkpoint("none", "weights/0001")
+    assert found.checkpoint_count == len(found.checkpoints()) == 29
+    found.remove_run(run_id)
+    assert found.run(run_id) is None
+    assert found.checkpoint_count == len(found.checkpoints()) == 25
+
+
+def test_touching_moves_a_run_to_the_front():
+    found = account()
+    last = found.run_ids[-1]
+    found.touch(last)
+    assert found.run_ids[0] == last
+    assert found.run(last).last_request_time_s == 1_900_000_000.0
+
+
+def test_sessions_of_ones_own():
+    found = account()
+    session = Session("s", 1.0, ["r"], {"s:sample:0": ("m", None)})
+    found.add_session(session)
+    assert found.session_ids()[0] == "s"
+    assert found.session("s") is session
+    assert found.sampler("s:sample:0") == ("m", None)
+    assert found.sampler("s:sample:1") is None
+
+
+def test_an_odd_number_of_runs_has_a_session_for_the_last():
+    found = account(runs=5)
+    *_, last = found.session_ids()
+    assert found.session(last).run_ids == found.run_ids[4:]
+
+
+def test_an_empty_account():
+    found = account(runs=0)
+    assert (found.runs(), found.checkpoints(), found.session_ids()) == ([], [], [])
+    assert account(checkpoints=0).checkpoints() == []

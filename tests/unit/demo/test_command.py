@@ -1,0 +1,69 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from tinkerfs.cli.demo_server import demo_server
+from tinkerfs.demo.profiles import PROFILES
+
+COMMAND = [
+    sys.executable,
+    "-c",
+    "from tinkerfs.cli.demo_server import demo_server; demo_server()",
+]
+
+
+def start(*args):
+    return subprocess.Popen(
+        [*COMMAND, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+    )
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_two_lines_that_a_shell_can_eval(end):
+    with start("--runs", "3", "--checkpoints", "2", "--prefix", "/p") as process:
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        url = re.fullmatch(r"export TINKER_BASE_URL=(http://127\.0\.0\.1:\d+/p)\n", lines[0])[1]
+        key = re.fullmatch(r"export TINKER_API_KEY=(tml-\S+)\n", lines[1])[1]
+        answer = httpx.get(f"{url}/api/v1/checkpoints", headers={"X-API-Key": key}, trust_env=False)
+        assert len(answer.json()["checkpoints"]) == 6
+        process.send_signal(end)
+        out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "")
+    assert "Ctrl-C" in err
+
+
+def test_a_port_that_is_taken():
+    with start() as first:
+        url = first.stdout.readline().partition("=")[2].strip()
+        with start("--port", url.rpartition(":")[2]) as second:
+            out, err = second.communicate(timeout=10)
+        first.terminate()
+        first.communicate(timeout=10)
+    assert (second.returncode, out) == (1, "")
+    assert err.startswith("Error: cannot listen on 127.0.0.1 port ")
+    assert len(err.splitlines()) == 1
+
+
+def test_every_profile_can_be_chosen():
+    option = next(option for option in demo_server.params if option.name == "profile")
+    assert list(option.type.choices) == list(PROFILES)
+
+
+def test_help_is_laid_out():
+    text = CliRunner().invoke(demo_server, ["--help"]).output
+    assert "\n      tinkerfs demo-server > demo.env &\n" in text
+
+
+def test_importing_it_imports_no_server():
+    code = "import sys, tinkerfs.cli.demo_server; assert 'http.server' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

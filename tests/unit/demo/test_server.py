@@ -1,0 +1,157 @@
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from tests.support.server import api_client
+from tinkerfs.demo.faults import FaultPlan
+from tinkerfs.demo.server import DemoServer
+
+
+def port_of(url):
+    return int(url.rpartition(":")[2])
+
+
+def test_two_origins(server):
+    assert server.base_url.startswith("http://127.0.0.1:")
+    assert port_of(server.base_url) != port_of(server.store_url)
+    assert server.api_key.startswith("tml-")
+    assert server.environment == {
+        "TINKER_BASE_URL": server.base_url,
+        "TINKER_API_KEY": server.api_key,
+    }
+
+
+def test_connections_are_kept(api, server):
+    with socket.create_connection(("127.0.0.1", port_of(server.base_url))) as client:
+        request = f"GET /api/v1/training_runs HTTP/1.1\r\nX-API-Key: {server.api_key}\r\n\r\n"
+        for _ in range(3):
+            client.sendall(request.encode())
+            received = b""
+            while b"\r\n\r\n" not in received:
+                received += client.recv(65536)
+            head, _, body = received.partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length: ")[2].split()[0])
+            while len(body) < length:
+                body += client.recv(65536)
+
+
+def test_an_answer_on_a_kept_connection_is_quick(api):
+    api.get("healthz")
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        api.get("training_runs")
+        times.append(time.perf_counter() - start)
+    # With Nagle's algorithm against delayed acknowledgements, each would take 40 ms.
+    assert sorted(times)[10] < 0.03
+
+
+def test_200_clients_at_once(server):
+    rule = server.faults.add("GET training_runs", hold_until=200, times=200)
+    address = ("127.0.0.1", port_of(server.base_url))
+    request = f"GET /api/v1/training_runs HTTP/1.1\r\nX-API-Key: {server.api_key}\r\n\r\n"
+    with ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(200)
+        ]
+        for client in clients:
+            client.sendall(request.encode())
+        assert all(client.recv(15) == b"HTTP/1.1 200 OK" for client in clients)
+        assert rule.applied == 200
+        assert server.journal.max_in_flight() == 200
+
+
+def test_refusing_connections_and_serving_again(api, server, web):
+    url, store_url = server.base_url, server.archive_url(server.account.run_ids[0], "weights/0001")
+    assert api.get("healthz").is_success
+    server.stop_listening()
+    for target in (f"{url}/api/v1/healthz", store_url):
+        with pytest.raises(httpx.ConnectError):
+            web.get(target)
+    with pytest.raises(httpx.TransportError):
+        api.get("healthz")
+    server.resume_listening()
+    assert server.base_url == url
+    assert api.get("healthz").is_success
+    assert web.get(store_url).is_success
+    server.stop_listening("store")
+    assert api.get("healthz").is_success
+    with pytest.raises(httpx.TransportError):
+        web.get(store_url)
+
+
+def test_what_hangs_ends_when_it_stops_listening(api, server):
+    rule = server.faults.add("GET healthz", hang=True)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.get, "healthz")
+        rule.wait_for(1)
+        server.stop_listening()
+        with pytest.raises(httpx.TransportError):
+            waiting.result(5)
+
+
+def test_dropping_connections(api, server):
+    assert api.get("healthz").is_success
+    server.drop_connections()
+    time.sleep(0.05)
+    assert api.get("healthz").is_success
+
+
+def test_closing_twice_and_before_starting():
+    DemoServer(runs=1).close()
+    server = DemoServer(runs=1).start()
+    server.close()
+    server.close()
+
+
+def test_closing_leaves_no_thread():
+    before = threading.active_count()
+    with DemoServer(runs=1) as server, api_client(server) as api:
+        api.get("healthz")
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+def test_a_port_that_is_taken(server):
+    with pytest.raises(OSError, match="in use"):
+        DemoServer(runs=1, port=port_of(server.base_url)).start()
+
+
+def test_a_port_of_ones_choice():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with DemoServer(runs=1, port=port) as server:
+        assert server.base_url == f"http://127.0.0.1:{port}"
+
+
+def test_a_plan_of_ones_own(demo_server):
+    faults = FaultPlan()
+    faults.add("api", status=500)
+    server = demo_server(faults=faults)
+    assert server.faults is faults
+    with api_client(server) as api:
+        assert [api.get("healthz").status_code for _ in range(2)] == [500, 200]
+
+
+def test_unknown_profiles_and_options():
+    with pytest.raises(KeyError):
+        DemoServer(profile="nothing")
+    with pytest.raises(TypeError):
+        DemoServer(colour="blue")
+
+
+def test_nonsense_on_the_socket_harms_nobody(api, server):
+    for request in (b"\r\n\r\n", b"x" * 70_000, b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", port_of(server.base_url))) as client:
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(65536):
+                pass
+    assert api.get("healthz").is_success
