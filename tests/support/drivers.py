@@ -16,8 +16,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tests.support.clocks import FakeTime
 from tests.support.account import mounted
+from tests.support.clocks import FakeTime
 from tinkerfs.adapters.compose import compose
 from tinkerfs.call import Call, Caller
 from tinkerfs.settings import Settings
@@ -175,11 +175,10 @@ class Fsspec:
         self._process = InProcess(filesystem, time)
 
     def stat(self, path):
-        if not path:
-            return self._process.stat("")
-        parent, _, name = path.rpartition("/")
-        listed = {posixpath.basename(i["name"]): i for i in self.fs.ls(f"tinker://{parent}")}
-        info = listed.get(name) or self.fs.info(f"tinker://{path}")
+        info = self.fs.info(f"tinker://{path}")
+        if info["islink"]:  # of which only a listing tells what it is itself
+            listed = self.fs.ls(f"tinker://{posixpath.dirname(path)}")
+            info = next(i for i in listed if i["name"] == path)
         fields = ("mode", "size", "ino", "nlink", "uid", "gid")
         values = {name: info[name] for name in fields}
         return Status(mtime_ns=round(info["mtime"] * 1e9), blocks=None, **values)

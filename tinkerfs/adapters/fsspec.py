@@ -82,16 +82,17 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         name = self._strip_protocol(path)
         place = self._follow(name)
         if not stat.S_ISDIR(self.tree.stat(place, IN_PROCESS).mode):
-            found = [self.info(name)]
-        else:
-            found = [
-                _info(
-                    posixpath.join(name, entry.name),
-                    entry.attr or self.tree.stat(posixpath.join(place, entry.name), IN_PROCESS),
-                )
-                for entry in self.tree.listdir(place, IN_PROCESS)
-            ]
-        return found if detail else [item["name"] for item in found]
+            return [self.info(name)] if detail else [name]
+        entries = self.tree.listdir(place, IN_PROCESS)
+        if not detail:
+            return [posixpath.join(name, entry.name) for entry in entries]
+        return [
+            _info(
+                posixpath.join(name, entry.name),
+                entry.attr or self.tree.stat(posixpath.join(place, entry.name), IN_PROCESS),
+            )
+            for entry in entries
+        ]
 
     def info(self, path: str, **_kwargs: Any) -> dict[str, Any]:
         """Return what stat tells; links are followed, and told by `islink`."""
