@@ -230,7 +230,7 @@ class Catalogue:
         load = partial(self._load_weights_info, checkpoint)
         kept = self._cache.peek(_info_key(checkpoint)) or self._kept_info(checkpoint)
         if kept is not None:
-            return kept  # type: ignore[no-any-return]
+            return kept
         self._notice_walk(checkpoint)
         return self._cache.get(_info_key(checkpoint), load, self._immutable, call)
 
