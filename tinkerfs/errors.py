@@ -246,6 +246,11 @@ def interrupted(path: str = "") -> OSError:
     return OSError(errno.EINTR, os.strerror(errno.EINTR), path or None)
 
 
+def disconnected(path: str) -> OSError:
+    """ENOTCONN: the mount is going down, and whoever waits would wait in vain."""
+    return OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), path)
+
+
 def timed_out(path: str, why: str) -> OSError:
     """ETIMEDOUT: the caller's own bound on waiting has passed."""
     return OSError(errno.ETIMEDOUT, why, path)

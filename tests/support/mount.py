@@ -9,37 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import pytest
 
 from tinkerfs.adapters import mounts
 
 ROOT = Path(__file__).parents[2]
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
-
-
-def why_no_kernel() -> str | None:
-    """Why real mounts cannot be made here; None where they can."""
-    if not os.path.exists("/dev/fuse"):
-        return "no /dev/fuse"
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR))
-    except OSError as error:
-        return f"/dev/fuse: {error.strerror}"
-    if os.geteuid() != 0 and mounts.fusermount() is None:
-        return "no fusermount"
-    return None
-
-
-def require_kernel() -> None:
-    """Skip the test where there is no FUSE; fail it where that was asked for, as in CI."""
-    reason = why_no_kernel()
-    if reason is not None:
-        if os.environ.get("TINKERFS_REQUIRE_KERNEL_TESTS") == "1":
-            pytest.fail(f"kernel tests are required here, and there is {reason}")
-        pytest.skip(reason)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
@@ -53,9 +29,7 @@ def force_unmount(mountpoint: str) -> None:
 
 
 @contextlib.contextmanager
-def memory_mount(
-    mountpoint: Path, binding: str, *options: str, ready_within_s: float = 20.0
-) -> Iterator[subprocess.Popen[str]]:
+def memory_mount(mountpoint: Path, binding: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """Serve the file system in memory until the block ends."""
     log = mountpoint.with_name(f"{mountpoint.name}.log")
     with log.open("w") as output:
@@ -76,6 +50,14 @@ def memory_mount(
         process.wait(10)
         process.stdout.close()
         force_unmount(str(mountpoint))
+
+
+def tinkerfs(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, timeout_s: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    command = (sys.executable, "-m", "tinkerfs", *arguments)
+    return run(*command, timeout_s=timeout_s, env=dict(os.environ if env is None else env))
 
 
 def run(

@@ -82,6 +82,9 @@ def _operation(
                 log.exception("%s %s: an error without an errno", name, path)
                 raise errors.unexpected(error, str(path)) from error
             log.debug("%s %s: %s", name, path, errors.name_of(error))
+            if errors.is_interruption(error) and self.is_stopping:
+                # To EINTR without a signal, cat and Python answer with the same read again.
+                raise errors.disconnected(str(path)) from error
             raise
         except Exception as error:
             log.exception("%s %s failed", name, path)
@@ -99,11 +102,13 @@ class Operations:
         filesystem: what is served.
         requests: the binding, for who asks and whether they still wait.
         timeout_s: bound on every wait that has no bound of its own.
-        stopping: set when the mount goes down: whoever waits then gets EINTR.
+        stopping: set when the mount goes down: whoever waits then gets ENOTCONN.
         ready: called once the kernel has been answered for the first time.
     """
 
     use_ns = True
+    #: Without it, libfuse 2 answers ENOENT itself to reads of an open file that was unlinked.
+    flag_nullpath_ok = 1
 
     def __init__(
         self,
@@ -123,6 +128,11 @@ class Operations:
         # Single operations on a dict are atomic, and a number is used by one file alone.
         self._files: dict[int, _Open] = {}
         self._listings: dict[int, _Listing] = {}
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the mount is going down."""
+        return self._stopping.is_set()
 
     def _interrupted(self) -> bool:
         return self._stopping.is_set() or self._requests.interrupted()

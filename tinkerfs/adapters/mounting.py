@@ -164,7 +164,7 @@ def _wake_the_main_thread() -> None:
 
 
 def _detach(mountpoint: str) -> None:
-    """Take the mount out of the tree, whoever holds it: they were told EINTR, or soon ENOTCONN."""
+    """Take the mount out of the tree, whoever holds it: they are told ENOTCONN."""
     try:
         mounts.unmount(mountpoint, lazy=True)
     except OSError as error:

@@ -205,10 +205,10 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
 
 
 def holders(mountpoint: str) -> list[Holder]:
-    """Return the processes that hold a mount, as far as we may look; one entry each."""
+    """Return the other processes that hold a mount, as far as we may look; one entry each."""
     found = []
     for name in os.listdir("/proc"):
-        if name.isdigit():
+        if name.isdigit() and int(name) != os.getpid():
             what = next(_held_by(f"/proc/{name}", mountpoint), None)
             if what is not None:
                 found.append(Holder(int(name), _comm(name), what))

@@ -135,6 +135,8 @@ def _check_key(client: "Client") -> None:
             waited_s += step_s
             continue
         except Unauthorized as error:
+            if error.status is None:  # there is no key to send: the message has the cure
+                raise SetupError(error.message) from None
             raise SetupError(
                 f"the API does not take the key: {error.message}: set TINKER_API_KEY to one that is"
                 " valid, or run `tinker auth login`"
