@@ -22,7 +22,15 @@ def line(text: str) -> bytes:
 
 def json_file(raw: bytes) -> bytes:
     """Return a JSON record indented, every number and unknown field as it came, and a newline."""
-    return msgspec.json.format(raw, indent=2) + b"\n"
+    try:
+        return msgspec.json.format(raw, indent=2) + b"\n"
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    try:
+        # Half of a surrogate pair, which stands for a byte that is no UTF-8: msgspec takes none.
+        return json.dumps(json.loads(raw), indent=2).encode() + b"\n"
+    except (ValueError, RecursionError):
+        return raw + b"\n"
 
 
 def json_values(values: object) -> bytes:
