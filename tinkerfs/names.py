@@ -4,6 +4,7 @@ A name that is a file name as it stands is shown as it stands; bytes that are no
 surrogate escapes (PEP 383). A name that cannot be a file name (empty, `.`, `..`, with `/`, NUL or
 a lone surrogate that stands for no byte), or that could be taken for an encoded one (`%` and two
 hex digits, or `%~`), has each offending byte and each `%` written `%XX`; the empty name is `%~`.
+One that only software asks for (`.git`), which is absent unasked, has its first character encoded.
 What is longer than a file name may be is cut and ends in `%~` and a hash of the whole: such a name
 cannot be decoded, it is found by encoding the names that are listed.
 """
@@ -48,18 +49,22 @@ def is_software_probe(name: str) -> bool:
 def encode(name: str) -> str:
     """Return the file name that stands for a server's name."""
     has_odd_surrogates = not _round_trips(name)
+    is_probe = is_software_probe(name)
     if not name:
         encoded = _EMPTY
     elif name in (".", ".."):
         encoded = "%2E" * len(name)
     elif (
         has_odd_surrogates
+        or is_probe
         or _LOOKS_ENCODED.search(name)
         or _OFFENDING.search(name.replace("%", ""))
     ):
         encoded = _OFFENDING.sub(_escape, name)
         if has_odd_surrogates:
             encoded = _LONE_SURROGATE.sub(_escape, encoded)
+        if is_probe:
+            encoded = f"%{ord(encoded[0]):02X}{encoded[1:]}"
     else:
         encoded = name
     raw = encoded.encode("utf-8", "surrogateescape")

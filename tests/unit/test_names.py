@@ -57,7 +57,7 @@ def test_no_two_names_meet(one, other):
     )
 )
 def test_a_file_name_is_shown_as_it_stands(name):
-    if name not in (".", ".."):
+    if name not in (".", "..") and not names.is_software_probe(name):
         assert names.encode(name) == name
 
 
@@ -80,3 +80,12 @@ def test_software_probes():
         assert names.is_software_probe(name)
     for name in ["git", "info.json", ".tinkerfs", ".content", "latest"]:
         assert not names.is_software_probe(name)
+
+
+@pytest.mark.parametrize("name", [".git", "._a/b", "._%41", "Thumbs.db", ".Trash-1"])
+def test_a_server_s_name_that_software_asks_for_is_another_file_name(name):
+    encoded = names.encode(name)
+    assert not names.is_software_probe(encoded)
+    assert names.decode(encoded) == name
+    with pytest.raises(ValueError, match="not the file name"):
+        names.decode(name)
