@@ -201,14 +201,7 @@ def test_what_is_no_control_cannot_be_written(world, path):
 
 def test_nothing_can_be_created(world):
     for path in ("new", "runs/new", f"runs/{world.server.account.run_ids[0]}/latest/new"):
-        if world.kind == "process":
-            filesystem, call = world.driver.filesystem, world.driver.call
-            create = lambda path=path: filesystem.create(f"/{path}", call)  # noqa: E731
-        elif world.kind == "fsspec":
-            create = lambda path=path: world.driver.write(path, b"x")  # noqa: E731
-        else:
-            create = lambda path=path: os.mkdir(world.driver.path(path))  # noqa: E731
-        assert outcome_of(create) == "EPERM"
+        assert outcome_of(lambda path=path: world.driver.create(path)) == "EPERM"
 
 
 def test_the_readme_says_how_to_delete_and_where_errors_are(world):

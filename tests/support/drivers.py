@@ -71,6 +71,7 @@ class Driver(Protocol):
     def readlink(self, path: str) -> str: ...
     def read(self, path: str) -> bytes: ...
     def write(self, path: str, data: bytes) -> None: ...
+    def create(self, path: str) -> None: ...
     def remove(self, *steps: str) -> list[str]:
         """Do each of `unlink PATH`, `rmdir PATH` and `rmtree PATH` as one process group that was
         not here before; return OK or the errno's name of each."""
@@ -138,6 +139,9 @@ class InProcess:
         handle = self.filesystem.open(self._follow(path), flags, self.call)
         assert handle.write(data, self.call) == len(data)
 
+    def create(self, path):
+        self.filesystem.create(self._own(path), self.call)
+
     def remove(self, *steps):
         group = next(self._groups)
         call = replace(self.call, caller=lambda: Caller(os.getpid(), os.getuid(), group))
@@ -199,6 +203,9 @@ class Fsspec:
     def write(self, path, data):
         with self.fs.open(f"tinker://{path}", "wb") as file:
             file.write(data)
+
+    def create(self, path):
+        self.fs.mkdir(f"tinker://{path}")
 
     def remove(self, *steps):
         # The group is this process's own: what went before is past only once it has left off.
@@ -268,6 +275,9 @@ class KernelMount:
             os.write(fd, data)
         finally:
             os.close(fd)
+
+    def create(self, path):
+        os.mkdir(self.path(path))
 
     def remove(self, *steps):
         parted = [step.partition(" ") for step in steps]

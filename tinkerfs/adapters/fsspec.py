@@ -162,7 +162,9 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
         """Remove files, or with `recursive` checkpoints; the first refusal ends it."""
         del maxdepth  # part of a checkpoint cannot be removed
-        for name in self.expand_path(path):
+        # A name that is there is meant as it stands, whatever pattern it might be.
+        is_name = isinstance(path, str) and self.exists(path)
+        for name in [path] if is_name else self.expand_path(path):
             self._remove(self._own(name), recursive=recursive)
 
     def _remove(self, path: str, *, recursive: bool) -> None:
