@@ -61,12 +61,10 @@ class _Key:
     Attributes:
         text: the key itself.
         expires_at_s: its `exp`, seconds since 1970; None for a key that does not expire.
-        version: what the stored login's file looked like, to see it change.
     """
 
     text: str
     expires_at_s: float | None
-    version: tuple[int, ...] | None = None
 
 
 class Credentials:
@@ -103,13 +101,18 @@ class Credentials:
         # All guarded by _lock.
         self._key: _Key | None = None
         self._renew_at_s: float | None = None
+        #: What the stored login's file looked like when it was read, and whether it changed since.
+        self._version: tuple[int, ...] | None = None
+        self._has_changed = False
         self._look_at = 0.0
         self._was_reread = False
         self._failure: TinkerfsError | None = None
+        #: Whether that was the API's word; and whether one caller tries the key again meanwhile.
         self._is_refused = False
-        self._failed_version: tuple[int, ...] | None = None
+        self._is_retrying = False
         self._backoff_s = 0.0
         self._backoff_until = 0.0
+        #: Guarded by _reading.
         self._warned_version: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
@@ -159,8 +162,9 @@ class Credentials:
             with self._lock:
                 if self._key is None or self._key.text != key:
                     return self._failure is None  # somebody else has dealt with it
-                if self._failure is not None and self._clock.monotonic() < self._backoff_until:
+                if self._failure is not None and not self._is_retrying:
                     return False
+                self._is_retrying = False
                 was_reread, self._was_reread = self._was_reread, True
             if not was_reread:
                 try:
@@ -172,7 +176,7 @@ class Credentials:
                         self._keep(fresh)
                     return True
             with self._lock:
-                self._back_off(error, self._key.version if self._key else None)
+                self._back_off(error)
                 self._is_refused = True
             return False
 
@@ -182,6 +186,7 @@ class Credentials:
             if self._was_reread and self._key is not None and self._key.text == key:
                 self._failure = None
                 self._is_refused = False
+                self._is_retrying = False
                 self._was_reread = False
                 self._backoff_s = 0.0
 
@@ -193,18 +198,14 @@ class Credentials:
             Unauthorized: remembered, see `get`.
         """
         now = self._clock.monotonic()
-        has_changed = False
         if self._is_stored and now >= self._look_at:
             self._look_at = now + LOOK_EVERY_S
-            known = self._failed_version if self._failure else self._key and self._key.version
-            has_changed = (self._failure or self._key) is not None and (
-                _version_of(self._path) != known
-            )
+            self._has_changed = self._has_changed or _version_of(self._path) != self._version
         if self._failure is not None:
-            if has_changed or now >= self._backoff_until:
+            if self._has_changed or now >= self._backoff_until:
                 return None
             raise _again(self._failure)
-        if self._key is None or has_changed:
+        if self._key is None or self._has_changed:
             return None
         if self._renew_at_s is not None and self._clock.now() >= self._renew_at_s:
             return None
@@ -219,7 +220,6 @@ class Credentials:
         """
         with self._lock:
             old = self._key
-        version = _version_of(self._path) if self._is_stored else None
         try:
             fresh = self._read_source()
         except TinkerfsError as error:
@@ -229,13 +229,13 @@ class Credentials:
                     # The command failed, and the token that it gave last time is still good.
                     self._renew_at_s = min(now_s + FIRST_BACKOFF_S, old.expires_at_s or now_s)
                     return old.text
-                self._back_off(error, version)
+                self._back_off(error)
                 raise
         with self._lock:
             if self._is_refused and old is not None and fresh.text == old.text:
                 # One caller tries the same key again; the others go on being answered from memory.
                 self._backoff_until = self._clock.monotonic() + self._backoff_s
-                self._failed_version = fresh.version
+                self._is_retrying = True
             else:
                 # What a refusal cost so far is forgotten only once a key is accepted: a command may
                 # print another wrong token each time.
@@ -254,12 +254,11 @@ class Credentials:
         wait_s = left_s if self._variable else max(left_s - RENEW_BEFORE_S, left_s / 2)
         self._renew_at_s = self._clock.now() + wait_s
 
-    def _back_off(self, error: TinkerfsError, version: tuple[int, ...] | None) -> None:
+    def _back_off(self, error: TinkerfsError) -> None:
         """Answer from memory for a while, twice as long as the last time."""
         self._backoff_s = min(max(self._backoff_s * 2, FIRST_BACKOFF_S), LAST_BACKOFF_S)
         self._backoff_until = self._clock.monotonic() + self._backoff_s
         self._failure = error
-        self._failed_version = version
 
     def _read_source(self) -> _Key:
         """Read the source, whatever it is, and check the key.
@@ -268,13 +267,12 @@ class Credentials:
             SetupError: there is no key, or none that can be sent.
             Unauthorized: it has expired.
         """
-        version = None
         if self._variable:
             text, cure = self._variable, f"set {API_KEY} to a valid key"
         elif self._command:
             text, cure = self._run_command(), f"make {COMMAND} print a valid key"
         else:
-            text, version = self._read_stored()
+            text = self._read_stored()
             cure = "run `tinker auth login` again"
         if not text.isascii() or not text.isprintable() or " " in text:
             raise SetupError(f"the key of {self.source} has characters that no key has: {cure}")
@@ -283,7 +281,7 @@ class Credentials:
             raise Unauthorized(
                 f"the token of {self.source} expired at {_time_words(expires_at_s)}: {cure}"
             )
-        return _Key(text, expires_at_s, version)
+        return _Key(text, expires_at_s)
 
     def _run_command(self) -> str:
         """Return what the credential command prints.
@@ -327,12 +325,16 @@ class Credentials:
             raise SetupError(f"{COMMAND} printed nothing: run it in a terminal to see why")
         return text
 
-    def _read_stored(self) -> tuple[str, tuple[int, ...]]:
-        """Return the key that `tinker auth login` stored, and what the file looked like.
+    def _read_stored(self) -> str:
+        """Return the key that `tinker auth login` stored.
 
         Raises:
             SetupError: there is none.
         """
+        with self._lock:
+            # Before it is read: a change meanwhile is seen at the next look.
+            self._version = _version_of(self._path)
+            self._has_changed = False
         try:
             # Without blocking: somebody may have put a FIFO there.
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -348,9 +350,8 @@ class Credentials:
                 content = file.read(_MAX_BYTES)
             except OSError as error:
                 raise SetupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
-        version = _version(status)
-        if status.st_mode & 0o077 and self._warned_version != version:
-            self._warned_version = version
+        if status.st_mode & 0o077 and self._warned_version != _version(status):
+            self._warned_version = _version(status)
             log.warning("%s can be read by other users: chmod 600 %s", STORED, STORED)
         try:
             stored = json.loads(content)
@@ -362,7 +363,7 @@ class Credentials:
         key = entry.get("key") if isinstance(entry, dict) else None
         if not isinstance(key, str) or not key.strip():
             raise SetupError(f"{STORED} has no default key: {_CURE}")
-        return key.strip(), version
+        return key.strip()
 
 
 def _read_bounded(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:
