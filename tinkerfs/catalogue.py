@@ -187,6 +187,7 @@ class Catalogue:
         self._lock = threading.Lock()
         self._last_asked: dict[str, tuple[tuple[str, str, str], float]] = {}  # guarded by _lock
         self._walked: set[str] = set()  # guarded by _lock
+        self._lists_runs: bool | None = None  # learnt once; who comes second learns the same
 
     # What is there.
 
@@ -209,7 +210,7 @@ class Catalogue:
             if run is not None:
                 return run
         return self._cache.get(
-            ("run", run_id), partial(self._client.training_run, run_id), self._by_name, call
+            ("run", run_id), partial(self._load_run, run_id), self._by_name, call
         )
 
     def checkpoints(self, run_id: str, call: Call) -> CheckpointListing:
@@ -368,6 +369,39 @@ class Catalogue:
 
     def _load_runs(self) -> RunListing:
         return RunListing({run.run_id: run for run in self._client.all_training_runs()})
+
+    def _load_run(self, run_id: str) -> models.TrainingRun:
+        try:
+            return self._client.training_run(run_id)
+        except (errors.NotFound, errors.EndpointMissing):
+            if self._has_run_records():
+                raise
+        # Of such a server a run is what has a listing of checkpoints.
+        listing = self.checkpoints(run_id, IN_PROCESS)
+        times = (c.record.time_ns for c in listing.by_name.values())
+        return models.TrainingRun(
+            run_id=run_id,
+            last_request_time_ns=max((t for t in times if t is not None), default=None),
+            raw=models.with_fields(b"{}", training_run_id=run_id),
+        )
+
+    def _has_run_records(self) -> bool:
+        """Tell whether the server knows runs by themselves: hatchery has neither list nor record.
+
+        Asked of it at most once, and only where nothing was listed before.
+        """
+        if self._lists_runs is None:
+            if self.known_runs() is not None:
+                self._lists_runs = True
+            else:
+                try:
+                    self._client.list_training_runs(limit=1)
+                    self._lists_runs = True
+                except errors.EndpointMissing:
+                    self._lists_runs = False
+                except errors.ApiError:
+                    return True  # for now: what was said of the run stands
+        return self._lists_runs
 
     def _load_checkpoints(self, run_id: str) -> CheckpointListing:
         return CheckpointListing.of(run_id, self._client.list_checkpoints(run_id))
