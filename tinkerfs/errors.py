@@ -102,6 +102,10 @@ class NotFound(ApiError):
 class EndpointMissing(ApiError):
     """The thing is there, but this server has no such endpoint."""
 
+    def __str__(self) -> str:
+        """Say so: the server's own words are those of a thing that is not there."""
+        return f"this server has no such endpoint ({super().__str__()})"
+
 
 class BadRequest(ApiError):
     """The API refused the request's content."""
@@ -304,7 +308,9 @@ def from_number(number: int, path: str) -> OSError:
 
 
 def name_of(error: OSError) -> str:
-    """Return the errno's name, e.g. "ENOENT"."""
+    """Return the errno's name, e.g. "ENOENT"; of two names the one that Linux documents."""
+    if error.errno == errno.EOPNOTSUPP:  # which Python calls ENOTSUP
+        return "EOPNOTSUPP"
     return errno.errorcode.get(error.errno or 0, "EIO")
 
 

@@ -43,7 +43,10 @@ def test_an_api_failure_becomes_an_oserror_with_the_servers_words(kind):
     failure = errors.from_api(cause, "/runs")
     assert failure.errno == WANTED[kind]
     assert failure.filename == "/runs"
-    assert failure.strerror == "GET training_runs 418: the server's words"
+    assert "GET training_runs 418: the server's words" in failure.strerror
+    is_missing = kind is errors.EndpointMissing
+    assert ("this server has no such endpoint" in failure.strerror) is is_missing
+    assert errors.name_of(failure) != "ENOTSUP"
     assert failure.__cause__ is cause
 
 
