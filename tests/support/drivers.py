@@ -4,7 +4,6 @@ Paths are relative to the root, without a slash in front; links are followed whe
 them. Failures are `OSError`s everywhere.
 """
 
-import errno
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Protocol
 
 from tests.support.account import mounted
 from tests.support.clocks import FakeTime
+from tinkerfs import errors
 from tinkerfs.adapters.compose import compose
 from tinkerfs.call import Call, Caller
 from tinkerfs.settings import Settings
@@ -82,7 +82,7 @@ def outcome_of(work):
     try:
         work()
     except OSError as error:
-        return errno.errorcode[error.errno]
+        return errors.name_of(error)
     return OK
 
 
