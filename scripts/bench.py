@@ -12,9 +12,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,7 +35,7 @@ class Bench:
         row["ok"] = bound is None or figure <= bound
         self.rows.append(row)
         verdict = "" if bound is None else f"  (at most {bound:g}: {'ok' if row['ok'] else 'OVER'})"
-        print(f"{what:<72} {figure:>10g} {unit}{verdict}", file=sys.stderr, flush=True)
+        print(f"{what:<72} {figure:>10.4g} {unit}{verdict}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -96,43 +95,59 @@ def resident_mb(pid: int) -> float:
 
 
 def count_calls(bench: Bench, binding: str, cache: Path) -> None:
-    # The first look at the key, while mounting, is a call of its own and not counted.
+    """Count the calls of common commands; the look at the key while mounting is not counted."""
+
+    def count(what: str, script: str, bound: int) -> None:
+        bench.add(f"{binding}: {what}", calls(server, script, folder), "calls", bound)
+
+    def of_these(what: str, endpoint: str, bound: int) -> None:
+        found = server.journal.count(endpoint)
+        bench.add(f"{binding}: ... of these {what}", found, "calls", bound)
+
     with DemoServer(runs=1000, checkpoints=2) as server, mounted(server, binding, cache) as folder:
-        bench.add(f"{binding}: ls /runs, 1,000 runs", calls(server, "ls runs", folder), "calls", 10)
-        bench.add(f"{binding}: the same, warm", calls(server, "ls runs", folder), "calls", 0)
+        count("ls /runs, 1,000 runs", "ls runs", 10)
+        count("the same, warm", "ls runs", 0)
+    walk = "ls -lR runs"
     with DemoServer(runs=100, checkpoints=10) as server:
         with mounted(server, binding, cache, "--ttl", "600") as folder:
-            walk = "ls -lR runs"
-            bench.add(
-                f"{binding}: ls -lR /runs, 100 runs x 10", calls(server, walk, folder), "calls", 1101
-            )
-            infos = server.journal.count("POST weights_info")
-            bench.add(f"{binding}: ... of these weights info", infos, "calls", 1000)
-            bench.add(f"{binding}: the same, warm", calls(server, walk, folder), "calls", 0)
-            grep = "grep -r lora_rank runs"
-            bench.add(f"{binding}: grep -r . /runs, warm", calls(server, grep, folder), "calls", 0)
-            victim = 'set -- runs/*/checkpoints/weights/*; rm -r "$1"'
-            bench.add(f"{binding}: rm -r of one", calls(server, victim, folder), "calls", 2)
-            deletes = server.journal.count("DELETE checkpoint")
-            bench.add(f"{binding}: ... of these deletes", deletes, "calls", 1)
+            count("ls -lR /runs, 100 runs x 10", walk, 1101)
+            of_these("weights info", "POST weights_info", 1000)
+            count("the same, warm", walk, 0)
+            count("grep -r lora_rank /runs, warm", "grep -r lora_rank runs", 0)
+            count("rm -r of one", 'set -- runs/*/checkpoints/weights/*; rm -r "$1"', 2)
+            of_these("deletes", "DELETE checkpoint", 1)
         with mounted(server, binding, cache) as folder:
-            again = calls(server, walk, folder)
-            bench.add(f"{binding}: ls -lR in the second mount", again, "calls", 101)
-            infos = server.journal.count("POST weights_info")
-            bench.add(f"{binding}: ... of these weights info", infos, "calls", 0)
-    with DemoServer(runs=3, checkpoints=20, seed=3) as server:
-        with mounted(server, binding, cache) as folder:
-            jq = "cat runs/*/checkpoints/*/*/info.json"
-            bench.add(f"{binding}: cat */info.json, 3 runs x 20", calls(server, jq, folder), "calls", 64)
-    with DemoServer(runs=300, checkpoints=2, latency_s=0.2) as server:
-        with mounted(server, binding, cache) as folder:
-            readers = "for i in $(seq 16); do ls runs & done; wait"
-            bench.add(
-                f"{binding}: 16 readers of one cold listing, 3 pages",
-                calls(server, readers, folder),
-                "calls",
-                3,
-            )
+            count("ls -lR in the second mount", walk, 101)
+            of_these("weights info", "POST weights_info", 0)
+    with (
+        DemoServer(runs=3, checkpoints=20, seed=3) as server,
+        mounted(server, binding, cache) as folder,
+    ):
+        count("cat */info.json, 3 runs x 20", "cat runs/*/checkpoints/*/*/info.json", 64)
+    with DemoServer(runs=300, latency_s=0.2) as server, mounted(server, binding, cache) as folder:
+        readers = "for i in $(seq 16); do ls runs & done; wait"
+        count("16 readers of one cold listing, 3 pages", readers, 3)
+
+
+def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=folder, stdout=quiet, stderr=quiet, start_new_session=True)
+
+
+def seconds_to_leave(process: "subprocess.Popen[bytes]") -> float:
+    """Press Ctrl-C and wait."""
+    began = time.perf_counter()
+    os.kill(process.pid, signal.SIGINT)
+    process.wait(30)
+    return time.perf_counter() - began
+
+
+COLD_WAITS = (
+    ("ls of a cold run", "ls runs/{run}/checkpoints", "GET training_runs/{run}/checkpoints"),
+    ("stat of a new name", "stat runs/nobody", "GET training_runs/{run}"),
+    ("cold ls /runs", "ls runs", "GET training_runs"),
+    ("cat of a cold info.json", "cat runs/{run}/latest/info.json", "POST weights_info"),
+)
 
 
 def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
@@ -141,76 +156,57 @@ def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
         alone = timed(lambda: shell("ls -l runs", folder))
         urls = sorted(folder.glob("runs/*/checkpoints/*/*/archive_url"))[:64]
         rule = server.faults.add("GET archive", hang=True, times=None)
-        readers = [
-            subprocess.Popen(["cat", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             start_new_session=True)
-            for url in urls
-        ]  # fmt: skip
+        readers = [start(["cat", str(url)], folder) for url in urls]
         rule.wait_for(len(urls))
         waiting = timed(lambda: shell("ls -l runs", folder))
         bench.add(f"{binding}: ls -l /runs, alone", alone, "s")
-        bench.add(f"{binding}: the same while 64 reads hang", waiting, "s")
-        left = []
-        for reader in readers:
-            began = time.perf_counter()
-            os.kill(reader.pid, signal.SIGINT)
-            reader.wait(30)
-            left.append(time.perf_counter() - began)
-        bench.add(f"{binding}: Ctrl-C of a waiting cat, median", statistics.median(left), "s")
+        bench.add(f"{binding}: the same while {len(urls)} reads hang", waiting, "s")
+        left = statistics.median(seconds_to_leave(reader) for reader in readers)
+        bench.add(f"{binding}: Ctrl-C of cat archive_url, median of {len(urls)}", left, "s")
         rule.release()
-    for what, script, endpoint in (
-        ("ls of an unlisted run's checkpoints", "ls runs/{run}/checkpoints", "GET training_runs/{run}/checkpoints"),
-        ("stat of a new name", "stat runs/nobody", "GET training_runs/{run}"),
-        ("cold ls /runs", "ls runs", "GET training_runs"),
-        ("cat of a cold info.json", "cat runs/{run}/latest/info.json", "POST weights_info"),
-    ):  # fmt: skip
-        with DemoServer(runs=3, checkpoints=3) as server:
-            with tempfile.TemporaryDirectory() as cold, mounted(server, binding, Path(cold)) as folder:
-                run = server.account.run_ids[0]
-                rule = server.faults.add(endpoint, hang=True, times=None)
-                command = shlex.split(script.format(run=run))
-                reader = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL,
-                                          stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
-                rule.wait_for(1)
-                began = time.perf_counter()
-                os.kill(reader.pid, signal.SIGINT)
-                reader.wait(30)
-                bench.add(f"{binding}: Ctrl-C of {what}", time.perf_counter() - began, "s")
-                rule.release()
+    for what, script, endpoint in COLD_WAITS:
+        with (
+            tempfile.TemporaryDirectory() as cold,
+            DemoServer(runs=3, checkpoints=3) as server,
+            mounted(server, binding, Path(cold)) as folder,
+        ):
+            rule = server.faults.add(endpoint, hang=True, times=None)
+            reader = start(shlex.split(script.format(run=server.account.run_ids[0])), folder)
+            rule.wait_for(1)
+            bench.add(f"{binding}: Ctrl-C of {what}", seconds_to_leave(reader), "s")
+            rule.release()
 
 
-def timed(work: "object") -> float:
+def timed(work: Callable[[], None]) -> float:
+    """Return the median of several runs, seconds."""
     spans = []
     for _ in range(RUNS_OF_A_TIMED_THING):
         began = time.perf_counter()
-        work()  # type: ignore[operator]
+        work()
         spans.append(time.perf_counter() - began)
-    return round(statistics.median(spans), 4)
+    return statistics.median(spans)
 
 
 def measure_mounting(bench: Bench, binding: str, cache: Path) -> None:
+    spans = []
     with DemoServer() as server:
-
-        def once() -> None:
-            with mounted(server, binding, cache):
-                spans.append(time.perf_counter() - began[0])
-
-        spans: list[float] = []
-        began = [0.0]
         for _ in range(RUNS_OF_A_TIMED_THING):
-            began[0] = time.perf_counter()
-            once()
-        bench.add(f"{binding}: until the mount answers, median", statistics.median(spans), "s")
+            began = time.perf_counter()
+            with mounted(server, binding, cache):
+                spans.append(time.perf_counter() - began)
+    bench.add(f"{binding}: until the mount answers, median", statistics.median(spans), "s")
 
 
 def measure_memory(bench: Bench, cache: Path, runs: int, checkpoints: int) -> None:
-    total = runs * checkpoints
-    with DemoServer(runs=runs, checkpoints=checkpoints) as server:
-        with mounted(server, "auto", cache, "--ttl", "3600") as folder:
-            began = time.perf_counter()
-            shell("ls -R runs", folder)
-            bench.add(f"ls -R of {total:,} checkpoints over {runs:,} runs", time.perf_counter() - began, "s")
-            bench.add(f"resident memory with {total:,} checkpoints listed", resident_mb(daemon_of(folder)), "MB")
+    listed = f"{runs * checkpoints:,} checkpoints over {runs:,} runs"
+    with (
+        DemoServer(runs=runs, checkpoints=checkpoints) as server,
+        mounted(server, "auto", cache, "--ttl", "3600") as folder,
+    ):
+        began = time.perf_counter()
+        shell("ls -R runs", folder)
+        bench.add(f"ls -R of {listed}, cold", time.perf_counter() - began, "s")
+        bench.add(f"resident memory with {listed}", resident_mb(daemon_of(folder)), "MB")
 
 
 def main() -> int:
@@ -220,7 +216,6 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     bench = Bench()
-    threading.stack_size(512 * 1024)
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as folder:
         for binding in options.binding or BINDINGS:
             cache = Path(folder) / binding
