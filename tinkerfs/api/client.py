@@ -281,7 +281,7 @@ class Client:
         display_name: str | None = None,
         statuses: tuple[str, ...] = (),
         limit: int = 100,
-        cursor: str | None = None,
+        cursor: object = None,
     ) -> FoundSessions:
         """Return one page of the sessions that match.
 
@@ -289,7 +289,7 @@ class Client:
             display_name: what the name must hold.
             statuses: one of which it must have; empty for any.
             limit: how many at once, 1 to 200.
-            cursor: where the page before ended.
+            cursor: `next_cursor` of the page before.
 
         Raises:
             ApiError: it cannot be had; EndpointMissing where the server has no search.

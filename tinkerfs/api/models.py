@@ -146,7 +146,7 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class FoundSessions:
-    """One page of a search; `next_cursor` asks for the next one, None at the end."""
+    """One page of a search; `next_cursor`, any JSON, asks for the next one; None at the end."""
 
     items: tuple[FoundSession, ...]
-    next_cursor: str | None = None
+    next_cursor: object = None

@@ -76,6 +76,7 @@ class _Listing(Generic[T]):
         self._step = 0
         self._union: dict[Hashable, T] = {}
         self._received = 0
+        self._unreadable = 0
         self._totals: set[int] = set()
         self._total = 0
 
@@ -98,7 +99,8 @@ class _Listing(Generic[T]):
         """
         if self.has_changed():
             return False
-        return len(self._union) >= self._total or self._received < self._total
+        known = len(self._union) + self._unreadable
+        return known >= self._total or self._received < self._total
 
     def read(self) -> None:
         """Read the first page, then what it promises, then on where the promise is no good."""
@@ -139,13 +141,13 @@ class _Listing(Generic[T]):
         """
         has_found = False
         for offset in range(0, self._total, self._step):
-            before = self._received
+            before = self._received, self._unreadable
             is_new = self._take(self._fetch(self._page_size, offset))
-            self._received = before
+            self._received, self._unreadable = before
             if not is_new:
                 break
             has_found = True
-            if len(self._union) >= self._total:
+            if self.is_whole():
                 break
         return has_found
 
@@ -155,6 +157,7 @@ class _Listing(Generic[T]):
         for item in page.items:
             self._union.setdefault(self._key(item), item)
         self._received += page.received
+        self._unreadable += page.received - len(page.items)
         if page.received and page.total_count:  # SkyRL's count is 0 past the end
             self._totals.add(page.total_count)
             self._total = page.total_count

@@ -215,7 +215,7 @@ def parse_found_sessions(body: bytes) -> FoundSessions:
         ProtocolError: it is not JSON, or has no list.
     """
     page = _page(body, "sessions", _found_session)
-    return FoundSessions(page.items, _text(loads_object(body) or {}, "next_cursor") or None)
+    return FoundSessions(page.items, (loads_object(body) or {}).get("next_cursor"))
 
 
 def _found_session(raw: bytes) -> FoundSession | None:

@@ -169,3 +169,4 @@ def test_records_that_cannot_be_read_count_as_received():
         return Page(one.items[1:], one.total_count, one.limit, one.received)
 
     assert len(read_all(page, lambda n: n)) == 247
+    assert len(server.calls) == 3

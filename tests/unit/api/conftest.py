@@ -1,0 +1,49 @@
+"""Clients of demo servers, and of servers that answer with given bytes."""
+
+from contextlib import ExitStack
+
+import pytest
+
+from tests.support.scripted import scripted
+from tests.support.server import demo_server, server  # noqa: F401
+from tinkerfs.api.client import Client
+from tinkerfs.api.credentials import Credentials
+from tinkerfs.telemetry import Telemetry
+
+
+@pytest.fixture
+def telemetry():
+    return Telemetry()
+
+
+@pytest.fixture
+def client_of(telemetry, tmp_path, monkeypatch):
+    """A factory of clients of any server, which wait next to nothing between tries."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with ExitStack() as stack:
+
+        def make(server, *, environ=None, key="tml-demo-key", **options):
+            environ = {"TINKER_API_KEY": key} if environ is None else environ
+            credentials = Credentials(
+                environ,
+                home=str(tmp_path),
+                **({"clock": options["clock"]} if "clock" in options else {}),
+            )
+            options = {"timeout_s": 10.0, "backoff_s": 0.001} | options
+            return stack.enter_context(Client(server.base_url, credentials, telemetry, **options))
+
+        yield make
+
+
+@pytest.fixture
+def client(client_of, server):  # noqa: F811
+    """A client of the demo server of this test."""
+    return client_of(server)
+
+
+@pytest.fixture
+def bytes_of():
+    """A factory of servers that answer with given bytes."""
+    with ExitStack() as stack:
+        yield lambda *scripts: stack.enter_context(scripted(*scripts))

@@ -1,0 +1,378 @@
+"""Retries, bounds, the key, and what is told when there is no answer."""
+
+import logging
+import socket
+import threading
+import time as real_time
+from contextlib import ExitStack
+from email.utils import formatdate
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.clocks import FakeTime
+from tests.support.scripted import http
+from tinkerfs import __version__, errors
+from tinkerfs.api import endpoints
+from tinkerfs.api.client import Client
+from tinkerfs.api.credentials import Credentials
+from tinkerfs.api.refs import CheckpointRef
+from tinkerfs.api.transport import Request, Transport
+from tinkerfs.errors import SetupError
+from tinkerfs.telemetry import Telemetry
+
+RUNS = "GET training_runs"
+EMPTY = b'{"training_runs":[],"cursor":{"total_count":0,"limit":100}}'
+
+
+def calls(telemetry):
+    return telemetry.snapshot()["calls"]
+
+
+# --- what is sent --------------------------------------------------------------------------------
+
+
+def test_headers(server, client):
+    client.list_training_runs()
+    (entry,) = server.journal.entries(RUNS)
+    assert entry.api_key == server.api_key
+    assert entry.user_agent == f"tinkerfs/{__version__}"
+    assert entry.headers["accept"] == "application/json"
+    assert "x-idempotency-key" not in entry.headers
+
+
+def test_a_post_keeps_its_idempotency_key_over_retries(server, client):
+    server.faults.add("POST weights_info", status=503, times=2)
+    run = client.all_training_runs()[0]
+    path = run.last_checkpoint.tinker_path
+    client.weights_info(path)
+    client.weights_info(path)
+    keys = [
+        entry.headers["x-idempotency-key"] for entry in server.journal.entries("POST weights_info")
+    ]
+    assert len(keys) == 4
+    assert len(set(keys[:3])) == 1
+    assert len(set(keys)) == 2
+
+
+def test_odd_names_arrive_as_they_are(bytes_of, client_of):
+    server = bytes_of(http(404, b'{"detail":"no checkpoint of that name"}'))
+    client = client_of(server)
+    for run, name in [
+        ("..", "weights/.."),
+        ("a/b", "weights/x/../y"),
+        ("r:0", "weights/é\udcff?#"),
+    ]:
+        with pytest.raises(errors.NotFound):
+            client.delete(CheckpointRef(run, name, name))
+    assert server.request_lines == [
+        "DELETE /api/v1/training_runs/%2E%2E/checkpoints/weights/%2E%2E HTTP/1.1",
+        "DELETE /api/v1/training_runs/a%2Fb/checkpoints/weights/x%2F..%2Fy HTTP/1.1",
+        "DELETE /api/v1/training_runs/r:0/checkpoints/weights/%C3%A9%FF%3F%23 HTTP/1.1",
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["", "/services/tinker-prod"])
+@pytest.mark.parametrize("end", ["", "/"])
+def test_the_base_url_may_have_a_path(demo_server, tmp_path, prefix, end):
+    server = demo_server(prefix=prefix)
+    credentials = Credentials(server.environment, home=str(tmp_path))
+    with Client(server.base_url + end, credentials, Telemetry()) as client:
+        assert client.base_url == server.base_url
+        assert client.health() == "ok"
+
+
+def test_a_proxy_of_the_environment_is_used(bytes_of, monkeypatch, tmp_path):
+    proxy = bytes_of(http(200, EMPTY))
+    monkeypatch.setenv("http_proxy", proxy.base_url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    credentials = Credentials({"TINKER_API_KEY": "tml-k"}, home=str(tmp_path))
+    with Client("http://tinker.invalid", credentials, Telemetry()) as client:
+        assert client.all_training_runs() == ()
+    assert proxy.request_lines[0].startswith("GET http://tinker.invalid/api/v1/training_runs?")
+
+
+@pytest.mark.parametrize("proxy", ["nonsense://x", "socks5://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used_is_told_with_its_cure(monkeypatch, tmp_path, proxy):
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(SetupError, match="HTTPS_PROXY"):
+        Client("http://127.0.0.1:1", Credentials({}, home=str(tmp_path)), Telemetry())
+
+
+# --- retries -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 599])
+def test_what_may_pass_is_tried_again(server, client, telemetry, status):
+    server.faults.add(RUNS, status=status, times=2)
+    assert len(client.all_training_runs()) == 10
+    assert calls(telemetry) == {RUNS: {str(status): 2, "200": 1}}
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405, 410, 418, 422, 425, 501])
+def test_what_will_not_pass_is_not(server, client, status):
+    server.faults.add(RUNS, status=status)
+    with pytest.raises(errors.ApiError):
+        client.all_training_runs()
+    assert server.journal.count(RUNS) == 1
+
+
+@pytest.mark.parametrize(("status", "wish", "count"), [(500, "false", 1), (418, "true", 2)])
+def test_the_server_may_say_otherwise(server, client, status, wish, count):
+    server.faults.add(RUNS, status=status, headers={"x-should-retry": wish})
+    try:
+        client.all_training_runs()
+    except errors.ServerError:
+        assert wish == "false"
+    assert server.journal.count(RUNS) == count
+
+
+def test_ten_tries_at_most(server, client):
+    server.faults.add(RUNS, status=500, body={"detail": "out of disk"}, times=None)
+    with pytest.raises(errors.ServerError, match="out of disk"):
+        client.all_training_runs()
+    assert server.journal.count(RUNS) == 10
+
+
+@pytest.mark.parametrize("fault", [{"refuse": True}, {"reset": True}, {"cut_after_bytes": 30}])
+def test_a_lost_answer_is_asked_for_again(server, client, fault):
+    server.faults.add(RUNS, times=3, **fault)
+    assert len(client.all_training_runs()) == 10
+    assert server.journal.count(RUNS) == 4
+
+
+def test_an_idle_connection_that_died_costs_no_wait(server, client_of):
+    client = client_of(server, backoff_s=60.0)
+    client.all_training_runs()
+    server.drop_connections()
+    began = real_time.monotonic()
+    client.all_training_runs()
+    assert real_time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "0.05"},
+        {"Retry-After": "600", "retry-after-ms": "50"},
+        {"Retry-After": formatdate(0, usegmt=True)},
+    ],
+)
+def test_the_server_sets_the_wait(server, client_of, headers):
+    client = client_of(server, backoff_s=60.0)
+    server.faults.add(RUNS, status=429, headers=headers)
+    assert len(client.all_training_runs()) == 10
+
+
+def test_a_wait_beyond_the_bound_is_not_begun(server, client):
+    server.faults.add(RUNS, status=429, headers={"Retry-After": "60"})
+    began = real_time.monotonic()
+    with pytest.raises(errors.RateLimited) as caught:
+        client.all_training_runs()
+    assert caught.value.retry_after_s == 60
+    assert real_time.monotonic() - began < 5
+
+
+def test_all_tries_together_are_bounded(server, client_of):
+    client = client_of(server, timeout_s=0.4)
+    rule = server.faults.add(RUNS, hang=True, times=None)
+    began = real_time.monotonic()
+    with pytest.raises(errors.TimedOut, match=r"within 0\.4 s"):
+        client.all_training_runs()
+    assert real_time.monotonic() - began < 2
+    rule.release()
+
+
+def test_an_answer_that_trickles_is_bounded_too(server, client_of):
+    client = client_of(server, timeout_s=0.5)
+    server.faults.add(RUNS, bytes_per_s=200, times=None)
+    began = real_time.monotonic()
+    with pytest.raises(errors.TimedOut):
+        client.all_training_runs()
+    assert real_time.monotonic() - began < 3
+
+
+def test_no_retry_log(server, client, caplog):
+    caplog.set_level(logging.DEBUG)
+    server.faults.add(RUNS, status=503, times=2)
+    client.all_training_runs()
+    assert "stamina" not in {record.name for record in caplog.records}
+
+
+# --- no answer -----------------------------------------------------------------------------------
+
+
+def test_a_dead_port_fails_fast(server, client_of, telemetry):
+    client = client_of(server, timeout_s=30.0)
+    server.stop_listening()
+    began = real_time.monotonic()
+    with pytest.raises(errors.Unreachable, match=r"no connection to 127\.0\.0\.1.*refused"):
+        client.all_training_runs()
+    assert real_time.monotonic() - began < 2
+    assert calls(telemetry) == {RUNS: {"unreachable": 2}}
+    server.resume_listening()
+    assert len(client.all_training_runs()) == 10
+
+
+def test_a_name_that_is_none(client_of):
+    server = SimpleNamespace(base_url="http://tinker.invalid")
+    with pytest.raises(errors.Unreachable, match=r"tinker\.invalid"):
+        client_of(server).all_training_runs()
+
+
+def test_cut_off_for_good(server, client):
+    server.faults.add(RUNS, refuse=True, times=None)
+    with pytest.raises(errors.Unreachable, match="broke off"):
+        client.all_training_runs()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"HTTP/1.1 abc\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\nabc",
+        http(200, b"<html>login</html>", "Content-Type: text/html"),
+        http(200, b'{"training_runs": ['),
+        http(200, b""),
+        http(204),
+        http(302, b"", "Location: https://elsewhere/secret?sig=1"),
+        http(304),
+    ],
+)
+def test_an_answer_that_is_not_the_apis(bytes_of, client_of, script):
+    server = bytes_of(script)
+    with pytest.raises(errors.ProtocolError) as caught:
+        client_of(server).all_training_runs()
+    assert "sig" not in str(caught.value)
+    assert "127.0.0.1" in str(caught.value)
+    assert caught.value.endpoint == RUNS
+    assert len(server.requests) == 1
+
+
+def test_an_answer_without_end_is_refused(server, tmp_path):
+    credentials = Credentials(server.environment, home=str(tmp_path))
+    request = Request(endpoints.RUNS, "training_runs")
+    with (
+        Transport(
+            server.base_url, credentials, Telemetry(), timeout_s=5.0, max_answer_bytes=1000
+        ) as transport,
+        pytest.raises(errors.ProtocolError, match="sent more than"),
+    ):
+        transport.send(request, transport.deadline())
+    assert server.journal.count() == 1
+
+
+def test_a_closed_client_says_so(server, client):
+    client.close()
+    with pytest.raises(errors.Unreachable, match="closed"):
+        client.health()
+
+
+# --- the key -------------------------------------------------------------------------------------
+
+
+def test_a_wrong_key_is_not_asked_about_again_and_again(server, client_of):
+    time = FakeTime()
+    client = client_of(server, key="tml-wrong", clock=time.clock)
+    for _ in range(5):
+        with pytest.raises(errors.Unauthorized) as caught:
+            client.all_training_runs()
+    assert caught.value.status == 401
+    assert caught.value.is_remembered
+    assert server.journal.count() == 1
+    time.advance(5)
+    with pytest.raises(errors.Unauthorized):
+        client.all_training_runs()
+    assert server.journal.count() == 2
+
+
+def test_a_rotated_key_needs_no_remount(server, client_of, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("tml-old")
+    client = client_of(server, environ={"TINKER_CREDENTIAL_CMD": f"cat {key}"})
+    server.behaviour.api_keys.add("tml-old")
+    client.all_training_runs()
+    server.behaviour.api_keys.remove("tml-old")
+    key.write_text(server.api_key)
+    assert len(client.all_training_runs()) == 10
+    assert [entry.status for entry in server.journal.entries(RUNS)] == [200, 401, 200]
+
+
+def test_a_second_refusal_ends_it(server, client_of, tmp_path):
+    counter = tmp_path / "count"
+    client = client_of(
+        server, environ={"TINKER_CREDENTIAL_CMD": f"echo x >> {counter}; wc -c < {counter}"}
+    )
+    with pytest.raises(errors.Unauthorized):
+        client.all_training_runs()
+    with pytest.raises(errors.Unauthorized):
+        client.all_training_runs()
+    assert server.journal.count() == 2
+
+
+def test_many_calls_with_a_wrong_key_at_once(server, client_of):
+    client = client_of(server, key="tml-wrong")
+    outcomes = []
+
+    def ask():
+        try:
+            client.all_training_runs()
+        except errors.Unauthorized as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 16
+    client_calls = server.journal.count()
+    with pytest.raises(errors.Unauthorized):
+        client.all_training_runs()
+    assert server.journal.count() == client_calls
+
+
+def test_403_is_about_the_thing_not_the_key(server, client):
+    server.faults.add(RUNS, status=403, body={"detail": "not yours"})
+    with pytest.raises(errors.Unauthorized, match="not yours"):
+        client.all_training_runs()
+    assert len(client.all_training_runs()) == 10
+
+
+def test_without_a_key_only_health_is_asked(server, client_of):
+    client = client_of(server, environ={})
+    with pytest.raises(errors.Unauthorized, match="tinker auth login"):
+        client.all_training_runs()
+    assert server.journal.count() == 0
+    assert client.health() == "ok"
+
+
+def test_the_key_and_the_urls_are_in_no_log(server, client, caplog):
+    # As `logging.basicConfig(level=DEBUG)` of an application would have it.
+    caplog.set_level(logging.DEBUG)
+    run = client.all_training_runs()[0]
+    checkpoint = client.list_checkpoints(run.run_id)[0]
+    ref = CheckpointRef(run.run_id, checkpoint.checkpoint_id, checkpoint.checkpoint_id)
+    url = client.archive(ref).url
+    assert server.journal.entries("GET archive")[0].status == 302
+    assert url.partition("?")[2]
+    assert url.partition("?")[2] not in caplog.text
+    assert server.api_key not in caplog.text
+    assert "training_runs" not in caplog.text
+
+
+def test_a_connection_that_is_never_made_is_bounded(client_of):
+    """A listener whose queue is full answers nothing: connecting hangs."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        server = SimpleNamespace(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}")
+        began = real_time.monotonic()
+        with pytest.raises(errors.TimedOut, match="no connection"):
+            client_of(server, timeout_s=0.3).health()
+        assert real_time.monotonic() - began < 3
