@@ -290,7 +290,7 @@ class Credentials:
             SetupError: it fails, takes too long, or prints nothing.
         """
         try:
-            # A shell command by its contract (Tinker SDK, 0.30), written by the user. Its standard
+            # A shell command by its contract (Tinker SDK), written by the user. Its standard
             # error may tell secrets, so nobody sees it. A session of its own, so that all it
             # started can be ended.
             process = subprocess.Popen(  # noqa: S602

@@ -85,7 +85,7 @@ def parse_retry_after_s(headers: Mapping[str, str], now_s: float) -> float | Non
 
     Args:
         headers: the answer's headers; `retry-after-ms` goes before `Retry-After`, which is a number
-            of seconds or an HTTP date (Tinker SDK, _base_client.py; RFC 9110, 10.2.3).
+            of seconds or an HTTP date (Tinker SDK; RFC 9110, 10.2.3).
         now_s: seconds since 1970, against which a date is taken.
     """
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):

@@ -3,7 +3,7 @@
 The only module of this package that imports httpx. What an answer of 400 or more means is the
 business of `failures`.
 
-Retried are 408, 409, 429, every 5xx and lost connections, as by the Tinker SDK (_base_client.py),
+Retried are 408, 409, 429, every 5xx and lost connections, as by the Tinker SDK,
 but all tries together end within one bound: a file operation waits for them.
 """
 
@@ -30,7 +30,7 @@ from tinkerfs.telemetry import Telemetry
 
 __all__ = ["FIRST_BACKOFF_S", "Answer", "Request", "Transport"]
 
-#: How many times one request is tried at most (Tinker SDK, _constants.py).
+#: How many times one request is tried at most (Tinker SDK).
 MAX_TRIES = 10
 
 #: Where there is no way to the server at all, one quick second try must do: a file operation that
