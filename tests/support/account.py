@@ -5,12 +5,19 @@ Run as a program it mounts: `python -m tests.support.account MOUNTPOINT SETTINGS
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.mount import ROOT, force_unmount
+import pytest
+
+from tests.support.mount import BINDINGS, ROOT, force_unmount
+from tinkerfs.demo.server import DemoServer
 
 #: Names that a server may send, and a file system must bear.
 HOSTILE_NAMES = (
@@ -110,6 +117,113 @@ def mounted(server, folder, binding, **settings):
             force_unmount(str(mountpoint))
     assert process.returncode == 0, log.read_text()
     assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@dataclass
+class Account:
+    """A mounted account, and a shell in it."""
+
+    server: DemoServer
+    root: Path
+
+    def path(self, path):
+        return self.root / path
+
+    def sh(self, script, *, shell=("bash", "-c"), timeout_s=60, cwd=None, **kwargs):
+        """Run a script at the mount's root, in a session of its own; return what came of it."""
+        return subprocess.run(
+            [*shell, script],
+            cwd=self.root if cwd is None else cwd,
+            env={**os.environ, "LC_ALL": "C", "MNT": str(self.root)},
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=timeout_s,
+            check=False,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            **kwargs,
+        )
+
+    def start(self, *command):
+        """Start a command at the mount's root, in a session of its own."""
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env={**os.environ, "LC_ALL": "C"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def python(self, code, **kwargs):
+        return self.sh(code, shell=(sys.executable, "-S", "-E", "-c"), **kwargs)
+
+    def refresh(self):
+        self.path(".tinkerfs/refresh").write_bytes(b"1")
+
+    def new_run(self, *names, **fields):
+        """Add a run with checkpoints `<kind>/<name>`; return its folder, from the root."""
+        run_id = new_run(self.server, *names, **fields)
+        self.refresh()
+        self.server.journal.clear()
+        return f"runs/{run_id}"
+
+    def checkpoint_ids(self, run=None):
+        """What the server has: of a run's folder, or all."""
+        found = checkpoint_ids(self.server)
+        if run is None:
+            return found
+        prefix = run.partition("/")[2] + "/"
+        return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+
+    def errors(self):
+        return self.path(".tinkerfs/errors").read_text(errors="surrogateescape")
+
+    def changes(self):
+        return self.path(".tinkerfs/changes").read_text(errors="surrogateescape")
+
+    def eventually(self, condition, timeout_s=5.0):
+        """Wait until something holds; tell whether it came to."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+
+def needs(tools):
+    """Skip the test where a tool is not installed."""
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+
+
+def quoted(*paths):
+    return " ".join(shlex.quote(str(path)) for path in paths)
+
+
+@pytest.fixture(scope="module", params=BINDINGS)
+def make_account(request, tmp_path_factory):
+    """A factory of mounted accounts under each binding: `settings`, and the server's arguments."""
+    with ExitStack() as stack:
+
+        def make(settings=None, **options):
+            server = stack.enter_context(DemoServer(**options))
+            folder = tmp_path_factory.mktemp(request.param)
+            root = stack.enter_context(mounted(server, folder, request.param, **(settings or {})))
+            return Account(server, root)
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def account(make_account):
+    """3 runs with 4 checkpoints each."""
+    return make_account(runs=3, checkpoints=4)
 
 
 def _serve(mountpoint, values):
