@@ -33,7 +33,7 @@ def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
     Args:
         level: the least severe that is written.
         log_file: a file, made 0600, appended to; None for none.
-        to_stderr: also write to the standard error that there is now, where there is no file.
+        to_stderr: write to the standard error that there is now, where there is no file.
 
     Raises:
         SetupError: the file cannot be written.

@@ -85,7 +85,9 @@ def _serve(
 
     # Before any thread starts, so that the signals that end a mount wait for it to be served.
     mounting.block_signals()
-    logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
+    # In the background nobody reads standard error, and who captured it would wait for its end.
+    to_stderr = not announcer.is_waited_for
+    logs.set_up(settings.log_level, settings.log_file, to_stderr=to_stderr)
     preflight.check_device()
     binding = bindings.load()
     preflight.check_fusermount(binding.library.major)
