@@ -26,6 +26,7 @@ __all__ = [
     "find_mount",
     "fusermount",
     "holders",
+    "is_running",
     "list_mounts",
     "probe",
     "read_file",
@@ -114,9 +115,10 @@ def absolute(mountpoint: str) -> str:
 
 def probe(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
     """Tell whether a mount answers, is dead (its daemon is gone), or hangs."""
+    # Not stat: the kernel answers that from its cache for a second after the daemon's death.
     code = (
         "import os, sys\n"
-        "try: os.stat(sys.argv[1])\n"
+        "try: os.statvfs(sys.argv[1])\n"
         "except OSError as error:\n"
         "    sys.exit(3 if error.errno in map(int, sys.argv[2:]) else 0)\n"
     )
@@ -248,6 +250,16 @@ def daemons(mountpoint: str) -> list[int]:
     """
     numbers = [name for name in os.listdir("/proc") if name.isdigit()]
     return sorted(int(name) for name in numbers if _serves(f"/proc/{name}", mountpoint))
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process still runs; one that only waits to be reaped does not."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            state = file.read().rpartition(b")")[2].split()[0]  # proc(5): the third field
+    except OSError:
+        return False
+    return state not in (b"Z", b"X")
 
 
 def _serves(process: str, mountpoint: str) -> bool:

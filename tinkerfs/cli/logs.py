@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Final
+from typing import Final, TextIO
 
 from tinkerfs import errors
 from tinkerfs.errors import SetupError
@@ -22,13 +22,21 @@ class _Redacting(logging.Formatter):
         return "\n".join(_redacted(line) for line in super().format(record).splitlines())
 
 
+class _OwnStream(logging.StreamHandler[TextIO]):
+    """A handler whose stream is closed with it."""
+
+    def close(self) -> None:
+        super().close()
+        self.stream.close()
+
+
 def _redacted(line: str) -> str:
     indent = line[: len(line) - len(line.lstrip())]  # a traceback reads badly without
     return indent + errors.redact(line, limit=2000)
 
 
 def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
-    """Start logging.
+    """Start logging, or start anew elsewhere.
 
     Args:
         level: the least severe that is written.
@@ -49,11 +57,11 @@ def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
                 " choose another with --log-file"
             ) from None
         stream = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace")
-        handler = logging.StreamHandler(stream)
+        handler = _OwnStream(stream)
     elif to_stderr:
         # A descriptor of its own: descriptor 2 is lent out while libfuse mounts.
         stream = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
-        handler = logging.StreamHandler(stream)
+        handler = _OwnStream(stream)
     else:
         handler = logging.NullHandler()
     handler.setFormatter(_Redacting(_FORMAT))

@@ -123,6 +123,8 @@ def main(args: Sequence[str] | None = None) -> None:
         # flush must not say otherwise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_EXIT_FAILED)
+    except OSError as error:
+        _fail(f"{error.filename or 'failed'}: {error.strerror or error}", _EXIT_FAILED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -106,6 +106,10 @@ def _serve(
         def answered() -> None:
             if ready is not None:
                 ready(path)
+            if announcer.is_waited_for:
+                # Let go of the caller's standard error: `tinkerfs mount X 2>&1 | tee` would wait
+                # for the end of the mount.
+                logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
             announcer.ready()
 
         mounting.serve(

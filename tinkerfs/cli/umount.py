@@ -1,6 +1,5 @@
 """`tinkerfs umount`."""
 
-import os
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -52,7 +51,7 @@ def umount(mountpoint: str, force: bool) -> None:
             raise SetupError(f"{mountpoint} cannot be unmounted: {error.strerror}") from None
         raise SetupError(_busy(mountpoint, mounts.holders(path))) from None
     if not mounts.wait_until(
-        lambda: not any(os.path.exists(f"/proc/{pid}") for pid in daemons), _DAEMON_TIMEOUT_S
+        lambda: not any(mounts.is_running(pid) for pid in daemons), _DAEMON_TIMEOUT_S
     ):
         # A lazy unmount ends with its last user. The tree is free already, so this is no failure.
         click.echo(
