@@ -342,11 +342,17 @@ class Catalogue:
             return
 
         def in_run(run: models.TrainingRun) -> models.TrainingRun:
-            return replace(
-                run,
-                last_checkpoint=_newest(listing, run.last_checkpoint),
-                last_sampler_checkpoint=_newest(listing, run.last_sampler_checkpoint),
+            lasts = {
+                "last_checkpoint": run.last_checkpoint,
+                "last_sampler_checkpoint": run.last_sampler_checkpoint,
+            }
+            now = {name: _newest(listing, last) for name, last in lasts.items() if last is not None}
+            fields = (
+                b'"%s":%s' % (name.encode(), b"null" if last is None else last.raw)
+                for name, last in now.items()
             )
+            raw = models.merged(run.raw, b"{" + b",".join(fields) + b"}")
+            return replace(run, raw=raw, **now)
 
         def in_runs(runs: RunListing) -> RunListing:
             run = runs.by_id.get(run_id)
