@@ -128,14 +128,12 @@ class FileSystem:
                 raise errors.not_a_file(path)
             if is_for_writing:
                 self._check_writable(path, row)
-        handle = RenderedHandle(
+        return RenderedHandle(
             path,
-            lambda call: self._read(node, call),
+            self._read(node, call) if is_for_reading else None,
+            lambda call: self._read_again(path, call),
             (lambda text, call: self._store(node, text, call)) if is_for_writing else None,
         )
-        if is_for_reading:
-            handle.load(call)
-        return handle
 
     def truncate(self, path: str, size: int, call: Call) -> None:
         """Do nothing to a control, whose value only a write changes; refuse anything else."""
@@ -325,6 +323,11 @@ class FileSystem:
     def _read(self, node: _Node, call: Call) -> bytes:
         with self._telling(node.path, "read"):
             return self._rendering(node, call)
+
+    def _read_again(self, path: str, call: Call) -> bytes:
+        """Return the bytes of what is there now, also where it was unlinked."""
+        with self._telling(path, "read"):
+            return self._rendering(self._resolve(path, call, with_hidden=True), call)
 
     def _store(self, node: _Node, text: str, call: Call) -> None:
         assert isinstance(node.row, Control)

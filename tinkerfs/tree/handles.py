@@ -12,6 +12,12 @@ class RenderedHandle:
     """A file whose bytes were made when it was opened; what is written to it acts at once.
 
     Thread-safe: the bytes are replaced whole.
+
+    Args:
+        path: for messages.
+        data: the bytes, None for a file that was not opened to be read.
+        render: makes the bytes anew, after a write.
+        store: acts on what is written; None for a file that was not opened to be written.
     """
 
     #: Metadata changes behind the kernel's back, and what only open resolves was told too long.
@@ -20,13 +26,14 @@ class RenderedHandle:
     def __init__(
         self,
         path: str,
+        data: bytes | None,
         render: Callable[[Call], bytes],
         store: Callable[[str, Call], None] | None,
     ) -> None:
         self._path = path
         self._render = render
         self._store = store
-        self._data: bytes | None = None
+        self._data = data
 
     def load(self, call: Call) -> bytes:
         """Return the bytes as of when they were first wanted, or last written."""
