@@ -53,6 +53,7 @@ class Mount:
     mountpoint: str
     fstype: str
     source: str
+    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def list_mounts(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
         if len(fields) >= 5 and len(kind) >= 2:
-            mounts.append(Mount(_unescape(fields[4]), kind[0], _unescape(kind[1])))
+            mounts.append(Mount(_unescape(fields[4]), kind[0], _unescape(kind[1]), fields[2]))
     return mounts
 
 
@@ -243,13 +244,13 @@ def _held_by(process: str, mountpoint: str) -> Iterator[str]:
         return
 
 
-def daemons(mountpoint: str) -> list[int]:
+def daemons(mount: Mount) -> list[int]:
     """Return the processes that serve a mount, as far as we may look: by what they hold and say.
 
     The kernel does not tell which process serves a mount, and a mount that hangs cannot be asked.
     """
     numbers = [name for name in os.listdir("/proc") if name.isdigit()]
-    return sorted(int(name) for name in numbers if _serves(f"/proc/{name}", mountpoint))
+    return sorted(int(name) for name in numbers if _serves(f"/proc/{name}", mount))
 
 
 def is_running(pid: int) -> bool:
@@ -262,20 +263,24 @@ def is_running(pid: int) -> bool:
     return state not in (b"Z", b"X")
 
 
-def _serves(process: str, mountpoint: str) -> bool:
+def _serves(process: str, mount: Mount) -> bool:
     try:
         with open(f"{process}/cmdline", "rb") as file:
             arguments = [os.fsdecode(argument) for argument in file.read().split(b"\0")]
         if not any("tinkerfs" in argument for argument in arguments):
             return False
         numbers = os.listdir(f"{process}/fd")
+        # In a container the same path may be another mount.
+        if all(each.device != mount.device for each in list_mounts(f"{process}/mountinfo")):
+            return False
     except OSError:
         return False
     if not any(_readlink(f"{process}/fd/{number}") == "/dev/fuse" for number in numbers):
         return False
     folder = _readlink(f"{process}/cwd") or "/"
     return any(
-        os.path.normpath(os.path.join(folder, argument)) == mountpoint for argument in arguments
+        os.path.normpath(os.path.join(folder, argument)) == mount.mountpoint
+        for argument in arguments
     )
 
 

@@ -85,9 +85,7 @@ def _serve(
 
     # Before any thread starts, so that the signals that end a mount wait for it to be served.
     mounting.block_signals()
-    # In the background nobody reads standard error, and who captured it would wait for its end.
-    to_stderr = not announcer.is_waited_for
-    logs.set_up(settings.log_level, settings.log_file, to_stderr=to_stderr)
+    logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
     preflight.check_device()
     binding = bindings.load()
     preflight.check_fusermount(binding.library.major)
@@ -107,8 +105,8 @@ def _serve(
             if ready is not None:
                 ready(path)
             if announcer.is_waited_for:
-                # Let go of the caller's standard error: `tinkerfs mount X 2>&1 | tee` would wait
-                # for the end of the mount.
+                # Warnings so far were for who mounts. From now on nobody reads standard error, and
+                # `tinkerfs mount X 2>&1 | tee` would wait for its end.
                 logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
             announcer.ready()
 

@@ -2,11 +2,14 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tinkerfs.errors import SetupError
+
+if TYPE_CHECKING:
+    from tinkerfs.adapters.mounts import Mount
 
 __all__ = ["status"]
 
@@ -36,23 +39,24 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         if not found:
             raise SetupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
     with ThreadPoolExecutor(max_workers=8) as pool:  # each may take its 2 s
-        reports = list(pool.map(_report, [mount.mountpoint for mount in found]))
+        reports = list(pool.map(_report, found))
     if as_json:
         click.echo(json.dumps(reports, indent=2))
     elif not reports:
         click.echo("Nothing is mounted.")
     else:
         click.echo("\n\n".join(_text(report) for report in reports))
-    if any(report["state"] != "mounted" for report in reports):
+    if any(report["state"] in ("dead", "hangs") for report in reports):
         raise SystemExit(1)
 
 
-def _report(mountpoint: str) -> dict[str, Any]:
+def _report(mount: "Mount") -> dict[str, Any]:
     from tinkerfs.adapters import mounts
 
+    mountpoint = mount.mountpoint
     shown = mountpoint.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     report: dict[str, Any] = {"mountpoint": shown, "state": "mounted"}
-    pids = mounts.daemons(mountpoint)
+    pids = mounts.daemons(mount)
     if pids:
         report["pid"] = pids[0]
     content = mounts.read_file(f"{mountpoint}/.tinkerfs/stats.json")

@@ -43,7 +43,7 @@ def umount(mountpoint: str, force: bool) -> None:
         raise SetupError(f"{mountpoint} is not mounted")
     if mount.fstype != mounts.FSTYPE:
         raise SetupError(f"{mountpoint} is a mount of {mount.fstype}, not of tinkerfs")
-    daemons = mounts.daemons(path)
+    daemons = mounts.daemons(mount)
     try:
         mounts.unmount(path, lazy=force or mounts.probe(path) == "dead")
     except OSError as error:
