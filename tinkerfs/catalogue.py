@@ -5,6 +5,7 @@ are immutable; every method is thread-safe and waits only through the `Call` it 
 are `ApiError`s, or the `OSError`s of a wait that ended early.
 """
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -47,12 +48,14 @@ class Checkpoint:
         kind: what the second part of its tinker path is on the official service.
         name: the rest of its id.
         record: the listing's record.
+        shares_id: another checkpoint of the run is listed under the same bare id.
     """
 
     run_id: str
     kind: str
     name: str
     record: models.Checkpoint
+    shares_id: bool = False
 
     @classmethod
     def of(cls, run_id: str, record: models.Checkpoint) -> Self:
@@ -82,6 +85,7 @@ class Checkpoint:
             path_id=f"{self.kind}/{self.name}",
             listed_id=self.record.checkpoint_id,
             is_known=True,
+            is_shared=self.shares_id,
         )
 
 
@@ -118,6 +122,9 @@ class CheckpointListing:
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
             if first is checkpoint and "/" not in record.checkpoint_id:
                 bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
+        for key, checkpoint in by_name.items():
+            if bare_names.get(checkpoint.record.checkpoint_id, 0) > 1:
+                by_name[key] = dataclasses.replace(checkpoint, shares_id=True)
         taken = {kind for kind, _ in by_name} | set(KINDS)
         bare = {
             name: checkpoint
