@@ -131,7 +131,8 @@ class _Listing(Generic[T]):
         # The count is missing, or less than what came: only a short page tells the end. Where the
         # server does not name its page size, a first page shorter than asked may be a clamped one.
         if last is first:
-            return first.limit is not None and first.received < first.limit
+            is_short = first.limit is not None and first.received < first.limit
+            return is_short and not self._total  # a count below what came: nothing it says counts
         return last.received < self._step
 
     def read_front_again(self) -> bool:
