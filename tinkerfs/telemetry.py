@@ -16,7 +16,11 @@ from tinkerfs import errors
 from tinkerfs.call import Caller
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 
-__all__ = ["Change", "Telemetry"]
+__all__ = [
+    "Change",
+    "Telemetry",
+    "rfc3339",
+]
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,11 @@
 from dataclasses import dataclass
 from typing import Self
 
-__all__ = ["TinkerPath", "KINDS", "KIND_OF_TYPE"]
+__all__ = [
+    "KINDS",
+    "KIND_OF_TYPE",
+    "TinkerPath",
+]
 
 _SCHEME = "tinker://"
 

@@ -22,7 +22,14 @@ from typing import Any, Protocol
 from tinkerfs.adapters.readdirplus import with_readdirplus
 from tinkerfs.errors import SetupError
 
-__all__ = ["BINDINGS", "Binding", "Library", "find_library", "load"]
+__all__ = [
+    "BINDINGS",
+    "Binding",
+    "Library",
+    "Operations",
+    "find_library",
+    "load",
+]
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,10 @@ from tinkerfs.tree.node import Attr, Entry, Handle, inode
 if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
 
-__all__ = ["Operations"]
+__all__ = [
+    "Operations",
+    "Requests",
+]
 
 log = logging.getLogger(__name__)
 

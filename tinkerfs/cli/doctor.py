@@ -14,7 +14,10 @@ from tinkerfs.errors import EndpointMissing, NotFound, TinkerfsError, Unauthoriz
 if TYPE_CHECKING:
     from tinkerfs.settings import Settings
 
-__all__ = ["doctor"]
+__all__ = [
+    "Finding",
+    "doctor",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,11 @@ import click
 from tinkerfs import __version__
 from tinkerfs.errors import TinkerfsError
 
-__all__ = ["cli", "main"]
+__all__ = [
+    "LazyGroup",
+    "cli",
+    "main",
+]
 
 #: Command -> its module, the object in it, and its line in the help (tested to be its own).
 COMMANDS: dict[str, tuple[str, str, str]] = {

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from tinkerfs.adapters.readiness import Announcer
     from tinkerfs.api.client import Client
 
-__all__ = ["FOREGROUND", "start_in_background", "serve_here"]
+__all__ = [
+    "FOREGROUND",
+    "serve_here",
+    "start_in_background",
+]
 
 log = logging.getLogger(__name__)
 

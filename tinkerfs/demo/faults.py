@@ -15,7 +15,11 @@ from typing import Any
 
 from tinkerfs.demo.journal import Entry
 
-__all__ = ["FaultPlan", "Rule"]
+__all__ = [
+    "FaultPlan",
+    "Rule",
+    "pause",
+]
 
 _POLL_S = 0.1
 

@@ -8,7 +8,12 @@ service through its SDK, SkyRL's `skyrl/tinker/api.py` 0.3.0, hatchery-core's `t
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["KIND_TYPES", "PROFILES", "Profile"]
+__all__ = [
+    "KIND_TYPES",
+    "PROFILES",
+    "IdForm",
+    "Profile",
+]
 
 KIND_TYPES = {
     "weights": "training",

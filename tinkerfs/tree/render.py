@@ -7,7 +7,14 @@ import msgspec
 
 from tinkerfs.api import models
 
-__all__ = ["checkpoint_info", "json_file", "line", "rfc3339_ns", "run_info"]
+__all__ = [
+    "checkpoint_info",
+    "json_file",
+    "json_values",
+    "line",
+    "rfc3339_ns",
+    "run_info",
+]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
