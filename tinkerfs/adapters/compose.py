@@ -1,7 +1,7 @@
 """The composition root: settings -> a FileSystem with everything behind it.
 
-For the command line and the fsspec adapter. Nothing is opened before the context is entered, and all
-of it is closed when it is left.
+For the command line and the fsspec adapter. Nothing is opened before the context is entered, and
+all of it is closed when it is left.
 """
 
 from collections.abc import Iterator
