@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,11 +76,9 @@ def test_other_waits_end_with_the_time_out(mountpoint, binding):
     with memory_mount(mountpoint, binding, "--timeout=1"):
         for what in ("slow/read-1", "slow/list-1"):
             started = time.monotonic()
+            look = os.listdir if "list" in what else Path.read_bytes
             with pytest.raises(OSError) as failure:  # noqa: PT011
-                if "list" in what:
-                    os.listdir(mountpoint / what)
-                else:
-                    (mountpoint / what).read_bytes()
+                look(mountpoint / what)
             assert failure.value.errno == errno.ETIMEDOUT
             assert time.monotonic() - started < 4
 

@@ -132,9 +132,15 @@ def probe(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
 
 
 def read_file(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> bytes | None:
-    """Return a small file of a mount that may hang; None where it cannot be had in time."""
+    """Return a small file of a mount that may hang; None where it cannot be read.
+
+    Raises:
+        TimeoutError: no answer in time.
+    """
     answer = _in_a_process(["cat", "--", path], timeout_s)
-    return answer[1] if answer is not None and answer[0] == 0 else None
+    if answer is None:
+        raise TimeoutError(path)
+    return answer[1] if answer[0] == 0 else None
 
 
 def _in_a_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | None:

@@ -28,7 +28,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "status": ("status", "status", "Show what mounts do, and what they wait for."),
     "doctor": ("doctor", "doctor", "Check everything that a mount needs."),
     "demo": ("demo", "demo", "Mount a sample account: no key, no network needed."),
-    "demo-server": ("demo_server", "demo_server", "Serve a sample account as the Tinker API does."),
+    "demo-server": (
+        "demo_server",
+        "demo_server",
+        "Serve a sample account as the Tinker API does, until interrupted.",
+    ),
     "completion": ("completion", "completion", "Print the completion script of a shell."),
 }
 

@@ -59,14 +59,15 @@ def _report(mount: "Mount") -> dict[str, Any]:
     pids = mounts.daemons(mount)
     if pids:
         report["pid"] = pids[0]
-    content = mounts.read_file(f"{mountpoint}/.tinkerfs/stats.json")
-    if content is not None:
-        try:
-            told = json.loads(content)
-        except ValueError:
-            told = None
-        if isinstance(told, dict):
-            return {**report, **told}
+    try:
+        content = mounts.read_file(f"{mountpoint}/.tinkerfs/stats.json")
+        told = json.loads(content) if content is not None else None
+    except TimeoutError:
+        return {**report, "state": "hangs"}
+    except ValueError:
+        told = None
+    if isinstance(told, dict):
+        return {**report, **told}
     health = mounts.probe(mountpoint)
     report["state"] = {"answers": "unreadable"}.get(health, health)
     return report

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["umount"]
 
-#: After the mount is gone from the tree: how long its daemon has to end.
+#: After the mount is gone from the tree: how long its daemon has to end. With --force it may go on
+#: serving who still holds it, for as long as they like.
 _DAEMON_TIMEOUT_S: Final = 5.0
+_FORCED_TIMEOUT_S: Final = 0.5
 #: More than these are not named.
 _MAX_HOLDERS: Final = 5
 
@@ -50,10 +52,9 @@ def umount(mountpoint: str, force: bool) -> None:
         if not errors.is_busy(error):
             raise SetupError(f"{mountpoint} cannot be unmounted: {error.strerror}") from None
         raise SetupError(_busy(mountpoint, mounts.holders(path))) from None
-    if not mounts.wait_until(
-        lambda: not any(mounts.is_running(pid) for pid in daemons), _DAEMON_TIMEOUT_S
-    ):
-        # A lazy unmount ends with its last user. The tree is free already, so this is no failure.
+    timeout_s = _FORCED_TIMEOUT_S if force else _DAEMON_TIMEOUT_S
+    if not mounts.wait_until(lambda: not any(mounts.is_running(pid) for pid in daemons), timeout_s):
+        # The tree is free already, so this is no failure.
         click.echo(
             f"tinkerfs: {mountpoint} is gone; its process"
             f" {', '.join(map(str, daemons))} serves those who still hold it",

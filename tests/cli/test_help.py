@@ -1,0 +1,97 @@
+"""What the command line says of itself, and that it says so without loading what it does not need."""
+
+import subprocess
+import sys
+
+import click
+import pytest
+
+from tests.support.mount import run, tinkerfs
+from tinkerfs import __version__
+from tinkerfs.cli.main import COMMANDS, cli
+
+#: Slow to import, or failing where something is not installed.
+HEAVY = {"httpx", "fuse", "mfusepy", "sqlite3", "cachetools", "msgspec", "stamina", "asyncio"}
+
+
+def modules_after(*arguments):
+    code = (
+        "import sys\n"
+        "from tinkerfs.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_help_loads_nothing_slow(arguments):
+    assert not modules_after(*arguments) & HEAVY
+
+
+def test_group_help_imports_no_command():
+    loaded = modules_after("--help")
+    assert {name for name in loaded if name.startswith("tinkerfs.cli.")} == {"tinkerfs.cli.main"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_tables_line_is_the_commands_own(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert command.name == name
+    assert command.get_short_help_str(100) == COMMANDS[name][2]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_does_and_each_option_too(name):
+    command = cli.get_command(click.Context(cli), name)
+    assert len(command.help) > 40
+    for parameter in command.get_params(click.Context(command)):
+        if isinstance(parameter, click.Option):
+            assert parameter.help or parameter.hidden, parameter.name
+
+
+def test_help_tells_the_exit_codes():
+    text = tinkerfs("--help").stdout
+    for code in ("0  done", "1  it failed", "2  the command line", "130  interrupted"):
+        assert code in text
+
+
+def test_version():
+    assert tinkerfs("--version").stdout == f"tinkerfs {__version__}\n"
+
+
+def test_misuse_is_one_line_and_status_2():
+    for arguments in (["nonsense"], ["mount"], ["mount", "--nonsense", "x"], ["umount", "a", "b"]):
+        done = tinkerfs(*arguments)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("tinkerfs: ")
+        assert "--help)" in line
+
+
+@pytest.mark.parametrize(
+    ("shell", "word"), [("bash", "complete"), ("zsh", "#compdef"), ("fish", "complete")]
+)
+def test_completion_scripts(shell, word):
+    done = tinkerfs("completion", shell)
+    assert done.returncode == 0
+    assert word in done.stdout
+    assert "_TINKERFS_COMPLETE" in done.stdout
+
+
+def test_completion_of_commands_and_options():
+    env = {"_TINKERFS_COMPLETE": "bash_complete", "COMP_WORDS": "tinkerfs mou", "COMP_CWORD": "1"}
+    code = "from tinkerfs.cli.main import main; main()"
+    done = run(sys.executable, "-c", code, env=env)
+    assert done.stdout == "plain,mount\n"
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    done = run("sh", "-c", f"{sys.executable} -m tinkerfs completion bash | true")
+    assert done.stderr == ""

@@ -1,0 +1,189 @@
+"""The operations without a kernel."""
+
+import ctypes
+import errno
+import logging
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.memoryfs import MemoryFileSystem
+from tinkerfs.adapters import binding
+from tinkerfs.adapters.fuse import Operations
+from tinkerfs.call import Call
+
+
+class Requests:
+    is_interrupted = False
+
+    def interrupted(self):
+        return self.is_interrupted
+
+    def context(self):
+        return os.getuid(), os.getgid(), os.getpid()
+
+
+@pytest.fixture
+def requests():
+    return Requests()
+
+
+@pytest.fixture
+def stopping():
+    return threading.Event()
+
+
+@pytest.fixture
+def operations(requests, stopping):
+    return Operations(
+        MemoryFileSystem(), requests, timeout_s=30, stopping=stopping, ready=lambda: None
+    )
+
+
+def public_names():
+    return {name for name in dir(Operations) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
+def test_a_misspelt_operation_cannot_hide(module, major):
+    if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
+        pytest.skip("the binding needs a libfuse to be imported")
+    theirs = pytest.importorskip(module, exc_type=(ImportError, OSError)).Operations
+    ours = public_names() - {"entries", "is_stopping", "use_ns", "flag_nullpath_ok"}
+    assert {name for name in ours if not hasattr(theirs, name)} == set()
+
+
+def test_extended_attributes_are_left_out_on_purpose():
+    assert not {name for name in public_names() if "xattr" in name}
+
+
+def test_an_interruption_is_eintr(operations, requests):
+    requests.is_interrupted = True
+    with pytest.raises(OSError) as failure:  # noqa: PT011
+        operations.opendir("/slow/list-1")
+    assert failure.value.errno == errno.EINTR
+
+
+def test_a_mount_that_goes_says_so_to_who_waits(operations, stopping):
+    stopping.set()
+    with pytest.raises(OSError) as failure:  # noqa: PT011
+        operations.getattr("/slow/stat-1")
+    assert failure.value.errno == errno.ENOTCONN
+
+
+def test_handles_are_used_by_number_alone(operations):
+    fi = SimpleNamespace(flags=os.O_RDONLY, fh=0, direct_io=None, keep_cache=None)
+    assert operations.open("/hello", fi) == 0
+    assert (fi.direct_io, fi.keep_cache) == (True, False)
+    assert operations.read(None, 3, 1, fi) == b"ell"
+    assert operations.getattr(None, fi)["st_size"] == 6
+    assert operations.flush(None, fi) == operations.fsync(None, 0, fi) == 0
+    operations.release(None, fi)
+    with pytest.raises(OSError) as failure:  # noqa: PT011
+        operations.read(None, 3, 1, fi)
+    assert failure.value.errno == errno.EBADF
+
+
+def test_a_path_that_is_gone_is_enoent(operations):
+    for attempt in (
+        lambda: operations.getattr(None),
+        lambda: operations.chmod(None, 0o600),
+        lambda: operations.truncate(None, 0),
+    ):
+        with pytest.raises(FileNotFoundError):
+            attempt()
+
+
+def test_the_page_cache_is_for_what_may_be_kept(operations):
+    fi = SimpleNamespace(flags=os.O_RDONLY, fh=0, direct_io=None, keep_cache=None)
+    operations.open("/cached-1048576", fi)
+    assert (fi.direct_io, fi.keep_cache) == (False, True)
+
+
+def test_a_listing_is_a_snapshot_that_can_be_resumed(operations):
+    fh = operations.opendir("/folder")
+    names = [name for name, *_ in operations.entries(fh, 0)]
+    assert names[:4] == [".", "..", "costly", "0000"]
+    rest = list(operations.entries(fh, 3))
+    assert [name for name, *_ in rest] == names[3:]
+    assert [following for *_, following in rest] == list(range(4, len(names) + 1))
+    by_name = {name: attributes for name, _ino, _mode, attributes, _offset in rest}
+    assert by_name["0000"]["st_size"] == 6
+    assert [name for name, *_ in operations.readdir(None, fh)] == names
+    operations.releasedir(None, fh)
+    with pytest.raises(OSError) as failure:  # noqa: PT011
+        operations.readdir(None, fh)
+    assert failure.value.errno == errno.EBADF
+
+
+@pytest.mark.expect_warnings("read None failed", "without an errno")
+def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
+    fi = SimpleNamespace(flags=os.O_RDONLY, fh=0, direct_io=None, keep_cache=None)
+    operations.open("/broken", fi)
+    with pytest.raises(OSError) as failure:  # noqa: PT011
+        operations.read(None, 1, 0, fi)
+    assert failure.value.errno == errno.EIO
+
+    def nameless(*_args):
+        raise OSError("no number")
+
+    monkeypatch.setattr(operations, "_filesystem", SimpleNamespace(stat=nameless))
+    with pytest.raises(OSError) as failure:  # noqa: PT011
+        operations.getattr("/hello")
+    assert failure.value.errno == errno.EIO
+
+
+def test_one_line_for_each_operation(operations, caplog):
+    with caplog.at_level(logging.DEBUG, logger="tinkerfs.adapters.fuse"):
+        operations.getattr("/hello")
+        with pytest.raises(FileNotFoundError):
+            operations.getattr("/none")
+    assert caplog.messages == ["getattr /hello", "getattr /none: ENOENT"]
+
+
+def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
+    bounds = {}
+
+    class Recording:
+        def __getattr__(self, name):
+            def method(*args):
+                (call,) = [each for each in args if isinstance(each, Call)]
+                bounds[name] = call.timeout_s
+                raise FileNotFoundError(errno.ENOENT, "recorded")
+
+            return method
+
+    monkeypatch.setattr(operations, "_filesystem", Recording())
+    fi = SimpleNamespace(flags=0, fh=0)
+    for attempt in (
+        lambda: operations.getattr("/x"),
+        lambda: operations.opendir("/x"),
+        lambda: operations.open("/x", fi),
+        lambda: operations.unlink("/x"),
+        lambda: operations.rmdir("/x"),
+        lambda: operations.truncate("/x", 0),
+    ):
+        with pytest.raises(FileNotFoundError):
+            attempt()
+    assert bounds == {
+        "stat": 5,
+        "listdir": 30,
+        "open": None,
+        "unlink": 10,
+        "rmdir": 10,
+        "truncate": 30,
+    }
+
+
+def test_the_fusepy_codec_passes_every_byte():
+    binding._register_codec()
+    for data in (b"plain", "ü".encode(), b"\xff\xfe"):
+        assert data.decode(binding._CODEC).encode(binding._CODEC) == data
+    assert b"\xff".decode(binding._CODEC) == "\udcff"
+
+
+def test_ctypes_can_hold_what_is_given(operations):
+    # fusepy sets a value that is no function straight into its structure.
+    assert ctypes.c_uint(operations.flag_nullpath_ok).value == 1

@@ -1,0 +1,102 @@
+"""Every refusal before a mount is tried names its cure."""
+
+import os
+import shutil
+
+import pytest
+
+from tinkerfs.adapters import mounts, preflight
+from tinkerfs.errors import SetupError
+
+
+def test_no_device(tmp_path):
+    with pytest.raises(SetupError, match="there is no .*--device /dev/fuse"):
+        preflight.check_device(str(tmp_path / "fuse"))
+    with pytest.raises(SetupError, match="does not open"):
+        preflight.check_device(str(tmp_path))
+
+
+def test_a_device_that_is_somebody_elses(monkeypatch):
+    def refuse(*_args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SetupError, match="may not be opened: join the group"):
+        preflight.check_device()
+
+
+def test_allow_other_needs_a_word_of_root(tmp_path):
+    conf = tmp_path / "fuse.conf"
+    for text in (None, "", "#user_allow_other\n", "mount_max = 3\n"):
+        if text is not None:
+            conf.write_text(text)
+        with pytest.raises(SetupError, match="user_allow_other"):
+            preflight.check_allow_other(str(conf), is_root=False)
+    preflight.check_allow_other(str(conf), is_root=True)
+    conf.write_text("mount_max = 3\n  user_allow_other  \n")
+    preflight.check_allow_other(str(conf), is_root=False)
+
+
+@pytest.mark.parametrize(("major", "name"), [(2, "fusermount"), (3, "fusermount3")])
+def test_users_need_fusermount(monkeypatch, major, name):
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    preflight.check_fusermount(major, is_root=True)
+    with pytest.raises(SetupError, match=rf"no {name}, .*apt install fuse3"):
+        preflight.check_fusermount(major, is_root=False)
+
+
+def test_a_good_mountpoint_is_named_as_the_kernel_does(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    monkeypatch.chdir(tmp_path)
+    assert preflight.prepare_mountpoint("link/") == f"{tmp_path}/folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("none", "does not exist: mkdir -p"),
+        ("file", "is no folder"),
+        ("file/below", "is below a file"),
+        ("full", "is not empty"),
+    ],
+)
+def test_a_bad_mountpoint(tmp_path, name, told):
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(SetupError, match=told):
+        preflight.prepare_mountpoint(str(tmp_path / name))
+
+
+def test_somebody_elses_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(os, "access", lambda *_args: False)
+    with pytest.raises(SetupError, match="is not yours"):
+        preflight.prepare_mountpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fstype", "health", "told"),
+    [
+        ("fuse.tinkerfs", "answers", "is mounted there already: tinkerfs umount"),
+        ("fuse.tinkerfs", "hangs", "hangs there already: tinkerfs umount"),
+        ("fuse.sshfs", "hangs", "name another folder"),
+    ],
+)
+def test_what_is_mounted_there(tmp_path, monkeypatch, fstype, health, told):
+    mount = mounts.Mount(str(tmp_path), fstype, "x", "0:1")
+    monkeypatch.setattr(mounts, "find_mount", lambda path: mount if path == str(tmp_path) else None)
+    monkeypatch.setattr(mounts, "probe", lambda _path: health)
+    with pytest.raises(SetupError, match=told):
+        preflight.prepare_mountpoint(str(tmp_path))
+
+
+def test_what_a_dead_daemon_left_is_cleaned_up(tmp_path, monkeypatch):
+    mount = mounts.Mount(str(tmp_path), "fuse.tinkerfs", "x", "0:1")
+    unmounted = []
+    monkeypatch.setattr(mounts, "find_mount", lambda path: mount if path == str(tmp_path) else None)
+    monkeypatch.setattr(mounts, "probe", lambda _path: "dead")
+    monkeypatch.setattr(mounts, "unmount", lambda path, lazy: unmounted.append((path, lazy)))
+    assert preflight.prepare_mountpoint(str(tmp_path)) == str(tmp_path)
+    assert unmounted == [(str(tmp_path), True)]

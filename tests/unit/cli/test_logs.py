@@ -1,0 +1,59 @@
+"""What gets into the log, and where that lies."""
+
+import logging
+import stat
+
+import pytest
+
+from tinkerfs.cli import logs
+from tinkerfs.errors import SetupError
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    for handler in handlers:
+        root.removeHandler(handler)
+    yield
+    logging.basicConfig(level=level, handlers=[logging.NullHandler()], force=True)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def test_keys_and_signatures_do_not_get_into_the_log(tmp_path):
+    logs.set_up("debug", str(tmp_path / "log"), to_stderr=True)
+    log = logging.getLogger("tinkerfs.test")
+    log.info("key tml-secret-123 and %s", "https://store/x?X-Signature=abc")
+    try:
+        raise ValueError("tml-hidden-456")
+    except ValueError:
+        log.info("failed", exc_info=True)
+    log.info("a name \udcff")
+    text = (tmp_path / "log").read_text()
+    for secret in ("secret-123", "abc", "hidden-456"):
+        assert secret not in text
+    assert "tinkerfs.test: key [redacted key] and https://store/x?[redacted]" in text
+    assert '  File "' in text
+    assert "a name \\udcff" in text
+
+
+def test_a_log_file_is_ones_own_and_appended_to(tmp_path):
+    path = tmp_path / "log"
+    for word in ("first", "second"):
+        logs.set_up("info", str(path), to_stderr=False)
+        logging.getLogger("tinkerfs").info(word)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert "first" in path.read_text()
+    assert "second" in path.read_text()
+
+
+def test_a_log_file_that_cannot_be_is_a_refusal(tmp_path):
+    with pytest.raises(SetupError, match="--log-file"):
+        logs.set_up("info", str(tmp_path / "none/log"), to_stderr=False)
+
+
+def test_libraries_speak_up_only_to_warn(tmp_path):
+    logs.set_up("debug", str(tmp_path / "log"), to_stderr=False)
+    for name in ("httpx", "httpcore", "fuse"):
+        assert not logging.getLogger(name).isEnabledFor(logging.INFO)

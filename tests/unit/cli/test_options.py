@@ -1,0 +1,137 @@
+"""Where settings come from, and which wins."""
+
+import pytest
+
+from tinkerfs.cli import options
+from tinkerfs.cli.main import _as_command
+from tinkerfs.errors import SetupError
+from tinkerfs.settings import DEFAULT_BASE_URL, OPTIONS, Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_system_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(options, "SYSTEM_FILE", str(tmp_path / "system.toml"))
+
+
+@pytest.fixture
+def environ(tmp_path):
+    return {"HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def user_file(tmp_path):
+    folder = tmp_path / ".config/tinkerfs"
+    folder.mkdir(parents=True)
+    return folder / "config.toml"
+
+
+def test_defaults(environ):
+    assert options.resolve({}, environ=environ) == Settings()
+
+
+def test_flag_beats_o_beats_environment_beats_file_beats_default(environ, user_file, tmp_path):
+    def ttl(flags, mount_options):
+        return options.resolve(flags, mount_options, environ=environ).ttl_s
+
+    (tmp_path / "system.toml").write_text("ttl = 1\n")
+    assert ttl({}, ()) == 1
+    user_file.write_text('ttl = "2s"\n')
+    assert ttl({}, ()) == 2
+    environ["TINKERFS_TTL"] = "3"
+    assert ttl({}, ()) == 3
+    assert ttl({}, ["ttl=4"]) == 4
+    assert ttl({"ttl_s": "5m"}, ["ttl=4"]) == 300
+    assert ttl({"ttl_s": None}, ["ttl=4,ttl=6"]) == 6
+
+
+def test_a_named_file_is_the_only_one_and_must_be_there(environ, user_file, tmp_path):
+    user_file.write_text("ttl = 2\n")
+    named = tmp_path / "named.toml"
+    named.write_text('read-only = true\ntimeout = 1.5\ncache_dir = "/x"\n')
+    settings = options.resolve({}, environ=environ, config=str(named))
+    assert settings == Settings(read_only=True, timeout_s=1.5, cache_dir="/x")
+    assert options.resolve({}, environ={**environ, "TINKERFS_CONFIG": str(named)}) == settings
+    with pytest.raises(SetupError, match="no such file"):
+        options.resolve({}, environ=environ, config=str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tll = 3", "there is no option 'tll'"),
+        ("ttl = 'soon'", "ttl: not a duration"),
+        ("ttl = [3]", "neither a text nor a number"),
+        ("umask = 22", 'umask = "022"'),
+        ("ttl", "not TOML"),
+    ],
+)
+def test_a_fault_in_a_file_names_the_file(environ, user_file, text, told):
+    user_file.write_text(text)
+    with pytest.raises(SetupError, match=told) as failure:
+        options.resolve({}, environ=environ)
+    assert str(user_file) in str(failure.value)
+
+
+def test_the_official_variable_is_heard_after_our_own(environ):
+    assert options.resolve({}, environ=environ).base_url == DEFAULT_BASE_URL
+    environ["TINKER_BASE_URL"] = "http://official"
+    assert options.resolve({}, environ=environ).base_url == "http://official"
+    environ["TINKERFS_BASE_URL"] = "http://own/"
+    assert options.resolve({}, environ=environ).base_url == "http://own"
+
+
+def test_empty_variables_are_as_if_unset(environ):
+    environ |= {option.variable: "" for option in OPTIONS} | {"TINKERFS_CONFIG": ""}
+    assert options.resolve({}, environ=environ) == Settings()
+
+
+def test_a_switch_can_be_turned_off_again_by_a_nearer_source(environ):
+    environ["TINKERFS_READ_ONLY"] = "yes"
+    assert options.resolve({}, environ=environ).read_only
+    assert not options.resolve({}, ["read-only=no"], environ=environ).read_only
+    assert not options.resolve({}, ["rw"], environ=environ).read_only
+
+
+def test_what_mount_8_says_is_taken(environ):
+    quiet = "rw,noauto,_netdev,user,users,nofail,dev,suid,exec,relatime,x-systemd.automount,user=me"
+    assert options.resolve({}, [quiet, "defaults,,"], environ=environ) == Settings()
+    given = "ro,allow_other,archive_timeout=5m,uid=1000,umask=022"
+    assert options.resolve({}, [given], environ=environ) == Settings(
+        read_only=True, allow_other=True, archive_timeout_s=300, uid=1000, umask=0o22
+    )
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ("nonsense", "no such option"),
+        ("ttl", "takes a value: -o ttl=S"),
+        ("ttl=x", "-o ttl: not a duration"),
+    ],
+)
+def test_a_bad_o_option_is_told(environ, item, told):
+    with pytest.raises(SetupError, match=told):
+        options.resolve({}, [item], environ=environ)
+
+
+def test_arguments_say_the_same_again():
+    flags = {"ttl_s": "5m", "read_only": True, "allow_other": None, "base_url": "http://x"}
+    arguments = options.as_arguments(flags, ["uid=1"], "/c.toml")
+    assert sorted(arguments) == sorted(
+        ["--base-url=http://x", "--read-only", "--ttl=5m", "-o", "uid=1", "--config=/c.toml"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (["tinker", "/mnt", "-o", "ro"], ["mount", "/mnt", "-o", "ro"]),
+        (["https://x/y", "/mnt"], ["mount", "--base-url", "https://x/y", "/mnt"]),
+        (["mount", "/mnt"], ["mount", "/mnt"]),
+        (["nonsense", "/mnt"], ["nonsense", "/mnt"]),
+        (["tinker"], ["tinker"]),
+        ([], []),
+    ],
+)
+def test_source_and_mountpoint_mean_mount(given, meant):
+    assert _as_command(given) == meant
