@@ -1,0 +1,277 @@
+"""The rows of docs/errors.md, in the words that a shell prints, and in `errors` in the server's."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.support.account import account, make_account
+
+__all__ = ["account", "make_account"]
+
+WORDS = {"detail": "the server's own words"}
+NO_RETRY = {"x-should-retry": "false"}
+
+#: endpoint, what the server does, what is tried, the shell's words, those in `errors`.
+ROWS = {
+    "403 of a listing": (
+        "GET training_runs/{run}/checkpoints",
+        {"status": 403, "body": WORDS},
+        "ls $RUN/checkpoints",
+        "Permission denied",
+        "403: the server's own words",
+    ),
+    "404 of a run": (
+        "GET training_runs/{run}",
+        {"status": 404, "body": {"detail": "Run not found, says the server"}},
+        "ls runs/nobody-404",
+        "No such file or directory",
+        "404: Run not found, says the server",
+    ),
+    "410 of a run": (
+        "GET training_runs/{run}",
+        {"status": 410, "body": WORDS},
+        "cat runs/nobody-410/info.json",
+        "No such file or directory",
+        "410: the server's own words",
+    ),
+    "400 of a lookup": (
+        "GET training_runs/{run}",
+        {"status": 400, "body": WORDS},
+        "stat runs/nobody-400",
+        "No such file or directory",
+        "400: the server's own words",
+    ),
+    "422 of a lookup": (
+        "GET training_runs/{run}",
+        {"status": 422, "body": {"detail": [{"loc": ["path"], "msg": "no such id can be"}]}},
+        "stat runs/nobody-422",
+        "No such file or directory",
+        "no such id can be",
+    ),
+    "400 of a listing": (
+        "GET training_runs/{run}/checkpoints",
+        {"status": 400, "body": WORDS},
+        "ls $RUN/checkpoints",
+        "Invalid argument",
+        "400: the server's own words",
+    ),
+    "418 of a listing": (
+        "GET training_runs/{run}/checkpoints",
+        {"status": 418, "body": WORDS},
+        "ls $RUN/checkpoints",
+        "Input/output error",
+        "418: the server's own words",
+    ),
+    "404 of the archive's endpoint": (
+        "GET archive",
+        {"status": 404, "body": {"detail": "Not Found"}},
+        "cat $RUN/latest/archive_url",
+        "Operation not supported",
+        "this server has no such endpoint",
+    ),
+    "405 of the archive's endpoint": (
+        "GET archive",
+        {"status": 405, "body": {"detail": "Method Not Allowed"}},
+        "cat $RUN/latest/archive_url",
+        "Operation not supported",
+        "this server has no such endpoint",
+    ),
+    "501 of the archive's endpoint": (
+        "GET archive",
+        {"status": 501},
+        "cat $RUN/latest/archive_url",
+        "Operation not supported",
+        "this server has no such endpoint",
+    ),
+    "404 of the archive's checkpoint": (
+        "GET archive",
+        {"status": 404, "body": {"detail": "Checkpoint not found: it expired"}},
+        "cat $RUN/latest/archive_url",
+        "No such file or directory",
+        "404: Checkpoint not found: it expired",
+    ),
+    "404 of publishing where there is no such thing": (
+        "POST publish",
+        {"status": 405, "body": {"detail": "Method Not Allowed"}},
+        "echo 1 > $RUN/latest/published",
+        "Operation not supported",
+        "this server has no such endpoint",
+    ),
+    "409 of another change": (
+        "PUT ttl",
+        {"status": 409, "body": WORDS},
+        "echo 30d > $RUN/latest/expires_at",
+        "Device or resource busy",
+        "409: the server's own words",
+    ),
+    "425 of a deletion": (
+        "DELETE checkpoint",
+        {"status": 425, "body": WORDS},
+        "rm -r $RUN/checkpoints/weights/1",
+        "Device or resource busy",
+        "425: the server's own words",
+    ),
+    "400 of a change": (
+        "PUT ttl",
+        {"status": 400, "body": WORDS},
+        "echo 30d > $RUN/latest/expires_at",
+        "Invalid argument",
+        "400: the server's own words",
+    ),
+    "429": (
+        "GET training_runs/{run}/checkpoints",
+        {"status": 429, "body": WORDS},
+        "ls $RUN/checkpoints",
+        "Device or resource busy",
+        "429: the server's own words",
+    ),
+    "500": (
+        "GET training_runs/{run}/checkpoints",
+        {"status": 500, "body": WORDS},
+        "ls $RUN/checkpoints",
+        "Input/output error",
+        "500: the server's own words",
+    ),
+    "502 of a proxy": (
+        "GET training_runs/{run}/checkpoints",
+        {"html": True},
+        "ls $RUN/checkpoints",
+        "Input/output error",
+        "502",
+    ),
+    "no answer in time": (
+        "GET training_runs/{run}/checkpoints",
+        {"hang": True},
+        "ls $RUN/checkpoints",
+        "Connection timed out",
+        "no answer",
+    ),
+    "the connection is closed": (
+        "GET training_runs/{run}/checkpoints",
+        {"refuse": True},
+        "ls $RUN/checkpoints",
+        "No route to host",
+        "",
+    ),
+    "no JSON": (
+        "GET training_runs/{run}/checkpoints",
+        {"status": 200, "html": True},
+        "ls $RUN/checkpoints",
+        "Protocol error",
+        "",
+    ),
+    "half of it": (
+        "GET training_runs/{run}/checkpoints",
+        {"half_json": True},
+        "ls $RUN/checkpoints",
+        "Protocol error",
+        "",
+    ),
+    "a redirect": (
+        "GET training_runs/{run}/checkpoints",
+        {"redirect_to": "http://127.0.0.1:9/login?token=secret"},
+        "ls $RUN/checkpoints",
+        "Protocol error",
+        "",
+    ),
+}
+
+NAMES = {
+    "Permission denied": "EACCES",
+    "No such file or directory": "ENOENT",
+    "Operation not supported": "EOPNOTSUPP",
+    "Device or resource busy": "EBUSY",
+    "Invalid argument": "EINVAL",
+    "Input/output error": "EIO",
+    "Connection timed out": "ETIMEDOUT",
+    "No route to host": "EHOSTUNREACH",
+    "Protocol error": "EPROTO",
+}
+
+
+@pytest.fixture(scope="module")
+def impatient(make_account):
+    return make_account(runs=1, checkpoints=1, settings={"timeout_s": 1.0, "archive_burst": 0})
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_shell_s_words_and_the_server_s(impatient, row):
+    endpoint, effects, script, words, told = ROWS[row]
+    run = impatient.new_run("weights/1")
+    impatient.sh(f"ls {run}")
+    headers = NO_RETRY if "status" in effects else {}
+    fault = impatient.server.faults.add(endpoint, **effects, headers=headers, times=None)
+    before = impatient.errors().count("\n")
+    try:
+        done = impatient.sh(f"RUN={run}\n{script}")
+    finally:
+        fault.remove()
+    assert done.returncode != 0
+    assert words in done.stderr, done
+    lines = impatient.errors().splitlines()[before:]
+    assert any(f"\t{NAMES[words]}\t" in line and told in line for line in lines), lines
+    assert not any("secret" in line or impatient.server.api_key in line for line in lines)
+    assert impatient.sh(f"ls {run}").returncode == 0
+
+
+@pytest.mark.parametrize("status", [409])
+def test_409_of_publishing_is_success(account, status):
+    run = account.new_run("weights/1")
+    account.server.faults.add("POST publish", status=status, body={"detail": "already public"})
+    done = account.sh(f"echo 1 > {run}/latest/published")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_wrong_key(make_account):
+    account = make_account(runs=2, checkpoints=1)
+    account.server.behaviour.api_keys.clear()
+    done = account.sh("ls runs; ls runs; stat runs/nobody; cat .tinkerfs/errors")
+    assert "ls: cannot open directory 'runs': Permission denied" in done.stderr
+    assert "stat: cannot statx 'runs/nobody': Permission denied" in done.stderr
+    assert "Invalid API key" in done.stdout
+    assert account.server.journal.count("api") <= 2
+
+
+def test_nobody_there(make_account):
+    account = make_account(runs=2, checkpoints=2)
+    run, other = (f"runs/{run_id}" for run_id in account.server.account.run_ids)
+    known = account.sh(f"ls -R {run}").stdout
+    account.server.stop_listening("api")
+    done = account.sh(f"ls {other}/checkpoints; stat runs/nobody; echo 1 > {run}/latest/published")
+    assert done.stderr.count("No route to host") == 3, done
+    assert account.sh(f"ls -R {run}").stdout == known  # the last good answer
+    account.server.resume_listening()
+    assert account.eventually(lambda: account.sh(f"ls {other}/checkpoints").returncode == 0)
+    assert account.sh(f"echo 1 > {run}/latest/published").returncode == 0
+
+
+def test_an_error_of_a_read_is_an_error_of_python_too(impatient):
+    run = impatient.new_run("weights/1")
+    fault = impatient.server.faults.add(
+        "GET archive", status=500, times=None, headers=NO_RETRY, body=WORDS
+    )
+    done = impatient.python(f"print(repr(open('{run}/latest/archive_url').read()))")
+    fault.remove()
+    assert "OSError: [Errno 5]" in done.stderr
+
+
+def test_ctrl_c_ends_a_waiting_cat(account):
+    run = account.new_run("weights/1")
+    fault = account.server.faults.add("GET archive", hang=True)
+    process = account.start("cat", f"{run}/latest/archive_url")
+    fault.wait_for(1)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert time.monotonic() - started < 1.0
+    fault.release()
+    # The build went on, and serves the next reader.
+    assert account.sh(f"cat {run}/latest/archive_url").stdout.startswith("http")
+    assert account.server.journal.count("GET archive") == 1
+
+
+def test_errors_and_changes_are_for_the_owner_s_eyes(account):
+    for name in ("errors", "changes"):
+        assert os.stat(account.path(f".tinkerfs/{name}")).st_mode & 0o777 == 0o600
