@@ -1,4 +1,4 @@
-"""What the command line says of itself, and that it says so without loading what it does not need."""
+"""What the command line says of itself, without loading what it does not need."""
 
 import subprocess
 import sys

@@ -109,7 +109,7 @@ def test_attributes_of_a_control_may_be_set_to_no_effect(memory):
         lambda folder: (folder / "hello").write_text("x"),
         lambda folder: os.unlink(folder / "hello"),
     ],
-    ids="mkdir symlink link rename mknod create write unlink".split(),
+    ids=["mkdir", "symlink", "link", "rename", "mknod", "create", "write", "unlink"],
 )
 def test_changes_are_refused_by_the_file_system(memory, attempt):
     with pytest.raises(OSError) as failure:  # noqa: PT011

@@ -228,12 +228,42 @@ def test_no_libfuse(mountpoint, env, tmp_path):
 
 def test_no_device(mountpoint, env, needs_root):
     script = (
-        "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+        "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3"
+        " && mknod -m 666 /dev/urandom c 1 9"
         f" && exec {sys.executable} -m tinkerfs mount {mountpoint}"
     )
     line = refusal(run("unshare", "-m", "sh", "-c", script, env=env))
     assert "there is no /dev/fuse" in line
     assert "--device /dev/fuse" in line
+
+
+def test_a_user_who_is_not_root(public_folder, env, needs_root):
+    """Through fusermount, with a /dev/fuse that is open to all, as distributions have it."""
+    home = public_folder.with_name("home")
+    for folder in (public_folder, home):
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, 65534, 65534)
+    # The capability is for reading this Python, wherever it is installed, and for nothing else.
+    user = [*NOBODY, "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+    script = """
+        set -e
+        mount -t tmpfs -o mode=755 none /dev
+        mknod -m 666 /dev/fuse c 10 229; mknod -m 666 /dev/null c 1 3
+        mknod -m 666 /dev/urandom c 1 9
+        if [ -e /etc/fuse.conf ]; then mount --bind /dev/null /etc/fuse.conf; fi
+        user() { %s "$@"; }
+        tinkerfs() { user %s -m tinkerfs "$@"; }
+        tinkerfs mount %s
+        user ls %s/runs | wc -l
+        if ls %s 2>/dev/null; then exit 9; fi
+        tinkerfs mount --allow-other / || true
+        tinkerfs umount %s
+        if grep -q %s /proc/mounts; then exit 8; fi
+    """ % (" ".join(user), sys.executable, *[public_folder] * 5)  # noqa: UP031
+    done = run("unshare", "-m", "sh", "-c", script, env={**env, "HOME": str(home)})
+    assert (done.returncode, done.stdout) == (0, "10\n"), done
+    (line,) = done.stderr.splitlines()
+    assert "user_allow_other" in line
 
 
 def test_a_device_that_may_not_be_used(mountpoint, env, needs_root):

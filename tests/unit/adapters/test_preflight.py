@@ -10,7 +10,7 @@ from tinkerfs.errors import SetupError
 
 
 def test_no_device(tmp_path):
-    with pytest.raises(SetupError, match="there is no .*--device /dev/fuse"):
+    with pytest.raises(SetupError, match=r"there is no .*--device /dev/fuse"):
         preflight.check_device(str(tmp_path / "fuse"))
     with pytest.raises(SetupError, match="does not open"):
         preflight.check_device(str(tmp_path))

@@ -37,7 +37,7 @@ def test_who_dies_is_missed():
 
 
 def test_the_descriptor_is_not_handed_on():
-    with pytest.raises(SetupError, match="^False$"):
+    with pytest.raises(SetupError, match=r"^False$"):
         start(
             "import os; fd = announcer._fd;"
             "announcer.failed(str(os.get_inheritable(fd) or 'TINKERFS_READY_FD' in os.environ))"
