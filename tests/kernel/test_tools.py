@@ -1,0 +1,270 @@
+"""The tools that people look with: right output, and no more calls than looking may cost."""
+
+import json
+import os
+import sys
+import tarfile
+
+import pytest
+
+from tests.support.account import account, api_calls, make_account, needs
+
+__all__ = ["account", "make_account"]
+
+RUNS, CHECKPOINTS = 3, 4
+
+
+@pytest.fixture(scope="module")
+def warm(account):
+    """An account whose weights infos are known."""
+    account.sh("cat runs/*/checkpoints/*/*/info.json")
+    account.server.journal.wait_until_idle()
+    return account
+
+
+def calls_of(account, script):
+    """Run a script when all but the weights infos is forgotten; return it and its calls."""
+    account.refresh()
+    account.server.journal.clear()
+    done = account.sh(script)
+    account.server.journal.wait_until_idle()
+    return done, api_calls(account.server)
+
+
+ALL_LISTED = {"GET training_runs": 1, "GET training_runs/{run}/checkpoints": RUNS}
+
+
+def test_du_tells_what_is_stored(warm):
+    done, calls = calls_of(warm, "du -s --block-size=1 runs && du -sh runs")
+    stored = sum(
+        -(-checkpoint.size_bytes // 512) * 512
+        for run in warm.server.account.runs()
+        for checkpoint in run.checkpoints
+    )
+    assert done.returncode == 0, done
+    exact, human = done.stdout.splitlines()
+    assert int(exact.split()[0]) == stored
+    assert human.split()[0].endswith("M")
+    assert calls == ALL_LISTED
+
+
+def test_du_of_one_checkpoint_and_apparent_size(warm):
+    run = warm.server.account.runs()[0]
+    checkpoint = run.checkpoints[0]
+    place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
+    done = warm.sh(f"du -s --block-size=1 {place}; du -sb {place}; cat {place}/* | wc -c")
+    stored, apparent, _read = (int(line.split()[0]) for line in done.stdout.splitlines())
+    assert stored == -(-checkpoint.size_bytes // 512) * 512
+    sizes = [
+        os.lstat(warm.path(f"{place}/{name}")).st_size for name in os.listdir(warm.path(place))
+    ]
+    assert apparent == sum(sizes)
+
+
+def test_df_answers(warm):
+    done, calls = calls_of(warm, "df -P . && df -h . && df -i . && stat -f .")
+    assert done.returncode == 0, done
+    row = done.stdout.splitlines()[1].split()
+    assert row[0] == "tinkerfs"
+    assert int(row[1]) > 0
+    assert 0 <= int(row[3]) <= int(row[1])
+    assert calls == {}
+
+
+def test_ls_l_sorts_by_the_account_s_times(warm):
+    done, _calls = calls_of(warm, "ls -t runs")
+    assert done.stdout.split() == warm.server.account.run_ids
+    run = warm.server.account.runs()[0]
+    by_time = sorted(
+        (c for c in run.checkpoints if c.kind == "weights"), key=lambda c: c.time_s, reverse=True
+    )
+    done = warm.sh(f"ls -t runs/{run.id}/checkpoints/weights")
+    assert done.stdout.split() == [checkpoint.name for checkpoint in by_time]
+
+
+def test_ls_lR_shows_everything_and_costs_the_listings(warm):
+    done, calls = calls_of(warm, "ls -lR --time-style=+%s runs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert calls == ALL_LISTED
+    for run in warm.server.account.runs():
+        for checkpoint in run.checkpoints:
+            assert f"runs/{run.id}/checkpoints/{checkpoint.id}:" in done.stdout
+    assert done.stdout.count("archive_url -> ../../../../../.content/") == RUNS * CHECKPOINTS
+    assert done.stdout.count("-rw-r--r-- 1 ") == RUNS * CHECKPOINTS * 4
+    again, calls = warm.sh("ls -lR --time-style=+%s runs"), api_calls(warm.server)
+    assert again.stdout == done.stdout
+    assert calls == ALL_LISTED, "the second look is free"
+
+
+def test_a_cold_ls_lR_asks_for_each_weights_info_once(make_account):
+    account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
+    done, calls = calls_of(account, "ls -lR runs")
+    assert done.returncode == 0
+    assert calls == {**ALL_LISTED, "POST weights_info": RUNS * CHECKPOINTS}
+    _done, calls = calls_of(account, "ls -lR runs; grep -r lora_rank runs")
+    assert calls == ALL_LISTED
+
+
+def test_a_plain_ls_asks_for_no_weights_info(make_account):
+    account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
+    done, calls = calls_of(account, "ls -R runs && ls -a runs/*/checkpoints/*/* && find runs")
+    assert done.returncode == 0
+    assert done.stdout.count("info.json\n") > RUNS * CHECKPOINTS
+    assert calls == ALL_LISTED
+
+
+def test_find_ls(warm):
+    done, calls = calls_of(warm, "find . -ls")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    inodes = [line.split()[0] for line in lines]
+    assert len(set(inodes)) == len(inodes)
+    kinds = sum(len({c.kind for c in run.checkpoints}) for run in warm.server.account.runs())
+    assert len(lines) == 1 + 4 + 4 + RUNS * 5 + kinds + RUNS * CHECKPOINTS * 6
+    assert calls == ALL_LISTED
+
+
+def test_find_by_kind_and_time_and_size(warm):
+    count = RUNS * CHECKPOINTS
+    for script, wanted in {
+        "find runs -type l -name archive_url": count,
+        "find runs -name published -type f -size -2": count,
+        "find runs -mindepth 4 -maxdepth 4 -type d -newermt 2025-12-01": count,
+        "find -L runs -maxdepth 2 -name latest -type d": RUNS,
+        "find . -perm 400": 0,
+        "find . -empty -type f -name refresh": 1,
+        "find . -links +1 -name runs": 0,
+    }.items():
+        done = warm.sh(script)
+        assert (done.returncode, done.stderr) == (0, ""), script
+        assert len(done.stdout.splitlines()) == wanted, script
+
+
+def copied(folder, warm):
+    """Compare a copy of runs/ with the mount."""
+    for run in warm.server.account.runs():
+        assert (folder / run.id / "latest").readlink() == warm.path(
+            f"runs/{run.id}/latest"
+        ).readlink()
+        for checkpoint in run.checkpoints:
+            place = f"{run.id}/checkpoints/{checkpoint.id}"
+            info = json.loads((folder / place / "info.json").read_text())
+            assert info["checkpoint_id"] == checkpoint.id
+            assert info["base_model"] == run.base_model
+            assert (folder / place / "published").read_text() in ("0\n", "1\n")
+            assert (folder / place / "archive_url").is_symlink()
+            for name in ("info.json", "published", "expires_at", "tinker_path"):
+                mounted = warm.path(f"runs/{place}/{name}")
+                assert (folder / place / name).read_bytes() == mounted.read_bytes(), name
+
+
+COPIES = {
+    "cp -r": "cp -r runs $OUT/",
+    "cp -a": "cp -a runs $OUT/",
+    "rsync -a": "rsync -a runs $OUT/",
+    # Before the first listing the folder's time is not known yet, and tar sees it change.
+    "tar": "ls runs > /dev/null; tar cf - runs | tar xf - -C $OUT",
+    "cpio of find": "find runs -print0 | tar cf - --no-recursion --null -T - | tar xf - -C $OUT",
+    "copytree": "$PYTHON -c 'import shutil; shutil.copytree(\"runs\", \"'$OUT'/runs\", True)'",
+    "busybox cp": "busybox cp -a runs $OUT/",
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_is_whole_and_costs_what_looking_costs(warm, name, tmp_path):
+    needs(tool for tool in ("busybox", "rsync") if tool in name)
+    done, calls = calls_of(warm, f"OUT={tmp_path} PYTHON={sys.executable}\n{COPIES[name]}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert calls == ALL_LISTED
+    copied(tmp_path / "runs", warm)
+
+
+def test_a_second_rsync_has_nothing_to_do(warm, tmp_path):
+    needs(["rsync"])
+    assert warm.sh(f"rsync -a runs {tmp_path}/").returncode == 0
+    done = warm.sh(f"rsync -ai runs {tmp_path}/")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_tar_keeps_times_modes_and_links(warm, tmp_path):
+    run = warm.server.account.runs()[0]
+    assert warm.sh(f"tar cf {tmp_path}/t runs").returncode == 0
+    with tarfile.open(tmp_path / "t") as archive:
+        for checkpoint in run.checkpoints:
+            place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
+            member = archive.getmember(f"{place}/info.json")
+            assert member.mtime == int(checkpoint.time_s)
+            assert member.mode == 0o644
+            assert archive.getmember(f"{place}/archive_url").issym()
+            assert archive.getmember(place).isdir()
+
+
+def test_jq_and_wildcards(warm):
+    needs(["jq"])
+    done = warm.sh("jq -r .checkpoint_id runs/*/checkpoints/*/*/info.json | sort")
+    wanted = sorted(c.id for run in warm.server.account.runs() for c in run.checkpoints)
+    assert sorted(done.stdout.split()) == wanted
+
+
+def test_grep_r_reads_every_file_and_no_archive(warm):
+    done, calls = calls_of(
+        warm, "grep -rl lora_rank runs | wc -l; grep -rc . .tinkerfs > /dev/null"
+    )
+    assert int(done.stdout) == RUNS * (CHECKPOINTS + 1)
+    assert calls == ALL_LISTED
+
+
+def test_software_that_looks_around_costs_nothing(warm):
+    run = warm.server.account.run_ids[0]
+    warm.sh(f"ls -R runs/{run}")
+    warm.server.journal.clear()
+    done = warm.sh(
+        f"for d in . runs runs/{run} runs/{run}/checkpoints; do"
+        " ls -d $d/.git $d/.Trash-0 $d/.hidden $d/._x $d/.DS_Store $d/autorun.inf; done;"
+        " false"
+    )
+    assert done.returncode != 0
+    assert api_calls(warm.server) == {}
+
+
+def test_rm_r_of_one_costs_a_look_and_the_deletion(warm):
+    run = warm.new_run("weights/1", "weights/2")
+    warm.sh(f"ls -R {run}")
+    warm.server.journal.clear()
+    assert warm.sh(f"rm -r {run}/checkpoints/weights/1").returncode == 0
+    calls = api_calls(warm.server)
+    assert calls.pop("POST weights_info", 0) <= 1
+    assert calls == {"GET training_runs/{run}/checkpoints": 1, "DELETE checkpoint": 1}
+    warm.server.account.remove_run(run.partition("/")[2])
+
+
+def test_sixteen_readers_of_one_cold_listing_make_one_call(warm):
+    run = warm.server.account.run_ids[0]
+    warm.sh(f"ls runs/{run}")
+    warm.refresh()
+    warm.sh("ls runs")
+    warm.server.journal.clear()
+    hold = warm.server.faults.add("GET training_runs/{run}/checkpoints", hang=True, times=None)
+    processes = [warm.start("ls", f"runs/{run}/checkpoints") for _ in range(16)]
+    hold.wait_for(1)
+    hold.remove()
+    outputs = {process.communicate(timeout=20)[0] for process in processes}
+    assert len(outputs) == 1
+    assert api_calls(warm.server) == {"GET training_runs/{run}/checkpoints": 1}
+
+
+def test_python_s_own_walks(warm):
+    code = """
+import glob, os, pathlib, stat
+print(len(glob.glob("runs/*/checkpoints/*/*/info.json")))
+print(sum(1 for _ in pathlib.Path("runs").rglob("published")))
+print(sum(len(files) for _root, _dirs, files in os.walk("runs")))
+with os.scandir("runs") as runs:
+    print(all(run.is_dir() and not run.is_symlink() for run in runs))
+"""
+    done = warm.python(code)
+    count = RUNS * CHECKPOINTS
+    found = done.stdout.split()
+    assert found[:2] == [str(count), str(count)]
+    assert found[2] == str(count * 5 + RUNS)
+    assert found[3] == "True"
