@@ -230,6 +230,20 @@ class Catalogue:
         """Return a run's checkpoints as last listed, without a call."""
         return self._cache.peek(("checkpoints", run_id))  # type: ignore[no-any-return]
 
+    def known(self) -> dict[str, int]:
+        """Return what the listings so far add up to, without a call; empty before the first."""
+        runs = self.known_runs()
+        if runs is None:
+            return {}
+        listings = [self.known_checkpoints(run_id) for run_id in runs.by_id]
+        checkpoints = [c for known in listings if known for c in known.by_name.values()]
+        return {
+            "runs": len(runs.by_id),
+            "runs_listed": sum(known is not None for known in listings),
+            "checkpoints": len(checkpoints),
+            "size_bytes": sum(c.record.size_bytes or 0 for c in checkpoints),
+        }
+
     def weights_info(self, checkpoint: Checkpoint, call: Call) -> bytes:
         """Return a checkpoint's weights info as JSON; asked for once ever, kept across mounts.
 

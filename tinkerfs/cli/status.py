@@ -89,6 +89,7 @@ def _text(report: dict[str, Any]) -> str:
     hit_rate = report.get("cache_hit_rate")
     rows: list[tuple[str, str]] = [
         ("server", str(report.get("base_url", "?"))),
+        ("account", _account(report.get("account") or {})),
         ("since", f"{report.get('started', '?')} ({_span(report.get('uptime_s', 0))})"),
         ("process", str(report.get("pid", "?"))),
         ("cache", "not asked yet" if hit_rate is None else f"{hit_rate:.0%} of lookups answered"),
@@ -105,6 +106,15 @@ def _text(report: dict[str, Any]) -> str:
     )
     lines += _section("last errors", [e.replace("\t", "  ") for e in report["last_errors"]])
     return "\n".join(lines)
+
+
+def _account(facts: dict[str, int]) -> str:
+    """Say what the listings so far add up to; nothing is asked for the sake of it."""
+    if not facts:
+        return "not listed yet"
+    stored = f"{facts['size_bytes'] / 2**30:.1f} GiB"
+    where = f"in the {facts['runs_listed']} of them that were listed"
+    return f"{facts['runs']} runs; {facts['checkpoints']} checkpoints, {stored}, {where}"
 
 
 def _section(title: str, items: list[str]) -> list[str]:

@@ -193,6 +193,12 @@ def checkpoint_path(checkpoint: Checkpoint) -> str:
     return f"/runs/{run}/checkpoints/{_kind_and_name(checkpoint)}"
 
 
+def _stats(site: Site) -> bytes:
+    model = site.model
+    facts = {"base_url": model.settings.base_url, "account": model.catalogue.known()}
+    return render.json_values({**facts, **model.telemetry.snapshot()})
+
+
 def _control_file_ns(site: Site) -> int:
     return int(site.model.clock.now() * 1e9)
 
@@ -339,9 +345,7 @@ _TINKERFS = Folder(
         File(
             "stats.json",
             "counters: API calls by endpoint and status, cache hits, errors, uptime",
-            lambda site: render.json_values(
-                {"base_url": site.model.settings.base_url, **site.model.telemetry.snapshot()}
-            ),
+            _stats,
             mtime_ns=_control_file_ns,
         ),
         File(
