@@ -29,8 +29,8 @@ def mounted(mountpoint, env):
 
 @pytest.fixture
 def public_folder():
-    """A mountpoint that other users can reach: pytest's own folders are 0700."""
-    folder = Path(tempfile.mkdtemp(prefix="tinkerfs-test-"))
+    """A mountpoint that other users can reach: pytest's own folders, and a $TMPDIR, may be 0700."""
+    folder = Path(tempfile.mkdtemp(prefix="tinkerfs-test-", dir="/tmp"))
     folder.chmod(0o755)
     mountpoint = folder / "mnt"
     mountpoint.mkdir()
