@@ -96,13 +96,14 @@ def test_what_writes_sees_the_server_s_refusal(account, control, name):
 
 @pytest.mark.parametrize("name", REPLACE)
 def test_what_replaces_fails_clearly_and_changes_nothing(account, control, name):
-    _path, checkpoint, script = control
+    path, checkpoint, script = control
     done = script(REPLACE[name])
     assert done.returncode != 0, done
     assert "not permitted" in done.stderr.lower() or "denied" in done.stderr.lower(), done
     assert not checkpoint.is_public
     assert not account.server.journal.count("POST publish")
     assert account.server.journal.count("DELETE checkpoint") == 0
+    assert account.sh(f"cat {path}").stdout == "0\n"  # though some unlink it first
 
 
 @pytest.mark.parametrize(

@@ -147,10 +147,13 @@ class FileSystem:
 
     def create(self, path: str, call: Call) -> None:
         """Refuse to make, rename or link anything: EPERM, or EROFS on a read-only mount."""
-        del call
         with self._telling(path, "create"):
             if self._model.settings.read_only:
                 raise errors.read_only(path)
+            # mv and install unlink what they mean to replace: that was no start of a removal.
+            folder = self._resolve(posixpath.dirname(path), call)
+            if _is_checkpoint(folder):
+                self._removals.restore(folder.subject.key)
             raise errors.not_permitted(path, "nothing can be created, renamed or linked here")
 
     # Removing.
