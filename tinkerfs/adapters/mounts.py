@@ -272,7 +272,8 @@ def is_running(pid: int) -> bool:
 def _serves(process: str, mount: Mount) -> bool:
     try:
         with open(f"{process}/cmdline", "rb") as file:
-            arguments = [os.fsdecode(argument) for argument in file.read().split(b"\0")]
+            # Each ends in NUL; nothing after the last one, or it would stand for the folder below.
+            arguments = [os.fsdecode(each) for each in file.read().split(b"\0") if each]
         if not any("tinkerfs" in argument for argument in arguments):
             return False
         numbers = os.listdir(f"{process}/fd")

@@ -113,6 +113,19 @@ def test_who_is_no_tinkerfs_serves_no_mount():
     assert mounts.daemons(root) == []
 
 
+def test_who_serves_another_mount_does_not_serve_the_folder_it_stands_in():
+    # It stands in /, has /dev/fuse open and tinkerfs in its arguments, as every daemon does.
+    code = "import os, sys; os.open('/dev/fuse', os.O_RDWR); print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, "tinkerfs", "/somewhere/else"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd="/", stdin=pipe, stdout=pipe) as process:
+        process.stdout.readline()
+        found = mounts.daemons(mounts.find_mount("/"))
+        process.stdin.close()
+    assert process.returncode == 0
+    assert process.pid not in found
+
+
 def test_unmounting_nothing_is_an_error(tmp_path):
     with pytest.raises(OSError, match=r"\w"):
         mounts.unmount(str(tmp_path))
