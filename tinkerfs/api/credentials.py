@@ -20,6 +20,7 @@ import select
 import signal
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -46,6 +47,18 @@ FIRST_BACKOFF_S, LAST_BACKOFF_S = 5.0, 300.0
 LOOK_EVERY_S = 1.0
 
 _MAX_BYTES = 1 << 20
+
+#: A process that serves a mount blocks the signals that end it, and what it starts inherits that:
+#: a `timeout 5 ...` in the command would end nothing. Between fork and exec no Python may run
+#: (other threads hold locks), and an exec keeps the mask, so a small program goes in between. It
+#: undoes what Python ignores, too.
+_WITH_ALL_SIGNALS = (
+    "import os, signal, sys\n"
+    "signal.pthread_sigmask(signal.SIG_SETMASK, ())\n"
+    "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
+    "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 API_KEY = "TINKER_API_KEY"
 COMMAND = "TINKER_CREDENTIAL_CMD"
@@ -293,9 +306,8 @@ class Credentials:
             # A shell command by its contract (Tinker SDK), written by the user. Its standard
             # error may tell secrets, so nobody sees it. A session of its own, so that all it
             # started can be ended.
-            process = subprocess.Popen(  # noqa: S602
-                self._command,
-                shell=True,
+            process = subprocess.Popen(  # noqa: S603
+                _shell(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -364,6 +376,14 @@ class Credentials:
         if not isinstance(key, str) or not key.strip():
             raise SetupError(f"{STORED} has no default key: {_CURE}")
         return key.strip()
+
+
+def _shell(command: str) -> list[str]:
+    """Return the arguments that run a shell command with no signal blocked."""
+    shell = ["/bin/sh", "-c", command]
+    if not signal.pthread_sigmask(signal.SIG_BLOCK, ()) or not sys.executable:
+        return shell
+    return [sys.executable, "-I", "-S", "-c", _WITH_ALL_SIGNALS, *shell]
 
 
 def _read_bounded(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:

@@ -1,11 +1,13 @@
 import base64
 import json
 import os
+import signal
 import threading
 
 import pytest
 
 from tests.support.clocks import FakeTime
+from tinkerfs.adapters import mounts
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.errors import SetupError, Unauthorized
 
@@ -201,6 +203,34 @@ def test_a_command_that_does_not_end_is_ended(tmp_path, line):
     )
     with pytest.raises(SetupError, match=r"did not end within 0\.2 s"):
         credentials.get()
+
+
+@pytest.fixture
+def blocked():
+    """Blocks signals, as a process that serves a mount does."""
+    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_a_command_inherits_no_blocked_or_ignored_signal(make, blocked):
+    line = "sed -n 's/^Sig\\(Blk\\|Ign\\):[[:space:]]*/\\1=/p' /proc/self/status | paste -sd,"
+    assert make(TINKER_CREDENTIAL_CMD=line).get() == f"Blk={0:016x},Ign={0:016x}"
+    # The words of the command reach the shell as they are.
+    assert make(TINKER_CREDENTIAL_CMD='printf %s "tml-a\'b$((1 + 1))"').get() == "tml-a'b2"
+
+
+def test_a_command_that_takes_too_long_is_dead_and_so_is_what_it_started(tmp_path, blocked):
+    pids = tmp_path / "pids"
+    line = f"trap '' TERM INT; sleep 60 & echo $$ $! > {pids}; wait"
+    environ = {"PATH": os.environ["PATH"], "TINKER_CREDENTIAL_CMD": line}
+    credentials = Credentials(environ, home=str(tmp_path), command_timeout_s=1.0)
+    with pytest.raises(SetupError, match="did not end within 1 s"):
+        credentials.get()
+    shell, child = map(int, pids.read_text().split())
+    assert not mounts.is_running(shell)
+    assert mounts.wait_until(lambda: not mounts.is_running(child), 5)
 
 
 def test_a_failing_command_is_not_run_for_every_call(make, command, time):
