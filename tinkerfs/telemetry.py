@@ -5,6 +5,7 @@ No key and no signed URL comes in: all words from outside passed `errors.redact`
 """
 
 import logging
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -131,6 +132,7 @@ class Telemetry:
             calls = {endpoint: dict(outcomes) for endpoint, outcomes in sorted(self._calls.items())}
             hits, misses = self._counters["cache_hits"], self._counters["cache_misses"]
             return {
+                "pid": os.getpid(),
                 "started": rfc3339(self._started),
                 "uptime_s": round(now - self._started_monotonic, 3),
                 "calls": calls,

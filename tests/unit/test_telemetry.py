@@ -1,4 +1,5 @@
 import errno
+import os
 
 import pytest
 
@@ -68,6 +69,7 @@ def test_the_snapshot_counts_calls_waits_and_hits(telemetry, time):
         snapshot = telemetry.snapshot()
     assert snapshot["calls"] == {"GET training_runs": {"200": 1, "503": 1}}
     assert snapshot["calls_total"] == 2
+    assert snapshot["pid"] == os.getpid()
     assert snapshot["cache_hit_rate"] == 0.75
     assert snapshot["waiting"] == [{"what": "archive /x", "for_s": 2.0}]
     assert snapshot["uptime_s"] == 2.0

@@ -239,7 +239,10 @@ class Transport:
                 headers=headers,
                 timeout=httpx.Timeout(left_s, connect=min(CONNECT_TIMEOUT_S, left_s)),
             ) as response:
-                body = self._read(response, label, deadline)
+                try:
+                    body = self._read(response, label, deadline)
+                finally:
+                    self._telemetry.count("bytes_received", response.num_bytes_downloaded)
                 outcome = str(response.status_code)
                 return Answer(response.status_code, response.headers, body, str(response.url))
         except _Lost as lost:

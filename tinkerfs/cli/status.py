@@ -67,7 +67,8 @@ def _report(mount: "Mount") -> dict[str, Any]:
     except ValueError:
         told = None
     if isinstance(told, dict):
-        return {**report, **told}
+        # Its own word on its pid is that of its namespace; so it counts where we see none.
+        return {**told, **report}
     health = mounts.probe(mountpoint)
     report["state"] = {"answers": "unreadable"}.get(health, health)
     return report

@@ -41,6 +41,11 @@ def test_headers(server, client):
     assert "x-idempotency-key" not in entry.headers
 
 
+def test_what_comes_in_is_counted(bytes_of, client_of, telemetry):
+    client_of(bytes_of(http(200, EMPTY))).list_training_runs()
+    assert telemetry.snapshot()["counters"]["bytes_received"] == len(EMPTY)
+
+
 def test_a_post_keeps_its_idempotency_key_over_retries(server, client):
     server.faults.add("POST weights_info", status=503, times=2)
     run = client.all_training_runs()[0]
