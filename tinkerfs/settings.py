@@ -73,6 +73,7 @@ class Option:
         metavar: what stands for the value in help; empty for a switch.
         parse: text to value; raises ValueError with a sentence.
         help: one line.
+        default: what holds where it is not set, as the help says it; empty for what needs no word.
     """
 
     field: str
@@ -80,6 +81,7 @@ class Option:
     metavar: str
     parse: Callable[[str], object]
     help: str
+    default: str = ""
 
     @property
     def variable(self) -> str:
@@ -175,27 +177,43 @@ def _parse_path(text: str) -> str:
 
 OPTIONS: tuple[Option, ...] = (
     Option(
-        "base_url", "base-url", "URL", _parse_base_url, "Where the API is (also TINKER_BASE_URL)."
+        "base_url",
+        "base-url",
+        "URL",
+        _parse_base_url,
+        "Where the API is (also TINKER_BASE_URL).",
+        "the official service",
     ),
     Option("read_only", "read-only", "", _parse_bool, "Refuse every change."),
     Option(
         "allow_other", "allow-other", "", _parse_bool, "Let other users in, under true permissions."
     ),
-    Option("ttl_s", "ttl", "S", parse_duration_s, "How long what was listed is taken as fresh."),
+    Option(
+        "ttl_s", "ttl", "S", parse_duration_s, "How long what was listed is taken as fresh.", "30"
+    ),
     Option(
         "stale_s",
         "stale",
         "S",
         parse_duration_s,
         "How long the last good answer serves when the API fails.",
+        "24h",
     ),
-    Option("cache_dir", "cache-dir", "DIR", _parse_path, "Where what is kept across mounts lies."),
+    Option(
+        "cache_dir",
+        "cache-dir",
+        "DIR",
+        _parse_path,
+        "Where what is kept across mounts lies.",
+        "~/.cache/tinkerfs",
+    ),
     Option(
         "timeout_s",
         "timeout",
         "S",
         _parse_positive_s,
         "Bound on every wait but those for archives.",
+        "30",
     ),
     Option(
         "archive_timeout_s",
@@ -203,6 +221,7 @@ OPTIONS: tuple[Option, ...] = (
         "S",
         _parse_positive_s,
         "Bound on the wait for an archive that is being built.",
+        "15m",
     ),
     Option(
         "archive_burst",
@@ -210,20 +229,18 @@ OPTIONS: tuple[Option, ...] = (
         "N",
         _parse_count,
         "Archive builds one process group may start in a minute; 0: no limit.",
+        "8",
     ),
-    Option(
-        "uid", "uid", "U", _parse_id, "Numeric owner of everything (default: the mounting user)."
-    ),
-    Option(
-        "gid", "gid", "G", _parse_id, "Numeric group of everything (default: the mounting user's)."
-    ),
-    Option("umask", "umask", "M", _parse_umask, "Permission bits to take away, octal."),
-    Option("log_file", "log-file", "F", _parse_path, "Write the log to this file."),
+    Option("uid", "uid", "U", _parse_id, "Numeric owner of everything.", "the mounting user"),
+    Option("gid", "gid", "G", _parse_id, "Numeric group of everything.", "the mounting user's"),
+    Option("umask", "umask", "M", _parse_umask, "Permission bits to take away, octal.", "000"),
+    Option("log_file", "log-file", "F", _parse_path, "Write the log to this file.", "none"),
     Option(
         "log_level",
         "log-level",
         "L",
         _parse_log_level,
         f"Least severe record to log: {', '.join(LOG_LEVELS)}.",
+        "warning",
     ),
 )

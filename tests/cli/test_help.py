@@ -9,6 +9,7 @@ import pytest
 from tests.support.mount import run, tinkerfs
 from tinkerfs import __version__
 from tinkerfs.cli.main import COMMANDS, cli
+from tinkerfs.settings import OPTIONS
 
 #: Slow to import, or failing where something is not installed.
 HEAVY = {"httpx", "fuse", "mfusepy", "sqlite3", "cachetools", "msgspec", "stamina", "asyncio"}
@@ -54,6 +55,15 @@ def test_every_command_says_what_it_does_and_each_option_too(name):
     for parameter in command.get_params(click.Context(command)):
         if isinstance(parameter, click.Option):
             assert parameter.help or parameter.hidden, parameter.name
+
+
+@pytest.mark.parametrize("command", ["mount", "demo"])
+def test_help_tells_the_default_of_every_setting_and_its_variable(command):
+    text = " ".join(tinkerfs(command, "--help").stdout.split())
+    flags = {parameter.name for parameter in cli.get_command(None, command).params}
+    for option in (each for each in OPTIONS if each.field in flags):
+        default = f"default: {option.default}; " if option.default else ""
+        assert f"[{default}env: {option.variable}]" in text
 
 
 def test_help_tells_the_exit_codes():

@@ -52,7 +52,9 @@ def settings_options(*fields: str) -> Callable[[F], F]:
 
 def _flag(option: Option) -> Callable[[F], F]:
     # Values stay text here: `resolve` parses what comes from anywhere in one place.
-    help_ = f"{option.help}  [env: {option.variable}]"
+    # Nor can click show the defaults: it has none, as what was not said leaves room for the rest.
+    default = f"default: {option.default}; " if option.default else ""
+    help_ = f"{option.help}  [{default}env: {option.variable}]"
     if option.is_switch:
         return click.option(
             f"--{option.flag}", option.field, is_flag=True, default=None, help=help_
