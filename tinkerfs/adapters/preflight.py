@@ -15,6 +15,7 @@ __all__ = ["check_allow_other", "check_device", "check_fusermount", "prepare_mou
 
 _DEVICE: Final = "/dev/fuse"
 _CONFIGURATION: Final = "/etc/fuse.conf"
+_MTAB: Final = "/etc/mtab"
 _CONTAINER: Final = (
     "start a container with --device /dev/fuse --cap-add SYS_ADMIN; elsewhere: modprobe fuse"
 )
@@ -32,14 +33,15 @@ def check_device(path: str = _DEVICE) -> None:
         raise SetupError(f"there is no {path}: {_CONTAINER}") from None
     except PermissionError:
         raise SetupError(
-            f"{path} may not be opened: join the group that owns it (often `fuse`), or {_CONTAINER}"
+            f"{path} may not be opened by you: have root run chmod 666 {path}, as udev does;"
+            f" or {_CONTAINER}"
         ) from None
     except OSError as error:
         raise SetupError(f"{path} does not open ({error.strerror}): {_CONTAINER}") from None
 
 
 def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
-    """Make sure that the program is there which mounts for users who are not root.
+    """Make sure that the program is there, and can work, which mounts for users other than root.
 
     Args:
         major: the libfuse that will call it.
@@ -55,6 +57,12 @@ def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
         raise SetupError(
             f"there is no {name}, by which users mount: apt install fuse3 | dnf install fuse3"
             " | apk add fuse3; or mount as root"
+        )
+    # fusermount mounts without it, and then cannot unmount (a root of debootstrap's has none).
+    if not os.path.exists(_MTAB):
+        raise SetupError(
+            f"there is no {_MTAB}, without which users cannot unmount: have root run"
+            f" ln -s /proc/self/mounts {_MTAB}"
         )
 
 

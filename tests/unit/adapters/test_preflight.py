@@ -21,7 +21,7 @@ def test_a_device_that_is_somebody_elses(monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(SetupError, match="may not be opened: join the group"):
+    with pytest.raises(SetupError, match=r"may not be opened by you: .*chmod 666 /dev/fuse"):
         preflight.check_device()
 
 
@@ -43,6 +43,16 @@ def test_users_need_fusermount(monkeypatch, major, name):
     preflight.check_fusermount(major, is_root=True)
     with pytest.raises(SetupError, match=rf"no {name}, .*apt install fuse3"):
         preflight.check_fusermount(major, is_root=False)
+
+
+def test_fusermount_needs_mtab_to_unmount(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(preflight, "_MTAB", str(tmp_path / "mtab"))
+    preflight.check_fusermount(3, is_root=True)
+    with pytest.raises(SetupError, match=r"users cannot unmount: .*ln -s /proc/self/mounts"):
+        preflight.check_fusermount(3, is_root=False)
+    (tmp_path / "mtab").symlink_to("/proc/self/mounts")
+    preflight.check_fusermount(3, is_root=False)
 
 
 def test_a_good_mountpoint_is_named_as_the_kernel_does(tmp_path, monkeypatch):
