@@ -1,5 +1,5 @@
 from tinkerfs.api import models
-from tinkerfs.catalogue import CheckpointListing
+from tinkerfs.catalogue.listings import CheckpointListing
 
 
 def record(checkpoint_id, type_="training", path=None):

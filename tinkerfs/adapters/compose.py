@@ -13,7 +13,7 @@ from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import Store, default_cache_dir, prepare_cache_dir
-from tinkerfs.catalogue import Catalogue
+from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from tinkerfs import errors, names
 from tinkerfs.api import models
-from tinkerfs.catalogue import Checkpoint
+from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.tree import controls, readme, render
 from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, Site

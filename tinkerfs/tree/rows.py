@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from tinkerfs.call import Call
-from tinkerfs.catalogue import Catalogue
+from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.clock import Clock
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry

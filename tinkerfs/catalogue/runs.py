@@ -5,27 +5,24 @@ are immutable; every method is thread-safe and waits only through the `Call` it 
 are `ApiError`s, or the `OSError`s of a wait that ended early.
 """
 
-import dataclasses
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import Self
 
 from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.api import models
-from tinkerfs.api.client import CheckpointRef, Client
+from tinkerfs.api.client import Client
 from tinkerfs.cache.flight import in_thread, side_by_side
 from tinkerfs.cache.metadata import MetadataCache, Policy
 from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call
+from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, RunListing, kind_and_name
 from tinkerfs.clock import Clock
 from tinkerfs.telemetry import Telemetry, rfc3339
-from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
 
-__all__ = ["Catalogue", "Checkpoint", "CheckpointListing", "RunListing"]
+__all__ = ["Catalogue"]
 
 #: Absence is remembered this long at most, seconds; never longer than the TTL.
 NEGATIVE_TTL_S = 5.0
@@ -37,137 +34,6 @@ WALK_WINDOW_S = 10.0
 CONCURRENCY = 8
 
 _REFUSALS = (errors.NotFound, errors.EndpointMissing, errors.BadRequest, errors.Rejected)
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint of a run, as a listing told of it.
-
-    Attributes:
-        run_id: its training run.
-        kind: what the second part of its tinker path is on the official service.
-        name: the rest of its id.
-        record: the listing's record.
-        shares_id: another checkpoint of the run is listed under the same bare id.
-    """
-
-    run_id: str
-    kind: str
-    name: str
-    record: models.Checkpoint
-    shares_id: bool = False
-
-    @classmethod
-    def of(cls, run_id: str, record: models.Checkpoint) -> Self:
-        """Make a checkpoint of a listing's record."""
-        return cls(run_id, *_kind_and_name(record), record)
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What names it in this account, whatever form the server lists."""
-        return (self.run_id, self.kind, self.name)
-
-    @property
-    def tinker_path(self) -> str:
-        """Its address, as the server wrote it where it did."""
-        return self.record.tinker_path or str(TinkerPath(self.run_id, self.kind, self.name))
-
-    @property
-    def version(self) -> str:
-        """What changes when a checkpoint is saved again under its name."""
-        return "undated" if self.record.time_ns is None else str(self.record.time_ns)
-
-    @property
-    def ref(self) -> CheckpointRef:
-        """How the API is asked about it."""
-        return CheckpointRef(
-            run_id=self.run_id,
-            path_id=f"{self.kind}/{self.name}",
-            listed_id=self.record.checkpoint_id,
-            is_known=True,
-            is_shared=self.shares_id,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RunListing:
-    """The user's training runs, in the server's order."""
-
-    by_id: dict[str, models.TrainingRun]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointListing:
-    """The checkpoints of one run, in the server's order.
-
-    Attributes:
-        by_name: kind and name to checkpoint; every one of them.
-        bare: those that are shown by a bare name: the server's id is one, and is unambiguous.
-        kinds: the kinds that group the others, also those whose last checkpoint is gone by now.
-    """
-
-    by_name: dict[tuple[str, str], Checkpoint]
-    bare: dict[str, Checkpoint] = field(default_factory=dict)
-    kinds: tuple[str, ...] = ()
-
-    @classmethod
-    def of(
-        cls, run_id: str, records: Iterable[models.Checkpoint], kinds: Iterable[str] = ()
-    ) -> "CheckpointListing":
-        """Sort the server's records; of two that are the same checkpoint the first counts."""
-        by_name: dict[tuple[str, str], Checkpoint] = {}
-        bare_names: dict[str, int] = {}
-        for record in records:
-            checkpoint = Checkpoint.of(run_id, record)
-            first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
-            if first is checkpoint and "/" not in record.checkpoint_id:
-                bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
-        for key, checkpoint in by_name.items():
-            if bare_names.get(checkpoint.record.checkpoint_id, 0) > 1:
-                by_name[key] = dataclasses.replace(checkpoint, shares_id=True)
-        taken = {kind for kind, _ in by_name} | set(KINDS)
-        bare = {
-            name: checkpoint
-            for (_, name), checkpoint in by_name.items()
-            if bare_names.get(name) == 1
-            and name not in taken
-            and "/" not in checkpoint.record.checkpoint_id
-        }
-        grouped = [c.kind for c in by_name.values() if bare.get(c.name) is not c]
-        return cls(by_name, bare, tuple(dict.fromkeys([*grouped, *kinds])))
-
-    def of_kind(self, kind: str) -> list[Checkpoint]:
-        """Return those that are shown in the folder of a kind."""
-        return [
-            checkpoint
-            for checkpoint in self.by_name.values()
-            if checkpoint.kind == kind and self.bare.get(checkpoint.name) is not checkpoint
-        ]
-
-    def without(self, gone: Checkpoint) -> "CheckpointListing":
-        """Return the listing after a deletion."""
-        records = (c.record for c in self.by_name.values() if c.key != gone.key)
-        return CheckpointListing.of(gone.run_id, records, self.kinds)
-
-    def with_record(self, changed: Checkpoint, record: models.Checkpoint) -> "CheckpointListing":
-        """Return the listing with another record for a checkpoint."""
-        records = (record if c.key == changed.key else c.record for c in self.by_name.values())
-        return CheckpointListing.of(changed.run_id, records, self.kinds)
-
-
-def _kind_and_name(record: models.Checkpoint) -> tuple[str, str]:
-    """Return what the official service's id of this checkpoint would be made of."""
-    kind, slash, name = record.checkpoint_id.partition("/")
-    if slash:
-        return kind, name
-    try:
-        path = TinkerPath.parse(record.tinker_path or "")
-    except ValueError:
-        path = None
-    if path is not None and path.kind in KINDS:
-        return path.kind, record.checkpoint_id
-    type_ = record.checkpoint_type or "training"
-    return KIND_OF_TYPE.get(type_, type_), record.checkpoint_id
 
 
 class Catalogue:
@@ -485,7 +351,7 @@ def _newest(listing: CheckpointListing, last: models.Checkpoint | None) -> model
     """Return a run's last checkpoint of the kind that `last` was of, as it is now."""
     if last is None:
         return None
-    kind, name = _kind_and_name(last)
+    kind, name = kind_and_name(last)
     if (kind, name) in listing.by_name:
         return listing.by_name[kind, name].record
     of_kind = [c.record for c in listing.by_name.values() if c.kind == kind]

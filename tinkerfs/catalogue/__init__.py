@@ -1,0 +1,1 @@
+"""Catalogue: a read-through model of the account."""
