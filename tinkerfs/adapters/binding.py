@@ -57,6 +57,11 @@ MAX_THREADS = 500
 #: `fuse_version()` of the first libfuse that knows the option max_threads (3.12).
 _MAX_THREADS_SINCE = 312
 
+#: `fuse_version()` of the first libfuse that takes no interruption unless it is told to (3.17):
+#: without `intr` Ctrl-C ended no wait. It then also signals the serving thread, by SIGUSR1, which
+#: `mounting.block_signals` keeps from all threads: only `fuse_interrupted` tells us.
+_INTR_SINCE = 317
+
 #: fusepy decodes paths strictly, so that a name that is no UTF-8 ended as EINVAL with a traceback.
 #: It lets its caller name the codec, though not the error handler: hence a codec with one built in.
 _CODEC = "tinkerfs_utf_8_surrogateescape"
@@ -137,6 +142,8 @@ class Binding:
             options["congestion_threshold"] = str(MAX_BACKGROUND)
         elif self.library.version >= _MAX_THREADS_SINCE:
             options["max_threads"] = str(MAX_THREADS)
+        if self.library.version >= _INTR_SINCE:
+            options["intr"] = True
         if read_only:
             options["ro"] = True
         if allow_other:

@@ -89,6 +89,8 @@ def test_options_are_those_that_the_library_takes():
     assert "max_background" not in options(314)
     assert "max_threads" in options(312)
     assert "max_threads" not in options(311)
+    assert "intr" in options(317)  # without it, Ctrl-C ends no wait there
+    assert "intr" not in options(314)
     for version in (29, 39, 310, 314, 317):
         assert options(version)["default_permissions"] is True
         assert float(options(version)["attr_timeout"]) <= 1
