@@ -139,10 +139,34 @@ def test_umount_says_who_holds_the_mount(mounted, env):
             assert f"sleep[{holder.pid}] (its working directory)" in line
             assert "--force" in line
             assert os.path.ismount(mounted)
-            assert tinkerfs("umount", "--force", mounted, env=env).returncode == 0
+            pid = daemon_of(mounted)
+            forced = tinkerfs("umount", "--force", mounted, env=env)
+            assert forced.returncode == 0
+            assert forced.stderr == (
+                f"tinkerfs: {mounted} is detached; its process {pid} goes on until it is let go by"
+                f" sleep[{holder.pid}] (its working directory)\n"
+            )
             assert mounts.find_mount(str(mounted)) is None
+            assert len(os.listdir(f"/proc/{holder.pid}/cwd/runs")) == 10
         finally:
             holder.kill()
+    wait_until(lambda: not mounts.is_running(pid))
+
+
+def test_umount_force_says_that_a_daemon_does_not_end(mounted, env):
+    pid = daemon_of(mounted)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        done = tinkerfs("umount", "--force", mounted, env=env)
+        assert done.returncode == 0
+        assert done.stderr == (
+            f"tinkerfs: {mounted} is detached; its process {pid} still runs, for who waits in it or"
+            f" because it hangs: kill -9 {pid}\n"
+        )
+        assert mounts.find_mount(str(mounted)) is None
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    wait_until(lambda: not mounts.is_running(pid))
 
 
 def test_status_tells_what_the_mount_does(mounted, env, server):

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["umount"]
 
-#: After the mount is gone from the tree: how long its daemon has to end. With --force it may go on
-#: serving who still holds it, for as long as they like.
+#: After the mount is gone from the tree: how long its daemon has to end.
 _DAEMON_TIMEOUT_S: Final = 5.0
-_FORCED_TIMEOUT_S: Final = 0.5
+#: With --force it goes on for who held the mount, for as long as they like: no use waiting long.
+_HELD_TIMEOUT_S: Final = 0.5
 #: More than these are not named.
 _MAX_HOLDERS: Final = 5
 
@@ -25,7 +25,7 @@ _MAX_HOLDERS: Final = 5
 @click.option(
     "--force",
     is_flag=True,
-    help="Detach it now, whoever holds it; who does gets errors until they let go.",
+    help="Detach it now, whoever holds it; who does is served until they let go.",
 )
 def umount(mountpoint: str, force: bool) -> None:
     """Unmount the tinkerfs at MOUNTPOINT, and wait until its daemon is gone too.
@@ -46,27 +46,35 @@ def umount(mountpoint: str, force: bool) -> None:
     if mount.fstype != mounts.FSTYPE:
         raise SetupError(f"{mountpoint} is a mount of {mount.fstype}, not of tinkerfs")
     daemons = mounts.daemons(mount)
+    # Before it is detached: nobody can be seen to hold what has no place in the tree any more.
+    held_by = _named(mounts.holders(path)) if force else ""
     try:
         mounts.unmount(path, lazy=force or mounts.probe(path) == "dead")
     except OSError as error:
         if not errors.is_busy(error):
             raise SetupError(f"{mountpoint} cannot be unmounted: {error.strerror}") from None
-        raise SetupError(_busy(mountpoint, mounts.holders(path))) from None
-    timeout_s = _FORCED_TIMEOUT_S if force else _DAEMON_TIMEOUT_S
-    if not mounts.wait_until(lambda: not any(mounts.is_running(pid) for pid in daemons), timeout_s):
-        # The tree is free already, so this is no failure.
-        click.echo(
-            f"tinkerfs: {mountpoint} is gone; its process"
-            f" {', '.join(map(str, daemons))} serves those who still hold it",
-            err=True,
-        )
-
-
-def _busy(mountpoint: str, holders: "list[Holder]") -> str:
-    if not holders:
-        who = "by a process that cannot be seen from here"
+        held_by = _named(mounts.holders(path)) or "a process that cannot be seen from here"
+        raise SetupError(
+            f"{mountpoint} is busy: held by {held_by}: end that, or tinkerfs umount --force"
+            f" {mountpoint}"
+        ) from None
+    timeout_s = _HELD_TIMEOUT_S if held_by else _DAEMON_TIMEOUT_S
+    mounts.wait_until(lambda: not any(map(mounts.is_running, daemons)), timeout_s)
+    left = " ".join(str(pid) for pid in daemons if mounts.is_running(pid))
+    if not left:
+        return
+    # The tree is free already, so this is no failure.
+    if held_by:
+        end = f"its process {left} goes on until it is let go by {held_by}"
     else:
-        who = "by " + ", ".join(str(holder) for holder in holders[:_MAX_HOLDERS])
-        if len(holders) > _MAX_HOLDERS:
-            who += f" and {len(holders) - _MAX_HOLDERS} more"
-    return f"{mountpoint} is busy: held {who}: end that, or tinkerfs umount --force {mountpoint}"
+        # Who waits in open() holds it too, and is not seen to.
+        why = "for who waits in it or because it hangs"
+        end = f"its process {left} still runs, {why}: kill -9 {left}"
+    click.echo(f"tinkerfs: {mountpoint} is detached; {end}", err=True)
+
+
+def _named(holders: "list[Holder]") -> str:
+    """Name who holds a mount, the first few; nobody is the empty string."""
+    who = ", ".join(str(holder) for holder in holders[:_MAX_HOLDERS])
+    more = len(holders) - _MAX_HOLDERS
+    return f"{who} and {more} more" if more > 0 else who
