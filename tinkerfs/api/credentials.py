@@ -305,13 +305,15 @@ class Credentials:
         try:
             # A shell command by its contract (Tinker SDK), written by the user. Its standard
             # error may tell secrets, so nobody sees it. A session of its own, so that all it
-            # started can be ended.
+            # started can be ended. In the folder where a mount runs, so that a relative path fails
+            # when the mount is made, and not when its token ends.
             process = subprocess.Popen(  # noqa: S603
                 _shell(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
+                cwd="/",
                 env=self._environ,
             )
         except (OSError, ValueError) as error:

@@ -205,6 +205,10 @@ def test_a_command_that_does_not_end_is_ended(tmp_path, line):
         credentials.get()
 
 
+def test_a_command_runs_where_a_mount_does(make):
+    assert make(TINKER_CREDENTIAL_CMD="pwd").get() == "/"
+
+
 @pytest.fixture
 def blocked():
     """Blocks signals, as a process that serves a mount does."""
