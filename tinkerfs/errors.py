@@ -194,6 +194,9 @@ OUTAGES: tuple[type[ApiError], ...] = (
     ProtocolError,
 )
 
+#: What says that there is no such thing, where its existence was asked.
+ABSENCES: tuple[type[ApiError], ...] = (NotFound, BadRequest, EndpointMissing)
+
 
 def from_api(error: ApiError, path: str, *, is_lookup: bool = False) -> OSError:
     """Return the OSError for an API failure.
@@ -201,10 +204,11 @@ def from_api(error: ApiError, path: str, *, is_lookup: bool = False) -> OSError:
     Args:
         error: the failure.
         path: the file path of the operation.
-        is_lookup: the operation asked whether a name exists: 400 and 422 mean that it does not.
+        is_lookup: the operation asked whether a name exists: 400 and 422 mean that it does not, and
+            a server without the endpoint has nothing of that kind.
     """
     number = ERRNO_OF_API_ERROR[type(error)]
-    if is_lookup and isinstance(error, BadRequest):
+    if is_lookup and isinstance(error, ABSENCES):
         number = errno.ENOENT
     failure = OSError(number, str(error), path)
     failure.__cause__ = error

@@ -7,12 +7,16 @@ hex digits, or `%~`), has each offending byte and each `%` written `%XX`; the em
 One that only software asks for (`.git`), which is absent unasked, has its first character encoded.
 What is longer than a file name may be is cut and ends in `%~` and a hash of the whole: such a name
 cannot be decoded, it is found by encoding the names that are listed.
+
+A composite name, `<part>@<part>@<part>`, has each part encoded by itself, `@` being one more byte
+that offends, so that it parts again only where it was joined.
 """
 
 import hashlib
 import re
+from collections.abc import Iterable
 
-__all__ = ["decode", "encode", "is_cut", "is_software_probe"]
+__all__ = ["decode", "encode", "is_cut", "is_software_probe", "join", "split"]
 
 #: The longest file name Linux takes, bytes (NAME_MAX, limits.h(0p)).
 NAME_MAX_BYTES = 255
@@ -20,6 +24,9 @@ _HASH_CHARACTERS = 32
 _EMPTY = "%~"
 _LOOKS_ENCODED = re.compile(r"%(?:[0-9A-Fa-f]{2}|~)")
 _OFFENDING = re.compile("[%/\0]")
+_JOINT = "@"
+_OFFENDING_PART = re.compile("[%/\0@]")
+_CUT = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODED = re.compile(r"%(ED%[AB][0-9A-F]%[89AB][0-9A-F]|[0-9A-F]{2})")
 
@@ -48,29 +55,42 @@ def is_software_probe(name: str) -> bool:
 
 def encode(name: str) -> str:
     """Return the file name that stands for a server's name."""
+    return _fitting(_encoded(name, _OFFENDING), name)
+
+
+def join(parts: Iterable[str]) -> str:
+    """Return the composite file name that stands for several names of the server."""
+    joined = _JOINT.join(_encoded(part, _OFFENDING_PART) for part in parts)
+    return _fitting(joined, joined)
+
+
+def _encoded(name: str, offending: re.Pattern[str]) -> str:
+    """Return a name with what offends encoded, of any length."""
+    if not name:
+        return _EMPTY
+    if name in (".", ".."):
+        return "%2E" * len(name)
     has_odd_surrogates = not _round_trips(name)
     is_probe = is_software_probe(name)
-    if not name:
-        encoded = _EMPTY
-    elif name in (".", ".."):
-        encoded = "%2E" * len(name)
-    elif (
+    if not (
         has_odd_surrogates
         or is_probe
         or _LOOKS_ENCODED.search(name)
-        or _OFFENDING.search(name.replace("%", ""))
+        or offending.search(name.replace("%", ""))
     ):
-        encoded = _OFFENDING.sub(_escape, name)
-        if has_odd_surrogates:
-            encoded = _LONE_SURROGATE.sub(_escape, encoded)
-        if is_probe:
-            encoded = f"%{ord(encoded[0]):02X}{encoded[1:]}"
-    else:
-        encoded = name
+        return name
+    encoded = offending.sub(_escape, name)
+    if has_odd_surrogates:
+        encoded = _LONE_SURROGATE.sub(_escape, encoded)
+    return f"%{ord(encoded[0]):02X}{encoded[1:]}" if is_probe else encoded
+
+
+def _fitting(encoded: str, whole: str) -> str:
+    """Return an encoded name, cut where it is too long; `whole` tells the cut ones apart."""
     raw = encoded.encode("utf-8", "surrogateescape")
     if len(raw) <= NAME_MAX_BYTES:
         return encoded
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_CHARACTERS]
+    digest = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_CHARACTERS]
     kept = raw[: NAME_MAX_BYTES - len(_EMPTY) - _HASH_CHARACTERS]
     return kept.decode("utf-8", "ignore") + _EMPTY + digest
 
@@ -81,17 +101,31 @@ def decode(file_name: str) -> str:
     Raises:
         ValueError: `encode` never returns this name, or it was cut and so cannot be decoded.
     """
-    if is_cut(file_name):
-        raise ValueError(f"a name that was cut cannot be decoded: {file_name!r}")
-    name = "" if file_name == _EMPTY else _ENCODED.sub(_unescape, file_name)
+    name = _decoded(file_name)
     if encode(name) != file_name:
         raise ValueError(f"not the file name of any server name: {file_name!r}")
     return name
 
 
+def split(file_name: str) -> tuple[str, ...]:
+    """Return the names that `join` made this composite file name of.
+
+    Raises:
+        ValueError: `join` never returns this name, or it was cut and so cannot be parted.
+    """
+    parts = tuple(_decoded(part) for part in file_name.split(_JOINT))
+    if join(parts) != file_name:
+        raise ValueError(f"not a composite of server names: {file_name!r}")
+    return parts
+
+
 def is_cut(file_name: str) -> bool:
-    """Tell whether `encode` had to cut the name, so that `decode` cannot restore it."""
-    return file_name != _EMPTY and _EMPTY in file_name
+    """Tell whether a name had to be cut to fit, so that nothing can restore it."""
+    return _CUT.search(file_name) is not None
+
+
+def _decoded(text: str) -> str:
+    return "" if text == _EMPTY else _ENCODED.sub(_unescape, text)
 
 
 def _round_trips(name: str) -> bool:

@@ -7,7 +7,8 @@ import pytest
 
 from tests.support.drivers import outcome_of
 
-ROOT_NAMES = ["README.md", "runs", ".content", ".tinkerfs"]
+VIEWS = ["checkpoints", "published", "expiring", "models", "sessions", "samplers"]
+ROOT_NAMES = ["README.md", "runs", *VIEWS, ".content", ".tinkerfs"]
 RUN_NAMES = ["info.json", "checkpoints", "latest", "latest_sampler"]
 CHECKPOINT_NAMES = ["info.json", "archive_url", "published", "expires_at", "tinker_path"]
 CONTROL_NAMES = ["stats.json", "errors", "changes", "refresh"]

@@ -45,6 +45,6 @@ def test_of_two_records_that_are_the_same_checkpoint_the_first_counts():
 
 def test_a_kind_whose_last_checkpoint_went_stays_known_and_is_no_longer_shown():
     listing = CheckpointListing.of("r", [record("odd/1"), record("weights/1")])
-    after = listing.without(listing.by_name["odd", "1"])
+    after = listing.changed(listing.by_name["odd", "1"], None)
     assert shown(after) == ["weights/1"]
     assert "odd" in after.kinds

@@ -33,7 +33,7 @@ def test_a_name_round_trips_and_is_a_file_name(name):
     assert raw.decode("utf-8", "surrogateescape") == encoded
     if names.is_cut(encoded):
         assert len(raw) >= 250
-        with pytest.raises(ValueError, match="cut"):
+        with pytest.raises(ValueError, match="not the file name"):
             names.decode(encoded)
     else:
         assert names.decode(encoded) == name
@@ -47,6 +47,37 @@ def test_a_name_round_trips_and_is_a_file_name(name):
 def test_no_two_names_meet(one, other):
     same = one == other
     assert (names.encode(one) == names.encode(other)) is same
+
+
+@given(st.lists(any_text, min_size=1, max_size=4))
+@example([""])
+@example(["", ""])
+@example(["a@b", "c"])
+@example(["a", "b@c"])
+@example(["..", ".git", "%40"])
+@example(["run", "weights", "x" * 300])
+def test_a_composite_name_parts_where_it_was_joined(parts):
+    joined = names.join(parts)
+    raw = joined.encode("utf-8", "surrogateescape")
+    assert 0 < len(raw) <= 255
+    assert not {b"/", b"\0"} & {bytes([byte]) for byte in raw}
+    assert raw not in (b".", b"..")
+    if names.is_cut(joined):
+        with pytest.raises(ValueError, match="not a composite"):
+            names.split(joined)
+    else:
+        assert names.split(joined) == tuple(parts)
+
+
+@given(st.lists(any_text, min_size=3, max_size=3), st.lists(any_text, min_size=3, max_size=3))
+@example(["a@b", "", "c"], ["a", "b", "c"])
+@example(["x" * 300, "a", "b"], ["x" * 300, "a", "c"])
+def test_no_two_composite_names_meet(one, other):
+    assert (names.join(one) == names.join(other)) is (one == other)
+
+
+def test_a_plain_composite_name_is_shown_as_it_stands():
+    assert names.join(["79db:train:0", "weights", "0001"]) == "79db:train:0@weights@0001"
 
 
 @given(

@@ -13,7 +13,9 @@ from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import Store, default_cache_dir, prepare_cache_dir
+from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.runs import Catalogue
+from tinkerfs.catalogue.sessions import Sessions
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry
@@ -53,15 +55,11 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
                 clock=clock,
             )
         )
-        catalogue = Catalogue(
-            client,
-            MetadataCache(telemetry, clock),
-            stack.enter_context(Store(cache_dir)),
-            telemetry,
-            clock,
-            ttl_s=settings.ttl_s,
-            stale_s=settings.stale_s,
-        )
+        cache = MetadataCache(telemetry, clock)
+        freshness = Freshness.of(settings.ttl_s, settings.stale_s)
+        store = stack.enter_context(Store(cache_dir))
+        catalogue = Catalogue(client, cache, store, telemetry, clock, freshness)
+        sessions = Sessions(client, cache, freshness)
         archives = Archives(
             client,
             telemetry,
@@ -69,5 +67,13 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             timeout_s=settings.archive_timeout_s,
             burst=settings.archive_burst,
         )
-        model = Model(settings, catalogue, archives, telemetry, clock, int(clock.now() * 1e9))
+        model = Model(
+            settings=settings,
+            catalogue=catalogue,
+            sessions=sessions,
+            archives=archives,
+            telemetry=telemetry,
+            clock=clock,
+            started_ns=int(clock.now() * 1e9),
+        )
         yield Parts(FileSystem(model, cache_dir), client, telemetry)

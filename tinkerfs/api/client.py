@@ -19,6 +19,7 @@ from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.models import (
     Capabilities,
     Checkpoint,
+    FoundSession,
     FoundSessions,
     Page,
     Sampler,
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+#: The most sessions that one search may return (Tinker SDK 0.36, sessions/search).
+_MOST_FOUND = 200
 
 #: What a server answers to a checkpoint id in the form that it does not take: FastAPI's routers,
 #: and the official service's handlers.
@@ -304,6 +308,24 @@ class Client:
         body = rawjson.dumps(query)
         request = Request(endpoints.SESSION_SEARCH, "sessions/search", body, _new_key())
         return self._one(request, parsing.parse_found_sessions)
+
+    def all_found_sessions(self) -> tuple[FoundSession, ...]:
+        """Return every session of the user as the search tells of it: a call for 200 of them.
+
+        Raises:
+            ApiError: as `search_sessions`; one page that fails fails all.
+        """
+        found: dict[str, FoundSession] = {}
+        cursor: object = None
+        while True:
+            page = self.search_sessions(limit=_MOST_FOUND, cursor=cursor)
+            before = len(found)
+            for session in page.items:
+                found.setdefault(session.session_id, session)
+            # A cursor that leads to nothing new would lead round in circles.
+            if page.next_cursor is None or len(found) == before:
+                return tuple(found.values())
+            cursor = page.next_cursor
 
     def sampler(self, sampler_id: str) -> Sampler:
         """Return one sampler's record.

@@ -32,27 +32,33 @@ def in_thread(work: Callable[[], T], name: str) -> "Future[T]":
     return future
 
 
-def side_by_side(works: Iterable[Callable[[], object]], limit: int, name: str) -> None:
-    """Run each of `works`, at most `limit` at a time, in their order; return when all are done.
+def side_by_side(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":
+    """Run each of `works`, at most `limit` at a time, in their order.
 
-    What a piece of work raises is its own business: it is expected to have told it elsewhere.
+    Returns:
+        a future for each, in order, all of them done: a result, or what that piece of work raised.
     """
-    pending = iter(works)
+    flights = [(work, Future[T]()) for work in works]
+    pending = iter(flights)
     lock = threading.Lock()
 
     def run() -> None:
         while True:
             with lock:
-                work = next(pending, None)
-            if work is None:
+                work, future = next(pending, (None, None))
+            if work is None or future is None:
                 return
             try:
-                work()
-            except Exception:  # noqa: BLE001, S112  (see the docstring)
-                continue
+                future.set_result(work())
+            except Exception as error:  # noqa: BLE001  (it belongs to whoever looks)
+                future.set_exception(error)
 
-    threads = [threading.Thread(target=run, name=name, daemon=True) for _ in range(limit)]
+    threads = [
+        threading.Thread(target=run, name=name, daemon=True)
+        for _ in range(min(limit, len(flights)))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return [future for _work, future in flights]

@@ -4,7 +4,7 @@ Servers list bare ids, ids with a kind, or both; here every checkpoint has a run
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -12,7 +12,14 @@ from tinkerfs.api import models
 from tinkerfs.api.refs import CheckpointRef
 from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
 
-__all__ = ["Checkpoint", "CheckpointListing", "RunListing", "kind_and_name"]
+__all__ = [
+    "NO_MODEL",
+    "Checkpoint",
+    "CheckpointListing",
+    "RunListing",
+    "UserListing",
+    "kind_and_name",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,18 @@ class Checkpoint:
     def of(cls, run_id: str, record: models.Checkpoint) -> Self:
         """Make a checkpoint of a listing's record."""
         return cls(run_id, *kind_and_name(record), record)
+
+    @classmethod
+    def unlisted(cls, path: TinkerPath) -> Self:
+        """Make a checkpoint that no listing tells of: only its path is known."""
+        record = models.Checkpoint(
+            checkpoint_id=f"{path.kind}/{path.name}",
+            tinker_path=str(path),
+            raw=models.with_fields(
+                b"{}", checkpoint_id=f"{path.kind}/{path.name}", tinker_path=str(path)
+            ),
+        )
+        return cls(path.run_id, path.kind, path.name, record)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -65,11 +84,33 @@ class Checkpoint:
         )
 
 
+#: Stands for the base model of a run that has none.
+NO_MODEL = "unknown"
+
+
 @dataclass(frozen=True, slots=True)
 class RunListing:
-    """The user's training runs, in the server's order."""
+    """The user's training runs, in the server's order.
+
+    Attributes:
+        by_id: every one of them.
+        by_model: the same by the parts of their base model's name, the first and the rest, which is
+            empty where the name has no slash.
+    """
 
     by_id: dict[str, models.TrainingRun]
+    by_model: dict[str, dict[str, dict[str, models.TrainingRun]]]
+
+    @classmethod
+    def of(cls, runs: Iterable[models.TrainingRun]) -> "RunListing":
+        """Sort runs; of two with the same id the last counts."""
+        by_id = {run.run_id: run for run in runs}
+        by_model: dict[str, dict[str, dict[str, models.TrainingRun]]] = {}
+        for run in by_id.values():
+            # A server of one's own may name a model by its folder.
+            first, _, rest = (run.base_model or NO_MODEL).strip("/").partition("/")
+            by_model.setdefault(first, {}).setdefault(rest, {})[run.run_id] = run
+        return cls(by_id, by_model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +161,59 @@ class CheckpointListing:
             if checkpoint.kind == kind and self.bare.get(checkpoint.name) is not checkpoint
         ]
 
-    def without(self, gone: Checkpoint) -> "CheckpointListing":
-        """Return the listing after a deletion."""
-        records = (c.record for c in self.by_name.values() if c.key != gone.key)
-        return CheckpointListing.of(gone.run_id, records, self.kinds)
+    def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "CheckpointListing":
+        """Return the listing with another record for a checkpoint, or after its deletion."""
+        records = _changed(self.by_name.values(), seen, record)
+        return CheckpointListing.of(seen.run_id, (c.record for c in records), self.kinds)
 
-    def with_record(self, changed: Checkpoint, record: models.Checkpoint) -> "CheckpointListing":
-        """Return the listing with another record for a checkpoint."""
-        records = (record if c.key == changed.key else c.record for c in self.by_name.values())
-        return CheckpointListing.of(changed.run_id, records, self.kinds)
+
+@dataclass(frozen=True, slots=True)
+class UserListing:
+    """The checkpoints of all the user's runs, newest first, by run, kind and name.
+
+    Attributes:
+        by_key: every one of them.
+        nameless: how many records told no run, so that there is no name for them.
+    """
+
+    by_key: dict[tuple[str, str, str], Checkpoint]
+    nameless: int = 0
+
+    @classmethod
+    def of(cls, checkpoints: Iterable[Checkpoint], nameless: int = 0) -> "UserListing":
+        """Sort checkpoints; of two that are the same the first counts."""
+        newest_first = sorted(checkpoints, key=lambda c: c.record.time_ns or 0, reverse=True)
+        by_key: dict[tuple[str, str, str], Checkpoint] = {}
+        for checkpoint in newest_first:
+            by_key.setdefault(checkpoint.key, checkpoint)
+        return cls(by_key, nameless)
+
+    @classmethod
+    def of_records(cls, records: Iterable[models.Checkpoint]) -> "UserListing":
+        """Find out of which run each record is: its tinker path tells."""
+        checkpoints, nameless = [], 0
+        for record in records:
+            try:
+                run_id = TinkerPath.parse(record.tinker_path or "").run_id
+            except ValueError:
+                nameless += 1
+            else:
+                checkpoints.append(Checkpoint.of(run_id, record))
+        return cls.of(checkpoints, nameless)
+
+    def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "UserListing":
+        """Return the listing with another record for a checkpoint, or after its deletion."""
+        return UserListing.of(_changed(self.by_key.values(), seen, record), self.nameless)
+
+
+def _changed(
+    checkpoints: Iterable[Checkpoint], seen: Checkpoint, record: models.Checkpoint | None
+) -> Iterator[Checkpoint]:
+    for checkpoint in checkpoints:
+        if checkpoint.key != seen.key:
+            yield checkpoint
+        elif record is not None:
+            yield dataclasses.replace(checkpoint, record=record)
 
 
 def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:

@@ -5,9 +5,11 @@ are immutable; every method is thread-safe and waits only through the `Call` it 
 are `ApiError`s, or the `OSError`s of a wait that ended early.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -15,25 +17,34 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.client import Client
 from tinkerfs.cache.flight import in_thread, side_by_side
-from tinkerfs.cache.metadata import MetadataCache, Policy
+from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call
-from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, RunListing, kind_and_name
+from tinkerfs.catalogue.freshness import Freshness
+from tinkerfs.catalogue.listings import (
+    Checkpoint,
+    CheckpointListing,
+    RunListing,
+    UserListing,
+    kind_and_name,
+)
 from tinkerfs.clock import Clock
 from tinkerfs.telemetry import Telemetry, rfc3339
+from tinkerfs.tinker_path import KINDS, TinkerPath
 
 __all__ = ["Catalogue"]
 
-#: Absence is remembered this long at most, seconds; never longer than the TTL.
-NEGATIVE_TTL_S = 5.0
-#: A server that refuses the weights info of a checkpoint is not asked again for this long, seconds.
-REFUSED_INFO_TTL_S = 600.0
+log = logging.getLogger(__name__)
+
+#: What a server says of the checkpoints of somebody else's run that it does not list.
+_NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.EndpointMissing)
+
+L = TypeVar("L", CheckpointListing, UserListing)
+
 #: A second checkpoint of a run asked for within this time makes a walk of it, seconds.
 WALK_WINDOW_S = 10.0
 #: Weights infos asked for at once.
 CONCURRENCY = 8
-
-_REFUSALS = (errors.NotFound, errors.EndpointMissing, errors.BadRequest, errors.Rejected)
 
 
 class Catalogue:
@@ -46,17 +57,14 @@ class Catalogue:
         store: Store,
         telemetry: Telemetry,
         clock: Clock,
-        *,
-        ttl_s: float,
-        stale_s: float,
+        freshness: Freshness,
     ) -> None:
         self._client = client
         self._cache = cache
         self._store = store
         self._telemetry = telemetry
         self._clock = clock
-        self._listing = Policy(ttl_s, stale_s, min(NEGATIVE_TTL_S, ttl_s))
-        self._immutable = Policy(float("inf"), float("inf"), REFUSED_INFO_TTL_S, _REFUSALS)
+        self._freshness = freshness
         self._lock = threading.Lock()
         self._last_asked: dict[str, tuple[tuple[str, str, str], float]] = {}  # guarded by _lock
         self._walked: set[str] = set()  # guarded by _lock
@@ -66,7 +74,7 @@ class Catalogue:
 
     def runs(self, call: Call) -> RunListing:
         """Return the user's training runs; ceil(runs / page) calls when not fresh."""
-        return self._cache.get(("runs",), self._load_runs, self._listing, call)
+        return self._cache.get(("runs",), self._load_runs, self._freshness.listing, call)
 
     def known_runs(self) -> RunListing | None:
         """Return the training runs as last listed, without a call."""
@@ -83,18 +91,51 @@ class Catalogue:
             if run is not None:
                 return run
         return self._cache.get(
-            ("run", run_id), partial(self._load_run, run_id), self._by_name, call
+            ("run", run_id), partial(self._load_run, run_id), self._freshness.by_name, call
         )
 
     def checkpoints(self, run_id: str, call: Call) -> CheckpointListing:
         """Return the checkpoints of a run; one call when not fresh."""
         return self._cache.get(
-            ("checkpoints", run_id), partial(self._load_checkpoints, run_id), self._listing, call
+            ("checkpoints", run_id),
+            partial(self._load_checkpoints, run_id),
+            self._freshness.listing,
+            call,
         )
 
     def known_checkpoints(self, run_id: str) -> CheckpointListing | None:
         """Return a run's checkpoints as last listed, without a call."""
         return self._cache.peek(("checkpoints", run_id))  # type: ignore[no-any-return]
+
+    def checkpoint(self, run_id: str, kind: str, name: str, call: Call) -> Checkpoint | None:
+        """Return a checkpoint of a run's listing, else one that is known by its tinker path only.
+
+        The user's own runs are listed whole: nothing is asked for what those lack.
+        """
+        own = self.known_runs()
+        is_own = own is not None and run_id in own.by_id
+        try:
+            found = self.checkpoints(run_id, call).by_name.get((kind, name))
+        except _NO_LISTING:
+            if is_own:
+                raise
+            found = None
+        if found is not None or is_own or kind not in KINDS:
+            return found
+        path = TinkerPath(run_id, kind, name)
+        load = partial(self._load_unlisted, path)
+        return self._cache.get(("checkpoint", str(path)), load, self._freshness.by_name, call)
+
+    def user_checkpoints(self, call: Call) -> UserListing:
+        """Return the checkpoints of all the user's runs; ceil(checkpoints / page) calls.
+
+        Of a server that does not list them it is made of the listings of the runs.
+        """
+        return self._cache.get(("user",), self._load_user, self._freshness.listing, call)
+
+    def known_user_checkpoints(self) -> UserListing | None:
+        """Return the checkpoints of all runs as last listed, without a call."""
+        return self._cache.peek(("user",))  # type: ignore[no-any-return]
 
     def known(self) -> dict[str, int]:
         """Return what the listings so far add up to, without a call; empty before the first."""
@@ -120,7 +161,7 @@ class Catalogue:
         if kept is not None:
             return kept
         self._notice_walk(checkpoint)
-        return self._cache.get(_info_key(checkpoint), load, self._immutable, call)
+        return self._cache.get(_info_key(checkpoint), load, self._freshness.immutable, call)
 
     # Changes. Each runs on a thread of its own, so that it is not taken back when its caller goes;
     # `changes` tells how it ended.
@@ -137,7 +178,7 @@ class Catalogue:
                 self._client.unpublish(checkpoint.ref)
             raw = models.with_fields(checkpoint.record.raw, public=wanted)
             record = replace(checkpoint.record, is_public=wanted, raw=raw)
-            self._amend(checkpoint, lambda listing: listing.with_record(checkpoint, record))
+            self._amend(checkpoint, record)
             return None
 
         self._change(seen, "publish" if wanted else "unpublish", act, path, call)
@@ -157,9 +198,7 @@ class Catalogue:
                 ),
             )
             # The server rounds as it likes: ours serves only until the next look asks it.
-            self._amend(
-                checkpoint, lambda listing: listing.with_record(checkpoint, record), is_exact=False
-            )
+            self._amend(checkpoint, record, is_exact=False)
 
         what = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
         self._change(seen, what, act, path, call)
@@ -169,7 +208,7 @@ class Catalogue:
 
         def act(checkpoint: Checkpoint) -> None:
             self._client.delete(checkpoint.ref)
-            self._amend(checkpoint, lambda listing: listing.without(checkpoint))
+            self._amend(checkpoint, None)
 
         self._change(seen, "delete", act, path, call)
 
@@ -206,7 +245,7 @@ class Catalogue:
         """Return a checkpoint as the server tells of it now."""
         load = partial(self._load_checkpoints, seen.run_id)
         key = ("checkpoints", seen.run_id)
-        listing = self._cache.reload(key, load, self._listing, IN_PROCESS)
+        listing = self._cache.reload(key, load, self._freshness.listing, IN_PROCESS)
         now = listing.by_name.get((seen.kind, seen.name))
         if now is None:
             raise errors.NotFound("the checkpoint is gone by now")
@@ -215,15 +254,22 @@ class Catalogue:
         return now
 
     def _amend(
-        self,
-        checkpoint: Checkpoint,
-        change: Callable[[CheckpointListing], CheckpointListing],
-        *,
-        is_exact: bool = True,
+        self, checkpoint: Checkpoint, record: models.Checkpoint | None, *, is_exact: bool = True
     ) -> None:
-        """Make every listing agree with a change that the server has made."""
+        """Make every listing agree with a change that the server has made.
+
+        Args:
+            checkpoint: what was changed.
+            record: as it is now; None where it was deleted.
+            is_exact: the server would tell the same; else it is asked at the next look.
+        """
+
+        def change(listing: L) -> L:
+            return listing.changed(checkpoint, record)
+
         run_id = checkpoint.run_id
-        self._cache.amend(("checkpoints", run_id), change, is_exact=is_exact)
+        for key in (("checkpoints", run_id), ("user",)):
+            self._cache.amend(key, change, is_exact=is_exact)
         listing = self.known_checkpoints(run_id)
         if listing is None:
             return
@@ -243,25 +289,17 @@ class Catalogue:
 
         def in_runs(runs: RunListing) -> RunListing:
             run = runs.by_id.get(run_id)
-            return runs if run is None else RunListing({**runs.by_id, run_id: in_run(run)})
+            return (
+                runs if run is None else RunListing.of({**runs.by_id, run_id: in_run(run)}.values())
+            )
 
         self._cache.amend(("run", run_id), in_run, is_exact=True)
         self._cache.amend(("runs",), in_runs, is_exact=True)
 
     # Loading.
 
-    @property
-    def _by_name(self) -> Policy:
-        """A run that is asked for by name: 400 and 422 also say that there is none."""
-        return Policy(
-            self._listing.ttl_s,
-            self._listing.stale_s,
-            self._listing.negative_ttl_s,
-            (*self._listing.negative, errors.BadRequest),
-        )
-
     def _load_runs(self) -> RunListing:
-        return RunListing({run.run_id: run for run in self._client.all_training_runs()})
+        return RunListing.of(self._client.all_training_runs())
 
     def _load_run(self, run_id: str) -> models.TrainingRun:
         try:
@@ -299,14 +337,46 @@ class Catalogue:
     def _load_checkpoints(self, run_id: str) -> CheckpointListing:
         return CheckpointListing.of(run_id, self._client.list_checkpoints(run_id))
 
+    def _load_user(self) -> UserListing:
+        # The endpoint's policy keeps no answer, but remembers that there is no such endpoint.
+        key, policy = ("user records",), self._freshness.endpoint
+        try:
+            records = self._cache.get(key, self._client.all_user_checkpoints, policy, IN_PROCESS)
+        except errors.EndpointMissing:
+            return self._user_of_runs()
+        listing = UserListing.of_records(records)
+        if listing.nameless:
+            log.warning("%d checkpoints without a tinker path are left out", listing.nameless)
+        return listing
+
+    def _user_of_runs(self) -> UserListing:
+        run_ids = list(self.runs(IN_PROCESS).by_id)
+        outcomes = side_by_side(
+            [partial(self._if_there, run_id) for run_id in run_ids], CONCURRENCY, "checkpoints"
+        )
+        listings = [outcome.result() for outcome in outcomes]
+        return UserListing.of(c for listing in listings for c in listing.by_name.values())
+
+    def _if_there(self, run_id: str) -> CheckpointListing:
+        try:
+            return self.checkpoints(run_id, IN_PROCESS)
+        except errors.NotFound:  # deleted since the runs were listed
+            return CheckpointListing({})
+
+    def _load_unlisted(self, path: TinkerPath) -> Checkpoint:
+        info = self._client.weights_info(str(path))
+        checkpoint = Checkpoint.unlisted(path)
+        self._store.put(self._space, _info_name(checkpoint), info.raw)
+        return checkpoint
+
     def _kept_info(self, checkpoint: Checkpoint) -> bytes | None:
-        return self._store.get(self._space, f"{checkpoint.tinker_path}\n{checkpoint.version}")
+        return self._store.get(self._space, _info_name(checkpoint))
 
     def _load_weights_info(self, checkpoint: Checkpoint) -> bytes:
         raw = self._kept_info(checkpoint)
         if raw is None:
             raw = self._client.weights_info(checkpoint.tinker_path).raw
-            self._store.put(self._space, f"{checkpoint.tinker_path}\n{checkpoint.version}", raw)
+            self._store.put(self._space, _info_name(checkpoint), raw)
         return raw
 
     @property
@@ -331,7 +401,7 @@ class Catalogue:
 
         def ask(sibling: Checkpoint) -> None:
             load = partial(self._load_weights_info, sibling)
-            self._cache.get(_info_key(sibling), load, self._immutable, IN_PROCESS)
+            self._cache.get(_info_key(sibling), load, self._freshness.immutable, IN_PROCESS)
 
         def walk() -> None:
             works = [partial(ask, sibling) for sibling in listing.by_name.values()]
@@ -341,6 +411,10 @@ class Catalogue:
                 self._last_asked.pop(run_id, None)
 
         in_thread(walk, f"walk {run_id}")
+
+
+def _info_name(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.tinker_path}\n{checkpoint.version}"
 
 
 def _info_key(checkpoint: Checkpoint) -> tuple[str, str, str]:

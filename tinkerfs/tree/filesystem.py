@@ -232,9 +232,9 @@ class FileSystem:
             return None
         site = self._site(folder, call)
         if names.is_cut(name):
-            return next((s for n, s in row.list(site) if names.encode(n) == name), None)
+            return next((s for n, s in row.list(site) if row.encode(n) == name), None)
         try:
-            return row.find(site, names.decode(name))
+            return row.find(site, row.decode(name))
         except ValueError:  # no server name has this file name
             return None
 
@@ -248,10 +248,10 @@ class FileSystem:
                     yield node
             elif row.is_listed:
                 for name, subject in self._listed(row, folder, call):
-                    path = posixpath.join(folder.path, names.encode(name))
+                    path = posixpath.join(folder.path, row.encode(name))
                     yield _Node(row.node, subject, path, folder)
 
-    def _listed(self, row: Each, folder: _Node, call: Call) -> Iterator[tuple[str, Any]]:
+    def _listed(self, row: Each, folder: _Node, call: Call) -> Iterator[tuple[Any, Any]]:
         try:
             yield from row.list(self._site(folder, call))
         except errors.EndpointMissing as error:

@@ -12,10 +12,10 @@ from tinkerfs import errors, names
 from tinkerfs.api import models
 from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tinker_path import KINDS
-from tinkerfs.tree import controls, readme, render
+from tinkerfs.tree import controls, readme, render, subjects, views
 from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, Site
 
-__all__ = ["ROOT", "checkpoint_path", "documentation"]
+__all__ = ["ROOT", "documentation"]
 
 #: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
 LONGEST_URL_BYTES = 16_384
@@ -23,30 +23,6 @@ _BLOCK_BYTES = 512
 
 
 # What the rows ask, in the order of the table.
-
-
-def _list_runs(site: Site) -> Iterable[tuple[str, models.TrainingRun]]:
-    return site.model.catalogue.runs(site.call).by_id.items()
-
-
-def _find_run(site: Site, run_id: str) -> models.TrainingRun | None:
-    try:
-        return site.model.catalogue.run(run_id, site.call)
-    except (errors.NotFound, errors.BadRequest) as error:
-        if error.is_remembered:
-            return None
-        raise
-
-
-def _newest_run_ns(site: Site) -> int:
-    known = site.model.catalogue.known_runs()
-    times = (run.last_request_time_ns for run in known.by_id.values()) if known else ()
-    return max((time for time in times if time is not None), default=site.model.started_ns)
-
-
-def _run_ns(site: Site) -> int:
-    time_ns: int | None = site.subject.last_request_time_ns
-    return site.model.started_ns if time_ns is None else time_ns
 
 
 def _latest(site: Site) -> str | None:
@@ -62,7 +38,7 @@ def _latest_path(run: models.TrainingRun, record: models.Checkpoint | None) -> s
         return None
     # `<kind>/<name>` always resolves, so no listing has to tell how the server lists it.
     checkpoint = Checkpoint.of(run.run_id, record)
-    return f"/runs/{names.encode(run.run_id)}/checkpoints/" + _kind_and_name(checkpoint)
+    return subjects.checkpoint_path(checkpoint)
 
 
 def _list_kinds(site: Site) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
@@ -111,20 +87,16 @@ def _list_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
 
 def _find_of_kind(site: Site, name: str) -> Checkpoint | None:
     run, kind = site.subject
-    return site.model.catalogue.checkpoints(run.run_id, site.call).by_name.get((kind, name))
+    return site.model.catalogue.checkpoint(run.run_id, kind, name, site.call)
 
 
 def _group_ns(site: Site) -> int:
     run, kind = site.subject
     known = site.model.catalogue.known_checkpoints(run.run_id)
-    times = (c.record.time_ns for c in known.of_kind(kind)) if known else ()
-    fallback = run.last_request_time_ns or site.model.started_ns
-    return max((time for time in times if time is not None), default=fallback)
-
-
-def _checkpoint_ns(site: Site) -> int:
-    time_ns: int | None = site.subject.record.time_ns
-    return site.model.started_ns if time_ns is None else time_ns
+    checkpoints = known.of_kind(kind) if known else ()
+    return subjects.newest_ns(
+        site, (c.record.time_ns for c in checkpoints), run.last_request_time_ns
+    )
 
 
 def _stored_blocks(site: Site) -> int:
@@ -183,16 +155,6 @@ def _content(name: str) -> "Link":
     return Link(name, _CONTENT_DOCS[name], target)
 
 
-def _kind_and_name(checkpoint: Checkpoint) -> str:
-    return f"{names.encode(checkpoint.kind)}/{names.encode(checkpoint.name)}"
-
-
-def checkpoint_path(checkpoint: Checkpoint) -> str:
-    """Return the path from the mount's root that always leads to a checkpoint."""
-    run = names.encode(checkpoint.run_id)
-    return f"/runs/{run}/checkpoints/{_kind_and_name(checkpoint)}"
-
-
 def _stats(site: Site) -> bytes:
     model = site.model
     facts = {"base_url": model.settings.base_url, "account": model.catalogue.known()}
@@ -241,7 +203,7 @@ _CHECKPOINT_ROWS: tuple[Row, ...] = (
 
 def _checkpoint(doc: str) -> Folder:
     return Folder(
-        "<name>", doc, _CHECKPOINT_ROWS, _checkpoint_ns, _stored_blocks, Removal.CHECKPOINT
+        "<name>", doc, _CHECKPOINT_ROWS, subjects.checkpoint_ns, _stored_blocks, Removal.CHECKPOINT
     )
 
 
@@ -266,7 +228,7 @@ _CHECKPOINTS = Folder(
             _find_bare,
         ),
     ),
-    _run_ns,
+    subjects.run_ns,
     removal=Removal.GROUPING,
 )
 
@@ -279,7 +241,7 @@ _RUN = Folder(
         Link("latest", "the newest training checkpoint, when the run has one", _latest),
         Link("latest_sampler", "the newest sampler checkpoint, when there is one", _latest_sampler),
     ),
-    _run_ns,
+    subjects.run_ns,
 )
 
 _VERSION = Folder(
@@ -294,7 +256,7 @@ _VERSION = Folder(
             told_bytes=_archive_url_bytes,
         ),
     ),
-    _checkpoint_ns,
+    subjects.checkpoint_ns,
 )
 
 
@@ -331,8 +293,8 @@ _CONTENT = Folder(
                     ),
                 ),
             ),
-            _list_runs,
-            _find_run,
+            subjects.list_runs,
+            subjects.find_run,
             False,
         ),
     ),
@@ -379,9 +341,15 @@ ROOT = Folder(
         Folder(
             "runs",
             "every training run of the account",
-            (Each(_RUN, _list_runs, _find_run),),
-            _newest_run_ns,
+            (Each(_RUN, subjects.list_runs, subjects.find_run),),
+            subjects.newest_run_ns,
         ),
+        views.CHECKPOINTS,
+        views.PUBLISHED,
+        views.EXPIRING,
+        views.MODELS,
+        views.SESSIONS,
+        views.SAMPLERS,
         _CONTENT,
         _TINKERFS,
     ),

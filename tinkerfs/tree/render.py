@@ -14,6 +14,7 @@ __all__ = [
     "line",
     "rfc3339_ns",
     "run_info",
+    "session_info",
 ]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -55,6 +56,11 @@ def checkpoint_info(record: models.Checkpoint, weights_info: bytes | None) -> by
     if weights_info is None:
         return json_file(record.raw)
     return json_file(models.merged(weights_info, record.raw))
+
+
+def session_info(found: models.FoundSession, session: models.Session) -> bytes:
+    """Return a session's info.json: what the listing told, and over it the session's record."""
+    return json_file(models.merged(found.raw, session.raw))
 
 
 def rfc3339_ns(time_ns: int) -> str:

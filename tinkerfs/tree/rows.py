@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tinkerfs import names
 from tinkerfs.call import Call
 from tinkerfs.catalogue.runs import Catalogue
+from tinkerfs.catalogue.sessions import Sessions
 from tinkerfs.clock import Clock
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry
@@ -27,6 +29,7 @@ class Model:
 
     settings: Settings
     catalogue: Catalogue
+    sessions: Sessions
     archives: Archives
     telemetry: Telemetry
     clock: Clock
@@ -126,12 +129,16 @@ class Each:
         find: the subject behind one server name, None where there is none; resolves names that no
             listing tells as well.
         is_listed: whether a listing of the folder shows them.
+        encode: a server name to its file name.
+        decode: the way back; ValueError for what no server name is encoded as.
     """
 
     node: Folder | Link
-    list: Callable[[Site], Iterable[tuple[str, Any]]]
-    find: Callable[[Site, str], Any]
+    list: Callable[[Site], Iterable[tuple[Any, Any]]]
+    find: Callable[[Site, Any], Any]
     is_listed: bool = True
+    encode: Callable[[Any], str] = names.encode
+    decode: Callable[[str], Any] = names.decode
 
 
 Row = File | Control | Link | Folder | Each

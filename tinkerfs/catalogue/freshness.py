@@ -1,0 +1,44 @@
+"""How long what the server told serves: the one place that says so."""
+
+from dataclasses import dataclass
+
+from tinkerfs import errors
+from tinkerfs.cache.metadata import Policy
+
+__all__ = ["Freshness"]
+
+#: Absence is remembered this long at most, seconds; never longer than the TTL.
+NEGATIVE_TTL_S = 5.0
+#: What a server has refused or lacks altogether is not asked again for this long, seconds.
+REFUSED_TTL_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """The policies of one mount.
+
+    Attributes:
+        listing: listings, and records that change.
+        by_name: what is asked for by name: 400 and 422 also say that there is none.
+        immutable: what never changes; a refusal serves for `REFUSED_TTL_S`.
+        endpoint: whether a server has an endpoint; an answer is not kept, its lack is.
+    """
+
+    listing: Policy
+    by_name: Policy
+    immutable: Policy
+    endpoint: Policy
+
+    @classmethod
+    def of(cls, ttl_s: float, stale_s: float) -> "Freshness":
+        """Make the policies of a mount's `--ttl` and `--stale`, seconds."""
+        negative_ttl_s = min(NEGATIVE_TTL_S, ttl_s)
+        absence = (errors.NotFound, errors.EndpointMissing)
+        refusal = (*absence, errors.BadRequest)
+        forever = float("inf")
+        return cls(
+            listing=Policy(ttl_s, stale_s, negative_ttl_s, absence),
+            by_name=Policy(ttl_s, stale_s, negative_ttl_s, refusal),
+            immutable=Policy(forever, forever, REFUSED_TTL_S, (*refusal, errors.Rejected)),
+            endpoint=Policy(0.0, 0.0, REFUSED_TTL_S, (errors.EndpointMissing,)),
+        )

@@ -1,0 +1,81 @@
+"""What the rows about runs and checkpoints share: where these stand, and when they changed."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tinkerfs import errors, names
+from tinkerfs.api import models
+from tinkerfs.catalogue.listings import Checkpoint
+from tinkerfs.tinker_path import KINDS, TinkerPath
+from tinkerfs.tree.rows import Site
+
+__all__ = [
+    "checkpoint_ns",
+    "checkpoint_path",
+    "find_run",
+    "list_runs",
+    "newest_ns",
+    "newest_run_ns",
+    "place_of",
+    "run_ns",
+    "run_path",
+]
+
+
+def run_path(run_id: str) -> str:
+    """Return the path of a training run from the mount's root."""
+    return f"/runs/{names.encode(run_id)}"
+
+
+def checkpoint_path(checkpoint: Checkpoint) -> str:
+    """Return the path from the mount's root that always leads to a checkpoint."""
+    kind, name = names.encode(checkpoint.kind), names.encode(checkpoint.name)
+    return f"{run_path(checkpoint.run_id)}/checkpoints/{kind}/{name}"
+
+
+def place_of(path: TinkerPath) -> str:
+    """Return the path from the mount's root of what a tinker path names."""
+    # Two-part paths of older data, and hatchery's, which has no kind in them.
+    is_bare = path.kind not in KINDS
+    kind = "" if is_bare else f"{path.kind}/"
+    return f"{run_path(path.run_id)}/checkpoints/{kind}{names.encode(path.name)}"
+
+
+def list_runs(site: Site) -> Iterable[tuple[str, models.TrainingRun]]:
+    """Return the user's training runs by id."""
+    return site.model.catalogue.runs(site.call).by_id.items()
+
+
+def find_run(site: Site, run_id: str) -> models.TrainingRun | None:
+    """Return a training run, listed or not."""
+    try:
+        return site.model.catalogue.run(run_id, site.call)
+    except errors.ABSENCES as error:
+        if error.is_remembered:
+            return None
+        raise
+
+
+def run_ns(site: Site) -> int:
+    """Return when a training run was last asked something."""
+    time_ns: int | None = site.subject.last_request_time_ns
+    return site.model.started_ns if time_ns is None else time_ns
+
+
+def newest_run_ns(site: Site) -> int:
+    """Return when any of the user's training runs was, as far as is known without a call."""
+    known = site.model.catalogue.known_runs()
+    runs = known.by_id.values() if known else ()
+    return newest_ns(site, (run.last_request_time_ns for run in runs))
+
+
+def checkpoint_ns(site: Site) -> int:
+    """Return when a checkpoint was saved."""
+    time_ns: int | None = site.subject.record.time_ns
+    return site.model.started_ns if time_ns is None else time_ns
+
+
+def newest_ns(site: Site, times: Iterable[int | None], otherwise: Any = None) -> int:
+    """Return the latest of some times, else `otherwise`, else when the mount was made."""
+    fallback: int = otherwise or site.model.started_ns
+    return max((time for time in times if time is not None), default=fallback)

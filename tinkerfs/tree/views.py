@@ -1,0 +1,297 @@
+"""The views: other ways to the same runs and checkpoints, and the sessions that made them.
+
+Each is a folder of symbolic links into `/runs`, so that a walk comes to everything once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from tinkerfs import errors, names
+from tinkerfs.api import models
+from tinkerfs.catalogue.listings import Checkpoint
+from tinkerfs.tinker_path import TinkerPath
+from tinkerfs.tree import render, subjects
+from tinkerfs.tree.rows import Each, File, Folder, Link, Site
+
+__all__ = ["CHECKPOINTS", "EXPIRING", "MODELS", "PUBLISHED", "SAMPLERS", "SESSIONS"]
+
+# Checkpoints.
+
+
+def _view(
+    name: str,
+    doc: str,
+    shows: Callable[[Checkpoint], bool],
+    time_ns: Callable[[Site], int] = subjects.checkpoint_ns,
+) -> Folder:
+    """A folder with a link to each checkpoint of the user that it shows."""
+
+    def listed(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+        for key, checkpoint in site.model.catalogue.user_checkpoints(site.call).by_key.items():
+            if shows(checkpoint):
+                yield key, checkpoint
+
+    def find(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
+        if len(parts) != 3:
+            return None
+        checkpoint = site.model.catalogue.user_checkpoints(site.call).by_key.get(parts)
+        return checkpoint if checkpoint is not None and shows(checkpoint) else None
+
+    def newest_ns(site: Site) -> int:
+        known = site.model.catalogue.known_user_checkpoints()
+        shown = [c for c in known.by_key.values() if shows(c)] if known else []
+        return subjects.newest_ns(site, (c.record.time_ns for c in shown))
+
+    link = Link(
+        "<run_id>@<kind>@<name>",
+        "the checkpoint",
+        lambda site: subjects.checkpoint_path(site.subject),
+        time_ns,
+    )
+    return Folder(name, doc, (Each(link, listed, find, True, names.join, names.split),), newest_ns)
+
+
+def _expiry_ns(site: Site) -> int:
+    expires_at_ns: int = site.subject.record.expires_at_ns
+    return expires_at_ns
+
+
+CHECKPOINTS = _view("checkpoints", "every checkpoint of the user, newest first", lambda _c: True)
+PUBLISHED = _view("published", "the public ones only", lambda c: c.record.is_public)
+EXPIRING = _view(
+    "expiring",
+    "those with an expiry only, which is the links' mtime",
+    lambda c: c.record.expires_at_ns is not None,
+    _expiry_ns,
+)
+
+
+# Runs by base model. A subject is an organisation, or that and a model.
+
+
+def _list_orgs(site: Site) -> Iterator[tuple[str, str]]:
+    for org in site.model.catalogue.runs(site.call).by_model:
+        yield org, org
+
+
+def _find_org(site: Site, org: str) -> str | None:
+    return org if org in site.model.catalogue.runs(site.call).by_model else None
+
+
+def _list_models(site: Site) -> Iterator[tuple[str, tuple[str, str]]]:
+    for model in site.model.catalogue.runs(site.call).by_model.get(site.subject, ()):
+        if model:
+            yield model, (site.subject, model)
+
+
+def _find_model(site: Site, model: str) -> tuple[str, str] | None:
+    models_of_org = site.model.catalogue.runs(site.call).by_model.get(site.subject, {})
+    return (site.subject, model) if model and model in models_of_org else None
+
+
+def _runs_of_model(site: Site) -> dict[str, models.TrainingRun]:
+    org, model = (site.subject, "") if isinstance(site.subject, str) else site.subject
+    return site.model.catalogue.runs(site.call).by_model.get(org, {}).get(model, {})
+
+
+def _list_runs_of_model(site: Site) -> Iterable[tuple[str, models.TrainingRun]]:
+    return _runs_of_model(site).items()
+
+
+def _find_run_of_model(site: Site, run_id: str) -> models.TrainingRun | None:
+    return _runs_of_model(site).get(run_id)
+
+
+_RUNS_OF_MODEL = Each(
+    Link(
+        "<run_id>",
+        "a training run of that base model",
+        lambda site: subjects.run_path(site.subject.run_id),
+        subjects.run_ns,
+    ),
+    _list_runs_of_model,
+    _find_run_of_model,
+)
+
+MODELS = Folder(
+    "models",
+    "the training runs by base model; `Qwen/Qwen3-8B` is two folders",
+    (
+        Each(
+            Folder(
+                "<organisation>",
+                "the first part of the base model's name",
+                (
+                    Each(
+                        Folder("<model>", "the rest of it", (_RUNS_OF_MODEL,)),
+                        _list_models,
+                        _find_model,
+                    ),
+                    _RUNS_OF_MODEL,
+                ),
+            ),
+            _list_orgs,
+            _find_org,
+        ),
+    ),
+    subjects.newest_run_ns,
+)
+
+
+# Sessions and samplers.
+
+
+def _list_sessions(site: Site) -> Iterable[tuple[str, models.FoundSession]]:
+    return site.model.sessions.listed(site.call).items()
+
+
+def _find_session(site: Site, session_id: str) -> models.FoundSession | None:
+    try:
+        return site.model.sessions.find(session_id, site.call)
+    except errors.ABSENCES as error:
+        if error.is_remembered:
+            return None
+        raise
+
+
+def _session_ns(site: Site) -> int:
+    time_ns: int | None = site.subject.created_at_ns
+    return site.model.started_ns if time_ns is None else time_ns
+
+
+def _newest_session_ns(site: Site) -> int:
+    known = site.model.sessions.known().values()
+    return subjects.newest_ns(site, (session.created_at_ns for session in known))
+
+
+def _session(site: Site) -> models.Session:
+    return site.model.sessions.record(site.subject.session_id, site.call)
+
+
+def _list_session_runs(site: Site) -> Iterator[tuple[str, str]]:
+    for run_id in _session(site).training_run_ids:
+        yield run_id, run_id
+
+
+def _find_session_run(site: Site, run_id: str) -> str | None:
+    return run_id if run_id in _session(site).training_run_ids else None
+
+
+def _list_session_samplers(site: Site) -> Iterator[tuple[str, str]]:
+    for sampler_id in _session(site).sampler_ids:
+        yield sampler_id, sampler_id
+
+
+def _find_session_sampler(site: Site, sampler_id: str) -> str | None:
+    return sampler_id if sampler_id in _session(site).sampler_ids else None
+
+
+def _list_samplers(site: Site) -> Iterator[tuple[str, str]]:
+    for sampler_id in site.model.sessions.known_samplers():
+        yield sampler_id, sampler_id
+
+
+def _find_sampler(site: Site, sampler_id: str) -> str | None:
+    try:
+        site.model.sessions.sampler(sampler_id, site.call)
+    except errors.ABSENCES as error:
+        if error.is_remembered:
+            return None
+        raise
+    return sampler_id
+
+
+def _sampler(site: Site) -> models.Sampler:
+    return site.model.sessions.sampler(site.subject, site.call)
+
+
+def _sampler_checkpoint(site: Site) -> str | None:
+    try:
+        return subjects.place_of(TinkerPath.parse(_sampler(site).model_path or ""))
+    except ValueError:  # it serves its base model
+        return None
+
+
+SESSIONS = Folder(
+    "sessions",
+    "the user's sessions",
+    (
+        Each(
+            Folder(
+                "<session_id>",
+                "a session",
+                (
+                    File(
+                        "info.json",
+                        "the session's record",
+                        lambda site: render.session_info(site.subject, _session(site)),
+                        is_costly=True,
+                    ),
+                    Folder(
+                        "runs",
+                        "the training runs that it made",
+                        (
+                            Each(
+                                Link(
+                                    "<run_id>",
+                                    "the training run",
+                                    lambda site: subjects.run_path(site.subject),
+                                ),
+                                _list_session_runs,
+                                _find_session_run,
+                            ),
+                        ),
+                        _session_ns,
+                    ),
+                    Folder(
+                        "samplers",
+                        "the samplers that it made",
+                        (
+                            Each(
+                                Link(
+                                    "<sampler_id>",
+                                    "the sampler",
+                                    lambda site: f"/samplers/{names.encode(site.subject)}",
+                                ),
+                                _list_session_samplers,
+                                _find_session_sampler,
+                            ),
+                        ),
+                        _session_ns,
+                    ),
+                ),
+                _session_ns,
+            ),
+            _list_sessions,
+            _find_session,
+        ),
+    ),
+    _newest_session_ns,
+)
+
+SAMPLERS = Folder(
+    "samplers",
+    "samplers; lists those of the sessions that were looked into, and resolves every other",
+    (
+        Each(
+            Folder(
+                "<sampler_id>",
+                "a sampler",
+                (
+                    File(
+                        "info.json",
+                        "the sampler's record",
+                        lambda site: render.json_file(_sampler(site).raw),
+                        is_costly=True,
+                    ),
+                    Link(
+                        "checkpoint",
+                        "the checkpoint that it serves, when it has one",
+                        _sampler_checkpoint,
+                    ),
+                ),
+            ),
+            _list_samplers,
+            _find_sampler,
+        ),
+    ),
+)
