@@ -125,6 +125,7 @@ class Credentials:
         self._is_retrying = False
         self._backoff_s = 0.0
         self._backoff_until = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
         #: Guarded by _reading.
         self._warned_version: tuple[int, ...] | None = None
 
@@ -202,6 +203,12 @@ class Credentials:
                 self._is_retrying = False
                 self._was_reread = False
                 self._backoff_s = 0.0
+
+    def close(self) -> None:
+        """End the credential command, if it runs just now: nobody waits for its key any more."""
+        with self._lock:
+            if self._process is not None:
+                _kill(self._process)
 
     def _usable(self) -> str | None:
         """Return the key if it may be sent as it is, None if the source must be read (locked).
@@ -319,16 +326,20 @@ class Credentials:
         except (OSError, ValueError) as error:
             raise SetupError(f"{COMMAND} cannot be run ({error}): correct it") from None
         with process:
+            with self._lock:
+                self._process = process
             try:
                 output = _read_bounded(process, self._command_timeout_s)
                 process.wait(timeout=1.0)
             except (TimeoutError, subprocess.TimeoutExpired):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                _kill(process)
                 raise SetupError(
                     f"{COMMAND} did not end within {self._command_timeout_s:g} s: "
                     "run it in a terminal to see why"
                 ) from None
+            finally:
+                with self._lock:
+                    self._process = None
         if process.returncode != 0:
             raise SetupError(
                 f"{COMMAND} failed with status {process.returncode}: "
@@ -386,6 +397,13 @@ def _shell(command: str) -> list[str]:
     if not signal.pthread_sigmask(signal.SIG_BLOCK, ()) or not sys.executable:
         return shell
     return [sys.executable, "-I", "-S", "-c", _WITH_ALL_SIGNALS, *shell]
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End a command and all that it started in its session."""
+    if process.returncode is None:  # else its number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read_bounded(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:

@@ -146,7 +146,8 @@ class Transport:
             ) from None
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, and end a credential command that is under way."""
+        self._credentials.close()
         self._http.close()
 
     def __enter__(self) -> Self:

@@ -1,9 +1,11 @@
 """Retries, bounds, the key, and what is told when there is no answer."""
 
 import logging
+import os
 import socket
 import threading
 import time as real_time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from email.utils import formatdate
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 from tests.support.clocks import FakeTime
 from tests.support.scripted import http
 from tinkerfs import __version__, errors
+from tinkerfs.adapters import mounts
 from tinkerfs.api import endpoints
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
@@ -267,6 +270,21 @@ def test_an_answer_without_end_is_refused(server, tmp_path):
     ):
         transport.send(request, transport.deadline())
     assert server.journal.count() == 1
+
+
+def test_closing_ends_a_credential_command(server, tmp_path):
+    told = tmp_path / "pid"
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    command = f"echo $$ > {told}.new; mv {told}.new {told}; sleep 60"
+    credentials = Credentials(environ | {"TINKER_CREDENTIAL_CMD": command})
+    client = Client(server.base_url, credentials, Telemetry())
+    with ThreadPoolExecutor() as pool, client:
+        call = pool.submit(client.list_training_runs)
+        assert mounts.wait_until(told.exists, 10)
+    with pytest.raises(errors.Unauthorized, match="status -9"):
+        call.result(10)
+    assert not mounts.is_running(int(told.read_text()))
+    assert server.journal.count() == 0
 
 
 def test_a_closed_client_says_so(server, client):
