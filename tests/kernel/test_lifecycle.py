@@ -114,6 +114,36 @@ def test_signals_unmount_and_exit_0(mountpoint, env, number):
     assert not os.path.ismount(mountpoint)
 
 
+def test_a_signal_ends_a_mount_whose_server_hangs(mounted, env, server):
+    server.faults.add("*", hang=True, times=None)
+    before = server.journal.count()
+    with subprocess.Popen(["ls", mounted / "runs"], stderr=subprocess.PIPE) as waiting:
+        server.journal.wait_for(before + 1)
+        pid = daemon_of(mounted)
+        started = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not mounts.is_running(pid))
+        assert time.monotonic() - started < 2
+        assert waiting.wait(10) != 0
+        assert b"Transport endpoint is not connected" in waiting.stderr.read()
+    assert mounts.find_mount(str(mounted)) is None
+
+
+@pytest.mark.parametrize("name", ["a b", "-o", "it's\nü", "back\\slash"])
+def test_any_folder_can_be_mounted_on(mountpoint, env, name):
+    folder = mountpoint / name
+    folder.mkdir()
+    try:
+        assert tinkerfs("mount", folder, env=env).returncode == 0
+        assert len(os.listdir(folder / "runs")) == 10
+        (told,) = json.loads(tinkerfs("status", "--json", folder, env=env).stdout)
+        assert told["mountpoint"] == str(folder)
+        assert tinkerfs("umount", folder, env=env).returncode == 0
+        assert mounts.find_mount(str(folder)) is None
+    finally:
+        force_unmount(str(folder))
+
+
 def test_a_killed_mount_says_so_and_the_next_one_cleans_up(mounted, env):
     pid = daemon_of(mounted)
     os.kill(pid, signal.SIGKILL)
