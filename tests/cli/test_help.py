@@ -36,6 +36,12 @@ def test_help_loads_nothing_slow(arguments):
     assert not modules_after(*arguments) & HEAVY
 
 
+def test_no_command_at_all_shows_the_help():
+    done = tinkerfs()
+    assert done.returncode == 2
+    assert done.stderr == tinkerfs("--help").stdout
+
+
 def test_group_help_imports_no_command():
     loaded = modules_after("--help")
     assert {name for name in loaded if name.startswith("tinkerfs.cli.")} == {"tinkerfs.cli.main"}
@@ -95,11 +101,27 @@ def test_completion_scripts(shell, word):
     assert "_TINKERFS_COMPLETE" in done.stdout
 
 
-def test_completion_of_commands_and_options():
-    env = {"_TINKERFS_COMPLETE": "bash_complete", "COMP_WORDS": "tinkerfs mou", "COMP_CWORD": "1"}
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("tinkerfs mou", "plain,mount\n"),
+        ("tinkerfs mount ~/ti", "dir,~/ti\n"),
+        ("tinkerfs umount ti", "dir,ti\n"),
+    ],
+)
+def test_completion_of_commands_and_folders(words, completed):
+    env = {"_TINKERFS_COMPLETE": "bash_complete", "COMP_WORDS": words}
+    env["COMP_CWORD"] = str(words.count(" "))
     code = "from tinkerfs.cli.main import main; main()"
     done = run(sys.executable, "-c", code, env=env)
-    assert done.stdout == "plain,mount\n"
+    assert done.stdout == completed
+
+
+@pytest.mark.parametrize("command", ["mount", "umount", "status", "demo"])
+def test_an_empty_name_is_not_the_current_folder(command):
+    done = tinkerfs(command, "")
+    assert done.returncode == 2
+    assert "its name is empty" in done.stderr
 
 
 def test_a_reader_that_leaves_is_no_traceback():

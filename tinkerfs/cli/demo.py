@@ -2,7 +2,7 @@
 
 import click
 
-from tinkerfs.cli.options import as_arguments, resolve, settings_options
+from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
 
 __all__ = ["demo"]
 
@@ -20,7 +20,7 @@ A sample account of {runs} training runs is mounted on {path}. In another termin
 
 
 @click.command(short_help="Mount a sample account: no key, no network needed.")
-@click.argument("mountpoint")
+@mountpoint_argument()
 @click.option(
     "--detach", is_flag=True, help="Return once it is mounted; `tinkerfs umount` ends it."
 )

@@ -115,6 +115,9 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     try:
         cli.main(args=args, prog_name="tinkerfs", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()  # the help as it is: no line of ours
+        sys.exit(_EXIT_USAGE)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "tinkerfs"
         _fail(f"{error.format_message().rstrip('.')} (see {command} --help)", _EXIT_USAGE)

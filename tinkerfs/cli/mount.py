@@ -2,13 +2,13 @@
 
 import click
 
-from tinkerfs.cli.options import as_arguments, resolve, settings_options
+from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
 
 __all__ = ["mount"]
 
 
 @click.command(short_help="Mount the account on a folder.")
-@click.argument("mountpoint")
+@mountpoint_argument()
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
 @settings_options()
 @click.option(

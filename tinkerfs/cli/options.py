@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from tinkerfs.errors import SetupError
 from tinkerfs.settings import OPTIONS, Option, Settings
 
-__all__ = ["as_arguments", "resolve", "settings_options"]
+__all__ = ["as_arguments", "mountpoint_argument", "resolve", "settings_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +33,28 @@ _IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "user=")
 
 #: Other names that `-o` takes, as mount(8) and libfuse spell them.
 _ALIASES: Final = {"ro": "read-only", "allow_other": "allow-other"}
+
+
+def mountpoint_argument(*, required: bool = True) -> Callable[[F], F]:
+    """Return a decorator that gives a command its MOUNTPOINT.
+
+    It is not looked at here: what is mounted there may hang.
+    """
+    return click.argument(
+        "mountpoint", required=required, callback=_named, shell_complete=_complete_folder
+    )
+
+
+def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value == "":  # an unset variable's; it would mean the folder where we are
+        raise click.BadParameter("its name is empty", ctx, param)
+    return value
+
+
+def _complete_folder(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    return [CompletionItem(incomplete, type="dir")]
 
 
 def settings_options(*fields: str) -> Callable[[F], F]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ __all__ = ["status"]
 
 
 @click.command(short_help="Show what mounts do, and what they wait for.")
-@click.argument("mountpoint", required=False)
+@mountpoint_argument(required=False)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: a list, an object for each mount."
 )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from tinkerfs import errors
+from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _MAX_HOLDERS: Final = 5
 
 
 @click.command(short_help="Unmount, and wait until it is gone.")
-@click.argument("mountpoint")
+@mountpoint_argument()
 @click.option(
     "--force",
     is_flag=True,
