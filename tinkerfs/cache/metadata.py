@@ -44,12 +44,21 @@ class Policy:
         stale_s: and serves so long altogether where newer ones cannot be had.
         negative_ttl_s: absence (an error of `negative`) is remembered this long.
         negative: the errors that are answers.
+        missing_ttl_s: that the server has no such endpoint is remembered this long; None for
+            `negative_ttl_s`.
     """
 
     ttl_s: float
     stale_s: float
     negative_ttl_s: float
     negative: tuple[type[errors.ApiError], ...] = (errors.NotFound, errors.EndpointMissing)
+    missing_ttl_s: float | None = None
+
+    def error_ttl_s(self, error: errors.ApiError) -> float:
+        """Return how long a failure is remembered, seconds."""
+        if self.missing_ttl_s is not None and isinstance(error, errors.EndpointMissing):
+            return self.missing_ttl_s
+        return self.negative_ttl_s if isinstance(error, self.negative) else FAILURE_TTL_S
 
 
 @dataclass(slots=True)
@@ -201,8 +210,7 @@ class MetadataCache:
             if is_outage and entry is not None and entry.has_value:
                 entry.error, entry.error_until = error, now + FAILURE_TTL_S
             else:
-                is_answer = isinstance(error, policy.negative)
-                until = now + (policy.negative_ttl_s if is_answer else FAILURE_TTL_S)
+                until = now + policy.error_ttl_s(error)
                 self._entries[key] = _Entry(None, False, now, until, error, until)
                 return
         self._telemetry.failed(_words(key), "refresh", errors.from_api(error, ""))

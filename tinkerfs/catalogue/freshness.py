@@ -37,8 +37,8 @@ class Freshness:
         refusal = (*absence, errors.BadRequest)
         forever = float("inf")
         return cls(
-            listing=Policy(ttl_s, stale_s, negative_ttl_s, absence),
+            listing=Policy(ttl_s, stale_s, negative_ttl_s, absence, REFUSED_TTL_S),
             by_name=Policy(ttl_s, stale_s, negative_ttl_s, refusal),
             immutable=Policy(forever, forever, REFUSED_TTL_S, (*refusal, errors.Rejected)),
-            endpoint=Policy(0.0, 0.0, REFUSED_TTL_S, (errors.EndpointMissing,)),
+            endpoint=Policy(0.0, 0.0, 0.0, missing_ttl_s=REFUSED_TTL_S),
         )

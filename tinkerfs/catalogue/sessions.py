@@ -40,7 +40,7 @@ class Sessions:
         if self.known() and session_id in self.listed(call):
             return self.listed(call)[session_id]
         self.record(session_id, call)
-        return models.FoundSession(session_id=session_id, raw=b"{}")
+        return _bare(session_id)
 
     def record(self, session_id: str, call: Call) -> models.Session:
         """Return one session's record; one call when not fresh."""
@@ -67,5 +67,11 @@ class Sessions:
             found = self._cache.get(key, self._client.all_found_sessions, policy, IN_PROCESS)
         except (errors.EndpointMissing, errors.BadRequest):
             ids = self._client.all_sessions()
-            found = tuple(models.FoundSession(session_id=each, raw=b"{}") for each in ids)
+            found = tuple(map(_bare, ids))
         return {session.session_id: session for session in found}
+
+
+def _bare(session_id: str) -> models.FoundSession:
+    """Return what is known of a session that no search told of."""
+    raw = models.with_fields(b"{}", session_id=session_id)
+    return models.FoundSession(session_id=session_id, raw=raw)
