@@ -30,12 +30,10 @@ _CUT = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODED = re.compile(r"%(ED%[AB][0-9A-F]%[89AB][0-9A-F]|[0-9A-F]{2})")
 
-#: Names that file managers, version control and desktops ask for in every folder.
+#: Names that software asks for in every folder that it comes to, or in all above the current one.
 _PROBES = frozenset(
     {
-        ".git",
-        ".hg",
-        ".svn",
+        # File managers and desktops.
         ".Trash",
         ".hidden",
         ".directory",
@@ -44,6 +42,24 @@ _PROBES = frozenset(
         "autorun.inf",
         "Thumbs.db",
         "desktop.ini",
+        # Version control; git asks whether each folder is a bare repository.
+        ".git",
+        ".hg",
+        ".svn",
+        "HEAD",
+        # ripgrep and fd.
+        ".gitignore",
+        ".ignore",
+        ".rgignore",
+        ".fdignore",
+        # Shells' hooks and editors.
+        ".editorconfig",
+        ".envrc",
+        ".python-version",
+        ".tool-versions",
+        # Web servers, `python -m http.server` among them.
+        "index.html",
+        "index.htm",
     }
 )
 
