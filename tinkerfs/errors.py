@@ -275,6 +275,16 @@ def bad_handle(path: str, why: str) -> OSError:
     return OSError(errno.EBADF, why, path)
 
 
+def no_attribute(path: str, name: str) -> OSError:
+    """ENODATA: there is no such extended attribute."""
+    return OSError(errno.ENODATA, f"no attribute {name}", path)
+
+
+def not_supported(path: str, why: str) -> OSError:
+    """EOPNOTSUPP: nothing of that kind is kept here."""
+    return OSError(errno.EOPNOTSUPP, why, path)
+
+
 def interrupted(path: str = "") -> OSError:
     """EINTR: the caller was interrupted, or the mount is going down."""
     return OSError(errno.EINTR, os.strerror(errno.EINTR), path or None)
@@ -305,12 +315,16 @@ def is_outage(error: OSError) -> bool:
     return isinstance(error.__cause__, ApiError) and not is_missing(error)
 
 
+#: What programs ask for to learn that it is not there, or is of another kind.
+_EXPECTED = frozenset({errno.ENOENT, errno.EINTR, errno.ENOTDIR, errno.EISDIR, errno.ENODATA})
+
+
 def is_worth_telling(error: OSError) -> bool:
     """Tell whether an error says more than that a name is not there or is of another kind."""
     cause = error.__cause__
     if isinstance(cause, ApiError):
         return not (cause.is_remembered and is_missing(error))
-    return error.errno not in (errno.ENOENT, errno.EINTR, errno.ENOTDIR, errno.EISDIR)
+    return error.errno not in _EXPECTED
 
 
 def is_timeout(error: OSError) -> bool:

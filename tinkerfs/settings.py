@@ -40,6 +40,7 @@ class Settings:
         cache_dir: where what is kept across mounts lies; None for the default place.
         read_only: refuse every change.
         allow_other: let other users in, under true permissions.
+        xattr: tell extended attributes.
         uid: owner of everything; None for the mounting user.
         gid: group of everything; None for the mounting user's.
         umask: permission bits that are taken away.
@@ -56,6 +57,7 @@ class Settings:
     cache_dir: str | None = None
     read_only: bool = False
     allow_other: bool = False
+    xattr: bool = False
     uid: int | None = None
     gid: int | None = None
     umask: int = 0
@@ -230,6 +232,13 @@ OPTIONS: tuple[Option, ...] = (
         _parse_count,
         "Archive builds one process group may start in a minute; 0: no limit.",
         "8",
+    ),
+    Option(
+        "xattr",
+        "xattr",
+        "",
+        _parse_bool,
+        "Tell extended attributes (user.tinker.*); makes ls -l slower.",
     ),
     Option("uid", "uid", "U", _parse_id, "Numeric owner of everything.", "the mounting user"),
     Option("gid", "gid", "G", _parse_id, "Numeric group of everything.", "the mounting user's"),

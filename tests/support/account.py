@@ -244,6 +244,7 @@ def _serve(mountpoint, values):
             timeout_s=settings.timeout_s,
             read_only=settings.read_only,
             allow_other=settings.allow_other,
+            xattr=settings.xattr,
             ready=lambda: print("ready", flush=True),
         )
 

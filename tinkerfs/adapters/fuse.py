@@ -2,7 +2,7 @@
 
 Both bindings find operations by their name: a method that is misspelt is never called, without a
 word (`tests/unit/adapters/test_operations.py` compares the names with the bindings' own). xattr
-operations are left out on purpose: where they exist, `ls -l` of 10,000 makes 30,000 calls of them.
+operations stand apart: where they exist, `ls -l` of 10,000 makes 30,000 calls of them.
 
 Thread-safe: libfuse calls from many threads at once.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Operations",
     "Requests",
+    "XattrOperations",
 ]
 
 log = logging.getLogger(__name__)
@@ -349,6 +350,34 @@ class Operations:
     def rename(self, old: str, _new: str) -> int:
         """Refuse another name."""
         return self._create(old)
+
+
+class XattrOperations(Operations):
+    """The operations and those of extended attributes."""
+
+    @_operation
+    def getxattr(self, path: str, name: str, _position: int = 0) -> bytes:
+        """Answer getxattr."""
+        return self._filesystem.getxattr(path, name, self._call(LOOKUP_TIMEOUT_S))
+
+    @_operation
+    def listxattr(self, path: str) -> list[str]:
+        """Answer listxattr."""
+        return self._filesystem.listxattr(path, self._call(LOOKUP_TIMEOUT_S))
+
+    @_operation
+    def setxattr(
+        self, path: str, name: str, _value: bytes, _options: int, _position: int = 0
+    ) -> int:
+        """Refuse to set an attribute."""
+        self._filesystem.setxattr(path, name)
+        return 0
+
+    @_operation
+    def removexattr(self, path: str, name: str) -> int:
+        """Refuse to remove an attribute."""
+        self._filesystem.setxattr(path, name)
+        return 0
 
 
 def _known(path: str | None) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from tinkerfs import errors
 from tinkerfs.adapters import mounts
 from tinkerfs.adapters.binding import Binding
-from tinkerfs.adapters.fuse import Operations
+from tinkerfs.adapters.fuse import Operations, XattrOperations
 from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def serve(
     timeout_s: float,
     read_only: bool = False,
     allow_other: bool = False,
+    xattr: bool = False,
     ready: Callable[[], None],
 ) -> None:
     """Mount, serve until a signal or an unmount, and return; the mount is gone then.
@@ -72,13 +73,14 @@ def serve(
         timeout_s: bound on waits.
         read_only: the kernel refuses changes.
         allow_other: the kernel lets other users in.
+        xattr: the operations of extended attributes exist.
         ready: called once the mount answers.
 
     Raises:
         SetupError: libfuse cannot mount.
     """
     loop = _Loop()
-    operations = Operations(
+    operations = (XattrOperations if xattr else Operations)(
         filesystem, binding, timeout_s=timeout_s, stopping=loop.stopping, ready=loop.answered
     )
     options = binding.mount_options(read_only=read_only, allow_other=allow_other)

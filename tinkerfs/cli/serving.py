@@ -121,6 +121,7 @@ def _serve(
             timeout_s=settings.timeout_s,
             read_only=settings.read_only,
             allow_other=settings.allow_other,
+            xattr=settings.xattr,
             ready=answered,
         )
 

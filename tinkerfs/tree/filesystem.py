@@ -27,6 +27,7 @@ __all__ = ["FileSystem"]
 _FOLDER_MODE = stat.S_IFDIR | 0o755
 _LINK_MODE = stat.S_IFLNK | 0o777
 _WRITE_BITS = 0o222
+_XATTR_NAMESPACE = "user."
 #: As many links as Linux follows in one path (path_resolution(7)).
 _MAX_LINKS = 40
 
@@ -155,6 +156,41 @@ class FileSystem:
             if _is_checkpoint(folder):
                 self._removals.restore(folder.subject.key)
             raise errors.not_permitted(path, "nothing can be created, renamed or linked here")
+
+    # Extended attributes.
+
+    def getxattr(self, path: str, name: str, call: Call) -> bytes:
+        """Return the value of an extended attribute.
+
+        Raises:
+            OSError: ENODATA where there is none; the kernel's own namespaces are never looked at.
+        """
+        values = self._xattrs(path, call) if name.startswith(_XATTR_NAMESPACE) else {}
+        try:
+            return values[name].encode("utf-8", "surrogateescape")
+        except KeyError:
+            raise errors.no_attribute(path, name) from None
+
+    def listxattr(self, path: str, call: Call) -> list[str]:
+        """Return the names of a path's extended attributes."""
+        return list(self._xattrs(path, call))
+
+    def setxattr(self, path: str, name: str) -> None:
+        """Refuse to set or remove an attribute: EPERM for `user.*`, else EOPNOTSUPP."""
+        if not name.startswith(_XATTR_NAMESPACE):
+            raise errors.not_supported(path, "only user.tinker attributes are kept here")
+        if self._model.settings.read_only:
+            raise errors.read_only(path)
+        with self._telling(path, "set attribute"):
+            raise errors.not_permitted(path, "extended attributes cannot be changed")
+
+    def _xattrs(self, path: str, call: Call) -> dict[str, str]:
+        with self._telling(path, "attributes"):
+            node = self._resolve(path, call)
+            if not isinstance(node.row, Folder) or node.row.xattrs is None:
+                return {}
+            values = node.row.xattrs(self._site(node, call))
+            return {f"{_XATTR_NAMESPACE}{name}": value for name, value in values.items()}
 
     # Removing.
 

@@ -203,7 +203,13 @@ _CHECKPOINT_ROWS: tuple[Row, ...] = (
 
 def _checkpoint(doc: str) -> Folder:
     return Folder(
-        "<name>", doc, _CHECKPOINT_ROWS, subjects.checkpoint_ns, _stored_blocks, Removal.CHECKPOINT
+        "<name>",
+        doc,
+        _CHECKPOINT_ROWS,
+        subjects.checkpoint_ns,
+        _stored_blocks,
+        Removal.CHECKPOINT,
+        subjects.checkpoint_xattrs,
     )
 
 
@@ -242,6 +248,7 @@ _RUN = Folder(
         Link("latest_sampler", "the newest sampler checkpoint, when there is one", _latest_sampler),
     ),
     subjects.run_ns,
+    xattrs=subjects.run_xattrs,
 )
 
 _VERSION = Folder(

@@ -109,7 +109,17 @@ class Removal(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder; `rows` are its names, in the order they are listed."""
+    """A folder.
+
+    Attributes:
+        name: file name.
+        doc: one line for the documentation.
+        rows: its names, in the order they are listed.
+        mtime_ns: None for when the mount was made.
+        blocks: 512-byte units of storage; None for none.
+        removal: what removing does to it.
+        xattrs: its extended attributes, without their namespace; takes no call of its own.
+    """
 
     name: str
     doc: str
@@ -117,6 +127,7 @@ class Folder:
     mtime_ns: Callable[[Site], int] | None = None
     blocks: Callable[[Site], int] | None = None
     removal: Removal = Removal.NEVER
+    xattrs: Callable[[Site], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,13 @@ from tinkerfs import errors, names
 from tinkerfs.api import models
 from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tinker_path import KINDS, TinkerPath
+from tinkerfs.tree import render
 from tinkerfs.tree.rows import Site
 
 __all__ = [
     "checkpoint_ns",
     "checkpoint_path",
+    "checkpoint_xattrs",
     "find_run",
     "list_runs",
     "newest_ns",
@@ -19,6 +21,7 @@ __all__ = [
     "place_of",
     "run_ns",
     "run_path",
+    "run_xattrs",
 ]
 
 
@@ -73,6 +76,44 @@ def checkpoint_ns(site: Site) -> int:
     """Return when a checkpoint was saved."""
     time_ns: int | None = site.subject.record.time_ns
     return site.model.started_ns if time_ns is None else time_ns
+
+
+def run_xattrs(site: Site) -> dict[str, str]:
+    """Return the extended attributes of a training run."""
+    run: models.TrainingRun = site.subject
+    return _told(
+        {
+            "tinker.base_model": run.base_model,
+            "tinker.lora_rank": run.lora_rank,
+            "tinker.time": _rfc3339(run.last_request_time_ns),
+        }
+    )
+
+
+def checkpoint_xattrs(site: Site) -> dict[str, str]:
+    """Return the extended attributes of a checkpoint; its run is known, it was on the way."""
+    checkpoint: Checkpoint = site.subject
+    run, record = site.model.catalogue.run(checkpoint.run_id, site.call), checkpoint.record
+    return _told(
+        {
+            "tinker.path": checkpoint.tinker_path,
+            "tinker.base_model": run.base_model,
+            "tinker.lora_rank": run.lora_rank,
+            "tinker.public": int(record.is_public),
+            "tinker.size_bytes": record.size_bytes,
+            "tinker.time": _rfc3339(record.time_ns),
+            "tinker.expires_at": _rfc3339(record.expires_at_ns) or "never",
+        }
+    )
+
+
+def _rfc3339(time_ns: int | None) -> str | None:
+    return None if time_ns is None else render.rfc3339_ns(time_ns)
+
+
+def _told(values: dict[str, str | int | None]) -> dict[str, str]:
+    """Leave out what the server did not tell."""
+    return {name: str(value) for name, value in values.items() if value is not None}
 
 
 def newest_ns(site: Site, times: Iterable[int | None], otherwise: Any = None) -> int:

@@ -158,6 +158,11 @@ def _session_ns(site: Site) -> int:
     return site.model.started_ns if time_ns is None else time_ns
 
 
+def _session_xattrs(site: Site) -> dict[str, str]:
+    name = site.subject.display_name
+    return {} if name is None else {"tinker.display_name": name}
+
+
 def _newest_session_ns(site: Site) -> int:
     known = site.model.sessions.known().values()
     return subjects.newest_ns(site, (session.created_at_ns for session in known))
@@ -260,6 +265,7 @@ SESSIONS = Folder(
                     ),
                 ),
                 _session_ns,
+                xattrs=_session_xattrs,
             ),
             _list_sessions,
             _find_session,

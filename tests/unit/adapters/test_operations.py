@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.memoryfs import MemoryFileSystem
 from tinkerfs.adapters import binding
-from tinkerfs.adapters.fuse import Operations
+from tinkerfs.adapters.fuse import Operations, XattrOperations
 from tinkerfs.call import Call
 
 
@@ -42,8 +42,8 @@ def operations(requests, stopping):
     )
 
 
-def public_names():
-    return {name for name in dir(Operations) if not name.startswith("_")}
+def public_names(operations=Operations):
+    return {name for name in dir(operations) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
@@ -51,12 +51,18 @@ def test_a_misspelt_operation_cannot_hide(module, major):
     if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
         pytest.skip("the binding needs a libfuse to be imported")
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError)).Operations
-    ours = public_names() - {"entries", "is_stopping", "use_ns", "flag_nullpath_ok"}
+    ours = public_names(XattrOperations) - {"entries", "is_stopping", "use_ns", "flag_nullpath_ok"}
     assert {name for name in ours if not hasattr(theirs, name)} == set()
 
 
-def test_extended_attributes_are_left_out_on_purpose():
+def test_extended_attributes_exist_only_where_they_are_wanted():
     assert not {name for name in public_names() if "xattr" in name}
+    assert public_names(XattrOperations) - public_names() == {
+        "getxattr",
+        "listxattr",
+        "removexattr",
+        "setxattr",
+    }
 
 
 def test_an_interruption_is_eintr(operations, requests):
