@@ -1,0 +1,107 @@
+"""`tinkerfs path` and `tinkerfs url`: a tinker path to its file path, and back."""
+
+import os
+from typing import TYPE_CHECKING
+
+import click
+
+from tinkerfs.errors import SetupError
+
+if TYPE_CHECKING:
+    from tinkerfs.adapters.mounts import Mount
+
+__all__ = ["path", "url"]
+
+_SCHEME = "tinker://"
+
+
+@click.command(short_help="Print the file path of a tinker path.")
+@click.argument("tinker_path")
+@click.option("--mount", "mountpoint", metavar="MOUNTPOINT", help="Which mount, where several are.")
+def path(tinker_path: str, mountpoint: str | None) -> None:
+    """Print where TINKER_PATH, tinker://<run>/<kind>/<name> or tinker://<run>, is below the mount.
+
+    Asks nobody whether it exists: looking at it does.
+
+    \b
+        cd "$(tinkerfs path tinker://79db3d29:train:0/weights/0001)"
+    """  # noqa: D301
+    from tinkerfs.tinker_path import TinkerPath
+    from tinkerfs.tree import subjects
+
+    run_id = tinker_path.removeprefix(_SCHEME)
+    try:
+        if tinker_path.startswith(_SCHEME) and run_id and "/" not in run_id:
+            place = subjects.run_path(run_id)
+        else:
+            place = subjects.place_of(TinkerPath.parse(tinker_path))
+    except ValueError as error:
+        raise SetupError(str(error)) from None
+    click.echo(os.fsencode(_chosen(mountpoint).mountpoint.rstrip("/") + place))
+
+
+@click.command(short_help="Print the tinker path of a file path.")
+@click.argument("file_path", metavar="PATH")
+def url(file_path: str) -> None:
+    """Print the tinker:// path of the checkpoint that PATH, below a mount, is or belongs to.
+
+    \b
+        tinkerfs url ~/tinker/runs/79db3d29:train:0/latest
+    """  # noqa: D301
+    from tinkerfs import names
+
+    real = _real(file_path)
+    mount = _holding(real)
+    if mount is None:
+        raise SetupError(f"{file_path} is not below a mount of tinkerfs")
+    parts = os.path.relpath(real, mount.mountpoint).split("/")
+    if parts[0] == ".content":  # .content/<run>/<kind>/<name>/<version>/...
+        parts = ["runs", parts[1], "checkpoints", *parts[2:4]] if len(parts) > 3 else []
+    if len(parts) == 2 and parts[0] == "runs":
+        click.echo(os.fsencode(_SCHEME + names.decode(parts[1])))
+        return
+    # A checkpoint is runs/<run>/checkpoints/<kind>/<name>, or .../checkpoints/<name>.
+    for depth in (5, 4):
+        place = os.path.join(mount.mountpoint, *parts[:depth], "tinker_path")
+        if parts[0:1] == ["runs"] and len(parts) >= depth and os.path.isfile(place):
+            with open(place, "rb") as file:
+                click.echo(file.read(), nl=False)
+            return
+    raise SetupError(f"{file_path} is no checkpoint, nor in one")
+
+
+def _chosen(mountpoint: str | None) -> "Mount":
+    """Return the mount that is meant."""
+    from tinkerfs.adapters import mounts
+
+    found = mounts.tinkerfs_mounts()
+    if mountpoint is not None:
+        wanted = mounts.absolute(mountpoint)
+        found = [mount for mount in found if mount.mountpoint == wanted]
+        if not found:
+            raise SetupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
+    if not found:
+        raise SetupError("nothing is mounted: tinkerfs mount MOUNTPOINT")
+    if len({mount.mountpoint for mount in found}) > 1:
+        names = ", ".join(mount.mountpoint for mount in found)
+        raise SetupError(f"several are mounted: say --mount MOUNTPOINT, one of {names}")
+    return found[-1]
+
+
+def _real(file_path: str) -> str:
+    """Return a path without links, which the views and `latest` are."""
+    try:
+        return os.path.realpath(file_path, strict=True)
+    except OSError as error:
+        raise SetupError(f"{file_path}: {error.strerror}") from None
+
+
+def _holding(real: str) -> "Mount | None":
+    """Return the mount that a path is below, or is."""
+    from tinkerfs.adapters import mounts
+
+    holding = [
+        m for m in mounts.list_mounts() if os.path.commonpath((m.mountpoint, real)) == m.mountpoint
+    ]
+    innermost = max(holding, key=lambda mount: len(mount.mountpoint), default=None)
+    return innermost if innermost is not None and innermost.fstype == mounts.FSTYPE else None
