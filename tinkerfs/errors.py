@@ -27,6 +27,7 @@ import re
 from typing import Self
 
 __all__ = [
+    "ABSENCES",
     "ApiError",
     "BadRequest",
     "Conflict",
@@ -44,6 +45,7 @@ __all__ = [
     "Unreachable",
     "bad_handle",
     "busy",
+    "damaged",
     "disconnected",
     "from_api",
     "from_number",
@@ -57,15 +59,19 @@ __all__ = [
     "is_timeout",
     "is_worth_telling",
     "name_of",
+    "no_attribute",
+    "no_space",
     "not_a_directory",
     "not_a_file",
     "not_a_link",
     "not_empty",
     "not_found",
     "not_permitted",
+    "not_supported",
     "out_of_range",
     "read_only",
     "redact",
+    "stale",
     "timed_out",
     "unexpected",
 ]
@@ -298,6 +304,21 @@ def disconnected(path: str) -> OSError:
 def timed_out(path: str, why: str) -> OSError:
     """ETIMEDOUT: the caller's own bound on waiting has passed."""
     return OSError(errno.ETIMEDOUT, why, path)
+
+
+def stale(path: str, why: str) -> OSError:
+    """ESTALE: what was opened is not there any more, though something else may be."""
+    return OSError(errno.ESTALE, why, path)
+
+
+def damaged(path: str, why: str) -> OSError:
+    """EIO: bytes that are not what they must be."""
+    return OSError(errno.EIO, why, path)
+
+
+def no_space(path: str, why: str) -> OSError:
+    """ENOSPC: no room for what was to be kept."""
+    return OSError(errno.ENOSPC, why, path)
 
 
 def unexpected(error: Exception, path: str) -> OSError:
