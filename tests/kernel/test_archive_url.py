@@ -1,6 +1,7 @@
 """archive_url on real mounts: with curl, and with every tool that must not ask for it."""
 
 import hashlib
+import os
 import shutil
 import sys
 
@@ -29,13 +30,15 @@ LOOKS = {
     "file": "test -e $CK/weights/0001/archive_url && test -s $CK/weights/0001/archive_url",
     "readlink": "readlink -f $CK/*/*/archive_url",
     "python": "$PYTHON -c 'import pathlib; [p.stat() for p in pathlib.Path().rglob(\"*\")]'",
+    # As Thunar and Nautilus do for an icon: GIO opens with O_NOATIME what has no known ending.
+    "gio": "gio info $CK/weights/0001/archive_url && gio list -l $CK/weights/0001",
     "busybox": "busybox ls -laR . && busybox find .",  # its grep -r follows links
 }
 
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_looking_asks_for_no_archive(account, name, tmp_path):
-    needs(tool for tool in ("busybox", "rsync") if tool in name)
+    needs(tool for tool in ("busybox", "gio", "rsync") if tool in name)
     run = account.server.account.run_ids[0]
     account.server.journal.clear()
     done = account.sh(
@@ -44,8 +47,16 @@ def test_looking_asks_for_no_archive(account, name, tmp_path):
     assert done.returncode == 0, done
     assert account.server.journal.count("GET archive") == 0
     assert account.server.journal.count("store") == 0
-    methods = {(e.method, e.endpoint) for e in account.server.journal.entries("api")}
-    assert {m for m in methods if m[0] != "GET"} <= {("POST", "POST weights_info")}
+    asked = {e.endpoint for e in account.server.journal.entries("api") if e.method != "GET"}
+    assert asked <= {"POST weights_info", "POST sessions/search"}
+
+
+def test_a_glance_is_refused_and_a_read_is_not(account):
+    place = f"runs/{account.server.account.run_ids[0]}/checkpoints/weights/0001"
+    with pytest.raises(OSError, match="Operation not supported"):
+        os.open(account.path(f"{place}/archive_url"), os.O_RDONLY | os.O_NOATIME)
+    os.close(os.open(account.path(f"{place}/info.json"), os.O_RDONLY | os.O_NOATIME))
+    assert account.sh(f"cat {place}/archive_url").stdout.startswith("http")
 
 
 def test_removing_asks_for_no_archive(account):

@@ -115,8 +115,9 @@ class FileSystem:
         """Open a file; what is to be read is resolved before this returns.
 
         Raises:
-            OSError: EPERM for writing what cannot be written, EROFS on a read-only mount, and what
-                resolving its bytes raises.
+            OSError: EPERM for writing what cannot be written, EROFS on a read-only mount,
+                EOPNOTSUPP for a glance at what costs the server something, and what resolving its
+                bytes raises.
         """
         is_for_writing = (flags & os.O_ACCMODE) != os.O_RDONLY
         is_for_reading = (flags & os.O_ACCMODE) != os.O_WRONLY
@@ -129,6 +130,11 @@ class FileSystem:
                 raise errors.not_a_file(path)
             if is_for_writing:
                 self._check_writable(path, row)
+            elif flags & os.O_NOATIME and isinstance(row, File) and row.told_bytes is not None:
+                # GIO, and so Thunar, Nautilus or `gio info`, opens what has no known ending with
+                # this flag to name its type. No archive is built for an icon; on any errno but
+                # EPERM they go by the name.
+                raise errors.not_supported(path, "not read with O_NOATIME, as file managers look")
         return RenderedHandle(
             path,
             self._read(node, call) if is_for_reading else None,
