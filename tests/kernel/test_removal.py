@@ -98,9 +98,11 @@ def test_rsync_delete_onto_the_mount_stops_within_one_run(make_account, tmp_path
 
 
 def test_errors_tells_why_and_how_it_is_done_on_purpose(account):
-    account.sh(f"rm -rf {quoted(account.root)}")
+    run = account.server.account.run_ids[0]
+    account.sh(f"rm -rf runs/{run}")
     told = account.errors()
-    assert "/README.md\tunlink\tEPERM\tonly checkpoints can be removed" in told
+    assert f"/runs/{run}/info.json\tunlink\tEPERM\tonly checkpoints can be removed" in told
+    assert "this process group was refused a removal less than a minute ago" in told
     assert "rm -r runs/<run_id>/checkpoints/<kind>/<name>" in told
 
 

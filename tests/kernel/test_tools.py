@@ -114,13 +114,13 @@ def test_a_plain_ls_asks_for_no_weights_info(make_account):
 
 
 def test_find_ls(warm):
-    done, calls = calls_of(warm, "find . -ls")
+    done, calls = calls_of(warm, "find runs -ls")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     inodes = [line.split()[0] for line in lines]
     assert len(set(inodes)) == len(inodes)
     kinds = sum(len({c.kind for c in run.checkpoints}) for run in warm.server.account.runs())
-    assert len(lines) == 1 + 4 + 4 + RUNS * 5 + kinds + RUNS * CHECKPOINTS * 6
+    assert len(lines) == 1 + RUNS * 5 + kinds + RUNS * CHECKPOINTS * 6
     assert calls == ALL_LISTED
 
 
