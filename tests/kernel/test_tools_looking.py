@@ -1,0 +1,347 @@
+"""The tools that people look with, beyond those of every shell: what they show and what it costs.
+
+One binding is enough: what differs between them is in `test_tools.py`.
+"""
+
+import itertools
+import json
+import os
+import re
+import sys
+import zipfile
+from dataclasses import dataclass
+
+import pytest
+
+from tests.support.account import account, api_calls, make_account, needs
+from tests.support.mount import running, wait_until
+
+__all__ = ["account", "make_account"]
+
+pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
+
+RUNS, CHECKPOINTS = 3, 4
+COUNT = RUNS * CHECKPOINTS
+
+RUNS_LISTED = {"GET training_runs": 1}
+ALL_RUNS_LISTED = RUNS_LISTED | {"GET training_runs/{run}/checkpoints": RUNS}
+VIEWS_LISTED = {"GET checkpoints": 1, "POST sessions/search": 1, "GET sessions/{session}": 2}
+ALL_LISTED = ALL_RUNS_LISTED | VIEWS_LISTED
+#: At most, of the whole mount: who comes to a view before the runs asks for each of its runs, and
+#: `samplers` lists those of the sessions that were looked into before.
+WHOLE = ALL_LISTED | {"GET training_runs/{run}": RUNS, "GET samplers/{sampler}": 5}
+
+#: As dircolors sets it: folders, links, and in red the links that lead nowhere.
+LS_COLORS = "di=01;34:ln=01;36:or=40;31;01:mi=00"
+
+
+@pytest.fixture(scope="module")
+def warm(account):
+    """An account whose weights infos, which are asked for once ever, are known."""
+    account.sh("cat runs/*/checkpoints/*/*/info.json")
+    account.server.journal.wait_until_idle()
+    return account
+
+
+@pytest.fixture
+def calls_of(warm, tmp_path):
+    """Run a script when all but the weights infos is forgotten; return it and its calls."""
+
+    def run_script(script):
+        run = warm.server.account.run_ids[0]
+        words = f"R=runs/{run} CK=runs/{run}/checkpoints/weights/0001 OUT={tmp_path}\n"
+        words += f"PYTHON={sys.executable}\n"
+        warm.refresh()
+        warm.server.journal.clear()
+        done = warm.sh(words + script)
+        warm.server.journal.wait_until_idle()
+        assert warm.server.journal.count("GET archive") == 0
+        return done, api_calls(warm.server)
+
+    return run_script
+
+
+def unexpected(calls, allowed):
+    """The calls beyond those allowed. Fewer may be made: the kernel remembers names for 1 s."""
+    return {endpoint: n for endpoint, n in calls.items() if n > allowed.get(endpoint, 0)}
+
+
+@dataclass(frozen=True)
+class Look:
+    """A script, patterns that its output shows, and the calls that it may make."""
+
+    script: str
+    shows: tuple[str, ...]
+    calls: dict[str, int]
+    needs: tuple[str, ...] = ()
+
+
+LOOKS = {
+    "ls --color -la of the root": Look(
+        "ls --color=always -la",
+        (r"dr.x.* \x1b\[01;34mruns\x1b\[0m", r"-r--r--r-- .* README.md", r"\.tinkerfs"),
+        {},
+    ),
+    "ls --color -la": Look(
+        f"LS_COLORS='{LS_COLORS}' ls --color=always -la runs runs/* runs/*/checkpoints/*/*",
+        (
+            r"\x1b\[01;36mlatest\x1b\[0m -> \x1b\[01;34mcheckpoints/weights/",
+            # What is behind it is there, so its name is not shown as a broken link's.
+            r"\x1b\[01;36marchive_url\x1b\[0m -> \.\./.*/archive_url\n",
+            r"-rw-r--r-- .* published",
+        ),
+        ALL_RUNS_LISTED,
+    ),
+    "tree": Look("tree", (r"-- README.md", r"\d+ directories, \d+ files"), WHOLE, ("tree",)),
+    "tree with sizes": Look("tree --du -spDh runs", (r"info\.json", r"directories"),
+        ALL_RUNS_LISTED, ("tree",)),
+    "find -newer": Look(
+        "find runs checkpoints -newer $CK/info.json -mindepth 1 -maxdepth 1",
+        (r"(?m)^runs/", r"(?m)^checkpoints/.*@.*@"),
+        RUNS_LISTED | {"GET training_runs/{run}/checkpoints": 1, "GET checkpoints": 1},
+    ),
+    "find -printf": Look(
+        r"find $CK -printf '%f %s %y %M %l\n'",
+        (r"0001 0 d drwxr-xr-x \n", r"published 2 f -rw-r--r-- \n", r"archive_url \d+ l .* \.\./"),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
+    ),
+    "find -size": Look(
+        "find README.md runs -type f -size +0 -size -100k | wc -l",
+        (rf"^{1 + RUNS + 4 * COUNT}\n",),
+        ALL_RUNS_LISTED,
+    ),
+    "find -mtime": Look("find $R -newermt 2000-01-01 ! -newermt 2001-01-01", ("^$",),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1}),
+    "stat": Look(
+        "stat README.md runs $CK $CK/* && stat -Lc '%n %F %s' $CK/archive_url && stat -f .",
+        (r"Access: \(0444/-r--r--r--\)", r"Modify: 20", r"archive_url regular file [1-9]",
+         r"Namelen: 255"),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
+    ),
+    "file": Look(
+        "file README.md $CK/*",
+        (r"info.json: +JSON", r"published: +ASCII text", r"archive_url: +symbolic link to \.\./"),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
+        ("file",),
+    ),
+    "wc": Look("wc -c runs/*/info.json", (r"(?m)^ *\d{3,} runs/.*\n *\d{4,} total",), RUNS_LISTED),
+    "md5sum": Look(
+        "md5sum README.md $CK/tinker_path > $OUT/sums && md5sum -c $OUT/sums",
+        (r"README.md: OK", r"tinker_path: OK"),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
+    ),
+    "grep -r": Look("grep -rl lora_rank . | wc -l", (rf"^{1 + RUNS + COUNT}\n",), WHOLE),
+    "rg": Look("rg -l lora_rank | wc -l", (rf"^{1 + RUNS + COUNT}\n",), WHOLE, ("rg",)),
+    "rg --hidden": Look("rg --hidden -l tinker:// runs | wc -l", (rf"^{RUNS + 2 * COUNT}\n",),
+        ALL_RUNS_LISTED, ("rg",)),
+    "fd": Look(
+        "$(command -v fdfind || command -v fd) -t f published | wc -l", (rf"^{COUNT}\n",), WHOLE
+    ),
+    "fd --hidden": Look(
+        "$(command -v fdfind || command -v fd) -H -t l archive_url runs", (r"/archive_url\n",),
+        ALL_RUNS_LISTED,
+    ),
+    "jq": Look(
+        "jq -r .base_model runs/*/info.json | sort | uniq -c", (r" 1 \w+.*/",), RUNS_LISTED, ("jq",)
+    ),
+    "zip -ry": Look(
+        "zip -qry $OUT/x.zip . && unzip -l $OUT/x.zip 2>&1 | tail -1; test -s $OUT/x.zip", (),
+        WHOLE, ("zip",),
+    ),
+    "xargs -P8": Look(
+        "find runs -type f -print0 | xargs -0 -P8 -n1 cat | wc -c", (r"^\d{4,}\n",), ALL_RUNS_LISTED
+    ),
+    "ncdu -o": Look(
+        "ncdu -o - -0 runs", (r'"name":"archive_url","asize":\d+,"notreg":true',), ALL_RUNS_LISTED,
+        ("ncdu",),
+    ),
+    "df": Look("df -Th .", (r"tinkerfs +fuse.tinkerfs +\d",), {}),
+    "gio list": Look(
+        "gio list -l . && gio list -lh $CK",
+        (r"README.md\t\d+\t\(regular\)", r"published\t2\t\(regular\)"),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
+        ("gio",),
+    ),
+    "gio info": Look(
+        "gio info $CK; gio info $CK/info.json; gio info -n $CK/archive_url; gio info -f $CK",
+        (r"standard::content-type: application/json", r"standard::is-symlink: TRUE",
+         r"unix::mode: 33188"),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
+        ("gio",),
+    ),
+    "gio tree": Look(
+        "gio tree runs", (r"archive_url -> \.\./",), ALL_RUNS_LISTED, ("gio",)
+    ),
+    "gio cat": Look(
+        "gio cat $CK/tinker_path", (r"^tinker://.*/weights/0001\n$",),
+        {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1}, ("gio",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_shows_what_is_there_and_costs_the_listings(calls_of, name):
+    look = LOOKS[name]
+    needs(look.needs)
+    done, calls = calls_of(look.script)
+    assert (done.returncode, done.stderr) == (0, "")
+    for pattern in look.shows:
+        assert re.search(pattern, done.stdout), (pattern, done.stdout)
+    assert unexpected(calls, look.calls) == {}
+
+
+def test_ls_color_shows_no_broken_link_in_any_view(calls_of):
+    done, _calls = calls_of(f"LS_COLORS='{LS_COLORS}' ls --color=always -lR")
+    assert done.returncode == 0
+    assert "\x1b[01;36m" in done.stdout
+    assert "\x1b[40;31;01m" not in done.stdout
+    done, _calls = calls_of("find . -xtype l")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_cp_a_of_everything_is_whole(calls_of, warm, tmp_path):
+    done, calls = calls_of("cp -a . $OUT/copy")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert unexpected(calls, WHOLE) == {}
+    for view in ("runs", "checkpoints", "published", "expiring", "models", "sessions"):
+        for folder, folders, files in os.walk(tmp_path / "copy" / view):
+            mounted = warm.path(os.path.relpath(folder, tmp_path / "copy"))
+            assert sorted(folders + files) == sorted(os.listdir(mounted))
+    # Links are relative, so that they lead to the copies.
+    for pattern in ("checkpoints/*/info.json", "models/*/*/*/checkpoints/*/*/info.json"):
+        assert len(list((tmp_path / "copy").glob(pattern))) == COUNT
+
+
+def test_rsync_takes_a_name_with_a_colon_for_another_machine(calls_of, warm, tmp_path):
+    needs(["rsync"])
+    run = warm.server.account.run_ids[0]
+    done, calls = calls_of(f"cd runs && rsync -a -e false {run} $OUT/")
+    assert done.returncode != 0
+    assert not (tmp_path / run).exists()
+    for place in (f"./{run}", f"$MNT/runs/{run}"):
+        done, calls = calls_of(f"cd runs && rsync -a {place} $OUT/ && rm -r $OUT/{run}/info.json")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert calls["GET training_runs/{run}/checkpoints"] == 1
+
+
+def test_zip_keeps_times_and_links(calls_of, warm, tmp_path):
+    needs(["zip"])
+    done, calls = calls_of("zip -qry $OUT/x.zip runs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert calls == ALL_RUNS_LISTED
+    with zipfile.ZipFile(tmp_path / "x.zip") as archive:
+        assert archive.testzip() is None
+        for run, place in itertools.product(warm.server.account.run_ids, ("info.json", "latest")):
+            content = archive.read(f"runs/{run}/{place}").decode()
+            assert content.startswith("{" if place == "info.json" else "checkpoints/weights/")
+
+
+def test_jq_over_every_info_json(calls_of, warm):
+    needs(["jq"])
+    done, calls = calls_of(
+        "jq -s 'map({(.tinker_path): .size_bytes}) | add' runs/*/checkpoints/*/*/info.json"
+    )
+    wanted = {
+        f"tinker://{run.id}/{c.id}": c.size_bytes
+        for run in warm.server.account.runs()
+        for c in run.checkpoints
+    }
+    assert json.loads(done.stdout) == wanted
+    assert calls == ALL_RUNS_LISTED
+
+
+# --- what software asks for ----------------------------------------------------------------------
+
+
+def test_probes_cost_nothing(make_account):
+    account = make_account(runs=100, checkpoints=1)
+    names = (".git", ".Trash-1000", ".hidden", "desktop.ini", ".gitignore", "HEAD", "index.html")
+    runs = os.listdir(account.path("runs"))
+    assert len(runs) == 100
+    account.server.journal.clear()
+    code = f"""
+import itertools, os
+found = 0
+for run, name in itertools.product({runs!r}, {names!r} * 2):
+    found += os.path.lexists(f"runs/{{run}}/{{name}}")
+for view, name in itertools.product(os.listdir(), {names!r}):
+    found += os.path.lexists(f"{{view}}/{{name}}")
+print(found)
+"""
+    done = account.python(code)
+    assert (done.stdout, done.stderr) == ("0\n", "")
+    assert api_calls(account.server) == {}
+
+
+def test_a_prompt_with_git_status_costs_nothing(warm):
+    needs(["git"])
+    run = warm.server.account.run_ids[0]
+    place = f"runs/{run}/checkpoints/weights/0001"
+    warm.sh(f"ls {place}")
+    warm.server.journal.clear()
+    # As a prompt asks; across file systems too, which some set.
+    done = warm.sh(
+        f"cd {place} && git rev-parse --git-dir; git status --porcelain --branch;"
+        " GIT_DISCOVERY_ACROSS_FILESYSTEM=1 GIT_CEILING_DIRECTORIES=/ git status"
+    )
+    assert done.stderr.count("not a git repository") == 3
+    assert api_calls(warm.server) == {}
+
+
+def test_python_s_http_server(warm, tmp_path):
+    needs(["curl"])
+    run = warm.server.account.run_ids[0]
+    place = f"runs/{run}/checkpoints/weights/0001"
+    warm.refresh()
+    warm.server.journal.clear()
+    ready = tmp_path / "port"
+    code = (
+        "import functools, http.server as h, pathlib, sys\n"
+        "handler = functools.partial(h.SimpleHTTPRequestHandler, directory=sys.argv[1])\n"
+        "server = h.ThreadingHTTPServer(('127.0.0.1', 0), handler)\n"
+        "pathlib.Path(sys.argv[2]).write_text(str(server.server_port) + '\\n')\n"
+        "server.serve_forever()\n"
+    )
+    with running([[sys.executable, "-c", code, warm.root, ready]]):
+        wait_until(lambda: ready.exists() and ready.read_text().endswith("\n"))
+        url = f"http://127.0.0.1:{ready.read_text().strip()}"
+        done = warm.sh(f"curl -s {url}/ {url}/runs/ {url}/{place}/ {url}/sessions/")
+        assert done.stdout.count("<!DOCTYPE HTML>") == 4
+        assert f"{run}/</a>" in done.stdout
+        assert '<a href="published">' in done.stdout
+        done = warm.sh(f"curl -s {url}/{place}/info.json")
+        assert json.loads(done.stdout)["checkpoint_id"] == "weights/0001"
+        done = warm.sh(f"curl -sI {url}/{place}/info.json")
+        assert "application/json" in done.stdout
+        assert f"Content-Length: {warm.path(place + '/info.json').stat().st_size}" in done.stdout
+    assert warm.server.journal.count("GET archive") == 0
+    calls = api_calls(warm.server)
+    assert calls == {
+        "GET training_runs": 1,
+        "GET training_runs/{run}/checkpoints": 1,
+        "POST sessions/search": 1,
+    }
+
+
+# --- gio changes ---------------------------------------------------------------------------------
+
+
+def test_gio_trash_and_remove_lose_nothing_and_say_why(warm):
+    needs(["gio"])
+    run = warm.new_run("weights/1", "weights/2")
+    place = f"{run}/checkpoints/weights/1"
+    done = warm.sh(f"gio trash {place}")
+    assert done.returncode != 0
+    assert "Unable to find or create trash directory" in done.stderr
+    done = warm.sh(f"gio remove {place}")
+    assert done.returncode != 0
+    assert "Directory not empty" in done.stderr
+    for path in (run, f"{run}/info.json", "README.md"):
+        done = warm.sh(f"gio remove {path}")
+        assert "Operation not permitted" in done.stderr
+    assert "only checkpoints can be removed" in warm.errors()
+    assert warm.checkpoint_ids(run) == {"weights/1", "weights/2"}
+    done = warm.sh(f"gio remove {place}/* {place}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert warm.checkpoint_ids(run) == {"weights/2"}
+    warm.server.account.remove_run(run.partition("/")[2])
