@@ -86,12 +86,23 @@ def test_an_accident_deletes_nothing(account, name, tmp_path):
         assert "Operation not permitted" in done.stderr or "rmtree" in name, done
 
 
-def test_rsync_delete_onto_the_mount_stops_within_one_run(make_account, tmp_path):
-    # It takes folders before files, and the last one first.
+@pytest.mark.parametrize("option", ["--delete", "--delete-before", "--delete-delay"])
+def test_rsync_delete_onto_the_mount_deletes_nothing(account, option, tmp_path):
+    # It takes folders before files and the last one first: sessions/, which refuses.
+    needs(["rsync"])
+    before = account.checkpoint_ids()
+    (tmp_path / "empty").mkdir()
+    done = account.sh(f"rsync -a {option} {quoted(tmp_path / 'empty')}/ $MNT/")
+    assert "Operation not permitted" in done.stderr
+    assert account.checkpoint_ids() == before
+    assert deletes(account.server) == 0
+
+
+def test_rsync_delete_onto_runs_stops_within_one_run(make_account, tmp_path):
     needs(["rsync"])
     account = make_account(runs=3, checkpoints=4)
     (tmp_path / "empty").mkdir()
-    done = account.sh(f"rsync -a --delete {quoted(tmp_path / 'empty')}/ $MNT/")
+    done = account.sh(f"rsync -a --delete {quoted(tmp_path / 'empty')}/ $MNT/runs/")
     assert "Operation not permitted" in done.stderr
     lost = {run.id: 4 - len(run.checkpoints) for run in account.server.account.runs()}
     assert sorted(lost.values()) in ([0, 0, 0], [0, 0, 4]), lost
