@@ -41,6 +41,7 @@ _NAME_MAX: Final = 255
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Self = TypeVar("Self", bound="Operations")
 
 
 class Requests(Protocol):
@@ -68,8 +69,8 @@ class _Listing:
 
 
 def _operation(
-    method: "Callable[Concatenate[Operations, P], R]",
-) -> "Callable[Concatenate[Operations, P], R]":
+    method: Callable[Concatenate[Self, P], R],
+) -> Callable[Concatenate[Self, P], R]:
     """Log an operation in one line, and let out nothing but an OSError with an errno.
 
     A decorator on each method: mfusepy calls the methods, not `Operations.__call__`.
@@ -77,7 +78,7 @@ def _operation(
     name = method.__name__
 
     @functools.wraps(method)
-    def wrapped(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         path = args[0]
         try:
             result = method(self, *args, **kwargs)

@@ -14,6 +14,7 @@ from urllib.parse import urlencode, urlsplit
 
 from tinkerfs import errors
 from tinkerfs.api import endpoints, paging, parsing, rawjson, signed
+from tinkerfs.api.breaker import Breakers
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.models import (
@@ -81,6 +82,7 @@ class Client:
         self._transport = Transport(
             base_url, credentials, telemetry, timeout_s=timeout_s, backoff_s=backoff_s, clock=clock
         )
+        self._breakers = Breakers(clock)
         self._lock = threading.Lock()
         # Both guarded by _lock.
         #: The form of a checkpoint id that each operation took last.
@@ -372,8 +374,9 @@ class Client:
     # What all of them share
 
     def _one(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        answer = self._transport.send(request, self._transport.deadline())
-        return self._parsed(request.endpoint, answer, lambda answer: parse(answer.body))
+        with self._breakers.call(request.endpoint.label, self._transport.deadline()) as deadline:
+            answer = self._transport.send(request, deadline)
+            return self._parsed(request.endpoint, answer, lambda answer: parse(answer.body))
 
     def _list(
         self,
@@ -426,9 +429,14 @@ class Client:
         Raises:
             ApiError: what was met; of two forms, what says more.
         """
+        with self._breakers.call(endpoint.label, self._transport.deadline()) as deadline:
+            return self._in_either_form(endpoint, ref, tail, body, deadline)
+
+    def _in_either_form(
+        self, endpoint: Endpoint, ref: CheckpointRef, tail: str, body: bytes | None, deadline: float
+    ) -> Answer:
         run = f"training_runs/{_id(endpoint, ref.run_id)}/checkpoints"
         key = _new_key() if endpoint.method == "POST" else None
-        deadline = self._transport.deadline()
         failure: errors.ApiError = errors.NotFound(
             "an empty id names nothing", endpoint=endpoint.label
         )

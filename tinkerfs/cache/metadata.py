@@ -1,4 +1,4 @@
-"""Metadata cache: TTL, single flight, negative entries, last good answer on an outage.
+"""Metadata cache: TTL, single flight, refresh behind, negative entries, last good answer.
 
 What it saves: a call for each of the thousands of stats that a walk makes. A miss is asked once
 however many wait for it, and its outcome, error included, is everybody's: cachetools' own locking
@@ -31,6 +31,10 @@ FAILURE_TTL_S = 2.0
 #: How long somebody who has a last good answer waits for a newer one, seconds.
 PATIENCE_S = 2.0
 
+#: Who goes on using a value meets its end of life without a wait: what was used within this time,
+#: seconds, or a quarter of the TTL where that is less, is served once more and refreshed behind.
+IN_USE_S = 2.0
+
 #: Entries kept; a listing is one entry.
 MAX_ENTRIES = 262_144
 
@@ -54,8 +58,15 @@ class Policy:
     negative: tuple[type[errors.ApiError], ...] = (errors.NotFound, errors.EndpointMissing)
     missing_ttl_s: float | None = None
 
+    @property
+    def in_use_s(self) -> float:
+        """How long ago somebody may have used a value that is refreshed behind, seconds."""
+        return min(IN_USE_S, self.ttl_s / 4)
+
     def error_ttl_s(self, error: errors.ApiError) -> float:
         """Return how long a failure is remembered, seconds."""
+        if error.is_remembered and isinstance(error, errors.OUTAGES):  # it cost nothing
+            return 0.0
         if self.missing_ttl_s is not None and isinstance(error, errors.EndpointMissing):
             return self.missing_ttl_s
         return self.negative_ttl_s if isinstance(error, self.negative) else FAILURE_TTL_S
@@ -63,7 +74,12 @@ class Policy:
 
 @dataclass(slots=True)
 class _Entry:
-    """A value with its age, or an error that is remembered; `error` rules while it is fresh."""
+    """A value with its age, or an error that is remembered; `error` rules while it is fresh.
+
+    Attributes:
+        used_at: when somebody got the value last, on the monotonic clock.
+        changed_at: when it was seen to become another one, seconds since 1970.
+    """
 
     value: Any
     has_value: bool
@@ -71,6 +87,8 @@ class _Entry:
     kept_until: float
     error: errors.ApiError | None = None
     error_until: float = 0.0
+    used_at: float = float("-inf")
+    changed_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -102,9 +120,12 @@ class MetadataCache:
         with self._lock:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
-            if entry is not None and entry.has_value and now < entry.fresh_until:
-                self._telemetry.count("cache_hits")
-                return entry.value  # type: ignore[no-any-return]
+            was_used_at = float("-inf")
+            if entry is not None and entry.has_value:
+                was_used_at, entry.used_at = entry.used_at, now
+                if now < entry.fresh_until:
+                    self._telemetry.count("cache_hits")
+                    return entry.value  # type: ignore[no-any-return]
             if entry is not None and entry.error is not None and now < entry.error_until:
                 self._telemetry.count("cache_hits")
                 if not entry.has_value:
@@ -115,6 +136,9 @@ class MetadataCache:
             flight = self._flights.get(key) or self._start(key, load, policy)
         if entry is None or not entry.has_value:
             return call.wait(flight.future)  # type: ignore[no-any-return]
+        if now - was_used_at < policy.in_use_s and now - flight.started < PATIENCE_S:
+            self._telemetry.count("refreshed_behind")
+            return entry.value  # type: ignore[no-any-return]
         try:
             patience_s = max(PATIENCE_S - (now - flight.started), 0.0)
             return call.within(patience_s).wait(flight.future)  # type: ignore[no-any-return]
@@ -138,6 +162,15 @@ class MetadataCache:
             entry = self._entries.get(key)
             return entry.value if entry is not None and entry.has_value else None
 
+    def changed_at(self, key: Hashable) -> float | None:
+        """Return when the value of `key` was last seen to change, seconds since 1970.
+
+        None while it is what it was when it was first loaded.
+        """
+        with self._lock:
+            entry = self._entries.get(key)
+            return entry.changed_at if entry is not None else None
+
     def amend(self, key: Hashable, change: Callable[[T], T], *, is_exact: bool) -> None:
         """Change the value that is kept, after the thing itself was changed.
 
@@ -153,8 +186,10 @@ class MetadataCache:
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
                 entry.value = change(entry.value)
+                entry.changed_at = self._clock.now()
                 if not is_exact:
                     entry.fresh_until = self._clock.monotonic()
+                    entry.used_at = float("-inf")
 
     def clear(self) -> None:
         """Drop everything."""
@@ -176,7 +211,9 @@ class MetadataCache:
             except BaseException:
                 self._land(key, flight, policy)
                 raise
-            self._land(key, flight, policy, value=(value,))
+            before = self.peek(key)  # compared without the lock: a listing may be long
+            is_change = before is not None and before != value
+            self._land(key, flight, policy, value=(value,), is_change=is_change)
             return value
 
         flight.future = in_thread(fly, f"load {_words(key)}")
@@ -189,6 +226,7 @@ class MetadataCache:
         policy: Policy,
         *,
         value: tuple[Any] | None = None,
+        is_change: bool = False,
         error: errors.ApiError | None = None,
     ) -> None:
         """Keep the outcome of a load, unless a change or a newer load came in between."""
@@ -199,21 +237,33 @@ class MetadataCache:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
             if value is not None:
-                fresh_until = now + policy.ttl_s
-                self._entries[key] = _Entry(
-                    value[0], True, fresh_until, max(fresh_until, now + policy.stale_s)
-                )
+                self._entries[key] = self._landed(value[0], entry, policy, is_change=is_change)
                 return
             if error is None:
                 return
             is_outage = isinstance(error, errors.OUTAGES)
             if is_outage and entry is not None and entry.has_value:
-                entry.error, entry.error_until = error, now + FAILURE_TTL_S
+                entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
             else:
                 until = now + policy.error_ttl_s(error)
                 self._entries[key] = _Entry(None, False, now, until, error, until)
                 return
-        self._telemetry.failed(_words(key), "refresh", errors.from_api(error, ""))
+        if not error.is_remembered:
+            self._telemetry.failed(_words(key), "refresh", errors.from_api(error, ""))
+
+    def _landed(
+        self, value: Any, before: _Entry | None, policy: Policy, *, is_change: bool
+    ) -> _Entry:
+        """Return the entry of a value that has just come."""
+        used_at, changed_at = float("-inf"), None
+        if before is not None and before.has_value:
+            used_at, changed_at = before.used_at, before.changed_at
+        if is_change:
+            changed_at = self._clock.now()
+        now = self._clock.monotonic()
+        fresh_until = now + policy.ttl_s
+        kept_until = max(fresh_until, now + policy.stale_s)
+        return _Entry(value, True, fresh_until, kept_until, used_at=used_at, changed_at=changed_at)
 
 
 def _words(key: Hashable) -> str:

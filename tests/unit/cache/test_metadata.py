@@ -53,13 +53,87 @@ def test_a_value_is_loaded_once_within_its_ttl(cache, time):
     load = Loads()
     for _ in range(3):
         assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
-    time.advance(29.9)
+    time.advance(27.9)
     assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
     assert load.calls == 1
-    time.advance(0.2)
+    time.advance(2.2)
     load.answer = "two"
     assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
     assert load.calls == 2
+
+
+def test_what_is_in_use_is_served_while_it_is_refreshed_behind(cache, time, telemetry):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    time.advance(29)
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    time.advance(1.5)
+    load.answer = "two"
+    load.held.clear()
+    for _ in range(3):  # nobody waits, and there is one refresh for all
+        assert cache.get("k", load, POLICY, Call(timeout_s=5)) == "one"
+    load.held.set()
+    assert cache.get("k", load, POLICY, Call(timeout_s=5)) in ("one", "two")
+    deadline = threading.Event()
+    while cache.peek("k") == "one":
+        assert not deadline.wait(0.01)
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
+    assert load.calls == 2
+    assert telemetry.snapshot()["counters"]["refreshed_behind"] >= 3
+
+
+def test_what_is_in_use_is_not_served_for_ever(cache, time):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    time.advance(29.9)
+    cache.get("k", load, POLICY, IN_PROCESS)
+    time.advance(1)
+    load.answer = "two"
+    load.held.clear()
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    time.advance(1.5)
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    time.advance(1.5)  # the refresh takes longer than anybody is asked to bear: it is waited for
+    load.held.set()
+    while cache.peek("k") == "one":
+        pass
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
+
+
+def test_without_a_ttl_every_look_is_a_new_one(cache):
+    load, policy = Loads(), Policy(ttl_s=0, stale_s=3600, negative_ttl_s=0)
+    for number in range(3):
+        load.answer = f"{number}"
+        assert cache.get("k", load, policy, IN_PROCESS) == f"{number}"
+
+
+def test_a_change_has_a_time(cache, time):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    assert cache.changed_at("k") is None
+    time.advance(100)
+    cache.get("k", load, POLICY, IN_PROCESS)
+    assert cache.changed_at("k") is None
+    time.advance(100)
+    load.answer = "two"
+    cache.get("k", load, POLICY, IN_PROCESS)
+    assert cache.changed_at("k") == time.clock.now()
+    time.advance(100)
+    cache.get("k", load, POLICY, IN_PROCESS)
+    assert cache.changed_at("k") == time.clock.now() - 100
+    cache.amend("k", str.upper, is_exact=True)
+    assert cache.changed_at("k") == time.clock.now()
+
+
+def test_a_failure_that_cost_nothing_is_not_remembered(cache, time):
+    load = Loads()
+    load.answer = errors.Unreachable("gone").remembered()
+    for _ in range(3):
+        with pytest.raises(errors.Unreachable):
+            cache.get("k", load, POLICY, IN_PROCESS)
+    assert load.calls == 3
+    load.answer = "back"
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "back"
 
 
 @pytest.mark.parametrize("answer", ["value", errors.NotFound("no"), errors.ServerError("down")])

@@ -1,0 +1,97 @@
+import pytest
+
+from tests.support.clocks import FakeTime
+from tinkerfs import errors
+from tinkerfs.api.breaker import Breakers
+
+NEVER = 1e9
+
+
+@pytest.fixture
+def time():
+    return FakeTime()
+
+
+@pytest.fixture
+def breakers(time):
+    return Breakers(time.clock)
+
+
+def attempt(breakers, error=None, label="GET x", during=lambda: None):
+    """Make a call that ends so; return when it would have given up, or what was raised."""
+    try:
+        with breakers.call(label, NEVER) as deadline:
+            during()
+            if error is not None:
+                raise error
+    except errors.ApiError as raised:
+        return raised
+    return deadline
+
+
+def break_it(breakers, error=None, count=3):
+    for _ in range(count):
+        assert not attempt(breakers, error or errors.ServerError("500")).is_remembered
+
+
+@pytest.mark.parametrize(
+    ("error", "count"),
+    [
+        (errors.ServerError("500"), 3),
+        (errors.ProtocolError("HTML"), 3),
+        (errors.Unreachable("refused"), 2),
+        (errors.TimedOut("hangs"), 2),
+    ],
+)
+def test_after_repeated_failures_calls_fail_at_once_with_the_last_one(breakers, error, count):
+    break_it(breakers, error, count)
+    assert not attempt(breakers, error).is_remembered  # the first probe comes at once
+    refused = attempt(breakers)
+    assert refused.is_remembered
+    assert (type(refused), refused.message) == (type(error), error.message)
+
+
+@pytest.mark.parametrize(
+    "error", [errors.NotFound("no"), errors.RateLimited("slowly"), errors.Unauthorized("key")]
+)
+def test_an_answer_is_no_outage(breakers, error):
+    break_it(breakers, error, 10)
+
+
+def test_one_success_closes_it(breakers):
+    break_it(breakers, count=2)
+    assert attempt(breakers) == NEVER
+    break_it(breakers, count=3)
+
+
+def test_an_endpoint_says_nothing_of_another(breakers):
+    break_it(breakers, count=4)
+    assert attempt(breakers).is_remembered
+    assert attempt(breakers, label="GET y") == NEVER
+
+
+def test_one_probe_at_a_time_and_one_a_second(breakers, time):
+    break_it(breakers)
+    seen = []
+
+    def meanwhile():
+        time.advance(10)
+        seen.append(attempt(breakers))
+
+    assert not attempt(breakers, errors.ServerError("still"), during=meanwhile).is_remembered
+    assert seen[0].is_remembered
+    assert attempt(breakers).is_remembered
+    time.advance(1.01)
+    assert isinstance(attempt(breakers), float)
+    assert attempt(breakers) == NEVER
+
+
+def test_a_probe_is_given_up_soon_but_not_before_a_success_would_come(breakers, time):
+    hangs = errors.TimedOut("hangs")
+    break_it(breakers, hangs, 2)
+    started = time.clock.monotonic()
+    ended = attempt(breakers, during=lambda: time.advance(1.5))
+    assert ended == pytest.approx(started + 2)
+    break_it(breakers, hangs, 2)
+    started = time.clock.monotonic()
+    assert attempt(breakers) == pytest.approx(started + 3)
