@@ -1,6 +1,7 @@
 """How old an answer may be, and who is asked how often."""
 
 import threading
+import time
 
 import pytest
 
@@ -140,3 +141,33 @@ def test_who_changes_something_sees_it_everywhere_at_once(world):
     world.driver.remove(f"rmtree {place}")
     assert world.driver.listdir(f"{run}/checkpoints/weights") == ["2"]
     assert world.server.journal.count("GET training_runs") <= 2
+
+
+def test_a_folder_s_time_changes_when_its_content_does(make_world):
+    world = make_world(runs=1, checkpoints=1, settings={"ttl_s": 0.05})
+    run = world.new_run("weights/1", "weights/2")
+    run_id = run.removeprefix("runs/")
+    folders = ["checkpoints", f"{run}/checkpoints", f"{run}/checkpoints/weights"]
+
+    def times():
+        if world.is_kernel:
+            time.sleep(0.06)
+        else:
+            world.driver.time.advance(1)
+        for folder in folders:
+            world.driver.listdir(folder)
+        return [world.driver.stat(folder).mtime_ns for folder in folders]
+
+    def seen_after(change):
+        before = times()
+        change()
+        return world.eventually(
+            lambda: all(new > old for new, old in zip(times(), before, strict=True))
+        )
+
+    assert seen_after(lambda: world.server.account.add_checkpoint(run_id, "weights/3"))
+    assert seen_after(lambda: world.server.account.delete_checkpoint(run_id, "weights/1"))
+    folders[:] = ["runs", "models"]
+    assert seen_after(lambda: world.server.account.remove_run(run_id))
+    steady = times()
+    assert times() == steady

@@ -7,7 +7,7 @@ are `ApiError`s, or the `OSError`s of a wait that ended early.
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TypeVar
 
@@ -136,6 +136,24 @@ class Catalogue:
     def known_user_checkpoints(self) -> UserListing | None:
         """Return the checkpoints of all runs as last listed, without a call."""
         return self._cache.peek(("user",))  # type: ignore[no-any-return]
+
+    # When a listing was seen to change, nanoseconds since 1970; None where it never was.
+
+    def runs_changed_ns(self) -> int | None:
+        """Return when the user's runs were seen to change."""
+        return self._changed_ns(("runs",))
+
+    def checkpoints_changed_ns(self, run_id: str) -> int | None:
+        """Return when the checkpoints of a run were seen to change."""
+        return self._changed_ns(("checkpoints", run_id))
+
+    def user_changed_ns(self) -> int | None:
+        """Return when the checkpoints of all runs were seen to change."""
+        return self._changed_ns(("user",))
+
+    def _changed_ns(self, key: Hashable) -> int | None:
+        changed_at = self._cache.changed_at(key)
+        return None if changed_at is None else int(changed_at * 1e9)
 
     def known(self) -> dict[str, int]:
         """Return what the listings so far add up to, without a call; empty before the first."""

@@ -27,6 +27,11 @@ class Sessions:
         """
         return self._cache.get(("sessions",), self._load_listed, self._freshness.listing, call)
 
+    def changed_ns(self) -> int | None:
+        """Return when the sessions were seen to change, nanoseconds since 1970; None if never."""
+        changed_at = self._cache.changed_at(("sessions",))
+        return None if changed_at is None else int(changed_at * 1e9)
+
     def known(self) -> dict[str, models.FoundSession]:
         """Return the sessions as last listed, without a call."""
         return self._cache.peek(("sessions",)) or {}

@@ -93,10 +93,15 @@ def _find_of_kind(site: Site, name: str) -> Checkpoint | None:
 def _group_ns(site: Site) -> int:
     run, kind = site.subject
     known = site.model.catalogue.known_checkpoints(run.run_id)
-    checkpoints = known.of_kind(kind) if known else ()
-    return subjects.newest_ns(
-        site, (c.record.time_ns for c in checkpoints), run.last_request_time_ns
-    )
+    times = [c.record.time_ns for c in known.of_kind(kind)] if known else []
+    changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
+    return subjects.newest_ns(site, changed_ns, *(times or [run.last_request_time_ns]))
+
+
+def _checkpoints_ns(site: Site) -> int:
+    run: models.TrainingRun = site.subject
+    changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
+    return subjects.newest_ns(site, changed_ns, run.last_request_time_ns)
 
 
 def _stored_blocks(site: Site) -> int:
@@ -234,7 +239,7 @@ _CHECKPOINTS = Folder(
             _find_bare,
         ),
     ),
-    subjects.run_ns,
+    _checkpoints_ns,
     removal=Removal.GROUPING,
 )
 

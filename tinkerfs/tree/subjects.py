@@ -1,7 +1,6 @@
 """What the rows about runs and checkpoints share: where these stand, and when they changed."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from tinkerfs import errors, names
 from tinkerfs.api import models
@@ -69,7 +68,8 @@ def newest_run_ns(site: Site) -> int:
     """Return when any of the user's training runs was, as far as is known without a call."""
     known = site.model.catalogue.known_runs()
     runs = known.by_id.values() if known else ()
-    return newest_ns(site, (run.last_request_time_ns for run in runs))
+    changed_ns = site.model.catalogue.runs_changed_ns()
+    return newest_ns(site, changed_ns, *(run.last_request_time_ns for run in runs))
 
 
 def checkpoint_ns(site: Site) -> int:
@@ -116,7 +116,10 @@ def _told(values: dict[str, str | int | None]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def newest_ns(site: Site, times: Iterable[int | None], otherwise: Any = None) -> int:
-    """Return the latest of some times, else `otherwise`, else when the mount was made."""
-    fallback: int = otherwise or site.model.started_ns
-    return max((time for time in times if time is not None), default=fallback)
+def newest_ns(site: Site, *times_ns: int | None) -> int:
+    """Return the latest of the times that are known, or when the mount was made.
+
+    A folder is as new as what it lists, and at least as new as the last change that was seen in it:
+    so `make`, `rsync -u` and file managers notice that something went.
+    """
+    return max((time for time in times_ns if time is not None), default=site.model.started_ns)

@@ -39,7 +39,8 @@ def _view(
     def newest_ns(site: Site) -> int:
         known = site.model.catalogue.known_user_checkpoints()
         shown = [c for c in known.by_key.values() if shows(c)] if known else []
-        return subjects.newest_ns(site, (c.record.time_ns for c in shown))
+        changed_ns = site.model.catalogue.user_changed_ns()
+        return subjects.newest_ns(site, changed_ns, *(c.record.time_ns for c in shown))
 
     link = Link(
         "<run_id>@<kind>@<name>",
@@ -165,7 +166,8 @@ def _session_xattrs(site: Site) -> dict[str, str]:
 
 def _newest_session_ns(site: Site) -> int:
     known = site.model.sessions.known().values()
-    return subjects.newest_ns(site, (session.created_at_ns for session in known))
+    changed_ns = site.model.sessions.changed_ns()
+    return subjects.newest_ns(site, changed_ns, *(session.created_at_ns for session in known))
 
 
 def _session(site: Site) -> models.Session:
