@@ -56,6 +56,7 @@ __all__ = [
     "is_interruption",
     "is_missing",
     "is_outage",
+    "is_stale",
     "is_timeout",
     "is_worth_telling",
     "name_of",
@@ -346,6 +347,11 @@ def is_worth_telling(error: OSError) -> bool:
     if isinstance(cause, ApiError):
         return not (cause.is_remembered and is_missing(error))
     return error.errno not in _EXPECTED
+
+
+def is_stale(error: OSError) -> bool:
+    """Tell whether the error says that what was opened is not there any more."""
+    return error.errno == errno.ESTALE
 
 
 def is_timeout(error: OSError) -> bool:

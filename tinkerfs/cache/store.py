@@ -91,6 +91,19 @@ class Store:
             except sqlite3.Error as error:
                 self._tell(error)
 
+    def delete(self, space: str, key: str) -> None:
+        """Keep nothing under a key any more; a failure is told in the log once."""
+        with self._lock:
+            if self._connection is None:
+                return
+            try:
+                with self._connection:
+                    self._connection.execute(
+                        "DELETE FROM records WHERE space = ? AND key = ?", (space, _blob(key))
+                    )
+            except sqlite3.Error as error:
+                self._tell(error)
+
     def _open(self) -> None:
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
         connection = sqlite3.connect(

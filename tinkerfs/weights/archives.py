@@ -1,29 +1,30 @@
-"""Archives: one signed URL a checkpoint, shared by all who ask, fresh when handed out.
+"""Archives: the signed URLs of a checkpoint, shared by all who ask, fresh when handed out.
 
 The server builds an archive when its URL is first asked for, which costs it something and can take
 minutes. So one build is waited for however many ask, a reader that gives up does not abandon it, a
 URL serves until shortly before it expires, and one process group starts only so many in a minute: a
-walk that follows links would otherwise ask for every archive of the account. Thread-safe.
+walk that follows links would otherwise ask for every archive of the account. The URLs of external
+weights, one a file, come all at once; nothing is built for them. Thread-safe.
 """
 
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef, Client
+from tinkerfs.api.models import SignedUrl
 from tinkerfs.cache.flight import in_thread
-from tinkerfs.call import Call
+from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.clock import Clock
 from tinkerfs.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from tinkerfs.api.models import SignedUrl
-
-__all__ = ["Archives"]
+__all__ = ["Address", "Archives"]
 
 #: A URL is not handed out within this time of its expiry, seconds, or a tenth of its life.
 EXPIRY_MARGIN_S = 60.0
@@ -33,8 +34,20 @@ POLL_S = (1.0, 15.0)
 BURST_WINDOW_S = 60.0
 
 
+#: The name of an archive among the URLs of a checkpoint; files of external weights have their own.
+_ARCHIVE = ""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Grant:
+    """The URLs of one checkpoint by name, and how long they are handed out; all secrets."""
+
+    urls: Mapping[str, SignedUrl]
+    good_until: float
+
+
 class Archives:
-    """The signed URLs of archives."""
+    """The signed URLs of checkpoints."""
 
     def __init__(
         self,
@@ -52,16 +65,20 @@ class Archives:
         self._burst = burst
         self._lock = threading.RLock()  # a flight that failed at once lands within it
         # Guarded by _lock.
-        self._urls: dict[Hashable, tuple[SignedUrl, float]] = {}
-        self._flights: dict[Hashable, Future[SignedUrl]] = {}
+        self._grants: dict[Hashable, _Grant] = {}
+        self._flights: dict[Hashable, Future[_Grant]] = {}
         self._started: dict[int, deque[float]] = {}
+        #: Archives that were built for this mount: a new URL of one costs the server nothing.
+        self._built: set[Hashable] = set()
+        self._changed: set[Hashable] = set()
 
-    def known(self, key: Hashable) -> "SignedUrl | None":
-        """Return a URL that is still good, without a call."""
+    def known(self, key: Hashable) -> SignedUrl | None:
+        """Return a URL of an archive that is still good, without a call."""
         with self._lock:
-            return self._known(key)
+            grant = self._known((key, False))
+        return None if grant is None else grant.urls[_ARCHIVE]
 
-    def url(self, key: Hashable, ref: CheckpointRef, path: str, call: Call) -> "SignedUrl":
+    def url(self, key: Hashable, ref: CheckpointRef, path: str, call: Call) -> SignedUrl:
         """Return a URL that is good for some time yet, waiting for the archive to be built.
 
         Args:
@@ -75,32 +92,79 @@ class Archives:
             OSError: ETIMEDOUT when it was not built in time, EBUSY when this process group has
                 started too many builds, EINTR when the caller gave up.
         """
+
+        def ask() -> _Grant:
+            url = self._client.archive(ref)
+            return self._granted({_ARCHIVE: url.url}, url.expires_at_s)
+
+        return self._grant((key, False), ask, path, call).urls[_ARCHIVE]
+
+    def external_urls(
+        self, key: Hashable, ref: CheckpointRef, path: str, call: Call
+    ) -> Mapping[str, SignedUrl]:
+        """Return a URL for each file of external weights, good for some time yet.
+
+        Raises:
+            ApiError, OSError: as `url`, but EBUSY.
+        """
+
+        def ask() -> _Grant:
+            return self._granted(*self._client.external_weights_urls(ref))
+
+        return self._grant((key, True), ask, path, call).urls
+
+    def refuse(self, key: Hashable, url: SignedUrl, *, is_external: bool = False) -> None:
+        """Take note that the store lets nobody in with a URL: the next one to ask gets another."""
+        with self._lock:
+            grant = self._grants.get((key, is_external))
+            if grant is not None and url in grant.urls.values():
+                del self._grants[key, is_external]
+
+    def changed(self, key: Hashable) -> None:
+        """Take note that the store has other weights for a checkpoint than were known."""
+        with self._lock:
+            self._changed.add(key)
+
+    def has_changed(self, key: Hashable) -> bool:
+        """Tell, once, whether `changed` was called for a checkpoint."""
+        with self._lock:
+            is_changed = key in self._changed
+            self._changed.discard(key)
+            return is_changed
+
+    def forget(self) -> None:
+        """Drop every URL that is kept; builds under way go on."""
+        with self._lock:
+            self._grants.clear()
+
+    def _grant(
+        self, key: tuple[Hashable, bool], ask: Callable[[], _Grant], path: str, call: Call
+    ) -> _Grant:
+        is_external = key[1]
         with self._lock:
             known = self._known(key)
             if known is not None:
                 return known
             flight = self._flights.get(key)
             if flight is None:
-                self._admit(call.caller().group, path)
-                flight = in_thread(lambda: self._build(key, ref, path), f"archive {path}")
+                if not is_external and key not in self._built:
+                    self._admit(call.caller().group, path)
+                flight = in_thread(lambda: self._build(key, ask, path), f"archive {path}")
                 self._flights[key] = flight
                 flight.add_done_callback(lambda _done: self._landed(key))
         return call.within(self._timeout_s).wait(flight)
 
-    def forget(self) -> None:
-        """Drop every URL that is kept; builds under way go on."""
-        with self._lock:
-            self._urls.clear()
+    def _known(self, key: Hashable) -> _Grant | None:
+        grant = self._grants.get(key)
+        if grant is not None and self._clock.now() >= grant.good_until:
+            del self._grants[key]
+            return None
+        return grant
 
-    def _known(self, key: Hashable) -> "SignedUrl | None":
-        kept = self._urls.get(key)
-        if kept is None:
-            return None
-        url, good_until = kept
-        if self._clock.now() >= good_until:
-            del self._urls[key]
-            return None
-        return url
+    def _granted(self, urls: Mapping[str, str], expires_at_s: float) -> _Grant:
+        margin_s = min(EXPIRY_MARGIN_S, max(expires_at_s - self._clock.now(), 0.0) / 10)
+        signed = {name: SignedUrl(url, expires_at_s) for name, url in urls.items()}
+        return _Grant(signed, expires_at_s - margin_s)
 
     def _landed(self, key: Hashable) -> None:
         with self._lock:
@@ -122,14 +186,14 @@ class Archives:
             )
         started.append(now)
 
-    def _build(self, key: Hashable, ref: CheckpointRef, path: str) -> "SignedUrl":
+    def _build(self, key: Hashable, ask: Callable[[], _Grant], path: str) -> _Grant:
         """Ask until the archive is there; runs on a thread of its own."""
         began = self._clock.monotonic()
         pause_s, longest_s = POLL_S
         with self._telemetry.waiting(f"archive {path}"):
             while True:
                 try:
-                    url = self._client.archive(ref)
+                    grant = ask()
                     break
                 except errors.NotReady as error:
                     wait_s = error.retry_after_s if error.retry_after_s is not None else pause_s
@@ -143,8 +207,48 @@ class Archives:
                             status=error.status,
                         ) from None
                 threading.Event().wait(max(wait_s, 0.02))
-        now = self._clock.now()
-        margin_s = min(EXPIRY_MARGIN_S, max(url.expires_at_s - now, 0.0) / 10)
         with self._lock:
-            self._urls[key] = (url, url.expires_at_s - margin_s)
-        return url
+            self._grants[key] = grant
+            self._built.add(key)
+        return grant
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where one file of a checkpoint is, now and after its URL has expired. Thread-safe.
+
+    Attributes:
+        archives: who keeps the URLs.
+        key: the checkpoint and its version.
+        ref: how the API is asked for it.
+        path: for messages.
+        name: which file of external weights; empty for the archive.
+    """
+
+    archives: Archives
+    key: Hashable
+    ref: CheckpointRef
+    path: str
+    name: str = _ARCHIVE
+
+    def url(self, call: Call = IN_PROCESS) -> SignedUrl:
+        """Return a URL that is good for some time yet.
+
+        Raises:
+            ApiError: what the server said; NotFound where it has no such file any more.
+            OSError: as `Archives.url`.
+        """
+        if not self.name:
+            return self.archives.url(self.key, self.ref, self.path, call)
+        urls = self.archives.external_urls(self.key, self.ref, self.path, call)
+        if self.name not in urls:
+            raise errors.NotFound(f"the server tells of no {self.name!r} any more")
+        return urls[self.name]
+
+    def changed(self) -> None:
+        """Take note that the store has another file there than was known."""
+        self.archives.changed(self.key)
+
+    def refuse(self, url: SignedUrl) -> None:
+        """Take note that the store lets nobody in with this URL."""
+        self.archives.refuse(self.key, url, is_external=bool(self.name))

@@ -1,0 +1,340 @@
+"""The block cache on disk: what was fetched once is read from there, by every mount of the user.
+
+    blocks/<file>/about      what file it is, for people
+                  lock       byte 0: shared by all that have it open; 1 + n: who fetches block n
+                  <n>        block n, then a checksum of it
+
+The folder is its own index: a block is written beside and renamed, so a process that is killed
+leaves no half block under a name, and no second record can disagree. What the disk does to a block
+later its checksum tells, when it is first read by a process. Recency is the access time, set by
+hand (most file systems are mounted `relatime`). Nothing here raises for what the disk does: a block
+that cannot be read or kept is fetched again, and why is told once.
+
+All classes are thread-safe.
+"""
+
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tinkerfs import errors
+from tinkerfs.cache.eviction import Sweeper
+from tinkerfs.cache.locks import ByteLocks
+from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.telemetry import Telemetry
+
+__all__ = ["BlockCache", "BlockFile", "is_sound"]
+
+#: Before the digest at a block's end; another layout has another one.
+_MAGIC = b"tkfsblk1"
+_TRAILER_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
+
+#: The access time of a block is set again when it is this old, seconds.
+_TOUCH_S = 60.0
+
+#: How long somebody who opens a file waits for one who is removing it, seconds.
+_OPEN_PATIENCE_S = 2.0
+
+#: Blocks known to be sound; beyond, all are looked at again.
+_MAX_VERIFIED = 262_144
+
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class BlockCache:
+    """Blocks of files, on disk.
+
+    Args:
+        folder: where; made, for this user alone, when something is first kept.
+        telemetry: told of what goes wrong, and counts.
+        clock: `now` dates uses, `monotonic` spaces attempts.
+        limit_bytes: bound on all blocks together; 0 keeps nothing.
+        floor_bytes: what stays free on the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        telemetry: Telemetry,
+        clock: Clock = SYSTEM_CLOCK,
+        *,
+        limit_bytes: int,
+        floor_bytes: int,
+    ) -> None:
+        self.folder = folder
+        self._telemetry = telemetry
+        self._clock = clock
+        self._lock = threading.Lock()
+        # Guarded by _lock.
+        self._sweeper = Sweeper(folder, clock, limit_bytes=limit_bytes, floor_bytes=floor_bytes)
+        self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}
+        self._told: set[str] = set()
+
+    def open(self, key: str, about: str) -> "BlockFile":
+        """Return the file of `key`, whatever of it is kept; nothing of it goes until it is closed.
+
+        Args:
+            key: another one is another file, for ever.
+            about: what people are told that it is.
+        """
+        return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), about)
+
+    def admit(self, size_bytes: int) -> bool:
+        """Make room for a block, and return whether there is some.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        with self._lock:
+            is_admitted = self._sweeper.admit(size_bytes)
+        if not is_admitted:
+            self._telemetry.count("cache_blocks_refused")
+            self.tell(errors.no_space(str(self.folder), "the block cache is full of open files"))
+        return is_admitted
+
+    def tell(self, error: OSError) -> None:
+        """Tell once that something went wrong that costs only time."""
+        name = errors.name_of(error)
+        with self._lock:
+            if name in self._told:
+                return
+            self._told.add(name)
+        self._telemetry.failed(str(self.folder), "cache", error)
+
+    def is_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> bool:
+        """Tell whether a block was found sound, and is the same file still."""
+        with self._lock:
+            return self._verified.get(block) == signature
+
+    def verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> None:
+        """Take note that a block is sound."""
+        with self._lock:
+            if len(self._verified) >= _MAX_VERIFIED:
+                self._verified.clear()
+            self._verified[block] = signature
+
+    def found_bad(self, path: str) -> None:
+        """Remove a block that is not what was written, and tell."""
+        self._telemetry.count("cache_blocks_bad")
+        with suppress(OSError):
+            os.unlink(path)
+        self.tell(errors.damaged(path, "a block on disk was altered; it is fetched again"))
+
+    def now_ns(self) -> int:
+        """Return the time, nanoseconds since 1970."""
+        return int(self._clock.now() * 1e9)
+
+
+class BlockFile:
+    """The blocks of one file. Made by `BlockCache.open`; after `close` they may go."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, cache: BlockCache, digest: "hashlib._Hash", about: str) -> None:
+        self._cache = cache
+        self._name = digest.hexdigest()[:40]
+        self._folder = str(cache.folder / self._name)
+        self._about = about
+        self._lock = threading.Lock()
+        self._locks: ByteLocks | None = None  # replaced under _lock
+        with self._lock:
+            if os.path.isdir(self._folder):
+                self._try_lock()
+
+    def close(self) -> None:
+        """Let its blocks go when others need room. No other method may be called afterwards."""
+        with self._lock:
+            if self._locks is not None:
+                self._locks.close()
+                self._locks = None
+
+    def has(self, index: int) -> bool:
+        """Tell whether block `index` is there; whether it is sound turns out when it is read."""
+        return os.path.exists(self._path(index))
+
+    def kept(self) -> dict[int, int]:
+        """Return the length of each block that is there."""
+        try:
+            with os.scandir(self._folder) as entries:
+                return {
+                    int(entry.name): entry.stat().st_size - _TRAILER_BYTES
+                    for entry in entries
+                    if entry.name.isdigit()
+                }
+        except OSError:
+            return {}
+
+    def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
+        """Return the bytes [start, stop) of block `index`, None where it is not there or not sound.
+
+        Args:
+            index: which block.
+            start: within the block.
+            stop: within the block, more than `start`.
+            length: of the whole block.
+        """
+        path = self._path(index)
+        try:
+            fd = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._cache.tell(error)
+            return None
+        try:
+            status = os.fstat(fd)
+            signature = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if not self._cache.is_verified((self._name, index), signature):
+                if status.st_size != length + _TRAILER_BYTES or not is_sound(fd, self._name, index):
+                    self._cache.found_bad(path)
+                    return None
+                self._cache.verified((self._name, index), signature)
+            data = os.pread(fd, stop - start, start)
+            now_ns = self._cache.now_ns()
+            if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
+                os.utime(fd, ns=(now_ns, status.st_mtime_ns))
+        except OSError as error:
+            self._cache.tell(error)
+            return None
+        finally:
+            os.close(fd)
+        return data if len(data) == stop - start else None
+
+    def put(self, index: int, data: bytes) -> bool:
+        """Keep a block; return whether it is on disk now."""
+        try:
+            if not self._cache.admit(len(data) + _TRAILER_BYTES):
+                return False
+            try:
+                self._write(index, data)
+            except FileNotFoundError:  # the first block, or somebody removed the folder
+                with self._lock:
+                    self._try_lock()
+                self._write(index, data)
+        except OSError as error:
+            self._cache.tell(error)
+            return False
+        return True
+
+    def drop(self, index: int) -> None:
+        """Remove a block."""
+        with suppress(OSError):
+            os.unlink(self._path(index))
+
+    @contextmanager
+    def claimed(self, index: int, patience_s: float) -> Iterator[None]:
+        """Be the only one, of all processes, to fetch block `index`.
+
+        Whoever waited should look whether the block is there now. After `patience_s` seconds, or
+        where there are no locks, the body runs anyhow: two fetches are no harm.
+        """
+        byte, locks = 1 + index, self._locks
+        try:
+            is_held = locks is not None and locks.acquire(byte, patience_s=patience_s)
+        except OSError as error:
+            self._cache.tell(error)
+            is_held = False
+        try:
+            yield
+        finally:
+            if is_held and locks is not None:
+                with suppress(OSError):  # closed meanwhile: it is free then
+                    locks.release(byte)
+
+    def prepare(self) -> None:
+        """Make its folder and lock, so that other processes see what is fetched."""
+        with self._lock:
+            if self._locks is None:
+                self._try_lock()
+
+    def _path(self, index: int) -> str:
+        return f"{self._folder}/{index}"
+
+    def _try_lock(self) -> None:
+        """Make the folder, and hold it open, if possible; the caller holds the lock."""
+        try:
+            locks = self._open_lock()
+        except OSError as error:
+            self._cache.tell(error)
+            return
+        if self._locks is not None:
+            self._locks.close()
+        self._locks = locks
+        with suppress(OSError):
+            fd = os.open(
+                f"{self._folder}/about", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _OPEN_FLAGS, 0o600
+            )
+            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as about:
+                about.write(self._about)
+
+    def _open_lock(self) -> ByteLocks:
+        while True:
+            _make_private(self._folder)
+            flags = os.O_RDWR | os.O_CREAT | _OPEN_FLAGS
+            locks = ByteLocks(os.open(f"{self._folder}/lock", flags, 0o600))
+            try:
+                is_held = locks.acquire(0, is_shared=True, patience_s=_OPEN_PATIENCE_S)
+                if is_held and not locks.is_linked():  # who removed the file has just let go of it
+                    locks.close()
+                    continue
+            except OSError:
+                locks.close()
+                raise
+            return locks
+
+    def _write(self, index: int, data: bytes) -> None:
+        draft = f"{self._folder}/.{index}.{os.getpid()}.{next(self._numbers)}"
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
+        try:
+            try:
+                for part in (data, _MAGIC + _digest(self._name, index, data)):
+                    rest = memoryview(part)
+                    while rest:
+                        rest = rest[os.write(fd, rest) :]
+                now_ns = self._cache.now_ns()
+                os.utime(fd, ns=(now_ns, now_ns))
+                status = os.fstat(fd)
+            finally:
+                os.close(fd)
+            os.rename(draft, self._path(index))
+        except OSError:
+            with suppress(OSError):
+                os.unlink(draft)
+            raise
+        signature = (status.st_ino, status.st_mtime_ns, status.st_size)
+        self._cache.verified((self._name, index), signature)
+
+
+def _make_private(folder: str) -> None:
+    """Make a folder, and those above it, for this user alone."""
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        _make_private(os.path.dirname(folder))
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+
+
+def is_sound(fd: int, name: str, index: int) -> bool:
+    """Tell whether an open block is what was written as block `index` of the file `name`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size_bytes = os.fstat(fd).st_size
+    whole = os.pread(fd, size_bytes, 0)
+    data, trailer = whole[:-_TRAILER_BYTES], whole[-_TRAILER_BYTES:]
+    return len(whole) == size_bytes and trailer == _MAGIC + _digest(name, index, data)
+
+
+def _digest(name: str, index: int, data: bytes) -> bytes:
+    """Return a checksum that a block has only in its own place."""
+    digest = hashlib.sha256(f"{name}/{index}:".encode())
+    digest.update(data)
+    return digest.digest()

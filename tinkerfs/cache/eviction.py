@@ -1,0 +1,181 @@
+"""What the block cache may take on disk, and which blocks go when it is too much.
+
+Every process that uses the folder keeps count of what it adds, and looks at all of it again when
+that is a 32nd of the bound: so processes that know nothing of each other stay within it. Least
+recently used goes first, but nothing of a file that any process has open (byte 0 of its lock).
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinkerfs.cache.locks import ByteLocks
+from tinkerfs.clock import Clock
+
+__all__ = ["Kept", "Sweeper", "held_alone", "kept_files", "remove_folder"]
+
+#: A draft that is so old was left by a process that was killed, seconds.
+_DRAFT_AGE_S = 600.0
+
+#: Where nothing could be removed, nobody looks again so soon, seconds.
+_FULL_AGE_S = 1.0
+
+#: The share of the bound that is added between two looks.
+_SHARE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One file in a folder of the cache.
+
+    Attributes:
+        folder: the name of its folder.
+        path: where it is.
+        index: which block it is; None for a draft.
+        size_bytes: on disk, checksum included.
+        used_ns: when it was last read, nanoseconds since 1970.
+        fetched_ns: when it was written.
+    """
+
+    folder: str
+    path: str
+    index: int | None
+    size_bytes: int
+    used_ns: int
+    fetched_ns: int
+
+
+class Sweeper:
+    """Decides whether there is room for a block, and makes it. Not thread-safe.
+
+    Args:
+        root: the folder of folders.
+        clock: `now` tells the age of drafts, `monotonic` spaces looks in vain.
+        limit_bytes: bound on all of it; 0 keeps nothing.
+        floor_bytes: what stays free on the disk.
+    """
+
+    def __init__(self, root: Path, clock: Clock, *, limit_bytes: int, floor_bytes: int) -> None:
+        self._root = root
+        self._clock = clock
+        self._limit_bytes = limit_bytes
+        self._floor_bytes = floor_bytes
+        #: What all had when last looked, None before that; and what was added since.
+        self._found_bytes: int | None = None
+        self._added_bytes = 0
+        self._full_until = 0.0
+
+    def admit(self, size_bytes: int) -> bool:
+        """Make room for `size_bytes` more, and return whether there is some.
+
+        Raises:
+            OSError: the disk cannot be looked at.
+        """
+        if size_bytes > self._limit_bytes or self._clock.monotonic() < self._full_until:
+            return False
+        lacking_bytes = self._floor_bytes + size_bytes - self._free_bytes()
+        added_bytes = self._added_bytes + size_bytes
+        is_due = self._found_bytes is None or added_bytes > self._limit_bytes // _SHARE
+        if is_due or lacking_bytes > 0:
+            self._sweep(size_bytes, lacking_bytes)
+        is_full = (self._found_bytes or 0) + self._added_bytes + size_bytes > self._limit_bytes
+        if is_full or self._floor_bytes + size_bytes > self._free_bytes():
+            self._full_until = self._clock.monotonic() + _FULL_AGE_S
+            return False
+        self._added_bytes += size_bytes
+        return True
+
+    def _free_bytes(self) -> int:
+        """Return what is free on the disk that holds the folder, or will."""
+        folder = self._root
+        while True:
+            try:
+                status = os.statvfs(folder)
+            except FileNotFoundError:
+                folder = folder.parent
+            else:
+                return status.f_bavail * status.f_frsize
+
+    def _sweep(self, wanted_bytes: int, lacking_bytes: int) -> None:
+        """Count all, and remove until `wanted_bytes` fit and `lacking_bytes` more are free."""
+        files = kept_files(self._root)
+        now_ns = int(self._clock.now() * 1e9)
+        total_bytes = sum(file.size_bytes for file in files)
+        keep_bytes = self._limit_bytes - max(self._limit_bytes // _SHARE, wanted_bytes)
+        goal_bytes = min(keep_bytes, total_bytes - max(lacking_bytes, 0))
+        held: dict[str, ByteLocks | None] = {}
+        try:
+            for file in sorted(files, key=lambda file: file.used_ns):
+                if file.index is None:
+                    is_doomed = now_ns - file.fetched_ns > _DRAFT_AGE_S * 1e9
+                else:
+                    is_doomed = total_bytes > goal_bytes
+                    if is_doomed and file.folder not in held:
+                        held[file.folder] = held_alone(self._root / file.folder)
+                    is_doomed = is_doomed and held[file.folder] is not None
+                if is_doomed:
+                    with suppress(FileNotFoundError):
+                        os.unlink(file.path)
+                    total_bytes -= file.size_bytes
+        finally:
+            for folder, locks in held.items():
+                if locks is not None:
+                    remove_folder(self._root / folder)
+                    locks.close()
+        self._found_bytes, self._added_bytes = total_bytes, 0
+
+
+def kept_files(root: Path) -> list[Kept]:
+    """Return every block and draft; none where there is no such folder.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    kept: list[Kept] = []
+    try:
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return kept
+    for folder in folders:
+        with suppress(FileNotFoundError):  # another process removes as well
+            for entry in os.scandir(root / folder):
+                if not (entry.name.isdigit() or entry.name.startswith(".")):
+                    continue
+                with suppress(FileNotFoundError):
+                    status = entry.stat(follow_symlinks=False)
+                    index = int(entry.name) if entry.name.isdigit() else None
+                    size_bytes = max(status.st_size, status.st_blocks * 512)
+                    used_ns, fetched_ns = status.st_atime_ns, status.st_mtime_ns
+                    kept.append(Kept(folder, entry.path, index, size_bytes, used_ns, fetched_ns))
+    return kept
+
+
+def held_alone(folder: Path) -> ByteLocks | None:
+    """Return the locks of a folder of the cache that nobody has open, None where somebody has."""
+    try:
+        locks = ByteLocks(os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+    except OSError:
+        return None
+    try:
+        if locks.acquire(0) and locks.is_linked():
+            return locks
+    except OSError:
+        pass
+    locks.close()
+    return None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of the cache where no block is left in it; the caller holds it alone.
+
+    The lock goes before the folder: who opens it in between makes both anew.
+    """
+    names = set()
+    with suppress(OSError):
+        names = set(os.listdir(folder))
+    if names <= {"about", "lock"}:
+        with suppress(OSError):
+            for name in sorted(names):
+                os.unlink(folder / name)
+            os.rmdir(folder)

@@ -1,0 +1,108 @@
+"""One open file of weights: positional reads, put together from where its bytes are."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import islice
+from typing import Self
+
+from tinkerfs.call import Call
+from tinkerfs.weights.readahead import ReadAhead
+from tinkerfs.weights.remote import RemoteFile
+from tinkerfs.weights.tarindex import Member, Segment
+
+__all__ = ["WeightsFile"]
+
+
+class WeightsFile:
+    """One open file. Thread-safe; reads are positional; a context manager.
+
+    Args:
+        file: holds its bytes, in use; released by `close`.
+        member: where they are in it.
+
+    Attributes:
+        size_bytes: its length.
+        mtime_ns: nanoseconds since 1970.
+    """
+
+    def __init__(self, file: RemoteFile, member: Member) -> None:
+        self.size_bytes = member.size_bytes
+        self.mtime_ns = member.mtime_ns
+        self._file = file
+        self._segments = member.segments
+        self._ahead = ReadAhead(member.size_bytes)
+
+    def __enter__(self) -> Self:
+        """Return the file itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it; to be called once, and no other method after."""
+        self._file.release()
+
+    def read(self, size: int, offset: int, call: Call) -> bytes:
+        """Return the bytes of [offset, offset + size); fewer only at the file's end.
+
+        Raises:
+            ApiError: they cannot be had.
+            OSError: ESTALE when the checkpoint or its archive is gone or another one; EIO when it
+                is damaged; EINTR when the caller gave up; as `Archives.url`.
+        """
+        stop = min(offset + size, self.size_bytes)
+        if stop <= offset:
+            return b""
+        data = self._read(offset, stop, call)
+        self._fetch_ahead(*self._ahead.wanted(offset, stop - offset))
+        return data
+
+    def peek(self, start: int, stop: int) -> bytes | None:
+        """Return the bytes [start, stop) where they are all there, without any request."""
+        pieces = []
+        for piece in self._places(start, stop):
+            data = bytes(piece.length) if piece.place < 0 else self._file.peek(*_span(piece))
+            if data is None:
+                return None
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def _read(self, start: int, stop: int, call: Call) -> bytes:
+        pieces = [
+            bytes(piece.length) if piece.place < 0 else self._file.read(*_span(piece), call)
+            for piece in self._places(start, stop)
+        ]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _fetch_ahead(self, start: int, stop: int) -> None:
+        for piece in self._places(start, stop):
+            if piece.place < 0:
+                continue
+            begin, end = _span(piece)
+            reached = self._file.fetch_ahead(begin, end)
+            self._ahead.reached(piece.offset + reached - begin)
+            if reached < end:
+                return
+
+    def _places(self, start: int, stop: int) -> Iterator[Segment]:
+        """Yield where the bytes [start, stop) are, in order; a hole is at -1."""
+        at = start
+        first = bisect_right(self._segments, start, key=lambda each: each.offset + each.length)
+        for segment in islice(self._segments, first, None):
+            if segment.offset >= stop:
+                break
+            if segment.offset > at:
+                yield Segment(at, segment.offset - at, -1)
+                at = segment.offset
+            skipped = at - segment.offset
+            length = min(segment.length - skipped, stop - at)
+            yield Segment(at, length, segment.place + skipped)
+            at += length
+        if at < stop:
+            yield Segment(at, stop - at, -1)
+
+
+def _span(piece: Segment) -> tuple[int, int]:
+    return piece.place, piece.place + piece.length

@@ -1,0 +1,305 @@
+"""What is in a checkpoint's archive, or among its external weights: found out once, kept on disk.
+
+A plain tar takes two small range requests: one for its start, one for what follows the weights.
+What has to come whole, because it is packed or its store heeds no ranges, is unpacked, read and
+kept by blocks in one pass. Nothing of it is used before the end is reached and the checksum agrees.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import msgspec
+
+from tinkerfs import errors
+from tinkerfs.cache.blocks import BlockCache, BlockFile
+from tinkerfs.cache.flight import side_by_side
+from tinkerfs.weights.inflate import GZIP_MAGIC, inflated
+from tinkerfs.weights.remote import BLOCK_BYTES, digest_of
+from tinkerfs.weights.source import Address, Source, StoreClient, Version
+from tinkerfs.weights.tarindex import Member, Segment, clean_name, read_members
+
+__all__ = ["PROBE_BYTES", "Index", "archive_index", "block_key", "external_index"]
+
+#: The first request, and the least of those after it: most headers of an archive come with it.
+PROBE_BYTES = 256 << 10
+WINDOW_BYTES = 64 << 10
+
+#: Files of external weights that are asked about at a time, and at most.
+CONNECTIONS = 8
+MAX_FILES = 10_000
+
+#: A damaged archive is looked at once more: it may have been altered on the way.
+TRIES = 2
+
+
+class Index(msgspec.Struct, frozen=True):
+    """What one version of a checkpoint's weights holds.
+
+    Attributes:
+        form: a plain tar, a packed one, or a file each.
+        version: of the archive; of files nothing.
+        plain_bytes: of the archive, unpacked.
+        members: every file that is shown, sorted by name.
+        left_out: what is not shown, and why.
+        digests: of each block of a packed archive, unpacked.
+        versions: of each file by name, where there is no archive.
+    """
+
+    form: Literal["tar", "gzip", "files"]
+    version: Version
+    plain_bytes: int
+    members: tuple[Member, ...]
+    left_out: tuple[str, ...] = ()
+    digests: tuple[bytes, ...] = ()
+    versions: dict[str, Version] = {}
+
+
+def block_key(identity: str, version: Version, what: str) -> str:
+    """Return what the blocks of one version of one file are kept under.
+
+    Args:
+        identity: the checkpoint and its version, on its server.
+        version: what the store says.
+        what: "archive", "unpacked", or the name of a file after a slash.
+    """
+    word = f"{version.size_bytes} {version.etag} {version.last_modified}"
+    return "\n".join((identity, word, what))
+
+
+def archive_index(
+    client: StoreClient, address: Address, cache: BlockCache, identity: str, about: str
+) -> Index:
+    """Find out what an archive holds.
+
+    Args:
+        client: the connections.
+        address: where the archive is.
+        cache: takes what comes by the way.
+        identity: the checkpoint and its version, on its server.
+        about: what people are told that the blocks are.
+
+    Raises:
+        ApiError: it cannot be had.
+        OSError: EIO when it is no sound archive.
+    """
+    for number in itertools.count(1):
+        try:
+            return _archive_index(client, address, cache, identity, about)
+        except ValueError as error:
+            if number == TRIES:
+                raise errors.damaged(address.path, str(error)) from None
+    raise AssertionError
+
+
+def _archive_index(
+    client: StoreClient, address: Address, cache: BlockCache, identity: str, about: str
+) -> Index:
+    with Source(client, address, None).open(0, PROBE_BYTES) as transfer:
+        version = transfer.version
+        source = Source(client, address, version)
+        if transfer.is_whole:
+            pieces = iter(transfer)
+            first = next(pieces, b"")
+            while len(first) < len(GZIP_MAGIC) and (more := next(pieces, b"")):
+                first += more
+            rest: Iterable[bytes] = itertools.chain([first], pieces)
+        else:
+            first = b"".join(transfer)
+            rest = _on(first, source, version)
+        if first.startswith(GZIP_MAGIC):
+            key = block_key(identity, version, "unpacked")
+            return _in_one_pass("gzip", inflated(rest), version, cache.open(key, about))
+        if transfer.is_whole or version.size_bytes <= len(first):
+            key = block_key(identity, version, "archive")
+            return _in_one_pass("tar", rest, version, cache.open(key, about))
+    members, left_out = read_members(_Ranges(source, version, first))
+    return Index("tar", version, version.size_bytes, _sorted(members), left_out)
+
+
+def external_index(
+    client: StoreClient,
+    names: Iterable[str],
+    address_of: Callable[[str], Address],
+    mtime_ns: int,
+) -> Index:
+    """Find out how long each file of external weights is: one small request each, side by side.
+
+    Args:
+        client: the connections.
+        names: as the server tells them.
+        address_of: where one of them is.
+        mtime_ns: of all of them, nanoseconds since 1970.
+
+    Raises:
+        ApiError: one of them cannot be had.
+        OSError: EIO when there are too many.
+    """
+    listed = sorted(names)
+    good = [name for name in listed if clean_name(name) == name]
+    left_out = [f"{name!r}: no file name within the folder" for name in listed if name not in good]
+    if len(good) > MAX_FILES:
+        raise errors.damaged(address_of("").path, f"more than {MAX_FILES} files")
+
+    def look_at(name: str) -> Callable[[], Version]:
+        def look() -> Version:
+            with Source(client, address_of(name), None).open(0, 1) as transfer:
+                if not transfer.is_whole:
+                    for _ in transfer:  # to the end, so that the connection serves again
+                        pass
+                return transfer.version
+
+        return look
+
+    flights = side_by_side([look_at(name) for name in good], CONNECTIONS, "external weights")
+    versions = {name: flight.result() for name, flight in zip(good, flights, strict=True)}
+    members = tuple(
+        _whole(name, version.size_bytes, mtime_ns) for name, version in versions.items()
+    )
+    return Index("files", Version(0), 0, members, tuple(left_out), (), versions)
+
+
+def _whole(name: str, size_bytes: int, mtime_ns: int) -> Member:
+    return Member(name, size_bytes, mtime_ns, (Segment(0, size_bytes, 0),) if size_bytes else ())
+
+
+def _sorted(members: Iterable[Member]) -> tuple[Member, ...]:
+    return tuple(sorted(members, key=lambda member: member.name))
+
+
+def _on(first: bytes, source: Source, version: Version) -> Iterator[bytes]:
+    """Yield the start of a file, and all that follows."""
+    yield first
+    if len(first) < version.size_bytes:
+        with source.open(len(first), version.size_bytes) as transfer:
+            if transfer.is_whole:
+                raise ValueError("the store heeds ranges now and then")
+            yield from transfer
+
+
+def _in_one_pass(
+    form: Literal["tar", "gzip"], pieces: Iterable[bytes], version: Version, disk: BlockFile
+) -> Index:
+    """Read the headers of what comes, to its end, and keep it by blocks.
+
+    Raises:
+        ValueError: it is no sound archive; then nothing of it is kept.
+    """
+    stream = _Stream(pieces, disk)
+    try:
+        members, left_out = read_members(stream)
+        stream.drain()
+    except BaseException:
+        for index in range(len(stream.digests)):
+            disk.drop(index)
+        raise
+    finally:
+        disk.close()
+    digests = tuple(stream.digests) if form == "gzip" else ()
+    return Index(form, version, stream.end, _sorted(members), left_out, digests)
+
+
+class _Ranges:
+    """The headers of a file by range requests. One thread's.
+
+    Where one window follows the last the next one is twice as large: members are small there.
+    """
+
+    def __init__(self, source: Source, version: Version, first: bytes) -> None:
+        self._source = source
+        self._size_bytes = version.size_bytes
+        self._start, self._window = 0, first
+        self._window_bytes = WINDOW_BYTES
+        self._at = 0
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        assert whence == 0
+        self._at = offset
+        return offset
+
+    def read(self, size: int, /) -> bytes:
+        stop = min(self._at + size, self._size_bytes)
+        if stop <= self._at:
+            return b""
+        if not self._start <= self._at <= stop <= self._start + len(self._window):
+            self._fetch(stop)
+        data = self._window[self._at - self._start : stop - self._start]
+        self._at = stop
+        return data
+
+    def _fetch(self, stop: int) -> None:
+        gap_bytes = self._at - self._start - len(self._window)
+        is_near = gap_bytes < 2 * self._window_bytes
+        self._window_bytes = min(2 * self._window_bytes, BLOCK_BYTES) if is_near else WINDOW_BYTES
+        end = min(max(stop, self._at + self._window_bytes), self._size_bytes)
+        with self._source.open(self._at, end) as transfer:
+            if transfer.is_whole:
+                raise ValueError("the store heeds ranges now and then")
+            self._start, self._window = self._at, b"".join(transfer)
+
+
+class _Stream:
+    """What comes by, as a file that is read forward, and kept by blocks. One thread's."""
+
+    #: What stays behind the place that is read.
+    _BEHIND_BYTES = 4096
+
+    def __init__(self, pieces: Iterable[bytes], disk: BlockFile) -> None:
+        self._pieces = iter(pieces)
+        self._disk = disk
+        self._start, self._window = 0, bytearray()
+        self._block = bytearray()
+        self._at = 0
+        #: How much came.
+        self.end = 0
+        #: Of each block that came whole, or last.
+        self.digests: list[bytes] = []
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        if whence or offset < self._start:
+            raise ValueError("the headers of the archive lead backwards")
+        self._at = offset
+        return offset
+
+    def read(self, size: int, /) -> bytes:
+        stop = self._at + size
+        while self.end < stop and self._pull():
+            pass
+        data = bytes(self._window[self._at - self._start : stop - self._start])
+        self._at += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Take all that is left."""
+        self._at = 1 << 62
+        while self._pull():
+            pass
+        if self._block:
+            self._keep()
+
+    def _pull(self) -> bool:
+        piece = next(self._pieces, None)
+        if piece is None:
+            return False
+        self.end += len(piece)
+        self._window += piece
+        surplus = min(self._at - self._BEHIND_BYTES, self.end) - self._start
+        if surplus > 0:
+            del self._window[:surplus]
+            self._start += surplus
+        self._block += piece
+        while len(self._block) >= BLOCK_BYTES:
+            self._keep()
+        return True
+
+    def _keep(self) -> None:
+        block = bytes(self._block[:BLOCK_BYTES])
+        del self._block[:BLOCK_BYTES]
+        self._disk.put(len(self.digests), block)
+        self.digests.append(digest_of(block))

@@ -1,0 +1,84 @@
+"""What to fetch before it is asked for, guessed from the reads of one open file (pure).
+
+The kernel sends the reads of one program through several threads, 128 KiB or so each, partly out of
+order. So a read continues a run when it is near the run's end, whichever side; and as much as a run
+has read it is worth to fetch ahead: a header costs nothing more, a whole file soon has all
+connections busy, and a jump starts at nothing again.
+"""
+
+import threading
+from dataclasses import dataclass
+
+__all__ = ["MAX_AHEAD_BYTES", "ReadAhead"]
+
+#: The furthest that is fetched ahead: 16 connections with 4 MiB each.
+MAX_AHEAD_BYTES = 64 << 20
+
+#: How far from a run's end a read may be and still continue it: the kernel's threads are apart.
+NEAR_BYTES = 2 << 20
+
+#: A file up to this size is fetched whole at its second sequential read.
+SMALL_FILE_BYTES = 64 << 20
+
+#: As many jumps of one length make a stride.
+_STRIDE_JUMPS = 2
+
+
+@dataclass(slots=True)
+class _Run:
+    start: int
+    end: int
+
+
+class ReadAhead:
+    """The reads of one handle so far. Thread-safe.
+
+    Args:
+        size_bytes: of the file.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
+        self._lock = threading.Lock()
+        # All guarded by _lock.
+        self._run = _Run(0, 0)
+        self._reached = 0
+        self._jump_bytes = 0
+        self._jumps = 0
+
+    def wanted(self, offset: int, size: int) -> tuple[int, int]:
+        """Take note of a read, and return what to fetch ahead: [start, stop), empty for nothing."""
+        with self._lock:
+            end = min(offset + size, self._size_bytes)
+            run = self._run
+            if abs(offset - run.end) > NEAR_BYTES:
+                return self._jumped(offset, end)
+            is_first = run.end == run.start
+            run.start, run.end = min(run.start, offset), max(run.end, end)
+            ahead_bytes = min(run.end - run.start, MAX_AHEAD_BYTES)
+            if self._size_bytes <= SMALL_FILE_BYTES and not is_first:
+                ahead_bytes = self._size_bytes
+            stop = min(run.end + ahead_bytes, self._size_bytes)
+            start = max(run.end, self._reached)
+            return (start, stop) if start < stop else (0, 0)
+
+    def reached(self, stop: int) -> None:
+        """Take note that all up to `stop` is there or under way: it is not wanted again."""
+        with self._lock:
+            if stop > self._run.end:
+                self._reached = stop
+
+    def _jumped(self, offset: int, end: int) -> tuple[int, int]:
+        """Start another run; of jumps of one length, fetch where the next one leads."""
+        last = self._run
+        jump_bytes = offset - last.start
+        is_stride = abs(jump_bytes - self._jump_bytes) <= last.end - last.start
+        self._jumps = self._jumps + 1 if is_stride else 1
+        self._jump_bytes = jump_bytes
+        self._run = _Run(offset, end)
+        self._reached = 0
+        if self._jumps < _STRIDE_JUMPS or jump_bytes <= 0:
+            return 0, 0
+        begin = offset + jump_bytes
+        stop = begin + min(max(last.end - last.start, end - offset), MAX_AHEAD_BYTES)
+        return min(begin, self._size_bytes), min(stop, self._size_bytes)
