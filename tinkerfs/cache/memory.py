@@ -73,11 +73,5 @@ class BlockMemory:
                 self._kept.move_to_end(key)
             return data
 
-    def drop(self, keys: "list[Hashable]") -> None:
-        """Keep these no longer."""
-        with self._changed:
-            for key in keys:
-                self._kept_bytes -= len(self._kept.pop(key, b""))
-
     def _fits(self, size_bytes: int) -> bool:
         return not self._reserved_bytes or self._reserved_bytes + size_bytes <= self._limit_bytes

@@ -245,7 +245,8 @@ def clean_name(name: str) -> str | None:
 def _ns(mtime: float) -> int:
     """Return a time in ns; one that no file can have is none."""
     try:
-        ns = int(mtime * 1_000_000_000)
+        seconds = int(mtime)
+        ns = seconds * 1_000_000_000 + round((mtime - seconds) * 1e9)
     except (ValueError, OverflowError):
         return 0
     return ns if abs(ns) < 1 << 63 else 0

@@ -1,0 +1,438 @@
+"""The block cache: what was put is what is read, whatever becomes of disk and processes."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tests.support.clocks import FakeTime
+from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.telemetry import Telemetry
+
+KIB = 1 << 10
+BLOCK = 64 * KIB
+
+
+@pytest.fixture
+def telemetry():
+    return Telemetry()
+
+
+@pytest.fixture
+def cache_of(tmp_path, telemetry):
+    def make(limit_bytes=1 << 30, floor_bytes=0, clock=None, folder="blocks"):
+        more = {} if clock is None else {"clock": clock}
+        return BlockCache(
+            tmp_path / folder,
+            telemetry,
+            limit_bytes=limit_bytes,
+            floor_bytes=floor_bytes,
+            **more,
+        )
+
+    return make
+
+
+def block(number, size=BLOCK):
+    return random.Random(number).randbytes(size)
+
+
+def whole(file, index, size=BLOCK):
+    return file.read(index, 0, size, size)
+
+
+def on_disk(cache):
+    return sum(
+        path.stat().st_size
+        for path in cache.folder.rglob("*")
+        if path.is_file() and path.name.isdigit()
+    )
+
+
+def test_what_is_put_is_read_in_any_piece_and_by_the_next_mount(cache_of):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        assert whole(file, 3) is None
+        assert file.put(3, block(1))
+        assert file.read(3, 100, 200, BLOCK) == block(1)[100:200]
+        assert (file.has(3), file.has(2), file.kept()) == (True, False, {3: BLOCK})
+    with contextlib.closing(cache_of().open("key", "about")) as again:
+        assert whole(again, 3) == block(1)
+    with contextlib.closing(cache_of().open("another key", "about")) as other:
+        assert whole(other, 3) is None
+
+
+def test_it_is_for_its_user_alone(cache_of, tmp_path):
+    cache = cache_of(folder="a/b/blocks")
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+    paths = [*(tmp_path / "a").rglob("*"), tmp_path / "a"]
+    assert {path.stat().st_mode & 0o077 for path in paths} == {0}
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o700}
+
+
+def block_path(cache):
+    [path] = [path for path in cache.folder.rglob("*") if path.name.isdigit()]
+    return path
+
+
+def spoil_byte(path):
+    with path.open("r+b") as file:
+        file.seek(1000)
+        old = file.read(1)
+        file.seek(1000)
+        file.write(bytes([old[0] ^ 1]))
+
+
+def truncate(path):
+    os.truncate(path, 100)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def swap(path):
+    path.rename(path.with_name("1"))
+
+
+@pytest.mark.parametrize("spoil", [spoil_byte, truncate, empty, zero, swap])
+@pytest.mark.parametrize("is_remounted", [True, False])
+def test_a_block_that_was_altered_is_never_read(cache_of, telemetry, spoil, is_remounted):
+    cache = cache_of()
+    file = cache.open("key", "about")
+    file.put(0, block(0))
+    assert whole(file, 0) == block(0)
+    time.sleep(0.01)  # the clock of file times ticks every 4 ms
+    spoil(block_path(cache))
+    if is_remounted:
+        file.close()
+        file = cache_of().open("key", "about")
+    assert whole(file, 0) is None
+    assert whole(file, 1) is None
+    if spoil is not swap:
+        assert "altered" in telemetry.errors_text()
+    assert file.put(0, block(0))
+    assert whole(file, 0) == block(0)
+    file.close()
+
+
+def test_the_least_recently_used_go_first_but_nothing_that_is_open(cache_of):
+    clock = FakeTime()
+    cache = cache_of(limit_bytes=8 * (BLOCK + 4 * KIB), clock=clock.clock)
+    for number in range(6):
+        with contextlib.closing(cache.open(f"key {number}", "about")) as file:
+            assert file.put(0, block(number))
+        clock.advance(100)
+    opened = cache.open("key 0", "about")
+    with contextlib.closing(cache.open("key 1", "about")) as file:
+        assert whole(file, 0) == block(1)
+    clock.advance(100)
+    with contextlib.closing(cache.open("new", "about")) as file:
+        for index in range(4):
+            assert file.put(index, block(index))
+    kept = set()
+    for number in range(6):
+        with contextlib.closing(cache.open(f"key {number}", "about")) as file:
+            kept |= {number} if file.has(0) else set()
+    assert {0, 1} <= kept
+    assert 2 not in kept
+    assert whole(opened, 0) == block(0)
+    opened.close()
+
+
+def test_it_stays_within_its_bound(cache_of):
+    limit = 40 * BLOCK
+    caches = [cache_of(limit_bytes=limit) for _ in range(2)]
+    for number in range(100):
+        with contextlib.closing(caches[number % 2].open(f"key {number // 5}", "about")) as file:
+            file.put(number % 5, block(number))
+        assert on_disk(caches[0]) <= limit
+    assert on_disk(caches[0]) >= limit // 2
+    folders = list(caches[0].folder.iterdir())
+    assert len(folders) <= 9, "folders without a block stay behind"
+
+
+def test_what_is_open_may_fill_it_and_then_nothing_more_is_kept(cache_of, telemetry):
+    cache = cache_of(limit_bytes=4 * (BLOCK + 4 * KIB))
+    with contextlib.closing(cache.open("key", "about")) as file:
+        kept = [file.put(index, block(index)) for index in range(20)]
+        assert kept[:3] == [True] * 3
+        assert not any(kept[5:])
+        assert whole(file, 0) == block(0)
+    assert telemetry.errors_text().count("full of open files") == 1
+
+
+def test_the_floor_of_free_disk_is_kept(cache_of, telemetry):
+    cache = cache_of(floor_bytes=1 << 62)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        assert not file.put(0, block(0))
+    assert "ENOSPC" in telemetry.errors_text()
+
+
+def test_a_limit_of_0_keeps_nothing(cache_of):
+    cache = cache_of(limit_bytes=0)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        assert not file.put(0, block(0))
+    assert on_disk(cache) == 0
+
+
+def test_a_folder_that_goes_away_is_made_again(cache_of):
+    cache = cache_of()
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+        subprocess.run(["rm", "-rf", cache.folder], check=True)
+        assert whole(file, 0) is None
+        assert file.put(0, block(0))
+        assert whole(file, 0) == block(0)
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(cache_of, telemetry, tmp_path):
+    (tmp_path / "blocks").write_text("no folder")
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        for index in range(5):
+            assert not file.put(index, block(0))
+            assert whole(file, index) is None
+    assert len(telemetry.errors_text().splitlines()) == 1
+
+
+def test_a_disk_that_is_full_keeps_no_half_block(cache_of, telemetry):
+    """ENOSPC in the middle, as RLIMIT_FSIZE gives EFBIG: in a process of its own."""
+    cache = cache_of()
+    code = f"""
+import resource, signal
+from pathlib import Path
+from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.telemetry import Telemetry
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
+telemetry = Telemetry()
+cache = BlockCache(Path({str(cache.folder)!r}), telemetry, limit_bytes=1 << 30, floor_bytes=0)
+file = cache.open("key", "about")
+assert not file.put(0, bytes({BLOCK}))
+assert file.read(0, 0, 10, {BLOCK}) is None
+assert "EFBIG" in telemetry.errors_text()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [path.name for path in cache.folder.rglob("*") if path.name[0] in ".0123456789"] == [
+        path.name for path in cache.folder.iterdir() if path.name[0] in ".0123456789"
+    ]
+
+
+CLAIMER = """
+import sys, time
+from pathlib import Path
+from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.telemetry import Telemetry
+cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=1 << 30, floor_bytes=0)
+file = cache.open("key", "about")
+file.prepare()
+with file.claimed(7, 10):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_block_is_claimed_by_one_process_at_a_time_until_it_dies(cache_of):
+    cache = cache_of()
+    other = subprocess.Popen(
+        [sys.executable, "-c", CLAIMER, str(cache.folder)], stdout=subprocess.PIPE
+    )
+    file = cache.open("key", "about")
+    file.prepare()
+    try:
+        assert other.stdout.readline() == b"claimed\n"
+        began = time.monotonic()
+        with file.claimed(8, 10):
+            assert time.monotonic() - began < 1
+        with file.claimed(7, 0.2):
+            assert time.monotonic() - began >= 0.2
+        threading.Timer(0.2, other.kill).start()
+        with file.claimed(7, 30):
+            assert time.monotonic() - began < 10
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+        file.close()
+
+
+def test_what_another_process_has_open_stays(cache_of):
+    clock = FakeTime()
+    cache = cache_of(limit_bytes=6 * (BLOCK + 4 * KIB), clock=clock.clock)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+    other = subprocess.Popen(
+        [sys.executable, "-c", CLAIMER, str(cache.folder)], stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"claimed\n"
+        clock.advance(1000)
+        with contextlib.closing(cache.open("new", "about")) as file:
+            for index in range(20):
+                file.put(index, block(index))
+        with contextlib.closing(cache.open("key", "about")) as file:
+            assert whole(file, 0) == block(0)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+WRITER = """
+import random, sys
+from pathlib import Path
+from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.telemetry import Telemetry
+cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=40 * 65536, floor_bytes=0)
+print("ready", flush=True)
+number = 0
+while True:
+    file = cache.open(f"key {number % 7}", "about")
+    for index in range(10):
+        file.put(index, random.Random(number % 7 * 100 + index).randbytes(65536))
+    file.close()
+    number += 1
+"""
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_are_killed_at_any_instant_leave_no_wrong_byte(cache_of):
+    """200 kills: 8 writers at a time live for a few milliseconds each."""
+    cache = cache_of(limit_bytes=40 * BLOCK)
+    rng, kills, found = random.Random(0), 0, 0
+    pids = []
+    # Forked from one process that has imported all: an interpreter takes 0.2 s to start.
+    code = WRITER.replace(
+        'print("ready", flush=True)',
+        """import os
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        break
+    print(pid, flush=True)
+else:
+    os._exit(0)
+""",
+    )
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", code, str(cache.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while kills < 200:
+            while len(pids) < 4:
+                nursery.stdin.write("fork\n")
+                nursery.stdin.flush()
+                pids.append(int(nursery.stdout.readline()))
+            time.sleep(rng.uniform(0.0, 0.03))
+            os.kill(pids.pop(0), signal.SIGKILL)
+            kills += 1
+            number, index = rng.randrange(7), rng.randrange(10)
+            with contextlib.closing(cache_of().open(f"key {number}", "about")) as file:
+                data = whole(file, index)
+            assert data in (None, block(number * 100 + index))
+            found += data is not None
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        nursery.stdin.close()
+        nursery.wait(10)
+        nursery.stdout.close()
+    assert found > 20
+    for number in range(7):
+        with contextlib.closing(cache_of().open(f"key {number}", "about")) as file:
+            for index in file.kept():
+                assert whole(file, index) == block(number * 100 + index)
+
+
+def test_drafts_that_a_killed_process_left_are_removed_in_time(cache_of):
+    clock = FakeTime()
+    cache = cache_of(clock=clock.clock)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+        draft = Path(file._folder) / ".1.99.0"
+        draft.write_bytes(b"half")
+        os.utime(draft, (clock.now - 60, clock.now - 60))
+        with contextlib.closing(cache_of(clock=clock.clock).open("other", "about")) as other:
+            other.put(0, block(1))
+        assert draft.exists()
+        os.utime(draft, (clock.now - 6000, clock.now - 6000))
+        with contextlib.closing(cache_of(clock=clock.clock).open("other", "about")) as other:
+            other.put(1, block(1))
+        assert not draft.exists()
+
+
+class Blocks(RuleBasedStateMachine):
+    """The cache against a dict: what it has is right, whatever came before."""
+
+    def __init__(self):
+        super().__init__()
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.model = {}
+        self.files = {}
+        self.remount()
+
+    @rule()
+    def remount(self):
+        for file in self.files.values():
+            file.close()
+        self.files = {}
+        self.cache = BlockCache(
+            Path(self.folder.name) / "blocks", Telemetry(), limit_bytes=60 * KIB, floor_bytes=0
+        )
+
+    def file(self, key):
+        if key not in self.files:
+            self.files[key] = self.cache.open(f"{key}", "about")
+        return self.files[key]
+
+    @rule(key=st.integers(0, 3), index=st.integers(0, 5), data=st.binary(min_size=10, max_size=99))
+    def put(self, key, index, data):
+        if self.file(key).put(index, data):
+            self.model[key, index] = data
+
+    @rule(key=st.integers(0, 3), index=st.integers(0, 5))
+    def read(self, key, index):
+        expected = self.model.get((key, index), b"x" * 20)
+        found = self.file(key).read(index, 3, 9, len(expected))
+        assert found is None or found == expected[3:9]
+
+    @rule(key=st.integers(0, 3))
+    def close(self, key):
+        if key in self.files:
+            self.files.pop(key).close()
+
+    @rule(key=st.integers(0, 3), index=st.integers(0, 5))
+    def drop(self, key, index):
+        self.file(key).drop(index)
+
+    @invariant()
+    def bounded(self):
+        assert on_disk(self.cache) <= 60 * KIB
+
+    def teardown(self):
+        for file in self.files.values():
+            file.close()
+        self.folder.cleanup()
+
+
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=25, stateful_step_count=40)

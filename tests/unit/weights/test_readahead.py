@@ -1,0 +1,103 @@
+"""Read-ahead: what is fetched before it is asked for."""
+
+import itertools
+import random
+
+import pytest
+
+from tinkerfs.weights.readahead import MAX_AHEAD_BYTES, NEAR_BYTES, ReadAhead
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+def ends(ahead, reads):
+    """Return up to where is fetched after each read, all of it at once."""
+    reached = []
+    for offset, size in reads:
+        start, stop = ahead.wanted(offset, size)
+        if stop > start:
+            ahead.reached(stop)
+        reached.append(stop)
+    return reached
+
+
+def in_order(size, step=128 * KIB, begin=0):
+    return [(offset, step) for offset in range(begin, begin + size, step)]
+
+
+def test_the_header_of_a_large_file_costs_no_more_than_itself():
+    ahead = ReadAhead(5 * GIB)
+    assert max(ends(ahead, [(0, 8), (8, 150 * KIB)])) <= 512 * KIB
+
+
+def test_who_reads_on_has_ever_more_fetched_up_to_a_bound():
+    reached = ends(ReadAhead(5 * GIB), in_order(200 * MIB))
+    assert max(reached) == 200 * MIB + MAX_AHEAD_BYTES
+    assert max(reached[: 4 * 8]) <= 8 * MIB
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_disorder_of_the_kernel_is_a_sequence_still(seed):
+    rng, reads = random.Random(seed), in_order(100 * MIB)
+    shuffled = [
+        read for at in range(0, len(reads), 5) for read in rng.sample(reads[at : at + 5], 5)
+    ]
+    assert max(ends(ReadAhead(5 * GIB), shuffled)) == 100 * MIB + MAX_AHEAD_BYTES
+
+
+def test_nothing_is_wanted_twice_and_nothing_before_what_is_read():
+    ahead, asked = ReadAhead(GIB), []
+    for offset, size in in_order(150 * MIB):
+        start, stop = ahead.wanted(offset, size)
+        if stop > start:
+            assert start >= offset
+            asked.append((start, stop))
+            ahead.reached(stop)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(asked))
+
+
+def test_what_was_not_reached_is_wanted_again():
+    ahead = ReadAhead(GIB)
+    ahead.wanted(0, 4 * MIB)
+    first = ahead.wanted(4 * MIB, MIB)
+    ahead.reached(first[0])
+    assert ahead.wanted(5 * MIB, MIB)[0] == 6 * MIB
+
+
+def test_a_jump_starts_at_nothing_again():
+    ahead = ReadAhead(5 * GIB)
+    ends(ahead, in_order(100 * MIB))
+    assert ends(ahead, [(3 * GIB, 4 * KIB)]) == [0]
+    assert max(ends(ahead, in_order(MIB, begin=3 * GIB + 4 * KIB))) <= 3 * GIB + 3 * MIB
+
+
+def test_random_reads_fetch_nothing_ahead():
+    rng, ahead = random.Random(1), ReadAhead(50 * GIB)
+    reads = [(rng.randrange(50 * GIB), 4 * KIB) for _ in range(500)]
+    assert sum(stop > 0 for stop in ends(ahead, reads)) <= 5
+
+
+def test_a_stride_is_followed():
+    stride, piece, ahead = 16 * MIB, MIB, ReadAhead(5 * GIB)
+    for number in range(8):
+        found = []
+        for offset, size in in_order(piece, begin=number * stride):
+            start, stop = ahead.wanted(offset, size)
+            found.append((start, stop))
+        if number > 2:
+            begin, end = found[0]
+            assert begin == (number + 1) * stride
+            assert end >= begin + piece
+
+
+def test_a_small_file_is_wanted_whole_at_the_second_read():
+    ahead = ReadAhead(60 * MIB)
+    assert ahead.wanted(0, 8)[1] <= 16
+    assert ahead.wanted(8, 4 * KIB) == (8 + 4 * KIB, 60 * MIB)
+    assert ReadAhead(60 * MIB).wanted(NEAR_BYTES + 1, 4 * KIB) == (0, 0)
+
+
+def test_nothing_is_wanted_beyond_the_end():
+    ahead = ReadAhead(10 * MIB)
+    assert max(ends(ahead, in_order(10 * MIB))) == 10 * MIB
+    assert ReadAhead(0).wanted(0, 0) == (0, 0)
