@@ -116,9 +116,9 @@ class RemoteFile:
         self._stale: OSError | None = None
 
     def acquire(self) -> bool:
-        """Begin a use, and return whether that can be: not after the last one has ended."""
+        """Begin a use, and return whether that can be: not once it is closed or stale."""
         with self._lock:
-            if self._is_closed:
+            if self._is_closed or self._stale is not None:
                 return False
             self._users += 1
             return True
