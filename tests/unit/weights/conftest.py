@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.server import demo_server, server  # noqa: F401
+from tests.support.server import demo_server  # noqa: F401
 from tinkerfs.api.client import CheckpointRef, Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.cache.blocks import BlockCache
@@ -14,8 +14,6 @@ from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archives import Archives
 from tinkerfs.weights.content import Subject, Weights
-
-MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +27,19 @@ def weights_of(tmp_path):
     """A factory: the weights behind a server, as one mount has them; each call is another mount."""
     with ExitStack() as stack:
 
-        def make(server, *, folder="cache", limit_bytes=1 << 34, timeout_s=10.0, **options):
+        def make(server, *, limit_bytes=1 << 34, timeout_s=10.0, clock=SYSTEM_CLOCK, **options):
             telemetry = Telemetry()
-            credentials = Credentials({"TINKER_API_KEY": server.api_key}, home=str(tmp_path))
+            environ = {"TINKER_API_KEY": server.api_key}
+            credentials = Credentials(environ, home=str(tmp_path), clock=clock)
             client = stack.enter_context(
-                Client(server.base_url, credentials, telemetry, timeout_s=timeout_s)
+                Client(server.base_url, credentials, telemetry, timeout_s=timeout_s, clock=clock)
             )
-            (tmp_path / folder).mkdir(mode=0o700, exist_ok=True)
-            store = stack.enter_context(Store(tmp_path / folder))
-            cache = BlockCache(
-                tmp_path / folder / "blocks", telemetry, limit_bytes=limit_bytes, floor_bytes=0
-            )
+            folder = tmp_path / "cache"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            store = stack.enter_context(Store(folder))
+            cache = BlockCache(folder / "blocks", telemetry, limit_bytes=limit_bytes, floor_bytes=0)
             burst = options.pop("burst", 0)
-            archives = Archives(client, telemetry, SYSTEM_CLOCK, timeout_s=timeout_s, burst=burst)
+            archives = Archives(client, telemetry, clock, timeout_s=timeout_s, burst=burst)
             weights = stack.enter_context(
                 Weights(archives, store, cache, telemetry, timeout_s=timeout_s, **options)
             )
@@ -52,7 +50,7 @@ def weights_of(tmp_path):
         yield make
 
 
-def subject_of(server, kind="weights", *, run=0, number=0):  # noqa: F811
+def subject_of(server, kind="weights", *, run=0, number=0):
     """Return a checkpoint of a server as weights are asked for, and its two ids."""
     run = list(server.account.runs())[run]
     found = [each for each in run.checkpoints if each.id.startswith(f"{kind}/")]
@@ -62,7 +60,7 @@ def subject_of(server, kind="weights", *, run=0, number=0):  # noqa: F811
     return Subject(server.base_url, key, ref, f"/{run.id}/{checkpoint.id}", 0)
 
 
-def truth(server, subject, name):  # noqa: F811
+def truth(server, subject, name):
     """Return the bytes that a member must have."""
     content = server.files(subject.ref.run_id, subject.ref.path_id)[name]
     return content.read(0, content.size_bytes)

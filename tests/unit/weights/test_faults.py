@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from tests.support.server import demo_server  # noqa: F401
 from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
 from tinkerfs.call import IN_PROCESS
@@ -148,7 +147,7 @@ def check(found, expected):
 
 @pytest.mark.parametrize(("read", "times"), [(sequential, 1), (scattered, 1), (sequential, None)])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_server, weights_of):  # noqa: F811
+def test_a_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=9 * MIB)
     subject = subject_of(server)
     expected = truth(server, subject, NAME)
@@ -172,7 +171,7 @@ def test_a_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_serv
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("times", [1, None])
-def test_a_fault_of_the_index_is_told_or_made_good(fault, times, demo_server, weights_of):  # noqa: F811
+def test_a_fault_of_the_index_is_told_or_made_good(fault, times, demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=MIB)
     subject = subject_of(server)
     mount = weights_of(server, timeout_s=TIMEOUT_S)
