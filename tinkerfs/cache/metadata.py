@@ -31,6 +31,10 @@ FAILURE_TTL_S = 2.0
 #: How long somebody who has a last good answer waits for a newer one, seconds.
 PATIENCE_S = 2.0
 
+#: And how long once the last try to get one has failed: a server that is back answers within this,
+#: one that hangs does not hold up everybody again and again.
+PATIENCE_IN_OUTAGE_S = 0.2
+
 #: Who goes on using a value meets its end of life without a wait: what was used within this time,
 #: seconds, or a quarter of the TTL where that is less, is served once more and refreshed behind.
 IN_USE_S = 2.0
@@ -140,7 +144,8 @@ class MetadataCache:
             self._telemetry.count("refreshed_behind")
             return entry.value  # type: ignore[no-any-return]
         try:
-            patience_s = max(PATIENCE_S - (now - flight.started), 0.0)
+            patience_s = PATIENCE_S if entry.error is None else PATIENCE_IN_OUTAGE_S
+            patience_s = max(patience_s - (now - flight.started), 0.0)
             return call.within(patience_s).wait(flight.future)  # type: ignore[no-any-return]
         except errors.OUTAGES:
             pass
