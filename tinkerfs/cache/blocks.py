@@ -33,6 +33,9 @@ __all__ = ["BlockCache", "BlockFile", "is_sound"]
 _MAGIC = b"tkfsblk1"
 _TRAILER_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
 
+#: Written and checked at a time: what stays in the processor's cache takes a third of the time.
+_PIECE_BYTES = 256 << 10
+
 #: The access time of a block is set again when it is this old, seconds.
 _TOUCH_S = 60.0
 
@@ -291,10 +294,12 @@ class BlockFile:
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
         try:
             try:
-                for part in (data, _MAGIC + _digest(self._name, index, data)):
-                    rest = memoryview(part)
-                    while rest:
-                        rest = rest[os.write(fd, rest) :]
+                digest = _digest_of(self._name, index)
+                with memoryview(data) as view:
+                    for start in range(0, len(data), _PIECE_BYTES):
+                        digest.update(view[start : start + _PIECE_BYTES])
+                        _write_all(fd, view[start : start + _PIECE_BYTES])
+                _write_all(fd, memoryview(_MAGIC + digest.digest()))
                 now_ns = self._cache.now_ns()
                 os.utime(fd, ns=(now_ns, now_ns))
                 status = os.fstat(fd)
@@ -327,14 +332,18 @@ def is_sound(fd: int, name: str, index: int) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    size_bytes = os.fstat(fd).st_size
-    whole = os.pread(fd, size_bytes, 0)
-    data, trailer = whole[:-_TRAILER_BYTES], whole[-_TRAILER_BYTES:]
-    return len(whole) == size_bytes and trailer == _MAGIC + _digest(name, index, data)
+    end = os.fstat(fd).st_size - _TRAILER_BYTES
+    digest = _digest_of(name, index)
+    for start in range(0, end, _PIECE_BYTES):
+        digest.update(os.pread(fd, min(_PIECE_BYTES, end - start), start))
+    return os.pread(fd, _TRAILER_BYTES, end) == _MAGIC + digest.digest() if end >= 0 else False
 
 
-def _digest(name: str, index: int, data: bytes) -> bytes:
-    """Return a checksum that a block has only in its own place."""
-    digest = hashlib.sha256(f"{name}/{index}:".encode())
-    digest.update(data)
-    return digest.digest()
+def _digest_of(name: str, index: int) -> "hashlib._Hash":
+    """Begin a checksum that a block has only in its own place."""
+    return hashlib.sha256(f"{name}/{index}:".encode())
+
+
+def _write_all(fd: int, rest: memoryview) -> None:
+    while rest:
+        rest = rest[os.write(fd, rest) :]

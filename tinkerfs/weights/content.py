@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Self, TypeVar
 
@@ -278,7 +278,7 @@ class Weights:
                     flight = in_thread(load, f"index of {subject.path}")
                     self._keep(identity, flight)
                     flight.add_done_callback(lambda done: self._landed(identity, done))
-        return replace(call, timeout_s=None).wait(flight)
+        return call.wait(flight)
 
     def _landed(self, identity: str, flight: "Future[Index]") -> None:
         """Keep no failure: the next one to ask tries again."""
@@ -430,7 +430,7 @@ def _range(source: Source, start: int, stop: int) -> bytes | None:
 
 def _patiently(call: Call, work: Callable[[], T], name: str) -> T:
     """Return what `work`, which has bounds of its own, comes to on another thread."""
-    return replace(call, timeout_s=None).wait(in_thread(work, name))
+    return call.wait(in_thread(work, name))
 
 
 def _listing(index: Index) -> Listing:

@@ -21,11 +21,13 @@ class WeightsFile:
         member: where they are in it.
 
     Attributes:
+        key: another version of the file has another one.
         size_bytes: its length.
         mtime_ns: nanoseconds since 1970.
     """
 
     def __init__(self, file: RemoteFile, member: Member) -> None:
+        self.key = file.key
         self.size_bytes = member.size_bytes
         self.mtime_ns = member.mtime_ns
         self._file = file

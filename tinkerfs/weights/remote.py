@@ -26,9 +26,10 @@ __all__ = ["BLOCK_BYTES", "Arriving", "Origin", "RemoteFile", "blocks_of", "dige
 #: time hide the latency, and one is soon there.
 BLOCK_BYTES = 4 << 20
 
-#: Requests of one file at a time; fetching ahead leaves some to those who wait.
+#: Requests of one file at a time; fetching ahead leaves some to those who wait. Measured on 2 cores
+#: shared with the server: at 50 ms latency 1, 4, 6 and 12 ahead gave 62, 197, 245 and 213 MB/s.
 CONNECTIONS = 16
-CONNECTIONS_AHEAD = 12
+CONNECTIONS_AHEAD = 8
 
 
 class Arriving(Protocol):
@@ -95,7 +96,7 @@ class RemoteFile:
         digests: tuple[bytes, ...] = (),
     ) -> None:
         self.size_bytes = size_bytes
-        self._key = key
+        self.key = key
         self._path = path
         self._origin = origin
         self._disk = disk
@@ -202,10 +203,10 @@ class RemoteFile:
         return min(BLOCK_BYTES, self.size_bytes - index * BLOCK_BYTES)
 
     def _has(self, index: int) -> bool:
-        return self._memory.get((self._key, index)) is not None or self._disk.has(index)
+        return self._memory.get((self.key, index)) is not None or self._disk.has(index)
 
     def _kept(self, index: int, first: int, last: int) -> bytes | None:
-        data = self._memory.get((self._key, index))
+        data = self._memory.get((self.key, index))
         if data is not None:
             return data[first:last]
         return self._disk.read(index, first, last, self._length(index))
@@ -344,7 +345,7 @@ class RemoteFile:
         if self._disk.put(index, block):
             self._memory.release(len(block))
         else:
-            self._memory.keep((self._key, index), block)
+            self._memory.keep((self.key, index), block)
         self._landed(index, block)
 
     def _landed(self, index: int, block: bytes) -> None:

@@ -381,10 +381,12 @@ class Transfer:
                     at += len(fresh)
                     self._patience.gained(len(fresh))
                     yield fresh
-                    if at == self.stop:
+                    # An answer is read to its end: only then does its connection serve again.
+                    if at == self.stop < self._answer.stop:
                         break
             except Lost as lost:
-                self._patience.lost(lost)
+                if at < self.stop:
+                    self._patience.lost(lost)
             else:
                 if at < self.stop:  # a part of what was asked, or chunks that end early
                     short = errors.Unreachable("the store sent too little", endpoint=LABEL)

@@ -1,6 +1,6 @@
 """Weights of a demo server's checkpoints, with everything behind them, without a mount."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -22,30 +22,35 @@ def _no_proxy(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@contextmanager
+def weights_in(
+    folder, base_url, api_key, *, limit_bytes=1 << 34, timeout_s=10.0, clock=SYSTEM_CLOCK, **options
+):
+    """The weights behind a server, as one mount has them."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    telemetry = Telemetry()
+    credentials = Credentials({"TINKER_API_KEY": api_key}, home=str(folder), clock=clock)
+    cache = BlockCache(folder / "blocks", telemetry, limit_bytes=limit_bytes, floor_bytes=0)
+    bounds = {"timeout_s": timeout_s}
+    with Client(base_url, credentials, telemetry, clock=clock, **bounds) as client:
+        burst = options.pop("burst", 0)
+        archives = Archives(client, telemetry, clock, burst=burst, **bounds)
+        with (
+            Store(folder) as store,
+            Weights(archives, store, cache, telemetry, **bounds, **options) as weights,
+        ):
+            yield SimpleNamespace(weights=weights, telemetry=telemetry, cache=cache, store=store)
+
+
 @pytest.fixture
 def weights_of(tmp_path):
-    """A factory: the weights behind a server, as one mount has them; each call is another mount."""
+    """A factory of mounts of a server, which share a cache; each call is another one."""
     with ExitStack() as stack:
 
-        def make(server, *, limit_bytes=1 << 34, timeout_s=10.0, clock=SYSTEM_CLOCK, **options):
-            telemetry = Telemetry()
-            environ = {"TINKER_API_KEY": server.api_key}
-            credentials = Credentials(environ, home=str(tmp_path), clock=clock)
-            client = stack.enter_context(
-                Client(server.base_url, credentials, telemetry, timeout_s=timeout_s, clock=clock)
-            )
+        def make(server, **options):
             folder = tmp_path / "cache"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            store = stack.enter_context(Store(folder))
-            cache = BlockCache(folder / "blocks", telemetry, limit_bytes=limit_bytes, floor_bytes=0)
-            burst = options.pop("burst", 0)
-            archives = Archives(client, telemetry, clock, timeout_s=timeout_s, burst=burst)
-            weights = stack.enter_context(
-                Weights(archives, store, cache, telemetry, timeout_s=timeout_s, **options)
-            )
-            return SimpleNamespace(
-                weights=weights, telemetry=telemetry, cache=cache, archives=archives, store=store
-            )
+            mount = weights_in(folder, server.base_url, server.api_key, **options)
+            return stack.enter_context(mount)
 
         yield make
 

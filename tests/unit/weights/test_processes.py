@@ -1,0 +1,80 @@
+"""Mounts that share a cache: one fetch of a block among them, and a killed one harms nobody."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from tests.unit.weights.conftest import subject_of, truth
+from tinkerfs.call import IN_PROCESS
+
+MIB = 1 << 20
+NAME = "adapter_model.safetensors"
+
+READER = """
+import sys
+from pathlib import Path
+from tests.unit.weights.conftest import weights_in
+from tinkerfs.api.client import CheckpointRef
+from tinkerfs.call import IN_PROCESS
+from tinkerfs.weights.content import Subject
+folder, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]
+ref = CheckpointRef(run, checkpoint, checkpoint, is_known=True)
+subject = Subject(base_url, (run, checkpoint, float(time_s)), ref, "/x", 0)
+with weights_in(Path(folder), base_url, api_key) as mount:
+    with mount.weights.open(subject, "adapter_model.safetensors", IN_PROCESS) as file:
+        print("open", flush=True)
+        sys.stdin.readline()
+        data, at = bytearray(), 0
+        while piece := file.read(131072, len(data), IN_PROCESS):
+            data += piece
+        sys.stdout.buffer.write(data)
+"""
+
+
+def reader(server, folder, subject):
+    arguments = [str(each) for each in (folder, server.base_url, server.api_key, *subject.key)]
+    return subprocess.Popen(
+        [sys.executable, "-c", READER, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def test_processes_fetch_each_block_once_between_them(demo_server, tmp_path):
+    server = demo_server(runs=1, size_bytes=20 * MIB, latency_s=0.02)
+    subject = subject_of(server)
+    readers = [reader(server, tmp_path, subject) for _ in range(3)]
+    for each in readers:
+        assert each.stdout.readline() == b"open\n"
+    server.journal.clear()
+    for each in readers:
+        each.stdin.write(b"\n")
+        each.stdin.flush()
+    expected = truth(server, subject, NAME)
+    assert [each.communicate(timeout=30)[0] == expected for each in readers] == [True] * 3
+    ranges = [entry.range for entry in server.journal.entries("GET store/archive")]
+    assert len(ranges) == len(set(ranges)) == 6
+
+
+def test_readers_that_are_killed_leave_no_wrong_byte(demo_server, tmp_path, weights_of):
+    server = demo_server(runs=1, size_bytes=40 * MIB)
+    subject, rng = subject_of(server), random.Random(0)
+    expected = truth(server, subject, NAME)
+    for _ in range(8):
+        killed = reader(server, tmp_path / "cache", subject)
+        assert killed.stdout.readline() == b"open\n"
+        killed.stdin.write(b"\n")
+        killed.stdin.flush()
+        time.sleep(rng.uniform(0.0, 0.12))
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.communicate()
+    mount = weights_of(server)
+    kept = mount.weights.cached_bytes(subject, NAME)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        assert file.read(len(expected), 0, IN_PROCESS) == expected
+    assert kept > 0
+    assert "altered" not in mount.telemetry.errors_text()
