@@ -143,7 +143,10 @@ class BlockFile:
         self._folder = str(cache.folder / self._name)
         self._about = about
         self._lock = threading.Lock()
-        self._locks: ByteLocks | None = None  # replaced under _lock
+        # Replaced under _lock where somebody removed the folder; who is claiming a block by the old
+        # ones goes on with those, so all of them stay open until the end.
+        self._locks: ByteLocks | None = None
+        self._held: list[ByteLocks] = []
         with self._lock:
             if os.path.isdir(self._folder):
                 self._try_lock()
@@ -151,9 +154,10 @@ class BlockFile:
     def close(self) -> None:
         """Let its blocks go when others need room. No other method may be called afterwards."""
         with self._lock:
-            if self._locks is not None:
-                self._locks.close()
-                self._locks = None
+            for locks in self._held:
+                locks.close()
+            self._held.clear()
+            self._locks = None
 
     def has(self, index: int) -> bool:
         """Tell whether block `index` is there; whether it is sound turns out when it is read."""
@@ -264,8 +268,7 @@ class BlockFile:
         except OSError as error:
             self._cache.tell(error)
             return
-        if self._locks is not None:
-            self._locks.close()
+        self._held.append(locks)
         self._locks = locks
         with suppress(OSError):
             fd = os.open(
