@@ -7,6 +7,7 @@ thread that serves the request).
 """
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, replace
@@ -110,6 +111,21 @@ class Call:
                 raise errors.timed_out(
                     "", f"no answer within {self.timeout_s:g} s; it is still being waited for"
                 )
+
+    def pause(self, seconds: float) -> None:
+        """Wait for some time.
+
+        Raises:
+            OSError: EINTR when the caller was interrupted.
+        """
+        nothing: Future[None] = Future()
+        deadline = time.monotonic() + seconds
+        while (left_s := deadline - time.monotonic()) > 0:
+            try:
+                nothing.result(timeout=min(POLL_S, left_s))
+            except TimeoutError:
+                if self.interrupted():
+                    raise errors.interrupted() from None
 
 
 #: A call made from inside this process: nobody interrupts it.

@@ -38,6 +38,7 @@ class Settings:
         archive_timeout_s: bound on the wait for an archive that is being built.
         archive_burst: archive builds that one process group may start in a minute; 0 for no limit.
         cache_dir: where what is kept across mounts lies; None for the default place.
+        cache_size_bytes: bound on the blocks of weights kept on disk; 0 keeps none.
         read_only: refuse every change.
         allow_other: let other users in, under true permissions.
         xattr: tell extended attributes.
@@ -55,6 +56,7 @@ class Settings:
     archive_timeout_s: float = 15 * 60.0
     archive_burst: int = 8
     cache_dir: str | None = None
+    cache_size_bytes: int = 10 << 30
     read_only: bool = False
     allow_other: bool = False
     xattr: bool = False
@@ -137,6 +139,16 @@ def _parse_base_url(text: str) -> str:
     return text.strip().rstrip("/")
 
 
+_SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def _parse_size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(f"not a size (500M, 20G, 0): {text!r}")
+    return int(float(match.group(1)) * _SIZES[match.group(2)])
+
+
 def _parse_count(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text.strip()):
         raise ValueError(f"not a whole number of 0 or more: {text!r}")
@@ -208,6 +220,14 @@ OPTIONS: tuple[Option, ...] = (
         _parse_path,
         "Where what is kept across mounts lies.",
         "~/.cache/tinkerfs",
+    ),
+    Option(
+        "cache_size_bytes",
+        "cache-size",
+        "SIZE",
+        _parse_size_bytes,
+        "Bound on the weights that are kept on disk; 0 keeps none.",
+        "10G",
     ),
     Option(
         "timeout_s",

@@ -7,10 +7,19 @@ import pytest
 
 from tests.support.drivers import outcome_of
 
-VIEWS = ["checkpoints", "published", "expiring", "models", "sessions", "samplers"]
+VIEWS = ["checkpoints", "published", "expiring", "models", "adapters", "sessions", "samplers"]
 ROOT_NAMES = ["README.md", "runs", *VIEWS, ".content", ".tinkerfs"]
 RUN_NAMES = ["info.json", "checkpoints", "latest", "latest_sampler"]
-CHECKPOINT_NAMES = ["info.json", "archive_url", "published", "expires_at", "tinker_path"]
+CHECKPOINT_NAMES = [
+    "info.json",
+    "archive_url",
+    "published",
+    "expires_at",
+    "tinker_path",
+    "files",
+    "archive.tar",
+    "tensors.json",
+]
 CONTROL_NAMES = ["stats.json", "errors", "changes", "refresh"]
 
 

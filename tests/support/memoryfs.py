@@ -34,6 +34,14 @@ class MemoryHandle:
     fs: "MemoryFileSystem"
     path: str
     direct_io: bool = True
+    told_at: float | None = None
+
+    @property
+    def keep_cache(self) -> bool:
+        return not self.direct_io
+
+    def close(self) -> None:
+        pass
 
     @property
     def size_bytes(self) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
+from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import Store, default_cache_dir, prepare_cache_dir
 from tinkerfs.catalogue.freshness import Freshness
@@ -22,8 +23,12 @@ from tinkerfs.telemetry import Telemetry
 from tinkerfs.tree.filesystem import FileSystem
 from tinkerfs.tree.rows import Model
 from tinkerfs.weights.archives import Archives
+from tinkerfs.weights.content import Weights
 
 __all__ = ["Parts", "compose"]
+
+#: What the block cache leaves free on its disk, bytes.
+FREE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,22 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             timeout_s=settings.archive_timeout_s,
             burst=settings.archive_burst,
         )
+        blocks = BlockCache(
+            cache_dir / "blocks",
+            telemetry,
+            clock,
+            limit_bytes=settings.cache_size_bytes,
+            floor_bytes=FREE_BYTES,
+        )
+        weights = stack.enter_context(
+            Weights(archives, store, blocks, telemetry, timeout_s=settings.timeout_s)
+        )
         model = Model(
             settings=settings,
             catalogue=catalogue,
             sessions=sessions,
             archives=archives,
+            weights=weights,
             telemetry=telemetry,
             clock=clock,
             started_ns=int(clock.now() * 1e9),

@@ -132,8 +132,11 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
     ) -> bytes:
         """Return the bytes of [start, end); negative ones count from the end."""
         handle = self._handle(path, os.O_RDONLY)
-        first, last, _step = slice(start, end).indices(_size(handle))
-        return handle.read(max(last - first, 0), first, IN_PROCESS)
+        try:
+            first, last, _step = slice(start, end).indices(_size(handle))
+            return handle.read(max(last - first, 0), first, IN_PROCESS)
+        finally:
+            handle.close()
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_kwargs: Any) -> None:
         """Write one whole value to a control file."""
@@ -236,6 +239,13 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
 
     def _initiate_upload(self) -> None:
         pass
+
+    def close(self) -> None:
+        """Hand over what was written, and let go of the file."""
+        was_closed = self.closed
+        super().close()
+        if not was_closed:
+            self._handle.close()
 
 
 def _size(handle: Handle) -> int:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 LOOKUP_TIMEOUT_S: Final = 5.0
 #: So does a name that is removed.
 REMOVAL_TIMEOUT_S: Final = 10.0
+
+#: The kernel keeps attributes for 1 s (`binding.mount_options`); and a little for its clock.
+_FORGOTTEN_S: Final = 1.05
 
 _BLOCK_BYTES: Final = 4096
 _NAME_MAX: Final = 255
@@ -242,13 +246,18 @@ class Operations:
     @_operation
     def open(self, path: str, fi: Any) -> int:
         """Open; the file system itself bounds the wait, longer where an archive is built."""
-        handle = self._filesystem.open(path, fi.flags, self._call(None))
+        call = self._call(None)
+        handle = self._filesystem.open(path, fi.flags, call)
+        try:
+            _let_bounds_expire(handle, call)
+        except OSError:
+            handle.close()
+            raise
         number = next(self._numbers)
         self._files[number] = _Open(path, handle)
         fi.fh = number
         fi.direct_io = handle.direct_io
-        # What goes through the page cache is immutable: its path carries a version.
-        fi.keep_cache = not handle.direct_io
+        fi.keep_cache = handle.keep_cache
         return 0
 
     @_operation
@@ -282,7 +291,9 @@ class Operations:
     @_operation
     def release(self, _path: str | None, fi: Any) -> int:
         """Forget an open file."""
-        self._files.pop(fi.fh, None)
+        file = self._files.pop(fi.fh, None)
+        if file is not None:
+            file.handle.close()
         return 0
 
     # Changes
@@ -379,6 +390,15 @@ class XattrOperations(Operations):
         """Refuse to remove an attribute."""
         self._filesystem.setxattr(path, name)
         return 0
+
+
+def _let_bounds_expire(handle: Handle, call: Call) -> None:
+    """Return once the kernel has forgotten a size that was a mere bound.
+
+    So the next fstat asks again, and cp, tar, rsync and the like copy every byte and no more.
+    """
+    if handle.told_at is not None:
+        call.pause(handle.told_at + _FORGOTTEN_S - time.monotonic())
 
 
 def _known(path: str | None) -> str:

@@ -8,6 +8,7 @@ says more than "no such name" also lands in the mount's `errors`.
 import os
 import posixpath
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,11 +17,11 @@ from typing import Any
 
 from tinkerfs import errors, names
 from tinkerfs.call import Call
-from tinkerfs.tree.handles import RenderedHandle
+from tinkerfs.tree.handles import RenderedHandle, WeightsHandle
 from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
 from tinkerfs.tree.removal import Removals
-from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Model, Removal, Site
+from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Model, Removal, Site, Stream
 
 __all__ = ["FileSystem"]
 
@@ -28,6 +29,9 @@ _FOLDER_MODE = stat.S_IFDIR | 0o755
 _LINK_MODE = stat.S_IFLNK | 0o777
 _WRITE_BITS = 0o222
 _XATTR_NAMESPACE = "user."
+#: So many bounds are remembered as told before those are forgotten that nobody can still know.
+_MAX_TOLD = 4096
+_TOLD_S = 10.0
 #: As many links as Linux follows in one path (path_resolution(7)).
 _MAX_LINKS = 40
 
@@ -36,7 +40,7 @@ _MAX_LINKS = 40
 class _Node:
     """A resolved path: its row of the table, and what it is about."""
 
-    row: File | Control | Link | Folder
+    row: File | Stream | Control | Link | Folder
     subject: Any
     path: str
     parent: "_Node | None"
@@ -58,6 +62,10 @@ class FileSystem:
         self._root = _Node(ROOT, None, "/", None)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
+        #: When a size that is a mere bound was told last, by path, on the monotonic clock.
+        self._told_at: dict[str, float] = {}
+        #: Which version of its bytes a path was last opened for, that is what the kernel may keep.
+        self._keys: dict[str, str] = {}
         self._mode_mask = ~(settings.umask | (_WRITE_BITS if settings.read_only else 0))
 
     # Looking.
@@ -105,9 +113,11 @@ class FileSystem:
         return done
 
     def space(self) -> Space:
-        """Return the room of the disk that holds the cache."""
+        """Return the block cache's bound, and what is free of it and on its disk."""
+        total_bytes = self._model.settings.cache_size_bytes
         status = os.statvfs(self._cache_dir)
-        return Space(status.f_blocks * status.f_frsize, status.f_bavail * status.f_frsize)
+        left_bytes = max(total_bytes - self._model.weights.kept_bytes(), 0)
+        return Space(total_bytes, min(left_bytes, status.f_bavail * status.f_frsize))
 
     # Reading and writing.
 
@@ -130,16 +140,32 @@ class FileSystem:
                 raise errors.not_a_file(path)
             if is_for_writing:
                 self._check_writable(path, row)
-            elif flags & os.O_NOATIME and isinstance(row, File) and row.told_bytes is not None:
+            elif flags & os.O_NOATIME and _is_resolved_by_open(row):
                 # GIO, and so Thunar, Nautilus or `gio info`, opens what has no known ending with
                 # this flag to name its type. No archive is built for an icon; on any errno but
                 # EPERM they go by the name.
                 raise errors.not_supported(path, "not read with O_NOATIME, as file managers look")
+            if isinstance(row, Stream):
+                return self._open_stream(node, row, call)
         return RenderedHandle(
             path,
             self._read(node, call) if is_for_reading else None,
             lambda call: self._read_again(path, call),
             (lambda text, call: self._store(node, text, call)) if is_for_writing else None,
+            self._bound_told_at(path),
+        )
+
+    def _open_stream(self, node: _Node, row: Stream, call: Call) -> Handle:
+        path = node.path
+        file = row.open(self._site(node, call))
+        keep_cache = self._keys.get(path) == file.key
+        self._keys[path] = file.key
+        return WeightsHandle(
+            path,
+            file,
+            lambda: self._telling(path, "read"),
+            keep_cache=keep_cache,
+            told_at=self._bound_told_at(path),
         )
 
     def truncate(self, path: str, size: int, call: Call) -> None:
@@ -193,7 +219,7 @@ class FileSystem:
     def _xattrs(self, path: str, call: Call) -> dict[str, str]:
         with self._telling(path, "attributes"):
             node = self._resolve(path, call)
-            if not isinstance(node.row, Folder) or node.row.xattrs is None:
+            if not isinstance(node.row, Folder | Stream) or node.row.xattrs is None:
                 return {}
             values = node.row.xattrs(self._site(node, call))
             return {f"{_XATTR_NAMESPACE}{name}": value for name, value in values.items()}
@@ -264,7 +290,7 @@ class FileSystem:
             if isinstance(row, Each):
                 subject = self._find(row, folder, name, call)
                 if subject is not None:
-                    return _Node(row.node, subject, path, folder)
+                    return _Node(row.node or folder.row, subject, path, folder)
             elif row.name == name:
                 return _Node(row, folder.subject, path, folder)
         raise errors.not_found(path)
@@ -291,7 +317,7 @@ class FileSystem:
             elif row.is_listed:
                 for name, subject in self._listed(row, folder, call):
                     path = posixpath.join(folder.path, row.encode(name))
-                    yield _Node(row.node, subject, path, folder)
+                    yield _Node(row.node or folder.row, subject, path, folder)
 
     def _listed(self, row: Each, folder: _Node, call: Call) -> Iterator[tuple[Any, Any]]:
         try:
@@ -331,8 +357,7 @@ class FileSystem:
             size_bytes = len(self._target(node, call).encode("utf-8", "surrogateescape"))
         else:
             mode = self._file_mode(row)
-            told = row.told_bytes if isinstance(row, File) else None
-            size_bytes = told(site) if told is not None else len(self._rendering(node, call))
+            size_bytes = self._size_bytes(node, row, call)
         return Attr(
             mode=mode,
             size_bytes=size_bytes,
@@ -344,6 +369,30 @@ class FileSystem:
             gid=self._gid,
         )
 
+    def _size_bytes(self, node: _Node, row: File | Stream | Control, call: Call) -> int:
+        if isinstance(row, Control) or row.told_bytes is None:
+            return len(self._rendering(node, call))
+        site = self._site(node, call)
+        size_bytes = row.told_bytes(site)
+        if row.is_exact is not None and not row.is_exact(site):
+            self._bound_told(node.path)
+        return size_bytes
+
+    def _bound_told_at(self, path: str) -> float | None:
+        """Return when a bound was told last; None once a handle had the time to make up for it."""
+        told_at = self._told_at.get(path)
+        if told_at is not None and time.monotonic() - told_at > _TOLD_S:
+            self._told_at.pop(path, None)
+        return told_at
+
+    def _bound_told(self, path: str) -> None:
+        now = time.monotonic()
+        if len(self._told_at) >= _MAX_TOLD:
+            for each, at in list(self._told_at.items()):
+                if now - at > _TOLD_S:
+                    self._told_at.pop(each, None)
+        self._told_at[path] = now
+
     def _mtime_ns(self, node: _Node, call: Call) -> int:
         if node.row.mtime_ns is not None:
             return node.row.mtime_ns(self._site(node, call))
@@ -351,7 +400,7 @@ class FileSystem:
             return self._model.started_ns
         return self._mtime_ns(node.parent, call)
 
-    def _file_mode(self, row: File | Control) -> int:
+    def _file_mode(self, row: File | Stream | Control) -> int:
         return stat.S_IFREG | (row.mode & self._mode_mask)
 
     def _target(self, node: _Node, call: Call) -> str:
@@ -384,7 +433,7 @@ class FileSystem:
 
     # Refusing and telling.
 
-    def _check_writable(self, path: str, row: File | Control | Link | Folder) -> None:
+    def _check_writable(self, path: str, row: File | Stream | Control | Link | Folder) -> None:
         if self._model.settings.read_only:
             raise errors.read_only(path)
         if not isinstance(row, Control):
@@ -407,6 +456,12 @@ class FileSystem:
             if errors.is_worth_telling(failure):
                 self._model.telemetry.failed(path, operation, failure)
             raise
+
+
+def _is_resolved_by_open(row: File | Stream | Control) -> bool:
+    if isinstance(row, Stream):
+        return row.is_exact is not None
+    return isinstance(row, File) and row.told_bytes is not None
 
 
 def _is_checkpoint(node: _Node) -> bool:

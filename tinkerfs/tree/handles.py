@@ -1,11 +1,13 @@
 """Open files."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from tinkerfs import errors
 from tinkerfs.call import Call
+from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["RenderedHandle"]
+__all__ = ["RenderedHandle", "WeightsHandle"]
 
 
 class RenderedHandle:
@@ -18,10 +20,12 @@ class RenderedHandle:
         data: the bytes, None for a file that was not opened to be read.
         render: makes the bytes anew, after a write.
         store: acts on what is written; None for a file that was not opened to be written.
+        told_at: as `Handle.told_at`.
     """
 
     #: Metadata changes behind the kernel's back, and what only open resolves was told too long.
     direct_io = True
+    keep_cache = False
 
     def __init__(
         self,
@@ -29,7 +33,9 @@ class RenderedHandle:
         data: bytes | None,
         render: Callable[[Call], bytes],
         store: Callable[[str, Call], None] | None,
+        told_at: float | None = None,
     ) -> None:
+        self.told_at = told_at
         self._path = path
         self._render = render
         self._store = store
@@ -62,3 +68,61 @@ class RenderedHandle:
         self._store(data.decode("utf-8", "replace"), call)
         self._data = None
         return len(data)
+
+    def close(self) -> None:
+        """Do nothing: the bytes go with the handle."""
+
+
+class WeightsHandle:
+    """A file whose bytes come by position. Thread-safe.
+
+    Args:
+        path: for messages.
+        file: closed by `close`.
+        telling: makes every failure of a read an OSError, and tells it.
+        keep_cache: as `Handle.keep_cache`.
+        told_at: as `Handle.told_at`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        file: WeightsFile,
+        telling: Callable[[], AbstractContextManager[None]],
+        *,
+        keep_cache: bool,
+        told_at: float | None,
+    ) -> None:
+        self._path = path
+        self._file = file
+        self._telling = telling
+        self.keep_cache = keep_cache
+        self.told_at = told_at
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether the kernel may still hold pages by a size that was a mere bound."""
+        return self.told_at is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """The exact length."""
+        return self._file.size_bytes
+
+    def read(self, size: int, offset: int, call: Call) -> bytes:
+        """Return the bytes of [offset, offset + size); fewer only at the end."""
+        with self._telling():
+            return self._file.read(size, offset, call)
+
+    def write(self, data: bytes, call: Call) -> int:
+        """Refuse.
+
+        Raises:
+            OSError: EBADF.
+        """
+        del data, call
+        raise errors.bad_handle(self._path, "not opened for writing")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()

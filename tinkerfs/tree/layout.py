@@ -8,17 +8,15 @@ a refusal before it comes to a checkpoint, from whichever end it begins.
 
 from collections.abc import Iterable, Iterator
 
-from tinkerfs import errors, names
+from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tinker_path import KINDS
-from tinkerfs.tree import controls, readme, render, subjects, views
+from tinkerfs.tree import content, controls, readme, render, subjects, views
 from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, Site
 
 __all__ = ["ROOT", "documentation"]
 
-#: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
-LONGEST_URL_BYTES = 16_384
 _BLOCK_BYTES = 512
 
 
@@ -139,27 +137,6 @@ def _find_version(site: Site, version: str) -> Checkpoint | None:
     return checkpoint if version == checkpoint.version else None
 
 
-def _archive_url(site: Site) -> bytes:
-    checkpoint: Checkpoint = site.subject
-    archives = site.model.archives
-    key = (*checkpoint.key, checkpoint.version)
-    return render.line(archives.url(key, checkpoint.ref, site.path, site.call).url)
-
-
-def _archive_url_bytes(site: Site) -> int:
-    known = site.model.archives.known((*site.subject.key, site.subject.version))
-    return LONGEST_URL_BYTES if known is None else len(render.line(known.url))
-
-
-def _content(name: str) -> "Link":
-    def target(site: Site) -> str:
-        checkpoint: Checkpoint = site.subject
-        place = (".content", checkpoint.run_id, checkpoint.kind, checkpoint.name)
-        return "/" + "/".join(map(names.encode, (*place, checkpoint.version, name)))
-
-    return Link(name, _CONTENT_DOCS[name], target)
-
-
 def _stats(site: Site) -> bytes:
     model = site.model
     facts = {"base_url": model.settings.base_url, "account": model.catalogue.known()}
@@ -172,10 +149,6 @@ def _control_file_ns(site: Site) -> int:
 
 # The table.
 
-_CONTENT_DOCS = {
-    "archive_url": "a fresh signed URL of the archive and a newline; resolved when opened",
-}
-
 _CHECKPOINT_ROWS: tuple[Row, ...] = (
     File(
         "info.json",
@@ -184,7 +157,7 @@ _CHECKPOINT_ROWS: tuple[Row, ...] = (
         mode=0o644,
         is_costly=True,
     ),
-    _content("archive_url"),
+    content.LINKS["archive_url"],
     Control(
         "published",
         '"1" or "0"; written to publish or unpublish',
@@ -203,6 +176,9 @@ _CHECKPOINT_ROWS: tuple[Row, ...] = (
         lambda site: render.line(site.subject.tinker_path),
         mode=0o644,
     ),
+    content.LINKS["files"],
+    content.LINKS["archive.tar"],
+    content.LINKS["tensors.json"],
 )
 
 
@@ -256,22 +232,6 @@ _RUN = Folder(
     xattrs=subjects.run_xattrs,
 )
 
-_VERSION = Folder(
-    "<version>",
-    "as of the time it was saved",
-    (
-        File(
-            "archive_url",
-            _CONTENT_DOCS["archive_url"],
-            _archive_url,
-            mode=0o400,
-            told_bytes=_archive_url_bytes,
-        ),
-    ),
-    subjects.checkpoint_ns,
-)
-
-
 # A walk must not come to what costs the server something: nothing here is listed.
 _CONTENT = Folder(
     ".content",
@@ -291,7 +251,11 @@ _CONTENT = Folder(
                                     Folder(
                                         "<name>",
                                         "of a checkpoint",
-                                        (Each(_VERSION, _list_version, _find_version, False),),
+                                        (
+                                            Each(
+                                                content.VERSION, _list_version, _find_version, False
+                                            ),
+                                        ),
                                     ),
                                     _list_all_of_kind,
                                     _find_of_kind,
@@ -360,6 +324,7 @@ ROOT = Folder(
         views.PUBLISHED,
         views.EXPIRING,
         views.MODELS,
+        views.ADAPTERS,
         views.SESSIONS,
         views.SAMPLERS,
         _CONTENT,
@@ -388,6 +353,8 @@ def documentation() -> str:
 def _documented(folder: Folder, path: str) -> Iterator[str]:
     for row in folder.rows:
         node = row.node if isinstance(row, Each) else row
+        if node is None:  # the same again
+            continue
         where = f"{path}/{node.name}"
         kind = type(node).__name__.lower()
         mode = {"folder": "0755", "link": "-"}.get(kind) or f"{node.mode:04o}"  # type: ignore[union-attr]

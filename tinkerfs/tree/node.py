@@ -71,6 +71,19 @@ class Handle(Protocol):
         ...
 
     @property
+    def keep_cache(self) -> bool:
+        """Whether the bytes that the kernel has kept of this path are still the same."""
+        ...
+
+    @property
+    def told_at(self) -> float | None:
+        """When somebody was last told a size that was a mere bound; None where nobody was.
+
+        On the machine's monotonic clock. Who remembers that size must forget it before they read.
+        """
+        ...
+
+    @property
     def size_bytes(self) -> int | None:
         """The file's exact length, None while nothing was read."""
         ...
@@ -81,6 +94,10 @@ class Handle(Protocol):
 
     def write(self, data: bytes, call: Call) -> int:
         """Act on one whole value; return len(data)."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it; no other method is called after."""
         ...
 
 

@@ -19,8 +19,21 @@ from tinkerfs.clock import Clock
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archives import Archives
+from tinkerfs.weights.content import Weights
+from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["Control", "Each", "File", "Folder", "Link", "Model", "Removal", "Row", "Site"]
+__all__ = [
+    "Control",
+    "Each",
+    "File",
+    "Folder",
+    "Link",
+    "Model",
+    "Removal",
+    "Row",
+    "Site",
+    "Stream",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +44,7 @@ class Model:
     catalogue: Catalogue
     sessions: Sessions
     archives: Archives
+    weights: Weights
     telemetry: Telemetry
     clock: Clock
     started_ns: int
@@ -64,6 +78,8 @@ class File:
         mode: permission bits.
         told_bytes: for what only `open` may resolve: the length told without asking anybody, an
             upper bound above 0.
+        is_exact: whether `told_bytes` is no mere bound; None where nobody is to wait until who
+            was told a bound has forgotten it.
         is_costly: rendering may take a call of its own, so a listing leaves its attributes out.
         mtime_ns: None for the folder's.
     """
@@ -73,8 +89,34 @@ class File:
     render: Callable[[Site], bytes]
     mode: int = 0o444
     told_bytes: Callable[[Site], int] | None = None
+    is_exact: Callable[[Site], bool] | None = None
     is_costly: bool = False
     mtime_ns: Callable[[Site], int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A file whose bytes come by position, as weights do.
+
+    Attributes:
+        name: file name.
+        doc: one line for the documentation.
+        open: resolves it; may wait for long.
+        told_bytes: the length told without asking anybody, an upper bound above 0.
+        is_exact: whether that is no mere bound; None for always.
+        mode: permission bits.
+        mtime_ns: None for the folder's.
+        xattrs: as `Folder.xattrs`.
+    """
+
+    name: str
+    doc: str
+    open: Callable[[Site], WeightsFile]
+    told_bytes: Callable[[Site], int]
+    is_exact: Callable[[Site], bool] | None = None
+    mode: int = 0o444
+    mtime_ns: Callable[[Site], int] | None = None
+    xattrs: Callable[[Site], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +177,8 @@ class Each:
     """One `node` for each name of the account.
 
     Attributes:
-        node: the kind of node; its own name is the pattern shown in the documentation.
+        node: the kind of node; its own name is the pattern shown in the documentation. None for a
+            folder of the same kind as the one that holds it.
         list: the server's names and their subjects, in order.
         find: the subject behind one server name, None where there is none; resolves names that no
             listing tells as well.
@@ -144,7 +187,7 @@ class Each:
         decode: the way back; ValueError for what no server name is encoded as.
     """
 
-    node: Folder | Link
+    node: Folder | Link | Stream | None
     list: Callable[[Site], Iterable[tuple[Any, Any]]]
     find: Callable[[Site, Any], Any]
     is_listed: bool = True
@@ -152,4 +195,4 @@ class Each:
     decode: Callable[[str], Any] = names.decode
 
 
-Row = File | Control | Link | Folder | Each
+Row = File | Stream | Control | Link | Folder | Each

@@ -9,10 +9,10 @@ from tinkerfs import errors, names
 from tinkerfs.api import models
 from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tinker_path import TinkerPath
-from tinkerfs.tree import render, subjects
+from tinkerfs.tree import content, render, subjects
 from tinkerfs.tree.rows import Each, File, Folder, Link, Site
 
-__all__ = ["CHECKPOINTS", "EXPIRING", "MODELS", "PUBLISHED", "SAMPLERS", "SESSIONS"]
+__all__ = ["ADAPTERS", "CHECKPOINTS", "EXPIRING", "MODELS", "PUBLISHED", "SAMPLERS", "SESSIONS"]
 
 # Checkpoints.
 
@@ -63,6 +63,54 @@ EXPIRING = _view(
     "those with an expiry only, which is the links' mtime",
     lambda c: c.record.expires_at_ns is not None,
     _expiry_ns,
+)
+
+
+# Adapters: what serving engines take.
+
+_SERVED_KINDS = ("sampler_weights", "external_weights")
+
+
+def _list_adapters(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+    for key, checkpoint in site.model.catalogue.user_checkpoints(site.call).by_key.items():
+        if checkpoint.kind in _SERVED_KINDS:
+            yield key, checkpoint
+
+
+def _find_adapter(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
+    if len(parts) != 3 or parts[1] not in _SERVED_KINDS:
+        return None
+    run_id, kind, name = parts
+    known = site.model.catalogue.known_user_checkpoints()
+    if known is not None and (run_id, kind, name) in known.by_key:
+        return site.model.catalogue.user_checkpoints(site.call).by_key.get((run_id, kind, name))
+    try:
+        return site.model.catalogue.checkpoint(run_id, kind, name, site.call)
+    except errors.ABSENCES as error:
+        if error.is_remembered:
+            return None
+        raise
+
+
+ADAPTERS = Folder(
+    "adapters",
+    "every sampler and external checkpoint as the folder of files that serving engines take",
+    (
+        Each(
+            Link(
+                "<run_id>@<kind>@<name>",
+                "the checkpoint's files; also of those that are not listed",
+                lambda site: content.files_path(site.subject),
+                subjects.checkpoint_ns,
+            ),
+            _list_adapters,
+            _find_adapter,
+            True,
+            names.join,
+            names.split,
+        ),
+    ),
+    CHECKPOINTS.mtime_ns,
 )
 
 

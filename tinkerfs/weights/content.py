@@ -21,6 +21,7 @@ import msgspec
 from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef
 from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.cache.eviction import kept_files
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.memory import BlockMemory
 from tinkerfs.cache.store import Store
@@ -226,6 +227,14 @@ class Weights:
             return sum(file.cached_bytes(start, stop) for start, stop in spans)
         finally:
             file.release()
+
+    def kept_bytes(self) -> int:
+        """Return what all that is kept takes on disk, whoever keeps it there.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        return sum(kept.size_bytes for kept in kept_files(self._cache.folder))
 
     def forget(self, subject: Subject) -> None:
         """Take note that the weights are others now: the next look asks the store again."""

@@ -1,0 +1,237 @@
+"""What costs the server something to read: a version of a checkpoint, reached through symlinks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from tinkerfs import errors, names
+from tinkerfs.catalogue.listings import Checkpoint
+from tinkerfs.tree import render, subjects
+from tinkerfs.tree.rows import Each, File, Folder, Link, Site, Stream
+from tinkerfs.weights.content import Subject
+from tinkerfs.weights.file import WeightsFile
+from tinkerfs.weights.tarindex import Member
+
+__all__ = ["LINKS", "VERSION", "files_path"]
+
+#: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
+LONGEST_URL_BYTES = 16_384
+#: What an archive may have beyond what the server stores: headers, padding, other files.
+TAR_OVERHEAD_BYTES = 64 << 20
+#: And where the server does not tell what it stores.
+LARGEST_ARCHIVE_BYTES = 1 << 40
+#: More than any `tensors.json`: it is read from headers of 100 MB at most.
+LONGEST_TENSORS_BYTES = 256 << 20
+
+_DOCS = {
+    "archive_url": "a fresh signed URL of the archive and a newline; resolved when opened",
+    "files": "the weight files; resolved when listed",
+    "archive.tar": "the archive as it is stored; resolved when opened",
+    "tensors.json": "name, dtype, shape and bytes of every tensor; resolved when opened",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """A folder within `files/`, by its path with a slash at the end, or a file there."""
+
+    checkpoint: Checkpoint
+    prefix: str
+    member: Member | None = None
+
+
+def files_path(checkpoint: Checkpoint) -> str:
+    """Return the path of a checkpoint's files from the mount's root."""
+    return _path(checkpoint, "files")
+
+
+def _path(checkpoint: Checkpoint, name: str) -> str:
+    place = (".content", *checkpoint.key, checkpoint.version, name)
+    return "/" + "/".join(map(names.encode, place))
+
+
+def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
+    return Subject(
+        server=site.model.settings.base_url,
+        key=(*checkpoint.key, checkpoint.version),
+        ref=checkpoint.ref,
+        path=site.path,
+        mtime_ns=checkpoint.record.time_ns or site.model.started_ns,
+    )
+
+
+# archive_url
+
+
+def _archive_url(site: Site) -> bytes:
+    subject = _subject(site, site.subject)
+    return render.line(site.model.archives.url(subject.key, subject.ref, site.path, site.call).url)
+
+
+def _archive_url_bytes(site: Site) -> int:
+    known = site.model.archives.known(_subject(site, site.subject).key)
+    return LONGEST_URL_BYTES if known is None else len(render.line(known.url))
+
+
+# archive.tar and tensors.json
+
+
+def _archive_bytes(site: Site) -> int:
+    known = site.model.weights.archive_bytes(_subject(site, site.subject))
+    if known is not None:
+        return known
+    stored_bytes = site.subject.record.size_bytes
+    return LARGEST_ARCHIVE_BYTES if stored_bytes is None else stored_bytes + TAR_OVERHEAD_BYTES
+
+
+def _has_archive_bytes(site: Site) -> bool:
+    return site.model.weights.archive_bytes(_subject(site, site.subject)) is not None
+
+
+def _open_archive(site: Site) -> WeightsFile:
+    return site.model.weights.open_archive(_subject(site, site.subject), site.call)
+
+
+def _tensors(site: Site) -> bytes:
+    return site.model.weights.tensors(_subject(site, site.subject), site.call)
+
+
+def _tensors_bytes(site: Site) -> int:
+    known = site.model.weights.known_tensors(_subject(site, site.subject))
+    return LONGEST_TENSORS_BYTES if known is None else len(known)
+
+
+def _has_tensors(site: Site) -> bool:
+    return site.model.weights.known_tensors(_subject(site, site.subject)) is not None
+
+
+# files/
+
+
+def _inside(site: Site) -> _Inside:
+    return site.subject if isinstance(site.subject, _Inside) else _Inside(site.subject, "")
+
+
+def _members(site: Site, checkpoint: Checkpoint) -> dict[str, Member]:
+    try:
+        return site.model.weights.files(_subject(site, checkpoint), site.call).members
+    except errors.EndpointMissing as error:
+        # Of a checkpoint that is there: not an empty folder, nor a name that is not there.
+        raise errors.from_api(error, site.path) from error
+
+
+def _list_files(site: Site) -> Iterator[tuple[str, _Inside]]:
+    here = _inside(site)
+    for path, member in _listed(site, here).items():
+        name = path.removeprefix(here.prefix)
+        if path.startswith(here.prefix) and "/" not in name:
+            yield name, _Inside(here.checkpoint, here.prefix, member)
+
+
+def _list_folders(site: Site) -> Iterator[tuple[str, _Inside]]:
+    here = _inside(site)
+    below = [path for path in _listed(site, here) if path.startswith(here.prefix)]
+    rests = (path[len(here.prefix) :] for path in below)
+    for name in dict.fromkeys(rest.partition("/")[0] for rest in rests if "/" in rest):
+        yield name, _Inside(here.checkpoint, f"{here.prefix}{name}/")
+
+
+def _listed(site: Site, here: _Inside) -> dict[str, Member]:
+    # A listing waits as long as an archive takes to build: it holds up nobody (opendir).
+    patient = replace(site, call=replace(site.call, timeout_s=None))
+    return _members(patient, here.checkpoint)
+
+
+def _find_file(site: Site, name: str) -> _Inside | None:
+    here = _inside(site)
+    member = _members(site, here.checkpoint).get(here.prefix + name)
+    return None if member is None else _Inside(here.checkpoint, here.prefix, member)
+
+
+def _find_folder(site: Site, name: str) -> _Inside | None:
+    here = _inside(site)
+    prefix = f"{here.prefix}{name}/"
+    if not any(path.startswith(prefix) for path in _members(site, here.checkpoint)):
+        return None
+    return _Inside(here.checkpoint, prefix)
+
+
+def _open_file(site: Site) -> WeightsFile:
+    inside = _inside(site)
+    subject = _subject(site, inside.checkpoint)
+    return site.model.weights.open(subject, _member(inside).name, site.call)
+
+
+def _member(inside: _Inside) -> Member:
+    assert inside.member is not None
+    return inside.member
+
+
+def _cached_bytes(site: Site) -> dict[str, str]:
+    inside = _inside(site)
+    subject = _subject(site, inside.checkpoint)
+    cached = site.model.weights.cached_bytes(subject, _member(inside).name)
+    return {"tinkerfs.cached_bytes": str(cached)}
+
+
+def _files_ns(site: Site) -> int:
+    return _subject(site, _inside(site).checkpoint).mtime_ns
+
+
+_FILES = Folder(
+    "files",
+    _DOCS["files"],
+    (
+        Each(
+            Stream(
+                "<file>",
+                "a weight file, read by ranges",
+                _open_file,
+                lambda site: _member(_inside(site)).size_bytes,
+                mtime_ns=lambda site: _member(_inside(site)).mtime_ns,
+                xattrs=_cached_bytes,
+            ),
+            _list_files,
+            _find_file,
+        ),
+        Each(None, _list_folders, _find_folder),
+    ),
+    _files_ns,
+)
+
+VERSION = Folder(
+    "<version>",
+    "as of the time it was saved",
+    (
+        File(
+            "archive_url",
+            _DOCS["archive_url"],
+            _archive_url,
+            mode=0o400,
+            told_bytes=_archive_url_bytes,
+        ),
+        _FILES,
+        Stream(
+            "archive.tar",
+            _DOCS["archive.tar"],
+            _open_archive,
+            _archive_bytes,
+            _has_archive_bytes,
+        ),
+        File(
+            "tensors.json",
+            _DOCS["tensors.json"],
+            _tensors,
+            told_bytes=_tensors_bytes,
+            is_exact=_has_tensors,
+        ),
+    ),
+    subjects.checkpoint_ns,
+)
+
+
+def _link(name: str) -> Link:
+    return Link(name, _DOCS[name], lambda site: _path(site.subject, name))
+
+
+#: The links to it from the checkpoint's own folder, by name.
+LINKS = {name: _link(name) for name in _DOCS}
