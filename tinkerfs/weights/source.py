@@ -327,7 +327,6 @@ class Source:
         window_end, window_bytes = time.monotonic() + client.timeout_s, 0
         try:
             for piece in answer.response.iter_raw():
-                client.telemetry.count("bytes_received", len(piece))
                 window_bytes += len(piece)
                 now = time.monotonic()
                 if now >= window_end:
@@ -337,6 +336,8 @@ class Source:
                 yield piece
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
             raise _lost(error, answer.response.url.host, client) from None
+        finally:
+            client.telemetry.count("bytes_received", answer.response.num_bytes_downloaded)
 
 
 class Transfer:
