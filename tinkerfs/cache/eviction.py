@@ -76,15 +76,28 @@ class Sweeper:
             return False
         lacking_bytes = self._floor_bytes + size_bytes - self._free_bytes()
         added_bytes = self._added_bytes + size_bytes
-        is_due = self._found_bytes is None or added_bytes > self._limit_bytes // _SHARE
-        if is_due or lacking_bytes > 0:
+        is_due = added_bytes > self._limit_bytes // _SHARE
+        if self._found_bytes is None or is_due or self._is_full(size_bytes) or lacking_bytes > 0:
             self._sweep(size_bytes, lacking_bytes)
-        is_full = (self._found_bytes or 0) + self._added_bytes + size_bytes > self._limit_bytes
+        is_full = self._is_full(size_bytes)
         if is_full or self._floor_bytes + size_bytes > self._free_bytes():
             self._full_until = self._clock.monotonic() + _FULL_AGE_S
             return False
         self._added_bytes += size_bytes
         return True
+
+    def _is_full(self, size_bytes: int) -> bool:
+        return (self._found_bytes or 0) + self._added_bytes + size_bytes > self._limit_bytes
+
+    def used_bytes(self) -> int:
+        """Return what all of it takes, as of the last look and with what was added since.
+
+        Raises:
+            OSError: the disk cannot be looked at.
+        """
+        if self._found_bytes is None:
+            self._found_bytes = sum(file.size_bytes for file in kept_files(self._root))
+        return self._found_bytes + self._added_bytes
 
     def _free_bytes(self) -> int:
         """Return what is free on the disk that holds the folder, or will."""
