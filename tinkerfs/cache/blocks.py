@@ -51,10 +51,6 @@ _OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 class BlockCache:
     """Blocks of files, on disk.
 
-    Attributes:
-        folder: where.
-        limit_bytes: bound on all blocks together.
-
     Args:
         folder: where; made, for this user alone, when something is first kept.
         telemetry: told of what goes wrong, and counts.
@@ -73,7 +69,6 @@ class BlockCache:
         floor_bytes: int,
     ) -> None:
         self.folder = folder
-        self.limit_bytes = limit_bytes
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
@@ -90,18 +85,6 @@ class BlockCache:
             about: what people are told that it is.
         """
         return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), about)
-
-    def used_bytes(self) -> int:
-        """Return what all blocks take on disk, without a look at the disk each time; 0 if unknown.
-
-        What other processes added since then is not in it.
-        """
-        try:
-            with self._lock:
-                return self._sweeper.used_bytes()
-        except OSError as error:
-            self.tell(error)
-            return 0
 
     def admit(self, size_bytes: int) -> bool:
         """Make room for a block, and return whether there is some.

@@ -89,16 +89,6 @@ class Sweeper:
     def _is_full(self, size_bytes: int) -> bool:
         return (self._found_bytes or 0) + self._added_bytes + size_bytes > self._limit_bytes
 
-    def used_bytes(self) -> int:
-        """Return what all of it takes, as of the last look and with what was added since.
-
-        Raises:
-            OSError: the disk cannot be looked at.
-        """
-        if self._found_bytes is None:
-            self._found_bytes = sum(file.size_bytes for file in kept_files(self._root))
-        return self._found_bytes + self._added_bytes
-
     def _free_bytes(self) -> int:
         """Return what is free on the disk that holds the folder, or will."""
         folder = self._root

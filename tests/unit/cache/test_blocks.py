@@ -183,18 +183,14 @@ def test_the_floor_of_free_disk_is_kept(cache_of, telemetry):
     assert "ENOSPC" in telemetry.errors_text()
 
 
-def test_what_it_takes_is_told(cache_of):
-    cache = cache_of()
-    assert cache.used_bytes() == 0
-    with contextlib.closing(cache.open("key", "about")) as file:
-        file.put(0, block(0))
-        file.put(1, block(1))
-    for each in (cache, cache_of()):
-        assert on_disk(cache) <= each.used_bytes() <= on_disk(cache) + 16 * KIB
-    full = cache_of(limit_bytes=cache.used_bytes() + 1)
-    assert full.used_bytes()
-    with contextlib.closing(full.open("another", "about")) as file:
+def test_room_is_made_where_a_larger_bound_was_before(cache_of):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        for index in range(10):
+            file.put(index, block(index))
+    smaller = cache_of(limit_bytes=4 * (BLOCK + 4 * KIB))
+    with contextlib.closing(smaller.open("another", "about")) as file:
         assert file.put(0, block(0))
+    assert on_disk(smaller) <= 4 * (BLOCK + 4 * KIB)
 
 
 def test_a_limit_of_0_keeps_nothing(cache_of):
