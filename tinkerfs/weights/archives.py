@@ -78,6 +78,11 @@ class Archives:
             grant = self._known((key, False))
         return None if grant is None else grant.urls[_ARCHIVE]
 
+    def has_urls(self, key: Hashable, *, is_external: bool) -> bool:
+        """Tell whether there are URLs that are still good."""
+        with self._lock:
+            return self._known((key, is_external)) is not None
+
     def url(self, key: Hashable, ref: CheckpointRef, path: str, call: Call) -> SignedUrl:
         """Return a URL that is good for some time yet, waiting for the archive to be built.
 
@@ -244,6 +249,10 @@ class Address:
         if self.name not in urls:
             raise errors.NotFound(f"the server tells of no {self.name!r} any more")
         return urls[self.name]
+
+    def is_known(self) -> bool:
+        """Tell whether `url` has one at hand."""
+        return self.archives.has_urls(self.key, is_external=bool(self.name))
 
     def changed(self) -> None:
         """Take note that the store has another file there than was known."""

@@ -63,6 +63,10 @@ class Unpacked:
         """Have a URL at hand; as `Source.prepare`."""
         self._source.prepare(call)
 
+    def is_ready(self) -> bool:
+        """Tell whether there is a URL at hand."""
+        return self._source.is_ready()
+
     def open(self, _start: int, _stop: int) -> "Inflating":
         """Ask for all of it.
 

@@ -60,6 +60,10 @@ class Origin(Protocol):
         """Have at hand what `open` needs, as long as it takes."""
         ...
 
+    def is_ready(self) -> bool:
+        """Tell whether `open` has what it needs."""
+        ...
+
     def open(self, start: int, stop: int) -> Arriving:
         """Ask for [start, stop)."""
         ...
@@ -185,7 +189,8 @@ class RemoteFile:
                 is_busy = len(self._flights) >= CONNECTIONS_AHEAD
             if is_under_way or self._has(index):
                 continue
-            if is_busy or not self._memory.has_room(BLOCK_BYTES):
+            # Nobody waits for an archive to be built, or is counted as asking, for a guess.
+            if is_busy or not self._memory.has_room(BLOCK_BYTES) or not self._origin.is_ready():
                 return max(start, index * BLOCK_BYTES)
             self._flight(index)
         return stop

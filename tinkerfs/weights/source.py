@@ -73,6 +73,10 @@ class Address(Protocol):
         """Return a URL that is good for some time yet."""
         ...
 
+    def is_known(self) -> bool:
+        """Tell whether `url` has one at hand."""
+        ...
+
     def changed(self) -> None:
         """Take note that the store has another file there than was known."""
         ...
@@ -168,6 +172,10 @@ class Source:
             OSError: ESTALE when the file is gone; as `Archives.url`.
         """
         self._url(call)
+
+    def is_ready(self) -> bool:
+        """Tell whether there is a URL at hand."""
+        return self._address.is_known()
 
     def begin(self, start: int, stop: int, patience: Patience) -> "_Answer":
         """Ask until there is an answer that holds `start`; for `Transfer`.

@@ -470,6 +470,20 @@ def test_reads_that_wait_hold_up_nothing_and_end_when_interrupted(small, weights
     assert read(mount, other) == truth(small, other, NAME)
 
 
+def test_nothing_is_fetched_ahead_where_that_would_build_an_archive(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=20 * MIB)
+    subject = subject_of(server)
+    with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as file:
+        file.read(9, 0, IN_PROCESS)
+    server.journal.clear()
+    with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as file:
+        for offset in range(0, 2 * MIB, 256 * 1024):
+            file.read(256 * 1024, offset, IN_PROCESS)
+        assert server.journal.count() == 0
+        assert whole(file) == truth(server, subject, NAME)
+    assert server.journal.count(URL) == 1
+
+
 def test_an_archive_being_built_is_waited_for_once(demo_server, weights_of):
     server = demo_server(runs=1, building_polls=2, retry_after="0")
     subject, mount = subject_of(server), weights_of(server)
