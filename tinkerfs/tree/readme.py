@@ -13,12 +13,18 @@ TEXT = b"""\
         published      1 or 0; write 1 to publish, 0 to unpublish
         expires_at     a time or "never"; write 12h, 30d, seconds, an RFC 3339 time, or never
         tinker_path    tinker://<run_id>/<kind>/<name>
+        files/         the weight files; only what you read is fetched
+        archive.tar    the archive as it is stored; tensors.json: what its header tells
+    checkpoints/, published/, expiring/              the same checkpoints, as links
+    models/, sessions/, samplers/                    runs by base model; who made them
+    adapters/<run_id>@<kind>@<name>                  the files of each sampler checkpoint
 
 Try:
 
     ls -lt runs                                      newest runs first
     jq .lora_rank runs/*/checkpoints/weights/*/info.json
     echo 1 > runs/<run_id>/latest/published
+    ls -lh runs/<run_id>/latest_sampler/files/
     curl -o archive.tar "$(cat runs/<run_id>/latest_sampler/archive_url)"
     rm -r runs/<run_id>/checkpoints/weights/0001     deletes that checkpoint, for good
 
