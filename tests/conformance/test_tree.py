@@ -99,7 +99,7 @@ def test_times_are_those_of_the_account(world):
             time_ns = round(checkpoint.time_s * 1e6) * 1000
             for path in (place, f"{place}/info.json", f"{place}/published", f"{place}/archive_url"):
                 assert abs(world.driver.stat(path).mtime_ns - time_ns) < 1000, path
-    assert world.driver.stat("runs").mtime_ns == pytest.approx(newest, abs=1000)
+    assert world.driver.stat("runs").mtime_ns >= newest
 
 
 def test_blocks_tell_what_is_stored(world):

@@ -268,3 +268,13 @@ with os.scandir("runs") as runs:
     assert found[:2] == [str(count), str(count)]
     assert found[2] == str(count * 5 + RUNS)
     assert found[3] == "True"
+
+
+def test_tar_of_what_was_never_looked_at(make_account):
+    """It looks at a folder's time before and after it lists it."""
+    account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
+    run = account.server.account.run_ids[0]
+    for folder in (f"runs/{run}/checkpoints/weights", f"runs/{run}", "runs", "sessions"):
+        account.refresh()
+        done = account.sh(f"tar cf - {folder} | tar tf - > /dev/null; exit ${{PIPESTATUS[0]}}")
+        assert (done.returncode, done.stderr) == (0, ""), folder

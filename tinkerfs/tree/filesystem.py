@@ -300,7 +300,8 @@ class FileSystem:
             return None
         site = self._site(folder, call)
         if names.is_cut(name):
-            return next((s for n, s in row.list(site) if row.encode(n) == name), None)
+            every = row.every or row.list
+            return next((s for n, s in every(site) if row.encode(n) == name), None)
         try:
             return row.find(site, row.decode(name))
         except ValueError:  # no server name has this file name

@@ -90,7 +90,10 @@ def _find_of_kind(site: Site, name: str) -> Checkpoint | None:
 
 def _group_ns(site: Site) -> int:
     run, kind = site.subject
-    known = site.model.catalogue.known_checkpoints(run.run_id)
+    try:
+        known = site.model.catalogue.checkpoints(run.run_id, site.call)
+    except errors.ApiError:  # somebody else's, who does not let them be listed
+        known = None
     times = [c.record.time_ns for c in known.of_kind(kind)] if known else []
     changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
     return subjects.newest_ns(site, changed_ns, *(times or [run.last_request_time_ns]))
@@ -202,7 +205,14 @@ _CHECKPOINTS = Folder(
             Folder(
                 "<kind>",
                 "those of one kind: weights, sampler_weights, external_weights",
-                (Each(_checkpoint("a checkpoint"), _list_of_kind, _find_of_kind),),
+                (
+                    Each(
+                        _checkpoint("a checkpoint"),
+                        _list_of_kind,
+                        _find_of_kind,
+                        every=_list_all_of_kind,
+                    ),
+                ),
                 _group_ns,
                 removal=Removal.GROUPING,
             ),

@@ -185,6 +185,8 @@ class Each:
         is_listed: whether a listing of the folder shows them.
         encode: a server name to its file name.
         decode: the way back; ValueError for what no server name is encoded as.
+        every: as `list`, of every name that is known to resolve, where the folder lists only some;
+            a file name that had to be cut is looked for in it.
     """
 
     node: Folder | Link | Stream | None
@@ -193,6 +195,7 @@ class Each:
     is_listed: bool = True
     encode: Callable[[Any], str] = names.encode
     decode: Callable[[str], Any] = names.decode
+    every: Callable[[Site], Iterable[tuple[Any, Any]]] | None = None
 
 
 Row = File | Stream | Control | Link | Folder | Each

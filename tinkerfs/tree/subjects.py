@@ -15,6 +15,7 @@ __all__ = [
     "checkpoint_xattrs",
     "find_run",
     "list_runs",
+    "mounted_ns",
     "newest_ns",
     "newest_run_ns",
     "place_of",
@@ -69,7 +70,7 @@ def newest_run_ns(site: Site) -> int:
     known = site.model.catalogue.known_runs()
     runs = known.by_id.values() if known else ()
     changed_ns = site.model.catalogue.runs_changed_ns()
-    return newest_ns(site, changed_ns, *(run.last_request_time_ns for run in runs))
+    return mounted_ns(site, changed_ns, *(run.last_request_time_ns for run in runs))
 
 
 def checkpoint_ns(site: Site) -> int:
@@ -114,6 +115,14 @@ def _rfc3339(time_ns: int | None) -> str | None:
 def _told(values: dict[str, str | int | None]) -> dict[str, str]:
     """Leave out what the server did not tell."""
     return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def mounted_ns(site: Site, *times_ns: int | None) -> int:
+    """Return the latest of the times that are known, and not before the mount was made.
+
+    For folders that are not listed to tell their time: what tar finds in one must not change it.
+    """
+    return newest_ns(site, site.model.started_ns, *times_ns)
 
 
 def newest_ns(site: Site, *times_ns: int | None) -> int:

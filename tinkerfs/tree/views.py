@@ -36,11 +36,11 @@ def _view(
         checkpoint = site.model.catalogue.user_checkpoints(site.call).by_key.get(parts)
         return checkpoint if checkpoint is not None and shows(checkpoint) else None
 
-    def newest_ns(site: Site) -> int:
+    def view_ns(site: Site) -> int:
         known = site.model.catalogue.known_user_checkpoints()
         shown = [c for c in known.by_key.values() if shows(c)] if known else []
         changed_ns = site.model.catalogue.user_changed_ns()
-        return subjects.newest_ns(site, changed_ns, *(c.record.time_ns for c in shown))
+        return subjects.mounted_ns(site, changed_ns, *(c.record.time_ns for c in shown))
 
     link = Link(
         "<run_id>@<kind>@<name>",
@@ -48,7 +48,7 @@ def _view(
         lambda site: subjects.checkpoint_path(site.subject),
         time_ns,
     )
-    return Folder(name, doc, (Each(link, listed, find, True, names.join, names.split),), newest_ns)
+    return Folder(name, doc, (Each(link, listed, find, True, names.join, names.split),), view_ns)
 
 
 def _expiry_ns(site: Site) -> int:
@@ -215,7 +215,7 @@ def _session_xattrs(site: Site) -> dict[str, str]:
 def _newest_session_ns(site: Site) -> int:
     known = site.model.sessions.known().values()
     changed_ns = site.model.sessions.changed_ns()
-    return subjects.newest_ns(site, changed_ns, *(session.created_at_ns for session in known))
+    return subjects.mounted_ns(site, changed_ns, *(session.created_at_ns for session in known))
 
 
 def _session(site: Site) -> models.Session:
