@@ -2,13 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.support.account import api_calls, checkpoint_ids
 
 
-def listing_of(world, folder):
-    return [f"{folder}/{name}" for name in world.driver.listdir(folder)]
-
-
+@pytest.mark.served("GET training_runs")
 def test_a_thousand_runs_are_ten_calls_and_none_when_warm(make_world):
     world = make_world(runs=1000, checkpoints=0, latency_s=0.02)
     assert len(world.driver.listdir("runs")) == 1000
@@ -22,15 +21,16 @@ def test_a_thousand_runs_are_ten_calls_and_none_when_warm(make_world):
     assert api_calls(world.server) == {}
 
 
+@pytest.mark.served("GET training_runs")
 def test_listing_everything_is_one_call_a_run_and_no_weights_info(make_world):
     world = make_world(runs=10, checkpoints=4)
     found = set()
-    for run in listing_of(world, "runs"):
-        world.driver.listdir(run)
-        for kind in listing_of(world, f"{run}/checkpoints"):
-            for place in listing_of(world, kind):
-                assert "info.json" in world.driver.listdir(place)
-                found.add(place.removeprefix("runs/").replace("/checkpoints", ""))
+    for run_id in world.driver.listdir("runs"):
+        world.driver.listdir(f"runs/{run_id}")
+        for place in world.places(f"runs/{run_id}"):
+            assert "info.json" in world.driver.listdir(place)
+            path = world.driver.read(f"{place}/tinker_path").decode()
+            found.add(path.strip().removeprefix("tinker://"))
     assert found == checkpoint_ids(world.server)
     assert api_calls(world.server) == {
         "GET training_runs": 1,
@@ -38,6 +38,7 @@ def test_listing_everything_is_one_call_a_run_and_no_weights_info(make_world):
     }
 
 
+@pytest.mark.served("GET training_runs/{run}")
 def test_a_run_asked_for_by_name_is_one_call(world):
     run_id = world.server.account.run_ids[0]
     world.refresh()
@@ -48,6 +49,7 @@ def test_a_run_asked_for_by_name_is_one_call(world):
     assert api_calls(world.server) == {"GET training_runs/{run}": 1}
 
 
+@pytest.mark.served("GET training_runs/{run}")
 def test_a_name_that_is_not_there_is_asked_for_once(world):
     from tests.support.drivers import outcome_of
 
@@ -58,6 +60,7 @@ def test_a_name_that_is_not_there_is_asked_for_once(world):
     assert api_calls(world.server) == {"GET training_runs/{run}": 1}
 
 
+@pytest.mark.served("GET training_runs")
 def test_every_page_is_followed_whatever_the_server_says_of_it(world):
     account = world.server.account
     added = [account.add_run().id for _ in range(30)]
@@ -80,6 +83,7 @@ def test_every_page_is_followed_whatever_the_server_says_of_it(world):
         world.refresh()
 
 
+@pytest.mark.served("GET training_runs")
 def test_a_run_that_moves_between_pages_is_listed_once_and_none_is_missed(world):
     account = world.server.account
     added = [account.add_run().id for _ in range(25)]

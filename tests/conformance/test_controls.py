@@ -15,6 +15,7 @@ def place_of(world, **fields):
     return f"{run}/checkpoints/weights/1", checkpoint
 
 
+@pytest.mark.served("POST publish")
 @pytest.mark.parametrize(
     "word", [b"1", b"1\n", b"true", b"yes\n", b" on \n", b"TRUE", b"Yes", b"\t1"]
 )
@@ -26,6 +27,7 @@ def test_words_that_publish(world, word):
     assert b'"public": true' in world.driver.read(f"{place}/info.json")
 
 
+@pytest.mark.served("POST publish")
 @pytest.mark.parametrize("word", [b"0", b"0\n", b"false", b"no\n", b" off \n", b"FALSE"])
 def test_words_that_unpublish(world, word):
     place, checkpoint = place_of(world, is_public=True)
@@ -55,6 +57,7 @@ def test_white_space_alone_is_ignored(world, control, word):
     assert not checkpoint.is_public
 
 
+@pytest.mark.served("POST publish")
 def test_already_so_is_success(world):
     place, checkpoint = place_of(world, is_public=True)
     world.driver.write(f"{place}/published", b"1")
@@ -68,6 +71,7 @@ def test_already_so_is_success(world):
     assert world.server.journal.count("DELETE publish") == 1
 
 
+@pytest.mark.served("PUT ttl")
 @pytest.mark.parametrize(
     ("word", "seconds"),
     [
@@ -117,6 +121,7 @@ def test_no_expiry_is_set(world, word, name):
     assert not world.server.journal.count("PUT ttl")
 
 
+@pytest.mark.served("POST publish", "PUT ttl")
 @pytest.mark.expect_warnings("write E")
 @pytest.mark.parametrize(
     ("status", "name"),
@@ -149,6 +154,7 @@ def test_what_the_server_refuses_fails_and_the_file_reads_the_truth(world, contr
     assert world.driver.read(f"{place}/{control}") != truth
 
 
+@pytest.mark.served("PUT ttl")
 @pytest.mark.expect_warnings("write EBUSY")
 def test_a_change_conflicts_as_the_api_says(world):
     place, _checkpoint = place_of(world)
@@ -158,6 +164,7 @@ def test_a_change_conflicts_as_the_api_says(world):
     assert outcome_of(lambda: world.driver.write(f"{place}/expires_at", b"30d")) == "EBUSY"
 
 
+@pytest.mark.served("POST publish")
 def test_the_flag_is_the_same_in_every_place_that_shows_it(world):
     place, _checkpoint = place_of(world)
     run = place.partition("/checkpoints")[0]
@@ -168,6 +175,7 @@ def test_the_flag_is_the_same_in_every_place_that_shows_it(world):
     assert b'"public": true' in world.driver.read(f"{run}/info.json")
 
 
+@pytest.mark.served("POST publish")
 def test_a_control_that_is_open_reads_what_was_written(world):
     if world.kind == "fsspec":
         return  # which opens for the one or the other
@@ -192,6 +200,7 @@ def test_a_control_that_is_open_reads_what_was_written(world):
     assert checkpoint.is_public
 
 
+@pytest.mark.served("POST publish")
 def test_who_asked_stands_in_changes(world):
     place, _checkpoint = place_of(world)
     world.driver.write(f"{place}/published", b"1")

@@ -35,6 +35,7 @@ def world(make_world):
     return make_world(runs=1, checkpoints=1, settings={"timeout_s": 1.0})
 
 
+@pytest.mark.served("GET training_runs/{run}")
 @pytest.mark.parametrize(("effects", "name"), LISTING, ids=lambda value: str(value)[:40])
 def test_a_listing_that_fails(world, effects, name):
     run = world.new_run("weights/1")
@@ -52,7 +53,7 @@ def test_a_listing_that_fails(world, effects, name):
     finally:
         fault.remove()
     world.refresh()
-    assert world.driver.listdir(f"{run}/checkpoints") == ["weights"]
+    assert world.driver.listdir(world.group(run)) == ["1"]
 
 
 @pytest.mark.parametrize("status", [400, 404, 410, 422])
@@ -66,6 +67,7 @@ def test_a_lookup_of_what_is_not_there(world, status):
         fault.remove()
 
 
+@pytest.mark.served("GET archive")
 @pytest.mark.parametrize("status", [404, 405, 410, 501])
 def test_an_endpoint_that_the_server_does_not_have(world, status):
     run = world.new_run("weights/1")
@@ -84,6 +86,7 @@ def test_an_endpoint_that_the_server_does_not_have(world, status):
         fault.remove()
 
 
+@pytest.mark.served("GET training_runs/{run}")
 def test_no_answer_in_time_is_etimedout(world):
     run = world.new_run("weights/1")
     fault = world.server.faults.add("GET training_runs/{run}/checkpoints", hang=True, times=None)
@@ -93,14 +96,15 @@ def test_no_answer_in_time_is_etimedout(world):
         fault.remove()
 
 
+@pytest.mark.served("GET training_runs")
 def test_nobody_there_is_ehostunreach_and_the_last_good_answer_serves_where_there_is_one(world):
     known = world.new_run("weights/1")
     unknown = world.server.account.add_run().id
-    assert world.driver.listdir(f"{known}/checkpoints") == ["weights"]
+    assert world.driver.listdir(world.group(known)) == ["1"]
     world.driver.listdir("runs")
     world.server.stop_listening("api")
     try:
-        assert world.driver.listdir(f"{known}/checkpoints") == ["weights"]
+        assert world.driver.listdir(world.group(known)) == ["1"]
         assert outcome_of(lambda: world.driver.stat("runs/unknown")) == "EHOSTUNREACH"
         assert outcome_of(lambda: world.driver.listdir(f"runs/{unknown}/checkpoints")) == (
             "EHOSTUNREACH"
@@ -131,6 +135,7 @@ def test_no_failure_tells_the_key(world):
         world.refresh()
 
 
+@pytest.mark.where(profile=lambda profile: profile.requires_key)
 def test_a_key_that_is_refused_is_eacces_and_not_tried_again_for_every_stat(make_world):
     world = make_world(runs=3, checkpoints=1)
     world.server.behaviour.api_keys.clear()

@@ -13,6 +13,7 @@ def record_of(world, run, checkpoint_id):
     return wire.checkpoint_json(run_id, checkpoint, world.server.profile)
 
 
+@pytest.mark.served("GET training_runs/{run}")
 def test_a_run_s_info_is_the_record_whole_indented_and_ended(world):
     run = world.new_run(
         "weights/1", extra={"colour": "red", "nested": {"deep": [1, 2.50]}, "big": 2**70}
@@ -77,6 +78,7 @@ def test_siblings_are_asked_for_side_by_side(world):
     assert world.server.journal.count("POST weights_info") == len(names)
 
 
+@pytest.mark.where(profile=lambda profile: not profile.flat_paths)
 @pytest.mark.expect_warnings("weights info EINVAL")
 def test_a_refused_weights_info_costs_that_checkpoint_its_weights_info_and_nothing_else(world):
     run = world.new_run("weights/1", "sampler_weights/1", "weights/2")
@@ -134,11 +136,13 @@ def test_a_checkpoint_saved_again_under_its_name_is_asked_for_anew(world):
     assert world.server.journal.count("POST weights_info") == 2
 
 
-def test_a_second_mount_asks_for_no_weights_info(kind, tmp_path):
+@pytest.mark.where(profile=lambda profile: profile.kinds <= profile.weights_info_kinds)
+def test_a_second_mount_asks_for_no_weights_info(face, tmp_path):
     from tests.support.drivers import opened
     from tinkerfs.demo.server import DemoServer
 
-    with DemoServer(runs=2, checkpoints=5) as server:
+    kind, profile = face
+    with DemoServer(runs=2, checkpoints=5, profile=profile) as server:
         for _ in range(2):
             with opened(kind, server, tmp_path) as driver:
                 for run in server.account.runs():
@@ -149,6 +153,7 @@ def test_a_second_mount_asks_for_no_weights_info(kind, tmp_path):
         assert server.journal.count("GET training_runs/{run}/checkpoints") == 4
 
 
+@pytest.mark.where(profile=lambda profile: "expires_at" not in profile.omitted)
 def test_the_expiry_and_the_flag_read_as_the_record_says(world):
     run_id = world.new_run().partition("/")[2]
     add = world.server.account.add_checkpoint

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.account import deletes
+from tests.support.account import deletes, tells_last
 
 FILES = [
     "info.json",
@@ -20,13 +20,15 @@ def test_removing_a_checkpoint_s_folder_deletes_it(world):
     run = world.new_run("weights/1", "weights/2")
     place = f"{run}/checkpoints/weights/1"
     assert world.driver.remove(f"rmtree {place}") == ["OK"]
-    assert deletes(world.server) == 1
+    # Of which the first may have tried the form of the id that the server does not take.
+    assert deletes(world.server) in (1, 2)
     left = world.server.account.run(run.partition("/")[2]).checkpoints
     assert [c.id for c in left] == ["weights/2"]
-    assert world.driver.listdir(f"{run}/checkpoints/weights") == ["2"]
+    assert world.driver.listdir(world.group(run)) == ["2"]
     assert place in world.changes()
 
 
+@pytest.mark.where(profile=tells_last)
 def test_every_listing_agrees_at_once(world):
     run = world.new_run("weights/1", "weights/2", "sampler_weights/1")
     world.driver.listdir("runs")
@@ -65,10 +67,10 @@ def test_by_steps(world):
         "unlink .tinkerfs/errors",
         "unlink .tinkerfs/refresh",
         "unlink {run}/info.json",
-        "unlink {run}/latest",
+        pytest.param("unlink {run}/latest", marks=pytest.mark.where(profile=tells_last)),
         "rmdir {run}",
         "rmtree {run}",
-        "rmtree runs",
+        pytest.param("rmtree runs", marks=pytest.mark.served("GET training_runs")),
         "rmtree .content",
     ],
 )
@@ -86,7 +88,7 @@ def test_nothing_else_can_be_removed_and_who_tried_may_remove_nothing(world, ste
 def test_a_full_folder_that_is_no_checkpoint_is_enotempty_and_no_refusal(world):
     run = world.new_run("weights/1")
     place = f"{run}/checkpoints"
-    steps = [f"rmdir {place}", f"rmdir {place}/weights", f"rmtree {place}"]
+    steps = [f"rmdir {place}", f"rmdir {world.group(run)}", f"rmtree {place}"]
     assert world.driver.remove(*steps) == ["ENOTEMPTY", "ENOTEMPTY", "OK"]
     assert world.driver.listdir(place) == []
 

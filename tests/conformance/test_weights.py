@@ -26,6 +26,7 @@ def truth_of(world, place):
         return data, {m.name: tar.extractfile(m).read() for m in tar.getmembers() if m.isfile()}
 
 
+@pytest.mark.served("GET archive")
 def test_the_members_are_files_with_exact_sizes(world, place):
     _data, members = truth_of(world, place)
     assert set(world.driver.listdir(f"{place}/files")) == set(members)
@@ -38,11 +39,13 @@ def test_the_members_are_files_with_exact_sizes(world, place):
     assert outcome_of(lambda: world.driver.write(member, b"x")) == "EPERM"
 
 
+@pytest.mark.served("GET archive")
 def test_the_archive_is_the_store_s(world, place):
     data, _members = truth_of(world, place)
     assert world.driver.read(f"{place}/archive.tar") == data
 
 
+@pytest.mark.served("GET archive")
 def test_tensors_come_from_the_header(world, place):
     _data, members = truth_of(world, place)
     weights = members["adapter_model.safetensors"]
@@ -60,6 +63,8 @@ def test_tensors_come_from_the_header(world, place):
         }
 
 
+@pytest.mark.served("GET archive")
+@pytest.mark.where(profile=lambda profile: not profile.serves_archives_itself)
 def test_what_is_not_asked_for_is_not_fetched(make_world):
     world = make_world(runs=1, checkpoints=1)
     run = world.new_run("sampler_weights/1")
@@ -79,6 +84,7 @@ def test_what_is_not_asked_for_is_not_fetched(make_world):
     assert world.server.journal.count("GET store/archive") == ranges
 
 
+@pytest.mark.served("GET archive")
 def test_adapters_are_the_folders_that_serving_engines_take(world, place):
     _runs, run_id, _checkpoints, kind, name = place.split("/")
     served = names.join((run_id, kind, name))
@@ -100,6 +106,7 @@ def test_adapters_are_the_folders_that_serving_engines_take(world, place):
     assert outcome_of(lambda: world.driver.listdir(f"adapters/{run_id}@weights@1")) == "ENOENT"
 
 
+@pytest.mark.served("GET archive")
 def test_a_later_look_costs_nothing(world, place):
     world.driver.listdir(f"{place}/files")
     digest = hashlib.sha256(world.driver.read(f"{place}/files/adapter_model.safetensors"))
@@ -111,9 +118,10 @@ def test_a_later_look_costs_nothing(world, place):
     assert world.server.journal.count("store") == 0
 
 
+@pytest.mark.where(profile=lambda profile: "GET archive" in profile.missing)
 @pytest.mark.expect_warnings("no such endpoint|ENOENT|EOPNOTSUPP")
 def test_a_server_without_archives_says_so(make_world):
-    world = make_world(runs=1, checkpoints=1, profile="official-0.36")
+    world = make_world(runs=1, checkpoints=1)
     run = world.new_run("sampler_weights/1")
     place = f"{run}/checkpoints/sampler_weights/1"
     for look in (
@@ -125,8 +133,9 @@ def test_a_server_without_archives_says_so(make_world):
     assert "EOPNOTSUPP" in world.errors()
 
 
+@pytest.mark.served("GET external_weights_urls")
 def test_external_weights_are_a_file_each(make_world):
-    world = make_world(runs=1, checkpoints=1, profile="official-0.36")
+    world = make_world(runs=1, checkpoints=1)
     run = world.new_run("external_weights/1")
     place = f"{run}/checkpoints/external_weights/1"
     listed = world.driver.listdir(f"{place}/files")

@@ -51,6 +51,16 @@ HOSTILE_NAMES = (
 )
 
 
+def can_be_listed(profile, name):
+    """Tell whether a server can list a name: a bare id with a slash would be a kind and a name."""
+    return profile.listed_ids == "kind/name" or "/" not in name
+
+
+def tells_last(profile):
+    """Tell whether a server's runs tell their last checkpoints."""
+    return "last_checkpoint" not in profile.nulls and "GET training_runs" not in profile.missing
+
+
 def checkpoint_ids(server):
     """Every checkpoint that the server has, as `<run>/<kind>/<name>`."""
     return {f"{run.id}/{c.id}" for run in server.account.runs() for c in run.checkpoints}
