@@ -158,8 +158,8 @@ DELIBERATE = {
         {"weights/old-1", "weights/old-2"},
     ),
     "by hand": (
-        "cd $CK/weights/0001 && rm info.json archive_url published expires_at tinker_path"
-        " && cd .. && rmdir 0001",
+        "cd $CK/weights/0001 && rm info.json archive_url published expires_at tinker_path files"
+        " archive.tar tensors.json && cd .. && rmdir 0001",
         {"weights/0001"},
     ),
     "rmtree": (
@@ -292,10 +292,13 @@ def test_a_delete_that_the_server_refuses_is_seen_and_brings_everything_back(
         # A refusal by the server is none of ours: the rest of the command goes on.
         assert spare.checkpoint_ids(run) == {"weights/1"}
         assert spare.sh(f"ls {place}").stdout.split() == [
+            "archive.tar",
             "archive_url",
             "expires_at",
+            "files",
             "info.json",
             "published",
+            "tensors.json",
             "tinker_path",
         ]
         lines = [line for line in spare.changes().splitlines() if place in line]

@@ -120,7 +120,7 @@ def test_find_ls(warm):
     inodes = [line.split()[0] for line in lines]
     assert len(set(inodes)) == len(inodes)
     kinds = sum(len({c.kind for c in run.checkpoints}) for run in warm.server.account.runs())
-    assert len(lines) == 1 + RUNS * 5 + kinds + RUNS * CHECKPOINTS * 6
+    assert len(lines) == 1 + RUNS * 5 + kinds + RUNS * CHECKPOINTS * 9
     assert calls == ALL_LISTED
 
 
@@ -266,7 +266,7 @@ with os.scandir("runs") as runs:
     count = RUNS * CHECKPOINTS
     found = done.stdout.split()
     assert found[:2] == [str(count), str(count)]
-    assert found[2] == str(count * 5 + RUNS)
+    assert found[2] == str(count * 7 + RUNS)
     assert found[3] == "True"
 
 

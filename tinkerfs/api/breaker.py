@@ -52,6 +52,11 @@ class Breakers:
         self._lock = threading.Lock()
         self._states: dict[str, _State] = {}  # guarded by _lock
 
+    def forget(self) -> None:
+        """Take every endpoint for well."""
+        with self._lock:
+            self._states.clear()
+
     @contextmanager
     def call(self, label: str, deadline: float) -> Iterator[float]:
         """Let one call through, and learn from how it ends.

@@ -1,7 +1,8 @@
 """The Tinker API, one method per endpoint. Raises `errors.ApiError` kinds and nothing else.
 
-Used by the catalogue and by what reads weights. It knows no file paths and keeps no answers. Which
-URL form of a checkpoint id a server takes is the one thing it learns.
+Used by the catalogue and by what reads weights. It knows no file paths and keeps no answers. What
+it learns is about the server alone: which URL form of a checkpoint id it takes, which endpoints are
+out, and what it does not have.
 """
 
 import logging
@@ -16,7 +17,8 @@ from tinkerfs import errors
 from tinkerfs.api import endpoints, paging, parsing, rawjson, signed
 from tinkerfs.api.breaker import Breakers
 from tinkerfs.api.credentials import Credentials
-from tinkerfs.api.endpoints import Endpoint
+from tinkerfs.api.endpoints import Endpoint, Scope
+from tinkerfs.api.lacks import REFUSALS, Lacks
 from tinkerfs.api.models import (
     Capabilities,
     Checkpoint,
@@ -29,7 +31,7 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.refs import CheckpointRef, IdForm, forms_of, id_path, segment
+from tinkerfs.api.refs import CheckpointRef, Forms, id_path, segment
 from tinkerfs.api.transport import FIRST_BACKOFF_S, Answer, Request, Transport
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
@@ -43,10 +45,6 @@ P = ParamSpec("P")
 
 #: The most sessions that one search may return (Tinker SDK 0.36, sessions/search).
 _MOST_FOUND = 200
-
-#: What a server answers to a checkpoint id in the form that it does not take: FastAPI's routers,
-#: and the official service's handlers.
-_WRONG_FORM = frozenset({400, 404, 405, 422})
 
 
 class Client:
@@ -83,17 +81,24 @@ class Client:
             base_url, credentials, telemetry, timeout_s=timeout_s, backoff_s=backoff_s, clock=clock
         )
         self._breakers = Breakers(clock)
+        self._lacks = Lacks(clock)
+        self._forms = Forms()
         self._lock = threading.Lock()
-        # Both guarded by _lock.
-        #: The form of a checkpoint id that each operation took last.
-        self._worked: dict[str, IdForm] = {}
-        #: How many records of each listing could not be read, at most, so far.
+        #: How many records of each listing could not be read, at most, so far; guarded by _lock.
         self._unreadable: dict[str, int] = {}
 
     @property
     def base_url(self) -> str:
         """Where the API is, without a slash at its end."""
         return self._base_url
+
+    def forget_outages(self) -> None:
+        """Ask the server again where it was out a moment ago."""
+        self._breakers.forget()
+
+    def forget(self) -> None:
+        """Ask anew for what the server did not have."""
+        self._lacks.forget()
 
     def close(self) -> None:
         """Close every connection; later calls fail as Unreachable."""
@@ -184,10 +189,10 @@ class Client:
                 this kind of checkpoint.
         """
         body = rawjson.dumps({"tinker_path": tinker_path})
-        return self._one(
-            Request(endpoints.WEIGHTS_INFO, "weights_info", body, _new_key(), is_known),
-            parsing.parse_weights_info,
-        )
+        request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, _new_key(), is_known)
+        kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL tells of `weights` alone
+        with self._lacks.asking((endpoints.WEIGHTS_INFO.label, kind), errors.BadRequest):
+            return self._one(request, parsing.parse_weights_info)
 
     def archive(self, ref: CheckpointRef) -> SignedUrl:
         """Return a signed URL of the checkpoint's archive; the server may have to build it first.
@@ -196,7 +201,8 @@ class Client:
 
         Raises:
             ApiError: it cannot be had; NotReady while the server builds it, with `retry_after_s`
-                where it says; EndpointMissing where the server gives no archives.
+                where it says; EndpointMissing where the server gives no archives, or none of
+                this kind of checkpoint.
         """
         answer = self._on_checkpoint(endpoints.ARCHIVE, ref, "/archive")
         return self._parsed(endpoints.ARCHIVE, answer, signed.archive_url, self._clock.now())
@@ -374,9 +380,14 @@ class Client:
     # What all of them share
 
     def _one(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        with self._breakers.call(request.endpoint.label, self._transport.deadline()) as deadline:
+        endpoint = request.endpoint
+        refusals = 1 if endpoint.scope is Scope.ACCOUNT else REFUSALS
+        with (
+            self._lacks.asking(endpoint.label, refusals=refusals),
+            self._breakers.call(endpoint.label, self._transport.deadline()) as deadline,
+        ):
             answer = self._transport.send(request, deadline)
-            return self._parsed(request.endpoint, answer, lambda answer: parse(answer.body))
+            return self._parsed(endpoint, answer, lambda answer: parse(answer.body))
 
     def _list(
         self,
@@ -429,36 +440,39 @@ class Client:
         Raises:
             ApiError: what was met; of two forms, what says more.
         """
-        with self._breakers.call(endpoint.label, self._transport.deadline()) as deadline:
-            return self._in_either_form(endpoint, ref, tail, body, deadline)
-
-    def _in_either_form(
-        self, endpoint: Endpoint, ref: CheckpointRef, tail: str, body: bytes | None, deadline: float
-    ) -> Answer:
         run = f"training_runs/{_id(endpoint, ref.run_id)}/checkpoints"
         key = _new_key() if endpoint.method == "POST" else None
-        failure: errors.ApiError = errors.NotFound(
-            "an empty id names nothing", endpoint=endpoint.label
-        )
-        with self._lock:
-            worked = self._worked.get(endpoint.label)
-        for number, (form, checkpoint_id) in enumerate(forms_of(ref, endpoint, worked)):
-            path = f"{run}/{id_path(checkpoint_id)}{tail}"
+        kind = ref.path_id.partition("/")[0]  # SkyRL has archives of sampler checkpoints alone
+        with (
+            self._lacks.asking((endpoint.label, kind)),
+            self._breakers.call(endpoint.label, self._transport.deadline()) as deadline,
+        ):
+
+            def ask(checkpoint_id: str) -> Answer:
+                path = f"{run}/{id_path(checkpoint_id)}{tail}"
+                request = Request(endpoint, path, body, key, ref.is_known)
+                return self._transport.send(request, deadline)
+
             try:
-                answer = self._transport.send(
-                    Request(endpoint, path, body, key, ref.is_known), deadline
-                )
-            except errors.ApiError as error:
-                if error.status not in _WRONG_FORM:
+                return self._forms.ask(endpoint, ref, ask)
+            except errors.NotFound as error:
+                if not (ref.is_known and endpoint.method == "GET" and self._is_listed(ref)):
                     raise
-                # A handler's words say more than a router's.
-                if number == 0 or isinstance(failure, errors.EndpointMissing):
-                    failure = error
-            else:
-                with self._lock:
-                    self._worked[endpoint.label] = form
-                return answer
-        raise failure
+                raise errors.EndpointMissing(
+                    error.message, endpoint=endpoint.label, status=error.status
+                ) from None
+
+    def _is_listed(self, ref: CheckpointRef) -> bool:
+        """Tell whether a checkpoint that an endpoint does not find is there all the same."""
+        try:
+            listed = self.list_checkpoints(ref.run_id)
+        except errors.ApiError:
+            return False
+        return any(
+            (checkpoint.tinker_path or "").endswith(f"/{ref.path_id}")
+            or (checkpoint.checkpoint_id == ref.listed_id and not ref.is_shared)
+            for checkpoint in listed
+        )
 
 
 def _id(endpoint: Endpoint, text: str) -> str:

@@ -88,7 +88,7 @@ PUBLISH = Endpoint(f"POST {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes
 UNPUBLISH = Endpoint(f"DELETE {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO)
 TTL = Endpoint(f"PUT {_CHECKPOINT}/ttl", Scope.OPTIONAL_DEED)
 DELETE = Endpoint(
-    f"DELETE {_CHECKPOINT}", Scope.THING, states=frozenset({409, 425}), is_removal=True
+    f"DELETE {_CHECKPOINT}", Scope.OPTIONAL_DEED, states=frozenset({409, 425}), is_removal=True
 )
 SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT)
 SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_THING)

@@ -1,17 +1,27 @@
-"""How a checkpoint is named in a URL (pure).
+"""How a checkpoint is named in a URL.
 
 Servers differ in the id that their URLs take: `<kind>/<name>`, or the bare `<name>` that they
 list; SkyRL wants the one to delete and the other for an archive. So the form that the tinker path
-gives is tried, then the listed one, and the client remembers for each operation what worked.
+gives is tried, then the listed one, and what worked is remembered for each operation.
 """
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 from urllib.parse import quote
 
+from tinkerfs import errors
 from tinkerfs.api.endpoints import Endpoint
 
-__all__ = ["CheckpointRef", "IdForm", "forms_of", "id_path", "segment"]
+__all__ = ["CheckpointRef", "Forms", "IdForm", "forms_of", "id_path", "segment"]
+
+T = TypeVar("T")
+
+#: What a server answers to a checkpoint id in the form that it does not take: FastAPI's routers,
+#: and the official service's handlers.
+_WRONG_FORM = frozenset({400, 404, 405, 422})
 
 
 class IdForm(Enum):
@@ -68,6 +78,45 @@ def forms_of(
         return forms
     forms.append((IdForm.LISTED, ref.listed_id))
     return forms[::-1] if worked is IdForm.LISTED else forms
+
+
+class Forms:
+    """The form of a checkpoint's id that each endpoint of one server took last. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worked: dict[str, IdForm] = {}  # guarded by _lock
+
+    def ask(self, endpoint: Endpoint, ref: CheckpointRef, send: Callable[[str], T]) -> T:
+        """Ask something of a checkpoint, in the form of its id that the server takes.
+
+        Args:
+            endpoint: what is asked of it.
+            ref: the checkpoint.
+            send: asks with an id in one form.
+
+        Raises:
+            ApiError: what was met; of two forms, what says more.
+        """
+        failure: errors.ApiError = errors.NotFound(
+            "an empty id names nothing", endpoint=endpoint.label
+        )
+        with self._lock:
+            worked = self._worked.get(endpoint.label)
+        for number, (form, checkpoint_id) in enumerate(forms_of(ref, endpoint, worked)):
+            try:
+                answer = send(checkpoint_id)
+            except errors.ApiError as error:
+                if error.status not in _WRONG_FORM:
+                    raise
+                # A handler's words say more than a router's.
+                if number == 0 or isinstance(failure, errors.EndpointMissing):
+                    failure = error
+            else:
+                with self._lock:
+                    self._worked[endpoint.label] = form
+                return answer
+        raise failure
 
 
 def segment(text: str) -> str:

@@ -70,6 +70,13 @@ def test_an_endpoint_says_nothing_of_another(breakers):
     assert attempt(breakers, label="GET y") == NEVER
 
 
+def test_who_refreshes_asks_again_at_once(breakers):
+    break_it(breakers, count=4)
+    assert attempt(breakers).is_remembered
+    breakers.forget()
+    assert attempt(breakers) == NEVER
+
+
 def test_one_probe_at_a_time_and_one_a_second(breakers, time):
     break_it(breakers)
     seen = []
