@@ -145,7 +145,7 @@ def test_what_is_being_built_is_told(world):
 
 
 @pytest.mark.expect_warnings("archive_url read E")
-@pytest.mark.parametrize(("status", "name"), [(403, "EACCES"), (404, "ENOENT"), (500, "EIO")])
+@pytest.mark.parametrize(("status", "name"), [(403, "EACCES"), (404, "EOPNOTSUPP"), (500, "EIO")])
 def test_an_archive_that_cannot_be_had_fails_and_can_be_tried_again(world, status, name):
     run = world.new_run("sampler_weights/1")
     path = f"{run}/checkpoints/sampler_weights/1/archive_url"

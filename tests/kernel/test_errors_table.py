@@ -85,12 +85,12 @@ ROWS = {
         "Operation not supported",
         "this server has no such endpoint",
     ),
-    "404 of the archive's checkpoint": (
+    "404 of the archive of a checkpoint that is listed all the same": (
         "GET archive",
-        {"status": 404, "body": {"detail": "Checkpoint not found: it expired"}},
+        {"status": 404, "body": {"detail": "Checkpoint not found: no archive"}},
         "cat $RUN/latest/archive_url",
-        "No such file or directory",
-        "404: Checkpoint not found: it expired",
+        "Operation not supported",
+        "404: Checkpoint not found: no archive (which is listed all the same)",
     ),
     "404 of publishing where there is no such thing": (
         "POST publish",

@@ -92,12 +92,9 @@ class Client:
         """Where the API is, without a slash at its end."""
         return self._base_url
 
-    def forget_outages(self) -> None:
-        """Ask the server again where it was out a moment ago."""
-        self._breakers.forget()
-
     def forget(self) -> None:
-        """Ask anew for what the server did not have."""
+        """Ask the server again where it was out a moment ago, and for what it did not have."""
+        self._breakers.forget()
         self._lacks.forget()
 
     def close(self) -> None:
@@ -458,8 +455,9 @@ class Client:
             except errors.NotFound as error:
                 if not (ref.is_known and endpoint.method == "GET" and self._is_listed(ref)):
                     raise
+                words = f"{error.message} (which is listed all the same)"
                 raise errors.EndpointMissing(
-                    error.message, endpoint=endpoint.label, status=error.status
+                    words, endpoint=endpoint.label, status=error.status
                 ) from None
 
     def _is_listed(self, ref: CheckpointRef) -> bool:

@@ -232,7 +232,7 @@ class Catalogue:
 
     def refresh(self) -> None:
         """Drop every entry; what is immutable stays on disk."""
-        self._client.forget_outages()
+        self._client.forget()
         self._cache.clear()
 
     def _change(
