@@ -1,0 +1,233 @@
+"""Every recipe of docs/recipes.md, run as it stands there, and what the page says of its calls."""
+
+import os
+import re
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.account import account, api_calls, make_account, needs
+
+__all__ = ["account", "make_account"]
+
+pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+RUNS, CHECKPOINTS = 10, 5
+_BLOCK = re.compile(r"^```(bash|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+#: Times that depend on when a recipe is run.
+_NOW = re.compile(r"^20\d\d-\d\d-\d\d \d\d:\d\d  ", re.MULTILINE)
+
+RUNS_LISTED = {"GET training_runs": 1}
+ALL_LISTED = RUNS_LISTED | {"GET training_runs/{run}/checkpoints": RUNS}
+#: A checkpoint's folder is stat'ed with all that is in it.
+INFOS = {"POST weights_info": RUNS * CHECKPOINTS + 1}
+
+
+def recipes():
+    """The page's parts by heading: their blocks, as (language, text)."""
+    parts = re.split(r"^## (.+)$", PAGE.read_text(), flags=re.MULTILINE)
+    before = parts[0]
+    return {"": _BLOCK.findall(before)} | {
+        heading: _BLOCK.findall(text)
+        for heading, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+RECIPES = recipes()
+PRELUDE = RECIPES[""][0][1]
+
+
+def script_of(heading, number=0):
+    """A recipe's script, and the output that is shown below it, if any."""
+    blocks = RECIPES[heading]
+    scripts = [index for index, (language, _) in enumerate(blocks) if language == "bash"]
+    at = scripts[number]
+    shown = blocks[at + 1][1] if blocks[at + 1 :] and blocks[at + 1][0] == "text" else None
+    return blocks[at][1], shown
+
+
+@pytest.fixture
+def sample(make_account):
+    """The sample account, as fresh as the page's."""
+    return make_account(runs=RUNS, checkpoints=CHECKPOINTS)
+
+
+@pytest.fixture
+def cook(sample, tmp_path):
+    """Run a recipe's first script, or those up to one; check what it shows; return its calls."""
+
+    def run_recipe(heading, number=0, *, status=0):
+        needs(["jq", "curl"])
+        scripts = [script_of(heading, index) for index in range(number + 1)]
+        texts, shown = [text for text, _ in scripts], scripts[-1][1]
+        sample.refresh()
+        sample.server.journal.clear()
+        done = subprocess.run(
+            ["bash", "-c", "\n".join([PRELUDE, *texts])],
+            cwd=sample.root,
+            env={**os.environ, "LC_ALL": "C.UTF-8", "TZ": "UTC", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )
+        sample.server.journal.wait_until_idle()
+        assert (done.returncode, done.stderr) == (status, "")
+        if shown is not None:
+            told, meant = (_NOW.sub("<time>", text) for text in (done.stdout, shown))
+            assert told == meant, f"docs/recipes.md shows another output: {heading}"
+        return done.stdout, api_calls(sample.server)
+
+    return run_recipe
+
+
+def unexpected(calls, allowed):
+    """The calls beyond those allowed."""
+    return {endpoint: n for endpoint, n in calls.items() if n > allowed.get(endpoint, 0)}
+
+
+def test_the_newest_sampler_checkpoint(sample, cook):
+    shown, calls = cook("The newest sampler checkpoint of a run")
+    run = sample.server.account.runs()[0]
+    newest = max(
+        (c for c in run.checkpoints if c.kind == "sampler_weights"), key=lambda c: c.time_s
+    )
+    assert shown == f"tinker://{run.id}/{newest.id}\n"
+    allowed = RUNS_LISTED | {"GET training_runs/{run}/checkpoints": 1}
+    assert unexpected(calls, allowed) == {}
+
+
+def test_all_over_a_gigabyte(sample, cook):
+    run = sample.server.account.runs()[3]
+    sample.server.account.add_checkpoint(run.id, "weights/huge", size_bytes=17 << 30)
+    sample.server.account.add_checkpoint(run.id, "weights/large", size_bytes=1_100_000_000)
+    sample.server.account.add_checkpoint(run.id, "weights/less", size_bytes=990_000_000)
+    shown, calls = cook("All checkpoints over 1 GB")
+    assert [line.split("/")[-1] for line in shown.splitlines()] == ["huge", "large"]
+    assert unexpected(calls, ALL_LISTED | {"POST weights_info": 1000}) == {}
+
+
+def test_publish_every_final(sample, cook):
+    runs = sample.server.account.runs()
+    were = sum(c.is_public for run in runs for c in run.checkpoints if c.name == "final")
+    _shown, calls = cook("Publish every `final`")
+    finals = [c for run in runs for c in run.checkpoints if c.name == "final"]
+    assert len(finals) > RUNS
+    assert all(c.is_public for c in finals)
+    assert calls["POST publish"] == len(finals) - were
+    others = [c for run in runs for c in run.checkpoints if c.name != "final"]
+    assert not all(c.is_public for c in others)
+
+
+def test_delete_all_but_the_last_three(sample, cook):
+    heading = "Delete all but the last three of a run"
+    run = sample.server.account.runs()[0]
+    before = sorted(run.checkpoints, key=lambda c: c.time_s)
+    names, calls = cook(heading)
+    assert calls["GET training_runs/{run}/checkpoints"] == 1
+    assert len(run.checkpoints) == CHECKPOINTS, "a dry run"
+    wanted = [f"runs/{run.id}/checkpoints/{c.id}" for c in reversed(before[:-3])]
+    assert names.splitlines() == wanted
+    _names, calls = cook(heading, 1)
+    assert sorted(run.checkpoints, key=lambda c: c.time_s) == before[-3:]
+    assert calls["DELETE checkpoint"] == CHECKPOINTS - 3
+    assert sum(len(run.checkpoints) for run in sample.server.account.runs()) == 48
+    _names, calls = cook(heading, 1)
+    assert "DELETE checkpoint" not in calls, "nothing is left to do"
+
+
+def test_an_expiry_of_seven_days(sample, cook):
+    checkpoints = [c for run in sample.server.account.runs() for c in run.checkpoints]
+    had = {id(c): c.expires_at_s for c in checkpoints if c.expires_at_s is not None}
+    _shown, calls = cook("Set an expiry of 7 days on what has none")
+    for c in checkpoints:
+        wanted = had.get(id(c), time.time() + 7 * 86_400)
+        assert c.expires_at_s == pytest.approx(wanted, abs=60)
+    assert calls["PUT ttl"] == len(checkpoints) - len(had)
+
+
+def test_what_expires_this_week(sample, cook):
+    run = sample.server.account.runs()[0]
+    soon = time.time() + 3 * 86_400
+    sample.server.account.add_checkpoint(run.id, "weights/soon", expires_at_s=soon)
+    sample.server.account.add_checkpoint(run.id, "weights/sooner", expires_at_s=soon - 7200)
+    sample.server.account.add_checkpoint(run.id, "weights/later", expires_at_s=soon + 5 * 86_400)
+    shown, calls = cook("What expires this week")
+    day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(soon))
+    assert [line.split("@")[-1] for line in shown.splitlines()] == ["sooner", "soon"]
+    assert shown.splitlines()[1].startswith(f"{day}  {run.id}@weights@")
+    assert unexpected(calls, RUNS_LISTED | {"GET checkpoints": 1}) == {}
+
+
+def test_runs_by_base_model(sample, cook):
+    shown, calls = cook("Runs by base model")
+    counts = {name: int(count) for count, name in map(str.split, shown.splitlines())}
+    models = [run.base_model for run in sample.server.account.runs()]
+    assert counts == {model: models.count(model) for model in models}
+    assert unexpected(calls, RUNS_LISTED) == {}
+
+
+def test_compare_two_runs(cook):
+    shown, calls = cook("Compare the settings of two runs", status=1)
+    assert shown
+    assert unexpected(calls, RUNS_LISTED) == {}
+
+
+def test_a_table(sample, cook):
+    shown, calls = cook("A table of rank, size and time")
+    run = sample.server.account.runs()[0]
+    table = [line.split("\t") for line in shown.splitlines()]
+    assert [row[3] for row in table] == [f"tinker://{run.id}/{c.id}" for c in run.checkpoints]
+    assert [int(row[1]) for row in table] == [c.size_bytes for c in run.checkpoints]
+    assert {int(row[0]) for row in table} == {run.lora_rank}
+    allowed = {"GET training_runs/{run}/checkpoints": 1, "POST weights_info": CHECKPOINTS}
+    assert unexpected(calls, RUNS_LISTED | allowed) == {}
+
+
+def test_watch_a_live_run(make_account):
+    account = make_account(runs=0, settings={"ttl_s": 0.1})
+    run = account.new_run("weights/0001")
+    run_id = run.partition("/")[2]
+    script, _ = script_of("Watch a live run and act on each new checkpoint")
+    with subprocess.Popen(
+        ["bash", "-c", PRELUDE + script],
+        cwd=account.root,
+        env={**os.environ, "pause": "0.1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as watcher:
+        for name in ("0001", "0002", "final"):
+            account.server.account.add_checkpoint(run_id, f"weights/{name}")
+            account.server.account.add_checkpoint(run_id, f"sampler_weights/{name}")
+            line = watcher.stdout.readline()
+            assert line == f"new: tinker://{run_id}/sampler_weights/{name}\n"
+        assert watcher.communicate(timeout=20)[0] == ""
+        assert watcher.returncode == 0
+
+
+def test_download(sample, cook, tmp_path):
+    _shown, calls = cook("Download a checkpoint")
+    with tarfile.open(tmp_path / "checkpoint.tar") as archive:
+        assert "adapter_model.safetensors" in archive.getnames()
+    allowed = {"GET training_runs/{run}/checkpoints": 1, "GET archive": 1}
+    assert unexpected(calls, RUNS_LISTED | allowed) == {}
+
+
+def test_storage_by_run(sample, cook):
+    _shown, calls = cook("Storage by run")
+    assert unexpected(calls, ALL_LISTED | {"POST weights_info": RUNS * CHECKPOINTS}) == {}
+
+
+def test_every_recipe_is_run(make_account):
+    told = {heading for heading in RECIPES if heading}
+    source = Path(__file__).read_text()
+    assert {heading for heading in told if f'"{heading}"' not in source} == set()
