@@ -9,6 +9,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
@@ -188,7 +189,9 @@ class Client:
         body = rawjson.dumps({"tinker_path": tinker_path})
         request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, _new_key(), is_known)
         kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL tells of `weights` alone
-        with self._lacks.asking((endpoints.WEIGHTS_INFO.label, kind), errors.BadRequest):
+        what = (endpoints.WEIGHTS_INFO.label, kind)
+        # Of a path that somebody made up, a refusal speaks of the path.
+        with self._lacks.asking(what, errors.BadRequest) if is_known else nullcontext():
             return self._one(request, parsing.parse_weights_info)
 
     def archive(self, ref: CheckpointRef) -> SignedUrl:

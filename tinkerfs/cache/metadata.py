@@ -52,15 +52,12 @@ class Policy:
         stale_s: and serves so long altogether where newer ones cannot be had.
         negative_ttl_s: absence (an error of `negative`) is remembered this long.
         negative: the errors that are answers.
-        missing_ttl_s: that the server has no such endpoint is remembered this long; None for
-            `negative_ttl_s`.
     """
 
     ttl_s: float
     stale_s: float
     negative_ttl_s: float
     negative: tuple[type[errors.ApiError], ...] = (errors.NotFound, errors.EndpointMissing)
-    missing_ttl_s: float | None = None
 
     @property
     def in_use_s(self) -> float:
@@ -71,8 +68,6 @@ class Policy:
         """Return how long a failure is remembered, seconds."""
         if error.is_remembered and isinstance(error, errors.OUTAGES):  # it cost nothing
             return 0.0
-        if self.missing_ttl_s is not None and isinstance(error, errors.EndpointMissing):
-            return self.missing_ttl_s
         return self.negative_ttl_s if isinstance(error, self.negative) else FAILURE_TTL_S
 
 

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 
 from tinkerfs import errors
+from tinkerfs.api.lacks import REFUSED_TTL_S
 from tinkerfs.cache.metadata import Policy
 
 __all__ = ["Freshness"]
 
 #: Absence is remembered this long at most, seconds; never longer than the TTL.
 NEGATIVE_TTL_S = 5.0
-#: What a server has refused or lacks altogether is not asked again for this long, seconds.
-REFUSED_TTL_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +20,11 @@ class Freshness:
         listing: listings, and records that change.
         by_name: what is asked for by name: 400 and 422 also say that there is none.
         immutable: what never changes; a refusal serves for `REFUSED_TTL_S`.
-        endpoint: whether a server has an endpoint; an answer is not kept, its lack is.
     """
 
     listing: Policy
     by_name: Policy
     immutable: Policy
-    endpoint: Policy
 
     @classmethod
     def of(cls, ttl_s: float, stale_s: float) -> "Freshness":
@@ -37,8 +34,7 @@ class Freshness:
         refusal = (*absence, errors.BadRequest)
         forever = float("inf")
         return cls(
-            listing=Policy(ttl_s, stale_s, negative_ttl_s, absence, REFUSED_TTL_S),
+            listing=Policy(ttl_s, stale_s, negative_ttl_s, absence),
             by_name=Policy(ttl_s, stale_s, negative_ttl_s, refusal),
             immutable=Policy(forever, forever, REFUSED_TTL_S, (*refusal, errors.Rejected)),
-            endpoint=Policy(0.0, 0.0, 0.0, missing_ttl_s=REFUSED_TTL_S),
         )

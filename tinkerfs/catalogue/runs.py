@@ -357,10 +357,8 @@ class Catalogue:
         return CheckpointListing.of(run_id, self._client.list_checkpoints(run_id))
 
     def _load_user(self) -> UserListing:
-        # The endpoint's policy keeps no answer, but remembers that there is no such endpoint.
-        key, policy = ("user records",), self._freshness.endpoint
         try:
-            records = self._cache.get(key, self._client.all_user_checkpoints, policy, IN_PROCESS)
+            records = self._client.all_user_checkpoints()
         except errors.EndpointMissing:
             return self._user_of_runs()
         listing = UserListing.of_records(records)
@@ -394,7 +392,7 @@ class Catalogue:
     def _load_weights_info(self, checkpoint: Checkpoint) -> bytes:
         raw = self._kept_info(checkpoint)
         if raw is None:
-            raw = self._client.weights_info(checkpoint.tinker_path).raw
+            raw = self._client.weights_info(checkpoint.tinker_path, is_known=True).raw
             self._store.put(self._space, _info_name(checkpoint), raw)
         return raw
 

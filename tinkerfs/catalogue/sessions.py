@@ -6,7 +6,7 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
-from tinkerfs.call import IN_PROCESS, Call
+from tinkerfs.call import Call
 from tinkerfs.catalogue.freshness import Freshness
 
 __all__ = ["Sessions"]
@@ -66,10 +66,8 @@ class Sessions:
         return [sampler_id for record in records if record for sampler_id in record.sampler_ids]
 
     def _load_listed(self) -> dict[str, models.FoundSession]:
-        # The endpoint's policy keeps no answer, but remembers that there is no such endpoint.
-        key, policy = ("session search",), self._freshness.endpoint
         try:
-            found = self._cache.get(key, self._client.all_found_sessions, policy, IN_PROCESS)
+            found = self._client.all_found_sessions()
         except (errors.EndpointMissing, errors.BadRequest):
             ids = self._client.all_sessions()
             found = tuple(map(_bare, ids))

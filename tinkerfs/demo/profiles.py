@@ -1,8 +1,8 @@
 """How the known servers of the API differ, as data.
 
 The handlers ask a profile for facts and never for its name. Facts as observed: the official
-service through its SDK, SkyRL's `skyrl/tinker/api.py` 0.3.0, hatchery-core's `tinker_compat.py`
-0.3.0.
+service through its SDK, SkyRL's `skyrl/tinker/api.py` 0.3.0 (but its delete, which came after that
+release), hatchery-core's `tinker_compat.py` 0.3.0.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,6 @@ _SESSIONS = frozenset(
         "GET sessions/{session}",
         "POST sessions/search",
         "GET trace_export",
-        "GET samplers/{sampler}",
     }
 )
 _CHANGES = frozenset({"POST publish", "DELETE publish", "PUT ttl"})
@@ -125,7 +124,13 @@ PROFILES: dict[str, Profile] = {
             | _SESSIONS
             | _CHANGES
             | _ACCOUNT
-            | {"GET training_runs", "GET training_runs/{run}", "GET archive", "GET download"},
+            | {
+                "GET samplers/{sampler}",
+                "GET training_runs",
+                "GET training_runs/{run}",
+                "GET archive",
+                "GET download",
+            },
             kinds=frozenset({"weights", "sampler_weights"}),
             listed_ids="name",
             change_ids="name",

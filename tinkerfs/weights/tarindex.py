@@ -151,11 +151,11 @@ class _Reader:
             raise ValueError("it has no members")
 
     def _take(self, info: tarfile.TarInfo) -> None:
+        if info.isdir():  # of which SkyRL's archives have one without a name
+            return
         name = clean_name(info.name)
         if name is None:
             self.left_out.append(f"{info.name!r}: its name leads out of the folder")
-        elif info.isdir():
-            return
         elif info.islnk() or info.issym():
             self._take_link(name, info)
         elif not (info.isreg() or info.sparse is not None):

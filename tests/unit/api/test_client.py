@@ -1,5 +1,7 @@
 """Every endpoint, against the embedded server in the manner of each known server."""
 
+import dataclasses
+
 import pytest
 
 from tests.support.clocks import FakeTime
@@ -7,6 +9,7 @@ from tests.support.scripted import http
 from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef
 from tinkerfs.clock import SYSTEM_CLOCK
+from tinkerfs.demo.profiles import PROFILES
 
 ARCHIVE = "GET archive"
 DELETE = "DELETE checkpoint"
@@ -396,6 +399,59 @@ def test_a_bare_id_of_two_checkpoints_reads_and_deletes_neither_for_the_other(
         client.delete(training)
     left = [c.tinker_path for c in client.list_checkpoints(run_id)]
     assert any(path.endswith(f"/sampler_weights/{shared}") for path in left)
+
+
+def test_a_server_is_asked_rarely_for_what_it_lacks(demo_server, client_of):
+    server = demo_server(profile="skyrl", runs=1, checkpoints=0)
+    client, run_id = client_of(server), first_run(server)
+    for kind in ("weights", "sampler_weights"):
+        for number in range(10):
+            server.account.add_checkpoint(run_id, f"{kind}/{kind[0]}{number}")
+    checkpoints = client.list_checkpoints(run_id)
+    refs = [ref_of(run_id, c) for c in checkpoints]
+    for ref in refs:
+        is_sampler = ref.path_id.startswith("sampler")
+        for change in (client.publish, lambda ref: client.set_ttl(ref, 3600)):
+            with pytest.raises(errors.EndpointMissing):
+                change(ref)
+        if is_sampler:
+            client.archive(ref)
+        else:
+            with pytest.raises(errors.EndpointMissing, match="listed all the same"):
+                client.archive(ref)
+    for checkpoint in checkpoints:
+        if "sampler" in checkpoint.tinker_path:
+            with pytest.raises(errors.BadRequest):
+                client.weights_info(checkpoint.tinker_path, is_known=True)
+        else:
+            client.weights_info(checkpoint.tinker_path, is_known=True)
+    # Of each kind three, in both forms of the id: the others are answered from memory.
+    assert server.journal.count("POST publish") == server.journal.count("PUT ttl") == 12
+    refused = [e for e in server.journal.entries("POST weights_info") if e.status == 400]
+    assert len(refused) == 3
+    archives = [entry.status for entry in server.journal.entries(ARCHIVE)]
+    assert archives.count(404) == 6 + 1  # and one of the first sampler checkpoint
+    client.forget()
+    with pytest.raises(errors.EndpointMissing):
+        client.publish(refs[0])
+    assert server.journal.count("POST publish") == 14
+
+
+def test_deleting_where_nothing_can_be_deleted(demo_server, client_of):
+    profile = PROFILES["skyrl"]
+    profile = dataclasses.replace(profile, missing=profile.missing | {DELETE})
+    server = demo_server(profile=profile)
+    client, run_id = client_of(server), first_run(server)
+    with pytest.raises(errors.EndpointMissing):
+        client.delete(ref_of(run_id, client.list_checkpoints(run_id)[0]))
+
+
+def test_an_archive_of_what_is_gone_is_not_there(server, client):
+    run_id = first_run(server)
+    ref = ref_of(run_id, client.list_checkpoints(run_id)[0])
+    server.account.delete_checkpoint(run_id, ref.path_id)
+    with pytest.raises(errors.NotFound):
+        client.archive(ref)
 
 
 def test_hatchery(demo_server, client_of):

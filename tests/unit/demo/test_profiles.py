@@ -63,7 +63,6 @@ def test_skyrl_needs_no_key_and_lacks_endpoints(at, web):
         ("GET", "checkpoints"),
         ("GET", "sessions"),
         ("GET", "sessions/x"),
-        ("GET", "samplers/x"),
         ("POST", f"{run}/checkpoints/weights/0001/publish"),
         ("PUT", f"{run}/checkpoints/weights/0001/ttl"),
         ("GET", f"{run}/checkpoints/external_weights/x/external_weights_urls"),

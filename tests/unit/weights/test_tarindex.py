@@ -128,6 +128,7 @@ def test_what_is_unsafe_is_left_out_and_told():
         (special("device", tarfile.CHRTYPE), None),
         (special("pipe", tarfile.FIFOTYPE), None),
         (special("folder", tarfile.DIRTYPE), None),
+        (special("", tarfile.DIRTYPE), None),  # as SkyRL packs the folder itself
         ("both", b"5"),
         ("both/inner", b"6"),
         ("good", b"7"),
