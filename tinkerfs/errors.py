@@ -47,6 +47,7 @@ __all__ = [
     "busy",
     "damaged",
     "disconnected",
+    "exists",
     "from_api",
     "from_number",
     "interrupted",
@@ -55,6 +56,7 @@ __all__ = [
     "is_busy",
     "is_interruption",
     "is_missing",
+    "is_no_space",
     "is_outage",
     "is_stale",
     "is_timeout",
@@ -322,6 +324,11 @@ def no_space(path: str, why: str) -> OSError:
     return OSError(errno.ENOSPC, why, path)
 
 
+def exists(path: str, why: str) -> OSError:
+    """EEXIST: something has that name, and is left alone."""
+    return OSError(errno.EEXIST, why, path)
+
+
 def unexpected(error: Exception, path: str) -> OSError:
     """EIO: a fault of tinkerfs itself; the log has the traceback."""
     return OSError(errno.EIO, f"internal error: {type(error).__name__}", path)
@@ -352,6 +359,11 @@ def is_worth_telling(error: OSError) -> bool:
 def is_stale(error: OSError) -> bool:
     """Tell whether the error says that what was opened is not there any more."""
     return error.errno == errno.ESTALE
+
+
+def is_no_space(error: OSError) -> bool:
+    """Tell whether the error says that there is no room, on the disk or in a quota of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_timeout(error: OSError) -> bool:

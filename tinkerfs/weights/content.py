@@ -221,12 +221,8 @@ class Weights:
         if index is None:
             return 0
         member = _member(index, name, subject.path)
-        file = self._remote(subject, index, name)
-        try:
-            spans = ((each.place, each.place + each.length) for each in member.segments)
-            return sum(file.cached_bytes(start, stop) for start, stop in spans)
-        finally:
-            file.release()
+        with WeightsFile(self._remote(subject, index, name), member) as file:
+            return file.kept_bytes()
 
     def kept_bytes(self) -> int:
         """Return what all that is kept takes on disk, whoever keeps it there.

@@ -3,12 +3,15 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import islice
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from tinkerfs.call import Call
 from tinkerfs.weights.readahead import ReadAhead
-from tinkerfs.weights.remote import RemoteFile
+from tinkerfs.weights.remote import BLOCK_BYTES, RemoteFile, blocks_of
 from tinkerfs.weights.tarindex import Member, Segment
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = ["WeightsFile"]
 
@@ -70,6 +73,48 @@ class WeightsFile:
                 return None
             pieces.append(data)
         return b"".join(pieces)
+
+    def blocks(self) -> dict[int, int]:
+        """Return how many of its bytes each of its blocks holds; holes are in none."""
+        found: dict[int, int] = {}
+        for segment in self._segments:
+            start, stop = _span(segment)
+            for index in blocks_of(start, stop):
+                begin = index * BLOCK_BYTES
+                held_bytes = min(stop, begin + BLOCK_BYTES) - max(start, begin)
+                found[index] = found.get(index, 0) + held_bytes
+        return found
+
+    def block_bytes(self, block: int) -> int:
+        """Return the length of a block, whatever it holds."""
+        return self._file.block_bytes(block)
+
+    def kept_bytes(self) -> int:
+        """Return how many of its bytes are on disk; holes always are."""
+        return self.size_bytes - sum(
+            held for index, held in self.blocks().items() if not self.is_kept(index)
+        )
+
+    def is_kept(self, block: int) -> bool:
+        """Tell whether a block is on disk, without any request."""
+        return self._file.is_on_disk(block)
+
+    def prepare(self, call: Call) -> None:
+        """Have what a fetch needs, waiting for the archive to be built.
+
+        Raises:
+            ApiError: it is not to be had.
+            OSError: ESTALE when the checkpoint is gone; as `Archives.url`.
+        """
+        self._file.prepare(call)
+
+    def fetch(self, block: int, call: Call) -> "Future[bytes]":
+        """Begin to fetch a block, or join who does.
+
+        Raises:
+            ApiError, OSError: as `prepare`; what else goes wrong is the future's.
+        """
+        return self._file.fetch(block, call)
 
     def _read(self, start: int, stop: int, call: Call) -> bytes:
         pieces = [

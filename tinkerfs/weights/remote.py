@@ -195,16 +195,33 @@ class RemoteFile:
             self._flight(index)
         return stop
 
-    def cached_bytes(self, start: int, stop: int) -> int:
-        """Return how many of the bytes [start, stop) are on disk."""
-        kept = self._disk.kept()
-        spans = (
-            (max(start, index * BLOCK_BYTES), min(stop, index * BLOCK_BYTES + length))
-            for index, length in kept.items()
-        )
-        return sum(max(end - begin, 0) for begin, end in spans)
+    def prepare(self, call: Call) -> None:
+        """Have a URL at hand, waiting for the archive to be built.
 
-    def _length(self, index: int) -> int:
+        Raises:
+            ApiError: none is to be had.
+            OSError: ESTALE when the file is gone; as `Archives.url`.
+        """
+        self._origin.prepare(call)
+
+    def is_on_disk(self, index: int) -> bool:
+        """Tell whether a block is kept; whether it is sound turns out when it is read."""
+        return self._disk.has(index)
+
+    def fetch(self, index: int, call: Call) -> "Future[bytes]":
+        """Begin to fetch a block, or join who does; a block on disk is read from there.
+
+        Args:
+            index: which block.
+            call: waits where the archive must be built first; for nothing else.
+
+        Raises:
+            ApiError, OSError: as `prepare`; what else goes wrong is the future's.
+        """
+        return self._wanted(index, call)
+
+    def block_bytes(self, index: int) -> int:
+        """Return the length of a block."""
         return min(BLOCK_BYTES, self.size_bytes - index * BLOCK_BYTES)
 
     def _has(self, index: int) -> bool:
@@ -214,7 +231,7 @@ class RemoteFile:
         data = self._memory.get((self.key, index))
         if data is not None:
             return data[first:last]
-        return self._disk.read(index, first, last, self._length(index))
+        return self._disk.read(index, first, last, self.block_bytes(index))
 
     def _wanted(self, index: int, call: Call) -> "Future[bytes]":
         """Return the flight of a block that somebody waits for."""
@@ -253,7 +270,7 @@ class RemoteFile:
             self.release()
 
     def _fetch(self, index: int) -> None:
-        begin, length = index * BLOCK_BYTES, self._length(index)
+        begin, length = index * BLOCK_BYTES, self.block_bytes(index)
         self._disk.prepare()
         with self._disk.claimed(index, self._timeout_s):
             data = self._disk.read(index, 0, length, length)
@@ -319,7 +336,7 @@ class RemoteFile:
             for piece in transfer:
                 rest = piece
                 while rest:
-                    length = self._length(index)
+                    length = self.block_bytes(index)
                     if not room:
                         if length <= 0:
                             raise errors.damaged(self._path, "it is longer than it was")

@@ -1,0 +1,91 @@
+"""Weights into the block cache: several blocks at a time, over any number of files, each once."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+
+from tinkerfs import errors
+from tinkerfs.call import Call
+from tinkerfs.weights.file import WeightsFile
+
+__all__ = ["Landed", "prefetch", "room_bytes"]
+
+#: Blocks on their way at a time, of all files together; as many as a reader has fetched ahead.
+BLOCKS_AT_ONCE = 8
+
+#: What a block takes on disk beyond its bytes, at most: its checksum, in a page of its own.
+_BESIDE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What came of a block.
+
+    Attributes:
+        number: of which file.
+        size_bytes: how many more of the file's bytes are on disk now.
+        error: why they are not; nothing more of that file is fetched then.
+    """
+
+    number: int
+    size_bytes: int
+    error: Exception | None = None
+
+
+def room_bytes(files: Sequence[WeightsFile]) -> int:
+    """Return what some files take in the cache, at most, once all of them are in it."""
+    blocks = {
+        (file.key, block): file.block_bytes(block) for file in files for block in file.blocks()
+    }
+    return sum(size_bytes + _BESIDE_BYTES for size_bytes in blocks.values())
+
+
+def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
+    """Fetch what is not on disk, and tell of each block that was not when it is.
+
+    For one thread, whose wait for a block nothing ends but the block; to be left alone, it is run
+    on a thread of its own. What was begun when the iterator is dropped goes on.
+
+    Args:
+        files: open, in the order in which they are fetched.
+        call: waits where an archive must be built first.
+    """
+    flying: dict[Future[bytes], list[tuple[int, int, int]]] = {}
+    failed: set[int] = set()
+
+    def landed() -> Iterator[Landed]:
+        done, _ = wait(flying, return_when=FIRST_COMPLETED)
+        for flight in done:
+            for number, block, size_bytes in flying.pop(flight):
+                error = flight.exception()
+                if error is None and not files[number].is_kept(block):
+                    error = errors.no_space("", "the cache takes no more")
+                if error is None:
+                    yield Landed(number, size_bytes)
+                elif number not in failed:
+                    failed.add(number)
+                    assert isinstance(error, Exception)
+                    yield Landed(number, 0, error)
+
+    missing = [
+        {block: held for block, held in file.blocks().items() if not file.is_kept(block)}
+        for file in files
+    ]
+    for number, file in enumerate(files):
+        for block, size_bytes in missing[number].items():
+            while len(flying) >= BLOCKS_AT_ONCE:
+                yield from landed()
+            if number in failed:
+                break
+            if file.is_kept(block):  # it came with another file, or to another process
+                yield Landed(number, size_bytes)
+                continue
+            try:
+                flight = file.fetch(block, call)
+            except (errors.ApiError, OSError) as error:
+                failed.add(number)
+                yield Landed(number, 0, error)
+                break
+            flying.setdefault(flight, []).append((number, block, size_bytes))
+    while flying:
+        yield from landed()
