@@ -78,6 +78,17 @@ class Telemetry:
         with self._lock:
             self._counters[name] += amount
 
+    def counted(self, name: str) -> int:
+        """Return a named counter."""
+        with self._lock:
+            return self._counters[name]
+
+    def waits(self) -> list[tuple[str, float]]:
+        """Return what is being waited for, and for how many seconds so far."""
+        with self._lock:
+            now = self._clock.monotonic()
+            return [(what, now - since) for what, since in self._waits.values()]
+
     def count_call(self, endpoint: str, outcome: str) -> None:
         """Count one HTTP request: `outcome` is its status, or what went wrong instead of one."""
         with self._lock:

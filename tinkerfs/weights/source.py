@@ -336,6 +336,7 @@ class Source:
         try:
             for piece in answer.response.iter_raw():
                 window_bytes += len(piece)
+                client.telemetry.count("bytes_received", len(piece))
                 now = time.monotonic()
                 if now >= window_end:
                     if window_bytes < MIN_BYTES_PER_S * client.timeout_s:
@@ -344,8 +345,6 @@ class Source:
                 yield piece
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
             raise _lost(error, answer.response.url.host, client) from None
-        finally:
-            client.telemetry.count("bytes_received", answer.response.num_bytes_downloaded)
 
 
 class Transfer:
