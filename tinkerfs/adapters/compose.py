@@ -6,7 +6,7 @@ all of it is closed when it is left.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinkerfs.api.client import Client
@@ -33,9 +33,10 @@ FREE_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an adapter needs: the tree, and the client for a first look at the server."""
+    """What an adapter needs: the tree, the weights in it, the client for a first look."""
 
     filesystem: FileSystem
+    weights: Weights
     client: Client
     telemetry: Telemetry
 
@@ -83,7 +84,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             Weights(archives, store, blocks, telemetry, timeout_s=settings.timeout_s)
         )
         model = Model(
-            settings=settings,
+            settings=replace(settings, cache_dir=str(cache_dir)),
             catalogue=catalogue,
             sessions=sessions,
             archives=archives,
@@ -92,4 +93,4 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
-        yield Parts(FileSystem(model, cache_dir), client, telemetry)
+        yield Parts(FileSystem(model, cache_dir), weights, client, telemetry)

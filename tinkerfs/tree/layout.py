@@ -142,7 +142,12 @@ def _find_version(site: Site, version: str) -> Checkpoint | None:
 
 def _stats(site: Site) -> bytes:
     model = site.model
-    facts = {"base_url": model.settings.base_url, "account": model.catalogue.known()}
+    facts = {
+        "base_url": model.settings.base_url,
+        "cache_dir": model.settings.cache_dir,
+        "cache_size_bytes": model.settings.cache_size_bytes,
+        "account": model.catalogue.known(),
+    }
     return render.json_values({**facts, **model.telemetry.snapshot()})
 
 
