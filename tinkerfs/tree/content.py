@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from tinkerfs import errors, names
 from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tree import render, subjects
-from tinkerfs.tree.rows import Each, File, Folder, Link, Site, Stream
+from tinkerfs.tree.rows import Each, File, Folder, Link, Row, Site, Stream
 from tinkerfs.weights.content import Subject
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.tarindex import Member
 
-__all__ = ["LINKS", "VERSION", "files_path"]
+__all__ = ["FILES", "LINKS", "VERSION", "Holding", "files_path", "holding"]
 
 #: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
 LONGEST_URL_BYTES = 16_384
@@ -37,6 +37,36 @@ class _Inside:
     checkpoint: Checkpoint
     prefix: str
     member: Member | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Weights that a path names: of one version of a checkpoint.
+
+    Attributes:
+        checkpoint: which one.
+        subject: as `Weights` is asked for it.
+        is_archive: the archive as it is stored is meant, not the files in it.
+        inside: of the files, which one or which folder, as a path within `files/`; empty for all.
+    """
+
+    checkpoint: Checkpoint
+    subject: Subject
+    is_archive: bool = False
+    inside: str = ""
+
+
+def holding(row: Row, site: Site) -> Holding | None:
+    """Return the weights that a node stands for; None where it is about no one checkpoint's.
+
+    Args:
+        row: its row of the table.
+        site: where that is.
+    """
+    about, is_archive = site.subject, isinstance(row, Stream)
+    if not (isinstance(about, Checkpoint) and (is_archive or isinstance(row, Folder | Link))):
+        return None
+    return Holding(about, _subject(site, about), is_archive)
 
 
 def files_path(checkpoint: Checkpoint) -> str:
@@ -177,7 +207,7 @@ def _files_ns(site: Site) -> int:
     return _subject(site, _inside(site).checkpoint).mtime_ns
 
 
-_FILES = Folder(
+FILES = Folder(
     "files",
     _DOCS["files"],
     (
@@ -209,7 +239,7 @@ VERSION = Folder(
             mode=0o400,
             told_bytes=_archive_url_bytes,
         ),
-        _FILES,
+        FILES,
         Stream(
             "archive.tar",
             _DOCS["archive.tar"],

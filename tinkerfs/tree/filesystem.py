@@ -21,7 +21,7 @@ from tinkerfs.tree.handles import RenderedHandle, WeightsHandle
 from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
 from tinkerfs.tree.removal import Removals
-from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Model, Removal, Site, Stream
+from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Model, Removal, Row, Site, Stream
 
 __all__ = ["FileSystem"]
 
@@ -111,6 +111,12 @@ class FileSystem:
                 pending = [p for p in self.readlink(done, call).split("/") if p] + pending
                 done = posixpath.dirname(done)
         return done
+
+    def look(self, path: str, call: Call) -> tuple[Row, Site]:
+        """Return the row of the table that a path stands for, and what it is about there."""
+        with self._telling(path, "look"):
+            node = self._resolve(path, call)
+            return node.row, self._site(node, call)
 
     def space(self) -> Space:
         """Return the block cache's bound, and what is free of it and on its disk."""
