@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "mount": ("mount", "mount", "Mount the account on a folder."),
     "umount": ("umount", "umount", "Unmount, and wait until it is gone."),
     "status": ("status", "status", "Show what mounts do, and what they wait for."),
+    "prefetch": ("prefetch", "prefetch", "Pull weights into the cache, before they are read."),
     "path": ("paths", "path", "Print the file path of a tinker path."),
     "url": ("paths", "url", "Print the tinker path of a file path."),
     "doctor": ("doctor", "doctor", "Check everything that a mount needs."),

@@ -1,0 +1,330 @@
+"""What `prefetch` and `get` share: which weights are meant, where they are, how it ends."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import click
+
+from tinkerfs.cli.options import resolve, settings_options
+from tinkerfs.errors import SetupError, TinkerfsError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from tinkerfs.adapters.compose import Parts
+    from tinkerfs.adapters.mounts import Mount
+    from tinkerfs.settings import Settings
+    from tinkerfs.tree.content import Holding
+    from tinkerfs.weights.content import Listing
+    from tinkerfs.weights.file import WeightsFile
+
+__all__ = [
+    "Failure",
+    "Place",
+    "Planned",
+    "fail_with",
+    "find_holdings",
+    "name_of",
+    "open_planned",
+    "opened",
+    "place_of",
+    "selected",
+    "signals_interrupt",
+    "transfer_options",
+    "words_of",
+]
+
+T = TypeVar("T")
+
+_SCHEME = "tinker://"
+
+#: Archives that are asked for at a time.
+_ARCHIVES_AT_ONCE = 8
+
+
+def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags of the settings that a transfer heeds."""
+    return settings_options(
+        "base_url",
+        "cache_dir",
+        "cache_size_bytes",
+        "timeout_s",
+        "archive_timeout_s",
+        "log_file",
+        "log_level",
+    )(command)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in an account a PATH leads.
+
+    Attributes:
+        shown: as it was given.
+        path: from the root of the tree.
+        settings: of the account, and of the mount that shows it.
+    """
+
+    shown: str
+    path: str
+    settings: "Settings"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One checkpoint whose files are known and open.
+
+    Attributes:
+        holding: which one.
+        files: name and file; the archive's name is empty.
+    """
+
+    holding: "Holding"
+    files: "tuple[tuple[str, WeightsFile], ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why something is not there: of what, in one line without secrets."""
+
+    name: str
+    error: Exception
+
+
+def place_of(given: str, flags: Mapping[str, str | bool | None]) -> Place:
+    """Return where a PATH leads: a tinker path, or a file below a mount.
+
+    Asks no mount but for its settings, and that with a bound on the wait.
+
+    Raises:
+        SetupError: it is neither, or its mount does not answer.
+    """
+    from tinkerfs.tinker_path import TinkerPath
+    from tinkerfs.tree import subjects
+
+    if given.startswith(_SCHEME):
+        run_id = given.removeprefix(_SCHEME)
+        try:
+            is_run = run_id and "/" not in run_id
+            path = (
+                subjects.run_path(run_id) if is_run else subjects.place_of(TinkerPath.parse(given))
+            )
+        except ValueError as error:
+            raise SetupError(str(error)) from None
+        return Place(given, path, resolve(flags))
+    mount, path = _below_mount(given)
+    return Place(given, path, resolve({**_settings_of(mount), **_said(flags)}))
+
+
+def _said(flags: Mapping[str, str | bool | None]) -> dict[str, str | bool | None]:
+    return {field: value for field, value in flags.items() if value is not None}
+
+
+def _below_mount(given: str) -> tuple["Mount", str]:
+    """Return the mount that a path comes to, and the rest of it, left to us to follow.
+
+    Nothing below the mount is looked at through the kernel: it may hang, and a name within `files/`
+    would have it ask for the archive.
+    """
+    from tinkerfs.adapters import mounts
+
+    mounted = {mount.mountpoint: mount for mount in mounts.list_mounts()}
+    done, links = "/", 0
+    rest = [part for part in os.path.join(os.getcwd(), given).split("/") if part]
+    while True:
+        mount = mounted.get(done)
+        if mount is not None and mount.fstype == mounts.FSTYPE:
+            return mount, "/" + "/".join(rest)
+        if not rest:
+            break
+        part = rest.pop(0)
+        done = os.path.normpath(os.path.join(done, part))
+        if done not in mounted and os.path.islink(done):
+            links += 1
+            if links > 40:  # as Linux (path_resolution(7))
+                break
+            target = os.readlink(done)
+            rest = [each for each in target.split("/") if each] + rest
+            done = "/" if target.startswith("/") else os.path.dirname(done)
+    raise SetupError(
+        f"{given} is neither below a mount of tinkerfs nor a tinker path, {_SCHEME}<run>/..."
+    )
+
+
+def _settings_of(mount: "Mount") -> dict[str, str | bool | None]:
+    """Return what a mount says of its account and its cache."""
+    from tinkerfs.adapters import mounts
+
+    cure = f"tinkerfs status {mount.mountpoint}"
+    try:
+        told = json.loads(mounts.read_file(f"{mount.mountpoint}/.tinkerfs/stats.json") or b"null")
+    except TimeoutError:
+        raise SetupError(f"the mount at {mount.mountpoint} does not answer: {cure}") from None
+    except ValueError:
+        told = None
+    names = {"base_url": "base_url", "cache_dir": "cache_dir", "cache_size_bytes": "cache_size"}
+    if not isinstance(told, dict) or not names.keys() <= told.keys():
+        raise SetupError(
+            f"the mount at {mount.mountpoint} does not tell where its cache is: {cure}"
+        )
+    return {field: str(told[field]) for field in names}
+
+
+@contextmanager
+def opened(settings: "Settings") -> Iterator["Parts"]:
+    """Open an account in this process; its log goes to the file that is set, or nowhere.
+
+    Raises:
+        SetupError: the cache folder or the log cannot be used.
+    """
+    from tinkerfs.adapters.compose import compose
+    from tinkerfs.cli import logs
+
+    logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
+    # The bound is on walks that ask for archives by accident: here each was asked for by name.
+    with compose(replace(settings, archive_burst=0)) as parts:
+        yield parts
+
+
+def find_holdings(
+    parts: "Parts", places: list[Place], failures: list[Failure]
+) -> "list[tuple[Place, Holding]]":
+    """Return the weights that some places name, each once."""
+    from tinkerfs.call import IN_PROCESS
+    from tinkerfs.tree.holdings import holding_at, holdings_below
+
+    found: dict[object, tuple[Place, Holding]] = {}
+    for place in places:
+        try:
+            one = holding_at(parts.filesystem, place.path, IN_PROCESS)
+            below = [one] if one else holdings_below(parts.filesystem, place.path, IN_PROCESS)
+        except OSError as error:
+            failures.append(Failure(place.shown, error))
+            continue
+        if not below:
+            failures.append(Failure(place.shown, SetupError("there are no checkpoints in it")))
+        for each in below:
+            key = (each.checkpoint.key, each.is_archive, each.inside)
+            found.setdefault(key, (place, each))
+    return list(found.values())
+
+
+def name_of(holding: "Holding") -> str:
+    """Return what a checkpoint is called in messages."""
+    return holding.checkpoint.tinker_path
+
+
+def selected(holding: "Holding", listing: "Listing") -> list[str]:
+    """Return the names of the members that are meant.
+
+    Raises:
+        OSError: ENOENT where there is none such.
+    """
+    from tinkerfs import errors, names
+
+    def is_meant(name: str) -> bool:
+        shown = "/".join(map(names.encode, name.split("/")))
+        return not holding.inside or f"{shown}/".startswith(f"{holding.inside}/")
+
+    found = [name for name in listing.members if is_meant(name)]
+    if not found and holding.inside:
+        raise errors.not_found(holding.inside)
+    return found
+
+
+def open_planned(
+    parts: "Parts", holdings: "list[Holding]", stack: ExitStack, failures: list[Failure]
+) -> list[Planned]:
+    """Open all files of some checkpoints, side by side; archives are waited for.
+
+    Args:
+        parts: of the account.
+        holdings: which ones.
+        stack: closes the files.
+        failures: gets what cannot be opened.
+    """
+    from tinkerfs.cache.flight import side_by_side
+    from tinkerfs.call import IN_PROCESS
+
+    weights = parts.weights
+
+    def open_one(holding: "Holding") -> Planned:
+        files: list[tuple[str, WeightsFile]] = []
+        subject = holding.subject
+        if holding.is_archive:
+            files.append(("", stack.enter_context(weights.open_archive(subject, IN_PROCESS))))
+        else:
+            for name in selected(holding, weights.files(subject, IN_PROCESS)):
+                file = stack.enter_context(weights.open(subject, name, IN_PROCESS))
+                files.append((name, file))
+        missing = next((f for _, f in files if f.kept_bytes() < f.size_bytes), None)
+        if missing is not None:
+            missing.prepare(IN_PROCESS)
+        return Planned(holding, tuple(files))
+
+    works = [lambda holding=holding: open_one(holding) for holding in holdings]
+    planned = []
+    flights: list[Future[Planned]] = side_by_side(works, _ARCHIVES_AT_ONCE, "open")
+    for holding, flight in zip(holdings, flights, strict=True):
+        error = flight.exception()
+        if error is None:
+            planned.append(flight.result())
+        else:
+            assert isinstance(error, Exception)
+            failures.append(Failure(name_of(holding), error))
+    return planned
+
+
+def words_of(error: Exception) -> str:
+    """Return why something failed, for people; no path and no secrets.
+
+    Raises:
+        Exception: what is no failure of the account, the network or the disk.
+    """
+    from tinkerfs import errors
+
+    if isinstance(error, OSError):
+        return errors.redact(error.strerror or str(error))
+    if isinstance(error, TinkerfsError):
+        return errors.redact(str(error))
+    raise error
+
+
+def fail_with(failures: list[Failure]) -> NoReturn:
+    """Tell each failure in one line on standard error, and exit 1."""
+    for failure in failures:
+        words = " ".join(f"{failure.name}: {words_of(failure.error)}".split())
+        click.echo(f"tinkerfs: {words}", err=True)
+    raise SystemExit(1)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a transfer as Ctrl-C does."""
+
+
+@contextmanager
+def signals_interrupt(how_to_go_on: str) -> Iterator[None]:
+    """End at once on Ctrl-C and SIGTERM, with one line; exit 130, or 143 for SIGTERM.
+
+    Args:
+        how_to_go_on: what the line says.
+    """
+
+    def terminate(number: int, frame: object) -> None:
+        del number, frame
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        click.echo(f"tinkerfs: interrupted: {how_to_go_on}", err=True)
+        number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
+        raise SystemExit(128 + number) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
