@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tinkerfs.cli.transfers import Failure, Place
     from tinkerfs.settings import Settings
     from tinkerfs.tree.content import Holding
+    from tinkerfs.weights.file import WeightsFile
 
 __all__ = ["prefetch"]
 
@@ -63,9 +65,7 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
             "kept_bytes": sum(row["kept_bytes"] for row in rows),
             "total_bytes": None if None in totals else sum(totals),
             "files": rows,
-            "errors": [
-                {"path": each.name, "error": transfers.words_of(each.error)} for each in failures
-            ],
+            "errors": transfers.told(failures),
         }
         click.echo(json.dumps(told, indent=2))
     elif check:
@@ -109,7 +109,8 @@ def _check(
 
     del settings
     rows = []
-    for _place, holding in transfers.find_holdings(parts, places, failures):
+    holdings, _ = transfers.find_holdings(parts, places, failures)
+    for holding in holdings:
         subject, weights = holding.subject, parts.weights
         try:
             if holding.is_archive:
@@ -134,60 +135,96 @@ def _check(
 def _fetch(
     parts: "Parts", settings: "Settings", places: "list[Place]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
+    """Fetch what is not kept, and return what is then."""
     from tinkerfs.cache.flight import in_thread
+    from tinkerfs.cli import transfers
     from tinkerfs.cli.progress import Progress
 
     progress = Progress(parts.telemetry)
-    work = in_thread(lambda: _fetch_behind(parts, settings, places, failures, progress), "prefetch")
-    return progress.run(work)
+    rows: list[dict[str, Any]] = []
+
+    def work() -> None:
+        holdings, _ = transfers.find_holdings(parts, places, failures)
+        fetching = _Fetching(parts, settings, failures, progress)
+        changed = fetching.run(holdings, rows, is_again=False)
+        fetching.run(changed, rows, is_again=True)
+
+    progress.run(in_thread(work, "prefetch"))
+    return rows
 
 
-def _fetch_behind(
-    parts: "Parts",
-    settings: "Settings",
-    places: "list[Place]",
-    failures: "list[Failure]",
-    progress: "Progress",
-) -> list[dict[str, Any]]:
-    from tinkerfs.call import IN_PROCESS
-    from tinkerfs.cli import transfers
-    from tinkerfs.cli.progress import Item, size_text
-    from tinkerfs.cli.transfers import Failure
-    from tinkerfs.errors import SetupError
-    from tinkerfs.weights.prefetch import prefetch as fetch
-    from tinkerfs.weights.prefetch import room_bytes
+@dataclass(frozen=True, slots=True)
+class _Fetching:
+    """One run of the command, on a thread of its own."""
 
-    with ExitStack() as stack:
-        holdings = [holding for _, holding in transfers.find_holdings(parts, places, failures)]
-        planned = transfers.open_planned(parts, holdings, stack, failures)
-        opened = [(each.holding, name, file) for each in planned for name, file in each.files]
-        files = [file for _, _, file in opened]
-        items = [
-            Item(
-                f"{transfers.name_of(holding)}/{name}".rstrip("/"),
-                file.size_bytes,
-                file.kept_bytes(),
+    parts: "Parts"
+    settings: "Settings"
+    failures: "list[Failure]"
+    progress: "Progress"
+
+    def run(
+        self, holdings: "list[Holding]", rows: list[dict[str, Any]], *, is_again: bool
+    ) -> "list[Holding]":
+        """Fetch some checkpoints; return those of which the server has another version by now."""
+        from tinkerfs import errors
+        from tinkerfs.call import IN_PROCESS
+        from tinkerfs.cli import transfers
+        from tinkerfs.cli.progress import Item
+        from tinkerfs.cli.transfers import Failure
+        from tinkerfs.weights import prefetch as blocks
+
+        changed: list[Holding] = []
+        with ExitStack() as stack:
+            planned = transfers.open_planned(
+                self.parts, holdings, stack, self.failures, with_urls=True
             )
-            for holding, name, file in opened
-        ]
-        wanted_bytes = room_bytes(files)
-        if wanted_bytes > settings.cache_size_bytes:
+            opened = [(each.holding, name, file) for each in planned for name, file in each.files]
+            files = [file for _, _, file in opened]
+            self._check_room(files)
+            items = []
+            for holding, name, file in opened:
+                shown = f"{transfers.name_of(holding)}/{name}".rstrip("/")
+                items.append(Item(shown, file.size_bytes, file.kept_bytes()))
+            self.progress.start(items)
+            for item in items:
+                if item.is_whole:
+                    self.progress.ended(item)
+            for landed in blocks.prefetch(files, IN_PROCESS):
+                item, error = items[landed.number], landed.error
+                holding = opened[landed.number][0]
+                self.progress.gained(item, landed.size_bytes)
+                if error is None:
+                    if item.is_whole:
+                        self.progress.ended(item)
+                    continue
+                is_stale = isinstance(error, OSError) and errors.is_stale(error)
+                if is_stale:
+                    self.parts.weights.known_files(holding.subject)  # which forgets it
+                if is_stale and not is_again:
+                    if holding not in changed:
+                        changed.append(holding)
+                else:
+                    self.failures.append(Failure(item.name, error))
+            rows += [
+                _row(holding, name, file.kept_bytes(), file.size_bytes)
+                for holding, name, file in opened
+                if holding not in changed
+            ]
+        return changed
+
+    def _check_room(self, files: "list[WeightsFile]") -> None:
+        """Refuse what does not fit: the last would take the room of the first.
+
+        Raises:
+            SetupError: the cache may not be so large.
+        """
+        from tinkerfs.cli.progress import size_text
+        from tinkerfs.errors import SetupError
+        from tinkerfs.weights import prefetch as blocks
+
+        wanted_bytes, limit_bytes = blocks.room_bytes(files), self.settings.cache_size_bytes
+        if wanted_bytes > limit_bytes:
             raise SetupError(
                 f"these are {size_text(wanted_bytes)}, and the cache takes"
-                f" {size_text(settings.cache_size_bytes)}: name fewer, or raise --cache-size"
+                f" {size_text(limit_bytes)}: name fewer, or raise --cache-size"
             )
-        progress.start(items)
-        for item in items:
-            if item.is_whole:
-                progress.ended(item)
-        for landed in fetch(files, IN_PROCESS):
-            item = items[landed.number]
-            progress.gained(item, landed.size_bytes)
-            if landed.error is not None:
-                failures.append(Failure(item.name, landed.error))
-            elif item.is_whole:
-                progress.ended(item)
-        return [
-            _row(holding, name, file.kept_bytes(), file.size_bytes)
-            for holding, name, file in opened
-        ]

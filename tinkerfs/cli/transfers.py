@@ -35,8 +35,8 @@ __all__ = [
     "place_of",
     "selected",
     "signals_interrupt",
+    "told",
     "transfer_options",
-    "words_of",
 ]
 
 T = TypeVar("T")
@@ -90,10 +90,34 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why something is not there: of what, in one line without secrets."""
+    """Why something is not there.
+
+    Attributes:
+        name: what.
+        error: what happened.
+        advice: what to do then.
+    """
 
     name: str
     error: Exception
+    advice: str = ""
+
+    @property
+    def words(self) -> str:
+        """Why, for people, in one line without secrets.
+
+        Raises:
+            Exception: what is no failure of the account, the network or the disk.
+        """
+        from tinkerfs import errors
+
+        if isinstance(self.error, OSError):
+            words = self.error.strerror or str(self.error)
+        elif isinstance(self.error, TinkerfsError):
+            words = str(self.error)
+        else:
+            raise self.error
+        return errors.redact(words) + (f"; {self.advice}" if self.advice else "")
 
 
 def place_of(given: str, flags: Mapping[str, str | bool | None]) -> Place:
@@ -193,12 +217,19 @@ def opened(settings: "Settings") -> Iterator["Parts"]:
 
 def find_holdings(
     parts: "Parts", places: list[Place], failures: list[Failure]
-) -> "list[tuple[Place, Holding]]":
-    """Return the weights that some places name, each once."""
+) -> "tuple[list[Holding], bool]":
+    """Return the weights that some places name, each once; and whether the last names just one.
+
+    Args:
+        parts: of the account of all of them.
+        places: where to look.
+        failures: gets those where nothing is.
+    """
     from tinkerfs.call import IN_PROCESS
     from tinkerfs.tree.holdings import holding_at, holdings_below
 
-    found: dict[object, tuple[Place, Holding]] = {}
+    found: dict[object, Holding] = {}
+    one = None
     for place in places:
         try:
             one = holding_at(parts.filesystem, place.path, IN_PROCESS)
@@ -210,8 +241,8 @@ def find_holdings(
             failures.append(Failure(place.shown, SetupError("there are no checkpoints in it")))
         for each in below:
             key = (each.checkpoint.key, each.is_archive, each.inside)
-            found.setdefault(key, (place, each))
-    return list(found.values())
+            found.setdefault(key, each)
+    return list(found.values()), one is not None
 
 
 def name_of(holding: "Holding") -> str:
@@ -238,7 +269,12 @@ def selected(holding: "Holding", listing: "Listing") -> list[str]:
 
 
 def open_planned(
-    parts: "Parts", holdings: "list[Holding]", stack: ExitStack, failures: list[Failure]
+    parts: "Parts",
+    holdings: "list[Holding]",
+    stack: ExitStack,
+    failures: list[Failure],
+    *,
+    with_urls: bool,
 ) -> list[Planned]:
     """Open all files of some checkpoints, side by side; archives are waited for.
 
@@ -247,6 +283,7 @@ def open_planned(
         holdings: which ones.
         stack: closes the files.
         failures: gets what cannot be opened.
+        with_urls: wait for the archives of what is not kept, also where its files are known.
     """
     from tinkerfs.cache.flight import side_by_side
     from tinkerfs.call import IN_PROCESS
@@ -262,7 +299,9 @@ def open_planned(
             for name in selected(holding, weights.files(subject, IN_PROCESS)):
                 file = stack.enter_context(weights.open(subject, name, IN_PROCESS))
                 files.append((name, file))
-        missing = next((f for _, f in files if f.kept_bytes() < f.size_bytes), None)
+        missing = None
+        if with_urls:
+            missing = next((f for _, f in files if f.kept_bytes() < f.size_bytes), None)
         if missing is not None:
             missing.prepare(IN_PROCESS)
         return Planned(holding, tuple(files))
@@ -280,25 +319,15 @@ def open_planned(
     return planned
 
 
-def words_of(error: Exception) -> str:
-    """Return why something failed, for people; no path and no secrets.
-
-    Raises:
-        Exception: what is no failure of the account, the network or the disk.
-    """
-    from tinkerfs import errors
-
-    if isinstance(error, OSError):
-        return errors.redact(error.strerror or str(error))
-    if isinstance(error, TinkerfsError):
-        return errors.redact(str(error))
-    raise error
+def told(failures: list[Failure]) -> list[dict[str, str]]:
+    """Return failures as JSON values."""
+    return [{"path": each.name, "error": each.words} for each in failures]
 
 
 def fail_with(failures: list[Failure]) -> NoReturn:
     """Tell each failure in one line on standard error, and exit 1."""
     for failure in failures:
-        words = " ".join(f"{failure.name}: {words_of(failure.error)}".split())
+        words = " ".join(f"{failure.name}: {failure.words}".split())
         click.echo(f"tinkerfs: {words}", err=True)
     raise SystemExit(1)
 
