@@ -1,0 +1,226 @@
+"""`tinkerfs get`."""
+
+import json
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tinkerfs.cli.transfers import transfer_options
+
+if TYPE_CHECKING:
+    from tinkerfs.adapters.compose import Parts
+    from tinkerfs.cli.progress import Item, Progress
+    from tinkerfs.cli.transfers import Failure, Place, Planned
+    from tinkerfs.tree.content import Holding
+    from tinkerfs.weights.copies import Target
+
+__all__ = ["get"]
+
+_HOW_TO_GO_ON = "what came is kept beside; the same command goes on from there"
+
+
+@click.command(short_help="Copy a checkpoint's files out; needs no mount.")
+@click.argument("path")
+@click.argument("dest", type=click.Path())
+@click.option("--archive", is_flag=True, help="Copy the archive as it is stored, not its files.")
+@click.option("--force", is_flag=True, help="Replace files in DEST that are others.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: what became of each file.")
+@transfer_options
+def get(
+    path: str, dest: str, archive: bool, force: bool, as_json: bool, **flags: str | None
+) -> None:
+    """Copy the weights at PATH to the folder DEST, which is made where it is not there.
+
+    PATH is a tinker path or a path below a mount: a checkpoint, its files or one of them. Of a
+    run, of /adapters or of /runs every checkpoint is copied, each to a folder of its own in DEST.
+    With --archive, or where PATH is an archive.tar, DEST is the tar's file name, or a folder.
+
+    Each file is written beside and renamed when it is whole. After an interruption the same command
+    goes on where it was, unless the server has another version by then. Other files of the same
+    names are left alone, and nothing of that checkpoint is copied, unless --force is given.
+
+    \b
+        tinkerfs get tinker://79db3d29:train:0/sampler_weights/final adapter
+        tinkerfs get --archive ~/tinker/runs/79db3d29:train:0/latest checkpoint.tar
+    """  # noqa: D301
+    from tinkerfs.cache.flight import in_thread
+    from tinkerfs.cli import transfers
+    from tinkerfs.cli.progress import Progress
+
+    failures: list[Failure] = []
+    with transfers.signals_interrupt(_HOW_TO_GO_ON):
+        place = transfers.place_of(path, flags)
+        umask = os.umask(0)
+        os.umask(umask)
+        with transfers.opened(place.settings) as parts:
+            progress = Progress(parts.telemetry)
+            copying = _Copying(
+                parts, progress, failures, dest, force=force, archive=archive, mode=0o666 & ~umask
+            )
+            rows = progress.run(in_thread(lambda: copying.run(place), "get"))
+    if as_json:
+        told = {"is_complete": not failures, "files": rows, "errors": transfers.told(failures)}
+        click.echo(json.dumps(told, indent=2))
+    if failures:
+        transfers.fail_with(failures)
+
+
+class _Copying:
+    """One run of the command, on a thread of its own."""
+
+    def __init__(
+        self,
+        parts: "Parts",
+        progress: "Progress",
+        failures: "list[Failure]",
+        dest: str,
+        *,
+        force: bool,
+        archive: bool,
+        mode: int,
+    ) -> None:
+        self._parts = parts
+        self._progress = progress
+        self._failures = failures
+        self._dest = dest
+        self._is_forced = force
+        self._wants_archive = archive
+        self._mode = mode
+        self._is_disk_full = False
+
+    def run(self, place: "Place") -> list[dict[str, Any]]:
+        """Copy all of it; return a row for each file."""
+        from tinkerfs.cli import transfers
+
+        holdings, is_one = transfers.find_holdings(self._parts, [place], self._failures)
+        if self._wants_archive:
+            holdings = [_whole_archive(holding) for holding in holdings]
+        rows: list[dict[str, Any]] = []
+        changed = self._copy(holdings, rows, is_one=is_one, is_again=False)
+        self._copy(changed, rows, is_one=is_one, is_again=True)
+        return rows
+
+    def _copy(
+        self, holdings: "list[Holding]", rows: list[dict[str, Any]], *, is_one: bool, is_again: bool
+    ) -> "list[Holding]":
+        """Copy some checkpoints; return those of which the server has another version by now."""
+        from tinkerfs.cli import transfers
+        from tinkerfs.cli.progress import Item
+
+        changed = []
+        with ExitStack() as stack:
+            planned = transfers.open_planned(
+                self._parts, holdings, stack, self._failures, with_urls=False
+            )
+            work: list[tuple[Planned, list[tuple[Target, Item]]]] = []
+            for each in planned:
+                targets = [self._target(each, name, is_one) for name, _ in each.files]
+                if self._has_others(targets):
+                    continue
+                items = []
+                for target in targets:
+                    size_bytes = target.file.size_bytes
+                    had_bytes = size_bytes if target.is_whole() else target.begun_bytes()
+                    items.append(Item(target.path, size_bytes, had_bytes))
+                work.append((each, list(zip(targets, items, strict=True))))
+            self._progress.start([item for _, pairs in work for _, item in pairs])
+            for each, pairs in work:
+                if self._is_disk_full:
+                    break
+                if not self._copy_one(each, pairs, rows, is_again=is_again):
+                    changed.append(each.holding)
+        return changed
+
+    def _copy_one(
+        self,
+        planned: "Planned",
+        pairs: "list[tuple[Target, Item]]",
+        rows: list[dict[str, Any]],
+        *,
+        is_again: bool,
+    ) -> bool:
+        """Copy a checkpoint; return False where the server has another version by now."""
+        from tinkerfs import errors
+        from tinkerfs.cli.transfers import Failure
+
+        for target, item in pairs:
+            try:
+                outcome = self._copy_file(target, item)
+            except (errors.ApiError, OSError) as error:
+                if isinstance(error, OSError) and errors.is_stale(error):
+                    self._parts.weights.known_files(planned.holding.subject)  # which forgets it
+                    if not is_again:
+                        return False
+                self._is_disk_full = isinstance(error, OSError) and errors.is_no_space(error)
+                self._failures.append(Failure(item.name, error, _HOW_TO_GO_ON))
+                return True
+            rows.append(
+                {
+                    "checkpoint": planned.holding.checkpoint.tinker_path,
+                    "path": item.name,
+                    "total_bytes": item.total_bytes,
+                    "outcome": outcome,
+                }
+            )
+        return True
+
+    def _copy_file(self, target: "Target", item: "Item") -> str:
+        from tinkerfs.call import IN_PROCESS
+
+        outcome = "there already"
+        if not target.is_whole():
+            outcome = "resumed" if item.had_bytes else "copied"
+            self._progress.gained(item, 0)
+            for size_bytes in target.copy(self._mode, IN_PROCESS):
+                self._progress.gained(item, size_bytes)
+        self._progress.ended(item)
+        return outcome
+
+    def _has_others(self, targets: "list[Target]") -> bool:
+        """Refuse to replace what is not what we would write."""
+        from tinkerfs import errors
+        from tinkerfs.cli.transfers import Failure
+
+        others = [each.path for each in targets if each.is_taken() and not each.is_whole()]
+        if self._is_forced:
+            others = [path for path in others if os.path.isdir(path) and not os.path.islink(path)]
+            why = "it is a folder, and would have to be a file"
+        else:
+            why = "it is there, and not known to be this one: --force replaces it"
+        self._failures += [Failure(path, errors.exists(path, why)) for path in others]
+        return bool(others)
+
+    def _target(self, planned: "Planned", name: str, is_one: bool) -> "Target":
+        from tinkerfs import names
+        from tinkerfs.weights.copies import Target
+
+        holding, file = planned.holding, dict(planned.files)[name]
+        whose = names.join(holding.checkpoint.key)
+        if holding.is_archive:
+            folder, tar = os.path.split(self._dest)
+            if not is_one or not tar or os.path.isdir(self._dest):
+                folder, tar = self._dest, f"{whose}.tar"
+            return Target(folder, tar, file, "archive")
+        folder = self._dest if is_one else os.path.join(self._dest, whose)
+        shown = "/".join(map(names.encode, name.split("/")))
+        inside = holding.inside
+        if shown == inside:
+            inside = os.path.dirname(inside)
+        return Target(folder, shown.removeprefix(f"{inside}/") if inside else shown, file, name)
+
+
+def _whole_archive(holding: "Holding") -> "Holding":
+    """Return the archive of the checkpoint that is meant.
+
+    Raises:
+        SetupError: a part of it is meant.
+    """
+    from dataclasses import replace
+
+    from tinkerfs.errors import SetupError
+
+    if holding.inside:
+        raise SetupError(f"--archive is of a whole checkpoint, not of files/{holding.inside}")
+    return replace(holding, is_archive=True)
