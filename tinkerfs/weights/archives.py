@@ -187,7 +187,8 @@ class Archives:
             raise errors.busy(
                 path,
                 f"one process group may start {self._burst} archive builds a minute "
-                "(--archive-burst): this looks like a walk that follows links",
+                "(--archive-burst): this looks like a walk that follows links; to have many, use "
+                "tinkerfs prefetch or tinkerfs get",
             )
         started.append(now)
 

@@ -1,0 +1,136 @@
+"""`tinkerfs prefetch` and `get` of paths below a mount, and what reading through it costs then."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.account import Account, make_account
+from tests.support.mount import tinkerfs
+
+__all__ = ["make_account"]
+
+#: The commands do not go through the mount, so how libfuse is driven makes no difference.
+pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
+
+MIB = 1 << 20
+SIZE_BYTES = 9 * MIB
+
+
+@pytest.fixture
+def account(make_account):
+    return make_account(runs=1, checkpoints=3, size_bytes=SIZE_BYTES)
+
+
+def env_of(account, tmp_path):
+    """Another home, and no word on where the server or the mount's cache is, but the key."""
+    key = {"TINKER_API_KEY": account.server.api_key}
+    return {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **key}
+
+
+def read_all(account: Account, folder):
+    """Read every file below a folder, links followed; return what each holds."""
+    root = account.path(folder)
+    paths = [Path(at, name) for at, _, files in os.walk(root) for name in files]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+def costly_calls(account):
+    account.server.journal.wait_until_idle()
+    return account.server.journal.count("store") + account.server.journal.count("GET archive")
+
+
+#: Ways of naming, and the folder of which all can be read then.
+WAYS = {
+    "checkpoint": ("{checkpoint}", "{checkpoint}/files/"),
+    "files": ("{checkpoint}/files", "{checkpoint}/files/"),
+    "latest": ("{run}/latest_sampler", "{run}/latest_sampler/files/"),
+    "view": ("checkpoints/{name}", "{checkpoint}/files/"),
+    "adapter": ("adapters/{name}", "adapters/{name}/"),
+    "kind": ("{run}/checkpoints/sampler_weights", "{checkpoint}/files/"),
+    "run": ("{run}", "{checkpoint}/files/"),
+    "runs": ("runs", "{checkpoint}/files/"),
+    "root": ("", "{checkpoint}/files/"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_prefetched_is_read_without_a_request(make_account, tmp_path, way):
+    account = make_account(runs=1, checkpoints=3, size_bytes=SIZE_BYTES)
+    run = account.server.account.runs()[0]
+    samplers = [each for each in run.checkpoints if each.kind == "sampler_weights"]
+    newest = max(samplers, key=lambda each: each.time_s)
+    words = {
+        "run": f"runs/{run.id}",
+        "checkpoint": f"runs/{run.id}/checkpoints/{newest.id}",
+        "name": f"{run.id}@{newest.id.replace('/', '@')}",
+    }
+    asked, read = (text.format(**words) for text in WAYS[way])
+    env = env_of(account, tmp_path)
+    path = account.path(asked)
+    assert tinkerfs("prefetch", "--check", path, env=env).returncode == 1
+    assert costly_calls(account) == 0
+    done = tinkerfs("prefetch", path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert tinkerfs("prefetch", "--check", path, env=env).returncode == 0
+    account.server.journal.clear()
+    found = read_all(account, read)
+    truth = account.server.files(run.id, newest.id)
+    assert found == {name: c.read(0, c.size_bytes) for name, c in truth.items()}
+    assert costly_calls(account) == 0
+    assert not (tmp_path / ".cache").exists(), "the mount's cache was used"
+
+
+def test_one_member_and_the_archive(account, tmp_path):
+    run = account.server.account.runs()[0]
+    checkpoint = f"runs/{run.id}/checkpoints/{run.checkpoints[0].id}"
+    env = env_of(account, tmp_path)
+    member = account.path(f"{checkpoint}/files/adapter_config.json")
+    assert tinkerfs("prefetch", "--check", member, env=env).returncode == 1
+    assert costly_calls(account) == 0, "the mount was not made to look, either"
+    assert tinkerfs("prefetch", member, env=env).returncode == 0
+    assert tinkerfs("prefetch", "--check", member, env=env).returncode == 0
+    files = account.path(f"{checkpoint}/files")
+    assert tinkerfs("prefetch", "--check", files, env=env).returncode == 1
+    tar = account.path(f"{checkpoint}/archive.tar")
+    assert tinkerfs("prefetch", tar, env=env).returncode == 0
+    for path in (tar, files):
+        assert tinkerfs("prefetch", "--check", path, env=env).returncode == 0
+    account.server.journal.clear()
+    truth = account.server.archive(run.id, run.checkpoints[0].id)
+    assert tar.read_bytes() == truth.read(0, truth.size_bytes)
+    assert costly_calls(account) == 0
+    for none in ("files/none", "info.json"):
+        done = tinkerfs("prefetch", account.path(f"{checkpoint}/{none}"), env=env)
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_get_of_a_path_below_a_mount(account, tmp_path):
+    run = account.server.account.runs()[0]
+    [first, *_] = run.checkpoints
+    env = env_of(account, tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(account.path(f"runs/{run.id}/checkpoints"))
+    done = tinkerfs("get", link / first.id, tmp_path / "out", env=env)
+    assert done.returncode == 0, done.stderr
+    truth = account.server.files(run.id, first.id)
+    for name, content in truth.items():
+        assert (tmp_path / "out" / name).read_bytes() == content.read(0, content.size_bytes)
+    member = link / first.id / "files" / "adapter_config.json"
+    assert tinkerfs("get", member, tmp_path / "one", env=env).returncode == 0
+    assert sorted(os.listdir(tmp_path / "one")) == [".tinkerfs-get", "adapter_config.json"]
+    tar = tmp_path / "x.tar"
+    done = tinkerfs("get", link / first.id / "archive.tar", tar, env=env)
+    assert done.returncode == 0, done.stderr
+    archive = account.server.archive(run.id, first.id)
+    assert tar.read_bytes() == archive.read(0, archive.size_bytes)
+
+
+def test_a_refused_walk_is_told_what_to_use(make_account):
+    account = make_account(runs=1, checkpoints=3, settings={"archive_burst": 1})
+    run = account.server.account.runs()[0]
+    script = f"cd runs/{run.id}/checkpoints && for c in */*; do ls $c/files/; done"
+    assert "Device or resource busy" in account.sh(script).stderr
+    [line] = {line.partition("one process")[2] for line in account.errors().splitlines()}
+    assert "tinkerfs prefetch or tinkerfs get" in line
