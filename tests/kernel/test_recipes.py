@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -70,7 +71,14 @@ def cook(sample, tmp_path):
         done = subprocess.run(
             ["bash", "-c", "\n".join([PRELUDE, *texts])],
             cwd=sample.root,
-            env={**os.environ, "LC_ALL": "C.UTF-8", "TZ": "UTC", "HOME": str(tmp_path)},
+            env={
+                **os.environ,
+                **sample.server.environment,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "LC_ALL": "C.UTF-8",
+                "TZ": "UTC",
+                "HOME": str(tmp_path),
+            },
             capture_output=True,
             text=True,
             timeout=60,
@@ -219,6 +227,27 @@ def test_download(sample, cook, tmp_path):
     with tarfile.open(tmp_path / "checkpoint.tar") as archive:
         assert "adapter_model.safetensors" in archive.getnames()
     allowed = {"GET training_runs/{run}/checkpoints": 1, "GET archive": 1}
+    assert unexpected(calls, RUNS_LISTED | allowed) == {}
+
+
+def test_a_copy_that_goes_on(sample, cook, tmp_path):
+    _shown, calls = cook("Copy a checkpoint out, and go on where it broke off")
+    assert f"{tmp_path}/adapter/adapter_model.safetensors: " in (tmp_path / "get.log").read_text()
+    allowed = {
+        "GET training_runs/{run}": 1,
+        "GET training_runs/{run}/checkpoints": 1,
+        "GET archive": 1,
+    }
+    assert unexpected(calls, RUNS_LISTED | allowed) == {}
+
+
+def test_weights_at_hand(sample, cook):
+    _shown, calls = cook("Have the weights at hand before a GPU job starts")
+    allowed = {
+        "GET training_runs/{run}": 2,
+        "GET training_runs/{run}/checkpoints": 2,
+        "GET archive": 1,
+    }
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 

@@ -26,6 +26,8 @@ Try:
     echo 1 > runs/<run_id>/latest/published
     ls -lh runs/<run_id>/latest_sampler/files/
     curl -o archive.tar "$(cat runs/<run_id>/latest_sampler/archive_url)"
+    tinkerfs prefetch runs/<run_id>/latest_sampler   all of it to the cache, before it is read
+    tinkerfs get runs/<run_id>/latest_sampler DIR    its files copied out
     rm -r runs/<run_id>/checkpoints/weights/0001     deletes that checkpoint, for good
 
 Looking is free: ls, find, grep -r and du never ask the server for an archive. Nothing but a
