@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.mount import tinkerfs, wait_until
+from tests.support.mount import run, tinkerfs, wait_until
 from tests.support.server import demo_server
 from tests.support.terminal import terminal
 
@@ -40,8 +40,8 @@ def cache(tmp_path):
 
 
 def tinker_paths(server, run=0):
-    run = server.account.runs()[run]
-    return [f"tinker://{run.id}/{checkpoint.id}" for checkpoint in run.checkpoints]
+    found = server.account.runs()[run]
+    return [f"tinker://{found.id}/{checkpoint.id}" for checkpoint in found.checkpoints]
 
 
 def sent_bytes(server):
@@ -123,10 +123,10 @@ def test_check_finds_a_block_that_is_gone(env, server, cache):
 
 
 def test_one_file_and_the_archive_and_all_of_a_run(env, server):
-    run = server.account.runs()[0]
+    run_id = server.account.runs()[0].id
     first, second = tinker_paths(server)
     [other, _] = tinker_paths(server, run=1)
-    done = tinkerfs("prefetch", "--json", f"tinker://{run.id}", other, env=env)
+    done = tinkerfs("prefetch", "--json", f"tinker://{run_id}", other, env=env)
     assert done.returncode == 0
     told = json.loads(done.stdout)
     assert {row["checkpoint"] for row in told["files"]} == {first, second, other}
@@ -221,6 +221,33 @@ def test_a_cache_too_small_says_so_and_evicts_nothing(env, server, cache):
     assert "these are 60.1 MiB, and the cache takes 40.0 MiB" in one_line(done)
     assert sorted(cache.glob("blocks/*/[0-9]*")) == kept
     assert sent_bytes(server) <= INDEX_BYTES
+
+
+def test_a_disk_too_full_for_the_cache_is_said_once(env, server, tmp_path, needs_root):
+    small = tmp_path / "small"
+    small.mkdir()
+    assert run("mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", small).returncode == 0
+    try:
+        path = tinker_paths(server)[0]
+        done = tinkerfs("prefetch", "--cache-dir", small, path, env=env)
+    finally:
+        assert run("umount", small).returncode == 0
+    assert done.returncode == 1
+    assert "the block cache does not take it: its disk is full" in one_line(done)
+
+
+def test_names_do_no_harm_to_a_terminal(env, server):
+    run_id = server.account.runs()[0].id
+    server.account.add_checkpoint(run_id, "weights/\x1b[31mred", size_bytes=MIB)
+    path = f"tinker://{run_id}/weights/\x1b[31mblue"
+    for options in ((), ("--check",)):
+        done = tinkerfs("prefetch", *options, f"tinker://{run_id}", env=env)
+        assert "Traceback" not in done.stderr
+        assert "\x1b" not in done.stderr + done.stdout
+    assert done.returncode == 0
+    done = tinkerfs("prefetch", path, env=env)
+    assert done.returncode == 1
+    assert "\x1b" not in one_line(done)
 
 
 def test_what_cannot_be_had_is_one_line_and_no_secret(env, server, tmp_path):

@@ -22,7 +22,7 @@ _HOW_TO_GO_ON = "what came is kept beside; the same command goes on from there"
 
 
 @click.command(short_help="Copy a checkpoint's files out; needs no mount.")
-@click.argument("path")
+@click.argument("path", type=click.Path())
 @click.argument("dest", type=click.Path())
 @click.option("--archive", is_flag=True, help="Copy the archive as it is stored, not its files.")
 @click.option("--force", is_flag=True, help="Replace files in DEST that are others.")

@@ -23,7 +23,7 @@ _HOW_TO_GO_ON = "what came is kept; the same command goes on from there"
 
 
 @click.command(short_help="Pull weights into the cache, before they are read.")
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", type=click.Path(), nargs=-1, required=True)
 @click.option(
     "--check", is_flag=True, help="Fetch nothing: exit 0 if all is there already, else 1."
 )
@@ -91,9 +91,9 @@ def _row(holding: "Holding", name: str, kept_bytes: int, total_bytes: int | None
 
 
 def _lacking(row: dict[str, Any]) -> str:
-    from tinkerfs.cli.progress import size_text
+    from tinkerfs.cli.progress import printable, size_text
 
-    name = f"{row['checkpoint']} {row['file']}"
+    name = printable(f"{row['checkpoint']} {row['file']}")
     if row["total_bytes"] is None:
         return f"{name}: nothing is kept of it"
     return f"{name}: {size_text(row['kept_bytes'])} of {size_text(row['total_bytes'])}"
@@ -205,6 +205,8 @@ class _Fetching:
                         changed.append(holding)
                 else:
                     self.failures.append(Failure(item.name, error))
+                if isinstance(error, OSError) and errors.is_no_space(error):
+                    break
             rows += [
                 _row(holding, name, file.kept_bytes(), file.size_bytes)
                 for holding, name, file in opened

@@ -20,7 +20,7 @@ from tinkerfs.telemetry import Telemetry
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["Item", "Progress", "size_text", "span_text"]
+__all__ = ["Item", "Progress", "printable", "size_text", "span_text"]
 
 T = TypeVar("T")
 
@@ -35,6 +35,9 @@ _BUILDING_S = 1.0
 _ARCHIVE = "archive "
 
 _BAR_CHARACTERS = 20
+
+#: Of less no rate is told: it would be that of a request.
+_LEAST_BYTES = 1 << 20
 
 
 @dataclass(slots=True)
@@ -99,19 +102,21 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line above."""
-        self._lines.append(line)
+        self._lines.append(printable(line))
 
     def ended(self, item: Item) -> None:
         """Tell that a file is whole."""
         came_bytes = item.done_bytes - item.had_bytes
-        if not came_bytes:
-            self.say(f"{item.name}: {size_text(item.total_bytes)}, there already")
-            return
         took_s = max(time.monotonic() - item.began_s, 0.001)
-        rate = f"{size_text(came_bytes / took_s)}/s"
-        had = f", {size_text(item.had_bytes)} there already" if item.had_bytes else ""
-        size = size_text(item.total_bytes)
-        self.say(f"{item.name}: {size} in {span_text(took_s)}, {rate}{had}")
+        words = size_text(item.total_bytes)
+        if came_bytes:
+            words += f" in {span_text(took_s)}"
+        if came_bytes >= _LEAST_BYTES:
+            words += f", {size_text(came_bytes / took_s)}/s"
+        if item.had_bytes:
+            had = "" if item.had_bytes == item.total_bytes else f"{size_text(item.had_bytes)} "
+            words += f", {had}there already"
+        self.say(f"{item.name}: {words}")
 
     def run(self, future: "Future[T]") -> T:
         """Show how it goes until work on another thread is done; return its result.
@@ -139,7 +144,7 @@ class Progress:
             click.echo(self._lines.popleft(), err=True)
         if is_last or not self._is_terminal:
             return
-        line = self._line(now)
+        line = printable(self._line(now))
         if line:
             width = shutil.get_terminal_size().columns
             click.echo(line[: width - 1], err=True, nl=False)
@@ -210,6 +215,11 @@ def _bar(share: float) -> str:
 
 def _left(left_bytes: int, rate: float) -> str:
     return f"{span_text(left_bytes / rate)} left" if rate else "- left"
+
+
+def printable(text: str) -> str:
+    """Return text on one line, and harmless on a terminal: a server may send any name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def size_text(size_bytes: float) -> str:

@@ -326,9 +326,10 @@ def told(failures: list[Failure]) -> list[dict[str, str]]:
 
 def fail_with(failures: list[Failure]) -> NoReturn:
     """Tell each failure in one line on standard error, and exit 1."""
+    from tinkerfs.cli.progress import printable
+
     for failure in failures:
-        words = " ".join(f"{failure.name}: {failure.words}".split())
-        click.echo(f"tinkerfs: {words}", err=True)
+        click.echo(printable(f"tinkerfs: {failure.name}: {failure.words}"), err=True)
     raise SystemExit(1)
 
 

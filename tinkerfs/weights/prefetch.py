@@ -16,6 +16,8 @@ BLOCKS_AT_ONCE = 8
 #: What a block takes on disk beyond its bytes, at most: its checksum, in a page of its own.
 _BESIDE_BYTES = 4096
 
+_REFUSED = "the block cache does not take it: its disk is full, or it is full of open files"
+
 
 @dataclass(frozen=True, slots=True)
 class Landed:
@@ -59,7 +61,7 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
             for number, block, size_bytes in flying.pop(flight):
                 error = flight.exception()
                 if error is None and not files[number].is_kept(block):
-                    error = errors.no_space("", "the cache takes no more")
+                    error = errors.no_space("", _REFUSED)
                 if error is None:
                     yield Landed(number, size_bytes)
                 elif number not in failed:
