@@ -31,8 +31,8 @@ FAILURE_TTL_S = 2.0
 #: How long somebody who has a last good answer waits for a newer one, seconds.
 PATIENCE_S = 2.0
 
-#: And how long once the last try to get one has failed: a server that is back answers within this,
-#: one that hangs does not hold up everybody again and again.
+#: And how long once the last try to get one, or another of its kind, came to nothing: a server that
+#: is back answers within this, one that hangs does not hold up a walk at each folder again.
 PATIENCE_IN_OUTAGE_S = 0.2
 
 #: Who goes on using a value meets its end of life without a wait: what was used within this time,
@@ -108,6 +108,7 @@ class MetadataCache:
             MAX_ENTRIES, ttu=lambda _key, entry, _now: entry.kept_until, timer=clock.monotonic
         )
         self._flights: dict[Hashable, _Flight] = {}
+        self._in_vain: set[Hashable] = set()  # kinds whose last load failed, or was not waited for
 
     def get(self, key: Hashable, load: Callable[[], T], policy: Policy, call: Call) -> T:
         """Return the value of `key`, loading it where no fresh one is kept.
@@ -139,7 +140,8 @@ class MetadataCache:
             self._telemetry.count("refreshed_behind")
             return entry.value  # type: ignore[no-any-return]
         try:
-            patience_s = PATIENCE_S if entry.error is None else PATIENCE_IN_OUTAGE_S
+            is_hopeful = entry.error is None and _kind(key) not in self._in_vain
+            patience_s = PATIENCE_S if is_hopeful else PATIENCE_IN_OUTAGE_S
             patience_s = max(patience_s - (now - flight.started), 0.0)
             return call.within(patience_s).wait(flight.future)  # type: ignore[no-any-return]
         except errors.OUTAGES:
@@ -147,6 +149,8 @@ class MetadataCache:
         except OSError as error:
             if not errors.is_timeout(error):
                 raise
+            with self._lock:
+                self._in_vain.add(_kind(key))
         self._telemetry.count("stale_answers")
         return entry.value  # type: ignore[no-any-return]
 
@@ -196,6 +200,7 @@ class MetadataCache:
         with self._lock:
             self._flights.clear()
             self._entries.clear()
+            self._in_vain.clear()
 
     def _start(self, key: Hashable, load: Callable[[], T], policy: Policy) -> _Flight:
         """Begin a load; the caller holds the lock."""
@@ -237,11 +242,14 @@ class MetadataCache:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
             if value is not None:
+                self._in_vain.discard(_kind(key))
                 self._entries[key] = self._landed(value[0], entry, policy, is_change=is_change)
                 return
             if error is None:
                 return
             is_outage = isinstance(error, errors.OUTAGES)
+            if is_outage:
+                self._in_vain.add(_kind(key))
             if is_outage and entry is not None and entry.has_value:
                 entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
             else:
@@ -264,6 +272,11 @@ class MetadataCache:
         fresh_until = now + policy.ttl_s
         kept_until = max(fresh_until, now + policy.stale_s)
         return _Entry(value, True, fresh_until, kept_until, used_at=used_at, changed_at=changed_at)
+
+
+def _kind(key: Hashable) -> Hashable:
+    """Return what a key has in common with those that ask the same thing of others."""
+    return key[0] if isinstance(key, tuple) else key
 
 
 def _words(key: Hashable) -> str:

@@ -7,7 +7,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
-from tinkerfs.cache.metadata import FAILURE_TTL_S, MetadataCache, Policy
+from tinkerfs.cache.metadata import (
+    FAILURE_TTL_S,
+    PATIENCE_IN_OUTAGE_S,
+    PATIENCE_S,
+    MetadataCache,
+    Policy,
+)
 from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.telemetry import Telemetry
 
@@ -226,6 +232,34 @@ def test_who_has_a_last_good_answer_does_not_wait_long_for_a_newer_one(cache, ti
     assert cache.get("k", load, POLICY, impatient) == "one"
     load.held.set()
     assert cache.get("k", load, POLICY, IN_PROCESS) in ("one", "two")
+
+
+def test_what_was_waited_for_in_vain_is_not_waited_for_so_long_at_the_next_key_of_its_kind(
+    cache, time
+):
+    patiences = []
+
+    class Noted(Call):
+        def within(self, seconds):
+            patiences.append(seconds)
+            return Call(timeout_s=0.01)
+
+    load = Loads()
+    for key in [("listing", "a"), ("listing", "b"), ("record", "a")]:
+        cache.get(key, load, POLICY, IN_PROCESS)
+    time.advance(31)
+    load.held.clear()
+    for key in [("listing", "a"), ("listing", "b"), ("record", "a")]:
+        assert cache.get(key, load, POLICY, Noted()) == "one"
+    assert patiences == [PATIENCE_S, PATIENCE_IN_OUTAGE_S, PATIENCE_S]
+    load.held.set()
+    # What has come since says that there is hope again.
+    for key in [("listing", "a"), ("listing", "b"), ("record", "a")]:
+        cache.reload(key, load, POLICY, IN_PROCESS)
+    time.advance(31)
+    patiences.clear()
+    cache.get(("listing", "b"), load, POLICY, Noted())
+    assert patiences == [PATIENCE_S]
 
 
 def test_a_wait_without_a_last_good_answer_ends_with_its_bound_or_its_interruption(cache):
