@@ -180,10 +180,29 @@ def test_an_interrupted_copy_goes_on_from_its_length(env, server, dest, number, 
     assert sent_bytes(server) <= SIZE_BYTES + BLOCK_BYTES
 
 
+def test_what_came_of_the_blocks_under_way_is_kept(env, server, dest):
+    run_id, [checkpoint, _] = ids(server)
+    path = f"tinker://{run_id}/{checkpoint}"
+    server.faults.add(STORE, times=None, after=2, bytes_per_s=MIB)
+    with started("get", path, dest, env=env) as process:
+        server.journal.wait_for(8, STORE)
+        wait_until(lambda: sum(e.sent_bytes for e in server.journal.entries(STORE)) > 12 * MIB)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=3)
+    assert process.returncode == 130
+    came = sent_bytes(server)
+    server.faults.clear()
+    assert tinkerfs("get", path, dest, env=env).returncode == 0
+    assert found(dest) == truth(server, run_id, checkpoint)
+    assert came > 12 * MIB
+    assert sent_bytes(server) <= SIZE_BYTES + BLOCK_BYTES
+
+
 def test_a_partial_file_of_another_version_is_not_gone_on_with(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
-    server.faults.add(STORE, times=None, after=5, status=500)
+    late = {"after": 1, "when": lambda entry: first_byte(entry) >= 3 * BLOCK_BYTES}
+    server.faults.add(STORE, times=None, status=500, **late)
     done = tinkerfs("get", "--timeout", "1", path, dest, env=env)
     assert done.returncode == 1
     assert f"{dest}/{NAME}: " in one_line(done)

@@ -3,6 +3,7 @@
     blocks/<file>/about      what file it is, for people
                   lock       byte 0: shared by all that have it open; 1 + n: who fetches block n
                   <n>        block n, then a checksum of it
+                  .<n>.part  the start of block n, then a checksum of that; goes after some minutes
 
 The folder is its own index: a block is written beside and renamed, so a process that is killed
 leaves no half block under a name, and no second record can disagree. What the disk does to a block
@@ -217,15 +218,41 @@ class BlockFile:
             if not self._cache.admit(len(data) + _TRAILER_BYTES):
                 return False
             try:
-                self._write(index, data)
+                self._write(index, self._path(index), data)
             except FileNotFoundError:  # the first block, or somebody removed the folder
                 with self._lock:
                     self._try_lock()
-                self._write(index, data)
+                self._write(index, self._path(index), data)
         except OSError as error:
             self._cache.tell(error)
             return False
         return True
+
+    def put_part(self, index: int, data: bytes) -> None:
+        """Keep the start of block `index`, which broke off, for who claims the block next."""
+        with suppress(OSError):  # it costs a little more to fetch, no more
+            if self._cache.admit(len(data) + _TRAILER_BYTES):
+                self._write(_part_of(index), self._part_path(index), data)
+
+    def part(self, index: int) -> bytes:
+        """Return the start of block `index` that was kept, empty for none."""
+        try:
+            fd = os.open(self._part_path(index), os.O_RDONLY | _OPEN_FLAGS)
+        except OSError:
+            return b""
+        try:
+            size_bytes = os.fstat(fd).st_size - _TRAILER_BYTES
+            is_good = is_sound(fd, self._name, _part_of(index))
+            return os.pread(fd, size_bytes, 0) if is_good else b""
+        except OSError:
+            return b""
+        finally:
+            os.close(fd)
+
+    def drop_part(self, index: int) -> None:
+        """Forget the start of block `index`."""
+        with suppress(OSError):
+            os.unlink(self._part_path(index))
 
     def drop(self, index: int) -> None:
         """Remove a block."""
@@ -261,6 +288,9 @@ class BlockFile:
     def _path(self, index: int) -> str:
         return f"{self._folder}/{index}"
 
+    def _part_path(self, index: int) -> str:
+        return f"{self._folder}/.{index}.part"
+
     def _try_lock(self) -> None:
         """Make the folder, and hold it open, if possible; the caller holds the lock."""
         try:
@@ -292,7 +322,7 @@ class BlockFile:
                 raise
             return locks
 
-    def _write(self, index: int, data: bytes) -> None:
+    def _write(self, index: int, path: str, data: bytes) -> None:
         draft = f"{self._folder}/.{index}.{os.getpid()}.{next(self._numbers)}"
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
         try:
@@ -308,7 +338,7 @@ class BlockFile:
                 status = os.fstat(fd)
             finally:
                 os.close(fd)
-            os.rename(draft, self._path(index))
+            os.rename(draft, path)
         except OSError:
             with suppress(OSError):
                 os.unlink(draft)
@@ -340,6 +370,11 @@ def is_sound(fd: int, name: str, index: int) -> bool:
     for start in range(0, end, _PIECE_BYTES):
         digest.update(os.pread(fd, min(_PIECE_BYTES, end - start), start))
     return os.pread(fd, _TRAILER_BYTES, end) == _MAGIC + digest.digest() if end >= 0 else False
+
+
+def _part_of(index: int) -> int:
+    """Return what stands for the start of a block where its checksum is made."""
+    return -1 - index
 
 
 def _digest_of(name: str, index: int) -> "hashlib._Hash":

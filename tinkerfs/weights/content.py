@@ -7,6 +7,7 @@ that its process group is held to the burst and it can give up. Thread-safe.
 """
 
 import threading
+import time
 import weakref
 from bisect import bisect_left
 from collections import OrderedDict
@@ -42,6 +43,9 @@ T = TypeVar("T")
 
 #: The bound on the memory that all open files take together.
 MEMORY_BYTES = 256 << 20
+
+#: How long transfers have to keep what came of a block when all ends, seconds.
+STOPPING_S = 0.3
 
 #: Indexes kept in memory; one of 1,000 members takes 0.3 MB.
 MAX_INDEXES = 64
@@ -131,7 +135,13 @@ class Weights:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close every connection to a store; reads under way fail."""
+        """Close every connection to a store; reads under way fail, what came of them is kept."""
+        self._client.stop()
+        deadline = time.monotonic() + STOPPING_S
+        while any(not file.is_idle() for file in list(self._files.values())):
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.01)
         self._client.close()
 
     def known_files(self, subject: Subject) -> Listing | None:

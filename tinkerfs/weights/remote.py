@@ -195,6 +195,11 @@ class RemoteFile:
             self._flight(index)
         return stop
 
+    def is_idle(self) -> bool:
+        """Tell whether nothing is being fetched."""
+        with self._lock:
+            return not self._flights
+
     def prepare(self, call: Call) -> None:
         """Have a URL at hand, waiting for the archive to be built.
 
@@ -277,10 +282,14 @@ class RemoteFile:
             if data is not None:  # another process had it under way
                 self._landed(index, data)
                 return
-            with self._origin.open(begin, begin + length) as transfer:
+            part = self._disk.part(index)
+            part = part if len(part) < length else b""
+            with self._origin.open(begin + len(part), begin + length) as transfer:
                 if not transfer.is_whole:
-                    for number, block in self._blocks(transfer, index):
+                    for number, block in self._blocks(transfer, index, part):
                         self._take(number, block)
+                    if part:
+                        self._disk.drop_part(index)
                     return
                 with self._lock:
                     if self._passing is not None and index >= self._passing:
@@ -328,10 +337,16 @@ class RemoteFile:
     def _too_short(self) -> OSError:
         return errors.damaged(self._path, "it is shorter than it was")
 
-    def _blocks(self, transfer: Arriving, index: int) -> Iterator[tuple[int, bytes]]:
-        """Yield the blocks that come, from `index` on; the room of each is the caller's then."""
-        pieces: list[bytes] = []
-        have = room = 0
+    def _blocks(
+        self, transfer: Arriving, index: int, part: bytes = b""
+    ) -> Iterator[tuple[int, bytes]]:
+        """Yield the blocks that come, from `index` on; the room of each is the caller's then.
+
+        What comes follows `part`, the start of the first. Where it breaks off within a block, the
+        start of that is kept.
+        """
+        pieces = [part]
+        have, room = len(part), 0
         try:
             for piece in transfer:
                 rest = piece
@@ -351,6 +366,8 @@ class RemoteFile:
                         yield index, block
                         index += 1
         finally:
+            if have and not transfer.is_whole:
+                self._disk.put_part(index, b"".join(pieces))
             if room:
                 self._memory.release(room)
 

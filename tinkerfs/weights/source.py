@@ -9,6 +9,7 @@ any message: they are secrets.
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ class StoreClient:
                 logger.setLevel(logging.WARNING)
         self.telemetry = telemetry
         self.timeout_s = timeout_s
+        self._stopping = threading.Event()
         try:
             self.http = httpx.Client(
                 follow_redirects=False,
@@ -116,6 +118,19 @@ class StoreClient:
                 f"HTTP cannot be set up ({errors.redact(str(error))}): correct HTTP_PROXY, "
                 "HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE"
             ) from None
+
+    def stop(self) -> None:
+        """End each transfer at its next piece, as Unreachable, and begin no other."""
+        self._stopping.set()
+
+    def check(self) -> None:
+        """Go on.
+
+        Raises:
+            Unreachable: after `stop`.
+        """
+        if self._stopping.is_set():
+            raise errors.Unreachable("it was stopped here", endpoint=LABEL)
 
     def close(self) -> None:
         """Close every connection; transfers under way fail as Unreachable."""
@@ -230,6 +245,7 @@ class Source:
         raise errors.ProtocolError(f"{_host(url)} redirects on and on", endpoint=LABEL)
 
     def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
+        self._client.check()
         http, outcome = self._client.http, "failed"
         try:
             response = http.send(http.build_request("GET", url, headers=headers), stream=True)
@@ -343,6 +359,7 @@ class Source:
                         raise _stalled(answer.response.url.host, client)
                     window_end, window_bytes = now + client.timeout_s, 0
                 yield piece
+                client.check()
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
             raise _lost(error, answer.response.url.host, client) from None
 

@@ -71,6 +71,33 @@ def test_what_is_put_is_read_in_any_piece_and_by_the_next_mount(cache_of):
         assert whole(other, 3) is None
 
 
+def test_the_start_of_a_block_is_no_block_and_is_there_for_the_next_mount(cache_of):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        assert file.part(3) == b""
+        file.prepare()
+        file.put_part(3, block(1)[:1000])
+        assert (file.has(3), file.kept(), whole(file, 3)) == (False, {}, None)
+    with contextlib.closing(cache_of().open("key", "about")) as again:
+        assert again.part(3) == block(1)[:1000]
+        assert again.part(2) == b""
+        again.drop_part(3)
+        assert again.part(3) == b""
+
+
+@pytest.mark.parametrize("size_bytes", [0, 100, 1039])
+def test_the_start_of_a_block_that_was_altered_is_none(cache_of, size_bytes):
+    cache = cache_of()
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.prepare()
+        file.put_part(3, block(1)[:1000])
+        [path] = cache.folder.glob("*/.3.part")
+        os.truncate(path, size_bytes)
+        assert file.part(3) == b""
+        file.put(3, block(1))
+        os.link(cache.folder / path.parent.name / "3", path.with_name(".4.part"))
+        assert file.part(4) == b"", "nor is a block the start of another"
+
+
 def test_it_is_for_its_user_alone(cache_of, tmp_path):
     cache = cache_of(folder="a/b/blocks")
     with contextlib.closing(cache.open("key", "about")) as file:
