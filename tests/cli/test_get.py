@@ -157,7 +157,7 @@ def test_an_interrupted_copy_goes_on_from_its_length(env, server, dest, number, 
         rule.wait_for(1)
         wait_until(lambda: any(each.stat().st_size > 8 * MIB for each in partials(dest)))
         process.send_signal(number)
-        _, told = process.communicate(timeout=3)
+        _, told = process.communicate(timeout=5)
     assert process.returncode == status
     assert told.splitlines()[-1].startswith("tinkerfs: interrupted: what came is kept beside")
     assert "Traceback" not in told
@@ -188,7 +188,7 @@ def test_what_came_of_the_blocks_under_way_is_kept(env, server, dest):
         server.journal.wait_for(8, STORE)
         wait_until(lambda: sum(e.sent_bytes for e in server.journal.entries(STORE)) > 12 * MIB)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=3)
+        process.communicate(timeout=5)
     assert process.returncode == 130
     came = sent_bytes(server)
     server.faults.clear()

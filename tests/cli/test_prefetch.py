@@ -202,7 +202,7 @@ def test_an_interruption_ends_it_at_once_and_says_how_to_go_on(env, server, cach
     rule.wait_for(5)
     wait_until(lambda: len(list(cache.glob("blocks/*/[0-9]*"))) == 3)
     process.send_signal(number)
-    _, told = process.communicate(timeout=3)
+    _, told = process.communicate(timeout=5)
     assert process.returncode == status
     assert told.splitlines()[-1].startswith("tinkerfs: interrupted: what came is kept")
     assert "Traceback" not in told

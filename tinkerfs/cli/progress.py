@@ -194,9 +194,9 @@ class Progress:
             share = current.done_bytes / current.total_bytes
             number = 1 + next(n for n, item in enumerate(items) if item is current)
             of = f"file {number} of {len(items)}"
-            parts.append(f"{of}: {share:.0%}, {_left(left_bytes, rate)}: {current.name}")
+            parts.append(f"{of}: {share:.0%}, {_left(left_bytes, rate)}: {_short(current)}")
         elif current is not None:
-            parts.append(current.name)
+            parts.append(_short(current))
         return "  ".join([*parts, *filter(None, [building])])
 
     def _rate(self, now: float, place: int) -> float:
@@ -215,6 +215,10 @@ def _bar(share: float) -> str:
 
 def _left(left_bytes: int, rate: float) -> str:
     return f"{span_text(left_bytes / rate)} left" if rate else "- left"
+
+
+def _short(item: Item) -> str:
+    return item.name.rpartition("/")[2]
 
 
 def printable(text: str) -> str:
