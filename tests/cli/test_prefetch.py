@@ -187,6 +187,18 @@ def test_what_breaks_off_is_taken_up_and_a_later_run_goes_on(env, server):
     assert came < SIZE_BYTES
 
 
+def test_an_archive_that_was_built_anew_is_fetched_anew(env, server):
+    first = tinker_paths(server)[0]
+    late = {"after": 1, "when": lambda entry: first_byte(entry) >= 3 * BLOCK_BYTES}
+    server.faults.add(STORE, times=None, status=500, **late)
+    assert tinkerfs("prefetch", "--timeout", "1", first, env=env).returncode == 1
+    server.faults.clear()
+    server.account.runs()[0].checkpoints[0].generation += 1
+    done = tinkerfs("prefetch", first, env=env)
+    assert (done.returncode, "tinkerfs: " in done.stderr) == (0, False)
+    assert tinkerfs("prefetch", "--check", first, env=env).returncode == 0
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_ends_it_at_once_and_says_how_to_go_on(env, server, cache, number, status):
     first = tinker_paths(server)[0]
