@@ -164,18 +164,6 @@ class BlockFile:
         """Tell whether block `index` is there; whether it is sound turns out when it is read."""
         return os.path.exists(self._path(index))
 
-    def kept(self) -> dict[int, int]:
-        """Return the length of each block that is there."""
-        try:
-            with os.scandir(self._folder) as entries:
-                return {
-                    int(entry.name): entry.stat().st_size - _TRAILER_BYTES
-                    for entry in entries
-                    if entry.name.isdigit()
-                }
-        except OSError:
-            return {}
-
     def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
         """Return the bytes [start, stop) of block `index`, None where it is not there or not sound.
 
