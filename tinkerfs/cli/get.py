@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinkerfs.cli.transfers import transfer_options
+from tinkerfs.cli.transfers import complete_path, transfer_options
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.compose import Parts
@@ -22,8 +22,8 @@ _HOW_TO_GO_ON = "what came is kept beside; the same command goes on from there"
 
 
 @click.command(short_help="Copy a checkpoint's files out; needs no mount.")
-@click.argument("path", type=click.Path())
-@click.argument("dest", type=click.Path())
+@click.argument("path", shell_complete=complete_path)
+@click.argument("dest", shell_complete=complete_path)
 @click.option("--archive", is_flag=True, help="Copy the archive as it is stored, not its files.")
 @click.option("--force", is_flag=True, help="Replace files in DEST that are others.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: what became of each file.")

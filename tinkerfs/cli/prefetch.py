@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinkerfs.cli.transfers import transfer_options
+from tinkerfs.cli.transfers import complete_path, transfer_options
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.compose import Parts
@@ -23,7 +23,7 @@ _HOW_TO_GO_ON = "what came is kept; the same command goes on from there"
 
 
 @click.command(short_help="Pull weights into the cache, before they are read.")
-@click.argument("paths", metavar="PATH...", type=click.Path(), nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
 @click.option(
     "--check", is_flag=True, help="Fetch nothing: exit 0 if all is there already, else 1."
 )

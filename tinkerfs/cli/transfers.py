@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from tinkerfs.cli.options import resolve, settings_options
 from tinkerfs.errors import SetupError, TinkerfsError
@@ -27,6 +28,7 @@ __all__ = [
     "Failure",
     "Place",
     "Planned",
+    "complete_path",
     "fail_with",
     "find_holdings",
     "name_of",
@@ -45,6 +47,17 @@ _SCHEME = "tinker://"
 
 #: Archives that are asked for at a time.
 _ARCHIVES_AT_ONCE = 8
+
+
+def complete_path(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Let the shell complete a path.
+
+    `click.Path` does as well, and stats what it is given: below a mount, that may ask for an
+    archive.
+    """
+    return [CompletionItem(incomplete, type="file")]
 
 
 def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
