@@ -23,6 +23,9 @@ FOLLOW = {
     "cat * of a view": "cat checkpoints/*/* > /dev/null",
     "cp -rL": "cp -rL runs $OUT/copy",
     "rsync -aL": "rsync -aL runs $OUT/",
+    # The far end is this machine: what takes the place of ssh runs the command that it is given.
+    "scp -r": "printf '#!/bin/sh\\nfor last; do :; done; exec sh -c \"$last\"' > $OUT/ssh; "
+    "chmod +x $OUT/ssh; scp -O -q -r -S $OUT/ssh runs far:$OUT/copy",
     "tar -h": "tar chf $OUT/x.tar runs",
     "grep -R": "grep -R lora_rank checkpoints > /dev/null",
     "rg -L": "rg -L lora_rank > /dev/null",
@@ -48,7 +51,7 @@ def test_a_walk_that_follows_links_starts_a_burst_and_is_told_why(make_account, 
     # A mount of its own for each: what one has fetched serves the next.
     account = make_account(runs=3, checkpoints=4, settings={"archive_burst": BURST})
     one, two, three = account.server.account.run_ids
-    needs(tool for tool in ("rg", "rsync", "tree", "zip") if name.startswith(tool))
+    needs(tool for tool in ("rg", "rsync", "scp", "tree", "zip") if name.startswith(tool))
     words = f"ONE={one} TWO={two} THREE={three} OUT={tmp_path} PYTHON={sys.executable}\n"
     done = account.sh(words + FOLLOW[name])
     assert account.server.journal.count("GET archive") == BURST
