@@ -25,7 +25,10 @@ from tinkerfs.tree.rows import Model
 from tinkerfs.weights.archives import Archives
 from tinkerfs.weights.content import Weights
 
-__all__ = ["Parts", "compose"]
+__all__ = ["BLOCKS", "Parts", "cache_folder", "compose"]
+
+#: The folder of the block cache in that of the cache.
+BLOCKS = "blocks"
 
 #: What the block cache leaves free on its disk, bytes.
 FREE_BYTES = 1 << 30
@@ -41,6 +44,16 @@ class Parts:
     telemetry: Telemetry
 
 
+def cache_folder(settings: Settings) -> Path:
+    """Return where what outlives a mount is kept, made or not.
+
+    Raises:
+        SetupError: the default one may not be used.
+    """
+    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
+    return folder.expanduser().absolute()
+
+
 @contextmanager
 def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
     """Build everything behind a mount.
@@ -48,8 +61,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
     Raises:
         SetupError: the cache folder cannot be used.
     """
-    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
-    cache_dir = prepare_cache_dir(folder.expanduser().absolute())
+    cache_dir = prepare_cache_dir(cache_folder(settings))
     telemetry = Telemetry(clock)
     with ExitStack() as stack:
         client = stack.enter_context(
@@ -74,7 +86,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             burst=settings.archive_burst,
         )
         blocks = BlockCache(
-            cache_dir / "blocks",
+            cache_dir / BLOCKS,
             telemetry,
             clock,
             limit_bytes=settings.cache_size_bytes,

@@ -91,7 +91,7 @@ def _row(holding: "Holding", name: str, kept_bytes: int, total_bytes: int | None
 
 
 def _lacking(row: dict[str, Any]) -> str:
-    from tinkerfs.cli.progress import printable, size_text
+    from tinkerfs.cli.words import printable, size_text
 
     name = printable(f"{row['checkpoint']} {row['file']}")
     if row["total_bytes"] is None:
@@ -220,7 +220,7 @@ class _Fetching:
         Raises:
             SetupError: the cache may not be so large.
         """
-        from tinkerfs.cli.progress import size_text
+        from tinkerfs.cli.words import size_text
         from tinkerfs.errors import SetupError
         from tinkerfs.weights import prefetch as blocks
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from tinkerfs.cli.words import printable, size_text, span_text
 from tinkerfs.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["Item", "Progress", "printable", "size_text", "span_text"]
+__all__ = ["Item", "Progress"]
 
 T = TypeVar("T")
 
@@ -219,27 +220,3 @@ def _left(left_bytes: int, rate: float) -> str:
 
 def _short(item: Item) -> str:
     return item.name.rpartition("/")[2]
-
-
-def printable(text: str) -> str:
-    """Return text on one line, and harmless on a terminal: a server may send any name."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def size_text(size_bytes: float) -> str:
-    """Return a number of bytes as people say it: 0 B, 12.3 MiB, 4.0 GiB."""
-    size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def span_text(seconds: float) -> str:
-    """Return a span of time as people say it: 0.2s, 12s, 3m 5s, 2h 10m."""
-    if seconds < 1:
-        return f"{seconds:.1f}s"
-    minutes, whole_s = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes}m"
-    return f"{minutes}m {whole_s}s" if minutes else f"{whole_s}s"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinkerfs.cli.options import mountpoint_argument
+from tinkerfs.cli.words import printable, size_text, span_text
 from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -84,15 +85,15 @@ _CURES = {
 
 def _text(report: dict[str, Any]) -> str:
     mountpoint = str(report["mountpoint"])
-    lines = [click.style(mountpoint, bold=True)]
+    lines = [click.style(printable(mountpoint), bold=True)]
     if report["state"] != "mounted":
-        lines.append(f"  {_CURES[report['state']].format(mountpoint)}")
+        lines.append(f"  {_CURES[report['state']].format(printable(mountpoint))}")
         return "\n".join(lines)
     hit_rate = report.get("cache_hit_rate")
     rows: list[tuple[str, str]] = [
         ("server", str(report.get("base_url", "?"))),
         ("account", _account(report.get("account") or {})),
-        ("since", f"{report.get('started', '?')} ({_span(report.get('uptime_s', 0))})"),
+        ("since", f"{report.get('started', '?')} ({span_text(report.get('uptime_s', 0))})"),
         ("process", str(report.get("pid", "?"))),
         ("cache", "not asked yet" if hit_rate is None else f"{hit_rate:.0%} of lookups answered"),
         ("calls", str(report.get("calls_total", 0))),
@@ -104,7 +105,7 @@ def _text(report: dict[str, Any]) -> str:
         told = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
         lines.append(f"    {endpoint:<{width}}  {told}")
     lines += _section(
-        "waits for", [f"{w['what']} ({_span(w['for_s'])})" for w in report["waiting"]]
+        "waits for", [f"{w['what']} ({span_text(w['for_s'])})" for w in report["waiting"]]
     )
     lines += _section("last errors", [e.replace("\t", "  ") for e in report["last_errors"]])
     return "\n".join(lines)
@@ -114,23 +115,10 @@ def _account(facts: dict[str, int]) -> str:
     """Say what the listings so far add up to; nothing is asked for the sake of it."""
     if not facts:
         return "not listed yet"
-    stored = f"{facts['size_bytes'] / 2**30:.1f} GiB"
+    stored = size_text(facts["size_bytes"])
     where = f"in the {facts['runs_listed']} of them that were listed"
     return f"{facts['runs']} runs; {facts['checkpoints']} checkpoints, {stored}, {where}"
 
 
 def _section(title: str, items: list[str]) -> list[str]:
     return [f"  {title}", *(f"    {item}" for item in items)] if items else []
-
-
-def _span(seconds: float) -> str:
-    """Return a span of time as people say it: 12s, 3m 5s, 2h 10m, 4d 3h."""
-    total = int(seconds)
-    for unit_s, unit, below_s, below in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "m"),
-        (60, "m", 1, "s"),
-    ):
-        if total >= unit_s:
-            return f"{total // unit_s}{unit} {total % unit_s // below_s}{below}"
-    return f"{total}s"

@@ -1,0 +1,207 @@
+"""`tinkerfs cache`: what is kept of weights on disk, whether it is sound, and away with it."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tinkerfs.cli.options import resolve, settings_options
+from tinkerfs.cli.transfers import complete_path
+from tinkerfs.cli.words import printable, size_text, span_text
+from tinkerfs.errors import SetupError
+
+if TYPE_CHECKING:
+    from tinkerfs.cache.upkeep import CachedFile
+    from tinkerfs.settings import Settings
+
+__all__ = ["cache", "clear", "info", "verify"]
+
+_PATH_HELP = (
+    "PATH is a tinker path, tinker://<run>/<kind>/<name> or tinker://<run>, or a path below a"
+    " mount, whose cache is used then; without it all is meant."
+)
+
+#: What stands behind a tinker path where the cache says what it keeps.
+_PARTS = (" archive", " unpacked")
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Part of a cache: where it is, and what of it is meant.
+
+    Attributes:
+        settings: with the bound of the cache.
+        folder: of all that is kept.
+        blocks: of the weights.
+        is_meant: tells it of what the cache says it keeps.
+    """
+
+    settings: "Settings"
+    folder: Path
+    blocks: Path
+    is_meant: Callable[[str], bool]
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    command = settings_options("cache_dir", "cache_size_bytes")(command)
+    return click.argument("path", required=False, shell_complete=complete_path)(command)
+
+
+@click.group(short_help="Look at the weights kept on disk, check or clear them.")
+def cache() -> None:
+    """Look at the weights that are kept on disk, check or clear them.
+
+    Mounts may go on using them meanwhile: what is removed is fetched again. Weights infos and what
+    is in which archive, a few KiB a checkpoint, are kept apart and stay.
+    """
+
+
+@cache.command(epilog=_PATH_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_options
+def info(path: str | None, as_json: bool, **flags: str | None) -> None:
+    """Show what is kept of each checkpoint, the latest used first."""
+    from tinkerfs.cache.upkeep import cached_files
+
+    with _selected(path, flags) as selection:
+        kept = [each for each in cached_files(selection.blocks) if selection.is_meant(each.about)]
+        rows = _rows(kept)
+        other_bytes = _metadata_bytes(selection.folder)
+    report: dict[str, Any] = {
+        "cache_dir": str(selection.folder),
+        "limit_bytes": selection.settings.cache_size_bytes,
+        "kept_bytes": sum(row["kept_bytes"] for row in rows),
+        "metadata_bytes": other_bytes,
+        "checkpoints": rows,
+    }
+    click.echo(json.dumps(report, indent=2) if as_json else _text(report))
+
+
+@cache.command(epilog=_PATH_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_options
+def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
+    """Check every block against its checksum, and remove those that are bad.
+
+    Exits 1 where there were any. Reads check what they read in any case: this finds out before.
+    """
+    from tinkerfs.cache import upkeep
+
+    with _selected(path, flags) as selection:
+        sound, bad = upkeep.verify(selection.blocks, selection.is_meant)
+    if as_json:
+        click.echo(json.dumps({"sound_blocks": sound, "bad_blocks": bad}, indent=2))
+    else:
+        removed = f", {bad} bad and removed: they are fetched again when they are read"
+        click.echo(f"{sound} blocks are sound{removed if bad else ''}")
+    if bad:
+        raise SystemExit(1)
+
+
+@cache.command(epilog=_PATH_HELP)
+@_options
+def clear(path: str | None, **flags: str | None) -> None:
+    """Remove what is kept."""
+    from tinkerfs.cache import upkeep
+
+    with _selected(path, flags) as selection:
+        freed_bytes = upkeep.clear(selection.blocks, selection.is_meant)
+    click.echo(f"{size_text(freed_bytes)} freed in {printable(str(selection.blocks))}")
+
+
+@contextmanager
+def _selected(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selection]:
+    """Find out which part of which cache is meant; tell what goes wrong with it in one line.
+
+    Raises:
+        SetupError: PATH leads nowhere, or the cache cannot be read or changed.
+    """
+    from tinkerfs.adapters.compose import BLOCKS, cache_folder
+
+    settings, is_meant = _meant(path, flags)
+    folder = cache_folder(settings)
+    try:
+        yield _Selection(settings, folder, folder / BLOCKS, is_meant)
+    except OSError as error:
+        raise SetupError(f"the cache {folder}: {error.strerror}") from None
+
+
+def _meant(
+    path: str | None, flags: dict[str, str | None]
+) -> "tuple[Settings, Callable[[str], bool]]":
+    """Return the settings of a cache, and what tells whether something in it belongs to PATH.
+
+    Below a mount the account says whose weights a path names; of a tinker path nobody is asked.
+    """
+    from tinkerfs.cli import transfers
+
+    if path is None:
+        return resolve(flags), lambda _about: True
+    place = transfers.place_of(path, flags)
+    if path.startswith("tinker://"):
+        return place.settings, lambda about: f"{_checkpoint_of(about)}/".startswith(f"{path}/")
+    failures: list[transfers.Failure] = []
+    with transfers.opened(place.settings) as parts:
+        holdings, _ = transfers.find_holdings(parts, [place], failures)
+    if failures:
+        transfers.fail_with(failures)
+    wanted = {holding.subject.about for holding in holdings}
+    return place.settings, lambda about: _checkpoint_of(about) in wanted
+
+
+def _checkpoint_of(about: str) -> str:
+    """Return the tinker path in what the cache says it keeps: that and an archive, or a file."""
+    for part in _PARTS:
+        if about.endswith(part):
+            return about.removesuffix(part)
+    return about.partition(" /")[0]
+
+
+def _rows(files: "list[CachedFile]") -> list[dict[str, Any]]:
+    """Add up what is kept by checkpoint."""
+    by_checkpoint: dict[str, list[CachedFile]] = {}
+    for file in files:
+        by_checkpoint.setdefault(_checkpoint_of(file.about), []).append(file)
+    now = time.time()
+    return [
+        {
+            "checkpoint": checkpoint,
+            "kept_bytes": sum(file.size_bytes for file in kept),
+            "used_s_ago": round(max(now - max(file.used_ns for file in kept) / 1e9, 0)),
+            "fetched_s_ago": round(max(now - min(file.fetched_ns for file in kept) / 1e9, 0)),
+            "is_open": any(file.is_open for file in kept),
+        }
+        for checkpoint, kept in by_checkpoint.items()
+    ]
+
+
+def _metadata_bytes(folder: Path) -> int:
+    """Return what is kept beside the blocks."""
+    try:
+        return sum(each.stat().st_size for each in folder.iterdir() if each.is_file())
+    except FileNotFoundError:
+        return 0
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines = [
+        f"{printable(report['cache_dir'])}",
+        f"  weights   {size_text(report['kept_bytes'])} of at most"
+        f" {size_text(report['limit_bytes'])}",
+        f"  metadata  {size_text(report['metadata_bytes'])}",
+    ]
+    if report["checkpoints"]:
+        lines.append(f"{'SIZE':>10}  {'USED':>9}  {'FETCHED':>9}  CHECKPOINT")
+    for row in report["checkpoints"]:
+        used, fetched = span_text(row["used_s_ago"]), span_text(row["fetched_s_ago"])
+        is_open = "  (open)" if row["is_open"] else ""
+        size = size_text(row["kept_bytes"])
+        lines.append(
+            f"{size:>10}  {used:>9}  {fetched:>9}  {printable(row['checkpoint'])}{is_open}"
+        )
+    return "\n".join(lines)

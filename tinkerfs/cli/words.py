@@ -1,0 +1,31 @@
+"""How commands say sizes, spans of time and names."""
+
+__all__ = ["printable", "size_text", "span_text"]
+
+
+def printable(text: str) -> str:
+    """Return text on one line, and harmless on a terminal: a server may send any name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def size_text(size_bytes: float) -> str:
+    """Return a number of bytes as people say it: 0 B, 12.3 MiB, 4.0 GiB."""
+    size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def span_text(seconds: float) -> str:
+    """Return a span of time as people say it: 0.2s, 12s, 3m 5s, 2h 10m, 4d 3h."""
+    if 0 < seconds < 1:
+        return f"{seconds:.1f}s"
+    total = int(seconds)
+    for unit_s, unit, below_s, below in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if total >= unit_s:
+            return f"{total // unit_s}{unit} {total % unit_s // below_s}{below}"
+    return f"{total}s"
