@@ -13,8 +13,9 @@ from bench_calls import count_calls, measure_memory, measure_mounting, measure_w
 from bench_harness import BINDINGS, Bench
 from bench_outage import measure_outages
 from bench_views import count_views
+from bench_weights import measure_weights
 
-PARTS = ("calls", "views", "waits", "memory", "outage")
+PARTS = ("calls", "views", "waits", "memory", "weights", "outage")
 
 
 def main() -> int:
@@ -40,8 +41,10 @@ def main() -> int:
         if "memory" in parts:
             measure_memory(bench, Path(folder) / "memory", 100, 10)
             measure_memory(bench, Path(folder) / "memory", 1000, 100)
+        binding = (options.binding or ["auto"])[0]
+        if "weights" in parts:
+            measure_weights(bench, binding)
         if "outage" in parts:
-            binding = (options.binding or ["auto"])[0]
             measure_outages(bench, binding, Path(folder) / "outage", options.outage_s)
     if options.json:
         print(json.dumps(bench.rows, indent=2))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from tinkerfs.demo.server import DemoServer
 
@@ -32,8 +33,18 @@ class Bench:
         print(f"{what:<72} {figure:>10.4g} {unit}{verdict}", file=sys.stderr, flush=True)
 
 
+class Serves(Protocol):
+    """A server of the API, here or in another process."""
+
+    @property
+    def base_url(self) -> str: ...
+
+    @property
+    def api_key(self) -> str: ...
+
+
 @contextmanager
-def mounted(server: DemoServer, binding: str, cache: Path, *options: str) -> Iterator[Path]:
+def mounted(server: Serves, binding: str, cache: Path, *options: str) -> Iterator[Path]:
     environ = os.environ | {
         "TINKER_BASE_URL": server.base_url,
         "TINKER_API_KEY": server.api_key,

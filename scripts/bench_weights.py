@@ -1,0 +1,266 @@
+"""Weights: requests, bytes and speed of reading them, beside curl on the same server.
+
+The server is a process of its own, so that it takes no time of what is measured.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bench_harness import Bench, daemon_of, mounted, resident_mb, timed
+
+GB = 1_000_000_000
+#: What the files of a checkpoint are besides its tensors, and the ends of blocks that are cut.
+SLACK_BYTES = 8 << 20
+
+
+class Server:
+    """A demo server in a process of its own, told what to do a line at a time."""
+
+    base_url: str
+    api_key: str
+    run_id: str
+
+    def __init__(self, **arguments: object) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        told = self._answer()
+        self.base_url, self.api_key = told["base_url"], told["api_key"]
+        self.run_id = told["run_id"]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.communicate(timeout=30)
+
+    def ask(self, word: str) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+
+def serve(arguments: dict[str, Any]) -> None:
+    """Be that process."""
+    from tinkerfs.demo.server import DemoServer
+
+    bytes_per_s = arguments.pop("bytes_per_s")
+    with DemoServer(**arguments) as server:
+        if bytes_per_s:
+            server.faults.add("store", times=None, bytes_per_s=bytes_per_s)
+        run_id = server.account.run_ids[0]
+        facts = {"base_url": server.base_url, "api_key": server.api_key, "run_id": run_id}
+        print(json.dumps(facts), flush=True)
+        for word in sys.stdin:
+            if word.startswith("url"):
+                number = word.split()[1]
+                print(json.dumps(server.archive_url(run_id, f"sampler_weights/{number}")))
+            elif word == "clear\n":
+                server.journal.clear()
+                print("null")
+            else:
+                server.journal.wait_until_idle()
+                entries = server.journal.entries()
+                print(
+                    json.dumps(
+                        {
+                            "api": sum(e.origin == "api" for e in entries),
+                            "archives": sum(e.endpoint == "GET archive" for e in entries),
+                            "store": sum(e.origin == "store" for e in entries),
+                            "sent": sum(e.sent_bytes for e in entries if e.origin == "store"),
+                        }
+                    )
+                )
+            sys.stdout.flush()
+
+
+@contextmanager
+def fresh(server: Server, binding: str, *options: str) -> Iterator[Path]:
+    """Mount with an empty cache."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache,
+        mounted(server, binding, Path(cache), *options) as folder,
+    ):
+        yield folder
+
+
+def members(folder: Path, server: Server) -> list[Path]:
+    kind = folder / "runs" / server.run_id / "checkpoints/sampler_weights"
+    return [kind / name / "files/adapter_model.safetensors" for name in sorted(os.listdir(kind))]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def dd(*paths: Path) -> None:
+    quiet = subprocess.DEVNULL
+    started = [
+        subprocess.Popen(["dd", f"if={path}", "of=/dev/null", "bs=1M"], stderr=quiet)
+        for path in paths
+    ]
+    assert not any(process.wait(600) for process in started)
+
+
+def curl(url: str, ranges: int) -> None:
+    """Download with so many connections, each a part."""
+    step = GB // ranges
+    started = []
+    for number in range(ranges):
+        last = "" if number == ranges - 1 else str((number + 1) * step - 1)
+        part = f"{number * step}-{last}"
+        started.append(subprocess.Popen(["curl", "-sf", "-r", part, "-o", "/dev/null", url]))
+    assert not any(process.wait(600) for process in started)
+
+
+FIRST_BYTES = """
+import sys
+with open(sys.argv[1], "rb") as file:
+    print(len(file.read(8)))
+"""
+ONE_TENSOR = """
+import sys
+from safetensors import safe_open
+with safe_open(sys.argv[1], "numpy") as file:
+    names = sorted(file.keys())
+    print(file.get_tensor(names[len(names) // 2]).nbytes)
+"""
+
+
+def script(text: str, path: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", text, str(path)], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def measure_weights(bench: Bench, binding: str) -> None:
+    looks(bench, binding)
+    for latency_s in (0.0, 0.05):
+        for limit in (0, 100_000_000):
+            whole_files(bench, binding, latency_s, limit)
+    warm_reads(bench, binding)
+
+
+def looks(bench: Bench, binding: str) -> None:
+    """Touch a little of a large file, at 50 ms latency."""
+    with (
+        Server(runs=1, checkpoints=5, size_bytes=GB, latency_s=0.05, bytes_per_s=0) as server,
+        fresh(server, binding) as folder,
+    ):
+        path, other, *_ = members(folder, server)
+        for what, text, file in (
+            ("first 8 bytes of 1 GB, 50 ms", FIRST_BYTES, path),
+            ("one tensor of 1 GB, 50 ms", ONE_TENSOR, other),
+        ):
+            server.ask("clear")
+            began = time.perf_counter()
+            used_bytes = int(script(text, file))
+            took_s = time.perf_counter() - began
+            cost = server.ask("counts")
+            bench.add(f"{binding}: {what}", took_s, "s")
+            bench.add("... store requests", cost["store"], "requests")
+            bench.add("... used", used_bytes / 1e6, "MB")
+            over = (cost["sent"] - used_bytes) / 1e6
+            bench.add("... fetched beyond that", over, "MB", SLACK_BYTES / 1e6)
+
+
+def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> None:
+    """Read 1 GB from nothing, beside curl with 1 and with 8 connections, in turns."""
+    speed = f"{limit // 1_000_000} MB/s a connection" if limit else "unlimited"
+    name = f"{binding}: 1 GB cold, {latency_s * 1000:.0f} ms, {speed}"
+    with Server(
+        runs=1, checkpoints=5, size_bytes=GB, latency_s=latency_s, bytes_per_s=limit
+    ) as server:
+        spans: dict[str, list[float]] = {"mount": [], "curl": [], "8 curls": []}
+        for _ in range(3):
+            with fresh(server, binding) as folder:
+                path = members(folder, server)[0]
+                url = server.ask(f"url {path.parent.parent.name}")
+                server.ask("clear")
+                spans["mount"].append(seconds(partial(dd, path)))
+                cost = server.ask("counts")
+            spans["curl"].append(seconds(partial(curl, url, 1)))
+            spans["8 curls"].append(seconds(partial(curl, url, 8)))
+        middle = {what: sorted(each)[1] for what, each in spans.items()}
+        bench.add(name, GB / 1e6 / middle["mount"], "MB/s")
+        bench.add("... its time over that of one curl", middle["mount"] / middle["curl"], "x")
+        bench.add("... over that of curl with 8 ranges", middle["mount"] / middle["8 curls"], "x")
+        bench.add("... fetched over read", cost["sent"] / GB, "x", 1 + SLACK_BYTES / GB)
+
+
+def warm_reads(bench: Bench, binding: str) -> None:
+    """Read again what is kept: from another mount, by many, at random."""
+    with (
+        Server(runs=1, checkpoints=5, size_bytes=GB, latency_s=0.0, bytes_per_s=0) as server,
+        tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache,
+    ):
+        with mounted(server, binding, Path(cache)) as folder:
+            paths = members(folder, server)
+            server.ask("clear")
+            took_s = seconds(lambda: dd(*[paths[0]] * 64))
+            cost = server.ask("counts")
+            bench.add(f"{binding}: 64 readers of one 1 GB file, cold", took_s, "s")
+            bench.add("... fetched over its size", cost["sent"] / GB, "x", 1 + SLACK_BYTES / GB)
+            bench.add("... resident memory", resident_mb(daemon_of(folder)), "MB")
+            took_s = seconds(lambda: dd(*paths))
+            bench.add(f"{binding}: {len(paths)} files of 1 GB at once", took_s, "s")
+            bench.add("... resident memory", resident_mb(daemon_of(folder)), "MB")
+        with mounted(server, binding, Path(cache)) as folder:
+            path = members(folder, server)[0]
+            server.ask("clear")
+            took_s = seconds(lambda: dd(path))
+            cost = server.ask("counts")
+            bench.add(f"{binding}: 1 GB in the second mount", GB / 1e6 / took_s, "MB/s")
+            bench.add("... store requests", cost["store"], "requests", 0)
+            bench.add("... calls for an archive", cost["archives"], "calls", 0)
+            local = Path(cache) / "local"
+            local.write_bytes(path.read_bytes())
+            middle = timed(lambda: dd(local))
+            bench.add("... its time over that of a local file", took_s / middle, "x")
+            bench.add("... and once the kernel has it", timed(lambda: dd(path)) / middle, "x")
+            for what, file in (("mount", path), ("local file", local)):
+                bench.add(f"{binding}: random 4 KiB, {what}", random_read_us(file), "us")
+
+
+def random_read_us(path: Path) -> float:
+    """Return the median time of a read of 4 KiB that the kernel does not keep."""
+    places = random.Random(0).sample(range(path.stat().st_size // 4096), 2000)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        spans = [seconds(partial(os.pread, fd, 4096, place * 4096)) for place in places]
+    finally:
+        os.close(fd)
+    return sorted(spans)[len(spans) // 2] * 1e6
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
