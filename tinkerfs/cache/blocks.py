@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tinkerfs import errors
-from tinkerfs.cache.eviction import Sweeper
+from tinkerfs.cache.eviction import Sweeper, kept_files
 from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
@@ -47,6 +47,9 @@ _OPEN_PATIENCE_S = 2.0
 _MAX_VERIFIED = 262_144
 
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
+
+#: How old the sum of all blocks may be, seconds.
+_COUNT_S = 5.0
 
 
 class BlockCache:
@@ -77,6 +80,7 @@ class BlockCache:
         self._sweeper = Sweeper(folder, clock, limit_bytes=limit_bytes, floor_bytes=floor_bytes)
         self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}
         self._told: set[str] = set()
+        self._counted = (float("-inf"), 0)  # when, on the monotonic clock, and the bytes
 
     def open(self, key: str, about: str) -> "BlockFile":
         """Return the file of `key`, whatever of it is kept; nothing of it goes until it is closed.
@@ -99,6 +103,23 @@ class BlockCache:
             self._telemetry.count("cache_blocks_refused")
             self.tell(errors.no_space(str(self.folder), "the block cache is full of open files"))
         return is_admitted
+
+    def kept_bytes(self) -> int:
+        """Return what all blocks take on disk, whoever keeps them; at most 5 s old.
+
+        File managers ask for the free space with every folder, and 25,600 files take 0.15 s.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        with self._lock:
+            counted_at, size_bytes = self._counted
+        now = self._clock.monotonic()
+        if now - counted_at >= _COUNT_S:
+            size_bytes = sum(kept.size_bytes for kept in kept_files(self.folder))
+            with self._lock:
+                self._counted = now, size_bytes
+        return size_bytes
 
     def tell(self, error: OSError) -> None:
         """Tell once that something went wrong that costs only time."""

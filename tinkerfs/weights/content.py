@@ -22,7 +22,6 @@ import msgspec
 from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef
 from tinkerfs.cache.blocks import BlockCache
-from tinkerfs.cache.eviction import kept_files
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.memory import BlockMemory
 from tinkerfs.cache.store import Store
@@ -240,7 +239,7 @@ class Weights:
         Raises:
             OSError: the folder cannot be read.
         """
-        return sum(kept.size_bytes for kept in kept_files(self._cache.folder))
+        return self._cache.kept_bytes()
 
     def forget(self, subject: Subject) -> None:
         """Take note that the weights are others now: the next look asks the store again."""

@@ -473,3 +473,15 @@ class Blocks(RuleBasedStateMachine):
 
 TestBlocks = Blocks.TestCase
 TestBlocks.settings = settings(max_examples=25, stateful_step_count=40)
+
+
+def test_what_is_kept_is_counted_anew_after_a_while(cache_of):
+    time = FakeTime()
+    cache = cache_of(clock=time.clock)
+    assert cache.kept_bytes() == 0
+    with contextlib.closing(cache.open("key", "it")) as file:
+        file.put(0, block(0))
+    time.advance(4.9)
+    assert cache.kept_bytes() == 0, "the folder is not read again"
+    time.advance(0.2)
+    assert BLOCK <= cache.kept_bytes() < 2 * BLOCK
