@@ -59,19 +59,6 @@ def mounted(server: Serves, binding: str, cache: Path, *options: str) -> Iterato
             subprocess.run([*TINKERFS, "umount", "--force", folder], check=True, timeout=60)
 
 
-def shell(script: str, folder: Path) -> None:
-    """Run a script that may fail; what it prints is not wanted."""
-    subprocess.run(
-        ["bash", "-c", script],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        timeout=300,
-        start_new_session=True,
-        check=False,
-    )
-
-
 def told(script: str, folder: Path) -> str:
     """Return what a script says on its standard error; empty where it succeeds in silence."""
     done = subprocess.run(
@@ -86,6 +73,11 @@ def told(script: str, folder: Path) -> str:
         env=os.environ | {"LC_ALL": "C"},
     )
     return done.stderr or ("" if done.returncode == 0 else f"exit code {done.returncode}")
+
+
+def shell(script: str, folder: Path) -> None:
+    """Run a script that may fail; what it says is not wanted."""
+    told(script, folder)
 
 
 def succeeds(script: str, folder: Path) -> bool:
