@@ -105,9 +105,11 @@ def _text(report: dict[str, Any]) -> str:
         told = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
         lines.append(f"    {endpoint:<{width}}  {told}")
     lines += _section(
-        "waits for", [f"{w['what']} ({span_text(w['for_s'])})" for w in report["waiting"]]
+        "waits for",
+        [f"{printable(w['what'])} ({span_text(w['for_s'])})" for w in report["waiting"]],
     )
-    lines += _section("last errors", [e.replace("\t", "  ") for e in report["last_errors"]])
+    errors = [printable(each.replace("\t", "  ")) for each in report["last_errors"]]
+    lines += _section("last errors", errors)
     return "\n".join(lines)
 
 

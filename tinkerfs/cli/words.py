@@ -11,7 +11,7 @@ def printable(text: str) -> str:
 def size_text(size_bytes: float) -> str:
     """Return a number of bytes as people say it: 0 B, 12.3 MiB, 4.0 GiB."""
     size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
+    while size >= 1023.95 and len(units) > 1:  # 1024.0 KiB is 1.0 MiB
         size, units = size / 1024, units[1:]
     return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 

@@ -1,5 +1,6 @@
 """What `tinkerfs status` makes of a mount's counters."""
 
+import click
 import pytest
 
 from tinkerfs.cli.status import _text
@@ -35,3 +36,18 @@ def test_a_report_reads_as_a_text():
 @pytest.mark.parametrize(("state", "cure"), [("dead", "umount"), ("hangs", "--force")])
 def test_a_mount_that_is_none_any_more_has_a_cure(state, cure):
     assert cure in _text({"mountpoint": "/mnt", "state": state})
+
+
+def test_what_a_server_sent_stays_on_its_line():
+    report = {
+        "mountpoint": "/a\nb",
+        "state": "mounted",
+        "waiting": [{"what": "archive /x\x1b[31m", "for_s": 5}],
+        "last_errors": ["now\t/x\topen\tEIO\ttwo\nlines"],
+        "account": {"runs": 1, "checkpoints": 1, "size_bytes": 5678, "runs_listed": 1},
+    }
+    text = click.unstyle(_text(report))
+    assert "\x1b" not in text
+    for line in (r"/a\nb", r"    archive /x\x1b[31m (5s)", r"    now  /x  open  EIO  two\nlines"):
+        assert line in text.splitlines()
+    assert "1 checkpoints, 5.5 KiB, in" in text, "and a small sum is not 0.0 GiB"
