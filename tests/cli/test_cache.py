@@ -55,6 +55,7 @@ def test_each_checkpoint_is_told_with_its_size_and_age(env, kept, server):
     assert [row["checkpoint"] for row in report["checkpoints"]] == kept[::-1]
     for row in report["checkpoints"]:
         assert 9 * MIB <= row["kept_bytes"] < 10 * MIB
+        assert row["data_bytes"] == row["length_bytes"], "all of it was fetched"
         assert 0 <= row["used_s_ago"] <= row["fetched_s_ago"] < 600
         assert not row["is_open"]
     assert report["kept_bytes"] == sum(row["kept_bytes"] for row in report["checkpoints"])
@@ -86,10 +87,15 @@ def test_bad_blocks_are_found_and_removed(env, kept, tmp_path, server):
         block.write(bytes([was[0] ^ 1]))
     done = tinkerfs("cache", "verify", env=env)
     assert done.returncode == 1
-    assert "1 bad and removed" in done.stdout
+    line, counted = done.stdout.splitlines()
+    [path] = [path for path in kept if line == f"bad: {path} archive, block 0"]
+    assert counted.startswith(f"{3 * len(kept) - 1} blocks are sound, 1 bad and removed")
     assert not blocks[0].exists()
+    row = next(row for row in told(env)["checkpoints"] if row["checkpoint"] == path)
+    assert row["length_bytes"] - row["data_bytes"] == 4 * MIB
     done = tinkerfs("cache", "verify", "--json", env=env)
-    assert json.loads(done.stdout) == {"sound_blocks": 3 * len(kept) - 1, "bad_blocks": 0}
+    sound = {"sound_blocks": 3 * len(kept) - 1, "bad_blocks": 0, "bad": []}
+    assert json.loads(done.stdout) == sound
     for path in kept:
         assert tinkerfs("prefetch", path, env=env).returncode == 0
     assert len(server.journal.entries("store")) == 1, "what was removed is fetched again"
@@ -120,3 +126,40 @@ def test_what_cannot_be_done_is_said_in_a_line(env, tmp_path):
         done = tinkerfs("cache", "clear", *words, env=env)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_metadata_that_is_spoilt_is_in_nobodys_way(env, kept, tmp_path):
+    for path in (tmp_path / ".cache/tinkerfs").glob("metadata.sqlite3*"):
+        path.write_bytes(b"spoilt" * 1000)
+    assert [row["checkpoint"] for row in told(env)["checkpoints"]] == kept[::-1]
+    for command in ("verify", "clear"):
+        done = tinkerfs("cache", command, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_file_that_is_in_the_way_is_named(env, kept, tmp_path):
+    blocks = tmp_path / ".cache/tinkerfs/blocks"
+    blocks.rename(tmp_path / "elsewhere")
+    blocks.write_text("")
+    for command in ("info", "verify", "clear"):
+        done = tinkerfs("cache", command, env=env)
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert line == f"tinkerfs: the cache {blocks}: Not a directory"
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "clear"])
+def test_help_tells_the_exit_codes_and_what_path_is(command):
+    text = " ".join(tinkerfs("cache", command, "--help").stdout.split())
+    for words in ("Exits 0", "PATH is a tinker path", "TINKERFS_CACHE_DIR"):
+        assert words in text
+
+
+def test_external_weights_are_told_by_checkpoint_too(env, server):
+    run_id = server.account.run_ids[0]
+    server.account.add_checkpoint(run_id, "external_weights/base", size_bytes=5 * MIB)
+    path = f"tinker://{run_id}/external_weights/base"
+    assert tinkerfs("prefetch", path, env=env).returncode == 0
+    [row] = told(env)["checkpoints"]
+    assert row["checkpoint"] == path
+    assert row["data_bytes"] == row["length_bytes"] > 0

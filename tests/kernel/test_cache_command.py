@@ -36,6 +36,7 @@ def test_what_is_cleared_or_spoilt_under_a_mount_is_read_right_again(make_accoun
     # Members and what is between them; and on disk a checksum and a rest of a page a block.
     kept = int(os.getxattr(member, "user.tinkerfs.cached_bytes"))
     assert kept == len(true)
+    assert kept < row["data_bytes"] == row["length_bytes"] < kept + (1 << 16)
     assert kept < row["kept_bytes"] < kept + (1 << 20)
 
     with member.open("rb", buffering=0) as reader:
@@ -56,5 +57,7 @@ def test_what_is_cleared_or_spoilt_under_a_mount_is_read_right_again(make_accoun
         file.write(b"spoilt")
     code, report = told("verify")
     assert (code, report["bad_blocks"]) == (1, 1)
+    bad = {"checkpoint": row["checkpoint"], "file": "archive", "block": 0}
+    assert report["bad"] == [bad]
     assert told("verify")[1]["bad_blocks"] == 0
     assert member.read_bytes() == true

@@ -1,6 +1,6 @@
 """The block cache on disk: what was fetched once is read from there, by every mount of the user.
 
-    blocks/<file>/about      what file it is, for people
+    blocks/<file>/about      what file it is, for people; on the last line its length, or nothing
                   lock       byte 0: shared by all that have it open; 1 + n: who fetches block n
                   <n>        block n, then a checksum of it
                   .<n>.part  the start of block n, then a checksum of that; goes after some minutes
@@ -28,11 +28,13 @@ from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["BlockCache", "BlockFile", "is_sound"]
+__all__ = ["TRAILER_BYTES", "BlockCache", "BlockFile", "is_sound", "read_about"]
 
 #: Before the digest at a block's end; another layout has another one.
 _MAGIC = b"tkfsblk1"
-_TRAILER_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
+
+#: What a block takes beyond its data.
+TRAILER_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
 
 #: Written and checked at a time: what stays in the processor's cache takes a third of the time.
 _PIECE_BYTES = 256 << 10
@@ -82,14 +84,17 @@ class BlockCache:
         self._told: set[str] = set()
         self._counted = (float("-inf"), 0)  # when, on the monotonic clock, and the bytes
 
-    def open(self, key: str, about: str) -> "BlockFile":
+    def open(self, key: str, about: str, length_bytes: int | None = None) -> "BlockFile":
         """Return the file of `key`, whatever of it is kept; nothing of it goes until it is closed.
 
         Args:
             key: another one is another file, for ever.
             about: what people are told that it is.
+            length_bytes: of the whole file, for people too; None where nobody knows.
         """
-        return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), about)
+        length = "" if length_bytes is None else str(length_bytes)
+        told = f"{about}\n{length}".encode("utf-8", "surrogatepass")
+        return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), told)
 
     def admit(self, size_bytes: int) -> bool:
         """Make room for a block, and return whether there is some.
@@ -159,7 +164,7 @@ class BlockFile:
 
     _numbers = itertools.count()
 
-    def __init__(self, cache: BlockCache, digest: "hashlib._Hash", about: str) -> None:
+    def __init__(self, cache: BlockCache, digest: "hashlib._Hash", about: bytes) -> None:
         self._cache = cache
         self._name = digest.hexdigest()[:40]
         self._folder = str(cache.folder / self._name)
@@ -206,7 +211,7 @@ class BlockFile:
             status = os.fstat(fd)
             signature = (status.st_ino, status.st_mtime_ns, status.st_size)
             if not self._cache.is_verified((self._name, index), signature):
-                if status.st_size != length + _TRAILER_BYTES or not is_sound(fd, self._name, index):
+                if status.st_size != length + TRAILER_BYTES or not is_sound(fd, self._name, index):
                     self._cache.found_bad(path)
                     return None
                 self._cache.verified((self._name, index), signature)
@@ -224,7 +229,7 @@ class BlockFile:
     def put(self, index: int, data: bytes) -> bool:
         """Keep a block; return whether it is on disk now."""
         try:
-            if not self._cache.admit(len(data) + _TRAILER_BYTES):
+            if not self._cache.admit(len(data) + TRAILER_BYTES):
                 return False
             try:
                 self._write(index, self._path(index), data)
@@ -240,7 +245,7 @@ class BlockFile:
     def put_part(self, index: int, data: bytes) -> None:
         """Keep the start of block `index`, which broke off, for who claims the block next."""
         with suppress(OSError):  # it costs a little more to fetch, no more
-            if self._cache.admit(len(data) + _TRAILER_BYTES):
+            if self._cache.admit(len(data) + TRAILER_BYTES):
                 self._write(_part_of(index), self._part_path(index), data)
 
     def part(self, index: int) -> bytes:
@@ -250,7 +255,7 @@ class BlockFile:
         except OSError:
             return b""
         try:
-            size_bytes = os.fstat(fd).st_size - _TRAILER_BYTES
+            size_bytes = os.fstat(fd).st_size - TRAILER_BYTES
             is_good = is_sound(fd, self._name, _part_of(index))
             return os.pread(fd, size_bytes, 0) if is_good else b""
         except OSError:
@@ -310,11 +315,24 @@ class BlockFile:
         self._held.append(locks)
         self._locks = locks
         with suppress(OSError):
-            fd = os.open(
-                f"{self._folder}/about", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _OPEN_FLAGS, 0o600
-            )
-            with open(fd, "w", encoding="utf-8", errors="surrogateescape") as about:
-                about.write(self._about)
+            self._write_about()
+
+    def _write_about(self) -> None:
+        """Say what it is, beside and renamed: who looks meanwhile finds all of it or nothing."""
+        path = f"{self._folder}/about"
+        with suppress(OSError), open(os.open(path, os.O_RDONLY | _OPEN_FLAGS), "rb") as file:
+            if file.read() == self._about:
+                return
+        draft = f"{self._folder}/.about.{os.getpid()}.{next(self._numbers)}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS
+        try:
+            with open(os.open(draft, flags, 0o600), "wb") as file:
+                file.write(self._about)
+            os.rename(draft, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(draft)
+            raise
 
     def _open_lock(self) -> ByteLocks:
         while True:
@@ -368,17 +386,33 @@ def _make_private(folder: str) -> None:
             os.mkdir(folder, 0o700)
 
 
+def read_about(folder: Path) -> tuple[str, int | None]:
+    """Return what a folder of the cache is of, and the length of that where somebody knew it.
+
+    Of a folder that does not say so in words that can be read it is "?".
+    """
+    try:
+        told = (folder / "about").read_bytes().decode("utf-8", "surrogatepass")
+    except (OSError, UnicodeDecodeError):
+        return "?", None
+    about, newline, length = told.rpartition("\n")
+    if not newline:
+        return told or "?", None
+    is_number = length.isascii() and length.isdigit() and len(length) < 20
+    return about or "?", int(length) if is_number else None
+
+
 def is_sound(fd: int, name: str, index: int) -> bool:
     """Tell whether an open block is what was written as block `index` of the file `name`.
 
     Raises:
         OSError: it cannot be read.
     """
-    end = os.fstat(fd).st_size - _TRAILER_BYTES
+    end = os.fstat(fd).st_size - TRAILER_BYTES
     digest = _digest_of(name, index)
     for start in range(0, end, _PIECE_BYTES):
         digest.update(os.pread(fd, min(_PIECE_BYTES, end - start), start))
-    return os.pread(fd, _TRAILER_BYTES, end) == _MAGIC + digest.digest() if end >= 0 else False
+    return os.pread(fd, TRAILER_BYTES, end) == _MAGIC + digest.digest() if end >= 0 else False
 
 
 def _part_of(index: int) -> int:

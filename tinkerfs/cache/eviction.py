@@ -33,7 +33,8 @@ class Kept:
         folder: the name of its folder.
         path: where it is.
         index: which block it is; None for a draft.
-        size_bytes: on disk, checksum included.
+        length_bytes: of the file, checksum included.
+        size_bytes: on disk.
         used_ns: when it was last read, nanoseconds since 1970.
         fetched_ns: when it was written.
     """
@@ -41,6 +42,7 @@ class Kept:
     folder: str
     path: str
     index: int | None
+    length_bytes: int
     size_bytes: int
     used_ns: int
     fetched_ns: int
@@ -149,8 +151,8 @@ def kept_files(root: Path) -> list[Kept]:
                     status = entry.stat(follow_symlinks=False)
                     index = int(entry.name) if entry.name.isdigit() else None
                     size_bytes = max(status.st_size, status.st_blocks * 512)
-                    used_ns, fetched_ns = status.st_atime_ns, status.st_mtime_ns
-                    kept.append(Kept(folder, entry.path, index, size_bytes, used_ns, fetched_ns))
+                    times = status.st_atime_ns, status.st_mtime_ns
+                    kept.append(Kept(folder, entry.path, index, status.st_size, size_bytes, *times))
     return kept
 
 

@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinkerfs.cache.blocks import is_sound
+from tinkerfs.cache.blocks import TRAILER_BYTES, is_sound, read_about
 from tinkerfs.cache.eviction import Kept, held_alone, kept_files, remove_folder
 
-__all__ = ["CachedFile", "cached_files", "clear", "verify"]
+__all__ = ["BadBlock", "CachedFile", "cached_files", "clear", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class CachedFile:
 
     Attributes:
         about: what it is, as it was told when it was fetched.
+        length_bytes: of all of it, None where nobody knew.
+        data_bytes: how many of these are in blocks that are kept.
         size_bytes: on disk.
         blocks: how many.
         used_ns: when a block of it was last read, nanoseconds since 1970.
@@ -29,11 +31,26 @@ class CachedFile:
     """
 
     about: str
+    length_bytes: int | None
+    data_bytes: int
     size_bytes: int
     blocks: int
     used_ns: int
     fetched_ns: int
     is_open: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BadBlock:
+    """A block that was not what was written, and is gone.
+
+    Attributes:
+        about: the file, as `CachedFile.about`.
+        index: which block of it.
+    """
+
+    about: str
+    index: int
 
 
 def cached_files(root: Path) -> list[CachedFile]:
@@ -45,45 +62,45 @@ def cached_files(root: Path) -> list[CachedFile]:
     found = [
         CachedFile(
             about,
+            length_bytes,
+            sum(max(file.length_bytes - TRAILER_BYTES, 0) for file in _blocks(files)),
             sum(file.size_bytes for file in files),
-            sum(file.index is not None for file in files),
+            len(_blocks(files)),
             max(file.used_ns for file in files),
             min(file.fetched_ns for file in files),
             _is_open(root / folder),
         )
-        for folder, about, files in _folders(root)
+        for folder, about, length_bytes, files in _folders(root)
     ]
     return sorted(found, key=lambda each: -each.used_ns)
 
 
-def verify(root: Path, wanted: Callable[[str], bool]) -> tuple[int, int]:
-    """Look at every block, and remove those that are not what was written.
+def verify(root: Path, wanted: Callable[[str], bool]) -> tuple[int, list[BadBlock]]:
+    """Look at every block, and remove those that are not what was written or cannot be read.
 
     Args:
         root: the folder of the cache.
         wanted: tells of a file, by what it is, whether it is to be looked at.
 
     Returns:
-        how many blocks are sound, and how many were not.
+        how many blocks are sound, and which were not.
 
     Raises:
-        OSError: the cache cannot be read.
+        OSError: the cache cannot be read, or not changed.
     """
-    sound = bad = 0
-    for folder, about, files in _folders(root):
-        for file in files if wanted(about) else ():
-            if file.index is None:
+    sound, bad = 0, []
+    for folder, about, _, files in _folders(root):
+        for file in sorted(_blocks(files), key=_index_of) if wanted(about) else ():
+            try:
+                is_good = _is_good(folder, file)
+            except FileNotFoundError:  # a mount made room
                 continue
-            with suppress(FileNotFoundError):  # a mount made room
-                fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    is_good = is_sound(fd, folder, file.index)
-                finally:
-                    os.close(fd)
-                sound += is_good
-                bad += not is_good
-                if not is_good:
-                    os.unlink(file.path)
+            if is_good:
+                sound += 1
+                continue
+            with suppress(FileNotFoundError):
+                os.unlink(file.path)
+            bad.append(BadBlock(about, _index_of(file)))
     return sound, bad
 
 
@@ -98,7 +115,7 @@ def clear(root: Path, wanted: Callable[[str], bool]) -> int:
         OSError: the cache cannot be read, or not changed.
     """
     freed_bytes = 0
-    for folder, about, files in _folders(root):
+    for folder, about, _, files in _folders(root):
         if not wanted(about):
             continue
         for file in files:
@@ -112,16 +129,41 @@ def clear(root: Path, wanted: Callable[[str], bool]) -> int:
     return freed_bytes
 
 
-def _folders(root: Path) -> Iterator[tuple[str, str, list[Kept]]]:
-    """Yield the name of each folder that holds something, what it is, and what it holds."""
+def _folders(root: Path) -> Iterator[tuple[str, str, int | None, list[Kept]]]:
+    """Yield the name of each folder that holds something, what it is of, its length, and all."""
     by_folder: dict[str, list[Kept]] = {}
     for file in kept_files(root):
         by_folder.setdefault(file.folder, []).append(file)
     for folder, files in by_folder.items():
-        about = "?"
-        with suppress(OSError):
-            about = (root / folder / "about").read_text("utf-8", "surrogateescape")
-        yield folder, about, files
+        yield folder, *read_about(root / folder), files
+
+
+def _blocks(files: list[Kept]) -> list[Kept]:
+    return [file for file in files if file.index is not None]
+
+
+def _index_of(file: Kept) -> int:
+    assert file.index is not None
+    return file.index
+
+
+def _is_good(folder: str, file: Kept) -> bool:
+    """Tell whether a block can be read, and is what was written.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        PermissionError: it is somebody else's.
+    """
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            return is_sound(fd, folder, _index_of(file))
+        finally:
+            os.close(fd)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError:  # the disk cannot read it, or it is no file
+        return False
 
 
 def _is_open(folder: Path) -> bool:

@@ -23,7 +23,8 @@ __all__ = ["cache", "clear", "info", "verify"]
 
 _PATH_HELP = (
     "PATH is a tinker path, tinker://<run>/<kind>/<name> or tinker://<run>, or a path below a"
-    " mount, whose cache is used then; without it all is meant."
+    " mount, whose cache is used then; without it all is meant. A file of a checkpoint means all"
+    " of it."
 )
 
 #: What stands behind a tinker path where the cache says what it keeps.
@@ -62,10 +63,14 @@ def cache() -> None:
 
 
 @cache.command(epilog=_PATH_HELP)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes in bytes.")
 @_options
 def info(path: str | None, as_json: bool, **flags: str | None) -> None:
-    """Show what is kept of each checkpoint, the latest used first."""
+    """Show what is kept of each checkpoint, the latest used first.
+
+    KEPT counts bytes of weights, OF is the length of the archive or files they belong to, where it
+    is known; the sum of all is what they take on disk. Exits 0, also where nothing is kept.
+    """
     from tinkerfs.cache.upkeep import cached_files
 
     with _selected(path, flags) as selection:
@@ -88,17 +93,26 @@ def info(path: str | None, as_json: bool, **flags: str | None) -> None:
 def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
     """Check every block against its checksum, and remove those that are bad.
 
-    Exits 1 where there were any. Reads check what they read in any case: this finds out before.
+    Reads check what they read in any case, and fetch a bad block again: this finds out before.
+    Exits 0 where all are sound, 1 where any was bad (each is told) or the cache cannot be read.
     """
     from tinkerfs.cache import upkeep
 
     with _selected(path, flags) as selection:
         sound, bad = upkeep.verify(selection.blocks, selection.is_meant)
     if as_json:
-        click.echo(json.dumps({"sound_blocks": sound, "bad_blocks": bad}, indent=2))
+        rows = [
+            {"checkpoint": _checkpoint_of(each.about), "file": _file_of(each.about)}
+            | {"block": each.index}
+            for each in bad
+        ]
+        told = {"sound_blocks": sound, "bad_blocks": len(bad), "bad": rows}
+        click.echo(json.dumps(told, indent=2))
     else:
-        removed = f", {bad} bad and removed: they are fetched again when they are read"
-        click.echo(f"{sound} blocks are sound{removed if bad else ''}")
+        for each in bad:
+            click.echo(f"bad: {printable(each.about)}, block {each.index}")
+        removed = f", {len(bad)} bad and removed: they are fetched again when they are read"
+        click.echo(f"{_counted(sound)} sound{removed if bad else ''}")
     if bad:
         raise SystemExit(1)
 
@@ -106,7 +120,10 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
 @cache.command(epilog=_PATH_HELP)
 @_options
 def clear(path: str | None, **flags: str | None) -> None:
-    """Remove what is kept."""
+    """Remove what is kept, also of files that are open: their next reads fetch it again.
+
+    Exits 0, also where nothing was kept.
+    """
     from tinkerfs.cache import upkeep
 
     with _selected(path, flags) as selection:
@@ -128,7 +145,8 @@ def _selected(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selec
     try:
         yield _Selection(settings, folder, folder / BLOCKS, is_meant)
     except OSError as error:
-        raise SetupError(f"the cache {folder}: {error.strerror}") from None
+        where = error.filename or folder
+        raise SetupError(f"the cache {where}: {error.strerror or error}") from None
 
 
 def _meant(
@@ -162,6 +180,15 @@ def _checkpoint_of(about: str) -> str:
     return about.partition(" /")[0]
 
 
+def _file_of(about: str) -> str:
+    """Return which of a checkpoint's files the cache says it keeps."""
+    return about.removeprefix(_checkpoint_of(about)).removeprefix(" ").removeprefix("/")
+
+
+def _counted(blocks: int) -> str:
+    return "1 block is" if blocks == 1 else f"{blocks} blocks are"
+
+
 def _rows(files: "list[CachedFile]") -> list[dict[str, Any]]:
     """Add up what is kept by checkpoint."""
     by_checkpoint: dict[str, list[CachedFile]] = {}
@@ -172,12 +199,20 @@ def _rows(files: "list[CachedFile]") -> list[dict[str, Any]]:
         {
             "checkpoint": checkpoint,
             "kept_bytes": sum(file.size_bytes for file in kept),
+            "data_bytes": sum(file.data_bytes for file in kept),
+            "length_bytes": _sum_known([file.length_bytes for file in kept]),
             "used_s_ago": round(max(now - max(file.used_ns for file in kept) / 1e9, 0)),
             "fetched_s_ago": round(max(now - min(file.fetched_ns for file in kept) / 1e9, 0)),
             "is_open": any(file.is_open for file in kept),
         }
         for checkpoint, kept in by_checkpoint.items()
     ]
+
+
+def _sum_known(sizes: "list[int | None]") -> int | None:
+    """Return a sum, None where a part of it is not known."""
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
 def _metadata_bytes(folder: Path) -> int:
@@ -196,12 +231,12 @@ def _text(report: dict[str, Any]) -> str:
         f"  metadata  {size_text(report['metadata_bytes'])}",
     ]
     if report["checkpoints"]:
-        lines.append(f"{'SIZE':>10}  {'USED':>9}  {'FETCHED':>9}  CHECKPOINT")
+        lines.append(f"{'KEPT':>10}  {'OF':>10}  {'USED':>9}  {'FETCHED':>9}  CHECKPOINT")
     for row in report["checkpoints"]:
         used, fetched = span_text(row["used_s_ago"]), span_text(row["fetched_s_ago"])
         is_open = "  (open)" if row["is_open"] else ""
-        size = size_text(row["kept_bytes"])
-        lines.append(
-            f"{size:>10}  {used:>9}  {fetched:>9}  {printable(row['checkpoint'])}{is_open}"
-        )
+        kept, length = size_text(row["data_bytes"]), row["length_bytes"]
+        whole = "?" if length is None else size_text(length)
+        name = f"{printable(row['checkpoint'])}{is_open}"
+        lines.append(f"{kept:>10}  {whole:>10}  {used:>9}  {fetched:>9}  {name}")
     return "\n".join(lines)

@@ -373,7 +373,7 @@ class Weights:
                 subject.path,
                 size_bytes,
                 origin,
-                self._cache.open(key, f"{subject.about} {what}"),
+                self._cache.open(key, f"{subject.about} {what}", size_bytes),
                 self.memory,
                 self._telemetry,
                 timeout_s=self._timeout_s,

@@ -77,7 +77,7 @@ def archive_index(
         address: where the archive is.
         cache: takes what comes by the way.
         identity: the checkpoint and its version, on its server.
-        about: what people are told that the blocks are.
+        about: what people are told that the checkpoint is.
 
     Raises:
         ApiError: it cannot be had.
@@ -109,10 +109,12 @@ def _archive_index(
             rest = _on(first, source, version)
         if first.startswith(GZIP_MAGIC):
             key = block_key(identity, version, "unpacked")
-            return _in_one_pass("gzip", inflated(rest), version, cache.open(key, about))
+            disk = cache.open(key, f"{about} unpacked")
+            return _in_one_pass("gzip", inflated(rest), version, disk)
         if transfer.is_whole or version.size_bytes <= len(first):
             key = block_key(identity, version, "archive")
-            return _in_one_pass("tar", rest, version, cache.open(key, about))
+            disk = cache.open(key, f"{about} archive", version.size_bytes)
+            return _in_one_pass("tar", rest, version, disk)
     members, left_out = read_members(_Ranges(source, version, first))
     return Index("tar", version, version.size_bytes, _sorted(members), left_out)
 

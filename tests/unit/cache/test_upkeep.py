@@ -1,12 +1,13 @@
 """The block cache as people see it: what is in it, whether it is sound, and away with it."""
 
 import contextlib
+import os
 
 import pytest
 
 from tests.support.clocks import FakeTime
-from tinkerfs.cache.blocks import BlockCache
-from tinkerfs.cache.upkeep import cached_files, clear, verify
+from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.upkeep import BadBlock, cached_files, clear, verify
 from tinkerfs.telemetry import Telemetry
 
 BLOCK = 64 << 10
@@ -47,15 +48,72 @@ def test_what_is_kept_is_told_the_latest_first(cache, time):
 
 def test_there_may_be_no_cache(tmp_path):
     assert cached_files(tmp_path / "none") == []
-    assert verify(tmp_path / "none", everything) == (0, 0)
+    assert verify(tmp_path / "none", everything) == (0, [])
     assert clear(tmp_path / "none", everything) == 0
 
 
-def test_blocks_that_were_altered_are_found_and_removed(cache):
-    first, *_ = (path for path in cache.folder.rglob("*") if path.name.isdigit())
+def blocks_of(cache, about):
+    [folder] = [each for each in cache.folder.iterdir() if read_about(each)[0] == about]
+    return sorted(path for path in folder.iterdir() if path.name.isdigit())
+
+
+def test_blocks_that_were_altered_are_told_and_removed(cache):
+    first, second, _ = blocks_of(cache, "tinker://two")
     first.write_bytes(bytes(first.stat().st_size))
-    assert verify(cache.folder, everything) == (5, 1)
-    assert verify(cache.folder, everything) == (5, 0)
+    second.unlink()
+    second.symlink_to(first)
+    bad = [BadBlock("tinker://two", 0), BadBlock("tinker://two", 1)]
+    assert verify(cache.folder, lambda about: about.endswith("one")) == (3, [])
+    assert verify(cache.folder, everything) == (4, bad)
+    assert verify(cache.folder, everything) == (4, [])
+
+
+def test_what_is_kept_is_told_of_the_length_where_that_is_known(cache):
+    with contextlib.closing(cache.open("three", "tinker://three", 5 * BLOCK)) as file:
+        file.put(4, b"x" * BLOCK)
+        file.put_part(3, b"y" * 100)
+    lengths = {
+        each.about: (each.data_bytes, each.length_bytes) for each in cached_files(cache.folder)
+    }
+    assert lengths == {
+        "tinker://one": (9 * BLOCK, None),
+        "tinker://two": (9 * BLOCK, None),
+        "tinker://three": (BLOCK, 5 * BLOCK),
+    }
+    with contextlib.closing(cache.open("one", "tinker://one", 9 * BLOCK)):
+        pass
+    [one] = [each for each in cached_files(cache.folder) if each.about == "tinker://one"]
+    assert one.length_bytes == 9 * BLOCK, "who knows it later says so"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\n5", "\udcff", " /"])
+@pytest.mark.parametrize("length", [None, 7])
+def test_any_name_is_told_as_it_was(cache, name, length):
+    with contextlib.closing(cache.open("new", name, length)) as file:
+        file.put(0, b"x")
+    assert (name, length) in [read_about(each) for each in cache.folder.iterdir()]
+
+
+@pytest.mark.parametrize("spoilt", [None, b"", b"\xff\xfe", b"\n7x", b"\n" + b"9" * 5000])
+def test_what_no_longer_says_what_it_is_can_still_be_told_and_cleared(cache, spoilt):
+    about = blocks_of(cache, "tinker://one")[0].with_name("about")
+    if spoilt is None:
+        about.unlink()
+    else:
+        about.write_bytes(spoilt)
+    [lost] = [each for each in cached_files(cache.folder) if each.about == "?"]
+    assert (lost.blocks, lost.length_bytes) == (3, None)
+    assert clear(cache.folder, lambda about: about == "?") == lost.size_bytes
+    with contextlib.closing(cache.open("two", "tinker://two")):
+        assert [each.about for each in cached_files(cache.folder)] == ["tinker://two"]
+
+
+def test_who_opens_a_file_again_does_not_write_what_it_is_again(cache):
+    about = blocks_of(cache, "tinker://one")[0].with_name("about")
+    before = os.stat(about)
+    with contextlib.closing(cache.open("one", "tinker://one")):
+        after = os.stat(about)
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_what_is_wanted_is_cleared_open_or_not(cache):
