@@ -119,6 +119,13 @@ def test_safetensors_loads_from_the_mount(weights):
     assert loaded == {name: str(value["bytes"]) for name, value in told.items()}
 
 
+def test_the_kernel_asks_for_1_mib_at_a_time(weights, needs_root):
+    device = os.stat(weights.root).st_dev
+    bdi = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    with open(bdi) as file:
+        assert file.read() == "1024\n"
+
+
 def test_a_mapping_reads_the_same(weights):
     file = place_of(weights, "big") / "files/adapter_model.safetensors"
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
