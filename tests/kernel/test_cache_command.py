@@ -61,3 +61,42 @@ def test_what_is_cleared_or_spoilt_under_a_mount_is_read_right_again(make_accoun
     assert report["bad"] == [bad]
     assert told("verify")[1]["bad_blocks"] == 0
     assert member.read_bytes() == true
+
+
+def test_a_mount_says_what_its_names_stand_for_without_a_key_and_without_an_archive(
+    make_account, tmp_path
+):
+    account = make_account(runs=2, checkpoints=2, size_bytes=5000)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    runs = [account.path(f"runs/{run_id}") for run_id in account.server.account.run_ids]
+    one, other = (f"tinker://{run.name}/sampler_weights/final" for run in runs)
+    for run in runs:
+        (run / "latest_sampler/files/adapter_config.json").read_bytes()
+    place = runs[0] / "checkpoints/sampler_weights/final"
+    adapter = account.path(f"adapters/{runs[0].name}@sampler_weights@final")
+    unread = runs[0] / "latest/files/adapter_model.safetensors"
+    (tmp_path / "link").symlink_to(place)
+    list(account.path("adapters").iterdir())
+
+    def told(path):
+        done = tinkerfs("cache", "info", "--json", path, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        return {row["checkpoint"] for row in json.loads(done.stdout)["checkpoints"]}
+
+    account.server.journal.wait_until_idle()
+    account.server.journal.clear()
+    for path in (
+        *(place, place / "files", place / "files/adapter_config.json", place / "archive.tar"),
+        *(runs[0], runs[0] / "checkpoints", place.parent, runs[0] / "latest_sampler", adapter),
+        *(tmp_path / "link", place / "../../../latest_sampler/info.json"),
+    ):
+        assert told(path) == {one}, path
+    assert told(unread) == told(place.parent.with_name("weights")) == set()
+    assert told(account.root) == {one, other}
+    assert not account.server.journal.count("GET archive")
+    assert not account.server.journal.entries("store")
+
+    done = tinkerfs("cache", "clear", place.with_name("nonsense"), env=env)
+    assert done.returncode == 1
+    assert done.stderr == f"tinkerfs: {place.with_name('nonsense')}: there is no such file\n"
+    assert told(account.root) == {one, other}

@@ -1,6 +1,7 @@
 """`tinkerfs cache`: what is kept of weights on disk, whether it is sound, and away with it."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
     from tinkerfs.cache.upkeep import CachedFile
+    from tinkerfs.cli.transfers import Place
     from tinkerfs.settings import Settings
 
 __all__ = ["cache", "clear", "info", "verify"]
@@ -24,8 +26,11 @@ __all__ = ["cache", "clear", "info", "verify"]
 _PATH_HELP = (
     "PATH is a tinker path, tinker://<run>/<kind>/<name> or tinker://<run>, or a path below a"
     " mount, whose cache is used then; without it all is meant. A file of a checkpoint means all"
-    " of it."
+    " of it, the mountpoint all of that cache."
 )
+
+#: As Linux (path_resolution(7)).
+_MAX_LINKS = 40
 
 #: What stands behind a tinker path where the cache says what it keeps.
 _PARTS = (" archive", " unpacked")
@@ -154,15 +159,22 @@ def _meant(
 ) -> "tuple[Settings, Callable[[str], bool]]":
     """Return the settings of a cache, and what tells whether something in it belongs to PATH.
 
-    Below a mount the account says whose weights a path names; of a tinker path nobody is asked.
+    Of a tinker path nobody is asked. Below a mount that mount says what a name stands for, so that
+    no key is needed; of a folder of links, say `/published`, the account is asked what they are.
+
+    Raises:
+        SetupError: PATH leads nowhere.
     """
     from tinkerfs.cli import transfers
 
     if path is None:
         return resolve(flags), lambda _about: True
     place = transfers.place_of(path, flags)
-    if path.startswith("tinker://"):
-        return place.settings, lambda about: f"{_checkpoint_of(about)}/".startswith(f"{path}/")
+    meant = path if not place.mountpoint else _meant_below(place)
+    if meant == "":
+        return place.settings, lambda _about: True
+    if meant is not None:
+        return place.settings, lambda about: f"{_checkpoint_of(about)}/".startswith(f"{meant}/")
     failures: list[transfers.Failure] = []
     with transfers.opened(place.settings) as parts:
         holdings, _ = transfers.find_holdings(parts, [place], failures)
@@ -170,6 +182,52 @@ def _meant(
         transfers.fail_with(failures)
     wanted = {holding.subject.about for holding in holdings}
     return place.settings, lambda about: _checkpoint_of(about) in wanted
+
+
+def _meant_below(place: "Place") -> str | None:
+    """Return how the tinker paths of what a path below a mount stands for begin.
+
+    Empty for all of it; None for a folder that only links to some. Goes no deeper than a
+    checkpoint: a name within `files/` would have the mount ask for the archive.
+
+    Raises:
+        SetupError: there is no such name.
+    """
+    from tinkerfs import names
+    from tinkerfs.adapters import mounts
+    from tinkerfs.tinker_path import KINDS
+
+    done: list[str] = []
+    rest, links = place.path.split("/"), 0
+    while True:
+        if done[:1] == [".content"] and len(done) == 4:
+            done = ["runs", done[1], "checkpoints", *done[2:]]
+        shown = "/".join((place.mountpoint.rstrip("/"), *done))
+        if done[:1] == ["runs"] and len(done) in (4, 5):
+            told = mounts.read_file(f"{shown}/tinker_path")
+            if told:
+                return os.fsdecode(told).removesuffix("\n")
+        if done and links < _MAX_LINKS and os.path.islink(shown):
+            links += 1
+            rest = os.readlink(shown).split("/") + rest
+            done.pop()
+        elif not rest:
+            break
+        elif (part := rest.pop(0)) == "..":
+            del done[-1:]
+        elif part not in ("", "."):
+            done.append(part)
+    if not done:
+        return ""
+    if not os.path.lexists(shown):
+        raise SetupError(f"{place.shown}: there is no such file")
+    run_id = names.decode(done[1]) if done[0] == "runs" and len(done) > 1 else ""
+    if not run_id or "%~" in done[1]:  # a name that was cut does not say what it was
+        return None
+    if done[2:] in ([], ["checkpoints"]):
+        return f"tinker://{run_id}"
+    is_kind = done[2] == "checkpoints" and len(done) == 4 and done[3] in KINDS
+    return f"tinker://{run_id}/{done[3]}" if is_kind else None
 
 
 def _checkpoint_of(about: str) -> str:

@@ -81,11 +81,13 @@ class Place:
         shown: as it was given.
         path: from the root of the tree.
         settings: of the account, and of the mount that shows it.
+        mountpoint: of that mount, empty for a tinker path.
     """
 
     shown: str
     path: str
     settings: "Settings"
+    mountpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,8 @@ def place_of(given: str, flags: Mapping[str, str | bool | None]) -> Place:
             raise SetupError(str(error)) from None
         return Place(given, path, resolve(flags))
     mount, path = _below_mount(given)
-    return Place(given, path, resolve({**_settings_of(mount), **_said(flags)}))
+    settings = resolve({**_settings_of(mount), **_said(flags)})
+    return Place(given, path, settings, mount.mountpoint)
 
 
 def _said(flags: Mapping[str, str | bool | None]) -> dict[str, str | bool | None]:
