@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from bench_harness import Bench, daemon_of, mounted, resident_mb, timed
@@ -45,12 +44,7 @@ class Server:
         self.run_id = told["run_id"]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self._process.communicate(timeout=30)
 
     def ask(self, word: str) -> Any:
