@@ -170,9 +170,9 @@ def served(python: str, script: str, folder: Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def mounted(base_url: str, folder: Path) -> Iterator[Path]:
-    """Mount a server; yields the mountpoint."""
+    """Mount a server; yields the mountpoint. What is cached stays in the folder."""
     root = folder / "mnt"
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     environment = {
         **os.environ,
         "HOME": str(folder),
