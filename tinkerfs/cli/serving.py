@@ -85,10 +85,12 @@ def _serve(
 ) -> None:
     from tinkerfs.adapters import binding as bindings
     from tinkerfs.adapters import mounting, preflight
+    from tinkerfs.adapters.allocator import keep_freed_memory
     from tinkerfs.cli import logs
 
-    # Before any thread starts, so that the signals that end a mount wait for it to be served.
+    # Both before any thread starts; signals that end a mount wait for it to be served.
     mounting.block_signals()
+    keep_freed_memory()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
     preflight.check_device()
     binding = bindings.load()
