@@ -1,0 +1,87 @@
+"""Processes that read a file as programs do, and what they got of it."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+
+#: How files are read. Each prints [offset, length, sha256] of what it read, or an error's number.
+READERS = {
+    "sequential": """
+while piece := os.read(fd, 131072):
+    found.append((at, piece))
+    at += len(piece)
+""",
+    "random": """
+def run(seed):
+    rng = random.Random(seed)
+    try:
+        for _ in range(8):
+            at = rng.randrange(size)
+            found.append((at, os.pread(fd, 200000, at)))
+    except OSError as error:
+        failures.append(error)
+threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+if failures:
+    raise failures[0]
+""",
+    "mmap": """
+mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+for at in (size - 1, size // 2, 0):
+    found.append((at, mapped[at : at + 1]))
+found.append((0, mapped[:]))
+""",
+}
+READER = """
+import hashlib, json, mmap, os, random, sys, threading
+found, failures, at = [], [], 0
+try:
+    fd = os.open(sys.argv[1], os.O_RDONLY)
+    size = os.fstat(fd).st_size
+    {body}
+except OSError as error:
+    print(error.errno)
+else:
+    print(json.dumps([(at, len(data), hashlib.sha256(data).hexdigest()) for at, data in found]))
+"""
+
+
+class Reader:
+    """A process that reads a file in some way."""
+
+    def __init__(self, how, file):
+        body = READERS[how].strip().replace("\n", "\n    ")
+        command = [sys.executable, "-S", "-E", "-c", READER.format(body=body), str(file)]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+        )
+
+    def ends_with(self, expected, timeout_s=30.0):
+        """Tell whether it read all, every byte the right one; False if it got an error, in time.
+
+        A mapping has no other error than SIGBUS.
+        """
+        try:
+            output, _ = self.process.communicate(timeout=timeout_s)
+        finally:
+            self.process.kill()
+        if self.process.returncode == -signal.SIGBUS:
+            return False
+        assert self.process.returncode == 0
+        found = json.loads(output)
+        if isinstance(found, int):
+            assert found, "an error has a number"
+            return False
+        assert found
+        for at, length, digest in found:
+            assert length > 0
+            assert hashlib.sha256(expected[at : at + length]).hexdigest() == digest
+        return True
+
+
+def read_all(file, expected):
+    """Tell whether each kind of reader gets every byte, one after the other."""
+    return all(Reader(how, file).ends_with(expected) for how in READERS)
