@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from tinkerfs import errors
 
-__all__ = ["IN_PROCESS", "Call", "Caller"]
+__all__ = ["IN_PROCESS", "Call", "Caller", "Lease", "Term"]
 
 T = TypeVar("T")
 
@@ -56,6 +56,64 @@ class Caller:
         return cls(pid, uid, group)
 
 
+class Term(Protocol):
+    """A kept value that something rests on.
+
+    Attributes:
+        fresh_until: until when it holds, on the monotonic clock; -inf once there is another.
+        used_at: when somebody got it last.
+    """
+
+    fresh_until: float
+    used_at: float
+
+
+class Lease:
+    """How long what an operation found out holds: as long as each value that it rests on.
+
+    Whatever gives out a kept value while that is fresh adds it; whatever tells something that may
+    be another thing a moment later (a stale value, one that has just been fetched, a name within an
+    archive) makes the lease void. Used by one thread until the operation is over, then only read.
+    """
+
+    __slots__ = ("_is_void", "_terms")
+
+    def __init__(self) -> None:
+        self._terms: tuple[Term, ...] = ()
+        self._is_void = False
+
+    def rest_on(self, term: Term) -> None:
+        """Let it end when a kept value does."""
+        if term not in self._terms:
+            self._terms += (term,)
+
+    def void(self) -> None:
+        """Let it hold no longer than now."""
+        self._is_void = True
+
+    @property
+    def is_void(self) -> bool:
+        """Whether it never holds."""
+        return self._is_void
+
+    def extended(self) -> "Lease":
+        """Return a lease that rests on the same so far, for what is found out from here on."""
+        lease = Lease()
+        lease._terms, lease._is_void = self._terms, self._is_void
+        return lease
+
+    def holds(self, now: float) -> bool:
+        """Tell whether it holds at `now`, on the monotonic clock; if so its values are in use."""
+        if self._is_void:
+            return False
+        for term in self._terms:
+            if now >= term.fresh_until:
+                return False
+        for term in self._terms:
+            term.used_at = now
+        return True
+
+
 def _this_process() -> Caller:
     return Caller.from_ids(os.getpid(), os.getuid())
 
@@ -71,12 +129,28 @@ class Call:
     Attributes:
         timeout_s: bound on each wait of this operation, seconds; None waits for ever.
         interrupted: tells, in the thread that serves the operation, whether to give up now.
-        caller: tells who asked; evaluated only where somebody wants to know.
+        caller: tells who asked, in that thread; evaluated only where somebody wants to know.
+        lease: what is told of how long the outcome holds; None where nobody keeps it.
     """
 
     timeout_s: float | None = None
     interrupted: Callable[[], bool] = _never
     caller: Callable[[], Caller] = _this_process
+    lease: Lease | None = None
+
+    def leasing(self, lease: Lease) -> "Call":
+        """Return the same call with a lease to be told."""
+        return replace(self, lease=lease)
+
+    def rests_on(self, term: Term) -> None:
+        """Say that the outcome holds no longer than a kept value."""
+        if self.lease is not None:
+            self.lease.rest_on(term)
+
+    def is_momentary(self) -> None:
+        """Say that the outcome may be another a moment later."""
+        if self.lease is not None:
+            self.lease.void()
 
     def within(self, timeout_s: float) -> "Call":
         """Return the same call with a bound of `timeout_s` seconds, or the shorter that it had."""

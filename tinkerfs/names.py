@@ -27,6 +27,8 @@ _OFFENDING = re.compile("[%/\0]")
 _JOINT = "@"
 _OFFENDING_PART = re.compile("[%/\0@]")
 _CUT = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
+#: Nearly every name that servers give out: nothing in it offends, and it fits.
+_is_plain = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.:+-]{0,254}").fullmatch
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODED = re.compile(r"%(ED%[AB][0-9A-F]%[89AB][0-9A-F]|[0-9A-F]{2})")
 
@@ -71,6 +73,8 @@ def is_software_probe(name: str) -> bool:
 
 def encode(name: str) -> str:
     """Return the file name that stands for a server's name."""
+    if _is_plain(name) and name not in _PROBES:
+        return name
     return _fitting(_encoded(name, _OFFENDING), name)
 
 
@@ -82,6 +86,8 @@ def join(parts: Iterable[str]) -> str:
 
 def _encoded(name: str, offending: re.Pattern[str]) -> str:
     """Return a name with what offends encoded, of any length."""
+    if _is_plain(name) and name not in _PROBES:
+        return name
     if not name:
         return _EMPTY
     if name in (".", ".."):
@@ -117,6 +123,8 @@ def decode(file_name: str) -> str:
     Raises:
         ValueError: `encode` never returns this name, or it was cut and so cannot be decoded.
     """
+    if _is_plain(file_name) and file_name not in _PROBES:
+        return file_name
     name = _decoded(file_name)
     if encode(name) != file_name:
         raise ValueError(f"not the file name of any server name: {file_name!r}")

@@ -17,16 +17,18 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from tinkerfs.adapters.readdirplus import with_readdirplus
+from tinkerfs.adapters.callbacks import callbacks_of, with_callbacks
 from tinkerfs.errors import SetupError
+
+if TYPE_CHECKING:
+    from tinkerfs.adapters.fuse import Operations
 
 __all__ = [
     "BINDINGS",
     "Binding",
     "Library",
-    "Operations",
     "find_library",
     "load",
 ]
@@ -90,12 +92,6 @@ class Library:
         return f"libfuse {digits[0]}.{digits[1:]} ({self.path})"
 
 
-class Operations(Protocol):
-    """What both bindings look for besides the operations themselves."""
-
-    use_ns: bool
-
-
 @dataclass(frozen=True, slots=True)
 class Binding:
     """One binding, loaded with its library."""
@@ -151,7 +147,7 @@ class Binding:
         return options
 
     def run(
-        self, operations: Operations, mountpoint: str, options: Mapping[str, str | bool]
+        self, operations: "Operations", mountpoint: str, options: Mapping[str, str | bool]
     ) -> None:
         """Mount and serve until unmounted; returns then.
 
@@ -163,6 +159,17 @@ class Binding:
         """
         # The bindings log every failed operation with a traceback at DEBUG; ours says it in a line.
         logging.getLogger("fuse").setLevel(logging.WARNING)
+        callbacks = callbacks_of(operations, self.module, self.library.major)
+        theirs = self.module.fuse_operations
+        self.module.fuse_operations = with_callbacks(theirs, callbacks)
+        try:
+            self._run(operations, mountpoint, options)
+        finally:
+            self.module.fuse_operations = theirs
+
+    def _run(
+        self, operations: "Operations", mountpoint: str, options: Mapping[str, str | bool]
+    ) -> None:
         if self.name == "fusepy":
             _register_codec()
             self.module.FUSE(
@@ -176,14 +183,29 @@ class Binding:
             return
         factory = self.module.FUSE
         if self.library.major == 3:
-            factory = with_readdirplus(self.module, max_background=MAX_BACKGROUND)
+            factory = _with_wider_queues(self.module)
         factory(operations, mountpoint, raw_fi=True, foreground=True, **options)
+
+
+def _with_wider_queues(module: Any) -> Any:
+    """Return mfusepy's FUSE class for libfuse 3 with room for many reads that wait.
+
+    libfuse 3 dropped the mount options for it; the fields read 0 until they are set here.
+    """
+
+    class WideFUSE(module.FUSE):  # type: ignore[misc]
+        def init_fuse_3(self, conn: Any, config: Any) -> None:
+            conn.contents.max_background = MAX_BACKGROUND
+            conn.contents.congestion_threshold = MAX_BACKGROUND
+            super().init_fuse_3(conn, config)
+
+    return WideFUSE
 
 
 class _Dispatching:
     """The operations as fusepy calls them: by name, through `__call__`, which mfusepy refuses."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: "Operations") -> None:
         self._operations = operations
 
     def __call__(self, operation: str, *args: object) -> object:

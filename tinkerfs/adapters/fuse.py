@@ -1,8 +1,11 @@
-"""The file system as the operations that a FUSE binding calls; nothing is decided here.
+"""The file system as the operations that libfuse calls; nothing is decided here.
 
-Both bindings find operations by their name: a method that is misspelt is never called, without a
-word (`tests/unit/adapters/test_operations.py` compares the names with the bindings' own). xattr
-operations stand apart: where they exist, `ls -l` of 10,000 makes 30,000 calls of them.
+Those of looking and reading are called through `callbacks`, by handle or path; the others as the
+bindings call them. Both bindings find operations by their name: a method that is misspelt is never
+called, without a word (`tests/unit/adapters/test_operations.py` compares the names with the
+bindings' own). xattr operations stand apart: where they exist, `ls -l` of 10,000 makes 30,000 calls
+of them. There is no flush: the kernel then never sends one, and an error of it would be lost in
+most programs.
 
 Thread-safe: libfuse calls from many threads at once.
 """
@@ -13,9 +16,9 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from tinkerfs import errors
 from tinkerfs.call import Call, Caller
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
 
 __all__ = [
+    "Opened",
     "Operations",
     "Requests",
     "XattrOperations",
@@ -66,10 +70,12 @@ class _Open:
     handle: Handle
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    path: str
-    entries: tuple[Entry, ...]
+class Opened(NamedTuple):
+    """What libfuse is told of a file that was opened."""
+
+    fh: int
+    direct_io: bool
+    keep_cache: bool
 
 
 def _operation(
@@ -98,14 +104,15 @@ def _operation(
         except Exception as error:
             log.exception("%s %s failed", name, path)
             raise errors.unexpected(error, str(path)) from error
-        log.debug("%s %s", name, path)
+        if self.is_traced:
+            log.debug("%s %s", name, path)
         return result
 
     return wrapped
 
 
 class Operations:
-    """FUSE operations over a `FileSystem`, for a binding with `raw_fi=True`.
+    """FUSE operations over a `FileSystem`, for `callbacks` and a binding with `raw_fi=True`.
 
     Args:
         filesystem: what is served.
@@ -130,13 +137,20 @@ class Operations:
     ) -> None:
         self._filesystem = filesystem
         self._requests = requests
-        self._timeout_s = timeout_s
         self._stopping = stopping
         self._ready = ready
+        #: Whether each operation is logged: asked once, and not at each of them.
+        self.is_traced = log.isEnabledFor(logging.DEBUG)
+        # What a call says of its caller is asked for in the thread that serves it, where somebody
+        # wants to know: so one of each kind does for all.
+        self._lookup = Call(LOOKUP_TIMEOUT_S, self._interrupted, self._caller)
+        self._removal = Call(REMOVAL_TIMEOUT_S, self._interrupted, self._caller)
+        self._wait = Call(timeout_s, self._interrupted, self._caller)
+        self._patience = Call(None, self._interrupted, self._caller)
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and a number is used by one file alone.
         self._files: dict[int, _Open] = {}
-        self._listings: dict[int, _Listing] = {}
+        self._listings: dict[int, tuple[Entry, ...]] = {}
 
     @property
     def is_stopping(self) -> bool:
@@ -146,13 +160,13 @@ class Operations:
     def _interrupted(self) -> bool:
         return self._stopping.is_set() or self._requests.interrupted()
 
-    def _call(self, timeout_s: float | None) -> Call:
+    def _caller(self) -> Caller:
         uid, _gid, pid = self._requests.context()
-        return Call(timeout_s, self._interrupted, functools.partial(Caller.from_ids, pid, uid))
+        return Caller.from_ids(pid, uid)
 
-    def _file(self, fi: Any) -> _Open:
+    def _file(self, fh: int) -> _Open:
         try:
-            return self._files[fi.fh]
+            return self._files[fh]
         except KeyError:
             raise errors.bad_handle("", "no such open file") from None
 
@@ -179,62 +193,44 @@ class Operations:
     # Names and attributes
 
     @_operation
-    def getattr(self, path: str | None, fi: Any = None) -> dict[str, int]:
+    def getattr(self, path: str | None, fh: int | None = None) -> Attr:
         """Answer stat and fstat; the latter with the exact size of what was opened."""
-        call = self._call(LOOKUP_TIMEOUT_S)
         # A file that was unlinked while it was open comes without a path: its handle knows.
-        if fi is not None and fi.fh in self._files:
-            file = self._files[fi.fh]
-            return _stat(self._filesystem.handle_stat(file.path, file.handle, call))
-        return _stat(self._filesystem.stat(_known(path), call))
+        file = None if fh is None else self._files.get(fh)
+        if file is not None:
+            return self._filesystem.handle_stat(file.path, file.handle, self._lookup)
+        return self._filesystem.stat(_known(path), self._lookup)
 
     @_operation
     def readlink(self, path: str) -> str:
         """Answer readlink."""
-        return self._filesystem.readlink(path, self._call(LOOKUP_TIMEOUT_S))
+        return self._filesystem.readlink(path, self._lookup)
 
     @_operation
     def opendir(self, path: str) -> int:
         """Fetch the listing: here, where a wait holds up nobody else, and not in readdir."""
-        entries = self._filesystem.listdir(path, self._call(self._timeout_s))
+        entries = self._filesystem.listdir(path, self._wait)
         number = next(self._numbers)
         parent = path.rpartition("/")[0] or "/"
-        dots = (
+        self._listings[number] = (
             Entry(".", inode(path), stat.S_IFDIR, None),
             Entry("..", inode(parent), stat.S_IFDIR, None),
+            *entries,
         )
-        self._listings[number] = _Listing(path, dots + entries)
         return number
 
-    def entries(
-        self, fh: int, offset: int
-    ) -> Iterator[tuple[str, int, int, dict[str, int] | None, int]]:
-        """Yield (name, inode, mode, attributes or None, offset of the next) from an offset on."""
+    @_operation
+    def readdir(self, fh: int) -> tuple[Entry, ...]:
+        """Return the snapshot that opendir took."""
         try:
-            listing = self._listings[fh]
+            return self._listings[fh]
         except KeyError:
             raise errors.bad_handle("", "no such open folder") from None
-        for index in range(offset, len(listing.entries)):
-            entry = listing.entries[index]
-            attributes = _stat(entry.attr) if entry.attr else None
-            yield entry.name, entry.ino, entry.mode, attributes, index + 1
 
     @_operation
-    def readdir(self, _path: str | None, fh: int) -> list[tuple[str, dict[str, int], int]]:
-        """List names, from the snapshot that opendir took.
-
-        libfuse 2 takes everything at once, and of the attributes no more than these two.
-        """
-        return [
-            (name, {"st_mode": mode, "st_ino": ino}, 0)
-            for name, ino, mode, _attributes, _offset in self.entries(fh, 0)
-        ]
-
-    @_operation
-    def releasedir(self, _path: str | None, fh: int) -> int:
+    def releasedir(self, fh: int) -> None:
         """Forget a listing."""
         self._listings.pop(fh, None)
-        return 0
 
     @_operation
     def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:
@@ -244,43 +240,34 @@ class Operations:
     # Files
 
     @_operation
-    def open(self, path: str, fi: Any) -> int:
+    def open(self, path: str, flags: int) -> Opened:
         """Open; the file system itself bounds the wait, longer where an archive is built."""
-        call = self._call(None)
-        handle = self._filesystem.open(path, fi.flags, call)
+        handle = self._filesystem.open(path, flags, self._patience)
         try:
-            _let_bounds_expire(handle, call)
+            _let_bounds_expire(handle, self._patience)
         except OSError:
             handle.close()
             raise
         number = next(self._numbers)
         self._files[number] = _Open(path, handle)
-        fi.fh = number
-        fi.direct_io = handle.direct_io
-        fi.keep_cache = handle.keep_cache
-        return 0
+        return Opened(number, handle.direct_io, handle.keep_cache)
 
     @_operation
-    def read(self, _path: str | None, size: int, offset: int, fi: Any) -> bytes:
+    def read(self, fh: int, size: int, offset: int) -> bytes:
         """Read positionally: requests come from several threads and out of order."""
-        return self._file(fi).handle.read(size, offset, self._call(self._timeout_s))
+        return self._file(fh).handle.read(size, offset, self._wait)
 
     @_operation
     def write(self, _path: str | None, data: bytes, _offset: int, fi: Any) -> int:
         """Hand over one whole value. `>>` writes at the old size, so the offset says nothing."""
-        return self._file(fi).handle.write(data, self._call(self._timeout_s))
+        return self._file(fi.fh).handle.write(data, self._wait)
 
     @_operation
     def truncate(self, path: str | None, length: int, fi: Any = None) -> int:
         """Truncate by path or by handle."""
         if fi is not None and fi.fh in self._files:
             path = self._files[fi.fh].path
-        self._filesystem.truncate(_known(path), length, self._call(self._timeout_s))
-        return 0
-
-    @_operation
-    def flush(self, _path: str | None, _fi: Any) -> int:
-        """Do nothing, well: an error from here would be lost in most programs."""
+        self._filesystem.truncate(_known(path), length, self._wait)
         return 0
 
     @_operation
@@ -289,29 +276,28 @@ class Operations:
         return 0
 
     @_operation
-    def release(self, _path: str | None, fi: Any) -> int:
+    def release(self, fh: int) -> None:
         """Forget an open file."""
-        file = self._files.pop(fi.fh, None)
+        file = self._files.pop(fh, None)
         if file is not None:
             file.handle.close()
-        return 0
 
     # Changes
 
     @_operation
     def unlink(self, path: str) -> int:
         """Remove a file."""
-        self._filesystem.unlink(path, self._call(REMOVAL_TIMEOUT_S))
+        self._filesystem.unlink(path, self._removal)
         return 0
 
     @_operation
     def rmdir(self, path: str) -> int:
         """Remove a folder."""
-        self._filesystem.rmdir(path, self._call(REMOVAL_TIMEOUT_S))
+        self._filesystem.rmdir(path, self._removal)
         return 0
 
     def _set_attributes(self, path: str | None) -> int:
-        self._filesystem.set_attributes(_known(path), self._call(LOOKUP_TIMEOUT_S))
+        self._filesystem.set_attributes(_known(path), self._lookup)
         return 0
 
     @_operation
@@ -330,7 +316,7 @@ class Operations:
         return self._set_attributes(path)
 
     def _create(self, path: str) -> int:
-        self._filesystem.create(path, self._call(LOOKUP_TIMEOUT_S))
+        self._filesystem.create(path, self._lookup)
         return 0
 
     @_operation
@@ -370,12 +356,12 @@ class XattrOperations(Operations):
     @_operation
     def getxattr(self, path: str, name: str, _position: int = 0) -> bytes:
         """Answer getxattr."""
-        return self._filesystem.getxattr(path, name, self._call(LOOKUP_TIMEOUT_S))
+        return self._filesystem.getxattr(path, name, self._lookup)
 
     @_operation
     def listxattr(self, path: str) -> list[str]:
         """Answer listxattr."""
-        return self._filesystem.listxattr(path, self._call(LOOKUP_TIMEOUT_S))
+        return self._filesystem.listxattr(path, self._lookup)
 
     @_operation
     def setxattr(
@@ -406,18 +392,3 @@ def _known(path: str | None) -> str:
     if path is None:
         raise errors.not_found("")
     return path
-
-
-def _stat(attr: Attr) -> dict[str, int]:
-    return {
-        "st_mode": attr.mode,
-        "st_size": attr.size_bytes,
-        "st_mtime": attr.mtime_ns,
-        "st_atime": attr.mtime_ns,
-        "st_ctime": attr.mtime_ns,
-        "st_ino": attr.ino,
-        "st_nlink": attr.nlink,
-        "st_blocks": attr.blocks,
-        "st_uid": attr.uid,
-        "st_gid": attr.gid,
-    }

@@ -9,7 +9,7 @@ No lock is held while a value is loaded.
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from cachetools import TLRUCache
@@ -38,6 +38,9 @@ PATIENCE_IN_OUTAGE_S = 0.2
 #: Who goes on using a value meets its end of life without a wait: what was used within this time,
 #: seconds, or a quarter of the TTL where that is less, is served once more and refreshed behind.
 IN_USE_S = 2.0
+
+#: The end of what is no longer so, on the monotonic clock.
+_ENDED = float("-inf")
 
 #: Entries kept; a listing is one entry.
 MAX_ENTRIES = 262_144
@@ -71,11 +74,12 @@ class Policy:
         return self.negative_ttl_s if isinstance(error, self.negative) else FAILURE_TTL_S
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     """A value with its age, or an error that is remembered; `error` rules while it is fresh.
 
     Attributes:
+        fresh_until: who rests on it may do so until then; moved only under the lock.
         used_at: when somebody got the value last, on the monotonic clock.
         changed_at: when it was seen to become another one, seconds since 1970.
     """
@@ -108,10 +112,21 @@ class MetadataCache:
             MAX_ENTRIES, ttu=lambda _key, entry, _now: entry.kept_until, timer=clock.monotonic
         )
         self._flights: dict[Hashable, _Flight] = {}
+        self._epoch = 0
         self._in_vain: set[Hashable] = set()  # kinds whose last load failed, or was not waited for
+
+    @property
+    def epoch(self) -> int:
+        """A number that becomes another one with every kept value that does.
+
+        What was made of several of them, peeked at or got, is as it was while this is.
+        """
+        return self._epoch
 
     def get(self, key: Hashable, load: Callable[[], T], policy: Policy, call: Call) -> T:
         """Return the value of `key`, loading it where no fresh one is kept.
+
+        The call is told how long the value holds.
 
         Raises:
             ApiError: what `load` raised, now or while that is remembered.
@@ -125,7 +140,9 @@ class MetadataCache:
                 was_used_at, entry.used_at = entry.used_at, now
                 if now < entry.fresh_until:
                     self._telemetry.count("cache_hits")
+                    call.rests_on(entry)
                     return entry.value  # type: ignore[no-any-return]
+            call.is_momentary()
             if entry is not None and entry.error is not None and now < entry.error_until:
                 self._telemetry.count("cache_hits")
                 if not entry.has_value:
@@ -189,18 +206,29 @@ class MetadataCache:
             self._flights.pop(key, None)
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
-                entry.value = change(entry.value)
-                entry.changed_at = self._clock.now()
+                amended = replace(entry, value=change(entry.value), changed_at=self._clock.now())
                 if not is_exact:
-                    entry.fresh_until = self._clock.monotonic()
-                    entry.used_at = float("-inf")
+                    amended.fresh_until = self._clock.monotonic()
+                    amended.used_at = float("-inf")
+                self._put(key, amended)
 
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
             self._flights.clear()
+            for entry in self._entries.values():
+                entry.fresh_until = _ENDED
             self._entries.clear()
             self._in_vain.clear()
+            self._epoch += 1
+
+    def _put(self, key: Hashable, entry: _Entry) -> None:
+        """Keep an entry in place of the one that is there; the caller holds the lock."""
+        before = self._entries.get(key)
+        if before is not None and before is not entry:
+            before.fresh_until = _ENDED  # who rests on it asks again
+        self._entries[key] = entry
+        self._epoch += 1
 
     def _start(self, key: Hashable, load: Callable[[], T], policy: Policy) -> _Flight:
         """Begin a load; the caller holds the lock."""
@@ -218,6 +246,8 @@ class MetadataCache:
                 raise
             before = self.peek(key)  # compared without the lock: a listing may be long
             is_change = before is not None and before != value
+            if before is not None and not is_change:
+                value = before  # one of two that are alike is enough, and all that is made of it
             self._land(key, flight, policy, value=(value,), is_change=is_change)
             return value
 
@@ -243,7 +273,7 @@ class MetadataCache:
             entry = self._entries.get(key)
             if value is not None:
                 self._in_vain.discard(_kind(key))
-                self._entries[key] = self._landed(value[0], entry, policy, is_change=is_change)
+                self._land_value(key, value[0], entry, policy, is_change=is_change)
                 return
             if error is None:
                 return
@@ -254,24 +284,28 @@ class MetadataCache:
                 entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
             else:
                 until = now + policy.error_ttl_s(error)
-                self._entries[key] = _Entry(None, False, now, until, error, until)
+                self._put(key, _Entry(None, False, now, until, error, until))
                 return
         if not error.is_remembered:
             self._telemetry.failed(_words(key), "refresh", errors.from_api(error, ""))
 
-    def _landed(
-        self, value: Any, before: _Entry | None, policy: Policy, *, is_change: bool
-    ) -> _Entry:
-        """Return the entry of a value that has just come."""
-        used_at, changed_at = float("-inf"), None
-        if before is not None and before.has_value:
-            used_at, changed_at = before.used_at, before.changed_at
-        if is_change:
-            changed_at = self._clock.now()
+    def _land_value(
+        self, key: Hashable, value: Any, before: _Entry | None, policy: Policy, *, is_change: bool
+    ) -> None:
+        """Keep a value that has just come; the caller holds the lock."""
         now = self._clock.monotonic()
         fresh_until = now + policy.ttl_s
         kept_until = max(fresh_until, now + policy.stale_s)
-        return _Entry(value, True, fresh_until, kept_until, used_at=used_at, changed_at=changed_at)
+        if before is not None and before.has_value and before.value is value:
+            before.fresh_until, before.kept_until, before.error = fresh_until, kept_until, None
+            self._entries[key] = before  # by its new time; nothing else is another now
+            return
+        entry = _Entry(value, True, fresh_until, kept_until)
+        if before is not None and before.has_value:
+            entry.used_at, entry.changed_at = before.used_at, before.changed_at
+        if is_change:
+            entry.changed_at = self._clock.now()
+        self._put(key, entry)
 
 
 def _kind(key: Hashable) -> Hashable:

@@ -72,6 +72,11 @@ class Catalogue:
 
     # What is there.
 
+    @property
+    def epoch(self) -> int:
+        """A number that becomes another one whenever anything that is known does."""
+        return self._cache.epoch
+
     def runs(self, call: Call) -> RunListing:
         """Return the user's training runs; ceil(runs / page) calls when not fresh."""
         return self._cache.get(("runs",), self._load_runs, self._freshness.listing, call)

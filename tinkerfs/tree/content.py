@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from msgspec.structs import replace as with_fields
+
 from tinkerfs import errors, names
 from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tree import render, subjects
@@ -75,8 +77,8 @@ def files_path(checkpoint: Checkpoint) -> str:
 
 
 def _path(checkpoint: Checkpoint, name: str) -> str:
-    place = (".content", *checkpoint.key, checkpoint.version, name)
-    return "/" + "/".join(map(names.encode, place))
+    run_id, kind, called = map(names.encode, checkpoint.key)
+    return f"/.content/{run_id}/{kind}/{called}/{checkpoint.version}/{name}"
 
 
 def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
@@ -142,6 +144,7 @@ def _inside(site: Site) -> _Inside:
 
 
 def _members(site: Site, checkpoint: Checkpoint) -> dict[str, Member]:
+    site.call.is_momentary()  # an archive may be built anew
     try:
         return site.model.weights.files(_subject(site, checkpoint), site.call).members
     except errors.EndpointMissing as error:
@@ -167,7 +170,7 @@ def _list_folders(site: Site) -> Iterator[tuple[str, _Inside]]:
 
 def _listed(site: Site, here: _Inside) -> dict[str, Member]:
     # A listing waits as long as an archive takes to build: it holds up nobody (opendir).
-    patient = replace(site, call=replace(site.call, timeout_s=None))
+    patient = with_fields(site, call=replace(site.call, timeout_s=None))
     return _members(patient, here.checkpoint)
 
 

@@ -11,17 +11,21 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-from tinkerfs import errors, names
+from msgspec.structs import replace
+
+from tinkerfs import errors
 from tinkerfs.call import Call
 from tinkerfs.tree.handles import RenderedHandle, WeightsHandle
 from tinkerfs.tree.layout import ROOT
+from tinkerfs.tree.listings import Listings
 from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
+from tinkerfs.tree.nodes import Node, Nodes, is_checkpoint
 from tinkerfs.tree.removal import Removals
-from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Model, Removal, Row, Site, Stream
+from tinkerfs.tree.renderings import Renderings
+from tinkerfs.tree.rows import Control, File, Folder, Link, Model, Removal, Row, Site, Stream
 
 __all__ = ["FileSystem"]
 
@@ -34,16 +38,6 @@ _MAX_TOLD = 4096
 _TOLD_S = 10.0
 #: As many links as Linux follows in one path (path_resolution(7)).
 _MAX_LINKS = 40
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A resolved path: its row of the table, and what it is about."""
-
-    row: File | Stream | Control | Link | Folder
-    subject: Any
-    path: str
-    parent: "_Node | None"
 
 
 class FileSystem:
@@ -59,7 +53,9 @@ class FileSystem:
         self._model = model
         self._cache_dir = cache_dir
         self._removals = Removals(model.clock)
-        self._root = _Node(ROOT, None, "/", None)
+        self._nodes = Nodes(ROOT, model, self._removals)
+        self._renderings = Renderings(model.clock)
+        self._listings = Listings(model)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
         #: When a size that is a mere bound was told last, by path, on the monotonic clock.
@@ -70,33 +66,41 @@ class FileSystem:
 
     # Looking.
 
+    # Of the first four every walk makes thousands: they do without `_telling`, which costs 2 us.
+
     def stat(self, path: str, call: Call) -> Attr:
         """Return the attributes of a path; links are not followed."""
-        with self._telling(path, "stat"):
-            return self._attr(self._resolve(path, call), call)
+        try:
+            return self._attr(self._nodes.resolve(path, call), call)
+        except (errors.ApiError, OSError) as error:
+            self._fail(error, path, "stat")
+
+    def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
+        """Return what a folder holds, without `.` and `..`, in the table's order."""
+        try:
+            folder = self._nodes.resolve(path, call)
+            if not isinstance(folder.row, Folder):
+                raise errors.not_a_directory(path)
+            return self._listings.get(folder, call, self._entries)
+        except (errors.ApiError, OSError) as error:
+            self._fail(error, path, "list")
+
+    def readlink(self, path: str, call: Call) -> str:
+        """Return where a symbolic link points, relative to its folder."""
+        try:
+            node = self._nodes.resolve(path, call)
+            if not isinstance(node.row, Link):
+                raise errors.not_a_link(path)
+            return self._target(node, call)
+        except (errors.ApiError, OSError) as error:
+            self._fail(error, path, "readlink")
 
     def handle_stat(self, path: str, handle: Handle, call: Call) -> Attr:
         """Return the attributes of an open file, with its exact length; also of an unlinked one."""
         with self._telling(path, "stat"):
-            attr = self._attr(self._resolve(path, call, with_hidden=True), call)
+            attr = self._attr(self._nodes.resolve(path, call, with_hidden=True), call)
             size_bytes = handle.size_bytes
             return attr if size_bytes is None else replace(attr, size_bytes=size_bytes)
-
-    def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
-        """Return what a folder holds, without `.` and `..`, in the table's order."""
-        with self._telling(path, "list"):
-            folder = self._resolve(path, call)
-            if not isinstance(folder.row, Folder):
-                raise errors.not_a_directory(path)
-            return tuple(self._entry(node, call) for node in self._children(folder, call))
-
-    def readlink(self, path: str, call: Call) -> str:
-        """Return where a symbolic link points, relative to its folder."""
-        with self._telling(path, "readlink"):
-            node = self._resolve(path, call)
-            if not isinstance(node.row, Link):
-                raise errors.not_a_link(path)
-            return self._target(node, call)
 
     def follow(self, path: str, call: Call) -> str:
         """Return the path that is meant once every link is followed, as a kernel does."""
@@ -115,8 +119,8 @@ class FileSystem:
     def look(self, path: str, call: Call) -> tuple[Row, Site]:
         """Return the row of the table that a path stands for, and what it is about there."""
         with self._telling(path, "look"):
-            node = self._resolve(path, call)
-            return node.row, self._site(node, call)
+            node = self._nodes.resolve(path, call)
+            return node.row, self._nodes.site(node, call)
 
     def space(self) -> Space:
         """Return the block cache's bound, and what is free of it and on its disk."""
@@ -137,8 +141,8 @@ class FileSystem:
         """
         is_for_writing = (flags & os.O_ACCMODE) != os.O_RDONLY
         is_for_reading = (flags & os.O_ACCMODE) != os.O_WRONLY
-        with self._telling(path, "open"):
-            node = self._resolve(path, call)
+        try:
+            node = self._nodes.resolve(path, call)
             row = node.row
             if isinstance(row, Folder):
                 raise errors.is_a_directory(path)
@@ -153,18 +157,27 @@ class FileSystem:
                 raise errors.not_supported(path, "not read with O_NOATIME, as file managers look")
             if isinstance(row, Stream):
                 return self._open_stream(node, row, call)
+        except (errors.ApiError, OSError) as error:
+            self._fail(error, path, "open")
+        try:
+            data = self._rendering(node, call) if is_for_reading else None
+        except (errors.ApiError, OSError) as error:
+            self._fail(error, path, "read")
         return RenderedHandle(
             path,
-            self._read(node, call) if is_for_reading else None,
+            data,
             lambda call: self._read_again(path, call),
             (lambda text, call: self._store(node, text, call)) if is_for_writing else None,
-            self._bound_told_at(path),
+            direct_io=not self._renderings.is_settled(node),
+            told_at=self._bound_told_at(path),
         )
 
-    def _open_stream(self, node: _Node, row: Stream, call: Call) -> Handle:
+    def _open_stream(self, node: Node, row: Stream, call: Call) -> Handle:
         path = node.path
-        file = row.open(self._site(node, call))
+        file = row.open(self._nodes.site(node, call))
         keep_cache = self._keys.get(path) == file.key
+        if len(self._keys) >= _MAX_TOLD:
+            self._keys.clear()  # it costs the kernel a few pages that it would have kept
         self._keys[path] = file.key
         return WeightsHandle(
             path,
@@ -182,7 +195,7 @@ class FileSystem:
     def set_attributes(self, path: str, call: Call) -> None:
         """Accept chmod, chown and utimens of a control, changing nothing; refuse anything else."""
         with self._telling(path, "change attributes"):
-            self._check_writable(path, self._resolve(path, call).row)
+            self._check_writable(path, self._nodes.resolve(path, call).row)
 
     def create(self, path: str, call: Call) -> None:
         """Refuse to make, rename or link anything: EPERM, or EROFS on a read-only mount."""
@@ -190,8 +203,8 @@ class FileSystem:
             if self._model.settings.read_only:
                 raise errors.read_only(path)
             # mv and install unlink what they mean to replace: that was no start of a removal.
-            folder = self._resolve(posixpath.dirname(path), call)
-            if _is_checkpoint(folder):
+            folder = self._nodes.resolve(posixpath.dirname(path), call)
+            if is_checkpoint(folder):
                 self._removals.restore(folder.subject.key)
             raise errors.not_permitted(path, "nothing can be created, renamed or linked here")
 
@@ -224,10 +237,10 @@ class FileSystem:
 
     def _xattrs(self, path: str, call: Call) -> dict[str, str]:
         with self._telling(path, "attributes"):
-            node = self._resolve(path, call)
+            node = self._nodes.resolve(path, call)
             if not isinstance(node.row, Folder | Stream) or node.row.xattrs is None:
                 return {}
-            values = node.row.xattrs(self._site(node, call))
+            values = node.row.xattrs(self._nodes.site(node, call))
             return {f"{_XATTR_NAMESPACE}{name}": value for name, value in values.items()}
 
     # Removing.
@@ -236,12 +249,12 @@ class FileSystem:
         """Hide a generated file of a checkpoint's folder; refuse to remove any other."""
         with self._telling(path, "unlink"):
             group = self._removing_group(path, call)
-            node = self._resolve(path, call)
+            node = self._nodes.resolve(path, call)
             if isinstance(node.row, Folder):
                 raise errors.is_a_directory(path)
             folder = node.parent
             assert folder is not None
-            if not _is_checkpoint(folder):
+            if not is_checkpoint(folder):
                 raise self._removals.refuse(group, path)
             self._removals.hide(folder.subject.key, node.row.name)
 
@@ -254,14 +267,14 @@ class FileSystem:
         """
         with self._telling(path, "rmdir"):
             group = self._removing_group(path, call)
-            node = self._resolve(path, call)
+            node = self._nodes.resolve(path, call)
             if not isinstance(node.row, Folder):
                 raise errors.not_a_directory(path)
             if node.row.removal is Removal.NEVER:
                 raise self._removals.refuse(group, path)
-            if any(True for _child in self._children(node, call)):
+            if any(True for _child in self._nodes.children(node, call)):
                 raise errors.not_empty(path, "it still shows something; rm -r removes that first")
-            if _is_checkpoint(node):
+            if is_checkpoint(node):
                 try:
                     self._model.catalogue.delete(node.subject, path, call)
                 finally:
@@ -274,90 +287,25 @@ class FileSystem:
         self._removals.check(group, path)
         return group
 
-    # Resolving.
-
-    def _resolve(self, path: str, call: Call, *, with_hidden: bool = False) -> _Node:
-        node = self._root
-        try:
-            for name in path.split("/"):
-                if name:
-                    node = self._child(node, name, call)
-                    if not (with_hidden or self._is_shown(node, call)):
-                        raise errors.not_found(path)
-        except errors.ApiError as error:
-            raise errors.from_api(error, path, is_lookup=True) from error
-        return node
-
-    def _child(self, folder: _Node, name: str, call: Call) -> _Node:
-        path = posixpath.join(folder.path, name)
-        if not isinstance(folder.row, Folder):
-            raise errors.not_a_directory(path)
-        for row in folder.row.rows:
-            if isinstance(row, Each):
-                subject = self._find(row, folder, name, call)
-                if subject is not None:
-                    return _Node(row.node or folder.row, subject, path, folder)
-            elif row.name == name:
-                return _Node(row, folder.subject, path, folder)
-        raise errors.not_found(path)
-
-    def _find(self, row: Each, folder: _Node, name: str, call: Call) -> Any:
-        if names.is_software_probe(name):
-            return None
-        site = self._site(folder, call)
-        if names.is_cut(name):
-            every = row.every or row.list
-            return next((s for n, s in every(site) if row.encode(n) == name), None)
-        try:
-            return row.find(site, row.decode(name))
-        except ValueError:  # no server name has this file name
-            return None
-
-    def _children(self, folder: _Node, call: Call) -> Iterator[_Node]:
-        assert isinstance(folder.row, Folder)
-        for row in folder.row.rows:
-            if not isinstance(row, Each):
-                path = posixpath.join(folder.path, row.name)
-                node = _Node(row, folder.subject, path, folder)
-                if self._is_shown(node, call):
-                    yield node
-            elif row.is_listed:
-                for name, subject in self._listed(row, folder, call):
-                    path = posixpath.join(folder.path, row.encode(name))
-                    yield _Node(row.node or folder.row, subject, path, folder)
-
-    def _listed(self, row: Each, folder: _Node, call: Call) -> Iterator[tuple[Any, Any]]:
-        try:
-            yield from row.list(self._site(folder, call))
-        except errors.EndpointMissing as error:
-            # A listing that this server does not have leaves the folder empty, and `ls` working.
-            if not error.is_remembered:
-                failure = errors.from_api(error, folder.path)
-                self._model.telemetry.failed(folder.path, "list", failure)
-
-    def _is_shown(self, node: _Node, call: Call) -> bool:
-        if isinstance(node.row, Link) and node.row.target(self._site(node, call)) is None:
-            return False
-        folder = node.parent
-        assert folder is not None
-        return not (
-            _is_checkpoint(folder) and node.row.name in self._removals.hidden(folder.subject.key)
-        )
-
     # Attributes and bytes.
 
-    def _entry(self, node: _Node, call: Call) -> Entry:
-        if isinstance(node.row, File) and node.row.is_costly:
-            return Entry(_name(node), inode(node.path), self._file_mode(node.row), None)
-        attr = self._attr(node, call)
-        return Entry(_name(node), attr.ino, attr.mode, attr)
+    def _entries(self, folder: Node, call: Call) -> Iterator[Entry]:
+        mtime_ns = self._mtime_ns(folder, call)
+        for node in self._nodes.children(folder, call):
+            row, name = node.row, node.name
+            if isinstance(row, File) and row.is_costly and not self._renderings.has(node):
+                yield Entry(name, inode(node.path), self._file_mode(row), None)
+            else:
+                attr = self._attr(node, call, mtime_ns)
+                yield Entry(name, attr.ino, attr.mode, attr)
 
-    def _attr(self, node: _Node, call: Call) -> Attr:
-        row, site = node.row, self._site(node, call)
+    def _attr(self, node: Node, call: Call, folder_ns: int | None = None) -> Attr:
+        """Return a node's attributes; `folder_ns` is its folder's time, where that is known."""
+        row, site = node.row, self._nodes.site(node, call)
         nlink, blocks, size_bytes = 1, 0, 0
         if isinstance(row, Folder):
             mode = _FOLDER_MODE & self._mode_mask
-            nlink = _folder_nlink(row)
+            nlink = row.nlink
             blocks = row.blocks(site) if row.blocks is not None else 0
         elif isinstance(row, Link):
             mode = _LINK_MODE
@@ -365,21 +313,19 @@ class FileSystem:
         else:
             mode = self._file_mode(row)
             size_bytes = self._size_bytes(node, row, call)
-        return Attr(
-            mode=mode,
-            size_bytes=size_bytes,
-            mtime_ns=self._mtime_ns(node, call),
-            ino=inode(node.path),
-            nlink=nlink,
-            blocks=blocks,
-            uid=self._uid,
-            gid=self._gid,
-        )
+        if row.mtime_ns is not None:
+            mtime_ns = row.mtime_ns(site)
+        elif folder_ns is not None and not isinstance(row, Folder):
+            mtime_ns = folder_ns
+        else:
+            mtime_ns = self._mtime_ns(node, call)
+        ino = inode(node.path)
+        return Attr(mode, size_bytes, mtime_ns, ino, nlink, blocks, self._uid, self._gid)
 
-    def _size_bytes(self, node: _Node, row: File | Stream | Control, call: Call) -> int:
+    def _size_bytes(self, node: Node, row: File | Stream | Control, call: Call) -> int:
         if isinstance(row, Control) or row.told_bytes is None:
             return len(self._rendering(node, call))
-        site = self._site(node, call)
+        site = self._nodes.site(node, call)
         size_bytes = row.told_bytes(site)
         if row.is_exact is not None and not row.is_exact(site):
             self._bound_told(node.path)
@@ -400,9 +346,9 @@ class FileSystem:
                     self._told_at.pop(each, None)
         self._told_at[path] = now
 
-    def _mtime_ns(self, node: _Node, call: Call) -> int:
+    def _mtime_ns(self, node: Node, call: Call) -> int:
         if node.row.mtime_ns is not None:
-            return node.row.mtime_ns(self._site(node, call))
+            return int(node.row.mtime_ns(self._nodes.site(node, call)))
         if isinstance(node.row, Folder) or node.parent is None:
             return self._model.started_ns
         return self._mtime_ns(node.parent, call)
@@ -410,33 +356,29 @@ class FileSystem:
     def _file_mode(self, row: File | Stream | Control) -> int:
         return stat.S_IFREG | (row.mode & self._mode_mask)
 
-    def _target(self, node: _Node, call: Call) -> str:
+    def _target(self, node: Node, call: Call) -> str:
         assert isinstance(node.row, Link)
-        target = node.row.target(self._site(node, call))
+        target = node.row.target(self._nodes.site(node, call))
         if target is None:
             raise errors.not_found(node.path)
-        return posixpath.relpath(target, posixpath.dirname(node.path))
+        return _relative(target, node.path)
 
-    def _rendering(self, node: _Node, call: Call) -> bytes:
-        assert isinstance(node.row, (File, Control))
-        return node.row.render(self._site(node, call))
-
-    def _read(self, node: _Node, call: Call) -> bytes:
-        with self._telling(node.path, "read"):
-            return self._rendering(node, call)
+    def _rendering(self, node: Node, call: Call) -> bytes:
+        """Return a file's bytes, made for this node or before."""
+        row = node.row
+        if isinstance(row, File) and row.told_bytes is None and not row.is_momentary:
+            return self._renderings.get(node, self._nodes.site(node, call))
+        return row.render(self._nodes.site(node, call))  # type: ignore[no-any-return]
 
     def _read_again(self, path: str, call: Call) -> bytes:
         """Return the bytes of what is there now, also where it was unlinked."""
         with self._telling(path, "read"):
-            return self._rendering(self._resolve(path, call, with_hidden=True), call)
+            return self._rendering(self._nodes.resolve(path, call, with_hidden=True), call)
 
-    def _store(self, node: _Node, text: str, call: Call) -> None:
+    def _store(self, node: Node, text: str, call: Call) -> None:
         assert isinstance(node.row, Control)
         with self._telling(node.path, "write"):
-            node.row.store(self._site(node, call), text)
-
-    def _site(self, node: _Node, call: Call) -> Site:
-        return Site(self._model, node.subject, node.path, call)
+            node.row.store(self._nodes.site(node, call), text)
 
     # Refusing and telling.
 
@@ -453,16 +395,20 @@ class FileSystem:
         """Make every failure an OSError with a path, and tell those that are worth it."""
         try:
             yield
-        except errors.ApiError as error:
+        except (errors.ApiError, OSError) as error:
+            self._fail(error, path, operation)
+
+    def _fail(self, error: errors.ApiError | OSError, path: str, operation: str) -> NoReturn:
+        """Raise a failure as an OSError with a path; tell it where it is worth it."""
+        if isinstance(error, errors.ApiError):
             failure = errors.from_api(error, path)
             self._model.telemetry.failed(path, operation, failure)
             raise failure from error
-        except OSError as failure:
-            if not failure.filename:
-                failure.filename = path
-            if errors.is_worth_telling(failure):
-                self._model.telemetry.failed(path, operation, failure)
-            raise
+        if not error.filename:
+            error.filename = path
+        if errors.is_worth_telling(error):
+            self._model.telemetry.failed(path, operation, error)
+        raise error
 
 
 def _is_resolved_by_open(row: File | Stream | Control) -> bool:
@@ -471,16 +417,12 @@ def _is_resolved_by_open(row: File | Stream | Control) -> bool:
     return isinstance(row, File) and row.told_bytes is not None
 
 
-def _is_checkpoint(node: _Node) -> bool:
-    return isinstance(node.row, Folder) and node.row.removal is Removal.CHECKPOINT
-
-
-def _name(node: _Node) -> str:
-    return posixpath.basename(node.path)
-
-
-def _folder_nlink(folder: Folder) -> int:
-    """Return 2 and one for each subfolder, or 1, "not counted", where that would take a call."""
-    if any(isinstance(row, Each) for row in folder.rows):
-        return 1
-    return 2 + sum(isinstance(row, Folder) for row in folder.rows)
+def _relative(target: str, link: str) -> str:
+    """Return a path from the mount's root as one from the folder of a link, both normal."""
+    ups, common = link.count("/") - 1, 0
+    for index, (mine, theirs) in enumerate(zip(link, target, strict=False)):
+        if mine != theirs:
+            break
+        if mine == "/":
+            common, ups = index, ups - (index > 0)
+    return "../" * ups + target[common + 1 :]

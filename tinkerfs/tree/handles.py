@@ -20,11 +20,12 @@ class RenderedHandle:
         data: the bytes, None for a file that was not opened to be read.
         render: makes the bytes anew, after a write.
         store: acts on what is written; None for a file that was not opened to be written.
+        direct_io: as `Handle.direct_io`: metadata changes behind the kernel's back, and what only
+            open resolves was told too long.
         told_at: as `Handle.told_at`.
     """
 
-    #: Metadata changes behind the kernel's back, and what only open resolves was told too long.
-    direct_io = True
+    #: What the kernel read for another handle may be of another version.
     keep_cache = False
 
     def __init__(
@@ -33,8 +34,11 @@ class RenderedHandle:
         data: bytes | None,
         render: Callable[[Call], bytes],
         store: Callable[[str, Call], None] | None,
-        told_at: float | None = None,
+        *,
+        direct_io: bool,
+        told_at: float | None,
     ) -> None:
+        self.direct_io = direct_io
         self.told_at = told_at
         self._path = path
         self._render = render

@@ -118,6 +118,7 @@ def _checkpoint_info(site: Site) -> bytes:
             site.model.telemetry.failed(
                 site.path, "weights info", errors.from_api(error, site.path)
             )
+        site.call.is_momentary()
         info = None
     return render.checkpoint_info(site.subject.record, info)
 
@@ -240,8 +241,13 @@ _RUN = Folder(
     (
         File("info.json", "the training run's record", lambda site: render.run_info(site.subject)),
         _CHECKPOINTS,
-        Link("latest", "the newest training checkpoint, when the run has one", _latest),
-        Link("latest_sampler", "the newest sampler checkpoint, when there is one", _latest_sampler),
+        Link("latest", "the newest training checkpoint, when the run has one", _latest, True),
+        Link(
+            "latest_sampler",
+            "the newest sampler checkpoint, when there is one",
+            _latest_sampler,
+            True,
+        ),
     ),
     subjects.run_ns,
     xattrs=subjects.run_xattrs,
@@ -299,6 +305,7 @@ _TINKERFS = Folder(
             "stats.json",
             "counters: API calls by endpoint and status, cache hits, errors, uptime",
             _stats,
+            is_momentary=True,
             mtime_ns=_control_file_ns,
         ),
         File(
@@ -306,6 +313,7 @@ _TINKERFS = Folder(
             "the last 100 failures, newest last",
             lambda site: site.model.telemetry.errors_text().encode("utf-8", "replace"),
             mode=0o600,
+            is_momentary=True,
             mtime_ns=_control_file_ns,
         ),
         File(
@@ -313,6 +321,7 @@ _TINKERFS = Folder(
             "the last 100 changes asked for through this mount, newest last",
             lambda site: site.model.telemetry.changes_text().encode("utf-8", "replace"),
             mode=0o600,
+            is_momentary=True,
             mtime_ns=_control_file_ns,
         ),
         Control(

@@ -4,16 +4,20 @@ Plain values and one protocol; nothing here knows the API, HTTP or FUSE.
 """
 
 import hashlib
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from tinkerfs.call import Call
 
 __all__ = ["Attr", "Entry", "Handle", "Space", "inode"]
 
 
-@dataclass(frozen=True, slots=True)
-class Attr:
+# msgspec's structs: made in 0.2 us where a frozen dataclass of this size takes 1.5 us, without a
+# header for the garbage collector; a walk makes several for each name that it comes to.
+
+
+class Attr(msgspec.Struct, frozen=True, gc=False):
     """What stat returns.
 
     Attributes:
@@ -37,8 +41,7 @@ class Attr:
     gid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One name in a listing.
 
     Attributes:
@@ -54,8 +57,7 @@ class Entry:
     attr: Attr | None
 
 
-@dataclass(frozen=True, slots=True)
-class Space:
+class Space(msgspec.Struct, frozen=True, gc=False):
     """What df shows, bytes."""
 
     total_bytes: int

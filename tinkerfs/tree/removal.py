@@ -41,10 +41,13 @@ class Removals:
         self._tombstones: dict[Hashable, _Tombstone] = {}
         self._refused: dict[int, float] = {}
 
+    @property
+    def is_anything_hidden(self) -> bool:
+        """Whether `hidden` is worth asking; takes no lock, which every lookup would wait for."""
+        return bool(self._tombstones)
+
     def hidden(self, key: Hashable) -> frozenset[str]:
         """Return the names that are unlinked in a checkpoint's folder."""
-        if not self._tombstones:  # an atomic look: the lock is kept off the path of every lookup
-            return frozenset()
         with self._lock:
             tombstone = self._tombstones.get(key)
             if tombstone is None:

@@ -7,9 +7,11 @@ lookup and documentation come from the same row, and a new name is one row and o
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+import msgspec
 
 from tinkerfs import names
 from tinkerfs.call import Call
@@ -50,8 +52,7 @@ class Model:
     started_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(msgspec.Struct, frozen=True):
     """Where a function of the table is at work: the model, the node's subject, its path, the call.
 
     Attributes:
@@ -80,7 +81,9 @@ class File:
             upper bound above 0.
         is_exact: whether `told_bytes` is no mere bound; None where nobody is to wait until who
             was told a bound has forgotten it.
-        is_costly: rendering may take a call of its own, so a listing leaves its attributes out.
+        is_costly: rendering may take a call of its own, so a listing leaves its attributes out
+            until its bytes are known.
+        is_momentary: it tells of the mount itself, and so something else at every look.
         mtime_ns: None for the folder's.
     """
 
@@ -91,6 +94,7 @@ class File:
     told_bytes: Callable[[Site], int] | None = None
     is_exact: Callable[[Site], bool] | None = None
     is_costly: bool = False
+    is_momentary: bool = False
     mtime_ns: Callable[[Site], int] | None = None
 
 
@@ -133,11 +137,20 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A symbolic link: `target` gives a path from the mount's root, None where there is no link."""
+    """A symbolic link.
+
+    Attributes:
+        name: file name.
+        doc: one line for the documentation.
+        target: a path from the mount's root; None, where it `is_optional`, for no link.
+        is_optional: not every folder of its kind has it.
+        mtime_ns: None for the folder's.
+    """
 
     name: str
     doc: str
     target: Callable[[Site], str | None]
+    is_optional: bool = False
     mtime_ns: Callable[[Site], int] | None = None
 
 
@@ -161,6 +174,9 @@ class Folder:
         blocks: 512-byte units of storage; None for none.
         removal: what removing does to it.
         xattrs: its extended attributes, without their namespace; takes no call of its own.
+        fixed: the rows that are a name, by it.
+        each: the others.
+        nlink: 2 and one for each subfolder, or 1, "not counted", where that would take a call.
     """
 
     name: str
@@ -170,6 +186,17 @@ class Folder:
     blocks: Callable[[Site], int] | None = None
     removal: Removal = Removal.NEVER
     xattrs: Callable[[Site], dict[str, str]] | None = None
+    fixed: "dict[str, File | Stream | Control | Link | Folder]" = field(init=False, repr=False)
+    each: "tuple[Each, ...]" = field(init=False, repr=False)
+    nlink: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        fixed = {row.name: row for row in self.rows if not isinstance(row, Each)}
+        each = tuple(row for row in self.rows if isinstance(row, Each))
+        subfolders = sum(isinstance(row, Folder) for row in self.rows)
+        object.__setattr__(self, "fixed", fixed)
+        object.__setattr__(self, "each", each)
+        object.__setattr__(self, "nlink", 1 if each else 2 + subfolders)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def _view(
         "<run_id>@<kind>@<name>",
         "the checkpoint",
         lambda site: subjects.checkpoint_path(site.subject),
-        time_ns,
+        mtime_ns=time_ns,
     )
     return Folder(name, doc, (Each(link, listed, find, True, names.join, names.split),), view_ns)
 
@@ -101,7 +101,7 @@ ADAPTERS = Folder(
                 "<run_id>@<kind>@<name>",
                 "the checkpoint's files; also of those that are not listed",
                 lambda site: content.files_path(site.subject),
-                subjects.checkpoint_ns,
+                mtime_ns=subjects.checkpoint_ns,
             ),
             _list_adapters,
             _find_adapter,
@@ -155,7 +155,7 @@ _RUNS_OF_MODEL = Each(
         "<run_id>",
         "a training run of that base model",
         lambda site: subjects.run_path(site.subject.run_id),
-        subjects.run_ns,
+        mtime_ns=subjects.run_ns,
     ),
     _list_runs_of_model,
     _find_run_of_model,
@@ -343,6 +343,7 @@ SAMPLERS = Folder(
                         "checkpoint",
                         "the checkpoint that it serves, when it has one",
                         _sampler_checkpoint,
+                        True,
                     ),
                 ),
             ),

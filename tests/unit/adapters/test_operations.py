@@ -35,11 +35,15 @@ def stopping():
     return threading.Event()
 
 
-@pytest.fixture
-def operations(requests, stopping):
+def make_operations(requests, stopping):
     return Operations(
         MemoryFileSystem(), requests, timeout_s=30, stopping=stopping, ready=lambda: None
     )
+
+
+@pytest.fixture
+def operations(requests, stopping):
+    return make_operations(requests, stopping)
 
 
 def public_names(operations=Operations):
@@ -51,7 +55,12 @@ def test_a_misspelt_operation_cannot_hide(module, major):
     if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
         pytest.skip("the binding needs a libfuse to be imported")
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError)).Operations
-    ours = public_names(XattrOperations) - {"entries", "is_stopping", "use_ns", "flag_nullpath_ok"}
+    ours = public_names(XattrOperations) - {
+        "is_stopping",
+        "is_traced",
+        "use_ns",
+        "flag_nullpath_ok",
+    }
     assert {name for name in ours if not hasattr(theirs, name)} == set()
 
 
@@ -80,15 +89,14 @@ def test_a_mount_that_goes_says_so_to_who_waits(operations, stopping):
 
 
 def test_handles_are_used_by_number_alone(operations):
-    fi = SimpleNamespace(flags=os.O_RDONLY, fh=0, direct_io=None, keep_cache=None)
-    assert operations.open("/hello", fi) == 0
-    assert (fi.direct_io, fi.keep_cache) == (True, False)
-    assert operations.read(None, 3, 1, fi) == b"ell"
-    assert operations.getattr(None, fi)["st_size"] == 6
-    assert operations.flush(None, fi) == operations.fsync(None, 0, fi) == 0
-    operations.release(None, fi)
+    fh, direct_io, keep_cache = operations.open("/hello", os.O_RDONLY)
+    assert (direct_io, keep_cache) == (True, False)
+    assert operations.read(fh, 3, 1) == b"ell"
+    assert operations.getattr(None, fh).size_bytes == 6
+    assert operations.fsync(None, 0, SimpleNamespace(fh=fh)) == 0
+    operations.release(fh)
     with pytest.raises(OSError) as failure:  # noqa: PT011
-        operations.read(None, 3, 1, fi)
+        operations.read(fh, 3, 1)
     assert failure.value.errno == errno.EBADF
 
 
@@ -103,33 +111,33 @@ def test_a_path_that_is_gone_is_enoent(operations):
 
 
 def test_the_page_cache_is_for_what_may_be_kept(operations):
-    fi = SimpleNamespace(flags=os.O_RDONLY, fh=0, direct_io=None, keep_cache=None)
-    operations.open("/cached-1048576", fi)
-    assert (fi.direct_io, fi.keep_cache) == (False, True)
+    assert operations.open("/cached-1048576", os.O_RDONLY)[1:] == (False, True)
 
 
-def test_a_listing_is_a_snapshot_that_can_be_resumed(operations):
+def test_a_listing_is_a_snapshot(operations):
     fh = operations.opendir("/folder")
-    names = [name for name, *_ in operations.entries(fh, 0)]
-    assert names[:4] == [".", "..", "costly", "0000"]
-    rest = list(operations.entries(fh, 3))
-    assert [name for name, *_ in rest] == names[3:]
-    assert [following for *_, following in rest] == list(range(4, len(names) + 1))
-    by_name = {name: attributes for name, _ino, _mode, attributes, _offset in rest}
-    assert by_name["0000"]["st_size"] == 6
-    assert [name for name, *_ in operations.readdir(None, fh)] == names
-    operations.releasedir(None, fh)
+    entries = operations.readdir(fh)
+    assert [entry.name for entry in entries[:4]] == [".", "..", "costly", "0000"]
+    assert operations.readdir(fh) is entries
+    by_name = {entry.name: entry for entry in entries}
+    assert by_name["costly"].attr is None
+    assert by_name["0000"].attr.size_bytes == 6
+    operations.releasedir(fh)
     with pytest.raises(OSError) as failure:  # noqa: PT011
-        operations.readdir(None, fh)
+        operations.readdir(fh)
     assert failure.value.errno == errno.EBADF
 
 
-@pytest.mark.expect_warnings("read None failed", "without an errno")
+def test_no_flush_is_asked_for(operations):
+    # The kernel then sends none: each close of a file is one crossing less.
+    assert not hasattr(operations, "flush")
+
+
+@pytest.mark.expect_warnings("read 1 failed", "without an errno")
 def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
-    fi = SimpleNamespace(flags=os.O_RDONLY, fh=0, direct_io=None, keep_cache=None)
-    operations.open("/broken", fi)
+    fh = operations.open("/broken", os.O_RDONLY).fh
     with pytest.raises(OSError) as failure:  # noqa: PT011
-        operations.read(None, 1, 0, fi)
+        operations.read(fh, 1, 0)
     assert failure.value.errno == errno.EIO
 
     def nameless(*_args):
@@ -141,8 +149,9 @@ def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
     assert failure.value.errno == errno.EIO
 
 
-def test_one_line_for_each_operation(operations, caplog):
+def test_one_line_for_each_operation(requests, stopping, caplog):
     with caplog.at_level(logging.DEBUG, logger="tinkerfs.adapters.fuse"):
+        operations = make_operations(requests, stopping)
         operations.getattr("/hello")
         with pytest.raises(FileNotFoundError):
             operations.getattr("/none")
@@ -162,11 +171,10 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
             return method
 
     monkeypatch.setattr(operations, "_filesystem", Recording())
-    fi = SimpleNamespace(flags=0, fh=0)
     for attempt in (
         lambda: operations.getattr("/x"),
         lambda: operations.opendir("/x"),
-        lambda: operations.open("/x", fi),
+        lambda: operations.open("/x", os.O_RDONLY),
         lambda: operations.unlink("/x"),
         lambda: operations.rmdir("/x"),
         lambda: operations.truncate("/x", 0),

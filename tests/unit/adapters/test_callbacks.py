@@ -1,0 +1,250 @@
+"""What libfuse is given: through real callbacks, without a kernel."""
+
+import ctypes
+import errno
+import os
+import stat
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from tests.support.memoryfs import MTIME_NS, MemoryFileSystem
+from tests.unit.adapters.test_operations import Requests
+from tinkerfs.adapters import binding
+from tinkerfs.adapters.callbacks import callbacks_of, packer_of, with_callbacks
+from tinkerfs.adapters.fuse import Operations
+from tinkerfs.tree.node import Attr
+
+ATTR = Attr(stat.S_IFREG | 0o640, 5_000_000_000, MTIME_NS, 2**63 - 25, 3, 9_765_625, 1000, 65534)
+
+
+class Time(ctypes.Structure):
+    _fields_ = (("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long))
+
+
+TIMES = [(name, Time) for name in ("st_atimespec", "st_mtimespec", "st_ctimespec")]
+
+
+class OnX86(ctypes.Structure):
+    _fields_ = (
+        ("st_dev", ctypes.c_ulong),
+        ("st_ino", ctypes.c_ulong),
+        ("st_nlink", ctypes.c_ulong),
+        ("st_mode", ctypes.c_uint),
+        ("st_uid", ctypes.c_uint),
+        ("st_gid", ctypes.c_uint),
+        ("__pad0", ctypes.c_int),
+        ("st_rdev", ctypes.c_ulong),
+        ("st_size", ctypes.c_long),
+        ("st_blksize", ctypes.c_long),
+        ("st_blocks", ctypes.c_long),
+        *TIMES,
+        ("reserved", ctypes.c_long * 3),
+    )
+
+
+class OnArm(ctypes.Structure):
+    _fields_ = (
+        ("st_dev", ctypes.c_ulong),
+        ("st_ino", ctypes.c_ulong),
+        ("st_mode", ctypes.c_uint),
+        ("st_nlink", ctypes.c_uint),
+        ("st_uid", ctypes.c_uint),
+        ("st_gid", ctypes.c_uint),
+        ("st_rdev", ctypes.c_ulong),
+        ("__pad1", ctypes.c_ulong),
+        ("st_size", ctypes.c_long),
+        ("st_blksize", ctypes.c_int),
+        ("__pad2", ctypes.c_int),
+        ("st_blocks", ctypes.c_long),
+        *TIMES,
+        ("__reserved", ctypes.c_uint * 2),
+    )
+
+
+@pytest.mark.parametrize("structure", [OnX86, OnArm])
+def test_attributes_are_packed_as_the_system_lays_them_out(structure):
+    packed = packer_of(structure)(ATTR)
+    assert len(packed) == ctypes.sizeof(structure)
+    found = structure.from_buffer_copy(packed)
+    assert (found.st_mode, found.st_size, found.st_ino) == (ATTR.mode, ATTR.size_bytes, ATTR.ino)
+    assert (found.st_nlink, found.st_blocks) == (ATTR.nlink, ATTR.blocks)
+    assert (found.st_uid, found.st_gid) == (ATTR.uid, ATTR.gid)
+    for name, _type in TIMES:
+        time = getattr(found, name)
+        assert time.tv_sec * 1_000_000_000 + time.tv_nsec == MTIME_NS
+    assert found.st_dev == found.st_rdev == found.st_blksize == 0
+
+
+def test_a_time_before_1970_is_told():
+    time = OnX86.from_buffer_copy(packer_of(OnX86)(Attr(0, 0, -1, 2, 1, 0, 0, 0))).st_mtimespec
+    assert (time.tv_sec, time.tv_nsec) == (-1, 999_999_999)
+
+
+class FileInfo(ctypes.Structure):
+    _fields_ = (
+        ("flags", ctypes.c_int),
+        ("direct_io", ctypes.c_uint, 1),
+        ("keep_cache", ctypes.c_uint, 1),
+        ("fh", ctypes.c_uint64),
+    )
+
+
+class Folder:
+    """What libfuse collects of a listing: as many entries at a time as its buffer holds."""
+
+    def __init__(self, major, room):
+        self.found = []
+        arguments = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64]
+        arguments += [ctypes.c_int] if major == 3 else []
+        self.filler = ctypes.CFUNCTYPE(ctypes.c_int, *arguments)(self.fill)
+        self.room = self.left = room
+
+    def fill(self, _buffer, name, attributes, offset, plus=None):
+        if not self.left:
+            return 1
+        self.left -= 1
+        status = OnX86.from_buffer_copy(ctypes.string_at(attributes, ctypes.sizeof(OnX86)))
+        self.found.append((name, status, offset, plus))
+        return 0
+
+
+class Libfuse:
+    """Calls the callbacks as libfuse of a version does."""
+
+    def __init__(self, major):
+        self.major = major
+        module = SimpleNamespace(c_stat=OnX86, fuse_file_info=FileInfo)
+        self.operations = Operations(
+            MemoryFileSystem(many=50),
+            Requests(),
+            timeout_s=30,
+            stopping=threading.Event(),
+            ready=lambda: None,
+        )
+        self.call = callbacks_of(self.operations, module, major)
+
+    def stat(self, path, info=None):
+        status = OnX86()
+        place = ctypes.addressof(status)
+        if self.major == 3:
+            return self.call["getattr"](path, place, info), status
+        if info is None:
+            return self.call["getattr"](path, place), status
+        return self.call["fgetattr"](path, place, info), status
+
+    def listed(self, path, room, flags):
+        info = FileInfo()
+        assert self.call["opendir"](path, ctypes.addressof(info)) == 0
+        folder = Folder(self.major, room)
+        filler = ctypes.cast(folder.filler, ctypes.c_void_p)
+        rest = (flags,) if self.major == 3 else ()
+        while True:
+            folder.left, before = room, len(folder.found)
+            place = ctypes.addressof(info)
+            assert self.call["readdir"](None, 0, filler, before, place, *rest) == 0
+            if len(folder.found) == before:
+                break
+        assert self.call["releasedir"](None, ctypes.addressof(info)) == 0
+        assert self.call["readdir"](None, 0, filler, 0, place, *rest) == -errno.EBADF
+        return folder.found
+
+
+@pytest.fixture(params=[2, 3])
+def libfuse(request):
+    return Libfuse(request.param)
+
+
+def test_attributes_arrive_by_path_and_by_handle(libfuse):
+    status, found = libfuse.stat(b"/hello")
+    assert (status, found.st_size, found.st_mtimespec.tv_nsec) == (0, 6, MTIME_NS % 10**9)
+    info = FileInfo(flags=os.O_RDONLY)
+    assert libfuse.call["open"](b"/hello", ctypes.addressof(info)) == 0
+    assert (info.direct_io, info.keep_cache) == (1, 0)
+    status, found = libfuse.stat(None, ctypes.addressof(info))
+    assert (status, found.st_size) == (0, 6)
+    assert libfuse.stat(b"/none")[0] == -errno.ENOENT
+    assert libfuse.stat(b"/\xff")[0] == 0
+
+
+def test_bytes_arrive_by_position(libfuse):
+    info = FileInfo(flags=os.O_RDONLY)
+    place = ctypes.addressof(info)
+    assert libfuse.call["open"](b"/cached-1048576", place) == 0
+    assert (info.direct_io, info.keep_cache) == (0, 1)
+    buffer = ctypes.create_string_buffer(16)
+    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 250, place) == 8
+    assert buffer.raw == bytes([250, 251, 252, 253, 254, 255, 0, 1]) + bytes(8)
+    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 1 << 20, place) == 0
+    assert libfuse.call["release"](None, place) == 0
+    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 0, place) == -errno.EBADF
+    assert libfuse.call["open"](b"/none", place) == -errno.ENOENT
+
+
+def test_a_target_is_cut_to_its_buffer(libfuse):
+    buffer = ctypes.create_string_buffer(b"x" * 20, 20)
+    assert libfuse.call["readlink"](b"/link", ctypes.addressof(buffer), 20) == 0
+    assert buffer.value == b"folder/0000"
+    assert libfuse.call["readlink"](b"/link", ctypes.addressof(buffer), 7) == 0
+    assert buffer.value == b"folder"
+
+
+@pytest.mark.parametrize("room", [1, 7, 1000])
+def test_a_listing_is_resumed_where_the_buffer_was_full(libfuse, room):
+    found = libfuse.listed(b"/folder", room, 0)
+    names = [name for name, *_rest in found]
+    assert names == [b".", b"..", b"costly", *(b"%04d" % i for i in range(50))]
+    assert [offset for _name, _status, offset, _plus in found] == list(range(1, len(names) + 1))
+    assert all(stat.S_IFMT(status.st_mode) for _name, status, *_rest in found)
+    assert {plus for *_rest, plus in found} == {0 if libfuse.major == 3 else None}
+
+
+def test_attributes_come_along_where_the_kernel_wants_them():
+    found = {name: rest for name, *rest in Libfuse(3).listed(b"/folder", 1000, 1)}
+    status, _offset, plus = found[b"0000"]
+    assert (status.st_size, plus) == (6, 2)
+    status, _offset, plus = found[b"costly"]
+    assert (status.st_size, plus) == (0, 0), "who wants them looks it up"
+
+
+def test_a_binding_gets_our_callbacks_in_place_of_its_own():
+    plain = ctypes.CFUNCTYPE(ctypes.c_int)
+
+    class Structure(ctypes.Structure):
+        _fields_ = (("getattr", plain), ("mkdir", plain), ("flag", ctypes.c_uint, 1))
+
+    ours = with_callbacks(Structure, {"getattr": plain(lambda: 7)})()
+    ours.getattr = plain(lambda: 1)
+    ours.mkdir = mkdir = plain(lambda: 2)
+    ours.flag = 1
+    assert (ours.getattr(), ours.mkdir(), ours.flag) == (7, 2, 1)
+    del mkdir
+
+
+@pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
+def test_the_bindings_structures_can_be_packed(module, major):
+    if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
+        pytest.skip("the binding needs a libfuse to be imported")
+    theirs = pytest.importorskip(module, exc_type=(ImportError, OSError))
+    found = theirs.c_stat.from_buffer_copy(packer_of(theirs.c_stat)(ATTR))
+    assert (found.st_mode, found.st_size, found.st_ino) == (ATTR.mode, ATTR.size_bytes, ATTR.ino)
+    assert found.st_mtimespec.tv_nsec == MTIME_NS % 10**9
+
+
+def test_a_thread_keeps_its_place_until_it_ends(libfuse):
+    # Of threads that Python did not start: each is known to it from its first request to its end.
+    pthread = ctypes.CDLL(None)
+    seen = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
+    def work(_argument):
+        for _ in range(3):
+            libfuse.stat(b"/hello")
+        seen.append(threading.get_ident())
+
+    for _ in range(50):
+        thread = ctypes.c_ulong()
+        assert pthread.pthread_create(ctypes.byref(thread), None, work, None) == 0
+        assert pthread.pthread_join(thread, None) == 0
+    assert len(seen) == 50

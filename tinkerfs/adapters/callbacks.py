@@ -1,0 +1,278 @@
+"""The operations that a walk makes by the thousand, as libfuse calls them.
+
+The bindings lay out libfuse's structures, find its library, and translate every operation; of the
+nine here they are relieved, because translating costs more than answering. Measured with a file
+system that does nothing, one `stat` took 24-42 us through mfusepy and takes 8-9 us through this:
+
+- A thread of libfuse's is new to Python at each request: ctypes makes a thread state for it, with a
+  stack of its own mapped from the kernel, and throws both away after. Here each thread keeps its.
+- Arguments come as addresses, not as objects that ctypes makes of each pointer, and attributes go
+  in one copy of a packed structure instead of by a dictionary and fifteen assignments.
+- Listings bring their attributes along on libfuse 3 (readdirplus), which neither binding does: with
+  them `ls -l` of 10,000 entries makes 2 calls of getattr, and not 20,002.
+
+Called from many threads at once, each in one request.
+"""
+
+import ctypes
+import operator
+import struct
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from tinkerfs.tree.node import Attr, Entry
+
+if TYPE_CHECKING:
+    from tinkerfs.adapters.fuse import Operations
+
+__all__ = ["callbacks_of", "packer_of", "with_callbacks"]
+
+#: Of a readdir: the kernel wants attributes (libfuse's fuse.h, enum fuse_readdir_flags).
+_READDIR_PLUS: Final = 1
+#: Of one entry: its attributes are all there (fuse.h, enum fuse_fill_dir_flags).
+_FILL_DIR_PLUS: Final = 2
+
+_INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int64,
+)
+
+#: What attributes a `struct stat` has besides its times, by the name of its field.
+_FIELDS: Final = {
+    "st_ino": "ino",
+    "st_mode": "mode",
+    "st_nlink": "nlink",
+    "st_uid": "uid",
+    "st_gid": "gid",
+    "st_size": "size_bytes",
+    "st_blocks": "blocks",
+}
+_TIMES: Final = ("st_atimespec", "st_mtimespec", "st_ctimespec")
+_NS_OF_A_SECOND: Final = 1_000_000_000
+
+
+def with_callbacks(structure: Any, callbacks: Mapping[str, Any]) -> Any:
+    """Return a binding's `fuse_operations` that takes `callbacks` in place of the binding's own.
+
+    A binding fills in its structure field by field, and passes it to libfuse.
+    """
+    types = {field[0]: field[1] for field in structure._fields_}
+    ours = {name: ctypes.cast(callback, types[name]) for name, callback in callbacks.items()}
+
+    class Callbacks(structure):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, ours.get(name, value))
+
+    # What libfuse calls must live as long as it may.
+    Callbacks.kept = callbacks
+    return Callbacks
+
+
+def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str, Any]:
+    """Return the callbacks over `operations`, by the name of libfuse's operation.
+
+    Args:
+        operations: their methods raise nothing but `OSError` with an errno.
+        module: the binding, for the layout of libfuse's structures.
+        major: libfuse's version, 2 or 3.
+    """
+    pack = packer_of(module.c_stat)
+    stat_bytes = ctypes.sizeof(module.c_stat)
+    file_info = module.fuse_file_info.from_address
+    fh_offset = module.fuse_file_info.fh.offset
+    fh_at = ctypes.c_uint64.from_address
+    memmove = ctypes.memmove
+    stays = _stayer()
+
+    def fh_of(info: int) -> int:
+        return fh_at(info + fh_offset).value
+
+    def getattr_(path: bytes | None, buffer: int, info: int | None = None) -> int:
+        stays()
+        try:
+            attr = operations.getattr(_text(path), fh_of(info) if info else None)
+        except OSError as error:
+            return _refusal(error)
+        memmove(buffer, pack(attr), stat_bytes)
+        return 0
+
+    def readlink(path: bytes, buffer: int, size: int) -> int:
+        stays()
+        try:
+            target = operations.readlink(path.decode("utf-8", "surrogateescape"))
+        except OSError as error:
+            return _refusal(error)
+        text = target.encode("utf-8", "surrogateescape")[: size - 1] + b"\0"
+        memmove(buffer, text, len(text))
+        return 0
+
+    def open_(path: bytes, info: int) -> int:
+        stays()
+        fields = file_info(info)
+        try:
+            opened = operations.open(path.decode("utf-8", "surrogateescape"), fields.flags)
+        except OSError as error:
+            return _refusal(error)
+        fields.fh, fields.direct_io, fields.keep_cache = opened
+        return 0
+
+    def read(_path: bytes | None, buffer: int, size: int, offset: int, info: int) -> int:
+        stays()
+        try:
+            data = operations.read(fh_of(info), size, offset)
+        except OSError as error:
+            return _refusal(error)
+        memmove(buffer, data, len(data))
+        return len(data)
+
+    def release(_path: bytes | None, info: int) -> int:
+        stays()
+        try:
+            operations.release(fh_of(info))
+        except OSError as error:
+            return _refusal(error)
+        return 0
+
+    def opendir(path: bytes, info: int) -> int:
+        stays()
+        try:
+            fh = operations.opendir(path.decode("utf-8", "surrogateescape"))
+        except OSError as error:
+            return _refusal(error)
+        fh_at(info + fh_offset).value = fh
+        return 0
+
+    def releasedir(_path: bytes | None, info: int) -> int:
+        stays()
+        try:
+            operations.releasedir(fh_of(info))
+        except OSError as error:
+            return _refusal(error)
+        return 0
+
+    fill_arguments = (_ADDRESS, _PATH, _PATH, _OFFSET, *([_INT] if major == 3 else []))
+    # Not `CFUNCTYPE`: it lets go of the interpreter around each entry, which takes as long again.
+    filler_at = ctypes.PYFUNCTYPE(_INT, *fill_arguments)
+
+    def readdir(
+        _path: bytes | None, buffer: int, filler: int, offset: int, info: int, flags: int = 0
+    ) -> int:
+        stays()
+        try:
+            entries = operations.readdir(fh_of(info))
+        except OSError as error:
+            return _refusal(error)
+        fill = filler_at(filler)
+        is_plus = flags & _READDIR_PLUS
+        # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
+        # with 0 it would collect everything first, on libfuse 3 without the attributes.
+        for index in range(offset, len(entries)):
+            entry = entries[index]
+            attr, plus = entry.attr, _FILL_DIR_PLUS
+            # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
+            # so a plain `ls` costs nothing that only `ls -l` must pay for.
+            if attr is None or not is_plus:
+                attr, plus = _kind_only(entry), 0
+            name = entry.name.encode("utf-8", "surrogateescape")
+            rest = (plus,) if major == 3 else ()
+            if fill(buffer, name, pack(attr), index + 1, *rest):
+                break
+        return 0
+
+    getattr_arguments = (_PATH, _ADDRESS, _ADDRESS)
+    with_info = (_PATH, _ADDRESS)
+    callbacks = {
+        "getattr": _callback(getattr_, *getattr_arguments[: 3 if major == 3 else 2]),
+        "readlink": _callback(readlink, _PATH, _ADDRESS, _SIZE),
+        "open": _callback(open_, *with_info),
+        "read": _callback(read, _PATH, _ADDRESS, _SIZE, _OFFSET, _ADDRESS),
+        "release": _callback(release, *with_info),
+        "opendir": _callback(opendir, *with_info),
+        "readdir": _callback(
+            readdir,
+            *(_PATH, _ADDRESS, _ADDRESS, _OFFSET, _ADDRESS),
+            *([_INT] if major == 3 else []),
+        ),
+        "releasedir": _callback(releasedir, *with_info),
+    }
+    if major == 2:
+        callbacks["fgetattr"] = _callback(getattr_, *getattr_arguments)
+    return callbacks
+
+
+def _callback(function: Callable[..., int], *arguments: Any) -> Any:
+    return ctypes.CFUNCTYPE(_INT, *arguments)(function)
+
+
+def _text(path: bytes | None) -> str | None:
+    return None if path is None else path.decode("utf-8", "surrogateescape")
+
+
+def _refusal(error: OSError) -> int:
+    assert error.errno
+    return -error.errno
+
+
+def _kind_only(entry: Entry) -> Attr:
+    return Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0, 0)
+
+
+def packer_of(structure: Any) -> Callable[[Attr], bytes]:
+    """Return what packs attributes as a `struct stat`, which every system lays out otherwise.
+
+    Args:
+        structure: the binding's, whose times come last, as they do on Linux.
+    """
+    places = sorted((getattr(structure, name).offset, name) for name in (*_FIELDS, *_TIMES))
+    names = [name for _offset, name in places]
+    assert sorted(names[-len(_TIMES) :]) == sorted(_TIMES)
+    layout, end = "=", 0
+    for offset, name in places:
+        size = getattr(structure, name).size
+        code = "qq" if name in _TIMES else {4: "I", 8: "Q"}[size]
+        layout += f"{offset - end}x{code}"
+        end = offset + size
+    layout += f"{ctypes.sizeof(structure) - end}x"
+    values = operator.attrgetter(*(_FIELDS[name] for name in names[: -len(_TIMES)]))
+    pack = struct.Struct(layout).pack
+
+    def packed(attr: Attr) -> bytes:
+        seconds, ns = divmod(attr.mtime_ns, _NS_OF_A_SECOND)
+        return pack(*values(attr), seconds, ns, seconds, ns, seconds, ns)
+
+    return packed
+
+
+def _stayer() -> Callable[[], None]:
+    """Return what lets the thread that calls it keep its place in the interpreter until it ends.
+
+    libfuse ends threads that have nothing to do. What one keeps is given back then, as C++ destroys
+    its thread-local variables: before POSIX's thread-specific data goes, by which the interpreter
+    knows the thread. Where the C library has no such thing (musl), nothing is kept.
+    """
+    try:
+        at_exit_of_thread = ctypes.CDLL(None).__cxa_thread_atexit_impl
+    except AttributeError:
+        return lambda: None
+    ensure, release = ctypes.pythonapi.PyGILState_Ensure, ctypes.pythonapi.PyGILState_Release
+    is_locked = 0  # PyGILState_LOCKED: this thread goes on to hold the interpreter
+
+    def leave(_: object) -> None:
+        release(is_locked)
+
+    leaving = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(leave)
+    # The last argument is an address within a library that stays loaded; glibc looks for it.
+    place = ctypes.cast(at_exit_of_thread, ctypes.c_void_p)
+    here = threading.local()
+
+    def stay() -> None:
+        if not hasattr(here, "leaving"):
+            here.leaving = leaving  # which must be there as long as a thread may end
+            at_exit_of_thread(leaving, None, place)
+            ensure()
+
+    return stay
