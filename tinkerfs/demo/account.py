@@ -1,14 +1,18 @@
 """The account that a demo server serves: a catalogue, and what became of it.
 
-Records are made when first asked for and kept from then on, so whoever changes one changes what is
-served. Every method is thread-safe; a caller that reads and then changes holds `lock` (reentrant).
-Whatever is asked here answers in microseconds: no lock of this module spans a wait.
+Records are made when they are asked for, and one that was changed is kept from then on, so whoever
+changes one changes what is served; of those that are as they were made, only the last ones looked
+at are kept. Every method is thread-safe; a caller that reads and then changes holds `lock`
+(reentrant). Whatever is asked here answers in a few milliseconds, of a million checkpoints too: no
+lock of this module spans a wait.
 """
 
+import bisect
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tinkerfs.demo.catalogue import BASE_MODELS, Catalogue, Checkpoint, Run, Session
@@ -16,6 +20,9 @@ from tinkerfs.demo.catalogue import BASE_MODELS, Catalogue, Checkpoint, Run, Ses
 __all__ = ["Account"]
 
 _RUNS_PER_SESSION = 2
+
+_KEPT_RUNS = 4096
+"""So many runs that nobody changed are kept as made."""
 
 
 class Account:
@@ -43,7 +50,13 @@ class Account:
         # All below guarded by lock.
         self._order = catalogue.run_ids()
         self._indices = {run_id: index for index, run_id in enumerate(self._order)}
-        self._runs: dict[str, Run] = {}
+        self._changed_runs: dict[str, Run] = {}
+        self._made_runs: OrderedDict[str, Run] = OrderedDict()  # the last one looked at last
+        self._removed: list[int] = []  # indices of the catalogue's runs
+        # Own runs with checkpoints that the catalogue has not, and where among all they stand.
+        self._strayed: dict[str, None] = {}
+        self._version = 0
+        self._placed: tuple[tuple[int, int], list[tuple[int, Run, Checkpoint]]] | None = None
         self._foreign = {run.id: run for run in map(catalogue.foreign_run, range(foreign_runs))}
         self._sessions: dict[str, Session] = {}
         self._session_numbers = {
@@ -51,9 +64,6 @@ class Account:
             for number in range(-(-catalogue.runs // _RUNS_PER_SESSION))
         }
         self._added_names = itertools.count(1)
-        self._version = 0
-        self._is_in_order = True
-        self._sorted: tuple[tuple[int, int], list[tuple[Run, Checkpoint]]] | None = None
 
     # Runs
 
@@ -108,19 +118,23 @@ class Account:
                 "checkpoints": [],
             }
             run = Run(id=run_id, **(values | fields))
-            self._runs[run_id] = run
+            self._changed_runs[run_id] = run
             self._indices[run_id] = -1
             self._order.insert(0, run_id)
-            self._changed()
+            self._stray(run_id)
             return run
 
     def remove_run(self, run_id: str) -> None:
         """Remove a run with all its checkpoints (the API has no way to; a lapse of time has)."""
         with self.lock:
             self._order.remove(run_id)
-            del self._indices[run_id]
-            self._runs.pop(run_id, None)
-            self._changed()
+            index = self._indices.pop(run_id)
+            if index >= 0:
+                self._removed.append(index)
+            for kept in (self._changed_runs, self._made_runs):
+                kept.pop(run_id, None)
+            self._strayed.pop(run_id, None)
+            self._version += 1
 
     def touch(self, run_id: str) -> None:
         """Make a run the one that was used last, as training does: listings shift by one."""
@@ -128,7 +142,6 @@ class Account:
             self._own(run_id).last_request_time_s = self._now()
             self._order.remove(run_id)
             self._order.insert(0, run_id)
-            self._changed()
 
     # Checkpoints
 
@@ -136,28 +149,25 @@ class Account:
     def checkpoint_count(self) -> int:
         """How many checkpoints the account's own runs have."""
         with self.lock:
-            return sum(self._count(run_id) for run_id in self._order)
+            strayed = sum(len(self._own(run_id).checkpoints) for run_id in self._strayed)
+            return self._before(self.catalogue.runs, self._lengths()) + strayed
 
     def checkpoints(
         self, offset: int = 0, limit: int | None = None
     ) -> list[tuple[Run, Checkpoint]]:
         """Return one page of the checkpoints of all own runs, newest first."""
         with self.lock:
-            stop = self.checkpoint_count if limit is None else offset + limit
-            if not self._is_in_order:
-                return self._sorted_checkpoints()[offset:stop]
+            count = self.checkpoint_count
+            strays = self._strays(count)
+            at = bisect.bisect_left(strays, offset, key=lambda stray: stray[0])
+            in_order = self._in_order(offset - at)
             page: list[tuple[Run, Checkpoint]] = []
-            begin = 0
-            for run_id in self._order:
-                count = self._count(run_id)
-                if begin + count > offset:
-                    run = self._own(run_id)
-                    newest_first = run.checkpoints[::-1]
-                    part = newest_first[max(0, offset - begin) : max(0, stop - begin)]
-                    page += [(run, checkpoint) for checkpoint in part]
-                begin += count
-                if begin >= stop:
-                    break
+            for place in range(offset, count if limit is None else min(offset + limit, count)):
+                if at < len(strays) and strays[at][0] == place:
+                    page.append(strays[at][1:])
+                    at += 1
+                else:
+                    page.append(next(in_order))
             return page
 
     def checkpoint(self, run_id: str, checkpoint_id: str) -> Checkpoint | None:
@@ -204,7 +214,8 @@ class Account:
                 run.checkpoints.remove(former)
                 checkpoint.generation = former.generation + 1
             run.checkpoints.append(checkpoint)
-            self._changed()
+            if self.owns(run_id):
+                self._stray(run_id)
             return checkpoint
 
     def delete_checkpoint(self, run_id: str, checkpoint_id: str) -> bool:
@@ -252,20 +263,26 @@ class Account:
     def _now(self) -> float:
         return round(self._clock(), 6)
 
-    def _changed(self) -> None:
+    def _stray(self, run_id: str) -> None:
+        self._strayed[run_id] = None
         self._version += 1
-        self._is_in_order = False
-
-    def _count(self, run_id: str) -> int:
-        run = self._runs.get(run_id)
-        return self.catalogue.checkpoints if run is None else len(run.checkpoints)
 
     def _own(self, run_id: str) -> Run:
-        run = self._runs.get(run_id)
+        run = self._changed_runs.get(run_id) or self._made_runs.get(run_id)
         if run is None:
-            run = self._runs[run_id] = self.catalogue.run(self._indices[run_id])
-            for checkpoint in run.checkpoints:
-                checkpoint.building_polls = self._building_polls
+            run = self._made_runs[run_id] = self._made(run_id)
+            if len(self._made_runs) > _KEPT_RUNS:
+                oldest_id, oldest = self._made_runs.popitem(last=False)
+                if oldest != self._made(oldest_id):
+                    self._changed_runs[oldest_id] = oldest
+        elif run_id in self._made_runs:
+            self._made_runs.move_to_end(run_id)
+        return run
+
+    def _made(self, run_id: str) -> Run:
+        run = self.catalogue.run(self._indices[run_id])
+        for checkpoint in run.checkpoints:
+            checkpoint.building_polls = self._building_polls
         return run
 
     def _runs_or_foreign(self, run_id: str) -> Run:
@@ -274,10 +291,53 @@ class Account:
             raise KeyError(run_id)
         return run
 
-    def _sorted_checkpoints(self) -> list[tuple[Run, Checkpoint]]:
-        state = (self._version, self.checkpoint_count)
-        if self._sorted is None or self._sorted[0] != state:
-            pairs = [(run, checkpoint) for run in self.runs() for checkpoint in run.checkpoints]
-            pairs.sort(key=lambda pair: pair[1].time_s or 0.0, reverse=True)
-            self._sorted = (state, pairs)
-        return self._sorted[1]
+    # The checkpoints newest first. The catalogue's lie in the order of its runs, so a page of them
+    # is found by counting; those of runs that strayed from it stand between them by their times.
+
+    def _lengths(self) -> dict[int, int]:
+        """Return how many each of the catalogue's runs has in its order, where not as made."""
+        lengths = dict.fromkeys(self._removed, 0)
+        for run_id, run in (*self._changed_runs.items(), *self._made_runs.items()):
+            length = 0 if run_id in self._strayed else len(run.checkpoints)
+            if length != self.catalogue.checkpoints:
+                lengths[self._indices[run_id]] = length
+        for run_id in self._strayed:  # also one that is back to what it was, and not kept
+            lengths[self._indices[run_id]] = 0
+        lengths.pop(-1, None)
+        return lengths
+
+    def _before(self, index: int, lengths: dict[int, int]) -> int:
+        """Return how many checkpoints the catalogue's runs before one have in its order."""
+        usual = self.catalogue.checkpoints
+        return index * usual + sum(n - usual for i, n in lengths.items() if i < index)
+
+    def _in_order(self, offset: int) -> Iterator[tuple[Run, Checkpoint]]:
+        lengths, indices = self._lengths(), range(self.catalogue.runs)
+        first = bisect.bisect_right(indices, offset, key=lambda i: self._before(i, lengths)) - 1
+        skipped = offset - self._before(first, lengths)
+        for index in indices[max(first, 0) :]:
+            if lengths.get(index) != 0:
+                run = self._own(self.catalogue.run_id(index))
+                yield from ((run, checkpoint) for checkpoint in run.checkpoints[::-1][skipped:])
+            skipped = 0
+
+    def _strays(self, count: int) -> list[tuple[int, Run, Checkpoint]]:
+        """Return the checkpoints of strayed runs, each with its place among all, newest first."""
+        state = (self._version, count)
+        if self._placed is None or self._placed[0] != state:
+            lengths = self._lengths()
+            runs = map(self._own, reversed(self._strayed))
+            found = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
+            found.sort(key=lambda pair: pair[1].time_s or 0.0, reverse=True)
+            places = (self._newer_in_order(c.time_s or 0.0, lengths) for _, c in found)
+            placed = [(p + n, *pair) for n, (p, pair) in enumerate(zip(places, found, strict=True))]
+            self._placed = (state, placed)
+        return self._placed[1]
+
+    def _newer_in_order(self, time_s: float, lengths: dict[int, int]) -> int:
+        index = self.catalogue.index_at(time_s)
+        newer = self._before(index, lengths)
+        if index < self.catalogue.runs and lengths.get(index) != 0:
+            run = self._own(self.catalogue.run_id(index))
+            newer += sum((checkpoint.time_s or 0.0) > time_s for checkpoint in run.checkpoints)
+        return newer

@@ -138,18 +138,26 @@ class Catalogue:
 
     def run_ids(self) -> list[str]:
         """Return the ids of all runs, in order of `last_request_time`, newest first."""
-        return [f"{self._uuid('run', index)}:train:0" for index in range(self.runs)]
+        return [self.run_id(index) for index in range(self.runs)]
+
+    def run_id(self, index: int) -> str:
+        """Return the id of the run of an index."""
+        return f"{self._uuid('run', index)}:train:0"
+
+    def index_at(self, time_s: float) -> int:
+        """Return the index in `[0, runs]` before which all is newer than a time, after it older."""
+        index = (self._newest_s - time_s) // _HOUR_S
+        return int(min(max(index, 0), self.runs))
 
     def run(self, index: int) -> Run:
         """Make up the run of an index in `[0, runs)`; negative ones belong to somebody else."""
         rng = random.Random(f"{self.seed}/run/{index}")
-        now_s = REFERENCE_TIME_S if self.reference_time_s is None else self.reference_time_s
-        last_s = now_s - 600 - abs(index) * _HOUR_S - rng.randrange(300)
+        last_s = self._newest_s - abs(index) * _HOUR_S - rng.randrange(300)
         rank = rng.choice((8, 16, 32, 64))
         project = rng.choice(_PROJECTS)
         is_own = index >= 0
         return Run(
-            id=f"{self._uuid('run', index)}:train:0",
+            id=self.run_id(index),
             base_model=rng.choice(BASE_MODELS),
             owner=_OWNERS if is_own else "somebody-else",
             lora_rank=rank,
@@ -186,6 +194,11 @@ class Catalogue:
             display_name=f"{_PROJECTS[number % len(_PROJECTS)]} {number}" if number % 3 else None,
             user_metadata={"host": f"node-{number % 7}"} if number % 2 else None,
         )
+
+    @property
+    def _newest_s(self) -> float:
+        now_s = REFERENCE_TIME_S if self.reference_time_s is None else self.reference_time_s
+        return now_s - 600
 
     def _checkpoints(self, rng: random.Random, index: int, last_s: float) -> list[Checkpoint]:
         # All lie within the hour before the run's last request, and so after those of the next

@@ -65,11 +65,16 @@ def test_every_page_is_a_slice_of_the_whole():
 
 def test_a_large_account_starts_at_once_and_makes_only_what_is_asked():
     start = time.perf_counter()
-    found = account(runs=10_000, checkpoints=100)
+    found = account(runs=100_000, checkpoints=10)
     assert len(found.checkpoints(999_950, 100)) == 50
-    assert len(found.session_ids(4990, 20)) == 10
+    assert len(found.session_ids(49_990, 20)) == 10
+    found.touch(found.run_ids[500])
+    found.add_checkpoint(found.run_ids[700], "weights/new")
+    found.delete_checkpoint(found.run_ids[900], "weights/0001")
+    assert found.checkpoint_count == 1_000_000
+    assert len(found.checkpoints(500_000, 100)) == 100
     assert time.perf_counter() - start < 2
-    assert len(found._runs) < 10
+    assert len(found._made_runs) < 30
 
 
 def test_what_is_added_comes_first():
@@ -105,6 +110,44 @@ def test_deleting_and_removing():
     found.remove_run(run_id)
     assert found.run(run_id) is None
     assert found.checkpoint_count == len(found.checkpoints()) == 25
+
+
+def test_changes_show_in_every_page_and_leave_them_in_order():
+    found = account(runs=12, checkpoints=4)
+    ids, newest_s = found.run_ids, found.runs()[0].last_request_time_s
+    found.touch(ids[10])
+    found.add_checkpoint(ids[3], "weights/new")
+    found.add_checkpoint(ids[3], "weights/0001")
+    found.delete_checkpoint(ids[3], "sampler_weights/0001")
+    found.delete_checkpoint(ids[4], "sampler_weights/0001")
+    found.run(ids[5]).checkpoints.clear()
+    found.remove_run(ids[6])
+    found.add_checkpoint(ids[7], "weights/former", time_s=newest_s - 2.5 * 3600)
+    found.delete_checkpoint(ids[8], found.add_checkpoint(ids[8], "weights/brief").id)
+    found.add_run("added")
+    for number in range(14):
+        found.add_checkpoint("added", f"weights/{number}", time_s=newest_s - 3000 * number)
+    found.remove_run(found.add_run().id)
+    pairs = [(run, c) for run in found.runs() for c in run.checkpoints]
+    whole = found.checkpoints()
+    assert found.checkpoint_count == len(whole) == len(pairs)
+    times = [c.time_s for _run, c in whole]
+    assert times == sorted(times, reverse=True)
+    assert {(run.id, c.id) for run, c in whole} == {(run.id, c.id) for run, c in pairs}
+    for offset in range(len(whole) + 2):
+        assert found.checkpoints(offset, 5) == whole[offset : offset + 5]
+
+
+def test_what_was_changed_is_kept_whatever_is_looked_at_meanwhile():
+    found = account(runs=5000, checkpoints=1)
+    resized, deleted = found.run_ids[2], found.run_ids[3]
+    found.run(resized).checkpoints[0].size_bytes = 7
+    found.delete_checkpoint(deleted, "weights/0001")
+    assert len(found.runs()) == 5000
+    assert len(found._made_runs) < 5000
+    assert found.run(resized).checkpoints[0].size_bytes == 7
+    assert not found.run(deleted).checkpoints
+    assert found.checkpoint_count == 4999
 
 
 def test_touching_moves_a_run_to_the_front():
