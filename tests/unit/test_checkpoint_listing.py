@@ -3,9 +3,7 @@ from tinkerfs.catalogue.listings import CheckpointListing
 
 
 def record(checkpoint_id, type_="training", path=None):
-    return models.Checkpoint(
-        checkpoint_id=checkpoint_id, checkpoint_type=type_, tinker_path=path, raw=b"{}"
-    )
+    return models.Checkpoint.of(checkpoint_id, checkpoint_type=type_, tinker_path=path, raw=b"{}")
 
 
 def shown(listing):

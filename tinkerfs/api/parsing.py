@@ -7,9 +7,11 @@ one `isinstance` per field.
 """
 
 from collections.abc import Callable
+from sys import intern
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from tinkerfs.api.models import (
     Capabilities,
@@ -76,10 +78,10 @@ class _WireRun(msgspec.Struct, gc=False):
 _decode_checkpoint = msgspec.json.Decoder(_WireCheckpoint).decode
 _decode_run = msgspec.json.Decoder(_WireRun).decode
 
-#: Few values for many records: kept once.
-_TYPES: dict[str, str] = {name: name for name in ("training", "sampler", "external")}
-
 _INT64_MAX = 2**63 - 1
+
+#: A run's last checkpoints have no JSON of their own: it is part of their run's.
+_IN_ITS_RUN = b"{}"
 
 
 def parse_checkpoint(raw: bytes) -> Checkpoint | None:
@@ -90,10 +92,9 @@ def parse_checkpoint(raw: bytes) -> Checkpoint | None:
         return _checkpoint_of(loads_object(raw), raw)
     if not wire.checkpoint_id:
         return None
-    kind = wire.checkpoint_type
-    return Checkpoint(
-        checkpoint_id=wire.checkpoint_id,
-        checkpoint_type=_TYPES.get(kind, kind) if kind is not None else None,
+    return Checkpoint.of(
+        wire.checkpoint_id,
+        checkpoint_type=wire.checkpoint_type,
         time_ns=parse_time_ns(wire.time),
         tinker_path=wire.tinker_path,
         size_bytes=_size(wire.size_bytes),
@@ -106,8 +107,8 @@ def parse_checkpoint(raw: bytes) -> Checkpoint | None:
 def _checkpoint_of(fields: dict[str, Any] | None, raw: bytes) -> Checkpoint | None:
     if fields is None or not (checkpoint_id := _text(fields, "checkpoint_id")):
         return None
-    return Checkpoint(
-        checkpoint_id=checkpoint_id,
+    return Checkpoint.of(
+        checkpoint_id,
         checkpoint_type=_text(fields, "checkpoint_type"),
         time_ns=parse_time_ns(fields.get("time")),
         tinker_path=_text(fields, "tinker_path"),
@@ -127,7 +128,7 @@ def _parse_run(raw: bytes) -> TrainingRun | None:
         return None
     return TrainingRun(
         run_id=wire.training_run_id,
-        base_model=wire.base_model,
+        base_model=_kept_once(wire.base_model),
         lora_rank=_size(wire.lora_rank),
         is_lora=wire.is_lora,
         last_request_time_ns=parse_time_ns(wire.last_request_time),
@@ -139,7 +140,8 @@ def _parse_run(raw: bytes) -> TrainingRun | None:
 
 def _nested(value: msgspec.Raw) -> Checkpoint | None:
     raw = bytes(value)
-    return None if raw == b"null" else parse_checkpoint(raw)
+    record = None if raw == b"null" else parse_checkpoint(raw)
+    return None if record is None else replace(record, raw=_IN_ITS_RUN)
 
 
 def _run_of(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
@@ -147,7 +149,7 @@ def _run_of(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
         return None
     return TrainingRun(
         run_id=run_id,
-        base_model=_text(fields, "base_model"),
+        base_model=_kept_once(_text(fields, "base_model")),
         lora_rank=_size(fields.get("lora_rank")),
         is_lora=_truth(fields, "is_lora"),
         last_request_time_ns=parse_time_ns(fields.get("last_request_time")),
@@ -158,7 +160,12 @@ def _run_of(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
 
 
 def _nested_checkpoint(value: object) -> Checkpoint | None:
-    return _checkpoint_of(value, dumps(value)) if isinstance(value, dict) else None
+    return _checkpoint_of(value, _IN_ITS_RUN) if isinstance(value, dict) else None
+
+
+def _kept_once(text: str | None) -> str | None:
+    """Return one and the same object for equal texts: few values for many records."""
+    return None if text is None else intern(text)
 
 
 def parse_training_run(body: bytes) -> TrainingRun:

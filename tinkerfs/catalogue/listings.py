@@ -3,10 +3,13 @@
 Servers list bare ids, ids with a kind, or both; here every checkpoint has a run, a kind and a name.
 """
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from sys import intern
 from typing import Self
+
+import msgspec
+from msgspec.structs import replace
 
 from tinkerfs.api import models
 from tinkerfs.api.refs import CheckpointRef
@@ -22,8 +25,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     """A checkpoint of a run, as a listing told of it.
 
     Attributes:
@@ -48,8 +50,8 @@ class Checkpoint:
     @classmethod
     def unlisted(cls, path: TinkerPath) -> Self:
         """Make a checkpoint that no listing tells of: only its path is known."""
-        record = models.Checkpoint(
-            checkpoint_id=f"{path.kind}/{path.name}",
+        record = models.Checkpoint.of(
+            f"{path.kind}/{path.name}",
             tinker_path=str(path),
             raw=models.with_fields(
                 b"{}", checkpoint_id=f"{path.kind}/{path.name}", tinker_path=str(path)
@@ -137,18 +139,16 @@ class CheckpointListing:
         for record in records:
             checkpoint = Checkpoint.of(run_id, record)
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
-            if first is checkpoint and "/" not in record.checkpoint_id:
+            if first is checkpoint and record.kind is None:
                 bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
         for key, checkpoint in by_name.items():
-            if bare_names.get(checkpoint.record.checkpoint_id, 0) > 1:
-                by_name[key] = dataclasses.replace(checkpoint, shares_id=True)
+            if checkpoint.record.kind is None and bare_names[checkpoint.name] > 1:
+                by_name[key] = replace(checkpoint, shares_id=True)
         taken = {kind for kind, _ in by_name} | set(KINDS)
         bare = {
             name: checkpoint
             for (_, name), checkpoint in by_name.items()
-            if bare_names.get(name) == 1
-            and name not in taken
-            and "/" not in checkpoint.record.checkpoint_id
+            if checkpoint.record.kind is None and bare_names[name] == 1 and name not in taken
         }
         grouped = [c.kind for c in by_name.values() if bare.get(c.name) is not c]
         return cls(by_name, bare, tuple(dict.fromkeys([*grouped, *kinds])))
@@ -194,7 +194,7 @@ class UserListing:
         checkpoints, nameless = [], 0
         for record in records:
             try:
-                run_id = TinkerPath.parse(record.tinker_path or "").run_id
+                run_id = intern(TinkerPath.parse(record.tinker_path or "").run_id)
             except ValueError:
                 nameless += 1
             else:
@@ -213,19 +213,18 @@ def _changed(
         if checkpoint.key != seen.key:
             yield checkpoint
         elif record is not None:
-            yield dataclasses.replace(checkpoint, record=record)
+            yield replace(checkpoint, record=record)
 
 
 def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:
     """Return what the official service's id of this checkpoint would be made of."""
-    kind, slash, name = record.checkpoint_id.partition("/")
-    if slash:
-        return kind, name
+    if record.kind is not None:
+        return record.kind, record.name
     try:
         path = TinkerPath.parse(record.tinker_path or "")
     except ValueError:
         path = None
     if path is not None and path.kind in KINDS:
-        return path.kind, record.checkpoint_id
+        return intern(path.kind), record.name
     type_ = record.checkpoint_type or "training"
-    return KIND_OF_TYPE.get(type_, type_), record.checkpoint_id
+    return KIND_OF_TYPE.get(type_, type_), record.name
