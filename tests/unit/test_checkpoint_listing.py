@@ -1,5 +1,5 @@
 from tinkerfs.api import models
-from tinkerfs.catalogue.listings import CheckpointListing
+from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, UserListing
 
 
 def record(checkpoint_id, type_="training", path=None):
@@ -46,3 +46,68 @@ def test_a_kind_whose_last_checkpoint_went_stays_known_and_is_no_longer_shown():
     after = listing.changed(listing.by_name["odd", "1"], None)
     assert shown(after) == ["weights/1"]
     assert "odd" in after.kinds
+
+
+def of_run(run_id, *names, time_ns=None, **fields):
+    """Records as the official service lists them, newer and newer."""
+    return [
+        models.Checkpoint.of(
+            name,
+            tinker_path=f"tinker://{run_id}/{name}",
+            time_ns=None if time_ns is None else time_ns + number,
+            raw=f'{{"checkpoint_id":"{name}"}}'.encode(),
+            **fields,
+        )
+        for number, name in enumerate(names)
+    ]
+
+
+def test_the_newest_of_each_kind_is_told():
+    records = of_run("r", "weights/1", "weights/2", time_ns=5) + of_run("r", "odd/1")
+    assert CheckpointListing.of("r", records).newest_ns == {"weights": 6, "odd": None}
+
+
+def test_what_both_kinds_of_listing_tell_is_kept_once():
+    names = ("weights/1", "sampler_weights/1")
+    of_the_run = CheckpointListing.of("r", of_run("r", *names))
+    user = UserListing.of_records(
+        of_run("r", *names) + of_run("other", *names),
+        lambda run_id: of_the_run if run_id == "r" else None,
+    )
+    for checkpoint in of_the_run.by_name.values():
+        assert user.by_key[checkpoint.key] is checkpoint
+    again = CheckpointListing.of("r", of_run("r", *names), known=user)
+    assert again == of_the_run
+    for checkpoint in again.by_name.values():
+        assert user.by_key[checkpoint.key] is checkpoint
+
+
+def test_what_one_listing_tells_newer_is_not_taken_from_the_other():
+    user = UserListing.of_records(of_run("r", "weights/1"))
+    listing = CheckpointListing.of("r", of_run("r", "weights/1", is_public=True), known=user)
+    assert listing.by_name["weights", "1"].record.is_public
+    assert not user.by_key["r", "weights", "1"].record.is_public
+
+
+def test_bare_ids_that_collide_share_their_records_alone():
+    records = [record("1", path="tinker://r/weights/1")]
+    records.append(record("1", "sampler", path="tinker://r/sampler_weights/1"))
+    user = UserListing.of_records(records)
+    listing = CheckpointListing.of("r", records, known=user)
+    for checkpoint in listing.by_name.values():
+        assert checkpoint.shares_id
+        assert checkpoint.record is user.by_key[checkpoint.key].record
+
+
+def test_a_change_leaves_the_users_listing_in_its_order():
+    before = UserListing.of_records(of_run("r", "weights/1", "weights/2", "weights/3", time_ns=5))
+    second = before.by_key["r", "weights", "2"]
+    changed = before.changed(second, models.Checkpoint.of("weights/2", is_public=True, raw=b"{}"))
+    assert list(changed.by_key) == list(before.by_key)
+    assert changed.by_key[second.key].record.is_public
+    assert not before.by_key[second.key].record.is_public
+    assert list(before.changed(second, None).by_key) == [
+        ("r", "weights", "3"),
+        ("r", "weights", "1"),
+    ]
+    assert changed.changed(Checkpoint.of("gone", second.record), None) == changed

@@ -3,7 +3,7 @@
 Servers list bare ids, ids with a kind, or both; here every checkpoint has a run, a kind and a name.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from sys import intern
 from typing import Self
@@ -98,10 +98,12 @@ class RunListing:
         by_id: every one of them.
         by_model: the same by the parts of their base model's name, the first and the rest, which is
             empty where the name has no slash.
+        newest_ns: when any of them was last asked something; None where none tells.
     """
 
     by_id: dict[str, models.TrainingRun]
     by_model: dict[str, dict[str, dict[str, models.TrainingRun]]]
+    newest_ns: int | None
 
     @classmethod
     def of(cls, runs: Iterable[models.TrainingRun]) -> "RunListing":
@@ -112,7 +114,7 @@ class RunListing:
             # A server of one's own may name a model by its folder.
             first, _, rest = (run.base_model or NO_MODEL).strip("/").partition("/")
             by_model.setdefault(first, {}).setdefault(rest, {})[run.run_id] = run
-        return cls(by_id, by_model)
+        return cls(by_id, by_model, _newest_ns(run.last_request_time_ns for run in by_id.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,22 +124,38 @@ class CheckpointListing:
     Attributes:
         by_name: kind and name to checkpoint; every one of them.
         bare: those that are shown by a bare name: the server's id is one, and is unambiguous.
-        kinds: the kinds that group the others, also those whose last checkpoint is gone by now.
+        groups: the others by the kind that they are shown under; also the kinds whose last
+            checkpoint is gone by now.
+        newest_ns: when the newest of each group was saved; None where none of it tells.
     """
 
     by_name: dict[tuple[str, str], Checkpoint]
     bare: dict[str, Checkpoint] = field(default_factory=dict)
-    kinds: tuple[str, ...] = ()
+    groups: dict[str, tuple[Checkpoint, ...]] = field(default_factory=dict)
+    newest_ns: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, run_id: str, records: Iterable[models.Checkpoint], kinds: Iterable[str] = ()
+        cls,
+        run_id: str,
+        records: Iterable[models.Checkpoint],
+        kinds: Iterable[str] = (),
+        known: "UserListing | None" = None,
     ) -> "CheckpointListing":
-        """Sort the server's records; of two that are the same checkpoint the first counts."""
+        """Sort the server's records; of two that are the same checkpoint the first counts.
+
+        Args:
+            run_id: whose they are.
+            records: in the server's order.
+            kinds: kinds that group nothing any more.
+            known: another listing of them: what says the same in both is kept once.
+        """
         by_name: dict[tuple[str, str], Checkpoint] = {}
         bare_names: dict[str, int] = {}
         for record in records:
             checkpoint = Checkpoint.of(run_id, record)
+            if known is not None:
+                checkpoint = _kept_once(checkpoint, known.by_key.get(checkpoint.key))
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
             if first is checkpoint and record.kind is None:
                 bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
@@ -150,21 +168,34 @@ class CheckpointListing:
             for (_, name), checkpoint in by_name.items()
             if checkpoint.record.kind is None and bare_names[name] == 1 and name not in taken
         }
-        grouped = [c.kind for c in by_name.values() if bare.get(c.name) is not c]
-        return cls(by_name, bare, tuple(dict.fromkeys([*grouped, *kinds])))
+        groups: dict[str, list[Checkpoint]] = {}
+        for checkpoint in by_name.values():
+            if bare.get(checkpoint.name) is not checkpoint:
+                groups.setdefault(checkpoint.kind, []).append(checkpoint)
+        for kind in kinds:
+            groups.setdefault(kind, [])
+        newest_ns = {
+            kind: _newest_ns(c.record.time_ns for c in group) for kind, group in groups.items()
+        }
+        return cls(by_name, bare, {k: tuple(group) for k, group in groups.items()}, newest_ns)
 
-    def of_kind(self, kind: str) -> list[Checkpoint]:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that group something, and those whose last checkpoint is gone by now."""
+        return tuple(self.groups)
+
+    def of_kind(self, kind: str) -> tuple[Checkpoint, ...]:
         """Return those that are shown in the folder of a kind."""
-        return [
-            checkpoint
-            for checkpoint in self.by_name.values()
-            if checkpoint.kind == kind and self.bare.get(checkpoint.name) is not checkpoint
-        ]
+        return self.groups.get(kind, ())
 
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "CheckpointListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""
-        records = _changed(self.by_name.values(), seen, record)
-        return CheckpointListing.of(seen.run_id, (c.record for c in records), self.kinds)
+        records = (
+            record if checkpoint.key == seen.key else checkpoint.record
+            for checkpoint in self.by_name.values()
+        )
+        present = (each for each in records if each is not None)
+        return CheckpointListing.of(seen.run_id, present, self.kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +220,18 @@ class UserListing:
         return cls(by_key, nameless)
 
     @classmethod
-    def of_records(cls, records: Iterable[models.Checkpoint]) -> "UserListing":
-        """Find out of which run each record is: its tinker path tells."""
+    def of_records(
+        cls,
+        records: Iterable[models.Checkpoint],
+        known: Callable[[str], CheckpointListing | None] = lambda _run_id: None,
+    ) -> "UserListing":
+        """Find out of which run each record is: its tinker path tells.
+
+        Args:
+            records: in the server's order.
+            known: returns another listing of a run's checkpoints, if there is one: what says the
+                same in both is kept once.
+        """
         checkpoints, nameless = [], 0
         for record in records:
             try:
@@ -198,22 +239,33 @@ class UserListing:
             except ValueError:
                 nameless += 1
             else:
-                checkpoints.append(Checkpoint.of(run_id, record))
+                checkpoint, listing = Checkpoint.of(run_id, record), known(run_id)
+                if listing is not None:
+                    name = (checkpoint.kind, checkpoint.name)
+                    checkpoint = _kept_once(checkpoint, listing.by_name.get(name))
+                checkpoints.append(checkpoint)
         return cls.of(checkpoints, nameless)
 
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "UserListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""
-        return UserListing.of(_changed(self.by_key.values(), seen, record), self.nameless)
+        by_key = self.by_key.copy()  # a record that was changed stands where it stood
+        if seen.key in by_key:
+            if record is None:
+                del by_key[seen.key]
+            else:
+                by_key[seen.key] = replace(by_key[seen.key], record=record)
+        return UserListing(by_key, self.nameless)
 
 
-def _changed(
-    checkpoints: Iterable[Checkpoint], seen: Checkpoint, record: models.Checkpoint | None
-) -> Iterator[Checkpoint]:
-    for checkpoint in checkpoints:
-        if checkpoint.key != seen.key:
-            yield checkpoint
-        elif record is not None:
-            yield replace(checkpoint, record=record)
+def _newest_ns(times_ns: Iterable[int | None]) -> int | None:
+    return max((time_ns for time_ns in times_ns if time_ns is not None), default=None)
+
+
+def _kept_once(checkpoint: Checkpoint, known: Checkpoint | None) -> Checkpoint:
+    """Return what is known of a checkpoint, or its record, where it says the same."""
+    if known is None or known.record != checkpoint.record:
+        return checkpoint
+    return known if known == checkpoint else replace(checkpoint, record=known.record)
 
 
 def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:

@@ -359,14 +359,15 @@ class Catalogue:
         return self._lists_runs
 
     def _load_checkpoints(self, run_id: str) -> CheckpointListing:
-        return CheckpointListing.of(run_id, self._client.list_checkpoints(run_id))
+        records = self._client.list_checkpoints(run_id)
+        return CheckpointListing.of(run_id, records, known=self.known_user_checkpoints())
 
     def _load_user(self) -> UserListing:
         try:
             records = self._client.all_user_checkpoints()
         except errors.EndpointMissing:
             return self._user_of_runs()
-        listing = UserListing.of_records(records)
+        listing = UserListing.of_records(records, self.known_checkpoints)
         if listing.nameless:
             log.warning("%d checkpoints without a tinker path are left out", listing.nameless)
         return listing

@@ -94,9 +94,11 @@ def _group_ns(site: Site) -> int:
         known = site.model.catalogue.checkpoints(run.run_id, site.call)
     except errors.ApiError:  # somebody else's, who does not let them be listed
         known = None
-    times = [c.record.time_ns for c in known.of_kind(kind)] if known else []
+    newest_ns = run.last_request_time_ns
+    if known is not None and known.of_kind(kind):
+        newest_ns = known.newest_ns[kind]
     changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
-    return subjects.newest_ns(site, changed_ns, *(times or [run.last_request_time_ns]))
+    return subjects.newest_ns(site, changed_ns, newest_ns)
 
 
 def _checkpoints_ns(site: Site) -> int:

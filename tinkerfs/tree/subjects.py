@@ -68,9 +68,8 @@ def run_ns(site: Site) -> int:
 def newest_run_ns(site: Site) -> int:
     """Return when any of the user's training runs was, as far as is known without a call."""
     known = site.model.catalogue.known_runs()
-    runs = known.by_id.values() if known else ()
     changed_ns = site.model.catalogue.runs_changed_ns()
-    return mounted_ns(site, changed_ns, *(run.last_request_time_ns for run in runs))
+    return mounted_ns(site, changed_ns, known.newest_ns if known else None)
 
 
 def checkpoint_ns(site: Site) -> int:

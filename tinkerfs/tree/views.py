@@ -38,9 +38,11 @@ def _view(
 
     def view_ns(site: Site) -> int:
         known = site.model.catalogue.known_user_checkpoints()
-        shown = [c for c in known.by_key.values() if shows(c)] if known else []
+        newest_first = known.by_key.values() if known else ()
+        times_ns = (c.record.time_ns for c in newest_first if shows(c))
+        newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
         changed_ns = site.model.catalogue.user_changed_ns()
-        return subjects.mounted_ns(site, changed_ns, *(c.record.time_ns for c in shown))
+        return subjects.mounted_ns(site, changed_ns, newest_ns)
 
     link = Link(
         "<run_id>@<kind>@<name>",
