@@ -1,5 +1,5 @@
 from tinkerfs.api import models
-from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, UserListing
+from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, UserListing, kept_record
 
 
 def record(checkpoint_id, type_="training", path=None):
@@ -69,24 +69,26 @@ def test_the_newest_of_each_kind_is_told():
 
 def test_what_both_kinds_of_listing_tell_is_kept_once():
     names = ("weights/1", "sampler_weights/1")
-    of_the_run = CheckpointListing.of("r", of_run("r", *names))
-    user = UserListing.of_records(
-        of_run("r", *names) + of_run("other", *names),
-        lambda run_id: of_the_run if run_id == "r" else None,
-    )
-    for checkpoint in of_the_run.by_name.values():
-        assert user.by_key[checkpoint.key] is checkpoint
+    listings = {"r": CheckpointListing.of("r", of_run("r", *names))}
+    records = of_run("r", *names) + of_run("other", *names) + [record("1")]
+    kept = [kept_record(each, listings.get) for each in records]
+    assert kept == records
+    for each, checkpoint in zip(kept, listings["r"].by_name.values(), strict=False):
+        assert each is checkpoint.record
+    user = UserListing.of_records(kept)
+    assert user.nameless == 1
     again = CheckpointListing.of("r", of_run("r", *names), known=user)
-    assert again == of_the_run
+    assert again == listings["r"]
     for checkpoint in again.by_name.values():
-        assert user.by_key[checkpoint.key] is checkpoint
+        assert checkpoint.record is user.by_key[checkpoint.key].record
 
 
 def test_what_one_listing_tells_newer_is_not_taken_from_the_other():
     user = UserListing.of_records(of_run("r", "weights/1"))
     listing = CheckpointListing.of("r", of_run("r", "weights/1", is_public=True), known=user)
     assert listing.by_name["weights", "1"].record.is_public
-    assert not user.by_key["r", "weights", "1"].record.is_public
+    (older,) = of_run("r", "weights/1")
+    assert kept_record(older, {"r": listing}.get) is older
 
 
 def test_bare_ids_that_collide_share_their_records_alone():

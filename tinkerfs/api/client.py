@@ -167,13 +167,22 @@ class Client:
         """
         return self._list(endpoints.USER_CHECKPOINTS, parsing.parse_checkpoints, limit, offset)
 
-    def all_user_checkpoints(self) -> tuple[Checkpoint, ...]:
+    def all_user_checkpoints(
+        self, kept: Callable[[Checkpoint], Checkpoint] = lambda record: record
+    ) -> tuple[Checkpoint, ...]:
         """Return every checkpoint of the user, newest first: ceil(checkpoints / page) calls.
+
+        Args:
+            kept: returns the equal of a record that is kept already, or the record itself.
 
         Raises:
             ApiError: as `list_user_checkpoints`; one page that fails fails all.
         """
-        return paging.read_all(self.list_user_checkpoints, _identity)
+
+        def fetch(limit: int, offset: int) -> Page[Checkpoint]:
+            return self.list_user_checkpoints(limit, offset).mapped(kept)
+
+        return paging.read_all(fetch, lambda record: record.identity)
 
     def weights_info(self, tinker_path: str, *, is_known: bool = False) -> WeightsInfo:
         """Return what the weights behind a tinker path are.
@@ -485,13 +494,6 @@ def _id(endpoint: Endpoint, text: str) -> str:
     if not text:
         raise errors.NotFound("an empty id names nothing", endpoint=endpoint.label)
     return segment(text)
-
-
-def _identity(checkpoint: Checkpoint) -> tuple[object, ...]:
-    """Return what tells a checkpoint from those of all runs; bare ids repeat."""
-    if checkpoint.tinker_path is not None:
-        return (checkpoint.tinker_path,)
-    return (checkpoint.checkpoint_id, checkpoint.checkpoint_type, checkpoint.time_ns)
 
 
 def _new_key() -> str:

@@ -5,7 +5,8 @@ and 100,000 records stay small (no dicts). Everything here is immutable, so thre
 `parsing` makes these of answers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from sys import intern
 from typing import Generic, Self, TypeVar
 
@@ -104,6 +105,13 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             return self.path_start
         return self.path_start + self.checkpoint_id
 
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells it from those of all runs: bare ids repeat. Made of texts that are kept."""
+        if self.path_start is None:
+            return (self.kind, self.name, self.checkpoint_type, self.time_ns)
+        return (self.path_start, self.path_has_id, self.kind, self.name)
+
 
 class TrainingRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One training run's record; times in nanoseconds since 1970, `raw` its own JSON.
@@ -196,6 +204,10 @@ class Page(Generic[T]):
     total_count: int | None = None
     limit: int | None = None
     received: int = 0
+
+    def mapped(self, change: Callable[[T], T]) -> "Page[T]":
+        """Return the page with other records in place of its own."""
+        return replace(self, items=tuple(map(change, self.items)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointListing",
     "RunListing",
     "UserListing",
+    "kept_record",
     "kind_and_name",
 ]
 
@@ -148,14 +149,14 @@ class CheckpointListing:
             run_id: whose they are.
             records: in the server's order.
             kinds: kinds that group nothing any more.
-            known: another listing of them: what says the same in both is kept once.
+            known: another listing of them: a record that says the same in both is kept once.
         """
         by_name: dict[tuple[str, str], Checkpoint] = {}
         bare_names: dict[str, int] = {}
         for record in records:
-            checkpoint = Checkpoint.of(run_id, record)
             if known is not None:
-                checkpoint = _kept_once(checkpoint, known.by_key.get(checkpoint.key))
+                record = _same(record, known.by_key.get((run_id, *kind_and_name(record))))
+            checkpoint = Checkpoint.of(run_id, record)
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
             if first is checkpoint and record.kind is None:
                 bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
@@ -220,30 +221,15 @@ class UserListing:
         return cls(by_key, nameless)
 
     @classmethod
-    def of_records(
-        cls,
-        records: Iterable[models.Checkpoint],
-        known: Callable[[str], CheckpointListing | None] = lambda _run_id: None,
-    ) -> "UserListing":
-        """Find out of which run each record is: its tinker path tells.
-
-        Args:
-            records: in the server's order.
-            known: returns another listing of a run's checkpoints, if there is one: what says the
-                same in both is kept once.
-        """
+    def of_records(cls, records: Iterable[models.Checkpoint]) -> "UserListing":
+        """Find out of which run each record is: its tinker path tells."""
         checkpoints, nameless = [], 0
         for record in records:
-            try:
-                run_id = intern(TinkerPath.parse(record.tinker_path or "").run_id)
-            except ValueError:
+            run_id = _run_id(record)
+            if run_id is None:
                 nameless += 1
             else:
-                checkpoint, listing = Checkpoint.of(run_id, record), known(run_id)
-                if listing is not None:
-                    name = (checkpoint.kind, checkpoint.name)
-                    checkpoint = _kept_once(checkpoint, listing.by_name.get(name))
-                checkpoints.append(checkpoint)
+                checkpoints.append(Checkpoint.of(run_id, record))
         return cls.of(checkpoints, nameless)
 
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "UserListing":
@@ -261,11 +247,28 @@ def _newest_ns(times_ns: Iterable[int | None]) -> int | None:
     return max((time_ns for time_ns in times_ns if time_ns is not None), default=None)
 
 
-def _kept_once(checkpoint: Checkpoint, known: Checkpoint | None) -> Checkpoint:
-    """Return what is known of a checkpoint, or its record, where it says the same."""
-    if known is None or known.record != checkpoint.record:
-        return checkpoint
-    return known if known == checkpoint else replace(checkpoint, record=known.record)
+def _run_id(record: models.Checkpoint) -> str | None:
+    try:
+        return intern(TinkerPath.parse(record.tinker_path or "").run_id)
+    except ValueError:
+        return None
+
+
+def kept_record(
+    record: models.Checkpoint, known: Callable[[str], CheckpointListing | None]
+) -> models.Checkpoint:
+    """Return the record that a listing of the run has already, where it says the same.
+
+    Args:
+        record: of a listing of all runs.
+        known: returns the listing of a run, if there is one.
+    """
+    listing = known(_run_id(record) or "")
+    return record if listing is None else _same(record, listing.by_name.get(kind_and_name(record)))
+
+
+def _same(record: models.Checkpoint, known: Checkpoint | None) -> models.Checkpoint:
+    return known.record if known is not None and known.record == record else record
 
 
 def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from tinkerfs.catalogue.listings import (
     CheckpointListing,
     RunListing,
     UserListing,
+    kept_record,
     kind_and_name,
 )
 from tinkerfs.clock import Clock
@@ -364,10 +365,12 @@ class Catalogue:
 
     def _load_user(self) -> UserListing:
         try:
-            records = self._client.all_user_checkpoints()
+            records = self._client.all_user_checkpoints(
+                lambda record: kept_record(record, self.known_checkpoints)
+            )
         except errors.EndpointMissing:
             return self._user_of_runs()
-        listing = UserListing.of_records(records, self.known_checkpoints)
+        listing = UserListing.of_records(records)
         if listing.nameless:
             log.warning("%d checkpoints without a tinker path are left out", listing.nameless)
         return listing
