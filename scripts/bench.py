@@ -12,10 +12,11 @@ from pathlib import Path
 from bench_calls import count_calls, measure_memory, measure_mounting, measure_waits
 from bench_harness import BINDINGS, Bench
 from bench_outage import measure_outages
+from bench_scale import measure_scale
 from bench_views import count_views
 from bench_weights import measure_weights
 
-PARTS = ("calls", "views", "waits", "memory", "weights", "outage")
+PARTS = ("calls", "views", "waits", "memory", "weights", "outage", "scale")
 
 
 def main() -> int:
@@ -46,6 +47,8 @@ def main() -> int:
             measure_weights(bench, binding)
         if "outage" in parts:
             measure_outages(bench, binding, Path(folder) / "outage", options.outage_s)
+        if "scale" in parts:
+            measure_scale(bench, binding)
     if options.json:
         print(json.dumps(bench.rows, indent=2))
     return 0 if all(row["ok"] for row in bench.rows) else 1
