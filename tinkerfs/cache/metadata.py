@@ -101,15 +101,26 @@ class _Flight:
 
 
 class MetadataCache:
-    """Values by key, loaded when asked for. Thread-safe."""
+    """Values by key, loaded when asked for. Thread-safe.
 
-    def __init__(self, telemetry: Telemetry, clock: Clock = SYSTEM_CLOCK) -> None:
+    Args:
+        telemetry: counts hits, misses and failures.
+        clock: for ages.
+        max_entries: so many values are kept; the ones that were used least recently go first.
+    """
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        clock: Clock = SYSTEM_CLOCK,
+        max_entries: int = MAX_ENTRIES,
+    ) -> None:
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._entries: TLRUCache[Hashable, _Entry] = TLRUCache(
-            MAX_ENTRIES, ttu=lambda _key, entry, _now: entry.kept_until, timer=clock.monotonic
+            max_entries, ttu=lambda _key, entry, _now: entry.kept_until, timer=clock.monotonic
         )
         self._flights: dict[Hashable, _Flight] = {}
         self._epoch = 0

@@ -46,6 +46,8 @@ L = TypeVar("L", CheckpointListing, UserListing)
 WALK_WINDOW_S = 10.0
 #: Weights infos asked for at once.
 CONCURRENCY = 8
+#: And kept in memory, 1 kB each; all are kept on disk.
+MAX_INFOS = 16_384
 
 
 class Catalogue:
@@ -62,6 +64,7 @@ class Catalogue:
     ) -> None:
         self._client = client
         self._cache = cache
+        self._infos = MetadataCache(telemetry, clock, MAX_INFOS)
         self._store = store
         self._telemetry = telemetry
         self._clock = clock
@@ -181,11 +184,11 @@ class Catalogue:
         The second checkpoint of a run within a short while has the others' asked for behind it.
         """
         load = partial(self._load_weights_info, checkpoint)
-        kept = self._cache.peek(_info_key(checkpoint)) or self._kept_info(checkpoint)
+        kept = self._infos.peek(_info_key(checkpoint)) or self._kept_info(checkpoint)
         if kept is not None:
             return kept
         self._notice_walk(checkpoint)
-        return self._cache.get(_info_key(checkpoint), load, self._freshness.immutable, call)
+        return self._infos.get(_info_key(checkpoint), load, self._freshness.immutable, call)
 
     # Changes. Each runs on a thread of its own, so that it is not taken back when its caller goes;
     # `changes` tells how it ended.
@@ -240,6 +243,7 @@ class Catalogue:
         """Drop every entry; what is immutable stays on disk."""
         self._client.forget()
         self._cache.clear()
+        self._infos.clear()
 
     def _change(
         self,
@@ -427,7 +431,7 @@ class Catalogue:
 
         def ask(sibling: Checkpoint) -> None:
             load = partial(self._load_weights_info, sibling)
-            self._cache.get(_info_key(sibling), load, self._freshness.immutable, IN_PROCESS)
+            self._infos.get(_info_key(sibling), load, self._freshness.immutable, IN_PROCESS)
 
         def walk() -> None:
             works = [partial(ask, sibling) for sibling in listing.by_name.values()]

@@ -55,6 +55,15 @@ def cache(time, telemetry):
     return MetadataCache(telemetry, time.clock)
 
 
+def test_of_more_values_than_are_kept_those_go_that_were_used_least_recently(time, telemetry):
+    cache = MetadataCache(telemetry, time.clock, max_entries=3)
+    load = Loads()
+    for key in ("a", "b", "c", "a", "d"):
+        cache.get(key, load, POLICY, IN_PROCESS)
+    assert load.calls == 4
+    assert [key for key in "abcd" if cache.peek(key) is not None] == ["a", "c", "d"]
+
+
 def test_a_value_is_loaded_once_within_its_ttl(cache, time):
     load = Loads()
     for _ in range(3):
