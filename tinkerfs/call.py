@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, TypeVar
+from typing import Final, Protocol, Self, TypeVar
 
 from tinkerfs import errors
 
-__all__ = ["IN_PROCESS", "Call", "Caller", "Lease", "Term"]
+__all__ = ["AWAITED", "IN_PROCESS", "Call", "Caller", "Interest", "Lease", "Term"]
 
 T = TypeVar("T")
 
@@ -204,3 +204,18 @@ class Call:
 
 #: A call made from inside this process: nobody interrupts it.
 IN_PROCESS = Call()
+
+
+@dataclass(slots=True, eq=False)
+class Interest:
+    """Whether somebody waits for a piece of work; handed down with it, as who waits goes first.
+
+    Attributes:
+        is_awaited: set once somebody waits: what was begun as a guess is one no more.
+    """
+
+    is_awaited: bool
+
+
+#: Of all work that is begun because somebody waits for it.
+AWAITED: Final = Interest(is_awaited=True)

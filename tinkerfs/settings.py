@@ -23,6 +23,9 @@ __all__ = [
 #: The official service (Tinker SDK, _client.py).
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
+#: More calls at once than any server of the API is glad of.
+MAX_CONCURRENCY = 64
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -34,6 +37,7 @@ class Settings:
         base_url: where the API is, without a slash at its end.
         ttl_s: how long a metadata entry is fresh.
         stale_s: how long the last good answer is served when the API fails.
+        concurrency: calls of the API at once, but those for archives.
         timeout_s: bound on every wait but those for archives.
         archive_timeout_s: bound on the wait for an archive that is being built.
         archive_burst: archive builds that one process group may start in a minute; 0 for no limit.
@@ -52,6 +56,7 @@ class Settings:
     base_url: str = DEFAULT_BASE_URL
     ttl_s: float = 30.0
     stale_s: float = 24 * 3600.0
+    concurrency: int = 8
     timeout_s: float = 30.0
     archive_timeout_s: float = 15 * 60.0
     archive_burst: int = 8
@@ -155,6 +160,13 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
+def _parse_concurrency(text: str) -> int:
+    count = _parse_count(text)
+    if not 1 <= count <= MAX_CONCURRENCY:
+        raise ValueError(f"not between 1 and {MAX_CONCURRENCY}: {text!r}")
+    return count
+
+
 def _parse_id(text: str) -> int:
     number = int(text) if re.fullmatch(r"\d{1,10}", text.strip()) else -1
     if not 0 <= number < 2**32 - 1:
@@ -228,6 +240,14 @@ OPTIONS: tuple[Option, ...] = (
         _parse_size_bytes,
         "Bound on the weights that are kept on disk; 0 keeps none.",
         "10G",
+    ),
+    Option(
+        "concurrency",
+        "concurrency",
+        "N",
+        _parse_concurrency,
+        "Calls of the API at once, 1 to 64; archives that are built are no part of it.",
+        "8",
     ),
     Option(
         "timeout_s",

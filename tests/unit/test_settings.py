@@ -45,6 +45,9 @@ def test_durations(text, seconds):
         ("base-url", "https://host/?x=1"),
         ("archive-burst", "-1"),
         ("archive-burst", "1.5"),
+        ("concurrency", "0"),
+        ("concurrency", "65"),
+        ("concurrency", "many"),
         ("uid", "root"),
         ("uid", "4294967295"),
         ("umask", "888"),
@@ -70,6 +73,8 @@ def test_what_means_nothing_is_refused_in_a_sentence(flag, text):
         ("uid", "0", 0),
         ("log-level", "DEBUG", "debug"),
         ("archive-burst", "0", 0),
+        ("concurrency", "1", 1),
+        ("concurrency", "64", 64),
     ],
 )
 def test_values(flag, text, value):

@@ -69,6 +69,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
                 settings.base_url,
                 Credentials(clock=clock),
                 telemetry,
+                concurrency=settings.concurrency,
                 timeout_s=settings.timeout_s,
                 clock=clock,
             )

@@ -84,18 +84,20 @@ class Breakers:
                 patience_s = max(PROBE_TIMEOUT_S, 2 * state.slowest_s)
                 deadline = min(deadline, started + patience_s)
         failure: errors.ApiError | None = None
+        is_news = True
         try:
             yield deadline
-        except _OUT as error:
-            failure = error
+        except errors.ApiError as error:
+            failure = error if isinstance(error, _OUT) else None
+            is_news = not error.is_remembered  # else nobody was asked: it was not its turn
             raise
         finally:
             with self._lock:
                 now = self._clock.monotonic()
                 if is_probe:
                     state.is_probed, state.next_probe = False, now + PROBE_INTERVAL_S
-                if failure is None:
+                if is_news and failure is None:
                     state.failures, state.last, state.next_probe = 0, None, 0.0
                     state.slowest_s = max(state.slowest_s, now - started)
-                else:
+                elif is_news:
                     state.failures, state.last = state.failures + 1, failure

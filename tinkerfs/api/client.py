@@ -5,10 +5,11 @@ it learns is about the server alone: which URL form of a checkpoint id it takes,
 out, and what it does not have.
 """
 
+import copy
 import logging
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
@@ -32,8 +33,9 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.refs import CheckpointRef, Forms, id_path, segment
+from tinkerfs.api.refs import CheckpointRef, Forms, id_path, id_segment
 from tinkerfs.api.transport import FIRST_BACKOFF_S, Answer, Request, Transport
+from tinkerfs.call import AWAITED, Interest
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
@@ -58,6 +60,7 @@ class Client:
         base_url: where the API is, http or https, perhaps with a path.
         credentials: where the key comes from.
         telemetry: counts every HTTP request.
+        concurrency: the most requests at once, but those for archives, which may take minutes.
         timeout_s: bound on one request with all its retries, seconds.
         backoff_s: the first wait between retries, seconds; it doubles up to 20 times as much.
         clock: `now` for expiries and dates, `monotonic` for bounds.
@@ -72,14 +75,23 @@ class Client:
         credentials: Credentials,
         telemetry: Telemetry,
         *,
+        concurrency: int = 8,
         timeout_s: float = 30.0,
         backoff_s: float = FIRST_BACKOFF_S,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._base_url = base_url.rstrip("/")
         self._clock = clock
+        self._concurrency = concurrency
+        self._interest = AWAITED
         self._transport = Transport(
-            base_url, credentials, telemetry, timeout_s=timeout_s, backoff_s=backoff_s, clock=clock
+            base_url,
+            credentials,
+            telemetry,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            backoff_s=backoff_s,
+            clock=clock,
         )
         self._breakers = Breakers(clock)
         self._lacks = Lacks(clock)
@@ -92,6 +104,12 @@ class Client:
     def base_url(self) -> str:
         """Where the API is, without a slash at its end."""
         return self._base_url
+
+    def on_behalf(self, interest: Interest) -> Self:
+        """Return this client for work that is, or is not, waited for: who waits goes first."""
+        client = copy.copy(self)
+        client._interest = interest
+        return client
 
     def forget(self) -> None:
         """Ask the server again where it was out a moment ago, and for what it did not have."""
@@ -126,12 +144,12 @@ class Client:
         return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset)
 
     def all_training_runs(self) -> tuple[TrainingRun, ...]:
-        """Return every run of the user: ceil(runs / page) calls, at most 8 at once.
+        """Return every run of the user: ceil(runs / page) calls, those after the first at once.
 
         Raises:
             ApiError: as `list_training_runs`; one page that fails fails all.
         """
-        return paging.read_all(self.list_training_runs, lambda run: run.run_id)
+        return self._all(self.list_training_runs, lambda run: run.run_id)
 
     def training_run(self, run_id: str) -> TrainingRun:
         """Return one run: the user's own, or a public one.
@@ -139,7 +157,7 @@ class Client:
         Raises:
             ApiError: it cannot be had; NotFound where there is none.
         """
-        path = f"training_runs/{_id(endpoints.RUN, run_id)}?access_scope=accessible"
+        path = f"training_runs/{id_segment(endpoints.RUN, run_id)}?access_scope=accessible"
         return self._one(Request(endpoints.RUN, path), parsing.parse_training_run)
 
     # Checkpoints
@@ -154,7 +172,7 @@ class Client:
         Raises:
             ApiError: they cannot be had; NotFound where there is no such run.
         """
-        path = f"training_runs/{_id(endpoints.RUN_CHECKPOINTS, run_id)}/checkpoints"
+        path = f"training_runs/{id_segment(endpoints.RUN_CHECKPOINTS, run_id)}/checkpoints"
         request = Request(endpoints.RUN_CHECKPOINTS, path, is_known=is_known)
         page = self._one(request, parsing.parse_checkpoints)
         return self._checked(endpoints.RUN_CHECKPOINTS, page).items
@@ -182,7 +200,7 @@ class Client:
         def fetch(limit: int, offset: int) -> Page[Checkpoint]:
             return self.list_user_checkpoints(limit, offset).mapped(kept)
 
-        return paging.read_all(fetch, lambda record: record.identity)
+        return self._all(fetch, lambda record: record.identity)
 
     def weights_info(self, tinker_path: str, *, is_known: bool = False) -> WeightsInfo:
         """Return what the weights behind a tinker path are.
@@ -196,7 +214,7 @@ class Client:
                 this kind of checkpoint.
         """
         body = rawjson.dumps({"tinker_path": tinker_path})
-        request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, _new_key(), is_known)
+        request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, str(uuid.uuid4()), is_known)
         kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL tells of `weights` alone
         what = (endpoints.WEIGHTS_INFO.label, kind)
         # Of a path that somebody made up, a refusal speaks of the path.
@@ -283,7 +301,7 @@ class Client:
         Raises:
             ApiError: as `list_sessions`; one page that fails fails all.
         """
-        return paging.read_all(self.list_sessions, lambda session_id: session_id)
+        return self._all(self.list_sessions, lambda session_id: session_id)
 
     def session(self, session_id: str) -> Session:
         """Return one session's record.
@@ -291,7 +309,7 @@ class Client:
         Raises:
             ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
         """
-        path = f"sessions/{_id(endpoints.SESSION, session_id)}?access_scope=accessible"
+        path = f"sessions/{id_segment(endpoints.SESSION, session_id)}?access_scope=accessible"
         return self._one(
             Request(endpoints.SESSION, path), lambda body: parsing.parse_session(session_id, body)
         )
@@ -323,7 +341,7 @@ class Client:
         if cursor is not None:
             query["cursor"] = cursor
         body = rawjson.dumps(query)
-        request = Request(endpoints.SESSION_SEARCH, "sessions/search", body, _new_key())
+        request = Request(endpoints.SESSION_SEARCH, "sessions/search", body, str(uuid.uuid4()))
         return self._one(request, parsing.parse_found_sessions)
 
     def all_found_sessions(self) -> tuple[FoundSession, ...]:
@@ -350,7 +368,7 @@ class Client:
         Raises:
             ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
         """
-        path = f"samplers/{_id(endpoints.SAMPLER, sampler_id)}"
+        path = f"samplers/{id_segment(endpoints.SAMPLER, sampler_id)}"
         return self._one(
             Request(endpoints.SAMPLER, path), lambda body: parsing.parse_sampler(sampler_id, body)
         )
@@ -395,7 +413,7 @@ class Client:
             self._lacks.asking(endpoint.label, refusals=refusals),
             self._breakers.call(endpoint.label, self._transport.deadline()) as deadline,
         ):
-            answer = self._transport.send(request, deadline)
+            answer = self._transport.send(request, deadline, self._interest)
             return self._parsed(endpoint, answer, lambda answer: parse(answer.body))
 
     def _list(
@@ -409,6 +427,11 @@ class Client:
         path = endpoint.label.partition(" ")[2]
         page = self._one(Request(endpoint, f"{path}?{query}"), parse)
         return self._checked(endpoint, page)
+
+    def _all(
+        self, fetch: Callable[[int, int], Page[T]], key: Callable[[T], Hashable]
+    ) -> tuple[T, ...]:
+        return paging.read_all(fetch, key, workers=self._concurrency)
 
     def _checked(self, endpoint: Endpoint, page: Page[T]) -> Page[T]:
         """Tell, once, how many records of a listing could not be read."""
@@ -449,8 +472,8 @@ class Client:
         Raises:
             ApiError: what was met; of two forms, what says more.
         """
-        run = f"training_runs/{_id(endpoint, ref.run_id)}/checkpoints"
-        key = _new_key() if endpoint.method == "POST" else None
+        run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
+        key = str(uuid.uuid4()) if endpoint.method == "POST" else None
         kind = ref.path_id.partition("/")[0]  # SkyRL has archives of sampler checkpoints alone
         with (
             self._lacks.asking((endpoint.label, kind)),
@@ -460,7 +483,7 @@ class Client:
             def ask(checkpoint_id: str) -> Answer:
                 path = f"{run}/{id_path(checkpoint_id)}{tail}"
                 request = Request(endpoint, path, body, key, ref.is_known)
-                return self._transport.send(request, deadline)
+                return self._transport.send(request, deadline, self._interest)
 
             try:
                 return self._forms.ask(endpoint, ref, ask)
@@ -483,18 +506,3 @@ class Client:
             or (checkpoint.checkpoint_id == ref.listed_id and not ref.is_shared)
             for checkpoint in listed
         )
-
-
-def _id(endpoint: Endpoint, text: str) -> str:
-    """Return an id as a URL segment.
-
-    Raises:
-        NotFound: it is empty, and the URL would be another endpoint's.
-    """
-    if not text:
-        raise errors.NotFound("an empty id names nothing", endpoint=endpoint.label)
-    return segment(text)
-
-
-def _new_key() -> str:
-    return str(uuid.uuid4())

@@ -53,6 +53,8 @@ class Endpoint:
             tells the same.
         is_removal: whether it removes something, so that "not there" is what was wanted where an
             earlier try may have done it.
+        is_build: whether the server makes something before it answers, which may take minutes: no
+            other call has to wait for it to end.
     """
 
     label: str
@@ -60,6 +62,7 @@ class Endpoint:
     successes: frozenset[int] = frozenset()
     states: frozenset[int] = frozenset()
     is_removal: bool = False
+    is_build: bool = False
 
     @property
     def method(self) -> str:
@@ -82,6 +85,7 @@ ARCHIVE = Endpoint(
     Scope.OPTIONAL_DEED,
     successes=REDIRECTS,
     states=frozenset({425, 503}),
+    is_build=True,
 )
 EXTERNAL_URLS = Endpoint(f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIONAL_DEED)
 PUBLISH = Endpoint(f"POST {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO)

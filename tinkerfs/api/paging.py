@@ -18,9 +18,6 @@ T = TypeVar("T")
 #: How many records a page is asked for.
 PAGE_SIZE = 100
 
-#: How many pages of one listing are read at once.
-WORKERS = 8
-
 #: How often a listing is read again because it changed while it was read.
 MAX_REREADS = 2
 
@@ -32,6 +29,7 @@ def read_all(
     fetch: Callable[[int, int], Page[T]],
     key: Callable[[T], Hashable],
     *,
+    workers: int = 8,
     page_size: int = PAGE_SIZE,
 ) -> tuple[T, ...]:
     """Return every record of a listing once, in the server's order.
@@ -42,12 +40,13 @@ def read_all(
     Args:
         fetch: reads the page of (limit, offset).
         key: a record's id.
+        workers: how many pages to ask for at once.
         page_size: how many records to ask for at once.
 
     Raises:
         Exception: what `fetch` raised: a listing is whole or it fails.
     """
-    listing = _Listing(fetch, key, page_size)
+    listing = _Listing(fetch, key, workers, page_size)
     listing.read()
     for _ in range(MAX_REREADS):
         if listing.is_whole():
@@ -56,7 +55,7 @@ def read_all(
             if not listing.read_front_again():
                 break
             continue
-        fresh = _Listing(fetch, key, page_size)
+        fresh = _Listing(fetch, key, workers, page_size)
         fresh.read()
         if not fresh.is_whole():
             fresh.add_missing(listing)
@@ -68,10 +67,15 @@ class _Listing(Generic[T]):
     """One pass through a listing; used by one thread, only `_Wave` has others."""
 
     def __init__(
-        self, fetch: Callable[[int, int], Page[T]], key: Callable[[T], Hashable], page_size: int
+        self,
+        fetch: Callable[[int, int], Page[T]],
+        key: Callable[[T], Hashable],
+        workers: int,
+        page_size: int,
     ) -> None:
         self._fetch = fetch
         self._key = key
+        self._workers = workers
         self._page_size = page_size
         self._step = 0
         self._union: dict[Hashable, T] = {}
@@ -112,7 +116,8 @@ class _Listing(Generic[T]):
         last, offset = first, self._step
         if self._total > offset:
             end = min(self._total, self._step * MAX_PAGES)
-            for page in _Wave(self._fetch, self._page_size, self._step, end).read():
+            wave = _Wave(self._fetch, self._page_size, self._step, end)
+            for page in wave.read(self._workers):
                 self._take(page)
                 last, offset = page, offset + self._step
         for _ in range(MAX_PAGES):
@@ -186,13 +191,13 @@ class _Wave(Generic[T]):
         self._pages: dict[int, Page[T]] = {}
         self._error: BaseException | None = None
 
-    def read(self) -> list[Page[T]]:
+    def read(self, workers: int) -> list[Page[T]]:
         """Return the pages in their order, up to the first empty one, which is included.
 
         Raises:
             Exception: the first that a page raised.
         """
-        count = min(WORKERS, -(-(self._end - self._step) // self._step))
+        count = min(workers, -(-(self._end - self._step) // self._step))
         threads = [
             threading.Thread(target=self._work, name=f"tinkerfs-page-{n}", daemon=True)
             for n in range(count)

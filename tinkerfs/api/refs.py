@@ -15,7 +15,15 @@ from urllib.parse import quote
 from tinkerfs import errors
 from tinkerfs.api.endpoints import Endpoint
 
-__all__ = ["CheckpointRef", "Forms", "IdForm", "forms_of", "id_path", "segment"]
+__all__ = [
+    "CheckpointRef",
+    "Forms",
+    "IdForm",
+    "forms_of",
+    "id_path",
+    "id_segment",
+    "segment",
+]
 
 T = TypeVar("T")
 
@@ -117,6 +125,17 @@ class Forms:
                     self._worked[endpoint.label] = form
                 return answer
         raise failure
+
+
+def id_segment(endpoint: Endpoint, text: str) -> str:
+    """Return an id as one segment of a URL path.
+
+    Raises:
+        NotFound: it is empty, and the URL would be another endpoint's.
+    """
+    if not text:
+        raise errors.NotFound("an empty id names nothing", endpoint=endpoint.label)
+    return segment(text)
 
 
 def segment(text: str) -> str:

@@ -20,10 +20,12 @@ import stamina
 import stamina.instrumentation
 
 from tinkerfs import __version__, errors
+from tinkerfs.api.budget import Budget
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.failures import failure_of
 from tinkerfs.api.times import parse_retry_after_s
+from tinkerfs.call import AWAITED, Interest
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.errors import ApiError, SetupError
 from tinkerfs.telemetry import Telemetry
@@ -40,6 +42,10 @@ CONNECT_RETRY_S = 0.2
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
+
+#: An idle connection is kept this long, seconds: a walk that pauses goes on without eight new ones.
+#: The usual balancers drop one after 60 s; what a server dropped sooner is noticed by using it.
+KEEPALIVE_S = 55.0
 
 #: The largest answer that is read, bytes; 100,000 checkpoints are about 35 MB.
 MAX_ANSWER_BYTES = 256 << 20
@@ -96,6 +102,7 @@ class Transport:
         base_url: where the API is, http or https, perhaps with a path.
         credentials: where the key comes from.
         telemetry: counts every HTTP request.
+        concurrency: how many requests there may be at once.
         timeout_s: bound on one `send`, all its tries together, seconds.
         backoff_s: the first wait between tries, seconds; it doubles up to 20 times as much.
         max_answer_bytes: the largest answer that is read.
@@ -111,6 +118,7 @@ class Transport:
         credentials: Credentials,
         telemetry: Telemetry,
         *,
+        concurrency: int,
         timeout_s: float,
         backoff_s: float = FIRST_BACKOFF_S,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
@@ -129,12 +137,17 @@ class Transport:
         self._backoff_s = backoff_s
         self._max_answer_bytes = max_answer_bytes
         self._clock = clock
+        self._budget = Budget(concurrency, clock)
         try:
             httpx.URL(self._root)
             # No `transport=`: it would switch off HTTP_PROXY and the like (httpx/_client.py).
             self._http = httpx.Client(
                 follow_redirects=False,
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+                limits=httpx.Limits(
+                    max_connections=None,
+                    max_keepalive_connections=max(concurrency, 32),
+                    keepalive_expiry=KEEPALIVE_S,
+                ),
                 headers={"Accept": "application/json", "User-Agent": f"tinkerfs/{__version__}"},
             )
         except httpx.InvalidURL:
@@ -167,12 +180,13 @@ class Transport:
         """Return the end of an operation that starts now, on the monotonic clock."""
         return self._clock.monotonic() + self._timeout_s
 
-    def send(self, request: Request, deadline: float) -> Answer:
+    def send(self, request: Request, deadline: float, interest: Interest = AWAITED) -> Answer:
         """Send a request, again where that may help, and return its answer.
 
         Args:
             request: what to ask.
             deadline: when to give up, on the monotonic clock.
+            interest: whether somebody waits for it; if not, who does goes first.
 
         Raises:
             ApiError: the answer is a failure, or there is none; every kind in `errors`.
@@ -181,7 +195,7 @@ class Transport:
         while True:
             key = self._key(request)
             try:
-                answer = self._send_as(request, key, deadline)
+                answer = self._send_as(request, key, deadline, interest)
             except errors.Unauthorized as error:
                 if error.status != 401 or key is None or not request.needs_key:
                     raise
@@ -209,20 +223,38 @@ class Transport:
             words = error.message if isinstance(error, ApiError) else str(error)
             raise errors.Unauthorized(words, endpoint=request.endpoint.label) from None
 
-    def _send_as(self, request: Request, key: str | None, deadline: float) -> Answer:
-        tries = _Tries(self._once, request, key, deadline, self._backoff_s, self._clock)
+    def _send_as(
+        self, request: Request, key: str | None, deadline: float, interest: Interest
+    ) -> Answer:
+        def once() -> Answer:
+            return self._once(request, key, deadline, interest)
+
+        tries = _Tries(once, request, deadline, self._backoff_s, self._clock)
         # The waits are ours: they follow the server's wish and end with the deadline.
         for attempt in stamina.retry_context(on=tries.wait_s, attempts=MAX_TRIES, timeout=None):
             with attempt:
                 return tries.run()
         raise AssertionError("stamina ended without an error")
 
-    def _once(self, request: Request, key: str | None, deadline: float) -> Answer:
-        """Send a request once and return any answer whatever its status.
+    def _once(
+        self, request: Request, key: str | None, deadline: float, interest: Interest
+    ) -> Answer:
+        """Send a request once, when it is its turn, and return any answer whatever its status.
 
         Raises:
             _Lost: there is no whole answer.
         """
+        try:
+            with self._budget.turn(request.endpoint, deadline, interest) as turn:
+                answer = self._exchange(request, key, deadline)
+                turn.status = answer.status
+                turn.retry_after_s = parse_retry_after_s(answer.headers, self._clock.now())
+                return answer
+        except ApiError as error:
+            raise _Lost(error, is_unsent=True, is_final=True) from None
+
+    def _exchange(self, request: Request, key: str | None, deadline: float) -> Answer:
+        """Send a request now; as `_once`."""
         label, outcome = request.endpoint.label, "failed"
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
         if key is not None:
@@ -328,20 +360,18 @@ class _Lost(Exception):
 
 
 class _Tries:
-    """The tries of one request with one key; one thread's."""
+    """The tries of one request with one key; one thread's. `once` sends it."""
 
     def __init__(
         self,
-        once: Callable[[Request, str | None, float], Answer],
+        once: Callable[[], Answer],
         request: Request,
-        key: str | None,
         deadline: float,
         backoff_s: float,
         clock: Clock,
     ) -> None:
         self._once = once
         self._request = request
-        self._key = key
         self._deadline = deadline
         self._backoff_s = backoff_s
         self._clock = clock
@@ -368,7 +398,7 @@ class _Tries:
         self._count += 1
         self._wait_s = None
         try:
-            answer = self._once(self._request, self._key, self._deadline)
+            answer = self._once()
         except _Lost as lost:
             self._wait_s = self._wait_after_loss(lost)
             self._may_be_done = self._may_be_done or not lost.is_unsent

@@ -58,6 +58,17 @@ def test_an_answer_is_no_outage(breakers, error):
     break_it(breakers, error, 10)
 
 
+def test_what_was_not_asked_says_nothing_of_the_endpoint(breakers, time):
+    for _ in range(5):
+        assert attempt(breakers, errors.TimedOut("not its turn").remembered()).is_remembered
+    assert attempt(breakers) == NEVER
+    break_it(breakers, count=3)
+    attempt(breakers, errors.TimedOut("not its turn").remembered())
+    time.advance(1.01)
+    assert isinstance(attempt(breakers, errors.ServerError("500")), errors.ServerError)
+    assert attempt(breakers).is_remembered
+
+
 def test_one_success_closes_it(breakers):
     break_it(breakers, count=2)
     assert attempt(breakers) == NEVER

@@ -7,7 +7,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinkerfs.api.models import Page
-from tinkerfs.api.paging import WORKERS, read_all
+from tinkerfs.api.paging import read_all
+
+#: Pages at once, unless told otherwise.
+WORKERS = 8
 
 
 class Server:

@@ -8,6 +8,7 @@ import time as real_time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from email.utils import formatdate
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -259,12 +260,39 @@ def test_an_answer_that_is_not_the_apis(bytes_of, client_of, script):
     assert len(server.requests) == 1
 
 
+def connections(server):
+    """The peers of a server's open connections."""
+    port = f":{server.base_url.rpartition(':')[2].partition('/')[0]}"
+    rows = [row.split() for row in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    local = f":{int(port[1:]):04X}"
+    return {row[2] for row in rows if row[1].endswith(local) and row[3] == "01"}
+
+
+def test_a_burst_is_made_on_connections_that_the_one_before_has_opened(demo_server, client_of):
+    server = demo_server(runs=900, checkpoints=0)
+    client = client_of(server, concurrency=8)
+    bursts = []
+    for _ in range(2):
+        # All eight are under way before any is answered: none waits for another's connection.
+        rule = server.faults.add(RUNS, after=1, times=8, hold_until=8)
+        assert len(client.all_training_runs()) == 900
+        rule.remove()
+        bursts.append(connections(server))
+    assert len(bursts[0]) == 8
+    assert bursts[0] == bursts[1]
+
+
 def test_an_answer_without_end_is_refused(server, tmp_path):
     credentials = Credentials(server.environment, home=str(tmp_path))
     request = Request(endpoints.RUNS, "training_runs")
     with (
         Transport(
-            server.base_url, credentials, Telemetry(), timeout_s=5.0, max_answer_bytes=1000
+            server.base_url,
+            credentials,
+            Telemetry(),
+            concurrency=1,
+            timeout_s=5.0,
+            max_answer_bytes=1000,
         ) as transport,
         pytest.raises(errors.ProtocolError, match="sent more than"),
     ):
