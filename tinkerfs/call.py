@@ -211,10 +211,19 @@ class Interest:
     """Whether somebody waits for a piece of work; handed down with it, as who waits goes first.
 
     Attributes:
-        is_awaited: set once somebody waits: what was begun as a guess is one no more.
+        is_awaited: whether somebody waits, or did: what was begun as a guess is one no more.
+        noticed: called once that becomes so, by whoever begins to wait, who holds no lock.
     """
 
     is_awaited: bool
+    noticed: Callable[[], None] | None = None
+
+    def rise(self) -> None:
+        """Take note that somebody waits from now on."""
+        if not self.is_awaited:
+            self.is_awaited = True
+            if self.noticed is not None:
+                self.noticed()
 
 
 #: Of all work that is begun because somebody waits for it.

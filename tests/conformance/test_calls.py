@@ -99,3 +99,63 @@ def test_a_run_that_moves_between_pages_is_listed_once_and_none_is_missed(world)
         for run_id in added:
             account.remove_run(run_id)
         world.refresh()
+
+
+LISTING, INFO = "GET training_runs/{run}/checkpoints", "POST weights_info"
+
+
+@pytest.mark.served("GET training_runs")
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_a_walk_is_asked_ahead_of_side_by_side_and_costs_no_call_more(make_world, is_sorted):
+    world = make_world(runs=24, checkpoints=3, latency_s=0.02)
+    runs = world.driver.listdir("runs")
+    for run_id in sorted(runs) if is_sorted else runs:
+        for place in world.places(f"runs/{run_id}"):
+            assert json.loads(world.driver.read(f"{place}/info.json"))
+    world.server.journal.wait_until_idle()
+    asked = {entry.body for entry in world.server.journal.entries(INFO)}
+    calls = api_calls(world.server)
+    assert calls[LISTING] == 24
+    assert calls[INFO] == len(asked)
+    if world.profile.kinds <= world.profile.weights_info_kinds:
+        assert calls[INFO] == len(checkpoint_ids(world.server))
+    assert 4 < world.server.journal.max_in_flight() <= 8
+
+
+@pytest.mark.served("GET training_runs")
+def test_a_look_at_some_runs_is_no_walk(make_world):
+    world = make_world(runs=24, checkpoints=2)
+    listed = world.driver.listdir("runs")
+    apart = []  # no two of them beside each other, as listed or by name
+    for run_id in listed:
+        rows = (listed, sorted(listed))
+        if all(abs(row.index(run_id) - row.index(other)) > 1 for row in rows for other in apart):
+            apart.append(run_id)
+    for run_id in apart[:4]:
+        for place in world.places(f"runs/{run_id}"):
+            world.driver.listdir(place)
+    world.server.journal.wait_until_idle()
+    assert api_calls(world.server)[LISTING] == 4
+
+
+@pytest.mark.served("GET training_runs")
+def test_where_listings_are_fresh_for_no_time_none_is_asked_for_ahead(make_world):
+    world = make_world(runs=12, checkpoints=1, settings={"ttl_s": 1.0})
+    runs = sorted(world.driver.listdir("runs"))
+    for run_id in runs[:4]:
+        list(world.places(f"runs/{run_id}"))
+    world.server.journal.wait_until_idle()
+    paths = {entry.path for entry in world.server.journal.entries(LISTING)}
+    assert len(paths) == 4
+
+
+@pytest.mark.served("GET training_runs")
+@pytest.mark.where(profile=lambda profile: profile.name == "official")
+def test_no_more_calls_at_once_than_the_option_says(make_world):
+    world = make_world(runs=24, checkpoints=3, latency_s=0.01, settings={"concurrency": 3})
+    for run_id in sorted(world.driver.listdir("runs")):
+        for place in world.places(f"runs/{run_id}"):
+            world.driver.read(f"{place}/info.json")
+    world.server.journal.wait_until_idle()
+    assert world.server.journal.max_in_flight() == 3
+    assert world.server.journal.count() == 1 + 24 + 72

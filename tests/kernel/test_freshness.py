@@ -113,20 +113,26 @@ def test_a_hanging_server_holds_up_a_known_listing_for_two_seconds_at_most(make_
 def test_sixty_four_waiting_reads_hold_up_nothing(account):
     runs = [account.new_run("weights/1") for _ in range(64)]
     known = account.server.account.run_ids[-1]
-    account.sh(f"ls -lR runs/{known}; cat runs/{known}/latest/info.json")
+    new = account.server.account.add_checkpoint(known, "weights/new")
+    cold = f"runs/{known}/checkpoints/{new.id}"
+    account.refresh()
+    account.sh(f"ls -R runs/{known}; cat runs/{known}/latest/info.json")
     fault = account.server.faults.add(RUN_CHECKPOINTS, times=None, hang=True)
     processes = [account.start("ls", f"{run}/checkpoints") for run in runs]
     try:
-        fault.wait_for(64)
+        fault.wait_for(7)  # an endpoint leaves one of --concurrency calls to the others
+        asked = account.server.journal.count("POST weights_info")
         started = time.monotonic()
         done = account.sh(
             f"ls runs > /dev/null && ls -lR runs/{known} > /dev/null"
-            f" && cat runs/{known}/latest/info.json > /dev/null && cat .tinkerfs/stats.json",
+            f" && cat runs/{known}/latest/info.json > /dev/null && cat .tinkerfs/stats.json"
+            f" && cat {cold}/info.json > /dev/null",
             timeout_s=20,
         )
         took_s = time.monotonic() - started
         assert done.returncode == 0, done
         assert took_s < 1.5
+        assert account.server.journal.count("POST weights_info") > asked
     finally:
         fault.remove()
         for process in processes:

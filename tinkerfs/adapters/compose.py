@@ -77,7 +77,9 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
         cache = MetadataCache(telemetry, clock)
         freshness = Freshness.of(settings.ttl_s, settings.stale_s)
         store = stack.enter_context(Store(cache_dir))
-        catalogue = Catalogue(client, cache, store, telemetry, clock, freshness)
+        catalogue = Catalogue(
+            client, cache, store, telemetry, clock, freshness, settings.concurrency
+        )
         sessions = Sessions(client, cache, freshness)
         archives = Archives(
             client,

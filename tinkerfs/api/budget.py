@@ -7,8 +7,8 @@ holds for all. Thread-safe; knows nothing of HTTP but statuses.
 - Never more than `limit` calls at once, fewer after a 429: half, and one more after every few
   answers without one.
 - While a `Retry-After` runs no call is begun.
-- Guesses leave a turn for who waits, and one endpoint whose answers have stopped coming leaves one
-  for the others: a turn is held until an answer, or the call's own time-out.
+- Guesses leave a turn for who waits, and an endpoint that was not seen to answer meanwhile leaves
+  one for the others: a turn is held until an answer, or the call's own time-out.
 - Builds of archives take no turn: the server may take minutes for one, 64 may be waited for at a
   time, and how many are started is bounded by `weights/archives.py`. They heed a `Retry-After`.
 """
@@ -25,18 +25,15 @@ from tinkerfs.clock import Clock
 
 __all__ = ["Budget", "Turn"]
 
-#: An endpoint that answered within this time may have every turn, seconds.
-IN_HEALTH_S = 1.0
-
 #: After so many answers for each call that is allowed at once, one more is.
 ANSWERS_TO_GROW = 2
 
 #: The longest that a server's wish to be left alone is taken at its word, seconds.
 MAX_PAUSE_S = 3600.0
 
-#: How often somebody who waits for a turn looks again, seconds: nobody tells a guess that it has
-#: become one no more, nor that a pause is over.
-_LOOK_S, _LOOK_AGAIN_S = 0.05, 0.25
+#: How often who waits for a turn looks whether a pause is over, seconds; the first in the row looks
+#: for all, and the others whether they have become the first.
+_LOOK_S, _LOOK_AGAIN_S = 0.02, 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -80,7 +77,9 @@ class Budget:
         self._pause_status = 0
         self._running: set[Turn] = set()
         self._waiting: dict[Turn, None] = {}
-        self._answered_at: dict[str, float] = {}
+        self._answering: set[str] = (
+            set()
+        )  # endpoints that answer while theirs are all turns but one
 
     @property
     def allowed(self) -> int:
@@ -101,6 +100,8 @@ class Budget:
             ApiError: there is no turn in time, without a call: RateLimited or ServerError while the
                 server wants to be left alone for longer, else TimedOut.
         """
+        if not interest.is_awaited:
+            interest.noticed = self._look
         with self._lock:
             self._number += 1
             turn = Turn(endpoint, interest, self._number)
@@ -113,9 +114,16 @@ class Budget:
             with self._lock:
                 self._waiting.pop(turn, None)
                 self._running.discard(turn)
+                if not self._count(turn.endpoint.label):
+                    self._answering.discard(turn.endpoint.label)
                 if turn.status is not None:
                     self._learn(turn, turn.status)
                 self._admit()
+
+    def _look(self) -> None:
+        """See who may have a turn: a guess is none any more, so that another may run."""
+        with self._lock:
+            self._admit()
 
     def _wait(self, turn: Turn, deadline: float) -> None:
         while not turn.granted.is_set():
@@ -125,8 +133,8 @@ class Budget:
                 pause_s = self._paused_until - now
                 if not turn.granted.is_set() and (now >= deadline or now + pause_s >= deadline):
                     raise self._in_vain(turn, max(pause_s, 0.0)).remembered()
-            is_soon = pause_s > 0 or not turn.interest.is_awaited
-            turn.granted.wait(min(deadline - now, _LOOK_S if is_soon else _LOOK_AGAIN_S))
+                is_first = next(iter(self._waiting), None) is turn
+            turn.granted.wait(min(deadline - now, _LOOK_S if is_first else _LOOK_AGAIN_S))
 
     def _in_vain(self, turn: Turn, pause_s: float) -> errors.ApiError:
         if pause_s:
@@ -141,42 +149,46 @@ class Budget:
         now = self._clock.monotonic()
         if now < self._paused_until:
             return
-        while self._waiting and (turn := self._next(now)) is not None:
+        while self._waiting and (turn := self._next()) is not None:
             del self._waiting[turn]
             if not turn.endpoint.is_build:
                 self._running.add(turn)
             turn.granted.set()
 
-    def _next(self, now: float) -> Turn | None:
+    def _next(self) -> Turn | None:
         """Return whose turn it is, None where nobody may have one."""
         is_full = len(self._running) >= self._allowed
-        others = max(self._allowed - 1, 1)  # one turn is kept for others, where there is more
         guesses = sum(not turn.interest.is_awaited for turn in self._running)
         guess = None
         for turn in self._waiting:
             if turn.endpoint.is_build:
                 return turn
-            if is_full or not self._has_room(turn.endpoint.label, others, now):
+            if is_full or not self._has_room(turn.endpoint.label):
                 continue
             if turn.interest.is_awaited:
                 return turn
-            if guess is None and guesses < others:
+            if guess is None and guesses < self._all_but_one:
                 guess = turn
         return guess
 
-    def _has_room(self, label: str, others: int, now: float) -> bool:
-        if now - self._answered_at.get(label, float("-inf")) <= IN_HEALTH_S:
-            return True
-        return sum(turn.endpoint.label == label for turn in self._running) < others
+    @property
+    def _all_but_one(self) -> int:
+        return max(self._allowed - 1, 1)
+
+    def _has_room(self, label: str) -> bool:
+        return label in self._answering or self._count(label) < self._all_but_one
+
+    def _count(self, label: str) -> int:
+        return sum(turn.endpoint.label == label for turn in self._running)
 
     def _learn(self, turn: Turn, status: int) -> None:
         """Take note of what an answer says of the pace; the caller holds the lock."""
-        now = self._clock.monotonic()
-        self._answered_at[turn.endpoint.label] = now
+        if self._count(turn.endpoint.label) >= self._all_but_one - 1:
+            self._answering.add(turn.endpoint.label)
         wait_s = turn.retry_after_s
         is_pause = status == 429 or (status == 503 and status not in turn.endpoint.states)
         if is_pause and wait_s is not None:
-            until = now + min(wait_s, MAX_PAUSE_S)
+            until = self._clock.monotonic() + min(wait_s, MAX_PAUSE_S)
             if until > self._paused_until:
                 self._paused_until, self._pause_status = until, status
         if status == 429:

@@ -16,11 +16,11 @@ from cachetools import TLRUCache
 
 from tinkerfs import errors
 from tinkerfs.cache.flight import in_thread
-from tinkerfs.call import Call
+from tinkerfs.call import AWAITED, Call, Interest
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["MetadataCache", "Policy"]
+__all__ = ["Load", "MetadataCache", "Policy"]
 
 T = TypeVar("T")
 
@@ -98,6 +98,11 @@ class _Entry:
 class _Flight:
     future: "Future[Any]"
     started: float
+    interest: Interest
+
+
+#: Loads a value; told whether somebody waits for it, now or from some time on.
+Load = Callable[[Interest], T]
 
 
 class MetadataCache:
@@ -134,7 +139,7 @@ class MetadataCache:
         """
         return self._epoch
 
-    def get(self, key: Hashable, load: Callable[[], T], policy: Policy, call: Call) -> T:
+    def get(self, key: Hashable, load: Load[T], policy: Policy, call: Call) -> T:
         """Return the value of `key`, loading it where no fresh one is kept.
 
         The call is told how long the value holds.
@@ -161,12 +166,16 @@ class MetadataCache:
                 self._telemetry.count("stale_answers")
                 return entry.value  # type: ignore[no-any-return]
             self._telemetry.count("cache_misses")
-            flight = self._flights.get(key) or self._start(key, load, policy)
+            is_in_use = now - was_used_at < policy.in_use_s
+            flight = self._flights.get(key) or self._start(
+                key, load, policy, Interest(is_awaited=not is_in_use)
+            )
+            if is_in_use and now - flight.started < PATIENCE_S:
+                self._telemetry.count("refreshed_behind")
+                return entry.value  # type: ignore[union-attr, no-any-return]
+        flight.interest.rise()
         if entry is None or not entry.has_value:
             return call.wait(flight.future)  # type: ignore[no-any-return]
-        if now - was_used_at < policy.in_use_s and now - flight.started < PATIENCE_S:
-            self._telemetry.count("refreshed_behind")
-            return entry.value  # type: ignore[no-any-return]
         try:
             is_hopeful = entry.error is None and _kind(key) not in self._in_vain
             patience_s = PATIENCE_S if is_hopeful else PATIENCE_IN_OUTAGE_S
@@ -182,10 +191,25 @@ class MetadataCache:
         self._telemetry.count("stale_answers")
         return entry.value  # type: ignore[no-any-return]
 
-    def reload(self, key: Hashable, load: Callable[[], T], policy: Policy, call: Call) -> T:
+    def ask(self, key: Hashable, load: Load[T], policy: Policy) -> bool:
+        """Begin to load a value for which nobody waits yet; tell whether that was needed.
+
+        It is not where a fresh value is kept, or absence, or a load is under way.
+        """
+        with self._lock:
+            now = self._clock.monotonic()
+            entry = self._entries.get(key)
+            if key in self._flights or (
+                entry is not None and now < max(entry.fresh_until, entry.error_until)
+            ):
+                return False
+            self._start(key, load, policy, Interest(is_awaited=False))
+            return True
+
+    def reload(self, key: Hashable, load: Load[T], policy: Policy, call: Call) -> T:
         """Return the value as `load` gives it from now on, whatever is kept or under way."""
         with self._lock:
-            flight = self._start(key, load, policy)
+            flight = self._start(key, load, policy, AWAITED)
         return call.wait(flight.future)  # type: ignore[no-any-return]
 
     def peek(self, key: Hashable) -> Any:
@@ -241,14 +265,14 @@ class MetadataCache:
         self._entries[key] = entry
         self._epoch += 1
 
-    def _start(self, key: Hashable, load: Callable[[], T], policy: Policy) -> _Flight:
+    def _start(self, key: Hashable, load: Load[T], policy: Policy, interest: Interest) -> _Flight:
         """Begin a load; the caller holds the lock."""
-        flight = _Flight(Future(), self._clock.monotonic())
+        flight = _Flight(Future(), self._clock.monotonic(), interest)
         self._flights[key] = flight
 
         def fly() -> T:
             try:
-                value = load()
+                value = load(interest)
             except errors.ApiError as error:
                 self._land(key, flight, policy, error=error)
                 raise
@@ -293,6 +317,8 @@ class MetadataCache:
                 self._in_vain.add(_kind(key))
             if is_outage and entry is not None and entry.has_value:
                 entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
+            elif is_outage and not flight.interest.is_awaited:
+                return  # a guess that failed: who wants to know asks, and is told
             else:
                 until = now + policy.error_ttl_s(error)
                 self._put(key, _Entry(None, False, now, until, error, until))

@@ -6,7 +6,6 @@ are `ApiError`s, or the `OSError`s of a wait that ended early.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import TypeVar
@@ -17,9 +16,9 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.client import Client
 from tinkerfs.cache.flight import in_thread, side_by_side
-from tinkerfs.cache.metadata import MetadataCache
+from tinkerfs.cache.metadata import Load, MetadataCache
 from tinkerfs.cache.store import Store
-from tinkerfs.call import IN_PROCESS, Call
+from tinkerfs.call import IN_PROCESS, Call, Interest
 from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.listings import (
     Checkpoint,
@@ -29,6 +28,7 @@ from tinkerfs.catalogue.listings import (
     kept_record,
     kind_and_name,
 )
+from tinkerfs.catalogue.walks import Walk, Walks
 from tinkerfs.clock import Clock
 from tinkerfs.telemetry import Telemetry, rfc3339
 from tinkerfs.tinker_path import KINDS, TinkerPath
@@ -42,12 +42,13 @@ _NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.E
 
 L = TypeVar("L", CheckpointListing, UserListing)
 
-#: A second checkpoint of a run asked for within this time makes a walk of it, seconds.
-WALK_WINDOW_S = 10.0
-#: Weights infos asked for at once.
-CONCURRENCY = 8
-#: And kept in memory, 1 kB each; all are kept on disk.
+#: Weights infos kept in memory, 1 kB each; all are kept on disk.
 MAX_INFOS = 16_384
+#: A listing that is fresh for less than this, seconds, is not asked for ahead of a walk: it might
+#: have to be asked for again once the walk comes to it.
+LEAST_TTL_AHEAD_S = 10.0
+#: How many steps of a walk that need no call are passed over at a time.
+_MOST_PASSED = 64
 
 
 class Catalogue:
@@ -61,6 +62,7 @@ class Catalogue:
         telemetry: Telemetry,
         clock: Clock,
         freshness: Freshness,
+        concurrency: int,
     ) -> None:
         self._client = client
         self._cache = cache
@@ -69,9 +71,8 @@ class Catalogue:
         self._telemetry = telemetry
         self._clock = clock
         self._freshness = freshness
-        self._lock = threading.Lock()
-        self._last_asked: dict[str, tuple[tuple[str, str, str], float]] = {}  # guarded by _lock
-        self._walked: set[str] = set()  # guarded by _lock
+        self._concurrency = concurrency
+        self._walks = Walks(2 * concurrency, clock)
         self._lists_runs: bool | None = None  # learnt once; who comes second learns the same
 
     # What is there.
@@ -104,7 +105,12 @@ class Catalogue:
         )
 
     def checkpoints(self, run_id: str, call: Call) -> CheckpointListing:
-        """Return the checkpoints of a run; one call when not fresh."""
+        """Return the checkpoints of a run; one call when not fresh.
+
+        Who looks into one run after the other has those of the next ones asked for behind it.
+        """
+        if self._walks.is_ahead(run_id):
+            self._come_to_run(run_id)
         return self._cache.get(
             ("checkpoints", run_id),
             partial(self._load_checkpoints, run_id),
@@ -181,13 +187,14 @@ class Catalogue:
     def weights_info(self, checkpoint: Checkpoint, call: Call) -> bytes:
         """Return a checkpoint's weights info as JSON; asked for once ever, kept across mounts.
 
-        The second checkpoint of a run within a short while has the others' asked for behind it.
+        Who asks for one after the other has the next ones asked for behind it.
         """
+        if self._walks.is_ahead(checkpoint.key):
+            self._come_to_info(checkpoint)
         load = partial(self._load_weights_info, checkpoint)
-        kept = self._infos.peek(_info_key(checkpoint)) or self._kept_info(checkpoint)
+        kept = self._known_info(checkpoint)
         if kept is not None:
             return kept
-        self._notice_walk(checkpoint)
         return self._infos.get(_info_key(checkpoint), load, self._freshness.immutable, call)
 
     # Changes. Each runs on a thread of its own, so that it is not taken back when its caller goes;
@@ -242,6 +249,7 @@ class Catalogue:
     def refresh(self) -> None:
         """Drop every entry; what is immutable stays on disk."""
         self._client.forget()
+        self._walks.clear()
         self._cache.clear()
         self._infos.clear()
 
@@ -325,14 +333,14 @@ class Catalogue:
         self._cache.amend(("run", run_id), in_run, is_exact=True)
         self._cache.amend(("runs",), in_runs, is_exact=True)
 
-    # Loading.
+    # Loading; each is told whether somebody waits for it.
 
-    def _load_runs(self) -> RunListing:
-        return RunListing.of(self._client.all_training_runs())
+    def _load_runs(self, interest: Interest) -> RunListing:
+        return RunListing.of(self._client.on_behalf(interest).all_training_runs())
 
-    def _load_run(self, run_id: str) -> models.TrainingRun:
+    def _load_run(self, run_id: str, interest: Interest) -> models.TrainingRun:
         try:
-            return self._client.training_run(run_id)
+            return self._client.on_behalf(interest).training_run(run_id)
         except (errors.NotFound, errors.EndpointMissing):
             if self._has_run_records():
                 raise
@@ -363,13 +371,20 @@ class Catalogue:
                     return True  # for now: what was said of the run stands
         return self._lists_runs
 
-    def _load_checkpoints(self, run_id: str) -> CheckpointListing:
-        records = self._client.list_checkpoints(run_id)
-        return CheckpointListing.of(run_id, records, known=self.known_user_checkpoints())
+    def _load_checkpoints(self, run_id: str, interest: Interest) -> CheckpointListing:
+        if interest.is_awaited:
+            self._come_to_run(run_id)
+        client = self._client.on_behalf(interest)
+        with self._walks.asking(run_id, interest):
+            records = client.list_checkpoints(run_id)
+        listing = CheckpointListing.of(run_id, records, known=self.known_user_checkpoints())
+        for walk in self._walks.listed(run_id, listing):
+            self._go_ahead(walk)
+        return listing
 
-    def _load_user(self) -> UserListing:
+    def _load_user(self, interest: Interest) -> UserListing:
         try:
-            records = self._client.all_user_checkpoints(
+            records = self._client.on_behalf(interest).all_user_checkpoints(
                 lambda record: kept_record(record, self.known_checkpoints)
             )
         except errors.EndpointMissing:
@@ -382,7 +397,9 @@ class Catalogue:
     def _user_of_runs(self) -> UserListing:
         run_ids = list(self.runs(IN_PROCESS).by_id)
         outcomes = side_by_side(
-            [partial(self._if_there, run_id) for run_id in run_ids], CONCURRENCY, "checkpoints"
+            [partial(self._if_there, run_id) for run_id in run_ids],
+            self._concurrency,
+            "checkpoints",
         )
         listings = [outcome.result() for outcome in outcomes]
         return UserListing.of(c for listing in listings for c in listing.by_name.values())
@@ -393,54 +410,66 @@ class Catalogue:
         except errors.NotFound:  # deleted since the runs were listed
             return CheckpointListing({})
 
-    def _load_unlisted(self, path: TinkerPath) -> Checkpoint:
-        info = self._client.weights_info(str(path))
+    def _load_unlisted(self, path: TinkerPath, interest: Interest) -> Checkpoint:
+        info = self._client.on_behalf(interest).weights_info(str(path))
         checkpoint = Checkpoint.unlisted(path)
         self._store.put(self._space, _info_name(checkpoint), info.raw)
         return checkpoint
 
-    def _kept_info(self, checkpoint: Checkpoint) -> bytes | None:
-        return self._store.get(self._space, _info_name(checkpoint))
+    def _known_info(self, checkpoint: Checkpoint) -> bytes | None:
+        kept = self._infos.peek(_info_key(checkpoint))
+        return kept or self._store.get(self._space, _info_name(checkpoint))
 
-    def _load_weights_info(self, checkpoint: Checkpoint) -> bytes:
-        raw = self._kept_info(checkpoint)
-        if raw is None:
-            raw = self._client.weights_info(checkpoint.tinker_path, is_known=True).raw
-            self._store.put(self._space, _info_name(checkpoint), raw)
+    def _load_weights_info(self, checkpoint: Checkpoint, interest: Interest) -> bytes:
+        if interest.is_awaited:
+            self._come_to_info(checkpoint)
+        client = self._client.on_behalf(interest)
+        with self._walks.asking(checkpoint.key, interest):
+            raw = client.weights_info(checkpoint.tinker_path, is_known=True).raw
+        self._store.put(self._space, _info_name(checkpoint), raw)
         return raw
 
     @property
     def _space(self) -> str:
         return f"weights_info {self._client.base_url}"
 
-    def _notice_walk(self, checkpoint: Checkpoint) -> None:
-        """Ask for the siblings' weights info too, once somebody goes through them."""
-        run_id, now = checkpoint.run_id, self._clock.monotonic()
-        with self._lock:
-            last = self._last_asked.get(run_id)
-            self._last_asked[run_id] = (checkpoint.key, now)
-            is_walk = (
-                last is not None and last[0] != checkpoint.key and now - last[1] < WALK_WINDOW_S
-            )
-            if not is_walk or run_id in self._walked:
+    # Asking ahead of walks.
+
+    def _come_to_run(self, run_id: str) -> None:
+        walk = self._walks.at_run(run_id, self._runs_ahead())
+        if walk is not None:
+            self._go_ahead(walk)
+
+    def _come_to_info(self, checkpoint: Checkpoint) -> None:
+        siblings = self.known_checkpoints(checkpoint.run_id)
+        walk = self._walks.at_info(checkpoint, siblings, self._runs_ahead())
+        if walk is not None:
+            self._go_ahead(walk)
+
+    def _runs_ahead(self) -> RunListing | None:
+        """Return the runs that may be asked ahead."""
+        is_kept = self._freshness.listing.ttl_s >= LEAST_TTL_AHEAD_S
+        return self.known_runs() if is_kept else None
+
+    def _go_ahead(self, walk: Walk) -> None:
+        """Ask for what a walk will ask for next, as far as it has shown that it goes on."""
+        for _ in range(_MOST_PASSED):
+            step = self._walks.next(walk)
+            if step is None:
                 return
-            self._walked.add(run_id)
-        listing = self.known_checkpoints(run_id)
-        if listing is None:
-            return
-
-        def ask(sibling: Checkpoint) -> None:
-            load = partial(self._load_weights_info, sibling)
-            self._infos.get(_info_key(sibling), load, self._freshness.immutable, IN_PROCESS)
-
-        def walk() -> None:
-            works = [partial(ask, sibling) for sibling in listing.by_name.values()]
-            side_by_side(works, CONCURRENCY, f"weights info of {run_id}")
-            with self._lock:
-                self._walked.discard(run_id)
-                self._last_asked.pop(run_id, None)
-
-        in_thread(walk, f"walk {run_id}")
+            if isinstance(step, Checkpoint):
+                load: Load[object] = partial(self._load_weights_info, step)
+                is_asked = self._known_info(step) is None and self._infos.ask(
+                    _info_key(step), load, self._freshness.immutable
+                )
+            else:
+                load = partial(self._load_checkpoints, step)
+                is_asked = self._cache.ask(("checkpoints", step), load, self._freshness.listing)
+                known = None if is_asked else self.known_checkpoints(step)
+                if known is not None:
+                    self._walks.listed(step, known)
+            if not is_asked:
+                self._walks.drop(walk, step)
 
 
 def _info_name(checkpoint: Checkpoint) -> str:

@@ -6,7 +6,7 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
-from tinkerfs.call import Call
+from tinkerfs.call import Call, Interest
 from tinkerfs.catalogue.freshness import Freshness
 
 __all__ = ["Sessions"]
@@ -49,12 +49,12 @@ class Sessions:
 
     def record(self, session_id: str, call: Call) -> models.Session:
         """Return one session's record; one call when not fresh."""
-        load = partial(self._client.session, session_id)
+        load = partial(self._load_session, session_id)
         return self._cache.get(("session", session_id), load, self._freshness.by_name, call)
 
     def sampler(self, sampler_id: str, call: Call) -> models.Sampler:
         """Return one sampler's record; one call when not fresh."""
-        load = partial(self._client.sampler, sampler_id)
+        load = partial(self._load_sampler, sampler_id)
         return self._cache.get(("sampler", sampler_id), load, self._freshness.by_name, call)
 
     def known_samplers(self) -> list[str]:
@@ -65,13 +65,20 @@ class Sessions:
         records = (self._cache.peek(("session", session_id)) for session_id in self.known())
         return [sampler_id for record in records if record for sampler_id in record.sampler_ids]
 
-    def _load_listed(self) -> dict[str, models.FoundSession]:
+    def _load_listed(self, interest: Interest) -> dict[str, models.FoundSession]:
+        client = self._client.on_behalf(interest)
         try:
-            found = self._client.all_found_sessions()
+            found = client.all_found_sessions()
         except (errors.EndpointMissing, errors.BadRequest):
-            ids = self._client.all_sessions()
+            ids = client.all_sessions()
             found = tuple(map(_bare, ids))
         return {session.session_id: session for session in found}
+
+    def _load_session(self, session_id: str, interest: Interest) -> models.Session:
+        return self._client.on_behalf(interest).session(session_id)
+
+    def _load_sampler(self, sampler_id: str, interest: Interest) -> models.Sampler:
+        return self._client.on_behalf(interest).sampler(sampler_id)
 
 
 def _bare(session_id: str) -> models.FoundSession:

@@ -129,9 +129,9 @@ def test_every_call_has_its_turn_and_no_more_at_once_than_allowed(limit, works):
 
 
 def test_pages_after_the_first_are_asked_for_as_many_at_once_as_allowed(demo_server, client_of):
-    server = demo_server(runs=1000, checkpoints=0)
+    server = demo_server(runs=1000, checkpoints=0, latency_s=0.02)
     client = client_of(server, concurrency=4)
-    rule = server.faults.add("GET training_runs", after=1, times=None, hold_until=4)
+    rule = server.faults.add("GET training_runs", after=1, times=None, hold_until=3)
     assert len(client.all_training_runs()) == 1000
     rule.remove()
     assert server.journal.count() == 10
@@ -164,7 +164,7 @@ def test_a_guess_that_somebody_comes_to_wait_for_is_none_any_more(time):
         for name, interest in zip(("guess", "wanted"), interests, strict=True):
             calls.begin(name, interest=interest)
             calls.wait_until_queued(1 + (name == "wanted"))
-        interests[1].is_awaited = True
+        interests[1].rise()
         end()
         calls.wait_for(2)
         assert calls.begun == ["first", "wanted"]
@@ -184,13 +184,12 @@ def test_guesses_leave_a_turn_for_who_waits(time):
 
 def test_a_guess_that_is_wanted_makes_room_for_another(time):
     with calls_under(Budget(2, time.clock)) as calls:
-        answered(calls.budget)
         wanted = guess()
-        calls.begin("wanted", interest=wanted)
+        calls.begin("wanted", INFO, interest=wanted)
         calls.wait_for(1)
         calls.begin("guess", interest=guess())
         calls.wait_until_queued(1)
-        wanted.is_awaited = True
+        wanted.rise()
         calls.wait_for(2)
 
 
@@ -207,10 +206,13 @@ def test_an_endpoint_that_does_not_answer_leaves_a_turn_for_the_others(time):
 
 def test_an_endpoint_that_answers_may_have_every_turn(time):
     with calls_under(Budget(4, time.clock)) as calls:
-        answered(calls.budget, endpoint=INFO)
-        for number in range(4):
+        end = calls.begin("info", INFO)
+        for number in range(6):
             calls.begin(f"info {number}", INFO)
-        calls.wait_for(4)
+        calls.wait_for(3)
+        calls.wait_until_queued(4)
+        end()
+        calls.wait_for(5)  # four are under way
 
 
 def test_builds_of_archives_take_no_turn(server, client_of):

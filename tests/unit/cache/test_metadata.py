@@ -30,7 +30,8 @@ class Loads:
         self.held.set()
         self._lock = threading.Lock()
 
-    def __call__(self):
+    def __call__(self, interest):
+        self.interest = interest
         with self._lock:
             self.calls += 1
             answer = self.answer
@@ -149,6 +150,56 @@ def test_a_failure_that_cost_nothing_is_not_remembered(cache, time):
     assert load.calls == 3
     load.answer = "back"
     assert cache.get("k", load, POLICY, IN_PROCESS) == "back"
+
+
+def test_what_is_asked_for_without_a_wait_is_loaded_once_and_joined(cache):
+    load = Loads()
+    load.held.clear()
+    assert cache.ask("k", load, POLICY)
+    assert not cache.ask("k", load, POLICY)
+    while load.calls == 0:
+        pass
+    assert not load.interest.is_awaited
+    waiting = threading.Thread(target=lambda: cache.get("k", load, POLICY, IN_PROCESS))
+    waiting.start()
+    while not load.interest.is_awaited:
+        pass
+    load.held.set()
+    waiting.join(10)
+    assert not cache.ask("k", load, POLICY), "it is fresh"
+    assert load.calls == 1
+
+
+@pytest.mark.parametrize("is_remembered", [False, True])
+def test_a_guess_that_failed_is_asked_again_unless_it_was_an_answer(cache, is_remembered):
+    load = Loads()
+    load.answer = errors.NotFound("no") if is_remembered else errors.ServerError("down")
+    load.held.clear()
+    cache.ask("k", load, POLICY)
+    flight = cache._flights["k"].future
+    load.held.set()
+    with pytest.raises(errors.ApiError):
+        flight.result(10)
+    load.answer = "there"
+    if is_remembered:
+        assert not cache.ask("k", load, POLICY)
+        with pytest.raises(errors.NotFound):
+            cache.get("k", load, POLICY, IN_PROCESS)
+    else:
+        assert cache.get("k", load, POLICY, IN_PROCESS) == "there"
+
+
+def test_a_refresh_behind_is_a_guess(cache, time):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    assert load.interest.is_awaited
+    time.advance(29)
+    cache.get("k", load, POLICY, IN_PROCESS)
+    time.advance(1.5)
+    cache.get("k", load, POLICY, IN_PROCESS)
+    while load.calls < 2:
+        pass
+    assert not load.interest.is_awaited
 
 
 @pytest.mark.parametrize("answer", ["value", errors.NotFound("no"), errors.ServerError("down")])
@@ -347,7 +398,7 @@ class CacheMachine(RuleBasedStateMachine):
         if now >= until:
             value = self.truth[key]
             self.model[key] = (value, now + POLICY.ttl_s)
-        assert self.cache.get(key, lambda: self.truth[key], POLICY, IN_PROCESS) == value
+        assert self.cache.get(key, lambda _interest: self.truth[key], POLICY, IN_PROCESS) == value
 
     @rule(key=keys)
     def amend(self, key):
