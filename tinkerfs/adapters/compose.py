@@ -17,6 +17,7 @@ from tinkerfs.cache.store import Store, default_cache_dir, prepare_cache_dir
 from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.catalogue.sessions import Sessions
+from tinkerfs.catalogue.warm import Warm
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry
@@ -64,10 +65,11 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
     cache_dir = prepare_cache_dir(cache_folder(settings))
     telemetry = Telemetry(clock)
     with ExitStack() as stack:
+        credentials = Credentials(clock=clock)
         client = stack.enter_context(
             Client(
                 settings.base_url,
-                Credentials(clock=clock),
+                credentials,
                 telemetry,
                 concurrency=settings.concurrency,
                 timeout_s=settings.timeout_s,
@@ -77,8 +79,11 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
         cache = MetadataCache(telemetry, clock)
         freshness = Freshness.of(settings.ttl_s, settings.stale_s)
         store = stack.enter_context(Store(cache_dir))
+        warm = stack.enter_context(
+            Warm(store, client.base_url, credentials, clock, stale_s=settings.stale_s)
+        )
         catalogue = Catalogue(
-            client, cache, store, telemetry, clock, freshness, settings.concurrency
+            client, cache, store, telemetry, clock, freshness, warm, settings.concurrency
         )
         sessions = Sessions(client, cache, freshness)
         archives = Archives(

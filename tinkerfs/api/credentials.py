@@ -13,6 +13,7 @@ Knows nothing of HTTP. No key is in any message, repr or log.
 import base64
 import binascii
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -161,6 +162,16 @@ class Credentials:
             with self._lock:
                 key = self._usable()
             return key if key is not None else self._read_now()
+
+    def account(self) -> str | None:
+        """Return what tells this key from others, a digest; None while there is none that is good.
+
+        Never waits: the source is not read, `get` does that.
+        """
+        with self._lock:
+            if self._key is None or self._failure is not None:
+                return None
+            return hashlib.sha256(b"tinkerfs\n" + self._key.text.encode()).hexdigest()
 
     def rejected(self, key: str, error: Unauthorized) -> bool:
         """Take note that the API refused `key` with a 401; return whether to try once more.

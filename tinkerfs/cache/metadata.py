@@ -35,6 +35,10 @@ PATIENCE_S = 2.0
 #: is back answers within this, one that hangs does not hold up a walk at each folder again.
 PATIENCE_IN_OUTAGE_S = 0.2
 
+#: How long a first answer is waited for before what an earlier mount kept is shown, seconds: of a
+#: quick server nobody sees an older answer than its own.
+PATIENCE_AT_START_S = 0.25
+
 #: Who goes on using a value meets its end of life without a wait: what was used within this time,
 #: seconds, or a quarter of the TTL where that is less, is served once more and refreshed behind.
 IN_USE_S = 2.0
@@ -80,6 +84,7 @@ class _Entry:
 
     Attributes:
         fresh_until: who rests on it may do so until then; moved only under the lock.
+        is_warm: an earlier mount kept the value, and no answer has come in this one.
         used_at: when somebody got the value last, on the monotonic clock.
         changed_at: when it was seen to become another one, seconds since 1970.
     """
@@ -90,6 +95,7 @@ class _Entry:
     kept_until: float
     error: errors.ApiError | None = None
     error_until: float = 0.0
+    is_warm: bool = False
     used_at: float = float("-inf")
     changed_at: float | None = None
 
@@ -139,10 +145,25 @@ class MetadataCache:
         """
         return self._epoch
 
-    def get(self, key: Hashable, load: Load[T], policy: Policy, call: Call) -> T:
+    def get(
+        self,
+        key: Hashable,
+        load: Load[T],
+        policy: Policy,
+        call: Call,
+        kept: Callable[[], T | None] | None = None,
+    ) -> T:
         """Return the value of `key`, loading it where no fresh one is kept.
 
         The call is told how long the value holds.
+
+        Args:
+            key: of what.
+            load: how.
+            policy: for how long it serves.
+            call: how to wait.
+            kept: what an earlier mount kept, which will do while the first answer is on its way;
+                None where only this mount's own will.
 
         Raises:
             ApiError: what `load` raised, now or while that is remembered.
@@ -166,6 +187,8 @@ class MetadataCache:
                 self._telemetry.count("stale_answers")
                 return entry.value  # type: ignore[no-any-return]
             self._telemetry.count("cache_misses")
+            if entry is not None and entry.is_warm and kept is None:
+                entry, was_used_at = None, float("-inf")
             is_in_use = now - was_used_at < policy.in_use_s
             flight = self._flights.get(key) or self._start(
                 key, load, policy, Interest(is_awaited=not is_in_use)
@@ -175,7 +198,7 @@ class MetadataCache:
                 return entry.value  # type: ignore[union-attr, no-any-return]
         flight.interest.rise()
         if entry is None or not entry.has_value:
-            return call.wait(flight.future)  # type: ignore[no-any-return]
+            return self._first(key, flight, policy, call, kept)
         try:
             is_hopeful = entry.error is None and _kind(key) not in self._in_vain
             patience_s = PATIENCE_S if is_hopeful else PATIENCE_IN_OUTAGE_S
@@ -190,6 +213,35 @@ class MetadataCache:
                 self._in_vain.add(_kind(key))
         self._telemetry.count("stale_answers")
         return entry.value  # type: ignore[no-any-return]
+
+    def _first(
+        self,
+        key: Hashable,
+        flight: _Flight,
+        policy: Policy,
+        call: Call,
+        kept: Callable[[], T | None] | None,
+    ) -> T:
+        """Return the first answer, or what an earlier mount kept where that takes a while."""
+        if kept is not None:
+            try:
+                return call.within(PATIENCE_AT_START_S).wait(flight.future)  # type: ignore[no-any-return]
+            except OSError as error:
+                if not errors.is_timeout(error):
+                    raise
+            value = kept()
+            if value is not None:
+                with self._lock:
+                    now = self._clock.monotonic()
+                    before = self._entries.get(key)
+                    if self._flights.get(key) is flight:
+                        if before is not None and before.has_value:  # another reader's
+                            return before.value  # type: ignore[no-any-return]
+                        until = now + policy.stale_s
+                        self._put(key, _Entry(value, True, now, until, is_warm=True, used_at=now))
+                        self._telemetry.count("warm_starts")
+                        return value
+        return call.wait(flight.future)  # type: ignore[no-any-return]
 
     def ask(self, key: Hashable, load: Load[T], policy: Policy) -> bool:
         """Begin to load a value for which nobody waits yet; tell whether that was needed.
@@ -211,6 +263,12 @@ class MetadataCache:
         with self._lock:
             flight = self._start(key, load, policy, AWAITED)
         return call.wait(flight.future)  # type: ignore[no-any-return]
+
+    def is_warm(self, key: Hashable) -> bool:
+        """Tell whether the value of `key` is what an earlier mount kept."""
+        with self._lock:
+            entry = self._entries.get(key)
+            return entry is not None and entry.is_warm
 
     def peek(self, key: Hashable) -> Any:
         """Return the value that is kept for `key`, fresh or not, None where there is none."""
@@ -315,7 +373,7 @@ class MetadataCache:
             is_outage = isinstance(error, errors.OUTAGES)
             if is_outage:
                 self._in_vain.add(_kind(key))
-            if is_outage and entry is not None and entry.has_value:
+            if is_outage and entry is not None and entry.has_value and not entry.is_warm:
                 entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
             elif is_outage and not flight.interest.is_awaited:
                 return  # a guess that failed: who wants to know asks, and is told
@@ -334,7 +392,8 @@ class MetadataCache:
         fresh_until = now + policy.ttl_s
         kept_until = max(fresh_until, now + policy.stale_s)
         if before is not None and before.has_value and before.value is value:
-            before.fresh_until, before.kept_until, before.error = fresh_until, kept_until, None
+            before.fresh_until, before.kept_until = fresh_until, kept_until
+            before.error, before.is_warm = None, False
             self._entries[key] = before  # by its new time; nothing else is another now
             return
         entry = _Entry(value, True, fresh_until, kept_until)

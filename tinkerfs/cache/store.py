@@ -1,8 +1,9 @@
-"""SQLite store: what is immutable, kept across mounts.
+"""SQLite store: what is immutable, and listings for a warm start, kept across mounts.
 
-A table of bytes by (space, key). Thread-safe; shared by every mount and process that uses the same
-folder (WAL, busy time-out). It saves calls, so it may fail: whatever SQLite says, the caller gets
-"nothing kept" and the mount goes on, told once. Nothing in it is unpickled or executed.
+A table of bytes by (space, key), and one of listings by (account, name) with the time they came.
+Thread-safe; shared by every mount and process that uses the same folder (WAL, busy time-out). It
+saves calls, so it may fail: whatever SQLite says, the caller gets "nothing kept" and the mount goes
+on, told once. Nothing in it is unpickled or executed.
 """
 
 import logging
@@ -79,28 +80,55 @@ class Store:
 
     def put(self, space: str, key: str, value: bytes) -> None:
         """Keep `value`; a failure is told in the log once and costs only a later call."""
-        with self._lock:
-            if self._connection is None:
-                return
-            try:
-                with self._connection:
-                    self._connection.execute(
-                        "INSERT OR REPLACE INTO records (space, key, value) VALUES (?, ?, ?)",
-                        (space, _blob(key), value),
-                    )
-            except sqlite3.Error as error:
-                self._tell(error)
+        sql = "INSERT OR REPLACE INTO records (space, key, value) VALUES (?, ?, ?)"
+        self._change(sql, (space, _blob(key), value))
 
     def delete(self, space: str, key: str) -> None:
         """Keep nothing under a key any more; a failure is told in the log once."""
+        self._change("DELETE FROM records WHERE space = ? AND key = ?", (space, _blob(key)))
+
+    def listing(self, account: str, name: str) -> tuple[float, bytes] | None:
+        """Return when a listing came, seconds since 1970, and its bytes; None for no such."""
+        sql = "SELECT came_at, value FROM listings WHERE account = ? AND name = ?"
+        with self._lock:
+            if self._connection is None:
+                return None
+            try:
+                row = self._connection.execute(sql, (account, _blob(name))).fetchone()
+            except sqlite3.Error as error:
+                self._tell(error)
+                return None
+        return (float(row[0]), bytes(row[1])) if row is not None else None
+
+    def put_listing(self, account: str, name: str, came_at: float, value: bytes | None) -> None:
+        """Keep a listing in the place of an older one, or none; a failure is told once."""
+        if value is None:
+            sql = "DELETE FROM listings WHERE account = ? AND name = ?"
+            self._change(sql, (account, _blob(name)))
+        else:
+            sql = "INSERT OR REPLACE INTO listings VALUES (?, ?, ?, ?)"
+            self._change(sql, (account, _blob(name), came_at, value))
+
+    def drop_listings(self, account: str) -> None:
+        """Keep no listing of an account any more; a failure is told once."""
+        self._change("DELETE FROM listings WHERE account = ?", (account,))
+
+    def trim_listings(self, limit_bytes: int) -> None:
+        """Let the oldest listings go, so that `limit_bytes` are left; a failure is told once."""
+        self._change(
+            "DELETE FROM listings WHERE rowid IN (SELECT rowid FROM (SELECT rowid,"
+            " SUM(LENGTH(value)) OVER (ORDER BY came_at DESC, rowid) AS sum FROM listings)"
+            " WHERE sum > ?)",
+            (limit_bytes,),
+        )
+
+    def _change(self, sql: str, values: tuple[object, ...]) -> None:
         with self._lock:
             if self._connection is None:
                 return
             try:
                 with self._connection:
-                    self._connection.execute(
-                        "DELETE FROM records WHERE space = ? AND key = ?", (space, _blob(key))
-                    )
+                    self._connection.execute(sql, values)
             except sqlite3.Error as error:
                 self._tell(error)
 
@@ -118,6 +146,10 @@ class Store:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS records (space TEXT NOT NULL, key BLOB NOT NULL,"
                 " value BLOB NOT NULL, PRIMARY KEY (space, key)) WITHOUT ROWID"
+            )
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS listings (account TEXT NOT NULL, name BLOB NOT NULL,"
+                " came_at REAL NOT NULL, value BLOB NOT NULL, PRIMARY KEY (account, name))"
             )
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             connection.commit()

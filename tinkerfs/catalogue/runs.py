@@ -19,6 +19,7 @@ from tinkerfs.cache.flight import in_thread, side_by_side
 from tinkerfs.cache.metadata import Load, MetadataCache
 from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call, Interest
+from tinkerfs.catalogue.amending import run_amended, runs_amended
 from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.listings import (
     Checkpoint,
@@ -26,9 +27,9 @@ from tinkerfs.catalogue.listings import (
     RunListing,
     UserListing,
     kept_record,
-    kind_and_name,
 )
 from tinkerfs.catalogue.walks import Walk, Walks
+from tinkerfs.catalogue.warm import Warm
 from tinkerfs.clock import Clock
 from tinkerfs.telemetry import Telemetry, rfc3339
 from tinkerfs.tinker_path import KINDS, TinkerPath
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 _NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.EndpointMissing)
 
 L = TypeVar("L", CheckpointListing, UserListing)
+T = TypeVar("T")
 
 #: Weights infos kept in memory, 1 kB each; all are kept on disk.
 MAX_INFOS = 16_384
@@ -62,6 +64,7 @@ class Catalogue:
         telemetry: Telemetry,
         clock: Clock,
         freshness: Freshness,
+        warm: Warm,
         concurrency: int,
     ) -> None:
         self._client = client
@@ -71,6 +74,7 @@ class Catalogue:
         self._telemetry = telemetry
         self._clock = clock
         self._freshness = freshness
+        self._warm = warm
         self._concurrency = concurrency
         self._walks = Walks(2 * concurrency, clock)
         self._lists_runs: bool | None = None  # learnt once; who comes second learns the same
@@ -84,7 +88,9 @@ class Catalogue:
 
     def runs(self, call: Call) -> RunListing:
         """Return the user's training runs; ceil(runs / page) calls when not fresh."""
-        return self._cache.get(("runs",), self._load_runs, self._freshness.listing, call)
+        return self._cache.get(
+            ("runs",), self._load_runs, self._freshness.listing, call, self._warm.runs
+        )
 
     def known_runs(self) -> RunListing | None:
         """Return the training runs as last listed, without a call."""
@@ -104,10 +110,13 @@ class Catalogue:
             ("run", run_id), partial(self._load_run, run_id), self._freshness.by_name, call
         )
 
-    def checkpoints(self, run_id: str, call: Call) -> CheckpointListing:
+    def checkpoints(
+        self, run_id: str, call: Call, *, is_from_now: bool = False
+    ) -> CheckpointListing:
         """Return the checkpoints of a run; one call when not fresh.
 
-        Who looks into one run after the other has those of the next ones asked for behind it.
+        Who looks into one run after the other has those of the next ones asked for behind it. With
+        `is_from_now` what an earlier mount kept will not do.
         """
         if self._walks.is_ahead(run_id):
             self._come_to_run(run_id)
@@ -116,7 +125,20 @@ class Catalogue:
             partial(self._load_checkpoints, run_id),
             self._freshness.listing,
             call,
+            None if is_from_now else partial(self._warm.checkpoints, run_id),
         )
+
+    def find(
+        self, run_id: str, find: Callable[[CheckpointListing], T | None], call: Call
+    ) -> T | None:
+        """Return what `find` finds in the listing of a run's checkpoints.
+
+        That something is not there is never said on the word of an earlier mount.
+        """
+        found = find(self.checkpoints(run_id, call))
+        if found is None and self._cache.is_warm(("checkpoints", run_id)):
+            found = find(self.checkpoints(run_id, call, is_from_now=True))
+        return found
 
     def known_checkpoints(self, run_id: str) -> CheckpointListing | None:
         """Return a run's checkpoints as last listed, without a call."""
@@ -130,7 +152,7 @@ class Catalogue:
         own = self.known_runs()
         is_own = own is not None and run_id in own.by_id
         try:
-            found = self.checkpoints(run_id, call).by_name.get((kind, name))
+            found = self.find(run_id, lambda listing: listing.by_name.get((kind, name)), call)
         except _NO_LISTING:
             if is_own:
                 raise
@@ -146,7 +168,17 @@ class Catalogue:
 
         Of a server that does not list them it is made of the listings of the runs.
         """
-        return self._cache.get(("user",), self._load_user, self._freshness.listing, call)
+        return self._cache.get(
+            ("user",), self._load_user, self._freshness.listing, call, self._warm.user
+        )
+
+    def user_checkpoint(self, key: tuple[str, str, str], call: Call) -> Checkpoint | None:
+        """Return one of the checkpoints of all the user's runs; not there as in `find`."""
+        found = self.user_checkpoints(call).by_key.get(key)
+        if found is None and self._cache.is_warm(("user",)):
+            listing = self._cache.get(("user",), self._load_user, self._freshness.listing, call)
+            found = listing.by_key.get(key)
+        return found
 
     def known_user_checkpoints(self) -> UserListing | None:
         """Return the checkpoints of all runs as last listed, without a call."""
@@ -250,6 +282,7 @@ class Catalogue:
         """Drop every entry; what is immutable stays on disk."""
         self._client.forget()
         self._walks.clear()
+        self._warm.forget()
         self._cache.clear()
         self._infos.clear()
 
@@ -305,38 +338,24 @@ class Catalogue:
             return listing.changed(checkpoint, record)
 
         run_id = checkpoint.run_id
+        self._warm.changed(run_id)
         for key in (("checkpoints", run_id), ("user",)):
             self._cache.amend(key, change, is_exact=is_exact)
         listing = self.known_checkpoints(run_id)
         if listing is None:
             return
 
-        def in_run(run: models.TrainingRun) -> models.TrainingRun:
-            lasts = {
-                "last_checkpoint": run.last_checkpoint,
-                "last_sampler_checkpoint": run.last_sampler_checkpoint,
-            }
-            now = {name: _newest(listing, last) for name, last in lasts.items() if last is not None}
-            fields = (
-                b'"%s":%s' % (name.encode(), b"null" if last is None else last.raw)
-                for name, last in now.items()
-            )
-            raw = models.merged(run.raw, b"{" + b",".join(fields) + b"}")
-            return replace(run, raw=raw, **now)
-
-        def in_runs(runs: RunListing) -> RunListing:
-            run = runs.by_id.get(run_id)
-            return (
-                runs if run is None else RunListing.of({**runs.by_id, run_id: in_run(run)}.values())
-            )
-
-        self._cache.amend(("run", run_id), in_run, is_exact=True)
-        self._cache.amend(("runs",), in_runs, is_exact=True)
+        self._cache.amend(("run", run_id), lambda run: run_amended(run, listing), is_exact=True)
+        self._cache.amend(
+            ("runs",), lambda runs: runs_amended(runs, run_id, listing), is_exact=True
+        )
 
     # Loading; each is told whether somebody waits for it.
 
     def _load_runs(self, interest: Interest) -> RunListing:
-        return RunListing.of(self._client.on_behalf(interest).all_training_runs())
+        listing = RunListing.of(self._client.on_behalf(interest).all_training_runs())
+        self._warm.keep_runs(listing)
+        return listing
 
     def _load_run(self, run_id: str, interest: Interest) -> models.TrainingRun:
         try:
@@ -380,6 +399,7 @@ class Catalogue:
         listing = CheckpointListing.of(run_id, records, known=self.known_user_checkpoints())
         for walk in self._walks.listed(run_id, listing):
             self._go_ahead(walk)
+        self._warm.keep_checkpoints(run_id, listing)
         return listing
 
     def _load_user(self, interest: Interest) -> UserListing:
@@ -392,6 +412,7 @@ class Catalogue:
         listing = UserListing.of_records(records)
         if listing.nameless:
             log.warning("%d checkpoints without a tinker path are left out", listing.nameless)
+        self._warm.keep_user(listing)
         return listing
 
     def _user_of_runs(self) -> UserListing:
@@ -478,14 +499,3 @@ def _info_name(checkpoint: Checkpoint) -> str:
 
 def _info_key(checkpoint: Checkpoint) -> tuple[str, str, str]:
     return ("weights_info", checkpoint.tinker_path, checkpoint.version)
-
-
-def _newest(listing: CheckpointListing, last: models.Checkpoint | None) -> models.Checkpoint | None:
-    """Return a run's last checkpoint of the kind that `last` was of, as it is now."""
-    if last is None:
-        return None
-    kind, name = kind_and_name(last)
-    if (kind, name) in listing.by_name:
-        return listing.by_name[kind, name].record
-    of_kind = [c.record for c in listing.by_name.values() if c.kind == kind]
-    return max(of_kind, key=lambda record: record.time_ns or 0, default=None)

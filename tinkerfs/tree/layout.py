@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from tinkerfs import errors
 from tinkerfs.api import models
-from tinkerfs.catalogue.listings import Checkpoint
+from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.tree import content, controls, readme, render, subjects, views
 from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, Site
@@ -50,9 +50,12 @@ def _find_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
     # The three kinds always resolve, so that `rmdir` finds the folder that it has just emptied.
     if kind in KINDS:
         return site.subject, kind
-    listing = site.model.catalogue.checkpoints(site.subject.run_id, site.call)
-    is_known = kind in listing.kinds or any(kind == other for other, _name in listing.by_name)
-    return (site.subject, kind) if is_known else None
+
+    def find(listing: CheckpointListing) -> tuple[models.TrainingRun, str] | None:
+        is_known = kind in listing.kinds or any(kind == other for other, _name in listing.by_name)
+        return (site.subject, kind) if is_known else None
+
+    return site.model.catalogue.find(site.subject.run_id, find, site.call)
 
 
 def _list_bare(site: Site) -> Iterable[tuple[str, Checkpoint]]:
@@ -60,7 +63,8 @@ def _list_bare(site: Site) -> Iterable[tuple[str, Checkpoint]]:
 
 
 def _find_bare(site: Site, name: str) -> Checkpoint | None:
-    return site.model.catalogue.checkpoints(site.subject.run_id, site.call).bare.get(name)
+    run_id = site.subject.run_id
+    return site.model.catalogue.find(run_id, lambda listing: listing.bare.get(name), site.call)
 
 
 def _list_all_kinds(site: Site) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:

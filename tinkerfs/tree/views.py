@@ -33,7 +33,8 @@ def _view(
     def find(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
         if len(parts) != 3:
             return None
-        checkpoint = site.model.catalogue.user_checkpoints(site.call).by_key.get(parts)
+        run_id, kind, name = parts
+        checkpoint = site.model.catalogue.user_checkpoint((run_id, kind, name), site.call)
         return checkpoint if checkpoint is not None and shows(checkpoint) else None
 
     def view_ns(site: Site) -> int:

@@ -189,6 +189,61 @@ def test_a_guess_that_failed_is_asked_again_unless_it_was_an_answer(cache, is_re
         assert cache.get("k", load, POLICY, IN_PROCESS) == "there"
 
 
+def test_what_an_earlier_mount_kept_will_do_until_the_first_answer_comes(cache, telemetry):
+    load = Loads()
+    load.held.clear()
+    for _ in range(2):
+        assert cache.get("k", load, POLICY, IN_PROCESS, lambda: "kept") == "kept"
+    assert cache.is_warm("k")
+    with pytest.raises(TimeoutError):  # for whom only this mount's own will do
+        cache.get("k", load, POLICY, Call(timeout_s=0.05))
+    flight = cache._flights["k"].future
+    load.held.set()
+    assert flight.result(10) == "one"
+    assert not cache.is_warm("k")
+    assert cache.get("k", load, POLICY, IN_PROCESS, lambda: "kept") == "one"
+    assert load.calls == 1
+    assert telemetry.counted("warm_starts") == 1
+
+
+@pytest.mark.parametrize("answer", ["one", errors.Unauthorized("no"), errors.ServerError("down")])
+def test_a_first_answer_that_comes_at_once_is_the_one_that_counts(cache, answer):
+    load = Loads()
+    load.answer = answer
+    if answer == "one":
+        assert cache.get("k", load, POLICY, IN_PROCESS, lambda: "kept") == "one"
+    else:
+        with pytest.raises(type(answer)):
+            cache.get("k", load, POLICY, IN_PROCESS, lambda: "kept")
+    assert not cache.is_warm("k")
+
+
+@pytest.mark.parametrize("kind", [errors.Unauthorized, errors.ServerError])
+def test_what_an_earlier_mount_kept_ends_with_the_first_answer_also_a_failure(cache, kind):
+    load = Loads()
+    load.answer = kind("no")
+    load.held.clear()
+    assert cache.get("k", load, POLICY, IN_PROCESS, lambda: "kept") == "kept"
+    flight = cache._flights["k"].future
+    load.held.set()
+    with pytest.raises(kind):
+        flight.result(10)
+    with pytest.raises(kind):
+        cache.get("k", load, POLICY, IN_PROCESS, lambda: "kept")
+
+
+def test_where_nothing_was_kept_the_first_answer_is_waited_for(cache):
+    load = Loads()
+    load.held.clear()
+    with pytest.raises(TimeoutError):
+        cache.get("k", load, POLICY, Call(timeout_s=0.4), lambda: None)
+    with pytest.raises(InterruptedError):
+        cache.get("k", load, POLICY, Call(interrupted=lambda: True), lambda: "kept")
+    load.held.set()
+    assert cache.get("k", load, POLICY, IN_PROCESS, lambda: None) == "one"
+    assert load.calls == 1
+
+
 def test_a_refresh_behind_is_a_guess(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, IN_PROCESS)
