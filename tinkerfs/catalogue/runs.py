@@ -354,6 +354,7 @@ class Catalogue:
 
     def _load_runs(self, interest: Interest) -> RunListing:
         listing = RunListing.of(self._client.on_behalf(interest).all_training_runs())
+        self._walks.relisted()
         self._warm.keep_runs(listing)
         return listing
 

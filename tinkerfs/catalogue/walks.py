@@ -332,6 +332,11 @@ class Walks:
                     self._end(walk)
             raise
 
+    def relisted(self) -> None:
+        """Let go of the runs: others were listed."""
+        with self._lock:
+            self._runs, self._places = None, Places(())
+
     def clear(self) -> None:
         """Forget every walk."""
         with self._lock:
@@ -339,6 +344,7 @@ class Walks:
                 self._end(walk)
             self._looked.clear()
             self._asked.clear()
+            self._runs, self._places = None, Places(())
 
     # All below with the lock held.
 
@@ -372,13 +378,16 @@ class Walks:
         """Begin a walk where the run before this one is among the last that were seen."""
         run_id = _run_of(key)
         seen = self._looked if isinstance(key, str) else self._asked
-        places = Places(()) if runs is None else self._places_of(runs)
+        recent = [each for each in islice(reversed(seen), MAX_WALKS) if each != run_id]
+        if runs is None or not recent:  # to know the places of 100,000 runs takes a moment
+            return None
+        places = self._places_of(runs)
         before = {
             places.name(order, place - 1): order
             for order in reversed(Order)
             if (place := places.place(order, run_id))
         }
-        last = next((each for each in islice(reversed(seen), MAX_WALKS) if each in before), None)
+        last = next((each for each in recent if each in before), None)
         if last is None:
             return None
         for walk in [w for w in self._walks if w.run_id == last]:
