@@ -5,6 +5,7 @@ Counts are compared with bounds and fail the run; times are medians, printed and
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -13,10 +14,11 @@ from bench_calls import count_calls, measure_memory, measure_mounting, measure_w
 from bench_harness import BINDINGS, Bench
 from bench_outage import measure_outages
 from bench_scale import measure_scale
+from bench_speed import measure_speed
 from bench_views import count_views
 from bench_weights import measure_weights
 
-PARTS = ("calls", "views", "waits", "memory", "weights", "outage", "scale")
+PARTS = ("calls", "views", "waits", "memory", "weights", "outage", "scale", "speed")
 
 
 def main() -> int:
@@ -28,6 +30,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     parts = ("calls", "views") if options.short else options.parts or PARTS
+    # Mounts are undone on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench = Bench()
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as folder:
         for binding in options.binding or BINDINGS:
@@ -49,6 +53,8 @@ def main() -> int:
             measure_outages(bench, binding, Path(folder) / "outage", options.outage_s)
         if "scale" in parts:
             measure_scale(bench, binding)
+        if "speed" in parts:
+            measure_speed(bench, options.binding or BINDINGS, Path(folder))
     if options.json:
         print(json.dumps(bench.rows, indent=2))
     return 0 if all(row["ok"] for row in bench.rows) else 1

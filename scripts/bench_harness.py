@@ -7,10 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tinkerfs.demo.server import DemoServer
 
@@ -23,14 +23,44 @@ class Bench:
     """The rows so far."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, object]] = []
+        self.rows: list[dict[str, Any]] = []
 
-    def add(self, what: str, figure: float, unit: str, bound: float | None = None) -> None:
-        row = {"what": what, "figure": figure, "unit": unit, "bound": bound}
-        row["ok"] = bound is None or figure <= bound
+    def add(
+        self,
+        what: str,
+        figure: float,
+        unit: str,
+        bound: float | None = None,
+        *,
+        goal: float | None = None,
+        binding: str | None = None,
+        beside: Mapping[str, float] | None = None,
+    ) -> None:
+        """Add a row, and print it.
+
+        Args:
+            what: was counted or measured.
+            figure: what came out.
+            unit: of the figure, the bound and the goal.
+            bound: the most it may be; over it the run fails.
+            goal: the most it should be; over it the run says so, and goes on.
+            binding: under which it was.
+            beside: what the figure was made from, by name, seconds.
+        """
+        row = {"what": what, "binding": binding, "figure": figure, "unit": unit, "bound": bound}
+        row |= {"ok": bound is None or figure <= bound}
+        if goal is not None:
+            row |= {"goal": goal, "met": figure <= goal}
+        if beside is not None:
+            row["beside"] = dict(beside)
         self.rows.append(row)
         verdict = "" if bound is None else f"  (at most {bound:g}: {'ok' if row['ok'] else 'OVER'})"
-        print(f"{what:<72} {figure:>10.4g} {unit}{verdict}", file=sys.stderr, flush=True)
+        if goal is not None:
+            verdict += f"  (goal {goal:g}: {'met' if row['met'] else 'MISSED'})"
+        if beside is not None:
+            verdict += "  " + ", ".join(f"{name} {span:.4g}" for name, span in beside.items())
+        label = what if binding is None else f"{binding}: {what}"
+        print(f"{label:<72} {figure:>10.4g} {unit}{verdict}", file=sys.stderr, flush=True)
 
 
 class Serves(Protocol):

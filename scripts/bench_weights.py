@@ -1,9 +1,5 @@
-"""Weights: requests, bytes and speed of reading them, beside curl on the same server.
+"""Weights: requests, bytes and speed of reading them, beside curl on the same server."""
 
-The server is a process of its own, so that it takes no time of what is measured.
-"""
-
-import json
 import os
 import random
 import subprocess
@@ -14,82 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
 
 from bench_harness import Bench, daemon_of, mounted, resident_mb, timed
+from bench_server import Server
 
 GB = 1_000_000_000
 #: What the files of a checkpoint are besides its tensors, and the ends of blocks that are cut.
 SLACK_BYTES = 8 << 20
-
-
-class Server:
-    """A demo server in a process of its own, told what to do a line at a time."""
-
-    base_url: str
-    api_key: str
-    run_id: str
-
-    def __init__(self, **arguments: object) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> Self:
-        told = self._answer()
-        self.base_url, self.api_key = told["base_url"], told["api_key"]
-        self.run_id = told["run_id"]
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._process.communicate(timeout=30)
-
-    def ask(self, word: str) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(word + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
-
-def serve(arguments: dict[str, Any]) -> None:
-    """Be that process."""
-    from tinkerfs.demo.server import DemoServer
-
-    bytes_per_s = arguments.pop("bytes_per_s")
-    with DemoServer(**arguments) as server:
-        if bytes_per_s:
-            server.faults.add("store", times=None, bytes_per_s=bytes_per_s)
-        run_id = server.account.run_ids[0]
-        facts = {"base_url": server.base_url, "api_key": server.api_key, "run_id": run_id}
-        print(json.dumps(facts), flush=True)
-        for word in sys.stdin:
-            if word.startswith("url"):
-                number = word.split()[1]
-                print(json.dumps(server.archive_url(run_id, f"sampler_weights/{number}")))
-            elif word == "clear\n":
-                server.journal.clear()
-                print("null")
-            else:
-                server.journal.wait_until_idle()
-                entries = server.journal.entries()
-                print(
-                    json.dumps(
-                        {
-                            "api": sum(e.origin == "api" for e in entries),
-                            "archives": sum(e.endpoint == "GET archive" for e in entries),
-                            "store": sum(e.origin == "store" for e in entries),
-                            "sent": sum(e.sent_bytes for e in entries if e.origin == "store"),
-                        }
-                    )
-                )
-            sys.stdout.flush()
 
 
 @contextmanager
@@ -165,7 +92,7 @@ def measure_weights(bench: Bench, binding: str) -> None:
 def looks(bench: Bench, binding: str) -> None:
     """Touch a little of a large file, at 50 ms latency."""
     with (
-        Server(runs=1, checkpoints=5, size_bytes=GB, latency_s=0.05, bytes_per_s=0) as server,
+        Server(runs=1, checkpoints=5, size_bytes=GB, latency_s=0.05) as server,
         fresh(server, binding) as folder,
     ):
         path, other, *_ = members(folder, server)
@@ -198,7 +125,7 @@ def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> Non
         for _ in range(3):
             with fresh(server, binding) as folder:
                 path = members(folder, server)[0]
-                url = server.ask(f"url {path.parent.parent.name}")
+                url = server.ask("url", path.parent.parent.name)
                 server.ask("clear")
                 spans["mount"].append(seconds(partial(dd, path)))
                 cost = server.ask("counts")
@@ -214,7 +141,7 @@ def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> Non
 def warm_reads(bench: Bench, binding: str) -> None:
     """Read again what is kept: from another mount, by many, at random."""
     with (
-        Server(runs=1, checkpoints=5, size_bytes=GB, latency_s=0.0, bytes_per_s=0) as server,
+        Server(runs=1, checkpoints=5, size_bytes=GB) as server,
         tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache,
     ):
         with mounted(server, binding, Path(cache)) as folder:
@@ -256,7 +183,3 @@ def random_read_us(path: Path) -> float:
     finally:
         os.close(fd)
     return sorted(spans)[len(spans) // 2] * 1e6
-
-
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))

@@ -1,0 +1,129 @@
+"""What a mount is compared with: the same tree on tmpfs, bindfs over that, a null file system.
+
+Each side's figure is the median of several runs that take turns with the others', and each run
+starts when the kernel has forgotten what it may keep for a second of that side.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench_harness import Bench
+
+TMPFS = Path("/dev/shm")
+#: Entries and attributes of every side are good for 1 s in the kernel; and a little for its clock.
+FORGOTTEN_S = 1.05
+ROUNDS = 5
+
+Work = Callable[[Path], object]
+
+
+class Side:
+    """One of those that are compared: a folder, and when it was looked at last."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name, self.root = name, root
+        self._left_s = 0.0
+
+    def time(self, work: Work) -> float:
+        """Return how long some work takes here, seconds, once the kernel has forgotten."""
+        time.sleep(max(0.0, self._left_s + FORGOTTEN_S - time.monotonic()))
+        began = time.perf_counter()
+        work(self.root)
+        took_s = time.perf_counter() - began
+        self._left_s = time.monotonic()
+        return took_s
+
+
+def compare(sides: Sequence[Side], work: Work, rounds: int = ROUNDS) -> dict[str, float]:
+    """Return each side's median over runs that take turns.
+
+    Args:
+        sides: the mount, bindfs, and what else is of interest.
+        work: what each does in its folder.
+        rounds: how often; with fewer than the usual, what is merely of interest does it once.
+    """
+    spans: dict[str, list[float]] = {side.name: [] for side in sides}
+    for number in range(rounds):
+        for side in sides if number == 0 or rounds == ROUNDS else sides[:2]:
+            spans[side.name].append(side.time(work))
+    return {name: statistics.median(each) for name, each in spans.items()}
+
+
+def add_ratio(
+    bench: Bench, binding: str, what: str, medians: dict[str, float], goal: float | None
+) -> None:
+    """Add a row of the mount's time over bindfs's."""
+    ratio = medians["mount"] / medians["bindfs"]
+    bench.add(what, ratio, "x", goal=goal, binding=binding, beside=medians)
+
+
+@contextmanager
+def tmpfs() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-", dir=TMPFS) as folder:
+        yield Path(folder)
+
+
+def copy_shape(source: Path, target: Path, depth: int) -> None:
+    """Make a tree with the names, kinds, sizes, links and times of another, so many levels deep.
+
+    Nothing is read: files hold as many spaces as their size says.
+    """
+    target.mkdir(exist_ok=True)
+    with os.scandir(source) as entries:
+        for entry in entries:
+            made, found = target / entry.name, entry.stat(follow_symlinks=False)
+            if entry.is_symlink():
+                made.symlink_to(os.readlink(entry.path))
+            elif entry.is_dir(follow_symlinks=False):
+                made.mkdir()
+                if depth > 1:
+                    copy_shape(Path(entry.path), made, depth - 1)
+            else:
+                made.write_bytes(b" " * found.st_size)
+                made.chmod(found.st_mode & 0o777)
+            os.utime(made, ns=(found.st_mtime_ns,) * 2, follow_symlinks=False)
+
+
+@contextmanager
+def bindfs(source: Path) -> Iterator[Path]:
+    """Mount bindfs over a tree, as it comes."""
+    if shutil.which("bindfs") is None:
+        sys.exit("scripts/bench compares with bindfs: please install it (apt install bindfs)")
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-bindfs-") as folder:
+        subprocess.run(["bindfs", "--no-allow-other", source, folder], check=True, timeout=30)
+        try:
+            yield Path(folder)
+        finally:
+            unmount(folder)
+
+
+@contextmanager
+def null(source: Path, binding: str) -> Iterator[Path]:
+    """Mount a null file system of the shape of a tree, under a binding."""
+    script = Path(__file__).with_name("bench_null.py")
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-null-") as folder:
+        process = subprocess.Popen(
+            [sys.executable, script, source, folder],
+            env=os.environ | {"TINKERFS_FUSE_BINDING": binding},
+        )
+        try:
+            while not os.path.ismount(folder):
+                assert process.poll() is None, "the null file system did not come up"
+                time.sleep(0.05)
+            yield Path(folder)
+        finally:
+            unmount(folder)
+            process.wait(30)
+
+
+def unmount(folder: str) -> None:
+    program = shutil.which("fusermount3") or "fusermount"
+    subprocess.run([program, "-u", folder], check=True, timeout=30)
