@@ -1,4 +1,4 @@
-"""Counts of calls, waits while others wait, and memory."""
+"""Counts of calls, and waits while others wait."""
 
 import shlex
 import statistics
@@ -7,12 +7,9 @@ import time
 from pathlib import Path
 
 from bench_harness import (
-    RUNS_OF_A_TIMED_THING,
     Bench,
     calls,
-    daemon_of,
     mounted,
-    resident_mb,
     seconds_to_leave,
     shell,
     start,
@@ -21,32 +18,45 @@ from bench_harness import (
 
 from tinkerfs.demo.server import DemoServer
 
+#: What costs nothing once a walk has been made.
+LOOKS = "find runs -type f; du -s runs; stat runs/*; cat runs/*/checkpoints/*/*/info.json"
+#: Long enough that three small walks take less.
+TTL_S = 4
+
 
 def count_calls(bench: Bench, binding: str, cache: Path) -> None:
     """Count the calls of common commands; the look at the key while mounting is not counted."""
 
     def count(what: str, script: str, bound: int) -> None:
-        bench.add(f"{binding}: {what}", calls(server, script, folder), "calls", bound)
+        bench.add(what, calls(server, script, folder), "calls", bound)
 
     def of_these(what: str, endpoint: str, bound: int) -> None:
         found = server.journal.count(endpoint)
-        bench.add(f"{binding}: ... of these {what}", found, "calls", bound)
+        bench.add(f"... of these {what}", found, "calls", bound)
 
     with DemoServer(runs=1000, checkpoints=2) as server, mounted(server, binding, cache) as folder:
         count("ls /runs, 1,000 runs", "ls runs", 10)
-        count("the same, warm", "ls runs", 0)
+        count("... warm", "ls runs", 0)
     walk = "ls -lR runs"
     with DemoServer(runs=100, checkpoints=10) as server:
         with mounted(server, binding, cache, "--ttl", "600") as folder:
             count("ls -lR /runs, 100 runs x 10", walk, 1101)
             of_these("weights info", "POST weights_info", 1000)
-            count("the same, warm", walk, 0)
+            count("... warm", walk, 0)
+            count("find, du, stat and cat of every info.json, warm", LOOKS, 0)
             count("grep -r lora_rank /runs, warm", "grep -r lora_rank runs", 0)
             count("rm -r of one", 'set -- runs/*/checkpoints/weights/*; rm -r "$1"', 2)
             of_these("deletes", "DELETE checkpoint", 1)
         with mounted(server, binding, cache) as folder:
             count("ls -lR in the second mount", walk, 101)
             of_these("weights info", "POST weights_info", 0)
+    with (
+        DemoServer(runs=10, checkpoints=5) as server,
+        mounted(server, binding, cache, "--ttl", str(TTL_S)) as folder,
+    ):
+        count("ls -lR /runs, 10 runs x 5", walk, 61)
+        time.sleep(TTL_S)
+        count("... three times after the TTL", f"{walk}; {walk}; {walk}", 11)
     with (
         DemoServer(runs=3, checkpoints=20, seed=3) as server,
         mounted(server, binding, cache) as folder,
@@ -74,10 +84,10 @@ def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
         readers = [start(["cat", str(url)], folder) for url in urls]
         rule.wait_for(len(urls))
         waiting = timed(lambda: shell("ls -l runs", folder))
-        bench.add(f"{binding}: ls -l /runs, alone", alone, "s")
-        bench.add(f"{binding}: the same while {len(urls)} reads hang", waiting, "s")
+        bench.add("ls -l /runs, alone", alone, "s")
+        bench.add(f"the same while {len(urls)} reads hang", waiting, "s")
         left = statistics.median(seconds_to_leave(reader) for reader in readers)
-        bench.add(f"{binding}: Ctrl-C of cat archive_url, median of {len(urls)}", left, "s")
+        bench.add(f"Ctrl-C of cat archive_url, median of {len(urls)}", left, "s")
         rule.release()
     for what, script, endpoint in COLD_WAITS:
         with (
@@ -88,27 +98,5 @@ def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
             rule = server.faults.add(endpoint, hang=True, times=None)
             reader = start(shlex.split(script.format(run=server.account.run_ids[0])), folder)
             rule.wait_for(1)
-            bench.add(f"{binding}: Ctrl-C of {what}", seconds_to_leave(reader), "s")
+            bench.add(f"Ctrl-C of {what}", seconds_to_leave(reader), "s")
             rule.release()
-
-
-def measure_mounting(bench: Bench, binding: str, cache: Path) -> None:
-    spans = []
-    with DemoServer() as server:
-        for _ in range(RUNS_OF_A_TIMED_THING):
-            began = time.perf_counter()
-            with mounted(server, binding, cache):
-                spans.append(time.perf_counter() - began)
-    bench.add(f"{binding}: until the mount answers, median", statistics.median(spans), "s")
-
-
-def measure_memory(bench: Bench, cache: Path, runs: int, checkpoints: int) -> None:
-    listed = f"{runs * checkpoints:,} checkpoints over {runs:,} runs"
-    with (
-        DemoServer(runs=runs, checkpoints=checkpoints) as server,
-        mounted(server, "auto", cache, "--ttl", "3600") as folder,
-    ):
-        began = time.perf_counter()
-        shell("ls -R runs", folder)
-        bench.add(f"ls -R of {listed}, cold", time.perf_counter() - began, "s")
-        bench.add(f"resident memory with {listed}", resident_mb(daemon_of(folder)), "MB")

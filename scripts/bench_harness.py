@@ -24,6 +24,14 @@ class Bench:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self._binding: str | None = None
+
+    @contextmanager
+    def under(self, binding: str) -> Iterator[None]:
+        """Say that the rows that are added meanwhile are of a binding."""
+        self._binding = binding
+        yield
+        self._binding = None
 
     def add(
         self,
@@ -33,7 +41,6 @@ class Bench:
         bound: float | None = None,
         *,
         goal: float | None = None,
-        binding: str | None = None,
         beside: Mapping[str, float] | None = None,
     ) -> None:
         """Add a row, and print it.
@@ -44,11 +51,10 @@ class Bench:
             unit: of the figure, the bound and the goal.
             bound: the most it may be; over it the run fails.
             goal: the most it should be; over it the run says so, and goes on.
-            binding: under which it was.
-            beside: what the figure was made from, by name, seconds.
+            beside: what the figure was made from, by name.
         """
-        row = {"what": what, "binding": binding, "figure": figure, "unit": unit, "bound": bound}
-        row |= {"ok": bound is None or figure <= bound}
+        row = {"what": what, "binding": self._binding, "figure": figure, "unit": unit}
+        row |= {"bound": bound, "ok": bound is None or figure <= bound}
         if goal is not None:
             row |= {"goal": goal, "met": figure <= goal}
         if beside is not None:
@@ -59,7 +65,7 @@ class Bench:
             verdict += f"  (goal {goal:g}: {'met' if row['met'] else 'MISSED'})"
         if beside is not None:
             verdict += "  " + ", ".join(f"{name} {span:.4g}" for name, span in beside.items())
-        label = what if binding is None else f"{binding}: {what}"
+        label = what if self._binding is None else f"{self._binding}: {what}"
         print(f"{label:<72} {figure:>10.4g} {unit}{verdict}", file=sys.stderr, flush=True)
 
 
@@ -73,13 +79,17 @@ class Serves(Protocol):
     def api_key(self) -> str: ...
 
 
-@contextmanager
-def mounted(server: Serves, binding: str, cache: Path, *options: str) -> Iterator[Path]:
-    environ = os.environ | {
+def daemon_environment(server: Serves, binding: str) -> dict[str, str]:
+    return os.environ | {
         "TINKER_BASE_URL": server.base_url,
         "TINKER_API_KEY": server.api_key,
         "TINKERFS_FUSE_BINDING": binding,
     }
+
+
+@contextmanager
+def mounted(server: Serves, binding: str, cache: Path, *options: str) -> Iterator[Path]:
+    environ = daemon_environment(server, binding)
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as folder:
         command = [*TINKERFS, "mount", folder, "--cache-dir", str(cache), *options]
         subprocess.run(command, env=environ, check=True, timeout=60)

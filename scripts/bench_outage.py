@@ -46,7 +46,7 @@ def measure_outages(bench: Bench, binding: str, cache: Path, seconds: float) -> 
             # A name that nobody knows is an answer that nothing but the server can give.
             while "No such" not in told("ls runs/nobody", folder) or not succeeds(SEEN, folder):
                 time.sleep(0.05)
-            name = f"{binding}: {kind} for {lasted:.0f} s"
+            name = f"{kind} for {lasted:.0f} s"
             bench.add(f"{name}: of {len(spans)} looks at what was seen failed", failed, "looks", 0)
             bench.add(f"{name}: calls made", made, "calls", ENDPOINTS * (lasted + 10))
             bench.add(f"{name}: first look", spans[0], "s")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench_harness import Bench, daemon_of, mounted, resident_mb
-from bench_weights import Server
+from bench_server import Server
 
 #: Runs and checkpoints of each; the first three are listed by one call each.
 SHAPES = (
@@ -30,7 +30,7 @@ OPTIONS = ("--ttl", "3600")
 def measure_scale(bench: Bench, binding: str) -> None:
     """Measure every shape, each on an empty cache and a server of its own."""
     for runs, checkpoints in SHAPES:
-        with Server(runs=runs, checkpoints=checkpoints, bytes_per_s=0) as server:
+        with Server(runs=runs, checkpoints=checkpoints) as server:
             shape = f"{runs * checkpoints:,} checkpoints over {runs:,} run{'s' * (runs > 1)}"
             if runs == 1:
                 in_one_run(bench, binding, server, shape)

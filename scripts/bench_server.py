@@ -75,8 +75,12 @@ def answers(server: Any, word: str, *values: Any) -> object:
         server.journal.clear()
         return None
     entries = server.journal.entries()
-    if word == "endpoints":
-        return dict(server.journal.endpoints())
+    if word == "entries":
+        fields = ("origin", "method", "path", "query", "endpoint", "start_s", "end_s", "status")
+        return [
+            {name: getattr(entry, name) for name in fields} | {"body": entry.body.decode()}
+            for entry in entries
+        ]
     assert word == "counts", word
     return {
         "api": sum(e.origin == "api" for e in entries),

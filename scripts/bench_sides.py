@@ -32,9 +32,11 @@ class Side:
         self.name, self.root = name, root
         self._left_s = 0.0
 
-    def time(self, work: Work) -> float:
+    def time(self, work: Work, before: Work | None = None) -> float:
         """Return how long some work takes here, seconds, once the kernel has forgotten."""
         time.sleep(max(0.0, self._left_s + FORGOTTEN_S - time.monotonic()))
+        if before is not None:
+            before(self.root)
         began = time.perf_counter()
         work(self.root)
         took_s = time.perf_counter() - began
@@ -42,27 +44,28 @@ class Side:
         return took_s
 
 
-def compare(sides: Sequence[Side], work: Work, rounds: int = ROUNDS) -> dict[str, float]:
+def compare(
+    sides: Sequence[Side], work: Work, rounds: int = ROUNDS, before: Work | None = None
+) -> dict[str, float]:
     """Return each side's median over runs that take turns.
 
     Args:
         sides: the mount, bindfs, and what else is of interest.
         work: what each does in its folder.
         rounds: how often; with fewer than the usual, what is merely of interest does it once.
+        before: what is done before each, and not timed.
     """
     spans: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds):
         for side in sides if number == 0 or rounds == ROUNDS else sides[:2]:
-            spans[side.name].append(side.time(work))
+            spans[side.name].append(side.time(work, before))
     return {name: statistics.median(each) for name, each in spans.items()}
 
 
-def add_ratio(
-    bench: Bench, binding: str, what: str, medians: dict[str, float], goal: float | None
-) -> None:
+def add_ratio(bench: Bench, what: str, medians: dict[str, float], goal: float) -> None:
     """Add a row of the mount's time over bindfs's."""
     ratio = medians["mount"] / medians["bindfs"]
-    bench.add(what, ratio, "x", goal=goal, binding=binding, beside=medians)
+    bench.add(what, ratio, "x", goal=goal, beside=medians)
 
 
 @contextmanager
@@ -113,6 +116,7 @@ def null(source: Path, binding: str) -> Iterator[Path]:
         process = subprocess.Popen(
             [sys.executable, script, source, folder],
             env=os.environ | {"TINKERFS_FUSE_BINDING": binding},
+            stderr=subprocess.DEVNULL,  # libfuse 3.14 warns of a default of its own
         )
         try:
             while not os.path.ismount(folder):

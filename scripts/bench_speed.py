@@ -28,13 +28,15 @@ def measure_speed(bench: Bench, bindings: Sequence[str], caches: Path) -> None:
         compared(server, caches / "flat", depth=1) as local,
     ):
         for binding in bindings:
-            measure_flat(bench, binding, server, local, caches / "flat")
+            with bench.under(binding):
+                measure_flat(bench, binding, server, local, caches / "flat")
     with (
         Server(runs=RUNS_OF_A_DEEP_TREE, checkpoints=CHECKPOINTS_OF_EACH) as server,
         compared(server, caches / "deep", depth=9) as local,
     ):
         for binding in bindings:
-            measure_deep(bench, binding, server, local, caches / "deep")
+            with bench.under(binding):
+                measure_deep(bench, binding, server, local, caches / "deep")
 
 
 @contextmanager
@@ -78,12 +80,12 @@ def measure_flat(
     with sides_of(binding, server, cache, local) as sides:
         sides[0].time(bash("ls -l runs"))
         medians = compare(sides, bash("ls -l runs"))
-        add_ratio(bench, binding, what, medians, 0.35 if libfuse_3 else 1.0)
+        add_ratio(bench, what, medians, 0.35 if libfuse_3 else 1.0)
     with mounted(server, binding, cache, *WARM, "--xattr") as folder:
         mount = Side("mount", folder)
         mount.time(bash("ls -l runs"))
         medians = compare([mount, *local], bash("ls -l runs"))
-        add_ratio(bench, binding, f"{what}, --xattr", medians, 1.0)
+        add_ratio(bench, f"{what}, --xattr", medians, 1.0)
 
 
 def measure_deep(
@@ -93,7 +95,7 @@ def measure_deep(
     shape = f"{RUNS_OF_A_DEEP_TREE:,} runs x {CHECKPOINTS_OF_EACH}"
     with sides_of(binding, server, cache, local) as sides:
         sides[0].time(bash("ls -R runs"))
-        add = partial(add_ratio, bench, binding)
+        add = partial(add_ratio, bench)
         for what, script, goal in (
             (f"ls -lR of {shape}", "ls -lR runs", 0.6 if libfuse_3 else 1.3),
             (f"find -type f in {shape}", "find runs -type f", 2.0),
@@ -115,7 +117,7 @@ def measure_deep(
         listed.unlink()
         some = names[:LOOKS]
         add(f"stat of {LOOKS:,} paths", compare(sides, partial(stat_each, names=some)), 1.5)
-        absent = ["runs/nobody"] * LOOKS
+        absent = [f"{names[0].split('/checkpoints')[0]}/nothing"] * LOOKS
         add(
             f"stat of an absent path, {LOOKS:,} times",
             compare(sides, partial(stat_each, names=absent)),

@@ -105,7 +105,7 @@ def looks(bench: Bench, binding: str) -> None:
             used_bytes = int(script(text, file))
             took_s = time.perf_counter() - began
             cost = server.ask("counts")
-            bench.add(f"{binding}: {what}", took_s, "s")
+            bench.add(what, took_s, "s")
             bench.add("... store requests", cost["store"], "requests")
             bench.add("... used", used_bytes / 1e6, "MB")
             over = (cost["sent"] - used_bytes) / 1e6
@@ -117,7 +117,7 @@ def looks(bench: Bench, binding: str) -> None:
 def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> None:
     """Read 1 GB from nothing, beside curl with 1 and with 8 connections, in turns."""
     speed = f"{limit // 1_000_000} MB/s a connection" if limit else "unlimited"
-    name = f"{binding}: 1 GB cold, {latency_s * 1000:.0f} ms, {speed}"
+    name = f"1 GB cold, {latency_s * 1000:.0f} ms, {speed}"
     with Server(
         runs=1, checkpoints=5, size_bytes=GB, latency_s=latency_s, bytes_per_s=limit
     ) as server:
@@ -149,18 +149,18 @@ def warm_reads(bench: Bench, binding: str) -> None:
             server.ask("clear")
             took_s = seconds(lambda: dd(*[paths[0]] * 64))
             cost = server.ask("counts")
-            bench.add(f"{binding}: 64 readers of one 1 GB file, cold", took_s, "s")
+            bench.add("64 readers of one 1 GB file, cold", took_s, "s")
             bench.add("... fetched over its size", cost["sent"] / GB, "x", 1 + SLACK_BYTES / GB)
             bench.add("... resident memory", resident_mb(daemon_of(folder)), "MB")
             took_s = seconds(lambda: dd(*paths))
-            bench.add(f"{binding}: {len(paths)} files of 1 GB at once", took_s, "s")
+            bench.add(f"{len(paths)} files of 1 GB at once", took_s, "s")
             bench.add("... resident memory", resident_mb(daemon_of(folder)), "MB")
         with mounted(server, binding, Path(cache)) as folder:
             path = members(folder, server)[0]
             server.ask("clear")
             took_s = seconds(lambda: dd(path))
             cost = server.ask("counts")
-            bench.add(f"{binding}: 1 GB in the second mount", GB / 1e6 / took_s, "MB/s")
+            bench.add("1 GB in the second mount", GB / 1e6 / took_s, "MB/s")
             bench.add("... store requests", cost["store"], "requests", 0)
             bench.add("... calls for an archive", cost["archives"], "calls", 0)
             local = Path(cache) / "local"
@@ -169,7 +169,7 @@ def warm_reads(bench: Bench, binding: str) -> None:
             bench.add("... its time over that of a local file", took_s / middle, "x")
             bench.add("... and once the kernel has it", timed(lambda: dd(path)) / middle, "x")
             for what, file in (("mount", path), ("local file", local)):
-                bench.add(f"{binding}: random 4 KiB, {what}", random_read_us(file), "us")
+                bench.add(f"random 4 KiB, {what}", random_read_us(file), "us")
 
 
 def random_read_us(path: Path) -> float:

@@ -1,0 +1,44 @@
+"""What takes long: a large account listed and walked again and again, and many at work at once."""
+
+import time
+from pathlib import Path
+
+from bench_harness import Bench, daemon_of, mounted, resident_mb, shell
+from bench_server import Server
+from bench_soak import soak
+
+RUNS, CHECKPOINTS = 1000, 100
+MEMORY_MB = 150.0
+#: "Flat": what the allocator moves by anyway.
+GROWTH_MB = 5.0
+WALK = "ls -R runs"
+
+
+def measure_endurance(
+    bench: Bench, binding: str, cache: Path, walk_s: float, soak_s: float
+) -> None:
+    """Measure memory over walks for `walk_s`, and let many work for `soak_s`, seconds."""
+    measure_memory(bench, binding, cache, walk_s)
+    soak(bench, binding, soak_s)
+
+
+def measure_memory(bench: Bench, binding: str, cache: Path, walk_s: float) -> None:
+    listed = f"{RUNS * CHECKPOINTS:,} checkpoints over {RUNS:,} runs"
+    with (
+        Server(runs=RUNS, checkpoints=CHECKPOINTS) as server,
+        mounted(server, binding, cache, "--ttl", "3600") as folder,
+    ):
+        daemon = daemon_of(folder)
+        began = time.monotonic()
+        shell(WALK, folder)
+        bench.add(f"{WALK[:5]} of {listed}, cold", time.monotonic() - began, "s")
+        first_mb = resident_mb(daemon)
+        bench.add("... resident memory then", first_mb, "MB", goal=MEMORY_MB)
+        began, walks = time.monotonic(), 0
+        while not walks or time.monotonic() - began < walk_s:
+            shell(WALK, folder)
+            walks += 1
+        what = f"... and growth over {time.monotonic() - began:.0f} s of walking"
+        growth_mb = resident_mb(daemon) - first_mb
+        bench.add(what, growth_mb, "MB", goal=GROWTH_MB)
+        bench.add("... walks in that time", walks, "walks")
