@@ -61,17 +61,19 @@ def soak(bench: Bench, binding: str, seconds: float) -> None:
     bench.add("... calls made", len(calls), "calls", beside=endpoints)
     excess = beyond_single_flight(calls, lasted_s)
     bench.add("... calls beyond single flight", excess.total(), "calls", 0)
-    for what, count in excess.most_common(5):
-        print(f"    {count} of {what}", file=sys.stderr)
+    for each, count in excess.most_common(5):
+        print(f"    {count} of {each}", file=sys.stderr)
+    bench.add("... the same call twice at a time", at_once(calls), "calls", 0)
     bench.add("... resident memory", memory_mb, "MB")
 
 
 def beyond_single_flight(calls: list[dict[str, Any]], lasted_s: float) -> Counter[str]:
     """Return how many calls more were made of each kind than when all share what one has asked.
 
-    A listing is asked for once in a TTL, and by each change of its run; weights info once at all.
+    A listing is asked for once in a TTL, and by each change of what it lists; weights info once at
+    all.
     """
-    changes = Counter(run_of(call) for call in calls if is_change(call))
+    changes = changes_by_run(calls)
     made = Counter(what(call) for call in calls if not is_change(call))
     run_by_what = {what(call): run_of(call) for call in calls}
     of_ttl = math.ceil(lasted_s / TTL_S) + 1
@@ -83,6 +85,24 @@ def beyond_single_flight(calls: list[dict[str, Any]], lasted_s: float) -> Counte
             for each, count in made.items()
         }
     )
+
+
+def at_once(calls: list[dict[str, Any]]) -> int:
+    """Return how many calls began while the same was on its way, where no change called for it."""
+    changes, under_way = changes_by_run(calls), dict[str, float]()
+    count = 0
+    for call in sorted(calls, key=lambda call: call["start_s"]):
+        if not is_change(call) and not changes[run_of(call)]:
+            count += call["start_s"] < under_way.get(what(call), 0.0)
+            under_way[what(call)] = call["end_s"]
+    return count
+
+
+def changes_by_run(calls: list[dict[str, Any]]) -> Counter[str]:
+    """Return how many changes there were of each run; of all under "", for what lists them all."""
+    changes = Counter(run_of(call) for call in calls if is_change(call))
+    changes[""] = changes.total()
+    return changes
 
 
 def what(call: dict[str, Any]) -> str:
@@ -147,7 +167,8 @@ class Worker:
 
     def expire(self) -> None:
         path = self._checkpoint(self._folder / "runs" / self._own) / "expires_at"
-        path.write_text(self._random.choice(["never", "2100-01-01T00:00:00Z"]))
+        days = self._random.randrange(1, 1000)
+        path.write_text(time.strftime("%FT%TZ", time.gmtime(time.time() + days * 86400)))
 
     def work(self, seconds: float) -> dict[str, Any]:
         """Do things for so long; return how often each was done, and what failed."""
