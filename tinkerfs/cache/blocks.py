@@ -106,7 +106,8 @@ class BlockCache:
             is_admitted = self._sweeper.admit(size_bytes)
         if not is_admitted:
             self._telemetry.count("cache_blocks_refused")
-            self.tell(errors.no_space(str(self.folder), "the block cache is full of open files"))
+            words = "no room for a block: the disk is full, or the cache is full of open files"
+            self.tell(errors.no_space(str(self.folder), words))
         return is_admitted
 
     def kept_bytes(self) -> int:
