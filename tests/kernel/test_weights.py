@@ -78,20 +78,21 @@ def test_one_tensor_fetches_what_it_touches(make_account):
     account = make_account(runs=1, checkpoints=1)
     run = account.new_run()
     run_id = run.removeprefix("runs/")
-    account.server.account.add_checkpoint(run_id, "sampler_weights/big", size_bytes=5 * BIG_BYTES)
+    account.server.account.add_checkpoint(run_id, "sampler_weights/big", size_bytes=20 * BIG_BYTES)
     account.refresh()
     file = account.path(f"{run}/checkpoints/sampler_weights/big/files/adapter_model.safetensors")
     with open(file, "rb") as opened:
         length = struct.unpack("<Q", opened.read(8))[0]
         header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
-        first, last = max(value["data_offsets"] for value in header.values())
+        first, last = sorted(value["data_offsets"] for value in header.values())[len(header) // 2]
         opened.seek(8 + length + first)
         tensor = opened.read(last - first)
     assert len(tensor) == last - first
     sent = sum(entry.sent_bytes for entry in account.server.journal.entries("GET store/archive"))
-    # Whole blocks, 8 MiB for the header, and as much ahead of a tensor that is read in order.
-    assert sent <= len(tensor) * 2 + (24 << 20) < 5 * BIG_BYTES / 2
+    # Blocks of 4 MiB: one with the header, one that the tensor begins in and one that it ends in;
+    # the kernel reads ahead into another.
+    assert sent <= len(tensor) + (17 << 20) < 1.6 * len(tensor)
     account.server.journal.clear()
     with open(file, "rb") as opened:
         opened.seek(8 + length + first)

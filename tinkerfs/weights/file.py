@@ -9,6 +9,7 @@ from tinkerfs.call import Call
 from tinkerfs.weights.readahead import ReadAhead
 from tinkerfs.weights.remote import BLOCK_BYTES, RemoteFile, blocks_of
 from tinkerfs.weights.tarindex import Member, Segment
+from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensor_ends
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -62,6 +63,8 @@ class WeightsFile:
             return b""
         data = self._read(offset, stop, call)
         self._fetch_ahead(*self._ahead.wanted(offset, stop - offset))
+        if self._ahead.needs_ends():
+            self._learn_ends()
         return data
 
     def peek(self, start: int, stop: int) -> bytes | None:
@@ -122,6 +125,19 @@ class WeightsFile:
             for piece in self._places(start, stop)
         ]
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _learn_ends(self) -> None:
+        """Look for a header of tensors in what is there: who wants one of them has just read it."""
+        prefix = self.peek(0, LENGTH_BYTES)
+        if prefix is None:
+            return
+        try:
+            stop = LENGTH_BYTES + header_length(prefix, self.size_bytes)
+            header = self.peek(LENGTH_BYTES, stop)
+            if header is not None:
+                self._ahead.learn_ends(tensor_ends(header, self.size_bytes))
+        except ValueError:
+            self._ahead.learn_ends(())
 
     def _fetch_ahead(self, start: int, stop: int) -> None:
         for piece in self._places(start, stop):

@@ -3,10 +3,13 @@
 The kernel sends the reads of one program through several threads, 128 KiB or so each, partly out of
 order. So a read continues a run when it is near the run's end, whichever side; and as much as a run
 has read it is worth to fetch ahead: a header costs nothing more, a whole file soon has all
-connections busy, and a jump starts at nothing again.
+connections busy, and a jump starts at nothing again. Who jumped into a file of tensors may want one
+of them: nothing beyond its end is fetched ahead before the run has left it behind.
 """
 
 import threading
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["MAX_AHEAD_BYTES", "ReadAhead"]
@@ -14,7 +17,8 @@ __all__ = ["MAX_AHEAD_BYTES", "ReadAhead"]
 #: The furthest that is fetched ahead: 16 connections with 4 MiB each.
 MAX_AHEAD_BYTES = 64 << 20
 
-#: How far from a run's end a read may be and still continue it: the kernel's threads are apart.
+#: How far from a run's end a read may be and still continue it: the kernel's threads are apart. It
+#: is also how far the kernel's own read-ahead makes a run begin before a tensor, or end behind it.
 NEAR_BYTES = 2 << 20
 
 #: A file up to this size is fetched whole at its second sequential read.
@@ -28,6 +32,11 @@ _STRIDE_JUMPS = 2
 class _Run:
     start: int
     end: int
+
+    @property
+    def is_from_start(self) -> bool:
+        """Whether it began where a file does: that is a header, or all of it."""
+        return self.start <= NEAR_BYTES
 
 
 class ReadAhead:
@@ -45,6 +54,18 @@ class ReadAhead:
         self._reached = 0
         self._jump_bytes = 0
         self._jumps = 0
+        self._ends: Sequence[int] | None = None
+
+    def needs_ends(self) -> bool:
+        """Tell whether it matters now where the tensors of the file end, and is not known."""
+        with self._lock:
+            is_small = self._size_bytes <= SMALL_FILE_BYTES
+            return self._ends is None and not is_small and not self._run.is_from_start
+
+    def learn_ends(self, ends: Sequence[int]) -> None:
+        """Take note of where the tensors of the file end, in order; empty for a file of none."""
+        with self._lock:
+            self._ends = ends
 
     def wanted(self, offset: int, size: int) -> tuple[int, int]:
         """Take note of a read, and return what to fetch ahead: [start, stop), empty for nothing."""
@@ -58,7 +79,7 @@ class ReadAhead:
             ahead_bytes = min(run.end - run.start, MAX_AHEAD_BYTES)
             if self._size_bytes <= SMALL_FILE_BYTES and not is_first:
                 ahead_bytes = self._size_bytes
-            stop = min(run.end + ahead_bytes, self._size_bytes)
+            stop = min(run.end + ahead_bytes, self._size_bytes, self._tensor_end(run))
             start = max(run.end, self._reached)
             return (start, stop) if start < stop else (0, 0)
 
@@ -67,6 +88,14 @@ class ReadAhead:
         with self._lock:
             if stop > self._run.end:
                 self._reached = stop
+
+    def _tensor_end(self, run: _Run) -> int:
+        """Return the end of the tensor that a run began in, while it may be all that is read."""
+        if self._ends and not run.is_from_start:
+            at = bisect_left(self._ends, run.start + NEAR_BYTES)
+            if at < len(self._ends) and run.end < self._ends[at] + NEAR_BYTES:
+                return self._ends[at]
+        return self._size_bytes
 
     def _jumped(self, offset: int, end: int) -> tuple[int, int]:
         """Start another run; of jumps of one length, fetch where the next one leads."""

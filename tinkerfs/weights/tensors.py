@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "header_length", "tensors_json"]
+__all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "header_length", "tensor_ends", "tensors_json"]
 
 #: The file starts with the length of its header in so many bytes.
 LENGTH_BYTES = 8
@@ -53,6 +53,23 @@ def header_length(prefix: bytes, size_bytes: int) -> int:
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"its header of {length} bytes is larger than is read")
     return length
+
+
+def tensor_ends(header: bytes, size_bytes: int) -> list[int]:
+    """Return where the tensors of a safetensors file end, in order.
+
+    Args:
+        header: without its length.
+        size_bytes: of the file.
+
+    Raises:
+        ValueError: the header is not what the format says.
+    """
+    start = LENGTH_BYTES + len(header)
+    entries = _entries("it", header)
+    entries.pop("__metadata__", None)
+    tensors = [_tensor("it", name, value, size_bytes - start) for name, value in entries.items()]
+    return sorted(start + tensor.data_offsets[1] for tensor in tensors)
 
 
 def tensors_json(headers: "dict[str, tuple[bytes, int]]") -> bytes:

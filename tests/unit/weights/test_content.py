@@ -89,6 +89,27 @@ def test_the_header_of_a_large_file_costs_little(demo_server, weights_of):
     assert server.journal.count(ARCHIVE) == 3
 
 
+@pytest.mark.parametrize("is_remounted", [False, True])
+def test_one_tensor_of_a_large_file_costs_little_more_than_itself(
+    demo_server, weights_of, is_remounted
+):
+    server = demo_server(runs=1, size_bytes=1_000_000_000)
+    subject, mount = subject_of(server), weights_of(server)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        length = int.from_bytes(file.read(8, 0, IN_PROCESS), "little")
+        header = json.loads(file.read(length, 8, IN_PROCESS))
+        del header["__metadata__"]
+        begin, end = sorted(each["data_offsets"] for each in header.values())[len(header) // 2]
+        with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as later:
+            server.journal.clear()
+            reader = later if is_remounted else file
+            for offset in range(begin, end, 256 * 1024):
+                reader.read(min(256 * 1024, end - offset), 8 + length + offset, IN_PROCESS)
+    assert end - begin > 40_000_000
+    # It begins within a block, and ends within one.
+    assert end - begin <= sent_bytes(server) <= end - begin + 2 * BLOCK_BYTES
+
+
 def test_what_was_read_once_is_fetched_by_no_later_mount(small, weights_of):
     subject = subject_of(small)
     mount = weights_of(small)

@@ -101,3 +101,43 @@ def test_nothing_is_wanted_beyond_the_end():
     ahead = ReadAhead(10 * MIB)
     assert max(ends(ahead, in_order(10 * MIB))) == 10 * MIB
     assert ReadAhead(0).wanted(0, 0) == (0, 0)
+
+
+def tensors_of(size, count):
+    """A file of so many tensors, and read-ahead that knows them."""
+    ahead = ReadAhead(size * count)
+    ends(ahead, in_order(MIB))
+    assert not ahead.needs_ends()
+    ends(ahead, [(size * count // 2, 4 * KIB)])
+    assert ahead.needs_ends()
+    ahead.learn_ends(range(size, size * count + 1, size))
+    assert not ahead.needs_ends()
+    return ahead
+
+
+@pytest.mark.parametrize("early", [0, 512 * KIB])
+@pytest.mark.parametrize("late", [0, MIB])
+def test_nothing_behind_a_tensor_is_fetched_for_who_jumped_to_it(early, late):
+    size = 40 * MIB
+    ahead = tensors_of(size, 25)
+    reads = in_order(early + size + late, begin=7 * size - early)
+    assert max(ends(ahead, reads)) == 8 * size
+
+
+def test_who_leaves_a_tensor_behind_has_what_follows_fetched():
+    size = 40 * MIB
+    ahead = tensors_of(size, 25)
+    reached = ends(ahead, in_order(size + NEAR_BYTES, begin=7 * size))
+    assert max(reached) == reached[-1] == 8 * size + NEAR_BYTES + size + NEAR_BYTES
+
+
+def test_small_tensors_that_are_read_in_order_hold_up_nothing():
+    ahead = tensors_of(300 * KIB, 4000)
+    reached = ends(ahead, in_order(100 * MIB, begin=500 * MIB))
+    assert max(reached) == 600 * MIB + MAX_AHEAD_BYTES
+    assert max(reached[: 5 * 8]) == 510 * MIB
+
+
+def test_who_reads_from_the_start_on_reads_all():
+    ahead = tensors_of(40 * MIB, 25)
+    assert max(ends(ahead, in_order(100 * MIB))) == 100 * MIB + MAX_AHEAD_BYTES

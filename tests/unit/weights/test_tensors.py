@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from tinkerfs.weights.tensors import MAX_HEADER_BYTES, header_length, tensors_json
+from tinkerfs.weights.tensors import MAX_HEADER_BYTES, header_length, tensor_ends, tensors_json
 
 
 def header(**tensors):
@@ -69,6 +69,15 @@ def test_of_none_there_are_none():
 def test_a_header_that_lies_is_told(head):
     with pytest.raises(ValueError, match="a:"):
         made(a=head)
+
+
+def test_where_tensors_end_in_the_file():
+    head = header(b=f32(16, 2, 3), a=f32(0, 4), __metadata__={"format": "pt"})
+    start = 8 + len(head)
+    assert tensor_ends(head, start + 40) == [start + 16, start + 40]
+    assert tensor_ends(header(), 10) == []
+    with pytest.raises(ValueError, match="outside"):
+        tensor_ends(head, start + 39)
 
 
 def test_a_dtype_that_is_not_known_is_shown():
