@@ -19,6 +19,7 @@ from bench_markdown import write_into
 from bench_outage import measure_outages
 from bench_reads import measure_reads
 from bench_requests import count_requests
+from bench_rivals import measure_rivals
 from bench_scale import measure_scale
 from bench_speed import measure_speed
 from bench_views import count_views
@@ -77,6 +78,7 @@ def main() -> int:
         with bench.under(binding):
             if "weights" in parts:
                 measure_weights(bench, binding)
+                measure_rivals(bench, binding)
             if "outage" in parts:
                 measure_outages(bench, binding, Path(folder) / "outage", options.outage_s)
             if "endurance" in parts:

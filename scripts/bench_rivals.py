@@ -1,0 +1,187 @@
+"""Weights read through tinkerfs, and beside it through ratarmount and rclone where they are.
+
+Both are given what tinkerfs asks the API for: a signed URL. rclone lists a page of links and shows
+the archive, not what is in it; so it gets such a page, which leads to that URL. Every time counts
+from before the mount.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from bench_harness import Bench, daemon_of, mounted, resident_mb
+from bench_weights import GB, Server, dd, members, random_read_us, script, seconds
+
+LATENCY_S = 0.05
+BYTES_PER_S = 100_000_000
+RANDOM_READS = 200
+
+#: Mounts with a cache folder; yields the file that holds the weights, and who serves it.
+Mount = Callable[[Server, Path], AbstractContextManager[tuple[Path, int]]]
+
+FIRST_BYTES = """
+import sys, tarfile
+if sys.argv[1].endswith(".tar"):
+    with tarfile.open(sys.argv[1]) as archive:
+        print(len(archive.extractfile("adapter_model.safetensors").read(8)))
+else:
+    with open(sys.argv[1], "rb") as file:
+        print(len(file.read(8)))
+"""
+
+
+def measure_rivals(bench: Bench, binding: str) -> None:
+    mounts: dict[str, Mount] = {"tinkerfs": partial(tinkerfs, binding)}
+    if is_installed("ratarmount"):
+        mounts["ratarmount"] = ratarmount
+    if is_installed("rclone"):
+        mounts["rclone, no cache"] = partial(rclone, "off")
+        mounts["rclone, full cache"] = partial(rclone, "full")
+    with server_of(LATENCY_S, BYTES_PER_S) as server:
+        for name, mount in mounts.items():
+            beside(bench, name, mount, server)
+    with server_of(0.0, 0) as server:
+        for name, mount in mounts.items():
+            with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache:
+                took_s = seconds(partial(read_whole, mount, server, Path(cache)))
+            bench.add(f"{name}: 1 GB cold, 0 ms, unlimited", GB / 1e6 / took_s, "MB/s")
+
+
+def is_installed(name: str) -> bool:
+    path = shutil.which(name)
+    if path is None:
+        print(f"{name} is not installed: not compared", file=sys.stderr)
+    return path is not None
+
+
+def server_of(latency_s: float, bytes_per_s: int) -> Server:
+    return Server(
+        runs=1, checkpoints=5, size_bytes=GB, latency_s=latency_s, bytes_per_s=bytes_per_s
+    )
+
+
+def beside(bench: Bench, name: str, mount: Mount, server: Server) -> None:
+    """Read a little, all, at random, and again in the next mount."""
+    about = f"{LATENCY_S * 1000:.0f} ms, {BYTES_PER_S // 1_000_000} MB/s a connection"
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache:
+        server.ask("clear")
+        began = time.perf_counter()
+        with mount(server, Path(cache)) as (path, _):
+            assert int(script(FIRST_BYTES, path)) == 8
+            took_s = time.perf_counter() - began
+        cost = server.ask("counts")
+        bench.add(f"{name}: first 8 bytes of 1 GB, {about}", took_s, "s")
+        bench.add("... store requests", cost["store"], "requests")
+        bench.add("... fetched", cost["sent"] / 1e6, "MB")
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache:
+        server.ask("clear")
+        began = time.perf_counter()
+        with mount(server, Path(cache)) as (path, pid):
+            dd(path)
+            took_s = time.perf_counter() - began
+            cost = server.ask("counts")
+            bench.add(f"{name}: 1 GB cold, {about}", GB / 1e6 / took_s, "MB/s")
+            bench.add("... fetched over read", cost["sent"] / GB, "x")
+            bench.add("... resident memory", resident_mb(pid), "MB")
+            server.ask("clear")
+            took_us = random_read_us(path, RANDOM_READS)
+            cost = server.ask("counts")
+            bench.add(f"{name}: random 4 KiB after that", took_us, "us")
+            bench.add("... fetched over read", cost["sent"] / RANDOM_READS / 4096, "x")
+        server.ask("clear")
+        took_s = seconds(partial(read_whole, mount, server, Path(cache)))
+        cost = server.ask("counts")
+        bench.add(f"{name}: 1 GB in the second mount", GB / 1e6 / took_s, "MB/s")
+        bench.add("... fetched over read", cost["sent"] / GB, "x")
+
+
+def read_whole(mount: Mount, server: Server, cache: Path) -> None:
+    with mount(server, cache) as (path, _):
+        dd(path)
+
+
+@contextmanager
+def tinkerfs(binding: str, server: Server, cache: Path) -> Iterator[tuple[Path, int]]:
+    with mounted(server, binding, cache) as folder:
+        yield members(folder, server)[0], daemon_of(folder)
+
+
+@contextmanager
+def ratarmount(server: Server, cache: Path) -> Iterator[tuple[Path, int]]:
+    url = server.ask("url 0001")
+    command = ["ratarmount", "--foreground", "--index-file", str(cache / "index.sqlite"), url]
+    with served(command) as (folder, pid):
+        yield folder / "adapter_model.safetensors", pid
+
+
+@contextmanager
+def rclone(mode: str, server: Server, cache: Path) -> Iterator[tuple[Path, int]]:
+    with links_to(server.ask("url 0001"), "archive.tar") as page:
+        options = ["--read-only", "--vfs-cache-mode", mode, "--cache-dir", str(cache)]
+        # No configuration, of whoever runs this.
+        command = ["rclone", "mount", "--config", os.devnull, *options, f":http,url='{page}':"]
+        with served(command) as (folder, pid):
+            yield folder / "archive.tar", pid
+
+
+@contextmanager
+def served(command: list[str]) -> Iterator[tuple[Path, int]]:
+    """Have a command that stays serve a folder, its last argument."""
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as folder, open(os.devnull) as no:
+        process = subprocess.Popen(
+            [*command, folder], stdin=no, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while not os.path.ismount(folder):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{command[0]} does not mount")
+                time.sleep(0.01)
+            yield Path(folder), process.pid
+            subprocess.run(["fusermount3", "-u", folder], check=True)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+@contextmanager
+def links_to(url: str, name: str) -> Iterator[str]:
+    """Serve a page with one link, which leads to a URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            is_page = self.path == "/"
+            body = f'<a href="{name}">{name}</a>'.encode() if is_page else b""
+            self.send_response(200 if is_page else 307)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", str(len(body)))
+            if not is_page:
+                self.send_header("Location", url)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+            thread.join()
