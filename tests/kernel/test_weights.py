@@ -1,5 +1,7 @@
 """Weights on real mounts: what the kernel makes of sizes, pages and mappings; loaders."""
 
+import contextlib
+import gzip
 import hashlib
 import json
 import mmap
@@ -7,11 +9,14 @@ import os
 import shutil
 import struct
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 
 from tests.support.account import account, api_calls, make_account, needs
 from tests.support.mount import run
+from tinkerfs.demo.content import Data
 
 __all__ = ["account", "make_account"]
 
@@ -39,39 +44,54 @@ def archive_of(weights, name):
     return archive.read(0, archive.size_bytes)
 
 
+#: A copy of $1 to $2 by each tool.
 COPIES = {
-    "cp": "cp {0} {1}",
-    "cat": "cat {0} > {1}",
-    "dd": "dd if={0} of={1} bs=64k status=none",
-    "rsync": "rsync -L {0} {1}",
-    "tar": "tar chf - -C $(dirname {0}) $(basename {0}) | tar xOf - > {1}",
-    "busybox": "busybox cp -L {0} {1}",
-    "tail": "tail -c +1 {0} > {1}",
-    "python": "python3 -c 'import shutil, sys; shutil.copyfile(*sys.argv[1:])' {0} {1}",
+    "cp": 'cp "$1" "$2"',
+    "cat": 'cat "$1" > "$2"',
+    "dd": 'dd if="$1" of="$2" bs=64k status=none',
+    "rsync": 'rsync -L "$1" "$2"',
+    "tar": 'tar chf - -C "${1%/*}" "${1##*/}" | tar xOf - > "$2"',
+    "busybox": 'busybox cp -L "$1" "$2"',
+    "gio": 'gio copy "$1" "$2"',
+    "tail": 'tail -c +1 "$1" > "$2"',
+    "python": 'python3 -c \'import shutil, sys; shutil.copyfile(*sys.argv[1:])\' "$1" "$2"',
+    "sha256sum": 'sha256sum < "$1" > "$2"',
 }
+TIMES = 20
 
 
 @pytest.mark.parametrize("tool", COPIES)
 def test_every_byte_and_no_more_right_after_a_stat(weights, tool, tmp_path):
-    needs([tool] if tool in ("rsync", "busybox") else [])
+    """Checkpoints that nobody opened before, all at once: what must be right is the first open."""
+    needs([tool] if tool in ("rsync", "busybox", "gio") else [])
     run_id = weights.run.removeprefix("runs/")
-    for name in ("archive.tar", "tensors.json"):
-        fresh = f"{tool}-{name}"
-        weights.server.account.add_checkpoint(run_id, f"sampler_weights/{fresh}")
-        weights.refresh()
-        place = place_of(weights, fresh)
-        copy = tmp_path / name
-        command = COPIES[tool].format(
-            f"{weights.run}/checkpoints/sampler_weights/{fresh}/{name}", copy
-        )
-        done = weights.sh(f"stat -L {place}/{name} > /dev/null && {command}")
-        assert (done.returncode, done.stderr) == (0, "")
-        if name == "archive.tar":
-            assert copy.read_bytes() == archive_of(weights, fresh)
-        else:
-            assert json.loads(copy.read_text())["tensors"]
-        assert (place / name).stat().st_size == copy.stat().st_size
-        assert (place / name).read_bytes() == copy.read_bytes()
+    fresh = [f"{tool}-{number}" for number in range(TIMES)]
+    for name in fresh:
+        weights.server.account.add_checkpoint(run_id, f"sampler_weights/{name}")
+    weights.refresh()
+    script = f"""
+copy() {{ stat -L "$1" > /dev/null && {COPIES[tool]}; }}
+for name in {" ".join(fresh)}; do
+    for file in archive.tar tensors.json; do
+        (copy {weights.run}/checkpoints/sampler_weights/$name/$file {tmp_path}/$name-$file ||
+            echo $name/$file failed >&2) &
+    done
+done
+wait"""
+    done = weights.sh(script)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in fresh:
+        true = {"archive.tar": archive_of(weights, name)}
+        true["tensors.json"] = (place_of(weights, name) / "tensors.json").read_bytes()
+        assert json.loads(true["tensors.json"])["tensors"]
+        for file, data in true.items():
+            expected = f"{hashlib.sha256(data).hexdigest()}  -\n".encode()
+            copied = (tmp_path / f"{name}-{file}").read_bytes()
+            assert copied == (expected if tool == "sha256sum" else data)
+            assert (place_of(weights, name) / file).stat().st_size == len(data)
+    # Each of the next tools lists the run again.
+    for name in fresh:
+        weights.server.account.delete_checkpoint(run_id, f"sampler_weights/{name}")
 
 
 def test_one_tensor_fetches_what_it_touches(make_account):
@@ -156,6 +176,35 @@ def test_a_copy_of_files_and_the_archive_hold_the_same(weights, tmp_path):
     assert sorted(done.stdout.split()) == sorted(os.listdir(tmp_path / "files"))
 
 
+def test_what_people_do_with_files_and_the_archive(weights, tmp_path):
+    """cp -r, rsync, sha256sum, tar t and x give what the server has."""
+    run_id = weights.run.removeprefix("runs/")
+    place = place_of(weights, "big")
+    true = {
+        name: content.read(0, content.size_bytes)
+        for name, content in weights.server.files(run_id, "sampler_weights/big").items()
+    }
+    for command in (
+        f"cp -r {place}/files/ {tmp_path}/cp",
+        f"rsync -a {place}/files/ {tmp_path}/rsync/",
+        f"mkdir {tmp_path}/tar && tar xf {place}/archive.tar -C {tmp_path}/tar",
+    ):
+        assert weights.sh(command).stderr == ""
+    for copy in ("cp", "rsync", "tar"):
+        found = {path.name: path.read_bytes() for path in (tmp_path / copy).iterdir()}
+        assert found == true
+    told = weights.sh(f"cd {place}/files/ && sha256sum *").stdout
+    assert dict(line.split()[::-1] for line in told.splitlines()) == {
+        name: hashlib.sha256(data).hexdigest() for name, data in true.items()
+    }
+    listed = [
+        line.split() for line in weights.sh(f"tar tvf {place}/archive.tar").stdout.splitlines()
+    ]
+    assert {words[-1]: int(words[2]) for words in listed} == {
+        name: len(data) for name, data in true.items()
+    }
+
+
 def test_df_shows_the_block_cache_and_an_attribute_what_is_kept_of_a_file(make_account):
     settings = {"xattr": True, "cache_size_bytes": 1 << 30}
     account = make_account(runs=1, checkpoints=1, settings=settings)
@@ -184,3 +233,70 @@ def test_a_checkpoint_that_was_deleted_reads_no_other_bytes(weights):
         weights.server.account.delete_checkpoint(run_id, "sampler_weights/gone")
         with pytest.raises(OSError, match="Stale file handle"):
             opened.readall()
+
+
+def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(weights):
+    run_id = weights.run.removeprefix("runs/")
+    checkpoint = weights.server.account.add_checkpoint(
+        run_id, "sampler_weights/changing", size_bytes=BIG_BYTES
+    )
+    weights.refresh()
+    file = place_of(weights, "changing") / "files/adapter_model.safetensors"
+
+    def truth():
+        content = weights.server.files(run_id, "sampler_weights/changing")[file.name]
+        return content.read(0, content.size_bytes)
+
+    old = truth()
+    with open(file, "rb", buffering=0) as opened:
+        assert opened.read(8) == old[:8]
+        checkpoint.generation += 1
+        weights.server.signer.revoke_all()
+        new = truth()
+        assert new[:-4096] != old[:-4096]
+        with pytest.raises(OSError, match="Stale file handle"):
+            os.pread(opened.fileno(), 4096, len(old) - 4096)
+        for _ in range(2):
+            assert file.read_bytes() == new
+            with pytest.raises(OSError, match="Stale file handle"):
+                os.pread(opened.fileno(), 4096, len(old) // 2)
+    assert file.read_bytes() == new
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[:] == new
+
+
+@pytest.mark.parametrize("kind", ["cut", "no tar", "a bomb of headers"])
+def test_a_damaged_archive_is_an_error_that_is_told_and_harms_nobody(weights, kind):
+    run_id = weights.run.removeprefix("runs/")
+    name = kind.replace(" ", "-")
+    checkpoint = weights.server.account.add_checkpoint(run_id, f"sampler_weights/{name}")
+    true = archive_of(weights, name)
+    chain = tarfile.TarInfo("x")
+    chain.type = tarfile.XHDTYPE
+    damaged = {
+        "cut": true[: len(true) // 2],
+        "no tar": b"<html>no</html>" * 1000,
+        "a bomb of headers": gzip.compress(chain.tobuf(tarfile.GNU_FORMAT) * 1_000_000),
+    }
+    checkpoint.archive = Data(damaged[kind])
+    weights.refresh()
+    files = place_of(weights, name) / "files"
+    before = resident_kib(weights)
+    with pytest.raises(OSError, match="Input/output error"):
+        os.listdir(f"{files}/")
+    with pytest.raises(OSError, match=r"Input/output error|No such file"):
+        (files / "adapter_model.safetensors").read_bytes()
+    assert any("EIO" in line and name in line for line in weights.errors().splitlines())
+    assert resident_kib(weights) - before < 256 << 10
+    assert os.listdir(place_of(weights, "small") / "files")
+
+
+def resident_kib(weights):
+    """What the mount's process takes."""
+    wanted = {b"tests.support.account", os.fsencode(weights.root)}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted <= set((folder / "cmdline").read_bytes().split(b"\0")):
+                lines = (folder / "status").read_text().splitlines()
+                return int(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
+    raise LookupError(weights.root)

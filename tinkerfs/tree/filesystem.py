@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.call import Call
-from tinkerfs.tree.handles import RenderedHandle, WeightsHandle
+from tinkerfs.tree.handles import RenderedHandle, Versions, WeightsHandle
 from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.listings import Listings
 from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
@@ -60,8 +60,7 @@ class FileSystem:
         self._gid = os.getgid() if settings.gid is None else settings.gid
         #: When a size that is a mere bound was told last, by path, on the monotonic clock.
         self._told_at: dict[str, float] = {}
-        #: Which version of its bytes a path was last opened for, that is what the kernel may keep.
-        self._keys: dict[str, str] = {}
+        self._versions = Versions()
         self._mode_mask = ~(settings.umask | (_WRITE_BITS if settings.read_only else 0))
 
     # Looking.
@@ -175,15 +174,11 @@ class FileSystem:
     def _open_stream(self, node: Node, row: Stream, call: Call) -> Handle:
         path = node.path
         file = row.open(self._nodes.site(node, call))
-        keep_cache = self._keys.get(path) == file.key
-        if len(self._keys) >= _MAX_TOLD:
-            self._keys.clear()  # it costs the kernel a few pages that it would have kept
-        self._keys[path] = file.key
         return WeightsHandle(
             path,
             file,
             lambda: self._telling(path, "read"),
-            keep_cache=keep_cache,
+            versions=self._versions,
             told_at=self._bound_told_at(path),
         )
 

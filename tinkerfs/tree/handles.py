@@ -1,5 +1,6 @@
 """Open files."""
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -7,7 +8,10 @@ from tinkerfs import errors
 from tinkerfs.call import Call
 from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["RenderedHandle", "WeightsHandle"]
+__all__ = ["RenderedHandle", "Versions", "WeightsHandle"]
+
+#: So many paths are remembered as in the kernel's page cache before all are forgotten.
+_MAX_KEPT = 4096
 
 
 class RenderedHandle:
@@ -77,6 +81,47 @@ class RenderedHandle:
         """Do nothing: the bytes go with the handle."""
 
 
+class Versions:
+    """Which versions of its bytes each path is open for, and what the kernel may keep of them.
+
+    The kernel has one page cache a path, whichever handle fills it. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # All guarded by _lock.
+        self._open: dict[str, list[str]] = {}
+        #: The version that all pages of a path are of.
+        self._kept: dict[str, str] = {}
+
+    def opened(self, path: str, key: str) -> tuple[bool, bool]:
+        """Take note of an open, and return whether pages may stay, and whether there may be any.
+
+        While somebody has another version open there are none of this one: the other would be
+        given them.
+        """
+        with self._lock:
+            keys = self._open.setdefault(path, [])
+            is_apart = any(other != key for other in keys)
+            keep_cache = not is_apart and self._kept.get(path) == key
+            if is_apart:
+                self._kept.pop(path, None)
+            else:
+                if len(self._kept) >= _MAX_KEPT:  # each costs the kernel pages that it had
+                    self._kept.clear()
+                self._kept[path] = key
+            keys.append(key)
+            return keep_cache, not is_apart
+
+    def closed(self, path: str, key: str) -> None:
+        """Take note that an open is over."""
+        with self._lock:
+            keys = self._open[path]
+            keys.remove(key)
+            if not keys:
+                del self._open[path]
+
+
 class WeightsHandle:
     """A file whose bytes come by position. Thread-safe.
 
@@ -84,7 +129,7 @@ class WeightsHandle:
         path: for messages.
         file: closed by `close`.
         telling: makes every failure of a read an OSError, and tells it.
-        keep_cache: as `Handle.keep_cache`.
+        versions: told of this open.
         told_at: as `Handle.told_at`.
     """
 
@@ -94,19 +139,20 @@ class WeightsHandle:
         file: WeightsFile,
         telling: Callable[[], AbstractContextManager[None]],
         *,
-        keep_cache: bool,
+        versions: Versions,
         told_at: float | None,
     ) -> None:
         self._path = path
         self._file = file
         self._telling = telling
-        self.keep_cache = keep_cache
+        self._versions = versions
+        self.keep_cache, self._may_be_cached = versions.opened(path, file.key)
         self.told_at = told_at
 
     @property
     def direct_io(self) -> bool:
-        """Whether the kernel may still hold pages by a size that was a mere bound."""
-        return self.told_at is not None
+        """Whether the kernel may still go by a size that was a mere bound, or may keep no pages."""
+        return self.told_at is not None or not self._may_be_cached
 
     @property
     def size_bytes(self) -> int:
@@ -129,4 +175,5 @@ class WeightsHandle:
 
     def close(self) -> None:
         """Let go of the file."""
+        self._versions.closed(self._path, self._file.key)
         self._file.close()
