@@ -19,7 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from bench_harness import Bench, daemon_of, mounted, resident_mb
-from bench_weights import GB, Server, dd, members, random_read_us, script, seconds
+from bench_server import Server
+from bench_weights import GB, dd, members, random_read_us, script, seconds
 
 LATENCY_S = 0.05
 BYTES_PER_S = 100_000_000

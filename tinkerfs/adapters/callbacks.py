@@ -264,6 +264,11 @@ def _stayer() -> Callable[[], None]:
     def leave(_: object) -> None:
         release(is_locked)
 
+    def is_from_outside() -> bool:
+        """Tell whether it was not Python that started this thread; its own it keeps itself."""
+        own = (t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread))
+        return threading.get_ident() not in own
+
     leaving = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(leave)
     # The last argument is an address within a library that stays loaded; glibc looks for it.
     place = ctypes.cast(at_exit_of_thread, ctypes.c_void_p)
@@ -272,7 +277,8 @@ def _stayer() -> Callable[[], None]:
     def stay() -> None:
         if not hasattr(here, "leaving"):
             here.leaving = leaving  # which must be there as long as a thread may end
-            at_exit_of_thread(leaving, None, place)
-            ensure()
+            if is_from_outside():
+                at_exit_of_thread(leaving, None, place)
+                ensure()
 
     return stay
