@@ -23,8 +23,8 @@ SHAPES = (
 )
 #: A walk through more checkpoints than these takes too long; they are listed in one folder alone.
 WALKED_CHECKPOINTS = 100_000
-#: Nothing is asked twice while it is measured.
-OPTIONS = ("--ttl", "3600")
+#: Nothing is asked twice while it is measured, and a million checkpoints come in minutes.
+OPTIONS = ("--ttl", "3600", "--timeout", "600")
 
 
 def measure_scale(bench: Bench, binding: str) -> None:
