@@ -136,7 +136,7 @@ def tinkerfs(binding: str, server: Server, cache: Path) -> Iterator[tuple[Path, 
 
 @contextmanager
 def ratarmount(server: Server, cache: Path) -> Iterator[tuple[Path, int]]:
-    url = server.ask("url 0001")
+    url = server.ask("url", "0001")
     command = ["ratarmount", "--foreground", "--index-file", str(cache / "index.sqlite"), url]
     with served(command) as (folder, pid):
         yield folder / "adapter_model.safetensors", pid
@@ -174,7 +174,7 @@ def served(command: list[str]) -> Iterator[tuple[Path, int]]:
 @contextmanager
 def links_to(server: Server) -> Iterator[str]:
     """Serve a page with one link, which leads to an archive, for all mounts: rclone keeps by it."""
-    url, name = server.ask("url 0001"), "archive.tar"
+    url, name = server.ask("url", "0001"), "archive.tar"
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -26,7 +26,7 @@ class Account:
         self.runs = RunListing.of(models.TrainingRun(run_id=run_id, raw=b"{}") for run_id in runs)
         self.listings = {
             run_id: CheckpointListing.of(
-                run_id, (models.Checkpoint(checkpoint_id=name, raw=b"{}") for name in names)
+                run_id, (models.Checkpoint.of(checkpoint_id=name, raw=b"{}") for name in names)
             )
             for run_id, names in runs.items()
         }
@@ -259,6 +259,6 @@ def test_unknown_runs_and_siblings_are_no_walk():
     walks = Walks(MOST, FakeTime().clock)
     for number in range(3):
         assert walks.at_run(f"r{number}", None) is None
-        record = models.Checkpoint(checkpoint_id=f"weights/{number}", raw=b"{}")
+        record = models.Checkpoint.of(checkpoint_id=f"weights/{number}", raw=b"{}")
         assert walks.at_info(Checkpoint.of("r", record), None, None) is None
     walks.clear()

@@ -37,7 +37,7 @@ def runs(*run_ids):
 
 def checkpoints(run_id, *names):
     records = (
-        models.Checkpoint(
+        models.Checkpoint.of(
             checkpoint_id=name,
             tinker_path=f"tinker://{run_id}/{name}",
             raw=json.dumps(
