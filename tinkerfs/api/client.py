@@ -6,8 +6,6 @@ out, and what it does not have.
 """
 
 import copy
-import logging
-import threading
 import uuid
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
@@ -40,8 +38,6 @@ from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
 __all__ = ["CheckpointRef", "Client"]
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -96,9 +92,7 @@ class Client:
         self._breakers = Breakers(clock)
         self._lacks = Lacks(clock)
         self._forms = Forms()
-        self._lock = threading.Lock()
-        #: How many records of each listing could not be read, at most, so far; guarded by _lock.
-        self._unreadable: dict[str, int] = {}
+        self._unreadable = paging.Unreadable()
 
     @property
     def base_url(self) -> str:
@@ -175,7 +169,7 @@ class Client:
         path = f"training_runs/{id_segment(endpoints.RUN_CHECKPOINTS, run_id)}/checkpoints"
         request = Request(endpoints.RUN_CHECKPOINTS, path, is_known=is_known)
         page = self._one(request, parsing.parse_checkpoints)
-        return self._checked(endpoints.RUN_CHECKPOINTS, page).items
+        return self._unreadable.told(endpoints.RUN_CHECKPOINTS.label, page).items
 
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> Page[Checkpoint]:
         """Return one page of the checkpoints of all the user's runs, newest first.
@@ -426,27 +420,12 @@ class Client:
         query = urlencode({"limit": limit, "offset": offset})
         path = endpoint.label.partition(" ")[2]
         page = self._one(Request(endpoint, f"{path}?{query}"), parse)
-        return self._checked(endpoint, page)
+        return self._unreadable.told(endpoint.label, page)
 
     def _all(
         self, fetch: Callable[[int, int], Page[T]], key: Callable[[T], Hashable]
     ) -> tuple[T, ...]:
         return paging.read_all(fetch, key, workers=self._concurrency)
-
-    def _checked(self, endpoint: Endpoint, page: Page[T]) -> Page[T]:
-        """Tell, once, how many records of a listing could not be read."""
-        count = page.received - len(page.items)
-        with self._lock:
-            before = self._unreadable.get(endpoint.label, 0)
-            self._unreadable[endpoint.label] = max(count, before)
-        if count > before:
-            log.warning(
-                "%s: %d of %d records could not be read and are left out",
-                endpoint.label,
-                count,
-                page.received,
-            )
-        return page
 
     def _parsed(
         self,

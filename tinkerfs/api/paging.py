@@ -5,13 +5,16 @@ be stale, zero or missing, and records move between pages while these are read. 
 counts: the first page's length is the step, an empty page is the end, ids tell records apart.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from tinkerfs.api.models import Page
 
-__all__ = ["PAGE_SIZE", "read_all"]
+__all__ = ["PAGE_SIZE", "Unreadable", "read_all"]
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -232,3 +235,26 @@ class _Wave(Generic[T]):
             with self._lock:
                 self._pages[offset] = page
                 self._is_over = self._is_over or not page.received
+
+
+class Unreadable:
+    """How many records of each listing could not be read: told once, and when there are more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._most: dict[str, int] = {}  # guarded by _lock
+
+    def told(self, listing: str, page: Page[T]) -> Page[T]:
+        """Return a page; log how many of its records are left out."""
+        count = page.received - len(page.items)
+        with self._lock:
+            before = self._most.get(listing, 0)
+            self._most[listing] = max(count, before)
+        if count > before:
+            log.warning(
+                "%s: %d of %d records could not be read and are left out",
+                listing,
+                count,
+                page.received,
+            )
+        return page

@@ -378,18 +378,15 @@ class Catalogue:
 
         Asked of it at most once, and only where nothing was listed before.
         """
-        if self._lists_runs is None:
-            if self.known_runs() is not None:
+        if self._lists_runs is None and self.known_runs() is None:
+            try:
+                self._client.list_training_runs(limit=1)
                 self._lists_runs = True
-            else:
-                try:
-                    self._client.list_training_runs(limit=1)
-                    self._lists_runs = True
-                except errors.EndpointMissing:
-                    self._lists_runs = False
-                except errors.ApiError:
-                    return True  # for now: what was said of the run stands
-        return self._lists_runs
+            except errors.EndpointMissing:
+                self._lists_runs = False
+            except errors.ApiError:
+                pass  # for now: what was said of the run stands
+        return self._lists_runs is not False
 
     def _load_checkpoints(self, run_id: str, interest: Interest) -> CheckpointListing:
         if interest.is_awaited:
