@@ -76,11 +76,17 @@ class FileSystem:
 
     def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
         """Return what a folder holds, without `.` and `..`, in the table's order."""
+        is_anything_hidden = self._removals.is_anything_hidden
+        kept = None if is_anything_hidden else self._listings.kept(path)
+        if kept is not None:
+            return kept
         try:
             folder = self._nodes.resolve(path, call)
             if not isinstance(folder.row, Folder):
                 raise errors.not_a_directory(path)
-            return self._listings.get(folder, call, self._entries)
+            if is_anything_hidden:
+                return tuple(self._entries(folder, call))
+            return self._listings.made(folder, call, self._entries)
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "list")
 
@@ -320,6 +326,7 @@ class FileSystem:
     def _size_bytes(self, node: Node, row: File | Stream | Control, call: Call) -> int:
         if isinstance(row, Control) or row.told_bytes is None:
             return len(self._rendering(node, call))
+        call.is_momentary()
         site = self._nodes.site(node, call)
         size_bytes = row.told_bytes(site)
         if row.is_exact is not None and not row.is_exact(site):
@@ -363,6 +370,8 @@ class FileSystem:
         row = node.row
         if isinstance(row, File) and row.told_bytes is None and not row.is_momentary:
             return self._renderings.get(node, self._nodes.site(node, call))
+        if isinstance(row, File):
+            call.is_momentary()
         return row.render(self._nodes.site(node, call))  # type: ignore[no-any-return]
 
     def _read_again(self, path: str, call: Call) -> bytes:

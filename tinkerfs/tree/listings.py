@@ -1,6 +1,7 @@
-"""Listings: what long folders hold, with the attributes of each entry, made once.
+"""Listings: what folders hold, with the attributes of each entry, made once.
 
-Making 10,000 entries takes 0.1 s of a walk that takes 0.2 s. Thread-safe.
+Making them is most of what a walk costs: 45 us for the eight entries of a checkpoint's folder, of
+80 us for all of what is asked about it. Thread-safe.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,11 +15,8 @@ from tinkerfs.tree.rows import Model
 
 __all__ = ["Listings"]
 
-#: A shorter one is made again as quickly as it is found.
-_WORTHWHILE = 64
-
-#: So many entries are kept before all are forgotten, some 300 bytes each.
-_MAX_ENTRIES = 32_768
+#: So many entries are kept before all are forgotten, 160 bytes each: of some 14,000 folders.
+_MAX_ENTRIES = 131_072
 
 
 class _Listing(msgspec.Struct, frozen=True):
@@ -37,24 +35,32 @@ class Listings:
         self._kept: dict[str, _Listing] = {}
         self._kept_entries = 0
 
-    def get(
+    def kept(self, path: str) -> tuple[Entry, ...] | None:
+        """Return what a folder holds, as it was made before; None where something has changed."""
+        kept = self._kept.get(path)
+        if (
+            kept is not None
+            and kept.epoch == self._model.catalogue.epoch
+            and kept.lease.holds(self._model.clock.monotonic())
+        ):
+            return kept.entries
+        return None
+
+    def made(
         self, folder: Node, call: Call, entries_of: Callable[[Node, Call], Iterable[Entry]]
     ) -> tuple[Entry, ...]:
-        """Return what a folder holds: what is kept, while nothing that it tells has changed."""
-        if not folder.row.each:  # never long
-            return tuple(entries_of(folder, call))
-        kept = self._kept.get(folder.path)
+        """Return what a folder holds as it is now, and keep it until something changes."""
         epoch = self._model.catalogue.epoch
-        now = self._model.clock.monotonic()
-        if kept is not None and kept.epoch == epoch and kept.lease.holds(now):
-            return kept.entries
-        lease = Lease()
+        lease = Lease() if folder.lease is None else folder.lease.extended()
         entries = tuple(entries_of(folder, call.leasing(lease)))
-        if not lease.is_void and _WORTHWHILE <= len(entries) <= _MAX_ENTRIES:
+        # An entry that lacks its attributes gets them as soon as they are known.
+        if not lease.is_void and all(entry.attr is not None for entry in entries):
             self._keep(folder.path, _Listing(entries, lease, epoch))
         return entries
 
     def _keep(self, path: str, listing: _Listing) -> None:
+        if len(listing.entries) > _MAX_ENTRIES // 4:
+            return
         if self._kept_entries + len(listing.entries) > _MAX_ENTRIES:
             self._kept.clear()
             self._kept_entries = 0
