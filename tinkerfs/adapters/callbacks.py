@@ -16,6 +16,7 @@ Called from many threads at once, each in one request.
 
 import ctypes
 import operator
+import stat
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -167,15 +168,19 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         except OSError as error:
             return _refusal(error)
         fill = filler_at(filler)
-        is_plus = flags & _READDIR_PLUS
+        is_plus = bool(flags & _READDIR_PLUS)
+        # Past the first buffer the kernel wants attributes where the caller looked at some already.
+        is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
         # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
         # with 0 it would collect everything first, on libfuse 3 without the attributes.
         for index in range(offset, len(entries)):
             entry = entries[index]
             attr, plus = entry.attr, _FILL_DIR_PLUS
             # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
-            # so a plain `ls` costs nothing that only `ls -l` must pay for.
-            if attr is None or not is_plus:
+            # so a plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel
+            # remember what came with PLUS, 1.2 kB for the files of a checkpoint: those of folders
+            # are sent to everybody, who will mostly go into them, those of files to who wants them.
+            if attr is None or not (is_wanted or (is_plus and stat.S_ISDIR(attr.mode))):
                 attr, plus = _kind_only(entry), 0
             name = entry.name.encode("utf-8", "surrogateescape")
             rest = (plus,) if major == 3 else ()

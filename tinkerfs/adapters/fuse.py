@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
 
 __all__ = [
+    "Lookers",
     "Opened",
     "Operations",
     "Requests",
@@ -43,6 +44,9 @@ REMOVAL_TIMEOUT_S: Final = 10.0
 
 #: The kernel keeps attributes for 1 s (`binding.mount_options`); and a little for its clock.
 _FORGOTTEN_S: Final = 1.05
+
+#: Processes that look at files at a time.
+_MAX_LOOKERS: Final = 64
 
 _BLOCK_BYTES: Final = 4096
 _NAME_MAX: Final = 255
@@ -76,6 +80,24 @@ class Opened(NamedTuple):
     fh: int
     direct_io: bool
     keep_cache: bool
+
+
+class Lookers:
+    """The processes that have last asked for the attributes of files, by id. Thread-safe."""
+
+    def __init__(self) -> None:
+        # Single operations on a dict are atomic.
+        self._pids: dict[int, None] = {}
+
+    def __contains__(self, pid: int) -> bool:
+        return pid in self._pids
+
+    def add(self, pid: int) -> None:
+        """Remember one more, and of 64 the first no longer."""
+        if pid not in self._pids:
+            self._pids[pid] = None
+            if len(self._pids) > _MAX_LOOKERS:
+                self._pids.pop(next(iter(self._pids)), None)
 
 
 def _operation(
@@ -151,6 +173,7 @@ class Operations:
         # Single operations on a dict are atomic, and a number is used by one file alone.
         self._files: dict[int, _Open] = {}
         self._listings: dict[int, tuple[Entry, ...]] = {}
+        self._lookers = Lookers()
 
     @property
     def is_stopping(self) -> bool:
@@ -199,7 +222,14 @@ class Operations:
         file = None if fh is None else self._files.get(fh)
         if file is not None:
             return self._filesystem.handle_stat(file.path, file.handle, self._lookup)
-        return self._filesystem.stat(_known(path), self._lookup)
+        attr = self._filesystem.stat(_known(path), self._lookup)
+        if not stat.S_ISDIR(attr.mode):
+            self._lookers.add(self._requests.context()[2])
+        return attr
+
+    def looks_at_files(self) -> bool:
+        """Tell whether who asks now has asked for attributes of a file before, as `ls -l` does."""
+        return self._requests.context()[2] in self._lookers
 
     @_operation
     def readlink(self, path: str) -> str:

@@ -15,8 +15,8 @@ from tinkerfs.tree.rows import Model
 
 __all__ = ["Listings"]
 
-#: So many entries are kept before all are forgotten, 160 bytes each: of some 14,000 folders.
-_MAX_ENTRIES = 131_072
+#: So many entries are kept before all are forgotten, 160 bytes each: of 1,000 runs x 10.
+_MAX_ENTRIES = 98_304
 
 
 class _Listing(msgspec.Struct, frozen=True):

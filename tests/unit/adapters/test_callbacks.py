@@ -200,12 +200,24 @@ def test_a_listing_is_resumed_where_the_buffer_was_full(libfuse, room):
     assert {plus for *_rest, plus in found} == {0 if libfuse.major == 3 else None}
 
 
-def test_attributes_come_along_where_the_kernel_wants_them():
-    found = {name: rest for name, *rest in Libfuse(3).listed(b"/folder", 1000, 1)}
-    status, _offset, plus = found[b"0000"]
-    assert (status.st_size, plus) == (6, 2)
-    status, _offset, plus = found[b"costly"]
-    assert (status.st_size, plus) == (0, 0), "who wants them looks it up"
+def test_attributes_come_along_with_folders_and_to_who_looks_at_files():
+    libfuse = Libfuse(3)
+    of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/", 1000, 1)}
+    assert of[b"folder"][1] == 2, "who lists it will mostly go into it"
+    assert (of[b"hello"][0].st_size, of[b"hello"][1]) == (0, 0)
+    libfuse.stat(b"/hello")
+    of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/", 1000, 1)}
+    assert (of[b"hello"][0].st_size, of[b"hello"][1]) == (6, 2)
+    of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/folder", 9, 1)}
+    assert (of[b"costly"][0].st_size, of[b"costly"][1]) == (0, 0), "who wants them looks it up"
+    of = {name: plus for name, _status, _offset, plus in libfuse.listed(b"/", 1000, 0)}
+    assert set(of.values()) == {0}, "the kernel wants none"
+
+
+def test_past_the_first_buffer_the_kernel_knows_who_wants_attributes():
+    found = [plus for *_rest, plus in Libfuse(3).listed(b"/folder", 10, 1)]
+    assert found[:10] == [0] * 10
+    assert found[10:] == [2] * (len(found) - 10)
 
 
 def test_a_binding_gets_our_callbacks_in_place_of_its_own():

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.memoryfs import MemoryFileSystem
 from tinkerfs.adapters import binding
-from tinkerfs.adapters.fuse import Operations, XattrOperations
+from tinkerfs.adapters.fuse import Lookers, Operations, XattrOperations
 from tinkerfs.call import Call
 
 
@@ -56,10 +56,11 @@ def test_a_misspelt_operation_cannot_hide(module, major):
         pytest.skip("the binding needs a libfuse to be imported")
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError)).Operations
     ours = public_names(XattrOperations) - {
+        "flag_nullpath_ok",
         "is_stopping",
         "is_traced",
+        "looks_at_files",
         "use_ns",
-        "flag_nullpath_ok",
     }
     assert {name for name in ours if not hasattr(theirs, name)} == set()
 
@@ -126,6 +127,22 @@ def test_a_listing_is_a_snapshot(operations):
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.readdir(fh)
     assert failure.value.errno == errno.EBADF
+
+
+def test_who_looks_at_files_is_known_again(operations):
+    assert not operations.looks_at_files()
+    operations.getattr("/folder")
+    assert not operations.looks_at_files(), "who goes through folders may look at nothing else"
+    operations.getattr("/hello")
+    assert operations.looks_at_files()
+
+
+def test_only_the_last_lookers_are_remembered():
+    lookers = Lookers()
+    for pid in range(100):
+        lookers.add(pid)
+        lookers.add(pid)
+    assert [pid for pid in range(100) if pid in lookers] == [*range(36, 100)]
 
 
 def test_no_flush_is_asked_for(operations):
