@@ -14,7 +14,7 @@ from tinkerfs.cache.metadata import (
     MetadataCache,
     Policy,
 )
-from tinkerfs.call import IN_PROCESS, Call
+from tinkerfs.call import IN_PROCESS, Call, Lease
 from tinkerfs.telemetry import Telemetry
 
 POLICY = Policy(ttl_s=30, stale_s=3600, negative_ttl_s=5)
@@ -475,3 +475,79 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+# What rests on kept values.
+
+
+def leased(cache, loads, time, policy=POLICY):
+    """Get a value; return the lease that its call was told of."""
+    lease = Lease()
+    cache.get("key", loads, policy, IN_PROCESS.leasing(lease))
+    return lease
+
+
+def test_what_rests_on_a_value_holds_while_that_is_fresh(cache, time):
+    loads = Loads()
+    assert leased(cache, loads, time).is_void, "it has just come: the next look may keep it"
+    lease = leased(cache, loads, time)
+    time.advance(29.9)
+    assert lease.holds(time.monotonic)
+    time.advance(0.1)
+    assert not lease.holds(time.monotonic)
+
+
+def test_who_rests_on_a_value_keeps_it_in_use(cache, telemetry, time):
+    loads = Loads()
+    leased(cache, loads, time)
+    lease = leased(cache, loads, time)
+    time.advance(29.9)
+    assert lease.holds(time.monotonic)
+    time.advance(0.2)
+    leased(cache, loads, time)
+    assert telemetry.counted("refreshed_behind") == 1
+
+
+@pytest.mark.parametrize("ending", ["amend", "clear", "reload"])
+def test_what_rests_on_a_value_ends_with_it(cache, time, ending):
+    loads = Loads()
+    leased(cache, loads, time)
+    lease, epoch = leased(cache, loads, time), cache.epoch
+    if ending == "amend":
+        cache.amend("key", lambda _value: "other", is_exact=True)
+    elif ending == "clear":
+        cache.clear()
+    else:
+        loads.answer = "other"
+        cache.reload("key", loads, POLICY, IN_PROCESS)
+    assert not lease.holds(time.monotonic)
+    assert cache.epoch != epoch
+
+
+def test_a_value_that_comes_again_is_the_one_that_was_there(cache, time):
+    loads = Loads()
+    loads.answer = ["a", "listing"]
+    first = cache.get("key", loads, POLICY, IN_PROCESS)
+    lease, epoch = leased(cache, loads, time), cache.epoch
+    loads.answer = ["a", "listing"]
+    time.advance(20)
+    assert cache.reload("key", loads, POLICY, IN_PROCESS) is first
+    time.advance(20)
+    assert lease.holds(time.monotonic), "fresh from when it came again"
+    assert cache.epoch == epoch
+
+
+@pytest.mark.expect_warnings("key refresh")
+def test_a_stale_answer_is_rested_on_by_nothing(cache, time):
+    loads = Loads()
+    leased(cache, loads, time)
+    time.advance(31)
+    loads.answer = errors.Unreachable("out")
+    assert leased(cache, loads, time).is_void
+
+
+def test_a_lease_goes_on_from_another():
+    first = Lease()
+    first.void()
+    assert first.extended().is_void
+    assert Lease().holds(0.0), "on nothing that could end"

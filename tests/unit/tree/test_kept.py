@@ -1,0 +1,228 @@
+"""What is kept of former looks is what would be found anew, and is found at once."""
+
+import contextlib
+import itertools
+import stat
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.clocks import FakeTime
+from tests.support.drivers import opened
+from tinkerfs.call import Call
+from tinkerfs.demo.server import DemoServer
+from tinkerfs.tree import nodes as nodes_module
+from tinkerfs.tree.filesystem import FileSystem
+
+CALL = Call(timeout_s=30.0)
+RUNS = 2
+
+
+@contextlib.contextmanager
+def made(folder):
+    hands = FakeTime()
+    with (
+        DemoServer(runs=RUNS, checkpoints=3, clock=hands.clock.now) as server,
+        opened("process", server, folder, time=hands) as driver,
+    ):
+        yield Account(server, driver.filesystem, hands)
+
+
+@pytest.fixture
+def account(tmp_path):
+    """A server of two runs and a file system over it, whose clock the test turns."""
+    with made(tmp_path) as account:
+        yield account
+
+
+class Account:
+    def __init__(self, server, filesystem, time):
+        self.server, self.filesystem, self.time = server, filesystem, time
+        self.names = itertools.count()
+
+    @property
+    def run(self):
+        return f"/runs/{self.server.account.run_ids[0]}"
+
+    @property
+    def checkpoint(self):
+        run_id, name = self.checkpoint_id(0)
+        return f"/runs/{run_id}/checkpoints/{name}"
+
+    def settle(self):
+        """Look at everything until nothing is refreshed behind it any more."""
+        catalogue = self.filesystem._model.catalogue
+        epoch = None
+        while epoch != catalogue.epoch:
+            epoch = catalogue.epoch
+            told(self.filesystem, checks=False)
+            while catalogue._cache._flights:
+                time.sleep(0.001)
+
+    def anew(self):
+        """A file system over the same model that has looked at nothing yet."""
+        return FileSystem(self.filesystem._model, self.filesystem._cache_dir)
+
+    # What may happen; each is a rule of the property below.
+
+    def wait(self, seconds):
+        self.time.advance(seconds)
+
+    def save(self, index):
+        run_id = self.server.account.run_ids[index % RUNS]
+        name = f"weights/new-{next(self.names)}"
+        self.server.account.add_checkpoint(run_id, name, time_s=self.time.now)
+
+    def delete_elsewhere(self, index):
+        self.server.account.delete_checkpoint(*self.checkpoint_id(index))
+
+    def publish(self, index):
+        run_id, name = self.checkpoint_id(index)
+        path = f"/runs/{run_id}/checkpoints/{name}/published"
+        value = b"0" if self.filesystem.open(path, 0, CALL).read(1, 0, CALL) == b"1" else b"1"
+        self.filesystem.open(path, 1, CALL).write(value, CALL)
+
+    def refresh(self, _index):
+        self.filesystem.open("/.tinkerfs/refresh", 1, CALL).write(b"1", CALL)
+
+    def checkpoint_id(self, index):
+        ids = [(run.id, c.id) for run in self.server.account.runs() for c in run.checkpoints]
+        return ids[index % len(ids)]
+
+
+def told(filesystem, folder="/", *, checks=True):
+    """Everything that a walk is told, by path: attributes, targets, the bytes of small files."""
+    found = {}
+    for entry in filesystem.listdir(folder, CALL):
+        path = f"{folder.rstrip('/')}/{entry.name}"
+        if entry.name in (".tinkerfs", ".content"):
+            continue
+        attr = filesystem.stat(path, CALL)
+        if checks:
+            assert entry.attr is None or entry.attr == attr, path
+            assert (entry.ino, stat.S_IFMT(entry.mode)) == (attr.ino, stat.S_IFMT(attr.mode))
+        found[path] = attr
+        if stat.S_ISDIR(attr.mode):
+            found |= told(filesystem, path, checks=checks)
+        elif stat.S_ISLNK(attr.mode):
+            found[path, "target"] = filesystem.readlink(path, CALL)
+        else:
+            data = filesystem.open(path, 0, CALL).read(1 << 20, 0, CALL)
+            assert not checks or len(data) == attr.size_bytes
+            found[path, "data"] = data
+    return found
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("wait"), st.sampled_from([0.5, 2.0, 29.0, 31.0, 700.0])),
+    st.tuples(
+        st.sampled_from(["save", "delete_elsewhere", "publish", "refresh"]), st.integers(0, 20)
+    ),
+)
+
+
+@settings(
+    max_examples=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(STEPS, max_size=6))
+def test_what_is_kept_is_what_would_be_found_anew(tmp_path_factory, steps):
+    with made(tmp_path_factory.mktemp("kept")) as account:
+        account.settle()
+        for step, argument in steps:
+            # A checkpoint may be gone by now.
+            with contextlib.suppress(FileNotFoundError, ZeroDivisionError):
+                getattr(account, step)(argument)
+            account.settle()
+            assert told(account.filesystem) == told(account.anew())
+
+
+def test_a_listing_is_made_once_while_it_holds(account):
+    folder = f"{account.run}/checkpoints/weights"
+    account.filesystem.listdir(folder, CALL)  # which asked for it
+    kept = account.filesystem.listdir(folder, CALL)
+    assert account.filesystem.listdir(folder, CALL) is kept
+    account.time.advance(29)
+    assert account.filesystem.listdir(folder, CALL) is kept
+    account.time.advance(2)
+    account.filesystem.listdir(folder, CALL)
+    assert account.filesystem.listdir(folder, CALL) is kept, "the server told the same"
+    account.save(0)
+    account.time.advance(31)
+    assert len(account.filesystem.listdir(folder, CALL)) == len(kept) + 1
+
+
+def test_what_changes_at_every_look_is_not_kept(account):
+    for folder in ("/.tinkerfs", f"/.content/{'/'.join(account.run.split('/')[2:])}"):
+        first = account.filesystem.listdir(folder, CALL)
+        account.time.advance(1)
+        second = account.filesystem.listdir(folder, CALL)
+        assert first == () or second is not first
+    stats = account.filesystem.open("/.tinkerfs/stats.json", 0, CALL).read(1 << 20, 0, CALL)
+    account.time.advance(1)
+    assert account.filesystem.open("/.tinkerfs/stats.json", 0, CALL).read(1 << 20, 0, CALL) != stats
+
+
+def test_what_is_hidden_is_hidden_in_kept_listings_too(account):
+    folder = account.checkpoint
+    account.filesystem.stat(f"{folder}/info.json", CALL)
+    names = [entry.name for entry in account.filesystem.listdir(folder, CALL)]
+    account.filesystem.unlink(f"{folder}/tinker_path", CALL)
+    left = [entry.name for entry in account.filesystem.listdir(folder, CALL)]
+    assert left == [name for name in names if name != "tinker_path"]
+    account.time.advance(61)
+    assert [entry.name for entry in account.filesystem.listdir(folder, CALL)] == names
+
+
+def test_a_known_folder_is_not_resolved_again(account, monkeypatch):
+    folder = account.checkpoint
+    for name in ("info.json", "published"):
+        account.filesystem.stat(f"{folder}/{name}", CALL)
+    found = []
+    find = nodes_module.Nodes._find
+    monkeypatch.setattr(
+        nodes_module.Nodes, "_find", lambda *args: found.append(args) or find(*args)
+    )
+    for name in ("info.json", "published", "expires_at", "files"):
+        account.filesystem.stat(f"{folder}/{name}", CALL)
+    assert found == []
+    account.time.advance(31)
+    account.filesystem.stat(f"{folder}/published", CALL)
+    assert found
+
+
+def test_the_kernel_keeps_bytes_only_once_it_has_forgotten_the_length_of_others(account):
+    path = f"{account.checkpoint}/info.json"
+
+    def is_direct():
+        account.filesystem.stat(path, CALL)
+        return account.filesystem.open(path, 0, CALL).direct_io
+
+    is_direct()  # asks for it
+    assert is_direct()
+    account.time.advance(1.1)
+    assert not is_direct()
+    account.publish(0)
+    assert is_direct(), "its length may be another for a second"
+    account.time.advance(1.1)
+    assert not is_direct()
+    account.time.advance(31)
+    is_direct()
+    assert not is_direct(), "the server told the same"
+    assert account.filesystem.open(f"{account.run}/info.json", 0, CALL).keep_cache is False
+
+
+def test_more_than_a_page_is_never_kept_by_the_kernel(account):
+    run = account.server.account.runs()[0]
+    run.user_metadata = {"notes": "x" * 5000}
+    account.refresh(0)
+    path = f"/runs/{run.id}/info.json"
+    for _ in range(3):
+        account.filesystem.stat(path, CALL)
+        account.time.advance(1.1)
+    handle = account.filesystem.open(path, 0, CALL)
+    assert len(handle.read(1 << 20, 0, CALL)) > 4096
+    assert handle.direct_io
