@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bench_harness import Bench, mounted
+from bench_harness import Bench, daemon_of, mounted
 from bench_server import Server
-from bench_sides import TMPFS, Side, add_ratio, bindfs, compare, tmpfs
+from bench_sides import TMPFS, Side, add_ratio, bindfs, compare, on_one_cpu, tmpfs
 
 GB = 1_000_000_000
 RANDOM_READS = 4000
@@ -36,14 +36,15 @@ def measure_reads(bench: Bench, bindings: Sequence[str]) -> None:
         with mounted(server, "auto", cache) as mount:
             shutil.copyfile(weights(mount), local / name)
         with bindfs(local) as bound:
-            others = [Side("bindfs", bound / name), Side("tmpfs", local / name)]
+            others = [Side("bindfs", bound.root / name, bound.pid), Side("tmpfs", local / name)]
             for binding in bindings:
                 with bench.under(binding), mounted(server, binding, cache) as mount:
-                    sides = [Side("mount", weights(mount)), *others]
+                    sides = [Side("mount", weights(mount), daemon_of(mount)), *others]
                     add = partial(add_ratio, bench)
                     medians = compare(sides, read_all, before=forget)
                     add("sequential read of 1 GB that is kept", medians, SEQUENTIAL_GOAL)
-                    medians = compare(sides, read_at_random, before=forget)
+                    with on_one_cpu(sides):
+                        medians = compare(sides, read_at_random, before=forget)
                     add(f"{RANDOM_READS:,} random reads of 4 KiB", medians, RANDOM_GOAL)
 
 
