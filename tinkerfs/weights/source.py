@@ -26,6 +26,7 @@ from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.errors import ApiError, SetupError
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.patience import Lost, Patience
+from tinkerfs.weights.stream import read_more_at_once
 
 __all__ = ["Address", "Source", "StoreClient", "Transfer", "Version"]
 
@@ -250,6 +251,7 @@ class Source:
         try:
             response = http.send(http.build_request("GET", url, headers=headers), stream=True)
             outcome = str(response.status_code)
+            read_more_at_once(response.extensions.get("network_stream"))
             return response
         except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:
             raise _lost(error, _host(url), self._client) from None
