@@ -67,6 +67,8 @@ class BlockMemory:
 
     def get(self, key: Hashable) -> bytes | None:
         """Return a block that is kept."""
+        if not self._kept:  # as ever where blocks go to disk; true of some instant without the lock
+            return None
         with self._changed:
             data = self._kept.get(key)
             if data is not None:

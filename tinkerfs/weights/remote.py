@@ -153,13 +153,15 @@ class RemoteFile:
         if self._stale is not None:
             raise errors.stale(self._path, self._stale.strerror or "")
         found: list[tuple[int, int, bytes | Future[bytes]]] = []
+        is_all_there = True
         for index in blocks_of(start, stop):
             first = max(start - index * BLOCK_BYTES, 0)
             last = min(stop - index * BLOCK_BYTES, BLOCK_BYTES)
             data = self._kept(index, first, last)
             self._telemetry.count("block_misses" if data is None else "block_hits")
+            is_all_there = is_all_there and data is not None
             found.append((first, last, self._wanted(index, call) if data is None else data))
-        patient = replace(call, timeout_s=None)
+        patient = call if is_all_there else replace(call, timeout_s=None)
         pieces = [
             each if isinstance(each, bytes) else patient.wait(each)[first:last]
             for first, last, each in found
