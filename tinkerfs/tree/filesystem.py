@@ -69,6 +69,9 @@ class FileSystem:
 
     def stat(self, path: str, call: Call) -> Attr:
         """Return the attributes of a path; links are not followed."""
+        attr = None if self._removals.is_anything_hidden else self._listings.attr(path)
+        if attr is not None:
+            return attr
         try:
             return self._attr(self._nodes.resolve(path, call), call)
         except (errors.ApiError, OSError) as error:
@@ -215,9 +218,12 @@ class FileSystem:
         """Return the value of an extended attribute.
 
         Raises:
-            OSError: ENODATA where there is none; the kernel's own namespaces are never looked at.
+            OSError: ENODATA where there is none; EOPNOTSUPP for all but `user.*`: `ls -l` then asks
+                for access lists and security labels once, and not of every file.
         """
-        values = self._xattrs(path, call) if name.startswith(_XATTR_NAMESPACE) else {}
+        if not name.startswith(_XATTR_NAMESPACE):
+            raise errors.not_supported(path, "only user.tinker attributes are kept here")
+        values = self._xattrs(path, call)
         try:
             return values[name].encode("utf-8", "surrogateescape")
         except KeyError:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from tinkerfs.call import Call, Lease
-from tinkerfs.tree.node import Entry
+from tinkerfs.tree.node import Attr, Entry
 from tinkerfs.tree.nodes import Node
 from tinkerfs.tree.rows import Model
 
@@ -19,10 +19,27 @@ __all__ = ["Listings"]
 _MAX_ENTRIES = 98_304
 
 
-class _Listing(msgspec.Struct, frozen=True):
+#: Up to so many names are looked through for one; of more, a dictionary is made.
+_FEW = 16
+
+
+class _Listing(msgspec.Struct):
     entries: tuple[Entry, ...]
     lease: Lease
     epoch: int
+    by_name: dict[str, Entry] | None = None
+
+    def attr(self, name: str) -> Attr | None:
+        """Return the attributes of the entry of that name, None where there is none."""
+        if len(self.entries) <= _FEW:
+            for entry in self.entries:
+                if entry.name == name:
+                    return entry.attr
+            return None
+        if self.by_name is None:
+            self.by_name = {entry.name: entry for entry in self.entries}
+        entry_of_many = self.by_name.get(name)
+        return None if entry_of_many is None else entry_of_many.attr
 
 
 class Listings:
@@ -37,13 +54,23 @@ class Listings:
 
     def kept(self, path: str) -> tuple[Entry, ...] | None:
         """Return what a folder holds, as it was made before; None where something has changed."""
+        kept = self._holding(path)
+        return None if kept is None else kept.entries
+
+    def attr(self, path: str) -> Attr | None:
+        """Return the attributes of a path that its folder's listing tells, None where none does."""
+        folder, _, name = path.rpartition("/")
+        kept = self._holding(folder or "/")
+        return None if kept is None else kept.attr(name)
+
+    def _holding(self, path: str) -> _Listing | None:
         kept = self._kept.get(path)
         if (
             kept is not None
             and kept.epoch == self._model.catalogue.epoch
             and kept.lease.holds(self._model.clock.monotonic())
         ):
-            return kept.entries
+            return kept
         return None
 
     def made(
