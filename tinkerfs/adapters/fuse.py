@@ -86,8 +86,8 @@ class Lookers:
     """The processes that have last asked for the attributes of files, by id. Thread-safe."""
 
     def __init__(self) -> None:
-        # Single operations on a dict are atomic.
-        self._pids: dict[int, None] = {}
+        self._lock = threading.Lock()
+        self._pids: dict[int, None] = {}  # changed under _lock; looked into without
 
     def __contains__(self, pid: int) -> bool:
         return pid in self._pids
@@ -95,9 +95,10 @@ class Lookers:
     def add(self, pid: int) -> None:
         """Remember one more, and of 64 the first no longer."""
         if pid not in self._pids:
-            self._pids[pid] = None
-            if len(self._pids) > _MAX_LOOKERS:
-                self._pids.pop(next(iter(self._pids)), None)
+            with self._lock:
+                self._pids[pid] = None
+                if len(self._pids) > _MAX_LOOKERS:
+                    del self._pids[next(iter(self._pids))]
 
 
 def _operation(
