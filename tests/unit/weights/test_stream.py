@@ -13,24 +13,27 @@ BODY = bytes(100 << 10)  # more than httpcore reads by itself, less than a socke
 
 
 @pytest.fixture
-def url():
+def served():
     """A server of one connection, which answers with a head and, when that was taken, a body."""
+    taken = threading.Semaphore(0)
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve():
             connection, _ = listening.accept()
             with connection:
                 while connection.recv(65536):
-                    connection.sendall(HEAD % (len(BODY) + 1) + b"x")
+                    connection.sendall(HEAD % len(BODY))
+                    assert taken.acquire(timeout=10)
                     connection.sendall(BODY)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/", taken
         thread.join(10)
 
 
-def test_what_has_come_is_read_at_once_in_each_answer_of_a_connection(url):
+def test_what_has_come_is_read_at_once_in_each_answer_of_a_connection(served):
+    url, taken = served
     streams = set()
     with httpx.Client(trust_env=False) as client:
         for _ in range(3):
@@ -38,15 +41,11 @@ def test_what_has_come_is_read_at_once_in_each_answer_of_a_connection(url):
                 stream = response.extensions["network_stream"]
                 streams.add(stream)
                 read_more_at_once(stream)
-                pieces = []
-                for piece in response.iter_raw():
-                    pieces.append(piece)
-                    left_bytes = 1 + len(BODY) - sum(map(len, pieces))
-                    if left_bytes:  # wait until all of it is there
-                        flags = socket.MSG_PEEK | socket.MSG_WAITALL
-                        stream.get_extra_info("socket").recv(left_bytes, flags)
-            assert len(pieces) <= 2
-            assert b"".join(pieces) == b"x" + BODY
+                taken.release()
+                flags = socket.MSG_PEEK | socket.MSG_WAITALL  # until all of it is there
+                stream.get_extra_info("socket").setblocking(True)
+                stream.get_extra_info("socket").recv(len(BODY), flags)
+                assert list(response.iter_raw()) == [BODY]
     assert len(streams) == 1
 
 
