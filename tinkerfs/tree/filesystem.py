@@ -334,8 +334,12 @@ class FileSystem:
             return len(self._rendering(node, call))
         call.is_momentary()
         site = self._nodes.site(node, call)
+        if row.is_exact is None:
+            return row.told_bytes(site)
+        # It may become known, or another, in between: exact is what was so before and after.
+        was_exact = row.is_exact(site)
         size_bytes = row.told_bytes(site)
-        if row.is_exact is not None and not row.is_exact(site):
+        if not (was_exact and row.is_exact(site)):
             self._bound_told(node.path)
         return size_bytes
 
