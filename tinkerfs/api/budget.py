@@ -77,9 +77,8 @@ class Budget:
         self._pause_status = 0
         self._running: set[Turn] = set()
         self._waiting: dict[Turn, None] = {}
-        self._answering: set[str] = (
-            set()
-        )  # endpoints that answer while theirs are all turns but one
+        #: Endpoints that answer while theirs are all turns but one.
+        self._answering: set[str] = set()
 
     @property
     def allowed(self) -> int:

@@ -10,9 +10,12 @@ from tinkerfs.demo.server import DemoServer
 CALL = Call(timeout_s=30.0)
 
 
-@pytest.mark.parametrize("answers", [[None], [None, 9000], [9000, None]])
+@pytest.mark.parametrize(
+    ("answers", "is_bound"),
+    [([None], True), ([None, 9000], True), ([9000, None], True), ([9000], False)],
+)
 def test_a_bound_is_remembered_also_if_the_length_becomes_known_while_it_is_told(
-    tmp_path, monkeypatch, answers
+    tmp_path, monkeypatch, answers, is_bound
 ):
     # The archive of a checkpoint is looked into for its tensors.json, by another process say.
     with (
@@ -28,20 +31,4 @@ def test_a_bound_is_remembered_also_if_the_length_becomes_known_while_it_is_told
         weights = filesystem._model.weights
         monkeypatch.setattr(type(weights), "archive_bytes", lambda *_args: next(rest))
         filesystem.stat(path, CALL)
-        assert filesystem._bound_told_at(path) is not None
-
-
-def test_an_exact_length_is_no_bound(tmp_path, monkeypatch):
-    with (
-        DemoServer(runs=1, checkpoints=2) as server,
-        opened("process", server, tmp_path, time=FakeTime()) as driver,
-    ):
-        filesystem = driver.filesystem
-        run = server.account.runs()[0]
-        checkpoint = f"/runs/{run.id}/checkpoints/{run.checkpoints[0].id}"
-        path = filesystem.follow(f"{checkpoint}/archive.tar", CALL)
-        filesystem._told_at.clear()
-        weights = filesystem._model.weights
-        monkeypatch.setattr(type(weights), "archive_bytes", lambda *_args: 9000)
-        assert filesystem.stat(path, CALL).size_bytes == 9000
-        assert filesystem._bound_told_at(path) is None
+        assert (filesystem._bound_told_at(path) is not None) == is_bound
