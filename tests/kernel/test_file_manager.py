@@ -233,7 +233,9 @@ def test_browse_sort_by_date_see_properties_and_open_a_file(account, run, deskto
     # As the location is typed, each beginning of it is looked up, and may be a run.
     assert calls.pop("GET training_runs/{run}") <= len(run.name)
     assert 1 <= calls.pop("POST weights_info") <= len(NAMES)
-    assert calls == {"GET training_runs": 1, "GET training_runs/{run}/checkpoints": 1}
+    # The listing, and where such a beginning was looked up before it came: has the server any?
+    assert 1 <= calls.pop("GET training_runs") <= 2
+    assert calls == {"GET training_runs/{run}/checkpoints": 1}
 
 
 def test_the_properties_of_a_folder_count_what_is_below_it(account, run, desktop):
