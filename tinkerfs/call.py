@@ -8,10 +8,10 @@ thread that serves the request).
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, replace
-from typing import Final, Protocol, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 from tinkerfs import errors
 
@@ -131,12 +131,15 @@ class Call:
         interrupted: tells, in the thread that serves the operation, whether to give up now.
         caller: tells who asked, in that thread; evaluated only where somebody wants to know.
         lease: what is told of how long the outcome holds; None where nobody keeps it.
+        part_timeout_s: bound on each wait for more of what has begun to come, seconds; None for
+            that of any other.
     """
 
     timeout_s: float | None = None
     interrupted: Callable[[], bool] = _never
     caller: Callable[[], Caller] = _this_process
     lease: Lease | None = None
+    part_timeout_s: float | None = None
 
     def leasing(self, lease: Lease) -> "Call":
         """Return the same call with a lease to be told."""
@@ -206,6 +209,10 @@ class Call:
 IN_PROCESS = Call()
 
 
+def _unheard(_items: Iterable[tuple[Hashable, Any]]) -> None:
+    pass
+
+
 @dataclass(slots=True, eq=False)
 class Interest:
     """Whether somebody waits for a piece of work; handed down with it, as who waits goes first.
@@ -213,10 +220,12 @@ class Interest:
     Attributes:
         is_awaited: whether somebody waits, or did: what was begun as a guess is one no more.
         noticed: called once that becomes so, by whoever begins to wait, who holds no lock.
+        came: told what comes of the work, by key and in order, before all of it has.
     """
 
     is_awaited: bool
     noticed: Callable[[], None] | None = None
+    came: Callable[[Iterable[tuple[Hashable, Any]]], None] = _unheard
 
     def rise(self) -> None:
         """Take note that somebody waits from now on."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from tinkerfs import errors
 from tinkerfs.call import Call
 from tinkerfs.tree.node import Attr, Entry, Space, inode
+from tinkerfs.tree.scan import Scan
 
 NEVER: "Future[bytes]" = Future()
 MTIME_NS = 1_700_000_000_123_456_789
@@ -140,7 +141,7 @@ class MemoryFileSystem:
         data = self.data(path)
         return Attr(stat.S_IFREG | 0o644, len(data), MTIME_NS, inode(path), 1, 1, 0, 0)
 
-    def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
+    def scandir(self, path: str, call: Call) -> Scan:
         if path.startswith("/slow/list-"):
             call.wait(NEVER)
         names = self.names(path)
@@ -150,7 +151,7 @@ class MemoryFileSystem:
         for name in names:
             attr = self.attr(f"{path.rstrip('/')}/{name}")
             entries.append(Entry(name, attr.ino, attr.mode, None if name == "costly" else attr))
-        return tuple(entries)
+        return Scan(entries)
 
     def readlink(self, path: str, call: Call) -> str:
         return "folder/0000"

@@ -164,7 +164,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     ) -> int:
         stays()
         try:
-            entries = operations.readdir(fh_of(info))
+            entries = operations.readdir(fh_of(info), offset)
         except OSError as error:
             return _refusal(error)
         fill = filler_at(filler)
@@ -173,8 +173,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
         # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
         # with 0 it would collect everything first, on libfuse 3 without the attributes.
-        for index in range(offset, len(entries)):
-            entry = entries[index]
+        for index, entry in enumerate(entries, offset + 1):
             attr, plus = entry.attr, _FILL_DIR_PLUS
             # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
             # so a plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel
@@ -184,7 +183,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
                 attr, plus = _kind_only(entry), 0
             name = entry.name.encode("utf-8", "surrogateescape")
             rest = (plus,) if major == 3 else ()
-            if fill(buffer, name, pack(attr), index + 1, *rest):
+            if fill(buffer, name, pack(attr), index, *rest):
                 break
         return 0
 

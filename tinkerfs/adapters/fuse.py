@@ -16,8 +16,8 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from tinkerfs import errors
@@ -26,6 +26,7 @@ from tinkerfs.tree.node import Attr, Entry, Handle, inode
 
 if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
+    from tinkerfs.tree.scan import Scan
 
 __all__ = [
     "Lookers",
@@ -41,6 +42,11 @@ log = logging.getLogger(__name__)
 LOOKUP_TIMEOUT_S: Final = 5.0
 #: So does a name that is removed.
 REMOVAL_TIMEOUT_S: Final = 10.0
+#: So may a listing that is being read, once its first part has come.
+PART_TIMEOUT_S: Final = 10.0
+
+#: So many entries are handed out at a time at the most; one reply takes some 20 to 1,000.
+_MOST_ENTRIES: Final = 256
 
 #: The kernel keeps attributes for 1 s (`binding.mount_options`); and a little for its clock.
 _FORGOTTEN_S: Final = 1.05
@@ -169,11 +175,12 @@ class Operations:
         self._lookup = Call(LOOKUP_TIMEOUT_S, self._interrupted, self._caller)
         self._removal = Call(REMOVAL_TIMEOUT_S, self._interrupted, self._caller)
         self._wait = Call(timeout_s, self._interrupted, self._caller)
+        self._listing = replace(self._wait, part_timeout_s=PART_TIMEOUT_S)
         self._patience = Call(None, self._interrupted, self._caller)
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and a number is used by one file alone.
         self._files: dict[int, _Open] = {}
-        self._listings: dict[int, tuple[Entry, ...]] = {}
+        self._scans: dict[int, tuple[tuple[Entry, ...], Scan]] = {}
         self._lookers = Lookers()
 
     @property
@@ -239,29 +246,32 @@ class Operations:
 
     @_operation
     def opendir(self, path: str) -> int:
-        """Fetch the listing: here, where a wait holds up nobody else, and not in readdir."""
-        entries = self._filesystem.listdir(path, self._wait)
+        """Fetch the listing, or its beginning: here, where a wait holds up nobody else."""
+        scan = self._filesystem.scandir(path, self._listing)
         number = next(self._numbers)
         parent = path.rpartition("/")[0] or "/"
-        self._listings[number] = (
+        dots = (
             Entry(".", inode(path), stat.S_IFDIR, None),
             Entry("..", inode(parent), stat.S_IFDIR, None),
-            *entries,
         )
+        self._scans[number] = (dots, scan)
         return number
 
     @_operation
-    def readdir(self, fh: int) -> tuple[Entry, ...]:
-        """Return the snapshot that opendir took."""
+    def readdir(self, fh: int, index: int) -> Sequence[Entry]:
+        """Return some entries of an open folder, from one on; none only at its end."""
         try:
-            return self._listings[fh]
+            dots, scan = self._scans[fh]
         except KeyError:
             raise errors.bad_handle("", "no such open folder") from None
+        if index < len(dots):
+            return (*dots[index:], *scan.since(0, _MOST_ENTRIES))
+        return scan.since(index - len(dots), _MOST_ENTRIES)
 
     @_operation
     def releasedir(self, fh: int) -> None:
         """Forget a listing."""
-        self._listings.pop(fh, None)
+        self._scans.pop(fh, None)
 
     @_operation
     def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:

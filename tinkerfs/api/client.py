@@ -137,13 +137,18 @@ class Client:
         """
         return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset)
 
-    def all_training_runs(self) -> tuple[TrainingRun, ...]:
+    def all_training_runs(
+        self, came: Callable[[tuple[TrainingRun, ...]], None] = lambda _runs: None
+    ) -> tuple[TrainingRun, ...]:
         """Return every run of the user: ceil(runs / page) calls, those after the first at once.
+
+        Args:
+            came: told the runs of each page as it comes, as `paging.read_all` does.
 
         Raises:
             ApiError: as `list_training_runs`; one page that fails fails all.
         """
-        return self._all(self.list_training_runs, lambda run: run.run_id)
+        return self._all(self.list_training_runs, lambda run: run.run_id, came)
 
     def training_run(self, run_id: str) -> TrainingRun:
         """Return one run: the user's own, or a public one.
@@ -180,12 +185,15 @@ class Client:
         return self._list(endpoints.USER_CHECKPOINTS, parsing.parse_checkpoints, limit, offset)
 
     def all_user_checkpoints(
-        self, kept: Callable[[Checkpoint], Checkpoint] = lambda record: record
+        self,
+        kept: Callable[[Checkpoint], Checkpoint] = lambda record: record,
+        came: Callable[[tuple[Checkpoint, ...]], None] = lambda _records: None,
     ) -> tuple[Checkpoint, ...]:
         """Return every checkpoint of the user, newest first: ceil(checkpoints / page) calls.
 
         Args:
             kept: returns the equal of a record that is kept already, or the record itself.
+            came: told the records of each page as it comes, as `paging.read_all` does.
 
         Raises:
             ApiError: as `list_user_checkpoints`; one page that fails fails all.
@@ -194,7 +202,7 @@ class Client:
         def fetch(limit: int, offset: int) -> Page[Checkpoint]:
             return self.list_user_checkpoints(limit, offset).mapped(kept)
 
-        return self._all(fetch, lambda record: record.identity)
+        return self._all(fetch, lambda record: record.identity, came)
 
     def weights_info(self, tinker_path: str, *, is_known: bool = False) -> WeightsInfo:
         """Return what the weights behind a tinker path are.
@@ -423,9 +431,12 @@ class Client:
         return self._unreadable.told(endpoint.label, page)
 
     def _all(
-        self, fetch: Callable[[int, int], Page[T]], key: Callable[[T], Hashable]
+        self,
+        fetch: Callable[[int, int], Page[T]],
+        key: Callable[[T], Hashable],
+        came: Callable[[tuple[T, ...]], None] = lambda _items: None,
     ) -> tuple[T, ...]:
-        return paging.read_all(fetch, key, workers=self._concurrency)
+        return paging.read_all(fetch, key, came=came, workers=self._concurrency)
 
     def _parsed(
         self,

@@ -7,7 +7,7 @@ counts: the first page's length is the step, an empty page is the end, ids tell 
 
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 from tinkerfs.api.models import Page
@@ -32,6 +32,7 @@ def read_all(
     fetch: Callable[[int, int], Page[T]],
     key: Callable[[T], Hashable],
     *,
+    came: Callable[[tuple[T, ...]], None] = lambda _items: None,
     workers: int = 8,
     page_size: int = PAGE_SIZE,
 ) -> tuple[T, ...]:
@@ -43,13 +44,15 @@ def read_all(
     Args:
         fetch: reads the page of (limit, offset).
         key: a record's id.
+        came: told the records of each page, in the server's order, before the next ones have come;
+            all of the outcome's, some more than once, and ones that are gone by the end.
         workers: how many pages to ask for at once.
         page_size: how many records to ask for at once.
 
     Raises:
         Exception: what `fetch` raised: a listing is whole or it fails.
     """
-    listing = _Listing(fetch, key, workers, page_size)
+    listing = _Listing(fetch, key, came, workers, page_size)
     listing.read()
     for _ in range(MAX_REREADS):
         if listing.is_whole():
@@ -58,7 +61,7 @@ def read_all(
             if not listing.read_front_again():
                 break
             continue
-        fresh = _Listing(fetch, key, workers, page_size)
+        fresh = _Listing(fetch, key, came, workers, page_size)
         fresh.read()
         if not fresh.is_whole():
             fresh.add_missing(listing)
@@ -73,11 +76,13 @@ class _Listing(Generic[T]):
         self,
         fetch: Callable[[int, int], Page[T]],
         key: Callable[[T], Hashable],
+        came: Callable[[tuple[T, ...]], None],
         workers: int,
         page_size: int,
     ) -> None:
         self._fetch = fetch
         self._key = key
+        self._came = came
         self._workers = workers
         self._page_size = page_size
         self._step = 0
@@ -162,6 +167,7 @@ class _Listing(Generic[T]):
 
     def _take(self, page: Page[T]) -> bool:
         """Add a page's records; tell whether any of them is new."""
+        self._came(page.items)
         before = len(self._union)
         for item in page.items:
             self._union.setdefault(self._key(item), item)
@@ -187,40 +193,39 @@ class _Wave(Generic[T]):
         self._page_size = page_size
         self._step = step
         self._end = end
-        self._lock = threading.Lock()
-        # All guarded by _lock.
+        self._come = threading.Condition()
+        # All guarded by _come.
         self._next = step
         self._is_over = False
         self._pages: dict[int, Page[T]] = {}
         self._error: BaseException | None = None
 
-    def read(self, workers: int) -> list[Page[T]]:
-        """Return the pages in their order, up to the first empty one, which is included.
+    def read(self, workers: int) -> Iterator[Page[T]]:
+        """Yield the pages in their order as they come, up to the first empty one, included.
 
         Raises:
             Exception: the first that a page raised.
         """
         count = min(workers, -(-(self._end - self._step) // self._step))
-        threads = [
-            threading.Thread(target=self._work, name=f"tinkerfs-page-{n}", daemon=True)
-            for n in range(count)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if self._error is not None:
-            raise self._error
-        pages = []
-        for offset in sorted(self._pages):
-            pages.append(self._pages[offset])
-            if not pages[-1].received:
-                break
-        return pages
+        for n in range(count):
+            threading.Thread(target=self._work, name=f"tinkerfs-page-{n}", daemon=True).start()
+        for offset in range(self._step, self._end, self._step):
+            page = self._page(offset)
+            yield page
+            if not page.received:
+                return
+
+    def _page(self, offset: int) -> Page[T]:
+        """Wait for a page; it was asked for if no earlier one was empty."""
+        with self._come:
+            self._come.wait_for(lambda: self._error is not None or offset in self._pages)
+            if self._error is not None:
+                raise self._error
+            return self._pages.pop(offset)
 
     def _work(self) -> None:
         while True:
-            with self._lock:
+            with self._come:
                 offset = self._next
                 if self._is_over or offset >= self._end:
                     return
@@ -228,13 +233,15 @@ class _Wave(Generic[T]):
             try:
                 page = self._fetch(self._page_size, offset)
             except BaseException as error:  # noqa: BLE001  (raised by `read`, in the caller)
-                with self._lock:
+                with self._come:
                     self._error = self._error or error
                     self._is_over = True
+                    self._come.notify()
                 return
-            with self._lock:
+            with self._come:
                 self._pages[offset] = page
                 self._is_over = self._is_over or not page.received
+                self._come.notify()
 
 
 class Unreadable:

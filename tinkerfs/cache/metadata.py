@@ -16,7 +16,8 @@ from cachetools import TLRUCache
 
 from tinkerfs import errors
 from tinkerfs.cache.flight import in_thread
-from tinkerfs.call import AWAITED, Call, Interest
+from tinkerfs.cache.parts import Parts
+from tinkerfs.call import Call, Interest
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
@@ -35,8 +36,8 @@ PATIENCE_S = 2.0
 #: is back answers within this, one that hangs does not hold up a walk at each folder again.
 PATIENCE_IN_OUTAGE_S = 0.2
 
-#: How long a first answer is waited for before what an earlier mount kept is shown, seconds: of a
-#: quick server nobody sees an older answer than its own.
+#: How long a first answer is waited for before what an earlier mount kept is shown, or what came of
+#: it so far, seconds: of a quick server nobody sees an older answer than its own, or half of it.
 PATIENCE_AT_START_S = 0.25
 
 #: Who goes on using a value meets its end of life without a wait: what was used within this time,
@@ -105,6 +106,7 @@ class _Flight:
     future: "Future[Any]"
     started: float
     interest: Interest
+    parts: Parts
 
 
 #: Loads a value; told whether somebody waits for it, now or from some time on.
@@ -169,6 +171,32 @@ class MetadataCache:
             ApiError: what `load` raised, now or while that is remembered.
             OSError: EINTR or ETIMEDOUT, when this caller's wait ended before the load did.
         """
+        return self._get(key, load, policy, call, kept)  # type: ignore[no-any-return]
+
+    def get_or_parts(
+        self,
+        key: Hashable,
+        load: Load[T],
+        policy: Policy,
+        call: Call,
+        kept: Callable[[], T | None] | None = None,
+    ) -> T | Parts:
+        """Return the value as `get` does, or what comes of the first one where that takes a while.
+
+        Args and errors are those of `get`.
+        """
+        return self._get(key, load, policy, call, kept, in_parts=True)  # type: ignore[no-any-return]
+
+    def _get(
+        self,
+        key: Hashable,
+        load: Load[Any],
+        policy: Policy,
+        call: Call,
+        kept: Callable[[], Any] | None,
+        *,
+        in_parts: bool = False,
+    ) -> Any:
         with self._lock:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
@@ -178,14 +206,14 @@ class MetadataCache:
                 if now < entry.fresh_until:
                     self._telemetry.count("cache_hits")
                     call.rests_on(entry)
-                    return entry.value  # type: ignore[no-any-return]
+                    return entry.value
             call.is_momentary()
             if entry is not None and entry.error is not None and now < entry.error_until:
                 self._telemetry.count("cache_hits")
                 if not entry.has_value:
                     raise entry.error.remembered()
                 self._telemetry.count("stale_answers")
-                return entry.value  # type: ignore[no-any-return]
+                return entry.value
             self._telemetry.count("cache_misses")
             if entry is not None and entry.is_warm and kept is None:
                 entry, was_used_at = None, float("-inf")
@@ -195,15 +223,15 @@ class MetadataCache:
             )
             if is_in_use and now - flight.started < PATIENCE_S:
                 self._telemetry.count("refreshed_behind")
-                return entry.value  # type: ignore[union-attr, no-any-return]
+                return entry.value  # type: ignore[union-attr]
         flight.interest.rise()
         if entry is None or not entry.has_value:
-            return self._first(key, flight, policy, call, kept)
+            return self._first(key, flight, policy, call, kept, in_parts=in_parts)
         try:
             is_hopeful = entry.error is None and _kind(key) not in self._in_vain
             patience_s = PATIENCE_S if is_hopeful else PATIENCE_IN_OUTAGE_S
             patience_s = max(patience_s - (now - flight.started), 0.0)
-            return call.within(patience_s).wait(flight.future)  # type: ignore[no-any-return]
+            return call.within(patience_s).wait(flight.future)
         except errors.OUTAGES:
             pass
         except OSError as error:
@@ -212,7 +240,7 @@ class MetadataCache:
             with self._lock:
                 self._in_vain.add(_kind(key))
         self._telemetry.count("stale_answers")
-        return entry.value  # type: ignore[no-any-return]
+        return entry.value
 
     def _first(
         self,
@@ -220,15 +248,18 @@ class MetadataCache:
         flight: _Flight,
         policy: Policy,
         call: Call,
-        kept: Callable[[], T | None] | None,
-    ) -> T:
-        """Return the first answer, or what an earlier mount kept where that takes a while."""
-        if kept is not None:
+        kept: Callable[[], Any] | None,
+        *,
+        in_parts: bool,
+    ) -> Any:
+        """Return the first answer, or what an earlier mount kept, or parts, where it takes long."""
+        if kept is not None or in_parts:
             try:
-                return call.within(PATIENCE_AT_START_S).wait(flight.future)  # type: ignore[no-any-return]
+                return call.within(PATIENCE_AT_START_S).wait(flight.future)
             except OSError as error:
                 if not errors.is_timeout(error):
                     raise
+        if kept is not None:
             value = kept()
             if value is not None:
                 with self._lock:
@@ -236,12 +267,12 @@ class MetadataCache:
                     before = self._entries.get(key)
                     if self._flights.get(key) is flight:
                         if before is not None and before.has_value:  # another reader's
-                            return before.value  # type: ignore[no-any-return]
+                            return before.value
                         until = now + policy.stale_s
                         self._put(key, _Entry(value, True, now, until, is_warm=True, used_at=now))
                         self._telemetry.count("warm_starts")
                         return value
-        return call.wait(flight.future)  # type: ignore[no-any-return]
+        return flight.parts if in_parts else call.wait(flight.future)
 
     def ask(self, key: Hashable, load: Load[T], policy: Policy) -> bool:
         """Begin to load a value for which nobody waits yet; tell whether that was needed.
@@ -261,8 +292,15 @@ class MetadataCache:
     def reload(self, key: Hashable, load: Load[T], policy: Policy, call: Call) -> T:
         """Return the value as `load` gives it from now on, whatever is kept or under way."""
         with self._lock:
-            flight = self._start(key, load, policy, AWAITED)
+            flight = self._start(key, load, policy, Interest(is_awaited=True))
         return call.wait(flight.future)  # type: ignore[no-any-return]
+
+    def coming(self, key: Hashable, part: Hashable) -> Any:
+        """Return the part of that key of a first value that is on its way; None where none came."""
+        with self._lock:
+            entry, flight = self._entries.get(key), self._flights.get(key)
+        is_first = entry is None or not entry.has_value
+        return flight.parts.find(part) if flight is not None and is_first else None
 
     def is_warm(self, key: Hashable) -> bool:
         """Tell whether the value of `key` is what an earlier mount kept."""
@@ -325,8 +363,9 @@ class MetadataCache:
 
     def _start(self, key: Hashable, load: Load[T], policy: Policy, interest: Interest) -> _Flight:
         """Begin a load; the caller holds the lock."""
-        flight = _Flight(Future(), self._clock.monotonic(), interest)
+        flight = _Flight(Future(), self._clock.monotonic(), interest, Parts())
         self._flights[key] = flight
+        interest.came = flight.parts.add
 
         def fly() -> T:
             try:
@@ -345,6 +384,7 @@ class MetadataCache:
             return value
 
         flight.future = in_thread(fly, f"load {_words(key)}")
+        flight.future.add_done_callback(flight.parts.end)
         return flight
 
     def _land(

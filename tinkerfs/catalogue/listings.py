@@ -3,7 +3,7 @@
 Servers list bare ids, ids with a kind, or both; here every checkpoint has a run, a kind and a name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from sys import intern
 from typing import Self
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointListing",
     "RunListing",
     "UserListing",
+    "checkpoints_of",
     "kept_record",
     "kind_and_name",
 ]
@@ -223,14 +224,8 @@ class UserListing:
     @classmethod
     def of_records(cls, records: Iterable[models.Checkpoint]) -> "UserListing":
         """Find out of which run each record is: its tinker path tells."""
-        checkpoints, nameless = [], 0
-        for record in records:
-            run_id = _run_id(record)
-            if run_id is None:
-                nameless += 1
-            else:
-                checkpoints.append(Checkpoint.of(run_id, record))
-        return cls.of(checkpoints, nameless)
+        checkpoints = list(checkpoints_of(records))
+        return cls.of((c for c in checkpoints if c is not None), checkpoints.count(None))
 
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "UserListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""
@@ -245,6 +240,13 @@ class UserListing:
 
 def _newest_ns(times_ns: Iterable[int | None]) -> int | None:
     return max((time_ns for time_ns in times_ns if time_ns is not None), default=None)
+
+
+def checkpoints_of(records: Iterable[models.Checkpoint]) -> "Iterator[Checkpoint | None]":
+    """Make checkpoints of the records of all runs; None of one that does not tell its run."""
+    for record in records:
+        run_id = _run_id(record)
+        yield None if run_id is None else Checkpoint.of(run_id, record)
 
 
 def _run_id(record: models.Checkpoint) -> str | None:

@@ -6,9 +6,9 @@ are `ApiError`s, or the `OSError`s of a wait that ended early.
 """
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
@@ -16,16 +16,19 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.client import Client
 from tinkerfs.cache.flight import in_thread, side_by_side
-from tinkerfs.cache.metadata import Load, MetadataCache
+from tinkerfs.cache.metadata import MetadataCache
+from tinkerfs.cache.parts import Parts
 from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call, Interest
 from tinkerfs.catalogue.amending import run_amended, runs_amended
 from tinkerfs.catalogue.freshness import Freshness
+from tinkerfs.catalogue.infos import MAX_INFOS, Infos
 from tinkerfs.catalogue.listings import (
     Checkpoint,
     CheckpointListing,
     RunListing,
     UserListing,
+    checkpoints_of,
     kept_record,
 )
 from tinkerfs.catalogue.walks import Walk, Walks
@@ -44,8 +47,6 @@ _NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.E
 L = TypeVar("L", CheckpointListing, UserListing)
 T = TypeVar("T")
 
-#: Weights infos kept in memory, 1 kB each; all are kept on disk.
-MAX_INFOS = 16_384
 #: A listing that is fresh for less than this, seconds, is not asked for ahead of a walk: it might
 #: have to be asked for again once the walk comes to it.
 LEAST_TTL_AHEAD_S = 10.0
@@ -69,8 +70,13 @@ class Catalogue:
     ) -> None:
         self._client = client
         self._cache = cache
-        self._infos = MetadataCache(telemetry, clock, MAX_INFOS)
-        self._store = store
+        self._infos = Infos(
+            MetadataCache(telemetry, clock, MAX_INFOS),
+            store,
+            client.base_url,
+            freshness.immutable,
+            self._load_weights_info,
+        )
         self._telemetry = telemetry
         self._clock = clock
         self._freshness = freshness
@@ -92,20 +98,33 @@ class Catalogue:
             ("runs",), self._load_runs, self._freshness.listing, call, self._warm.runs
         )
 
+    def each_run(self, call: Call) -> Iterator[models.TrainingRun]:
+        """Yield the user's training runs; of a first listing that takes a while, as they come.
+
+        Raises:
+            ApiError, OSError: as `runs`; also between two runs.
+        """
+        found = self._cache.get_or_parts(
+            ("runs",), self._load_runs, self._freshness.listing, call, self._warm.runs
+        )
+        return found.each(call) if isinstance(found, Parts) else iter(found.by_id.values())
+
     def known_runs(self) -> RunListing | None:
         """Return the training runs as last listed, without a call."""
         return self._cache.peek(("runs",))  # type: ignore[no-any-return]
 
     def run(self, run_id: str, call: Call) -> models.TrainingRun:
-        """Return one training run: of the listing where there is one, else asked for by itself.
+        """Return one training run: of the listing as far as it has come, else asked for by itself.
 
         Raises:
             ApiError: NotFound or BadRequest where there is no such run.
         """
         if self.known_runs() is not None:
             run = self.runs(call).by_id.get(run_id)
-            if run is not None:
-                return run
+        else:
+            run = self._coming(("runs",), run_id, call)
+        if run is not None:
+            return run
         return self._cache.get(
             ("run", run_id), partial(self._load_run, run_id), self._freshness.by_name, call
         )
@@ -172,8 +191,18 @@ class Catalogue:
             ("user",), self._load_user, self._freshness.listing, call, self._warm.user
         )
 
+    def each_user_checkpoint(self, call: Call) -> Iterator[Checkpoint]:
+        """Yield the checkpoints of all the user's runs; as they come where `each_run` would."""
+        found = self._cache.get_or_parts(
+            ("user",), self._load_user, self._freshness.listing, call, self._warm.user
+        )
+        return found.each(call) if isinstance(found, Parts) else iter(found.by_key.values())
+
     def user_checkpoint(self, key: tuple[str, str, str], call: Call) -> Checkpoint | None:
         """Return one of the checkpoints of all the user's runs; not there as in `find`."""
+        coming: Checkpoint | None = self._coming(("user",), key, call)
+        if coming is not None:
+            return coming
         found = self.user_checkpoints(call).by_key.get(key)
         if found is None and self._cache.is_warm(("user",)):
             listing = self._cache.get(("user",), self._load_user, self._freshness.listing, call)
@@ -183,6 +212,12 @@ class Catalogue:
     def known_user_checkpoints(self) -> UserListing | None:
         """Return the checkpoints of all runs as last listed, without a call."""
         return self._cache.peek(("user",))  # type: ignore[no-any-return]
+
+    def _coming(self, key: Hashable, part: Hashable, call: Call) -> Any:
+        found = self._cache.coming(key, part)
+        if found is not None:
+            call.is_momentary()
+        return found
 
     # When a listing was seen to change, nanoseconds since 1970; None where it never was.
 
@@ -202,20 +237,6 @@ class Catalogue:
         changed_at = self._cache.changed_at(key)
         return None if changed_at is None else int(changed_at * 1e9)
 
-    def known(self) -> dict[str, int]:
-        """Return what the listings so far add up to, without a call; empty before the first."""
-        runs = self.known_runs()
-        if runs is None:
-            return {}
-        listings = [self.known_checkpoints(run_id) for run_id in runs.by_id]
-        checkpoints = [c for known in listings if known for c in known.by_name.values()]
-        return {
-            "runs": len(runs.by_id),
-            "runs_listed": sum(known is not None for known in listings),
-            "checkpoints": len(checkpoints),
-            "size_bytes": sum(c.record.size_bytes or 0 for c in checkpoints),
-        }
-
     def weights_info(self, checkpoint: Checkpoint, call: Call) -> bytes:
         """Return a checkpoint's weights info as JSON; asked for once ever, kept across mounts.
 
@@ -223,11 +244,7 @@ class Catalogue:
         """
         if self._walks.is_ahead(checkpoint.key):
             self._come_to_info(checkpoint)
-        load = partial(self._load_weights_info, checkpoint)
-        kept = self._known_info(checkpoint)
-        if kept is not None:
-            return kept
-        return self._infos.get(_info_key(checkpoint), load, self._freshness.immutable, call)
+        return self._infos.get(checkpoint, call)
 
     # Changes. Each runs on a thread of its own, so that it is not taken back when its caller goes;
     # `changes` tells how it ended.
@@ -353,7 +370,11 @@ class Catalogue:
     # Loading; each is told whether somebody waits for it.
 
     def _load_runs(self, interest: Interest) -> RunListing:
-        listing = RunListing.of(self._client.on_behalf(interest).all_training_runs())
+        listing = RunListing.of(
+            self._client.on_behalf(interest).all_training_runs(
+                lambda runs: interest.came((run.run_id, run) for run in runs)
+            )
+        )
         self._walks.relisted()
         self._warm.keep_runs(listing)
         return listing
@@ -403,7 +424,8 @@ class Catalogue:
     def _load_user(self, interest: Interest) -> UserListing:
         try:
             records = self._client.on_behalf(interest).all_user_checkpoints(
-                lambda record: kept_record(record, self.known_checkpoints)
+                lambda record: kept_record(record, self.known_checkpoints),
+                lambda records: interest.came((c.key, c) for c in checkpoints_of(records) if c),
             )
         except errors.EndpointMissing:
             return self._user_of_runs()
@@ -432,25 +454,15 @@ class Catalogue:
     def _load_unlisted(self, path: TinkerPath, interest: Interest) -> Checkpoint:
         info = self._client.on_behalf(interest).weights_info(str(path))
         checkpoint = Checkpoint.unlisted(path)
-        self._store.put(self._space, _info_name(checkpoint), info.raw)
+        self._infos.keep(checkpoint, info.raw)
         return checkpoint
-
-    def _known_info(self, checkpoint: Checkpoint) -> bytes | None:
-        kept = self._infos.peek(_info_key(checkpoint))
-        return kept or self._store.get(self._space, _info_name(checkpoint))
 
     def _load_weights_info(self, checkpoint: Checkpoint, interest: Interest) -> bytes:
         if interest.is_awaited:
             self._come_to_info(checkpoint)
         client = self._client.on_behalf(interest)
         with self._walks.asking(checkpoint.key, interest):
-            raw = client.weights_info(checkpoint.tinker_path, is_known=True).raw
-        self._store.put(self._space, _info_name(checkpoint), raw)
-        return raw
-
-    @property
-    def _space(self) -> str:
-        return f"weights_info {self._client.base_url}"
+            return client.weights_info(checkpoint.tinker_path, is_known=True).raw
 
     # Asking ahead of walks.
 
@@ -477,10 +489,7 @@ class Catalogue:
             if step is None:
                 return
             if isinstance(step, Checkpoint):
-                load: Load[object] = partial(self._load_weights_info, step)
-                is_asked = self._known_info(step) is None and self._infos.ask(
-                    _info_key(step), load, self._freshness.immutable
-                )
+                is_asked = self._infos.ask(step)
             else:
                 load = partial(self._load_checkpoints, step)
                 is_asked = self._cache.ask(("checkpoints", step), load, self._freshness.listing)
@@ -489,11 +498,3 @@ class Catalogue:
                     self._walks.listed(step, known)
             if not is_asked:
                 self._walks.drop(walk, step)
-
-
-def _info_name(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.tinker_path}\n{checkpoint.version}"
-
-
-def _info_key(checkpoint: Checkpoint) -> tuple[str, str, str]:
-    return ("weights_info", checkpoint.tinker_path, checkpoint.version)

@@ -26,6 +26,7 @@ from tinkerfs.tree.nodes import Node, Nodes, is_checkpoint
 from tinkerfs.tree.removal import Removals
 from tinkerfs.tree.renderings import Renderings
 from tinkerfs.tree.rows import Control, File, Folder, Link, Model, Removal, Row, Site, Stream
+from tinkerfs.tree.scan import Scan
 
 __all__ = ["FileSystem"]
 
@@ -79,19 +80,30 @@ class FileSystem:
 
     def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
         """Return what a folder holds, without `.` and `..`, in the table's order."""
+        return self.scandir(path, call).all()
+
+    def scandir(self, path: str, call: Call) -> Scan:
+        """Begin to list what a folder holds, without `.` and `..`, in the table's order.
+
+        Where a listing takes the server a while its first part will do; what cannot be listed at
+        all fails here, what breaks off later fails where it does.
+        """
         is_anything_hidden = self._removals.is_anything_hidden
         kept = None if is_anything_hidden else self._listings.kept(path)
         if kept is not None:
-            return kept
+            return Scan(kept)
         try:
             folder = self._nodes.resolve(path, call)
             if not isinstance(folder.row, Folder):
                 raise errors.not_a_directory(path)
-            if is_anything_hidden:
-                return tuple(self._entries(folder, call))
-            return self._listings.made(folder, call, self._entries)
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "list")
+        if is_anything_hidden:
+            scan = Scan(more=self._entries(folder, call))
+        else:
+            scan = self._listings.scan(folder, call, self._entries)
+        scan.since(0, 1)
+        return scan
 
     def readlink(self, path: str, call: Call) -> str:
         """Return where a symbolic link points, relative to its folder."""
@@ -297,14 +309,17 @@ class FileSystem:
     # Attributes and bytes.
 
     def _entries(self, folder: Node, call: Call) -> Iterator[Entry]:
-        mtime_ns = self._mtime_ns(folder, call)
-        for node in self._nodes.children(folder, call):
-            row, name = node.row, node.name
-            if isinstance(row, File) and row.is_costly and not self._renderings.has(node):
-                yield Entry(name, inode(node.path), self._file_mode(row), None)
-            else:
-                attr = self._attr(node, call, mtime_ns)
-                yield Entry(name, attr.ino, attr.mode, attr)
+        try:
+            mtime_ns = self._mtime_ns(folder, call)
+            for node in self._nodes.children(folder, call):
+                row, name = node.row, node.name
+                if isinstance(row, File) and row.is_costly and not self._renderings.has(node):
+                    yield Entry(name, inode(node.path), self._file_mode(row), None)
+                else:
+                    attr = self._attr(node, call, mtime_ns)
+                    yield Entry(name, attr.ino, attr.mode, attr)
+        except (errors.ApiError, OSError) as error:
+            self._fail(error, folder.path, "list")
 
     def _attr(self, node: Node, call: Call, folder_ns: int | None = None) -> Attr:
         """Return a node's attributes; `folder_ns` is its folder's time, where that is known."""

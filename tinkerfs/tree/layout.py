@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing
+from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.tree import content, controls, readme, render, subjects, views
 from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, Site
@@ -153,9 +154,24 @@ def _stats(site: Site) -> bytes:
         "base_url": model.settings.base_url,
         "cache_dir": model.settings.cache_dir,
         "cache_size_bytes": model.settings.cache_size_bytes,
-        "account": model.catalogue.known(),
+        "account": _known(model.catalogue),
     }
     return render.json_values({**facts, **model.telemetry.snapshot()})
+
+
+def _known(catalogue: Catalogue) -> dict[str, int]:
+    """Return what the listings so far add up to, without a call; empty before the first."""
+    runs = catalogue.known_runs()
+    if runs is None:
+        return {}
+    listings = [catalogue.known_checkpoints(run_id) for run_id in runs.by_id]
+    checkpoints = [c for known in listings if known for c in known.by_name.values()]
+    return {
+        "runs": len(runs.by_id),
+        "runs_listed": sum(known is not None for known in listings),
+        "checkpoints": len(checkpoints),
+        "size_bytes": sum(c.record.size_bytes or 0 for c in checkpoints),
+    }
 
 
 def _control_file_ns(site: Site) -> int:

@@ -4,7 +4,7 @@ Making them is most of what a walk costs: 45 us for the eight entries of a check
 80 us for all of what is asked about it. Thread-safe.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -12,6 +12,7 @@ from tinkerfs.call import Call, Lease
 from tinkerfs.tree.node import Attr, Entry
 from tinkerfs.tree.nodes import Node
 from tinkerfs.tree.rows import Model
+from tinkerfs.tree.scan import Scan
 
 __all__ = ["Listings"]
 
@@ -73,17 +74,19 @@ class Listings:
             return kept
         return None
 
-    def made(
-        self, folder: Node, call: Call, entries_of: Callable[[Node, Call], Iterable[Entry]]
-    ) -> tuple[Entry, ...]:
-        """Return what a folder holds as it is now, and keep it until something changes."""
+    def scan(
+        self, folder: Node, call: Call, entries_of: Callable[[Node, Call], Iterator[Entry]]
+    ) -> Scan:
+        """Begin to list what a folder holds now; once whole it is kept until something changes."""
         epoch = self._model.catalogue.epoch
         lease = Lease() if folder.lease is None else folder.lease.extended()
-        entries = tuple(entries_of(folder, call.leasing(lease)))
-        # An entry that lacks its attributes gets them as soon as they are known.
-        if not lease.is_void and all(entry.attr is not None for entry in entries):
-            self._keep(folder.path, _Listing(entries, lease, epoch))
-        return entries
+
+        def whole(entries: tuple[Entry, ...]) -> None:
+            # An entry that lacks its attributes gets them as soon as they are known.
+            if not lease.is_void and all(entry.attr is not None for entry in entries):
+                self._keep(folder.path, _Listing(entries, lease, epoch))
+
+        return Scan(more=entries_of(folder, call.leasing(lease)), whole=whole)
 
     def _keep(self, path: str, listing: _Listing) -> None:
         if len(listing.entries) > _MAX_ENTRIES // 4:

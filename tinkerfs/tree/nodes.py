@@ -147,10 +147,15 @@ class Nodes:
             return None
 
     def _listed(self, row: Each, folder: Node, call: Call) -> Iterator[tuple[Any, Any]]:
+        is_empty = True
         try:
-            yield from row.list(self.site(folder, call))
+            for item in row.list(self.site(folder, call)):
+                is_empty = False
+                yield item
         except errors.EndpointMissing as error:
             # A listing that this server does not have leaves the folder empty, and `ls` working.
+            if not is_empty:
+                raise
             if not error.is_remembered:
                 failure = errors.from_api(error, folder.path)
                 self._model.telemetry.failed(folder.path, "list", failure)

@@ -1,6 +1,6 @@
 """What the rows about runs and checkpoints share: where these stand, and when they changed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from tinkerfs import errors, names
 from tinkerfs.api import models
@@ -44,9 +44,9 @@ def place_of(path: TinkerPath) -> str:
     return f"{run_path(path.run_id)}/checkpoints/{kind}{names.encode(path.name)}"
 
 
-def list_runs(site: Site) -> Iterable[tuple[str, models.TrainingRun]]:
-    """Return the user's training runs by id."""
-    return site.model.catalogue.runs(site.call).by_id.items()
+def list_runs(site: Site) -> Iterator[tuple[str, models.TrainingRun]]:
+    """Yield the user's training runs by id."""
+    return ((run.run_id, run) for run in site.model.catalogue.each_run(site.call))
 
 
 def find_run(site: Site, run_id: str) -> models.TrainingRun | None:

@@ -26,9 +26,9 @@ def _view(
     """A folder with a link to each checkpoint of the user that it shows."""
 
     def listed(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-        for key, checkpoint in site.model.catalogue.user_checkpoints(site.call).by_key.items():
+        for checkpoint in site.model.catalogue.each_user_checkpoint(site.call):
             if shows(checkpoint):
-                yield key, checkpoint
+                yield checkpoint.key, checkpoint
 
     def find(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
         if len(parts) != 3:

@@ -115,17 +115,18 @@ def test_the_page_cache_is_for_what_may_be_kept(operations):
     assert operations.open("/cached-1048576", os.O_RDONLY)[1:] == (False, True)
 
 
-def test_a_listing_is_a_snapshot(operations):
+def test_a_listing_is_handed_out_from_any_entry_on(operations):
     fh = operations.opendir("/folder")
-    entries = operations.readdir(fh)
+    entries = tuple(operations.readdir(fh, 0))
     assert [entry.name for entry in entries[:4]] == [".", "..", "costly", "0000"]
-    assert operations.readdir(fh) is entries
+    for index in range(len(entries) + 1):
+        assert tuple(operations.readdir(fh, index)) == entries[index:]
     by_name = {entry.name: entry for entry in entries}
     assert by_name["costly"].attr is None
     assert by_name["0000"].attr.size_bytes == 6
     operations.releasedir(fh)
     with pytest.raises(OSError) as failure:  # noqa: PT011
-        operations.readdir(fh)
+        operations.readdir(fh, 0)
     assert failure.value.errno == errno.EBADF
 
 
@@ -182,7 +183,7 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
         def __getattr__(self, name):
             def method(*args):
                 (call,) = [each for each in args if isinstance(each, Call)]
-                bounds[name] = call.timeout_s
+                bounds[name] = call.timeout_s, call.part_timeout_s
                 raise FileNotFoundError(errno.ENOENT, "recorded")
 
             return method
@@ -199,12 +200,12 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
         with pytest.raises(FileNotFoundError):
             attempt()
     assert bounds == {
-        "stat": 5,
-        "listdir": 30,
-        "open": None,
-        "unlink": 10,
-        "rmdir": 10,
-        "truncate": 30,
+        "stat": (5, None),
+        "scandir": (30, 10),
+        "open": (None, None),
+        "unlink": (10, None),
+        "rmdir": (10, None),
+        "truncate": (30, None),
     }
 
 

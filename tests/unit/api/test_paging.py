@@ -173,3 +173,56 @@ def test_records_that_cannot_be_read_count_as_received():
 
     assert len(read_all(page, lambda n: n)) == 247
     assert len(server.calls) == 3
+
+
+def test_pages_are_told_in_order_and_before_the_last_has_come():
+    server = Server(1000)
+    told, later = [], threading.Event()
+
+    def page(limit, offset):
+        if offset == 200:  # the pages after it come first, and wait for their turn
+            assert later.wait(10)
+        if offset == 900:
+            later.set()
+        return server.page(limit, offset)
+
+    def came(items):
+        told.extend(items)
+        if items[0] == 0:
+            assert server.calls == [0]
+
+    assert read_all(page, lambda n: n, came=came) == tuple(range(1000))
+    assert told == list(range(1000))
+
+
+def test_what_came_before_a_page_that_fails_was_told():
+    server, told, failing = Server(1000), [], threading.Event()
+
+    def page(limit, offset):
+        if offset == 500:
+            assert failing.wait(10)
+            raise ValueError("page 5")
+        return server.page(limit, offset)
+
+    def came(items):
+        told.extend(items)
+        if items[-1] == 499:
+            failing.set()
+
+    with pytest.raises(ValueError, match="page 5"):
+        read_all(page, lambda n: n, came=came)
+    assert told == list(range(500))
+
+
+@given(st.integers(0, 450), st.integers(1, 120), st.integers(1, 20))
+def test_all_that_is_returned_was_told(count, clamp, moved_at):
+    server = Server(count, clamp=clamp)
+
+    def move(number):
+        if number == moved_at and server.records:
+            server.records.insert(0, server.records.pop())
+
+    server.on_call = move
+    told = []
+    found = read_all(server.page, lambda number: number, came=told.extend)
+    assert set(found) == set(told) == set(range(count))

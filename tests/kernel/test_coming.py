@@ -1,0 +1,80 @@
+"""Listings of several pages on real mounts, read while the later pages are still on their way."""
+
+import os
+import threading
+
+import pytest
+
+from tests.support.account import account, api_calls, make_account
+
+__all__ = ["account", "make_account"]
+
+RUNS, PAGE = 450, 100
+LISTED = "GET training_runs"
+
+
+@pytest.fixture
+def cold(make_account):
+    return make_account(runs=RUNS, checkpoints=1)
+
+
+def later_pages(account, **effects):
+    return account.server.faults.add(LISTED, times=None, after=1, **effects)
+
+
+def test_the_first_names_are_read_before_the_last_page_has_come(cold):
+    held = later_pages(cold, hang=True)
+    with os.scandir(cold.path("runs")) as entries:
+        names = [next(entries).name for _ in range(PAGE)]
+        held.release()
+        assert api_calls(cold.server)[LISTED] > 1
+        names += [entry.name for entry in entries]
+    assert sorted(names) == sorted(cold.server.account.run_ids)
+    assert api_calls(cold.server) == {LISTED: -(-RUNS // PAGE)}
+
+
+def test_a_pipe_gets_the_first_names_before_the_last_page_has_come(cold):
+    # Enough of them come for a buffer of a pipe, which ls fills before it writes.
+    held = cold.server.faults.add(
+        LISTED, times=None, hang=True, when=lambda entry: entry.query["offset"] == "400"
+    )
+    done = cold.sh("timeout -s INT 3 ls -f runs | head -n 20", timeout_s=30)
+    assert len(set(done.stdout.split()) - {".", ".."}) >= 18, done
+    held.release()
+
+
+def test_a_long_listing_asks_nothing_about_what_has_come(cold):
+    later_pages(cold, latency_s=0.4)
+    done = cold.sh("ls -lf runs; find runs -maxdepth 1 -newermt 2000-01-01 | wc -l")
+    assert done.returncode == 0, done
+    assert done.stdout.splitlines()[-1] == str(RUNS + 1)
+    assert api_calls(cold.server) == {LISTED: -(-RUNS // PAGE)}
+
+
+def test_a_page_that_fails_is_an_error_after_those_that_came(cold):
+    held = threading.Event()
+    later_pages(
+        cold,
+        call=lambda: held.wait(10),
+        status=500,
+        headers={"x-should-retry": "false"},
+    )
+    with os.scandir(cold.path("runs")) as entries:
+        for _ in range(PAGE):
+            next(entries)
+        held.set()
+        with pytest.raises(OSError, match="Input/output error"):
+            list(entries)
+    assert "500" in cold.errors()
+    cold.server.faults.clear()
+    cold.refresh()
+    assert len(os.listdir(cold.path("runs"))) == RUNS
+
+
+def test_who_waits_for_the_next_page_can_be_stopped(cold):
+    held = later_pages(cold, hang=True)
+    done = cold.sh("timeout -s INT 1 ls runs", timeout_s=30)
+    assert done.returncode in (124, 130, 2), done
+    assert cold.sh("timeout 5 ls -d README.md checkpoints published").returncode == 0
+    held.release()
+    assert len(os.listdir(cold.path("runs"))) == RUNS

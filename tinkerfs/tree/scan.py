@@ -1,0 +1,83 @@
+"""Scans: what an open folder holds, made as it is asked for."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from tinkerfs.tree.node import Entry
+
+__all__ = ["Scan"]
+
+#: So many entries are made at a time: as many as come with a page of the API, so that no wait for
+#: the next one holds up those.
+_AT_ONCE = 100
+
+
+class Scan:
+    """The entries of a folder, in an order that stays. Thread-safe.
+
+    Args:
+        entries: those that are known already.
+        more: yields the others, in the thread of whoever asks for them; may wait and fail.
+        whole: called once with all entries.
+    """
+
+    __slots__ = ("_entries", "_error", "_lock", "_more", "_whole")
+
+    def __init__(
+        self,
+        entries: Sequence[Entry] = (),
+        more: Iterator[Entry] | None = None,
+        whole: Callable[[tuple[Entry, ...]], None] = lambda _entries: None,
+    ) -> None:
+        self._lock = threading.Lock()
+        self._whole = whole
+        # Changed under _lock; entries are only ever added while there may be more.
+        self._entries = entries if more is None else list(entries)
+        self._more = more
+        self._error: Exception | None = None
+
+    def since(self, index: int, most: int) -> Sequence[Entry]:
+        """Return up to `most` entries from one on: what is there, after a wait where nothing is.
+
+        Nothing is returned only where `index` is the end.
+
+        Raises:
+            OSError: why there is no more, to whoever has got all that came before.
+        """
+        if self._more is not None and index >= len(self._entries):
+            with self._lock:
+                while self._more is not None and index >= len(self._entries):
+                    self._extend(_AT_ONCE)
+        if self._error is not None and index >= len(self._entries):
+            raise self._error
+        return self._entries[index : index + most]
+
+    def all(self) -> tuple[Entry, ...]:
+        """Return every entry, after a wait.
+
+        Raises:
+            OSError: some cannot be had.
+        """
+        with self._lock:
+            if self._more is not None:
+                self._extend(None)
+        if self._error is not None:
+            raise self._error
+        return tuple(self._entries)
+
+    def _extend(self, count: int | None) -> None:
+        """Make so many more entries, or all; the caller holds the lock."""
+        assert self._more is not None
+        assert isinstance(self._entries, list)
+        wanted = None if count is None else len(self._entries) + count
+        try:
+            for entry in itertools.islice(self._more, count):
+                self._entries.append(entry)
+        except Exception as error:  # noqa: BLE001  (raised to whoever comes to it)
+            self._more, self._error = None, error
+            return
+        if wanted is None or len(self._entries) < wanted:
+            self._entries = tuple(self._entries)
+            self._more = None
+            self._whole(self._entries)
