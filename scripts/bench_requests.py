@@ -32,8 +32,8 @@ COMMANDS = (
 _REQUEST = re.compile(r"opcode: (\w+)")
 #: The kernel sends some requests behind a command that has ended (RELEASE, FORGET).
 QUIET_S = 0.3
-#: What was looked at before is forgotten by the kernel.
-FORGOTTEN_S = 1.1
+#: What was looked at before is forgotten by the kernel, and small files' bytes may be kept by it.
+FORGOTTEN_S = 2.1
 
 
 def count_requests(bench: Bench, binding: str, cache: Path) -> None:

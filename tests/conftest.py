@@ -27,6 +27,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "home")
 # `kill -USR1` of a run that hangs tells where every thread stands.
 faulthandler.register(signal.SIGUSR1, all_threads=True)
 
+# A run in the background of a shell ignores Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _announced = pytest.StashKey[list[str]]()
 
 

@@ -18,8 +18,9 @@ __all__ = ["Renderings"]
 #: So much is kept before all is forgotten: of some 10,000 files.
 _MAX_BYTES = 8 << 20
 
-#: What the kernel was told of a file's length it forgets within 1 s; and a little for its clock.
-_FORGOTTEN_S = 1.05
+#: What the kernel was told of a file's length it forgets within 1 s of when the process that asked
+#: takes the answer, on a busy machine up to 1 s later; and a little for its clock.
+_FORGOTTEN_S = 2.05
 
 #: A page of the kernel's cache is all of one version; of several, each may be of another.
 _PAGE_BYTES = 4096

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.memoryfs import MemoryFileSystem
-from tinkerfs.adapters import binding
+from tinkerfs.adapters import binding, fuse
 from tinkerfs.adapters.fuse import Lookers, Operations, XattrOperations
 from tinkerfs.call import Call
 
@@ -174,6 +174,34 @@ def test_one_line_for_each_operation(requests, stopping, caplog):
         with pytest.raises(FileNotFoundError):
             operations.getattr("/none")
     assert caplog.messages == ["getattr /hello", "getattr /none: ENOENT"]
+
+
+@pytest.mark.parametrize(
+    ("told_ago_s", "took_s", "pause_s"),
+    [
+        (None, 0.0, None),
+        (0.0, 0.0, 1.05),
+        (0.3, 0.0, 1.05),  # the answer may have been taken just before the open was sent
+        (0.3, 0.5, 0.55),
+        (1.0, 0.0, 1.05),
+        (1.5, 0.0, 0.55),
+        (3.0, 0.0, -0.95),
+    ],
+)
+def test_an_open_returns_when_the_kernel_has_forgotten_a_bound(
+    operations, monkeypatch, told_ago_s, took_s, pause_s
+):
+    asked_at, pauses = 1000.0, []
+    told_at = None if told_ago_s is None else asked_at - told_ago_s
+    now = iter([asked_at, asked_at + took_s])
+    monkeypatch.setattr(fuse, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    handle = SimpleNamespace(told_at=told_at, direct_io=True, keep_cache=False)
+    patience = SimpleNamespace(pause=pauses.append)
+    monkeypatch.setattr(operations, "_patience", patience)
+    opening = SimpleNamespace(open=lambda _path, _flags, _call: handle)
+    monkeypatch.setattr(operations, "_filesystem", opening)
+    operations.open("/x", os.O_RDONLY)
+    assert pauses == ([] if pause_s is None else [pytest.approx(pause_s)])
 
 
 def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):

@@ -203,11 +203,11 @@ def test_the_kernel_keeps_bytes_only_once_it_has_forgotten_the_length_of_others(
 
     is_direct()  # asks for it
     assert is_direct()
-    account.time.advance(1.1)
+    account.time.advance(2.1)
     assert not is_direct()
     account.publish(0)
     assert is_direct(), "its length may be another for a second"
-    account.time.advance(1.1)
+    account.time.advance(2.1)
     assert not is_direct()
     account.time.advance(31)
     is_direct()
@@ -222,7 +222,7 @@ def test_more_than_a_page_is_never_kept_by_the_kernel(account):
     path = f"/runs/{run.id}/info.json"
     for _ in range(3):
         account.filesystem.stat(path, CALL)
-        account.time.advance(1.1)
+        account.time.advance(2.1)
     handle = account.filesystem.open(path, 0, CALL)
     assert len(handle.read(1 << 20, 0, CALL)) > 4096
     assert handle.direct_io
