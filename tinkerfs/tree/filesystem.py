@@ -311,8 +311,8 @@ class FileSystem:
     def _entries(self, folder: Node, call: Call) -> Iterator[Entry]:
         try:
             mtime_ns = self._mtime_ns(folder, call)
-            for node in self._nodes.children(folder, call):
-                row, name = node.row, node.name
+            for name, node in self._nodes.children(folder, call):
+                row = node.row
                 if isinstance(row, File) and row.is_costly and not self._renderings.has(node):
                     yield Entry(name, inode(node.path), self._file_mode(row), None)
                 else:
@@ -346,7 +346,7 @@ class FileSystem:
 
     def _size_bytes(self, node: Node, row: File | Stream | Control, call: Call) -> int:
         if isinstance(row, Control) or row.told_bytes is None:
-            return len(self._rendering(node, call))
+            return len(self._rendering(node, call, is_read=False))
         call.is_momentary()
         site = self._nodes.site(node, call)
         if row.is_exact is None:
@@ -390,14 +390,19 @@ class FileSystem:
             raise errors.not_found(node.path)
         return _relative(target, node.path)
 
-    def _rendering(self, node: Node, call: Call) -> bytes:
-        """Return a file's bytes, made for this node or before."""
-        row = node.row
-        if isinstance(row, File) and row.told_bytes is None and not row.is_momentary:
-            return self._renderings.get(node, self._nodes.site(node, call))
+    def _rendering(self, node: Node, call: Call, *, is_read: bool = True) -> bytes:
+        """Return a file's bytes, made for this node or before.
+
+        What costs nothing to make is not kept for its length alone, which the listing keeps: of
+        100,000 `tinker_path`s that took 38 MB.
+        """
+        row, site = node.row, self._nodes.site(node, call)
         if isinstance(row, File):
-            call.is_momentary()
-        return row.render(self._nodes.site(node, call))  # type: ignore[no-any-return]
+            if row.is_momentary or row.told_bytes is not None:
+                call.is_momentary()
+            elif is_read or row.is_costly:
+                return self._renderings.get(node, site)
+        return row.render(site)  # type: ignore[no-any-return]
 
     def _read_again(self, path: str, call: Call) -> bytes:
         """Return the bytes of what is there now, also where it was unlinked."""

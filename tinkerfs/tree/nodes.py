@@ -41,11 +41,6 @@ class Node(msgspec.Struct, frozen=True):
     lease: Lease | None = None
     epoch: int = 0
 
-    @property
-    def name(self) -> str:
-        """The last part of its path."""
-        return self.path.rpartition("/")[2]
-
 
 class Nodes:
     """The nodes of one mount.
@@ -77,17 +72,21 @@ class Nodes:
             raise errors.from_api(error, path, is_lookup=True) from error
         raise errors.not_found(path)
 
-    def children(self, folder: Node, call: Call) -> Iterator[Node]:
-        """Yield what is shown in a folder, in the table's order."""
+    def children(self, folder: Node, call: Call) -> Iterator[tuple[str, Node]]:
+        """Yield what is shown in a folder by name, in the table's order.
+
+        A name is the table's or the record's own text where it can be: kept by many, once.
+        """
         row, path, subject = folder.row, folder.path.rstrip("/"), folder.subject
         for each in row.rows:
             if not isinstance(each, Each):
                 node = Node(each, subject, f"{path}/{each.name}", folder)
                 if self._is_shown(node, call):
-                    yield node
+                    yield each.name, node
             elif each.is_listed:
-                for name, about in self._listed(each, folder, call):
-                    yield Node(each.node or row, about, f"{path}/{each.encode(name)}", folder)
+                for listed, about in self._listed(each, folder, call):
+                    name = each.encode(listed)
+                    yield name, Node(each.node or row, about, f"{path}/{name}", folder)
 
     def site(self, node: Node, call: Call) -> Site:
         """Return what the functions of a node's row are given."""

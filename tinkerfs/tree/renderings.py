@@ -16,7 +16,10 @@ from tinkerfs.tree.rows import Site
 __all__ = ["Renderings"]
 
 #: So much is kept before all is forgotten: of some 10,000 files.
-_MAX_BYTES = 8 << 20
+_MAX_BYTES = 16 << 20
+
+#: What each takes beside its path and its bytes: objects, and a place in a dictionary.
+_OVERHEAD_BYTES = 320
 
 #: What the kernel was told of a file's length it forgets within 1 s of when the process that asked
 #: takes the answer, on a busy machine up to 1 s later; and a little for its clock.
@@ -85,7 +88,7 @@ class Renderings:
             self._kept.clear()
             self._kept_bytes = 0
         self._kept[path] = rendering
-        self._kept_bytes += len(rendering.data)
+        self._kept_bytes += len(path) + len(rendering.data) + _OVERHEAD_BYTES
 
 
 def _is_of(kept: _Rendering, node: Node, now: float) -> bool:

@@ -14,6 +14,7 @@ from tests.support.drivers import opened
 from tinkerfs.call import Call
 from tinkerfs.demo.server import DemoServer
 from tinkerfs.tree import nodes as nodes_module
+from tinkerfs.tree import renderings as renderings_module
 from tinkerfs.tree.filesystem import FileSystem
 
 CALL = Call(timeout_s=30.0)
@@ -88,8 +89,10 @@ class Account:
         self.filesystem.open("/.tinkerfs/refresh", 1, CALL).write(b"1", CALL)
 
     def checkpoint_id(self, index):
-        ids = [(run.id, c.id) for run in self.server.account.runs() for c in run.checkpoints]
-        return ids[index % len(ids)]
+        return self.ids()[index % len(self.ids())]
+
+    def ids(self):
+        return [(run.id, c.id) for run in self.server.account.runs() for c in run.checkpoints]
 
 
 def told(filesystem, folder="/", *, checks=True):
@@ -226,3 +229,38 @@ def test_more_than_a_page_is_never_kept_by_the_kernel(account):
     handle = account.filesystem.open(path, 0, CALL)
     assert len(handle.read(1 << 20, 0, CALL)) > 4096
     assert handle.direct_io
+
+
+def test_bytes_are_not_kept_for_a_length_that_costs_nothing_to_tell_again(account):
+    account.settle()
+    filesystem = account.anew()
+    checkpoint = account.checkpoint
+    filesystem.listdir(checkpoint, CALL)
+    assert filesystem.stat(f"{checkpoint}/tinker_path", CALL).size_bytes > 0
+    assert not filesystem._renderings._kept
+    filesystem.stat(f"{checkpoint}/info.json", CALL)
+    with contextlib.closing(filesystem.open(f"{checkpoint}/tinker_path", 0, CALL)) as file:
+        file.read(1, 0, CALL)
+    kept = {path.rpartition("/")[2] for path in filesystem._renderings._kept}
+    assert kept == {"info.json", "tinker_path"}
+
+
+def test_renderings_are_bounded_by_what_they_take_with_their_paths(account, monkeypatch):
+    monkeypatch.setattr(renderings_module, "_MAX_BYTES", 2000)
+    filesystem = account.anew()
+    for run_id, name in account.ids():
+        for _ in range(2):  # the first makes its weights info known
+            filesystem.stat(f"/runs/{run_id}/checkpoints/{name}/info.json", CALL)
+        assert len(filesystem._renderings._kept) <= 3
+
+
+def test_names_of_the_table_are_kept_once(account):
+    run_id = account.server.account.run_ids[0]
+    entries = [
+        account.filesystem.listdir(f"/runs/{run_id}/checkpoints/{name}", CALL)
+        for _run_id, name in account.ids()
+        if _run_id == run_id
+    ]
+    assert len(entries) == 3
+    for other in entries[1:]:
+        assert all(a.name is b.name for a, b in zip(entries[0], other, strict=True))
