@@ -1,4 +1,6 @@
-from tinkerfs.api import models
+import tracemalloc
+
+from tinkerfs.api import models, parsing
 from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, UserListing, kept_record
 
 
@@ -14,20 +16,27 @@ def shown(listing):
 def test_ids_of_the_official_form_are_grouped_by_their_kind():
     listing = CheckpointListing.of("r", [record("weights/1"), record("new_kind/a/b")])
     assert shown(listing) == ["new_kind/a/b", "weights/1"]
-    assert listing.by_name["new_kind", "a/b"].ref.path_id == "new_kind/a/b"
+    assert listing.get("new_kind", "a/b").ref.path_id == "new_kind/a/b"
 
 
 def test_bare_ids_are_shown_bare_and_resolve_by_kind_too():
     listing = CheckpointListing.of("r", [record("1"), record("2", "sampler")])
     assert shown(listing) == ["1", "2"]
-    ref = listing.by_name["sampler_weights", "2"].ref
+    ref = listing.get("sampler_weights", "2").ref
     assert (ref.path_id, ref.listed_id, ref.is_shared) == ("sampler_weights/2", "2", False)
+
+
+def test_a_bare_id_and_one_with_a_kind_may_have_the_same_name():
+    listing = CheckpointListing.of("r", [record("1"), record("sampler_weights/1")])
+    assert shown(listing) == ["1", "sampler_weights/1"]
+    assert [listing.get(c.kind, c.name) for c in listing.all] == list(listing.all)
+    assert listing.get("external_weights", "1") is None
 
 
 def test_bare_ids_that_collide_are_shown_by_kind_and_never_asked_for_by_the_shared_id():
     listing = CheckpointListing.of("r", [record("1"), record("1", "sampler"), record("2")])
     assert shown(listing) == ["2", "sampler_weights/1", "weights/1"]
-    refs = [checkpoint.ref for checkpoint in listing.by_name.values()]
+    refs = [checkpoint.ref for checkpoint in listing.all]
     assert [ref.is_shared for ref in refs] == [True, True, False]
 
 
@@ -38,12 +47,12 @@ def test_a_bare_id_that_is_a_kinds_name_is_shown_by_kind():
 def test_of_two_records_that_are_the_same_checkpoint_the_first_counts():
     first, second = record("weights/1"), record("1", path="tinker://r/weights/1")
     listing = CheckpointListing.of("r", [first, second])
-    assert [c.record for c in listing.by_name.values()] == [first]
+    assert [c.record for c in listing.all] == [first]
 
 
 def test_a_kind_whose_last_checkpoint_went_stays_known_and_is_no_longer_shown():
     listing = CheckpointListing.of("r", [record("odd/1"), record("weights/1")])
-    after = listing.changed(listing.by_name["odd", "1"], None)
+    after = listing.changed(listing.get("odd", "1"), None)
     assert shown(after) == ["weights/1"]
     assert "odd" in after.kinds
 
@@ -73,20 +82,20 @@ def test_what_both_kinds_of_listing_tell_is_kept_once():
     records = of_run("r", *names) + of_run("other", *names) + [record("1")]
     kept = [kept_record(each, listings.get) for each in records]
     assert kept == records
-    for each, checkpoint in zip(kept, listings["r"].by_name.values(), strict=False):
+    for each, checkpoint in zip(kept, listings["r"].all, strict=False):
         assert each is checkpoint.record
     user = UserListing.of_records(kept)
     assert user.nameless == 1
     again = CheckpointListing.of("r", of_run("r", *names), known=user)
     assert again == listings["r"]
-    for checkpoint in again.by_name.values():
+    for checkpoint in again.all:
         assert checkpoint.record is user.by_key[checkpoint.key].record
 
 
 def test_what_one_listing_tells_newer_is_not_taken_from_the_other():
     user = UserListing.of_records(of_run("r", "weights/1"))
     listing = CheckpointListing.of("r", of_run("r", "weights/1", is_public=True), known=user)
-    assert listing.by_name["weights", "1"].record.is_public
+    assert listing.get("weights", "1").record.is_public
     (older,) = of_run("r", "weights/1")
     assert kept_record(older, {"r": listing}.get) is older
 
@@ -96,7 +105,7 @@ def test_bare_ids_that_collide_share_their_records_alone():
     records.append(record("1", "sampler", path="tinker://r/sampler_weights/1"))
     user = UserListing.of_records(records)
     listing = CheckpointListing.of("r", records, known=user)
-    for checkpoint in listing.by_name.values():
+    for checkpoint in listing.all:
         assert checkpoint.shares_id
         assert checkpoint.record is user.by_key[checkpoint.key].record
 
@@ -113,3 +122,21 @@ def test_a_change_leaves_the_users_listing_in_its_order():
         ("r", "weights", "1"),
     ]
     assert changed.changed(Checkpoint.of("gone", second.record), None) == changed
+
+
+def test_a_checkpoint_of_a_listing_takes_little_memory():
+    count = 10_000
+    body = b'{"checkpoints":[%s]}' % b",".join(
+        b'{"checkpoint_id":"weights/%06d","checkpoint_type":"training","size_bytes":%d,'
+        b'"time":"2026-11-23T14:20:30.%06dZ","tinker_path":"tinker://r:train:0/weights/%06d",'
+        b'"public":false,"expires_at":null}' % (number, 10**9 + number, number, number)
+        for number in range(count)
+    )
+    tracemalloc.start()
+    try:
+        listing = CheckpointListing.of("r", parsing.parse_checkpoints(body).items)
+        kept_bytes, _most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(listing.all) == count
+    assert kept_bytes / count < 400

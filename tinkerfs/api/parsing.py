@@ -141,7 +141,7 @@ def _parse_run(raw: bytes) -> TrainingRun | None:
 def _nested(value: msgspec.Raw) -> Checkpoint | None:
     raw = bytes(value)
     record = None if raw == b"null" else parse_checkpoint(raw)
-    return None if record is None else replace(record, raw=_IN_ITS_RUN)
+    return None if record is None else replace(record, outline=_IN_ITS_RUN)
 
 
 def _run_of(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:

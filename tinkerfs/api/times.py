@@ -7,10 +7,10 @@ is None: a time that is wrong costs that field and nothing else.
 import math
 import re
 from collections.abc import Mapping
-from datetime import UTC, date
+from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 
-__all__ = ["parse_http_date_s", "parse_retry_after_s", "parse_time_ns"]
+__all__ = ["parse_http_date_s", "parse_retry_after_s", "parse_time_ns", "usual_text"]
 
 _ISO = re.compile(
     r"\s*(\d{4})-(\d\d)-(\d\d)"
@@ -46,6 +46,16 @@ def parse_time_ns(value: object) -> int | None:
     else:
         return None
     return ns if ns is not None and _LEAST_NS <= ns <= _MOST_NS else None
+
+
+def usual_text(time_ns: int) -> str:
+    """Return a time (nanoseconds since 1970) as most servers write it, but for its zone.
+
+    That is ISO 8601 in UTC, with six digits of a second where it is no whole one.
+    """
+    seconds, fraction_ns = divmod(time_ns, _NS)
+    whole = datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
+    return f"{whole}.{fraction_ns // 1000:06d}" if fraction_ns else whole
 
 
 def _iso_ns(text: str) -> int | None:

@@ -36,7 +36,8 @@ def _newest(listing: CheckpointListing, last: models.Checkpoint | None) -> model
     if last is None:
         return None
     kind, name = kind_and_name(last)
-    if (kind, name) in listing.by_name:
-        return listing.by_name[kind, name].record
-    of_kind = [c.record for c in listing.by_name.values() if c.kind == kind]
+    now = listing.get(kind, name)
+    if now is not None:
+        return now.record
+    of_kind = [c.record for c in listing.all if c.kind == kind]
     return max(of_kind, key=lambda record: record.time_ns or 0, default=None)

@@ -3,7 +3,7 @@
 Servers list bare ids, ids with a kind, or both; here every checkpoint has a run, a kind and a name.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from sys import intern
 from typing import Self
@@ -124,16 +124,16 @@ class CheckpointListing:
     """The checkpoints of one run, in the server's order.
 
     Attributes:
-        by_name: kind and name to checkpoint; every one of them.
+        all: every one of them.
         bare: those that are shown by a bare name: the server's id is one, and is unambiguous.
-        groups: the others by the kind that they are shown under; also the kinds whose last
+        groups: the others by the kind that they are shown under, by name; also the kinds whose last
             checkpoint is gone by now.
         newest_ns: when the newest of each group was saved; None where none of it tells.
     """
 
-    by_name: dict[tuple[str, str], Checkpoint]
+    all: tuple[Checkpoint, ...]
     bare: dict[str, Checkpoint] = field(default_factory=dict)
-    groups: dict[str, tuple[Checkpoint, ...]] = field(default_factory=dict)
+    groups: dict[str, dict[str, Checkpoint]] = field(default_factory=dict)
     newest_ns: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
@@ -170,31 +170,36 @@ class CheckpointListing:
             for (_, name), checkpoint in by_name.items()
             if checkpoint.record.kind is None and bare_names[name] == 1 and name not in taken
         }
-        groups: dict[str, list[Checkpoint]] = {}
+        groups: dict[str, dict[str, Checkpoint]] = {}
         for checkpoint in by_name.values():
             if bare.get(checkpoint.name) is not checkpoint:
-                groups.setdefault(checkpoint.kind, []).append(checkpoint)
+                groups.setdefault(checkpoint.kind, {})[checkpoint.name] = checkpoint
         for kind in kinds:
-            groups.setdefault(kind, [])
+            groups.setdefault(kind, {})
         newest_ns = {
-            kind: _newest_ns(c.record.time_ns for c in group) for kind, group in groups.items()
+            kind: _newest_ns(c.record.time_ns for c in group.values())
+            for kind, group in groups.items()
         }
-        return cls(by_name, bare, {k: tuple(group) for k, group in groups.items()}, newest_ns)
+        return cls(tuple(by_name.values()), bare, groups, newest_ns)
+
+    def get(self, kind: str, name: str) -> Checkpoint | None:
+        """Return a checkpoint by its kind and name, however it is shown."""
+        found = self.groups.get(kind, {}).get(name) or self.bare.get(name)
+        return found if found is not None and found.kind == kind else None
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds that group something, and those whose last checkpoint is gone by now."""
         return tuple(self.groups)
 
-    def of_kind(self, kind: str) -> tuple[Checkpoint, ...]:
+    def of_kind(self, kind: str) -> Collection[Checkpoint]:
         """Return those that are shown in the folder of a kind."""
-        return self.groups.get(kind, ())
+        return self.groups.get(kind, {}).values()
 
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "CheckpointListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""
         records = (
-            record if checkpoint.key == seen.key else checkpoint.record
-            for checkpoint in self.by_name.values()
+            record if checkpoint.key == seen.key else checkpoint.record for checkpoint in self.all
         )
         present = (each for each in records if each is not None)
         return CheckpointListing.of(seen.run_id, present, self.kinds)
@@ -266,7 +271,7 @@ def kept_record(
         known: returns the listing of a run, if there is one.
     """
     listing = known(_run_id(record) or "")
-    return record if listing is None else _same(record, listing.by_name.get(kind_and_name(record)))
+    return record if listing is None else _same(record, listing.get(*kind_and_name(record)))
 
 
 def _same(record: models.Checkpoint, known: Checkpoint | None) -> models.Checkpoint:

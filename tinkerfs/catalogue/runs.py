@@ -171,7 +171,7 @@ class Catalogue:
         own = self.known_runs()
         is_own = own is not None and run_id in own.by_id
         try:
-            found = self.find(run_id, lambda listing: listing.by_name.get((kind, name)), call)
+            found = self.find(run_id, lambda listing: listing.get(kind, name), call)
         except _NO_LISTING:
             if is_own:
                 raise
@@ -260,7 +260,7 @@ class Catalogue:
             else:
                 self._client.unpublish(checkpoint.ref)
             raw = models.with_fields(checkpoint.record.raw, public=wanted)
-            record = replace(checkpoint.record, is_public=wanted, raw=raw)
+            record = replace(checkpoint.record, is_public=wanted).with_raw(raw)
             self._amend(checkpoint, record)
             return None
 
@@ -272,14 +272,12 @@ class Catalogue:
         def act(checkpoint: Checkpoint) -> None:
             self._client.set_ttl(checkpoint.ref, ttl_s)
             expires_at_s = None if ttl_s is None else self._clock.now() + ttl_s
-            record = replace(
-                checkpoint.record,
-                expires_at_ns=None if expires_at_s is None else int(expires_at_s * 1e9),
-                raw=models.with_fields(
-                    checkpoint.record.raw,
-                    expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
-                ),
+            raw = models.with_fields(
+                checkpoint.record.raw,
+                expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
             )
+            expires_at_ns = None if expires_at_s is None else int(expires_at_s * 1e9)
+            record = replace(checkpoint.record, expires_at_ns=expires_at_ns).with_raw(raw)
             # The server rounds as it likes: ours serves only until the next look asks it.
             self._amend(checkpoint, record, is_exact=False)
 
@@ -333,7 +331,7 @@ class Catalogue:
         load = partial(self._load_checkpoints, seen.run_id)
         key = ("checkpoints", seen.run_id)
         listing = self._cache.reload(key, load, self._freshness.listing, IN_PROCESS)
-        now = listing.by_name.get((seen.kind, seen.name))
+        now = listing.get(seen.kind, seen.name)
         if now is None:
             raise errors.NotFound("the checkpoint is gone by now")
         if now.version != seen.version:
@@ -387,7 +385,7 @@ class Catalogue:
                 raise
         # Of such a server a run is what has a listing of checkpoints.
         listing = self.checkpoints(run_id, IN_PROCESS)
-        times = (c.record.time_ns for c in listing.by_name.values())
+        times = (c.record.time_ns for c in listing.all)
         return models.TrainingRun(
             run_id=run_id,
             last_request_time_ns=max((t for t in times if t is not None), default=None),
@@ -443,13 +441,13 @@ class Catalogue:
             "checkpoints",
         )
         listings = [outcome.result() for outcome in outcomes]
-        return UserListing.of(c for listing in listings for c in listing.by_name.values())
+        return UserListing.of(c for listing in listings for c in listing.all)
 
     def _if_there(self, run_id: str) -> CheckpointListing:
         try:
             return self.checkpoints(run_id, IN_PROCESS)
         except errors.NotFound:  # deleted since the runs were listed
-            return CheckpointListing({})
+            return CheckpointListing(())
 
     def _load_unlisted(self, path: TinkerPath, interest: Interest) -> Checkpoint:
         info = self._client.on_behalf(interest).weights_info(str(path))

@@ -55,13 +55,14 @@ class _Listing:
 
     def packed(self) -> bytes | None:
         """Return an answer with all the records, packed; None where it is too long."""
-        if sum(len(record.raw) for record in self.records) > MAX_LISTING_BYTES:
-            return None
-        packer = zlib.compressobj(1)
+        packer, left_bytes = zlib.compressobj(1), MAX_LISTING_BYTES
         parts = [packer.compress(b'{"%s":[' % self.field.encode())]
         for start in range(0, len(self.records), _RECORDS_AT_ONCE):
             some = self.records[start : start + _RECORDS_AT_ONCE]
             raw = b",".join(record.raw for record in some)
+            left_bytes -= len(raw)
+            if left_bytes < 0:
+                return None
             parts.append(packer.compress((b"," if start else b"") + raw))
         parts += [packer.compress(b"]}"), packer.flush()]
         return b"".join(parts)
@@ -134,7 +135,7 @@ class Warm:
 
     def keep_checkpoints(self, run_id: str, listing: CheckpointListing) -> None:
         """Keep the checkpoints of a run for the next mount."""
-        records = (checkpoint.record for checkpoint in listing.by_name.values())
+        records = (checkpoint.record for checkpoint in listing.all)
         self._keep(f"checkpoints {run_id}", "checkpoints", records)
 
     def keep_user(self, listing: UserListing) -> None:

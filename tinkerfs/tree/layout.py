@@ -53,7 +53,7 @@ def _find_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
         return site.subject, kind
 
     def find(listing: CheckpointListing) -> tuple[models.TrainingRun, str] | None:
-        is_known = kind in listing.kinds or any(kind == other for other, _name in listing.by_name)
+        is_known = kind in listing.kinds or any(kind == c.kind for c in listing.all)
         return (site.subject, kind) if is_known else None
 
     return site.model.catalogue.find(site.subject.run_id, find, site.call)
@@ -70,16 +70,16 @@ def _find_bare(site: Site, name: str) -> Checkpoint | None:
 
 def _list_all_kinds(site: Site) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
     listing = site.model.catalogue.checkpoints(site.subject.run_id, site.call)
-    for kind in dict.fromkeys(kind for kind, _name in listing.by_name):
+    for kind in dict.fromkeys(checkpoint.kind for checkpoint in listing.all):
         yield kind, (site.subject, kind)
 
 
 def _list_all_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
     run, wanted = site.subject
     listing = site.model.catalogue.checkpoints(run.run_id, site.call)
-    for (kind, name), checkpoint in listing.by_name.items():
-        if kind == wanted:
-            yield name, checkpoint
+    for checkpoint in listing.all:
+        if checkpoint.kind == wanted:
+            yield checkpoint.name, checkpoint
 
 
 def _list_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
@@ -165,7 +165,7 @@ def _known(catalogue: Catalogue) -> dict[str, int]:
     if runs is None:
         return {}
     listings = [catalogue.known_checkpoints(run_id) for run_id in runs.by_id]
-    checkpoints = [c for known in listings if known for c in known.by_name.values()]
+    checkpoints = [c for known in listings if known for c in known.all]
     return {
         "runs": len(runs.by_id),
         "runs_listed": sum(known is not None for known in listings),

@@ -87,9 +87,26 @@ def test_a_wrong_field_costs_that_field_alone(name, value):
     whole = page.items[1]
     attributes = {"time": "time_ns", "public": "is_public", "expires_at": "expires_at_ns"}
     fields = {"checkpoint_id", "tinker_path", *Checkpoint.__struct_fields__}
-    for field in fields - {attributes.get(name, name), "raw", "path_start", "path_has_id"}:
+    for field in fields - {attributes.get(name, name), "outline", "path_start", "path_has_id"}:
         assert getattr(page.items[0], field) == getattr(whole, field)
     assert json.loads(page.items[0].raw) == record
+
+
+def test_json_of_many_records_is_kept_once():
+    records = [
+        CHECKPOINT
+        | {
+            "checkpoint_id": f"weights/{number:04}",
+            "tinker_path": f"tinker://r{number % 2}/weights/{number:04}",
+            "time": time,
+            "size_bytes": 10**6 + number,
+            "expires_at": time,
+        }
+        for number, time in enumerate(["2026-11-23T14:20:30Z", "2026-11-23T14:20:30.000125Z"] * 5)
+    ]
+    items = parsing.parse_checkpoints(listing(*records)).items
+    assert [item.raw for item in items] == [text_of(record) for record in records]
+    assert len({id(item.outline) for item in items}) == 1
 
 
 @pytest.mark.parametrize("record", [1, None, "x", [], {}, {"checkpoint_id": ""}, {"time": 1}])

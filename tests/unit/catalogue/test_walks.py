@@ -125,7 +125,7 @@ def test_a_whole_walk_asks_for_everything_once_and_never_far_ahead(runs, order, 
 @given(ACCOUNTS, st.data())
 def test_looks_in_any_order_ask_for_nothing_that_is_not_there_and_nothing_twice(runs, data):
     account = Account(runs)
-    every = [c for listing in account.listings.values() for c in listing.by_name.values()]
+    every = [c for listing in account.listings.values() for c in listing.all]
     looks = st.sampled_from([*runs, *every]) if runs else st.nothing()
     for look in data.draw(st.lists(looks, max_size=30)) if runs else ():
         if isinstance(look, str):

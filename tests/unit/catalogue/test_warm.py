@@ -64,7 +64,7 @@ def warm(folder, time, *, key="tml-one", url=URL):
 
 def test_listings_are_there_in_the_next_mount_as_the_server_told_them(tmp_path, time):
     listing = checkpoints("r1", "weights/1", "sampler_weights/1")
-    user = UserListing.of(listing.by_name.values())
+    user = UserListing.of(listing.all)
     with warm(tmp_path, time) as kept:
         assert kept.runs() is None
         kept.keep_runs(runs("r1", "r2"))
@@ -290,4 +290,4 @@ def test_what_this_mount_deleted_is_not_kept_for_the_next(server, mount, tmp_pat
                 assert driver.remove(f"rmtree {place}") == ["OK"]
         with warm(tmp_path / "cache", time, key=server.api_key, url=server.base_url) as kept:
             listing = kept.checkpoints(run_id)
-            assert (listing is not None and ("weights", "gone") in listing.by_name) == is_there
+            assert (listing is not None and listing.get("weights", "gone") is not None) == is_there
