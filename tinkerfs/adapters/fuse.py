@@ -50,8 +50,8 @@ _MOST_ENTRIES: Final = 256
 
 #: The kernel keeps attributes for 1 s (`binding.mount_options`); and a little for its clock.
 _FORGOTTEN_S: Final = 1.05
-#: That second begins when the process that asked takes the answer: on a busy machine so much later at
-#: most, and before it opens what it asked about.
+#: That second begins when the process that asked takes the answer: so much later at most, on a busy
+#: machine, and before it opens what it asked about.
 _TAKEN_S: Final = 1.0
 
 #: Processes that look at files at a time.

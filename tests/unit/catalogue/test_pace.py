@@ -5,6 +5,7 @@ import pytest
 from tests.support.clocks import FakeTime
 from tests.support.drivers import opened, outcome_of
 from tests.support.server import demo_server, server  # noqa: F401
+from tinkerfs.adapters import mounts
 
 
 @pytest.mark.expect_warnings("EBUSY|429")
@@ -31,4 +32,5 @@ def test_while_a_retry_after_runs_what_is_known_is_shown_and_the_rest_is_busy_wi
         time.advance(71)
         assert driver.listdir(f"runs/{other}/checkpoints")
         assert driver.listdir("runs") == runs
-        assert server.journal.count() == 3
+        # On a busy machine what is known is shown first, and the call made behind it.
+        assert mounts.wait_until(lambda: server.journal.count() == 3, 10)
