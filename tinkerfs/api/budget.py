@@ -5,7 +5,7 @@ waits goes before what is only guessed that somebody will want; what the server 
 holds for all. Thread-safe; knows nothing of HTTP but statuses.
 
 - Never more than `limit` calls at once, fewer after a 429: half, and one more after every few
-  answers without one.
+  answers without one. Fewer as well, down to half, while the server only queues them (`pace.py`).
 - While a `Retry-After` runs no call is begun.
 - Guesses leave a turn for who waits, and an endpoint that was not seen to answer meanwhile leaves
   one for the others: a turn is held until an answer, or the call's own time-out.
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from tinkerfs import errors
 from tinkerfs.api.endpoints import Endpoint
+from tinkerfs.api.pace import Pace
 from tinkerfs.call import Interest
 from tinkerfs.clock import Clock
 
@@ -46,6 +47,8 @@ class Turn:
         number: grows from turn to turn.
         status: of the answer, once it is there.
         retry_after_s: how long the server asked to wait, seconds; None where it did not.
+        granted: set when it may begin.
+        is_full: whether it was given with as many others under way as guesses may be.
     """
 
     endpoint: Endpoint
@@ -54,6 +57,7 @@ class Turn:
     status: int | None = None
     retry_after_s: float | None = None
     granted: threading.Event = field(default_factory=threading.Event)
+    is_full: bool = False
 
 
 class Budget:
@@ -69,7 +73,8 @@ class Budget:
         self._clock = clock
         self._lock = threading.Lock()
         # All guarded by _lock.
-        self._allowed = limit
+        self._allowed = limit  # as far as 429s say
+        self._pace = Pace(limit)
         self._answers = 0  # since `_allowed` changed
         self._number = 0
         self._cut_at = 0  # the newest turn when `_allowed` was halved: older 429s say the same
@@ -84,7 +89,7 @@ class Budget:
     def allowed(self) -> int:
         """How many calls there may be at once now."""
         with self._lock:
-            return self._allowed
+            return self._allowed_now
 
     @contextmanager
     def turn(self, endpoint: Endpoint, deadline: float, interest: Interest) -> Iterator[Turn]:
@@ -106,8 +111,10 @@ class Budget:
             turn = Turn(endpoint, interest, self._number)
             self._waiting[turn] = None
             self._admit()
+        began = 0.0
         try:
             self._wait(turn, deadline)
+            began = self._clock.monotonic()
             yield turn
         finally:
             with self._lock:
@@ -117,6 +124,9 @@ class Budget:
                     self._answering.discard(turn.endpoint.label)
                 if turn.status is not None:
                     self._learn(turn, turn.status)
+                    if turn.status < 400 and not turn.endpoint.is_build:
+                        label, ended = turn.endpoint.label, self._clock.monotonic()
+                        self._pace.learn(label, began, ended, is_full=turn.is_full)
                 self._admit()
 
     def _look(self) -> None:
@@ -152,11 +162,12 @@ class Budget:
             del self._waiting[turn]
             if not turn.endpoint.is_build:
                 self._running.add(turn)
+                turn.is_full = len(self._running) >= max(self._all_but_one, 2)
             turn.granted.set()
 
     def _next(self) -> Turn | None:
         """Return whose turn it is, None where nobody may have one."""
-        is_full = len(self._running) >= self._allowed
+        is_full = len(self._running) >= self._allowed_now
         guesses = sum(not turn.interest.is_awaited for turn in self._running)
         guess = None
         for turn in self._waiting:
@@ -171,8 +182,12 @@ class Budget:
         return guess
 
     @property
+    def _allowed_now(self) -> int:
+        return min(self._allowed, self._pace.allowed)
+
+    @property
     def _all_but_one(self) -> int:
-        return max(self._allowed - 1, 1)
+        return max(self._allowed_now - 1, 1)
 
     def _has_room(self, label: str) -> bool:
         return label in self._answering or self._count(label) < self._all_but_one
