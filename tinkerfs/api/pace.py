@@ -2,10 +2,10 @@
 
 A server that has no room for all calls of a mount queues them: more of them at once bring nothing,
 and make who waits wait longer. That shows in how long answers take; but so do a network that became
-slower, and answers that differ. So it is tried: when the answers of a window took over twice as
-long as the quickest had, half as many guesses are allowed. Where calls queued, each takes half as
-long then, and as many are answered as before. Where they did not nothing is gained, and all are
-allowed again. Knows nothing of HTTP and no clock.
+slower, and answers that differ. So it is tried: when the answers of two windows on end took over
+twice as long as the quickest had, half as many guesses are allowed. Where calls queued, each takes
+half as long then, and as many are answered as before. Where they did not nothing is gained, and all
+are allowed again. Knows nothing of HTTP and no clock.
 """
 
 import math
@@ -46,7 +46,8 @@ class Pace:
         self._half = min(limit // 2 + 1, limit)
         #: How long the quickest answer of each endpoint took, seconds.
         self._quickest: dict[str, float] = {}
-        self._slow_before = math.inf  # when half as many were allowed
+        self._was_slow = False  # in the last window
+        self._slow_before = math.inf  # when all were allowed
         self._rests_until = -math.inf
         self._begin(-math.inf)
 
@@ -74,13 +75,17 @@ class Pace:
             self._begin(ended)
 
     def _judge(self, slow: float, now: float) -> None:
+        """Decide by how many times the quickest answer those of a window took, in the mean."""
+        was_slow, self._was_slow = self._was_slow, slow > SLOW
         if slow <= SLOW:
             self.allowed = min(self.allowed + 1, self._limit)
         elif self.allowed == self._limit:
-            if now >= self._rests_until:
+            # In the first slow window the queue may only have begun to grow.
+            if was_slow and now >= self._rests_until:
                 self._slow_before, self.allowed = slow, self._half
         elif self.allowed > self._half:
             self.allowed = self._half
         elif slow > HELPED * self._slow_before:
             self.allowed, self._rests_until = self._limit, now + REST_S
-            self._quickest.clear()
+            # It may be that nothing is that quick any more; what is, will tell so again.
+            self._quickest = {label: 2 * took_s for label, took_s in self._quickest.items()}
