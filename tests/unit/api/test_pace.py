@@ -11,6 +11,7 @@ from tests.support.clocks import FakeTime
 from tinkerfs import errors
 from tinkerfs.api import endpoints
 from tinkerfs.api.budget import Budget
+from tinkerfs.api.pace import Pace
 from tinkerfs.call import AWAITED, Interest
 
 NEVER = 1e9
@@ -51,7 +52,7 @@ class Walk:
         self.service, self.network, self.status, self.endpoint = service, network, status, endpoint
         self.free = [0.0] * workers
         self.flying = []
-        self.numbers = itertools.count()
+        self.calls = 0
         self.allowed = []  # after each answer
 
     def run(self, answers):
@@ -73,13 +74,13 @@ class Walk:
         return self.time.monotonic - began
 
     def begin(self, interest):
-        number = next(self.numbers) + 1
-        now = self.time.monotonic
+        number, now = self.calls + 1, self.time.monotonic
         turn = self.budget.turn(self.endpoint(number), now, interest)
         try:
             given = turn.__enter__()
         except errors.TimedOut:
             return None
+        self.calls = number
         way_s = self.network(now - self.began) / 2
         worker = min(range(len(self.free)), key=self.free.__getitem__)
         self.free[worker] = max(self.free[worker], now + way_s) + self.service(number)
@@ -195,7 +196,7 @@ def test_a_network_that_became_slower_costs_a_few_tries_and_no_more():
     def network(now):
         return 0.02 if now < 10 else 0.2
 
-    walk, longer = both(7000, 99, lambda: lambda _n: 0.0, network=network)
+    walk, longer = both(14_000, 99, lambda: lambda _n: 0.0, network=network)
     fewer = [number for number, allowed in enumerate(walk.allowed) if allowed < 8]
     assert 0 < len(fewer) <= 3 * 40
     assert set(walk.allowed[-500:]) == {8}
@@ -238,3 +239,17 @@ def test_a_429_halves_what_a_queue_left_and_both_grow_back():
         assert walk.budget.allowed == allowed
     walk.run(400)
     assert walk.budget.allowed == 5
+
+
+def test_calls_from_before_a_change_tell_nothing_of_it():
+    pace = Pace(8)
+    pace.learn("listing", 0.0, 0.02, is_full=False)
+    for number in range(64):
+        pace.learn("listing", number, number + 0.2, is_full=True)
+    assert pace.allowed == 5
+    for _ in range(64):
+        pace.learn("listing", 63.0, 63.4, is_full=True)
+    assert pace.allowed == 5
+    for number in range(64, 96):
+        pace.learn("listing", number, number + 0.2, is_full=True)
+    assert pace.allowed == 8
