@@ -48,7 +48,7 @@ class Turn:
         status: of the answer, once it is there.
         retry_after_s: how long the server asked to wait, seconds; None where it did not.
         granted: set when it may begin.
-        is_full: whether it was given with as many others under way as guesses may be.
+        is_full: whether as many calls as guesses may be were under way then, with this one.
     """
 
     endpoint: Endpoint
