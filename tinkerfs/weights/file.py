@@ -67,10 +67,10 @@ class WeightsFile:
         stop = min(offset + size, self.size_bytes)
         if stop <= offset:
             return b""
-        data = self._read(offset, stop, call)
         ahead_start, ahead_stop = self._ahead.wanted(offset, stop - offset)
-        if ahead_start < ahead_stop:
+        if ahead_start < ahead_stop:  # before the wait for these, so that it comes meanwhile
             self._fetch_ahead(ahead_start, ahead_stop)
+        data = self._read(offset, stop, call)
         if self._ahead.needs_ends():
             self._learn_ends()
         return data

@@ -2,9 +2,10 @@
 
 The kernel sends the reads of one program through several threads, 128 KiB or so each, partly out of
 order. So a read continues a run when it is near the run's end, whichever side; and as much as a run
-has read it is worth to fetch ahead: a header costs nothing more, a whole file soon has all
-connections busy, and a jump starts at nothing again. Who jumped into a file of tensors may want one
-of them: nothing beyond its end is fetched ahead before the run has left it behind.
+has read it is worth to fetch ahead: a header costs nothing more, and a jump starts at nothing
+again. Who reads on behind what a header takes wants all of it: then all connections are soon busy.
+Who jumped into a file of tensors may want one of them: nothing beyond its end is fetched ahead
+before the run has left it behind.
 """
 
 import threading
@@ -16,6 +17,10 @@ __all__ = ["MAX_AHEAD_BYTES", "ReadAhead"]
 
 #: The furthest that is fetched ahead: 16 connections with 4 MiB each.
 MAX_AHEAD_BYTES = 64 << 20
+
+#: A run from a file's start that is longer than this is no header's, and is worth so much more.
+HEADER_BYTES = 4 << 20
+_WHOLE_FILE_FACTOR = 4
 
 #: How far from a run's end a read may be and still continue it: the kernel's threads are apart. It
 #: is also how far the kernel's own read-ahead makes a run begin before a tensor, or end behind it.
@@ -76,7 +81,10 @@ class ReadAhead:
                 return self._jumped(offset, end)
             is_first = run.end == run.start
             run.start, run.end = min(run.start, offset), max(run.end, end)
-            ahead_bytes = min(run.end - run.start, MAX_AHEAD_BYTES)
+            ahead_bytes = run.end - run.start
+            if run.is_from_start and ahead_bytes > HEADER_BYTES:
+                ahead_bytes *= _WHOLE_FILE_FACTOR
+            ahead_bytes = min(ahead_bytes, MAX_AHEAD_BYTES)
             if self._size_bytes <= SMALL_FILE_BYTES and not is_first:
                 ahead_bytes = self._size_bytes
             stop = min(run.end + ahead_bytes, self._size_bytes, self._tensor_end(run))

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tinkerfs.weights.readahead import MAX_AHEAD_BYTES, NEAR_BYTES, ReadAhead
+from tinkerfs.weights.readahead import HEADER_BYTES, MAX_AHEAD_BYTES, NEAR_BYTES, ReadAhead
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -34,6 +34,19 @@ def test_who_reads_on_has_ever_more_fetched_up_to_a_bound():
     reached = ends(ReadAhead(5 * GIB), in_order(200 * MIB))
     assert max(reached) == 200 * MIB + MAX_AHEAD_BYTES
     assert max(reached[: 4 * 8]) <= 8 * MIB
+
+
+def test_who_reads_on_behind_a_header_has_all_connections_busy_soon():
+    reached = ends(ReadAhead(5 * GIB), in_order(20 * MIB, step=MIB))
+    assert max(reached[: HEADER_BYTES // MIB]) <= 2 * HEADER_BYTES
+    assert reached[HEADER_BYTES // MIB] >= 5 * HEADER_BYTES
+    assert reached[-1] == 20 * MIB + MAX_AHEAD_BYTES
+
+
+def test_who_reads_from_elsewhere_has_no_more_ahead_than_was_read():
+    begin, ahead = 100 * MIB, ReadAhead(5 * GIB)
+    for number, reached in enumerate(ends(ahead, in_order(20 * MIB, MIB, begin)), 1):
+        assert reached <= begin + 2 * number * MIB
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -136,6 +136,17 @@ def test_several_requests_at_a_time_hide_the_latency(demo_server, weights_of):
     assert all(one[1] <= next_[0] for one, next_ in itertools.pairwise(places))
 
 
+def test_what_comes_next_is_asked_for_before_the_wait_for_what_is_read(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=100 * MIB)
+    subject, mount = subject_of(server), weights_of(server)
+    mount.weights.files(subject, IN_PROCESS)
+    server.journal.clear()
+    server.faults.add("store", times=2, hold_until=2)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        assert len(file.read(3 * MIB, 0, IN_PROCESS)) == 3 * MIB
+    assert {place_of(entry)[0] // BLOCK_BYTES for entry in asked(server)} == {0, 1}
+
+
 def test_an_archive_of_many_gb_with_thousands_of_members(demo_server, weights_of):
     server = demo_server(runs=1)
     subject, mount = subject_of(server), weights_of(server)
