@@ -222,9 +222,11 @@ def opened(settings: "Settings") -> Iterator["Parts"]:
     Raises:
         SetupError: the cache folder or the log cannot be used.
     """
+    from tinkerfs.adapters.allocator import keep_freed_memory
     from tinkerfs.adapters.compose import compose
     from tinkerfs.cli import logs
 
+    keep_freed_memory()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
     # The bound is on walks that ask for archives by accident: here each was asked for by name.
     with compose(replace(settings, archive_burst=0)) as parts:

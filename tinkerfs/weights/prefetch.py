@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.call import Call
 from tinkerfs.weights.file import WeightsFile
+from tinkerfs.weights.remote import CONNECTIONS_AHEAD
 
 __all__ = ["Landed", "prefetch", "room_bytes"]
 
 #: Blocks on their way at a time, of all files together; as many as a reader has fetched ahead.
-BLOCKS_AT_ONCE = 8
+BLOCKS_AT_ONCE = CONNECTIONS_AHEAD
 
 #: What a block takes on disk beyond its bytes, at most: its checksum, in a page of its own.
 _BESIDE_BYTES = 4096
