@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.clocks import FakeTime
+from tinkerfs.cache import blocks
 from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.cache.flight import side_by_side
 from tinkerfs.telemetry import Telemetry
 
 KIB = 1 << 10
@@ -96,6 +98,23 @@ def test_the_start_of_a_block_that_was_altered_is_none(cache_of, size_bytes):
         file.put(3, block(1))
         os.link(cache.folder / path.parent.name / "3", path.with_name(".4.part"))
         assert file.part(4) == b"", "nor is a block the start of another"
+
+
+def test_a_block_that_many_read_at_once_is_checked_once(cache_of, monkeypatch):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        file.put(3, block(1))
+    looks, is_sound = [], blocks.is_sound
+
+    def slowly(fd, name, index):
+        looks.append(index)
+        time.sleep(0.2)
+        return is_sound(fd, name, index)
+
+    monkeypatch.setattr(blocks, "is_sound", slowly)
+    with contextlib.closing(cache_of().open("key", "about")) as again:
+        found = side_by_side([lambda: whole(again, 3)] * 4, 4, "readers")
+        assert [each.result() for each in found] == [block(1)] * 4
+    assert looks == [3]
 
 
 def test_it_is_for_its_user_alone(cache_of, tmp_path):
