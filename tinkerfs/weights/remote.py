@@ -26,8 +26,9 @@ __all__ = ["BLOCK_BYTES", "Arriving", "Origin", "RemoteFile", "blocks_of", "dige
 #: time hide the latency, and one is soon there.
 BLOCK_BYTES = 4 << 20
 
-#: Requests of one file at a time; fetching ahead leaves some to those who wait. Measured on 2 cores
-#: shared with the server: at 50 ms latency 1, 4, 6 and 12 ahead gave 62, 197, 245 and 213 MB/s.
+#: Requests of one file at a time; fetching ahead leaves some to those who wait. Measured through a
+#: mount at 50 ms latency and 40 MB/s a connection: 8 ahead gave 171 MB/s, 16 ahead (and a quicker
+#: start) 292, and curl with 8 ranges 295. A store that is faster than the processor gains nothing.
 CONNECTIONS = 24
 CONNECTIONS_AHEAD = 16
 
