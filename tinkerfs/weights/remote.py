@@ -20,7 +20,15 @@ from tinkerfs.cache.memory import BlockMemory
 from tinkerfs.call import Call
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["BLOCK_BYTES", "Arriving", "Origin", "RemoteFile", "blocks_of", "digest_of"]
+__all__ = [
+    "BLOCK_BYTES",
+    "CONNECTIONS_AHEAD",
+    "Arriving",
+    "Origin",
+    "RemoteFile",
+    "blocks_of",
+    "digest_of",
+]
 
 #: What is fetched, checked and kept at a time: at 100 MB/s and 50 ms to the store 16 of them at a
 #: time hide the latency, and one is soon there.
