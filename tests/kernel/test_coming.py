@@ -1,6 +1,8 @@
 """Listings of several pages on real mounts, read while the later pages are still on their way."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -38,9 +40,14 @@ def test_a_pipe_gets_the_first_names_before_the_last_page_has_come(cold):
     held = cold.server.faults.add(
         LISTED, times=None, hang=True, when=lambda entry: entry.query["offset"] == "400"
     )
-    done = cold.sh("timeout -s INT 3 ls -f runs | head -n 20", timeout_s=30)
-    assert len(set(done.stdout.split()) - {".", ".."}) >= 18, done
-    held.release()
+    listing = cold.start("ls", "-f", "runs")
+    with listing:
+        names = {listing.stdout.readline().strip() for _ in range(20)}
+        assert len(names - {".", ".."}) >= 18
+        held.release()
+        names |= {line.strip() for line in listing.stdout}
+    assert names == {".", "..", *cold.server.account.run_ids}
+    assert listing.returncode == 0
 
 
 def test_a_long_listing_asks_nothing_about_what_has_come(cold):
@@ -78,3 +85,40 @@ def test_who_waits_for_the_next_page_can_be_stopped(cold):
     assert cold.sh("timeout 5 ls -d README.md checkpoints published").returncode == 0
     held.release()
     assert len(os.listdir(cold.path("runs"))) == RUNS
+
+
+INTERRUPTED = """
+import ctypes, os, signal
+libc = ctypes.CDLL(None, use_errno=True)
+libc.readdir.restype = ctypes.c_void_p
+libc.fdopendir.restype = ctypes.c_void_p
+folder = ctypes.c_void_p(libc.fdopendir(os.open("runs", os.O_RDONLY | os.O_DIRECTORY)))
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.alarm(1)
+names = 0
+while True:
+    ctypes.set_errno(0)
+    if libc.readdir(folder):
+        names += 1
+    elif ctypes.get_errno() == 0:
+        break
+    else:
+        assert ctypes.get_errno() == 4, ctypes.get_errno()
+        print("interrupted", flush=True)
+        input()
+print(names - 2)
+"""
+
+
+def test_who_was_interrupted_while_waiting_reads_on(cold):
+    held = later_pages(cold, hang=True)
+    with subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", INTERRUPTED],
+        cwd=cold.root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as reader:
+        assert reader.stdout.readline() == "interrupted\n"
+        held.release()
+        assert reader.communicate("\n" * 9, timeout=30)[0] == f"{RUNS}\n"

@@ -10,6 +10,7 @@ import shutil
 import struct
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,29 @@ wait"""
     # Each of the next tools lists the run again.
     for name in fresh:
         weights.server.account.delete_checkpoint(run_id, f"sampler_weights/{name}")
+
+
+def test_a_size_told_to_others_during_an_open_is_no_bound_after_it(weights):
+    run_id = weights.run.removeprefix("runs/")
+    weights.server.account.add_checkpoint(run_id, "sampler_weights/shared")
+    weights.refresh()
+    weights.server.faults.add("GET archive", latency_s=2.5)
+    file = place_of(weights, "shared") / "archive.tar"
+    opened = threading.Event()
+
+    def look():
+        while not opened.wait(0.2):
+            file.stat()
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    try:
+        with file.open("rb") as stream:
+            size_bytes = os.fstat(stream.fileno()).st_size
+    finally:
+        opened.set()
+        looker.join()
+    assert size_bytes == len(archive_of(weights, "shared"))
 
 
 def test_one_tensor_fetches_what_it_touches(make_account):

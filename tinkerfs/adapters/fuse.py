@@ -430,7 +430,8 @@ def _let_bounds_expire(handle: Handle, asked_at: float, call: Call) -> None:
     tars at once on 2 busy cores two took their answers 0.05 s late.
     """
     if handle.told_at is not None:
-        taken_at = min(handle.told_at + _TAKEN_S, asked_at)
+        # While this open waited another process may have been told a bound.
+        taken_at = min(handle.told_at + _TAKEN_S, max(handle.told_at, asked_at))
         call.pause(taken_at + _FORGOTTEN_S - time.monotonic())
 
 

@@ -99,7 +99,7 @@ class FileSystem:
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "list")
         if is_anything_hidden:
-            scan = Scan(more=self._entries(folder, call))
+            scan = Scan(more=lambda: self._entries(folder, call))
         else:
             scan = self._listings.scan(folder, call, self._entries)
         scan.since(0, 1)

@@ -86,7 +86,7 @@ class Listings:
             if not lease.is_void and all(entry.attr is not None for entry in entries):
                 self._keep(folder.path, _Listing(entries, lease, epoch))
 
-        return Scan(more=entries_of(folder, call.leasing(lease)), whole=whole)
+        return Scan(more=lambda: entries_of(folder, call.leasing(lease)), whole=whole)
 
     def _keep(self, path: str, listing: _Listing) -> None:
         if len(listing.entries) > _MAX_ENTRIES // 4:

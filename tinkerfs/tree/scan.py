@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from tinkerfs import errors
 from tinkerfs.tree.node import Entry
 
 __all__ = ["Scan"]
@@ -18,24 +19,26 @@ class Scan:
 
     Args:
         entries: those that are known already.
-        more: yields the others, in the thread of whoever asks for them; may wait and fail.
+        more: begins to yield the others, in the thread of whoever asks for them; may wait and fail.
+            Begun again where a wait ended early: then what is there already is passed over.
         whole: called once with all entries.
     """
 
-    __slots__ = ("_entries", "_error", "_lock", "_more", "_whole")
+    __slots__ = ("_begin", "_entries", "_error", "_lock", "_more", "_whole")
 
     def __init__(
         self,
         entries: Sequence[Entry] = (),
-        more: Iterator[Entry] | None = None,
+        more: Callable[[], Iterator[Entry]] | None = None,
         whole: Callable[[tuple[Entry, ...]], None] = lambda _entries: None,
     ) -> None:
         self._lock = threading.Lock()
         self._whole = whole
         # Changed under _lock; entries are only ever added while there may be more.
         self._entries = entries if more is None else list(entries)
-        self._more = more
-        self._error: Exception | None = None
+        self._begin = more
+        self._more = None if more is None else more()
+        self._error: BaseException | None = None
 
     def since(self, index: int, most: int) -> Sequence[Entry]:
         """Return up to `most` entries from one on: what is there, after a wait where nothing is.
@@ -70,14 +73,27 @@ class Scan:
         """Make so many more entries, or all; the caller holds the lock."""
         assert self._more is not None
         assert isinstance(self._entries, list)
-        wanted = None if count is None else len(self._entries) + count
+        before = len(self._entries)
         try:
             for entry in itertools.islice(self._more, count):
                 self._entries.append(entry)
-        except Exception as error:  # noqa: BLE001  (raised to whoever comes to it)
-            self._more, self._error = None, error
+        except OSError as error:
+            if not (errors.is_interruption(error) or errors.is_timeout(error)):
+                self._error, self._more = error, None  # in this order: `since` looks without a lock
+                return
+            self._more = self._rest()
+            if count is None or len(self._entries) == before:
+                raise
             return
-        if wanted is None or len(self._entries) < wanted:
+        except BaseException as error:  # noqa: BLE001  (raised to whoever comes to it)
+            self._error, self._more = error, None
+            return
+        if count is None or len(self._entries) < before + count:
             self._entries = tuple(self._entries)
             self._more = None
             self._whole(self._entries)
+
+    def _rest(self) -> Iterator[Entry]:
+        assert self._begin is not None
+        had = {entry.name for entry in self._entries}
+        return (entry for entry in self._begin() if entry.name not in had)

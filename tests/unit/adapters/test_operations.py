@@ -186,6 +186,7 @@ def test_one_line_for_each_operation(requests, stopping, caplog):
         (1.0, 0.0, 1.05),
         (1.5, 0.0, 0.55),
         (3.0, 0.0, -0.95),
+        (-2.5, 3.0, 0.55),  # told to another process while this open waited
     ],
 )
 def test_an_open_returns_when_the_kernel_has_forgotten_a_bound(

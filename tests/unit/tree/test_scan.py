@@ -27,7 +27,7 @@ def read(scan):
 
 def test_all_are_handed_out_in_order_and_told_once_when_whole():
     told = []
-    scan = Scan(more=iter(ALL), whole=told.append)
+    scan = Scan(more=lambda: iter(ALL), whole=told.append)
     assert scan.since(0, MOST) == list(ALL[:MOST])
     assert told == []
     assert read(scan) == read(scan) == ALL
@@ -38,7 +38,7 @@ def test_all_are_handed_out_in_order_and_told_once_when_whole():
 
 def test_nothing_is_made_before_it_is_asked_for():
     made = []
-    scan = Scan(more=(made.append(each) or each for each in ALL))
+    scan = Scan(more=lambda: (made.append(each) or each for each in ALL))
     assert made == []
     scan.since(0, 1)
     assert 0 < len(made) < len(ALL)
@@ -59,7 +59,7 @@ def test_what_is_there_is_had_while_somebody_waits_for_more():
         assert wait.wait(10)
         yield from ALL[100:]
 
-    scan = Scan(more=more())
+    scan = Scan(more=more)
     with ThreadPoolExecutor() as threads:
         first = scan.since(0, MOST)
         slow = threads.submit(scan.since, 100, MOST)
@@ -77,7 +77,7 @@ def test_a_failure_comes_after_all_that_came_before_it_and_every_time():
         raise errors.not_found("/folder")
 
     told = []
-    scan = Scan(more=more(), whole=told.append)
+    scan = Scan(more=more, whole=told.append)
     for start in range(0, 150, 50):
         assert scan.since(start, 50) == list(ALL[start : start + 50])
     for look in (lambda: scan.since(150, 1), scan.all):
@@ -85,3 +85,23 @@ def test_a_failure_comes_after_all_that_came_before_it_and_every_time():
             look()
     assert scan.since(149, MOST) == [ALL[149]]
     assert told == []
+
+
+@pytest.mark.parametrize("error", [errors.interrupted, lambda: errors.timed_out("", "late")])
+def test_who_was_interrupted_while_waiting_goes_on_where_that_was(error):
+    waits = iter([error(), error(), None])
+
+    def more():
+        yield from ALL[:150]
+        if (failure := next(waits)) is not None:
+            raise failure
+        yield from ALL[150:]
+
+    told = []
+    scan = Scan(more=more, whole=told.append)
+    assert scan.since(149, MOST) == [ALL[149]]
+    with pytest.raises(OSError):  # noqa: PT011
+        scan.since(150, MOST)
+    assert scan.since(150, MOST) == list(ALL[150:190])
+    assert read(scan) == ALL
+    assert told == [ALL]
