@@ -109,8 +109,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             self.path_start,
             None if self.time_ns is None else usual_text(self.time_ns),
             None if self.expires_at_ns is None else usual_text(self.expires_at_ns),
-            None if self.size_bytes is None else str(self.size_bytes),
             f'{self.name}"',  # it ends its text, and "1" stands in many others
+            None if self.size_bytes is None else str(self.size_bytes),
         )
 
     @property
