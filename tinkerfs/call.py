@@ -73,7 +73,8 @@ class Lease:
 
     Whatever gives out a kept value while that is fresh adds it; whatever tells something that may
     be another thing a moment later (a stale value, one that has just been fetched, a name within an
-    archive) makes the lease void. Used by one thread until the operation is over, then only read.
+    archive) makes the lease void. Used by one thread at a time until the operation is over, then
+    only read.
     """
 
     __slots__ = ("_is_void", "_terms")

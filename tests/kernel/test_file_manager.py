@@ -133,7 +133,7 @@ class Desktop:
         """Return the visible windows whose title matches."""
         return self.xdotool("search", "--onlyvisible", "--name", title)
 
-    def window(self, title, timeout_s=20):
+    def window(self, title, timeout_s=60):
         """Wait for a window with a title that begins so; give it the keyboard and return it."""
         found = []
 

@@ -1,5 +1,7 @@
 import tracemalloc
 
+import pytest
+
 from tinkerfs.api import models, parsing
 from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, UserListing, kept_record
 
@@ -124,12 +126,13 @@ def test_a_change_leaves_the_users_listing_in_its_order():
     assert changed.changed(Checkpoint.of("gone", second.record), None) == changed
 
 
-def test_a_checkpoint_of_a_listing_takes_little_memory():
+@pytest.mark.parametrize("size_bytes", [0, 10**9])
+def test_a_checkpoint_of_a_listing_takes_little_memory(size_bytes):
     count = 10_000
     body = b'{"checkpoints":[%s]}' % b",".join(
         b'{"checkpoint_id":"weights/%06d","checkpoint_type":"training","size_bytes":%d,'
         b'"time":"2026-11-23T14:20:30.%06dZ","tinker_path":"tinker://r:train:0/weights/%06d",'
-        b'"public":false,"expires_at":null}' % (number, 10**9 + number, number, number)
+        b'"public":false,"expires_at":null}' % (number, size_bytes + number % 10, number, number)
         for number in range(count)
     )
     tracemalloc.start()

@@ -262,7 +262,7 @@ class Operations:
 
     @_operation
     def readdir(self, fh: int, index: int) -> Sequence[Entry]:
-        """Return some entries of an open folder, from one on; none only at its end."""
+        """Return entries of an open folder from `index` on; none only at its end."""
         try:
             dots, scan = self._scans[fh]
         except KeyError:
@@ -426,8 +426,9 @@ class XattrOperations(Operations):
 def _let_bounds_expire(handle: Handle, asked_at: float, call: Call) -> None:
     """Return once the kernel has forgotten a size that was a mere bound.
 
-    So the next fstat asks again, and cp, tar, rsync and the like copy every byte and no more: of 40
-    tars at once on 2 busy cores two took their answers 0.05 s late.
+    So the next fstat asks again, and cp, tar, rsync and the like copy every byte and no more. The
+    kernel's second begins when a process takes its answer, which may be late: of 40 tars at once on
+    2 busy cores two were, by 0.05 s.
     """
     if handle.told_at is not None:
         # While this open waited another process may have been told a bound.

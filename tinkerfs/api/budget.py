@@ -48,7 +48,8 @@ class Turn:
         status: of the answer, once it is there.
         retry_after_s: how long the server asked to wait, seconds; None where it did not.
         granted: set when it may begin.
-        is_full: whether as many calls as guesses may be were under way then, with this one.
+        is_full: whether then, with this call, as many were under way as guesses may be.
+        began: when, on the monotonic clock.
     """
 
     endpoint: Endpoint
@@ -58,6 +59,7 @@ class Turn:
     retry_after_s: float | None = None
     granted: threading.Event = field(default_factory=threading.Event)
     is_full: bool = False
+    began: float = 0.0
 
 
 class Budget:
@@ -111,10 +113,9 @@ class Budget:
             turn = Turn(endpoint, interest, self._number)
             self._waiting[turn] = None
             self._admit()
-        began = 0.0
         try:
             self._wait(turn, deadline)
-            began = self._clock.monotonic()
+            turn.began = self._clock.monotonic()
             yield turn
         finally:
             with self._lock:
@@ -126,7 +127,7 @@ class Budget:
                     self._learn(turn, turn.status)
                     if turn.status < 400 and not turn.endpoint.is_build:
                         label, ended = turn.endpoint.label, self._clock.monotonic()
-                        self._pace.learn(label, began, ended, is_full=turn.is_full)
+                        self._pace.learn(label, turn.began, ended, is_full=turn.is_full)
                 self._admit()
 
     def _look(self) -> None:

@@ -3,7 +3,7 @@
 Of 100,000 checkpoints the JSON is 30 MB, and all but names, times and lengths is the same.
 """
 
-from sys import intern
+from functools import lru_cache
 
 __all__ = ["filled", "outlined"]
 
@@ -26,7 +26,7 @@ def outlined(raw: bytes, *values: str | None) -> str | bytes:
     for mark, value in zip(_MARKS, values, strict=False):
         if value:
             raw = raw.replace(value.encode("utf-8", "surrogatepass"), mark)
-    return intern(raw.decode("latin-1"))
+    return _shared(raw.decode("latin-1"))
 
 
 def filled(outline: str | bytes, *values: str | None) -> bytes:
@@ -39,3 +39,10 @@ def filled(outline: str | bytes, *values: str | None) -> bytes:
         if value:
             raw = raw.replace(mark, value.encode("utf-8", "surrogatepass"))
     return raw
+
+
+# Not `sys.intern`: Python 3.12 never lets go of what is interned, and a server may tell something
+# else each time.
+@lru_cache(maxsize=4096)
+def _shared(outline: str) -> str:
+    return outline

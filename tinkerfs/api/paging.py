@@ -44,8 +44,8 @@ def read_all(
     Args:
         fetch: reads the page of (limit, offset).
         key: a record's id.
-        came: told the records of each page, in the server's order, before the next ones have come;
-            all of the outcome's, some more than once, and ones that are gone by the end.
+        came: told the records of each page, in the server's order, before the next ones have come:
+            every record of the outcome, and it may be one twice, or one that is gone by the end.
         workers: how many pages to ask for at once.
         page_size: how many records to ask for at once.
 
@@ -209,17 +209,21 @@ class _Wave(Generic[T]):
         count = min(workers, -(-(self._end - self._step) // self._step))
         for n in range(count):
             threading.Thread(target=self._work, name=f"tinkerfs-page-{n}", daemon=True).start()
-        for offset in range(self._step, self._end, self._step):
-            page = self._page(offset)
-            yield page
-            if not page.received:
-                return
+        try:
+            for offset in range(self._step, self._end, self._step):
+                page = self._page(offset)
+                yield page
+                if not page.received:
+                    return
+        finally:
+            with self._come:
+                self._is_over = True
 
     def _page(self, offset: int) -> Page[T]:
         """Wait for a page; it was asked for if no earlier one was empty."""
         with self._come:
             self._come.wait_for(lambda: self._error is not None or offset in self._pages)
-            if self._error is not None:
+            if self._error is not None and offset not in self._pages:
                 raise self._error
             return self._pages.pop(offset)
 

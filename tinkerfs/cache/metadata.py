@@ -37,7 +37,7 @@ PATIENCE_S = 2.0
 PATIENCE_IN_OUTAGE_S = 0.2
 
 #: How long a first answer is waited for before what an earlier mount kept is shown, or what came of
-#: it so far, seconds: of a quick server nobody sees an older answer than its own, or half of it.
+#: it, seconds: a quick server's own answer is shown, and whole.
 PATIENCE_AT_START_S = 0.25
 
 #: Who goes on using a value meets its end of life without a wait: what was used within this time,
@@ -254,8 +254,9 @@ class MetadataCache:
     ) -> Any:
         """Return the first answer, or what an earlier mount kept, or parts, where it takes long."""
         if kept is not None or in_parts:
+            patience_s = PATIENCE_AT_START_S - (self._clock.monotonic() - flight.started)
             try:
-                return call.within(PATIENCE_AT_START_S).wait(flight.future)
+                return call.within(max(patience_s, 0.0)).wait(flight.future)
             except OSError as error:
                 if not errors.is_timeout(error):
                     raise

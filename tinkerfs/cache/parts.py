@@ -18,7 +18,7 @@ class Parts:
         self._lock = threading.Lock()
         self._by_key: dict[Hashable, Any] = {}  # single operations on it are atomic
         self._values: list[Any] = []  # only ever longer
-        # Guarded by _lock; `_more` is done, and another, once there is more, or the end.
+        # Guarded by _lock; `_more` is done, and replaced, at each addition and at the end.
         self._more: Future[None] = Future()
         self._is_over = False
         self._error: BaseException | None = None

@@ -119,10 +119,9 @@ class Catalogue:
         Raises:
             ApiError: NotFound or BadRequest where there is no such run.
         """
-        if self.known_runs() is not None:
+        run: models.TrainingRun | None = self._coming(("runs",), run_id, call)
+        if run is None and self.known_runs() is not None:
             run = self.runs(call).by_id.get(run_id)
-        else:
-            run = self._coming(("runs",), run_id, call)
         if run is not None:
             return run
         return self._cache.get(

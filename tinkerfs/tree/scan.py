@@ -41,7 +41,7 @@ class Scan:
         self._error: BaseException | None = None
 
     def since(self, index: int, most: int) -> Sequence[Entry]:
-        """Return up to `most` entries from one on: what is there, after a wait where nothing is.
+        """Return up to `most` entries from `index` on: what is there, after a wait if nothing is.
 
         Nothing is returned only where `index` is the end.
 

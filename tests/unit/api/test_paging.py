@@ -226,3 +226,49 @@ def test_all_that_is_returned_was_told(count, clamp, moved_at):
     told = []
     found = read_all(server.page, lambda number: number, came=told.extend)
     assert set(found) == set(told) == set(range(count))
+
+
+def test_what_came_is_told_also_where_a_later_page_failed_meanwhile():
+    server, told = Server(1000), []
+    served, failed = threading.Semaphore(0), threading.Event()
+
+    def page(limit, offset):
+        if offset == 500:
+            for _ in range(4):
+                assert served.acquire(timeout=10)
+            failed.set()
+            raise ValueError("page 5")
+        result = server.page(limit, offset)
+        if 0 < offset < 500:
+            served.release()
+        return result
+
+    def came(items):
+        told.extend(items)
+        if items[0] == 100:
+            assert failed.wait(10)
+
+    with pytest.raises(ValueError, match="page 5"):
+        read_all(page, lambda n: n, came=came)
+    assert told == list(range(500))
+
+
+def test_who_cannot_take_a_page_asks_for_no_more():
+    server, go_on = Server(100_000), threading.Event()
+
+    def page(limit, offset):
+        if offset > 1000:
+            assert go_on.wait(10)
+        return server.page(limit, offset)
+
+    def came(items):
+        if items[0] == 200:
+            raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        read_all(page, lambda n: n, came=came)
+    go_on.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("tinkerfs-page"):
+            thread.join(10)
+    assert len(server.calls) <= 11 + WORKERS
