@@ -69,9 +69,7 @@ def bash(script: str) -> Callable[[Path], None]:
     """Return work that runs a script in a folder; it must succeed."""
 
     def work(folder: Path) -> None:
-        subprocess.run(
-            ["bash", "-c", script], cwd=folder, stdout=subprocess.DEVNULL, check=True, timeout=300
-        )
+        subprocess.run(["bash", "-c", script], cwd=folder, stdout=subprocess.DEVNULL, check=True)
 
     return work
 

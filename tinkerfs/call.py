@@ -88,6 +88,12 @@ class Lease:
         if term not in self._terms:
             self._terms += (term,)
 
+    def rest_on_all_of(self, other: "Lease") -> None:
+        """Let it end when another one does."""
+        for term in other._terms:
+            self.rest_on(term)
+        self._is_void = self._is_void or other._is_void
+
     def void(self) -> None:
         """Let it hold no longer than now."""
         self._is_void = True
@@ -150,6 +156,11 @@ class Call:
         """Say that the outcome holds no longer than a kept value."""
         if self.lease is not None:
             self.lease.rest_on(term)
+
+    def rests_on_all_of(self, lease: Lease) -> None:
+        """Say that the outcome holds no longer than what was found out before."""
+        if self.lease is not None:
+            self.lease.rest_on_all_of(lease)
 
     def is_momentary(self) -> None:
         """Say that the outcome may be another a moment later."""

@@ -22,7 +22,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from tinkerfs import errors
-from tinkerfs.call import Call
+from tinkerfs.call import Call, Lease
 from tinkerfs.tree.node import Attr, Entry, Space, inode
 from tinkerfs.tree.scan import Scan
 
@@ -75,6 +75,11 @@ class MemoryFileSystem:
     removed: set[str] = field(default_factory=set)
     stats: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    #: What was told holds until this is another number; of 0 not at all.
+    epoch: int = 0
+
+    def holds(self, lease: Lease, epoch: int) -> bool:
+        return bool(epoch) and epoch == self.epoch and lease.holds(0.0)
 
     def data(self, path: str) -> bytes:
         name = path.rpartition("/")[2]
@@ -134,6 +139,8 @@ class MemoryFileSystem:
             self.stats.append(path)
         if path.startswith("/slow/stat-"):
             call.wait(NEVER)
+        if path == "/control":
+            call.is_momentary()
         return self.attr(path)
 
     def handle_stat(self, path: str, handle: MemoryHandle, call: Call) -> Attr:

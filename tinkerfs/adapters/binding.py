@@ -294,6 +294,18 @@ def load() -> Binding:
     )
 
 
+def _keep_the_interpreter(module: Any) -> None:
+    """Let a binding ask libfuse for the caller without letting go of the interpreter meanwhile.
+
+    That takes it nothing. To let go and take hold again costs a switch of threads each time when
+    several processes ask.
+    """
+    libfuse = module._libfuse
+    context = ctypes.PyDLL(libfuse._name, handle=libfuse._handle).fuse_get_context
+    context.restype = libfuse.fuse_get_context.restype
+    libfuse.fuse_get_context = context
+
+
 _import_lock = threading.Lock()
 
 
@@ -318,6 +330,7 @@ def _import(name: str, library: Library) -> Any:
                     loaded = int(module._libfuse.fuse_version())
                     if loaded != library.version:
                         raise ImportError(f"{candidate} is loaded with libfuse {loaded} already")
+                    _keep_the_interpreter(module)
                     return module
                 error = error or ImportError(f"{candidate} is another package of that name")
             raise error or ImportError(name)

@@ -17,11 +17,11 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from tinkerfs import errors
-from tinkerfs.call import Call, Caller
+from tinkerfs.call import Call, Caller, Lease
 from tinkerfs.tree.node import Attr, Entry, Handle, inode
 
 if TYPE_CHECKING:
@@ -77,16 +77,11 @@ class Requests(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Open:
+class Opened(NamedTuple):
+    """A file that was opened, and what libfuse is told of that."""
+
     path: str
     handle: Handle
-
-
-class Opened(NamedTuple):
-    """What libfuse is told of a file that was opened."""
-
-    fh: int
     direct_io: bool
     keep_cache: bool
 
@@ -182,7 +177,7 @@ class Operations:
         self._patience = Call(None, self._interrupted, self._caller)
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and a number is used by one file alone.
-        self._files: dict[int, _Open] = {}
+        self._files: dict[int, Opened] = {}
         self._scans: dict[int, tuple[tuple[Entry, ...], Scan]] = {}
         self._lookers = Lookers()
 
@@ -198,7 +193,7 @@ class Operations:
         uid, _gid, pid = self._requests.context()
         return Caller.from_ids(pid, uid)
 
-    def _file(self, fh: int) -> _Open:
+    def _file(self, fh: int) -> Opened:
         try:
             return self._files[fh]
         except KeyError:
@@ -226,26 +221,43 @@ class Operations:
 
     # Names and attributes
 
+    @property
+    def epoch(self) -> int:
+        """As `FileSystem.epoch`."""
+        return self._filesystem.epoch
+
+    def holds(self, lease: Lease, epoch: int) -> bool:
+        """As `FileSystem.holds`; never where each operation is to be logged."""
+        return not self.is_traced and self._filesystem.holds(lease, epoch)
+
     @_operation
-    def getattr(self, path: str | None, fh: int | None = None) -> Attr:
-        """Answer stat and fstat; the latter with the exact size of what was opened."""
+    def getattr(self, path: str | None, fh: int | None = None, lease: Lease | None = None) -> Attr:
+        """Answer stat and fstat; the latter with the exact size of what was opened.
+
+        A lease is told how long the answer holds, of a path without a handle.
+        """
         # A file that was unlinked while it was open comes without a path: its handle knows.
         file = None if fh is None else self._files.get(fh)
         if file is not None:
             return self._filesystem.handle_stat(file.path, file.handle, self._lookup)
-        attr = self._filesystem.stat(_known(path), self._lookup)
+        call = self._lookup if lease is None else self._lookup.leasing(lease)
+        attr = self._filesystem.stat(_known(path), call)
         if not stat.S_ISDIR(attr.mode):
-            self._lookers.add(self._requests.context()[2])
+            self.looked_at_file()
         return attr
 
+    def looked_at_file(self) -> None:
+        """Take note that who asks now asks for attributes of a file, as `ls -l` does."""
+        self._lookers.add(self._requests.context()[2])
+
     def looks_at_files(self) -> bool:
-        """Tell whether who asks now has asked for attributes of a file before, as `ls -l` does."""
+        """Tell whether who asks now has asked for attributes of a file before."""
         return self._requests.context()[2] in self._lookers
 
     @_operation
-    def readlink(self, path: str) -> str:
-        """Answer readlink."""
-        return self._filesystem.readlink(path, self._lookup)
+    def readlink(self, path: str, lease: Lease) -> str:
+        """Answer readlink; the lease is told how long the answer holds."""
+        return self._filesystem.readlink(path, self._lookup.leasing(lease))
 
     @_operation
     def opendir(self, path: str) -> int:
@@ -284,18 +296,25 @@ class Operations:
     # Files
 
     @_operation
-    def open(self, path: str, flags: int) -> Opened:
-        """Open; the file system itself bounds the wait, longer where an archive is built."""
+    def open(self, path: str, flags: int, lease: Lease) -> Opened:
+        """Open; the file system itself bounds the wait, longer where an archive is built.
+
+        The lease is told how long the same may be handed to whoever opens it to read.
+        """
         asked_at = time.monotonic()
-        handle = self._filesystem.open(path, flags, self._patience)
+        handle = self._filesystem.open(path, flags, self._patience.leasing(lease))
         try:
             _let_bounds_expire(handle, asked_at, self._patience)
         except OSError:
             handle.close()
             raise
+        return Opened(path, handle, handle.direct_io, handle.keep_cache)
+
+    def add(self, file: Opened) -> int:
+        """Return a number for an open file, good until `release`."""
         number = next(self._numbers)
-        self._files[number] = _Open(path, handle)
-        return Opened(number, handle.direct_io, handle.keep_cache)
+        self._files[number] = file
+        return number
 
     @_operation
     def read(self, fh: int, size: int, offset: int) -> bytes:

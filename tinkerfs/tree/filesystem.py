@@ -17,7 +17,7 @@ from typing import NoReturn
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.call import Call
+from tinkerfs.call import Call, Lease
 from tinkerfs.tree.handles import RenderedHandle, Versions, WeightsHandle
 from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.listings import Listings
@@ -66,13 +66,32 @@ class FileSystem:
 
     # Looking.
 
+    @property
+    def epoch(self) -> int:
+        """As `Catalogue.epoch`: to be asked before a look, for `holds`."""
+        return self._model.catalogue.epoch
+
+    def holds(self, lease: Lease, epoch: int) -> bool:
+        """Tell whether what a look told, with this lease since this epoch, holds still."""
+        return (
+            epoch == self._model.catalogue.epoch
+            and not self._removals.is_anything_hidden
+            and lease.holds(self._model.clock.monotonic())
+        )
+
     # Of the first four every walk makes thousands: they do without `_telling`, which costs 2 us.
 
     def stat(self, path: str, call: Call) -> Attr:
-        """Return the attributes of a path; links are not followed."""
-        attr = None if self._removals.is_anything_hidden else self._listings.attr(path)
-        if attr is not None:
-            return attr
+        """Return the attributes of a path; links are not followed.
+
+        The call is told how long they hold, or that there is nothing.
+        """
+        if self._removals.is_anything_hidden:
+            call.is_momentary()
+        else:
+            attr = self._listings.attr(path, call)
+            if attr is not None:
+                return attr
         try:
             return self._attr(self._nodes.resolve(path, call), call)
         except (errors.ApiError, OSError) as error:
@@ -106,7 +125,12 @@ class FileSystem:
         return scan
 
     def readlink(self, path: str, call: Call) -> str:
-        """Return where a symbolic link points, relative to its folder."""
+        """Return where a symbolic link points, relative to its folder.
+
+        The call is told how long it does.
+        """
+        if self._removals.is_anything_hidden:
+            call.is_momentary()
         try:
             node = self._nodes.resolve(path, call)
             if not isinstance(node.row, Link):
@@ -154,6 +178,8 @@ class FileSystem:
     def open(self, path: str, flags: int, call: Call) -> Handle:
         """Open a file; what is to be read is resolved before this returns.
 
+        The call is told how long one that is only read gives the same bytes.
+
         Raises:
             OSError: EPERM for writing what cannot be written, EROFS on a read-only mount,
                 EOPNOTSUPP for a glance at what costs the server something, and what resolving its
@@ -161,6 +187,8 @@ class FileSystem:
         """
         is_for_writing = (flags & os.O_ACCMODE) != os.O_RDONLY
         is_for_reading = (flags & os.O_ACCMODE) != os.O_WRONLY
+        if self._removals.is_anything_hidden:
+            call.is_momentary()
         try:
             node = self._nodes.resolve(path, call)
             row = node.row
@@ -194,6 +222,7 @@ class FileSystem:
 
     def _open_stream(self, node: Node, row: Stream, call: Call) -> Handle:
         path = node.path
+        call.is_momentary()  # each open of weights holds what it reads from
         file = row.open(self._nodes.site(node, call))
         return WeightsHandle(
             path,

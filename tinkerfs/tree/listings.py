@@ -58,11 +58,17 @@ class Listings:
         kept = self._holding(path)
         return None if kept is None else kept.entries
 
-    def attr(self, path: str) -> Attr | None:
-        """Return the attributes of a path that its folder's listing tells, None where none does."""
+    def attr(self, path: str, call: Call) -> Attr | None:
+        """Return the attributes of a path that its folder's listing tells, None where none does.
+
+        The call is told how long they hold.
+        """
         folder, _, name = path.rpartition("/")
         kept = self._holding(folder or "/")
-        return None if kept is None else kept.attr(name)
+        attr = None if kept is None else kept.attr(name)
+        if kept is not None and attr is not None:
+            call.rests_on_all_of(kept.lease)
+        return attr
 
     def _holding(self, path: str) -> _Listing | None:
         kept = self._kept.get(path)

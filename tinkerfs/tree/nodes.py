@@ -59,7 +59,7 @@ class Nodes:
         self._kept: dict[str, Node] = {}
 
     def resolve(self, path: str, call: Call, *, with_hidden: bool = False) -> Node:
-        """Return the node of a path.
+        """Return the node of a path; the call is told how long that holds, or its absence.
 
         Raises:
             OSError: ENOENT, ENOTDIR, and what asking the API for a name raises.
@@ -102,6 +102,7 @@ class Nodes:
             and kept.lease is not None
             and kept.lease.holds(self._model.clock.monotonic())
         ):
+            call.rests_on_all_of(kept.lease)
             return kept
         epoch = self._model.catalogue.epoch
         above, _, name = path.rpartition("/")
@@ -118,7 +119,10 @@ class Nodes:
         if fixed is not None:
             node = Node(fixed, folder.subject, path, folder, lease, epoch)
         else:
-            row, subject = self._found(folder, name, call.leasing(lease), path)
+            try:
+                row, subject = self._found(folder, name, call.leasing(lease), path)
+            finally:
+                call.rests_on_all_of(lease)
             node = Node(row, subject, path, folder, lease, epoch)
         if isinstance(node.row, Folder) and not lease.is_void:
             if len(self._kept) >= _MAX_KEPT:

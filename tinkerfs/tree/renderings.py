@@ -53,10 +53,12 @@ class Renderings:
         now = self._clock.monotonic()
         kept = self._kept.get(node.path)
         if kept is not None and _is_of(kept, node, now):
+            site.call.rests_on_all_of(kept.lease)
             return kept.data
         lease = Lease()
         of_now = msgspec.structs.replace(site, call=site.call.leasing(lease))
         data: bytes = node.row.render(of_now)
+        site.call.rests_on_all_of(lease)
         if not lease.is_void:
             is_same = kept is not None and kept.data == data
             made_at = kept.made_at if kept is not None and is_same else now

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.memoryfs import MTIME_NS, MemoryFileSystem
 from tests.unit.adapters.test_operations import Requests
-from tinkerfs.adapters import binding
+from tinkerfs.adapters import answers, binding
 from tinkerfs.adapters.callbacks import callbacks_of, packer_of, with_callbacks
 from tinkerfs.adapters.fuse import Operations
 from tinkerfs.tree.node import Attr
@@ -113,11 +113,12 @@ class Folder:
 class Libfuse:
     """Calls the callbacks as libfuse of a version does."""
 
-    def __init__(self, major):
+    def __init__(self, major, filesystem=None):
         self.major = major
         module = SimpleNamespace(c_stat=OnX86, fuse_file_info=FileInfo)
+        self.filesystem = filesystem or MemoryFileSystem(many=50)
         self.operations = Operations(
-            MemoryFileSystem(many=50),
+            self.filesystem,
             Requests(),
             timeout_s=30,
             stopping=threading.Event(),
@@ -133,6 +134,22 @@ class Libfuse:
         if info is None:
             return self.call["getattr"](path, place), status
         return self.call["fgetattr"](path, place, info), status
+
+    def target(self, path, size=4096):
+        buffer = ctypes.create_string_buffer(size)
+        status = self.call["readlink"](path, ctypes.addressof(buffer), size)
+        return status or buffer.value
+
+    def bytes(self, path, flags=os.O_RDONLY):
+        """What is read of a file, and whether past the kernel's cache; or an errno."""
+        info, buffer = FileInfo(flags=flags), ctypes.create_string_buffer(1 << 16)
+        place = ctypes.addressof(info)
+        status = self.call["open"](path, place)
+        if status:
+            return status
+        length = self.call["read"](path, ctypes.addressof(buffer), len(buffer), 0, place)
+        assert self.call["release"](path, place) == 0
+        return buffer.raw[:length], bool(info.direct_io)
 
     def listed(self, path, room, flags):
         info = FileInfo()
@@ -182,12 +199,81 @@ def test_bytes_arrive_by_position(libfuse):
     assert libfuse.call["open"](b"/none", place) == -errno.ENOENT
 
 
-def test_a_target_is_cut_to_its_buffer(libfuse):
-    buffer = ctypes.create_string_buffer(b"x" * 20, 20)
-    assert libfuse.call["readlink"](b"/link", ctypes.addressof(buffer), 20) == 0
-    assert buffer.value == b"folder/0000"
-    assert libfuse.call["readlink"](b"/link", ctypes.addressof(buffer), 7) == 0
-    assert buffer.value == b"folder"
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_target_is_cut_to_its_buffer(libfuse, epoch):
+    libfuse.filesystem.epoch = epoch
+    for size, target in ((20, b"folder/0000"), (7, b"folder"), (12, b"folder/0000")):
+        assert libfuse.target(b"/link", size) == target
+
+
+def test_a_look_is_answered_once_while_the_answer_holds(libfuse):
+    libfuse.filesystem.epoch = 1
+    for epoch in (1, 2):
+        libfuse.filesystem.epoch, libfuse.filesystem.stats = epoch, []
+        for _ in range(2):
+            assert libfuse.stat(b"/hello")[1].st_size == 6
+            assert libfuse.stat(b"/none")[0] == -errno.ENOENT
+            libfuse.stat(b"/control")
+        assert libfuse.filesystem.stats == ["/hello", "/none", "/control", "/control"]
+
+
+def test_no_answer_by_path_is_that_of_a_handle(libfuse):
+    libfuse.filesystem.epoch = 1
+    assert libfuse.stat(b"/control")[1].st_size == 2
+    info = FileInfo(flags=os.O_RDONLY)
+    assert libfuse.call["open"](b"/control", ctypes.addressof(info)) == 0
+    libfuse.filesystem.control = b"longer"
+    for path in (b"/control", None):
+        assert libfuse.stat(path, ctypes.addressof(info))[1].st_size == 6
+
+
+def test_only_what_is_opened_to_be_read_is_opened_once(libfuse, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        libfuse.filesystem,
+        "open",
+        lambda path, flags, call: (
+            opened.append(flags) or MemoryFileSystem.open(libfuse.filesystem, path, flags, call)
+        ),
+    )
+    libfuse.filesystem.epoch = 1
+    for flags in (os.O_RDONLY, os.O_RDONLY | os.O_NOATIME):
+        for _ in range(2):
+            libfuse.bytes(b"/cached-1048576", flags)
+    assert opened == [os.O_RDONLY, *[os.O_RDONLY | os.O_NOATIME] * 2]
+    opened.clear()
+    for _ in range(2):
+        libfuse.bytes(b"/hello")
+    assert opened == [os.O_RDONLY] * 2, "what passes the kernel's cache by may be another next time"
+    info = FileInfo(flags=os.O_RDWR)
+    opened.clear()
+    for _ in range(2):
+        assert libfuse.call["open"](b"/control", ctypes.addressof(info)) == 0
+    assert opened == [os.O_RDWR] * 2
+
+
+def test_who_is_answered_again_looks_at_files_too(libfuse, monkeypatch):
+    libfuse.filesystem.epoch = 1
+    for path in (b"/hello", b"/folder", b"/none"):
+        libfuse.stat(path)
+    looked = []
+    monkeypatch.setattr(libfuse.operations, "looked_at_file", lambda: looked.append(1))
+    libfuse.stat(b"/folder")
+    libfuse.stat(b"/none")
+    assert looked == []
+    libfuse.stat(b"/hello")
+    assert looked == [1]
+
+
+def test_answers_are_bounded(libfuse, monkeypatch):
+    monkeypatch.setattr(answers, "_MAX_KEPT", 3)
+    libfuse.filesystem.epoch = 1
+    for number in range(20):
+        libfuse.stat(b"/folder/%04d" % number)
+    libfuse.filesystem.stats = []
+    for number in range(20):
+        libfuse.stat(b"/folder/%04d" % number)
+    assert len(libfuse.filesystem.stats) >= 17
 
 
 @pytest.mark.parametrize("room", [1, 7, 1000])

@@ -12,7 +12,7 @@ import pytest
 from tests.support.memoryfs import MemoryFileSystem
 from tinkerfs.adapters import binding, fuse
 from tinkerfs.adapters.fuse import Lookers, Operations, XattrOperations
-from tinkerfs.call import Call
+from tinkerfs.call import Call, Lease
 
 
 class Requests:
@@ -56,9 +56,13 @@ def test_a_misspelt_operation_cannot_hide(module, major):
         pytest.skip("the binding needs a libfuse to be imported")
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError)).Operations
     ours = public_names(XattrOperations) - {
+        "add",
+        "epoch",
         "flag_nullpath_ok",
+        "holds",
         "is_stopping",
         "is_traced",
+        "looked_at_file",
         "looks_at_files",
         "use_ns",
     }
@@ -90,8 +94,10 @@ def test_a_mount_that_goes_says_so_to_who_waits(operations, stopping):
 
 
 def test_handles_are_used_by_number_alone(operations):
-    fh, direct_io, keep_cache = operations.open("/hello", os.O_RDONLY)
-    assert (direct_io, keep_cache) == (True, False)
+    file = operations.open("/hello", os.O_RDONLY, Lease())
+    assert (file.direct_io, file.keep_cache) == (True, False)
+    fh, other = operations.add(file), operations.add(file)
+    operations.release(other)
     assert operations.read(fh, 3, 1) == b"ell"
     assert operations.getattr(None, fh).size_bytes == 6
     assert operations.fsync(None, 0, SimpleNamespace(fh=fh)) == 0
@@ -112,7 +118,8 @@ def test_a_path_that_is_gone_is_enoent(operations):
 
 
 def test_the_page_cache_is_for_what_may_be_kept(operations):
-    assert operations.open("/cached-1048576", os.O_RDONLY)[1:] == (False, True)
+    file = operations.open("/cached-1048576", os.O_RDONLY, Lease())
+    assert (file.direct_io, file.keep_cache) == (False, True)
 
 
 def test_a_listing_is_handed_out_from_any_entry_on(operations):
@@ -153,7 +160,7 @@ def test_no_flush_is_asked_for(operations):
 
 @pytest.mark.expect_warnings("read 1 failed", "without an errno")
 def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
-    fh = operations.open("/broken", os.O_RDONLY).fh
+    fh = operations.add(operations.open("/broken", os.O_RDONLY, Lease()))
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.read(fh, 1, 0)
     assert failure.value.errno == errno.EIO
@@ -197,11 +204,10 @@ def test_an_open_returns_when_the_kernel_has_forgotten_a_bound(
     now = iter([asked_at, asked_at + took_s])
     monkeypatch.setattr(fuse, "time", SimpleNamespace(monotonic=lambda: next(now)))
     handle = SimpleNamespace(told_at=told_at, direct_io=True, keep_cache=False)
-    patience = SimpleNamespace(pause=pauses.append)
-    monkeypatch.setattr(operations, "_patience", patience)
+    monkeypatch.setattr(Call, "pause", lambda _call, seconds: pauses.append(seconds))
     opening = SimpleNamespace(open=lambda _path, _flags, _call: handle)
     monkeypatch.setattr(operations, "_filesystem", opening)
-    operations.open("/x", os.O_RDONLY)
+    operations.open("/x", os.O_RDONLY, Lease())
     assert pauses == ([] if pause_s is None else [pytest.approx(pause_s)])
 
 
@@ -221,7 +227,8 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
     for attempt in (
         lambda: operations.getattr("/x"),
         lambda: operations.opendir("/x"),
-        lambda: operations.open("/x", os.O_RDONLY),
+        lambda: operations.open("/x", os.O_RDONLY, Lease()),
+        lambda: operations.readlink("/x", Lease()),
         lambda: operations.unlink("/x"),
         lambda: operations.rmdir("/x"),
         lambda: operations.truncate("/x", 0),
@@ -231,6 +238,7 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
     assert bounds == {
         "stat": (5, None),
         "scandir": (30, 10),
+        "readlink": (5, None),
         "open": (None, None),
         "unlink": (10, None),
         "rmdir": (10, None),

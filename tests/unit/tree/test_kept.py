@@ -1,9 +1,11 @@
 """What is kept of former looks is what would be found anew, and is found at once."""
 
 import contextlib
+import functools
 import itertools
 import stat
 import time
+from posixpath import normpath
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.clocks import FakeTime
 from tests.support.drivers import opened
+from tests.unit.adapters.test_callbacks import Libfuse
 from tinkerfs.call import Call
 from tinkerfs.demo.server import DemoServer
 from tinkerfs.tree import nodes as nodes_module
@@ -118,6 +121,31 @@ def told(filesystem, folder="/", *, checks=True):
     return found
 
 
+class Answers:
+    """What libfuse is answered about every path that ever was, and one in each folder that is not.
+
+    Each is asked about twice, so that most of what is told was kept before.
+    """
+
+    def __init__(self, filesystem):
+        self.filesystem = filesystem
+        self.kept = Libfuse(3, filesystem)
+        self.paths = set()
+
+    def check(self):
+        found = {path for path in told(self.filesystem) if isinstance(path, str)}
+        self.paths |= {name for path in found for name in (path, f"{path}/nothing")}
+        for path in map(str.encode, sorted(self.paths) * 2):
+            anew = Libfuse(3, self.filesystem)
+            for ask in (packed, Libfuse.target, Libfuse.bytes):
+                assert ask(self.kept, path) == ask(anew, path), path
+
+
+def packed(libfuse, path):
+    status, attributes = libfuse.stat(path)
+    return status, bytes(attributes)
+
+
 STEPS = st.one_of(
     st.tuples(st.just("wait"), st.sampled_from([0.5, 2.0, 29.0, 31.0, 700.0])),
     st.tuples(
@@ -135,12 +163,59 @@ STEPS = st.one_of(
 def test_what_is_kept_is_what_would_be_found_anew(tmp_path_factory, steps):
     with made(tmp_path_factory.mktemp("kept")) as account:
         account.settle()
+        answers = Answers(account.filesystem)
+        answers.check()
         for step, argument in steps:
             # A checkpoint may be gone by now.
             with contextlib.suppress(FileNotFoundError, ZeroDivisionError):
                 getattr(account, step)(argument)
             account.settle()
             assert told(account.filesystem) == told(account.anew())
+            answers.check()
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+@pytest.mark.parametrize(
+    ("change", "name", "ask"),
+    [
+        ("delete", "checkpoints/weights/new", packed),
+        ("delete", "checkpoints/weights/new/info.json", packed),
+        ("delete", "checkpoints/weights/new/files", Libfuse.target),
+        ("save", "checkpoints/weights/new", packed),
+        ("save", "checkpoints/weights/new/tinker_path", Libfuse.bytes),
+        ("publish", "checkpoints/weights/new/published", Libfuse.bytes),
+        ("publish", "checkpoints/weights/new/info.json", Libfuse.bytes),
+        ("save another", "latest", Libfuse.target),
+        ("begin", "../a-run:train:0", packed),
+    ],
+)
+def test_an_answer_ends_with_what_it_rests_on(account, change, name, ask, is_listed):
+    """With nobody else who looks: else a change is seen by any of those who do."""
+    run_id, path = account.run.removeprefix("/runs/"), normpath(f"{account.run}/{name}").encode()
+    save = functools.partial(account.server.account.add_checkpoint, run_id, time_s=account.time.now)
+    if change != "save":
+        save("weights/new")
+    account.refresh(0)
+    filesystem = account.anew()
+    for _ in range(3):
+        if is_listed:
+            told(filesystem)
+        ask(Libfuse(3, filesystem), path)
+        account.time.advance(2.1)
+    libfuse = Libfuse(3, filesystem)
+    before = ask(libfuse, path)
+    assert ask(libfuse, path) == before
+    match change:
+        case "delete":
+            account.server.account.delete_checkpoint(run_id, "weights/new")
+        case "publish":
+            account.server.account.find(run_id, "weights/new")[1].is_public = True
+        case "begin":
+            account.server.account.add_run(name.removeprefix("../"))
+        case _:
+            save("weights/newer" if change == "save another" else "weights/new")
+    account.time.advance(31)
+    assert ask(libfuse, path) != before
 
 
 def test_a_listing_is_made_once_while_it_holds(account):
