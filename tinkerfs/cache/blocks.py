@@ -83,7 +83,7 @@ class BlockCache:
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._sweeper = Sweeper(folder, clock, limit_bytes=limit_bytes, floor_bytes=floor_bytes)
-        self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}
+        self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # looked into without
         self._told: set[str] = set()
         self._counted = (float("-inf"), 0)  # when, on the monotonic clock, and the bytes
 
@@ -141,8 +141,7 @@ class BlockCache:
 
     def is_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> bool:
         """Tell whether a block was found sound, and is the same file still."""
-        with self._lock:
-            return self._verified.get(block) == signature
+        return self._verified.get(block) == signature
 
     def verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> None:
         """Take note that a block is sound."""

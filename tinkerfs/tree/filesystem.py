@@ -227,7 +227,7 @@ class FileSystem:
         return WeightsHandle(
             path,
             file,
-            lambda: self._telling(path, "read"),
+            lambda error: self._fail(error, path, "read"),
             versions=self._versions,
             told_at=self._bound_told_at(path),
         )

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import NoReturn
 
 from tinkerfs import errors
 from tinkerfs.call import Call
@@ -128,7 +128,7 @@ class WeightsHandle:
     Args:
         path: for messages.
         file: closed by `close`.
-        telling: makes every failure of a read an OSError, and tells it.
+        fail: raises a failure of a read as an OSError, and tells it.
         versions: told of this open.
         told_at: as `Handle.told_at`.
     """
@@ -137,14 +137,14 @@ class WeightsHandle:
         self,
         path: str,
         file: WeightsFile,
-        telling: Callable[[], AbstractContextManager[None]],
+        fail: Callable[[errors.ApiError | OSError], NoReturn],
         *,
         versions: Versions,
         told_at: float | None,
     ) -> None:
         self._path = path
         self._file = file
-        self._telling = telling
+        self._fail = fail
         self._versions = versions
         self.keep_cache, self._may_be_cached = versions.opened(path, file.key)
         self.told_at = told_at
@@ -161,8 +161,10 @@ class WeightsHandle:
 
     def read(self, size: int, offset: int, call: Call) -> bytes:
         """Return the bytes of [offset, offset + size); fewer only at the end."""
-        with self._telling():
+        try:
             return self._file.read(size, offset, call)
+        except (errors.ApiError, OSError) as error:
+            self._fail(error)
 
     def write(self, data: bytes, call: Call) -> int:
         """Refuse.

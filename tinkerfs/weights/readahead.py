@@ -63,9 +63,9 @@ class ReadAhead:
 
     def needs_ends(self) -> bool:
         """Tell whether it matters now where the tensors of the file end, and is not known."""
-        with self._lock:
-            is_small = self._size_bytes <= SMALL_FILE_BYTES
-            return self._ends is None and not is_small and not self._run.is_from_start
+        # Without the lock: true of some instant, and asked at each read.
+        is_large = self._size_bytes > SMALL_FILE_BYTES
+        return self._ends is None and is_large and not self._run.is_from_start
 
     def learn_ends(self, ends: Sequence[int]) -> None:
         """Take note of where the tensors of the file end, in order; empty for a file of none."""
