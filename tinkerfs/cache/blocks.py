@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import os
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,10 +32,14 @@ from tinkerfs.telemetry import Telemetry
 __all__ = ["TRAILER_BYTES", "BlockCache", "BlockFile", "is_sound", "read_about"]
 
 #: Before the digest at a block's end; another layout has another one.
-_MAGIC = b"tkfsblk1"
+_MAGIC = b"tkfsblk2"
+
+#: A CRC-32: what a disk does to a block it finds out as a file system's own would, at a third of
+#: the price of a SHA-256, which was a sixth of all that a cold read takes the processor.
+_CHECKSUM_BYTES = 4
 
 #: What a block takes beyond its data.
-TRAILER_BYTES = len(_MAGIC) + hashlib.sha256().digest_size
+TRAILER_BYTES = len(_MAGIC) + _CHECKSUM_BYTES
 
 #: Written and checked at a time: what stays in the processor's cache takes a third of the time.
 _PIECE_BYTES = 256 << 10
@@ -370,12 +375,12 @@ class BlockFile:
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
         try:
             try:
-                digest = _digest_of(self._name, index)
+                checksum = _checksum_of(self._name, index)
                 with memoryview(data) as view:
                     for start in range(0, len(data), _PIECE_BYTES):
-                        digest.update(view[start : start + _PIECE_BYTES])
+                        checksum = zlib.crc32(view[start : start + _PIECE_BYTES], checksum)
                         _write_all(fd, view[start : start + _PIECE_BYTES])
-                _write_all(fd, memoryview(_MAGIC + digest.digest()))
+                _write_all(fd, memoryview(_trailer(checksum)))
                 now_ns = self._cache.now_ns()
                 os.utime(fd, ns=(now_ns, now_ns))
                 status = os.fstat(fd)
@@ -425,10 +430,12 @@ def is_sound(fd: int, name: str, index: int) -> bool:
         OSError: it cannot be read.
     """
     end = os.fstat(fd).st_size - TRAILER_BYTES
-    digest = _digest_of(name, index)
+    if end < 0:
+        return False
+    checksum = _checksum_of(name, index)
     for start in range(0, end, _PIECE_BYTES):
-        digest.update(os.pread(fd, min(_PIECE_BYTES, end - start), start))
-    return os.pread(fd, TRAILER_BYTES, end) == _MAGIC + digest.digest() if end >= 0 else False
+        checksum = zlib.crc32(os.pread(fd, min(_PIECE_BYTES, end - start), start), checksum)
+    return os.pread(fd, TRAILER_BYTES, end) == _trailer(checksum)
 
 
 def _part_of(index: int) -> int:
@@ -436,9 +443,13 @@ def _part_of(index: int) -> int:
     return -1 - index
 
 
-def _digest_of(name: str, index: int) -> "hashlib._Hash":
+def _checksum_of(name: str, index: int) -> int:
     """Begin a checksum that a block has only in its own place."""
-    return hashlib.sha256(f"{name}/{index}:".encode())
+    return zlib.crc32(f"{name}/{index}:".encode())
+
+
+def _trailer(checksum: int) -> bytes:
+    return _MAGIC + checksum.to_bytes(_CHECKSUM_BYTES)
 
 
 def _write_all(fd: int, rest: memoryview) -> None:
