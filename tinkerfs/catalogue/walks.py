@@ -5,9 +5,10 @@ before is answered. Here it is recognised and its next questions are told, so th
 side by side. `Walk` is one walk, a pure value machine; `Walks` finds out which one somebody is on,
 for the catalogue, which asks. Nothing here makes a call or keeps an answer.
 
-A look at one run, or at one checkpoint, is no walk: nothing is asked ahead before two runs were
-looked into that stand beside each other, as the server lists them or sorted by name, or the weights
-infos of two checkpoints of a run were asked for. Thread-safe.
+A look at one run is no walk: nothing is asked ahead before two were looked into that stand beside
+each other, as the server lists them or sorted by name. Whoever asks for one checkpoint's weights
+info will mostly ask for those beside it: a few are asked ahead from the first on, since each is
+asked for once ever, and more as that turns out right. Thread-safe.
 """
 
 import threading
@@ -137,6 +138,10 @@ class Walk:
         self._pending: dict[str, CheckpointListing | None] = {} if place is None else {run_id: None}
         self._infos: deque[Checkpoint] = deque()
 
+    def is_surprised_by(self, key: Key) -> bool:
+        """Tell whether a weights info of the one run that it goes through was not foreseen."""
+        return not len(self._runs) and key not in self.ahead
+
     def is_at(self, run_id: str) -> bool:
         """Tell whether a run is the one where it is, or the very next."""
         if run_id == self.run_id:
@@ -168,7 +173,7 @@ class Walk:
         """Take note that it asks for a weights info, of a checkpoint of the run where it is."""
         if checkpoint.key in self.ahead:
             self._grow(checkpoint.key)
-        else:  # in an order of its own: these will all be wanted, one by one
+        elif self._wants_infos:  # in an order of its own: these will all be wanted, one by one
             self._window = min(self._window + STRAYS, 2 * self._most)
         if self._infos and self._infos[0].key == checkpoint.key:
             self._infos.popleft()
@@ -286,10 +291,8 @@ class Walks:
             now = self._tick()
             walk = self._at(key, runs)
             last, _ = self._asked.get(run_id, (key, now))
-            if walk is None and siblings is not None and last != key:
-                order = next((o for o in Order if _are_next(siblings, o, last, key)), Order.BY_NAME)
-                walk = Walk(order, run_id, Places(()), wants_infos=False, most=self._most)
-                self._add(walk)
+            if siblings is not None and (walk is None or walk.is_surprised_by(key)):
+                walk = self._among(siblings, last, key, walk)
             _remember(self._asked, run_id, (key, now))
             if walk is not None:
                 walk.comes_to_run(run_id)
@@ -373,6 +376,20 @@ class Walks:
         if owner is not None and owner is not walk:
             owner.drop(key)
         return walk
+
+    def _among(
+        self, siblings: CheckpointListing, last: Key, key: Key, walk: Walk | None
+    ) -> Walk | None:
+        """Return who asks for infos of one run: in another order than it seemed, or from now on."""
+        order = next((o for o in Order if _are_next(siblings, o, last, key)), None)
+        if walk is not None:
+            if order is None:
+                return walk
+            self._end(walk)
+        order = order or Order.BY_NAME
+        begun = Walk(order, _run_of(key), Places(()), wants_infos=False, most=self._most)
+        self._add(begun)
+        return begun
 
     def _begun(self, key: Key, runs: RunListing | None) -> Walk | None:
         """Begin a walk where the run before this one is among the last that were seen."""

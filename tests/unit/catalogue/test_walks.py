@@ -190,15 +190,39 @@ def test_a_walk_for_weights_infos_has_them_asked_from_the_first_of_the_next_run(
     assert "r003" in account.asked
 
 
-def test_one_weights_info_is_one_call_and_the_second_has_the_rest_asked_in_order():
-    account = Account(numbered(1, checkpoints=30))
-    row = in_order(account.look_into("r000"), Order.LISTED)
-    account.read_info(row[3])
-    assert account.ahead == 0
-    account.read_info(row[4])
-    asked = account.asked[2:-1]
-    assert asked == [each.key for each in row[5 : 5 + len(asked)]]
-    assert len(asked) == 8
+def test_the_first_weights_info_has_a_few_asked_ahead_and_the_next_ones_more():
+    account = Account(numbered(1, checkpoints=100))
+    row = in_order(account.look_into("r000"), Order.BY_NAME)
+    ahead = []
+    for number in range(3, 8):
+        account.read_info(row[number])
+        ahead.append(account.ahead - (number - 3))
+    assert ahead == [4, 8, MOST, MOST, MOST]
+    assert set(account.asked[1:]) == {each.key for each in row[3 : 8 + MOST]}
+
+
+@pytest.mark.parametrize("order", list(Order))
+def test_the_second_weights_info_tells_the_order(order):
+    # Listed in steps of eight: what stands beside a name in one order does not in the other.
+    names = [f"weights/{n:02}" for n in sorted(range(40), key=lambda n: n % 8)]
+    account = Account({"r000": names})
+    row = in_order(account.look_into("r000"), order)
+    account.read_info(row[20])
+    guessed = list(account.asked)
+    account.read_info(row[21])
+    coming = [each.key for each in row[22:] if each.key not in guessed]
+    asked = [key for key in account.asked[len(guessed) :] if key != row[21].key]
+    assert asked == coming[: len(asked)]
+    assert len(asked) >= 4
+
+
+def test_who_asks_for_one_weights_info_of_a_run_and_no_more_has_four_others_asked():
+    account = Account(numbered(1, checkpoints=100))
+    account.read_info(in_order(account.look_into("r000"), Order.BY_NAME)[50])
+    for _ in range(3):
+        account._come(account.asked[-1])
+        account.time.advance(WALK_WINDOW_S)
+    assert account.ahead == 4
 
 
 @given(st.permutations(range(12)))
