@@ -14,7 +14,7 @@ from tinkerfs.call import Lease
 
 __all__ = ["Answers"]
 
-#: So many are kept before all are forgotten, some 450 bytes each.
+#: So many are kept, some 500 bytes each.
 _MAX_KEPT = 16_384
 
 T = TypeVar("T")
@@ -37,6 +37,8 @@ class Answers(Generic[T]):
         self._holds = holds
         # Single operations on a dict are atomic; answers are frozen.
         self._kept: dict[bytes, _Answer[T]] = {}
+        #: The first of those.
+        self._first: _Answer[T] | None = None
 
     def get(self, path: bytes) -> T | None:
         """Return the answer that was given, None where it may be another one now."""
@@ -52,7 +54,14 @@ class Answers(Generic[T]):
             lease: that the look was made with.
             epoch: `FileSystem.epoch` from before the look.
         """
-        if not lease.is_void:
-            if len(self._kept) >= _MAX_KEPT:
-                self._kept.clear()
-            self._kept[path] = _Answer(value, lease, epoch)
+        if lease.is_void:
+            return
+        answer = _Answer(value, lease, epoch)
+        if len(self._kept) >= _MAX_KEPT:
+            # Whoever goes through more again and again finds those that stay.
+            if self._first is not None and self._holds(self._first.lease, self._first.epoch):
+                return
+            self._kept.clear()
+        if not self._kept:
+            self._first = answer
+        self._kept[path] = answer

@@ -100,7 +100,6 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     fh_at = ctypes.c_uint64.from_address
     memmove = _memmove()
     attributes: Answers[_Attributes] = Answers(operations.holds)
-    targets: Answers[bytes] = Answers(operations.holds)
     files: Answers[Opened] = Answers(operations.holds)
     stays = _stayer()
 
@@ -134,18 +133,12 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
 
     def readlink(path: bytes, buffer: int, size: int) -> int:
         stays()
-        target = targets.get(path)
-        if target is None:
-            lease, epoch = Lease(), operations.epoch
-            try:
-                text = operations.readlink(path.decode("utf-8", "surrogateescape"), lease)
-            except OSError as error:
-                return _refusal(error)
-            target = text.encode("utf-8", "surrogateescape") + b"\0"
-            targets.keep(path, target, lease, epoch)
-        if len(target) > size:
-            target = target[: size - 1] + b"\0"
-        memmove(buffer, target, len(target))
+        try:
+            target = operations.readlink(path.decode("utf-8", "surrogateescape"))
+        except OSError as error:
+            return _refusal(error)
+        text = target.encode("utf-8", "surrogateescape")[: size - 1] + b"\0"
+        memmove(buffer, text, len(text))
         return 0
 
     def open_(path: bytes, info: int) -> int:

@@ -255,9 +255,9 @@ class Operations:
         return self._requests.context()[2] in self._lookers
 
     @_operation
-    def readlink(self, path: str, lease: Lease) -> str:
-        """Answer readlink; the lease is told how long the answer holds."""
-        return self._filesystem.readlink(path, self._lookup.leasing(lease))
+    def readlink(self, path: str) -> str:
+        """Answer readlink."""
+        return self._filesystem.readlink(path, self._lookup)
 
     @_operation
     def opendir(self, path: str) -> int:

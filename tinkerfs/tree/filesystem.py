@@ -125,12 +125,7 @@ class FileSystem:
         return scan
 
     def readlink(self, path: str, call: Call) -> str:
-        """Return where a symbolic link points, relative to its folder.
-
-        The call is told how long it does.
-        """
-        if self._removals.is_anything_hidden:
-            call.is_momentary()
+        """Return where a symbolic link points, relative to its folder."""
         try:
             node = self._nodes.resolve(path, call)
             if not isinstance(node.row, Link):

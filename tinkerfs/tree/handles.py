@@ -29,6 +29,8 @@ class RenderedHandle:
         told_at: as `Handle.told_at`.
     """
 
+    __slots__ = ("_data", "_path", "_render", "_store", "direct_io", "told_at")
+
     #: What the kernel read for another handle may be of another version.
     keep_cache = False
 

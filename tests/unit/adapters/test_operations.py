@@ -228,7 +228,7 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
         lambda: operations.getattr("/x"),
         lambda: operations.opendir("/x"),
         lambda: operations.open("/x", os.O_RDONLY, Lease()),
-        lambda: operations.readlink("/x", Lease()),
+        lambda: operations.readlink("/x"),
         lambda: operations.unlink("/x"),
         lambda: operations.rmdir("/x"),
         lambda: operations.truncate("/x", 0),
