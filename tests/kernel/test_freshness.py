@@ -112,11 +112,12 @@ def test_a_hanging_server_holds_up_a_known_listing_for_two_seconds_at_most(make_
 
 def test_sixty_four_waiting_reads_hold_up_nothing(account):
     runs = [account.new_run("weights/1") for _ in range(64)]
-    known = account.server.account.run_ids[-1]
-    new = account.server.account.add_checkpoint(known, "weights/new")
-    cold = f"runs/{known}/checkpoints/{new.id}"
+    other, known = account.server.account.run_ids[-2:]
+    new = account.server.account.add_checkpoint(other, "weights/new")
+    cold = f"runs/{other}/checkpoints/{new.id}"
     account.refresh()
-    account.sh(f"ls -R runs/{known}; cat runs/{known}/latest/info.json")
+    account.sh(f"ls -R runs/{other} runs/{known}; cat runs/{known}/latest/info.json")
+    account.server.journal.wait_until_idle()
     fault = account.server.faults.add(RUN_CHECKPOINTS, times=None, hang=True)
     processes = [account.start("ls", f"{run}/checkpoints") for run in runs]
     try:

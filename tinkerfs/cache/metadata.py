@@ -88,6 +88,7 @@ class _Entry:
         is_warm: an earlier mount kept the value, and no answer has come in this one.
         used_at: when somebody got the value last, on the monotonic clock.
         changed_at: when it was seen to become another one, seconds since 1970.
+        is_untold: whether nobody was waiting for the error when it came, and nobody came since.
     """
 
     value: Any
@@ -99,6 +100,14 @@ class _Entry:
     is_warm: bool = False
     used_at: float = float("-inf")
     changed_at: float | None = None
+    is_untold: bool = False
+
+    def refusal(self) -> errors.ApiError:
+        """Return the error to raise, as remembered from the second time on; under the lock."""
+        assert self.error is not None
+        error = self.error.remembered()
+        error.is_remembered, self.is_untold = not self.is_untold, False
+        return error
 
 
 @dataclass(slots=True)
@@ -211,7 +220,7 @@ class MetadataCache:
             if entry is not None and entry.error is not None and now < entry.error_until:
                 self._telemetry.count("cache_hits")
                 if not entry.has_value:
-                    raise entry.error.remembered()
+                    raise entry.refusal()
                 self._telemetry.count("stale_answers")
                 return entry.value
             self._telemetry.count("cache_misses")
@@ -420,7 +429,9 @@ class MetadataCache:
                 return  # a guess that failed: who wants to know asks, and is told
             else:
                 until = now + policy.error_ttl_s(error)
-                self._put(key, _Entry(None, False, now, until, error, until))
+                is_untold = not flight.interest.is_awaited
+                entry = _Entry(None, False, now, until, error, until, is_untold=is_untold)
+                self._put(key, entry)
                 return
         if not error.is_remembered:
             self._telemetry.failed(_words(key), "refresh", errors.from_api(error, ""))

@@ -183,8 +183,10 @@ def test_a_guess_that_failed_is_asked_again_unless_it_was_an_answer(cache, is_re
     load.answer = "there"
     if is_remembered:
         assert not cache.ask("k", load, POLICY)
-        with pytest.raises(errors.NotFound):
-            cache.get("k", load, POLICY, IN_PROCESS)
+        for is_news in (True, False, False):
+            with pytest.raises(errors.NotFound) as told:
+                cache.get("k", load, POLICY, IN_PROCESS)
+            assert told.value.is_remembered != is_news
     else:
         assert cache.get("k", load, POLICY, IN_PROCESS) == "there"
 
