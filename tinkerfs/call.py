@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from tinkerfs import errors
 
@@ -56,8 +56,9 @@ class Caller:
         return cls(pid, uid, group)
 
 
-class Term(Protocol):
-    """A kept value that something rests on.
+@dataclass(slots=True, eq=False)
+class Term:
+    """How long a kept value holds: apart from it, so that what rests on one keeps not the other.
 
     Attributes:
         fresh_until: until when it holds, on the monotonic clock; -inf once there is another.
@@ -65,7 +66,7 @@ class Term(Protocol):
     """
 
     fresh_until: float
-    used_at: float
+    used_at: float = float("-inf")
 
 
 class Lease:

@@ -5,6 +5,7 @@ as it does between requests; an answer that is kept 1 us. So it is kept ready to
 path is what came with the request. Thread-safe.
 """
 
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -14,8 +15,9 @@ from tinkerfs.call import Lease
 
 __all__ = ["Answers"]
 
-#: So many are kept, some 500 bytes each.
-_MAX_KEPT = 16_384
+#: When there are as many as are kept, others are not, for so long: whoever goes through more again
+#: and again finds those that are, seconds.
+_STAY_S = 60.0
 
 T = TypeVar("T")
 
@@ -31,14 +33,15 @@ class Answers(Generic[T]):
 
     Args:
         holds: as `FileSystem.holds`.
+        most: so many are kept.
     """
 
-    def __init__(self, holds: Callable[[Lease, int], bool]) -> None:
+    def __init__(self, holds: Callable[[Lease, int], bool], most: int) -> None:
         self._holds = holds
+        self._most = most
         # Single operations on a dict are atomic; answers are frozen.
         self._kept: dict[bytes, _Answer[T]] = {}
-        #: The first of those.
-        self._first: _Answer[T] | None = None
+        self._since = 0.0
 
     def get(self, path: bytes) -> T | None:
         """Return the answer that was given, None where it may be another one now."""
@@ -56,12 +59,10 @@ class Answers(Generic[T]):
         """
         if lease.is_void:
             return
-        answer = _Answer(value, lease, epoch)
-        if len(self._kept) >= _MAX_KEPT:
-            # Whoever goes through more again and again finds those that stay.
-            if self._first is not None and self._holds(self._first.lease, self._first.epoch):
+        if len(self._kept) >= self._most:
+            if time.monotonic() - self._since < _STAY_S:
                 return
             self._kept.clear()
         if not self._kept:
-            self._first = answer
-        self._kept[path] = answer
+            self._since = time.monotonic()
+        self._kept[path] = _Answer(value, lease, epoch)

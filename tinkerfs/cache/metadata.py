@@ -17,7 +17,7 @@ from cachetools import TLRUCache
 from tinkerfs import errors
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.parts import Parts
-from tinkerfs.call import Call, Interest
+from tinkerfs.call import Call, Interest, Term
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
@@ -84,21 +84,19 @@ class _Entry:
     """A value with its age, or an error that is remembered; `error` rules while it is fresh.
 
     Attributes:
-        fresh_until: who rests on it may do so until then; moved only under the lock.
+        term: for who rests on it; changed only under the lock, but for when it was used.
         is_warm: an earlier mount kept the value, and no answer has come in this one.
-        used_at: when somebody got the value last, on the monotonic clock.
         changed_at: when it was seen to become another one, seconds since 1970.
         is_untold: whether nobody was waiting for the error when it came, and nobody came since.
     """
 
     value: Any
     has_value: bool
-    fresh_until: float
+    term: Term
     kept_until: float
     error: errors.ApiError | None = None
     error_until: float = 0.0
     is_warm: bool = False
-    used_at: float = float("-inf")
     changed_at: float | None = None
     is_untold: bool = False
 
@@ -211,10 +209,10 @@ class MetadataCache:
             entry = self._entries.get(key)
             was_used_at = float("-inf")
             if entry is not None and entry.has_value:
-                was_used_at, entry.used_at = entry.used_at, now
-                if now < entry.fresh_until:
+                was_used_at, entry.term.used_at = entry.term.used_at, now
+                if now < entry.term.fresh_until:
                     self._telemetry.count("cache_hits")
-                    call.rests_on(entry)
+                    call.rests_on(entry.term)
                     return entry.value
             call.is_momentary()
             if entry is not None and entry.error is not None and now < entry.error_until:
@@ -279,7 +277,8 @@ class MetadataCache:
                         if before is not None and before.has_value:  # another reader's
                             return before.value
                         until = now + policy.stale_s
-                        self._put(key, _Entry(value, True, now, until, is_warm=True, used_at=now))
+                        term = Term(now, used_at=now)
+                        self._put(key, _Entry(value, True, term, until, is_warm=True))
                         self._telemetry.count("warm_starts")
                         return value
         return flight.parts if in_parts else call.wait(flight.future)
@@ -293,7 +292,7 @@ class MetadataCache:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
             if key in self._flights or (
-                entry is not None and now < max(entry.fresh_until, entry.error_until)
+                entry is not None and now < max(entry.term.fresh_until, entry.error_until)
             ):
                 return False
             self._start(key, load, policy, Interest(is_awaited=False))
@@ -347,18 +346,16 @@ class MetadataCache:
             self._flights.pop(key, None)
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
-                amended = replace(entry, value=change(entry.value), changed_at=self._clock.now())
-                if not is_exact:
-                    amended.fresh_until = self._clock.monotonic()
-                    amended.used_at = float("-inf")
-                self._put(key, amended)
+                term = replace(entry.term) if is_exact else Term(self._clock.monotonic())
+                value, now = change(entry.value), self._clock.now()
+                self._put(key, replace(entry, value=value, term=term, changed_at=now))
 
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
             self._flights.clear()
             for entry in self._entries.values():
-                entry.fresh_until = _ENDED
+                entry.term.fresh_until = _ENDED
             self._entries.clear()
             self._in_vain.clear()
             self._epoch += 1
@@ -367,7 +364,7 @@ class MetadataCache:
         """Keep an entry in place of the one that is there; the caller holds the lock."""
         before = self._entries.get(key)
         if before is not None and before is not entry:
-            before.fresh_until = _ENDED  # who rests on it asks again
+            before.term.fresh_until = _ENDED  # who rests on it asks again
         self._entries[key] = entry
         self._epoch += 1
 
@@ -430,7 +427,7 @@ class MetadataCache:
             else:
                 until = now + policy.error_ttl_s(error)
                 is_untold = not flight.interest.is_awaited
-                entry = _Entry(None, False, now, until, error, until, is_untold=is_untold)
+                entry = _Entry(None, False, Term(now), until, error, until, is_untold=is_untold)
                 self._put(key, entry)
                 return
         if not error.is_remembered:
@@ -444,13 +441,13 @@ class MetadataCache:
         fresh_until = now + policy.ttl_s
         kept_until = max(fresh_until, now + policy.stale_s)
         if before is not None and before.has_value and before.value is value:
-            before.fresh_until, before.kept_until = fresh_until, kept_until
+            before.term.fresh_until, before.kept_until = fresh_until, kept_until
             before.error, before.is_warm = None, False
             self._entries[key] = before  # by its new time; nothing else is another now
             return
-        entry = _Entry(value, True, fresh_until, kept_until)
+        entry = _Entry(value, True, Term(fresh_until), kept_until)
         if before is not None and before.has_value:
-            entry.used_at, entry.changed_at = before.used_at, before.changed_at
+            entry.term.used_at, entry.changed_at = before.term.used_at, before.changed_at
         if is_change:
             entry.changed_at = self._clock.now()
         self._put(key, entry)

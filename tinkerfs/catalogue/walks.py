@@ -39,6 +39,9 @@ T = TypeVar("T")
 WALK_WINDOW_S = 10.0
 #: Whoever asks for weights infos in an order that is not known has so many more asked each time.
 STRAYS = 4
+#: Who comes to so many that were not foreseen, and none beside the last, has no order: to look for
+#: one takes 10 ms each time where a run has 10,000 checkpoints.
+MAX_SURPRISES = 3
 #: So many walks, and looks that may be the first of one, are kept in mind.
 MAX_WALKS, MAX_LOOKS = 8, 64
 
@@ -134,13 +137,15 @@ class Walk:
         self._window = max(most // 4, 1)
         self._most = most
         self._wants_infos = wants_infos
+        self._surprises = 0
         #: Runs from here on whose weights infos are yet to come, with the listing once it is known.
         self._pending: dict[str, CheckpointListing | None] = {} if place is None else {run_id: None}
         self._infos: deque[Checkpoint] = deque()
 
     def is_surprised_by(self, key: Key) -> bool:
-        """Tell whether a weights info of the one run that it goes through was not foreseen."""
-        return not len(self._runs) and key not in self.ahead
+        """Tell whether it goes through one run, and in another order than it seemed, it seems."""
+        is_hopeful = self._surprises < MAX_SURPRISES
+        return not len(self._runs) and key not in self.ahead and is_hopeful
 
     def is_at(self, run_id: str) -> bool:
         """Tell whether a run is the one where it is, or the very next."""
@@ -175,6 +180,7 @@ class Walk:
             self._grow(checkpoint.key)
         elif self._wants_infos:  # in an order of its own: these will all be wanted, one by one
             self._window = min(self._window + STRAYS, 2 * self._most)
+            self._surprises += 1
         if self._infos and self._infos[0].key == checkpoint.key:
             self._infos.popleft()
         if siblings is None:

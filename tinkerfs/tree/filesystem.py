@@ -86,12 +86,9 @@ class FileSystem:
 
         The call is told how long they hold, or that there is nothing.
         """
-        if self._removals.is_anything_hidden:
-            call.is_momentary()
-        else:
-            attr = self._listings.attr(path, call)
-            if attr is not None:
-                return attr
+        attr = None if self._removals.is_anything_hidden else self._listings.attr(path, call)
+        if attr is not None:
+            return attr
         try:
             return self._attr(self._nodes.resolve(path, call), call)
         except (errors.ApiError, OSError) as error:
@@ -182,8 +179,6 @@ class FileSystem:
         """
         is_for_writing = (flags & os.O_ACCMODE) != os.O_RDONLY
         is_for_reading = (flags & os.O_ACCMODE) != os.O_WRONLY
-        if self._removals.is_anything_hidden:
-            call.is_momentary()
         try:
             node = self._nodes.resolve(path, call)
             row = node.row

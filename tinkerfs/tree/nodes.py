@@ -167,9 +167,11 @@ class Nodes:
         row, folder = node.row, node.parent
         if isinstance(row, Link) and row.is_optional and row.target(self.site(node, call)) is None:
             return False
+        if not self._removals.is_anything_hidden:
+            return True
+        call.is_momentary()
         return (
-            not self._removals.is_anything_hidden
-            or folder is None
+            folder is None
             or not is_checkpoint(folder)
             or row.name not in self._removals.hidden(folder.subject.key)
         )

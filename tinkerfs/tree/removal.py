@@ -40,11 +40,12 @@ class Removals:
         # Guarded by _lock.
         self._tombstones: dict[Hashable, _Tombstone] = {}
         self._refused: dict[int, float] = {}
+        self._hidden_until = 0.0
 
     @property
     def is_anything_hidden(self) -> bool:
         """Whether `hidden` is worth asking; takes no lock, which every lookup would wait for."""
-        return bool(self._tombstones)
+        return bool(self._tombstones) and self._clock.monotonic() < self._hidden_until
 
     def hidden(self, key: Hashable) -> frozenset[str]:
         """Return the names that are unlinked in a checkpoint's folder."""
@@ -63,6 +64,7 @@ class Removals:
             tombstone = self._tombstones.setdefault(key, _Tombstone())
             tombstone.names.add(name)
             tombstone.last = self._clock.monotonic()
+            self._hidden_until = tombstone.last + WINDOW_S
 
     def restore(self, key: Hashable) -> None:
         """Show everything again: the delete failed, or is done."""

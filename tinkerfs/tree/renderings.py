@@ -57,8 +57,10 @@ class Renderings:
             return kept.data
         lease = Lease()
         of_now = msgspec.structs.replace(site, call=site.call.leasing(lease))
-        data: bytes = node.row.render(of_now)
-        site.call.rests_on_all_of(lease)
+        try:
+            data: bytes = node.row.render(of_now)
+        finally:
+            site.call.rests_on_all_of(lease)
         if not lease.is_void:
             is_same = kept is not None and kept.data == data
             made_at = kept.made_at if kept is not None and is_same else now

@@ -162,26 +162,23 @@ class RemoteFile:
         if self._stale is not None:
             raise errors.stale(self._path, self._stale.strerror or "")
         index, first = divmod(start, BLOCK_BYTES)
-        if first + stop - start <= BLOCK_BYTES:  # as nearly every read lies
-            data = self._kept(index, first, first + stop - start)
+        last = first + stop - start
+        if last <= BLOCK_BYTES:  # as nearly every read lies
+            data = self._counted(index, first, last)
             if data is not None:
-                self._telemetry.count("block_hits")
                 return data
+            return replace(call, timeout_s=None).wait(self._wanted(index, call))[first:last]
         found: list[tuple[int, int, bytes | Future[bytes]]] = []
-        is_all_there = True
         for index in blocks_of(start, stop):
             first = max(start - index * BLOCK_BYTES, 0)
             last = min(stop - index * BLOCK_BYTES, BLOCK_BYTES)
-            data = self._kept(index, first, last)
-            self._telemetry.count("block_misses" if data is None else "block_hits")
-            is_all_there = is_all_there and data is not None
+            data = self._counted(index, first, last)
             found.append((first, last, self._wanted(index, call) if data is None else data))
-        patient = call if is_all_there else replace(call, timeout_s=None)
-        pieces = [
+        patient = replace(call, timeout_s=None)
+        return b"".join(
             each if isinstance(each, bytes) else patient.wait(each)[first:last]
             for first, last, each in found
-        ]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        )
 
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all in memory or on disk."""
@@ -248,6 +245,11 @@ class RemoteFile:
 
     def _has(self, index: int) -> bool:
         return self._memory.get((self.key, index)) is not None or self._disk.has(index)
+
+    def _counted(self, index: int, first: int, last: int) -> bytes | None:
+        data = self._kept(index, first, last)
+        self._telemetry.count("block_misses" if data is None else "block_hits")
+        return data
 
     def _kept(self, index: int, first: int, last: int) -> bytes | None:
         data = self._memory.get((self.key, index))

@@ -24,7 +24,10 @@ def read_more_at_once(stream: Any) -> None:
     """
     if stream is not None and not isinstance(stream.read, partial):
         sock = stream.get_extra_info("socket")
-        secured = sock if isinstance(sock, ssl.SSLSocket) else None
+        # An SSLObject is TLS within TLS, to a store behind a proxy: what the socket gives then is
+        # what the inner one has yet to take apart.
+        is_within = isinstance(stream.get_extra_info("ssl_object"), ssl.SSLObject)
+        secured = sock if isinstance(sock, ssl.SSLSocket) and not is_within else None
         stream.read = partial(_read, stream.read, secured)
 
 
@@ -46,12 +49,12 @@ def _read(
     data = bytearray(want_bytes)
     data[: len(first)] = first
     have = len(first)
-    secured.settimeout(0)  # until the next read, which sets its own
     with memoryview(data) as view:
         try:
+            secured.settimeout(0)  # until the next read, which sets its own
             while have < want_bytes and (got := secured.recv_into(view[have:])):
                 have += got
-        except OSError:  # nothing yet (ssl.SSLWantReadError); or it broke, as the next read tells
+        except OSError:  # nothing yet (ssl.SSLWantReadError); or it broke, and the next read ends
             pass
     del data[have:]
     return data

@@ -14,6 +14,7 @@ from tests.unit.adapters.test_operations import Requests
 from tinkerfs.adapters import answers, binding
 from tinkerfs.adapters.callbacks import callbacks_of, packer_of, with_callbacks
 from tinkerfs.adapters.fuse import Operations
+from tinkerfs.call import Lease
 from tinkerfs.tree.node import Attr
 
 ATTR = Attr(stat.S_IFREG | 0o640, 5_000_000_000, MTIME_NS, 2**63 - 25, 3, 9_765_625, 1000, 65534)
@@ -263,17 +264,21 @@ def test_who_is_answered_again_looks_at_files_too(libfuse, monkeypatch):
     assert looked == [1]
 
 
-def test_of_more_answers_than_are_kept_the_first_stay_while_they_hold(libfuse, monkeypatch):
-    monkeypatch.setattr(answers, "_MAX_KEPT", 3)
-    names = [b"/folder/%04d" % number for number in range(20)]
-    for epoch, order in ((1, names), (2, names[::-1])):
-        libfuse.filesystem.epoch = epoch
-        for name in order:
-            libfuse.stat(name)
-        libfuse.filesystem.stats = []
-        for name in order:
-            libfuse.stat(name)
-        assert libfuse.filesystem.stats == [name.decode() for name in order[3:]]
+def test_of_more_answers_than_are_kept_the_first_stay_for_a_minute(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    kept = answers.Answers(lambda _lease, epoch: epoch == 1, most=3)
+
+    def there_after(numbers):
+        for number in numbers:
+            kept.keep(b"%d" % number, number, Lease(), 1)
+        return [number for number in range(30) if kept.get(b"%d" % number) == number]
+
+    assert there_after(range(10)) == [0, 1, 2]
+    now[0] += 59
+    assert there_after(range(10)) == [0, 1, 2]
+    now[0] += 2
+    assert there_after(range(10, 20)) == [10, 11, 12]
 
 
 @pytest.mark.parametrize("room", [1, 7, 1000])

@@ -8,6 +8,7 @@ from tests.support.clocks import FakeTime
 from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.call import Interest
+from tinkerfs.catalogue import walks
 from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, RunListing
 from tinkerfs.catalogue.walks import WALK_WINDOW_S, Order, Places, Walks, in_order
 
@@ -214,6 +215,16 @@ def test_the_second_weights_info_tells_the_order(order):
     asked = [key for key in account.asked[len(guessed) :] if key != row[21].key]
     assert asked == coming[: len(asked)]
     assert len(asked) >= 4
+
+
+def test_who_has_no_order_is_not_asked_for_one_again_and_again(monkeypatch):
+    account = Account(numbered(1, checkpoints=400))
+    row = in_order(account.look_into("r000"), Order.BY_NAME)
+    sought = []
+    monkeypatch.setattr(walks, "_are_next", lambda *args: sought.append(args) or False)
+    for number in range(400):
+        account.read_info(row[number * 37 % 400])
+    assert len(sought) <= 10 * len(Order)
 
 
 def test_who_asks_for_one_weights_info_of_a_run_and_no_more_has_four_others_asked():

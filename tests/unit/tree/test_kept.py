@@ -1,7 +1,9 @@
 """What is kept of former looks is what would be found anew, and is found at once."""
 
 import contextlib
+import errno
 import functools
+import gc
 import itertools
 import stat
 import time
@@ -15,6 +17,7 @@ from tests.support.clocks import FakeTime
 from tests.support.drivers import opened
 from tests.unit.adapters.test_callbacks import Libfuse
 from tinkerfs.call import Call
+from tinkerfs.catalogue.listings import RunListing
 from tinkerfs.demo.server import DemoServer
 from tinkerfs.tree import nodes as nodes_module
 from tinkerfs.tree import renderings as renderings_module
@@ -216,6 +219,63 @@ def test_an_answer_ends_with_what_it_rests_on(account, change, name, ask, is_lis
             save("weights/newer" if change == "save another" else "weights/new")
     account.time.advance(31)
     assert ask(libfuse, path) != before
+
+
+def test_absence_that_is_remembered_holds_as_long_and_no_longer(account):
+    (session_id,) = account.server.account.session_ids(0, 1)
+    path = f"/sessions/{session_id}/info.json".encode()
+    account.filesystem.listdir("/sessions", CALL)
+    libfuse = Libfuse(3, account.filesystem)
+    absent = {"status": 404, "body": {"detail": "Session not found"}}
+    fault = account.server.faults.add("GET sessions/{session}", times=None, **absent)
+    for _ in range(3):
+        assert packed(libfuse, path)[0] == -errno.ENOENT
+        account.time.advance(1)
+    fault.remove()
+    account.time.advance(5)
+    assert packed(libfuse, path)[0] == 0
+
+
+def test_what_was_hidden_is_there_again_for_who_looked_meanwhile(account, monkeypatch):
+    path = f"{account.checkpoint}/tinker_path"
+    account.filesystem.stat(path, CALL)
+    libfuse = Libfuse(3, account.anew())
+    look = nodes_module.Nodes._is_shown
+
+    def hide_first(nodes, node, call):
+        if node.row.name == "tinker_path":
+            libfuse.filesystem._removals.hide(node.parent.subject.key, "tinker_path")
+        return look(nodes, node, call)
+
+    monkeypatch.setattr(nodes_module.Nodes, "_is_shown", hide_first)
+    assert packed(libfuse, path.encode())[0] == -errno.ENOENT
+    monkeypatch.undo()
+    for key in list(libfuse.filesystem._removals._tombstones):
+        libfuse.filesystem._removals.restore(key)
+    assert packed(libfuse, path.encode())[0] == 0
+
+
+def test_what_was_hidden_once_costs_other_paths_nothing_later(account):
+    account.filesystem.stat(f"{account.checkpoint}/info.json", CALL)
+    account.filesystem.unlink(f"{account.checkpoint}/tinker_path", CALL)
+    assert account.filesystem._removals.is_anything_hidden
+    account.time.advance(61)
+    assert not account.filesystem._removals.is_anything_hidden
+    assert account.filesystem.stat(f"{account.checkpoint}/tinker_path", CALL).size_bytes
+
+
+def test_what_is_kept_keeps_no_listing_that_was_superseded(account):
+    libfuse = Libfuse(3, account.filesystem)
+    for number in range(10):
+        account.server.account.add_run(f"run-{number}:train:0")
+        account.time.advance(31)
+        for path in (f"/runs/run-{number}:train:0", f"/runs/run-{number}:train:0/info.json"):
+            account.filesystem.listdir("/runs", CALL)
+            for ask in (packed, Libfuse.bytes):
+                ask(libfuse, path.encode())
+    gc.collect()
+    listings = [each for each in gc.get_objects() if isinstance(each, RunListing)]
+    assert len(listings) <= 2, "that of now, and what is kept for the next mount"
 
 
 def test_a_listing_is_made_once_while_it_holds(account):

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -139,6 +140,22 @@ def test_tls_that_breaks_off_is_told(is_reset):
         head_is_read.set()
         with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
             list(answer.iter_raw())
+
+
+def test_tls_within_tls_is_not_read_from_beneath(monkeypatch):
+    # As httpcore tells a store behind a proxy that is spoken to by TLS itself.
+    context = ssl.create_default_context()
+    inner = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="localhost")
+    with socket.socket() as plain, context.wrap_socket(plain, server_hostname="x") as outer:
+        beneath = []
+        monkeypatch.setattr(outer, "recv_into", beneath.append)
+        stream = SimpleNamespace(
+            read=lambda _bytes, timeout: b"first",
+            get_extra_info={"socket": outer, "ssl_object": inner}.get,
+        )
+        read_more_at_once(stream)
+        assert stream.read(65536, timeout=1) == b"first"
+        assert beneath == []
 
 
 def test_an_answer_that_does_not_tell_its_connection_is_left_alone():
