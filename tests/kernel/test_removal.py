@@ -3,6 +3,7 @@
 Each attempt is made in a session of its own, as from a shell of its own.
 """
 
+import os
 import signal
 import sys
 import time
@@ -367,3 +368,15 @@ def test_a_delete_that_takes_too_long_is_told(make_account):
         assert account.sh(f"cat {place}/published").stdout == "0\n"
     finally:
         rule.remove()
+
+
+def test_what_is_deleted_is_gone_also_where_somebody_reads_the_folder_meanwhile(account):
+    run = account.new_run(*[f"weights/{number}" for number in range(5)])
+    folder = account.path(f"{run}/checkpoints/weights")
+    os.stat(folder / "0/info.json")  # a process that looks at files gets attributes with listings
+    with os.scandir(folder) as entries:
+        assert account.sh(f"rm -r {run}/checkpoints/weights/3").returncode == 0
+        assert not (folder / "3").exists()
+        names = [entry.name for entry in entries]
+    assert {"0", "1", "2", "4"} <= set(names)
+    assert not (folder / "3").exists()

@@ -233,7 +233,7 @@ def test_rm_r_of_one_costs_a_look_and_the_deletion(warm):
     warm.server.journal.clear()
     assert warm.sh(f"rm -r {run}/checkpoints/weights/1").returncode == 0
     calls = api_calls(warm.server)
-    assert calls.pop("POST weights_info", 0) <= 1
+    assert calls.pop("POST weights_info", 0) <= 2, "of what rm looks at, and of its sibling"
     assert calls == {"GET training_runs/{run}/checkpoints": 1, "DELETE checkpoint": 1}
     warm.server.account.remove_run(run.partition("/")[2])
 

@@ -77,6 +77,7 @@ class MemoryFileSystem:
     lock: threading.Lock = field(default_factory=threading.Lock)
     #: What was told holds until this is another number; of 0 not at all.
     epoch: int = 0
+    changes: int = 0
 
     def holds(self, lease: Lease, epoch: int) -> bool:
         return bool(epoch) and epoch == self.epoch and lease.holds(0.0)

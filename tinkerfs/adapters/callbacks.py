@@ -211,7 +211,8 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         except OSError as error:
             return _refusal(error)
         fill = filler_at(filler)
-        is_plus = bool(flags & _READDIR_PLUS)
+        # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
+        is_plus = bool(flags & _READDIR_PLUS) and operations.is_as_it_was(fh_of(info))
         # Past the first buffer the kernel wants attributes where the caller looked at some already.
         is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
         # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;

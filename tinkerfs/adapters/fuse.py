@@ -178,7 +178,7 @@ class Operations:
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and a number is used by one file alone.
         self._files: dict[int, Opened] = {}
-        self._scans: dict[int, tuple[tuple[Entry, ...], Scan]] = {}
+        self._scans: dict[int, tuple[tuple[Entry, ...], Scan, int]] = {}
         self._lookers = Lookers()
 
     @property
@@ -262,6 +262,7 @@ class Operations:
     @_operation
     def opendir(self, path: str) -> int:
         """Fetch the listing, or its beginning: here, where a wait holds up nobody else."""
+        changes = self._filesystem.changes
         scan = self._filesystem.scandir(path, self._listing)
         number = next(self._numbers)
         parent = path.rpartition("/")[0] or "/"
@@ -269,19 +270,23 @@ class Operations:
             Entry(".", inode(path), stat.S_IFDIR, None),
             Entry("..", inode(parent), stat.S_IFDIR, None),
         )
-        self._scans[number] = (dots, scan)
+        self._scans[number] = (dots, scan, changes)
         return number
 
     @_operation
     def readdir(self, fh: int, index: int) -> Sequence[Entry]:
         """Return entries of an open folder from `index` on; none only at its end."""
         try:
-            dots, scan = self._scans[fh]
+            dots, scan, _changes = self._scans[fh]
         except KeyError:
             raise errors.bad_handle("", "no such open folder") from None
         if index < len(dots):
             return (*dots[index:], *scan.since(0, _MOST_ENTRIES))
         return scan.since(index - len(dots), _MOST_ENTRIES)
+
+    def is_as_it_was(self, fh: int) -> bool:
+        """Tell whether nothing was changed through this mount since a folder was opened."""
+        return self._scans[fh][2] == self._filesystem.changes
 
     @_operation
     def releasedir(self, fh: int) -> None:

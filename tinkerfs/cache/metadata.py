@@ -144,6 +144,7 @@ class MetadataCache:
         )
         self._flights: dict[Hashable, _Flight] = {}
         self._epoch = 0
+        self._amendments = 0
         self._in_vain: set[Hashable] = set()  # kinds whose last load failed, or was not waited for
 
     @property
@@ -153,6 +154,11 @@ class MetadataCache:
         What was made of several of them, peeked at or got, is as it was while this is.
         """
         return self._epoch
+
+    @property
+    def amendments(self) -> int:
+        """How many times `amend` was called."""
+        return self._amendments
 
     def get(
         self,
@@ -344,6 +350,7 @@ class MetadataCache:
         """
         with self._lock:
             self._flights.pop(key, None)
+            self._amendments += 1
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
                 term = replace(entry.term) if is_exact else Term(self._clock.monotonic())

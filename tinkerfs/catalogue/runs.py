@@ -92,6 +92,11 @@ class Catalogue:
         """A number that becomes another one whenever anything that is known does."""
         return self._cache.epoch
 
+    @property
+    def amendments(self) -> int:
+        """As `MetadataCache.amendments`: of changes that are made through this mount."""
+        return self._cache.amendments
+
     def runs(self, call: Call) -> RunListing:
         """Return the user's training runs; ceil(runs / page) calls when not fresh."""
         return self._cache.get(
@@ -464,24 +469,22 @@ class Catalogue:
     # Asking ahead of walks.
 
     def _come_to_run(self, run_id: str) -> None:
-        walk = self._walks.at_run(run_id, self._runs_ahead())
-        if walk is not None:
-            self._go_ahead(walk)
+        self._go_ahead(self._walks.at_run(run_id, self._runs_ahead()))
 
     def _come_to_info(self, checkpoint: Checkpoint) -> None:
         siblings = self.known_checkpoints(checkpoint.run_id)
-        walk = self._walks.at_info(checkpoint, siblings, self._runs_ahead())
-        if walk is not None:
-            self._go_ahead(walk)
+        self._go_ahead(self._walks.at_info(checkpoint, siblings, self._runs_ahead()))
 
     def _runs_ahead(self) -> RunListing | None:
         """Return the runs that may be asked ahead."""
         is_kept = self._freshness.listing.ttl_s >= LEAST_TTL_AHEAD_S
         return self.known_runs() if is_kept else None
 
-    def _go_ahead(self, walk: Walk) -> None:
+    def _go_ahead(self, walk: Walk | None) -> None:
         """Ask for what a walk will ask for next, as far as it has shown that it goes on."""
         for _ in range(_MOST_PASSED):
+            if walk is None:
+                return
             step = self._walks.next(walk)
             if step is None:
                 return

@@ -71,6 +71,11 @@ class FileSystem:
         """As `Catalogue.epoch`: to be asked before a look, for `holds`."""
         return self._model.catalogue.epoch
 
+    @property
+    def changes(self) -> int:
+        """A number that becomes another one with each change that is made here."""
+        return self._model.catalogue.amendments + self._removals.hides
+
     def holds(self, lease: Lease, epoch: int) -> bool:
         """Tell whether what a look told, with this lease since this epoch, holds still."""
         return (

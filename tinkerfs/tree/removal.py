@@ -41,6 +41,8 @@ class Removals:
         self._tombstones: dict[Hashable, _Tombstone] = {}
         self._refused: dict[int, float] = {}
         self._hidden_until = 0.0
+        #: How many times something was hidden.
+        self.hides = 0
 
     @property
     def is_anything_hidden(self) -> bool:
@@ -65,6 +67,7 @@ class Removals:
             tombstone.names.add(name)
             tombstone.last = self._clock.monotonic()
             self._hidden_until = tombstone.last + WINDOW_S
+            self.hides += 1
 
     def restore(self, key: Hashable) -> None:
         """Show everything again: the delete failed, or is done."""

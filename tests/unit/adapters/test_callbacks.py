@@ -305,6 +305,19 @@ def test_attributes_come_along_with_folders_and_to_who_looks_at_files():
     assert set(of.values()) == {0}, "the kernel wants none"
 
 
+def test_no_attributes_come_along_with_what_was_listed_before_a_change():
+    libfuse = Libfuse(3)
+    libfuse.stat(b"/hello")
+    scandir = libfuse.filesystem.scandir
+
+    def changed_meanwhile(path, call):
+        libfuse.filesystem.changes += 1
+        return scandir(path, call)
+
+    libfuse.filesystem.scandir = changed_meanwhile
+    assert {plus for *_rest, plus in libfuse.listed(b"/", 1000, 1)} == {0}
+
+
 def test_past_the_first_buffer_the_kernel_knows_who_wants_attributes():
     found = [plus for *_rest, plus in Libfuse(3).listed(b"/folder", 10, 1)]
     assert found[:10] == [0] * 10

@@ -60,6 +60,7 @@ def test_a_misspelt_operation_cannot_hide(module, major):
         "epoch",
         "flag_nullpath_ok",
         "holds",
+        "is_as_it_was",
         "is_stopping",
         "is_traced",
         "looked_at_file",
