@@ -5,7 +5,6 @@ as it does between requests; an answer that is kept 1 us. So it is kept ready to
 path is what came with the request. Thread-safe.
 """
 
-import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -15,9 +14,11 @@ from tinkerfs.call import Lease
 
 __all__ = ["Answers"]
 
-#: When there are as many as are kept, others are not, for so long: whoever goes through more again
-#: and again finds those that are, seconds.
-_STAY_S = 60.0
+#: So many are kept before all are forgotten: of 500 bytes each, and what a file holds.
+_MAX_KEPT = 32_768
+
+#: A path is asked about again when it was among so many before, or twice as many.
+_ASKED = 32_768
 
 T = TypeVar("T")
 
@@ -33,20 +34,32 @@ class Answers(Generic[T]):
 
     Args:
         holds: as `FileSystem.holds`.
-        most: so many are kept.
     """
 
-    def __init__(self, holds: Callable[[Lease, int], bool], most: int) -> None:
+    def __init__(self, holds: Callable[[Lease, int], bool]) -> None:
         self._holds = holds
-        self._most = most
         # Single operations on a dict are atomic; answers are frozen.
         self._kept: dict[bytes, _Answer[T]] = {}
-        self._since = 0.0
+        self._asked: set[int] = set()
+        self._asked_before: set[int] = set()
 
     def get(self, path: bytes) -> T | None:
         """Return the answer that was given, None where it may be another one now."""
         kept = self._kept.get(path)
         return kept.value if kept is not None and self._holds(kept.lease, kept.epoch) else None
+
+    def is_asked_again(self, path: bytes) -> bool:
+        """Take note that a path is asked about, and tell whether it was a while ago.
+
+        If not, its answer is not worth what it takes to keep it: a walk comes by each path once.
+        """
+        name = hash(path)
+        if name in self._asked or name in self._asked_before:
+            return True
+        if len(self._asked) >= _ASKED:
+            self._asked_before, self._asked = self._asked, set()
+        self._asked.add(name)
+        return False
 
     def keep(self, path: bytes, value: T, lease: Lease, epoch: int) -> None:
         """Keep an answer.
@@ -57,12 +70,7 @@ class Answers(Generic[T]):
             lease: that the look was made with.
             epoch: `FileSystem.epoch` from before the look.
         """
-        if lease.is_void:
-            return
-        if len(self._kept) >= self._most:
-            if time.monotonic() - self._since < _STAY_S:
-                return
-            self._kept.clear()
-        if not self._kept:
-            self._since = time.monotonic()
-        self._kept[path] = _Answer(value, lease, epoch)
+        if not lease.is_void:
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
+            self._kept[path] = _Answer(value, lease, epoch)

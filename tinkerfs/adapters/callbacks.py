@@ -48,10 +48,6 @@ _INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
     ctypes.c_int64,
 )
 
-#: How many answers are kept: of 500 bytes each, and of some 800 bytes beside those of the file.
-_MOST_ATTRIBUTES: Final = 16_384
-_MOST_FILES: Final = 8192
-
 #: What takes as long to copy as a switch of threads, some 10 us: others may run meanwhile.
 _LARGE_BYTES: Final = 64 << 10
 
@@ -103,8 +99,8 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     fh_offset = module.fuse_file_info.fh.offset
     fh_at = ctypes.c_uint64.from_address
     memmove = _memmove()
-    attributes: Answers[_Attributes] = Answers(operations.holds, _MOST_ATTRIBUTES)
-    files: Answers[Opened] = Answers(operations.holds, _MOST_FILES)
+    attributes: Answers[_Attributes] = Answers(operations.holds)
+    files: Answers[Opened] = Answers(operations.holds)
     stays = _stayer()
 
     def fh_of(info: int) -> int:
@@ -123,7 +119,8 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return 0
 
     def look(path: bytes | None, info: int | None) -> _Attributes:
-        lease, epoch = Lease(), operations.epoch
+        is_kept = path is not None and not info and attributes.is_asked_again(path)
+        lease, epoch = Lease() if is_kept else None, operations.epoch
         try:
             attr = operations.getattr(_text(path), fh_of(info) if info else None, lease)
             answer = _Attributes(pack(attr), stat.S_ISDIR(attr.mode))
@@ -131,7 +128,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
             answer = _Attributes(b"", True, -_refusal(error))
             if not errors.is_missing(error):
                 return answer
-        if path is not None and not info:
+        if path is not None and lease is not None:
             attributes.keep(path, answer, lease, epoch)
         return answer
 
@@ -151,13 +148,14 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         is_plain = not fields.flags & _NOT_PLAIN
         file = files.get(path) if is_plain else None
         if file is None:
-            lease, epoch = Lease(), operations.epoch
+            lease = Lease() if is_plain and files.is_asked_again(path) else None
+            epoch = operations.epoch
             try:
                 text = path.decode("utf-8", "surrogateescape")
                 file = operations.open(text, fields.flags, lease)
             except OSError as error:
                 return _refusal(error)
-            if is_plain and not file.direct_io:
+            if lease is not None and not file.direct_io:
                 files.keep(path, file, lease, epoch)
         fields.fh = operations.add(file)
         fields.direct_io, fields.keep_cache = file.direct_io, file.keep_cache

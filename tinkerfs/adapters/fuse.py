@@ -301,13 +301,14 @@ class Operations:
     # Files
 
     @_operation
-    def open(self, path: str, flags: int, lease: Lease) -> Opened:
+    def open(self, path: str, flags: int, lease: Lease | None = None) -> Opened:
         """Open; the file system itself bounds the wait, longer where an archive is built.
 
-        The lease is told how long the same may be handed to whoever opens it to read.
+        A lease is told how long the same may be handed to whoever opens it to read.
         """
         asked_at = time.monotonic()
-        handle = self._filesystem.open(path, flags, self._patience.leasing(lease))
+        call = self._patience if lease is None else self._patience.leasing(lease)
+        handle = self._filesystem.open(path, flags, call)
         try:
             _let_bounds_expire(handle, asked_at, self._patience)
         except OSError:
