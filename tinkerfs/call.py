@@ -10,8 +10,11 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, TimeoutError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from tinkerfs import errors
 
@@ -130,8 +133,7 @@ def _never() -> bool:
     return False
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """How one operation may wait, and on whose behalf.
 
     Attributes:
@@ -151,7 +153,7 @@ class Call:
 
     def leasing(self, lease: Lease) -> "Call":
         """Return the same call with a lease to be told."""
-        return replace(self, lease=lease)
+        return Call(self.timeout_s, self.interrupted, self.caller, lease, self.part_timeout_s)
 
     def rests_on(self, term: Term) -> None:
         """Say that the outcome holds no longer than a kept value."""

@@ -14,9 +14,6 @@ from tinkerfs.call import Lease
 
 __all__ = ["Answers"]
 
-#: So many are kept before all are forgotten: of 500 bytes each, and what a file holds.
-_MAX_KEPT = 32_768
-
 #: A path is asked about again when it was among so many before, or twice as many.
 _ASKED = 32_768
 
@@ -34,10 +31,12 @@ class Answers(Generic[T]):
 
     Args:
         holds: as `FileSystem.holds`.
+        most: so many are kept before all are forgotten.
     """
 
-    def __init__(self, holds: Callable[[Lease, int], bool]) -> None:
+    def __init__(self, holds: Callable[[Lease, int], bool], most: int) -> None:
         self._holds = holds
+        self._most = most
         # Single operations on a dict are atomic; answers are frozen.
         self._kept: dict[bytes, _Answer[T]] = {}
         self._asked: set[int] = set()
@@ -71,6 +70,6 @@ class Answers(Generic[T]):
             epoch: `FileSystem.epoch` from before the look.
         """
         if not lease.is_void:
-            if len(self._kept) >= _MAX_KEPT:
+            if len(self._kept) >= self._most:
                 self._kept.clear()
             self._kept[path] = _Answer(value, lease, epoch)

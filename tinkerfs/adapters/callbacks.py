@@ -48,6 +48,10 @@ _INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
     ctypes.c_int64,
 )
 
+#: How many answers are kept: of 500 bytes each, and of 800 bytes beside those of the file.
+_MOST_ATTRIBUTES: Final = 32_768
+_MOST_FILES: Final = 12_288
+
 #: What takes as long to copy as a switch of threads, some 10 us: others may run meanwhile.
 _LARGE_BYTES: Final = 64 << 10
 
@@ -99,8 +103,8 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     fh_offset = module.fuse_file_info.fh.offset
     fh_at = ctypes.c_uint64.from_address
     memmove = _memmove()
-    attributes: Answers[_Attributes] = Answers(operations.holds)
-    files: Answers[Opened] = Answers(operations.holds)
+    attributes: Answers[_Attributes] = Answers(operations.holds, _MOST_ATTRIBUTES)
+    files: Answers[Opened] = Answers(operations.holds, _MOST_FILES)
     stays = _stayer()
 
     def fh_of(info: int) -> int:

@@ -17,8 +17,9 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
+
+from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.call import Call, Caller, Lease

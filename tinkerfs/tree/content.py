@@ -1,7 +1,7 @@
 """What costs the server something to read: a version of a checkpoint, reached through symlinks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from msgspec.structs import replace as with_fields
 
@@ -170,7 +170,7 @@ def _list_folders(site: Site) -> Iterator[tuple[str, _Inside]]:
 
 def _listed(site: Site, here: _Inside) -> dict[str, Member]:
     # A listing waits as long as an archive takes to build: it holds up nobody (opendir).
-    patient = with_fields(site, call=replace(site.call, timeout_s=None))
+    patient = with_fields(site, call=with_fields(site.call, timeout_s=None))
     return _members(patient, here.checkpoint)
 
 

@@ -10,8 +10,9 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Protocol, Self
+
+from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.cache.blocks import BlockFile

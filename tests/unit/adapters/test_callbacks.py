@@ -268,9 +268,8 @@ def test_who_is_answered_again_looks_at_files_too(libfuse, monkeypatch):
 
 @pytest.fixture
 def kept(monkeypatch):
-    monkeypatch.setattr(answers, "_MAX_KEPT", 3)
     monkeypatch.setattr(answers, "_ASKED", 5)
-    return answers.Answers(lambda _lease, _epoch: True)
+    return answers.Answers(lambda _lease, _epoch: True, most=3)
 
 
 def test_answers_are_bounded(kept):
