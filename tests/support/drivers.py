@@ -12,8 +12,10 @@ import stat
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from tests.support.account import mounted
 from tests.support.clocks import FakeTime
