@@ -481,10 +481,10 @@ class Catalogue:
         return self.known_runs() if is_kept else None
 
     def _go_ahead(self, walk: Walk | None) -> None:
-        """Ask for what a walk will ask for next, as far as it has shown that it goes on."""
+        """Ask for what a walk, if any, asks for next, as far as it has shown that it goes on."""
+        if walk is None:
+            return
         for _ in range(_MOST_PASSED):
-            if walk is None:
-                return
             step = self._walks.next(walk)
             if step is None:
                 return
