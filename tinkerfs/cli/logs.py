@@ -12,7 +12,7 @@ __all__ = ["set_up"]
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 #: They tell of every request, in words that hold signed URLs.
-_CHATTY: Final = ("httpx", "httpcore", "stamina", "fuse")
+_CHATTY: Final = ("httpx", "httpcore", "urllib3", "stamina", "fuse")
 
 
 class _Redacting(logging.Formatter):

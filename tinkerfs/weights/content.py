@@ -28,11 +28,12 @@ from tinkerfs.cache.store import Store
 from tinkerfs.call import Call
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archives import Address, Archives
+from tinkerfs.weights.connections import StoreClient
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.index import PROBE_BYTES, Index, archive_index, block_key, external_index
 from tinkerfs.weights.inflate import Unpacked
 from tinkerfs.weights.remote import Origin, RemoteFile
-from tinkerfs.weights.source import Source, StoreClient, Version
+from tinkerfs.weights.source import Source, Version
 from tinkerfs.weights.tarindex import Member, Segment
 from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensors_json
 

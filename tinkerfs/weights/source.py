@@ -1,42 +1,29 @@
 """Bytes of one file of an object store, by signed URL: asked for in ranges, checked, resumed.
 
-The only module of this package that imports httpx. A client of its own, which has no key, asks for
-closed ranges (shared caches split open ones badly) without any content coding. Whatever comes is
-held against what was asked and what is known of the file, so an answer that lies is an error and
-never bytes; what breaks off is taken up where it broke. No URL, and no redirect's target, is in
-any message: they are secrets.
+Closed ranges are asked for (shared caches split open ones badly), without the API's key. Whatever
+comes is held against what was asked and what is known of the file, so an answer that lies is an
+error and never bytes; what breaks off is taken up where it broke. No URL, and no redirect's target,
+is in any message: they are secrets.
 """
 
-import logging
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 from urllib.parse import urljoin, urlsplit
 
-import httpx
 import msgspec
 
-from tinkerfs import __version__, errors
+from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.api.times import parse_retry_after_s
 from tinkerfs.call import IN_PROCESS, Call
-from tinkerfs.errors import ApiError, SetupError
-from tinkerfs.telemetry import Telemetry
+from tinkerfs.errors import ApiError
+from tinkerfs.weights.connections import LABEL, Response, StoreClient
 from tinkerfs.weights.patience import Lost, Patience
-from tinkerfs.weights.stream import read_more_at_once
 
-__all__ = ["Address", "Source", "StoreClient", "Transfer", "Version"]
-
-#: How messages and counters call a request to the store.
-LABEL = "GET store"
-
-CONNECT_TIMEOUT_S = 5.0
-
-#: A transfer that moves less than this in `timeout_s` is as good as dead, bytes a second.
-MIN_BYTES_PER_S = 1024
+__all__ = ["Address", "Source", "Transfer", "Version"]
 
 MAX_REDIRECTS = 5
 
@@ -86,64 +73,6 @@ class Address(Protocol):
     def refuse(self, url: SignedUrl) -> None:
         """Take note that the store lets nobody in with this URL."""
         ...
-
-
-class StoreClient:
-    """Connections to object stores. Thread-safe; `close` ends all.
-
-    Args:
-        telemetry: counts requests and bytes.
-        timeout_s: how long a transfer may stand still, seconds.
-
-    Raises:
-        SetupError: a proxy's URL in the environment cannot be used.
-    """
-
-    def __init__(self, telemetry: Telemetry, *, timeout_s: float) -> None:
-        for name in ("httpx", "httpcore"):  # they log URLs
-            logger = logging.getLogger(name)
-            if logger.level < logging.WARNING:
-                logger.setLevel(logging.WARNING)
-        self.telemetry = telemetry
-        self.timeout_s = timeout_s
-        self._stopping = threading.Event()
-        try:
-            self.http = httpx.Client(
-                follow_redirects=False,
-                timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-                headers={"Accept-Encoding": "identity", "User-Agent": f"tinkerfs/{__version__}"},
-            )
-        except (ValueError, ImportError, OSError) as error:
-            raise SetupError(
-                f"HTTP cannot be set up ({errors.redact(str(error))}): correct HTTP_PROXY, "
-                "HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE"
-            ) from None
-
-    def stop(self) -> None:
-        """End each transfer at its next piece, as Unreachable, and begin no other."""
-        self._stopping.set()
-
-    def check(self) -> None:
-        """Go on.
-
-        Raises:
-            Unreachable: after `stop`.
-        """
-        if self._stopping.is_set():
-            raise errors.Unreachable("it was stopped here", endpoint=LABEL)
-
-    def close(self) -> None:
-        """Close every connection; transfers under way fail as Unreachable."""
-        self.http.close()
-
-    def __enter__(self) -> Self:
-        """Return the client itself."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Close."""
-        self.close()
 
 
 class Source:
@@ -234,8 +163,8 @@ class Source:
             headers["If-Range"] = self._version.validator
         url = signed.url
         for _ in range(MAX_REDIRECTS):
-            response = self._send(url, headers)
-            if response.status_code not in _REDIRECTS:
+            response = self._client.get(url, headers)
+            if response.status not in _REDIRECTS:
                 try:
                     return self._checked(response, start, stop)
                 except BaseException:
@@ -245,21 +174,8 @@ class Source:
             url = _redirected(url, response.headers.get("location", ""))
         raise errors.ProtocolError(f"{_host(url)} redirects on and on", endpoint=LABEL)
 
-    def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
-        self._client.check()
-        http, outcome = self._client.http, "failed"
-        try:
-            response = http.send(http.build_request("GET", url, headers=headers), stream=True)
-            outcome = str(response.status_code)
-            read_more_at_once(response.extensions.get("network_stream"))
-            return response
-        except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:
-            raise _lost(error, _host(url), self._client) from None
-        finally:
-            self._client.telemetry.count_call(LABEL, outcome)
-
-    def _checked(self, response: httpx.Response, start: int, stop: int) -> "_Answer":
-        status, host = response.status_code, response.url.host
+    def _checked(self, response: Response, start: int, stop: int) -> "_Answer":
+        status, host = response.status, response.host
         if status in (200, 206):
             return self._held_against(response, start, stop)
         if status == 416:
@@ -276,19 +192,19 @@ class Source:
             raise Lost(kind(words, endpoint=LABEL, status=status), wait_s=wait_s)
         raise errors.Rejected(words, endpoint=LABEL, status=status)
 
-    def _held_against(self, response: httpx.Response, start: int, stop: int) -> "_Answer":
+    def _held_against(self, response: Response, start: int, stop: int) -> "_Answer":
         """Return an answer that is about the file that is meant, and holds `start`."""
         headers = response.headers
         if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
             raise self._lies(response, "it is coded, which was not asked for")
         length = headers.get("content-length", "")
-        if response.status_code == 206:
+        if response.status == 206:
             found = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
             if found is None:
                 raise self._lies(response, "it does not say which part of the file it is")
             begin, end = int(found[1]), int(found[2]) + 1
             total = None if found[3] == "*" else int(found[3])
-            if begin != start or not start < end <= stop or (length and int(length) != end - begin):
+            if begin != start or not start < end <= stop or (length and length != str(end - begin)):
                 raise self._lies(response, f"it is another part than {start} to {stop}")
         elif length.isdecimal():
             begin, end, total = 0, int(length), int(length)
@@ -299,7 +215,7 @@ class Source:
             raise self._lies(response, "it is longer than the file")
         return _Answer(response, begin, end, version)
 
-    def _same(self, response: httpx.Response, size_bytes: int | None) -> Version:
+    def _same(self, response: Response, size_bytes: int | None) -> Version:
         """Return the version that an answer is of.
 
         Raises:
@@ -323,7 +239,7 @@ class Source:
             raise self._lies(response, "it is of another length than the file")
         return known
 
-    def _empty(self, response: httpx.Response, start: int) -> "_Answer":
+    def _empty(self, response: Response, start: int) -> "_Answer":
         """Return what 416 means where it is the truth: an empty file, asked about."""
         found = _UNSATISFIED.fullmatch(response.headers.get("content-range", "").strip())
         size_bytes = None if found is None else int(found[1])
@@ -339,31 +255,9 @@ class Source:
         self._address.changed()
         return errors.stale(self._address.path, words)
 
-    def _lies(self, response: httpx.Response, words: str) -> "Lost":
-        message = f"the answer of {response.url.host} cannot be used: {words}"
-        return Lost(errors.ProtocolError(message, endpoint=LABEL, status=response.status_code))
-
-    def pieces(self, answer: "_Answer") -> Iterator[bytes]:
-        """Yield the body of an answer as it comes; for `Transfer`.
-
-        Raises:
-            Lost: it broke off, or hardly moves.
-        """
-        client = self._client
-        window_end, window_bytes = time.monotonic() + client.timeout_s, 0
-        try:
-            for piece in answer.response.iter_raw():
-                window_bytes += len(piece)
-                client.telemetry.count("bytes_received", len(piece))
-                now = time.monotonic()
-                if now >= window_end:
-                    if window_bytes < MIN_BYTES_PER_S * client.timeout_s:
-                        raise _stalled(answer.response.url.host, client)
-                    window_end, window_bytes = now + client.timeout_s, 0
-                yield piece
-                client.check()
-        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
-            raise _lost(error, answer.response.url.host, client) from None
+    def _lies(self, response: Response, words: str) -> "Lost":
+        message = f"the answer of {response.host} cannot be used: {words}"
+        return Lost(errors.ProtocolError(message, endpoint=LABEL, status=response.status))
 
 
 class Transfer:
@@ -380,7 +274,7 @@ class Transfer:
         self, source: Source, answer: "_Answer", start: int, stop: int, patience: Patience
     ) -> None:
         self.version = answer.version
-        self.is_whole = answer.response.status_code == 200
+        self.is_whole = answer.response.status == 200
         self.start = 0 if self.is_whole else start
         self.stop = (
             answer.version.size_bytes if self.is_whole else min(stop, self.version.size_bytes)
@@ -400,7 +294,7 @@ class Transfer:
         while at < self.stop:
             place = self._answer.start
             try:
-                for piece in self._source.pieces(self._answer):
+                for piece in self._answer.response.pieces():
                     place += len(piece)
                     if place <= at:
                         continue  # the whole file came instead of the rest
@@ -440,7 +334,7 @@ class Transfer:
 class _Answer:
     """A usable answer: the bytes [start, stop) of a version."""
 
-    response: httpx.Response
+    response: Response
     start: int
     stop: int
     version: Version
@@ -452,27 +346,6 @@ class _Refused(Exception):
     def __init__(self, error: ApiError) -> None:
         super().__init__(str(error))
         self.error = error
-
-
-def _lost(error: Exception, host: str, client: StoreClient) -> Lost:
-    """Return what it means that httpx got no answer, or not all of it."""
-    words = errors.redact(str(error)) or type(error).__name__
-    if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
-        message = f"no connection to {host} in time"
-        return Lost(errors.TimedOut(message, endpoint=LABEL), is_unconnected=True)
-    if isinstance(error, httpx.TimeoutException):
-        return _stalled(host, client)
-    if isinstance(error, httpx.ConnectError | httpx.ProxyError):
-        message = f"no connection to {host}: {words}"
-        return Lost(errors.Unreachable(message, endpoint=LABEL), is_unconnected=True)
-    if isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError | httpx.StreamError):
-        return Lost(errors.Unreachable(f"{host} broke off: {words}", endpoint=LABEL))
-    raise errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=LABEL) from None
-
-
-def _stalled(host: str, client: StoreClient) -> Lost:
-    message = f"{host} sent next to nothing for {client.timeout_s:g} s"
-    return Lost(errors.TimedOut(message, endpoint=LABEL), is_stall=True)
 
 
 def _redirected(url: str, place: str) -> str:

@@ -55,5 +55,5 @@ def test_a_log_file_that_cannot_be_is_a_refusal(tmp_path):
 
 def test_libraries_speak_up_only_to_warn(tmp_path):
     logs.set_up("debug", str(tmp_path / "log"), to_stderr=False)
-    for name in ("httpx", "httpcore", "fuse"):
+    for name in ("httpx", "httpcore", "urllib3", "fuse"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
