@@ -58,6 +58,11 @@ class MemoryHandle:
             return call.wait(NEVER)
         return self.fs.data(self.path)[offset : offset + size]
 
+    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+        data = self.read(len(buffer), offset, call)
+        buffer[: len(data)] = data
+        return len(data)
+
     def write(self, data: bytes, call: Call) -> int:
         if self.path != "/control":
             raise errors.bad_handle(self.path, "not writable")

@@ -52,8 +52,8 @@ _INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
 _MOST_ATTRIBUTES: Final = 32_768
 _MOST_FILES: Final = 12_288
 
-#: What takes as long to copy as a switch of threads, some 10 us: others may run meanwhile.
-_LARGE_BYTES: Final = 64 << 10
+#: Of memory: it may be written to (CPython's pybuffer.h, PyBUF_WRITE).
+_WRITABLE: Final = 0x200
 
 #: Flags of an open that has more to it than that something is to be read.
 _NOT_PLAIN: Final = os.O_ACCMODE | os.O_NOATIME
@@ -103,6 +103,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     fh_offset = module.fuse_file_info.fh.offset
     fh_at = ctypes.c_uint64.from_address
     memmove = _memmove()
+    memory_at = _memory_at()
     attributes: Answers[_Attributes] = Answers(operations.holds, _MOST_ATTRIBUTES)
     files: Answers[Opened] = Answers(operations.holds, _MOST_FILES)
     stays = _stayer()
@@ -168,12 +169,9 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     def read(_path: bytes | None, buffer: int, size: int, offset: int, info: int) -> int:
         stays()
         try:
-            data = operations.read(fh_of(info), size, offset)
+            return operations.read(fh_of(info), memory_at(buffer, size, _WRITABLE), offset)
         except OSError as error:
             return _refusal(error)
-        move = ctypes.memmove if len(data) > _LARGE_BYTES else memmove
-        move(buffer, data, len(data))
-        return len(data)
 
     def release(_path: bytes | None, info: int) -> int:
         stays()
@@ -272,6 +270,13 @@ def _memmove() -> Callable[[int, bytes, int], object]:
     memmove = ctypes.PyDLL(None).memmove
     memmove.argtypes, memmove.restype = (_ADDRESS, _PATH, _SIZE), _ADDRESS
     return memmove
+
+
+def _memory_at() -> Callable[[int, int, int], memoryview]:
+    """Return what makes a view of memory of an address, a length and a flag."""
+    make = ctypes.pythonapi.PyMemoryView_FromMemory
+    make.argtypes, make.restype = (_ADDRESS, ctypes.c_ssize_t, _INT), ctypes.py_object
+    return make
 
 
 def _callback(function: Callable[..., int], *arguments: Any) -> Any:

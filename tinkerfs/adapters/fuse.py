@@ -324,9 +324,9 @@ class Operations:
         return number
 
     @_operation
-    def read(self, fh: int, size: int, offset: int) -> bytes:
+    def read(self, fh: int, buffer: memoryview, offset: int) -> int:
         """Read positionally: requests come from several threads and out of order."""
-        return self._file(fh).handle.read(size, offset, self._wait)
+        return self._file(fh).handle.read_into(buffer, offset, self._wait)
 
     @_operation
     def write(self, _path: str | None, data: bytes, _offset: int, fi: Any) -> int:

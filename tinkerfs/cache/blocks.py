@@ -202,37 +202,44 @@ class BlockFile:
         return os.path.exists(self._path(index))
 
     def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
-        """Return the bytes [start, stop) of block `index`, None where it is not there or not sound.
+        """Return the bytes [start, stop) of block `index`; as `read_into`, None for False."""
+        data = bytearray(stop - start)
+        is_there = self.read_into(index, start, memoryview(data), length)
+        return bytes(data) if is_there else None
+
+    def read_into(self, index: int, start: int, buffer: memoryview, length: int) -> bool:
+        """Fill `buffer` from block `index`; return whether that is there, and sound.
 
         Args:
             index: which block.
             start: within the block.
-            stop: within the block, more than `start`.
+            buffer: of bytes, not empty, and no longer than what follows `start`; holds anything
+                where the block cannot be had.
             length: of the whole block.
         """
         path = self._path(index)
         try:
             fd = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
         except FileNotFoundError:
-            return None
+            return False
         except OSError as error:
             self._cache.tell(error)
-            return None
+            return False
         try:
             status = os.fstat(fd)
             if not self._is_sound(fd, index, status, length):
                 self._cache.found_bad(path)
-                return None
-            data = os.pread(fd, stop - start, start)
+                return False
+            is_whole = os.preadv(fd, (buffer,), start) == len(buffer)
             now_ns = self._cache.now_ns()
             if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
                 os.utime(fd, ns=(now_ns, status.st_mtime_ns))
         except OSError as error:
             self._cache.tell(error)
-            return None
+            return False
         finally:
             os.close(fd)
-        return data if len(data) == stop - start else None
+        return is_whole
 
     def put(self, index: int, data: bytes) -> bool:
         """Keep a block; return whether it is on disk now."""

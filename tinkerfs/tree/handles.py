@@ -67,6 +67,12 @@ class RenderedHandle:
         """Return the bytes of [offset, offset + size); fewer only at the end."""
         return self.load(call)[offset : offset + size]
 
+    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+        """Fill a buffer with the bytes from `offset` on, and return how many there are."""
+        data = self.read(len(buffer), offset, call)
+        buffer[: len(data)] = data
+        return len(data)
+
     def write(self, data: bytes, call: Call) -> int:
         """Act on one whole value, wherever in the file it was written.
 
@@ -165,6 +171,13 @@ class WeightsHandle:
         """Return the bytes of [offset, offset + size); fewer only at the end."""
         try:
             return self._file.read(size, offset, call)
+        except (errors.ApiError, OSError) as error:
+            self._fail(error)
+
+    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+        """Fill a buffer with the bytes from `offset` on, and return how many there are."""
+        try:
+            return self._file.read_into(buffer, offset, call)
         except (errors.ApiError, OSError) as error:
             self._fail(error)
 

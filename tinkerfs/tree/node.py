@@ -94,6 +94,10 @@ class Handle(Protocol):
         """Return the bytes of [offset, offset + size); fewer only at the file's end."""
         ...
 
+    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+        """Fill a buffer of bytes with those from `offset` on, and return how many there are."""
+        ...
+
     def write(self, data: bytes, call: Call) -> int:
         """Act on one whole value; return len(data)."""
         ...

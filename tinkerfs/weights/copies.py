@@ -106,13 +106,14 @@ class Target:
             if at > self.file.size_bytes:
                 os.ftruncate(descriptor, 0)
                 at = 0
+            buffer = memoryview(bytearray(_PIECE_BYTES))
             while at < self.file.size_bytes:
-                data = self.file.read(_PIECE_BYTES, at, call)
-                if not data:
+                size_bytes = self.file.read_into(buffer, at, call)
+                if not size_bytes:
                     raise errors.damaged(self.path, "it is shorter than it was")
-                self._write(descriptor, data, at)
-                at += len(data)
-                yield len(data)
+                self._write(descriptor, buffer[:size_bytes], at)
+                at += size_bytes
+                yield size_bytes
             os.fchmod(descriptor, mode)
             os.utime(descriptor, ns=(self.file.mtime_ns, self.file.mtime_ns))
             os.fsync(descriptor)
@@ -132,15 +133,14 @@ class Target:
         cut = os.fsdecode(os.fsencode(name)[:_MAX_NAME_BYTES])
         return os.path.join(folder, f".{cut}.{self._digest}.partial")
 
-    def _write(self, descriptor: int, data: bytes, at: int) -> None:
-        with memoryview(data) as rest:
-            written = 0
-            try:
-                while written < len(data):
-                    written += os.pwrite(descriptor, rest[written:], at + written)
-            except OSError as error:
-                error.filename = self.path
-                raise
+    def _write(self, descriptor: int, rest: memoryview, at: int) -> None:
+        try:
+            while rest:
+                written = os.pwrite(descriptor, rest, at)
+                rest, at = rest[written:], at + written
+        except OSError as error:
+            error.filename = self.path
+            raise
 
     def _lock(self, descriptor: int) -> None:
         """Be the only one to write it; who was before us may have just renamed it.

@@ -57,23 +57,34 @@ class WeightsFile:
         self._file.release()
 
     def read(self, size: int, offset: int, call: Call) -> bytes:
-        """Return the bytes of [offset, offset + size); fewer only at the file's end.
+        """Return the bytes of [offset, offset + size); as `read_into`."""
+        data = bytearray(max(min(size, self.size_bytes - offset), 0))
+        self.read_into(memoryview(data), offset, call)
+        return bytes(data)
+
+    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+        """Fill `buffer` with the bytes from `offset` on, and return how many there are.
+
+        Args:
+            buffer: of bytes; not used once this has returned.
+            offset: in the file; fewer bytes than asked for come only at its end.
+            call: tells when to give up.
 
         Raises:
             ApiError: they cannot be had.
             OSError: ESTALE when the checkpoint or its archive is gone or another one; EIO when it
                 is damaged; EINTR when the caller gave up; as `Archives.url`.
         """
-        stop = min(offset + size, self.size_bytes)
-        if stop <= offset:
-            return b""
-        ahead_start, ahead_stop = self._ahead.wanted(offset, stop - offset)
+        size = min(len(buffer), self.size_bytes - offset)
+        if size <= 0:
+            return 0
+        ahead_start, ahead_stop = self._ahead.wanted(offset, size)
         if ahead_start < ahead_stop:  # before the wait for these, so that it comes meanwhile
             self._fetch_ahead(ahead_start, ahead_stop)
-        data = self._read(offset, stop, call)
+        self._fill(buffer[:size], offset, call)
         if self._ahead.needs_ends():
             self._learn_ends()
-        return data
+        return size
 
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all there, without any request."""
@@ -127,15 +138,16 @@ class WeightsFile:
         """
         return self._file.fetch(block, call)
 
-    def _read(self, start: int, stop: int, call: Call) -> bytes:
+    def _fill(self, buffer: memoryview, start: int, call: Call) -> None:
         if self._is_in_one_piece:
-            begin = self._segments[0].place + start
-            return self._file.read(begin, begin + stop - start, call)
-        pieces = [
-            bytes(piece.length) if piece.place < 0 else self._file.read(*_span(piece), call)
-            for piece in self._places(start, stop)
-        ]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self._file.read_into(buffer, self._segments[0].place + start, call)
+            return
+        for piece in self._places(start, start + len(buffer)):
+            part = buffer[piece.offset - start :][: piece.length]
+            if piece.place < 0:
+                part[:] = bytes(piece.length)
+            else:
+                self._file.read_into(part, piece.place, call)
 
     def _learn_ends(self) -> None:
         """Look for a header of tensors in what is there: who wants one of them has just read it."""

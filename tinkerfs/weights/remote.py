@@ -146,12 +146,12 @@ class RemoteFile:
         if is_last:
             self._disk.close()
 
-    def read(self, start: int, stop: int, call: Call) -> bytes:
-        """Return the bytes [start, stop), which lie within the file.
+    def read_into(self, buffer: memoryview, start: int, call: Call) -> None:
+        """Fill `buffer` with the bytes from `start` on, which lie within the file.
 
         Args:
+            buffer: of bytes, not empty.
             start: of the first byte.
-            stop: after the last one.
             call: tells when to give up. The wait has no bound of its own: a fetch has, and a slow
                 one that moves goes on.
 
@@ -162,35 +162,22 @@ class RemoteFile:
         """
         if self._stale is not None:
             raise errors.stale(self._path, self._stale.strerror or "")
-        index, first = divmod(start, BLOCK_BYTES)
-        last = first + stop - start
-        if last <= BLOCK_BYTES:  # as nearly every read lies
-            data = self._counted(index, first, last)
-            if data is not None:
-                return data
-            return replace(call, timeout_s=None).wait(self._wanted(index, call))[first:last]
-        found: list[tuple[int, int, bytes | Future[bytes]]] = []
-        for index in blocks_of(start, stop):
-            first = max(start - index * BLOCK_BYTES, 0)
-            last = min(stop - index * BLOCK_BYTES, BLOCK_BYTES)
-            data = self._counted(index, first, last)
-            found.append((first, last, self._wanted(index, call) if data is None else data))
-        patient = replace(call, timeout_s=None)
-        return b"".join(
-            each if isinstance(each, bytes) else patient.wait(each)[first:last]
-            for first, last, each in found
-        )
+        missing: list[tuple[memoryview, int, Future[bytes]]] = []
+        for part, index, first in _parts(buffer, start):
+            is_kept = self._fill(part, index, first)
+            self._telemetry.count("block_hits" if is_kept else "block_misses")
+            if not is_kept:
+                missing.append((part, first, self._wanted(index, call)))
+        if missing:
+            patient = replace(call, timeout_s=None)
+            for part, first, flight in missing:
+                part[:] = memoryview(patient.wait(flight))[first : first + len(part)]
 
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all in memory or on disk."""
-        pieces = []
-        for index in blocks_of(start, stop):
-            first = max(start - index * BLOCK_BYTES, 0)
-            data = self._kept(index, first, min(stop - index * BLOCK_BYTES, BLOCK_BYTES))
-            if data is None:
-                return None
-            pieces.append(data)
-        return b"".join(pieces)
+        data = bytearray(stop - start)
+        is_kept = all(self._fill(*part) for part in _parts(memoryview(data), start))
+        return bytes(data) if is_kept else None
 
     def fetch_ahead(self, start: int, stop: int) -> int:
         """Begin to fetch what of [start, stop) is not there, as far as there is room now.
@@ -247,16 +234,13 @@ class RemoteFile:
     def _has(self, index: int) -> bool:
         return self._memory.get((self.key, index)) is not None or self._disk.has(index)
 
-    def _counted(self, index: int, first: int, last: int) -> bytes | None:
-        data = self._kept(index, first, last)
-        self._telemetry.count("block_misses" if data is None else "block_hits")
-        return data
-
-    def _kept(self, index: int, first: int, last: int) -> bytes | None:
+    def _fill(self, buffer: memoryview, index: int, first: int) -> bool:
+        """Fill a buffer from a block, if that is in memory or on disk."""
         data = self._memory.get((self.key, index))
         if data is not None:
-            return data[first:last]
-        return self._disk.read(index, first, last, self.block_bytes(index))
+            buffer[:] = memoryview(data)[first : first + len(buffer)]
+            return True
+        return self._disk.read_into(index, first, buffer, self.block_bytes(index))
 
     def _wanted(self, index: int, call: Call) -> "Future[bytes]":
         """Return the flight of a block that somebody waits for."""
@@ -427,6 +411,15 @@ class RemoteFile:
 def blocks_of(start: int, stop: int) -> range:
     """Return the blocks that hold the bytes [start, stop)."""
     return range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES) if stop > start else 0)
+
+
+def _parts(buffer: memoryview, start: int) -> Iterator[tuple[memoryview, int, int]]:
+    """Yield the parts of a buffer for what is at `start`: of which block, and where in that."""
+    index, first = divmod(start, BLOCK_BYTES)
+    while buffer:
+        part = buffer[: BLOCK_BYTES - first]
+        yield part, index, first
+        buffer, index, first = buffer[len(part) :], index + 1, 0
 
 
 def digest_of(block: bytes) -> bytes:

@@ -99,12 +99,15 @@ def test_handles_are_used_by_number_alone(operations):
     assert (file.direct_io, file.keep_cache) == (True, False)
     fh, other = operations.add(file), operations.add(file)
     operations.release(other)
-    assert operations.read(fh, 3, 1) == b"ell"
+    buffer = bytearray(9)
+    assert operations.read(fh, memoryview(buffer)[:3], 1) == 3
+    assert operations.read(fh, memoryview(buffer)[3:], 4) == 2
+    assert bytes(buffer) == b"ello\n\0\0\0\0"
     assert operations.getattr(None, fh).size_bytes == 6
     assert operations.fsync(None, 0, SimpleNamespace(fh=fh)) == 0
     operations.release(fh)
     with pytest.raises(OSError) as failure:  # noqa: PT011
-        operations.read(fh, 3, 1)
+        operations.read(fh, memoryview(buffer), 1)
     assert failure.value.errno == errno.EBADF
 
 
@@ -163,7 +166,7 @@ def test_no_flush_is_asked_for(operations):
 def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
     fh = operations.add(operations.open("/broken", os.O_RDONLY, Lease()))
     with pytest.raises(OSError) as failure:  # noqa: PT011
-        operations.read(fh, 1, 0)
+        operations.read(fh, memoryview(bytearray(1)), 0)
     assert failure.value.errno == errno.EIO
 
     def nameless(*_args):
