@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, TimeoutError
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Self, TypeVar
 
@@ -143,6 +144,7 @@ class Call(msgspec.Struct, frozen=True):
         lease: what is told of how long the outcome holds; None where nobody keeps it.
         part_timeout_s: bound on each wait for more of what has begun to come, seconds; None for
             that of any other.
+        waiting: entered around each wait that is more than a look, in the thread that waits.
     """
 
     timeout_s: float | None = None
@@ -150,10 +152,18 @@ class Call(msgspec.Struct, frozen=True):
     caller: Callable[[], Caller] = _this_process
     lease: Lease | None = None
     part_timeout_s: float | None = None
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def leasing(self, lease: Lease) -> "Call":
         """Return the same call with a lease to be told."""
-        return Call(self.timeout_s, self.interrupted, self.caller, lease, self.part_timeout_s)
+        return Call(
+            self.timeout_s,
+            self.interrupted,
+            self.caller,
+            lease,
+            self.part_timeout_s,
+            self.waiting,
+        )
 
     def rests_on(self, term: Term) -> None:
         """Say that the outcome holds no longer than a kept value."""
@@ -186,6 +196,10 @@ class Call(msgspec.Struct, frozen=True):
         """
         if future.done():
             return future.result()
+        with self.waiting():
+            return self._wait(future)
+
+    def _wait(self, future: "Future[T]") -> T:
         waited_s = 0.0
         while True:
             step_s = POLL_S
@@ -212,12 +226,13 @@ class Call(msgspec.Struct, frozen=True):
         """
         nothing: Future[None] = Future()
         deadline = time.monotonic() + seconds
-        while (left_s := deadline - time.monotonic()) > 0:
-            try:
-                nothing.result(timeout=min(POLL_S, left_s))
-            except TimeoutError:
-                if self.interrupted():
-                    raise errors.interrupted() from None
+        with self.waiting():
+            while (left_s := deadline - time.monotonic()) > 0:
+                try:
+                    nothing.result(timeout=min(POLL_S, left_s))
+                except TimeoutError:
+                    if self.interrupted():
+                        raise errors.interrupted() from None
 
 
 #: A call made from inside this process: nobody interrupts it.

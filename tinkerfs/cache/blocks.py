@@ -18,13 +18,14 @@ import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from xxhash import xxh3_64
 
 from tinkerfs import errors
+from tinkerfs.cache.descriptors import Descriptor, Descriptors
 from tinkerfs.cache.eviction import Sweeper, kept_files
 from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
@@ -59,6 +60,11 @@ _MAX_VERIFIED = 262_144
 
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
+#: A read that fails rather than wait for the disk; 0 where the system knows none.
+_AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
+
+Waiting = Callable[[], AbstractContextManager[object]]
+
 #: How old the sum of all blocks may be, seconds.
 _COUNT_S = 5.0
 
@@ -89,6 +95,9 @@ class BlockCache:
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._sweeper = Sweeper(folder, clock, limit_bytes=limit_bytes, floor_bytes=floor_bytes)
+        self.descriptors = Descriptors()
+        #: Whether the file system says so where it would have to wait for the disk.
+        self._tells_waits = bool(_AT_ONCE)
         self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # looked into without
         self._told: set[str] = set()
         self._counted = (float("-inf"), 0)  # when, on the monotonic clock, and the bytes
@@ -145,6 +154,24 @@ class BlockCache:
             self._told.add(name)
         self._telemetry.failed(str(self.folder), "cache", error)
 
+    def read(self, fd: int, buffer: memoryview, start: int, waiting: Waiting) -> bool:
+        """Fill `buffer` from a file, and return whether there was enough.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if not self._tells_waits:
+            return os.preadv(fd, (buffer,), start) == len(buffer)
+        try:
+            if os.preadv(fd, (buffer,), start, _AT_ONCE) == len(buffer):
+                return True
+        except BlockingIOError:
+            pass  # none of it is in memory
+        except OSError:  # it cannot tell, as tmpfs, or it cannot read
+            self._tells_waits = False
+        with waiting():
+            return os.preadv(fd, (buffer,), start) == len(buffer)
+
     def is_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> bool:
         """Tell whether a block was found sound, and is the same file still."""
         return self._verified.get(block) == signature
@@ -191,6 +218,7 @@ class BlockFile:
 
     def close(self) -> None:
         """Let its blocks go when others need room. No other method may be called afterwards."""
+        self._cache.descriptors.drop(self._name)
         with self._lock:
             for locks in self._held:
                 locks.close()
@@ -207,7 +235,14 @@ class BlockFile:
         is_there = self.read_into(index, start, memoryview(data), length)
         return bytes(data) if is_there else None
 
-    def read_into(self, index: int, start: int, buffer: memoryview, length: int) -> bool:
+    def read_into(
+        self,
+        index: int,
+        start: int,
+        buffer: memoryview,
+        length: int,
+        waiting: Waiting = nullcontext,
+    ) -> bool:
         """Fill `buffer` from block `index`; return whether that is there, and sound.
 
         Args:
@@ -216,29 +251,23 @@ class BlockFile:
             buffer: of bytes, not empty, and no longer than what follows `start`; holds anything
                 where the block cannot be had.
             length: of the whole block.
+            waiting: entered while the disk is waited for.
         """
-        path = self._path(index)
         try:
-            fd = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+            descriptor, status = self._opened(index)
+            fd = descriptor.fd
+            if not self._is_sound(fd, index, status, length, waiting):
+                self._cache.found_bad(self._path(index))
+                return False
+            is_whole = self._cache.read(fd, buffer, start, waiting)
+            now_ns = self._cache.now_ns()
+            if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
+                os.utime(fd, ns=(now_ns, status.st_mtime_ns))
         except FileNotFoundError:
             return False
         except OSError as error:
             self._cache.tell(error)
             return False
-        try:
-            status = os.fstat(fd)
-            if not self._is_sound(fd, index, status, length):
-                self._cache.found_bad(path)
-                return False
-            is_whole = os.preadv(fd, (buffer,), start) == len(buffer)
-            now_ns = self._cache.now_ns()
-            if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
-                os.utime(fd, ns=(now_ns, status.st_mtime_ns))
-        except OSError as error:
-            self._cache.tell(error)
-            return False
-        finally:
-            os.close(fd)
         return is_whole
 
     def put(self, index: int, data: bytes) -> bool:
@@ -314,13 +343,32 @@ class BlockFile:
             if self._locks is None:
                 self._try_lock()
 
-    def _is_sound(self, fd: int, index: int, status: os.stat_result, length: int) -> bool:
+    def _opened(self, index: int) -> tuple[Descriptor, os.stat_result]:
+        """Return an open block, which need not be sound.
+
+        Raises:
+            OSError: there is none, or it cannot be opened.
+        """
+        key, kept = (self._name, index), self._cache.descriptors
+        descriptor = kept.get(key)
+        if descriptor is not None:
+            status = os.fstat(descriptor.fd)
+            if status.st_nlink:
+                return descriptor, status
+        # None yet, or it was removed since, and another may be in its place.
+        descriptor = Descriptor(os.open(self._path(index), os.O_RDONLY | _OPEN_FLAGS))
+        kept.keep(key, descriptor)
+        return descriptor, os.fstat(descriptor.fd)
+
+    def _is_sound(
+        self, fd: int, index: int, status: os.stat_result, length: int, waiting: Waiting
+    ) -> bool:
         """Tell whether an open block is sound, looking at all of it once however many ask."""
         block = (self._name, index)
         signature = (status.st_ino, status.st_mtime_ns, status.st_size)
         if self._cache.is_verified(block, signature):
             return True
-        with self._checks[index % len(self._checks)]:
+        with waiting(), self._checks[index % len(self._checks)]:
             if self._cache.is_verified(block, signature):
                 return True
             if status.st_size != length + TRAILER_BYTES or not is_sound(fd, self._name, index):

@@ -18,7 +18,7 @@ from tinkerfs import errors
 from tinkerfs.cache.blocks import BlockFile
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.memory import BlockMemory
-from tinkerfs.call import Call
+from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.telemetry import Telemetry
 
 __all__ = [
@@ -164,7 +164,7 @@ class RemoteFile:
             raise errors.stale(self._path, self._stale.strerror or "")
         missing: list[tuple[memoryview, int, Future[bytes]]] = []
         for part, index, first in _parts(buffer, start):
-            is_kept = self._fill(part, index, first)
+            is_kept = self._fill(part, index, first, call)
             self._telemetry.count("block_hits" if is_kept else "block_misses")
             if not is_kept:
                 missing.append((part, first, self._wanted(index, call)))
@@ -176,7 +176,8 @@ class RemoteFile:
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all in memory or on disk."""
         data = bytearray(stop - start)
-        is_kept = all(self._fill(*part) for part in _parts(memoryview(data), start))
+        parts = _parts(memoryview(data), start)
+        is_kept = all(self._fill(*part, IN_PROCESS) for part in parts)
         return bytes(data) if is_kept else None
 
     def fetch_ahead(self, start: int, stop: int) -> int:
@@ -234,13 +235,14 @@ class RemoteFile:
     def _has(self, index: int) -> bool:
         return self._memory.get((self.key, index)) is not None or self._disk.has(index)
 
-    def _fill(self, buffer: memoryview, index: int, first: int) -> bool:
+    def _fill(self, buffer: memoryview, index: int, first: int, call: Call) -> bool:
         """Fill a buffer from a block, if that is in memory or on disk."""
         data = self._memory.get((self.key, index))
         if data is not None:
             buffer[:] = memoryview(data)[first : first + len(buffer)]
             return True
-        return self._disk.read_into(index, first, buffer, self.block_bytes(index))
+        length = self.block_bytes(index)
+        return self._disk.read_into(index, first, buffer, length, call.waiting)
 
     def _wanted(self, index: int, call: Call) -> "Future[bytes]":
         """Return the flight of a block that somebody waits for."""

@@ -1,0 +1,85 @@
+"""Descriptors that are kept for the next read."""
+
+import os
+import time
+
+import pytest
+
+from tinkerfs.cache import descriptors
+from tinkerfs.cache.descriptors import Descriptor, Descriptors
+
+
+@pytest.fixture
+def opened(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"bytes")
+    return lambda: Descriptor(os.open(path, os.O_RDONLY))
+
+
+def is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def wait_until_closed(fd):
+    deadline = time.monotonic() + 10
+    while is_open(fd):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(descriptors, "GENERATION_S", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_nobody_asks_for_is_closed_soon(opened):
+    kept = Descriptors()
+    for _ in range(2):  # the second time by another thread that sweeps
+        fd = opened().fd
+        assert not is_open(fd)
+        kept.keep(("file", 1), opened())
+        fd = kept.get(("file", 1)).fd
+        assert is_open(fd)
+        wait_until_closed(fd)
+        assert kept.get(("file", 1)) is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_asked_for_stays(opened):
+    kept = Descriptors()
+    kept.keep(("file", 1), opened())
+    fd = kept.get(("file", 1)).fd
+    until = time.monotonic() + 0.4
+    while time.monotonic() < until:
+        assert kept.get(("file", 1)).fd == fd
+        time.sleep(0.01)
+    wait_until_closed(fd)
+
+
+def test_there_is_a_bound(opened, monkeypatch):
+    monkeypatch.setattr(descriptors, "MOST", 4)
+    kept = Descriptors()
+    for number in range(20):
+        kept.keep(("file", number), opened())
+    found = [number for number in range(20) if kept.get(("file", number)) is not None]
+    assert 4 <= len(found) <= 8
+    assert max(found) == 19
+
+
+def test_those_of_a_file_can_be_let_go_of_but_not_from_under_who_reads(opened):
+    kept = Descriptors()
+    kept.keep(("file", 1), opened())
+    kept.keep(("other", 1), opened())
+    reading = kept.get(("file", 1))
+    kept.drop("file")
+    assert kept.get(("file", 1)) is None
+    assert kept.get(("other", 1)) is not None
+    assert os.pread(reading.fd, 5, 0) == b"bytes"
+    fd = reading.fd
+    del reading
+    assert not is_open(fd)
