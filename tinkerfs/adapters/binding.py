@@ -16,10 +16,12 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tinkerfs.adapters.callbacks import callbacks_of, with_callbacks
+from tinkerfs.adapters.loops import Loops
 from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -49,15 +51,9 @@ _INSTALL = {
     " | apk add fuse",
 }
 
-#: The kernel lets only 12 reads of page cache wait at a time, and libfuse 3 starts only 10 threads:
-#: 64 waiting reads then held up `ls` for 28 s. The threads must outnumber the background requests,
-#: or waiting reads would take every one of them. Threads are made when needed, so that a high bound
-#: costs nothing.
+#: The kernel lets only 12 reads of page cache wait at a time: 64 waiting reads then held up `ls`
+#: for 28 s. `loops.MAX_SPARES` must be more, or waiting reads would take every thread.
 MAX_BACKGROUND = 200
-MAX_THREADS = 500
-
-#: `fuse_version()` of the first libfuse that knows the option max_threads (3.12).
-_MAX_THREADS_SINCE = 312
 
 #: `fuse_version()` of the first libfuse that takes no interruption unless it is told to (3.17):
 #: without `intr` Ctrl-C ended no wait. It then also signals the serving thread, by SIGUSR1, which
@@ -99,6 +95,7 @@ class Binding:
     name: str
     library: Library
     module: Any
+    loops: Loops
 
     def __str__(self) -> str:
         """Say what drives what."""
@@ -115,6 +112,10 @@ class Binding:
         """Return (uid, gid, pid) of who made the request that this thread serves."""
         uid, gid, pid = self.module.fuse_get_context()
         return uid, gid, pid
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Return what is entered while a request waits, so that others are served meanwhile."""
+        return self.loops.waiting()
 
     def mount_options(self, *, read_only: bool, allow_other: bool) -> dict[str, str | bool]:
         """Return the options that this libfuse takes; it refuses to start over one it does not."""
@@ -136,8 +137,6 @@ class Binding:
         if self.library.major == 2:
             options["max_background"] = str(MAX_BACKGROUND)
             options["congestion_threshold"] = str(MAX_BACKGROUND)
-        elif self.library.version >= _MAX_THREADS_SINCE:
-            options["max_threads"] = str(MAX_THREADS)
         if self.library.version >= _INTR_SINCE:
             options["intr"] = True
         if read_only:
@@ -160,12 +159,14 @@ class Binding:
         # The bindings log every failed operation with a traceback at DEBUG; ours says it in a line.
         logging.getLogger("fuse").setLevel(logging.WARNING)
         callbacks = callbacks_of(operations, self.module, self.library.major)
-        theirs = self.module.fuse_operations
-        self.module.fuse_operations = with_callbacks(theirs, callbacks)
+        main_of = self.module if self.name != "fusepy" else self.module._libfuse
+        theirs = self.module.fuse_operations, main_of.fuse_main_real
+        self.module.fuse_operations = with_callbacks(theirs[0], callbacks)
+        main_of.fuse_main_real = self.loops.main
         try:
             self._run(operations, mountpoint, options)
         finally:
-            self.module.fuse_operations = theirs
+            self.module.fuse_operations, main_of.fuse_main_real = theirs
 
     def _run(
         self, operations: "Operations", mountpoint: str, options: Mapping[str, str | bool]
@@ -279,7 +280,9 @@ def load() -> Binding:
             failures.append(f"no libfuse {major}")
             continue
         try:
-            return Binding(name, library, _import(name, library))
+            return Binding(
+                name, library, _import(name, library), Loops(library.path, library.major)
+            )
         except (ImportError, OSError, AttributeError, NotImplementedError) as error:
             failures.append(f"{name}: {error}")
     forced = os.environ.get("FUSE_LIBRARY_PATH")

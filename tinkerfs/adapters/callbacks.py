@@ -5,7 +5,7 @@ nine here they are relieved, because translating costs more than answering. Meas
 system that does nothing, one `stat` took 24-42 us through mfusepy and takes 8-9 us through this:
 
 - A thread of libfuse's is new to Python at each request: ctypes makes a thread state for it, with a
-  stack of its own mapped from the kernel, and throws both away after. Here each thread keeps its.
+  stack of its own mapped from the kernel, and throws both away after. Ours are Python's (`loops`).
 - Arguments come as addresses, not as objects that ctypes makes of each pointer, and attributes go
   in one copy of a packed structure instead of by a dictionary and fifteen assignments.
 - Listings bring their attributes along on libfuse 3 (readdirplus), which neither binding does: with
@@ -19,7 +19,6 @@ import operator
 import os
 import stat
 import struct
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -106,13 +105,11 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     memory_at = _memory_at()
     attributes: Answers[_Attributes] = Answers(operations.holds, _MOST_ATTRIBUTES)
     files: Answers[Opened] = Answers(operations.holds, _MOST_FILES)
-    stays = _stayer()
 
     def fh_of(info: int) -> int:
         return fh_at(info + fh_offset).value
 
     def getattr_(path: bytes | None, buffer: int, info: int | None = None) -> int:
-        stays()
         answer = None if path is None or info else attributes.get(path)
         if answer is None:
             answer = look(path, info)
@@ -138,7 +135,6 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return answer
 
     def readlink(path: bytes, buffer: int, size: int) -> int:
-        stays()
         try:
             target = operations.readlink(path.decode("utf-8", "surrogateescape"))
         except OSError as error:
@@ -148,7 +144,6 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return 0
 
     def open_(path: bytes, info: int) -> int:
-        stays()
         fields = file_info(info)
         is_plain = not fields.flags & _NOT_PLAIN
         file = files.get(path) if is_plain else None
@@ -167,14 +162,12 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return 0
 
     def read(_path: bytes | None, buffer: int, size: int, offset: int, info: int) -> int:
-        stays()
         try:
             return operations.read(fh_of(info), memory_at(buffer, size, _WRITABLE), offset)
         except OSError as error:
             return _refusal(error)
 
     def release(_path: bytes | None, info: int) -> int:
-        stays()
         try:
             operations.release(fh_of(info))
         except OSError as error:
@@ -182,7 +175,6 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return 0
 
     def opendir(path: bytes, info: int) -> int:
-        stays()
         try:
             fh = operations.opendir(path.decode("utf-8", "surrogateescape"))
         except OSError as error:
@@ -191,7 +183,6 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return 0
 
     def releasedir(_path: bytes | None, info: int) -> int:
-        stays()
         try:
             operations.releasedir(fh_of(info))
         except OSError as error:
@@ -205,7 +196,6 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     def readdir(
         _path: bytes | None, buffer: int, filler: int, offset: int, info: int, flags: int = 0
     ) -> int:
-        stays()
         try:
             entries = operations.readdir(fh_of(info), offset)
         except OSError as error:
@@ -320,40 +310,3 @@ def packer_of(structure: Any) -> Callable[[Attr], bytes]:
         return pack(*values(attr), seconds, ns, seconds, ns, seconds, ns)
 
     return packed
-
-
-def _stayer() -> Callable[[], None]:
-    """Return what lets the thread that calls it keep its place in the interpreter until it ends.
-
-    libfuse ends threads that have nothing to do. What one keeps is given back then, as C++ destroys
-    its thread-local variables: before POSIX's thread-specific data goes, by which the interpreter
-    knows the thread. Where the C library has no such thing (musl), nothing is kept.
-    """
-    try:
-        at_exit_of_thread = ctypes.CDLL(None).__cxa_thread_atexit_impl
-    except AttributeError:
-        return lambda: None
-    ensure, release = ctypes.pythonapi.PyGILState_Ensure, ctypes.pythonapi.PyGILState_Release
-    is_locked = 0  # PyGILState_LOCKED: this thread goes on to hold the interpreter
-
-    def leave(_: object) -> None:
-        release(is_locked)
-
-    def is_from_outside() -> bool:
-        """Tell whether it was not Python that started this thread; its own it keeps itself."""
-        own = (t.ident for t in threading.enumerate() if not isinstance(t, threading._DummyThread))
-        return threading.get_ident() not in own
-
-    leaving = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(leave)
-    # The last argument is an address within a library that stays loaded; glibc looks for it.
-    place = ctypes.cast(at_exit_of_thread, ctypes.c_void_p)
-    here = threading.local()
-
-    def stay() -> None:
-        if not hasattr(here, "leaving"):
-            here.leaving = leaving  # which must be there as long as a thread may end
-            if is_from_outside():
-                at_exit_of_thread(leaving, None, place)
-                ensure()
-
-    return stay

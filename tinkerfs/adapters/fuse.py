@@ -17,6 +17,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from msgspec.structs import replace
@@ -75,6 +76,10 @@ class Requests(Protocol):
 
     def context(self) -> tuple[int, int, int]:
         """Return (uid, gid, pid) of its caller."""
+        ...
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Return what is entered while it waits, so that others are served meanwhile."""
         ...
 
 
@@ -171,11 +176,11 @@ class Operations:
         self.is_traced = log.isEnabledFor(logging.DEBUG)
         # What a call says of its caller is asked for in the thread that serves it, where somebody
         # wants to know: so one of each kind does for all.
-        self._lookup = Call(LOOKUP_TIMEOUT_S, self._interrupted, self._caller)
-        self._removal = Call(REMOVAL_TIMEOUT_S, self._interrupted, self._caller)
-        self._wait = Call(timeout_s, self._interrupted, self._caller)
+        self._patience = Call(None, self._interrupted, self._caller, waiting=requests.waiting)
+        self._lookup = self._patience.within(LOOKUP_TIMEOUT_S)
+        self._removal = self._patience.within(REMOVAL_TIMEOUT_S)
+        self._wait = self._patience.within(timeout_s)
         self._listing = replace(self._wait, part_timeout_s=PART_TIMEOUT_S)
-        self._patience = Call(None, self._interrupted, self._caller)
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and a number is used by one file alone.
         self._files: dict[int, Opened] = {}

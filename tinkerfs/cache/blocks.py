@@ -18,14 +18,14 @@ import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from xxhash import xxh3_64
 
 from tinkerfs import errors
-from tinkerfs.cache.descriptors import Descriptor, Descriptors
+from tinkerfs.cache.descriptors import Descriptor, Descriptors, Waiting
 from tinkerfs.cache.eviction import Sweeper, kept_files
 from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
@@ -60,11 +60,6 @@ _MAX_VERIFIED = 262_144
 
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-#: A read that fails rather than wait for the disk; 0 where the system knows none.
-_AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
-
-Waiting = Callable[[], AbstractContextManager[object]]
-
 #: How old the sum of all blocks may be, seconds.
 _COUNT_S = 5.0
 
@@ -96,8 +91,6 @@ class BlockCache:
         # Guarded by _lock.
         self._sweeper = Sweeper(folder, clock, limit_bytes=limit_bytes, floor_bytes=floor_bytes)
         self.descriptors = Descriptors()
-        #: Whether the file system says so where it would have to wait for the disk.
-        self._tells_waits = bool(_AT_ONCE)
         self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # looked into without
         self._told: set[str] = set()
         self._counted = (float("-inf"), 0)  # when, on the monotonic clock, and the bytes
@@ -153,24 +146,6 @@ class BlockCache:
                 return
             self._told.add(name)
         self._telemetry.failed(str(self.folder), "cache", error)
-
-    def read(self, fd: int, buffer: memoryview, start: int, waiting: Waiting) -> bool:
-        """Fill `buffer` from a file, and return whether there was enough.
-
-        Raises:
-            OSError: it cannot be read.
-        """
-        if not self._tells_waits:
-            return os.preadv(fd, (buffer,), start) == len(buffer)
-        try:
-            if os.preadv(fd, (buffer,), start, _AT_ONCE) == len(buffer):
-                return True
-        except BlockingIOError:
-            pass  # none of it is in memory
-        except OSError:  # it cannot tell, as tmpfs, or it cannot read
-            self._tells_waits = False
-        with waiting():
-            return os.preadv(fd, (buffer,), start) == len(buffer)
 
     def is_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> bool:
         """Tell whether a block was found sound, and is the same file still."""
@@ -259,7 +234,7 @@ class BlockFile:
             if not self._is_sound(fd, index, status, length, waiting):
                 self._cache.found_bad(self._path(index))
                 return False
-            is_whole = self._cache.read(fd, buffer, start, waiting)
+            is_whole = self._cache.descriptors.read(descriptor, buffer, start, waiting)
             now_ns = self._cache.now_ns()
             if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
                 os.utime(fd, ns=(now_ns, status.st_mtime_ns))

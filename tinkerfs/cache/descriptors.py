@@ -7,14 +7,22 @@ holds a descriptor holds the disk space of what was removed, so each is let go o
 import os
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from tinkerfs.cache.flight import in_thread
 
-__all__ = ["Descriptor", "Descriptors"]
+__all__ = ["Descriptor", "Descriptors", "Waiting"]
 
 #: How long a generation lasts, seconds, and how many it holds; two are kept at a time.
 GENERATION_S = 1.0
 MOST = 128
+
+#: A read that fails rather than wait for the disk (Linux, preadv2(2)); 0 where there is none.
+_AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
+
+#: Makes what is entered while something is waited for.
+Waiting = Callable[[], AbstractContextManager[object]]
 
 
 class Descriptor:
@@ -42,6 +50,8 @@ class Descriptors:
         self._young: dict[tuple[str, int], Descriptor] = {}
         self._old: dict[tuple[str, int], Descriptor] = {}
         self._is_swept = False
+        #: Whether the file system says so where it would have to wait for the disk.
+        self._tells_waits = bool(_AT_ONCE)
 
     def get(self, key: tuple[str, int]) -> Descriptor | None:
         """Return what is kept of a block."""
@@ -69,6 +79,33 @@ class Descriptors:
             for kept in (self._young, self._old):
                 for key in [key for key in kept if key[0] == file]:
                     del kept[key]
+
+    def read(
+        self, descriptor: Descriptor, buffer: memoryview, start: int, waiting: Waiting
+    ) -> bool:
+        """Fill `buffer` from `start` on, and return whether there was enough.
+
+        Args:
+            descriptor: of a file.
+            buffer: of bytes.
+            start: within the file.
+            waiting: entered while the disk is waited for.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        fd = descriptor.fd
+        if not self._tells_waits:
+            return os.preadv(fd, (buffer,), start) == len(buffer)
+        try:
+            if os.preadv(fd, (buffer,), start, _AT_ONCE) == len(buffer):
+                return True
+        except BlockingIOError:
+            pass  # none of it is in memory
+        except OSError:  # it cannot tell, as tmpfs, or it cannot read
+            self._tells_waits = False
+        with waiting():
+            return os.preadv(fd, (buffer,), start) == len(buffer)
 
     def _age(self) -> None:
         self._old, self._young = self._young, {}

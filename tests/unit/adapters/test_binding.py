@@ -79,16 +79,13 @@ def test_versions_are_read_as_libfuse_tells_them(version, major, words):
 
 def options(version, **wanted):
     wanted = {"read_only": False, "allow_other": False} | wanted
-    return Binding("x", Library("x", version), None).mount_options(**wanted)
+    return Binding("x", Library("x", version), None, None).mount_options(**wanted)
 
 
 def test_options_are_those_that_the_library_takes():
     # The other library refuses to mount over them.
-    assert "max_threads" not in options(29)
     assert "max_background" in options(29)
     assert "max_background" not in options(314)
-    assert "max_threads" in options(312)
-    assert "max_threads" not in options(311)
     assert "intr" in options(317)  # without it, Ctrl-C ends no wait there
     assert "intr" not in options(314)
     for version in (29, 39, 310, 314, 317):
@@ -102,10 +99,6 @@ def test_options_are_those_that_the_library_takes():
             "allow_other": True,
         }.items()
     )
-
-
-def test_waiting_reads_cannot_take_every_thread():
-    assert binding.MAX_BACKGROUND < binding.MAX_THREADS
 
 
 def test_no_binding_is_imported_before_it_is_wanted():

@@ -351,21 +351,3 @@ def test_the_bindings_structures_can_be_packed(module, major):
     found = theirs.c_stat.from_buffer_copy(packer_of(theirs.c_stat)(ATTR))
     assert (found.st_mode, found.st_size, found.st_ino) == (ATTR.mode, ATTR.size_bytes, ATTR.ino)
     assert found.st_mtimespec.tv_nsec == MTIME_NS % 10**9
-
-
-def test_a_thread_keeps_its_place_until_it_ends(libfuse):
-    # Of threads that Python did not start: each is known to it from its first request to its end.
-    pthread = ctypes.CDLL(None)
-    seen = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)
-    def work(_argument):
-        for _ in range(3):
-            libfuse.stat(b"/hello")
-        seen.append(threading.get_ident())
-
-    for _ in range(50):
-        thread = ctypes.c_ulong()
-        assert pthread.pthread_create(ctypes.byref(thread), None, work, None) == 0
-        assert pthread.pthread_join(thread, None) == 0
-    assert len(seen) == 50

@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +24,8 @@ class Requests:
 
     def context(self):
         return os.getuid(), os.getgid(), os.getpid()
+
+    waiting = staticmethod(nullcontext)
 
 
 @pytest.fixture
