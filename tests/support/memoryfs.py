@@ -6,6 +6,7 @@ For tests of the adapters alone: it can hang on purpose, and knows nothing of Ti
     /control            writable; holds what was last written; "bad" is EINVAL
     /folder/<0000...>   as many small files as asked for
     /folder/costly      listed without attributes
+    /many               the same without that, and a link, kept while `epoch` is the same
     /slow/read-<any>    opens at once, reads wait for ever
     /slow/open-<any>    opens wait for ever; so do stats of stat-<any>, listings of list-<any>/
     /cached-<bytes>     that many bytes through the page cache; reads wait for ever past `slow_from`
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 
 from tinkerfs import errors
 from tinkerfs.call import Call, Lease
+from tinkerfs.tree.listings import Listing
 from tinkerfs.tree.node import Attr, Entry, Space, inode
 from tinkerfs.tree.scan import Scan
 
@@ -83,9 +85,15 @@ class MemoryFileSystem:
     #: What was told holds until this is another number; of 0 not at all.
     epoch: int = 0
     changes: int = 0
+    #: Of folders, by path.
+    listings: dict[str, Listing] = field(default_factory=dict)
 
     def holds(self, lease: Lease, epoch: int) -> bool:
         return bool(epoch) and epoch == self.epoch and lease.holds(0.0)
+
+    def known(self, path: str) -> Listing | None:
+        listing = self.listings.get(path)
+        return listing if listing and self.holds(listing.lease, listing.epoch) else None
 
     def data(self, path: str) -> bytes:
         name = path.rpartition("/")[2]
@@ -106,6 +114,7 @@ class MemoryFileSystem:
                 "hello",
                 "control",
                 "folder",
+                "many",
                 "slow",
                 "cached-1048576",
                 "cached-slow",
@@ -114,6 +123,8 @@ class MemoryFileSystem:
             names += ["link", "removable", "empty", "stats", "\udcff"]
         elif path == "/folder":
             names = ["costly", *(f"{i:04}" for i in range(self.many))]
+        elif path == "/many":
+            names = ["link", *(f"{i:04}" for i in range(self.many))]
         elif path == "/slow":
             names = []
         elif path == "/empty" or path.startswith("/slow/list-"):
@@ -130,7 +141,7 @@ class MemoryFileSystem:
     def attr(self, path: str) -> Attr:
         names = self.names(path)
         parent, _, name = path.rpartition("/")
-        if path == "/link":
+        if name == "link":
             mode, size = stat.S_IFLNK | 0o777, len("folder/0000")
         elif names is not None and path not in self.removed:
             mode, size = stat.S_IFDIR | 0o755, 0
@@ -163,7 +174,12 @@ class MemoryFileSystem:
         entries = []
         for name in names:
             attr = self.attr(f"{path.rstrip('/')}/{name}")
-            entries.append(Entry(name, attr.ino, attr.mode, None if name == "costly" else attr))
+            target = self.readlink(name, call) if stat.S_ISLNK(attr.mode) else None
+            entries.append(
+                Entry(name, attr.ino, attr.mode, None if name == "costly" else attr, target)
+            )
+        if path == "/many":
+            self.listings[path] = Listing(tuple(entries), Lease(), self.epoch)
         return Scan(entries)
 
     def readlink(self, path: str, call: Call) -> str:

@@ -15,19 +15,21 @@ Called from many threads at once, each in one request.
 """
 
 import ctypes
+import functools
 import operator
 import os
 import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from tinkerfs import errors
 from tinkerfs.adapters.answers import Answers
+from tinkerfs.adapters.told import EVERYBODY, WHO_LOOKS, Row, Told, row_of
 from tinkerfs.call import Lease
-from tinkerfs.tree.node import Attr, Entry
+from tinkerfs.tree.node import Attr
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.fuse import Opened, Operations
@@ -110,7 +112,9 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return fh_at(info + fh_offset).value
 
     def getattr_(path: bytes | None, buffer: int, info: int | None = None) -> int:
-        answer = None if path is None or info else attributes.get(path)
+        answer = None
+        if path is not None and not info:
+            answer = attributes.get(path) or told_attributes(path)
         if answer is None:
             answer = look(path, info)
         elif not answer.is_of_folder:
@@ -119,6 +123,17 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
             return -answer.errno
         memmove(buffer, answer.packed, stat_bytes)
         return 0
+
+    def told_beside(path: bytes) -> tuple[Told | None, bytes]:
+        """Return what was told of the folder that a path is in, if that holds, and its name."""
+        folder, _, name = path.rpartition(b"/")
+        known = operations.known(folder.decode("utf-8", "surrogateescape") or "/")
+        return (None if known is None else known.made), name
+
+    def told_attributes(path: bytes) -> _Attributes | None:
+        told, name = told_beside(path)
+        row = None if told is None else told.row(name)
+        return None if row is None else _Attributes(row[1], row[2] == EVERYBODY)
 
     def look(path: bytes | None, info: int | None) -> _Attributes:
         is_kept = path is not None and not info and attributes.is_asked_again(path)
@@ -135,11 +150,14 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return answer
 
     def readlink(path: bytes, buffer: int, size: int) -> int:
-        try:
-            target = operations.readlink(path.decode("utf-8", "surrogateescape"))
-        except OSError as error:
-            return _refusal(error)
-        text = target.encode("utf-8", "surrogateescape")[: size - 1] + b"\0"
+        told, name = told_beside(path)
+        target = None if told is None else told.targets.get(name)
+        if target is None:
+            try:
+                target = _bytes(operations.readlink(path.decode("utf-8", "surrogateescape")))
+            except OSError as error:
+                return _refusal(error)
+        text = target[: size - 1] + b"\0"
         memmove(buffer, text, len(text))
         return 0
 
@@ -191,33 +209,41 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
 
     fill_arguments = (_ADDRESS, _PATH, _PATH, _OFFSET, *([_INT] if major == 3 else []))
     # Not `CFUNCTYPE`: it lets go of the interpreter around each entry, which takes as long again.
-    filler_at = ctypes.PYFUNCTYPE(_INT, *fill_arguments)
+    # libfuse has two of them.
+    filler_at = functools.lru_cache(8)(ctypes.PYFUNCTYPE(_INT, *fill_arguments))
+    plain, plus = ((0,), (_FILL_DIR_PLUS,)) if major == 3 else ((), ())
 
     def readdir(
         _path: bytes | None, buffer: int, filler: int, offset: int, info: int, flags: int = 0
     ) -> int:
         try:
-            entries = operations.readdir(fh_of(info), offset)
+            folder = operations.folder(fh_of(info))
+            rows: Iterable[Row]
+            if folder.known is None:
+                entries = operations.readdir(fh_of(info), offset)
+                rows = (row_of(entry, pack) for entry in entries)
+            else:
+                if folder.known.made is None:
+                    folder.known.made = Told(operations.readdir(fh_of(info), 0), pack)
+                rows = folder.known.made.since(offset)
         except OSError as error:
             return _refusal(error)
         fill = filler_at(filler)
-        # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
-        is_plus = bool(flags & _READDIR_PLUS) and operations.is_as_it_was(fh_of(info))
-        # Past the first buffer the kernel wants attributes where the caller looked at some already.
-        is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
+        # An entry without PLUS is looked up by who wants its attributes, and by nobody else: so a
+        # plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel remember
+        # what came with PLUS, 1.2 kB for the files of a checkpoint.
+        if not flags & _READDIR_PLUS or not operations.is_as_it_was(folder):
+            # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
+            least = EVERYBODY + 1
+        elif offset > 0 or operations.looks_at_files():
+            # Past the first buffer the kernel wants them where the caller looked at some already.
+            least = WHO_LOOKS
+        else:
+            least = EVERYBODY
         # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
         # with 0 it would collect everything first, on libfuse 3 without the attributes.
-        for index, entry in enumerate(entries, offset + 1):
-            attr, plus = entry.attr, _FILL_DIR_PLUS
-            # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
-            # so a plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel
-            # remember what came with PLUS, 1.2 kB for the files of a checkpoint: those of folders
-            # are sent to everybody, who will mostly go into them, those of files to who wants them.
-            if attr is None or not (is_wanted or (is_plus and stat.S_ISDIR(attr.mode))):
-                attr, plus = _kind_only(entry), 0
-            name = entry.name.encode("utf-8", "surrogateescape")
-            rest = (plus,) if major == 3 else ()
-            if fill(buffer, name, pack(attr), index, *rest):
+        for index, (name, packed, share) in enumerate(rows, offset + 1):
+            if fill(buffer, name, packed, index, *(plus if share >= least else plain)):
                 break
         return 0
 
@@ -277,13 +303,13 @@ def _text(path: bytes | None) -> str | None:
     return None if path is None else path.decode("utf-8", "surrogateescape")
 
 
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
 def _refusal(error: OSError) -> int:
     assert error.errno
     return -error.errno
-
-
-def _kind_only(entry: Entry) -> Attr:
-    return Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0, 0)
 
 
 def packer_of(structure: Any) -> Callable[[Attr], bytes]:

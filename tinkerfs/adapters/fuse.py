@@ -23,16 +23,19 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec
 from msgspec.structs import replace
 
 from tinkerfs import errors
+from tinkerfs.adapters.lookers import Lookers
+from tinkerfs.adapters.told import MOST_SENT
 from tinkerfs.call import Call, Caller, Lease
 from tinkerfs.tree.node import Attr, Entry, Handle, inode
 
 if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
+    from tinkerfs.tree.listings import Listing
     from tinkerfs.tree.scan import Scan
 
 __all__ = [
-    "Lookers",
     "Opened",
+    "OpenedFolder",
     "Operations",
     "Requests",
     "XattrOperations",
@@ -47,17 +50,14 @@ REMOVAL_TIMEOUT_S: Final = 10.0
 #: So may a listing that is being read, once its first part has come.
 PART_TIMEOUT_S: Final = 10.0
 
-#: So many entries are handed out at a time at the most; one reply takes some 20 to 1,000.
-_MOST_ENTRIES: Final = 256
-
 #: The kernel keeps attributes for 1 s (`binding.mount_options`); and a little for its clock.
 _FORGOTTEN_S: Final = 1.05
 #: That second begins when the process that asked takes the answer: so much later at most, on a busy
 #: machine, and before it opens what it asked about.
 _TAKEN_S: Final = 1.0
 
-#: Processes that look at files at a time.
-_MAX_LOOKERS: Final = 64
+#: `.` and `..` come before what a folder holds.
+_DOTS: Final = 2
 
 _BLOCK_BYTES: Final = 4096
 _NAME_MAX: Final = 255
@@ -92,23 +92,13 @@ class Opened(NamedTuple):
     keep_cache: bool
 
 
-class Lookers:
-    """The processes that have last asked for the attributes of files, by id. Thread-safe."""
+class OpenedFolder(NamedTuple):
+    """A folder that was opened: what was known of it, or else what comes of it."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pids: dict[int, None] = {}  # changed under _lock; looked into without
-
-    def __contains__(self, pid: int) -> bool:
-        return pid in self._pids
-
-    def add(self, pid: int) -> None:
-        """Remember one more, and of 64 the first no longer."""
-        if pid not in self._pids:
-            with self._lock:
-                self._pids[pid] = None
-                if len(self._pids) > _MAX_LOOKERS:
-                    del self._pids[next(iter(self._pids))]
+    path: str
+    known: "Listing | None"
+    scan: "Scan | None"
+    changes: int
 
 
 def _operation(
@@ -184,7 +174,7 @@ class Operations:
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and a number is used by one file alone.
         self._files: dict[int, Opened] = {}
-        self._scans: dict[int, tuple[tuple[Entry, ...], Scan, int]] = {}
+        self._folders: dict[int, OpenedFolder] = {}
         self._lookers = Lookers()
 
     @property
@@ -265,39 +255,52 @@ class Operations:
         """Answer readlink."""
         return self._filesystem.readlink(path, self._lookup)
 
+    def known(self, path: str) -> "Listing | None":
+        """As `FileSystem.known`; never where each operation is to be logged."""
+        return None if self.is_traced else self._filesystem.known(path)
+
     @_operation
     def opendir(self, path: str) -> int:
         """Fetch the listing, or its beginning: here, where a wait holds up nobody else."""
         changes = self._filesystem.changes
-        scan = self._filesystem.scandir(path, self._listing)
+        known = self._filesystem.known(path)
+        scan = None if known is not None else self._filesystem.scandir(path, self._listing)
         number = next(self._numbers)
-        parent = path.rpartition("/")[0] or "/"
-        dots = (
-            Entry(".", inode(path), stat.S_IFDIR, None),
-            Entry("..", inode(parent), stat.S_IFDIR, None),
-        )
-        self._scans[number] = (dots, scan, changes)
+        self._folders[number] = OpenedFolder(path, known, scan, changes)
         return number
+
+    def folder(self, fh: int) -> OpenedFolder:
+        """Return an open folder.
+
+        Raises:
+            OSError: EBADF, there is none.
+        """
+        try:
+            return self._folders[fh]
+        except KeyError:
+            raise errors.bad_handle("", "no such open folder") from None
 
     @_operation
     def readdir(self, fh: int, index: int) -> Sequence[Entry]:
-        """Return entries of an open folder from `index` on; none only at its end."""
-        try:
-            dots, scan, _changes = self._scans[fh]
-        except KeyError:
-            raise errors.bad_handle("", "no such open folder") from None
-        if index < len(dots):
-            return (*dots[index:], *scan.since(0, _MOST_ENTRIES))
-        return scan.since(index - len(dots), _MOST_ENTRIES)
+        """Return entries of an open folder from `index` on; none only at its end.
 
-    def is_as_it_was(self, fh: int) -> bool:
+        Of what was known of it, all.
+        """
+        folder = self.folder(fh)
+        if folder.known is not None:
+            return (*_dots(folder.path), *folder.known.entries)[index:]
+        assert folder.scan is not None
+        dots = _dots(folder.path)[index:]
+        return (*dots, *folder.scan.since(max(index - _DOTS, 0), MOST_SENT))
+
+    def is_as_it_was(self, folder: OpenedFolder) -> bool:
         """Tell whether nothing was changed through this mount since a folder was opened."""
-        return self._scans[fh][2] == self._filesystem.changes
+        return folder.changes == self._filesystem.changes
 
     @_operation
     def releasedir(self, fh: int) -> None:
         """Forget a listing."""
-        self._scans.pop(fh, None)
+        self._folders.pop(fh, None)
 
     @_operation
     def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:
@@ -452,6 +455,14 @@ class XattrOperations(Operations):
         """Refuse to remove an attribute."""
         self._filesystem.setxattr(path, name)
         return 0
+
+
+def _dots(path: str) -> tuple[Entry, ...]:
+    parent = path.rpartition("/")[0] or "/"
+    return (
+        Entry(".", inode(path), stat.S_IFDIR, None),
+        Entry("..", inode(parent), stat.S_IFDIR, None),
+    )
 
 
 def _let_bounds_expire(handle: Handle, asked_at: float, call: Call) -> None:

@@ -8,7 +8,6 @@ says more than "no such name" also lands in the mount's `errors`.
 import os
 import posixpath
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +17,10 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.call import Call, Lease
+from tinkerfs.tree.bounds import Bounds
 from tinkerfs.tree.handles import RenderedHandle, Versions, WeightsHandle
 from tinkerfs.tree.layout import ROOT
-from tinkerfs.tree.listings import Listings
+from tinkerfs.tree.listings import Listing, Listings
 from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
 from tinkerfs.tree.nodes import Node, Nodes, is_checkpoint
 from tinkerfs.tree.removal import Removals
@@ -34,9 +34,6 @@ _FOLDER_MODE = stat.S_IFDIR | 0o755
 _LINK_MODE = stat.S_IFLNK | 0o777
 _WRITE_BITS = 0o222
 _XATTR_NAMESPACE = "user."
-#: So many bounds are remembered as told before those are forgotten that nobody can still know.
-_MAX_TOLD = 4096
-_TOLD_S = 10.0
 #: As many links as Linux follows in one path (path_resolution(7)).
 _MAX_LINKS = 40
 
@@ -59,8 +56,7 @@ class FileSystem:
         self._listings = Listings(model)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
-        #: When a size that is a mere bound was told last, by path, on the monotonic clock.
-        self._told_at: dict[str, float] = {}
+        self._bounds = Bounds()
         self._versions = Versions()
         self._mode_mask = ~(settings.umask | (_WRITE_BITS if settings.read_only else 0))
 
@@ -91,13 +87,20 @@ class FileSystem:
 
         The call is told how long they hold, or that there is nothing.
         """
-        attr = None if self._removals.is_anything_hidden else self._listings.attr(path, call)
-        if attr is not None:
-            return attr
+        entry = self._known_entry(path, call)
+        if entry is not None and entry.attr is not None:
+            return entry.attr
         try:
             return self._attr(self._nodes.resolve(path, call), call)
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "stat")
+
+    def known(self, path: str) -> Listing | None:
+        """Return what a folder holds where that was listed before and holds still."""
+        return None if self._removals.is_anything_hidden else self._listings.kept(path)
+
+    def _known_entry(self, path: str, call: Call) -> Entry | None:
+        return None if self._removals.is_anything_hidden else self._listings.entry(path, call)
 
     def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
         """Return what a folder holds, without `.` and `..`, in the table's order."""
@@ -109,17 +112,16 @@ class FileSystem:
         Where a listing takes the server a while its first part will do; what cannot be listed at
         all fails here, what breaks off later fails where it does.
         """
-        is_anything_hidden = self._removals.is_anything_hidden
-        kept = None if is_anything_hidden else self._listings.kept(path)
-        if kept is not None:
-            return Scan(kept)
+        known = self.known(path)
+        if known is not None:
+            return Scan(known.entries)
         try:
             folder = self._nodes.resolve(path, call)
             if not isinstance(folder.row, Folder):
                 raise errors.not_a_directory(path)
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "list")
-        if is_anything_hidden:
+        if self._removals.is_anything_hidden:
             scan = Scan(more=lambda: self._entries(folder, call))
         else:
             scan = self._listings.scan(folder, call, self._entries)
@@ -128,6 +130,9 @@ class FileSystem:
 
     def readlink(self, path: str, call: Call) -> str:
         """Return where a symbolic link points, relative to its folder."""
+        entry = self._known_entry(path, call)
+        if entry is not None and entry.target is not None:
+            return entry.target
         try:
             node = self._nodes.resolve(path, call)
             if not isinstance(node.row, Link):
@@ -212,7 +217,7 @@ class FileSystem:
             lambda call: self._read_again(path, call),
             (lambda text, call: self._store(node, text, call)) if is_for_writing else None,
             direct_io=not self._renderings.is_settled(node),
-            told_at=self._bound_told_at(path),
+            told_at=self._bounds.told_at(path),
         )
 
     def _open_stream(self, node: Node, row: Stream, call: Call) -> Handle:
@@ -224,7 +229,7 @@ class FileSystem:
             file,
             lambda error: self._fail(error, path, "read"),
             versions=self._versions,
-            told_at=self._bound_told_at(path),
+            told_at=self._bounds.told_at(path),
         )
 
     def truncate(self, path: str, size: int, call: Call) -> None:
@@ -340,13 +345,23 @@ class FileSystem:
                 if isinstance(row, File) and row.is_costly and not self._renderings.has(node):
                     yield Entry(name, inode(node.path), self._file_mode(row), None)
                 else:
-                    attr = self._attr(node, call, mtime_ns)
-                    yield Entry(name, attr.ino, attr.mode, attr)
+                    target = self._target(node, call) if isinstance(row, Link) else None
+                    attr = self._attr(node, call, mtime_ns, target)
+                    yield Entry(name, attr.ino, attr.mode, attr, target)
         except (errors.ApiError, OSError) as error:
             self._fail(error, folder.path, "list")
 
-    def _attr(self, node: Node, call: Call, folder_ns: int | None = None) -> Attr:
-        """Return a node's attributes; `folder_ns` is its folder's time, where that is known."""
+    def _attr(
+        self, node: Node, call: Call, folder_ns: int | None = None, target: str | None = None
+    ) -> Attr:
+        """Return a node's attributes.
+
+        Args:
+            node: whose.
+            call: as in all of these.
+            folder_ns: its folder's time, where that is known.
+            target: a link's, where that is known.
+        """
         row, site = node.row, self._nodes.site(node, call)
         nlink, blocks, size_bytes = 1, 0, 0
         if isinstance(row, Folder):
@@ -355,7 +370,8 @@ class FileSystem:
             blocks = row.blocks(site) if row.blocks is not None else 0
         elif isinstance(row, Link):
             mode = _LINK_MODE
-            size_bytes = len(self._target(node, call).encode("utf-8", "surrogateescape"))
+            target = self._target(node, call) if target is None else target
+            size_bytes = len(target.encode("utf-8", "surrogateescape"))
         else:
             mode = self._file_mode(row)
             size_bytes = self._size_bytes(node, row, call)
@@ -379,23 +395,8 @@ class FileSystem:
         was_exact = row.is_exact(site)
         size_bytes = row.told_bytes(site)
         if not (was_exact and row.is_exact(site)):
-            self._bound_told(node.path)
+            self._bounds.told(node.path)
         return size_bytes
-
-    def _bound_told_at(self, path: str) -> float | None:
-        """Return when a bound was told last; None once a handle had the time to make up for it."""
-        told_at = self._told_at.get(path)
-        if told_at is not None and time.monotonic() - told_at > _TOLD_S:
-            self._told_at.pop(path, None)
-        return told_at
-
-    def _bound_told(self, path: str) -> None:
-        now = time.monotonic()
-        if len(self._told_at) >= _MAX_TOLD:
-            for each, at in list(self._told_at.items()):
-                if now - at > _TOLD_S:
-                    self._told_at.pop(each, None)
-        self._told_at[path] = now
 
     def _mtime_ns(self, node: Node, call: Call) -> int:
         if node.row.mtime_ns is not None:

@@ -5,16 +5,17 @@ Making them is most of what a walk costs: 45 us for the eight entries of a check
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
 from tinkerfs.call import Call, Lease
-from tinkerfs.tree.node import Attr, Entry
+from tinkerfs.tree.node import Entry
 from tinkerfs.tree.nodes import Node
 from tinkerfs.tree.rows import Model
 from tinkerfs.tree.scan import Scan
 
-__all__ = ["Listings"]
+__all__ = ["Listing", "Listings"]
 
 #: So many entries are kept before all are forgotten, 160 bytes each: of 1,000 runs x 10.
 _MAX_ENTRIES = 98_304
@@ -24,23 +25,32 @@ _MAX_ENTRIES = 98_304
 _FEW = 16
 
 
-class _Listing(msgspec.Struct):
+class Listing(msgspec.Struct):
+    """What a folder holds, as it was listed.
+
+    Attributes:
+        entries: all of them, each with its attributes.
+        lease: how long they hold.
+        epoch: the catalogue's, from before they were made.
+        made: what an adapter made of them, kept as long as they are; None until then.
+    """
+
     entries: tuple[Entry, ...]
     lease: Lease
     epoch: int
-    by_name: dict[str, Entry] | None = None
+    made: Any = None
+    _by_name: dict[str, Entry] | None = None
 
-    def attr(self, name: str) -> Attr | None:
-        """Return the attributes of the entry of that name, None where there is none."""
+    def entry(self, name: str) -> Entry | None:
+        """Return the entry of that name, None where there is none."""
         if len(self.entries) <= _FEW:
             for entry in self.entries:
                 if entry.name == name:
-                    return entry.attr
+                    return entry
             return None
-        if self.by_name is None:
-            self.by_name = {entry.name: entry for entry in self.entries}
-        entry_of_many = self.by_name.get(name)
-        return None if entry_of_many is None else entry_of_many.attr
+        if self._by_name is None:
+            self._by_name = {entry.name: entry for entry in self.entries}
+        return self._by_name.get(name)
 
 
 class Listings:
@@ -50,27 +60,11 @@ class Listings:
         self._model = model
         # Single operations on a dict are atomic; a sum that two threads got wrong evens out when
         # all is forgotten.
-        self._kept: dict[str, _Listing] = {}
+        self._kept: dict[str, Listing] = {}
         self._kept_entries = 0
 
-    def kept(self, path: str) -> tuple[Entry, ...] | None:
+    def kept(self, path: str) -> Listing | None:
         """Return what a folder holds, as it was made before; None where something has changed."""
-        kept = self._holding(path)
-        return None if kept is None else kept.entries
-
-    def attr(self, path: str, call: Call) -> Attr | None:
-        """Return the attributes of a path that its folder's listing tells, None where none does.
-
-        The call is told how long they hold.
-        """
-        folder, _, name = path.rpartition("/")
-        kept = self._holding(folder or "/")
-        attr = None if kept is None else kept.attr(name)
-        if kept is not None and attr is not None:
-            call.rests_on_all_of(kept.lease)
-        return attr
-
-    def _holding(self, path: str) -> _Listing | None:
         kept = self._kept.get(path)
         if (
             kept is not None
@@ -79,6 +73,18 @@ class Listings:
         ):
             return kept
         return None
+
+    def entry(self, path: str, call: Call) -> Entry | None:
+        """Return what its folder's listing tells of a path, None where none does.
+
+        The call is told how long it holds.
+        """
+        folder, _, name = path.rpartition("/")
+        kept = self.kept(folder or "/")
+        entry = None if kept is None else kept.entry(name)
+        if kept is not None and entry is not None:
+            call.rests_on_all_of(kept.lease)
+        return entry
 
     def scan(
         self, folder: Node, call: Call, entries_of: Callable[[Node, Call], Iterator[Entry]]
@@ -90,13 +96,16 @@ class Listings:
         def whole(entries: tuple[Entry, ...]) -> None:
             # An entry that lacks its attributes gets them as soon as they are known.
             if not lease.is_void and all(entry.attr is not None for entry in entries):
-                self._keep(folder.path, _Listing(entries, lease, epoch))
+                self._keep(folder.path, Listing(entries, lease, epoch))
 
         return Scan(more=lambda: entries_of(folder, call.leasing(lease)), whole=whole)
 
-    def _keep(self, path: str, listing: _Listing) -> None:
+    def _keep(self, path: str, listing: Listing) -> None:
         if len(listing.entries) > _MAX_ENTRIES // 4:
             return
+        before = self._kept.pop(path, None)
+        if before is not None:
+            self._kept_entries -= len(before.entries)
         if self._kept_entries + len(listing.entries) > _MAX_ENTRIES:
             self._kept.clear()
             self._kept_entries = 0

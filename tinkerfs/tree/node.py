@@ -49,12 +49,14 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
         ino: as `Attr.ino`.
         mode: at least the file type bits.
         attr: its attributes, None where telling them would cost a call.
+        target: of a symbolic link that has attributes, as `readlink` tells it.
     """
 
     name: str
     ino: int
     mode: int
     attr: Attr | None
+    target: str | None = None
 
 
 class Space(msgspec.Struct, frozen=True, gc=False):

@@ -286,6 +286,50 @@ def test_what_a_walk_comes_by_again_and_again_is_not_asked_again(kept):
     assert [kept.is_asked_again(b"%d" % number) for number in (19, 15, 2)] == [True, True, False]
 
 
+@pytest.mark.parametrize("major", [2, 3])
+@pytest.mark.parametrize("many", [8, 40])
+def test_what_was_told_of_a_folder_is_told_again_without_a_look_while_it_holds(
+    many, major, monkeypatch
+):
+    libfuse = Libfuse(major, MemoryFileSystem(many=many, epoch=1))
+    filesystem = libfuse.filesystem
+    first = libfuse.listed(b"/many", 1000, 1)
+    again = libfuse.listed(b"/many", 7, 1)
+    assert [(name, at) for name, _status, at, _plus in first] == [
+        (name, at) for name, _status, at, _plus in again
+    ]
+    filesystem.stats.clear()
+    looked = []
+    monkeypatch.setattr(libfuse.operations, "looked_at_file", lambda: looked.append(1))
+    monkeypatch.setattr(filesystem, "readlink", lambda _path, _call: "another")
+    for name in (b"0000", b"%04d" % (many - 1)):
+        status, found = libfuse.stat(b"/many/" + name)
+        assert (status, found.st_size, found.st_mtimespec.tv_nsec) == (0, 6, MTIME_NS % 10**9)
+    assert looked == [1, 1]
+    assert libfuse.target(b"/many/link") == b"folder/0000"
+    assert libfuse.target(b"/many/link", 7) == b"folder"
+    assert filesystem.stats == []
+    assert libfuse.stat(b"/many/none")[0] == -errno.ENOENT
+    assert libfuse.stat(b"/many/0000/none")[0] == -errno.ENOENT
+    filesystem.epoch, filesystem.stats = 2, []
+    libfuse.stat(b"/many/0000")
+    assert filesystem.stats == ["/many/0000"]
+    assert libfuse.target(b"/many/link") == b"another"
+
+
+def test_each_look_is_made_and_logged_where_operations_are_traced(caplog, monkeypatch):
+    libfuse = Libfuse(3, MemoryFileSystem(epoch=1))
+    monkeypatch.setattr(libfuse.operations, "is_traced", True)
+    caplog.set_level("DEBUG")
+    for _ in range(3):
+        libfuse.listed(b"/many", 1000, 1)
+        libfuse.stat(b"/many/0000")
+        libfuse.target(b"/many/link")
+    assert libfuse.filesystem.stats == ["/many/0000"] * 3
+    for line in ("opendir /many", "getattr /many/0000", "readlink /many/link"):
+        assert caplog.messages.count(line) == 3
+
+
 @pytest.mark.parametrize("room", [1, 7, 1000])
 def test_a_listing_is_resumed_where_the_buffer_was_full(libfuse, room):
     found = libfuse.listed(b"/folder", room, 0)
@@ -300,7 +344,7 @@ def test_attributes_come_along_with_folders_and_to_who_looks_at_files():
     libfuse = Libfuse(3)
     of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/", 1000, 1)}
     assert of[b"folder"][1] == 2, "who lists it will mostly go into it"
-    assert (of[b"hello"][0].st_size, of[b"hello"][1]) == (0, 0)
+    assert of[b"hello"][1] == 0
     libfuse.stat(b"/hello")
     of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/", 1000, 1)}
     assert (of[b"hello"][0].st_size, of[b"hello"][1]) == (6, 2)

@@ -12,7 +12,8 @@ import pytest
 
 from tests.support.memoryfs import MemoryFileSystem
 from tinkerfs.adapters import binding, fuse
-from tinkerfs.adapters.fuse import Lookers, Operations, XattrOperations
+from tinkerfs.adapters.fuse import Operations, XattrOperations
+from tinkerfs.adapters.lookers import Lookers
 from tinkerfs.call import Call, Lease
 
 
@@ -62,10 +63,12 @@ def test_a_misspelt_operation_cannot_hide(module, major):
         "add",
         "epoch",
         "flag_nullpath_ok",
+        "folder",
         "holds",
         "is_as_it_was",
         "is_stopping",
         "is_traced",
+        "known",
         "looked_at_file",
         "looks_at_files",
         "use_ns",
@@ -222,6 +225,9 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
     bounds = {}
 
     class Recording:
+        def known(self, _path):
+            return None
+
         def __getattr__(self, name):
             def method(*args):
                 (call,) = [each for each in args if isinstance(each, Call)]

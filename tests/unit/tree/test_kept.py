@@ -19,6 +19,7 @@ from tests.unit.adapters.test_callbacks import Libfuse
 from tinkerfs.call import Call
 from tinkerfs.catalogue.listings import RunListing
 from tinkerfs.demo.server import DemoServer
+from tinkerfs.tree import listings as listings_module
 from tinkerfs.tree import nodes as nodes_module
 from tinkerfs.tree import renderings as renderings_module
 from tinkerfs.tree.filesystem import FileSystem
@@ -127,21 +128,44 @@ def told(filesystem, folder="/", *, checks=True):
 class Answers:
     """What libfuse is answered about every path that ever was, and one in each folder that is not.
 
-    Each is asked about three times, so that most of what is told was kept before.
+    Each is asked about three times, and each folder is listed as often, so that most of what is
+    told was kept before.
     """
 
-    def __init__(self, filesystem):
-        self.filesystem = filesystem
-        self.kept = Libfuse(3, filesystem)
+    def __init__(self, account):
+        self.account = account
+        self.kept = Libfuse(3, account.filesystem)
         self.paths = set()
 
     def check(self):
-        found = {path for path in told(self.filesystem) if isinstance(path, str)}
+        found = {path for path in told(self.account.filesystem) if isinstance(path, str)}
         self.paths |= {name for path in found for name in (path, f"{path}/nothing")}
-        for path in map(str.encode, sorted(self.paths) * 3):
-            anew = Libfuse(3, self.filesystem)
-            for ask in (packed, Libfuse.target, Libfuse.bytes):
-                assert ask(self.kept, path) == ask(anew, path), path
+        for _ in range(3):
+            anew, beside = Libfuse(3, self.account.anew()), Libfuse(3, self.account.filesystem)
+            for path in map(str.encode, sorted(self.paths)):
+                for ask in (packed, Libfuse.target):
+                    assert ask(self.kept, path) == ask(anew, path), path
+                # Whether they pass the kernel's cache by is a matter of when they were made.
+                assert Libfuse.bytes(self.kept, path) == Libfuse.bytes(beside, path), path
+                if stat.S_ISDIR(anew.stat(path)[1].st_mode):
+                    self.kept.operations.looked_at_file()
+                    self.check_listing(path, anew)
+
+    def check_listing(self, path, anew):
+        kept = self.kept.listed(path, 9, 1)
+        names = [(name, offset) for name, _status, offset, _plus in kept]
+        assert names == [(name, at) for name, _status, at, _plus in anew.listed(path, 1000, 0)]
+        for name, status, _offset, plus in kept:
+            if plus:
+                assert bytes(status) == packed(anew, b"%b/%b" % (path, name))[1], (path, name)
+
+
+def list_all(libfuse):
+    """List every folder, twice: so what they hold is kept as libfuse is told it."""
+    for path, attr in told(libfuse.filesystem).items():
+        if is_folder(path, attr):
+            for _ in range(2):
+                libfuse.listed(path.encode(), 9, 1)
 
 
 def packed(libfuse, path):
@@ -166,7 +190,7 @@ STEPS = st.one_of(
 def test_what_is_kept_is_what_would_be_found_anew(tmp_path_factory, steps):
     with made(tmp_path_factory.mktemp("kept")) as account:
         account.settle()
-        answers = Answers(account.filesystem)
+        answers = Answers(account)
         answers.check()
         for step, argument in steps:
             # A checkpoint may be gone by now.
@@ -206,6 +230,8 @@ def test_an_answer_ends_with_what_it_rests_on(account, change, name, ask, is_lis
         ask(Libfuse(3, filesystem), path)
         account.time.advance(2.1)
     libfuse = Libfuse(3, filesystem)
+    if is_listed:
+        list_all(libfuse)
     before = ask(libfuse, path)
     assert [ask(libfuse, path) for _ in range(3)] == [before] * 3
     match change:
@@ -292,6 +318,50 @@ def test_a_listing_is_made_once_while_it_holds(account):
     account.save(0)
     account.time.advance(31)
     assert len(account.filesystem.listdir(folder, CALL)) == len(kept) + 1
+
+
+def test_what_is_known_of_a_folder_ends_with_what_it_rests_on(account):
+    folder = account.checkpoint
+    account.settle()
+    filesystem = account.anew()
+    filesystem.stat(f"{folder}/info.json", CALL)
+    assert filesystem.known(folder) is None, "nobody has listed it"
+    entries = filesystem.listdir(folder, CALL)
+    assert filesystem.known(folder).entries is entries
+    targets = {entry.name: entry.target for entry in entries if entry.target}
+    assert set(targets) == {"archive_url", "archive.tar", "files", "tensors.json"}
+    for name, target in targets.items():
+        assert account.anew().readlink(f"{folder}/{name}", CALL) == target
+    account.time.advance(31)
+    assert filesystem.known(folder) is None
+    account.settle()
+    filesystem.listdir(folder, CALL)
+    assert filesystem.known(folder) is not None
+    filesystem.unlink(f"{folder}/tinker_path", CALL)
+    assert filesystem.known(folder) is None, "something is hidden"
+
+
+def test_a_listing_that_takes_anothers_place_counts_once(account, monkeypatch):
+    filesystem = account.anew()
+    account.settle()
+    folders = [path for path, attr in told(filesystem).items() if is_folder(path, attr)]
+    listings = filesystem._listings
+    for number in range(4):
+        account.save(number)
+        account.refresh(0)
+        account.settle()
+        for folder in folders:
+            filesystem.listdir(folder, CALL)
+    assert listings._kept_entries == sum(len(each.entries) for each in listings._kept.values())
+    monkeypatch.setattr(listings_module, "_MAX_ENTRIES", 40)
+    for folder in folders:
+        listings._kept.pop(folder, None)
+        filesystem.listdir(folder, CALL)
+        assert sum(len(each.entries) for each in listings._kept.values()) <= 40
+
+
+def is_folder(path, attr):
+    return isinstance(path, str) and stat.S_ISDIR(attr.mode)
 
 
 def test_what_changes_at_every_look_is_not_kept(account):

@@ -26,9 +26,9 @@ def test_a_bound_is_remembered_also_if_the_length_becomes_known_while_it_is_told
         run = server.account.runs()[0]
         checkpoint = f"/runs/{run.id}/checkpoints/{run.checkpoints[0].id}"
         path = filesystem.follow(f"{checkpoint}/archive.tar", CALL)
-        filesystem._told_at.clear()
+        filesystem._bounds._told_at.clear()
         rest = iter([*answers, *answers[-1:] * 9])
         weights = filesystem._model.weights
         monkeypatch.setattr(type(weights), "archive_bytes", lambda *_args: next(rest))
         filesystem.stat(path, CALL)
-        assert (filesystem._bound_told_at(path) is not None) == is_bound
+        assert (filesystem._bounds.told_at(path) is not None) == is_bound
