@@ -284,7 +284,8 @@ class RemoteFile:
         begin, length = index * BLOCK_BYTES, self.block_bytes(index)
         self._disk.prepare()
         with self._disk.claimed(index, self._timeout_s):
-            data = self._disk.read(index, 0, length, length)
+            # Looked for first: to read it memory is made, and cleared.
+            data = self._disk.read(index, 0, length, length) if self._disk.has(index) else None
             if data is not None:  # another process had it under way
                 self._landed(index, data)
                 return
