@@ -92,7 +92,8 @@ def mounted(server: Serves, binding: str, cache: Path, *options: str) -> Iterato
     environ = daemon_environment(server, binding)
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as folder:
         command = [*TINKERFS, "mount", folder, "--cache-dir", str(cache), *options]
-        subprocess.run(command, env=environ, check=True, timeout=60)
+        # Without a time-out, which it has itself: with one, Python looks every 50 ms.
+        subprocess.run(command, env=environ, check=True)
         try:
             yield Path(folder)
         finally:
