@@ -33,6 +33,7 @@ from tinkerfs.tree.node import Attr
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.fuse import Opened, Operations
+    from tinkerfs.tree.listings import Listing
 
 __all__ = ["callbacks_of", "packer_of", "with_callbacks"]
 
@@ -124,16 +125,20 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         memmove(buffer, answer.packed, stat_bytes)
         return 0
 
-    def told_beside(path: bytes) -> tuple[Told | None, bytes]:
-        """Return what was told of the folder that a path is in, if that holds, and its name."""
+    def known_beside(path: bytes) -> "tuple[Listing | None, bytes]":
+        """Return what is known of the folder that a path is in, if that holds, and its name."""
         folder, _, name = path.rpartition(b"/")
-        known = operations.known(folder.decode("utf-8", "surrogateescape") or "/")
-        return (None if known is None else known.made), name
+        return operations.known(folder.decode("utf-8", "surrogateescape") or "/"), name
 
     def told_attributes(path: bytes) -> _Attributes | None:
-        told, name = told_beside(path)
-        row = None if told is None else told.row(name)
-        return None if row is None else _Attributes(row[1], row[2] == EVERYBODY)
+        known, name = known_beside(path)
+        row = None if known is None or known.made is None else known.made.row(name)
+        if known is None or row is None:
+            return None
+        answer = _Attributes(row[1], row[2] == EVERYBODY)
+        if attributes.is_asked_again(path):  # by the path alone it is found in half the time
+            attributes.keep(path, answer, known.lease, known.epoch)
+        return answer
 
     def look(path: bytes | None, info: int | None) -> _Attributes:
         is_kept = path is not None and not info and attributes.is_asked_again(path)
@@ -150,8 +155,8 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return answer
 
     def readlink(path: bytes, buffer: int, size: int) -> int:
-        told, name = told_beside(path)
-        target = None if told is None else told.targets.get(name)
+        known, name = known_beside(path)
+        target = None if known is None or known.made is None else known.made.targets.get(name)
         if target is None:
             try:
                 target = _bytes(operations.readlink(path.decode("utf-8", "surrogateescape")))
