@@ -29,7 +29,7 @@ from tinkerfs import errors
 from tinkerfs.adapters.answers import Answers
 from tinkerfs.adapters.told import EVERYBODY, WHO_LOOKS, Row, Told, row_of
 from tinkerfs.call import Lease
-from tinkerfs.tree.node import Attr
+from tinkerfs.tree.node import Attr, dots
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.fuse import Opened, Operations
@@ -223,14 +223,15 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     ) -> int:
         try:
             folder = operations.folder(fh_of(info))
+            known = folder.known
             rows: Iterable[Row]
-            if folder.known is None:
+            if known is not None:
+                if known.made is None:
+                    known.made = Told((*dots(folder.path), *known.entries), pack)
+                rows = known.made.since(offset)
+            else:
                 entries = operations.readdir(fh_of(info), offset)
                 rows = (row_of(entry, pack) for entry in entries)
-            else:
-                if folder.known.made is None:
-                    folder.known.made = Told(operations.readdir(fh_of(info), 0), pack)
-                rows = folder.known.made.since(offset)
         except OSError as error:
             return _refusal(error)
         fill = filler_at(filler)

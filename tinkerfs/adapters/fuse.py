@@ -26,12 +26,12 @@ from tinkerfs import errors
 from tinkerfs.adapters.lookers import Lookers
 from tinkerfs.adapters.told import MOST_SENT
 from tinkerfs.call import Call, Caller, Lease
-from tinkerfs.tree.node import Attr, Entry, Handle, inode
+from tinkerfs.tree.node import DOTS, Attr, Entry, Handle, dots
+from tinkerfs.tree.scan import Scan
 
 if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
     from tinkerfs.tree.listings import Listing
-    from tinkerfs.tree.scan import Scan
 
 __all__ = [
     "Opened",
@@ -55,9 +55,6 @@ _FORGOTTEN_S: Final = 1.05
 #: That second begins when the process that asked takes the answer: so much later at most, on a busy
 #: machine, and before it opens what it asked about.
 _TAKEN_S: Final = 1.0
-
-#: `.` and `..` come before what a folder holds.
-_DOTS: Final = 2
 
 _BLOCK_BYTES: Final = 4096
 _NAME_MAX: Final = 255
@@ -93,11 +90,11 @@ class Opened(NamedTuple):
 
 
 class OpenedFolder(NamedTuple):
-    """A folder that was opened: what was known of it, or else what comes of it."""
+    """A folder that was opened: what was known of it, if anything was, and what comes of it."""
 
     path: str
     known: "Listing | None"
-    scan: "Scan | None"
+    scan: Scan
     changes: int
 
 
@@ -263,8 +260,11 @@ class Operations:
     def opendir(self, path: str) -> int:
         """Fetch the listing, or its beginning: here, where a wait holds up nobody else."""
         changes = self._filesystem.changes
-        known = self._filesystem.known(path)
-        scan = None if known is not None else self._filesystem.scandir(path, self._listing)
+        known = self.known(path)
+        if known is not None:
+            scan = Scan(known.entries)
+        else:
+            scan = self._filesystem.scandir(path, self._listing)
         number = next(self._numbers)
         self._folders[number] = OpenedFolder(path, known, scan, changes)
         return number
@@ -282,16 +282,10 @@ class Operations:
 
     @_operation
     def readdir(self, fh: int, index: int) -> Sequence[Entry]:
-        """Return entries of an open folder from `index` on; none only at its end.
-
-        Of what was known of it, all.
-        """
+        """Return entries of an open folder from `index` on; none only at its end."""
         folder = self.folder(fh)
-        if folder.known is not None:
-            return (*_dots(folder.path), *folder.known.entries)[index:]
-        assert folder.scan is not None
-        dots = _dots(folder.path)[index:]
-        return (*dots, *folder.scan.since(max(index - _DOTS, 0), MOST_SENT))
+        entries = folder.scan.since(max(index - DOTS, 0), MOST_SENT)
+        return (*dots(folder.path)[index:], *entries) if index < DOTS else entries
 
     def is_as_it_was(self, folder: OpenedFolder) -> bool:
         """Tell whether nothing was changed through this mount since a folder was opened."""
@@ -455,14 +449,6 @@ class XattrOperations(Operations):
         """Refuse to remove an attribute."""
         self._filesystem.setxattr(path, name)
         return 0
-
-
-def _dots(path: str) -> tuple[Entry, ...]:
-    parent = path.rpartition("/")[0] or "/"
-    return (
-        Entry(".", inode(path), stat.S_IFDIR, None),
-        Entry("..", inode(parent), stat.S_IFDIR, None),
-    )
 
 
 def _let_bounds_expire(handle: Handle, asked_at: float, call: Call) -> None:

@@ -115,6 +115,7 @@ class FileSystem:
         known = self.known(path)
         if known is not None:
             return Scan(known.entries)
+        epoch = self.epoch
         try:
             folder = self._nodes.resolve(path, call)
             if not isinstance(folder.row, Folder):
@@ -124,7 +125,7 @@ class FileSystem:
         if self._removals.is_anything_hidden:
             scan = Scan(more=lambda: self._entries(folder, call))
         else:
-            scan = self._listings.scan(folder, call, self._entries)
+            scan = self._listings.scan(folder, call, self._entries, epoch)
         scan.since(0, 1)
         return scan
 

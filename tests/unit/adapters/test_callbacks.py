@@ -7,6 +7,7 @@ import stat
 import threading
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from tests.support.memoryfs import MTIME_NS, MemoryFileSystem
@@ -14,10 +15,13 @@ from tests.unit.adapters.test_operations import Requests
 from tinkerfs.adapters import answers, binding
 from tinkerfs.adapters.callbacks import callbacks_of, packer_of, with_callbacks
 from tinkerfs.adapters.fuse import Operations
+from tinkerfs.adapters.told import Told
 from tinkerfs.call import Lease
-from tinkerfs.tree.node import Attr
+from tinkerfs.tree.listings import Listing
+from tinkerfs.tree.node import Attr, Entry, dots
 
 ATTR = Attr(stat.S_IFREG | 0o640, 5_000_000_000, MTIME_NS, 2**63 - 25, 3, 9_765_625, 1000, 65534)
+ENTRY = Entry("file", ATTR.ino, ATTR.mode, ATTR)
 
 
 class Time(ctypes.Structure):
@@ -328,6 +332,24 @@ def test_each_look_is_made_and_logged_where_operations_are_traced(caplog, monkey
     assert libfuse.filesystem.stats == ["/many/0000"] * 3
     for line in ("opendir /many", "getattr /many/0000", "readlink /many/link"):
         assert caplog.messages.count(line) == 3
+    readings = [line for line in caplog.messages if line.startswith("readdir ")]
+    assert len(readings) == 6, "each to its end"
+
+
+@pytest.mark.parametrize("count", [2, 14, 15, 40])
+def test_of_two_of_one_name_the_first_counts(count):
+    pack = packer_of(OnX86)
+    links = [Attr(stat.S_IFLNK | 0o777, n, MTIME_NS, n + 2, 1, 0, 0, 0) for n in range(count)]
+    entries = [Entry(f"{n}", a.ino, a.mode, a, f"to {n}") for n, a in enumerate(links)]
+    twice = [entries[0], msgspec.structs.replace(ENTRY, name="0"), *entries[1:], entries[-1]]
+    told = Told((*dots("/folder"), *twice), pack)
+    assert told.row(b"0")[1] == pack(entries[0].attr)
+    assert told.targets == {f"{n}".encode(): f"to {n}".encode() for n in range(count)}
+    told = Told((*dots("/folder"), msgspec.structs.replace(ENTRY, name="0"), *entries), pack)
+    assert told.row(b"0")[1] == pack(ATTR)
+    assert b"0" not in told.targets
+    listing = Listing((msgspec.structs.replace(ENTRY, name="0"), *entries), Lease(), 1)
+    assert listing.entry("0").attr is ATTR
 
 
 @pytest.mark.parametrize("room", [1, 7, 1000])

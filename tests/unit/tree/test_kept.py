@@ -71,7 +71,9 @@ class Account:
 
     def anew(self):
         """A file system over the same model that has looked at nothing yet."""
-        return FileSystem(self.filesystem._model, self.filesystem._cache_dir)
+        filesystem = FileSystem(self.filesystem._model, self.filesystem._cache_dir)
+        filesystem._removals = filesystem._nodes._removals = self.filesystem._removals
+        return filesystem
 
     # What may happen; each is a rule of the property below.
 
@@ -91,6 +93,10 @@ class Account:
         path = f"/runs/{run_id}/checkpoints/{name}/published"
         value = b"0" if self.filesystem.open(path, 0, CALL).read(1, 0, CALL) == b"1" else b"1"
         self.filesystem.open(path, 1, CALL).write(value, CALL)
+
+    def unlink(self, index):
+        run_id, name = self.checkpoint_id(index)
+        self.filesystem.unlink(f"/runs/{run_id}/checkpoints/{name}/tinker_path", CALL)
 
     def refresh(self, _index):
         self.filesystem.open("/.tinkerfs/refresh", 1, CALL).write(b"1", CALL)
@@ -174,9 +180,10 @@ def packed(libfuse, path):
 
 
 STEPS = st.one_of(
-    st.tuples(st.just("wait"), st.sampled_from([0.5, 2.0, 29.0, 31.0, 700.0])),
+    st.tuples(st.just("wait"), st.sampled_from([0.5, 2.0, 29.0, 31.0, 61.0, 700.0])),
     st.tuples(
-        st.sampled_from(["save", "delete_elsewhere", "publish", "refresh"]), st.integers(0, 20)
+        st.sampled_from(["save", "delete_elsewhere", "publish", "unlink", "refresh"]),
+        st.integers(0, 20),
     ),
 )
 
@@ -354,10 +361,27 @@ def test_a_listing_that_takes_anothers_place_counts_once(account, monkeypatch):
             filesystem.listdir(folder, CALL)
     assert listings._kept_entries == sum(len(each.entries) for each in listings._kept.values())
     monkeypatch.setattr(listings_module, "_MAX_ENTRIES", 40)
+    before = set(listings._kept)
+    fresh = account.anew()
     for folder in folders:
-        listings._kept.pop(folder, None)
-        filesystem.listdir(folder, CALL)
-        assert sum(len(each.entries) for each in listings._kept.values()) <= 40
+        fresh.listdir(folder, CALL)
+        kept = fresh._listings
+        assert kept._kept_entries == sum(len(each.entries) for each in kept._kept.values()) <= 40
+    assert set(kept._kept) < before, "that was too much at a time"
+
+
+def test_listings_that_hold_no_more_are_let_go_of_with_what_was_made_of_them(account):
+    account.settle()
+    libfuse = Libfuse(3, account.filesystem)
+    list_all(libfuse)
+    kept = account.filesystem._listings._kept
+    dead = {path for path, listing in kept.items() if listing.made is not None}
+    assert len(dead) > 10
+    account.save(0)
+    account.refresh(0)
+    for _ in range(2):
+        account.filesystem.listdir(account.run, CALL)
+    assert set(kept) == {account.run}
 
 
 def is_folder(path, attr):
