@@ -20,16 +20,15 @@ import operator
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
 from tinkerfs import errors
 from tinkerfs.adapters.answers import Answers
-from tinkerfs.adapters.told import EVERYBODY, WHO_LOOKS, Row, Told, row_of
 from tinkerfs.call import Lease
-from tinkerfs.tree.node import Attr, dots
+from tinkerfs.tree.node import Attr, Entry
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.fuse import Opened, Operations
@@ -115,7 +114,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     def getattr_(path: bytes | None, buffer: int, info: int | None = None) -> int:
         answer = None
         if path is not None and not info:
-            answer = attributes.get(path) or told_attributes(path)
+            answer = attributes.get(path) or known_attributes(path)
         if answer is None:
             answer = look(path, info)
         elif not answer.is_of_folder:
@@ -125,17 +124,17 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         memmove(buffer, answer.packed, stat_bytes)
         return 0
 
-    def known_beside(path: bytes) -> "tuple[Listing | None, bytes]":
-        """Return what is known of the folder that a path is in, if that holds, and its name."""
-        folder, _, name = path.rpartition(b"/")
-        return operations.known(folder.decode("utf-8", "surrogateescape") or "/"), name
+    def known_beside(path: bytes) -> "tuple[Listing | None, Entry | None]":
+        """Return what is known of the folder that a path is in, and of the path, if that holds."""
+        folder, _, name = path.decode("utf-8", "surrogateescape").rpartition("/")
+        known = operations.known(folder or "/")
+        return known, None if known is None else known.entry(name)
 
-    def told_attributes(path: bytes) -> _Attributes | None:
-        known, name = known_beside(path)
-        row = None if known is None or known.made is None else known.made.row(name)
-        if known is None or row is None:
+    def known_attributes(path: bytes) -> _Attributes | None:
+        known, entry = known_beside(path)
+        if known is None or entry is None or entry.attr is None:
             return None
-        answer = _Attributes(row[1], row[2] == EVERYBODY)
+        answer = _Attributes(pack(entry.attr), stat.S_ISDIR(entry.mode))
         if attributes.is_asked_again(path):  # by the path alone it is found in half the time
             attributes.keep(path, answer, known.lease, known.epoch)
         return answer
@@ -155,14 +154,14 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return answer
 
     def readlink(path: bytes, buffer: int, size: int) -> int:
-        known, name = known_beside(path)
-        target = None if known is None or known.made is None else known.made.targets.get(name)
+        _known, entry = known_beside(path)
+        target = None if entry is None else entry.target
         if target is None:
             try:
-                target = _bytes(operations.readlink(path.decode("utf-8", "surrogateescape")))
+                target = operations.readlink(path.decode("utf-8", "surrogateescape"))
             except OSError as error:
                 return _refusal(error)
-        text = target[: size - 1] + b"\0"
+        text = target.encode("utf-8", "surrogateescape")[: size - 1] + b"\0"
         memmove(buffer, text, len(text))
         return 0
 
@@ -217,39 +216,35 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     # libfuse has two of them.
     filler_at = functools.lru_cache(8)(ctypes.PYFUNCTYPE(_INT, *fill_arguments))
     plain, plus = ((0,), (_FILL_DIR_PLUS,)) if major == 3 else ((), ())
+    # Most names are in many folders.
+    encoded = functools.lru_cache(4096)(lambda name: name.encode("utf-8", "surrogateescape"))
 
     def readdir(
         _path: bytes | None, buffer: int, filler: int, offset: int, info: int, flags: int = 0
     ) -> int:
         try:
             folder = operations.folder(fh_of(info))
-            known = folder.known
-            rows: Iterable[Row]
-            if known is not None:
-                if known.made is None:
-                    known.made = Told((*dots(folder.path), *known.entries), pack)
-                rows = known.made.since(offset)
-            else:
-                entries = operations.readdir(fh_of(info), offset)
-                rows = (row_of(entry, pack) for entry in entries)
+            entries = operations.readdir(fh_of(info), offset)
         except OSError as error:
             return _refusal(error)
         fill = filler_at(filler)
-        # An entry without PLUS is looked up by who wants its attributes, and by nobody else: so a
-        # plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel remember
-        # what came with PLUS, 1.2 kB for the files of a checkpoint.
-        if not flags & _READDIR_PLUS or not operations.is_as_it_was(folder):
-            # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
-            least = EVERYBODY + 1
-        elif offset > 0 or operations.looks_at_files():
-            # Past the first buffer the kernel wants them where the caller looked at some already.
-            least = WHO_LOOKS
-        else:
-            least = EVERYBODY
+        # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
+        is_plus = bool(flags & _READDIR_PLUS) and operations.is_as_it_was(folder)
+        # Past the first buffer the kernel wants attributes where the caller looked at some already.
+        is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
         # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
         # with 0 it would collect everything first, on libfuse 3 without the attributes.
-        for index, (name, packed, share) in enumerate(rows, offset + 1):
-            if fill(buffer, name, packed, index, *(plus if share >= least else plain)):
+        for index, entry in enumerate(entries, offset + 1):
+            attr, rest = entry.attr, plain
+            # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
+            # so a plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel
+            # remember what came with PLUS, 1.2 kB for the files of a checkpoint: those of folders
+            # are sent to everybody, who will mostly go into them, those of files to who wants them.
+            if attr is None:
+                attr = Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0, 0)
+            elif is_wanted or (is_plus and stat.S_ISDIR(entry.mode)):
+                rest = plus
+            if fill(buffer, encoded(entry.name), pack(attr), index, *rest):
                 break
         return 0
 
@@ -307,10 +302,6 @@ def _callback(function: Callable[..., int], *arguments: Any) -> Any:
 
 def _text(path: bytes | None) -> str | None:
     return None if path is None else path.decode("utf-8", "surrogateescape")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 def _refusal(error: OSError) -> int:

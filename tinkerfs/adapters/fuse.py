@@ -24,14 +24,13 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.adapters.lookers import Lookers
-from tinkerfs.adapters.told import MOST_SENT
 from tinkerfs.call import Call, Caller, Lease
 from tinkerfs.tree.node import DOTS, Attr, Entry, Handle, dots
-from tinkerfs.tree.scan import Scan
 
 if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
     from tinkerfs.tree.listings import Listing
+    from tinkerfs.tree.scan import Scan
 
 __all__ = [
     "Opened",
@@ -49,6 +48,9 @@ LOOKUP_TIMEOUT_S: Final = 5.0
 REMOVAL_TIMEOUT_S: Final = 10.0
 #: So may a listing that is being read, once its first part has come.
 PART_TIMEOUT_S: Final = 10.0
+
+#: So many entries are handed out at a time at the most; one reply takes some 20 to 1,000.
+_MOST_ENTRIES: Final = 256
 
 #: The kernel keeps attributes for 1 s (`binding.mount_options`); and a little for its clock.
 _FORGOTTEN_S: Final = 1.05
@@ -90,11 +92,10 @@ class Opened(NamedTuple):
 
 
 class OpenedFolder(NamedTuple):
-    """A folder that was opened: what was known of it, if anything was, and what comes of it."""
+    """A folder that was opened: what comes of it, and how many changes there had been."""
 
     path: str
-    known: "Listing | None"
-    scan: Scan
+    scan: "Scan"
     changes: int
 
 
@@ -260,13 +261,9 @@ class Operations:
     def opendir(self, path: str) -> int:
         """Fetch the listing, or its beginning: here, where a wait holds up nobody else."""
         changes = self._filesystem.changes
-        known = self.known(path)
-        if known is not None:
-            scan = Scan(known.entries)
-        else:
-            scan = self._filesystem.scandir(path, self._listing)
+        scan = self._filesystem.scandir(path, self._listing)
         number = next(self._numbers)
-        self._folders[number] = OpenedFolder(path, known, scan, changes)
+        self._folders[number] = OpenedFolder(path, scan, changes)
         return number
 
     def folder(self, fh: int) -> OpenedFolder:
@@ -284,7 +281,7 @@ class Operations:
     def readdir(self, fh: int, index: int) -> Sequence[Entry]:
         """Return entries of an open folder from `index` on; none only at its end."""
         folder = self.folder(fh)
-        entries = folder.scan.since(max(index - DOTS, 0), MOST_SENT)
+        entries = folder.scan.since(max(index - DOTS, 0), _MOST_ENTRIES)
         return (*dots(folder.path)[index:], *entries) if index < DOTS else entries
 
     def is_as_it_was(self, folder: OpenedFolder) -> bool:

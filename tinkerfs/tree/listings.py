@@ -6,7 +6,6 @@ Making them is most of what a walk costs: 45 us for the eight entries of a check
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 
@@ -18,8 +17,7 @@ from tinkerfs.tree.scan import Scan
 
 __all__ = ["Listing", "Listings"]
 
-#: So many entries are kept before all are forgotten: of 1,000 runs x 10. Each takes 290 bytes, and
-#: what FUSE's adapter makes of one that is listed again 370 more.
+#: So many entries are kept before all are forgotten, 290 bytes each: of 1,000 runs x 10.
 _MAX_ENTRIES = 98_304
 
 
@@ -34,13 +32,11 @@ class Listing(msgspec.Struct):
         entries: all of them, each with its attributes.
         lease: how long they hold.
         epoch: the catalogue's, from before they were made.
-        made: what an adapter made of them, kept as long as they are; None until then.
     """
 
     entries: tuple[Entry, ...]
     lease: Lease
     epoch: int
-    made: Any = None
     _by_name: dict[str, Entry] | None = None
 
     def entry(self, name: str) -> Entry | None:

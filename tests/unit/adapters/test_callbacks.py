@@ -15,10 +15,9 @@ from tests.unit.adapters.test_operations import Requests
 from tinkerfs.adapters import answers, binding
 from tinkerfs.adapters.callbacks import callbacks_of, packer_of, with_callbacks
 from tinkerfs.adapters.fuse import Operations
-from tinkerfs.adapters.told import Told
 from tinkerfs.call import Lease
 from tinkerfs.tree.listings import Listing
-from tinkerfs.tree.node import Attr, Entry, dots
+from tinkerfs.tree.node import Attr, Entry
 
 ATTR = Attr(stat.S_IFREG | 0o640, 5_000_000_000, MTIME_NS, 2**63 - 25, 3, 9_765_625, 1000, 65534)
 ENTRY = Entry("file", ATTR.ino, ATTR.mode, ATTR)
@@ -292,9 +291,7 @@ def test_what_a_walk_comes_by_again_and_again_is_not_asked_again(kept):
 
 @pytest.mark.parametrize("major", [2, 3])
 @pytest.mark.parametrize("many", [8, 40])
-def test_what_was_told_of_a_folder_is_told_again_without_a_look_while_it_holds(
-    many, major, monkeypatch
-):
+def test_what_is_known_of_a_folder_is_told_without_a_look_while_it_holds(many, major, monkeypatch):
     libfuse = Libfuse(major, MemoryFileSystem(many=many, epoch=1))
     filesystem = libfuse.filesystem
     first = libfuse.listed(b"/many", 1000, 1)
@@ -336,20 +333,13 @@ def test_each_look_is_made_and_logged_where_operations_are_traced(caplog, monkey
     assert len(readings) == 6, "each to its end"
 
 
-@pytest.mark.parametrize("count", [2, 14, 15, 40])
+@pytest.mark.parametrize("count", [2, 15, 16, 40])
 def test_of_two_of_one_name_the_first_counts(count):
-    pack = packer_of(OnX86)
-    links = [Attr(stat.S_IFLNK | 0o777, n, MTIME_NS, n + 2, 1, 0, 0, 0) for n in range(count)]
-    entries = [Entry(f"{n}", a.ino, a.mode, a, f"to {n}") for n, a in enumerate(links)]
-    twice = [entries[0], msgspec.structs.replace(ENTRY, name="0"), *entries[1:], entries[-1]]
-    told = Told((*dots("/folder"), *twice), pack)
-    assert told.row(b"0")[1] == pack(entries[0].attr)
-    assert told.targets == {f"{n}".encode(): f"to {n}".encode() for n in range(count)}
-    told = Told((*dots("/folder"), msgspec.structs.replace(ENTRY, name="0"), *entries), pack)
-    assert told.row(b"0")[1] == pack(ATTR)
-    assert b"0" not in told.targets
+    entries = [msgspec.structs.replace(ENTRY, name=f"{n}", target=f"to {n}") for n in range(count)]
     listing = Listing((msgspec.structs.replace(ENTRY, name="0"), *entries), Lease(), 1)
-    assert listing.entry("0").attr is ATTR
+    assert listing.entry("0").target is None
+    assert listing.entry("1") is entries[1]
+    assert listing.entry("none") is None
 
 
 @pytest.mark.parametrize("room", [1, 7, 1000])
