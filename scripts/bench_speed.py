@@ -106,7 +106,7 @@ def measure_deep(
     absent = f"{names[0].partition('/checkpoints')[0]}/nothing"
     add = partial(add_ratio, bench)
     with sides_of(binding, server, cache, local) as sides, listed(names) as file:
-        # The first asks for what it shows, the second keeps it as libfuse is told it.
+        # The first asks for what it shows, the second makes the listings that are kept.
         for _ in range(2):
             sides[0].time(bash("ls -lR runs"))
         with on_one_cpu(sides):
