@@ -1,14 +1,17 @@
 """The one bound on the memory that weights take, and what is kept within it.
 
 Room is reserved before bytes are fetched. What cannot go to disk stays here while there is room;
-whoever needs room takes that of the least recently used.
+whoever needs room takes that of the least recently used, and of what nobody has used yet only in
+the end: it was fetched ahead, and would have to come once more.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
 
-__all__ = ["BlockMemory"]
+__all__ = ["BlockMemory", "Key"]
+
+#: Of which file, and which block of it.
+Key = tuple[str, int]
 
 
 class BlockMemory:
@@ -22,8 +25,10 @@ class BlockMemory:
         self._limit_bytes = limit_bytes
         self._changed = threading.Condition()
         # All guarded by _changed.
-        self._kept: OrderedDict[Hashable, bytes] = OrderedDict()
-        self._kept_bytes = 0
+        self._unused: OrderedDict[Key, bytes] = OrderedDict()
+        self._unused_bytes = 0
+        self._used: OrderedDict[Key, bytes] = OrderedDict()
+        self._used_bytes = 0
         self._reserved_bytes = 0
         self._most_bytes = 0
 
@@ -33,8 +38,9 @@ class BlockMemory:
         return self._most_bytes
 
     def has_room(self, size_bytes: int) -> bool:
-        """Tell whether `size_bytes` could be reserved with half of the bound left for others."""
-        return self._reserved_bytes + size_bytes <= self._limit_bytes // 2
+        """Tell whether so much more can be fetched ahead, with half of the bound for the rest."""
+        ahead_bytes = self._reserved_bytes + self._unused_bytes + size_bytes
+        return ahead_bytes <= self._limit_bytes // 2
 
     def reserve(self, size_bytes: int, patience_s: float) -> bool:
         """Take room, waiting for it where others have it; return whether it was had in time.
@@ -45,9 +51,11 @@ class BlockMemory:
             if not self._changed.wait_for(lambda: self._fits(size_bytes), patience_s):
                 return False
             self._reserved_bytes += size_bytes
-            while self._kept and self._kept_bytes + self._reserved_bytes > self._limit_bytes:
-                self._kept_bytes -= len(self._kept.popitem(last=False)[1])
-            self._most_bytes = max(self._most_bytes, self._kept_bytes + self._reserved_bytes)
+            while self._used and self._total_bytes() > self._limit_bytes:
+                self._used_bytes -= len(self._used.popitem(last=False)[1])
+            while self._unused and self._total_bytes() > self._limit_bytes:
+                self._unused_bytes -= len(self._unused.popitem(last=False)[1])
+            self._most_bytes = max(self._most_bytes, self._total_bytes())
             return True
 
     def release(self, size_bytes: int) -> None:
@@ -56,24 +64,45 @@ class BlockMemory:
             self._reserved_bytes -= size_bytes
             self._changed.notify_all()
 
-    def keep(self, key: Hashable, data: bytes) -> None:
+    def keep(self, key: Key, data: bytes) -> None:
         """Keep a block; its room, reserved before, is its own until somebody needs it."""
         with self._changed:
             self._reserved_bytes -= len(data)
-            old = self._kept.pop(key, b"")
-            self._kept[key] = data
-            self._kept_bytes += len(data) - len(old)
+            self._used_bytes -= len(self._used.pop(key, b""))
+            self._unused_bytes += len(data) - len(self._unused.pop(key, b""))
+            self._unused[key] = data
             self._changed.notify_all()
 
-    def get(self, key: Hashable) -> bytes | None:
-        """Return a block that is kept."""
-        if not self._kept:  # as ever where blocks go to disk; true of some instant without the lock
+    def has(self, key: Key) -> bool:
+        """Tell whether a block is kept, which is no use of it."""
+        return key in self._used or key in self._unused
+
+    def get(self, key: Key) -> bytes | None:
+        """Return a block that is kept, for use."""
+        # As ever where blocks go to disk; true of some instant without the lock.
+        if not self._used and not self._unused:
             return None
         with self._changed:
-            data = self._kept.get(key)
+            if key in self._unused:
+                self._use(key)
+            data = self._used.get(key)
             if data is not None:
-                self._kept.move_to_end(key)
+                self._used.move_to_end(key)
             return data
+
+    def let_go(self, file: str) -> None:
+        """Take note that nobody waits for what was fetched ahead of a file."""
+        with self._changed:
+            for key in [key for key in self._unused if key[0] == file]:
+                self._use(key)
+
+    def _use(self, key: Key) -> None:
+        data = self._used[key] = self._unused.pop(key)
+        self._unused_bytes -= len(data)
+        self._used_bytes += len(data)
+
+    def _total_bytes(self) -> int:
+        return self._reserved_bytes + self._used_bytes + self._unused_bytes
 
     def _fits(self, size_bytes: int) -> bool:
         return not self._reserved_bytes or self._reserved_bytes + size_bytes <= self._limit_bytes

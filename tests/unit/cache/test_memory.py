@@ -5,15 +5,55 @@ import threading
 from tinkerfs.cache.memory import BlockMemory
 
 
+def fill(memory, file, index):
+    assert memory.reserve(30, 0)
+    memory.keep((file, index), bytes(30))
+
+
 def test_room_is_taken_from_the_least_recently_used():
     memory = BlockMemory(100)
-    for key in "abc":
-        assert memory.reserve(30, 0)
-        memory.keep(key, key.encode() * 30)
-    assert memory.get("a") == b"a" * 30
+    for index in range(3):
+        fill(memory, "file", index)
+        memory.get(("file", index))
+    assert memory.get(("file", 0)) == bytes(30)
     assert memory.reserve(40, 0)
-    assert [memory.get(key) is not None for key in "abc"] == [True, False, True]
+    assert [memory.has(("file", index)) for index in range(3)] == [True, False, True]
     assert memory.most_bytes <= 100
+
+
+def test_what_nobody_has_used_yet_goes_last_and_is_no_room_for_more_of_it():
+    memory = BlockMemory(100)
+    for index in range(3):
+        assert memory.has_room(30) == (index < 1)
+        fill(memory, "file", index)
+    memory.get(("file", 1))
+    memory.get(("file", 2))
+    assert memory.has_room(20)
+    assert memory.reserve(40, 0)
+    assert [memory.has(("file", index)) for index in range(3)] == [True, False, True]
+    assert memory.reserve(50, 0)
+    assert not memory.has(("file", 0)), "room that is needed is had"
+    assert memory.most_bytes <= 100
+
+
+def test_what_was_fetched_ahead_of_a_file_that_is_closed_is_in_nobodys_way():
+    memory = BlockMemory(100)
+    fill(memory, "one", 0)
+    fill(memory, "other", 0)
+    memory.let_go("one")
+    assert memory.has_room(20)
+    assert not memory.has_room(21)
+    assert memory.get(("one", 0)) == memory.get(("other", 0)) == bytes(30)
+
+
+def test_a_block_that_comes_again_takes_the_place_of_the_one_before():
+    memory = BlockMemory(100)
+    for _ in range(5):
+        fill(memory, "file", 0)
+        fill(memory, "file", 0)
+        memory.get(("file", 0))
+    assert memory.reserve(70, 0)
+    assert memory.has(("file", 0))
 
 
 def test_who_finds_no_room_waits_for_it_and_not_for_ever():
