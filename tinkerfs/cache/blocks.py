@@ -19,32 +19,18 @@ import itertools
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-
-from xxhash import xxh3_64
 
 from tinkerfs import errors
 from tinkerfs.cache.descriptors import Descriptor, Descriptors, Waiting
+from tinkerfs.cache.drafts import TRAILER_BYTES, Draft, is_sound
 from tinkerfs.cache.eviction import Sweeper, kept_files
 from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["TRAILER_BYTES", "BlockCache", "BlockFile", "is_sound", "read_about"]
-
-#: Before the digest at a block's end; another layout has another one.
-_MAGIC = b"tkfsblk3"
-
-#: XXH3 of 64 bits: what a disk does to a block it finds out. 47 GB/s here, a CRC-32 of zlib 3,
-#: which was an eighth of all that a cold read takes the processor; a SHA-256 2.
-_CHECKSUM_BYTES = 8
-
-#: What a block takes beyond its data.
-TRAILER_BYTES = len(_MAGIC) + _CHECKSUM_BYTES
-
-#: Written and checked at a time: what stays in the processor's cache takes a third of the time.
-_PIECE_BYTES = 256 << 10
+__all__ = ["BlockCache", "BlockFile", "read_about"]
 
 #: So many blocks of one file are checked at a time; the kernel asks for parts of one side by side.
 _CHECKS_AT_ONCE = 8
@@ -247,25 +233,51 @@ class BlockFile:
 
     def put(self, index: int, data: bytes) -> bool:
         """Keep a block; return whether it is on disk now."""
-        try:
-            if not self._cache.admit(len(data) + TRAILER_BYTES):
-                return False
+        draft = self.draft(index, len(data))
+        if draft is None:
+            return False
+        with closing(draft):
             try:
-                self._write(index, self._path(index), data)
-            except FileNotFoundError:  # the first block, or somebody removed the folder
-                with self._lock:
-                    self._try_lock()
-                self._write(index, self._path(index), data)
+                draft.write(data)
+            except OSError as error:
+                self._cache.tell(error)
+                return False
+            return self.keep(index, draft)
+
+    def draft(self, index: int, length: int) -> Draft | None:
+        """Begin to keep block `index` as it comes, None where there is no room; to be closed."""
+        try:
+            return self._begin(index) if self._cache.admit(length + TRAILER_BYTES) else None
+        except OSError as error:
+            self._cache.tell(error)
+            return None
+
+    def keep(self, index: int, draft: Draft) -> bool:
+        """Keep a draft that is whole as block `index`; return whether it is on disk now."""
+        try:
+            try:
+                self._commit(index, draft)
+            except FileNotFoundError:  # somebody removed the folder meanwhile
+                with closing(self._begin(index)) as another:
+                    another.write(draft.written())
+                    self._commit(index, another)
         except OSError as error:
             self._cache.tell(error)
             return False
         return True
 
-    def put_part(self, index: int, data: bytes) -> None:
-        """Keep the start of block `index`, which broke off, for who claims the block next."""
+    def keep_part(self, index: int, draft: Draft) -> None:
+        """Keep what came of block `index`, which broke off, for who claims the block next."""
         with suppress(OSError):  # it costs a little more to fetch, no more
-            if self._cache.admit(len(data) + TRAILER_BYTES):
-                self._write(_part_of(index), self._part_path(index), data)
+            draft.commit(self._part_path(index), self._cache.now_ns())
+
+    def has_part(self, index: int) -> bool:
+        """Tell whether the start of block `index` was kept."""
+        return os.path.exists(self._part_path(index))
+
+    def tell(self, error: OSError) -> None:
+        """As of `BlockCache`."""
+        self._cache.tell(error)
 
     def part(self, index: int) -> bytes:
         """Return the start of block `index` that was kept, empty for none."""
@@ -275,7 +287,7 @@ class BlockFile:
             return b""
         try:
             size_bytes = os.fstat(fd).st_size - TRAILER_BYTES
-            is_good = is_sound(fd, self._name, _part_of(index))
+            is_good = is_sound(fd, self._name, index)
             return os.pread(fd, size_bytes, 0) if is_good else b""
         except OSError:
             return b""
@@ -293,20 +305,24 @@ class BlockFile:
             os.unlink(self._path(index))
 
     @contextmanager
-    def claimed(self, index: int, patience_s: float) -> Iterator[None]:
+    def claimed(self, index: int, patience_s: float) -> Iterator[bool]:
         """Be the only one, of all processes, to fetch block `index`.
 
-        Whoever waited should look whether the block is there now. After `patience_s` seconds, or
-        where there are no locks, the body runs anyhow: two fetches are no harm.
+        Whoever waited should look whether the block is there now. After `patience_s` seconds the
+        body runs anyhow: two fetches are no harm.
+
+        Yields:
+            whether nobody else is known to fetch it; so it is where there are no locks.
         """
         byte, locks = 1 + index, self._locks
+        is_held, is_free = False, True
         try:
-            is_held = locks is not None and locks.acquire(byte, patience_s=patience_s)
+            if locks is not None:
+                is_held = is_free = locks.acquire(byte, patience_s=patience_s)
         except OSError as error:
             self._cache.tell(error)
-            is_held = False
         try:
-            yield
+            yield is_free
         finally:
             if is_held and locks is not None:
                 with suppress(OSError):  # closed meanwhile: it is free then
@@ -401,27 +417,16 @@ class BlockFile:
                 raise
             return locks
 
-    def _write(self, index: int, path: str, data: bytes) -> None:
-        draft = f"{self._folder}/.{index}.{os.getpid()}.{next(self._numbers)}"
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS, 0o600)
+    def _begin(self, index: int) -> Draft:
         try:
-            try:
-                checksum = _checksum_of(self._name, index)
-                with memoryview(data) as view:
-                    for start in range(0, len(data), _PIECE_BYTES):
-                        checksum.update(view[start : start + _PIECE_BYTES])
-                        _write_all(fd, view[start : start + _PIECE_BYTES])
-                _write_all(fd, memoryview(_trailer(checksum)))
-                now_ns = self._cache.now_ns()
-                os.utime(fd, ns=(now_ns, now_ns))
-                status = os.fstat(fd)
-            finally:
-                os.close(fd)
-            os.rename(draft, path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(draft)
-            raise
+            return Draft(self._folder, self._name, index)
+        except FileNotFoundError:  # the first block, or somebody removed the folder
+            with self._lock:
+                self._try_lock()
+            return Draft(self._folder, self._name, index)
+
+    def _commit(self, index: int, draft: Draft) -> None:
+        status = draft.commit(self._path(index), self._cache.now_ns())
         signature = (status.st_ino, status.st_mtime_ns, status.st_size)
         self._cache.verified((self._name, index), signature)
 
@@ -452,37 +457,3 @@ def read_about(folder: Path) -> tuple[str, int | None]:
         return told or "?", None
     is_number = length.isascii() and length.isdigit() and len(length) < 20
     return about or "?", int(length) if is_number else None
-
-
-def is_sound(fd: int, name: str, index: int) -> bool:
-    """Tell whether an open block is what was written as block `index` of the file `name`.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    end = os.fstat(fd).st_size - TRAILER_BYTES
-    if end < 0:
-        return False
-    checksum = _checksum_of(name, index)
-    for start in range(0, end, _PIECE_BYTES):
-        checksum.update(os.pread(fd, min(_PIECE_BYTES, end - start), start))
-    return os.pread(fd, TRAILER_BYTES, end) == _trailer(checksum)
-
-
-def _part_of(index: int) -> int:
-    """Return what stands for the start of a block where its checksum is made."""
-    return -1 - index
-
-
-def _checksum_of(name: str, index: int) -> xxh3_64:
-    """Begin a checksum that a block has only in its own place."""
-    return xxh3_64(f"{name}/{index}:".encode())
-
-
-def _trailer(checksum: xxh3_64) -> bytes:
-    return _MAGIC + checksum.digest()
-
-
-def _write_all(fd: int, rest: memoryview) -> None:
-    while rest:
-        rest = rest[os.write(fd, rest) :]

@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinkerfs.cache.blocks import TRAILER_BYTES, is_sound, read_about
+from tinkerfs.cache.blocks import read_about
+from tinkerfs.cache.drafts import TRAILER_BYTES, is_sound
 from tinkerfs.cache.eviction import Kept, held_alone, kept_files, remove_folder
 
 __all__ = ["BadBlock", "CachedFile", "cached_files", "clear", "verify"]

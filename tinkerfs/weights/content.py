@@ -32,7 +32,8 @@ from tinkerfs.weights.connections import StoreClient
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.index import PROBE_BYTES, Index, archive_index, block_key, external_index
 from tinkerfs.weights.inflate import Unpacked
-from tinkerfs.weights.remote import Origin, RemoteFile
+from tinkerfs.weights.origin import Origin
+from tinkerfs.weights.remote import RemoteFile
 from tinkerfs.weights.source import Source, Version
 from tinkerfs.weights.tarindex import Member, Segment
 from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensors_json

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Self
 
 from tinkerfs.call import Call
-from tinkerfs.weights.readahead import ReadAhead
+from tinkerfs.weights.readahead import Ahead, ReadAhead
 from tinkerfs.weights.remote import BLOCK_BYTES, RemoteFile, blocks_of
 from tinkerfs.weights.tarindex import Member, Segment
 from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensor_ends
@@ -78,9 +78,9 @@ class WeightsFile:
         size = min(len(buffer), self.size_bytes - offset)
         if size <= 0:
             return 0
-        ahead_start, ahead_stop = self._ahead.wanted(offset, size)
-        if ahead_start < ahead_stop:  # before the wait for these, so that it comes meanwhile
-            self._fetch_ahead(ahead_start, ahead_stop)
+        ahead = self._ahead.wanted(offset, size)
+        if ahead.start < ahead.stop:  # before the wait for these, so that it comes meanwhile
+            self._fetch_ahead(ahead)
         self._fill(buffer[:size], offset, call)
         if self._ahead.needs_ends():
             self._learn_ends()
@@ -130,7 +130,7 @@ class WeightsFile:
         """
         self._file.prepare(call)
 
-    def fetch(self, block: int, call: Call) -> "Future[bytes]":
+    def fetch(self, block: int, call: Call) -> "Future[bytes | None]":
         """Begin to fetch a block, or join who does.
 
         Raises:
@@ -162,12 +162,12 @@ class WeightsFile:
         except ValueError:
             self._ahead.learn_ends(())
 
-    def _fetch_ahead(self, start: int, stop: int) -> None:
-        for piece in self._places(start, stop):
+    def _fetch_ahead(self, ahead: Ahead) -> None:
+        for piece in self._places(ahead.start, ahead.stop):
             if piece.place < 0:
                 continue
             begin, end = _span(piece)
-            reached = self._file.fetch_ahead(begin, end)
+            reached = self._file.fetch_ahead(begin, end, ahead.request_bytes)
             self._ahead.reached(piece.offset + reached - begin)
             if reached < end:
                 return

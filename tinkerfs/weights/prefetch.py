@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.call import Call
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.remote import CONNECTIONS_AHEAD
+from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
 
 __all__ = ["Landed", "prefetch", "room_bytes"]
 
@@ -53,7 +53,7 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
         files: open, in the order in which they are fetched.
         call: waits where an archive must be built first.
     """
-    flying: dict[Future[bytes], list[tuple[int, int, int]]] = {}
+    flying: dict[Future[bytes | None], list[tuple[int, int, int]]] = {}
     failed: set[int] = set()
 
     def landed() -> Iterator[Landed]:

@@ -12,11 +12,17 @@ import threading
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["MAX_AHEAD_BYTES", "ReadAhead"]
+__all__ = ["CONNECTIONS_AHEAD", "MAX_AHEAD_BYTES", "Ahead", "ReadAhead"]
 
-#: The furthest that is fetched ahead: 16 connections with 4 MiB each.
-MAX_AHEAD_BYTES = 64 << 20
+#: Requests ahead at a time. Measured through a mount at 50 ms latency and 40 MB/s a connection: 8
+#: gave 171 MB/s, 16 and a quicker start 268 to 297, curl with 8 ranges 295.
+CONNECTIONS_AHEAD = 16
+
+#: The furthest that is fetched ahead, spread over so many requests: 8 MiB each hide 50 ms of
+#: latency better than 4 MiB, and cost both ends half as many requests.
+MAX_AHEAD_BYTES = 128 << 20
 
 #: A run from a file's start that is longer than this is no header's, and is worth so much more.
 HEADER_BYTES = 4 << 20
@@ -31,6 +37,17 @@ SMALL_FILE_BYTES = 64 << 20
 
 #: As many jumps of one length make a stride.
 _STRIDE_JUMPS = 2
+
+
+class Ahead(NamedTuple):
+    """What to fetch ahead: [start, stop), empty for nothing; so much by a request."""
+
+    start: int
+    stop: int
+    request_bytes: int
+
+
+_NOTHING = Ahead(0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -72,8 +89,8 @@ class ReadAhead:
         with self._lock:
             self._ends = ends
 
-    def wanted(self, offset: int, size: int) -> tuple[int, int]:
-        """Take note of a read, and return what to fetch ahead: [start, stop), empty for nothing."""
+    def wanted(self, offset: int, size: int) -> Ahead:
+        """Take note of a read, and return what to fetch ahead."""
         with self._lock:
             end = min(offset + size, self._size_bytes)
             run = self._run
@@ -87,9 +104,13 @@ class ReadAhead:
             ahead_bytes = min(ahead_bytes, MAX_AHEAD_BYTES)
             if self._size_bytes <= SMALL_FILE_BYTES and not is_first:
                 ahead_bytes = self._size_bytes
-            stop = min(run.end + ahead_bytes, self._size_bytes, self._tensor_end(run))
+            request_bytes = ahead_bytes // CONNECTIONS_AHEAD
+            last = min(self._size_bytes, self._tensor_end(run))
+            stop = min(run.end + ahead_bytes, last)
             start = max(run.end, self._reached)
-            return (start, stop) if start < stop else (0, 0)
+            # As much as a request is for, and what is left at the end.
+            is_enough = stop - start >= request_bytes or stop == last
+            return Ahead(start, stop, request_bytes) if start < stop and is_enough else _NOTHING
 
     def reached(self, stop: int) -> None:
         """Take note that all up to `stop` is there or under way: it is not wanted again."""
@@ -105,7 +126,7 @@ class ReadAhead:
                 return self._ends[at]
         return self._size_bytes
 
-    def _jumped(self, offset: int, end: int) -> tuple[int, int]:
+    def _jumped(self, offset: int, end: int) -> Ahead:
         """Start another run; of jumps of one length, fetch where the next one leads."""
         last = self._run
         jump_bytes = offset - last.start
@@ -115,7 +136,7 @@ class ReadAhead:
         self._run = _Run(offset, end)
         self._reached = 0
         if self._jumps < _STRIDE_JUMPS or jump_bytes <= 0:
-            return 0, 0
+            return _NOTHING
         begin = offset + jump_bytes
         stop = begin + min(max(last.end - last.start, end - offset), MAX_AHEAD_BYTES)
-        return min(begin, self._size_bytes), min(stop, self._size_bytes)
+        return Ahead(min(begin, self._size_bytes), min(stop, self._size_bytes), 0)

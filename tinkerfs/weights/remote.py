@@ -1,16 +1,17 @@
 """One file of a store as blocks: from memory, from disk, else fetched, once however many ask.
 
-Each block is fetched on a thread of its own, by a range request; who waits for it only waits. A
-store that heeds no ranges, and an archive that is packed, come whole: one such pass hands every
-block to whoever waits for it, and to the cache, while the file is open. Other processes that share
-the cache are waited for by its locks. Thread-safe.
+Blocks are fetched on threads of their own, by range requests: of one block, or of two in a row
+ahead of who reads on and on; who waits for one only waits. A store that heeds no ranges, and an
+archive that is packed, come whole: one such pass hands every block to whoever waits for it, and to
+the cache, while the file is open. Other processes that share the cache are waited for by its locks.
+Thread-safe.
 """
 
-import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from typing import Protocol, Self
+from contextlib import ExitStack
+from itertools import chain
 
 from msgspec.structs import replace
 
@@ -20,63 +21,21 @@ from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.memory import BlockMemory
 from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.weights.arrival import Arrival, DiskLost
+from tinkerfs.weights.origin import Arriving, Origin
+from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
 
-__all__ = [
-    "BLOCK_BYTES",
-    "CONNECTIONS_AHEAD",
-    "Arriving",
-    "Origin",
-    "RemoteFile",
-    "blocks_of",
-    "digest_of",
-]
+__all__ = ["BLOCK_BYTES", "RemoteFile", "blocks_of"]
 
 #: What is fetched, checked and kept at a time: at 100 MB/s and 50 ms to the store 16 of them at a
 #: time hide the latency, and one is soon there.
 BLOCK_BYTES = 4 << 20
 
-#: Requests of one file at a time; fetching ahead leaves some to those who wait. Measured through a
-#: mount at 50 ms latency and 40 MB/s a connection: 8 ahead gave 171 MB/s, 16 ahead and a quicker
-#: start 268 to 297, curl with 8 ranges 295. Where the processor is what is slow, nothing is gained.
+#: Requests of one file at a time; fetching ahead leaves some to those who wait.
 CONNECTIONS = 24
-CONNECTIONS_AHEAD = 16
 
-
-class Arriving(Protocol):
-    """Bytes on their way, in order: `Transfer`, or it unpacked."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of the file comes, whatever was asked for."""
-        ...
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield them."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Return the same."""
-        ...
-
-    def __exit__(self, *exc: object) -> None:
-        """Let go of the connection."""
-        ...
-
-
-class Origin(Protocol):
-    """Where a file comes from: a `Source`, or it unpacked."""
-
-    def prepare(self, call: Call) -> None:
-        """Have at hand what `open` needs, as long as it takes."""
-        ...
-
-    def is_ready(self) -> bool:
-        """Tell whether `open` has what it needs."""
-        ...
-
-    def open(self, start: int, stop: int) -> Arriving:
-        """Ask for [start, stop)."""
-        ...
+#: How often a block is fetched for one who waits for it and finds it gone from the disk by then.
+_FETCHES = 3
 
 
 class RemoteFile:
@@ -123,7 +82,9 @@ class RemoteFile:
         # All guarded by _lock.
         self._users = 0
         self._is_closed = False
-        self._flights: dict[int, Future[bytes]] = {}
+        #: By block: in the end it is told where that is in memory, None where it is on disk.
+        self._flights: dict[int, Future[bytes | None]] = {}
+        self._requests = 0
         #: The next block of the pass under way, None where there is none.
         self._passing: int | None = None
         #: The flights that are left to the pass.
@@ -144,6 +105,7 @@ class RemoteFile:
             self._users -= 1
             is_last = self._is_closed = not self._users
         if is_last:
+            self._memory.let_go(self.key)
             self._disk.close()
 
     def read_into(self, buffer: memoryview, start: int, call: Call) -> None:
@@ -162,16 +124,16 @@ class RemoteFile:
         """
         if self._stale is not None:
             raise errors.stale(self._path, self._stale.strerror or "")
-        missing: list[tuple[memoryview, int, Future[bytes]]] = []
+        missing: list[tuple[memoryview, int, int, Future[bytes | None]]] = []
         for part, index, first in _parts(buffer, start):
             is_kept = self._fill(part, index, first, call)
             self._telemetry.count("block_hits" if is_kept else "block_misses")
             if not is_kept:
-                missing.append((part, first, self._wanted(index, call)))
+                missing.append((part, index, first, self._wanted(index, call)))
         if missing:
             patient = replace(call, timeout_s=None)
-            for part, first, flight in missing:
-                part[:] = memoryview(patient.wait(flight))[first : first + len(part)]
+            for part, index, first, flight in missing:
+                self._fill_from(flight, part, index, first, patient)
 
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all in memory or on disk."""
@@ -180,23 +142,29 @@ class RemoteFile:
         is_kept = all(self._fill(*part, IN_PROCESS) for part in parts)
         return bytes(data) if is_kept else None
 
-    def fetch_ahead(self, start: int, stop: int) -> int:
+    def fetch_ahead(self, start: int, stop: int, request_bytes: int) -> int:
         """Begin to fetch what of [start, stop) is not there, as far as there is room now.
+
+        Args:
+            start: where to begin.
+            stop: behind the last byte.
+            request_bytes: what a request is for; a block at least.
 
         Returns:
             up to where it is there or under way.
         """
+        run = range(0)
         for index in blocks_of(start, stop):
-            with self._lock:
-                is_under_way = index in self._flights
-                is_busy = len(self._flights) >= CONNECTIONS_AHEAD
-            if is_under_way or self._has(index):
+            if self._is_there(index):
                 continue
-            # Nobody waits for an archive to be built, or is counted as asking, for a guess.
-            if is_busy or not self._memory.has_room(BLOCK_BYTES) or not self._origin.is_ready():
-                return max(start, index * BLOCK_BYTES)
-            self._flight(index)
-        return stop
+            if run and run.stop == index and len(run) * BLOCK_BYTES < request_bytes:
+                run = range(run.start, index + 1)
+                continue
+            if run and not self._launch_ahead(run):
+                break
+            run = range(index, index + 1)
+        is_begun = not run or self._launch_ahead(run)
+        return stop if is_begun else max(start, run.start * BLOCK_BYTES)
 
     def is_idle(self) -> bool:
         """Tell whether nothing is being fetched."""
@@ -216,8 +184,8 @@ class RemoteFile:
         """Tell whether a block is kept; whether it is sound turns out when it is read."""
         return self._disk.has(index)
 
-    def fetch(self, index: int, call: Call) -> "Future[bytes]":
-        """Begin to fetch a block, or join who does; a block on disk is read from there.
+    def fetch(self, index: int, call: Call) -> "Future[bytes | None]":
+        """Begin to fetch a block, or join who does; one that is on disk is not fetched.
 
         Args:
             index: which block.
@@ -232,8 +200,10 @@ class RemoteFile:
         """Return the length of a block."""
         return min(BLOCK_BYTES, self.size_bytes - index * BLOCK_BYTES)
 
-    def _has(self, index: int) -> bool:
-        return self._memory.get((self.key, index)) is not None or self._disk.has(index)
+    def _is_there(self, index: int) -> bool:
+        """Tell whether a block is there or under way."""
+        is_in_memory = self._memory.has((self.key, index))
+        return index in self._flights or is_in_memory or self._disk.has(index)
 
     def _fill(self, buffer: memoryview, index: int, first: int, call: Call) -> bool:
         """Fill a buffer from a block, if that is in memory or on disk."""
@@ -244,86 +214,158 @@ class RemoteFile:
         length = self.block_bytes(index)
         return self._disk.read_into(index, first, buffer, length, call.waiting)
 
-    def _wanted(self, index: int, call: Call) -> "Future[bytes]":
+    def _fill_from(
+        self,
+        flight: "Future[bytes | None]",
+        buffer: memoryview,
+        index: int,
+        first: int,
+        call: Call,
+    ) -> None:
+        """Fill a buffer from a block that is under way."""
+        for _ in range(_FETCHES):
+            try:
+                data = call.wait(flight)
+                if data is not None:
+                    buffer[:] = memoryview(data)[first : first + len(buffer)]
+                    return
+                if self._fill(buffer, index, first, call):
+                    return
+            except DiskLost:
+                pass
+            # The cache was cleared in this instant, or its disk is bad: not by way of it again.
+            flight = self._wanted(index, call, uses_disk=False)
+        raise errors.damaged(self._path, "what is fetched of it is lost on the disk of the cache")
+
+    def _wanted(self, index: int, call: Call, *, uses_disk: bool = True) -> "Future[bytes | None]":
         """Return the flight of a block that somebody waits for."""
         with self._lock:
             flight = self._flights.get(index)
         if flight is None:
             self._origin.prepare(call)
-            flight = self._flight(index)
+            flight = self._launch(range(index, index + 1), uses_disk=uses_disk)
         return flight
 
-    def _flight(self, index: int) -> "Future[bytes]":
+    def _launch_ahead(self, run: range) -> bool:
+        """Begin to fetch blocks that nobody waits for, if there is room; return whether it was."""
+        is_busy = self._requests >= CONNECTIONS_AHEAD
+        # Nobody waits for an archive to be built, or is counted as asking, for a guess.
+        if is_busy or not self._memory.has_room(BLOCK_BYTES) or not self._origin.is_ready():
+            return False
+        self._launch(run)
+        return True
+
+    def _launch(self, run: range, *, uses_disk: bool = True) -> "Future[bytes | None]":
+        """Begin to fetch blocks in a row, up to one under way; return the flight of the first."""
         with self._lock:
-            flight = self._flights.get(index)
+            flight = self._flights.get(run[0])
             if flight is not None:
                 return flight
-            flight = self._flights[index] = Future()
-            if self._passing is not None and index >= self._passing:
-                self._awaited.add(index)
-                return flight
+            stop = next((index for index in run if index in self._flights), run.stop)
+            flights = {index: Future[bytes | None]() for index in range(run.start, stop)}
+            self._flights |= flights
+            if self._passing is not None and run[0] >= self._passing:
+                self._awaited |= flights.keys()
+                return flights[run[0]]
             self._users += 1
-        in_thread(lambda: self._fly(index, flight), f"block {index} of {self._path}")
-        return flight
+            self._requests += 1
+        name = f"block {run[0]} of {self._path}"
+        in_thread(lambda: self._fly(flights, uses_disk=uses_disk), name)
+        return flights[run[0]]
 
-    def _fly(self, index: int, flight: "Future[bytes]") -> None:
-        """Fetch a block; runs on a thread of its own."""
+    def _fly(self, flights: "dict[int, Future[bytes | None]]", *, uses_disk: bool) -> None:
+        """Fetch blocks in a row; runs on a thread of its own."""
         try:
             with self._connections:
-                self._fetch(index)
+                self._fetch(flights, uses_disk=uses_disk)
             with self._lock:
-                is_left = self._flights.get(index) is flight and index not in self._awaited
-            if is_left:
-                self._failed({index: flight}, self._too_short())
+                left = {
+                    index: flight
+                    for index, flight in flights.items()
+                    if self._flights.get(index) is flight and index not in self._awaited
+                }
+            if left:
+                self._failed(left, self._too_short())
         except BaseException as error:  # noqa: BLE001  (it belongs to whoever waits)
-            self._failed({index: flight}, error)
+            self._failed(flights, error)
         finally:
+            with self._lock:
+                self._requests -= 1
             self.release()
 
-    def _fetch(self, index: int) -> None:
-        begin, length = index * BLOCK_BYTES, self.block_bytes(index)
+    def _fetch(self, flights: "dict[int, Future[bytes | None]]", *, uses_disk: bool) -> None:
+        """Fetch blocks in a row: by one request, but for those that another process is at."""
         self._disk.prepare()
-        with self._disk.claimed(index, self._timeout_s):
-            # Looked for first: to read it memory is made, and cleared.
-            data = self._disk.read(index, 0, length, length) if self._disk.has(index) else None
-            if data is not None:  # another process had it under way
-                self._landed(index, data)
-                return
-            part = self._disk.part(index)
-            part = part if len(part) < length else b""
-            with self._origin.open(begin + len(part), begin + length) as transfer:
-                if not transfer.is_whole:
-                    for number, block in self._blocks(transfer, index, part):
-                        self._take(number, block)
+        run = range(min(flights), max(flights) + 1)
+        while run:
+            first = run[0]
+            with ExitStack() as claims:
+                claims.enter_context(self._disk.claimed(first, self._timeout_s))
+                data = self._memory.get((self.key, first))
+                if self._flights.get(first) is not flights[first]:  # it came by a pass
+                    run = run[1:]
+                elif data is not None or (uses_disk and self._is_sound_on_disk(first)):
+                    # It came between the look and the launch, or another process had it.
+                    self._landed(first, data)
+                    run = run[1:]
+                else:
+                    stop = first + 1
+                    while stop < run.stop and self._is_free(stop, claims):
+                        stop += 1
+                    self._request(range(first, stop), uses_disk=uses_disk)
+                    run = range(stop, run.stop)
+
+    def _is_sound_on_disk(self, index: int) -> bool:
+        if not self._disk.has(index):
+            return False
+        return self._disk.read_into(index, 0, memoryview(bytearray(1)), self.block_bytes(index))
+
+    def _is_free(self, index: int, claims: ExitStack) -> bool:
+        """Claim a block that follows in the same request, if nothing of it is there, or comes."""
+        is_claimed = claims.enter_context(self._disk.claimed(index, 0.0))
+        return is_claimed and not self._disk.has(index) and not self._disk.has_part(index)
+
+    def _request(self, run: range, *, uses_disk: bool) -> None:
+        begin, stop = run[0] * BLOCK_BYTES, run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])
+        part = self._disk.part(run[0])
+        part = part if len(part) < self.block_bytes(run[0]) else b""
+        with self._origin.open(begin + len(part), stop) as transfer:
+            if not transfer.is_whole:
+                pieces = chain([part], transfer) if part else transfer
+                for index, arrival in self._arrivals(pieces, run[0], uses_disk=uses_disk):
+                    self._take(index, arrival)
                     if part:
                         self._disk.drop_part(index)
-                    return
-                with self._lock:
-                    if self._passing is not None and index >= self._passing:
-                        self._awaited.add(index)
-                        return
-                    is_pass = self._passing is None
-                    if is_pass:
-                        self._passing = 0
-                        self._awaited.add(index)
-                self._pass(transfer, None if is_pass else index)
+                        part = b""
+                return
+            with self._lock:
+                is_pass = self._passing is None
+                place = self._passing = self._passing or 0
+                self._awaited |= {index for index in run if index >= place}
+            if is_pass:
+                self._pass(transfer, None, uses_disk=uses_disk)
+            elif run[0] < place:
+                self._pass(transfer, range(run[0], min(run.stop, place)), uses_disk=uses_disk)
 
-    def _pass(self, transfer: Arriving, only: int | None) -> None:
-        """Take the blocks of a file that comes whole: all while it is used, or one alone."""
+    def _pass(self, transfer: Arriving, only: range | None, *, uses_disk: bool) -> None:
+        """Take the blocks of a file that comes whole: all while it is used, or some alone."""
         error: BaseException | None = None
+        first = 0 if only is None else only[0]
+        pieces = _behind(transfer, first * BLOCK_BYTES)
         try:
-            for index, block in self._blocks(transfer, 0):
+            for index, arrival in self._arrivals(
+                pieces, first, uses_disk=uses_disk, keeps_part=False
+            ):
                 if only is None:
                     with self._lock:
                         self._passing = index + 1
-                if only is None or index == only:
-                    self._take(index, block)
-                else:
-                    self._memory.release(len(block))
+                self._take(index, arrival)
                 with self._lock:
                     if only is None:
                         self._awaited.discard(index)
-                    is_over = index == only or (self._users <= 1 and not self._flights)
+                        is_over = self._users <= 1 and not self._flights
+                    else:
+                        is_over = index == only[-1]
                 if is_over:
                     return
         except BaseException as failure:
@@ -344,63 +386,60 @@ class RemoteFile:
     def _too_short(self) -> OSError:
         return errors.damaged(self._path, "it is shorter than it was")
 
-    def _blocks(
-        self, transfer: Arriving, index: int, part: bytes = b""
-    ) -> Iterator[tuple[int, bytes]]:
-        """Yield the blocks that come, from `index` on; the room of each is the caller's then.
+    def _arrivals(
+        self, pieces: Iterable[bytes], index: int, *, uses_disk: bool, keeps_part: bool = True
+    ) -> Iterator[tuple[int, Arrival]]:
+        """Yield the blocks that come, from `index` on, when they are whole.
 
-        What comes follows `part`, the start of the first. Where it breaks off within a block, the
-        start of that is kept.
+        Where it breaks off within a block, the start of that is kept, if so wanted.
         """
-        pieces = [part]
-        have, room = len(part), 0
+        arrival: Arrival | None = None
         try:
-            for piece in transfer:
-                rest = piece
+            for piece in pieces:
+                rest = memoryview(piece)
                 while rest:
-                    length = self.block_bytes(index)
-                    if not room:
-                        if length <= 0:
-                            raise errors.damaged(self._path, "it is longer than it was")
-                        self._reserve(length)
-                        room = length
-                    pieces.append(rest[: length - have])
-                    have += len(pieces[-1])
-                    rest = rest[len(pieces[-1]) :]
-                    if have == length:
-                        block = b"".join(pieces)
-                        pieces, have, room = [], 0, 0
-                        yield index, block
-                        index += 1
+                    if arrival is None:
+                        arrival = self._arrival(index, uses_disk=uses_disk)
+                    rest = arrival.add(rest)
+                    if not arrival.lacking_bytes:
+                        yield index, arrival
+                        arrival.close()
+                        arrival, index = None, index + 1
         finally:
-            if have and not transfer.is_whole:
-                self._disk.put_part(index, b"".join(pieces))
-            if room:
-                self._memory.release(room)
+            if arrival is not None:
+                if keeps_part and arrival.lacking_bytes:
+                    arrival.keep_part()
+                arrival.close()
 
-    def _reserve(self, size_bytes: int) -> None:
-        if not self._memory.reserve(size_bytes, self._timeout_s):
-            raise errors.TimedOut("no memory was free for a block in time")
+    def _arrival(self, index: int, *, uses_disk: bool) -> Arrival:
+        length = self.block_bytes(index)
+        if length <= 0:
+            raise errors.damaged(self._path, "it is longer than it was")
+        return Arrival(
+            self.key,
+            index,
+            length,
+            self._disk,
+            self._memory,
+            self._timeout_s,
+            digest=self._digests[index] if self._digests else b"",
+            uses_disk=uses_disk,
+        )
 
-    def _take(self, index: int, block: bytes) -> None:
-        """Keep a block, whose room is reserved, and hand it to those who wait."""
-        if self._digests and digest_of(block) != self._digests[index]:
-            self._memory.release(len(block))
+    def _take(self, index: int, arrival: Arrival) -> None:
+        """Keep a block, and tell those who wait."""
+        if not arrival.is_sound():
             raise errors.damaged(self._path, f"block {index} is not what it was")
         self._telemetry.count("blocks_fetched")
-        if self._disk.put(index, block):
-            self._memory.release(len(block))
-        else:
-            self._memory.keep((self.key, index), block)
-        self._landed(index, block)
+        self._landed(index, arrival.keep())
 
-    def _landed(self, index: int, block: bytes) -> None:
+    def _landed(self, index: int, block: bytes | None) -> None:
         with self._lock:
             flight = self._flights.pop(index, None)
         if flight is not None:
             flight.set_result(block)
 
-    def _failed(self, flights: "dict[int, Future[bytes]]", error: BaseException) -> None:
+    def _failed(self, flights: "dict[int, Future[bytes | None]]", error: BaseException) -> None:
         with self._lock:
             if isinstance(error, OSError) and errors.is_stale(error):
                 self._stale = error
@@ -425,6 +464,10 @@ def _parts(buffer: memoryview, start: int) -> Iterator[tuple[memoryview, int, in
         buffer, index, first = buffer[len(part) :], index + 1, 0
 
 
-def digest_of(block: bytes) -> bytes:
-    """Return what tells a block from any other."""
-    return hashlib.sha256(block).digest()[:16]
+def _behind(pieces: Iterable[bytes], skipped_bytes: int) -> Iterator[bytes]:
+    """Yield what follows so many bytes."""
+    for piece in pieces:
+        rest = piece[skipped_bytes:]
+        skipped_bytes -= len(piece) - len(rest)
+        if rest:
+            yield rest

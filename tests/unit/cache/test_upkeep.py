@@ -71,7 +71,9 @@ def test_blocks_that_were_altered_are_told_and_removed(cache):
 def test_what_is_kept_is_told_of_the_length_where_that_is_known(cache):
     with contextlib.closing(cache.open("three", "tinker://three", 5 * BLOCK)) as file:
         file.put(4, b"x" * BLOCK)
-        file.put_part(3, b"y" * 100)
+        with contextlib.closing(file.draft(3, BLOCK)) as draft:
+            draft.write(b"y" * 100)
+            file.keep_part(3, draft)
     lengths = {
         each.about: (each.data_bytes, each.length_bytes) for each in cached_files(cache.folder)
     }

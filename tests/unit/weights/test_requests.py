@@ -18,7 +18,8 @@ from tinkerfs.demo.archive import tar_of
 from tinkerfs.demo.content import Data, Noise
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.weights import tarindex
-from tinkerfs.weights.remote import BLOCK_BYTES, CONNECTIONS, CONNECTIONS_AHEAD
+from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
+from tinkerfs.weights.remote import BLOCK_BYTES, CONNECTIONS
 
 KIB, MIB = 1 << 10, 1 << 20
 NAME = "adapter_model.safetensors"

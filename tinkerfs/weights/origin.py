@@ -1,0 +1,45 @@
+"""What blocks are fetched from: a file of a store, or one that is unpacked on the way."""
+
+from collections.abc import Iterator
+from typing import Protocol, Self
+
+from tinkerfs.call import Call
+
+__all__ = ["Arriving", "Origin"]
+
+
+class Arriving(Protocol):
+    """Bytes on their way, in order: `Transfer`, or it unpacked."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the file comes, whatever was asked for."""
+        ...
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield them."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Return the same."""
+        ...
+
+    def __exit__(self, *exc: object) -> None:
+        """Let go of the connection."""
+        ...
+
+
+class Origin(Protocol):
+    """Where a file comes from: a `Source`, or it unpacked."""
+
+    def prepare(self, call: Call) -> None:
+        """Have at hand what `open` needs, as long as it takes."""
+        ...
+
+    def is_ready(self) -> bool:
+        """Tell whether `open` has what it needs."""
+        ...
+
+    def open(self, start: int, stop: int) -> Arriving:
+        """Ask for [start, stop)."""
+        ...
