@@ -130,13 +130,9 @@ class WeightsFile:
         """
         self._file.prepare(call)
 
-    def fetch(self, block: int, call: Call) -> "Future[bytes | None]":
-        """Begin to fetch a block, or join who does.
-
-        Raises:
-            ApiError, OSError: as `prepare`; what else goes wrong is the future's.
-        """
-        return self._file.fetch(block, call)
+    def fetch(self, block: int, call: Call, count: int = 1) -> "Future[bytes | None]":
+        """Begin to fetch a block, or join who does; as `RemoteFile.fetch`."""
+        return self._file.fetch(block, call, count)
 
     def _fill(self, buffer: memoryview, start: int, call: Call) -> None:
         if self._is_in_one_piece:

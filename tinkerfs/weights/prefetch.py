@@ -1,18 +1,21 @@
-"""Weights into the block cache: several blocks at a time, over any number of files, each once."""
+"""Weights into the block cache: several requests at a time, over any number of files, each once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from tinkerfs import errors
 from tinkerfs.call import Call
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
+from tinkerfs.weights.readahead import CONNECTIONS_AHEAD, MAX_AHEAD_BYTES
+from tinkerfs.weights.remote import BLOCK_BYTES
 
 __all__ = ["Landed", "prefetch", "room_bytes"]
 
-#: Blocks on their way at a time, of all files together; as many as a reader has fetched ahead.
-BLOCKS_AT_ONCE = CONNECTIONS_AHEAD
+#: Requests under way at a time, of all files together, and the most blocks of one: as many as for a
+#: reader who reads on and on.
+_REQUESTS = CONNECTIONS_AHEAD
+_BLOCKS_OF_ONE = MAX_AHEAD_BYTES // CONNECTIONS_AHEAD // BLOCK_BYTES
 
 #: What a block takes on disk beyond its bytes, at most: its checksum, in a page of its own.
 _BESIDE_BYTES = 4096
@@ -74,9 +77,11 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
         {block: held for block, held in file.blocks().items() if not file.is_kept(block)}
         for file in files
     ]
+    # Of few blocks each has a request of its own.
+    several = min(max(sum(map(len, missing)) // _REQUESTS, 1), _BLOCKS_OF_ONE)
     for number, file in enumerate(files):
         for block, size_bytes in missing[number].items():
-            while len(flying) >= BLOCKS_AT_ONCE:
+            while len(flying) >= _REQUESTS * several:
                 yield from landed()
             if number in failed:
                 break
@@ -84,7 +89,7 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
                 yield Landed(number, size_bytes)
                 continue
             try:
-                flight = file.fetch(block, call)
+                flight = file.fetch(block, call, _in_a_row(missing[number], block, several))
             except (errors.ApiError, OSError) as error:
                 failed.add(number)
                 yield Landed(number, 0, error)
@@ -92,3 +97,8 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
             flying.setdefault(flight, []).append((number, block, size_bytes))
     while flying:
         yield from landed()
+
+
+def _in_a_row(blocks: Mapping[int, int], first: int, most: int) -> int:
+    """Return how many of `blocks` follow one another from `first` on, up to `most`."""
+    return next((count for count in range(1, most) if first + count not in blocks), most)

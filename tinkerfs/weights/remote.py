@@ -129,7 +129,7 @@ class RemoteFile:
             is_kept = self._fill(part, index, first, call)
             self._telemetry.count("block_hits" if is_kept else "block_misses")
             if not is_kept:
-                missing.append((part, index, first, self._wanted(index, call)))
+                missing.append((part, index, first, self._wanted(range(index, index + 1), call)))
         if missing:
             patient = replace(call, timeout_s=None)
             for part, index, first, flight in missing:
@@ -184,17 +184,18 @@ class RemoteFile:
         """Tell whether a block is kept; whether it is sound turns out when it is read."""
         return self._disk.has(index)
 
-    def fetch(self, index: int, call: Call) -> "Future[bytes | None]":
+    def fetch(self, index: int, call: Call, count: int = 1) -> "Future[bytes | None]":
         """Begin to fetch a block, or join who does; one that is on disk is not fetched.
 
         Args:
             index: which block.
             call: waits where the archive must be built first; for nothing else.
+            count: of blocks, this one and what follows, that one request may be for.
 
         Raises:
             ApiError, OSError: as `prepare`; what else goes wrong is the future's.
         """
-        return self._wanted(index, call)
+        return self._wanted(range(index, index + count), call)
 
     def block_bytes(self, index: int) -> int:
         """Return the length of a block."""
@@ -234,16 +235,16 @@ class RemoteFile:
             except DiskLost:
                 pass
             # The cache was cleared in this instant, or its disk is bad: not by way of it again.
-            flight = self._wanted(index, call, uses_disk=False)
+            flight = self._wanted(range(index, index + 1), call, uses_disk=False)
         raise errors.damaged(self._path, "what is fetched of it is lost on the disk of the cache")
 
-    def _wanted(self, index: int, call: Call, *, uses_disk: bool = True) -> "Future[bytes | None]":
-        """Return the flight of a block that somebody waits for."""
+    def _wanted(self, run: range, call: Call, *, uses_disk: bool = True) -> "Future[bytes | None]":
+        """Return the flight of the first of some blocks, which somebody waits for."""
         with self._lock:
-            flight = self._flights.get(index)
+            flight = self._flights.get(run[0])
         if flight is None:
             self._origin.prepare(call)
-            flight = self._launch(range(index, index + 1), uses_disk=uses_disk)
+            flight = self._launch(run, uses_disk=uses_disk)
         return flight
 
     def _launch_ahead(self, run: range) -> bool:
