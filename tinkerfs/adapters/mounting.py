@@ -92,7 +92,7 @@ def serve(
         asked = loop.wait_for_the_kernel()
         reason = words()
     if loop.has_ended:
-        raise _refusal(mountpoint, reason)
+        raise _refusal(mountpoint, reason, loop.failure)
     if not asked:
         # The first answer: everybody else waits for the same.
         _widen_read_ahead(os.stat(mountpoint).st_dev)
@@ -225,8 +225,12 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
             os.close(saved)
 
 
-def _refusal(mountpoint: str, words: str) -> SetupError:
+def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> SetupError:
+    """Return why there is no mount: what libfuse wrote, or else what ended its loop."""
     reason = "; ".join(dict.fromkeys(line.strip() for line in words.splitlines() if line.strip()))
+    # The bindings raise libfuse's mere number.
+    if not reason and failure is not None and not isinstance(next(iter(failure.args), None), int):
+        reason = f"{type(failure).__name__}: {failure}"
     reason = errors.redact(reason) or "libfuse gave no reason"
     cure = "see `tinkerfs doctor`"
     if "not permitted" in reason.lower() or "permission denied" in reason.lower():
