@@ -15,8 +15,8 @@ All classes are thread-safe.
 """
 
 import hashlib
-import itertools
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -159,8 +159,6 @@ class BlockCache:
 class BlockFile:
     """The blocks of one file. Made by `BlockCache.open`; after `close` they may go."""
 
-    _numbers = itertools.count()
-
     def __init__(self, cache: BlockCache, digest: "hashlib._Hash", about: bytes) -> None:
         self._cache = cache
         self._name = digest.hexdigest()[:40]
@@ -288,7 +286,10 @@ class BlockFile:
         try:
             size_bytes = os.fstat(fd).st_size - TRAILER_BYTES
             is_good = is_sound(fd, self._name, index)
-            return os.pread(fd, size_bytes, 0) if is_good else b""
+            if is_good:
+                return os.pread(fd, size_bytes, 0)
+            os.unlink(self._part_path(index))
+            return b""
         except OSError:
             return b""
         finally:
@@ -391,7 +392,7 @@ class BlockFile:
         with suppress(OSError), open(os.open(path, os.O_RDONLY | _OPEN_FLAGS), "rb") as file:
             if file.read() == self._about:
                 return
-        draft = f"{self._folder}/.about.{os.getpid()}.{next(self._numbers)}"
+        draft = f"{self._folder}/.about.{secrets.token_hex(8)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS
         try:
             with open(os.open(draft, flags, 0o600), "wb") as file:

@@ -4,8 +4,8 @@ So a process that is killed leaves no half block under a name, and what the disk
 later its checksum tells.
 """
 
-import itertools
 import os
+import secrets
 from contextlib import suppress
 
 from xxhash import xxh3_64
@@ -42,10 +42,9 @@ class Draft:
         OSError: it cannot be begun: FileNotFoundError where there is no such folder.
     """
 
-    _numbers = itertools.count()
-
     def __init__(self, folder: str, name: str, index: int) -> None:
-        self._path = f"{folder}/.{index}.{os.getpid()}.{next(self._numbers)}"
+        # Not by the process's number: in containers that is often the same one.
+        self._path = f"{folder}/.{index}.{secrets.token_hex(8)}"
         self._fd = os.open(self._path, _FLAGS, 0o600)
         self._checksum = _checksum_of(name, index)
         self._size_bytes = 0
@@ -88,13 +87,16 @@ class Draft:
         _write_all(self._fd, memoryview(_trailer(self._checksum)))
         os.utime(self._fd, ns=(now_ns, now_ns))
         status = os.fstat(self._fd)
+        # Where the disk is elsewhere (NFS) the first `close` tells what it did not take.
+        os.close(os.dup(self._fd))
         os.rename(self._path, path)
         self._is_renamed = True
         return status
 
     def close(self) -> None:
-        """Let go of it; without a name it is gone."""
-        os.close(self._fd)
+        """Let go of it; without a name it is gone. To be called once."""
+        with suppress(OSError):
+            os.close(self._fd)
         if not self._is_renamed:
             with suppress(OSError):
                 os.unlink(self._path)

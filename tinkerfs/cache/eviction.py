@@ -106,7 +106,8 @@ class Sweeper:
         """Count all, and remove until `wanted_bytes` fit and `lacking_bytes` more are free."""
         files = kept_files(self._root)
         now_ns = int(self._clock.now() * 1e9)
-        total_bytes = sum(file.size_bytes for file in files)
+        # A draft counts as what it will be: it was admitted as that.
+        total_bytes = sum(_counted_bytes(file, wanted_bytes) for file in files)
         keep_bytes = self._limit_bytes - max(self._limit_bytes // _SHARE, wanted_bytes)
         goal_bytes = min(keep_bytes, total_bytes - max(lacking_bytes, 0))
         held: dict[str, ByteLocks | None] = {}
@@ -122,13 +123,17 @@ class Sweeper:
                 if is_doomed:
                     with suppress(FileNotFoundError):
                         os.unlink(file.path)
-                    total_bytes -= file.size_bytes
+                    total_bytes -= _counted_bytes(file, wanted_bytes)
         finally:
             for folder, locks in held.items():
                 if locks is not None:
                     remove_folder(self._root / folder)
                     locks.close()
         self._found_bytes, self._added_bytes = total_bytes, 0
+
+
+def _counted_bytes(file: Kept, block_bytes: int) -> int:
+    return file.size_bytes if file.index is not None else max(file.size_bytes, block_bytes)
 
 
 def kept_files(root: Path) -> list[Kept]:

@@ -1,17 +1,23 @@
 """The one bound on the memory that weights take, and what is kept within it.
 
-Room is reserved before bytes are fetched. What cannot go to disk stays here while there is room;
-whoever needs room takes that of the least recently used, and of what nobody has used yet only in
-the end: it was fetched ahead, and would have to come once more.
+Room is reserved for what is under way: a piece of what goes to disk, a whole block else. What
+cannot go to disk stays here while there is room; whoever needs room takes that of the least
+recently used, and of what nobody has used yet only in the end: it was fetched ahead, and would have
+to come again.
 """
 
 import threading
 from collections import OrderedDict
 
+from tinkerfs.clock import SYSTEM_CLOCK, Clock
+
 __all__ = ["BlockMemory", "Key"]
 
 #: Of which file, and which block of it.
 Key = tuple[str, int]
+
+#: What was fetched ahead and is not used for so long is taken to be wanted by nobody, seconds.
+_UNWANTED_S = 10.0
 
 
 class BlockMemory:
@@ -19,13 +25,16 @@ class BlockMemory:
 
     Args:
         limit_bytes: of all blocks kept and all room reserved.
+        clock: `monotonic` tells the age of what is not used.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, clock: Clock = SYSTEM_CLOCK) -> None:
         self._limit_bytes = limit_bytes
+        self._clock = clock
         self._changed = threading.Condition()
         # All guarded by _changed.
-        self._unused: OrderedDict[Key, bytes] = OrderedDict()
+        #: With the time that they came, the oldest first.
+        self._unused: OrderedDict[Key, tuple[float, bytes]] = OrderedDict()
         self._unused_bytes = 0
         self._used: OrderedDict[Key, bytes] = OrderedDict()
         self._used_bytes = 0
@@ -39,8 +48,12 @@ class BlockMemory:
 
     def has_room(self, size_bytes: int) -> bool:
         """Tell whether so much more can be fetched ahead, with half of the bound for the rest."""
-        ahead_bytes = self._reserved_bytes + self._unused_bytes + size_bytes
-        return ahead_bytes <= self._limit_bytes // 2
+        with self._changed:
+            old = self._clock.monotonic() - _UNWANTED_S
+            while self._unused and next(iter(self._unused.values()))[0] < old:
+                self._use(next(iter(self._unused)))
+            ahead_bytes = self._reserved_bytes + self._unused_bytes + size_bytes
+            return ahead_bytes <= self._limit_bytes // 2
 
     def reserve(self, size_bytes: int, patience_s: float) -> bool:
         """Take room, waiting for it where others have it; return whether it was had in time.
@@ -54,7 +67,7 @@ class BlockMemory:
             while self._used and self._total_bytes() > self._limit_bytes:
                 self._used_bytes -= len(self._used.popitem(last=False)[1])
             while self._unused and self._total_bytes() > self._limit_bytes:
-                self._unused_bytes -= len(self._unused.popitem(last=False)[1])
+                self._unused_bytes -= len(self._unused.popitem(last=False)[1][1])
             self._most_bytes = max(self._most_bytes, self._total_bytes())
             return True
 
@@ -69,8 +82,8 @@ class BlockMemory:
         with self._changed:
             self._reserved_bytes -= len(data)
             self._used_bytes -= len(self._used.pop(key, b""))
-            self._unused_bytes += len(data) - len(self._unused.pop(key, b""))
-            self._unused[key] = data
+            self._unused_bytes += len(data) - len(self._unused.pop(key, (0.0, b""))[1])
+            self._unused[key] = self._clock.monotonic(), data
             self._changed.notify_all()
 
     def has(self, key: Key) -> bool:
@@ -97,7 +110,8 @@ class BlockMemory:
                 self._use(key)
 
     def _use(self, key: Key) -> None:
-        data = self._used[key] = self._unused.pop(key)
+        data = self._used[key] = self._unused[key][1]
+        del self._unused[key]
         self._unused_bytes -= len(data)
         self._used_bytes += len(data)
 

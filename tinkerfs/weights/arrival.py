@@ -7,6 +7,7 @@ own; piece by piece 0.8 and 0.5 s.
 """
 
 import hashlib
+from contextlib import closing
 
 from tinkerfs import errors
 from tinkerfs.cache.blocks import BlockFile
@@ -16,8 +17,8 @@ from tinkerfs.weights.connections import READ_BYTES
 __all__ = ["Arrival", "DiskLost", "digest_of"]
 
 
-class DiskLost(Exception):
-    """What was written of a block can neither be kept nor read again; it must come anew."""
+class DiskLost(OSError):
+    """EIO: what was written of a block can neither be kept nor read again; it must come anew."""
 
 
 class Arrival:
@@ -114,28 +115,30 @@ class Arrival:
 
     def close(self) -> None:
         """Let go of what was not kept."""
-        if self._draft is not None:
-            self._draft.close()
-            self._draft = None
-        self._memory.release(self._room_bytes)
-        self._room_bytes = 0
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.close()
+        self._release()
 
     def _turn_to_memory(self, error: OSError | None) -> None:
         """Take what is written down so far into memory, since the disk does not keep it."""
         draft, self._draft = self._draft, None
         assert draft is not None
-        try:
-            if error is not None:
-                self._disk.tell(error)
-            self._pieces.append(draft.written())
-        except OSError as failure:
-            self._disk.tell(failure)
-            raise DiskLost from None
-        finally:
-            draft.close()
+        if error is not None:
+            self._disk.tell(error)
+        with closing(draft):
+            self._release()
+            self._reserve(self._length)
+            try:
+                self._pieces.append(draft.written())
+            except OSError as failure:
+                self._disk.tell(failure)
+                lost = errors.damaged("", "the disk of the cache lost a block on its way there")
+                raise DiskLost(lost.errno, lost.strerror) from None
+
+    def _release(self) -> None:
         self._memory.release(self._room_bytes)
         self._room_bytes = 0
-        self._reserve(self._length)
 
     def _reserve(self, size_bytes: int) -> None:
         if not self._memory.reserve(size_bytes, self._patience_s):

@@ -23,7 +23,7 @@ from tinkerfs.errors import SetupError
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.patience import Lost
 
-__all__ = ["LABEL", "Response", "StoreClient"]
+__all__ = ["LABEL", "READ_BYTES", "Response", "StoreClient"]
 
 #: How messages and counters call a request to the store.
 LABEL = "GET store"

@@ -1,6 +1,6 @@
 """Weights into the block cache: several requests at a time, over any number of files, each once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from tinkerfs import errors
 from tinkerfs.call import Call
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD, MAX_AHEAD_BYTES
-from tinkerfs.weights.remote import BLOCK_BYTES
+from tinkerfs.weights.remote import BLOCK_BYTES, in_rows
 
 __all__ = ["Landed", "prefetch", "room_bytes"]
 
@@ -56,13 +56,14 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
         files: open, in the order in which they are fetched.
         call: waits where an archive must be built first.
     """
-    flying: dict[Future[bytes | None], list[tuple[int, int, int]]] = {}
+    # Who waits for a block: which file, which block, how many bytes of the file, by which request.
+    flying: dict[Future[bytes | None], list[tuple[int, int, int, int]]] = {}
     failed: set[int] = set()
 
     def landed() -> Iterator[Landed]:
         done, _ = wait(flying, return_when=FIRST_COMPLETED)
         for flight in done:
-            for number, block, size_bytes in flying.pop(flight):
+            for number, block, size_bytes, _request in flying.pop(flight):
                 error = flight.exception()
                 if error is None and not files[number].is_kept(block):
                     error = errors.no_space("", _REFUSED)
@@ -79,26 +80,25 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
     ]
     # Of few blocks each has a request of its own.
     several = min(max(sum(map(len, missing)) // _REQUESTS, 1), _BLOCKS_OF_ONE)
-    for number, file in enumerate(files):
-        for block, size_bytes in missing[number].items():
-            while len(flying) >= _REQUESTS * several:
-                yield from landed()
+    requests = [
+        (number, run) for number, blocks in enumerate(missing) for run in in_rows(blocks, several)
+    ]
+    for request, (number, run) in enumerate(requests):
+        while len({each[-1] for waiting in flying.values() for each in waiting}) >= _REQUESTS:
+            yield from landed()
+        for block in run:
+            file, size_bytes = files[number], missing[number][block]
             if number in failed:
                 break
             if file.is_kept(block):  # it came with another file, or to another process
                 yield Landed(number, size_bytes)
                 continue
             try:
-                flight = file.fetch(block, call, _in_a_row(missing[number], block, several))
+                flight = file.fetch(block, call, run.stop - block)
             except (errors.ApiError, OSError) as error:
                 failed.add(number)
                 yield Landed(number, 0, error)
                 break
-            flying.setdefault(flight, []).append((number, block, size_bytes))
+            flying.setdefault(flight, []).append((number, block, size_bytes, request))
     while flying:
         yield from landed()
-
-
-def _in_a_row(blocks: Mapping[int, int], first: int, most: int) -> int:
-    """Return how many of `blocks` follow one another from `first` on, up to `most`."""
-    return next((count for count in range(1, most) if first + count not in blocks), most)

@@ -25,7 +25,7 @@ from tinkerfs.weights.arrival import Arrival, DiskLost
 from tinkerfs.weights.origin import Arriving, Origin
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
 
-__all__ = ["BLOCK_BYTES", "RemoteFile", "blocks_of"]
+__all__ = ["BLOCK_BYTES", "RemoteFile", "blocks_of", "in_rows"]
 
 #: What is fetched, checked and kept at a time: at 100 MB/s and 50 ms to the store 16 of them at a
 #: time hide the latency, and one is soon there.
@@ -89,6 +89,9 @@ class RemoteFile:
         self._passing: int | None = None
         #: The flights that are left to the pass.
         self._awaited: set[int] = set()
+        #: Blocks that went from the disk as they came: the cache was cleared in that instant, or
+        #: its disk is bad. They are kept in memory.
+        self._lost: set[int] = set()
         self._stale: OSError | None = None
 
     def acquire(self) -> bool:
@@ -153,18 +156,11 @@ class RemoteFile:
         Returns:
             up to where it is there or under way.
         """
-        run = range(0)
-        for index in blocks_of(start, stop):
-            if self._is_there(index):
-                continue
-            if run and run.stop == index and len(run) * BLOCK_BYTES < request_bytes:
-                run = range(run.start, index + 1)
-                continue
-            if run and not self._launch_ahead(run):
-                break
-            run = range(index, index + 1)
-        is_begun = not run or self._launch_ahead(run)
-        return stop if is_begun else max(start, run.start * BLOCK_BYTES)
+        missing = (index for index in blocks_of(start, stop) if not self._is_there(index))
+        for run in in_rows(missing, max(request_bytes // BLOCK_BYTES, 1)):
+            if not self._launch_ahead(run):
+                return max(start, run.start * BLOCK_BYTES)
+        return stop
 
     def is_idle(self) -> bool:
         """Tell whether nothing is being fetched."""
@@ -228,23 +224,25 @@ class RemoteFile:
             try:
                 data = call.wait(flight)
                 if data is not None:
+                    self._memory.get((self.key, index))  # it is used
                     buffer[:] = memoryview(data)[first : first + len(buffer)]
                     return
                 if self._fill(buffer, index, first, call):
                     return
             except DiskLost:
                 pass
-            # The cache was cleared in this instant, or its disk is bad: not by way of it again.
-            flight = self._wanted(range(index, index + 1), call, uses_disk=False)
+            with self._lock:
+                self._lost.add(index)
+            flight = self._wanted(range(index, index + 1), call)
         raise errors.damaged(self._path, "what is fetched of it is lost on the disk of the cache")
 
-    def _wanted(self, run: range, call: Call, *, uses_disk: bool = True) -> "Future[bytes | None]":
+    def _wanted(self, run: range, call: Call) -> "Future[bytes | None]":
         """Return the flight of the first of some blocks, which somebody waits for."""
         with self._lock:
             flight = self._flights.get(run[0])
         if flight is None:
             self._origin.prepare(call)
-            flight = self._launch(run, uses_disk=uses_disk)
+            flight = self._launch(run)
         return flight
 
     def _launch_ahead(self, run: range) -> bool:
@@ -256,7 +254,7 @@ class RemoteFile:
         self._launch(run)
         return True
 
-    def _launch(self, run: range, *, uses_disk: bool = True) -> "Future[bytes | None]":
+    def _launch(self, run: range) -> "Future[bytes | None]":
         """Begin to fetch blocks in a row, up to one under way; return the flight of the first."""
         with self._lock:
             flight = self._flights.get(run[0])
@@ -271,70 +269,81 @@ class RemoteFile:
             self._users += 1
             self._requests += 1
         name = f"block {run[0]} of {self._path}"
-        in_thread(lambda: self._fly(flights, uses_disk=uses_disk), name)
+        try:
+            in_thread(lambda: self._fly(flights), name)
+        except BaseException as error:  # there can be no more threads
+            self._end(flights, error)
+            raise
         return flights[run[0]]
 
-    def _fly(self, flights: "dict[int, Future[bytes | None]]", *, uses_disk: bool) -> None:
+    def _fly(self, flights: "dict[int, Future[bytes | None]]") -> None:
         """Fetch blocks in a row; runs on a thread of its own."""
+        error: BaseException | None = None
         try:
             with self._connections:
-                self._fetch(flights, uses_disk=uses_disk)
-            with self._lock:
-                left = {
-                    index: flight
-                    for index, flight in flights.items()
-                    if self._flights.get(index) is flight and index not in self._awaited
-                }
-            if left:
-                self._failed(left, self._too_short())
-        except BaseException as error:  # noqa: BLE001  (it belongs to whoever waits)
-            self._failed(flights, error)
-        finally:
-            with self._lock:
-                self._requests -= 1
-            self.release()
+                self._fetch(flights)
+        except BaseException as failure:  # noqa: BLE001  (it belongs to whoever waits)
+            error = failure
+        self._end(flights, error)
 
-    def _fetch(self, flights: "dict[int, Future[bytes | None]]", *, uses_disk: bool) -> None:
+    def _end(self, flights: "dict[int, Future[bytes | None]]", error: BaseException | None) -> None:
+        """Tell who waits still that nothing comes, but for what is left to a pass."""
+        with self._lock:
+            self._requests -= 1
+            left = {i: each for i, each in flights.items() if i not in self._awaited}
+        self._failed(left, error or self._too_short())
+        self.release()
+
+    def _fetch(self, flights: "dict[int, Future[bytes | None]]") -> None:
         """Fetch blocks in a row: by one request, but for those that another process is at."""
         self._disk.prepare()
         run = range(min(flights), max(flights) + 1)
-        while run:
-            first = run[0]
-            with ExitStack() as claims:
-                claims.enter_context(self._disk.claimed(first, self._timeout_s))
+        claims: dict[int, ExitStack] = {}
+        try:
+            while run:
+                first, stop = run[0], run[0] + 1
+                self._claim(first, claims, self._timeout_s)
                 data = self._memory.get((self.key, first))
-                if self._flights.get(first) is not flights[first]:  # it came by a pass
-                    run = run[1:]
-                elif data is not None or (uses_disk and self._is_sound_on_disk(first)):
+                is_left = self._flights.get(first) is flights[first]  # none that a pass took
+                if is_left and (data is not None or self._is_sound_on_disk(first)):
                     # It came between the look and the launch, or another process had it.
                     self._landed(first, data)
-                    run = run[1:]
-                else:
-                    stop = first + 1
+                elif is_left:
                     while stop < run.stop and self._is_free(stop, claims):
                         stop += 1
-                    self._request(range(first, stop), uses_disk=uses_disk)
-                    run = range(stop, run.stop)
+                    self._request(range(first, stop), claims)
+                for index in list(claims):
+                    claims.pop(index).close()
+                run = range(stop, run.stop)
+        finally:
+            for claim in claims.values():
+                claim.close()
+
+    def _claim(self, index: int, claims: dict[int, ExitStack], patience_s: float) -> bool:
+        claims[index] = ExitStack()
+        return claims[index].enter_context(self._disk.claimed(index, patience_s))
 
     def _is_sound_on_disk(self, index: int) -> bool:
-        if not self._disk.has(index):
-            return False
-        return self._disk.read_into(index, 0, memoryview(bytearray(1)), self.block_bytes(index))
+        a_byte = memoryview(bytearray(1))
+        length = self.block_bytes(index)
+        return index not in self._lost and self._disk.read_into(index, 0, a_byte, length)
 
-    def _is_free(self, index: int, claims: ExitStack) -> bool:
+    def _is_free(self, index: int, claims: dict[int, ExitStack]) -> bool:
         """Claim a block that follows in the same request, if nothing of it is there, or comes."""
-        is_claimed = claims.enter_context(self._disk.claimed(index, 0.0))
+        is_claimed = self._claim(index, claims, 0.0)
         return is_claimed and not self._disk.has(index) and not self._disk.has_part(index)
 
-    def _request(self, run: range, *, uses_disk: bool) -> None:
+    def _request(self, run: range, claims: dict[int, ExitStack]) -> None:
+        """Fetch blocks in a row; the claim of each ends when it is there."""
         begin, stop = run[0] * BLOCK_BYTES, run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])
         part = self._disk.part(run[0])
         part = part if len(part) < self.block_bytes(run[0]) else b""
         with self._origin.open(begin + len(part), stop) as transfer:
             if not transfer.is_whole:
                 pieces = chain([part], transfer) if part else transfer
-                for index, arrival in self._arrivals(pieces, run[0], uses_disk=uses_disk):
+                for index, arrival in self._arrivals(pieces, run[0]):
                     self._take(index, arrival)
+                    claims.pop(index).close()
                     if part:
                         self._disk.drop_part(index)
                         part = b""
@@ -344,19 +353,17 @@ class RemoteFile:
                 place = self._passing = self._passing or 0
                 self._awaited |= {index for index in run if index >= place}
             if is_pass:
-                self._pass(transfer, None, uses_disk=uses_disk)
+                self._pass(transfer, None)
             elif run[0] < place:
-                self._pass(transfer, range(run[0], min(run.stop, place)), uses_disk=uses_disk)
+                self._pass(transfer, range(run[0], min(run.stop, place)))
 
-    def _pass(self, transfer: Arriving, only: range | None, *, uses_disk: bool) -> None:
+    def _pass(self, transfer: Arriving, only: range | None) -> None:
         """Take the blocks of a file that comes whole: all while it is used, or some alone."""
         error: BaseException | None = None
         first = 0 if only is None else only[0]
         pieces = _behind(transfer, first * BLOCK_BYTES)
         try:
-            for index, arrival in self._arrivals(
-                pieces, first, uses_disk=uses_disk, keeps_part=False
-            ):
+            for index, arrival in self._arrivals(pieces, first, keeps_part=False):
                 if only is None:
                     with self._lock:
                         self._passing = index + 1
@@ -388,7 +395,7 @@ class RemoteFile:
         return errors.damaged(self._path, "it is shorter than it was")
 
     def _arrivals(
-        self, pieces: Iterable[bytes], index: int, *, uses_disk: bool, keeps_part: bool = True
+        self, pieces: Iterable[bytes], index: int, *, keeps_part: bool = True
     ) -> Iterator[tuple[int, Arrival]]:
         """Yield the blocks that come, from `index` on, when they are whole.
 
@@ -400,7 +407,7 @@ class RemoteFile:
                 rest = memoryview(piece)
                 while rest:
                     if arrival is None:
-                        arrival = self._arrival(index, uses_disk=uses_disk)
+                        arrival = self._arrival(index)
                     rest = arrival.add(rest)
                     if not arrival.lacking_bytes:
                         yield index, arrival
@@ -412,7 +419,7 @@ class RemoteFile:
                     arrival.keep_part()
                 arrival.close()
 
-    def _arrival(self, index: int, *, uses_disk: bool) -> Arrival:
+    def _arrival(self, index: int) -> Arrival:
         length = self.block_bytes(index)
         if length <= 0:
             raise errors.damaged(self._path, "it is longer than it was")
@@ -424,7 +431,7 @@ class RemoteFile:
             self._memory,
             self._timeout_s,
             digest=self._digests[index] if self._digests else b"",
-            uses_disk=uses_disk,
+            uses_disk=index not in self._lost,
         )
 
     def _take(self, index: int, arrival: Arrival) -> None:
@@ -454,6 +461,18 @@ class RemoteFile:
 def blocks_of(start: int, stop: int) -> range:
     """Return the blocks that hold the bytes [start, stop)."""
     return range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES) if stop > start else 0)
+
+
+def in_rows(blocks: Iterable[int], most: int) -> Iterator[range]:
+    """Yield some blocks again, those that follow one another together, up to `most`."""
+    run = range(0)
+    for index in blocks:
+        if run and (index != run.stop or len(run) == most):
+            yield run
+            run = range(0)
+        run = range(run.start if run else index, index + 1)
+    if run:
+        yield run
 
 
 def _parts(buffer: memoryview, start: int) -> Iterator[tuple[memoryview, int, int]]:

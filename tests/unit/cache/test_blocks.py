@@ -220,6 +220,24 @@ def test_it_stays_within_its_bound(cache_of):
     assert len(folders) <= 9, "folders without a block stay behind"
 
 
+def test_what_is_on_its_way_counts_as_what_it_will_be(cache_of):
+    limit = 32 * (BLOCK + 4 * KIB)
+    cache = cache_of(limit_bytes=limit)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        drafts = []
+        for index in range(60):
+            draft = file.draft(index, BLOCK)
+            if draft is not None:
+                draft.write(b"x")
+                drafts.append((index, draft))
+        for index, draft in drafts:
+            draft.write(bytes(BLOCK - 1))
+            assert file.keep(index, draft)
+            draft.close()
+        assert 25 <= len(drafts) <= 34
+    assert on_disk(cache) <= limit
+
+
 def test_what_is_open_may_fill_it_and_then_nothing_more_is_kept(cache_of, telemetry):
     cache = cache_of(limit_bytes=4 * (BLOCK + 4 * KIB))
     with contextlib.closing(cache.open("key", "about")) as file:

@@ -2,6 +2,7 @@
 
 import threading
 
+from tests.support.clocks import FakeTime
 from tinkerfs.cache.memory import BlockMemory
 
 
@@ -44,6 +45,19 @@ def test_what_was_fetched_ahead_of_a_file_that_is_closed_is_in_nobodys_way():
     assert memory.has_room(20)
     assert not memory.has_room(21)
     assert memory.get(("one", 0)) == memory.get(("other", 0)) == bytes(30)
+
+
+def test_what_nobody_uses_for_long_is_in_nobodys_way():
+    time = FakeTime()
+    memory = BlockMemory(100, time.clock)
+    fill(memory, "idle", 0)
+    time.advance(9)
+    fill(memory, "other", 0)
+    assert not memory.has_room(21)
+    time.advance(2)
+    assert memory.has_room(20)
+    assert not memory.has_room(21)
+    assert memory.has(("idle", 0))
 
 
 def test_a_block_that_comes_again_takes_the_place_of_the_one_before():

@@ -2,16 +2,25 @@
 
 import errno
 import os
+import random
 import re
+import shutil
+import time
 from contextlib import closing, contextmanager
+from functools import partial
 
 import pytest
 
 from tests.unit.weights.conftest import subject_of, truth
+from tinkerfs.cache import drafts
 from tinkerfs.cache.blocks import BlockCache, BlockFile
 from tinkerfs.cache.drafts import Draft
+from tinkerfs.cache.flight import side_by_side
 from tinkerfs.call import IN_PROCESS
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.weights import remote as remote_module
+from tinkerfs.weights.prefetch import prefetch
+from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
 from tinkerfs.weights.remote import BLOCK_BYTES
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -162,7 +171,7 @@ def test_a_request_ends_before_a_block_whose_start_is_there(opened):
 
 def test_a_block_under_way_is_not_part_of_another_request(opened):
     server, subject, mount = opened
-    server.faults.add("store", hang=True)
+    server.faults.add("store", hang=True, when=lambda entry: "=12582912-" in entry.range)
     with mount.weights.open(subject, NAME, IN_PROCESS) as file:
         remote = file._file
         flight = remote.fetch(3, IN_PROCESS)
@@ -173,3 +182,198 @@ def test_a_block_under_way_is_not_part_of_another_request(opened):
         server.faults.clear()
         flight.result(10)
     assert asked(server)[0] == [(1, 3), (3, 4), (4, 6)]
+
+
+@pytest.mark.expect_warnings("telemetry")
+def test_a_draft_is_closed_once_whatever_closing_says(opened, monkeypatch):
+    """EDQUOT of a `close` (NFS): the number is free by then, and may be another file's."""
+    server, subject, mount = opened
+    closed, close = [], os.close
+
+    def failing_once(fd):
+        close(fd)
+        closed.append(fd)
+        if len(closed) == 1:
+            raise OSError(errno.EDQUOT, "quota")
+
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        remote = file._file
+        remote.fetch(0, IN_PROCESS).result(10)
+        monkeypatch.setattr(drafts, "os", Stand(os, close=failing_once))
+        flights = [remote.fetch(1, IN_PROCESS, 2), remote.fetch(2, IN_PROCESS)]
+        assert [flight.exception(10) for flight in flights] == [None, None]
+    assert closed
+    eventually(lambda: not mount.weights.memory._reserved_bytes)
+    monkeypatch.undo()
+    assert read(mount, subject) == truth(server, subject, NAME)
+
+
+class Stand:
+    """A module with some functions of its own."""
+
+    def __init__(self, module, **own):
+        self._module = module
+        self.__dict__ |= own
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+
+def test_what_could_not_be_begun_ahead_is_told_even_if_it_could_a_moment_later(opened):
+    _server, subject, mount = opened
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        remote, begun, answers = file._file, [], iter([True, False])
+
+        def launch(run):
+            if not next(answers, True):
+                return False
+            begun.extend(run)
+            return True
+
+        remote._launch_ahead = launch
+        reached = remote.fetch_ahead(0, 7 * BLOCK_BYTES, BLOCK_BYTES)
+    assert begun == [0]
+    assert reached == BLOCK_BYTES
+
+
+def test_a_block_is_nobody_s_claim_once_it_is_there(opened):
+    server, subject, mount = opened
+    server.faults.add("store", stall_after_bytes=BLOCK_BYTES + MIB, times=1)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        remote = file._file
+        assert remote.fetch(2, IN_PROCESS, 2).result(10) is None
+        with another_process(mount) as other:
+            with other.claimed(2, 5.0) as is_mine:
+                assert is_mine
+            with other.claimed(3, 0.0) as is_mine:
+                assert not is_mine
+        server.faults.clear()
+        remote.fetch(3, IN_PROCESS).result(20)
+
+
+@pytest.mark.expect_warnings("telemetry")
+def test_a_pass_goes_on_to_the_disk_behind_a_block_that_was_lost(opened, monkeypatch):
+    server, subject, mount = opened
+    server.faults.add("store", ignore_range=True, times=None)
+    calls, write = [], Draft.write
+
+    def once(draft, data):
+        calls.append(draft)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "x")
+        return write(draft, data)
+
+    monkeypatch.setattr(Draft, "write", once)
+    monkeypatch.setattr(Draft, "written", failing(Draft.written, 0, errno.EIO))
+    assert read(mount, subject) == truth(server, subject, NAME)
+    kept = {path.name for path in mount.cache.folder.rglob("*") if path.name.isdigit()}
+    assert len(kept) >= 7
+
+
+def test_where_there_can_be_no_thread_nobody_waits_for_ever(opened, monkeypatch):
+    _server, subject, mount = opened
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        remote = file._file
+        with monkeypatch.context() as patch:
+            patch.setattr(remote_module, "in_thread", no_thread)
+            with pytest.raises(RuntimeError):
+                remote.fetch(0, IN_PROCESS)
+        assert remote.fetch(0, IN_PROCESS).result(10) is None
+        assert remote.is_idle()
+        eventually(lambda: not remote._requests)
+
+
+def no_thread(*_arguments):
+    raise RuntimeError("can't start new thread")
+
+
+def test_what_was_waited_for_in_memory_is_used(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=250 * MIB)
+    subject, mount = subject_of(server), weights_of(server, limit_bytes=0)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        for index in range(40):
+            file.read(1, index * 17 % 59 * BLOCK_BYTES + 77, IN_PROCESS)
+        assert mount.weights.memory.has_room(100 * MIB)
+
+
+@pytest.mark.expect_warnings("telemetry")
+@pytest.mark.parametrize("ignores_range", [False, True])
+def test_many_readers_of_a_bad_disk_and_a_bad_store_get_the_right_bytes(
+    demo_server, weights_of, monkeypatch, ignores_range
+):
+    """Writes that stop halfway, drafts that cannot be read, cuts, and a cache that is deleted."""
+    server = demo_server(runs=1, size_bytes=40 * MIB)
+    subject, mount = subject_of(server), weights_of(server, memory_bytes=24 * MIB)
+    expected, rng = truth(server, subject, NAME), random.Random(1)
+    write, commit, written = Draft.write, Draft.commit, Draft.written
+
+    def half_write(draft, data):
+        if rng.random() < 0.1:
+            write(draft, data[: len(data) // 2])
+            draft._size_bytes -= len(data) // 2
+            raise OSError(errno.ENOSPC, "x")
+        write(draft, data)
+
+    def no_commit(draft, *arguments):
+        if rng.random() < 0.1:
+            raise OSError(rng.choice([errno.EIO, errno.ENOENT]), "x")
+        return commit(draft, *arguments)
+
+    def not_written(draft):
+        if rng.random() < 0.05:
+            raise OSError(errno.EIO, "x")
+        return written(draft)
+
+    monkeypatch.setattr(Draft, "write", half_write)
+    monkeypatch.setattr(Draft, "commit", no_commit)
+    monkeypatch.setattr(Draft, "written", not_written)
+    if ignores_range:
+        server.faults.add("store", ignore_range=True, times=None)
+    else:
+        is_cut = random.Random(2).random
+        server.faults.add(
+            "store", cut_after_bytes=MIB + 77, times=None, when=lambda _entry: is_cut() < 0.15
+        )
+    give_up, wrong = time.monotonic() + 4, []
+
+    def reads(number):
+        places = random.Random(number)
+        while time.monotonic() < give_up:
+            with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+                for _ in range(10):
+                    at, size = places.randrange(39 * MIB), places.choice([10, 200_000, 5 * MIB])
+                    if file.read(size, at, IN_PROCESS) != expected[at : at + size]:
+                        wrong.append((at, size))
+            if number == 0:
+                shutil.rmtree(mount.cache.folder, ignore_errors=True)
+        return True
+
+    done = side_by_side([partial(reads, number) for number in range(6)], 6, "readers")
+    assert [each.result() for each in done] == [True] * 6
+    assert not wrong
+    eventually(lambda: not mount.weights.memory._reserved_bytes)
+    eventually(lambda: not [p for p in mount.cache.folder.rglob(".*") if p.suffix != ".part"])
+
+
+def eventually(holds, patience_s=10.0):
+    give_up = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+def test_prefetching_has_so_many_requests_under_way_and_no_more(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=300 * MIB, latency_s=0.05)
+    subject, mount = subject_of(server), weights_of(server)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        assert not [each.error for each in prefetch([file], IN_PROCESS) if each.error]
+        for index in range(0, 70, 2):
+            file._file._disk.drop(index)
+        server.journal.wait_until_idle()
+        server.journal.clear()
+        assert not [each.error for each in prefetch([file], IN_PROCESS) if each.error]
+    server.journal.wait_until_idle()
+    entries = server.journal.entries(ARCHIVE)
+    most = max(sum(b.start_s <= a.start_s < b.end_s for b in entries) for a in entries)
+    assert len(entries) == 35
+    assert most <= CONNECTIONS_AHEAD
