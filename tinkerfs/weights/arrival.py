@@ -61,6 +61,7 @@ class Arrival:
         self._digest = digest
         self._sha256 = hashlib.sha256()
         self._pieces: list[bytes] = []
+        self._is_lost = False
         self._room_bytes = 0
         self._draft = disk.draft(index, length) if uses_disk else None
         try:
@@ -74,7 +75,6 @@ class Arrival:
 
         Raises:
             TimedOut: the disk took no more, and there was no room in memory.
-            DiskLost: as it says.
         """
         taken, rest = piece[: self.lacking_bytes], piece[self.lacking_bytes :]
         if self._digest:
@@ -84,7 +84,7 @@ class Arrival:
                 self._draft.write(taken)
             except OSError as error:
                 self._turn_to_memory(error)
-        if self._draft is None:
+        if self._draft is None and not self._is_lost:
             self._pieces.append(bytes(taken))
         self.lacking_bytes -= len(taken)
         return rest
@@ -97,12 +97,16 @@ class Arrival:
         """Keep it, which is whole, and return it where that is in memory; None: it is on disk.
 
         Raises:
-            TimedOut, DiskLost: as `add`.
+            TimedOut: as `add`.
+            DiskLost: as it says; what comes behind the block is as good as ever.
         """
         if self._draft is not None:
             if self._disk.keep(self._index, self._draft):
                 return None
             self._turn_to_memory(None)
+        if self._is_lost:
+            lost = errors.damaged("", "the disk of the cache lost a block on its way there")
+            raise DiskLost(lost.errno, lost.strerror)
         data = b"".join(self._pieces)
         self._memory.keep((self._key, self._index), data)
         self._room_bytes = 0
@@ -133,8 +137,7 @@ class Arrival:
                 self._pieces.append(draft.written())
             except OSError as failure:
                 self._disk.tell(failure)
-                lost = errors.damaged("", "the disk of the cache lost a block on its way there")
-                raise DiskLost(lost.errno, lost.strerror) from None
+                self._is_lost = True
 
     def _release(self) -> None:
         self._memory.release(self._room_bytes)

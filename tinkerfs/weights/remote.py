@@ -439,7 +439,13 @@ class RemoteFile:
         if not arrival.is_sound():
             raise errors.damaged(self._path, f"block {index} is not what it was")
         self._telemetry.count("blocks_fetched")
-        self._landed(index, arrival.keep())
+        try:
+            block = arrival.keep()
+        except DiskLost as lost:
+            flight = self._flights.get(index)
+            self._failed({} if flight is None else {index: flight}, lost)
+        else:
+            self._landed(index, block)
 
     def _landed(self, index: int, block: bytes | None) -> None:
         with self._lock:
