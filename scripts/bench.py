@@ -20,7 +20,7 @@ from bench_outage import measure_outages
 from bench_reads import measure_reads
 from bench_requests import count_requests
 from bench_rivals import measure_rivals
-from bench_scale import measure_scale
+from bench_scale import measure_parsing, measure_scale
 from bench_speed import measure_speed
 from bench_views import count_views
 from bench_weights import measure_weights
@@ -74,6 +74,8 @@ def main() -> int:
             measure_speed(bench, bindings, Path(folder))
             measure_reads(bench, bindings)
             measure_commands(bench, bindings, Path(folder) / "commands")
+        if "scale" in parts:
+            measure_parsing(bench)
         binding = bindings[0] if options.binding else load().name
         with bench.under(binding):
             if "weights" in parts:

@@ -1,5 +1,6 @@
 """Large accounts: until the first entry, the whole listing, memory and what is kept on disk."""
 
+import json
 import os
 import subprocess
 import tempfile
@@ -8,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench_harness import Bench, daemon_of, mounted, resident_mb
+from bench_harness import Bench, daemon_of, mounted, resident_mb, timed
 from bench_server import Server
+
+from tinkerfs.api.parsing import parse_checkpoints
 
 #: Runs and checkpoints of each; the first three are listed by one call each.
 SHAPES = (
@@ -25,6 +28,35 @@ SHAPES = (
 WALKED_CHECKPOINTS = 100_000
 #: Nothing is asked twice while it is measured, and a million checkpoints come in minutes.
 OPTIONS = ("--ttl", "3600", "--timeout", "600")
+
+
+#: Reading an answer also keeps each record's own text, which `json.loads` does not.
+PARSED_RECORDS, PARSING_GOAL = 10_000, 4.0
+
+
+def measure_parsing(bench: Bench) -> None:
+    """Measure reading an answer of many checkpoints, beside `json.loads` of the same bytes."""
+    records = [
+        {
+            "checkpoint_id": f"weights/{number:05}",
+            "checkpoint_type": "training",
+            "time": "2026-11-23T10:20:30Z",
+            "tinker_path": f"tinker://run/weights/{number:05}",
+            "size_bytes": number,
+            "public": False,
+            "expires_at": None,
+        }
+        for number in range(PARSED_RECORDS)
+    ]
+    body = json.dumps({"checkpoints": records}).encode()
+    ours_s, json_s = timed(lambda: parse_checkpoints(body)), timed(lambda: json.loads(body))
+    bench.add(
+        f"parsing {PARSED_RECORDS:,} checkpoints",
+        ours_s / json_s,
+        "x",
+        goal=PARSING_GOAL,
+        beside={"tinkerfs": ours_s, "json.loads": json_s},
+    )
 
 
 def measure_scale(bench: Bench, binding: str) -> None:

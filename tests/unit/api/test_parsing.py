@@ -1,5 +1,4 @@
 import json
-import time
 
 import pytest
 from hypothesis import given
@@ -210,14 +209,3 @@ def test_the_small_records():
 
 def test_a_signed_url_shows_nothing():
     assert "sig" not in repr(SignedUrl("https://store/x?sig=1", 3.0))
-
-
-def test_ten_thousand_records_take_no_time():
-    records = [CHECKPOINT | {"checkpoint_id": f"weights/{n:05d}"} for n in range(10_000)]
-    body = listing(*records)
-    best = 1e9
-    for _ in range(5):
-        began = time.perf_counter()
-        assert len(parsing.parse_checkpoints(body).items) == 10_000
-        best = min(best, time.perf_counter() - began)
-    assert best < 0.2, "0.04 s where it was written; twice the promised 0.1 s on a busy machine"

@@ -243,7 +243,7 @@ def test_a_slow_body(server, web, archive):
     server.faults.add("GET store/archive", bytes_per_s=100_000)
     start = time.monotonic()
     assert web.get(url, headers={"Range": "bytes=0-29999"}).content == whole[:30_000]
-    assert 0.25 < time.monotonic() - start < 3
+    assert time.monotonic() - start > 0.25
 
 
 def test_a_range_that_is_not_heeded(server, web, archive):
@@ -308,7 +308,7 @@ def test_closing_ends_what_hangs_at_once(demo_server):
     rule.wait_for(50)
     start = time.monotonic()
     server.close()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     for client in clients:
         assert client.recv(1) == b""
         client.close()
