@@ -79,12 +79,14 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     ) -> Self:
         """Make a record of what it tells."""
         kind, slash, name = checkpoint_id.partition("/")
+        if not slash:
+            name = checkpoint_id
         path_start, path_has_id = tinker_path, False
         if tinker_path is not None and tinker_path.endswith("/" + checkpoint_id):
             path_start, path_has_id = intern(tinker_path[: -len(checkpoint_id)]), True
         return cls(
             kind=intern(kind) if slash else None,
-            name=name if slash else checkpoint_id,
+            name=name,
             checkpoint_type=intern(checkpoint_type) if checkpoint_type is not None else None,
             time_ns=time_ns,
             path_start=path_start,
@@ -92,7 +94,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             size_bytes=size_bytes,
             is_public=is_public,
             expires_at_ns=expires_at_ns,
-        ).with_raw(raw)
+            outline=outlined(raw, *_texts(path_start, time_ns, expires_at_ns, name, size_bytes)),
+        )
 
     def with_raw(self, raw: bytes) -> Self:
         """Return the same record with another JSON of its own."""
@@ -104,14 +107,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return filled(self.outline, *self._texts())
 
     def _texts(self) -> tuple[str | None, ...]:
-        """Return what few records say alike, as servers write it, the shortest last."""
-        return (
-            self.path_start,
-            None if self.time_ns is None else usual_text(self.time_ns),
-            None if self.expires_at_ns is None else usual_text(self.expires_at_ns),
-            f'{self.name}"',  # it ends its text, and "1" stands in many others
-            None if self.size_bytes is None else str(self.size_bytes),
-        )
+        return _texts(self.path_start, self.time_ns, self.expires_at_ns, self.name, self.size_bytes)
 
     @property
     def checkpoint_id(self) -> str:
@@ -131,6 +127,23 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         if self.path_start is None:
             return (self.kind, self.name, self.checkpoint_type, self.time_ns)
         return (self.path_start, self.path_has_id, self.kind, self.name)
+
+
+def _texts(
+    path_start: str | None,
+    time_ns: int | None,
+    expires_at_ns: int | None,
+    name: str,
+    size_bytes: int | None,
+) -> tuple[str | None, ...]:
+    """Return what few records say alike, as servers write it, the shortest last."""
+    return (
+        path_start,
+        None if time_ns is None else usual_text(time_ns),
+        None if expires_at_ns is None else usual_text(expires_at_ns),
+        f'{name}"',  # it ends its text, and "1" stands in many others
+        None if size_bytes is None else str(size_bytes),
+    )
 
 
 class TrainingRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -7,7 +7,7 @@ is None: a time that is wrong costs that field and nothing else.
 import math
 import re
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
 __all__ = ["parse_http_date_s", "parse_retry_after_s", "parse_time_ns", "usual_text"]
@@ -18,7 +18,10 @@ _ISO = re.compile(
     r"\s*(?:([Zz]|UTC|GMT)|([+-])(\d\d)(?::?(\d\d))?)?)?\s*",
     re.ASCII,
 )
+_EPOCH = datetime(1970, 1, 1)
 _EPOCH_DAY = date(1970, 1, 1).toordinal()
+#: Up to whole seconds, and up to microseconds.
+_USUAL_LENGTHS = (19, 26)
 _NS = 1_000_000_000
 
 #: What fits 64 signed bits of nanoseconds (years 1677 to 2262): SQLite keeps no more. A time
@@ -54,11 +57,32 @@ def usual_text(time_ns: int) -> str:
     That is ISO 8601 in UTC, with six digits of a second where it is no whole one.
     """
     seconds, fraction_ns = divmod(time_ns, _NS)
-    whole = datetime.fromtimestamp(seconds, UTC).isoformat()[:19]
-    return f"{whole}.{fraction_ns // 1000:06d}" if fraction_ns else whole
+    when = _EPOCH + timedelta(0, seconds, fraction_ns // 1000)
+    text = when.isoformat()
+    return f"{text}.000000" if 0 < fraction_ns < 1000 else text
 
 
 def _iso_ns(text: str) -> int | None:
+    return _usual_ns(text) or _any_iso_ns(text)
+
+
+def _usual_ns(text: str) -> int | None:
+    """Read what `usual_text` writes, in a fifth of the time that any other ISO 8601 takes."""
+    text = text.removesuffix("Z")
+    is_usual = len(text) in _USUAL_LENGTHS and text[7] == "-" and text[10] == "T"
+    if not is_usual or text[11:13] == "24":  # which some versions of Python take for tomorrow
+        return None
+    try:
+        when = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    if when.tzinfo is not None:
+        return None
+    span = when - _EPOCH
+    return (span.days * 86400 + span.seconds) * _NS + span.microseconds * 1000
+
+
+def _any_iso_ns(text: str) -> int | None:
     match = _ISO.fullmatch(text)
     if match is None:
         return None
