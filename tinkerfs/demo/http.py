@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -123,8 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
 
     def _exchange(self, entry: Entry, rule: Rule) -> None:
-        if not pause(self.server.latency_s() + rule.latency_s, self._is_over):
+        if not pause(rule.latency_s, self._is_over):
             return self._abort()
+        due_s = time.monotonic() + self.server.latency_s()
         if rule.call is not None:
             rule.call()
         if (rule.hang or rule.hold_until is not None) and not rule.hold(self._is_over):
@@ -134,6 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
         entry.is_range_hidden = rule.ignore_range
         reply = _own_answer(rule) if rule.replaces_answer else self.server.origin.answer(entry)
         _spoil(reply, rule)
+        # What making the answer took is part of the delay: who measures counts on that.
+        if not pause(due_s - time.monotonic(), self._is_over):
+            return self._abort()
         entry.status = reply.status
         return self._send(entry, reply, rule)
 
@@ -207,7 +212,7 @@ class Listener(ThreadingHTTPServer):
         origin: What answers.
         journal: Where requests are recorded.
         faults: What goes wrong.
-        latency_s: Returns the delay of every answer.
+        latency_s: Returns how long after a request its answer begins at the earliest.
         is_closing: Tells whether waits are to end.
     """
 

@@ -43,7 +43,7 @@ class DemoServer:
         faults: What goes wrong; nothing by default.
         prefix: Path of the base URL, such as `/services/tinker-prod`.
         api_key: The key that is taken, `tml-...`.
-        latency_s: Delay of every answer of the API and of the store.
+        latency_s: How long after a request its answer begins at the earliest, the store's too.
         clock: Returns Unix time: for expiries.
         reference_time_s: Unix time of the account's newest moment; None for one in the past that
             is always the same; `time.time()` for a lively demo.
