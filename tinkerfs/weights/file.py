@@ -6,8 +6,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Self
 
 from tinkerfs.call import Call
+from tinkerfs.weights.blocks import BLOCK_BYTES, blocks_of
 from tinkerfs.weights.readahead import Ahead, ReadAhead
-from tinkerfs.weights.remote import BLOCK_BYTES, RemoteFile, blocks_of
+from tinkerfs.weights.remote import RemoteFile
 from tinkerfs.weights.tarindex import Member, Segment
 from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensor_ends
 

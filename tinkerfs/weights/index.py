@@ -15,9 +15,9 @@ from tinkerfs import errors
 from tinkerfs.cache.blocks import BlockCache, BlockFile
 from tinkerfs.cache.flight import side_by_side
 from tinkerfs.weights.arrival import digest_of
+from tinkerfs.weights.blocks import BLOCK_BYTES
 from tinkerfs.weights.connections import StoreClient
 from tinkerfs.weights.inflate import GZIP_MAGIC, inflated
-from tinkerfs.weights.remote import BLOCK_BYTES
 from tinkerfs.weights.source import Address, Source, Version
 from tinkerfs.weights.tarindex import Member, Segment, clean_name, read_members
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from tinkerfs import errors
 from tinkerfs.call import Call
+from tinkerfs.weights.blocks import BLOCK_BYTES, in_rows
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD, MAX_AHEAD_BYTES
-from tinkerfs.weights.remote import BLOCK_BYTES, in_rows
 
 __all__ = ["Landed", "prefetch", "room_bytes"]
 

@@ -22,14 +22,11 @@ from tinkerfs.cache.memory import BlockMemory
 from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.arrival import Arrival, DiskLost
+from tinkerfs.weights.blocks import BLOCK_BYTES, blocks_of, in_rows, parts_of
 from tinkerfs.weights.origin import Arriving, Origin
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
 
-__all__ = ["BLOCK_BYTES", "RemoteFile", "blocks_of", "in_rows"]
-
-#: What is fetched, checked and kept at a time: at 100 MB/s and 50 ms to the store 16 of them at a
-#: time hide the latency, and one is soon there.
-BLOCK_BYTES = 4 << 20
+__all__ = ["RemoteFile"]
 
 #: Requests of one file at a time; fetching ahead leaves some to those who wait.
 CONNECTIONS = 24
@@ -128,7 +125,7 @@ class RemoteFile:
         if self._stale is not None:
             raise errors.stale(self._path, self._stale.strerror or "")
         missing: list[tuple[memoryview, int, int, Future[bytes | None]]] = []
-        for part, index, first in _parts(buffer, start):
+        for part, index, first in parts_of(buffer, start):
             is_kept = self._fill(part, index, first, call)
             self._telemetry.count("block_hits" if is_kept else "block_misses")
             if not is_kept:
@@ -141,7 +138,7 @@ class RemoteFile:
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all in memory or on disk."""
         data = bytearray(stop - start)
-        parts = _parts(memoryview(data), start)
+        parts = parts_of(memoryview(data), start)
         is_kept = all(self._fill(*part, IN_PROCESS) for part in parts)
         return bytes(data) if is_kept else None
 
@@ -462,32 +459,6 @@ class RemoteFile:
                 del self._flights[index]
         for index in mine:
             flights[index].set_exception(error)
-
-
-def blocks_of(start: int, stop: int) -> range:
-    """Return the blocks that hold the bytes [start, stop)."""
-    return range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES) if stop > start else 0)
-
-
-def in_rows(blocks: Iterable[int], most: int) -> Iterator[range]:
-    """Yield some blocks again, those that follow one another together, up to `most`."""
-    run = range(0)
-    for index in blocks:
-        if run and (index != run.stop or len(run) == most):
-            yield run
-            run = range(0)
-        run = range(run.start if run else index, index + 1)
-    if run:
-        yield run
-
-
-def _parts(buffer: memoryview, start: int) -> Iterator[tuple[memoryview, int, int]]:
-    """Yield the parts of a buffer for what is at `start`: of which block, and where in that."""
-    index, first = divmod(start, BLOCK_BYTES)
-    while buffer:
-        part = buffer[: BLOCK_BYTES - first]
-        yield part, index, first
-        buffer, index, first = buffer[len(part) :], index + 1, 0
 
 
 def _behind(pieces: Iterable[bytes], skipped_bytes: int) -> Iterator[bytes]:

@@ -19,9 +19,9 @@ from tinkerfs.cache.flight import side_by_side
 from tinkerfs.call import IN_PROCESS
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import remote as remote_module
+from tinkerfs.weights.blocks import BLOCK_BYTES
 from tinkerfs.weights.prefetch import prefetch
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
-from tinkerfs.weights.remote import BLOCK_BYTES
 
 KIB, MIB = 1 << 10, 1 << 20
 NAME = "adapter_model.safetensors"

@@ -18,8 +18,9 @@ from tinkerfs.demo.archive import tar_of
 from tinkerfs.demo.content import Data, Noise
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.weights import tarindex
+from tinkerfs.weights.blocks import BLOCK_BYTES
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
-from tinkerfs.weights.remote import BLOCK_BYTES, CONNECTIONS
+from tinkerfs.weights.remote import CONNECTIONS
 
 KIB, MIB = 1 << 10, 1 << 20
 NAME = "adapter_model.safetensors"
