@@ -82,7 +82,9 @@ class WeightsFile:
         ahead = self._ahead.wanted(offset, size)
         if ahead.start < ahead.stop:  # before the wait for these, so that it comes meanwhile
             self._fetch_ahead(ahead)
-        self._fill(buffer[:size], offset, call)
+        if size < len(buffer):
+            buffer = buffer[:size]
+        self._fill(buffer, offset, call)
         if self._ahead.needs_ends():
             self._learn_ends()
         return size

@@ -128,15 +128,15 @@ class ReadAhead:
 
     def _jumped(self, offset: int, end: int) -> Ahead:
         """Start another run; of jumps of one length, fetch where the next one leads."""
-        last = self._run
-        jump_bytes = offset - last.start
-        is_stride = abs(jump_bytes - self._jump_bytes) <= last.end - last.start
+        run = self._run
+        jump_bytes, run_bytes = offset - run.start, run.end - run.start
+        is_stride = abs(jump_bytes - self._jump_bytes) <= run_bytes
         self._jumps = self._jumps + 1 if is_stride else 1
         self._jump_bytes = jump_bytes
-        self._run = _Run(offset, end)
+        run.start, run.end = offset, end
         self._reached = 0
         if self._jumps < _STRIDE_JUMPS or jump_bytes <= 0:
             return _NOTHING
         begin = offset + jump_bytes
-        stop = begin + min(max(last.end - last.start, end - offset), MAX_AHEAD_BYTES)
+        stop = begin + min(max(run_bytes, end - offset), MAX_AHEAD_BYTES)
         return Ahead(min(begin, self._size_bytes), min(stop, self._size_bytes), 0)

@@ -124,6 +124,11 @@ class RemoteFile:
         """
         if self._stale is not None:
             raise errors.stale(self._path, self._stale.strerror or "")
+        index, first = divmod(start, BLOCK_BYTES)
+        is_in_one = first + len(buffer) <= BLOCK_BYTES
+        if is_in_one and self._disk.read_again(index, first, buffer, call.waiting):
+            self._telemetry.count("block_hits")
+            return
         missing: list[tuple[memoryview, int, int, Future[bytes | None]]] = []
         for part, index, first in parts_of(buffer, start):
             is_kept = self._fill(part, index, first, call)

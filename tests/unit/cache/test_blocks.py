@@ -54,6 +54,13 @@ def whole(file, index, size=BLOCK):
     return file.read(index, 0, size, size)
 
 
+def again(file, index):
+    """Return a block that was just read, without a look at anything but its open file."""
+    buffer = memoryview(bytearray(BLOCK))
+    is_there = file.read_again(index, 0, buffer, contextlib.nullcontext)
+    return bytes(buffer) if is_there else None
+
+
 def on_disk(cache):
     return sum(
         path.stat().st_size
@@ -168,14 +175,17 @@ def test_a_block_that_was_altered_is_never_read(cache_of, telemetry, spoil, is_r
     cache = cache_of()
     file = cache.open("key", "about")
     file.put(0, block(0))
-    assert whole(file, 0) == block(0)
+    assert again(file, 0) is None
+    assert whole(file, 0) == again(file, 0) == block(0)
     time.sleep(0.01)  # the clock of file times ticks every 4 ms
     spoil(block_path(cache))
     if is_remounted:
         file.close()
         file = cache_of().open("key", "about")
     # What was moved away may be open still, and is the same.
-    assert whole(file, 0) == (block(0) if spoil is swap and not is_remounted else None)
+    left = block(0) if spoil is swap and not is_remounted else None
+    assert again(file, 0) == left
+    assert whole(file, 0) == left
     assert whole(file, 1) is None
     if spoil is not swap:
         assert "altered" in telemetry.errors_text()
@@ -540,8 +550,8 @@ def waits():
     return []
 
 
-@pytest.fixture
-def read_of(cache_of, monkeypatch, waits):
+@pytest.fixture(params=["read_into", "read_again"])
+def read_of(request, cache_of, monkeypatch, waits):
     """A read of a sound block of a disk that answers reads that must not wait as it is told."""
 
     @contextlib.contextmanager
@@ -551,10 +561,10 @@ def read_of(cache_of, monkeypatch, waits):
         waits.append("over")
 
     def make(at_once):
-        preadv, asked = os.preadv, []
+        preadv, asked, is_first = os.preadv, [], True
 
         def answering(fd, buffers, offset, flags=0):
-            if not flags:
+            if not flags or is_first:
                 return preadv(fd, buffers, offset)
             asked.append(offset)
             return at_once(lambda: preadv(fd, buffers, offset), buffers)
@@ -562,10 +572,15 @@ def read_of(cache_of, monkeypatch, waits):
         file = cache_of().open("key", "about")
         file.put(0, block(1))
         monkeypatch.setattr(os, "preadv", answering)
+        whole(file, 0)
+        is_first = False
 
         def read():
             buffer = memoryview(bytearray(100))
-            assert file.read_into(0, 50, buffer, BLOCK, waiting)
+            if request.param == "read_again":
+                assert file.read_again(0, 50, buffer, waiting)
+            else:
+                assert file.read_into(0, 50, buffer, BLOCK, waiting)
             assert buffer == block(1)[50:150]
             return len(asked)
 
@@ -627,6 +642,7 @@ def test_what_was_removed_is_not_read_on_and_holds_no_space(cache_of):
         assert whole(file, 0) == block(1)
         (path,) = [path for path in file_paths(file) if path.name == "0"]
         path.unlink()
+        assert again(file, 0) is None
         assert whole(file, 0) is None
         file.put(0, block(2))
         assert whole(file, 0) == block(2)

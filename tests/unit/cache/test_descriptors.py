@@ -50,15 +50,46 @@ def test_what_nobody_asks_for_is_closed_soon(opened):
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_is_asked_for_stays(opened):
+def test_what_is_kept_again_stays(opened):
     kept = Descriptors()
     kept.keep(("file", 1), opened())
     fd = kept.get(("file", 1)).fd
     until = time.monotonic() + 0.4
     while time.monotonic() < until:
-        assert kept.get(("file", 1)).fd == fd
+        found = kept.get(("file", 1))
+        assert found.fd == fd
+        kept.keep(("file", 1), found)
+        del found
         time.sleep(0.01)
     wait_until_closed(fd)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_was_kept_within_a_generation_is_recent(opened):
+    kept = Descriptors()
+    kept.keep(("file", 1), opened())
+    assert kept.recent(("file", 1)) is kept.get(("file", 1))
+    deadline = time.monotonic() + 10
+    while kept.recent(("file", 1)) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_it_is_sound_while_it_is_the_file_that_was_found_so(opened, tmp_path):
+    descriptor, path = opened(), tmp_path / "file"
+    assert not descriptor.is_sound()
+    descriptor.found_sound(os.fstat(descriptor.fd))
+    assert descriptor.is_sound()
+    os.utime(path, ns=(0, os.stat(path).st_mtime_ns))
+    assert descriptor.is_sound(), "it was used"
+    os.truncate(path, 4)
+    assert not descriptor.is_sound()
+    descriptor.found_sound(os.fstat(descriptor.fd))
+    os.utime(path, ns=(0, 0))
+    assert not descriptor.is_sound()
+    descriptor.found_sound(os.fstat(descriptor.fd))
+    path.unlink()
+    assert not descriptor.is_sound()
 
 
 def test_there_is_a_bound(opened, monkeypatch):
