@@ -171,6 +171,9 @@ class MemoryFileSystem:
         names = self.names(path)
         if names is None:
             raise errors.not_a_directory(path)
+        known = self.known(path)
+        if known is not None:
+            return Scan(known.entries, listing=known)
         entries = []
         for name in names:
             attr = self.attr(f"{path.rstrip('/')}/{name}")

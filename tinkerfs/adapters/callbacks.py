@@ -28,10 +28,10 @@ import msgspec
 from tinkerfs import errors
 from tinkerfs.adapters.answers import Answers
 from tinkerfs.call import Lease
-from tinkerfs.tree.node import Attr, Entry
+from tinkerfs.tree.node import DOTS, Attr, Entry, dots
 
 if TYPE_CHECKING:
-    from tinkerfs.adapters.fuse import Opened, Operations
+    from tinkerfs.adapters.fuse import Opened, OpenedFolder, Operations
     from tinkerfs.tree.listings import Listing
 
 __all__ = ["callbacks_of", "packer_of", "with_callbacks"]
@@ -52,6 +52,10 @@ _INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
 #: How many answers are kept: of 500 bytes each, and of 800 bytes beside those of the file.
 _MOST_ATTRIBUTES: Final = 32_768
 _MOST_FILES: Final = 12_288
+
+#: Entries of a folder that are made ready to be handed on: 144 bytes each, beside the names, of
+#: which most are in many short folders, and none of a long one's anywhere else.
+_MOST_READY: Final = 128
 
 #: Of memory: it may be written to (CPython's pybuffer.h, PyBUF_WRITE).
 _WRITABLE: Final = 0x200
@@ -211,7 +215,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
             return _refusal(error)
         return 0
 
-    fill_arguments = (_ADDRESS, _PATH, _PATH, _OFFSET, *([_INT] if major == 3 else []))
+    fill_arguments = (_ADDRESS, _PATH, _ADDRESS, _OFFSET, *([_INT] if major == 3 else []))
     # Not `CFUNCTYPE`: it lets go of the interpreter around each entry, which takes as long again.
     # libfuse has two of them.
     filler_at = functools.lru_cache(8)(ctypes.PYFUNCTYPE(_INT, *fill_arguments))
@@ -222,30 +226,63 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     def readdir(
         _path: bytes | None, buffer: int, filler: int, offset: int, info: int, flags: int = 0
     ) -> int:
+        fill = filler_at(filler)
         try:
             folder = operations.folder(fh_of(info))
-            entries = operations.readdir(fh_of(info), offset)
+            is_plus = bool(flags & _READDIR_PLUS)
+            # Past the first buffer the kernel wants attributes where the caller looked at some.
+            is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
+            if is_wanted and operations.is_as_it_was(folder) and (ready := ready_of(folder)):
+                return hand_on(ready, fill, buffer, offset)
+            entries = operations.readdir(fh_of(info), offset)  # which may wait
         except OSError as error:
             return _refusal(error)
-        fill = filler_at(filler)
         # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
-        is_plus = bool(flags & _READDIR_PLUS) and operations.is_as_it_was(folder)
-        # Past the first buffer the kernel wants attributes where the caller looked at some already.
-        is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
+        is_plus = is_plus and operations.is_as_it_was(folder)
+        is_wanted = is_wanted and is_plus
         # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
         # with 0 it would collect everything first, on libfuse 3 without the attributes.
         for index, entry in enumerate(entries, offset + 1):
-            attr, rest = entry.attr, plain
+            rest = plain
             # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
             # so a plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel
             # remember what came with PLUS, 1.2 kB for the files of a checkpoint: those of folders
             # are sent to everybody, who will mostly go into them, those of files to who wants them.
-            if attr is None:
-                attr = Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0, 0)
-            elif is_wanted or (is_plus and stat.S_ISDIR(entry.mode)):
+            if entry.attr is not None and (is_wanted or (is_plus and stat.S_ISDIR(entry.mode))):
                 rest = plus
-            if fill(buffer, encoded(entry.name), pack(attr), index, *rest):
+            if fill(buffer, encoded(entry.name), packed(entry), index, *rest):
                 break
+        return 0
+
+    def packed(entry: Entry) -> bytes:
+        return pack(entry.attr or Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0, 0))
+
+    def ready_of(folder: "OpenedFolder") -> _Ready | None:
+        """Return the entries of a short listing that is kept, made ready where they are not.
+
+        Never where each operation is to be logged.
+        """
+        listing = None if operations.is_traced else folder.scan.listing
+        if listing is None or len(listing.entries) > _MOST_READY:
+            return None
+        if listing.ready is None:
+            entries = (*dots(folder.path), *listing.entries)
+            attributes = b"".join(map(packed, entries))
+            address = ctypes.cast(ctypes.c_char_p(attributes), _ADDRESS).value
+            assert address is not None
+            names = tuple(encoded(entry.name) for entry in entries)
+            listing.ready = _Ready(names, attributes, address)
+        ready: _Ready = listing.ready
+        return ready
+
+    def hand_on(ready: _Ready, fill: Callable[..., int], buffer: int, offset: int) -> int:
+        address, rest = ready.address + offset * stat_bytes, plain
+        for index, name in enumerate(ready.names[offset:], offset + 1):
+            if index > DOTS:  # those have no attributes
+                rest = plus
+            if fill(buffer, name, address, index, *rest):
+                break
+            address += stat_bytes
         return 0
 
     getattr_arguments = (_PATH, _ADDRESS, _ADDRESS)
@@ -267,6 +304,20 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     if major == 2:
         callbacks["fgetattr"] = _callback(getattr_, *getattr_arguments)
     return callbacks
+
+
+class _Ready(msgspec.Struct, frozen=True, gc=False):
+    """What a folder holds, `.` and `..` too, as libfuse copies it: names, and a `struct stat` each.
+
+    Attributes:
+        names: in order.
+        attributes: one after the other.
+        address: of the first.
+    """
+
+    names: tuple[bytes, ...]
+    attributes: bytes
+    address: int
 
 
 class _Attributes(msgspec.Struct, frozen=True, gc=False):

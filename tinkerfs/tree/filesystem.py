@@ -114,7 +114,7 @@ class FileSystem:
         """
         known = self.known(path)
         if known is not None:
-            return Scan(known.entries)
+            return Scan(known.entries, listing=known)
         epoch = self.epoch
         try:
             folder = self._nodes.resolve(path, call)

@@ -6,6 +6,7 @@ Making them is most of what a walk costs: 45 us for the eight entries of a check
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
@@ -32,11 +33,13 @@ class Listing(msgspec.Struct):
         entries: all of them, each with its attributes.
         lease: how long they hold.
         epoch: the catalogue's, from before they were made.
+        ready: what who hands the entries on made of them; None until then.
     """
 
     entries: tuple[Entry, ...]
     lease: Lease
     epoch: int
+    ready: Any = None
     _by_name: dict[str, Entry] | None = None
 
     def entry(self, name: str) -> Entry | None:

@@ -3,9 +3,13 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from tinkerfs import errors
 from tinkerfs.tree.node import Entry
+
+if TYPE_CHECKING:
+    from tinkerfs.tree.listings import Listing
 
 __all__ = ["Scan"]
 
@@ -22,16 +26,22 @@ class Scan:
         more: begins to yield the others, in the thread of whoever asks for them; may wait and fail.
             Begun again where a wait ended early: then what is there already is passed over.
         whole: called once with all entries.
+        listing: what keeps the entries, if anything does.
+
+    Attributes:
+        listing: the same.
     """
 
-    __slots__ = ("_begin", "_entries", "_error", "_lock", "_more", "_whole")
+    __slots__ = ("_begin", "_entries", "_error", "_lock", "_more", "_whole", "listing")
 
     def __init__(
         self,
         entries: Sequence[Entry] = (),
         more: Callable[[], Iterator[Entry]] | None = None,
         whole: Callable[[tuple[Entry, ...]], None] = lambda _entries: None,
+        listing: "Listing | None" = None,
     ) -> None:
+        self.listing = listing
         self._lock = threading.Lock()
         self._whole = whole
         # Changed under _lock; entries are only ever added while there may be more.

@@ -366,9 +366,30 @@ def test_attributes_come_along_with_folders_and_to_who_looks_at_files():
     assert set(of.values()) == {0}, "the kernel wants none"
 
 
-def test_no_attributes_come_along_with_what_was_listed_before_a_change():
-    libfuse = Libfuse(3)
+@pytest.mark.parametrize("many", [8, 40, 400])
+@pytest.mark.parametrize("room", [1, 2, 3, 7, 1000])
+def test_what_is_listed_again_is_what_was_listed(many, room):
+    libfuse = Libfuse(3, MemoryFileSystem(many=many, epoch=1))
     libfuse.stat(b"/hello")
+    first, *others = (
+        [
+            (name, bytes(status), at, plus)
+            for name, status, at, plus in libfuse.listed(b"/many", room, 1)
+        ]
+        for _ in range(4)
+    )
+    assert len(first) == many + 3, "and the link"
+    assert [plus for *_rest, plus in first] == [0, 0] + [2] * (len(first) - 2)
+    assert others == [first] * 3
+    assert (libfuse.filesystem.listings["/many"].ready is None) == (many == 400)
+
+
+@pytest.mark.parametrize("epoch", [0, 1], ids=["new", "kept"])
+def test_no_attributes_come_along_with_what_was_listed_before_a_change(epoch):
+    libfuse = Libfuse(3, MemoryFileSystem(many=50, epoch=epoch))
+    libfuse.stat(b"/hello")
+    for _ in range(3):
+        libfuse.listed(b"/many", 1000, 1)
     scandir = libfuse.filesystem.scandir
 
     def changed_meanwhile(path, call):
@@ -376,7 +397,7 @@ def test_no_attributes_come_along_with_what_was_listed_before_a_change():
         return scandir(path, call)
 
     libfuse.filesystem.scandir = changed_meanwhile
-    assert {plus for *_rest, plus in libfuse.listed(b"/", 1000, 1)} == {0}
+    assert {plus for *_rest, plus in libfuse.listed(b"/many", 1000, 1)} == {0}
 
 
 def test_past_the_first_buffer_the_kernel_knows_who_wants_attributes():
