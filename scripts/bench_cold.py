@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench_harness import TINKERFS, Bench, mounted, shell, timed
+from bench_harness import TINKERFS, Bench, daemon_of, mounted, shell, timed
 from bench_server import Server
+from bench_sides import Side, on_one_cpu
 
 LATENCY_S = 0.05
 RUNS = 2000
@@ -49,7 +50,10 @@ def first_look(server: Server, binding: str, script: str) -> tuple[float, int]:
 
 def look(server: Server, binding: str, cache: Path, script: str) -> tuple[float, int]:
     """Return how long a look takes just after mounting, seconds, and the calls it makes."""
-    with mounted(server, binding, cache) as folder:
+    with (
+        mounted(server, binding, cache) as folder,
+        on_one_cpu([Side("mount", folder, daemon_of(folder))]),
+    ):
         server.ask("clear")
         began = time.perf_counter()
         shell(script, folder)

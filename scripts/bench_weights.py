@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +19,7 @@ from bench_server import Server
 GB = 1_000_000_000
 #: What the files of a checkpoint are besides its tensors, and the ends of blocks that are cut.
 SLACK_BYTES = 8 << 20
+HAS_ARIA2 = shutil.which("aria2c") is not None
 #: So many that six of them are of a sampler.
 CHECKPOINTS = 12
 
@@ -63,10 +66,17 @@ def curl(url: str, ranges: int, folder: Path | None = None) -> None:
     assert not any(process.wait(600) for process in started)
 
 
-def curl_to_disk(url: str, ranges: int) -> tuple[float, float]:
-    """Return how long it takes to download and keep what comes, and to read it then, seconds."""
-    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-curl-") as folder:
-        kept_s = seconds(partial(curl, url, ranges, Path(folder)))
+def aria2(url: str, connections: int, folder: Path) -> None:
+    """Download with so many connections into one file in a folder."""
+    many = [f"--split={connections}", f"--max-connection-per-server={connections}"]
+    quick = ["--min-split-size=1M", "--file-allocation=none", "--no-conf", "--quiet"]
+    subprocess.run(["aria2c", *many, *quick, f"--dir={folder}", "--out=file", url], check=True)
+
+
+def to_disk(download: Callable[[str, int, Path], None], url: str) -> tuple[float, float]:
+    """Return how long it takes to download by 8 connections, and to read it then, seconds."""
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-download-") as folder:
+        kept_s = seconds(partial(download, url, 8, Path(folder)))
         return kept_s, seconds(lambda: [dd(part) for part in sorted(Path(folder).iterdir())])
 
 
@@ -138,15 +148,13 @@ def looks(bench: Bench, binding: str) -> None:
 
 
 def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> None:
-    """Read 1 GB from nothing, beside curl with 1 and with 8 connections, in turns."""
+    """Read 1 GB from nothing, beside curl and aria2c, in turns."""
     speed = f"{limit // 1_000_000} MB/s a connection" if limit else "unlimited"
     name = f"1 GB cold, {latency_s * 1000:.0f} ms, {speed}"
     with Server(
         runs=1, checkpoints=5, size_bytes=GB, latency_s=latency_s, bytes_per_s=limit
     ) as server:
-        spans: dict[str, list[float]] = {
-            what: [] for what in ("mount", "curl", "8 curls", "to disk", "and read")
-        }
+        spans: dict[str, list[float]] = defaultdict(list)
         for _ in range(3):
             with fresh(server, binding) as folder:
                 path = members(folder, server)[0]
@@ -156,15 +164,21 @@ def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> Non
                 cost = server.ask("counts")
             spans["curl"].append(seconds(partial(curl, url, 1)))
             spans["8 curls"].append(seconds(partial(curl, url, 8)))
-            kept_s, read_s = curl_to_disk(url, 8)
+            kept_s, read_s = to_disk(curl, url)
             spans["to disk"].append(kept_s)
             spans["and read"].append(kept_s + read_s)
+            if HAS_ARIA2:
+                kept_s, read_s = to_disk(aria2, url)
+                spans["aria2c"].append(kept_s + read_s)
         middle = {what: sorted(each)[1] for what, each in spans.items()}
         bench.add(name, GB / 1e6 / middle["mount"], "MB/s")
         bench.add("... its time over that of one curl", middle["mount"] / middle["curl"], "x")
         bench.add("... over that of curl with 8 ranges", middle["mount"] / middle["8 curls"], "x")
         bench.add("... which keeps them on a disk", middle["mount"] / middle["to disk"], "x")
         bench.add("... and reads them from there", middle["mount"] / middle["and read"], "x")
+        if HAS_ARIA2:
+            over = middle["mount"] / middle["aria2c"]
+            bench.add("... over that of aria2c, whose file is read then", over, "x", goal=1.0)
         bench.add("... fetched over read", cost["sent"] / GB, "x", 1 + SLACK_BYTES / GB)
 
 
