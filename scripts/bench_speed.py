@@ -116,7 +116,7 @@ def measure_deep(
                 (f"du -s of {shape}", "du -s runs", 2.0),
             ):
                 add(what, compare(sides, bash(script), ROUNDS_OF_A_WALK), goal)
-            medians = compare(sides, bash(cat(file, len(names))))
+            medians = compare(sides, bash(cat(file, len(names))), ROUNDS_OF_A_WALK)
             add(f"cat of {len(names):,} info.json", medians, 2.0)
             for what, paths in (
                 (f"stat of {LOOKS:,} paths", names[:LOOKS]),
@@ -124,7 +124,7 @@ def measure_deep(
             ):
                 add(what, compare(sides, partial(stat_each, names=paths)), 1.5)
         at_once = bash(cat(file, -(-len(names) // 8), processes=8))
-        medians = compare(sides, at_once)
+        medians = compare(sides, at_once, ROUNDS_OF_A_WALK)
         add(f"cat of {len(names):,} info.json by 8 processes", medians, 2.0)
 
 
