@@ -44,11 +44,11 @@ CONFINED = {
     "fsspec": {"adapters"},
     "fuse": {"adapters"},
     "fusepy": {"adapters"},
-    "httpx": {"api", "weights.connections"},
+    "httpx": {"api", "weights.pools"},
     "mfusepy": {"adapters"},
     "sqlite3": {"cache"},
     "stamina": {"api"},
-    "urllib3": {"weights.connections"},
+    "urllib3": {"weights.pools"},
     "xxhash": {"cache"},
 }
 
@@ -161,7 +161,7 @@ def test_what_is_imported_is_declared():
         ("errors", "from tinkerfs import catalogue", "errors -> catalogue"),
         ("demo.server", "from tinkerfs.errors import redact", "demo -> errors"),
         ("demo.server", "import msgspec", "demo imports msgspec"),
-        ("tree.layout", "import httpx", "httpx belongs in api, weights.connections"),
+        ("tree.layout", "import httpx", "httpx belongs in api, weights.pools"),
         ("weights.archives", "import httpx", "httpx belongs in"),
         ("tree.layout", "import mfusepy", "mfusepy belongs in adapters"),
         ("catalogue", "import sqlite3", "sqlite3 belongs in cache"),
@@ -181,7 +181,7 @@ def test_a_violation_is_found(module, source, wrong):
     ("module", "source"),
     [
         ("cli.mount", "import click\nfrom tinkerfs.demo import server\nprint()"),
-        ("weights.connections", "import httpx"),
+        ("weights.pools", "import httpx"),
         ("tree.layout", "from tinkerfs import __version__, errors\nfrom . import node"),
         ("errors", "import errno\nerrno.EIO"),
         ("demo.server", "from tinkerfs import __version__\nimport http.server\nprint()"),

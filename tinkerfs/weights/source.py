@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
@@ -20,8 +20,11 @@ from tinkerfs.api.models import SignedUrl
 from tinkerfs.api.times import parse_retry_after_s
 from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.errors import ApiError
-from tinkerfs.weights.connections import LABEL, Response, StoreClient
+from tinkerfs.weights.connections import LABEL, StoreClient
 from tinkerfs.weights.patience import Lost, Patience
+
+if TYPE_CHECKING:
+    from tinkerfs.weights.pools import Response
 
 __all__ = ["Address", "Source", "Transfer", "Version"]
 
@@ -174,7 +177,7 @@ class Source:
             url = _redirected(url, response.headers.get("location", ""))
         raise errors.ProtocolError(f"{_host(url)} redirects on and on", endpoint=LABEL)
 
-    def _checked(self, response: Response, start: int, stop: int) -> "_Answer":
+    def _checked(self, response: "Response", start: int, stop: int) -> "_Answer":
         status, host = response.status, response.host
         if status in (200, 206):
             return self._held_against(response, start, stop)
@@ -192,7 +195,7 @@ class Source:
             raise Lost(kind(words, endpoint=LABEL, status=status), wait_s=wait_s)
         raise errors.Rejected(words, endpoint=LABEL, status=status)
 
-    def _held_against(self, response: Response, start: int, stop: int) -> "_Answer":
+    def _held_against(self, response: "Response", start: int, stop: int) -> "_Answer":
         """Return an answer that is about the file that is meant, and holds `start`."""
         headers = response.headers
         if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
@@ -215,7 +218,7 @@ class Source:
             raise self._lies(response, "it is longer than the file")
         return _Answer(response, begin, end, version)
 
-    def _same(self, response: Response, size_bytes: int | None) -> Version:
+    def _same(self, response: "Response", size_bytes: int | None) -> Version:
         """Return the version that an answer is of.
 
         Raises:
@@ -239,7 +242,7 @@ class Source:
             raise self._lies(response, "it is of another length than the file")
         return known
 
-    def _empty(self, response: Response, start: int) -> "_Answer":
+    def _empty(self, response: "Response", start: int) -> "_Answer":
         """Return what 416 means where it is the truth: an empty file, asked about."""
         found = _UNSATISFIED.fullmatch(response.headers.get("content-range", "").strip())
         size_bytes = None if found is None else int(found[1])
@@ -255,7 +258,7 @@ class Source:
         self._address.changed()
         return errors.stale(self._address.path, words)
 
-    def _lies(self, response: Response, words: str) -> "Lost":
+    def _lies(self, response: "Response", words: str) -> "Lost":
         message = f"the answer of {response.host} cannot be used: {words}"
         return Lost(errors.ProtocolError(message, endpoint=LABEL, status=response.status))
 
@@ -334,7 +337,7 @@ class Transfer:
 class _Answer:
     """A usable answer: the bytes [start, stop) of a version."""
 
-    response: Response
+    response: "Response"
     start: int
     stop: int
     version: Version

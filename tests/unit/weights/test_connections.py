@@ -7,6 +7,8 @@ import logging
 import socket
 import ssl
 import struct
+import subprocess
+import sys
 import termios
 import threading
 import time
@@ -346,3 +348,20 @@ def test_a_proxy_that_cannot_be_used_is_told_with_its_cure(environment, proxy):
     environment.setenv("https_proxy", proxy)
     with pytest.raises(SetupError, match="HTTPS_PROXY"):
         StoreClient(Telemetry(), timeout_s=10)
+
+
+def test_certificates_that_cannot_be_read_are_told(environment, tmp_path):
+    environment.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
+    with (
+        StoreClient(Telemetry(), timeout_s=3) as client,
+        pytest.raises(errors.Unreachable, match=r"HTTP cannot be set up: .*No such file"),
+    ):
+        client.get("https://127.0.0.1:1/", {})
+
+
+def test_a_mount_starts_without_what_fetches_weights():
+    script = "import sys, tinkerfs.adapters.compose; print('urllib3' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
