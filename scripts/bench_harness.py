@@ -80,7 +80,9 @@ class Serves(Protocol):
 
 
 def daemon_environment(server: Serves, binding: str) -> dict[str, str]:
-    return os.environ | {
+    # As where it was installed, its modules are compiled but once.
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return environ | {
         "TINKER_BASE_URL": server.base_url,
         "TINKER_API_KEY": server.api_key,
         "TINKERFS_FUSE_BINDING": binding,
