@@ -7,6 +7,7 @@ here, where the server's own state can be looked at after every command.
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -84,7 +85,9 @@ class CommandLine:
             timeout=60,
             check=False,
         )
-        if done.returncode:
+        # Once in some hundred runs 0.38 aborts on its way out, having said and done all.
+        is_late_abort = done.returncode == -signal.SIGABRT and done.stdout and not done.stderr
+        if done.returncode and not is_late_abort:
             msg = f"tinker {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
             raise AssertionError(msg)
         return done.stdout
