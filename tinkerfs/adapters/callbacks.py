@@ -53,8 +53,8 @@ _INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
 _MOST_ATTRIBUTES: Final = 32_768
 _MOST_FILES: Final = 12_288
 
-#: Entries of a folder that are made ready to be handed on: 144 bytes each, beside the names, of
-#: which most are in many short folders, and none of a long one's anywhere else.
+#: The most entries of a folder that is made ready to be handed on, which takes 144 bytes of each:
+#: short folders share their names' bytes with others, a long one's would be kept for it alone.
 _MOST_READY: Final = 128
 
 #: Of memory: it may be written to (CPython's pybuffer.h, PyBUF_WRITE).
@@ -276,10 +276,9 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return ready
 
     def hand_on(ready: _Ready, fill: Callable[..., int], buffer: int, offset: int) -> int:
-        address, rest = ready.address + offset * stat_bytes, plain
+        address = ready.address + offset * stat_bytes
         for index, name in enumerate(ready.names[offset:], offset + 1):
-            if index > DOTS:  # those have no attributes
-                rest = plus
+            rest = plus if index > DOTS else plain  # those have no attributes
             if fill(buffer, name, address, index, *rest):
                 break
             address += stat_bytes

@@ -10,6 +10,7 @@ A mount is never unmounted because something went wrong inside: an empty folder 
 import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from tinkerfs.errors import SetupError
 if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
 
-__all__ = ["block_signals", "serve", "stop_was_asked_for"]
+__all__ = ["allow_open_files", "block_signals", "serve", "stop_was_asked_for"]
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +35,26 @@ _STOP: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 #: By it the other threads wake the main thread from sigwait.
 _WAKE: Final = signal.SIGUSR1
 
+#: The most files that a mount can want open: blocks, connections, and what is on its way.
+_OPEN_FILES: Final = 8192
+
 #: How far the kernel reads ahead of a program, KiB.
 _READ_AHEAD_KIB: Final = 1024
 
 #: After a signal: how long the process may take to end tidily. The promise is 2 s.
 _TIDY_END_S: Final = 1.5
+
+
+def allow_open_files() -> None:
+    """Let the process have as many files open as it may, up to what a mount can want.
+
+    Usual are 1024, of which blocks that are kept open and connections may take most.
+    """
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        with contextlib.suppress(OSError, ValueError):  # it does with what it has
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def block_signals() -> None:

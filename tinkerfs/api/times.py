@@ -69,8 +69,9 @@ def _iso_ns(text: str) -> int | None:
 def _usual_ns(text: str) -> int | None:
     """Read what `usual_text` writes, in a fifth of the time that any other ISO 8601 takes."""
     text = text.removesuffix("Z")
-    is_usual = len(text) in _USUAL_LENGTHS and text[7] == "-" and text[10] == "T"
-    if not is_usual or text[11:13] == "24":  # which some versions of Python take for tomorrow
+    if len(text) not in _USUAL_LENGTHS or text[11:13] == "24":  # to some Pythons, tomorrow
+        return None
+    if text[7::3][:4] != "-T::" or text[19:20] not in {"", ".", ","}:
         return None
     try:
         when = datetime.fromisoformat(text)

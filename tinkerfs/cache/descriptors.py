@@ -5,6 +5,7 @@ holds a descriptor holds the disk space of what was removed, so each is let go o
 """
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from tinkerfs.cache.flight import in_thread
 
 __all__ = ["Descriptor", "Descriptors", "Waiting"]
 
-#: How long a generation lasts, seconds, and how many it holds; two are kept at a time.
+#: How long a generation lasts, seconds, and how many it holds at the most; two are kept at a time,
+#: which take a quarter of the descriptors that the process may have.
 GENERATION_S = 1.0
 MOST = 256
+_SHARE = 8
 
 #: A read that fails rather than wait for the disk (Linux, preadv2(2)); 0 where there is none.
 _AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
@@ -65,6 +68,8 @@ class Descriptors:
         self._young: dict[tuple[str, int], Descriptor] = {}
         self._old: dict[tuple[str, int], Descriptor] = {}
         self._is_swept = False
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = MOST if allowed == resource.RLIM_INFINITY else min(MOST, allowed // _SHARE)
         #: Whether the file system says so where it would have to wait for the disk.
         self._tells_waits = bool(_AT_ONCE)
 
@@ -78,14 +83,21 @@ class Descriptors:
 
     def keep(self, key: tuple[str, int], descriptor: Descriptor) -> None:
         """Keep a descriptor for a while, in place of another one of the same block."""
+        aged: object = None  # closed when this returns, and so without the lock
         with self._lock:
-            if len(self._young) >= MOST:
-                self._age()
+            if key not in self._young and len(self._young) >= self._most:
+                aged = self._age()
             self._young[key] = descriptor
             if self._is_swept:
                 return
             self._is_swept = True
-        in_thread(self._sweep, "descriptors of blocks")
+        try:
+            in_thread(self._sweep, "descriptors of blocks")
+        except RuntimeError:  # there can be no more threads: then nothing is kept
+            with self._lock:
+                self._is_swept = False
+                self._young, self._old = {}, {}
+        del aged
 
     def drop(self, file: str) -> None:
         """Let go of those of a file."""
@@ -121,15 +133,18 @@ class Descriptors:
         with waiting():
             return os.preadv(fd, (buffer,), start) == len(buffer)
 
-    def _age(self) -> None:
-        self._old, self._young = self._young, {}
+    def _age(self) -> object:
+        aged, self._old, self._young = self._old, self._young, {}
+        return aged
 
     def _sweep(self) -> None:
         """Let generations pass until nothing is kept; runs on a thread of its own."""
         while True:
             time.sleep(GENERATION_S)
             with self._lock:
-                self._age()
-                if not self._old:
-                    self._is_swept = False
-                    return
+                aged = self._age()
+                is_over = not self._old
+                self._is_swept = not is_over
+            del aged
+            if is_over:
+                return

@@ -88,9 +88,10 @@ def _serve(
     from tinkerfs.adapters.allocator import keep_freed_memory
     from tinkerfs.cli import logs
 
-    # Both before any thread starts; signals that end a mount wait for it to be served.
+    # All before any thread starts; signals that end a mount wait for it to be served.
     mounting.block_signals()
     keep_freed_memory()
+    mounting.allow_open_files()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
     preflight.check_device()
     binding = bindings.load()

@@ -132,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         if (rule.hang or rule.hold_until is not None) and not rule.hold(self._is_over):
             return self._abort()
         if rule.refuse or rule.reset:
+            pause(due_s - time.monotonic(), self._is_over)
             return self._abort(reset=rule.reset)
         entry.is_range_hidden = rule.ignore_range
         reply = _own_answer(rule) if rule.replaces_answer else self.server.origin.answer(entry)
@@ -212,7 +213,8 @@ class Listener(ThreadingHTTPServer):
         origin: What answers.
         journal: Where requests are recorded.
         faults: What goes wrong.
-        latency_s: Returns how long after a request its answer begins at the earliest.
+        latency_s: Returns how long after a request its answer begins at the earliest; what it
+            asks for is done at once.
         is_closing: Tells whether waits are to end.
     """
 

@@ -18,7 +18,8 @@ from tinkerfs.tree.scan import Scan
 
 __all__ = ["Listing", "Listings"]
 
-#: So many entries are kept before all are forgotten, 290 bytes each: of 1,000 runs x 10.
+#: So many entries are kept before all are forgotten, 290 bytes each, and 500 once they are ready:
+#: those of 1,000 runs x 10.
 _MAX_ENTRIES = 98_304
 
 

@@ -59,10 +59,7 @@ class StoreClient:
                 if scheme in ("http", "https", "all") and proxy
             }
         except ValueError as error:
-            raise SetupError(
-                f"HTTP cannot be set up ({errors.redact(str(error))}): correct HTTP_PROXY, "
-                "HTTPS_PROXY or ALL_PROXY"
-            ) from None
+            raise SetupError(_words_of(error)) from None
 
     def get(self, url: str, headers: Mapping[str, str]) -> "Response":
         """Ask for a URL, and return the answer whatever its status; no redirect is followed.
@@ -72,12 +69,11 @@ class StoreClient:
             Unreachable: after `stop`, or where the certificates to trust cannot be read.
             ProtocolError: the URL is none of HTTP.
         """
-        self.check()
         try:
             pools = self._made()
-        except (ValueError, OSError) as error:
-            words = f"HTTP cannot be set up: {errors.redact(str(error))}"
-            raise errors.Unreachable(words, endpoint=LABEL) from None
+        except (ValueError, OSError, ImportError) as error:  # tinkerfs was removed, or is another
+            raise errors.Unreachable(_words_of(error), endpoint=LABEL) from None
+        self.check()
         if time.monotonic() - self._used_at > MAX_IDLE_S:
             pools.drop_idle()
         self.used()
@@ -99,8 +95,9 @@ class StoreClient:
     def close(self) -> None:
         """Close every idle connection, and each other one with its transfer; begin no other."""
         self.stop()
-        if self._pools is not None:
-            self._pools.drop_idle()
+        with self._lock:
+            if self._pools is not None:
+                self._pools.drop_idle()
 
     def __enter__(self) -> Self:
         """Return the client itself."""
@@ -136,6 +133,13 @@ def _checked(proxy: str) -> str:
     """
     url = proxy if "://" in proxy else f"http://{proxy}"
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
         raise ValueError(f"no proxy for weights: {proxy}")
     return url
+
+
+def _words_of(error: Exception) -> str:
+    return (
+        f"HTTP cannot be set up ({errors.redact(str(error))}): correct HTTP_PROXY, "
+        "HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE, and mount again"
+    )

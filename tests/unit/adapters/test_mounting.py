@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -54,3 +56,21 @@ def test_a_mount_that_fails_says_why(words, failure, told, monkeypatch):
     with pytest.raises(errors.SetupError) as refusal:
         mounting.serve(None, FailingBinding(words, failure), "/x", timeout_s=1, ready=lambda: None)
     assert str(refusal.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("limits", "allowed"),
+    [((256, 4096), 4096), ((256, 20_000), 8192), ((9000, 20_000), 9000), ((256, 256), 256)],
+)
+def test_a_mount_may_have_enough_files_open(limits, allowed):
+    script = (
+        "import resource as r\n"
+        "from tinkerfs.adapters.mounting import allow_open_files\n"
+        f"r.setrlimit(r.RLIMIT_NOFILE, {limits})\n"
+        "allow_open_files()\n"
+        "print(r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{(allowed, limits[1])}\n"

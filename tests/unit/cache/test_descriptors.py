@@ -1,6 +1,7 @@
 """Descriptors that are kept for the next read."""
 
 import os
+import resource
 import time
 
 import pytest
@@ -100,6 +101,37 @@ def test_there_is_a_bound(opened, monkeypatch):
     found = [number for number in range(20) if kept.get(("file", number)) is not None]
     assert 4 <= len(found) <= 8
     assert max(found) == 19
+
+
+def test_they_are_a_share_of_what_the_process_may_have_open(opened, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: (64, 64))
+    kept = Descriptors()
+    for number in range(40):
+        kept.keep(("file", number), opened())
+    assert len([n for n in range(40) if kept.get(("file", n)) is not None]) == 16
+
+
+def test_what_is_kept_again_ages_nothing(opened, monkeypatch):
+    monkeypatch.setattr(descriptors, "MOST", 4)
+    kept = Descriptors()
+    for number in range(8):
+        kept.keep(("file", number), opened())
+    for _ in range(9):
+        kept.keep(("file", 7), kept.get(("file", 7)))
+    assert all(kept.get(("file", number)) is not None for number in range(8))
+
+
+def test_nothing_is_kept_where_nobody_can_sweep(opened, monkeypatch):
+    def none(*_):
+        raise RuntimeError("can't start new thread")
+
+    kept = Descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(descriptors, "in_thread", none)
+        kept.keep(("file", 1), opened())
+        assert kept.get(("file", 1)) is None
+    kept.keep(("file", 1), opened())
+    assert kept.get(("file", 1)) is not None
 
 
 def test_those_of_a_file_can_be_let_go_of_but_not_from_under_who_reads(opened):

@@ -342,7 +342,8 @@ def test_a_proxy_that_is_not_there_is_told_without_its_login(environment):
 
 
 @pytest.mark.parametrize(
-    "proxy", ["nonsense://x", "socks5://127.0.0.1:1", "http://", "http://[::1"]
+    "proxy",
+    ["nonsense://x", "socks5://127.0.0.1:1", "http://", "http://[::1", "http://127.0.0.1:99999"],
 )
 def test_a_proxy_that_cannot_be_used_is_told_with_its_cure(environment, proxy):
     environment.setenv("https_proxy", proxy)
@@ -354,7 +355,7 @@ def test_certificates_that_cannot_be_read_are_told(environment, tmp_path):
     environment.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
     with (
         StoreClient(Telemetry(), timeout_s=3) as client,
-        pytest.raises(errors.Unreachable, match=r"HTTP cannot be set up: .*No such file"),
+        pytest.raises(errors.Unreachable, match=r"HTTP cannot be set up .*No such file"),
     ):
         client.get("https://127.0.0.1:1/", {})
 
@@ -365,3 +366,28 @@ def test_a_mount_starts_without_what_fetches_weights():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
+
+
+def test_nothing_is_asked_once_it_is_closed_also_while_the_first_is_got_ready(monkeypatch):
+    made = StoreClient._made
+
+    def closed_meanwhile(client):
+        pools = made(client)
+        client.close()
+        return pools
+
+    monkeypatch.setattr(StoreClient, "_made", closed_meanwhile)
+    telemetry = Telemetry()
+    client = StoreClient(telemetry, timeout_s=3)
+    with pytest.raises(errors.Unreachable, match="stopped"):
+        client.get("http://127.0.0.1:1/", {})
+    assert telemetry.snapshot()["calls"] == {}
+
+
+def test_what_fetches_weights_and_is_gone_by_then_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tinkerfs.weights.pools", None)
+    with (
+        StoreClient(Telemetry(), timeout_s=3) as client,
+        pytest.raises(errors.Unreachable, match="mount again"),
+    ):
+        client.get("http://127.0.0.1:1/", {})
