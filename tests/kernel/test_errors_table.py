@@ -265,7 +265,7 @@ def test_ctrl_c_ends_a_waiting_cat(account):
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 1.0
     fault.release()
     # The build went on, and serves the next reader.
     assert account.sh(f"cat {run}/latest/archive_url").stdout.startswith("http")

@@ -23,7 +23,7 @@ def test_what_changes_at_the_server_shows_after_the_ttl_and_a_second(make_accoun
     assert account.eventually(
         lambda: os.readlink(account.path(f"runs/{run.id}/latest")).endswith("weights/new")
     )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 3.0
 
 
 def test_within_the_ttl_nobody_is_asked_twice(account):
@@ -85,27 +85,27 @@ def test_in_an_outage_the_last_good_answer_is_there_at_once(make_account):
     time.sleep(0.15)  # the TTL
     started = time.monotonic()
     done = account.sh("ls -lR runs; cat runs/*/info.json")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 3.0
     assert (done.returncode, done.stdout) == (0, known.stdout)
     assert "503" in account.errors()
     assert '"stale_answers"' in account.path(".tinkerfs/stats.json").read_text()
     fault.remove()
 
 
-def test_a_hanging_server_holds_up_a_known_listing_for_a_moment_at_most(make_account):
+def test_a_hanging_server_holds_up_a_known_listing_for_two_seconds_at_most(make_account):
     account = make_account(runs=2, checkpoints=2, settings={"ttl_s": 0.1})
     known = account.sh("ls -lR runs")
     fault = account.server.faults.add("api", times=None, hang=True)
     time.sleep(0.15)  # the TTL
     started = time.monotonic()
     done = account.sh("ls runs")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 3.0
     assert done.returncode == 0
     assert set(done.stdout.split()) == set(account.server.account.run_ids)
     # What is waited for once is not waited for again.
     started = time.monotonic()
     assert account.sh("ls runs; ls runs; ls runs").returncode == 0
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 1.0
     fault.remove()
     assert known.returncode == 0
 
@@ -132,7 +132,7 @@ def test_sixty_four_waiting_reads_hold_up_nothing(account):
         )
         took_s = time.monotonic() - started
         assert done.returncode == 0, done
-        assert took_s < 5
+        assert took_s < 4
         assert account.server.journal.count("POST weights_info") > asked
     finally:
         fault.remove()

@@ -109,7 +109,7 @@ def test_signals_unmount_and_exit_0(mountpoint, env, number):
         started = time.monotonic()
         process.send_signal(number)
         assert process.wait(10) == 0
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 2
         assert process.stderr.read() == b""
     assert not os.path.ismount(mountpoint)
 
@@ -123,7 +123,7 @@ def test_a_signal_ends_a_mount_whose_server_hangs(mounted, env, server):
         started = time.monotonic()
         os.kill(pid, signal.SIGTERM)
         wait_until(lambda: not mounts.is_running(pid))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 2
         assert waiting.wait(10) != 0
         assert b"Transport endpoint is not connected" in waiting.stderr.read()
     assert mounts.find_mount(str(mounted)) is None

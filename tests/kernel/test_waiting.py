@@ -14,7 +14,7 @@ from tests.support.mount import interrupt_after, memory_mount, run, running, wai
 
 READERS = 64
 #: What "at once" is allowed to take on a machine that does other things too.
-AT_ONCE_S = 5.0
+AT_ONCE_S = 2.0
 
 
 def settle(processes):
@@ -69,7 +69,7 @@ def test_a_lookup_waits_5_s_at_most(memory):
     with pytest.raises(OSError) as failure:  # noqa: PT011
         os.stat(memory / "slow/stat-1")
     assert failure.value.errno == errno.ETIMEDOUT
-    assert 4.5 < time.monotonic() - started < 15
+    assert 4.5 < time.monotonic() - started < 7
 
 
 def test_other_waits_end_with_the_time_out(mountpoint, binding):
@@ -80,11 +80,11 @@ def test_other_waits_end_with_the_time_out(mountpoint, binding):
             with pytest.raises(OSError) as failure:  # noqa: PT011
                 look(mountpoint / what)
             assert failure.value.errno == errno.ETIMEDOUT
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < 4
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_mount_soon_while_reads_hang(mountpoint, binding, number):
+def test_a_signal_ends_the_mount_within_2_s_while_reads_hang(mountpoint, binding, number):
     with memory_mount(mountpoint, binding) as daemon:
         paths = [mountpoint / f"slow/read-{i}" for i in range(READERS)]
         with running([("cat", path) for path in paths]) as readers:
@@ -92,7 +92,7 @@ def test_a_signal_ends_the_mount_soon_while_reads_hang(mountpoint, binding, numb
             started = time.monotonic()
             daemon.send_signal(number)
             assert daemon.wait(10) == 0
-            assert time.monotonic() - started < AT_ONCE_S
+            assert time.monotonic() - started < 2
             assert not os.path.ismount(mountpoint)
             wait_until(lambda: all(reader.poll() is not None for reader in readers))
 
@@ -105,7 +105,7 @@ def test_a_signal_ends_the_mount_while_somebody_holds_it(mountpoint, binding):
         started = time.monotonic()
         daemon.terminate()
         assert daemon.wait(10) == 0
-        assert time.monotonic() - started < AT_ONCE_S
+        assert time.monotonic() - started < 2
         assert not os.path.ismount(mountpoint)
 
 

@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_read_in_time(tmp_path):
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         mounts.read_file(str(tmp_path / "fifo"), timeout_s=0.2)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 2
 
 
 def test_a_process_that_waits_to_be_reaped_does_not_run():

@@ -189,7 +189,7 @@ def test_all_tries_together_are_bounded(server, client_of):
     began = real_time.monotonic()
     with pytest.raises(errors.TimedOut, match=r"within 0\.4 s"):
         client.all_training_runs()
-    assert real_time.monotonic() - began < 5
+    assert real_time.monotonic() - began < 2
     rule.release()
 
 
@@ -199,7 +199,7 @@ def test_an_answer_that_trickles_is_bounded_too(server, client_of):
     began = real_time.monotonic()
     with pytest.raises(errors.TimedOut):
         client.all_training_runs()
-    assert real_time.monotonic() - began < 5
+    assert real_time.monotonic() - began < 3
 
 
 def test_no_retry_log(server, client, caplog):
@@ -218,7 +218,7 @@ def test_a_dead_port_fails_fast(server, client_of, telemetry):
     began = real_time.monotonic()
     with pytest.raises(errors.Unreachable, match=r"no connection to 127\.0\.0\.1.*refused"):
         client.all_training_runs()
-    assert real_time.monotonic() - began < 5
+    assert real_time.monotonic() - began < 2
     assert calls(telemetry) == {RUNS: {"unreachable": 2}}
     server.resume_listening()
     assert len(client.all_training_runs()) == 10
@@ -426,4 +426,4 @@ def test_a_connection_that_is_never_made_is_bounded(client_of):
         began = real_time.monotonic()
         with pytest.raises(errors.TimedOut, match="no connection"):
             client_of(server, timeout_s=0.3).health()
-        assert real_time.monotonic() - began < 5
+        assert real_time.monotonic() - began < 3

@@ -308,7 +308,7 @@ def test_closing_ends_what_hangs_at_once(demo_server):
     rule.wait_for(50)
     start = time.monotonic()
     server.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 1
     for client in clients:
         assert client.recv(1) == b""
         client.close()
