@@ -29,13 +29,14 @@ WALKED_CHECKPOINTS = 100_000
 #: Nothing is asked twice while it is measured, and a million checkpoints come in minutes.
 OPTIONS = ("--ttl", "3600", "--timeout", "600")
 
-
-#: Reading an answer also keeps each record's own text, which `json.loads` does not.
-PARSED_RECORDS, PARSING_GOAL = 10_000, 4.0
+PARSED_RECORDS, PARSING_GOAL_S = 10_000, 0.1
 
 
 def measure_parsing(bench: Bench) -> None:
-    """Measure reading an answer of many checkpoints, beside `json.loads` of the same bytes."""
+    """Measure reading an answer of many checkpoints, beside `json.loads` of the same bytes.
+
+    That keeps no record's own text and reads no time.
+    """
     records = [
         {
             "checkpoint_id": f"weights/{number:05}",
@@ -52,9 +53,9 @@ def measure_parsing(bench: Bench) -> None:
     ours_s, json_s = timed(lambda: parse_checkpoints(body)), timed(lambda: json.loads(body))
     bench.add(
         f"parsing {PARSED_RECORDS:,} checkpoints",
-        ours_s / json_s,
-        "x",
-        goal=PARSING_GOAL,
+        ours_s,
+        "s",
+        goal=PARSING_GOAL_S,
         beside={"tinkerfs": ours_s, "json.loads": json_s},
     )
 
