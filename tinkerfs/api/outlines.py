@@ -7,9 +7,9 @@ from functools import lru_cache
 
 __all__ = ["filled", "outlined"]
 
-#: Stand for the values, each for one: characters that no valid JSON holds.
-_MARKS = ("\1", "\2", "\3", "\4", "\5")
-_ANY_MARK = "".join(_MARKS).encode()
+#: Stand for the values, each for one: bytes that no valid JSON holds.
+_MARKS = (b"\1", b"\2", b"\3", b"\4", b"\5")
+_ANY_MARK = b"".join(_MARKS)
 
 
 def outlined(raw: bytes, *values: str | None) -> str | bytes:
@@ -23,29 +23,22 @@ def outlined(raw: bytes, *values: str | None) -> str | bytes:
     """
     if len(raw.translate(None, _ANY_MARK)) != len(raw):
         return raw
-    outline = raw.decode("latin-1")
     for mark, value in zip(_MARKS, values, strict=False):
         if value:
-            outline = outline.replace(_as_bytes(value), mark)
-    return _shared(outline)
+            raw = raw.replace(value.encode("utf-8", "surrogatepass"), mark)
+    return _shared(raw.decode("latin-1"))
 
 
 def filled(outline: str | bytes, *values: str | None) -> bytes:
     """Return the JSON that was outlined with the same values."""
     if isinstance(outline, bytes):
         return outline
+    raw = outline.encode("latin-1")
     # What was put in last goes first, since it may hold the marks of those before.
     for mark, value in reversed([*zip(_MARKS, values, strict=False)]):
         if value:
-            outline = outline.replace(mark, _as_bytes(value))
-    return outline.encode("latin-1")
-
-
-def _as_bytes(value: str) -> str:
-    """Return the text whose characters are the bytes of a value in UTF-8."""
-    if value.isascii():
-        return value
-    return value.encode("utf-8", "surrogatepass").decode("latin-1")
+            raw = raw.replace(mark, value.encode("utf-8", "surrogatepass"))
+    return raw
 
 
 # Not `sys.intern`: Python 3.12 never lets go of what is interned, and a server may tell something
