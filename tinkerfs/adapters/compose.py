@@ -15,6 +15,7 @@ from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import Store, default_cache_dir, prepare_cache_dir
 from tinkerfs.catalogue.freshness import Freshness
+from tinkerfs.catalogue.mutations import Mutations
 from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.catalogue.sessions import Sessions
 from tinkerfs.catalogue.warm import Warm
@@ -85,6 +86,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
         catalogue = Catalogue(
             client, cache, store, telemetry, clock, freshness, warm, settings.concurrency
         )
+        mutations = Mutations(client, cache, warm, telemetry, clock, catalogue)
         sessions = Sessions(client, cache, freshness)
         archives = Archives(
             client,
@@ -106,6 +108,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
         model = Model(
             settings=replace(settings, cache_dir=str(cache_dir)),
             catalogue=catalogue,
+            mutations=mutations,
             sessions=sessions,
             archives=archives,
             weights=weights,

@@ -1,4 +1,4 @@
-"""Catalogue: a read-through model of the account, and every change beside what it invalidates.
+"""Catalogue: a read-through model of the account.
 
 The tree asks it for training runs and checkpoints and never sees the cache or the client. Values
 are immutable; every method is thread-safe and waits only through the `Call` it is given. Failures
@@ -10,17 +10,14 @@ from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
-from msgspec.structs import replace
-
 from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.client import Client
-from tinkerfs.cache.flight import in_thread, side_by_side
+from tinkerfs.cache.flight import side_by_side
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.parts import Parts
 from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call, Interest
-from tinkerfs.catalogue.amending import run_amended, runs_amended
 from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.infos import MAX_INFOS, Infos
 from tinkerfs.catalogue.listings import (
@@ -34,7 +31,7 @@ from tinkerfs.catalogue.listings import (
 from tinkerfs.catalogue.walks import Walk, Walks
 from tinkerfs.catalogue.warm import Warm
 from tinkerfs.clock import Clock
-from tinkerfs.telemetry import Telemetry, rfc3339
+from tinkerfs.telemetry import Telemetry
 from tinkerfs.tinker_path import KINDS, TinkerPath
 
 __all__ = ["Catalogue"]
@@ -44,7 +41,6 @@ log = logging.getLogger(__name__)
 #: What a server says of the checkpoints of somebody else's run that it does not list.
 _NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.EndpointMissing)
 
-L = TypeVar("L", CheckpointListing, UserListing)
 T = TypeVar("T")
 
 #: A listing that is fresh for less than this, seconds, is not asked for ahead of a walk: it might
@@ -250,52 +246,15 @@ class Catalogue:
             self._come_to_info(checkpoint)
         return self._infos.get(checkpoint, call)
 
-    # Changes. Each runs on a thread of its own, so that it is not taken back when its caller goes;
-    # `changes` tells how it ended.
+    def checkpoints_afresh(self, run_id: str) -> CheckpointListing:
+        """Return the checkpoints of a run as the server lists them now; one call, always.
 
-    def set_published(self, seen: Checkpoint, wanted: bool, path: str, call: Call) -> None:
-        """Publish or unpublish; nothing is asked for that is so already."""
-
-        def act(checkpoint: Checkpoint) -> str | None:
-            if checkpoint.record.is_public == wanted:
-                return "was so already"
-            if wanted:
-                self._client.publish(checkpoint.ref)
-            else:
-                self._client.unpublish(checkpoint.ref)
-            raw = models.with_fields(checkpoint.record.raw, public=wanted)
-            record = replace(checkpoint.record, is_public=wanted).with_raw(raw)
-            self._amend(checkpoint, record)
-            return None
-
-        self._change(seen, "publish" if wanted else "unpublish", act, path, call)
-
-    def set_ttl(self, seen: Checkpoint, ttl_s: int | None, path: str, call: Call) -> None:
-        """Let a checkpoint expire `ttl_s` seconds from now, or never."""
-
-        def act(checkpoint: Checkpoint) -> None:
-            self._client.set_ttl(checkpoint.ref, ttl_s)
-            expires_at_s = None if ttl_s is None else self._clock.now() + ttl_s
-            raw = models.with_fields(
-                checkpoint.record.raw,
-                expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
-            )
-            expires_at_ns = None if expires_at_s is None else int(expires_at_s * 1e9)
-            record = replace(checkpoint.record, expires_at_ns=expires_at_ns).with_raw(raw)
-            # The server rounds as it likes: ours serves only until the next look asks it.
-            self._amend(checkpoint, record, is_exact=False)
-
-        what = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
-        self._change(seen, what, act, path, call)
-
-    def delete(self, seen: Checkpoint, path: str, call: Call) -> None:
-        """Delete a checkpoint for good."""
-
-        def act(checkpoint: Checkpoint) -> None:
-            self._client.delete(checkpoint.ref)
-            self._amend(checkpoint, None)
-
-        self._change(seen, "delete", act, path, call)
+        Raises:
+            ApiError: the request fails.
+        """
+        load = partial(self._load_checkpoints, run_id)
+        key = ("checkpoints", run_id)
+        return self._cache.reload(key, load, self._freshness.listing, IN_PROCESS)
 
     def refresh(self) -> None:
         """Drop every entry; what is immutable stays on disk."""
@@ -304,70 +263,6 @@ class Catalogue:
         self._warm.forget()
         self._cache.clear()
         self._infos.clear()
-
-    def _change(
-        self,
-        seen: Checkpoint,
-        what: str,
-        act: Callable[[Checkpoint], str | None],
-        path: str,
-        call: Call,
-    ) -> None:
-        """Ask the server afresh what is there, then act on it, under the eyes of `changes`."""
-        change = self._telemetry.change_asked(path, what, call.caller())
-
-        def work() -> None:
-            try:
-                outcome = act(self._afresh(seen))
-            except Exception as error:
-                self._telemetry.change_ended(change, f"failed: {error}")
-                raise
-            self._telemetry.change_ended(change, outcome or "done")
-
-        try:
-            call.wait(in_thread(work, f"{what} {path}"))
-        except OSError as error:
-            change.caller_left = errors.name_of(error)
-            raise
-
-    def _afresh(self, seen: Checkpoint) -> Checkpoint:
-        """Return a checkpoint as the server tells of it now."""
-        load = partial(self._load_checkpoints, seen.run_id)
-        key = ("checkpoints", seen.run_id)
-        listing = self._cache.reload(key, load, self._freshness.listing, IN_PROCESS)
-        now = listing.get(seen.kind, seen.name)
-        if now is None:
-            raise errors.NotFound("the checkpoint is gone by now")
-        if now.version != seen.version:
-            raise errors.Conflict("the checkpoint was saved again since it was looked at")
-        return now
-
-    def _amend(
-        self, checkpoint: Checkpoint, record: models.Checkpoint | None, *, is_exact: bool = True
-    ) -> None:
-        """Make every listing agree with a change that the server has made.
-
-        Args:
-            checkpoint: what was changed.
-            record: as it is now; None where it was deleted.
-            is_exact: the server would tell the same; else it is asked at the next look.
-        """
-
-        def change(listing: L) -> L:
-            return listing.changed(checkpoint, record)
-
-        run_id = checkpoint.run_id
-        self._warm.changed(run_id)
-        for key in (("checkpoints", run_id), ("user",)):
-            self._cache.amend(key, change, is_exact=is_exact)
-        listing = self.known_checkpoints(run_id)
-        if listing is None:
-            return
-
-        self._cache.amend(("run", run_id), lambda run: run_amended(run, listing), is_exact=True)
-        self._cache.amend(
-            ("runs",), lambda runs: runs_amended(runs, run_id, listing), is_exact=True
-        )
 
     # Loading; each is told whether somebody waits for it.
 

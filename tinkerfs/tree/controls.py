@@ -88,7 +88,7 @@ def store_published(site: "Site", text: str) -> None:
     if not text.strip():
         return
     wanted = parse_flag(text, site.path)
-    site.model.catalogue.set_published(site.subject, wanted, site.path, site.call)
+    site.model.mutations.set_published(site.subject, wanted, site.path, site.call)
 
 
 def store_expires_at(site: "Site", text: str) -> None:
@@ -96,7 +96,7 @@ def store_expires_at(site: "Site", text: str) -> None:
     if not text.strip():
         return
     ttl_s = parse_expiry_s(text, site.model.clock.now(), site.path)
-    site.model.catalogue.set_ttl(site.subject, ttl_s, site.path, site.call)
+    site.model.mutations.set_ttl(site.subject, ttl_s, site.path, site.call)
 
 
 def store_refresh(site: "Site", text: str) -> None:

@@ -325,7 +325,7 @@ class FileSystem:
                 raise errors.not_empty(path, "it still shows something; rm -r removes that first")
             if is_checkpoint(node):
                 try:
-                    self._model.catalogue.delete(node.subject, path, call)
+                    self._model.mutations.delete(node.subject, path, call)
                 finally:
                     self._removals.restore(node.subject.key)
 

@@ -15,6 +15,7 @@ import msgspec
 
 from tinkerfs import names
 from tinkerfs.call import Call
+from tinkerfs.catalogue.mutations import Mutations
 from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.catalogue.sessions import Sessions
 from tinkerfs.clock import Clock
@@ -44,6 +45,7 @@ class Model:
 
     settings: Settings
     catalogue: Catalogue
+    mutations: Mutations
     sessions: Sessions
     archives: Archives
     weights: Weights
