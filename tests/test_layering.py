@@ -19,7 +19,7 @@ MAX_LINES = 500
 #: Longer than MAX_LINES, and why.
 LONG_MODULES: dict[str, str] = {}
 
-BASE = {"call", "clock", "errors", "names", "settings", "telemetry", "tinker_path"}
+BASE = {"call", "clock", "errors", "names", "safe_open", "settings", "telemetry", "tinker_path"}
 
 #: Part of the package -> the parts that it may import besides itself.
 ARROWS = {
@@ -74,6 +74,8 @@ def violations(module, source):
                 found.append(f"{node.lineno}: {top} belongs in {', '.join(sorted(CONFINED[top]))}")
         if module != "errors" and _names_an_errno(node):
             found.append(f"{node.lineno}: decides an errno: a function of errors.py does that")
+        if part != "demo" and module not in OPENERS and _opens(node):
+            found.append(f"{node.lineno}: opens a path: safe_open.open_regular does that")
         if part not in ("cli", "demo") and _prints(node):
             found.append(f"{node.lineno}: prints")
     lines = source.count("\n")
@@ -113,6 +115,35 @@ def _names_an_errno(node):
         and isinstance(node.value, ast.Name)
         and node.value.id == "errno"
         and node.attr.startswith("E")
+    )
+
+
+#: Modules that open what is not a file on disk: below /proc, /sys or /dev, or of a mount.
+OPENERS = {
+    "adapters.mounting",
+    "adapters.mounts",
+    "adapters.preflight",
+    "adapters.readiness",
+    "cache.store",  # /proc/self/mountinfo
+    "call",
+    "cli.logs",  # without waiting; a device will do
+    "cli.main",
+    "cli.paths",
+    "safe_open",
+    "weights.copies",
+}
+
+
+def _opens(node):
+    """Return whether a node opens a path by itself; a descriptor may be wrapped anywhere."""
+    if not isinstance(node, ast.Call):
+        return False
+    called = ast.unparse(node.func)
+    if called == "open":
+        opened = ast.unparse(node.args[0])
+        return not opened.startswith(("fd", "open_regular("))
+    return called == "os.open" or called.endswith(
+        (".read_bytes", ".read_text", ".write_bytes", ".write_text", "io.open")
     )
 
 
@@ -168,6 +199,9 @@ def test_what_is_imported_is_declared():
         ("adapters.fuse", "import errno\nraise OSError(errno.EIO, '')", "2: decides an errno"),
         ("adapters.fuse", "from errno import EIO", "decides an errno"),
         ("tree.layout", "print()", "prints"),
+        ("cache.blocks", "import os\nos.open('x', 0)", "opens a path"),
+        ("cache.blocks", "path.read_bytes()", "opens a path"),
+        ("cli.options", "open(path)", "opens a path"),
         ("tree.layout", "pass\n" * 501, "501 lines"),
         ("kitchen", "", "a new part"),
     ],
@@ -185,6 +219,8 @@ def test_a_violation_is_found(module, source, wrong):
         ("tree.layout", "from tinkerfs import __version__, errors\nfrom . import node"),
         ("errors", "import errno\nerrno.EIO"),
         ("demo.server", "from tinkerfs import __version__\nimport http.server\nprint()"),
+        ("cache.store", "open('/proc/self/mountinfo')"),
+        ("cli.options", "open(open_regular(path, 0))"),
     ],
 )
 def test_what_is_allowed_passes(module, source):

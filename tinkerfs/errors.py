@@ -57,6 +57,7 @@ __all__ = [
     "is_interruption",
     "is_missing",
     "is_no_space",
+    "is_not_regular",
     "is_outage",
     "is_stale",
     "is_timeout",
@@ -70,6 +71,7 @@ __all__ = [
     "not_empty",
     "not_found",
     "not_permitted",
+    "not_regular",
     "not_supported",
     "out_of_range",
     "read_only",
@@ -279,6 +281,11 @@ def not_a_file(path: str) -> OSError:
     return OSError(errno.ELOOP, "a symbolic link", path)
 
 
+def not_regular(path: str | bytes) -> OSError:
+    """EINVAL: a FIFO, a device, a socket or a directory has the name of a file on disk."""
+    return OSError(errno.EINVAL, "not a regular file", path)
+
+
 def bad_handle(path: str, why: str) -> OSError:
     """EBADF: the file was not opened for this."""
     return OSError(errno.EBADF, why, path)
@@ -364,6 +371,11 @@ def is_stale(error: OSError) -> bool:
 def is_no_space(error: OSError) -> bool:
     """Tell whether the error says that there is no room, on the disk or in a quota of it."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_not_regular(error: OSError) -> bool:
+    """Return whether open(2) failed because the file is a directory, a FIFO or a socket."""
+    return error.errno in (errno.EISDIR, errno.ENXIO)
 
 
 def is_timeout(error: OSError) -> bool:

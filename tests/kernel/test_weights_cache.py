@@ -105,6 +105,19 @@ def test_blocks_that_are_altered_under_a_mount_are_fetched_again(weights, bindin
         assert "was altered" in (root / ".tinkerfs/errors").read_text()
 
 
+@pytest.mark.parametrize("binding", BINDINGS[-1:])
+def test_read_of_blocks_that_are_fifos_fetches_them(weights, binding, tmp_path):
+    server, path, expected = weights
+    with mounted(server, tmp_path / "m", binding) as root:
+        assert (root / path).read_bytes() == expected
+    for block in blocks_in(tmp_path / "m/cache"):
+        block.unlink()
+        os.mkfifo(block)
+    with mounted(server, tmp_path / "m", binding) as root:
+        assert read_all(root / path, expected)
+        assert os.listdir(root / "runs")
+
+
 def test_two_mounts_with_one_cache_fetch_each_byte_once_through_faults(weights, binding, tmp_path):
     server, path, expected = weights
     shared = {"cache_dir": str(tmp_path / "one/cache")}

@@ -19,7 +19,6 @@ import logging
 import os
 import select
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.errors import ApiError, SetupError, TinkerfsError, Unauthorized
+from tinkerfs.safe_open import open_regular
 from tinkerfs.telemetry import rfc3339
 
 __all__ = ["Credentials"]
@@ -372,16 +372,13 @@ class Credentials:
             self._version = _version_of(self._path)
             self._has_changed = False
         try:
-            # Without blocking: somebody may have put a FIFO there.
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_regular(self._path, os.O_RDONLY, follow_symlinks=True)
         except FileNotFoundError:
             raise SetupError(f"no API key: {_CURE}") from None
         except OSError as error:
             raise SetupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
         with open(fd, "rb") as file:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise SetupError(f"{STORED} is not a file: {_CURE}")
             try:
                 content = file.read(_MAX_BYTES)
             except OSError as error:

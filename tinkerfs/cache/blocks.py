@@ -28,6 +28,7 @@ from tinkerfs.cache.drafts import TRAILER_BYTES, Draft, is_sound
 from tinkerfs.cache.eviction import Sweeper, kept_files
 from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.safe_open import is_regular, open_regular, read_regular
 from tinkerfs.telemetry import Telemetry
 
 __all__ = ["BlockCache", "BlockFile", "read_about"]
@@ -44,7 +45,8 @@ _OPEN_PATIENCE_S = 2.0
 #: Blocks known to be sound; beyond, all are looked at again.
 _MAX_VERIFIED = 262_144
 
-_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
+#: The most that is read of what a directory is of: a server URL, a path and a length.
+_MAX_ABOUT_BYTES = 64 << 10
 
 #: How old the sum of all blocks may be, seconds.
 _COUNT_S = 5.0
@@ -186,7 +188,7 @@ class BlockFile:
 
     def has(self, index: int) -> bool:
         """Tell whether block `index` is there; whether it is sound turns out when it is read."""
-        return os.path.exists(self._path(index))
+        return is_regular(self._path(index))
 
     def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
         """Return the bytes [start, stop) of block `index`; as `read_into`, None for False."""
@@ -276,7 +278,7 @@ class BlockFile:
 
     def has_part(self, index: int) -> bool:
         """Tell whether the start of block `index` was kept."""
-        return os.path.exists(self._part_path(index))
+        return is_regular(self._part_path(index))
 
     def tell(self, error: OSError) -> None:
         """As of `BlockCache`."""
@@ -285,7 +287,7 @@ class BlockFile:
     def part(self, index: int) -> bytes:
         """Return the start of block `index` that was kept, empty for none."""
         try:
-            fd = os.open(self._part_path(index), os.O_RDONLY | _OPEN_FLAGS)
+            fd = open_regular(self._part_path(index), os.O_RDONLY)
         except OSError:
             return b""
         try:
@@ -351,7 +353,7 @@ class BlockFile:
         status = None if descriptor is None else os.fstat(descriptor.fd)
         if descriptor is None or status is None or not status.st_nlink:
             # None yet, or it was removed since, and another may be in its place.
-            descriptor = Descriptor(os.open(self._path(index), os.O_RDONLY | _OPEN_FLAGS))
+            descriptor = Descriptor(open_regular(self._path(index), os.O_RDONLY))
             status = os.fstat(descriptor.fd)
         if not self._is_sound(descriptor.fd, index, status, length, waiting):
             self._cache.found_bad(self._path(index))
@@ -400,13 +402,13 @@ class BlockFile:
     def _write_about(self) -> None:
         """Say what it is, beside and renamed: who looks meanwhile finds all of it or nothing."""
         path = f"{self._folder}/about"
-        with suppress(OSError), open(os.open(path, os.O_RDONLY | _OPEN_FLAGS), "rb") as file:
-            if file.read() == self._about:
+        with suppress(OSError):
+            if read_regular(path, len(self._about) + 1) == self._about:
                 return
         draft = f"{self._folder}/.about.{secrets.token_hex(8)}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN_FLAGS
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
-            with open(os.open(draft, flags, 0o600), "wb") as file:
+            with open(open_regular(draft, flags), "wb") as file:
                 file.write(self._about)
             os.rename(draft, path)
         except OSError:
@@ -417,8 +419,7 @@ class BlockFile:
     def _open_lock(self) -> ByteLocks:
         while True:
             _make_private(self._folder)
-            flags = os.O_RDWR | os.O_CREAT | _OPEN_FLAGS
-            locks = ByteLocks(os.open(f"{self._folder}/lock", flags, 0o600))
+            locks = ByteLocks(_open_replacing(f"{self._folder}/lock"))
             try:
                 is_held = locks.acquire(0, is_shared=True, patience_s=_OPEN_PATIENCE_S)
                 if is_held and not locks.is_linked():  # who removed the file has just let go of it
@@ -443,6 +444,19 @@ class BlockFile:
         self._cache.verified((self._name, index), signature)
 
 
+def _open_replacing(path: str) -> int:
+    """Open a lock file for reading and writing, made if absent; remove what is not a file first."""
+    flags = os.O_RDWR | os.O_CREAT
+    try:
+        return open_regular(path, flags)
+    except OSError:
+        # Left there, it would keep the blocks beside it from being evicted for good.
+        if is_regular(path) or not os.path.lexists(path):
+            raise
+        os.unlink(path)
+        return open_regular(path, flags)
+
+
 def _make_private(folder: str) -> None:
     """Make a folder, and those above it, for this user alone."""
     try:
@@ -461,7 +475,7 @@ def read_about(folder: Path) -> tuple[str, int | None]:
     Of a folder that does not say so in words that can be read it is "?".
     """
     try:
-        told = (folder / "about").read_bytes().decode("utf-8", "surrogatepass")
+        told = read_regular(folder / "about", _MAX_ABOUT_BYTES).decode("utf-8", "surrogatepass")
     except (OSError, UnicodeDecodeError):
         return "?", None
     about, newline, length = told.rpartition("\n")

@@ -11,6 +11,7 @@ from contextlib import suppress
 from xxhash import xxh3_64
 
 from tinkerfs import errors
+from tinkerfs.safe_open import open_regular
 
 __all__ = ["TRAILER_BYTES", "Draft", "is_sound"]
 
@@ -27,7 +28,7 @@ TRAILER_BYTES = len(_MAGIC) + _CHECKSUM_BYTES
 #: Written and checked at a time: what stays in the processor's cache takes a third of the time.
 _PIECE_BYTES = 256 << 10
 
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL
 
 
 class Draft:
@@ -45,7 +46,7 @@ class Draft:
     def __init__(self, folder: str, name: str, index: int) -> None:
         # Not by the process's number: in containers that is often the same one.
         self._path = f"{folder}/.{index}.{secrets.token_hex(8)}"
-        self._fd = os.open(self._path, _FLAGS, 0o600)
+        self._fd = open_regular(self._path, _FLAGS)
         self._checksum = _checksum_of(name, index)
         self._size_bytes = 0
         self._is_renamed = False

@@ -6,14 +6,16 @@ recently used goes first, but nothing of a file that any process has open (byte 
 """
 
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import Clock
+from tinkerfs.safe_open import open_regular
 
-__all__ = ["Kept", "Sweeper", "held_alone", "kept_files", "remove_folder"]
+__all__ = ["Kept", "Sweeper", "block_of", "held_alone", "kept_files", "remove_folder"]
 
 #: A draft that is so old was left by a process that was killed, seconds.
 _DRAFT_AGE_S = 600.0
@@ -136,6 +138,11 @@ def _counted_bytes(file: Kept, block_bytes: int) -> int:
     return file.size_bytes if file.index is not None else max(file.size_bytes, block_bytes)
 
 
+def block_of(name: str) -> int | None:
+    """Return the index of the block that a file name stands for, None for another file."""
+    return int(name) if name.isascii() and name.isdigit() else None
+
+
 def kept_files(root: Path) -> list[Kept]:
     """Return every block and draft; none where there is no such folder.
 
@@ -150,11 +157,13 @@ def kept_files(root: Path) -> list[Kept]:
     for folder in folders:
         with suppress(FileNotFoundError):  # another process removes as well
             for entry in os.scandir(root / folder):
-                if not (entry.name.isdigit() or entry.name.startswith(".")):
+                index = block_of(entry.name)
+                if index is None and not entry.name.startswith("."):
                     continue
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
-                    index = int(entry.name) if entry.name.isdigit() else None
+                    if stat.S_ISDIR(status.st_mode):  # unlink(2) would fail at every eviction
+                        continue
                     size_bytes = max(status.st_size, status.st_blocks * 512)
                     times = status.st_atime_ns, status.st_mtime_ns
                     kept.append(Kept(folder, entry.path, index, status.st_size, size_bytes, *times))
@@ -164,7 +173,7 @@ def kept_files(root: Path) -> list[Kept]:
 def held_alone(folder: Path) -> ByteLocks | None:
     """Return the locks of a folder of the cache that nobody has open, None where somebody has."""
     try:
-        locks = ByteLocks(os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+        locks = ByteLocks(open_regular(folder / "lock", os.O_RDWR))
     except OSError:
         return None
     try:

@@ -8,12 +8,14 @@ on, told once. Nothing in it is unpickled or executed.
 
 import logging
 import os
+import secrets
 import sqlite3
 import stat
 import threading
 from pathlib import Path
 
 from tinkerfs import errors
+from tinkerfs.safe_open import is_regular, open_regular
 
 __all__ = ["Store", "default_cache_dir", "prepare_cache_dir"]
 
@@ -133,7 +135,11 @@ class Store:
                 self._tell(error)
 
     def _open(self) -> None:
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        # SQLite would wait for the other end of a FIFO, with the lock of this store held.
+        for path in self._files():
+            if os.path.lexists(path) and not os.path.islink(path) and not is_regular(path):
+                raise sqlite3.DatabaseError(f"{path} is not a regular file")
+        os.close(open_regular(self._path, os.O_RDWR | os.O_CREAT))
         connection = sqlite3.connect(
             self._path, timeout=_BUSY_TIMEOUT_S, check_same_thread=False, cached_statements=16
         )
@@ -159,8 +165,11 @@ class Store:
         self._connection = connection
 
     def _remove_files(self) -> None:
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return [Path(f"{self._path}{suffix}") for suffix in ("", "-wal", "-shm", "-journal")]
 
     def _tell(self, error: Exception) -> None:
         if not self._has_told:
@@ -197,8 +206,8 @@ def prepare_cache_dir(folder: Path) -> Path:
             raise errors.SetupError(f"the cache folder {folder} belongs to somebody else: {cure}")
         if status.st_mode & 0o022:
             raise errors.SetupError(f"the cache folder {folder} can be written by others: {cure}")
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
+        probe = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
+        os.close(open_regular(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink()
     except OSError as error:
         raise errors.SetupError(

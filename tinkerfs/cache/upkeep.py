@@ -12,6 +12,7 @@ from pathlib import Path
 from tinkerfs.cache.blocks import read_about
 from tinkerfs.cache.drafts import TRAILER_BYTES, is_sound
 from tinkerfs.cache.eviction import Kept, held_alone, kept_files, remove_folder
+from tinkerfs.safe_open import open_regular
 
 __all__ = ["BadBlock", "CachedFile", "cached_files", "clear", "verify"]
 
@@ -156,7 +157,7 @@ def _is_good(folder: str, file: Kept) -> bool:
         PermissionError: it is somebody else's.
     """
     try:
-        fd = os.open(file.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = open_regular(file.path, os.O_RDONLY)
         try:
             return is_sound(fd, folder, _index_of(file))
         finally:

@@ -49,7 +49,8 @@ def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
     handler: logging.Handler
     if log_file is not None:
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            # A FIFO without a reader fails; one whose reader stalls loses records, not the mount.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(os.path.expanduser(log_file), flags, 0o600)
         except OSError as error:
             raise SetupError(

@@ -12,6 +12,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from tinkerfs.errors import SetupError
+from tinkerfs.safe_open import open_regular
 from tinkerfs.settings import OPTIONS, Option, Settings
 
 __all__ = ["as_arguments", "mountpoint_argument", "resolve", "settings_options"]
@@ -201,7 +202,7 @@ def _user_file(environ: Mapping[str, str]) -> str:
 
 def _read_file(path: str, *, must_exist: bool = False) -> dict[str, tuple[str, str]]:
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path, os.O_RDONLY, follow_symlinks=True), "rb") as file:
             content = tomllib.load(file)
     except FileNotFoundError:
         if must_exist:

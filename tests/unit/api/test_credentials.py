@@ -130,7 +130,7 @@ def test_a_login_without_a_default_key(make, login, text):
 
 def test_a_login_that_is_no_file(make, login):
     os.mkfifo(login.path)
-    with pytest.raises(SetupError, match="not a file"):
+    with pytest.raises(SetupError, match="not a regular file"):
         make().get()
 
 

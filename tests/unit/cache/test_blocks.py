@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.clocks import FakeTime
 from tinkerfs.cache import blocks
-from tinkerfs.cache.blocks import BlockCache
-from tinkerfs.cache.flight import side_by_side
+from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.flight import in_thread, side_by_side
 from tinkerfs.telemetry import Telemetry
 
 KIB = 1 << 10
@@ -307,7 +307,7 @@ def test_a_disk_that_is_full_keeps_no_half_block(cache_of, telemetry):
     code = f"""
 import resource, signal
 from pathlib import Path
-from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.cache.blocks import BlockCache, read_about
 from tinkerfs.telemetry import Telemetry
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
@@ -327,7 +327,7 @@ assert "EFBIG" in telemetry.errors_text()
 CLAIMER = """
 import sys, time
 from pathlib import Path
-from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.cache.blocks import BlockCache, read_about
 from tinkerfs.telemetry import Telemetry
 cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=1 << 30, floor_bytes=0)
 file = cache.open("key", "about")
@@ -387,7 +387,7 @@ def test_what_another_process_has_open_stays(cache_of):
 WRITER = """
 import random, sys
 from pathlib import Path
-from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.cache.blocks import BlockCache, read_about
 from tinkerfs.telemetry import Telemetry
 cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=40 * 65536, floor_bytes=0)
 print("ready", flush=True)
@@ -653,3 +653,53 @@ def test_what_was_removed_is_not_read_on_and_holds_no_space(cache_of):
 
 def file_paths(file):
     return list(Path(file._folder).iterdir())
+
+
+#: Every name that a file of the cache has, and what may lie there instead.
+FOREIGN_KINDS = {"fifo": os.mkfifo, "directory": os.mkdir}
+
+
+def in_time(work):
+    """Return the result of work that must not wait for another process."""
+    return in_thread(work, "cache").result(20)
+
+
+@pytest.mark.parametrize("kind", FOREIGN_KINDS)
+@pytest.mark.parametrize("name", ["3", ".3.part", "about", "lock"])
+def test_cache_with_another_kind_of_file_keeps_serving(cache_of, kind, name):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        file.put(3, block(1))
+        put_part(file, 4, block(2)[:1000])
+    cache = cache_of()
+    [folder] = cache.folder.iterdir()
+    (folder / name).unlink(missing_ok=True)
+    FOREIGN_KINDS[kind](folder / name)
+    with contextlib.closing(in_time(lambda: cache.open("key", "about"))) as file:
+        assert file.has(3) == (name != "3"), "what is not a file is not a block"
+        assert in_time(lambda: whole(file, 3)) == (None if name == "3" else block(1))
+        assert in_time(lambda: file.part(3)) == b""
+        assert in_time(lambda: file.put(5, block(3)))
+        assert in_time(lambda: whole(file, 5)) == block(3)
+        with file.claimed(3, 0.0) as is_free:
+            assert is_free
+        if kind == "fifo":
+            assert in_time(lambda: file.put(3, block(1))), "a block takes its place"
+            assert whole(file, 3) == block(1)
+    in_time(lambda: read_about(folder))
+
+
+def test_eviction_with_other_kinds_of_file_stays_in_bound(cache_of):
+    first = cache_of()
+    with contextlib.closing(first.open("old", "about")) as file:
+        file.put(0, block(1))
+    [folder] = first.folder.iterdir()
+    (folder / "7").mkdir()
+    (folder / ".8.part").mkdir()
+    (folder / "\N{SUPERSCRIPT TWO}").write_bytes(b"")
+    os.mkfifo(folder / "9")
+    cache = cache_of(limit_bytes=3 * BLOCK)
+    with contextlib.closing(cache.open("new", "about")) as file:
+        for index in range(2):
+            assert in_time(lambda index=index: file.put(index, block(index)))
+    assert on_disk(cache) <= 3 * BLOCK
+    assert not (folder / "0").exists()

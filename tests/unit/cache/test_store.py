@@ -3,6 +3,7 @@ import stat
 
 import pytest
 
+from tinkerfs.cache.flight import in_thread, side_by_side
 from tinkerfs.cache.store import Store, prepare_cache_dir
 from tinkerfs.errors import SetupError
 
@@ -76,3 +77,25 @@ def test_a_cache_folder_that_is_not_ours_alone_is_refused(tmp_path):
         os.chown(tmp_path / "theirs", 1234, 1234)
         with pytest.raises(SetupError, match="somebody else"):
             prepare_cache_dir(tmp_path / "theirs")
+
+
+@pytest.mark.expect_warnings("made anew|goes on without")
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
+def test_store_with_a_fifo_is_made_again(tmp_path, suffix):
+    with Store(tmp_path) as store:
+        store.put("s", "k", b"v")
+    (tmp_path / f"metadata.sqlite3{suffix}").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / f"metadata.sqlite3{suffix}")
+
+    def use():
+        with Store(tmp_path) as store:
+            store.put("s", "k", b"v")
+            return store.get("s", "k")
+
+    assert in_thread(use, "store").result(20) == b"v"
+
+
+def test_prepare_cache_dir_by_many_threads_succeeds(tmp_path):
+    made = side_by_side([lambda: prepare_cache_dir(tmp_path)] * 32, 8, "cache directory")
+    assert {each.result() for each in made} == {tmp_path}
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.upkeep import BadBlock, cached_files, clear, verify
 from tinkerfs.telemetry import Telemetry
 
@@ -129,3 +130,15 @@ def test_what_is_wanted_is_cleared_open_or_not(cache):
         }
     clear(cache.folder, everything)
     assert list(cache.folder.iterdir()) == []
+
+
+def test_verify_and_clear_with_a_fifo_end(cache):
+    path = blocks_of(cache, "tinker://one")[0]
+    path.unlink()
+    os.mkfifo(path)
+    path.with_name("7").mkdir()
+    sound, bad = in_thread(lambda: verify(cache.folder, everything), "verify").result(20)
+    assert (sound, bad) == (5, [BadBlock("tinker://one", 0)])
+    os.mkfifo(path)
+    in_thread(lambda: clear(cache.folder, everything), "clear").result(20)
+    assert cached_files(cache.folder) == []

@@ -1,10 +1,12 @@
 """What gets into the log, and where that lies."""
 
 import logging
+import os
 import stat
 
 import pytest
 
+from tinkerfs.cache.flight import in_thread
 from tinkerfs.cli import logs
 from tinkerfs.errors import SetupError
 
@@ -57,3 +59,11 @@ def test_libraries_speak_up_only_to_warn(tmp_path):
     logs.set_up("debug", str(tmp_path / "log"), to_stderr=False)
     for name in ("httpx", "httpcore", "urllib3", "fuse"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+
+
+def test_log_file_that_is_a_fifo_never_waits(tmp_path):
+    path = tmp_path / "log"
+    os.mkfifo(path)
+    opened = in_thread(lambda: logs.set_up("info", str(path), to_stderr=False), "log")
+    with pytest.raises(SetupError, match="cannot be written"):
+        opened.result(10)

@@ -1,7 +1,10 @@
 """Where settings come from, and which wins."""
 
+import os
+
 import pytest
 
+from tinkerfs.cache.flight import in_thread
 from tinkerfs.cli import options
 from tinkerfs.cli.main import _as_command
 from tinkerfs.errors import SetupError
@@ -135,3 +138,11 @@ def test_arguments_say_the_same_again():
 )
 def test_source_and_mountpoint_mean_mount(given, meant):
     assert _as_command(given) == meant
+
+
+def test_config_that_is_a_fifo_is_refused_at_once(environ, user_file, tmp_path):
+    os.mkfifo(user_file)
+    assert in_thread(lambda: options.resolve({}, environ=environ), "x").result(10) == Settings()
+    named = in_thread(lambda: options.resolve({}, environ=environ, config=str(user_file)), "x")
+    with pytest.raises(SetupError, match="not a regular file"):
+        named.result(10)
