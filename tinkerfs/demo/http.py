@@ -25,7 +25,7 @@ from tinkerfs.demo.content import Content, Data, iter_chunks
 from tinkerfs.demo.faults import FaultPlan, Rule, pause
 from tinkerfs.demo.journal import Entry, Journal
 
-__all__ = ["Listener", "Origin", "Reply", "error_reply", "json_reply"]
+__all__ = ["Handler", "Listener", "Origin", "Reply", "error_reply", "json_reply"]
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Origin(Protocol):
         """Answer a request. Called from many threads at once."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """Serves the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
@@ -86,6 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: "Listener"
 
     def handle(self) -> None:
+        """Serve requests until the connection ends."""
         with contextlib.suppress(ConnectionError, TimeoutError):
             super().handle()
 
@@ -110,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         listener.journal.begin(entry)
         try:
-            self._exchange(entry, listener.faults.take(entry) or _NO_RULE)
+            self.exchange(entry, listener.faults.take(entry) or _NO_RULE)
         finally:
             listener.journal.end(entry)
 
@@ -123,23 +124,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
 
-    def _exchange(self, entry: Entry, rule: Rule) -> None:
-        if not pause(rule.latency_s, self._is_over):
-            return self._abort()
+    def exchange(self, entry: Entry, rule: Rule) -> None:
+        """Send the response to a request that is in the journal, spoilt as a rule says."""
+        if not pause(rule.latency_s, self.is_over):
+            return self.abort()
         due_s = time.monotonic() + self.server.latency_s()
         if rule.call is not None:
             rule.call()
-        if (rule.hang or rule.hold_until is not None) and not rule.hold(self._is_over):
-            return self._abort()
+        if (rule.hang or rule.hold_until is not None) and not rule.hold(self.is_over):
+            return self.abort()
         if rule.refuse or rule.reset:
-            pause(due_s - time.monotonic(), self._is_over)
-            return self._abort(reset=rule.reset)
+            pause(due_s - time.monotonic(), self.is_over)
+            return self.abort(reset=rule.reset)
         entry.is_range_hidden = rule.ignore_range
         reply = _own_answer(rule) if rule.replaces_answer else self.server.origin.answer(entry)
         _spoil(reply, rule)
         # What making the answer took is part of the delay: who measures counts on that.
-        if not pause(due_s - time.monotonic(), self._is_over):
-            return self._abort()
+        if not pause(due_s - time.monotonic(), self.is_over):
+            return self.abort()
         entry.status = reply.status
         return self._send(entry, reply, rule)
 
@@ -171,31 +173,32 @@ class _Handler(BaseHTTPRequestHandler):
         if 0 in (rule.cut_after_bytes, rule.stall_after_bytes):
             self.wfile.write(head)
             head = b""
-            if rule.cut_after_bytes == 0 or not rule.hold(self._is_over):
-                return self._abort()
+            if rule.cut_after_bytes == 0 or not rule.hold(self.is_over):
+                return self.abort()
         for chunk in iter_chunks(reply.content, reply.start, stop):
             pieces = _pieces(chunk, entry.sent_bytes, rule)
             for piece in pieces:
-                if rule.bytes_per_s and not pause(len(piece) / rule.bytes_per_s, self._is_over):
-                    return self._abort()
+                if rule.bytes_per_s and not pause(len(piece) / rule.bytes_per_s, self.is_over):
+                    return self.abort()
                 self.wfile.write(head + piece)
                 entry.sent_bytes += len(piece)
                 head = b""
                 if entry.sent_bytes == rule.cut_after_bytes:
-                    return self._abort()
-                if entry.sent_bytes == rule.stall_after_bytes and not rule.hold(self._is_over):
-                    return self._abort()
+                    return self.abort()
+                if entry.sent_bytes == rule.stall_after_bytes and not rule.hold(self.is_over):
+                    return self.abort()
         return None
 
-    def _abort(self, *, reset: bool = False) -> None:
+    def abort(self, *, reset: bool = False) -> None:
+        """Close the connection after this request, with an RST if `reset`."""
         self.close_connection = True
         if reset:
             # SO_LINGER of 0 makes close(2) send RST; the listener must not send FIN before.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.server.forget(self.connection)
 
-    def _is_over(self) -> bool:
-        """Whether the server closes, or the client is gone."""
+    def is_over(self) -> bool:
+        """Return whether the server is closing or the client has closed its end."""
         if self.server.is_closing():
             return True
         try:
@@ -217,6 +220,9 @@ class Listener(ThreadingHTTPServer):
             asks for is done at once.
         is_closing: Tells whether waits are to end.
     """
+
+    #: What serves a connection.
+    handler_class: type[Handler] = Handler
 
     daemon_threads = True
     block_on_close = False
@@ -241,7 +247,7 @@ class Listener(ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()  # guarded by _lock
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        super().__init__(address, _Handler)
+        super().__init__(address, self.handler_class)
         self._thread = threading.Thread(
             target=self.serve_forever, args=(0.02,), name=f"demo-{origin.name}", daemon=True
         )

@@ -33,6 +33,9 @@ class DemoServer:
     Everything that tests may want to look at or to change is an attribute, and stays the same
     object from construction to the end. All methods are thread-safe.
 
+    A subclass may listen in another way: `listener_class` makes the listeners, `scheme` begins
+    every URL.
+
     Args:
         runs: Number of training runs.
         checkpoints: Number of checkpoints of each run.
@@ -62,6 +65,9 @@ class DemoServer:
         signer: Of the signed URLs: `lifetime_s`, `revoke_all()`.
         latency_s: May be changed while it serves.
     """
+
+    listener_class: Callable[..., Listener] = Listener
+    scheme = "http"
 
     def __init__(
         self,
@@ -206,7 +212,7 @@ class DemoServer:
                 listener.drop_connections()
 
     def _listen(self, origin: Origin) -> Listener:
-        return Listener(
+        return self.listener_class(
             (self._host, self._ports[origin.name]),
             origin,
             self.journal,
@@ -217,4 +223,4 @@ class DemoServer:
 
     def _origin(self, name: str) -> str:
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._ports[name]}"
+        return f"{self.scheme}://{host}:{self._ports[name]}"

@@ -4,11 +4,16 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.support.scripted import scripted
+from tests.support.hostile import HostileServer, close, response
 from tests.support.server import demo_server, server  # noqa: F401
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.telemetry import Telemetry
+
+
+def http(status, body=b"", *headers):
+    """Return the bytes of a response after which the connection ends."""
+    return response(status, body, "Connection: close", *headers)
 
 
 @pytest.fixture
@@ -44,6 +49,14 @@ def client(client_of, server):  # noqa: F811
 
 @pytest.fixture
 def bytes_of():
-    """A factory of servers that answer with given bytes."""
+    """A factory of servers that send the given responses in order, the last one over and over."""
     with ExitStack() as stack:
-        yield lambda *scripts: stack.enter_context(scripted(*scripts))
+
+        def make(*responses):
+            server = stack.enter_context(HostileServer(runs=0))
+            for each in responses[:-1]:
+                server.on("*", each, close)
+            server.on("*", responses[-1], close, times=None)
+            return server
+
+        yield make

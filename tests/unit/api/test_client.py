@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.support.clocks import FakeTime
-from tests.support.scripted import http
+from tests.unit.api.conftest import http
 from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef
 from tinkerfs.clock import SYSTEM_CLOCK
@@ -300,7 +300,7 @@ def test_what_is_no_place(bytes_of, client_of, script):
     with pytest.raises(errors.ProtocolError) as caught:
         client.archive(REF)
     assert "sig" not in str(caught.value)
-    assert len(server.requests) == 1
+    assert len(server.received) == 1
 
 
 @pytest.mark.parametrize("status", [425, 503])

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.clocks import FakeTime
-from tests.support.scripted import http
+from tests.unit.api.conftest import http
 from tinkerfs import __version__, errors
 from tinkerfs.adapters import mounts
 from tinkerfs.api import endpoints
@@ -257,7 +257,7 @@ def test_an_answer_that_is_not_the_apis(bytes_of, client_of, script):
     assert "sig" not in str(caught.value)
     assert "127.0.0.1" in str(caught.value)
     assert caught.value.endpoint == RUNS
-    assert len(server.requests) == 1
+    assert len(server.received) == 1
 
 
 def connections(server):
