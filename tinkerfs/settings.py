@@ -98,6 +98,11 @@ class Option:
         return "TINKERFS_" + self.flag.upper().replace("-", "_")
 
     @property
+    def is_path(self) -> bool:
+        """Whether its value is the path of a file or a directory."""
+        return self.parse is _parse_path
+
+    @property
     def is_switch(self) -> bool:
         """Whether it takes no value on the command line."""
         return not self.metavar

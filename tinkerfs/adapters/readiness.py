@@ -64,6 +64,7 @@ class Announcer:
 def start_in_background(command: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     """Start a command that serves a mount, and return its process id once it answers.
 
+    The command runs in `/`, so its arguments and its environment may hold no relative path.
     Ctrl-C while waiting ends it again.
 
     Raises:
@@ -77,6 +78,7 @@ def start_in_background(command: Sequence[str], environ: Mapping[str, str] | Non
                 env={**(os.environ if environ is None else environ), VARIABLE: str(writer)},
                 pass_fds=(writer,),
                 stdin=subprocess.DEVNULL,
+                cwd="/",
                 start_new_session=True,
             )
         finally:

@@ -115,6 +115,8 @@ def resolve(
         if option is None:
             known = ", ".join(sorted(by_flag))
             raise SetupError(f"{file}: there is no option {name!r}; there are {known}")
+        if option.is_path and text:  # a file is read from any directory
+            text = _absolute(text, os.path.dirname(os.path.abspath(file)))
         values[option.field] = _parse(option, text, f"{file}: {name}")
     for option in OPTIONS:
         for variable in _variables(option):
@@ -135,19 +137,44 @@ def resolve(
 def as_arguments(
     flags: Mapping[str, str | bool | None], mount_options: Iterable[str], config: str | None
 ) -> list[str]:
-    """Return the command line that says the same again, for the process that will serve."""
-    arguments = []
+    """Return the command line that says the same again, for the process that will serve.
+
+    That process runs in another directory, so paths are absolute in it.
+    """
+    arguments, items = [], []
+    paths: dict[str, str] = {}
+    for item in (item for each in mount_options for item in each.split(",")):
+        name, _, text = item.partition("=")
+        option = _option_of(name)
+        if option is not None and option.is_path:
+            paths[option.field] = text  # not by -o again: the directory's name may hold a comma
+        else:
+            items.append(item)
     for option in OPTIONS:
         given = flags.get(option.field)
+        if given is None:
+            given = paths.get(option.field)
         if given is True:
             arguments.append(f"--{option.flag}")
         elif isinstance(given, str):
+            given = _absolute(given) if option.is_path and given else given
             arguments.append(f"--{option.flag}={given}")
-    for each in mount_options:
-        arguments += ["-o", each]
+    if items:
+        arguments += ["-o", ",".join(items)]
     if config is not None:
-        arguments.append(f"--config={config}")
+        arguments.append(f"--config={_absolute(config)}")
     return arguments
+
+
+def _absolute(path: str, directory: str = "") -> str:
+    """Return a path that means the same wherever the process runs."""
+    return os.path.abspath(os.path.join(directory, os.path.expanduser(path)))
+
+
+def _option_of(name: str) -> Option | None:
+    """Return the option that `-o` calls `name`."""
+    wanted = _ALIASES.get(name, name.replace("_", "-"))
+    return next((option for option in OPTIONS if option.flag == wanted), None)
 
 
 def _variables(option: Option) -> tuple[str, ...]:
@@ -173,7 +200,7 @@ def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
                     yield by_flag["read-only"], "no"
                 continue
             name, equals, text = item.partition("=")
-            option = by_flag.get(_ALIASES.get(name, name.replace("_", "-")))
+            option = _option_of(name)
             if option is None:
                 known = ", ".join(sorted(by_flag))
                 raise SetupError(f"-o {item}: there is no such option; there are {known}")

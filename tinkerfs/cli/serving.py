@@ -32,14 +32,14 @@ def start_in_background(command: str, mountpoint: str, arguments: Sequence[str])
     Raises:
         SetupError: it will not, and why.
     """
-    import sys
-
     from tinkerfs.adapters.readiness import start_in_background as start
+    from tinkerfs.cli.daemon import daemon_command, daemon_environment
 
     # The absolute path: the process leaves our folder, and others find it by this argument. Links
     # are followed only by the checks there: following one to a dead mount would fail here.
     path = os.path.abspath(mountpoint)
-    start([sys.executable, "-m", "tinkerfs", command, FOREGROUND, *arguments, "--", path])
+    full_command = daemon_command([command, FOREGROUND, *arguments, "--", path])
+    start(full_command, daemon_environment(os.environ))
 
 
 def serve_here(

@@ -125,6 +125,21 @@ def test_arguments_say_the_same_again():
     )
 
 
+def test_arguments_with_relative_paths_name_them_absolutely(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = options.as_arguments({"log_file": "a,b"}, ["log_file=x,cache_dir=c,uid=1"], "d")
+    here = f"={tmp_path}/"
+    assert arguments == [f"--cache-dir{here}c", f"--log-file{here}a,b", "-o", "uid=1",
+                         f"--config{here}d"]  # fmt: skip
+
+
+def test_file_with_relative_path_means_its_own_directory(environ, user_file):
+    user_file.write_text('cache-dir = "c"\nlog-file = "~/l"\n')
+    settings = options.resolve({}, environ=environ)
+    assert settings.cache_dir == f"{user_file.parent}/c"
+    assert settings.log_file == os.path.expanduser("~/l")
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [

@@ -1,0 +1,30 @@
+"""What a daemon is started with: no module, and no path, of the caller's directory."""
+
+import os
+import sys
+
+import pytest
+
+from tinkerfs.cli.daemon import daemon_command, daemon_environment
+
+
+def test_daemon_command_takes_no_module_from_its_directory():
+    assert daemon_command(["mount"]) == [sys.executable, "-P", "-m", "tinkerfs", "mount"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("TINKERFS_CACHE_DIR", "c", "{}/c"),
+        ("TINKERFS_LOG_FILE", "~/l", "{home}/l"),
+        ("SSL_CERT_DIR", "a:/b", "{}/a:/b"),
+        ("PYTHONPATH", ":lib::/b", "{}/lib:/b"),
+        ("FUSE_LIBRARY_PATH", "./lib.so", "{}/lib.so"),
+        ("FUSE_LIBRARY_PATH", "libfuse3.so.3", "libfuse3.so.3"),
+        ("TINKERFS_TTL", "3", "3"),
+    ],
+)
+def test_daemon_environment_has_absolute_paths(name, value, expected, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    expected = expected.format(tmp_path, home=os.path.expanduser("~"))
+    assert daemon_environment({name: value}) == {name: expected}
