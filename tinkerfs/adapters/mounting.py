@@ -27,11 +27,11 @@ from tinkerfs.errors import SetupError
 if TYPE_CHECKING:
     from tinkerfs.tree.filesystem import FileSystem
 
-__all__ = ["allow_open_files", "block_signals", "serve", "stop_was_asked_for"]
+__all__ = ["allow_open_files", "block_signals", "serve", "stop_signals", "stop_was_asked_for"]
 
 log = logging.getLogger(__name__)
 
-_STOP: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+_STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: By it the other threads wake the main thread from sigwait.
 _WAKE: Final = signal.SIGUSR1
 
@@ -62,12 +62,21 @@ def block_signals() -> None:
 
     A thread that started earlier would take them with their default action, which is to die.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP | {_WAKE})
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals() | {_WAKE})
+
+
+def stop_signals() -> frozenset[signal.Signals]:
+    """Return the signals that end a mount: not those that were ignored when the process started.
+
+    nohup(1) ignores SIGHUP, and a shell without job control SIGINT of what runs in the background.
+    One that is ignored must not be blocked either: sigwait(2) takes a blocked signal all the same.
+    """
+    return frozenset(number for number in _STOP if signal.getsignal(number) != signal.SIG_IGN)
 
 
 def stop_was_asked_for() -> bool:
     """Tell whether a signal has come that `serve` has not been there to take."""
-    return bool(signal.sigpending() & _STOP)
+    return bool(signal.sigpending() & stop_signals())
 
 
 def serve(
@@ -116,7 +125,7 @@ def serve(
         ready()
         asked = loop.wait_for_the_end()
     if asked:
-        log.info("%s: asked to end", mountpoint)
+        log.info("%s: asked to end by %s", mountpoint, loop.stop_signal)
         _end_in_time()
         loop.stopping.set()
         _detach(mountpoint)
@@ -135,6 +144,7 @@ class _Loop:
     def __init__(self) -> None:
         self.stopping = threading.Event()
         self.failure: BaseException | None = None
+        self.stop_signal = ""
         self._answered = threading.Event()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -170,7 +180,9 @@ class _Loop:
 
     def _wait(self, is_over: Callable[[], bool]) -> bool:
         while not is_over():
-            if signal.sigwait(_STOP | {_WAKE}) in _STOP:
+            number = signal.sigwait(stop_signals() | {_WAKE})
+            if number != _WAKE:
+                self.stop_signal = signal.Signals(number).name
                 return True
         return False
 

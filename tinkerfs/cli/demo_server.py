@@ -78,7 +78,12 @@ def demo_server(
     from tinkerfs.demo.server import DemoServer
 
     # Blocked before any thread starts, so that sigwait() below is the only one to get them.
-    ends = {signal.SIGINT, signal.SIGTERM}
+    # One that was ignored at the start stays so (SIGINT of a script's background job).
+    ends = {
+        number
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     server = DemoServer(
         runs=runs,

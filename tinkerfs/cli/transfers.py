@@ -367,7 +367,9 @@ def signals_interrupt(how_to_go_on: str) -> Iterator[None]:
         del number, frame
         raise _Terminated
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    if before != signal.SIG_IGN:  # what was ignored when we started stays ignored
+        signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except KeyboardInterrupt as interrupt:

@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -40,6 +41,22 @@ def test_two_lines_that_a_shell_can_eval(end):
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (0, "")
     assert "Ctrl-C" in err
+
+
+def test_demo_server_with_sigint_ignored_goes_on():
+    with subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *COMMAND],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout.readline()
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.terminate()
+    bit = 1 << (signal.SIGINT - 1)
+    masks = {name: int(value, 16) for name, value in re.findall(r"(Sig\w+):\t(\w+)", status)}
+    assert masks["SigIgn"] & bit
+    assert not masks["SigBlk"] & bit, "sigwait would take it"
 
 
 def test_a_port_that_is_taken():
