@@ -19,7 +19,17 @@ MAX_LINES = 500
 #: Longer than MAX_LINES, and why.
 LONG_MODULES: dict[str, str] = {}
 
-BASE = {"call", "clock", "errors", "names", "safe_open", "settings", "telemetry", "tinker_path"}
+BASE = {
+    "call",
+    "clock",
+    "errors",
+    "names",
+    "network",
+    "safe_open",
+    "settings",
+    "telemetry",
+    "tinker_path",
+}
 
 #: Part of the package -> the parts that it may import besides itself.
 ARROWS = {
