@@ -6,11 +6,11 @@ out, and what it does not have.
 """
 
 import copy
+import dataclasses
 import uuid
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from types import TracebackType
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from tinkerfs import errors
@@ -32,7 +32,7 @@ from tinkerfs.api.models import (
     WeightsInfo,
 )
 from tinkerfs.api.refs import CheckpointRef, Forms, id_path, id_segment
-from tinkerfs.api.transport import FIRST_BACKOFF_S, Answer, Request, Transport
+from tinkerfs.api.transport import FIRST_BACKOFF_S, Answer, Recheck, Request, Transport
 from tinkerfs.call import AWAITED, Interest
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
@@ -40,7 +40,6 @@ from tinkerfs.telemetry import Telemetry
 __all__ = ["CheckpointRef", "Client"]
 
 T = TypeVar("T")
-P = ParamSpec("P")
 
 #: The most sessions that one search may return (Tinker SDK 0.36, sessions/search).
 _MOST_FOUND = 200
@@ -118,12 +117,7 @@ class Client:
         """Return the client itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Close."""
         self.close()
 
@@ -233,8 +227,10 @@ class Client:
                 where it says; EndpointMissing where the server gives no archives, or none of
                 this kind of checkpoint.
         """
-        answer = self._on_checkpoint(endpoints.ARCHIVE, ref, "/archive")
-        return self._parsed(endpoints.ARCHIVE, answer, signed.archive_url, self._clock.now())
+        request = Request(endpoints.ARCHIVE, "/archive")
+        return self._on_checkpoint(
+            request, ref, lambda answer: signed.archive_url(answer, self._clock.now())
+        )
 
     def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
         """Return a signed URL for each file of an external checkpoint, and when they expire.
@@ -245,47 +241,54 @@ class Client:
         Raises:
             ApiError: they cannot be had; EndpointMissing where the server has no such thing.
         """
-        answer = self._on_checkpoint(endpoints.EXTERNAL_URLS, ref, "/external_weights_urls")
-        return self._parsed(
-            endpoints.EXTERNAL_URLS, answer, signed.external_urls, self._clock.now()
+        request = Request(endpoints.EXTERNAL_URLS, "/external_weights_urls")
+        return self._on_checkpoint(
+            request, ref, lambda answer: signed.external_urls(answer, self._clock.now())
         )
 
-    def publish(self, ref: CheckpointRef) -> None:
+    # Changes of a checkpoint. One that may have arrived is sent again only after a `recheck`.
+
+    def publish(self, ref: CheckpointRef, recheck: Recheck | None = None) -> None:
         """Let everybody read the checkpoint; that it is public already is success.
 
         Raises:
             ApiError: it cannot be done.
         """
-        self._on_checkpoint(endpoints.PUBLISH, ref, "/publish")
+        key = str(uuid.uuid4())
+        self._change(Request(endpoints.PUBLISH, "/publish", None, key, recheck=recheck), ref)
 
-    def unpublish(self, ref: CheckpointRef) -> None:
+    def unpublish(self, ref: CheckpointRef, recheck: Recheck | None = None) -> None:
         """Let only its owner read the checkpoint; that it is private already is success.
 
         Raises:
             ApiError: it cannot be done.
         """
-        self._on_checkpoint(endpoints.UNPUBLISH, ref, "/publish")
+        self._change(Request(endpoints.UNPUBLISH, "/publish", recheck=recheck), ref)
 
-    def set_ttl(self, ref: CheckpointRef, ttl_seconds: int | None) -> None:
+    def set_ttl(
+        self, ref: CheckpointRef, ttl_seconds: int | None, recheck: Recheck | None = None
+    ) -> None:
         """Let the server delete the checkpoint after a while, or never.
 
         Args:
             ref: the checkpoint.
             ttl_seconds: seconds from now, 3600 to 315360000; None for never.
+            recheck: as of the others.
 
         Raises:
             ApiError: it cannot be done; BadRequest out of range.
         """
-        self._on_checkpoint(endpoints.TTL, ref, "/ttl", rawjson.dumps({"ttl_seconds": ttl_seconds}))
+        body = rawjson.dumps({"ttl_seconds": ttl_seconds})
+        self._change(Request(endpoints.TTL, "/ttl", body, recheck=recheck), ref)
 
-    def delete(self, ref: CheckpointRef) -> None:
+    def delete(self, ref: CheckpointRef, recheck: Recheck | None = None) -> None:
         """Delete the checkpoint for ever.
 
         Raises:
             ApiError: it cannot be done; NotFound where it is gone already; NotReady or Conflict
                 while it is being written.
         """
-        self._on_checkpoint(endpoints.DELETE, ref)
+        self._change(Request(endpoints.DELETE, "", recheck=recheck), ref)
 
     # Sessions and samplers
 
@@ -352,17 +355,9 @@ class Client:
         Raises:
             ApiError: as `search_sessions`; one page that fails fails all.
         """
-        found: dict[str, FoundSession] = {}
-        cursor: object = None
-        while True:
-            page = self.search_sessions(limit=_MOST_FOUND, cursor=cursor)
-            before = len(found)
-            for session in page.items:
-                found.setdefault(session.session_id, session)
-            # A cursor that leads to nothing new would lead round in circles.
-            if page.next_cursor is None or len(found) == before:
-                return tuple(found.values())
-            cursor = page.next_cursor
+        return paging.read_all_found(
+            lambda cursor: self.search_sessions(limit=_MOST_FOUND, cursor=cursor)
+        )
 
     def sampler(self, sampler_id: str) -> Sampler:
         """Return one sampler's record.
@@ -438,42 +433,44 @@ class Client:
     ) -> tuple[T, ...]:
         return paging.read_all(fetch, key, came=came, workers=self._concurrency)
 
-    def _parsed(
-        self,
-        endpoint: Endpoint,
-        answer: Answer,
-        parse: Callable[Concatenate[Answer, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
+    def _parsed(self, endpoint: Endpoint, answer: Answer, parse: Callable[[Answer], T]) -> T:
         try:
-            return parse(answer, *args, **kwargs)
+            return parse(answer)
         except errors.ProtocolError as error:
             host = urlsplit(answer.url).hostname
             raise errors.ProtocolError(
                 f"{error.message} (from {host})", endpoint=endpoint.label, status=answer.status
             ) from None
 
+    def _change(self, request: Request, ref: CheckpointRef) -> None:
+        self._on_checkpoint(request, ref, lambda answer: parsing.check_change_response(answer.body))
+
     def _on_checkpoint(
-        self, endpoint: Endpoint, ref: CheckpointRef, tail: str = "", body: bytes | None = None
-    ) -> Answer:
+        self, request: Request, ref: CheckpointRef, parse: Callable[[Answer], T]
+    ) -> T:
         """Ask something of a checkpoint, in the form of its id that the server takes.
+
+        Args:
+            request: what to ask; its path is what follows the checkpoint's id.
+            ref: the checkpoint.
+            parse: reads a success.
 
         Raises:
             ApiError: what was met; of two forms, what says more.
         """
+        endpoint = request.endpoint
         run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
-        key = str(uuid.uuid4()) if endpoint.method == "POST" else None
         kind = ref.path_id.partition("/")[0]  # SkyRL has archives of sampler checkpoints alone
         with (
             self._lacks.asking((endpoint.label, kind)),
             self._breakers.call(endpoint.label, self._transport.deadline()) as deadline,
         ):
 
-            def ask(checkpoint_id: str) -> Answer:
-                path = f"{run}/{id_path(checkpoint_id)}{tail}"
-                request = Request(endpoint, path, body, key, ref.is_known)
-                return self._transport.send(request, deadline, self._interest)
+            def ask(checkpoint_id: str) -> T:
+                path = f"{run}/{id_path(checkpoint_id)}{request.path}"
+                whole = dataclasses.replace(request, path=path, is_known=ref.is_known)
+                answer = self._transport.send(whole, deadline, self._interest)
+                return self._parsed(endpoint, answer, parse)
 
             try:
                 return self._forms.ask(endpoint, ref, ask)

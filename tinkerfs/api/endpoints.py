@@ -51,6 +51,8 @@ class Endpoint:
         successes: statuses from 300 on that are no failure: "already so", an expected redirect.
         states: statuses that tell a state of the thing: not retried, since asking again at once
             tells the same.
+        is_change: whether it changes something, so that a request that may have arrived is never
+            sent again without a look at what it would change now.
         is_removal: whether it removes something, so that "not there" is what was wanted where an
             earlier try may have done it.
         is_build: whether the server makes something before it answers, which may take minutes: no
@@ -61,6 +63,7 @@ class Endpoint:
     scope: Scope
     successes: frozenset[int] = frozenset()
     states: frozenset[int] = frozenset()
+    is_change: bool = False
     is_removal: bool = False
     is_build: bool = False
 
@@ -88,11 +91,19 @@ ARCHIVE = Endpoint(
     is_build=True,
 )
 EXTERNAL_URLS = Endpoint(f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIONAL_DEED)
-PUBLISH = Endpoint(f"POST {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO)
-UNPUBLISH = Endpoint(f"DELETE {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO)
-TTL = Endpoint(f"PUT {_CHECKPOINT}/ttl", Scope.OPTIONAL_DEED)
+PUBLISH = Endpoint(
+    f"POST {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO, is_change=True
+)
+UNPUBLISH = Endpoint(
+    f"DELETE {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO, is_change=True
+)
+TTL = Endpoint(f"PUT {_CHECKPOINT}/ttl", Scope.OPTIONAL_DEED, is_change=True)
 DELETE = Endpoint(
-    f"DELETE {_CHECKPOINT}", Scope.OPTIONAL_DEED, states=frozenset({409, 425}), is_removal=True
+    f"DELETE {_CHECKPOINT}",
+    Scope.OPTIONAL_DEED,
+    states=frozenset({409, 425}),
+    is_change=True,
+    is_removal=True,
 )
 SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT)
 SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_THING)

@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
-from tinkerfs.api.models import Page
+from tinkerfs.api.models import FoundSession, FoundSessions, Page
 
-__all__ = ["PAGE_SIZE", "Unreadable", "read_all"]
+__all__ = ["PAGE_SIZE", "Unreadable", "read_all", "read_all_found"]
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,28 @@ def read_all(
             fresh.add_missing(listing)
         listing = fresh
     return listing.items()
+
+
+def read_all_found(search: Callable[[object], FoundSessions]) -> tuple[FoundSession, ...]:
+    """Return every session of a search once, in the server's order.
+
+    Args:
+        search: reads the page at a cursor; None for the first one.
+
+    Raises:
+        Exception: what `search` raised: a listing is whole or it fails.
+    """
+    found: dict[str, FoundSession] = {}
+    cursor: object = None
+    while True:
+        page = search(cursor)
+        before = len(found)
+        for session in page.items:
+            found.setdefault(session.session_id, session)
+        # A cursor that leads to nothing new would lead round in circles.
+        if page.next_cursor is None or len(found) == before:
+            return tuple(found.values())
+        cursor = page.next_cursor
 
 
 class _Listing(Generic[T]):

@@ -30,6 +30,7 @@ from tinkerfs.api.rawjson import (
     decode_list,
     decode_object,
     dumps,
+    is_json,
     loads,
     loads_object,
     parse_object,
@@ -38,6 +39,7 @@ from tinkerfs.api.times import parse_time_ns
 from tinkerfs.errors import ProtocolError
 
 __all__ = [
+    "check_change_response",
     "parse_capabilities",
     "parse_checkpoint",
     "parse_checkpoints",
@@ -296,6 +298,18 @@ def parse_capabilities(body: bytes) -> Capabilities:
         if (name := _text(item, "model_name") if isinstance(item, dict) else item)
     ]
     return Capabilities(models=_texts(models), raw=raw)
+
+
+def check_change_response(body: bytes) -> None:
+    """Check that a change's response with status 2xx comes from the API: it is empty or JSON.
+
+    A captive portal answers 200 with a page of HTML, and nothing was changed.
+
+    Raises:
+        ProtocolError: it is not.
+    """
+    if body.strip() and not is_json(body):
+        raise ProtocolError("the response to a change is neither empty nor JSON")
 
 
 def _page(body: bytes, name: str, parse: Callable[[bytes], T | None]) -> Page[T]:

@@ -19,6 +19,7 @@ __all__ = [
     "decode_list",
     "decode_object",
     "dumps",
+    "is_json",
     "loads",
     "loads_object",
     "merged",
@@ -116,6 +117,15 @@ def checked_object(body: bytes) -> bytes:
             raise ProtocolError("the answer is not a JSON object") from None
         return dumps(fields)
     return body
+
+
+def is_json(body: bytes) -> bool:
+    """Return whether `body` is JSON, as Python reads it: any value."""
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def loads_object(raw: bytes) -> dict[str, Any] | None:

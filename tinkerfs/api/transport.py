@@ -30,7 +30,11 @@ from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.errors import ApiError, SetupError
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["FIRST_BACKOFF_S", "Answer", "Request", "Transport"]
+__all__ = ["FIRST_BACKOFF_S", "Answer", "Recheck", "Request", "Transport"]
+
+#: Looks afresh before a change is sent again, and returns whether it is made by now; raises where
+#: it must not be sent again. Takes the failure of the last try, and whether a try may be done.
+Recheck = Callable[[ApiError, bool], bool]
 
 #: How many times one request is tried at most (Tinker SDK).
 MAX_TRIES = 10
@@ -68,6 +72,8 @@ class Request:
         idempotency_key: a UUID for a POST, the same over all tries.
         is_known: whether the thing asked about is known to exist.
         needs_key: whether the key must be sent; where not, it is sent if there is one.
+        recheck: called before each further try of a change. A change without it is sent again
+            only where the server cannot have received it.
     """
 
     endpoint: Endpoint
@@ -76,6 +82,15 @@ class Request:
     idempotency_key: str | None = None
     is_known: bool = False
     needs_key: bool = True
+    recheck: Recheck | None = None
+
+    def is_made(self, failure: ApiError, *, may_be_done: bool) -> bool:
+        """Return whether a change is made by now, before it is sent again.
+
+        Raises:
+            ApiError: it must not be sent again.
+        """
+        return self.recheck is not None and self.recheck(failure, may_be_done)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -93,6 +108,10 @@ class Answer:
     headers: Mapping[str, str]
     body: bytes
     url: str
+
+
+#: Stands for the response to a change that was found made.
+_MADE = Answer(204, {}, b"", "")
 
 
 class Transport:
@@ -202,6 +221,8 @@ class Transport:
                 if not self._credentials.rejected(key, error) or is_second:
                     raise
                 is_second = True
+                if request.is_made(error, may_be_done=False):
+                    return _MADE
                 continue
             if key is not None and request.needs_key:
                 self._credentials.accepted(key)
@@ -377,6 +398,7 @@ class _Tries:
         self._clock = clock
         self._count = 0
         self._count_unsent = 0
+        self._failure: ApiError | None = None
         #: Whether an earlier try may have done what was asked, though nobody said so.
         self._may_be_done = False
         #: How long to wait before the next try, seconds; None when the last failure is final.
@@ -395,22 +417,26 @@ class _Tries:
         Raises:
             ApiError: the try failed; `wait_s` knows whether another one makes sense.
         """
+        endpoint = self._request.endpoint
         self._count += 1
         self._wait_s = None
+        failure = self._failure
+        if failure is not None and self._request.is_made(failure, may_be_done=self._may_be_done):
+            return _MADE
         try:
             answer = self._once()
         except _Lost as lost:
             self._wait_s = self._wait_after_loss(lost)
             self._may_be_done = self._may_be_done or not lost.is_unsent
+            self._failure = lost.error
             raise lost.error from None
-        endpoint = self._request.endpoint
         if answer.status < 300 or answer.status in endpoint.successes:
             return answer
         if endpoint.is_removal and self._may_be_done and answer.status in (404, 410):
             return answer
         self._wait_s = self._wait_after_answer(answer)
         self._may_be_done = self._may_be_done or answer.status >= 500
-        raise failure_of(
+        self._failure = failure_of(
             endpoint,
             answer.status,
             answer.headers,
@@ -419,6 +445,7 @@ class _Tries:
             now_s=self._clock.now(),
             is_known=self._request.is_known,
         )
+        raise self._failure
 
     def _wait_after_loss(self, lost: _Lost) -> float | None:
         if lost.is_final:
@@ -426,12 +453,14 @@ class _Tries:
         if lost.is_unsent:
             self._count_unsent += 1
             return CONNECT_RETRY_S if self._count_unsent < MAX_CONNECT_TRIES else None
+        if self._is_sent_once:
+            return None
         # An idle connection that the server has closed is found out by using it: no need to wait.
         return 0.0 if self._count == 1 else self._backoff()
 
     def _wait_after_answer(self, answer: Answer) -> float | None:
         status, endpoint = answer.status, self._request.endpoint
-        if status == 401 or status in endpoint.states:
+        if status == 401 or status in endpoint.states or self._is_sent_once:
             return None
         is_retried = status in _RETRIED or (status >= 500 and status != 501)
         wish = answer.headers.get("x-should-retry", "").strip().lower()
@@ -441,6 +470,10 @@ class _Tries:
             return None
         asked_s = parse_retry_after_s(answer.headers, self._clock.now())
         return self._backoff() if asked_s is None else asked_s
+
+    @property
+    def _is_sent_once(self) -> bool:
+        return self._request.endpoint.is_change and self._request.recheck is None
 
     def _backoff(self) -> float:
         longest_s = self._backoff_s * (LAST_BACKOFF_S / FIRST_BACKOFF_S)

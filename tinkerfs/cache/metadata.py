@@ -357,6 +357,17 @@ class MetadataCache:
                 value, now = change(entry.value), self._clock.now()
                 self._put(key, replace(entry, value=value, term=term, changed_at=now))
 
+    def expire(self, key: Hashable) -> None:
+        """Let the next `get` ask again: the value may be another one by now.
+
+        A load in flight may have begun before that: its waiters get it, it is not cached.
+        """
+        with self._lock:
+            self._flights.pop(key, None)
+            entry = self._entries.get(key)
+            if entry is not None and entry.has_value:
+                self._put(key, replace(entry, term=Term(self._clock.monotonic()), error=None))
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.client import Client
+from tinkerfs.api.transport import Recheck
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.call import Call
@@ -25,6 +26,14 @@ from tinkerfs.telemetry import Telemetry, rfc3339
 __all__ = ["Mutations"]
 
 L = TypeVar("L", CheckpointListing, UserListing)
+
+#: Failures of a change after which the server may have another state than was listed before.
+_IN_DOUBT: tuple[type[errors.ApiError], ...] = (
+    *errors.OUTAGES,
+    errors.NotFound,
+    errors.Conflict,
+    errors.NotReady,
+)
 
 
 class Mutations:
@@ -60,13 +69,14 @@ class Mutations:
     def set_published(self, seen: Checkpoint, wanted: bool, path: str, call: Call) -> None:
         """Publish or unpublish; nothing is asked for that is so already."""
 
+        def is_made(now: Checkpoint | None) -> bool:
+            return now is not None and now.record.is_public == wanted
+
         def act(checkpoint: Checkpoint) -> str | None:
             if checkpoint.record.is_public == wanted:
                 return "was so already"
-            if wanted:
-                self._client.publish(checkpoint.ref)
-            else:
-                self._client.unpublish(checkpoint.ref)
+            request = self._client.publish if wanted else self._client.unpublish
+            request(checkpoint.ref, self._recheck(checkpoint, is_made))
             raw = models.with_fields(checkpoint.record.raw, public=wanted)
             record = replace(checkpoint.record, is_public=wanted).with_raw(raw)
             self._amend(checkpoint, record)
@@ -78,7 +88,9 @@ class Mutations:
         """Let a checkpoint expire `ttl_s` seconds from now, or never."""
 
         def act(checkpoint: Checkpoint) -> None:
-            self._client.set_ttl(checkpoint.ref, ttl_s)
+            # Which expiry the server made of the seconds is not known: it is set once more.
+            recheck = self._recheck(checkpoint, lambda _now: False)
+            self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
             expires_at_s = None if ttl_s is None else self._clock.now() + ttl_s
             raw = models.with_fields(
                 checkpoint.record.raw,
@@ -96,7 +108,8 @@ class Mutations:
         """Delete a checkpoint for good."""
 
         def act(checkpoint: Checkpoint) -> None:
-            self._client.delete(checkpoint.ref)
+            recheck = self._recheck(checkpoint, lambda now: now is None)
+            self._client.delete(checkpoint.ref, recheck)
             self._amend(checkpoint, None)
 
         self._change(seen, "delete", act, path, call)
@@ -114,7 +127,12 @@ class Mutations:
 
         def work() -> None:
             try:
-                outcome = act(self._afresh(seen))
+                checkpoint = self._afresh(seen)
+                try:
+                    outcome = act(checkpoint)
+                except _IN_DOUBT:
+                    self._expire(seen.run_id)
+                    raise
             except Exception as error:
                 self._telemetry.change_ended(change, f"failed: {error}")
                 raise
@@ -128,12 +146,53 @@ class Mutations:
 
     def _afresh(self, seen: Checkpoint) -> Checkpoint:
         """Return a checkpoint as the server tells of it now."""
-        now = self._catalogue.checkpoints_afresh(seen.run_id).get(seen.kind, seen.name)
+        now = self._listed(seen)
         if now is None:
             raise errors.NotFound("the checkpoint is gone by now")
         if now.version != seen.version:
             raise errors.Conflict("the checkpoint was saved again since it was looked at")
         return now
+
+    def _listed(self, seen: Checkpoint) -> Checkpoint | None:
+        return self._catalogue.checkpoints_afresh(seen.run_id).get(seen.kind, seen.name)
+
+    def _recheck(self, sent: Checkpoint, is_made: Callable[[Checkpoint | None], bool]) -> Recheck:
+        """Return what decides whether a change of `sent` may be sent again.
+
+        An earlier try may have been done although its response was a failure or was lost, and
+        another checkpoint may have been saved under the name since.
+
+        Args:
+            sent: the checkpoint that the change is about, as last listed.
+            is_made: whether the change is made, from the checkpoint as listed now; None where
+                it is gone.
+        """
+
+        def recheck(failure: errors.ApiError, may_be_done: bool) -> bool:
+            try:
+                now = self._listed(sent)
+            except errors.ApiError as error:
+                raise failure from error  # what there is now cannot be known
+            if now is not None and now.version != sent.version:
+                raise errors.Conflict(
+                    "the checkpoint was saved again under its name while this change was under "
+                    f"way; the new one was left alone (the first try: {failure})"
+                )
+            if is_made(now) and (may_be_done or now is not None):
+                return True
+            if now is None:
+                raise errors.NotFound("the checkpoint is gone by now")
+            if may_be_done and now.record.time_ns is None:
+                raise failure  # one that was saved since would look the same
+            return False
+
+        return recheck
+
+    def _expire(self, run_id: str) -> None:
+        """Have listings asked for again: a change that failed may have been made all the same."""
+        self._warm.changed(run_id)
+        for key in (("checkpoints", run_id), ("user",)):
+            self._cache.expire(key)
 
     def _amend(
         self, checkpoint: Checkpoint, record: models.Checkpoint | None, *, is_exact: bool = True

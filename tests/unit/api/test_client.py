@@ -204,14 +204,87 @@ def test_a_checkpoint_that_is_being_written_is_not_asked_twice(server, client, r
     assert server.journal.count(DELETE) == 1
 
 
-@pytest.mark.parametrize("fault", [{"refuse": True}, {"reset": True}, {"status": 502}])
-def test_a_delete_whose_answer_was_lost_is_a_delete(server, client, refs, run_id, fault):
+LOSSES = [{"refuse": True}, {"reset": True}, {"status": 502}]
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+def test_change_without_recheck_is_sent_once(server, client, refs, fault):
+    ref = refs["training"]
+    server.faults.add(DELETE, **fault)
+    with pytest.raises(errors.ApiError):
+        client.delete(ref)
+    assert server.journal.count(DELETE) == 1
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+def test_change_is_rechecked_before_each_retry(server, client, refs, run_id, fault):
+    ref, seen = refs["training"], []
+    server.faults.add(DELETE, times=2, **fault)
+
+    def recheck(failure, may_be_done):
+        seen.append((type(failure), may_be_done, server.journal.count(DELETE)))
+        return False
+
+    client.delete(ref, recheck)
+    kind = errors.ServerError if "status" in fault else errors.Unreachable
+    assert seen == [(kind, True, 1), (kind, True, 2)]
+    assert len(client.list_checkpoints(run_id)) == 4
+
+
+def test_change_that_a_recheck_finds_made_is_not_sent(server, client, refs):
+    server.faults.add(DELETE, status=503)
+    client.delete(refs["training"], lambda _failure, _may_be_done: True)
+    assert server.journal.count(DELETE) == 1
+
+
+def test_change_that_a_recheck_forbids_fails_with_its_error(server, client, refs):
+    server.faults.add(DELETE, status=503)
+
+    def recheck(_failure, _may_be_done):
+        raise errors.Conflict("saved again")
+
+    with pytest.raises(errors.Conflict, match="saved again"):
+        client.delete(refs["training"], recheck)
+    assert server.journal.count(DELETE) == 1
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_change_that_was_refused_cannot_be_done(server, client, refs, status):
+    seen = []
+    server.faults.add(DELETE, status=status)
+    client.delete(refs["training"], lambda _failure, may_be_done: seen.append(may_be_done))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("fault", LOSSES)
+def test_delete_still_listed_but_gone_counts_as_done(server, client, refs, run_id, fault):
     ref = refs["training"]
     server.faults.add(
         DELETE, call=lambda: server.account.delete_checkpoint(run_id, ref.path_id), **fault
     )
-    client.delete(ref)
+    # As a listing that lags says: it is there.
+    client.delete(ref, lambda _failure, _may_be_done: False)
     assert [e.status for e in server.journal.entries(DELETE)][-1] == 404
+
+
+def test_publish_keeps_its_idempotency_key_over_retries(server, client, refs):
+    server.faults.add("POST publish", status=503, times=2)
+    for _ in range(2):
+        client.publish(refs["training"], lambda _failure, _may_be_done: False)
+    keys = [e.headers["x-idempotency-key"] for e in server.journal.entries("POST publish")]
+    assert len(keys) == 4
+    assert len(set(keys[:3])) == 1
+    assert len(set(keys)) == 2
+
+
+def test_portal_in_place_of_a_change_teaches_no_id_form(demo_server, client_of):
+    server = demo_server(profile="hatchery")
+    client, run_id = client_of(server), first_run(server)
+    ref = ref_of(run_id, client.list_checkpoints(run_id)[0])
+    server.faults.add(DELETE, status=200, html=True)
+    with pytest.raises(errors.ProtocolError, match="neither empty nor JSON"):
+        client.delete(ref)
+    client.delete(ref)
     assert len(client.list_checkpoints(run_id)) == 4
 
 

@@ -351,6 +351,22 @@ def test_a_rotated_key_needs_no_remount(server, client_of, tmp_path):
     assert [entry.status for entry in server.journal.entries(RUNS)] == [200, 401, 200]
 
 
+def test_change_is_rechecked_before_a_second_key_is_tried(server, client_of, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("tml-old")
+    client = client_of(server, environ={"TINKER_CREDENTIAL_CMD": f"cat {key}"})
+    server.behaviour.api_keys.add("tml-old")
+    run = client.all_training_runs()[0]
+    checkpoint = client.list_checkpoints(run.run_id)[0]
+    ref = CheckpointRef(run.run_id, checkpoint.checkpoint_id, checkpoint.checkpoint_id)
+    server.behaviour.api_keys.remove("tml-old")
+    key.write_text(server.api_key)
+    seen = []
+    client.delete(ref, lambda failure, may_be_done: seen.append((failure.status, may_be_done)))
+    assert seen == [(401, False)]
+    assert [entry.status for entry in server.journal.entries("DELETE checkpoint")] == [401, 200]
+
+
 def test_a_second_refusal_ends_it(server, client_of, tmp_path):
     counter = tmp_path / "count"
     client = client_of(

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.clocks import FakeTime
+from tests.support.mount import wait_until
 from tinkerfs import errors
 from tinkerfs.cache.metadata import (
     FAILURE_TTL_S,
@@ -414,6 +415,31 @@ def test_an_inexact_amendment_is_asked_for_again(cache):
     assert cache.peek("k") == "guess"
     load.answer = "truth"
     assert cache.get("k", load, POLICY, IN_PROCESS) == "truth"
+
+
+@pytest.mark.expect_warnings("down")
+def test_expired_value_is_asked_for_and_serves_an_outage(cache):
+    load = Loads()
+    cache.get("k", load, POLICY, IN_PROCESS)
+    cache.expire("k")
+    load.answer = errors.ServerError("down")
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "one"
+    cache.expire("k")
+    load.answer = "two"
+    assert cache.get("k", load, POLICY, IN_PROCESS) == "two"
+    assert load.calls == 3
+
+
+def test_load_in_flight_when_a_value_expires_is_not_cached(cache):
+    load = Loads()
+    load.held.clear()
+    caller = threading.Thread(target=lambda: cache.get("k", load, POLICY, IN_PROCESS))
+    caller.start()
+    wait_until(lambda: load.calls == 1)
+    cache.expire("k")
+    load.held.set()
+    caller.join()
+    assert cache.peek("k") is None
 
 
 @pytest.mark.expect_warnings("refused|down")
