@@ -43,7 +43,9 @@ def json_file(raw: bytes) -> bytes:
 
 def json_values(values: object) -> bytes:
     """Return plain values as indented JSON and a newline."""
-    return json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n"
+    # A path may hold non-UTF-8 bytes: as an escape of JSON's own they survive.
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def run_info(run: models.TrainingRun) -> bytes:

@@ -30,7 +30,15 @@ from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archives import Address, Archives
 from tinkerfs.weights.connections import StoreClient
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.index import PROBE_BYTES, Index, archive_index, block_key, external_index
+from tinkerfs.weights.index import (
+    PROBE_BYTES,
+    Index,
+    archive_index,
+    block_key,
+    decode_index,
+    encode_index,
+    external_index,
+)
 from tinkerfs.weights.inflate import Unpacked
 from tinkerfs.weights.origin import Origin
 from tinkerfs.weights.remote import RemoteFile
@@ -265,8 +273,8 @@ class Weights:
         if raw is None:
             return None
         try:
-            index = msgspec.msgpack.decode(raw, type=Index)
-        except msgspec.MsgspecError:
+            index = decode_index(raw)
+        except ValueError:
             return None
         flight = Future[Index]()
         flight.set_result(index)
@@ -329,7 +337,7 @@ class Weights:
             for line in index.left_out:
                 left_out = errors.damaged(subject.path, f"left out: {line}")
                 self._telemetry.failed(subject.path, "index", left_out)
-            self._store.put(_INDEXES, subject.identity, msgspec.msgpack.encode(index))
+            self._store.put(_INDEXES, subject.identity, encode_index(index))
             return index
 
         return load

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.cache.blocks import BlockCache, BlockFile
@@ -21,7 +22,15 @@ from tinkerfs.weights.inflate import GZIP_MAGIC, inflated
 from tinkerfs.weights.source import Address, Source, Version
 from tinkerfs.weights.tarindex import Member, Segment, clean_name, read_members
 
-__all__ = ["PROBE_BYTES", "Index", "archive_index", "block_key", "external_index"]
+__all__ = [
+    "PROBE_BYTES",
+    "Index",
+    "archive_index",
+    "block_key",
+    "decode_index",
+    "encode_index",
+    "external_index",
+]
 
 #: The first request, and the least of those after it: most headers of an archive come with it.
 PROBE_BYTES = 256 << 10
@@ -55,6 +64,51 @@ class Index(msgspec.Struct, frozen=True):
     left_out: tuple[str, ...] = ()
     digests: tuple[bytes, ...] = ()
     versions: dict[str, Version] = {}
+
+
+def encode_index(index: Index) -> bytes:
+    """Return an index as `decode_index` reads it."""
+    stored = replace(
+        index,
+        members=tuple(replace(each, name=_stored_name(each.name)) for each in index.members),
+        versions={_stored_name(name): version for name, version in index.versions.items()},
+    )
+    return msgspec.msgpack.encode(stored)
+
+
+def decode_index(data: bytes) -> Index:
+    """Return the index that was encoded.
+
+    Raises:
+        ValueError: it is damaged, or of another version of tinkerfs.
+    """
+    try:
+        stored = msgspec.msgpack.decode(data, type=Index)
+    except msgspec.MsgspecError as error:
+        raise ValueError(str(error)) from None
+    return replace(
+        stored,
+        members=tuple(replace(each, name=_given_name(each.name)) for each in stored.members),
+        versions={_given_name(name): version for name, version in stored.versions.items()},
+    )
+
+
+#: Begins a stored name of non-UTF-8 bytes, which MessagePack refuses in a string. No name has it.
+_ESCAPE = "\0"
+
+
+def _stored_name(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return _ESCAPE + name.encode("utf-8", "surrogatepass").decode("latin-1")
+    return name
+
+
+def _given_name(stored: str) -> str:
+    if not stored.startswith(_ESCAPE):
+        return stored
+    return stored.removeprefix(_ESCAPE).encode("latin-1").decode("utf-8", "surrogatepass")
 
 
 def block_key(identity: str, version: Version, what: str) -> str:

@@ -2,17 +2,18 @@
 
 The standard library reads the headers: pax, GNU long names, sparse files of every kind. What it may
 read is bounded here, since a header can claim anything (a pax header of 8 GB, a chain that never
-ends), and what it found is judged: names that lead out of the folder, links out of it and devices
-are left out; links within it are the file they lead to; of two members with one name the last one
-counts, as for tar(1).
+ends). What it found is extracted as tar(1) does (`ExtractedTree`). Names that lead out of the
+directory, links out of it and devices are left out; links within it are the file they lead to.
 """
 
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO, Protocol
+from typing import IO, Protocol, Self
 
 import msgspec
+
+from tinkerfs.weights.extracted_tree import ExtractedTree, Refused
 
 __all__ = ["HeaderFile", "Member", "Segment", "clean_name", "read_members"]
 
@@ -22,8 +23,18 @@ MAX_HEADER_BYTES = 256 << 20
 #: The largest extended header (pax, long name): names are 4 KiB at most on Linux.
 MAX_ONE_READ_BYTES = 1 << 20
 _MAX_SEGMENTS = 100_000
-_MAX_LINK_STEPS = 40
 _MAX_SIZE_BYTES = 1 << 62
+
+#: Names of a tree: members, and the directories that their names imply.
+MAX_NAMES = 2 * MAX_MEMBERS
+
+#: Types of headers (GNU tar's manual, "Basic Tar Format").
+_SPECIAL = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_DUMPDIR = b"D"
+#: Volume labels, parts of a file that began in another volume, and old long names.
+_NO_FILES = (b"V", b"M", b"N")
+#: What stands between a pax header and the member that it is of.
+_AUXILIARY_TYPES = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
 #: tarfile's way of telling a damaged header is one of these, by the version of Python.
 _DAMAGES = (tarfile.TarError, ValueError, OverflowError, RecursionError, IndexError, KeyError)
@@ -71,7 +82,7 @@ class HeaderFile(Protocol):
 
 
 def read_members(file: HeaderFile) -> tuple[tuple[Member, ...], tuple[str, ...]]:
-    """Return the members in the order of the archive, and what was left out and why.
+    """Return the files in any order, and what was left out and why.
 
     Args:
         file: the archive.
@@ -100,13 +111,41 @@ class _Bounded:
         return self._file.read(size)
 
 
+class _Header(tarfile.TarInfo):
+    """A header with the name that tar(1) reads in it."""
+
+    #: Whether the header before was a pax header of one member; reset by `_new_header_type`.
+    is_after_pax = False
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the header in a block of 512 bytes.
+
+        Only ustar has a prefix of the name behind the name's field: GNU tar's own format has times
+        there, and v7 nothing (GNU tar's manual, "Basic Tar Format").
+        """
+        header = super().frombuf(buf, encoding, errors)
+        if buf[257:263] != b"ustar\0" and header.type not in tarfile.GNU_TYPES:
+            name = bytes(buf[:100]).partition(b"\0")[0].decode(encoding, errors)
+            header.name = name.rstrip("/") if header.isdir() else name
+        is_pax = header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+        if is_pax and cls.is_after_pax:
+            # tarfile lets the first one count, tar(1) the last.
+            raise ValueError("two pax headers of one member")
+        if is_pax or header.type not in _AUXILIARY_TYPES:
+            cls.is_after_pax = is_pax
+        return header
+
+
+def _new_header_type() -> type[_Header]:
+    """Return a type for the headers of one archive: what came before is remembered in it."""
+    return type("_HeaderOfOneArchive", (_Header,), {})
+
+
 @dataclass
 class _Reader:
     file: _Bounded
-    #: By name, in the order they came; a later one takes the place of an earlier.
-    files: dict[str, Member] = field(default_factory=dict)
-    #: Links whose target had not come: where they are, and what they lead to.
-    links: dict[str, tuple[str, int]] = field(default_factory=dict)
+    tree: ExtractedTree[Member] = field(default_factory=lambda: ExtractedTree(MAX_NAMES))
     left_out: list[str] = field(default_factory=list)
     #: Where the bytes of all members so far end.
     end: int = 0
@@ -117,94 +156,91 @@ class _Reader:
                 self._take(info)
         except _DAMAGES as error:
             raise ValueError(f"the archive is damaged: {error}") from None
-        for name in list(self.links):
-            self._follow(name)
-        self._remove_folders()
-        return tuple(self.files.values()), tuple(self.left_out)
+        members = []
+        for path, member in self.tree.files():
+            if member is None:
+                self.left_out.append(f"{path!r}: a link to no file of the archive")
+            else:
+                members.append(msgspec.structs.replace(member, name=path))
+        return tuple(members), tuple(self.left_out)
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
-        at = -1
+        at, count = -1, 0
         source: IO[bytes] = self.file  # type: ignore[assignment]
         with tarfile.open(
-            fileobj=source, mode="r:", encoding="utf-8", errors="surrogateescape"
+            fileobj=source,
+            mode="r:",
+            encoding="utf-8",
+            errors="surrogateescape",
+            tarinfo=_new_header_type(),
         ) as tar:
             while (info := tar.next()) is not None:
                 # tarfile takes negative sizes, and would read for ever (CVE-2025-8194).
                 if info.offset <= at or not 0 <= info.size <= _MAX_SIZE_BYTES:
                     raise ValueError("a header has a size that cannot be")
-                at = info.offset
+                if "size" in tar.pax_headers:
+                    # Of every member that follows: tarfile shows it and goes on by the other one.
+                    raise ValueError("a global pax header has a size")
+                at, count = info.offset, count + 1
                 yield info
                 # It keeps all members, with all of their headers.
                 tar.members.clear()  # type: ignore[attr-defined]
-                if len(self.files) + len(self.left_out) > MAX_MEMBERS:
+                if count > MAX_MEMBERS:
                     raise ValueError(f"more than {MAX_MEMBERS} members")
             end = tar.offset
-        # `next` takes what it cannot read for the end, unless it is the first header; the true end
-        # is a block of zeros.
-        self.file.seek(end)
-        block = self.file.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-            raise ValueError(f"it has neither a header nor its end at {end}")
-        if self.end > end:
-            raise ValueError("a member ends after the archive")
         if end == 0:
             raise ValueError("it has no members")
+        self._check_end(end)
+        if self.end > end:
+            raise ValueError("a member ends after the archive")
+
+    def _check_end(self, end: int) -> None:
+        """Check what is where the next header would begin.
+
+        `tarfile` takes what it cannot read for the end. The true end is a block of zeros, or that
+        of the file itself, which is then whole: tar(1) takes both.
+        """
+        self.file.seek(end)
+        block = self.file.read(tarfile.BLOCKSIZE)
+        is_whole = len(block) == tarfile.BLOCKSIZE
+        if not block:
+            self.file.seek(end - 1)
+            is_whole = len(self.file.read(1)) == 1
+        if not is_whole or block.strip(b"\0"):
+            raise ValueError(f"it has neither a header nor its end at {end}")
 
     def _take(self, info: tarfile.TarInfo) -> None:
-        if info.isdir():  # of which SkyRL's archives have one without a name
-            return
+        if "\0" in info.name:
+            raise ValueError("a name has a NUL in it")
+        try:
+            self._extract(info)
+        except Refused as refused:
+            self.left_out.append(f"{info.name!r}: {refused}")
+
+    def _extract(self, info: tarfile.TarInfo) -> None:
         name = clean_name(info.name)
+        # tarfile removes the slash from a name in a pax header.
+        given = info.pax_headers.get("path", info.name)
+        is_link = info.islnk() or info.issym()
+        is_directory = info.isdir() or info.type == _DUMPDIR or given.endswith("/")
         if name is None:
-            self.left_out.append(f"{info.name!r}: its name leads out of the folder")
-        elif info.islnk() or info.issym():
-            self._take_link(name, info)
-        elif not (info.isreg() or info.sparse is not None):
-            self.left_out.append(f"{info.name!r}: a device or the like")
-        else:
-            self.files.pop(name, None)
-            self.links.pop(name, None)
-            self.files[name] = Member(name, info.size, _ns(info.mtime), self._segments(info))
-
-    def _take_link(self, name: str, info: tarfile.TarInfo) -> None:
-        folder = name.rpartition("/")[0] if info.issym() else ""
-        is_absolute = info.linkname.startswith("/")
-        target = None if is_absolute else clean_name(_resolved(folder, info.linkname))
-        if target is None:
-            self.left_out.append(f"{info.name!r}: a link out of the folder")
-            return
-        known = self.files.pop(name, None)
-        self.links.pop(name, None)
-        if info.islnk() and target == name and known is not None:
-            self.files[name] = known
-        elif info.islnk() and target in self.files:  # the one before, whatever comes after
-            self.files[name] = msgspec.structs.replace(self.files[target], name=name)
-        else:
-            self.links[name] = (target, _ns(info.mtime))
-
-    def _follow(self, name: str) -> None:
-        """Turn a link into the file that it leads to in the end."""
-        target = name
-        for _ in range(_MAX_LINK_STEPS):
-            if target not in self.links:
-                break
-            target = self.links[target][0]
-        member = self.files.get(target)
-        if member is None:
-            self.left_out.append(f"{name!r}: a link to what is no file of the archive")
-        else:
-            self.files[name] = msgspec.structs.replace(member, name=name)
-
-    def _remove_folders(self) -> None:
-        """Leave out files whose name is that of a folder of others."""
-        folders = set()
-        for name in self.files:
-            folder = name.rpartition("/")[0]
-            while folder and folder not in folders:
-                folders.add(folder)
-                folder = folder.rpartition("/")[0]
-        for name in folders & self.files.keys():
-            self.left_out.append(f"{name!r}: a file and a folder at once")
-            del self.files[name]
+            if is_directory and not is_link:  # SkyRL's archives have one without a name
+                return
+            raise Refused("its name leads out of the directory")
+        if info.issym():
+            self.tree.add_symlink(name, info.linkname)
+        elif info.islnk():
+            self.tree.add_hard_link(name, info.linkname)
+        elif is_directory:
+            self.tree.add_directory(name)
+        elif info.type in _SPECIAL:
+            self.tree.add_special(name)
+            raise Refused("a device or the like")
+        elif info.type in _NO_FILES:
+            raise Refused("not a file")
+        else:  # also what has a type that nothing defines, as POSIX asks for
+            member = Member(name, info.size, _ns(info.mtime), self._segments(info))
+            self.tree.add_file(name, member)
 
     def _segments(self, info: tarfile.TarInfo) -> tuple[Segment, ...]:
         sparse: list[tuple[int, int]] | None = info.sparse  # type: ignore[assignment]
@@ -217,21 +253,13 @@ class _Reader:
                 raise ValueError(f"{info.name!r}: its pieces are not in order")
             if length:
                 segments.append(Segment(offset, length, place))
+            if place % tarfile.BLOCKSIZE and place > info.offset_data and length:
+                # tar(1) begins each piece at a block, tarfile does not.
+                raise ValueError(f"{info.name!r}: a piece begins within a block")
             place += length
             end = offset + length
         self.end = max(self.end, place)
         return tuple(segments)
-
-
-def _resolved(folder: str, target: str) -> str:
-    """Return where a relative link leads, `..` at its start taken as the folder above."""
-    parts = folder.split("/") if folder else []
-    for part in target.split("/"):
-        if part == ".." and parts and parts[-1] != "..":
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
 
 
 def clean_name(name: str) -> str | None:

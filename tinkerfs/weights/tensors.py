@@ -5,6 +5,7 @@ the header is JSON. Tensors are shown in the order of their names, a line each, 
 two checkpoints tells what differs.
 """
 
+import json
 from math import prod
 from typing import Any
 
@@ -125,4 +126,7 @@ def _tensor(file: str, name: str, value: object, data_bytes: int) -> _Tensor:
 
 
 def _json(value: object) -> str:
-    return msgspec.json.encode(value, order="sorted").decode()
+    try:
+        return msgspec.json.encode(value, order="sorted").decode()
+    except UnicodeEncodeError:  # a name of non-UTF-8 bytes: as Python's `os.listdir` has it
+        return json.dumps(value, sort_keys=True)

@@ -71,8 +71,8 @@ def test_names_of_many_folders_bytes_that_are_no_utf8_and_times_are_kept():
     info.mtime = 1_234_567_890.25
     packed = tar_of((deep, b"1"), (info, b"22"), errors="surrogateescape")
     members, _ = read_members(io.BytesIO(packed))
-    assert [member.name for member in members] == [deep, odd]
-    assert members[1].mtime_ns == 1_234_567_890_250_000_000
+    times_ns = {member.name: member.mtime_ns for member in members}
+    assert times_ns == {deep: 0, odd: 1_234_567_890_250_000_000}
 
 
 @pytest.mark.parametrize("form", ["gnu", "posix", "oldgnu"])
@@ -134,15 +134,16 @@ def test_what_is_unsafe_is_left_out_and_told():
         ("good", b"7"),
     )
     files, left_out = read(packed)
-    assert files == {"both/inner": b"6", "good": b"7"}
+    assert files == {"both": b"5", "good": b"7"}
     assert len(left_out) == 12
 
 
 def test_the_end_of_a_tar_must_be_there():
     packed = tar_of(("a", b"x" * 700), ("b", b"y" * 700), form=tarfile.GNU_FORMAT)
     end = 2 * (512 + 1024)
-    assert read(packed[: end + 1024])[0].keys() == {"a", "b"}
-    for length in (0, 100, 512, 1000, 512 + 1024, 512 + 1024 + 300, end - 512, end, end + 100):
+    for length in (end, end + 512, end + 1024):
+        assert read(packed[:length])[0].keys() == {"a", "b"}
+    for length in (0, 100, 512, 1000, 512 + 1024 + 300, end - 512, end - 1, end + 100):
         with pytest.raises(ValueError, match=r"."):
             read(packed[:length])
 

@@ -1,0 +1,132 @@
+"""The members of odd tars: what tar(1) extracts, it shows."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.support.tar_variants import (
+    DAMAGED,
+    END,
+    LARGE_BYTES,
+    REFUSED,
+    VARIANTS,
+    header,
+    large,
+    member,
+    pax,
+)
+from tests.unit.weights.test_tarindex import read
+from tinkerfs.demo.content import Concat, Data, Noise
+from tinkerfs.weights import tarindex
+from tinkerfs.weights.tarindex import read_members
+
+
+def extracted(packed, folder):
+    """What tar(1) makes of a tar: the files' bytes by path, links followed within the folder."""
+    command = ["tar", "--extract", "--file=-", "--no-same-owner", "-C", folder]
+    subprocess.run(command, input=packed, capture_output=True, check=False)
+    found = {}
+    for above, _, names in os.walk(os.fsencode(folder)):
+        for name in names:
+            path = os.path.join(above, name)
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, os.fsencode(folder))] = file.read()
+    return found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tar_variant_is_read_as_by_tar(tmp_path, name):
+    packed = VARIANTS[name]
+    files = {os.fsencode(path): data for path, data in read(packed)[0].items()}
+    assert files == extracted(packed, tmp_path)
+    assert files[b"z"] == b"last one"
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, *REFUSED])
+def test_tar_damaged_is_refused(name):
+    with pytest.raises(ValueError, match=r"."):
+        read({**DAMAGED, **REFUSED}[name])
+
+
+def test_tar_times_are_those_of_headers():
+    packed = VARIANTS["pax mtime"]
+    times_ns = {each.name: each.mtime_ns for each in read_members(_Opened(Data(packed)))[0]}
+    assert times_ns["a"] == 1_234_567_890_250_000_000
+
+
+class _Opened:
+    """A content as an open file; counts what is read."""
+
+    def __init__(self, content):
+        self.content, self.at, self.read_bytes = content, 0, 0
+
+    def tell(self):
+        return self.at
+
+    def seek(self, offset, whence=0):
+        assert whence == 0
+        self.at = offset
+        return offset
+
+    def read(self, size):
+        stop = min(self.at + size, self.content.size_bytes)
+        data = self.content.read(min(self.at, stop), stop)
+        self.at += len(data)
+        self.read_bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize("form", ["base-256", "pax"])
+@pytest.mark.parametrize("has_end", [True, False], ids=["with its end", "without"])
+def test_tar_of_9_gib_is_read_by_headers(form, has_end):
+    content = large(form, has_end=has_end)
+    file = _Opened(content)
+    members = {each.name: each for each in read_members(file)[0]}
+    assert {name: each.size_bytes for name, each in members.items()} == {
+        "large": LARGE_BYTES,
+        "z": 8,
+    }
+    [segment] = members["z"].segments
+    assert content.read(segment.place, segment.place + 8) == b"last one"
+    assert file.read_bytes < 16_384
+
+
+def test_tar_of_9_gib_cut_within_is_refused():
+    content = large("pax")
+    cut = Concat([Noise(LARGE_BYTES // 2, 1)])
+    assert cut.size_bytes < content.size_bytes
+    with pytest.raises(ValueError, match="damaged"):
+        read_members(_Opened(Concat([Data(content.read(0, 1536)), cut])))
+
+
+def test_tar_names_are_bounded_with_what_they_imply(monkeypatch):
+    deep = [pax((b"path", b"/".join([b"%d" % n] * 500))) + member(b"x") for n in range(5)]
+    packed = b"".join(deep) + END
+    assert len(read(packed)[0]) == 5
+    monkeypatch.setattr(tarindex, "MAX_NAMES", 2000)
+    with pytest.raises(ValueError, match="more than 2000 names"):
+        read(packed)
+
+
+def test_tar_name_longer_than_a_path_is_left_out():
+    packed = pax((b"path", b"d/" * 2500 + b"x")) + member(b"x") + member(b"z", b"1") + END
+    files, left_out = read(packed)
+    assert files == {"z": b"1"}
+    assert "too long" in left_out[0]
+
+
+def test_tar_links_out_are_left_out_and_hold_nothing():
+    packed = (
+        header(b"d", 0, b"2", b"../elsewhere")
+        + member(b"d/f", b"caught")
+        + header(b"e", 0, b"2", b"/etc")
+        + member(b"e/passwd", b"caught")
+        + header(b"h", 0, b"1", b"../../etc/passwd")
+        + member(b"z", b"1")
+        + END
+    )
+    files, left_out = read(packed)
+    assert files == {"z": b"1"}
+    assert len(left_out) == 5
