@@ -99,13 +99,26 @@ def test_times_are_those_of_the_account(world):
 
 
 @pytest.mark.where(profile=lambda profile: "size_bytes" not in profile.omitted)
-def test_blocks_tell_what_is_stored(world):
-    if world.kind == "fsspec":
-        return
+def test_checkpoint_directory_size_is_what_is_stored(world):
     for run in world.server.account.runs():
         for checkpoint in run.checkpoints:
             status = world.driver.stat(f"runs/{run.id}/checkpoints/{checkpoint.id}")
-            assert status.blocks == -(-checkpoint.size_bytes // 512)
+            assert status.size == checkpoint.size_bytes
+            if world.kind != "fsspec":  # whose infos have no blocks
+                assert status.blocks == -(-checkpoint.size_bytes // 512)
+
+
+@pytest.mark.where(profile=lambda profile: "size_bytes" in profile.omitted)
+def test_checkpoint_directory_size_is_zero_where_unknown(world):
+    for place in world.places(f"runs/{world.server.account.run_ids[0]}"):
+        assert world.driver.stat(place).size == 0
+
+
+def test_every_file_with_bytes_has_blocks_for_them(world):
+    if world.kind == "fsspec":  # whose infos have no blocks
+        return
+    for path, status in world.walk():
+        assert status.blocks == (0 if status.is_link else -(-status.size // 512)), path
 
 
 @pytest.mark.where(profile=tells_last)

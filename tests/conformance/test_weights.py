@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import posixpath
 import tarfile
 
 import pytest
@@ -43,6 +44,19 @@ def test_the_members_are_files_with_exact_sizes(world, place):
 def test_the_archive_is_the_store_s(world, place):
     data, _members = truth_of(world, place)
     assert world.driver.read(f"{place}/archive.tar") == data
+
+
+@pytest.mark.served("GET archive")
+def test_content_files_have_blocks_before_and_after_open(world, place):
+    if world.kind == "fsspec":  # whose infos have no blocks
+        return
+    names = ["archive_url", "archive.tar", "tensors.json"]
+    links = [f"{place}/{world.driver.readlink(f'{place}/{name}')}" for name in names]
+    members = [f"{place}/files/{name}" for name in world.driver.listdir(f"{place}/files")]
+    for path in [*map(posixpath.normpath, links), *members] * 2:
+        status = world.driver.stat(path)
+        assert status.blocks == -(-status.size // 512), path
+        world.driver.read(path)
 
 
 @pytest.mark.served("GET archive")

@@ -102,7 +102,11 @@ LOOKS = {
     ),
     "find -printf": Look(
         r"find $CK -printf '%f %s %y %M %l\n'",
-        (r"0001 0 d drwxr-xr-x \n", r"published 2 f -rw-r--r-- \n", r"archive_url \d+ l .* \.\./"),
+        (
+            r"0001 \d{4,} d drwxr-xr-x \n",
+            r"published 2 f -rw-r--r-- \n",
+            r"archive_url \d+ l .* \.\./",
+        ),
         {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
     ),
     "find -size": Look(

@@ -149,7 +149,7 @@ class MemoryFileSystem:
             mode, size = stat.S_IFREG | 0o644, len(self.data(path))
         else:
             raise errors.not_found(path)
-        return Attr(mode, size, MTIME_NS, inode(path), 1, -(-size // 512), os.getuid(), os.getgid())
+        return Attr(mode, size, MTIME_NS, inode(path), 1, os.getuid(), os.getgid())
 
     def stat(self, path: str, call: Call) -> Attr:
         with self.lock:
@@ -163,7 +163,7 @@ class MemoryFileSystem:
     def handle_stat(self, path: str, handle: MemoryHandle, call: Call) -> Attr:
         # Also of a file that was unlinked since.
         data = self.data(path)
-        return Attr(stat.S_IFREG | 0o644, len(data), MTIME_NS, inode(path), 1, 1, 0, 0)
+        return Attr(stat.S_IFREG | 0o644, len(data), MTIME_NS, inode(path), 1, 0, 0)
 
     def scandir(self, path: str, call: Call) -> Scan:
         if path.startswith("/slow/list-"):

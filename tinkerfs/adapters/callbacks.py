@@ -255,7 +255,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         return 0
 
     def packed(entry: Entry) -> bytes:
-        return pack(entry.attr or Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0, 0))
+        return pack(entry.attr or Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0))
 
     def ready_of(folder: "OpenedFolder") -> _Ready | None:
         """Return the entries of a short listing that is kept, made ready where they are not.

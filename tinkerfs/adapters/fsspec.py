@@ -260,7 +260,7 @@ def _info(name: str, attr: Attr) -> dict[str, Any]:
     kind = kinds[stat.S_IFMT(attr.mode)]
     return {
         "name": name,
-        "size": 0 if kind == "directory" else attr.size_bytes,
+        "size": attr.size_bytes,
         "type": kind,
         "mode": attr.mode,
         "mtime": attr.mtime_ns / 1e9,

@@ -15,7 +15,15 @@ from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
 
-__all__ = ["Kept", "Sweeper", "block_of", "held_alone", "kept_files", "remove_folder"]
+__all__ = [
+    "Kept",
+    "Sweeper",
+    "block_of",
+    "free_bytes",
+    "held_alone",
+    "kept_files",
+    "remove_folder",
+]
 
 #: A draft that is so old was left by a process that was killed, seconds.
 _DRAFT_AGE_S = 600.0
@@ -78,13 +86,13 @@ class Sweeper:
         """
         if size_bytes > self._limit_bytes or self._clock.monotonic() < self._full_until:
             return False
-        lacking_bytes = self._floor_bytes + size_bytes - self._free_bytes()
+        lacking_bytes = self._floor_bytes + size_bytes - free_bytes(self._root)
         added_bytes = self._added_bytes + size_bytes
         is_due = added_bytes > self._limit_bytes // _SHARE
         if self._found_bytes is None or is_due or self._is_full(size_bytes) or lacking_bytes > 0:
             self._sweep(size_bytes, lacking_bytes)
         is_full = self._is_full(size_bytes)
-        if is_full or self._floor_bytes + size_bytes > self._free_bytes():
+        if is_full or self._floor_bytes + size_bytes > free_bytes(self._root):
             self._full_until = self._clock.monotonic() + _FULL_AGE_S
             return False
         self._added_bytes += size_bytes
@@ -92,17 +100,6 @@ class Sweeper:
 
     def _is_full(self, size_bytes: int) -> bool:
         return (self._found_bytes or 0) + self._added_bytes + size_bytes > self._limit_bytes
-
-    def _free_bytes(self) -> int:
-        """Return what is free on the disk that holds the folder, or will."""
-        folder = self._root
-        while True:
-            try:
-                status = os.statvfs(folder)
-            except FileNotFoundError:
-                folder = folder.parent
-            else:
-                return status.f_bavail * status.f_frsize
 
     def _sweep(self, wanted_bytes: int, lacking_bytes: int) -> None:
         """Count all, and remove until `wanted_bytes` fit and `lacking_bytes` more are free."""
@@ -143,6 +140,21 @@ def block_of(name: str) -> int | None:
     return int(name) if name.isascii() and name.isdigit() else None
 
 
+def free_bytes(directory: Path) -> int:
+    """Return what is free on the disk that holds a directory, or would hold it once it is made.
+
+    Raises:
+        OSError: the disk does not say.
+    """
+    while True:
+        try:
+            status = os.statvfs(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            directory = directory.parent
+        else:
+            return status.f_bavail * status.f_frsize
+
+
 def kept_files(root: Path) -> list[Kept]:
     """Return every block and draft; none where there is no such folder.
 
@@ -152,7 +164,7 @@ def kept_files(root: Path) -> list[Kept]:
     kept: list[Kept] = []
     try:
         folders = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return kept
     for folder in folders:
         with suppress(FileNotFoundError):  # another process removes as well

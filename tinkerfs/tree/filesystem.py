@@ -16,6 +16,7 @@ from typing import NoReturn
 from msgspec.structs import replace
 
 from tinkerfs import errors
+from tinkerfs.cache.eviction import free_bytes
 from tinkerfs.call import Call, Lease
 from tinkerfs.tree.bounds import Bounds
 from tinkerfs.tree.handles import RenderedHandle, Versions, WeightsHandle
@@ -170,11 +171,13 @@ class FileSystem:
             return node.row, self._nodes.site(node, call)
 
     def space(self) -> Space:
-        """Return the block cache's bound, and what is free of it and on its disk."""
+        """Return the block cache's bound, and what is free of it and on its disk.
+
+        The cache directory may be gone by now: it is made again with the next block.
+        """
         total_bytes = self._model.settings.cache_size_bytes
-        status = os.statvfs(self._cache_dir)
         left_bytes = max(total_bytes - self._model.weights.kept_bytes(), 0)
-        return Space(total_bytes, min(left_bytes, status.f_bavail * status.f_frsize))
+        return Space(total_bytes, min(left_bytes, free_bytes(self._cache_dir)))
 
     # Reading and writing.
 
@@ -364,11 +367,11 @@ class FileSystem:
             target: a link's, where that is known.
         """
         row, site = node.row, self._nodes.site(node, call)
-        nlink, blocks, size_bytes = 1, 0, 0
+        nlink, size_bytes = 1, 0
         if isinstance(row, Folder):
             mode = _FOLDER_MODE & self._mode_mask
             nlink = row.nlink
-            blocks = row.blocks(site) if row.blocks is not None else 0
+            size_bytes = row.stored_bytes(site) if row.stored_bytes is not None else 0
         elif isinstance(row, Link):
             mode = _LINK_MODE
             target = self._target(node, call) if target is None else target
@@ -383,7 +386,7 @@ class FileSystem:
         else:
             mtime_ns = self._mtime_ns(node, call)
         ino = inode(node.path)
-        return Attr(mode, size_bytes, mtime_ns, ino, nlink, blocks, self._uid, self._gid)
+        return Attr(mode, size_bytes, mtime_ns, ino, nlink, self._uid, self._gid)
 
     def _size_bytes(self, node: Node, row: File | Stream | Control, call: Call) -> int:
         if isinstance(row, Control) or row.told_bytes is None:

@@ -18,8 +18,6 @@ from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, 
 
 __all__ = ["ROOT", "documentation"]
 
-_BLOCK_BYTES = 512
-
 
 # What the rows ask, in the order of the table.
 
@@ -112,8 +110,8 @@ def _checkpoints_ns(site: Site) -> int:
     return subjects.newest_ns(site, changed_ns, run.last_request_time_ns)
 
 
-def _stored_blocks(site: Site) -> int:
-    return -(-(site.subject.record.size_bytes or 0) // _BLOCK_BYTES)
+def _stored_bytes(site: Site) -> int:
+    return site.subject.record.size_bytes or 0
 
 
 def _checkpoint_info(site: Site) -> bytes:
@@ -219,7 +217,7 @@ def _checkpoint(doc: str) -> Folder:
         doc,
         _CHECKPOINT_ROWS,
         subjects.checkpoint_ns,
-        _stored_blocks,
+        _stored_bytes,
         Removal.CHECKPOINT,
         subjects.checkpoint_xattrs,
     )

@@ -13,6 +13,9 @@ from tinkerfs.call import Call
 
 __all__ = ["DOTS", "Attr", "Entry", "Handle", "Space", "dots", "inode"]
 
+#: Bytes of one block of `st_blocks`, whatever a file system's own blocks are (stat(2)).
+_BLOCK_BYTES: Final = 512
+
 #: `.` and `..` come before what a folder holds, where they are listed.
 DOTS: Final = 2
 
@@ -26,11 +29,11 @@ class Attr(msgspec.Struct, frozen=True, gc=False):
 
     Attributes:
         mode: file type and permission bits, as in st_mode.
-        size_bytes: the file's length; an upper bound where only opening can tell.
+        size_bytes: a file's length, an upper bound where only opening can tell; of a checkpoint's
+            directory what the server stores.
         mtime_ns: nanoseconds since 1970.
         ino: inode number, the same for the same path in every mount.
         nlink: hard links; 1 for a folder whose subfolders are not counted.
-        blocks: 512-byte units of storage.
         uid: owner.
         gid: group.
     """
@@ -40,9 +43,17 @@ class Attr(msgspec.Struct, frozen=True, gc=False):
     mtime_ns: int
     ino: int
     nlink: int
-    blocks: int
     uid: int
     gid: int
+
+    @property
+    def blocks(self) -> int:
+        """Return the 512-byte units of storage.
+
+        A file with bytes and without blocks is a hole to tar(1), cp(1) and backup tools: they store
+        zeros. A symbolic link has none, as on ext4, where short targets lie in the inode.
+        """
+        return 0 if stat.S_ISLNK(self.mode) else -(-self.size_bytes // _BLOCK_BYTES)
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

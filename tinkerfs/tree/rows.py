@@ -173,7 +173,7 @@ class Folder:
         doc: one line for the documentation.
         rows: its names, in the order they are listed.
         mtime_ns: None for when the mount was made.
-        blocks: 512-byte units of storage; None for none.
+        stored_bytes: its size, what the server stores; None for 0.
         removal: what removing does to it.
         xattrs: its extended attributes, without their namespace; takes no call of its own.
         fixed: the rows that are a name, by it.
@@ -185,7 +185,7 @@ class Folder:
     doc: str
     rows: "tuple[Row, ...]"
     mtime_ns: Callable[[Site], int] | None = None
-    blocks: Callable[[Site], int] | None = None
+    stored_bytes: Callable[[Site], int] | None = None
     removal: Removal = Removal.NEVER
     xattrs: Callable[[Site], dict[str, str]] | None = None
     fixed: "dict[str, File | Stream | Control | Link | Folder]" = field(init=False, repr=False)

@@ -1,0 +1,147 @@
+"""Sizes and blocks as tools believe them: sparse copies, backups, du, and what sorts by size.
+
+One binding is enough: attributes are the same under each, which the conformance suite checks.
+"""
+
+import os
+import re
+import shlex
+import shutil
+
+import pytest
+
+from tests.support.account import account, make_account, needs
+
+__all__ = ["account", "make_account"]
+
+pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
+
+#: What stores a file with fewer blocks than bytes as a sparse one. `$FROM` is a directory of the
+#: mount; the copy is `$TO` or below it. Those that follow links copy weights too.
+COPIERS = {
+    "tar -S": "tar cS -C $FROM . | tar x -C $TO",
+    "tar -S -h": "tar chS --exclude=archive_url -C $FROM . | tar x -C $TO",
+    "tar --sparse-version": "tar chS --format=pax --sparse-version=1.0 -C $FROM . | tar x -C $TO",
+    "cp -r --sparse=always": "cp -r --sparse=always $FROM/. $TO",
+    "cp -rL --sparse=always": "cp -rL --sparse=always $FROM/. $TO",
+    "cp -rL --sparse=auto": "cp -rL $FROM/. $TO",
+    "rsync -S": "rsync -aS $FROM/ $TO",
+    "rsync -LS": "rsync -rLS $FROM/ $TO",
+    "busybox tar": "busybox tar c -h -C $FROM . | tar x -C $TO",
+    "restic": (
+        "export RESTIC_REPOSITORY=$OUT/restic RESTIC_PASSWORD=secret XDG_CACHE_HOME=$OUT/cache; "
+        "restic init -q && cd $FROM && restic backup -q . && restic restore -q latest --target $TO"
+    ),
+}
+FOLLOWS_LINKS = re.compile("-h|-rL|-LS|busybox")
+
+
+def contents(root):
+    """The bytes of every regular file below a directory, by path; links are not followed."""
+    found = {}
+    for top, _folders, files in os.walk(root):
+        for name in files:
+            path = os.path.join(top, name)
+            if not os.path.islink(path):
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, root)] = file.read()
+    return found
+
+
+@pytest.fixture(scope="module")
+def weights(make_account):
+    """An account of one run whose archives may be read without a limit."""
+    account = make_account(runs=0, settings={"archive_burst": 0})
+    run = account.new_run("weights/0001", "sampler_weights/final")
+    return account, run
+
+
+@pytest.mark.parametrize("name", COPIERS)
+def test_sparse_copy_has_every_byte(weights, name, tmp_path):
+    account, run = weights
+    needs([name] if name == "restic" else [])
+    to = tmp_path / "to"
+    to.mkdir()
+    source = account.path(run)
+    words = f"FROM={shlex.quote(str(source))} TO={to} OUT={tmp_path}\n"
+    done = account.sh(words + COPIERS[name])
+    assert (done.returncode, done.stderr) == (0, ""), done
+    copied = contents(to)
+    expected = contents(source)
+    assert len(expected) == 1 + 4 * 2
+    if FOLLOWS_LINKS.search(name):
+        run_id = run.partition("/")[2]
+        for checkpoint in ("weights/0001", "sampler_weights/final"):
+            for file, content in account.server.files(run_id, checkpoint).items():
+                place = f"checkpoints/{checkpoint}/files/{file}"
+                expected[place] = content.read(0, content.size_bytes)
+            archive = account.server.archive(run_id, checkpoint)
+            place = f"checkpoints/{checkpoint}/archive.tar"
+            expected[place] = archive.read(0, archive.size_bytes)
+    assert {path: copied.get(path) == data for path, data in expected.items()} == dict.fromkeys(
+        expected, True
+    )
+
+
+def test_du_l_counts_the_files_behind_links(weights):
+    account, run = weights
+    place = f"{run}/checkpoints/sampler_weights/final"
+    done = account.sh(
+        f"cat {place}/archive.tar {place}/tensors.json {place}/archive_url > /dev/null; "
+        f"du -sL --block-size=1 {place}; du -sL --block-size=1 {place}/files; "
+        f"du -s --block-size=1 {place}"
+    )
+    assert done.returncode == 0, done
+    followed, files, stored = (int(line.split()[0]) for line in done.stdout.splitlines())
+    names = os.listdir(account.path(f"{place}/files"))
+    sizes = [account.path(f"{place}/files/{name}").stat().st_size for name in names]
+    assert files == sum(-(-size // 512) * 512 for size in sizes)
+    archive_bytes = account.path(f"{place}/archive.tar").stat().st_size
+    assert followed > stored + files + archive_bytes
+
+
+SIZES = {"weights/small": 5_000, "weights/huge": 17 << 30, "weights/large": 1_100_000_000}
+
+
+@pytest.fixture(scope="module")
+def sized(account):
+    """The directory of a run's checkpoints of three sizes, the listing's order not that of size."""
+    run = account.new_run()
+    run_id = run.partition("/")[2]
+    for name, size_bytes in SIZES.items():
+        account.server.account.add_checkpoint(run_id, name, size_bytes=size_bytes)
+    account.refresh()
+    account.server.journal.clear()
+    return f"{run}/checkpoints/weights"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("ls -S {}", ["huge", "large", "small"]),
+        ("ls -lhS {} | awk 'NR > 1 {{print $5}}'", ["17G", "1.1G", "4.9K"]),
+        ("find {} -mindepth 1 -type d -size +1G -printf '%f\\n' | sort", ["huge", "large"]),
+        ("find {} -mindepth 1 -type d -printf '%s %f\\n' | sort -n | head -1", ["5000 small"]),
+        ("stat -c '%s %b' {}/small", ["5000 10"]),
+    ],
+)
+def test_checkpoint_directories_sort_by_what_is_stored(account, sized, command, expected):
+    done = account.sh(command.format(*[sized] * command.count("{}")))
+    assert done.stdout.splitlines() == expected, done
+    assert account.server.journal.count("GET archive") == 0
+
+
+def test_df_of_a_removed_cache_directory_has_numbers(make_account):
+    account = make_account(runs=0)
+    run = account.new_run("sampler_weights/final")
+    cache = account.root.parent / "cache"
+    shutil.rmtree(cache)
+    done = account.sh("df -P . && df -i . && stat -f .")
+    assert (done.returncode, done.stderr) == (0, ""), done
+    row = done.stdout.splitlines()[1].split()
+    total, used, free = map(int, row[1:4])
+    assert total == used + free > 0
+    # What is read then is cached again.
+    read = account.sh(f"cat {run}/checkpoints/sampler_weights/final/files/* > /dev/null")
+    assert (read.returncode, read.stderr) == (0, ""), read
+    assert (cache / "blocks").is_dir()
