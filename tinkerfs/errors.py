@@ -14,6 +14,7 @@
         ├── ServerError         5xx, after the retries
         ├── Unreachable         no route, refused, no such host, cut off before an answer
         ├── TimedOut            no answer in time
+        ├── UntrustedCertificate  a server that cannot prove what it is
         └── ProtocolError       an answer that is not what the API promises
 
 Above the API everything is an `OSError(errno, text, path)`, made by the functions below. All text
@@ -43,6 +44,7 @@ __all__ = [
     "TinkerfsError",
     "Unauthorized",
     "Unreachable",
+    "UntrustedCertificate",
     "bad_handle",
     "busy",
     "damaged",
@@ -176,6 +178,10 @@ class TimedOut(ApiError):
     """No answer within the time that was allowed."""
 
 
+class UntrustedCertificate(ApiError):
+    """The server's certificate is refused: no request was sent."""
+
+
 class ProtocolError(ApiError):
     """An answer that cannot be understood."""
 
@@ -193,6 +199,9 @@ ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
     ServerError: errno.EIO,
     Unreachable: errno.EHOSTUNREACH,
     TimedOut: errno.ETIMEDOUT,
+    # Neither EHOSTUNREACH, which sends people to look at their network, nor EACCES, which sends
+    # them to their key: the other end does not do what the protocol asks of it.
+    UntrustedCertificate: errno.EPROTO,
     ProtocolError: errno.EPROTO,
 }
 
@@ -202,6 +211,7 @@ OUTAGES: tuple[type[ApiError], ...] = (
     ServerError,
     Unreachable,
     TimedOut,
+    UntrustedCertificate,
     ProtocolError,
 )
 

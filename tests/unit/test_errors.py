@@ -20,6 +20,7 @@ WANTED = {
     errors.ServerError: errno.EIO,
     errors.Unreachable: errno.EHOSTUNREACH,
     errors.TimedOut: errno.ETIMEDOUT,
+    errors.UntrustedCertificate: errno.EPROTO,
     errors.ProtocolError: errno.EPROTO,
 }
 

@@ -24,7 +24,13 @@ PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 2.0
 
 #: What says that a server is out. To be asked too often (429) is no outage: it says when to return.
-_OUT = (errors.ServerError, errors.Unreachable, errors.TimedOut, errors.ProtocolError)
+_OUT = (
+    errors.ServerError,
+    errors.Unreachable,
+    errors.TimedOut,
+    errors.UntrustedCertificate,
+    errors.ProtocolError,
+)
 _WITHOUT_ANSWER = (errors.Unreachable, errors.TimedOut)
 
 

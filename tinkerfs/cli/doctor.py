@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from tinkerfs.cli.options import resolve, settings_options
-from tinkerfs.errors import EndpointMissing, NotFound, TinkerfsError, Unauthorized
+from tinkerfs.errors import (
+    EndpointMissing,
+    NotFound,
+    TinkerfsError,
+    Unauthorized,
+    UntrustedCertificate,
+)
 
 if TYPE_CHECKING:
     from tinkerfs.settings import Settings
@@ -140,6 +146,8 @@ def _api(settings: "Settings") -> str:
                 f"{settings.base_url} does not take the key: {error.message}: set TINKER_API_KEY to"
                 " one that is valid, or run `tinker auth login`"
             ) from None
+        except UntrustedCertificate as error:  # with a hint of its own: the network is right
+            raise TinkerfsError(f"{settings.base_url}: {error.message}") from None
         except TinkerfsError as error:
             raise TinkerfsError(
                 f"{settings.base_url}: {error}: check --base-url and the network"

@@ -6,10 +6,8 @@ No URL is in any message or log: they are secrets.
 
 import threading
 import time
-import urllib.request
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
-from urllib.parse import urlsplit
 
 from tinkerfs import errors
 from tinkerfs.errors import SetupError
@@ -35,14 +33,11 @@ MAX_IDLE_S = 15.0
 class StoreClient:
     """Connections to object stores. Thread-safe; a context manager.
 
-    The proxies of the environment are used, and the certificates that httpx trusts.
+    The proxies of the environment are used, and the certificates that the API's client trusts.
 
     Args:
         telemetry: counts requests and bytes.
         timeout_s: how long a transfer may stand still, seconds.
-
-    Raises:
-        SetupError: a proxy's URL in the environment cannot be used.
     """
 
     def __init__(self, telemetry: Telemetry, *, timeout_s: float) -> None:
@@ -52,32 +47,31 @@ class StoreClient:
         self._used_at = time.monotonic()
         self._lock = threading.Lock()
         self._pools: Pools | None = None  # made under _lock
-        try:
-            self._proxies = {
-                scheme: _checked(proxy)
-                for scheme, proxy in urllib.request.getproxies().items()
-                if scheme in ("http", "https", "all") and proxy
-            }
-        except ValueError as error:
-            raise SetupError(_words_of(error)) from None
 
     def get(self, url: str, headers: Mapping[str, str]) -> "Response":
         """Ask for a URL, and return the answer whatever its status; no redirect is followed.
 
         Raises:
             Lost: there is none.
-            Unreachable: after `stop`, or where the certificates to trust cannot be read.
+            Unreachable: after `stop`, or where the proxy or the certificates to trust that the
+                environment names cannot be used.
+            UntrustedCertificate: the store's certificate is refused.
             ProtocolError: the URL is none of HTTP.
         """
         try:
             pools = self._made()
-        except (ValueError, OSError, ImportError) as error:  # tinkerfs was removed, or is another
-            raise errors.Unreachable(_words_of(error), endpoint=LABEL) from None
+        except (OSError, ImportError) as error:  # tinkerfs was removed, or is another
+            message = f"HTTP cannot be set up ({errors.redact(str(error))}): mount again"
+            raise errors.Unreachable(message, endpoint=LABEL) from None
         self.check()
         if time.monotonic() - self._used_at > MAX_IDLE_S:
             pools.drop_idle()
         self.used()
-        return pools.get(url, headers)
+        try:
+            return pools.get(url, headers)
+        except SetupError as error:
+            message = f"{error}, and mount again"
+            raise errors.Unreachable(message, endpoint=LABEL) from None
 
     def stop(self) -> None:
         """End each transfer at its next piece, as Unreachable, and begin no other."""
@@ -121,25 +115,5 @@ class StoreClient:
             if self._pools is None:
                 from tinkerfs.weights.pools import Pools
 
-                self._pools = Pools(self, self._proxies)
+                self._pools = Pools(self)
             return self._pools
-
-
-def _checked(proxy: str) -> str:
-    """Return the URL of a proxy.
-
-    Raises:
-        ValueError: it is not one of HTTP.
-    """
-    url = proxy if "://" in proxy else f"http://{proxy}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
-        raise ValueError(f"no proxy for weights: {proxy}")
-    return url
-
-
-def _words_of(error: Exception) -> str:
-    return (
-        f"HTTP cannot be set up ({errors.redact(str(error))}): correct HTTP_PROXY, "
-        "HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE, and mount again"
-    )

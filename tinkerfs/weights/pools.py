@@ -8,16 +8,15 @@ by httpx, 0.7 s and 760 MB/s by urllib3. No URL is in any message or log: they a
 
 import logging
 import ssl
+import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-import httpx
 import urllib3
 
-from tinkerfs import __version__, errors
+from tinkerfs import __version__, errors, proxies, tls
 from tinkerfs.weights.connections import LABEL, READ_BYTES, StoreClient
 from tinkerfs.weights.patience import Lost
 
@@ -42,27 +41,25 @@ class Pools:
 
     Args:
         client: whose they are: what bounds transfers, counts them and ends them.
-        proxies: by scheme, or "all": URLs of HTTP.
     """
 
-    def __init__(self, client: StoreClient, proxies: Mapping[str, str]) -> None:
+    def __init__(self, client: StoreClient) -> None:
         logger = logging.getLogger("urllib3.connectionpool")  # it logs URLs, in warnings too
         if logger.level < logging.ERROR:
             logger.setLevel(logging.ERROR)
         self._client = client
         timeout_s = client.timeout_s
         self._timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, timeout_s), read=timeout_s)
-        trusted = httpx.create_ssl_context()
-        trusted.sslsocket_class = _Secured
-        self._direct = urllib3.PoolManager(maxsize=MAX_IDLE, ssl_context=trusted)
-        self._proxies = {scheme: _through(url, trusted) for scheme, url in proxies.items()}
+        self._lock = threading.Lock()
+        self._ways: dict[proxies.Proxy | None, urllib3.PoolManager] = {}  # made under _lock
 
     def get(self, url: str, headers: Mapping[str, str]) -> "Response":
         """As `StoreClient.get`."""
-        host, outcome = "the store", "failed"
+        host, outcome, proxy = "the store", "failed", None
         try:
             host = urlsplit(url).hostname or host
-            raw = self._way(url).urlopen(
+            proxy = proxies.proxy_for(url)
+            raw = self._way(proxy).urlopen(
                 "GET",
                 url,
                 headers={**_HEADERS, **headers},
@@ -74,30 +71,39 @@ class Pools:
             )
             outcome = str(raw.status)
         except (urllib3.exceptions.HTTPError, ValueError) as error:
-            raise self._unanswered(error, host) from None
+            raise self._unanswered(error, host, proxy) from None
         finally:
             self._client.telemetry.count_call(LABEL, outcome)
         return Response(self._client, raw, host)
 
     def drop_idle(self) -> None:
         """Close every idle connection, and each other one with its transfer."""
-        for pools in (self._direct, *self._proxies.values()):
+        with self._lock:
+            ways = list(self._ways.values())
+        for pools in ways:
             pools.clear()
 
-    def _way(self, url: str) -> urllib3.PoolManager:
-        """Return the way to a store."""
-        parts = urlsplit(url)
-        proxy = self._proxies.get(parts.scheme, self._proxies.get("all"))
-        if proxy is None or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
-            return self._direct
-        return proxy
+    def _way(self, proxy: proxies.Proxy | None) -> urllib3.PoolManager:
+        """Return the way to stores through a proxy, None for the direct one.
 
-    def _unanswered(self, error: Exception, host: str) -> Lost:
+        Raises:
+            SetupError: the certificates to trust cannot be read.
+        """
+        with self._lock:
+            if proxy not in self._ways:
+                self._ways[proxy] = _made_way(proxy)
+            return self._ways[proxy]
+
+    def _unanswered(self, error: Exception, host: str, proxy: proxies.Proxy | None) -> Lost:
         """Return what it means that there is no answer.
 
         Raises:
+            UntrustedCertificate: the store's certificate, or the proxy's, is refused.
             ProtocolError: nor will there be one.
         """
+        refusal = tls.describe_refusal(error, host)
+        if refusal is not None:
+            raise errors.UntrustedCertificate(refusal, endpoint=LABEL)
         words = _words_of(error)
         if isinstance(error, urllib3.exceptions.ReadTimeoutError):
             return self._client.stalled(host)
@@ -114,7 +120,8 @@ class Pools:
             urllib3.exceptions.SSLError,
         )
         if isinstance(error, unconnected):
-            message = f"no connection to {host}: {words}"
+            way = "" if proxy is None else f" through {proxy}"
+            message = f"no connection to {host}{way}: {words}"
             return Lost(errors.Unreachable(message, endpoint=LABEL), is_unconnected=True)
         raise errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=LABEL) from None
 
@@ -193,16 +200,25 @@ class _Secured(ssl.SSLSocket):
         return have
 
 
-def _through(url: str, trusted: ssl.SSLContext) -> urllib3.ProxyManager:
-    """Return the way through a proxy."""
-    parts = urlsplit(url)
-    login = f"{unquote(parts.username or '')}:{unquote(parts.password or '')}"
+def _made_way(proxy: proxies.Proxy | None) -> urllib3.PoolManager:
+    """Return the pools of a way.
+
+    Raises:
+        SetupError: the certificates to trust cannot be read.
+    """
+    context = tls.trusting_context()
+    context.sslsocket_class = _Secured
+    options: dict[str, Any] = {"maxsize": MAX_IDLE, "ssl_context": context}
+    if proxy is None:
+        return urllib3.PoolManager(**options)
+    if proxy.protocol == "socks5h":
+        from urllib3.contrib.socks import SOCKSProxyManager
+
+        username, password = proxy.login or (None, None)
+        return SOCKSProxyManager(proxy.url, username=username, password=password, **options)
+    headers = urllib3.make_headers(proxy_basic_auth=proxy.login and ":".join(proxy.login))
     return urllib3.ProxyManager(
-        url,
-        maxsize=MAX_IDLE,
-        ssl_context=trusted,
-        proxy_ssl_context=httpx.create_ssl_context(),
-        proxy_headers=urllib3.make_headers(proxy_basic_auth=None if login == ":" else login),
+        proxy.url, proxy_headers=headers, proxy_ssl_context=tls.trusting_context(), **options
     )
 
 

@@ -102,11 +102,11 @@ def test_a_proxy_of_the_environment_is_used(bytes_of, monkeypatch, tmp_path):
     assert proxy.request_lines[0].startswith("GET http://tinker.invalid/api/v1/training_runs?")
 
 
-@pytest.mark.parametrize("proxy", ["nonsense://x", "socks5://127.0.0.1:1"])
+@pytest.mark.parametrize("proxy", ["nonsense://x", "socks4://127.0.0.1:1"])
 def test_a_proxy_that_cannot_be_used_is_told_with_its_cure(monkeypatch, tmp_path, proxy):
     monkeypatch.setenv("https_proxy", proxy)
-    with pytest.raises(SetupError, match="HTTPS_PROXY"):
-        Client("http://127.0.0.1:1", Credentials({}, home=str(tmp_path)), Telemetry())
+    with pytest.raises(SetupError, match="https_proxy"):
+        Client("https://tinker.invalid", Credentials({}, home=str(tmp_path)), Telemetry())
 
 
 # --- retries -------------------------------------------------------------------------------------
