@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tests.support.drivers import BINDINGS, KINDS, opened
-from tinkerfs.demo.profiles import KIND_TYPES, PROFILES
+from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.demo.server import DemoServer
 
 _FACES = [
@@ -78,18 +78,16 @@ class World:
         return endpoint not in self.profile.missing
 
     def group(self, run, kind="weights"):
-        """The folder that lists a run's checkpoints of a kind, where no other has their names."""
-        return f"{run}/checkpoints" + (f"/{kind}" if self.profile.listed_ids == "kind/name" else "")
+        """The folder that lists a run's checkpoints of a kind."""
+        return f"{run}/checkpoints/{kind}"
 
     def places(self, run):
         """The folder of each checkpoint that a run's listing shows."""
         folder = f"{run}/checkpoints"
-        for name in self.driver.listdir(folder):
-            place = f"{folder}/{name}"
-            if name in KIND_TYPES:
-                yield from (f"{place}/{below}" for below in self.driver.listdir(place))
-            else:
-                yield place
+        for kind in self.driver.listdir(folder):
+            yield from (
+                f"{folder}/{kind}/{name}" for name in self.driver.listdir(f"{folder}/{kind}")
+            )
 
     def walk(self, folder=""):
         """Every name below a folder, links not followed; runs also where none are listed."""

@@ -25,36 +25,48 @@ def told_path(world, run, checkpoint_id):
 # Ids.
 
 
-@lists_bare_ids
-def test_bare_ids_are_shown_bare_and_those_that_collide_with_their_kind(world):
-    has_collided = False
+def test_checkpoints_are_listed_by_kind_and_name(world):
     for run in world.server.account.runs():
-        names = [c.name for c in run.checkpoints]
-        folder = f"runs/{run.id}/checkpoints"
-        bare = {name for name in names if names.count(name) == 1}
-        kinds = {c.kind for c in run.checkpoints if c.name not in bare}
-        has_collided |= bool(kinds)
-        assert set(world.driver.listdir(folder)) == bare | kinds
-        for kind in kinds:
-            wanted = {c.name for c in run.checkpoints if c.kind == kind and c.name not in bare}
-            assert set(world.driver.listdir(f"{folder}/{kind}")) == wanted
-    assert has_collided == world.profile.shares_names
-
-
-@lists_bare_ids
-def test_kind_and_name_always_resolve(world):
-    for run in world.server.account.runs():
-        names = [c.name for c in run.checkpoints]
+        places = [place.partition("/checkpoints/")[2] for place in world.places(f"runs/{run.id}")]
+        assert sorted(places) == sorted(checkpoint.id for checkpoint in run.checkpoints)
         for checkpoint in run.checkpoints:
-            folder = f"runs/{run.id}/checkpoints"
             told = told_path(world, f"runs/{run.id}", checkpoint.id)
-            assert world.driver.read(f"{folder}/{checkpoint.id}/tinker_path").decode() == told
-            if names.count(checkpoint.name) == 1:
-                bare = f"{folder}/{checkpoint.name}"
-                assert world.driver.read(f"{bare}/tinker_path").decode() == told
-                link = world.driver.readlink(f"{bare}/archive_url")
-                assert f"/.content/{run.id}/{checkpoint.id}/" in link
-                assert world.driver.stat(f"{bare}/{link}").permissions == 0o400
+            place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
+            assert world.driver.read(f"{place}/tinker_path").decode() == told
+
+
+def test_checkpoint_resolves_by_its_tinker_path(world):
+    for run in world.server.account.runs():
+        for checkpoint in run.checkpoints:
+            told = told_path(world, f"runs/{run.id}", checkpoint.id)
+            _, _, rest = told.strip().removeprefix("tinker://").partition("/")
+            place = f"runs/{run.id}/checkpoints/{rest}"
+            assert world.driver.read(f"{place}/tinker_path").decode() == told
+
+
+@lists_bare_ids
+def test_bare_id_of_one_checkpoint_is_an_unlisted_link(world):
+    run = world.new_run("weights/a", "sampler_weights/b", "weights/sampler_weights")
+    folder = f"{run}/checkpoints"
+    assert world.driver.readlink(f"{folder}/a") == "weights/a"
+    assert world.driver.readlink(f"{folder}/b") == "sampler_weights/b"
+    assert world.driver.stat(f"{folder}/sampler_weights").is_folder, "a kind's name is the kind"
+    assert set(world.driver.listdir(folder)) == {"weights", "sampler_weights"}
+    for name, place in (("a", "weights/a"), ("b", "sampler_weights/b")):
+        told = told_path(world, run, place)
+        assert world.driver.read(f"{folder}/{name}/tinker_path").decode() == told
+        content = world.driver.readlink(f"{folder}/{name}/archive_url")
+        assert f"/.content/{run[5:]}/{place}/" in content
+    if world.profile.shares_names:
+        world.server.account.add_checkpoint(run[5:], "weights/b")
+        world.refresh()
+        assert outcome_of(lambda: world.driver.readlink(f"{folder}/b")) == "ENOENT"
+
+
+@pytest.mark.where(profile=lambda profile: profile.listed_ids == "kind/name")
+def test_bare_name_is_enoent_where_ids_have_kinds(world):
+    run = world.new_run("weights/a")
+    assert outcome_of(lambda: world.driver.stat(f"{run}/checkpoints/a")) == "ENOENT"
 
 
 def test_names_that_are_shared_or_called_like_a_kind_are_told_apart(world):
@@ -73,13 +85,16 @@ def test_names_that_are_shared_or_called_like_a_kind_are_told_apart(world):
 
 
 @lists_bare_ids
-def test_a_bare_checkpoint_can_be_deleted_under_either_name(world):
+def test_removing_a_bare_id_removes_nothing(world):
     run = world.new_run("weights/a", "weights/b", "sampler_weights/c")
-    steps = [f"rmtree {run}/checkpoints/a", f"rmtree {run}/checkpoints/weights/b"]
-    assert world.driver.remove(*steps) == ["OK", "OK"]
-    left = [c.id for c in world.server.account.run(run.partition("/")[2]).checkpoints]
-    assert left == ["sampler_weights/c"]
-    assert world.driver.listdir(f"{run}/checkpoints") == ["c"]
+    folder = f"{run}/checkpoints"
+    assert world.driver.remove(f"unlink {folder}/a", f"rmtree {folder}/weights/b") == ["EPERM"] * 2
+    assert world.driver.remove(f"rmdir {folder}/a") == ["ENOTDIR"]
+    assert f"/{folder}/a\tunlink\tEPERM\tonly checkpoints can be removed" in world.errors()
+    assert world.driver.remove(f"rmtree {folder}/weights/b") == ["OK"]
+    left = {c.id for c in world.server.account.run(run[5:]).checkpoints}
+    assert left == {"weights/a", "sampler_weights/c"}
+    assert sorted(world.driver.listdir(folder)) == ["sampler_weights", "weights"]
 
 
 def test_the_form_of_an_id_that_worked_is_remembered(make_world):
@@ -239,7 +254,7 @@ def test_a_server_that_lists_no_runs_shows_an_empty_folder_and_resolves_what_is_
         info = json.loads(world.driver.read(f"runs/{run.id}/info.json"))
         assert info["training_run_id"] == run.id
         listed = world.driver.listdir(f"runs/{run.id}/checkpoints")
-        assert set(listed) == {c.name for c in run.checkpoints}
+        assert set(listed) == {c.kind for c in run.checkpoints}
         for checkpoint in run.checkpoints:
             place = f"runs/{run.id}/checkpoints/{checkpoint.name}"
             told = world.driver.read(f"{place}/tinker_path").decode()

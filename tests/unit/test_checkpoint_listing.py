@@ -11,8 +11,7 @@ def record(checkpoint_id, type_="training", path=None):
 
 
 def shown(listing):
-    names = [f"{kind}/{c.name}" for kind in listing.kinds for c in listing.of_kind(kind)]
-    return sorted([*names, *listing.bare])
+    return sorted(f"{kind}/{c.name}" for kind in listing.kinds for c in listing.of_kind(kind))
 
 
 def test_ids_of_the_official_form_are_grouped_by_their_kind():
@@ -21,23 +20,38 @@ def test_ids_of_the_official_form_are_grouped_by_their_kind():
     assert listing.get("new_kind", "a/b").ref.path_id == "new_kind/a/b"
 
 
-def test_bare_ids_are_shown_bare_and_resolve_by_kind_too():
-    listing = CheckpointListing.of("r", [record("1"), record("2", "sampler")])
-    assert shown(listing) == ["1", "2"]
+def test_bare_ids_are_grouped_by_path_else_by_type():
+    records = [
+        record("1"),
+        record("2", "sampler"),
+        record("3", "training", path="tinker://r/external_weights/3"),
+        record("4", "sampler", path="tinker://r/checkpoints/4"),
+        record("5", "odd", path="tinker://r/5"),
+    ]
+    listing = CheckpointListing.of("r", records)
+    expected = ["external_weights/3", "odd/5", "sampler_weights/2", "sampler_weights/4"]
+    assert shown(listing) == [*expected, "weights/1"]
+    assert list(listing.bare) == ["1", "2", "3", "4", "5"]
+    assert {kind: list(listing.of_path(kind)) for kind in ("checkpoints", "weights", "")} == {
+        "checkpoints": ["4"],
+        "weights": [],
+        "": ["1", "2", "5"],
+    }
     ref = listing.get("sampler_weights", "2").ref
     assert (ref.path_id, ref.listed_id, ref.is_shared) == ("sampler_weights/2", "2", False)
 
 
 def test_a_bare_id_and_one_with_a_kind_may_have_the_same_name():
     listing = CheckpointListing.of("r", [record("1"), record("sampler_weights/1")])
-    assert shown(listing) == ["1", "sampler_weights/1"]
+    assert shown(listing) == ["sampler_weights/1", "weights/1"]
     assert [listing.get(c.kind, c.name) for c in listing.all] == list(listing.all)
     assert listing.get("external_weights", "1") is None
 
 
-def test_bare_ids_that_collide_are_shown_by_kind_and_never_asked_for_by_the_shared_id():
+def test_bare_ids_that_collide_name_neither():
     listing = CheckpointListing.of("r", [record("1"), record("1", "sampler"), record("2")])
-    assert shown(listing) == ["2", "sampler_weights/1", "weights/1"]
+    assert shown(listing) == ["sampler_weights/1", "weights/1", "weights/2"]
+    assert list(listing.bare) == ["2"]
     refs = [checkpoint.ref for checkpoint in listing.all]
     assert [ref.is_shared for ref in refs] == [True, True, False]
 

@@ -125,9 +125,8 @@ class CheckpointListing:
 
     Attributes:
         all: every one of them.
-        bare: those that are shown by a bare name: the server's id is one, and is unambiguous.
-        groups: the others by the kind that they are shown under, by name; also the kinds whose last
-            checkpoint is gone by now.
+        bare: those whose id at the server is a bare name that no other one has, by that name.
+        groups: every one of them by kind, by name; also the kinds whose last checkpoint is gone.
         newest_ns: when the newest of each group was saved; None where none of it tells.
     """
 
@@ -164,16 +163,14 @@ class CheckpointListing:
         for key, checkpoint in by_name.items():
             if checkpoint.record.kind is None and bare_names[checkpoint.name] > 1:
                 by_name[key] = replace(checkpoint, shares_id=True)
-        taken = {kind for kind, _ in by_name} | set(KINDS)
         bare = {
             name: checkpoint
             for (_, name), checkpoint in by_name.items()
-            if checkpoint.record.kind is None and bare_names[name] == 1 and name not in taken
+            if checkpoint.record.kind is None and bare_names[name] == 1
         }
         groups: dict[str, dict[str, Checkpoint]] = {}
         for checkpoint in by_name.values():
-            if bare.get(checkpoint.name) is not checkpoint:
-                groups.setdefault(checkpoint.kind, {})[checkpoint.name] = checkpoint
+            groups.setdefault(checkpoint.kind, {})[checkpoint.name] = checkpoint
         for kind in kinds:
             groups.setdefault(kind, {})
         newest_ns = {
@@ -183,9 +180,16 @@ class CheckpointListing:
         return cls(tuple(by_name.values()), bare, groups, newest_ns)
 
     def get(self, kind: str, name: str) -> Checkpoint | None:
-        """Return a checkpoint by its kind and name, however it is shown."""
-        found = self.groups.get(kind, {}).get(name) or self.bare.get(name)
-        return found if found is not None and found.kind == kind else None
+        """Return a checkpoint by its kind and name."""
+        return self.groups.get(kind, {}).get(name)
+
+    def of_path(self, kind: str) -> dict[str, Checkpoint]:
+        """Return those whose tinker paths have another kind than they are listed under, by name."""
+        return {
+            checkpoint.name: checkpoint
+            for checkpoint in self.bare.values()
+            if checkpoint.kind != kind and _path_kind(checkpoint.record) == kind
+        }
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -193,7 +197,7 @@ class CheckpointListing:
         return tuple(self.groups)
 
     def of_kind(self, kind: str) -> Collection[Checkpoint]:
-        """Return those that are shown in the folder of a kind."""
+        """Return those of a kind."""
         return self.groups.get(kind, {}).values()
 
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "CheckpointListing":
@@ -282,11 +286,16 @@ def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:
     """Return what the official service's id of this checkpoint would be made of."""
     if record.kind is not None:
         return record.kind, record.name
-    try:
-        path = TinkerPath.parse(record.tinker_path or "")
-    except ValueError:
-        path = None
-    if path is not None and path.kind in KINDS:
-        return intern(path.kind), record.name
+    path_kind = _path_kind(record)
+    if path_kind in KINDS:
+        return intern(path_kind), record.name
     type_ = record.checkpoint_type or "training"
     return KIND_OF_TYPE.get(type_, type_), record.name
+
+
+def _path_kind(record: models.Checkpoint) -> str:
+    """Return the second part of a record's tinker path, empty where it has none."""
+    try:
+        return TinkerPath.parse(record.tinker_path or "").kind
+    except ValueError:
+        return ""

@@ -99,7 +99,6 @@ class Places:
 def in_order(listing: CheckpointListing, order: Order) -> list[Checkpoint]:
     """Return a run's checkpoints as somebody comes by them who goes through its folders."""
     groups = [(kind, [(c.name, c) for c in listing.of_kind(kind)]) for kind in listing.kinds]
-    groups += [(name, [("", checkpoint)]) for name, checkpoint in listing.bare.items()]
     if order.is_by_name:
         groups = sorted((name, sorted(group, key=_name)) for name, group in groups)
     row = [checkpoint for _, group in groups for _, checkpoint in group]

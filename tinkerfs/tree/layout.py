@@ -51,8 +51,7 @@ def _find_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
         return site.subject, kind
 
     def find(listing: CheckpointListing) -> tuple[models.TrainingRun, str] | None:
-        is_known = kind in listing.kinds or any(kind == c.kind for c in listing.all)
-        return (site.subject, kind) if is_known else None
+        return (site.subject, kind) if kind in listing.kinds else None
 
     return site.model.catalogue.find(site.subject.run_id, find, site.call)
 
@@ -66,18 +65,25 @@ def _find_bare(site: Site, name: str) -> Checkpoint | None:
     return site.model.catalogue.find(run_id, lambda listing: listing.bare.get(name), site.call)
 
 
-def _list_all_kinds(site: Site) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
-    listing = site.model.catalogue.checkpoints(site.subject.run_id, site.call)
-    for kind in dict.fromkeys(checkpoint.kind for checkpoint in listing.all):
-        yield kind, (site.subject, kind)
+def _find_path_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
+    run: models.TrainingRun = site.subject
+    is_known = bool(_of_path(site, run, kind))
+    return (run, kind) if is_known else None
 
 
-def _list_all_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
-    run, wanted = site.subject
-    listing = site.model.catalogue.checkpoints(run.run_id, site.call)
-    for checkpoint in listing.all:
-        if checkpoint.kind == wanted:
-            yield checkpoint.name, checkpoint
+def _list_of_path(site: Site) -> Iterable[tuple[str, Checkpoint]]:
+    return _of_path(site, *site.subject).items()
+
+
+def _find_of_path(site: Site, name: str) -> Checkpoint | None:
+    return _of_path(site, *site.subject).get(name)
+
+
+def _of_path(site: Site, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
+    def find(listing: CheckpointListing) -> dict[str, Checkpoint] | None:
+        return listing.of_path(kind) or None
+
+    return site.model.catalogue.find(run.run_id, find, site.call) or {}
 
 
 def _list_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
@@ -211,44 +217,49 @@ _CHECKPOINT_ROWS: tuple[Row, ...] = (
 )
 
 
-def _checkpoint(doc: str) -> Folder:
-    return Folder(
-        "<name>",
-        doc,
-        _CHECKPOINT_ROWS,
-        subjects.checkpoint_ns,
-        _stored_bytes,
-        Removal.CHECKPOINT,
-        subjects.checkpoint_xattrs,
-    )
+_CHECKPOINT = Folder(
+    "<name>",
+    "a checkpoint",
+    _CHECKPOINT_ROWS,
+    subjects.checkpoint_ns,
+    _stored_bytes,
+    Removal.CHECKPOINT,
+    subjects.checkpoint_xattrs,
+)
 
+_ALIAS = Link(
+    "<name>",
+    "the checkpoint of that name, where the server's ids have no kind; not listed",
+    lambda site: subjects.checkpoint_path(site.subject),
+    mtime_ns=subjects.checkpoint_ns,
+)
 
 _CHECKPOINTS = Folder(
     "checkpoints",
-    "the run's checkpoints; below it stands the checkpoint id",
+    "the run's checkpoints by kind and name, whatever form the server's ids have",
     (
         Each(
             Folder(
                 "<kind>",
                 "those of one kind: weights, sampler_weights, external_weights",
-                (
-                    Each(
-                        _checkpoint("a checkpoint"),
-                        _list_of_kind,
-                        _find_of_kind,
-                        every=_list_all_of_kind,
-                    ),
-                ),
+                (Each(_CHECKPOINT, _list_of_kind, _find_of_kind),),
                 _group_ns,
                 removal=Removal.GROUPING,
             ),
             _list_kinds,
             _find_kind,
         ),
+        # A link, so that a checkpoint has one directory, and removing another name removes nothing.
+        Each(_ALIAS, _list_bare, _find_bare, False),
         Each(
-            _checkpoint("a checkpoint, where the server's ids have no kind"),
-            _list_bare,
-            _find_bare,
+            Folder(
+                "<part>",
+                "what a tinker path has in place of a kind; not listed",
+                (Each(_ALIAS, _list_of_path, _find_of_path, False),),
+            ),
+            lambda _site: (),  # none is so long that its file name is cut
+            _find_path_kind,
+            False,
         ),
     ),
     _checkpoints_ns,
@@ -298,13 +309,13 @@ _CONTENT = Folder(
                                             ),
                                         ),
                                     ),
-                                    _list_all_of_kind,
+                                    _list_of_kind,
                                     _find_of_kind,
                                     False,
                                 ),
                             ),
                         ),
-                        _list_all_kinds,
+                        _list_kinds,
                         _find_kind,
                         False,
                     ),

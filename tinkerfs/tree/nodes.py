@@ -142,8 +142,7 @@ class Nodes:
             return None
         site = self.site(folder, call)
         if names.is_cut(name):
-            every = row.every or row.list
-            return next((s for n, s in every(site) if row.encode(n) == name), None)
+            return next((s for n, s in row.list(site) if row.encode(n) == name), None)
         try:
             return row.find(site, row.decode(name))
         except ValueError:  # no server name has this file name

@@ -208,14 +208,13 @@ class Each:
     Attributes:
         node: the kind of node; its own name is the pattern shown in the documentation. None for a
             folder of the same kind as the one that holds it.
-        list: the server's names and their subjects, in order.
+        list: the server's names and their subjects, in order; a file name that had to be cut is
+            looked for in it.
         find: the subject behind one server name, None where there is none; resolves names that no
             listing tells as well.
         is_listed: whether a listing of the folder shows them.
         encode: a server name to its file name.
         decode: the way back; ValueError for what no server name is encoded as.
-        every: as `list`, of every name that is known to resolve, where the folder lists only some;
-            a file name that had to be cut is looked for in it.
     """
 
     node: Folder | Link | Stream | None
@@ -224,7 +223,6 @@ class Each:
     is_listed: bool = True
     encode: Callable[[Any], str] = names.encode
     decode: Callable[[str], Any] = names.decode
-    every: Callable[[Site], Iterable[tuple[Any, Any]]] | None = None
 
 
 Row = File | Stream | Control | Link | Folder | Each

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from tinkerfs import errors, names
 from tinkerfs.api import models
 from tinkerfs.catalogue.listings import Checkpoint
-from tinkerfs.tinker_path import KINDS, TinkerPath
+from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.tree import render
 from tinkerfs.tree.rows import Site
 
@@ -38,9 +38,8 @@ def checkpoint_path(checkpoint: Checkpoint) -> str:
 
 def place_of(path: TinkerPath) -> str:
     """Return the path from the mount's root of what a tinker path names."""
-    # Two-part paths of older data, and hatchery's, which has no kind in them.
-    is_bare = path.kind not in KINDS
-    kind = "" if is_bare else f"{path.kind}/"
+    # Two-part paths of older data have no kind; hatchery's have `checkpoints` in its place.
+    kind = f"{names.encode(path.kind)}/" if path.kind else ""
     return f"{run_path(path.run_id)}/checkpoints/{kind}{names.encode(path.name)}"
 
 
