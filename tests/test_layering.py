@@ -62,7 +62,7 @@ CONFINED = {
     "mfusepy": {"adapters"},
     "sqlite3": {"cache"},
     "stamina": {"api"},
-    "urllib3": {"weights.pools"},
+    "urllib3": {"weights.pools", "weights.store_connection"},
     "xxhash": {"cache"},
 }
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from tinkerfs.errors import SetupError
+from tinkerfs.safe_open import open_regular
 
 __all__ = ["describe_refusal", "trusting_context"]
 
@@ -73,6 +74,8 @@ def _load(context: ssl.SSLContext, variable: str, path: str) -> None:
         if os.path.isdir(path):
             context.load_verify_locations(capath=path)
         else:
+            # OpenSSL would wait for the other end of a FIFO.
+            os.close(open_regular(path, os.O_RDONLY, follow_symlinks=True))
             context.load_verify_locations(cafile=path)
     except OSError as error:  # ssl.SSLError too: a file without a certificate
         reason = error.strerror if not isinstance(error, ssl.SSLError) else "not certificates"
