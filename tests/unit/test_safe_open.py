@@ -4,7 +4,9 @@ import socket
 import pytest
 
 from tinkerfs.cache.flight import in_thread
+from tinkerfs.errors import SetupError
 from tinkerfs.safe_open import is_regular, open_regular, read_regular
+from tinkerfs.tls import trusting_context
 
 #: Long enough for any open that does not wait for another process.
 WAIT_S = 10.0
@@ -75,3 +77,12 @@ def test_open_regular_of_another_kind_leaks_no_descriptor(tmp_path):
         with pytest.raises(OSError, match="not a regular file"):
             open_regular(tmp_path / "fifo", os.O_RDONLY)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_certificates_that_are_a_fifo_are_refused_at_once(tmp_path, variable):
+    os.mkfifo(tmp_path / "bundle")
+    environ = {variable: str(tmp_path / "bundle")}
+    made = in_thread(lambda: trusting_context(environ), "certificates")
+    with pytest.raises(SetupError, match=rf"{variable}: .*not a regular file"):
+        made.result(WAIT_S)

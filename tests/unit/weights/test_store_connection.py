@@ -66,7 +66,7 @@ def fetch(client, server):
 def test_get_of_a_dripping_response_ends_by_the_timeout(client, server, steps):
     server.on("store", *steps)
     began = time.monotonic()
-    with pytest.raises(Lost, match="next to nothing for 0.4 s") as lost:
+    with pytest.raises(Lost, match=r"next to nothing for 0\.4 s") as lost:
         fetch(client, server)
     assert isinstance(lost.value.error, errors.TimedOut)
     assert time.monotonic() - began < BOUND_S
