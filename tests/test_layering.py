@@ -144,7 +144,6 @@ OPENERS = {
     "cli.main",
     "cli.paths",
     "safe_open",
-    "weights.copies",
 }
 
 

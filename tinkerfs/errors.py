@@ -55,6 +55,7 @@ __all__ = [
     "interrupted",
     "invalid",
     "is_a_directory",
+    "is_attribute_refused",
     "is_busy",
     "is_interruption",
     "is_missing",
@@ -63,6 +64,7 @@ __all__ = [
     "is_outage",
     "is_stale",
     "is_timeout",
+    "is_unsupported",
     "is_worth_telling",
     "name_of",
     "no_attribute",
@@ -381,6 +383,17 @@ def is_stale(error: OSError) -> bool:
 def is_no_space(error: OSError) -> bool:
     """Tell whether the error says that there is no room, on the disk or in a quota of it."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_unsupported(error: OSError) -> bool:
+    """Return whether the file system has no such operation: a lock, a flush, a mode, a time."""
+    unsupported = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOLCK)
+    return error.errno in unsupported
+
+
+def is_attribute_refused(error: OSError) -> bool:
+    """Return whether the file system keeps no modes or times, or not those of this user."""
+    return is_unsupported(error) or error.errno in (errno.EPERM, errno.EACCES)
 
 
 def is_not_regular(error: OSError) -> bool:

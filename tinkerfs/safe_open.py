@@ -9,7 +9,7 @@ import stat
 
 from tinkerfs import errors
 
-__all__ = ["is_regular", "open_regular", "read_regular"]
+__all__ = ["is_regular", "open_directory", "open_regular", "read_regular"]
 
 
 def open_regular(
@@ -47,6 +47,25 @@ def open_regular(
         os.close(fd)
         raise errors.not_regular(os.fspath(path))
     return fd
+
+
+def open_directory(
+    path: str | os.PathLike[str], *, dir_fd: int | None = None, follow_symlinks: bool = False
+) -> int:
+    """Open a directory and return its descriptor, which the caller closes.
+
+    Args:
+        path: of the directory.
+        dir_fd: as `open_regular`.
+        follow_symlinks: whether the last component may be a symbolic link.
+
+    Raises:
+        OSError: ENOTDIR for what is not a directory, a symbolic link included; as open(2).
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    if not follow_symlinks:
+        flags |= os.O_NOFOLLOW
+    return os.open(path, flags, dir_fd=dir_fd)
 
 
 def read_regular(

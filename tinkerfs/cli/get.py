@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tinkerfs.cli.transfers import Failure, Place, Planned
     from tinkerfs.tree.content import Holding
     from tinkerfs.weights.copies import Target
+    from tinkerfs.weights.destination import Destination
 
 __all__ = ["get"]
 
@@ -89,6 +90,8 @@ class _Copying:
         self._wants_archive = archive
         self._mode = mode
         self._is_disk_full = False
+        #: By path, of one pass over the checkpoints.
+        self._destinations: dict[str, Destination] = {}
 
     def run(self, place: "Place") -> list[dict[str, Any]]:
         """Copy all of it; return a row for each file."""
@@ -110,6 +113,7 @@ class _Copying:
         from tinkerfs.cli.progress import Item
 
         changed = []
+        self._destinations = {}
         with ExitStack() as stack:
             planned = transfers.open_planned(
                 self._parts, holdings, stack, self._failures, with_urls=False
@@ -183,12 +187,16 @@ class _Copying:
         from tinkerfs import errors
         from tinkerfs.cli.transfers import Failure
 
-        others = [each.path for each in targets if each.is_taken() and not each.is_whole()]
-        if self._is_forced:
-            others = [path for path in others if os.path.isdir(path) and not os.path.islink(path)]
-            why = "it is a folder, and would have to be a file"
-        else:
-            why = "it is there, and not known to be this one: --force replaces it"
+        try:
+            if self._is_forced:
+                others = [each.path for each in targets if each.is_directory()]
+                why = "it is a directory, and would have to be a file"
+            else:
+                others = [each.path for each in targets if each.is_taken() and not each.is_whole()]
+                why = "it is there, and not known to be this one: --force replaces it"
+        except OSError as error:
+            self._failures.append(Failure(targets[0].destination.path, error))
+            return True
         self._failures += [Failure(path, errors.exists(path, why)) for path in others]
         return bool(others)
 
@@ -202,13 +210,19 @@ class _Copying:
             folder, tar = os.path.split(self._dest)
             if not is_one or not tar or os.path.isdir(self._dest):
                 folder, tar = self._dest, f"{whose}.tar"
-            return Target(folder, tar, file, "archive")
+            return Target(self._destination(folder), tar, file, "archive")
         folder = self._dest if is_one else os.path.join(self._dest, whose)
         shown = "/".join(map(names.encode, name.split("/")))
         inside = holding.inside
         if shown == inside:
             inside = os.path.dirname(inside)
-        return Target(folder, shown.removeprefix(f"{inside}/") if inside else shown, file, name)
+        inner = shown.removeprefix(f"{inside}/") if inside else shown
+        return Target(self._destination(folder), inner, file, name)
+
+    def _destination(self, path: str) -> "Destination":
+        from tinkerfs.weights.destination import Destination
+
+        return self._destinations.setdefault(path, Destination(path))
 
 
 def _whole_archive(holding: "Holding") -> "Holding":

@@ -1,31 +1,31 @@
-"""Copies of weights in ordinary folders: written beside, renamed when whole, taken up when broken.
+"""Copies of weights in ordinary directories: written beside, renamed when whole, resumed.
 
-    <folder>/.<name>.<digest>.partial   what came so far; the digest tells of which version of what
-    <folder>/<name>                     the whole file, never less
-    <folder>/.tinkerfs-get              which files were made so, and of what, a line of JSON each
+    <directory>/.<name>.<digest>.partial   the start of the file; the digest names its version
+    <directory>/<name>                     the whole file, never less
+    <directory>/.tinkerfs-get              the record of such files and their versions, JSON lines
 
-So a file under its own name is whole, and which version of which file it is can be told later from
+So a file under its own name is whole, and which version of which file it is can be read later from
 its record, its length and its time: a checkpoint's files have the same names and lengths as those
-of the next one. Only what is written in order from the start is in a partial file.
+of the next one. A partial file holds only what was written in order from the start. What a file
+system lacks (locks, modes, times, flushes) is done without.
 """
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
 from tinkerfs import errors
 from tinkerfs.call import Call
+from tinkerfs.safe_open import open_regular
+from tinkerfs.weights.destination import PARTIAL_PATTERN, Destination
 from tinkerfs.weights.file import WeightsFile
 
 __all__ = ["Target"]
-
-_RECORD = ".tinkerfs-get"
 
 #: Read and written at a time.
 _PIECE_BYTES = 1 << 20
@@ -34,7 +34,6 @@ _PIECE_BYTES = 1 << 20
 _MAX_NAME_BYTES = 220
 
 _DIGEST_CHARACTERS = 16
-_OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,43 +41,51 @@ class Target:
     """A file that is to be made of weights. For one thread at a time.
 
     Attributes:
-        folder: where the record lies; made when something is first written.
-        name: where in it, as a relative path.
-        file: what it is to hold; open.
+        destination: the directory that has the record.
+        name: the relative path in it.
+        file: the content; open.
         what: tells it from other files of the same version of the same weights.
     """
 
-    folder: str
+    destination: Destination
     name: str
     file: WeightsFile
     what: str
 
     @property
     def path(self) -> str:
-        """Where the whole file is."""
-        return os.path.join(self.folder, self.name)
+        """The path of the whole file, for messages."""
+        return os.path.join(self.destination.path, *self._parts)
 
     def is_taken(self) -> bool:
-        """Tell whether something has its name, whatever that is."""
-        return os.path.lexists(self.path)
+        """Return whether something has its name, whatever that is.
+
+        Raises:
+            OSError: as `Destination.status`.
+        """
+        return self.destination.status(self._parts) is not None
+
+    def is_directory(self) -> bool:
+        """Return whether a directory has its name; as `is_taken`."""
+        status = self.destination.status(self._parts)
+        return status is not None and stat.S_ISDIR(status.st_mode)
 
     def is_whole(self) -> bool:
-        """Tell whether it was made before, of this very version, and is as it was then."""
-        try:
-            status = os.lstat(self.path)
-        except OSError:
-            return False
-        is_as_long = status.st_size == self.file.size_bytes
-        line = self._line(status)
-        return stat.S_ISREG(status.st_mode) and is_as_long and line in self._recorded()
+        """Return whether this very version was copied before, and is as it was then."""
+        with suppress(OSError):
+            status = self.destination.status(self._parts)
+            if status is not None and status.st_size == self.file.size_bytes:
+                line = Destination.line(self.name, self._digest, status)
+                return self.destination.has_recorded(line, status)
+        return False
 
     def begun_bytes(self) -> int:
-        """Return how much of it came before and will not be asked for again."""
-        try:
-            size_bytes = os.lstat(self._partial).st_size
-        except OSError:
-            return 0
-        return size_bytes if size_bytes <= self.file.size_bytes else 0
+        """Return how much of it was written before and will not be fetched again."""
+        with suppress(OSError):
+            status = self.destination.status((*self._parts[:-1], self._partial))
+            if status is not None and status.st_size <= self.file.size_bytes:
+                return status.st_size
+        return 0
 
     def copy(self, mode: int, call: Call) -> Iterator[int]:
         """Write what is missing of it, and rename it when it is whole.
@@ -93,110 +100,117 @@ class Target:
             how many bytes more are written, as they are.
 
         Raises:
-            ApiError: they cannot be had.
-            OSError: as `WeightsFile.read`; EBUSY when another process is at it; what the disk says.
+            ApiError: the bytes are unavailable.
+            OSError: as `WeightsFile.read`; EBUSY when another process is at it; ENOTDIR where a
+                symbolic link stands for a directory; what the disk says.
         """
-        folder = os.path.dirname(self.path)
-        os.makedirs(folder, exist_ok=True)
-        self._remove_others(folder)
-        descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | _OPEN_FLAGS, 0o600)
-        try:
-            self._lock(descriptor)
-            at = os.fstat(descriptor).st_size
-            if at > self.file.size_bytes:
-                os.ftruncate(descriptor, 0)
-                at = 0
-            buffer = memoryview(bytearray(_PIECE_BYTES))
-            while at < self.file.size_bytes:
-                size_bytes = self.file.read_into(buffer, at, call)
-                if not size_bytes:
-                    raise errors.damaged(self.path, "it is shorter than it was")
-                self._write(descriptor, buffer[:size_bytes], at)
-                at += size_bytes
-                yield size_bytes
-            os.fchmod(descriptor, mode)
-            os.utime(descriptor, ns=(self.file.mtime_ns, self.file.mtime_ns))
-            os.fsync(descriptor)
-            self._record(os.fstat(descriptor))
-            os.rename(self._partial, self.path)
-        finally:
-            os.close(descriptor)
+        with self.destination.opened(self._parts[:-1], is_made=True) as directory_fd:
+            self._remove_others(directory_fd)
+            partial = self._on_disk(self._partial)
+            descriptor = self.destination.open_private(partial, directory_fd)
+            try:
+                self._lock(descriptor, partial, directory_fd)
+                yield from self._fill(descriptor, call)
+                _try(lambda: os.fchmod(descriptor, mode), errors.is_attribute_refused)
+                times_ns = (self.file.mtime_ns, self.file.mtime_ns)
+                _try(lambda: os.utime(descriptor, ns=times_ns), errors.is_attribute_refused)
+                _try(lambda: os.fsync(descriptor), errors.is_unsupported)
+                name = self._on_disk(self._parts[-1])
+                self.destination.require_unused(name, directory_fd)
+                made = os.fstat(descriptor)
+                self.destination.record(self.name, self._digest, made)
+                self.destination.rename(partial, name, directory_fd, descriptor)
+            except OSError as error:
+                error.filename = self.path
+                raise
+            finally:
+                os.close(descriptor)
+            # Where times cannot be set, closing may set one.
+            status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+            if os.path.samestat(made, status):
+                self.destination.record(self.name, self._digest, status)
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return Destination.local_parts(self.name)
 
     @property
     def _digest(self) -> str:
-        text = f"{self.file.key}\n{self.what}".encode("utf-8", "surrogatepass")
-        return hashlib.sha256(text).hexdigest()[:_DIGEST_CHARACTERS]
+        return _digest(f"{self.file.key}\n{self.what}")
 
     @property
     def _partial(self) -> str:
-        folder, name = os.path.split(self.path)
-        cut = os.fsdecode(os.fsencode(name)[:_MAX_NAME_BYTES])
-        return os.path.join(folder, f".{cut}.{self._digest}.partial")
+        """The name of the partial file: another one for each user."""
+        name = self._parts[-1].encode("utf-8", "surrogateescape")
+        start = name[:_MAX_NAME_BYTES].decode("utf-8", "surrogateescape")
+        return f".{start}.{_digest(f'{self._digest} {os.geteuid()}')}.partial"
 
-    def _write(self, descriptor: int, rest: memoryview, at: int) -> None:
-        try:
+    @staticmethod
+    def _on_disk(name: str) -> str:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+    def _fill(self, descriptor: int, call: Call) -> Iterator[int]:
+        """Write what is missing at the end of the partial file."""
+        at = os.fstat(descriptor).st_size
+        if at > self.file.size_bytes:
+            os.ftruncate(descriptor, 0)
+            at = 0
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        while at < self.file.size_bytes:
+            size_bytes = self.file.read_into(buffer, at, call)
+            if not size_bytes:
+                raise errors.damaged(self.path, "it is shorter than it was")
+            rest, offset = buffer[:size_bytes], at
             while rest:
-                written = os.pwrite(descriptor, rest, at)
-                rest, at = rest[written:], at + written
-        except OSError as error:
-            error.filename = self.path
-            raise
+                written = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written:], offset + written
+            at += size_bytes
+            yield size_bytes
 
-    def _lock(self, descriptor: int) -> None:
-        """Be the only one to write it; who was before us may have just renamed it.
+    def _lock(self, descriptor: int, partial: str, directory_fd: int) -> None:
+        """Be the only one to write it; another process may have just renamed it.
 
         Raises:
             OSError: EBUSY.
         """
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = os.path.samestat(os.fstat(descriptor), os.lstat(self._partial))
+            _try(
+                lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                errors.is_unsupported,
+            )
+            status = os.stat(partial, dir_fd=directory_fd, follow_symlinks=False)
+            is_ours = os.path.samestat(os.fstat(descriptor), status)
         except (BlockingIOError, FileNotFoundError):
             is_ours = False
         if not is_ours:
             raise errors.busy(self.path, "another process is writing it")
 
-    def _remove_others(self, folder: str) -> None:
-        """Remove what came of other versions, where nobody is at it."""
-        start, end = os.path.basename(self._partial).rsplit(self._digest, 1)
-        pattern = re.compile(
-            f"{re.escape(start)}[0-9a-f]{{{_DIGEST_CHARACTERS}}}{re.escape(end)}", re.DOTALL
-        )
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            if path == self._partial or not pattern.fullmatch(name):
+    def _remove_others(self, directory_fd: int) -> None:
+        """Remove this user's partial files of other versions, unless a process writes them."""
+        own = self._partial
+        start = self._on_disk(own[: -len(_digest("")) - len(".partial")])
+        pattern = re.compile(f"{re.escape(start)}{PARTIAL_PATTERN}", re.DOTALL)
+        for name in os.listdir(directory_fd):
+            if name == self._on_disk(own) or not pattern.fullmatch(name):
                 continue
             with suppress(OSError):
-                descriptor = os.open(path, os.O_RDWR | _OPEN_FLAGS)
+                descriptor = open_regular(name, os.O_RDWR, dir_fd=directory_fd)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(path)
+                    if os.fstat(descriptor).st_uid == os.geteuid():
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.unlink(name, dir_fd=directory_fd)
                 finally:
                     os.close(descriptor)
 
-    # The record.
 
-    def _line(self, status: os.stat_result) -> str:
-        size_bytes, mtime_ns = status.st_size, status.st_mtime_ns
-        told = {"name": self.name, "of": self._digest, "bytes": size_bytes, "mtime_ns": mtime_ns}
-        return json.dumps(told)
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
 
-    def _recorded(self) -> list[str]:
-        try:
-            with open(os.path.join(self.folder, _RECORD), encoding="ascii", errors="replace") as f:
-                return f.read().splitlines()
-        except OSError:
-            return []
 
-    def _record(self, status: os.stat_result) -> None:
-        """Append a line; a record that cannot be written costs a later copy."""
-        line = self._line(status)
-        if line in self._recorded():
-            return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _OPEN_FLAGS
-        with suppress(OSError):
-            descriptor = os.open(os.path.join(self.folder, _RECORD), flags, 0o666)
-            try:
-                os.write(descriptor, f"{line}\n".encode())
-            finally:
-                os.close(descriptor)
+def _try(operation: Callable[[], object], is_missing: Callable[[OSError], bool]) -> None:
+    """Do something, unless the file system cannot."""
+    try:
+        operation()
+    except OSError as error:
+        if not is_missing(error):
+            raise

@@ -1,0 +1,142 @@
+"""A file system that shows a directory, without what some file systems lack, for tests of copies.
+
+Run as a program it serves: `python -m tests.support.limited_fs SOURCE MOUNTPOINT LIMITS-AS-JSON`.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+
+from tests.support.mount import ROOT, force_unmount
+
+#: By name, the errno of each operation that fails; and `mode`, `uid` of every file, whether names
+#: are `caseless`, and whether a rename onto a file `is_refused`.
+LIMITS = {
+    "Lustre without flock": {"flock": "ENOSYS"},
+    "NFS without locks": {"flock": "ENOLCK"},
+    "without modes": {"chmod": "EPERM", "mode": 0o777},
+    "without modes at all": {"chmod": "ENOSYS", "utimens": "ENOSYS", "mode": 0o777},
+    "without times": {"utimens": "EPERM"},
+    "without flushes": {"fsync": "EINVAL"},
+    "without replacing": {"is_refused": True},
+    "of another owner": {"uid": 12345, "chmod": "EPERM", "utimens": "EPERM", "mode": 0o777},
+    "with nothing of these": {
+        "flock": "EOPNOTSUPP",
+        "chmod": "EOPNOTSUPP",
+        "utimens": "EOPNOTSUPP",
+        "fsync": "EINVAL",
+        "fallocate": "EOPNOTSUPP",
+        "is_refused": True,
+        "mode": 0o777,
+    },
+}
+
+
+@contextlib.contextmanager
+def limited_mount(folder, limits):
+    """Serve an empty directory with limits until the block ends; yields it."""
+    source, mountpoint = folder / "source", folder / "limited"
+    source.mkdir()
+    mountpoint.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.limited_fs", source, mountpoint, json.dumps(limits)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield mountpoint
+    finally:
+        force_unmount(str(mountpoint))
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+def _serve(source, mountpoint, limits):
+    import mfusepy
+
+    class Limited(mfusepy.Operations):
+        use_ns = True
+
+        def _path(self, path):
+            return source + (path.lower() if limits.get("caseless") else path)
+
+        def _check(self, operation):
+            if operation in limits:
+                raise mfusepy.FuseOSError(getattr(errno, limits[operation]))
+
+        def init(self, path):
+            del path
+            print("ready", flush=True)
+
+        def getattr(self, path, fh=None):
+            status = os.lstat(self._path(path))
+            names = ("atime", "ctime", "gid", "ino", "mode", "mtime", "nlink", "size", "uid")
+            told = {f"st_{name}": getattr(status, f"st_{name}") for name in names}
+            for name in ("atime", "ctime", "mtime"):
+                told[f"st_{name}"] = getattr(status, f"st_{name}_ns")
+            told["st_mode"] |= limits.get("mode", 0)
+            told["st_uid"] = limits.get("uid", status.st_uid)
+            return told
+
+        def readdir(self, path, fh):
+            names = [".", "..", *os.listdir(self._path(path))]
+            # With use_ino an entry needs one: glibc leaves out those with 0.
+            return [(name, {"st_ino": number}, 0) for number, name in enumerate(names, 1)]
+
+        def create(self, path, mode, fi=None):
+            return os.open(self._path(path), os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+
+        def open(self, path, flags):
+            return os.open(self._path(path), flags & ~os.O_NOFOLLOW & ~os.O_APPEND)
+
+        def read(self, path, size, offset, fh):
+            return os.pread(fh, size, offset)
+
+        def write(self, path, data, offset, fh):
+            return os.pwrite(fh, data, offset)
+
+        def truncate(self, path, length, fh=None):
+            os.truncate(self._path(path), length)
+
+        def release(self, path, fh):
+            os.close(fh)
+
+        def mkdir(self, path, mode):
+            os.mkdir(self._path(path), mode)
+
+        def unlink(self, path):
+            os.unlink(self._path(path))
+
+        def rename(self, old, new):
+            if limits.get("is_refused") and os.path.lexists(self._path(new)):
+                raise mfusepy.FuseOSError(errno.EEXIST)
+            os.rename(self._path(old), self._path(new))
+
+        def chmod(self, path, mode):
+            self._check("chmod")
+            os.chmod(self._path(path), mode)
+
+        def utimens(self, path, times=None):
+            self._check("utimens")
+            os.utime(self._path(path), ns=times)
+
+        def fsync(self, path, datasync, fh):
+            self._check("fsync")
+
+        def fallocate(self, path, mode, offset, size, fh):
+            self._check("fallocate")
+
+        def flock(self, path, fh, operation):
+            self._check("flock")
+
+    mfusepy.FUSE(Limited(), mountpoint, foreground=True, nothreads=True, use_ino=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
