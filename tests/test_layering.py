@@ -26,6 +26,7 @@ BASE = {
     "errors",
     "names",
     "network",
+    "printable",
     "proxies",
     "safe_open",
     "settings",

@@ -24,8 +24,9 @@ that comes from outside passes `redact` before it gets here.
 import copy
 import errno
 import os
-import re
 from typing import Self
+
+from tinkerfs.printable import redacted
 
 __all__ = [
     "ABSENCES",
@@ -432,18 +433,6 @@ def name_of(error: OSError) -> str:
     return errno.errorcode.get(error.errno or 0, "EIO")
 
 
-_URL_QUERY = re.compile(r"(https?://[^\s?#\"'<>]+)[?#][^\s\"'<>]*")
-_USERINFO = re.compile(r"(https?://)[^\s/@\"'<>]+@")
-_KEY = re.compile(r"\b(?:tml-[\w.-]+|eyJ[\w-]+\.[\w-]+\.[\w-]*)")
-
-
 def redact(text: str, *, limit: int = 500) -> str:
-    """Return `text` on one line without keys and signatures, at most `limit` characters.
-
-    A signed URL keeps its place but loses its query, where the signature stands.
-    """
-    text = _URL_QUERY.sub(r"\1?[redacted]", text)
-    text = _USERINFO.sub(r"\1[redacted]@", text)
-    text = _KEY.sub("[redacted key]", text)
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """Return text from outside for people: as `printable.redacted`."""
+    return redacted(text, limit=limit)

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from tinkerfs import errors
 from tinkerfs.call import Caller
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.printable import printable
 
 __all__ = [
     "Change",
@@ -98,7 +99,7 @@ class Telemetry:
         """Remember and log a failed operation; the same failure again only counts up."""
         number = errors.name_of(error)
         words = errors.redact(error.strerror or "")
-        text = f"{_one_line(path) or '-'}\t{operation}\t{number}\t{words}"
+        text = f"{printable(path) or '-'}\t{operation}\t{number}\t{words}"
         level = logging.WARNING if errors.is_outage(error) else logging.INFO
         log.log(level, "%s", text.replace("\t", " "))
         with self._lock:
@@ -166,7 +167,8 @@ class Telemetry:
         """Return the last changes, a line each, newest last."""
         with self._lock:
             return "".join(
-                "\t".join((rfc3339(c.time), _one_line(c.path), c.what, c.who, _ending(c))) + "\n"
+                "\t".join((rfc3339(c.time), *map(printable, (c.path, c.what, c.who, _ending(c)))))
+                + "\n"
                 for c in self._changes
             )
 
@@ -174,11 +176,6 @@ class Telemetry:
 def rfc3339(seconds: float) -> str:
     """Return a time (seconds since 1970) as RFC 3339 in UTC, to the second."""
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _one_line(text: str) -> str:
-    """Return a path with what would break the journal's lines and columns escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _ending(change: Change) -> str:

@@ -72,7 +72,7 @@ def test_a_remembered_error_is_the_same_but_marked():
         ("https://user:pass@host/x", "https://[redacted]@host/x"),
         ("key tml-abc.DEF-123 is wrong", "key [redacted key] is wrong"),
         ("Bearer eyJhbGci.eyJzdWIi.c2ln!", "Bearer [redacted key]!"),
-        ("two\n lines\tand\0more", "two lines and\0more"),
+        ("two\n lines\tand\0more", r"two lines and\x00more"),
     ],
 )
 def test_secrets_and_line_breaks_are_taken_out(text, wanted):

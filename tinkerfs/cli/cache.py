@@ -13,8 +13,9 @@ import click
 
 from tinkerfs.cli.options import resolve, settings_options
 from tinkerfs.cli.transfers import complete_path
-from tinkerfs.cli.words import printable, size_text, span_text
+from tinkerfs.cli.words import size_text, span_text
 from tinkerfs.errors import SetupError
+from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
     from tinkerfs.cache.upkeep import CachedFile

@@ -16,6 +16,7 @@ from tinkerfs.errors import (
     Unauthorized,
     UntrustedCertificate,
 )
+from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
     from tinkerfs.settings import Settings
@@ -55,7 +56,7 @@ def doctor(config: str | None, as_json: bool, **flags: str | bool | None) -> Non
             mark = (
                 click.style("ok  ", fg="green") if finding.is_ok else click.style("FAIL", fg="red")
             )
-            click.echo(f"{mark}  {finding.check:<11} {finding.found}")
+            click.echo(f"{mark}  {finding.check:<11} {printable(finding.found)}")
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     if not all(finding.is_ok for finding in findings):

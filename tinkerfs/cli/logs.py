@@ -6,6 +6,7 @@ from typing import Final, TextIO
 
 from tinkerfs import errors
 from tinkerfs.errors import SetupError
+from tinkerfs.printable import printable
 
 __all__ = ["set_up"]
 
@@ -16,10 +17,18 @@ _CHATTY: Final = ("httpx", "httpcore", "urllib3", "stamina", "fuse")
 
 
 class _Redacting(logging.Formatter):
-    """Every record passes `errors.redact`, its traceback too."""
+    """Every record passes `errors.redact`, its traceback too.
+
+    A message is one line, so that a line of the log is never of another's making.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(_redacted(line) for line in super().format(record).splitlines())
+        # Not splitlines, to which some characters within a line are line ends.
+        return "\n".join(_redacted(line) for line in super().format(record).split("\n"))
 
 
 class _OwnStream(logging.StreamHandler[TextIO]):

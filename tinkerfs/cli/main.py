@@ -14,6 +14,7 @@ import click
 
 from tinkerfs import __version__
 from tinkerfs.errors import TinkerfsError
+from tinkerfs.printable import printable
 
 __all__ = [
     "LazyGroup",
@@ -144,5 +145,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"tinkerfs: {' '.join(message.split())}", err=True)
+    click.echo(f"tinkerfs: {printable(' '.join(message.split()))}", err=True)
     sys.exit(code)

@@ -91,7 +91,8 @@ def _row(holding: "Holding", name: str, kept_bytes: int, total_bytes: int | None
 
 
 def _lacking(row: dict[str, Any]) -> str:
-    from tinkerfs.cli.words import printable, size_text
+    from tinkerfs.cli.words import size_text
+    from tinkerfs.printable import printable
 
     name = printable(f"{row['checkpoint']} {row['file']}")
     if row["total_bytes"] is None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tinkerfs.cli.options import mountpoint_argument
-from tinkerfs.cli.words import printable, size_text, span_text
+from tinkerfs.cli.words import size_text, span_text
 from tinkerfs.errors import SetupError
+from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.mounts import Mount
@@ -98,11 +99,11 @@ def _text(report: dict[str, Any]) -> str:
         ("cache", "not asked yet" if hit_rate is None else f"{hit_rate:.0%} of lookups answered"),
         ("calls", str(report.get("calls_total", 0))),
     ]
-    lines += [f"  {name:<9}{text}" for name, text in rows]
+    lines += [f"  {name:<9}{printable(text)}" for name, text in rows]
     calls = report.get("calls", {})
     width = max((len(endpoint) for endpoint in calls), default=0)
     for endpoint, outcomes in calls.items():
-        told = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
+        told = printable(", ".join(f"{n} x {outcome}" for outcome, n in outcomes.items()))
         lines.append(f"    {endpoint:<{width}}  {told}")
     lines += _section(
         "waits for",

@@ -344,7 +344,7 @@ def told(failures: list[Failure]) -> list[dict[str, str]]:
 
 def fail_with(failures: list[Failure]) -> NoReturn:
     """Tell each failure in one line on standard error, and exit 1."""
-    from tinkerfs.cli.words import printable
+    from tinkerfs.printable import printable
 
     for failure in failures:
         click.echo(printable(f"tinkerfs: {failure.name}: {failure.words}"), err=True)

@@ -7,6 +7,7 @@ import click
 from tinkerfs import errors
 from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import SetupError
+from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
     from tinkerfs.adapters.mounts import Holder
@@ -71,7 +72,7 @@ def umount(mountpoint: str, force: bool) -> None:
         # Who waits in open() holds it too, and is not seen to.
         why = "for who waits in it or because it hangs"
         end = f"its process {left} still runs, {why}: kill -9 {left}"
-    click.echo(f"tinkerfs: {mountpoint} is detached; {end}", err=True)
+    click.echo(printable(f"tinkerfs: {mountpoint} is detached; {end}"), err=True)
 
 
 def _named(holders: "list[Holder]") -> str:

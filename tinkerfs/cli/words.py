@@ -1,11 +1,6 @@
-"""How commands say sizes, spans of time and names."""
+"""How commands say sizes and spans of time."""
 
-__all__ = ["printable", "size_text", "span_text"]
-
-
-def printable(text: str) -> str:
-    """Return text on one line, and harmless on a terminal: a server may send any name."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+__all__ = ["size_text", "span_text"]
 
 
 def size_text(size_bytes: float) -> str:

@@ -112,7 +112,7 @@ def test_what_a_status_is(endpoint, status, kind):
         ("", b"", "the proxy in front of the API got no answer"),
         (JSON, b"{}", "the proxy in front of the API got no answer"),
         (JSON, b'{"code": 5}', '{"code": 5}'),
-        ("", b"\xff\xfe\x00", "\ufffd\ufffd\x00"),
+        ("", b"\xff\xfe\x00", "\ufffd\ufffd\\x00"),
     ],
 )
 def test_the_servers_own_words(content_type, body, words):

@@ -40,6 +40,14 @@ def test_keys_and_signatures_do_not_get_into_the_log(tmp_path):
     assert "a name \\udcff" in text
 
 
+def test_log_line_is_of_one_message_and_printable(tmp_path):
+    logs.set_up("info", str(tmp_path / "log"), to_stderr=False)
+    logging.getLogger("x").info("/a\n2026 INFO y: forged \x85\u2028\x1b[2J\u202e%s", "\x9b")
+    (line,) = (tmp_path / "log").read_bytes().decode().split("\n")[:-1]
+    assert line.endswith(r"/a\n2026 INFO y: forged \x85\u2028\x1b[2J\u202e\x9b")
+    assert line.isprintable()
+
+
 def test_a_log_file_is_ones_own_and_appended_to(tmp_path):
     path = tmp_path / "log"
     for word in ("first", "second"):

@@ -1,6 +1,6 @@
 import pytest
 
-from tinkerfs.cli.words import printable, size_text, span_text
+from tinkerfs.cli.words import size_text, span_text
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,3 @@ def test_spans(seconds, words):
 )
 def test_sizes(size_bytes, words):
     assert size_text(size_bytes) == words
-
-
-def test_names_stay_on_their_line():
-    assert printable("a\nb\x1b[31mü") == r"a\nb\x1b[31mü"
