@@ -121,6 +121,34 @@ def test_adapters_are_the_folders_that_serving_engines_take(world, place):
 
 
 @pytest.mark.served("GET archive")
+def test_adapters_lead_to_directories_within_adapters(make_world):
+    world = make_world(runs=1, checkpoints=1)
+    run = world.new_run("sampler_weights/1", "weights/1")
+    served = names.join((run[5:], "sampler_weights", "1"))
+    assert ".content" not in world.driver.listdir("adapters")
+    target = world.driver.readlink(f"adapters/{served}")
+    version = target.removeprefix(f".content/{run[5:]}/sampler_weights/1/")
+    assert version not in ("", target), target
+    folder = f"adapters/{target}"
+    for depth in range(2, 6):
+        above = "/".join(folder.split("/")[:depth])
+        assert world.driver.stat(above).is_folder
+        assert world.driver.listdir(above) == [], above
+    assert world.server.journal.count("GET archive") == 0, "looking costs nothing"
+    _data, members = truth_of(world, f"{run}/checkpoints/sampler_weights/1")
+    assert set(world.driver.listdir(folder)) == set(members)
+    assert world.driver.read(f"{folder}/adapter_config.json") == members["adapter_config.json"]
+    assert world.server.journal.count("GET archive") == (
+        2 if world.profile.archive_ids == "name" else 1
+    )
+    for absent in (f"{run[5:]}/weights/1/{version}", f"{run[5:]}/sampler_weights/1/0", "nobody"):
+        path = f"adapters/.content/{absent}"
+        assert outcome_of(lambda path=path: world.driver.stat(path)) == "ENOENT"
+    steps = [f"rmdir {folder}", f"rmtree {run}/checkpoints/weights/1"]
+    assert world.driver.remove(*steps) == ["EPERM", "EPERM"]
+
+
+@pytest.mark.served("GET archive")
 def test_a_later_look_costs_nothing(world, place):
     world.driver.listdir(f"{place}/files")
     digest = hashlib.sha256(world.driver.read(f"{place}/files/adapter_model.safetensors"))

@@ -149,7 +149,7 @@ def free_bytes(directory: Path) -> int:
     while True:
         try:
             status = os.statvfs(directory)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             directory = directory.parent
         else:
             return status.f_bavail * status.f_frsize
@@ -164,7 +164,7 @@ def kept_files(root: Path) -> list[Kept]:
     kept: list[Kept] = []
     try:
         folders = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return kept
     for folder in folders:
         with suppress(FileNotFoundError):  # another process removes as well

@@ -55,6 +55,8 @@ def url(file_path: str) -> None:
     if mount is None:
         raise SetupError(f"{file_path} is not below a mount of tinkerfs")
     parts = os.path.relpath(real, mount.mountpoint).split("/")
+    if parts[:2] == ["adapters", ".content"]:
+        parts = parts[1:]
     if parts[0] == ".content":  # .content/<run>/<kind>/<name>/<version>/...
         parts = ["runs", parts[1], "checkpoints", *parts[2:4]] if len(parts) > 3 else []
     if len(parts) == 2 and parts[0] == "runs":

@@ -1,7 +1,7 @@
 """What costs the server something to read: a version of a checkpoint, reached through symlinks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from msgspec.structs import replace as with_fields
 
@@ -13,7 +13,7 @@ from tinkerfs.weights.content import Subject
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.tarindex import Member
 
-__all__ = ["FILES", "LINKS", "VERSION", "Holding", "files_path", "holding"]
+__all__ = ["ADAPTER", "FILES", "LINKS", "VERSION", "Holding", "adapter_path", "holding"]
 
 #: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
 LONGEST_URL_BYTES = 16_384
@@ -71,14 +71,21 @@ def holding(row: Row, site: Site) -> Holding | None:
     return Holding(about, _subject(site, about), is_archive)
 
 
-def files_path(checkpoint: Checkpoint) -> str:
-    """Return the path of a checkpoint's files from the mount's root."""
-    return _path(checkpoint, "files")
+def adapter_path(checkpoint: Checkpoint) -> str:
+    """Return the path from the mount's root of a checkpoint's files for serving engines.
+
+    It lies within `/adapters`: engines compare real paths, and load from nowhere else.
+    """
+    return f"/adapters/.content/{_versioned(checkpoint)}"
 
 
 def _path(checkpoint: Checkpoint, name: str) -> str:
-    run_id, kind, called = map(names.encode, checkpoint.key)
-    return f"/.content/{run_id}/{kind}/{called}/{checkpoint.version}/{name}"
+    return f"/.content/{_versioned(checkpoint)}/{name}"
+
+
+def _versioned(checkpoint: Checkpoint) -> str:
+    run_id, kind, name = map(names.encode, checkpoint.key)
+    return f"{run_id}/{kind}/{name}/{checkpoint.version}"
 
 
 def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
@@ -230,6 +237,9 @@ FILES = Folder(
     ),
     _files_ns,
 )
+
+#: The same files where serving engines look for them.
+ADAPTER = replace(FILES, name="<version>", doc="the files of that version; resolved when listed")
 
 VERSION = Folder(
     "<version>",

@@ -38,7 +38,7 @@ def holding_at(filesystem: FileSystem, path: str, call: Call) -> Holding | None:
         place = filesystem.follow(posixpath.join(place, rest.pop(0)), call)
         row, site = filesystem.look(place, call)
         found = content.holding(row, site)
-        if row is content.FILES and found is not None and ".." not in rest:
+        if row in (content.FILES, content.ADAPTER) and found is not None and ".." not in rest:
             return replace(found, inside="/".join(rest))
     row, site = filesystem.look(place, call)
     found = content.holding(row, site)

@@ -6,7 +6,7 @@ cannot be removed stands first and last in its folder, so that a tool that remov
 a refusal before it comes to a checkpoint, from whichever end it begins.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tinkerfs import errors
 from tinkerfs.api import models
@@ -284,48 +284,33 @@ _RUN = Folder(
     xattrs=subjects.run_xattrs,
 )
 
-# A walk must not come to what costs the server something: nothing here is listed.
-_CONTENT = Folder(
-    ".content",
+
+def _content(
+    doc: str,
+    version: Folder,
+    find_kind: Callable[[Site, str], tuple[models.TrainingRun, str] | None],
+) -> Folder:
+    """A walk must not come to what costs the server something: nothing in it is listed."""
+    name = Folder(
+        "<name>", "of a checkpoint", (Each(version, _list_version, _find_version, False),)
+    )
+    kind = Folder("<kind>", "of a kind", (Each(name, _list_of_kind, _find_of_kind, False),))
+    run = Folder("<run_id>", "of a training run", (Each(kind, _list_kinds, find_kind, False),))
+    each_run = Each(run, subjects.list_runs, subjects.find_run, False)
+    return Folder(".content", doc, (each_run,))
+
+
+def _find_served_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
+    return _find_kind(site, kind) if kind in views.SERVED_KINDS else None
+
+
+_CONTENT = _content(
     "what costs something to read, reached through the symlinks; lists nothing",
-    (
-        Each(
-            Folder(
-                "<run_id>",
-                "of a training run",
-                (
-                    Each(
-                        Folder(
-                            "<kind>",
-                            "of a kind",
-                            (
-                                Each(
-                                    Folder(
-                                        "<name>",
-                                        "of a checkpoint",
-                                        (
-                                            Each(
-                                                content.VERSION, _list_version, _find_version, False
-                                            ),
-                                        ),
-                                    ),
-                                    _list_of_kind,
-                                    _find_of_kind,
-                                    False,
-                                ),
-                            ),
-                        ),
-                        _list_kinds,
-                        _find_kind,
-                        False,
-                    ),
-                ),
-            ),
-            subjects.list_runs,
-            subjects.find_run,
-            False,
-        ),
-    ),
+    content.VERSION,
+    _find_kind,
+)
+_ADAPTERS = views.adapters(
+    _content("what the links lead to; not listed", content.ADAPTER, _find_served_kind)
 )
 
 _TINKERFS = Folder(
@@ -379,7 +364,7 @@ ROOT = Folder(
         views.PUBLISHED,
         views.EXPIRING,
         views.MODELS,
-        views.ADAPTERS,
+        _ADAPTERS,
         views.SESSIONS,
         views.SAMPLERS,
         _CONTENT,

@@ -38,8 +38,8 @@ def checkpoint_path(checkpoint: Checkpoint) -> str:
 
 def place_of(path: TinkerPath) -> str:
     """Return the path from the mount's root of what a tinker path names."""
-    # Two-part paths of older data have no kind; hatchery's have `checkpoints` in its place.
-    kind = f"{names.encode(path.kind)}/" if path.kind else ""
+    # Two-part paths of older data have no kind, nor have hatchery's: the bare name resolves.
+    kind = "" if path.kind in ("", "checkpoints") else f"{names.encode(path.kind)}/"
     return f"{run_path(path.run_id)}/checkpoints/{kind}{names.encode(path.name)}"
 
 

@@ -12,7 +12,16 @@ from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.tree import content, render, subjects
 from tinkerfs.tree.rows import Each, File, Folder, Link, Site
 
-__all__ = ["ADAPTERS", "CHECKPOINTS", "EXPIRING", "MODELS", "PUBLISHED", "SAMPLERS", "SESSIONS"]
+__all__ = [
+    "CHECKPOINTS",
+    "EXPIRING",
+    "MODELS",
+    "PUBLISHED",
+    "SAMPLERS",
+    "SERVED_KINDS",
+    "SESSIONS",
+    "adapters",
+]
 
 # Checkpoints.
 
@@ -71,17 +80,17 @@ EXPIRING = _view(
 
 # Adapters: what serving engines take.
 
-_SERVED_KINDS = ("sampler_weights", "external_weights")
+SERVED_KINDS = ("sampler_weights", "external_weights")
 
 
 def _list_adapters(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
     for key, checkpoint in site.model.catalogue.user_checkpoints(site.call).by_key.items():
-        if checkpoint.kind in _SERVED_KINDS:
+        if checkpoint.kind in SERVED_KINDS:
             yield key, checkpoint
 
 
 def _find_adapter(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
-    if len(parts) != 3 or parts[1] not in _SERVED_KINDS:
+    if len(parts) != 3 or parts[1] not in SERVED_KINDS:
         return None
     run_id, kind, name = parts
     known = site.model.catalogue.known_user_checkpoints()
@@ -95,26 +104,31 @@ def _find_adapter(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
         raise
 
 
-ADAPTERS = Folder(
-    "adapters",
-    "every sampler and external checkpoint as the folder of files that serving engines take",
-    (
-        Each(
-            Link(
-                "<run_id>@<kind>@<name>",
-                "the checkpoint's files; also of those that are not listed",
-                lambda site: content.files_path(site.subject),
-                mtime_ns=subjects.checkpoint_ns,
-            ),
-            _list_adapters,
-            _find_adapter,
-            True,
-            names.join,
-            names.split,
+def adapters(files: Folder) -> Folder:
+    """Return the view of what serving engines take.
+
+    Args:
+        files: the unlisted directory that its names lead into.
+    """
+    link = Link(
+        "<run_id>@<kind>@<name>",
+        "the checkpoint's files; also of those that are not listed",
+        lambda site: content.adapter_path(site.subject),
+        mtime_ns=subjects.checkpoint_ns,
+    )
+
+    def find_files(_site: Site, name: str) -> str | None:
+        return name if name == files.name else None
+
+    return Folder(
+        "adapters",
+        "every sampler and external checkpoint as the folder of files that serving engines take",
+        (
+            Each(link, _list_adapters, _find_adapter, True, names.join, names.split),
+            Each(files, lambda _site: (), find_files, False),
         ),
-    ),
-    CHECKPOINTS.mtime_ns,
-)
+        CHECKPOINTS.mtime_ns,
+    )
 
 
 # Runs by base model. A subject is an organisation, or that and a model.

@@ -187,8 +187,9 @@ class Archives:
             raise errors.busy(
                 path,
                 f"one process group may start {self._burst} archive builds a minute "
-                "(--archive-burst): this looks like a walk that follows links; to have many, use "
-                "tinkerfs prefetch or tinkerfs get",
+                "(--archive-burst): a walk that follows links met this bound, or a process that "
+                "opens many adapters (hint: run tinkerfs prefetch or tinkerfs get first: what is "
+                "cached does not count)",
             )
         started.append(now)
 
