@@ -61,6 +61,7 @@ __all__ = [
     "is_interruption",
     "is_missing",
     "is_no_space",
+    "is_not_permitted",
     "is_not_regular",
     "is_outage",
     "is_stale",
@@ -419,6 +420,11 @@ DISCONNECTED = (errno.ENOTCONN, errno.ECONNABORTED)
 def is_busy(error: OSError) -> bool:
     """Tell whether somebody holds what was to go."""
     return error.errno == errno.EBUSY
+
+
+def is_not_permitted(error: OSError) -> bool:
+    """Tell whether the error says that the caller lacks a right (EPERM)."""
+    return error.errno == errno.EPERM
 
 
 def from_number(number: int, path: str) -> OSError:

@@ -173,7 +173,7 @@ def fusermount(major: int | None = None) -> str | None:
     names = {2: ("fusermount",), 3: ("fusermount3",)}.get(major or 0, ("fusermount3", "fusermount"))
     for name in names:
         found = shutil.which(name)
-        if found:
+        if found and os.path.isabs(found):  # PATH may name the directory that we are started in
             return found
     return None
 
@@ -188,13 +188,17 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     Raises:
         OSError: EBUSY while somebody holds it; EINVAL where nothing is mounted; EPERM.
     """
+    program = fusermount()
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
         flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
-        if libc.umount2(os.fsencode(mountpoint), flags) != 0:
-            raise errors.from_number(ctypes.get_errno(), mountpoint)
-        return
-    program = fusermount()
+        if libc.umount2(os.fsencode(mountpoint), flags) == 0:
+            return
+        failure = errors.from_number(ctypes.get_errno(), mountpoint)
+        # The root of a user namespace, or of a container, may lack the right. Its fusermount3 may
+        # have it: in some containers that is a program which asks the host to unmount.
+        if program is None or not errors.is_not_permitted(failure):
+            raise failure
     if program is None:
         raise errors.not_permitted(mountpoint, "unmounting needs fusermount3 (package fuse3)")
     arguments = ["-u", "-z"] if lazy else ["-u"]
