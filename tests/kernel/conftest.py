@@ -1,11 +1,12 @@
 """Real mounts: every test here needs FUSE, and runs under each binding that it asks for."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.mount import BINDINGS, force_unmount, memory_mount
+from tests.support.mount import BINDINGS, force_unmount, memory_mount, run
 from tests.support.server import demo_server, server
 
 __all__ = ["demo_server", "server"]
@@ -54,3 +55,23 @@ def env(tmp_path, server, binding):
         "TINKERFS_FUSE_BINDING": binding,
         "PYTHONWARNINGS": "error",
     }
+
+
+@pytest.fixture
+def as_installed(env, tmp_path):
+    """Runs a shell script where `tinkerfs` is this one.
+
+    mount(8) looks for it on a PATH of its own, so a folder of that is replaced, in a mount
+    namespace that nobody else sees; so the mount is made and looked at there.
+    """
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "tinkerfs"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tinkerfs "$@"\n')
+    program.chmod(0o755)
+
+    def run_script(script):
+        script = f"set -e; mount --bind {folder} /usr/local/sbin; {script}"
+        return run("unshare", "-m", "sh", "-c", script, env=env)
+
+    return run_script

@@ -386,26 +386,6 @@ def test_others_are_let_in_under_true_permissions(public_folder, env, needs_root
 # mount(8) and fstab.
 
 
-@pytest.fixture
-def as_installed(env, tmp_path):
-    """Runs a shell script where `tinkerfs` is this one.
-
-    mount(8) looks for it on a PATH of its own, so a folder of that is replaced, in a mount
-    namespace that nobody else sees; so the mount is made and looked at there.
-    """
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program = folder / "tinkerfs"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tinkerfs "$@"\n')
-    program.chmod(0o755)
-
-    def run_script(script):
-        script = f"set -e; mount --bind {folder} /usr/local/sbin; {script}"
-        return run("unshare", "-m", "sh", "-c", script, env=env)
-
-    return run_script
-
-
 def test_mount_8(mountpoint, as_installed, needs_root):
     options = "ro,allow_other,ttl=5m,uid=1000,_netdev,noauto,x-systemd.automount"
     done = as_installed(

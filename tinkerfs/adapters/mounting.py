@@ -10,6 +10,7 @@ A mount is never unmounted because something went wrong inside: an empty folder 
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from tinkerfs import errors
-from tinkerfs.adapters import mounts
+from tinkerfs.adapters import mounts, preflight
 from tinkerfs.adapters.binding import Binding
 from tinkerfs.adapters.fuse import Operations, XattrOperations
 from tinkerfs.errors import SetupError
@@ -253,6 +254,10 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
             os.close(saved)
 
 
+#: EACCES of mount(2): fusermount3 has checked the mountpoint, and lacks a right with EPERM.
+_APPARMOR_REFUSAL: Final = re.compile(r"fusermount3?: mount failed: Permission denied")
+
+
 def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> SetupError:
     """Return why there is no mount: what libfuse wrote, or else what ended its loop."""
     reason = "; ".join(dict.fromkeys(line.strip() for line in words.splitlines() if line.strip()))
@@ -261,7 +266,13 @@ def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> Setu
         reason = f"{type(failure).__name__}: {failure}"
     reason = errors.redact(reason) or "libfuse gave no reason"
     cure = "see `tinkerfs doctor`"
-    if "not permitted" in reason.lower() or "permission denied" in reason.lower():
+    if _APPARMOR_REFUSAL.search(reason) and preflight.has_apparmor():
+        cure = (
+            "AppArmor confines fusermount3 here: mount below your home directory, /mnt, /media or"
+            " /tmp, or have root allow the place in /etc/apparmor.d/local/fusermount3 and run"
+            " apparmor_parser -r /etc/apparmor.d/fusermount3; dmesg names what was denied"
+        )
+    elif "not permitted" in reason.lower() or "permission denied" in reason.lower():
         cure = (
             "mounting needs a right that is missing here; in a container, start it with"
             " --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined"

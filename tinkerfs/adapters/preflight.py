@@ -11,7 +11,13 @@ from typing import Final
 from tinkerfs.adapters import mounts
 from tinkerfs.errors import SetupError
 
-__all__ = ["check_allow_other", "check_device", "check_fusermount", "prepare_mountpoint"]
+__all__ = [
+    "check_allow_other",
+    "check_device",
+    "check_fusermount",
+    "has_apparmor",
+    "prepare_mountpoint",
+]
 
 _DEVICE: Final = "/dev/fuse"
 _CONFIGURATION: Final = "/etc/fuse.conf"
@@ -64,6 +70,17 @@ def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
             f"there is no {_MTAB}, without which users cannot unmount: have root run"
             f" ln -s /proc/self/mounts {_MTAB}"
         )
+
+
+def has_apparmor(root: str = "/") -> bool:
+    """Tell whether AppArmor is on, or has a profile for fusermount3 (Ubuntu 24.10 and later)."""
+    try:
+        with open(os.path.join(root, "sys/module/apparmor/parameters/enabled"), "rb") as file:
+            if file.read(1) == b"Y":
+                return True
+    except OSError:
+        pass
+    return os.path.exists(os.path.join(root, "etc/apparmor.d/fusermount3"))
 
 
 def check_allow_other(path: str = _CONFIGURATION, *, is_root: bool | None = None) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from tinkerfs.cli.mount_options import explain_unknown, is_ignored
 from tinkerfs.errors import SetupError
 from tinkerfs.safe_open import open_regular
 from tinkerfs.settings import OPTIONS, Option, Settings
@@ -21,16 +22,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: The system's own file, for mounts that root makes at boot.
 SYSTEM_FILE: Final = "/etc/tinkerfs.toml"
-
-#: What mount(8), fstab and systemd say about any file system: it is theirs to act upon, not ours.
-_IGNORED: Final = frozenset(
-    """
-    defaults rw auto noauto user nouser users owner group nofail _netdev dev nodev suid nosuid exec
-    noexec async sync dirsync atime noatime diratime nodiratime relatime norelatime strictatime
-    nostrictatime lazytime nolazytime silent loud iversion noiversion mand nomand comment bg
-    """.split()  # noqa: SIM905  (one to a line would be a page)
-)
-_IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "user=")
 
 #: Other names that `-o` takes, as mount(8) and libfuse spell them.
 _ALIASES: Final = {"ro": "read-only", "allow_other": "allow-other"}
@@ -195,15 +186,14 @@ def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
     by_flag = {option.flag: option for option in OPTIONS}
     for argument in arguments:
         for item in argument.split(","):
-            if not item or item in _IGNORED or item.startswith(_IGNORED_PREFIXES):
-                if item == "rw":  # the last of ro and rw counts, as with mount(8)
-                    yield by_flag["read-only"], "no"
+            if item == "rw":  # the last of ro and rw counts, as with mount(8)
+                yield by_flag["read-only"], "no"
+            if not item or is_ignored(item):
                 continue
             name, equals, text = item.partition("=")
             option = _option_of(name)
             if option is None:
-                known = ", ".join(sorted(by_flag))
-                raise SetupError(f"-o {item}: there is no such option; there are {known}")
+                raise SetupError(explain_unknown(item, by_flag))
             if not equals:
                 if not option.is_switch:
                     raise SetupError(f"-o {item}: it takes a value: -o {name}={option.metavar}")

@@ -117,6 +117,47 @@ def test_a_bad_o_option_is_told(environ, item, told):
         options.resolve({}, [item], environ=environ)
 
 
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ("rw,default_permissions,_netdev,users,noauto,x-systemd.automount,nofail", {}),
+        ("allow_other,umask=022,reconnect,kernel_cache", {"allow_other": True, "umask": 0o22}),
+        ("ro,exec,big_writes,max_read=131072,fsname=x,max_threads=4", {"read_only": True}),
+    ],
+)
+def test_o_option_of_other_fuse_programs_is_ignored(environ, items, expected):
+    assert options.resolve({}, [items], environ=environ) == Settings(**expected)
+
+
+@pytest.mark.parametrize(
+    ("item", "hint"),
+    [
+        ("allow_root", "allow_other,umask=077"),
+        ("attr_timeout=60", "ttl=S"),
+        ("fmask=0133", "umask=M"),
+        ("dmask=022", "umask=M"),
+        ("vfs_cache_mode=full", "cache_size=SIZE"),
+        ("url=https://x", "base_url=URL"),
+        ("remount", "umount"),
+        ("alow_other", "did you mean allow-other"),
+        ("cache_sizes=3", "did you mean cache-size"),
+        ("xyzzy", "there are allow-other, "),
+    ],
+)
+def test_o_option_that_is_refused_names_what_serves(environ, item, hint):
+    with pytest.raises(SetupError) as refusal:
+        options.resolve({}, [f"ro,{item}"], environ=environ)
+    message = str(refusal.value)
+    assert message.startswith(f"-o {item.partition('=')[0]}: no such option (hint: ")
+    assert hint in message
+
+
+def test_o_option_that_is_refused_hides_its_value(environ):
+    with pytest.raises(SetupError) as refusal:
+        options.resolve({}, ["passwd=c0ffee"], environ=environ)
+    assert "c0ffee" not in str(refusal.value)
+
+
 def test_arguments_say_the_same_again():
     flags = {"ttl_s": "5m", "read_only": True, "allow_other": None, "base_url": "http://x"}
     arguments = options.as_arguments(flags, ["uid=1"], "/c.toml")
