@@ -59,11 +59,12 @@ CONFINED = {
     "fsspec": {"adapters"},
     "fuse": {"adapters"},
     "fusepy": {"adapters"},
+    "httpcore": {"api"},
     "httpx": {"api"},
     "mfusepy": {"adapters"},
     "sqlite3": {"cache"},
     "stamina": {"api"},
-    "urllib3": {"weights.pools", "weights.store_connection"},
+    "urllib3": {"api.network_backend", "weights.pools", "weights.store_connection"},
     "xxhash": {"cache"},
 }
 

@@ -1,30 +1,27 @@
 """One HTTP request of the API, with the key, the retries and the bounds that all of them share.
 
-The only module of this package that imports httpx. What an answer of 400 or more means is the
-business of `failures`.
+`http_client` sends each try; `failures` knows what a status of 400 or more means.
 
 Retried are 408, 409, 429, every 5xx and lost connections, as by the Tinker SDK,
 but all tries together end within one bound: a file operation waits for them.
 """
 
-import logging
 import random
-import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-import httpx
 import stamina
 import stamina.instrumentation
 
-from tinkerfs import __version__, errors, proxies, tls
+from tinkerfs import errors
 from tinkerfs.api.budget import Budget
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.failures import failure_of
+from tinkerfs.api.http_client import Answer, ExchangeError, HttpClient
 from tinkerfs.api.times import parse_retry_after_s
 from tinkerfs.call import AWAITED, Interest
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
@@ -45,12 +42,7 @@ MAX_TRIES = 10
 MAX_CONNECT_TRIES = 2
 CONNECT_RETRY_S = 0.2
 
-CONNECT_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
-
-#: An idle connection is kept this long, seconds: a walk that pauses goes on without eight new ones.
-#: The usual balancers drop one after 60 s; what a server dropped sooner is noticed by using it.
-KEEPALIVE_S = 55.0
 
 #: The largest answer that is read, bytes; 100,000 checkpoints are about 35 MB.
 MAX_ANSWER_BYTES = 256 << 20
@@ -94,23 +86,6 @@ class Request:
         return self.recheck is not None and self.recheck(failure, may_be_done)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Answer:
-    """A success, or a redirect that the endpoint expects; a Location is a secret, so no repr.
-
-    Attributes:
-        status: below 400, or one that says that a change is already made.
-        headers: names in any case.
-        body: all of it, decoded from any content coding.
-        url: what was asked.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    url: str
-
-
 #: Stands for the response to a change that was found made.
 _MADE = Answer(204, {}, b"", "")
 
@@ -144,45 +119,17 @@ class Transport:
         max_answer_bytes: int = MAX_ANSWER_BYTES,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        # Both log URLs, and httpcore headers as well: a Location is a secret.
-        for name in ("httpx", "httpcore"):
-            logger = logging.getLogger(name)
-            if logger.level < logging.WARNING:
-                logger.setLevel(logging.WARNING)
-        self._root = base_url.rstrip("/") + "/api/v1/"
-        self._host = urlsplit(base_url).hostname or base_url
         self._credentials = credentials
-        self._telemetry = telemetry
         self._timeout_s = timeout_s
         self._backoff_s = backoff_s
-        self._max_answer_bytes = max_answer_bytes
         self._clock = clock
         self._budget = Budget(concurrency, clock)
-        try:
-            httpx.URL(self._root)
-            # httpx itself (`trust_env`) reads less of the environment than `proxies` and `tls` do.
-            self._proxy = proxies.proxy_for(self._root)
-            self._http = httpx.Client(
-                trust_env=False,
-                verify=self._context(),
-                proxy=_as_httpx(self._proxy),
-                follow_redirects=False,
-                limits=httpx.Limits(
-                    max_connections=None,
-                    max_keepalive_connections=max(concurrency, 32),
-                    keepalive_expiry=KEEPALIVE_S,
-                ),
-                headers={"Accept": "application/json", "User-Agent": f"tinkerfs/{__version__}"},
-            )
-        except httpx.InvalidURL:
-            raise SetupError("the API's URL cannot be used: correct --base-url") from None
-
-    def _context(self) -> ssl.SSLContext:
-        """Return what verifies the server; without TLS no bundle is read: that takes 0.05 s."""
-        is_secured = self._root.startswith("https:")
-        if is_secured or (self._proxy is not None and self._proxy.protocol == "https"):
-            return tls.trusting_context()
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._http = HttpClient(
+            base_url.rstrip("/") + "/api/v1/",
+            telemetry,
+            max_idle=max(concurrency, 32),
+            max_body_bytes=max_answer_bytes,
+        )
 
     def close(self) -> None:
         """Close every connection, and end a credential command that is under way."""
@@ -270,7 +217,7 @@ class Transport:
         """Send a request once, when it is its turn, and return any answer whatever its status.
 
         Raises:
-            _Lost: there is no whole answer.
+            ExchangeError: there is no whole answer.
         """
         try:
             with self._budget.turn(request.endpoint, deadline, interest) as turn:
@@ -279,11 +226,11 @@ class Transport:
                 turn.retry_after_s = parse_retry_after_s(answer.headers, self._clock.now())
                 return answer
         except ApiError as error:
-            raise _Lost(error, is_unsent=True, is_final=True) from None
+            raise ExchangeError(error, is_unsent=True, is_final=True) from None
 
     def _exchange(self, request: Request, key: str | None, deadline: float) -> Answer:
         """Send a request now; as `_once`."""
-        label, outcome = request.endpoint.label, "failed"
+        endpoint = request.endpoint
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
         if key is not None:
             headers["X-API-Key"] = key
@@ -291,112 +238,16 @@ class Transport:
             headers["X-Idempotency-Key"] = request.idempotency_key
         left_s = deadline - self._clock.monotonic()
         if left_s <= 0:
-            raise _Lost(self._timed_out(label), is_final=True)
-        try:
-            with self._http.stream(
-                request.endpoint.method,
-                self._root + request.path,
-                content=request.body,
-                headers=headers,
-                timeout=httpx.Timeout(left_s, connect=min(CONNECT_TIMEOUT_S, left_s)),
-            ) as response:
-                try:
-                    body = self._read(response, label, deadline)
-                finally:
-                    self._telemetry.count("bytes_received", response.num_bytes_downloaded)
-                outcome = str(response.status_code)
-                return Answer(response.status_code, response.headers, body, str(response.url))
-        except _Lost as lost:
-            outcome = _outcome_of(lost.error)
-            raise
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, RuntimeError) as error:
-            failure = self._lost(error, label)
-            outcome = _outcome_of(failure.error)
-            raise failure from None
-        finally:
-            self._telemetry.count_call(label, outcome)
-
-    def _read(self, response: httpx.Response, label: str, deadline: float) -> bytes:
-        """Return the whole body; httpx bounds each wait for bytes, this bounds all of them."""
-        body = bytearray()
-        for piece in response.iter_bytes():
-            body += piece
-            if len(body) > self._max_answer_bytes:
-                raise _Lost(
-                    errors.ProtocolError(
-                        f"{self._host} sent more than {self._max_answer_bytes >> 20} MiB",
-                        endpoint=label,
-                    ),
-                    is_final=True,
-                )
-            if self._clock.monotonic() > deadline:
-                raise _Lost(self._timed_out(label))
-        return bytes(body)
-
-    def _timed_out(self, label: str) -> ApiError:
-        return errors.TimedOut(
-            f"no answer from {self._host} within {self._timeout_s:g} s", endpoint=label
+            words = f"no response within {self._timeout_s:g} s"
+            raise ExchangeError(errors.TimedOut(words, endpoint=endpoint.label), is_final=True)
+        return self._http.send(
+            endpoint.label,
+            request.path,
+            headers,
+            request.body,
+            left_s,
+            may_repeat=not (endpoint.is_change or endpoint.is_build),
         )
-
-    def _lost(self, error: Exception, label: str) -> "_Lost":
-        """Return what it means that httpx got no answer."""
-        host = self._host
-        words = errors.redact(str(error)) or type(error).__name__
-        refusal = tls.describe_refusal(error, host)
-        if refusal is not None:
-            untrusted = errors.UntrustedCertificate(refusal, endpoint=label)
-            return _Lost(untrusted, is_unsent=True, is_final=True)
-        if isinstance(error, httpx.ConnectTimeout):
-            failure: ApiError = errors.TimedOut(f"no connection to {host} in time", endpoint=label)
-            return _Lost(failure, is_unsent=True)
-        if isinstance(error, httpx.TimeoutException):
-            return _Lost(self._timed_out(label))
-        if isinstance(error, httpx.ConnectError | httpx.ProxyError):
-            way = "" if self._proxy is None else f" through {self._proxy}"
-            failure = errors.Unreachable(f"no connection to {host}{way}: {words}", endpoint=label)
-            return _Lost(failure, is_unsent=True)
-        if isinstance(error, httpx.NetworkError) or (
-            isinstance(error, httpx.RemoteProtocolError) and words.startswith(_CUT_WORDS)
-        ):
-            return _Lost(errors.Unreachable(f"{host} broke off: {words}", endpoint=label))
-        if self._http.is_closed:
-            return _Lost(errors.Unreachable("the client is closed", endpoint=label), is_final=True)
-        failure = errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=label)
-        return _Lost(failure, is_final=True)
-
-
-def _as_httpx(proxy: proxies.Proxy | None) -> httpx.Proxy | None:
-    if proxy is None:
-        return None
-    context = tls.trusting_context() if proxy.protocol == "https" else None
-    return httpx.Proxy(proxy.url, auth=proxy.login, ssl_context=context)
-
-
-#: How httpcore and h11 tell a connection that ended too early from an answer that is no HTTP; both
-#: are RemoteProtocolError.
-_CUT_WORDS = ("Server disconnected", "peer closed connection")
-
-
-def _outcome_of(error: ApiError) -> str:
-    if isinstance(error, errors.TimedOut):
-        return "timed out"
-    return "unreachable" if isinstance(error, errors.Unreachable) else "not understood"
-
-
-class _Lost(Exception):
-    """No whole answer came.
-
-    Attributes:
-        error: what the caller is told if that stays so.
-        is_unsent: whether the request never got there.
-        is_final: whether another try would end the same.
-    """
-
-    def __init__(self, error: ApiError, *, is_unsent: bool = False, is_final: bool = False) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.is_unsent = is_unsent
-        self.is_final = is_final
 
 
 class _Tries:
@@ -444,7 +295,7 @@ class _Tries:
             return _MADE
         try:
             answer = self._once()
-        except _Lost as lost:
+        except ExchangeError as lost:
             self._wait_s = self._wait_after_loss(lost)
             self._may_be_done = self._may_be_done or not lost.is_unsent
             self._failure = lost.error
@@ -466,7 +317,7 @@ class _Tries:
         )
         raise self._failure
 
-    def _wait_after_loss(self, lost: _Lost) -> float | None:
+    def _wait_after_loss(self, lost: ExchangeError) -> float | None:
         if lost.is_final:
             return None
         if lost.is_unsent:

@@ -1,0 +1,263 @@
+"""One exchange: its deadline, what a response may cost, idle connections, and many addresses."""
+
+import contextlib
+import gzip
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
+import pytest
+
+from tests.support.hostile import (
+    HostileServer,
+    endless,
+    genuine,
+    hold,
+    response,
+    wait,
+)
+from tinkerfs import errors, network
+from tinkerfs.api import network_backend
+from tinkerfs.api.client import CheckpointRef
+
+RUNS = "GET training_runs"
+OK = b"HTTP/1.1 200 OK\r\n"
+EMPTY = b'{"training_runs":[],"cursor":{"total_count":0,"limit":100}}'
+
+
+@pytest.fixture
+def hostile():
+    with HostileServer(runs=1, checkpoints=1) as server:
+        yield server
+
+
+def ref_of(server):
+    (run,) = server.account.runs()
+    checkpoint = run.checkpoints[0]
+    return CheckpointRef(run.id, checkpoint.id, checkpoint.id)
+
+
+# --- the deadline --------------------------------------------------------------------------------
+
+#: Responses that never end, each read of which ends soon.
+TRICKLES = {
+    "status line": (endless(b"H", 0.02),),
+    "headers": (OK, endless(b"X-A: b\r\n", 0.02)),
+    "one header": (OK, b"X-A: ", endless(b"b", 0.02)),
+    "interim responses": (endless(b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02),),
+    "body": (OK, b"Content-Length: 1000000\r\n\r\n", endless(b" ", 0.02)),
+    "chunk size": (OK, b"Transfer-Encoding: chunked\r\n\r\n", endless(b"0", 0.02)),
+    "chunks": (OK, b"Transfer-Encoding: chunked\r\n\r\n", endless(b"1\r\n \r\n", 0.02)),
+    "trailers": (OK, b"Transfer-Encoding: chunked\r\n\r\n0\r\n", endless(b"X: b\r\n", 0.02)),
+    "nothing": (hold,),
+}
+
+
+@pytest.mark.parametrize("trickle", TRICKLES)
+def test_exchange_that_trickles_ends_at_its_deadline(hostile, client_of, trickle):
+    hostile.on(RUNS, *TRICKLES[trickle], times=None)
+    client = client_of(hostile, timeout_s=0.3)
+    with ThreadPoolExecutor() as pool, pytest.raises(errors.TimedOut, match=r"within 0\.3 s"):
+        pool.submit(client.all_training_runs).result(20)
+    hostile.journal.wait_until_idle()  # the connection was closed
+
+
+def test_tls_handshake_that_trickles_ends_at_its_deadline(client_of):
+    record = b"\x16\x03\x03\x40\x00"  # the head of a record of 16 KiB
+    with HostileServer(runs=0) as server:
+        server.scheme = "https"
+        server.on_connect(record, endless(b"\0", 0.02), times=9)
+        client = client_of(server, timeout_s=0.3)
+        with ThreadPoolExecutor() as pool, pytest.raises(errors.TimedOut, match="no connection"):
+            pool.submit(client.all_training_runs).result(20)
+
+
+def test_exchanges_that_trickle_leave_all_turns_free(hostile, client_of):
+    client = client_of(hostile, timeout_s=0.3, concurrency=4)
+    rule = hostile.on(RUNS, OK, endless(b"X-A: b\r\n", 0.02), times=None)
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(client.list_training_runs) for _ in range(8)]
+        assert all(isinstance(call.exception(20), errors.TimedOut) for call in calls)
+    rule.remove()
+    client.forget()  # the breaker
+    assert len(client.all_training_runs()) == 1
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        (endless(b"HTTP/1.1 100 Continue\r\n\r\n"),),
+        (endless(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 100),),
+        (OK, endless(b"X-A: b\r\n" * 100)),
+        (OK, b"X-A: ", endless(b"b" * 1000)),
+        (b"H" * 300_000,),
+    ],
+)
+def test_flood_before_the_body_is_not_read_on(hostile, client_of, telemetry, flood):
+    hostile.on(RUNS, *flood)
+    with pytest.raises(errors.ProtocolError):
+        client_of(hostile, timeout_s=60.0).all_training_runs()
+    hostile.journal.wait_until_idle()
+    assert telemetry.snapshot()["calls"] == {RUNS: {"not understood": 1}}
+
+
+def test_interim_responses_before_the_response_are_skipped(hostile, client_of):
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    hostile.on(RUNS, interim * 5, genuine())
+    assert len(client_of(hostile).all_training_runs()) == 1
+
+
+def test_close_ends_an_exchange_in_flight(hostile, client_of):
+    hostile.on(RUNS, gate := wait(), times=None)
+    client = client_of(hostile, timeout_s=600.0)
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(client.all_training_runs)
+        gate.wait_for(1)
+        client.close()
+        assert isinstance(call.exception(20), errors.Unreachable)
+
+
+# --- what a response may cost --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+@pytest.mark.parametrize(
+    "coding", ["gzip, gzip, gzip", "gzip, identity", "br", "zstd", "aes128gcm"]
+)
+def test_coding_that_is_not_decoded_is_refused(hostile, client_of, status, coding):
+    bomb = bytes(1 << 20)
+    for _ in range(3):
+        bomb = gzip.compress(bomb)
+    hostile.on(RUNS, response(status, bomb, f"Content-Encoding: {coding}"))
+    with pytest.raises(errors.ProtocolError, match="content coding"):
+        client_of(hostile).all_training_runs()
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", " gzip "])
+def test_coding_that_was_asked_for_is_decoded(hostile, client_of, coding):
+    hostile.on(RUNS, response(200, gzip.compress(EMPTY), f"Content-Encoding: {coding}"))
+    assert client_of(hostile).all_training_runs() == ()
+    assert hostile.received[0].header("accept-encoding") == [b"gzip"]
+
+
+# --- idle connections ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def suspicious(monkeypatch):
+    """Every connection that was used before counts as idle, and has a moment to respond."""
+    monkeypatch.setattr(network_backend, "IDLE_S", 0.0)
+    monkeypatch.setattr(network_backend, "IDLE_RESPONSE_TIMEOUT_S", 0.1)
+
+
+def used(server):
+    """The connections that the requests so far arrived on."""
+    return [request.connection for request in server.received]
+
+
+@pytest.mark.usefixtures("suspicious")
+def test_idle_connection_that_is_dead_costs_a_moment(hostile, client_of, telemetry):
+    client = client_of(hostile, timeout_s=60.0, backoff_s=60.0)
+    client.all_training_runs()
+    hostile.kill_silently()
+    assert len(client.all_training_runs()) == 1
+    assert used(hostile) == [1, 1, 2]
+    assert telemetry.snapshot()["calls"] == {RUNS: {"200": 2, "unreachable": 1}}
+
+
+def test_idle_connection_that_lives_serves_again(hostile, client_of, monkeypatch):
+    monkeypatch.setattr(network_backend, "IDLE_S", 0.0)
+    client = client_of(hostile)
+    for _ in range(3):
+        client.all_training_runs()
+    assert used(hostile) == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("suspicious")
+def test_idle_connection_that_is_slow_is_left_for_a_new_one(hostile, client_of):
+    client = client_of(hostile, timeout_s=60.0)
+    client.all_training_runs()
+    hostile.on(RUNS, gate := wait(), genuine(), times=2)
+    with ThreadPoolExecutor() as pool:
+        call = pool.submit(client.all_training_runs)
+        assert len(hostile.journal.wait_for(3)) == 3
+        gate.release()
+        assert len(call.result(20)) == 1
+    assert used(hostile) == [1, 1, 2]
+
+
+@pytest.mark.usefixtures("suspicious")
+def test_first_dead_connection_condemns_the_other_idle_ones(hostile, client_of):
+    client = client_of(hostile, timeout_s=60.0, concurrency=8)
+    hostile.on(RUNS, barrier := wait(), genuine(), times=4)
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(client.list_training_runs) for _ in range(4)]
+        barrier.wait_for(4)
+        barrier.release()
+        assert all(call.result(20).items for call in calls)
+    hostile.kill_silently()
+    assert len(client.all_training_runs()) == 1
+    assert len(used(hostile)) == 4 + 1 + 1
+    assert used(hostile)[-1] == 5
+
+
+@pytest.mark.usefixtures("suspicious")
+def test_change_is_not_sent_on_an_idle_connection(hostile, client_of):
+    client = client_of(hostile)
+    client.all_training_runs()
+    hostile.kill_silently()
+    client.publish(ref_of(hostile))
+    assert [request.line.partition(" ")[0] for request in hostile.received] == ["GET", "POST"]
+    assert used(hostile) == [1, 2]
+
+
+@pytest.mark.usefixtures("suspicious")
+def test_archive_is_not_asked_for_on_an_idle_connection(hostile, client_of):
+    client = client_of(hostile)
+    client.all_training_runs()
+    hostile.kill_silently()
+    assert client.archive(ref_of(hostile)).url.startswith(hostile.store_url)
+    assert used(hostile) == [1, 2]
+
+
+def test_connection_idle_over_a_suspend_is_not_used(hostile, client_of, monkeypatch):
+    client = client_of(hostile)
+    client.all_training_runs()
+    slept = time.clock_gettime(time.CLOCK_BOOTTIME) + 3600
+    monkeypatch.setattr(network_backend, "_now", lambda: slept)
+    client.all_training_runs()
+    assert used(hostile) == [1, 2]
+
+
+# --- many addresses ------------------------------------------------------------------------------
+
+
+def test_client_reaches_a_host_whose_first_address_is_silent(hostile, client_of, monkeypatch):
+    port = int(hostile.base_url.rpartition(":")[2])
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                filler.connect(full.getsockname())
+        addresses = [full.getsockname(), ("127.0.0.1", port)]
+        found = [(socket.AF_INET, address) for address in addresses]
+        monkeypatch.setattr(network, "resolve", lambda *_of: found)
+        began = time.monotonic()
+        assert len(client_of(hostile).all_training_runs()) == 1
+        assert time.monotonic() - began < network.ATTEMPT_DELAY_S + 4
+
+
+def test_threads_have_deadlines_of_their_own(hostile, client_of):
+    """A call that has long to go does not extend one that has not."""
+    hostile.on(RUNS, gate := wait(), genuine())
+    hostile.on(RUNS, OK, endless(b"X-A: b\r\n", 0.02))
+    patient, hasty = client_of(hostile, timeout_s=60.0), client_of(hostile, timeout_s=0.3)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(patient.all_training_runs)
+        gate.wait_for(1)
+        assert isinstance(pool.submit(hasty.list_training_runs).exception(20), errors.TimedOut)
+        gate.release()
+        assert len(first.result(20)) == 1
