@@ -1,5 +1,8 @@
 """The file system as an fsspec implementation: `tinker://runs/<run_id>/...`.
 
+A tinker path, `tinker://<run_id>/<kind>/<name>`, is the directory of that checkpoint's files, and
+removing it removes the checkpoint; `tinker://<run_id>` is the run.
+
 For pandas, pyarrow, dask and their like, where there is no FUSE. A synchronous file system: no
 event loop has to survive a fork. Links are followed as a kernel follows them; listings tell of them
 as links, so that no recursive operation comes to what costs the server something.
@@ -23,7 +26,9 @@ from tinkerfs import errors
 from tinkerfs.adapters.compose import compose
 from tinkerfs.call import IN_PROCESS
 from tinkerfs.settings import DEFAULT_BASE_URL, Settings
+from tinkerfs.tinker_path import KINDS
 from tinkerfs.tree.filesystem import FileSystem
+from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.node import Attr, Handle
 
 __all__ = ["TinkerFile", "TinkerFileSystem"]
@@ -52,23 +57,29 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         super().__init__(**storage_options)
         url = base_url or os.environ.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
         self._settings = Settings(**{"base_url": url.rstrip("/"), **(settings or {})})
-        self._lock = threading.Lock()
-        # Guarded by _lock: what is open, and the process that opened it.
-        self._filesystem = filesystem
-        self._opened_by = os.getpid()
-        self._is_given = filesystem is not None
+        self._given = filesystem
+        # By process: a child never takes a lock that a thread of its parent may have held.
+        self._locks: dict[int, threading.Lock] = {}
+        #: What each process opened; that of a parent stays referenced, and so unclosed.
+        self._opened: dict[int, FileSystem] = {}
 
     @property
     def tree(self) -> FileSystem:
-        """The file system behind, opened when first wanted."""
-        with self._lock:
-            is_inherited = self._opened_by != os.getpid() and not self._is_given
-            if self._filesystem is None or is_inherited:
-                stack = ExitStack()
-                self._filesystem = stack.enter_context(compose(self._settings)).filesystem
-                self._opened_by = os.getpid()
-                weakref.finalize(self, _close, stack, self._opened_by)
-            return self._filesystem
+        """The file system behind, opened when first wanted, by each process for itself."""
+        if self._given is not None:
+            return self._given
+        pid = os.getpid()
+        found = self._opened.get(pid)
+        if found is None:
+            # One operation of a dict is atomic, and so whole in a child.
+            with self._locks.setdefault(pid, threading.Lock()):
+                found = self._opened.get(pid)
+                if found is None:
+                    stack = ExitStack()
+                    found = stack.enter_context(compose(self._settings)).filesystem
+                    weakref.finalize(self, _close, stack, pid)
+                    self._opened[pid] = found
+        return found
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -81,18 +92,21 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         """List a folder; of a link what it is itself, of a file that file."""
         name = self._strip_protocol(path)
         place = self._follow(name)
+        # There each name is a tinker path, and so a link to files.
+        has_links = _is_tinker_path(name, 2)
         if not stat.S_ISDIR(self.tree.stat(place, IN_PROCESS).mode):
             return [self.info(name)] if detail else [name]
         entries = self.tree.listdir(place, IN_PROCESS)
         if not detail:
             return [posixpath.join(name, entry.name) for entry in entries]
-        return [
+        infos = [
             _info(
                 posixpath.join(name, entry.name),
                 entry.attr or self.tree.stat(posixpath.join(place, entry.name), IN_PROCESS),
             )
             for entry in entries
         ]
+        return [{**info, "type": "link", "islink": True} for info in infos] if has_links else infos
 
     def info(self, path: str, **_kwargs: Any) -> dict[str, Any]:
         """Return what stat tells; links are followed, and told by `islink`."""
@@ -122,7 +136,8 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def invalidate_cache(self, path: str | None = None) -> None:
         """Drop every cached entry; for a single path nothing has to be dropped."""
-        if path is None and self._filesystem is not None:
+        is_open = self._given is not None or os.getpid() in self._opened
+        if path is None and is_open:
             self.tree.open(_REFRESH, os.O_WRONLY, IN_PROCESS).write(b"1", IN_PROCESS)
 
     # Reading and writing.
@@ -152,6 +167,18 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         # Where in the file a value is written says nothing: appending is writing.
         return TinkerFile(self, path, handle, "rb" if is_read else "wb", **kwargs)
 
+    def reopened(self, path: str, before: Handle) -> Handle:
+        """Return a file that a parent process had open, opened by this one to be read.
+
+        Raises:
+            OSError: ESTALE if it has another length by now; as for opening it.
+        """
+        handle = self._handle(path, os.O_RDONLY)
+        if handle.size_bytes != before.size_bytes:
+            handle.close()
+            raise errors.stale(path, "it was changed after another process had opened it")
+        return handle
+
     # Removing: the rules are the mount's, and the caller is this process's group.
 
     def rm_file(self, path: str) -> None:
@@ -160,7 +187,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def rmdir(self, path: str) -> None:
         """Remove a folder that shows nothing any more: of a checkpoint, delete the checkpoint."""
-        self.tree.rmdir(self._own(path), IN_PROCESS)
+        self.tree.rmdir(self._removable(path), IN_PROCESS)
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
         """Remove files, or with `recursive` checkpoints; the first refusal ends it."""
@@ -168,7 +195,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         # A name that is there is meant as it stands, whatever pattern it might be.
         is_name = isinstance(path, str) and self.exists(path)
         for name in [path] if is_name else self.expand_path(path):
-            self._remove(self._own(name), recursive=recursive)
+            self._remove(self._removable(name), recursive=recursive)
 
     def _remove(self, path: str, *, recursive: bool) -> None:
         if stat.S_ISDIR(self.tree.stat(path, IN_PROCESS).mode):
@@ -200,12 +227,23 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def _follow(self, path: str) -> str:
         """Return the tree's path of what is meant, every link followed."""
-        return self.tree.follow(f"/{self._strip_protocol(path)}", IN_PROCESS)
+        return self.tree.follow(_tree_path(self._strip_protocol(path)), IN_PROCESS)
 
     def _own(self, path: str) -> str:
         """Return the tree's path of the name itself; links before it are followed."""
-        folder, name = posixpath.split(f"/{self._strip_protocol(path)}")
-        return posixpath.join(self._follow(folder), name)
+        return self._last_unfollowed(_tree_path(self._strip_protocol(path)))
+
+    def _removable(self, path: str) -> str:
+        """Return as `_own`; for a tinker path the checkpoint itself."""
+        name = self._strip_protocol(path)
+        place = _tree_path(name)
+        if _is_tinker_path(name, 3):
+            place = posixpath.dirname(place)
+        return self._last_unfollowed(place)
+
+    def _last_unfollowed(self, place: str) -> str:
+        directory, name = posixpath.split(place)
+        return posixpath.join(self.tree.follow(directory, IN_PROCESS), name)
 
     def _handle(self, path: str, flags: int) -> Handle:
         try:
@@ -225,10 +263,15 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
         self, fs: TinkerFileSystem, path: str, handle: Handle, mode: str, **kwargs: Any
     ) -> None:
         self._handle = handle
+        self._opened_by = os.getpid()
         size = _size(handle) if mode == "rb" else None
         super().__init__(fs, path, mode, size=size, **kwargs)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
+        if self._opened_by != os.getpid():
+            # What a parent opened has locks and connections that its threads may have held.
+            self._opened_by = os.getpid()
+            self._handle = self.fs.reopened(self.path, self._handle)
         return self._handle.read(end - start, start, IN_PROCESS)
 
     def _upload_chunk(self, final: bool = False) -> bool:
@@ -244,8 +287,28 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
         """Hand over what was written, and let go of the file."""
         was_closed = self.closed
         super().close()
-        if not was_closed:
+        if not was_closed and self._opened_by == os.getpid():
             self._handle.close()
+
+
+def _is_tinker_path(name: str, length: int) -> bool:
+    """Return whether a name without its protocol begins one, with as many parts."""
+    parts = name.strip("/").split("/")
+    return len(parts) == length and parts[0] not in ROOT.fixed and parts[1] in KINDS
+
+
+def _tree_path(name: str) -> str:
+    """Return the tree's path for a name without its protocol: its own, or a tinker path's."""
+    run_id, *rest = name.strip("/").split("/")
+    if not run_id or run_id in ROOT.fixed:
+        return f"/{name}"
+    if not rest or rest[0] not in KINDS:
+        return posixpath.join("/runs", run_id, *rest)
+    kind, *below = rest
+    checkpoints = f"/runs/{run_id}/checkpoints/{kind}"
+    if not below:
+        return checkpoints
+    return posixpath.join(checkpoints, below[0], "files", *below[1:])
 
 
 def _size(handle: Handle) -> int:

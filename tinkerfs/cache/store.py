@@ -12,6 +12,7 @@ import secrets
 import sqlite3
 import stat
 import threading
+import weakref
 from pathlib import Path
 
 from tinkerfs import errors
@@ -36,17 +37,54 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 )
 
 
+class _Forks:
+    """Keeps every thread out of SQLite while the process forks. Thread-safe.
+
+    SQLite has mutexes of the whole process. A child that inherits one that is locked waits for
+    ever when it opens a database of its own (https://www.sqlite.org/howtocorrupt.html, 2.6).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stores: weakref.WeakSet[Store] = weakref.WeakSet()  # guarded by _lock
+        self._held: list[Store] = []
+        os.register_at_fork(
+            before=self._acquire, after_in_parent=self._release, after_in_child=self._release
+        )
+
+    def add(self, store: "Store") -> None:
+        """Hold a store during forks from now on."""
+        with self._lock:
+            self._stores.add(store)
+
+    def _acquire(self) -> None:
+        self._lock.acquire()
+        self._held = list(self._stores)
+        for store in self._held:
+            store.lock.acquire()
+
+    def _release(self) -> None:
+        for store in self._held:
+            store.lock.release()
+        self._held = []
+        self._lock.release()
+
+
+_forks = _Forks()
+
+
 class Store:
     """Bytes by space and key, on disk. Use as a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _FILE_NAME
-        self._lock = threading.Lock()
-        self._connection: sqlite3.Connection | None = None  # guarded by _lock
+        self.lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None  # guarded by lock
         self._has_told = False
+        _forks.add(self)
 
     def __enter__(self) -> "Store":
-        with self._lock:
+        with self.lock:
             try:
                 try:
                     self._open()
@@ -61,14 +99,14 @@ class Store:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._lock:
+        with self.lock:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
 
     def get(self, space: str, key: str) -> bytes | None:
         """Return what is kept, None where nothing is or it cannot be read."""
-        with self._lock:
+        with self.lock:
             if self._connection is None:
                 return None
             try:
@@ -92,7 +130,7 @@ class Store:
     def listing(self, account: str, name: str) -> tuple[float, bytes] | None:
         """Return when a listing came, seconds since 1970, and its bytes; None for no such."""
         sql = "SELECT came_at, value FROM listings WHERE account = ? AND name = ?"
-        with self._lock:
+        with self.lock:
             if self._connection is None:
                 return None
             try:
@@ -125,7 +163,7 @@ class Store:
         )
 
     def _change(self, sql: str, values: tuple[object, ...]) -> None:
-        with self._lock:
+        with self.lock:
             if self._connection is None:
                 return
             try:
