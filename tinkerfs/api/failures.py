@@ -7,7 +7,7 @@ The one decision with judgement in it, whether a thing or a whole endpoint is mi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html import unescape
 
 from tinkerfs import errors
@@ -53,11 +53,11 @@ def missing_kind(
 
 
 #: What frameworks and proxies say of a route that they do not have: Starlette and Werkzeug, nginx,
-#: Go's net/http, Express, Rails.
+#: Go's net/http, Express, Rails. No part gives back what it matched: time stays linear.
 _GENERIC_WORDS = re.compile(
-    r"(?:error\W*)?(?:404\W*)?(?:page )?"
+    r"(?:error\W*+)?+(?:404\W*+)?+(?:page )?+"
     r"(?:not found|no such route|no route matches.*|cannot (?:get|post|put|delete) /.*"
-    r"|the requested url was not found on (?:the|this) server.*)?\W*",
+    r"|the requested url was not found on (?:the|this) server.*)?+\W*+",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -157,6 +157,10 @@ def server_words(status: int, content_type: str, body: bytes) -> str:
     return errors.redact(words) or _PHRASES.get(status, f"status {status}, without a word")
 
 
+#: How much of an error is looked at, bytes or characters: people see 500 of them.
+_MAX_WORDS = 20_000
+
+
 def _plain_words(body: bytes) -> str:
     """Return the words of a JSON or plain-text error body."""
     try:
@@ -170,30 +174,37 @@ def _plain_words(body: bytes) -> str:
     return _as_text(body) if fields else ""
 
 
-def _words_of(value: object) -> str:
+#: How deep the words of an error are looked for: a validation error is a list of objects.
+_MAX_DEPTH = 8
+
+
+def _words_of(value: object, depth: int = 0) -> str:
     """Return the words in a `detail`: a string, a list of validation errors, or an object."""
     if isinstance(value, str):
-        return value.strip()
+        return value[:_MAX_WORDS].strip()
+    if depth >= _MAX_DEPTH:
+        return ""
     if isinstance(value, list):
-        return "; ".join(words for item in value[:5] if (words := _words_of(item)))
+        return "; ".join(words for item in value[:5] if (words := _words_of(item, depth + 1)))
     if isinstance(value, dict):
         words = next(
             (
                 w
                 for name in ("msg", "message", "detail", "error")
-                if (w := _words_of(value.get(name)))
+                if (w := _words_of(value.get(name), depth + 1))
             ),
             "",
         )
         place = value.get("loc")
         if words and isinstance(place, list) and place:
-            return ".".join(str(part) for part in place[:8]) + ": " + words
+            names = (str(part)[:100] for part in place[:8] if isinstance(part, str | int))
+            return ".".join(names) + ": " + words
         return words
     return ""
 
 
 def _as_text(body: bytes) -> str:
-    return body[:20_000].decode("utf-8", "replace")
+    return body[:_MAX_WORDS].decode("utf-8", "replace")
 
 
 def _is_html(content_type: str, body: bytes) -> bool:
@@ -201,14 +212,54 @@ def _is_html(content_type: str, body: bytes) -> bool:
     return "html" in content_type.lower() or start.startswith((b"<!doctype", b"<html", b"<?xml"))
 
 
-_TITLE = re.compile(r"<title[^>]*>(.*?)</title", re.IGNORECASE | re.DOTALL)
-_UNSEEN = re.compile(r"<(script|style|head)\b.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
-_TAG = re.compile(r"<[^>]*>")
+_TITLE = re.compile(r"<title[^>]{0,200}>", re.IGNORECASE)
+_TITLE_END = re.compile(r"</title", re.IGNORECASE)
+#: What begins a part of a page that is not shown -> what ends it.
+_UNSEEN = re.compile(r"<(script|style|head)\b|<(!--)", re.IGNORECASE)
+_UNSEEN_ENDS = {
+    "script": re.compile(r"</script\b", re.IGNORECASE),
+    "style": re.compile(r"</style\b", re.IGNORECASE),
+    "head": re.compile(r"</head\b", re.IGNORECASE),
+    "!--": re.compile(r"--"),
+}
+#: A reference to a character that no character has; `unescape` raises for one of 4,301 digits.
+_LONG_REFERENCE = re.compile(r"&#\d{9,}+;?")
 
 
 def _html_words(page: str) -> str:
     """Return a page's title, else its text."""
     title = _TITLE.search(page)
-    if title and (words := unescape(title.group(1)).strip()):
+    end = _TITLE_END.search(page, title.end()) if title else None
+    if title and end and (words := _unescaped(page[title.end() : end.start()]).strip()):
         return words
-    return unescape(_TAG.sub(" ", _UNSEEN.sub(" ", page)))
+    return _unescaped("".join(_seen(page)))
+
+
+def _unescaped(text: str) -> str:
+    return unescape(_LONG_REFERENCE.sub(" ", text))
+
+
+def _seen(page: str) -> Iterator[str]:
+    """Yield the text between the tags of a page.
+
+    In time in proportion to the page: no search goes on from where one like it has found nothing.
+    """
+    position = 0
+    endless: set[str] = set()
+    while (start := page.find("<", position)) >= 0:
+        yield page[position:start]
+        yield " "
+        position = start
+        unseen = _UNSEEN.match(page, start)
+        kind = unseen[unseen.lastindex or 0].lower() if unseen else ""
+        if unseen and kind not in endless:
+            end = _UNSEEN_ENDS[kind].search(page, unseen.end())
+            if end:
+                position = end.end()
+            else:
+                endless.add(kind)
+        position = page.find(">", position) + 1
+        if not position:
+            yield page[start:]
+            return
+    yield page[position:]

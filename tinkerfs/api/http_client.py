@@ -24,6 +24,9 @@ __all__ = ["Answer", "ExchangeError", "HttpClient"]
 
 CONNECT_TIMEOUT_S = 5.0
 
+#: How much of the body of an error is read at least, bytes.
+MAX_ERROR_BYTES = 1 << 20
+
 #: The content codings that are decoded. One at a time: of three over each other, 288 bytes are 3 GB
 #: before any bound on the decoded body can apply (RFC 9110, 8.4 allows any number).
 _CODINGS = frozenset({"", "identity", "gzip", "deflate"})
@@ -174,6 +177,8 @@ class HttpClient:
         body = bytearray()
         for chunk in response.iter_bytes():
             body += chunk
+            if response.status_code >= 400 and len(body) > MAX_ERROR_BYTES:
+                break  # what it says is said by now; its connection is closed
             if len(body) > self._max_body_bytes:
                 message = f"{self._host} sent more than {self._max_body_bytes >> 20} MiB"
                 raise _final(errors.ProtocolError(message, endpoint=label))

@@ -18,6 +18,8 @@ _ISO = re.compile(
     r"\s*(?:([Zz]|UTC|GMT)|([+-])(\d\d)(?::?(\d\d))?)?)?\s*",
     re.ASCII,
 )
+#: Longer text is not read: `_ISO` tries each way to share out a run of spaces.
+_MAX_LENGTH = 100
 _EPOCH = datetime(1970, 1, 1)
 _EPOCH_DAY = date(1970, 1, 1).toordinal()
 #: Up to whole seconds, and up to microseconds.
@@ -84,7 +86,7 @@ def _usual_ns(text: str) -> int | None:
 
 
 def _any_iso_ns(text: str) -> int | None:
-    match = _ISO.fullmatch(text)
+    match = _ISO.fullmatch(text) if len(text) <= _MAX_LENGTH else None
     if match is None:
         return None
     year, month, day, hour, minute, second, fraction, _, sign, zone_hour, zone_minute = (
@@ -109,7 +111,7 @@ def _any_iso_ns(text: str) -> int | None:
 def parse_http_date_s(text: str) -> float | None:
     """Return an HTTP date (RFC 9110, 5.6.7) in seconds since 1970, None where it is none."""
     try:
-        when = parsedate_to_datetime(text)
+        when = parsedate_to_datetime(text[:_MAX_LENGTH])
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):
         return None

@@ -133,3 +133,64 @@ def test_words_hold_no_secrets_and_no_pages():
     assert "tml-abc" not in words
     assert "sig" not in words
     assert len(words) <= 500
+
+
+#: Pages and messages that expressions with a choice may take quadratic time for.
+SLOW = {
+    "tags": b"<" * 20_000,
+    "titles": b"<title>" * 3_000,
+    "unclosed titles": b"<title " * 3_000,
+    "scripts": b"<script>" * 2_500,
+    "styles": b"<style " * 2_900,
+    "heads": b"<head>" * 3_300,
+    "comments": b"<!--" * 5_000,
+    "closed by another": b"<script></style>" * 1_250,
+    "references": b"<p>" + b"&#" * 10_000,
+}
+SLOW_WORDS = {
+    "punctuation": b"error" + b"!" * 19_000 + b"x",
+    "numbers": b"404" + b"!" * 19_000 + b"x",
+    "routes": b"no route matches " * 1_100,
+    "URLs": b"http://" * 2_800,
+    "logins": b"https://a@" * 2_000,
+    "keys": b"eyJ-" * 5_000,
+    "tokens": b"tml-eyJ." * 2_500,
+    "parameters": b"a=" * 10_000,
+}
+
+
+@pytest.mark.parametrize("body", [*SLOW.values(), *SLOW_WORDS.values()], ids=[*SLOW, *SLOW_WORDS])
+def test_error_of_any_text_is_read_in_linear_time(body):
+    """Sixty times, because quadratic time was up to 2 s each: more than a test may take."""
+    bodies = (b"<html>" + body, json.dumps({"detail": body.decode()}).encode())
+    for _ in range(60):
+        for each in bodies:
+            assert server_words(502, "", each)
+            is_generic("", each)
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        (b"<html>a<!-- b <p> --> c", "a c"),
+        (b"<html><head>x</head>a<HEAD>b</head >c", "a c"),
+        (b"<html><header>a</header>", "a"),
+        (b"<html>a<style>b</style>c<style>d", "a c d"),
+        (b"<html>1 < 2", "1 < 2"),
+        (b"<html><title></title>a", "a"),
+        (b"<html><title>a", "a"),
+        (b"<html>&lt;a&#62; &#" + b"9" * 5_000 + b"; b &#x" + b"9" * 5_000 + b";", "<a> b"),
+    ],
+)
+def test_page_gives_its_visible_text(page, words):
+    assert server_words(500, "", page).rstrip("\ufffd ") == words
+
+
+def test_words_deep_within_an_error_are_ignored():
+    detail: object = "here"
+    for _ in range(900):
+        detail = [detail]
+    body = json.dumps({"detail": detail, "loc": detail})
+    assert server_words(500, JSON, body.encode())
+    deep = {"detail": {"msg": "bad", "loc": [[detail], "field", 3]}}
+    assert server_words(422, JSON, json.dumps(deep).encode()) == "field.3: bad"

@@ -141,6 +141,14 @@ def test_coding_that_was_asked_for_is_decoded(hostile, client_of, coding):
     assert hostile.received[0].header("accept-encoding") == [b"gzip"]
 
 
+def test_error_without_end_is_read_as_far_as_needed(hostile, client_of):
+    head = b"HTTP/1.1 404 X\r\nTransfer-Encoding: chunked\r\nContent-Type: text/plain\r\n\r\n"
+    hostile.on(RUNS, head, endless(b"100000\r\n" + b"not here " * 116508 + b"!!!!\r\n"))
+    with pytest.raises(errors.NotFound, match="not here not here"):
+        client_of(hostile, timeout_s=60.0).all_training_runs()
+    hostile.journal.wait_until_idle()
+
+
 # --- idle connections ----------------------------------------------------------------------------
 
 

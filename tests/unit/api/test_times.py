@@ -126,3 +126,11 @@ def test_http_dates():
 )
 def test_what_the_server_asks_to_wait(headers, wait_s):
     assert parse_retry_after_s(headers, 1795429230.0) == wait_s
+
+
+def test_time_with_a_long_run_of_spaces_is_not_read():
+    """So long that quadratic time would exceed the time-out of a test."""
+    spaces = " " * 300_000
+    for text in (f"2024-01-01T00:00:00{spaces}x", f"2024-01-01{spaces}", f"{spaces}2024-01-01"):
+        assert parse_time_ns(text) is None
+        assert parse_http_date_s(text) is None
