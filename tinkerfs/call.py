@@ -35,12 +35,15 @@ class Caller:
     Attributes:
         pid: thread id as the kernel gives it; 0 where it is in another pid namespace.
         uid: its user.
-        group: its process group; 0 where that cannot be told: all such callers count as one.
+        group: its process group; -1 - uid where the kernel does not give it, so that callers from
+            another pid namespace are one group for each user.
+        process: its process; 0 where the kernel does not give it: a group then counts as one.
     """
 
     pid: int
     uid: int
     group: int
+    process: int = 0
 
     def command(self) -> str:
         """Return the caller's command name, "?" where it is gone."""
@@ -57,7 +60,18 @@ class Caller:
             group = os.getpgid(pid) if pid > 0 else 0
         except OSError:
             group = 0
-        return cls(pid, uid, group)
+        if group <= 0:
+            return cls(pid, uid, -1 - uid)
+        return cls(pid, uid, group, pid if group == pid else _process_of(pid))
+
+
+def _process_of(thread: int) -> int:
+    """Return the process of a thread; the thread itself where proc(5) does not show it."""
+    try:
+        with open(f"/proc/{thread}/status", "rb") as status:
+            return int(status.read().partition(b"\nTgid:")[2].split(None, 1)[0])
+    except (OSError, IndexError, ValueError):
+        return thread
 
 
 @dataclass(slots=True, eq=False)

@@ -46,6 +46,8 @@ _PROBES = frozenset(
         "desktop.ini",
         # Version control; git asks whether each folder is a bare repository.
         ".git",
+        ".gitattributes",
+        ".gitmodules",
         ".hg",
         ".svn",
         "HEAD",

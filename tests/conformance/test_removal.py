@@ -123,20 +123,74 @@ def test_a_refusal_of_the_server_is_told_and_brings_everything_back(world, statu
     assert world.driver.remove(f"rmtree {place}") == ["OK"]
 
 
+def test_unlinked_names_are_hidden_from_their_group_alone(world):
+    run = world.new_run("weights/1")
+    place = f"{run}/checkpoints/weights/1"
+    steps = [f"unlink {place}/info.json", f"unlink {place}/published", f"listdir {place}"]
+    left = [name for name in FILES if name not in ("info.json", "published")]
+    assert world.driver.remove(*steps) == ["OK", "OK", " ".join(left)]
+    if world.driver.kind != "fsspec":  # whose group is this process's own
+        assert world.driver.listdir(place) == FILES
+    assert deletes(world.server) == 0
+
+
+def test_rmdir_of_what_another_group_emptied_is_enotempty(world):
+    run = world.new_run("weights/1")
+    place = f"{run}/checkpoints/weights/1"
+    emptied = world.driver.remove(*(f"unlink {place}/{name}" for name in FILES))
+    assert emptied == ["OK"] * len(FILES)
+    # Of fsspec another remover is the same group, a minute later.
+    assert world.driver.remove(f"rmdir {place}") == ["ENOTEMPTY"]
+    assert deletes(world.server) == 0
+    assert world.driver.remove(f"rmtree {place}") == ["OK"]
+
+
 def test_what_was_unlinked_is_back_after_a_minute(world):
     if world.is_kernel:
         return  # whose clock is the machine's
     run = world.new_run("weights/1")
     place = f"{run}/checkpoints/weights/1"
-    steps = [f"unlink {place}/info.json", f"unlink {place}/published"]
-    assert world.driver.remove(*steps) == ["OK", "OK"]
-    left = [name for name in FILES if name not in ("info.json", "published")]
-    assert world.driver.listdir(place) == left
-    world.driver.time.advance(59)
-    left = [name for name in FILES if name not in ("info.json", "published")]
-    assert world.driver.listdir(place) == left
-    world.driver.time.advance(2)
-    assert world.driver.listdir(place) == FILES
+    left = " ".join(name for name in FILES if name not in ("info.json", "published"))
+    steps = [f"unlink {place}/info.json", f"unlink {place}/published", f"listdir {place}"]
+    later = ["advance 59", f"listdir {place}", "advance 2", f"listdir {place}"]
+    outcomes = world.driver.remove(*steps, *later)
+    assert outcomes == ["OK", "OK", left, "OK", left, "OK", " ".join(FILES)]
+    assert deletes(world.server) == 0
+
+
+LINKS = ("archive_url", "files", "archive.tar", "tensors.json")
+
+
+def test_what_copied_a_checkpoint_may_not_remove_it(world):
+    if world.driver.kind == "fsspec":
+        return  # it follows links, and so copies the weights
+    run = world.new_run("weights/1", "weights/2")
+    place = f"{run}/checkpoints/weights/1"
+    steps = [f"read{'link' * (name in LINKS)} {place}/{name}" for name in FILES]
+    removal = [f"rmtree {place}", f"unlink {place}/files", f"rmdir {place}", f"listdir {place}"]
+    outcomes = world.driver.remove(*steps, *removal)
+    assert outcomes == ["OK"] * len(FILES) + ["EPERM"] * 3 + [" ".join(FILES)]
+    assert "tinkerfs get PATH DEST, then rm -r PATH" in world.errors()
+    assert deletes(world.server) == 0
+    # What looked at a part of it may, and so may another group.
+    some = [step for step in steps if "info.json" not in step]
+    assert world.driver.remove(*some, f"rmtree {place}")[-1] == "OK"
+
+
+def test_what_moves_file_by_file_removes_nothing(world):
+    if world.driver.kind == "fsspec":
+        return
+    run = world.new_run("weights/1")
+    place = f"{run}/checkpoints/weights/1"
+    steps = [
+        f"{verb} {place}/{name}"
+        for name in ("info.json", "published")
+        for verb in ("read", "unlink")
+    ]
+    assert world.driver.remove(*steps, f"listdir {place}") == [
+        *["OK", "OK", "OK", "EPERM"],
+        " ".join(FILES),
+    ]
     assert deletes(world.server) == 0
 
 

@@ -53,12 +53,18 @@ ACCIDENTS = {
     "busybox find -exec": "busybox find $MNT -exec busybox rm -rf {} \\;",
     "busybox xargs": "busybox find $MNT/runs | busybox xargs -n1 busybox rm -rf",
     "rsync --remove-source-files": "rsync -a --remove-source-files $MNT/runs/ $OUT/copy/",
+    "git clean mount": (
+        "git init -q $OUT/r && git --git-dir=$OUT/r/.git --work-tree=$MNT clean -ffdxq"
+    ),
+    "git clean runs": (
+        "git init -q $OUT/r && git --git-dir=$OUT/r/.git --work-tree=$MNT/runs clean -ffdxq"
+    ),
     "mv run": "mv $RUN $OUT/moved",
     "mv runs": "mv $MNT/runs $OUT/moved",
 }
 
 
-TOOLS = ("busybox", "dash", "perl", "rsync")
+TOOLS = ("busybox", "dash", "git", "perl", "rsync")
 
 #: They end well whatever happened, or say so in words alone.
 SILENT = ("rmtree", "perl", "loop", "-exec", "rmdir")
@@ -242,11 +248,26 @@ def test_a_bare_rmdir_is_enotempty_and_no_refusal(spare):
 def test_unlinking_alone_only_hides(spare):
     run = spare.new_run("weights/1")
     place = f"{run}/checkpoints/weights/1"
-    assert spare.sh(f"rm {place}/info.json").returncode == 0
-    assert "info.json" not in spare.sh(f"ls {place}").stdout
-    assert spare.sh(f"cat {place}/info.json").returncode == 1
+    done = spare.sh(f"rm {place}/info.json; ls {place}; cat {place}/info.json")
+    assert "info.json" not in done.stdout
+    assert "No such file or directory" in done.stderr
+    assert "info.json" in spare.sh(f"ls {place}").stdout, "another group sees all"
     assert spare.sh(f"cat {place}/tinker_path").stdout.endswith("/weights/1\n")
     assert deletes(spare.server) == 0
+
+
+@pytest.mark.parametrize(
+    "later", ["find $CK -type d -empty -delete", "rmdir $CK/weights/1", "rmdir -p $CK/weights/1"]
+)
+def test_what_one_command_emptied_another_does_not_delete(spare, later):
+    run = spare.new_run("weights/1", "weights/2")
+    words = f"CK={quoted(run + '/checkpoints')}\n"
+    assert spare.sh(words + "rm $CK/weights/1/*").returncode == 0
+    spare.sh(words + later)
+    assert deletes(spare.server) == 0
+    assert spare.checkpoint_ids(run) == {"weights/1", "weights/2"}
+    assert spare.sh(words + "rm $CK/weights/1/*; rmdir $CK/weights/1").returncode == 0
+    assert spare.checkpoint_ids(run) == {"weights/2"}
 
 
 def test_a_file_that_is_open_while_it_is_removed_reads_on(spare):

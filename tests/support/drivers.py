@@ -75,17 +75,19 @@ class Driver(Protocol):
     def write(self, path: str, data: bytes) -> None: ...
     def create(self, path: str) -> None: ...
     def remove(self, *steps: str) -> list[str]:
-        """Do each of `unlink PATH`, `rmdir PATH` and `rmtree PATH` as one process group that was
-        not here before; return OK or the errno's name of each."""
+        """Do each of `unlink PATH`, `rmdir PATH`, `rmtree PATH`, `read PATH`, `readlink PATH` and
+        `listdir PATH` as one process group that was not here before; return OK or the errno's name
+        of each, of `listdir` the names with a space between. Where there is a `time`, `advance
+        SECONDS` turns it."""
 
 
 def outcome_of(work):
-    """Run it; return OK or the name of the errno."""
+    """Run it; return what it returns if that is text, else OK, or the name of the errno."""
     try:
-        work()
+        result = work()
     except OSError as error:
         return errors.name_of(error)
-    return OK
+    return result if isinstance(result, str) else OK
 
 
 class InProcess:
@@ -151,11 +153,19 @@ class InProcess:
 
     def _remove(self, step, call):
         verb, _, path = step.partition(" ")
+        if verb == "advance":
+            self.time.advance(float(path))
+            return None
         place = self._own(path)
         if verb == "rmtree":
             self._rmtree(place, call)
+        elif verb == "listdir":
+            return " ".join(entry.name for entry in self.filesystem.listdir(place, call))
+        elif verb == "read":
+            self.filesystem.open(place, os.O_RDONLY, call).close()
         else:
             getattr(self.filesystem, verb)(place, call)
+        return None
 
     def _rmtree(self, place, call):
         for entry in self.filesystem.listdir(place, call):
@@ -216,23 +226,38 @@ class Fsspec:
 
     def _remove(self, step):
         verb, _, path = step.partition(" ")
-        if verb == "rmtree":
+        if verb == "advance":
+            self.time.advance(float(path))
+        elif verb == "rmtree":
             self.fs.rm(f"tinker://{path}", recursive=True)
         elif verb == "rmdir":
             self.fs.rmdir(f"tinker://{path}")
+        elif verb == "listdir":
+            return " ".join(self.listdir(path))
+        elif verb == "read":
+            self.read(path)
+        elif verb == "readlink":
+            self.readlink(path)
         else:
             self.fs.rm_file(f"tinker://{path}")
+        return None
 
 
 _REMOVER = """
 import errno, json, os, shutil, sys
+verbs = {
+    "unlink": os.unlink,
+    "rmdir": os.rmdir,
+    "rmtree": shutil.rmtree,
+    "read": lambda path: open(path).close(),
+    "readlink": lambda path: os.readlink(path) and None,
+    "listdir": lambda path: " ".join(os.listdir(path)),
+}
 for verb, path in json.load(sys.stdin):
     try:
-        {"unlink": os.unlink, "rmdir": os.rmdir, "rmtree": shutil.rmtree}[verb](path)
+        print(verbs[verb](path) or "OK")
     except OSError as error:
         print(errno.errorcode[error.errno])
-    else:
-        print("OK")
 """
 
 
@@ -293,7 +318,7 @@ class KernelMount:
             start_new_session=True,
             timeout=60,
         )
-        return done.stdout.split()
+        return done.stdout.splitlines()
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import stat
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 from tinkerfs import errors
 from tinkerfs.call import Call, Lease
@@ -87,6 +88,12 @@ class MemoryFileSystem:
     changes: int = 0
     #: Of folders, by path.
     listings: dict[str, Listing] = field(default_factory=dict)
+    #: Told of what the adapter does without asking here.
+    guard: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(
+            on_open=lambda *_call: None, on_readlink=lambda *_call: None
+        )
+    )
 
     def holds(self, lease: Lease, epoch: int) -> bool:
         return bool(epoch) and epoch == self.epoch and lease.holds(0.0)

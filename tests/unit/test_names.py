@@ -109,7 +109,15 @@ def test_what_encode_never_returns_is_refused(file_name):
 def test_software_probes():
     for name in [".git", ".Trash-1000", "._x", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden"]:
         assert names.is_software_probe(name)
-    for name in ["HEAD", ".gitignore", ".ignore", ".rgignore", ".fdignore", "index.html"]:
+    for name in [
+        "HEAD",
+        ".gitignore",
+        ".gitattributes",
+        ".ignore",
+        ".rgignore",
+        ".fdignore",
+        "index.html",
+    ]:
         assert names.is_software_probe(name)
     for name in ["git", "info.json", ".tinkerfs", ".content", "latest"]:
         assert not names.is_software_probe(name)

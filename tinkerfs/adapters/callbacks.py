@@ -160,9 +160,12 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     def readlink(path: bytes, buffer: int, size: int) -> int:
         _known, entry = known_beside(path)
         target = None if entry is None else entry.target
-        if target is None:
+        decoded = path.decode("utf-8", "surrogateescape")
+        if target is not None:
+            operations.on_readlink(decoded)
+        else:
             try:
-                target = operations.readlink(path.decode("utf-8", "surrogateescape"))
+                target = operations.readlink(decoded)
             except OSError as error:
                 return _refusal(error)
         text = target.encode("utf-8", "surrogateescape")[: size - 1] + b"\0"
@@ -173,7 +176,9 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         fields = file_info(info)
         is_plain = not fields.flags & _NOT_PLAIN
         file = files.get(path) if is_plain else None
-        if file is None:
+        if file is not None:
+            operations.on_open(file.path)
+        else:
             lease = Lease() if is_plain and files.is_asked_again(path) else None
             epoch = operations.epoch
             try:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec
 from msgspec.structs import replace
 
 from tinkerfs import errors
+from tinkerfs.adapters.callers import Callers
 from tinkerfs.adapters.lookers import Lookers
 from tinkerfs.call import Call, Caller, Lease
 from tinkerfs.tree.node import DOTS, Attr, Entry, Handle, dots
@@ -174,6 +175,7 @@ class Operations:
         self._files: dict[int, Opened] = {}
         self._folders: dict[int, OpenedFolder] = {}
         self._lookers = Lookers()
+        self._callers = Callers()
 
     @property
     def is_stopping(self) -> bool:
@@ -185,7 +187,7 @@ class Operations:
 
     def _caller(self) -> Caller:
         uid, _gid, pid = self._requests.context()
-        return Caller.from_ids(pid, uid)
+        return self._callers.get(pid, uid)
 
     def _file(self, fh: int) -> Opened:
         try:
@@ -252,6 +254,14 @@ class Operations:
     def readlink(self, path: str) -> str:
         """Answer readlink."""
         return self._filesystem.readlink(path, self._lookup)
+
+    def on_readlink(self, path: str) -> None:
+        """Record that a link is read without `readlink`."""
+        self._filesystem.guard.on_readlink(path, self._caller)
+
+    def on_open(self, path: str) -> None:
+        """Record that a file is opened to be read without `open`."""
+        self._filesystem.guard.on_open(path, 0, self._caller)
 
     def known(self, path: str) -> "Listing | None":
         """As `FileSystem.known`; never where each operation is to be logged."""

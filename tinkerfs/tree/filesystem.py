@@ -19,14 +19,14 @@ from tinkerfs import errors
 from tinkerfs.cache.eviction import free_bytes
 from tinkerfs.call import Call, Lease
 from tinkerfs.tree.bounds import Bounds
+from tinkerfs.tree.deletion_guard import DeletionGuard
 from tinkerfs.tree.handles import RenderedHandle, Versions, WeightsHandle
 from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.listings import Listing, Listings
 from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
 from tinkerfs.tree.nodes import Node, Nodes, is_checkpoint
-from tinkerfs.tree.removal import Removals
 from tinkerfs.tree.renderings import Renderings
-from tinkerfs.tree.rows import Control, File, Folder, Link, Model, Removal, Row, Site, Stream
+from tinkerfs.tree.rows import Control, File, Folder, Link, Model, Row, Site, Stream
 from tinkerfs.tree.scan import Scan
 
 __all__ = ["FileSystem"]
@@ -51,8 +51,9 @@ class FileSystem:
         settings = model.settings
         self._model = model
         self._cache_dir = cache_dir
-        self._removals = Removals(model.clock)
-        self._nodes = Nodes(ROOT, model, self._removals)
+        #: Also told of what an adapter does without asking here.
+        self.guard = DeletionGuard(model.clock, model.settings)
+        self._nodes = Nodes(ROOT, model, self.guard.removals)
         self._renderings = Renderings(model.clock)
         self._listings = Listings(model)
         self._uid = os.getuid() if settings.uid is None else settings.uid
@@ -71,13 +72,13 @@ class FileSystem:
     @property
     def changes(self) -> int:
         """A number that becomes another one with each change that is made here."""
-        return self._model.catalogue.amendments + self._removals.hides
+        return self._model.catalogue.amendments + self.guard.removals.hides
 
     def holds(self, lease: Lease, epoch: int) -> bool:
         """Tell whether what a look told, with this lease since this epoch, holds still."""
         return (
             epoch == self._model.catalogue.epoch
-            and not self._removals.is_anything_hidden
+            and not self.guard.removals.is_anything_hidden
             and lease.holds(self._model.clock.monotonic())
         )
 
@@ -98,10 +99,10 @@ class FileSystem:
 
     def known(self, path: str) -> Listing | None:
         """Return what a folder holds where that was listed before and holds still."""
-        return None if self._removals.is_anything_hidden else self._listings.kept(path)
+        return None if self.guard.removals.is_anything_hidden else self._listings.kept(path)
 
     def _known_entry(self, path: str, call: Call) -> Entry | None:
-        return None if self._removals.is_anything_hidden else self._listings.entry(path, call)
+        return None if self.guard.removals.is_anything_hidden else self._listings.entry(path, call)
 
     def listdir(self, path: str, call: Call) -> tuple[Entry, ...]:
         """Return what a folder holds, without `.` and `..`, in the table's order."""
@@ -113,6 +114,7 @@ class FileSystem:
         Where a listing takes the server a while its first part will do; what cannot be listed at
         all fails here, what breaks off later fails where it does.
         """
+        self.guard.on_list(path, call.caller)
         known = self.known(path)
         if known is not None:
             return Scan(known.entries, listing=known)
@@ -123,7 +125,7 @@ class FileSystem:
                 raise errors.not_a_directory(path)
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "list")
-        if self._removals.is_anything_hidden:
+        if self.guard.removals.is_anything_hidden:
             scan = Scan(more=lambda: self._entries(folder, call))
         else:
             scan = self._listings.scan(folder, call, self._entries, epoch)
@@ -132,6 +134,10 @@ class FileSystem:
 
     def readlink(self, path: str, call: Call) -> str:
         """Return where a symbolic link points, relative to its folder."""
+        self.guard.on_readlink(path, call.caller)
+        return self._readlink(path, call)
+
+    def _readlink(self, path: str, call: Call) -> str:
         entry = self._known_entry(path, call)
         if entry is not None and entry.target is not None:
             return entry.target
@@ -160,7 +166,7 @@ class FileSystem:
                 links += 1
                 if links > _MAX_LINKS:
                     raise errors.not_a_link(path)
-                pending = [p for p in self.readlink(done, call).split("/") if p] + pending
+                pending = [p for p in self._readlink(done, call).split("/") if p] + pending
                 done = posixpath.dirname(done)
         return done
 
@@ -201,7 +207,7 @@ class FileSystem:
             if isinstance(row, Link):
                 raise errors.not_a_file(path)
             if is_for_writing:
-                self._check_writable(path, row)
+                self.guard.check_open_to_write(node, call.caller)
             elif flags & os.O_NOATIME and _is_resolved_by_open(row):
                 # GIO, and so Thunar, Nautilus or `gio info`, opens what has no known ending with
                 # this flag to name its type. No archive is built for an icon; on any errno but
@@ -212,6 +218,8 @@ class FileSystem:
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "open")
         try:
+            if is_for_reading:
+                self.guard.on_open(path, flags, call.caller)
             data = self._rendering(node, call) if is_for_reading else None
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "read")
@@ -244,18 +252,15 @@ class FileSystem:
     def set_attributes(self, path: str, call: Call) -> None:
         """Accept chmod, chown and utimens of a control, changing nothing; refuse anything else."""
         with self._telling(path, "change attributes"):
-            self._check_writable(path, self._nodes.resolve(path, call).row)
+            self.guard.check_writable(self._nodes.resolve(path, call))
 
     def create(self, path: str, call: Call) -> None:
         """Refuse to make, rename or link anything: EPERM, or EROFS on a read-only mount."""
         with self._telling(path, "create"):
             if self._model.settings.read_only:
                 raise errors.read_only(path)
-            # mv and install unlink what they mean to replace: that was no start of a removal.
             folder = self._nodes.resolve(posixpath.dirname(path), call)
-            if is_checkpoint(folder):
-                self._removals.restore(folder.subject.key)
-            raise errors.not_permitted(path, "nothing can be created, renamed or linked here")
+            raise self.guard.refuse_new(folder, path, call.caller)
 
     # Extended attributes.
 
@@ -300,15 +305,11 @@ class FileSystem:
     def unlink(self, path: str, call: Call) -> None:
         """Hide a generated file of a checkpoint's folder; refuse to remove any other."""
         with self._telling(path, "unlink"):
-            group = self._removing_group(path, call)
+            caller = self.guard.check_removal(path, call.caller)
             node = self._nodes.resolve(path, call)
             if isinstance(node.row, Folder):
                 raise errors.is_a_directory(path)
-            folder = node.parent
-            assert folder is not None
-            if not is_checkpoint(folder):
-                raise self._removals.refuse(group, path)
-            self._removals.hide(folder.subject.key, node.row.name)
+            self.guard.unlink(node, caller)
 
     def rmdir(self, path: str, call: Call) -> None:
         """Delete the checkpoint whose folder shows no file any more.
@@ -318,26 +319,16 @@ class FileSystem:
                 the API's delete raises, after which all its files are back.
         """
         with self._telling(path, "rmdir"):
-            group = self._removing_group(path, call)
+            caller = self.guard.check_removal(path, call.caller)
             node = self._nodes.resolve(path, call)
             if not isinstance(node.row, Folder):
                 raise errors.not_a_directory(path)
-            if node.row.removal is Removal.NEVER:
-                raise self._removals.refuse(group, path)
+            self.guard.check_rmdir(node, caller)
             if any(True for _child in self._nodes.children(node, call)):
                 raise errors.not_empty(path, "it still shows something; rm -r removes that first")
             if is_checkpoint(node):
-                try:
+                with self.guard.deleting(node, caller):
                     self._model.mutations.delete(node.subject, path, call)
-                finally:
-                    self._removals.restore(node.subject.key)
-
-    def _removing_group(self, path: str, call: Call) -> int:
-        if self._model.settings.read_only:
-            raise errors.read_only(path)
-        group = call.caller().group
-        self._removals.check(group, path)
-        return group
 
     # Attributes and bytes.
 
@@ -347,7 +338,7 @@ class FileSystem:
             for name, node in self._nodes.children(folder, call):
                 row = node.row
                 if isinstance(row, File) and row.is_costly and not self._renderings.has(node):
-                    yield Entry(name, inode(node.path), self._file_mode(row), None)
+                    yield Entry(name, _inode(node), self._file_mode(row), None)
                 else:
                     target = self._target(node, call) if isinstance(row, Link) else None
                     attr = self._attr(node, call, mtime_ns, target)
@@ -385,7 +376,7 @@ class FileSystem:
             mtime_ns = folder_ns
         else:
             mtime_ns = self._mtime_ns(node, call)
-        ino = inode(node.path)
+        ino = _inode(node)
         return Attr(mode, size_bytes, mtime_ns, ino, nlink, self._uid, self._gid)
 
     def _size_bytes(self, node: Node, row: File | Stream | Control, call: Call) -> int:
@@ -441,17 +432,10 @@ class FileSystem:
     def _store(self, node: Node, text: str, call: Call) -> None:
         assert isinstance(node.row, Control)
         with self._telling(node.path, "write"):
+            self.guard.check_control_write(node, call.caller)
             node.row.store(self._nodes.site(node, call), text)
 
     # Refusing and telling.
-
-    def _check_writable(self, path: str, row: File | Stream | Control | Link | Folder) -> None:
-        if self._model.settings.read_only:
-            raise errors.read_only(path)
-        if not isinstance(row, Control):
-            raise errors.not_permitted(
-                path, "only published, expires_at and refresh are written to"
-            )
 
     @contextmanager
     def _telling(self, path: str, operation: str) -> Iterator[None]:
@@ -478,6 +462,10 @@ def _is_resolved_by_open(row: File | Stream | Control) -> bool:
     if isinstance(row, Stream):
         return row.is_exact is not None
     return isinstance(row, File) and row.told_bytes is not None
+
+
+def _inode(node: Node) -> int:
+    return inode(node.path, is_last=isinstance(node.row, Control))
 
 
 def _relative(target: str, link: str) -> str:

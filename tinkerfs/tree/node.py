@@ -133,7 +133,13 @@ def dots(path: str) -> tuple[Entry, Entry]:
     )
 
 
-def inode(path: str) -> int:
-    """Return the inode number of a path: 63 bits of a hash, never 0 or 1 (FUSE's root)."""
+def inode(path: str, *, is_last: bool = False) -> int:
+    """Return the inode number of a path: 62 bits of a hash, never 0 or 1 (FUSE's root).
+
+    Args:
+        path: from the mount's root.
+        is_last: give a number above all others. coreutils copies a directory in the order of the
+            numbers, and so meets what it may not write before a file whose writes act.
+    """
     digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return max(int.from_bytes(digest, "big") >> 1, 2)
+    return max(int.from_bytes(digest, "big") >> 2, 2) | (is_last << 62)

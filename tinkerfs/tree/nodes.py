@@ -172,7 +172,8 @@ class Nodes:
         return (
             folder is None
             or not is_checkpoint(folder)
-            or row.name not in self._removals.hidden(folder.subject.key)
+            or not self._removals.is_hidden_in(folder.path)
+            or row.name not in self._removals.hidden(folder.path, call.caller().group)
         )
 
 

@@ -256,6 +256,19 @@ def test_only_what_is_opened_to_be_read_is_opened_once(libfuse, monkeypatch):
     assert opened == [os.O_RDWR] * 4
 
 
+def test_the_guard_hears_of_what_is_answered_without_it(libfuse, monkeypatch):
+    libfuse.filesystem.epoch, heard = 1, []
+    for name in ("on_open", "on_readlink"):
+        monkeypatch.setattr(
+            libfuse.filesystem.guard, name, lambda path, *rest: heard.append((path, rest[-1]().pid))
+        )
+    for _ in range(3):  # of which the third is opened without the file system
+        libfuse.bytes(b"/cached-1048576")
+    libfuse.listed(b"/many", 1000, 1)
+    libfuse.target(b"/many/link")
+    assert heard == [("/cached-1048576", os.getpid()), ("/many/link", os.getpid())]
+
+
 def test_who_is_answered_again_looks_at_files_too(libfuse, monkeypatch):
     libfuse.filesystem.epoch = 1
     for path in (b"/hello", b"/folder", b"/none") * 2:

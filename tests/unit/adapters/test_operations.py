@@ -71,6 +71,8 @@ def test_a_misspelt_operation_cannot_hide(module, major):
         "known",
         "looked_at_file",
         "looks_at_files",
+        "on_open",
+        "on_readlink",
         "use_ns",
     }
     assert {name for name in ours if not hasattr(theirs, name)} == set()

@@ -22,6 +22,7 @@ from tinkerfs.demo.server import DemoServer
 from tinkerfs.tree import listings as listings_module
 from tinkerfs.tree import nodes as nodes_module
 from tinkerfs.tree import renderings as renderings_module
+from tinkerfs.tree.copy_tracker import CopyTracker
 from tinkerfs.tree.filesystem import FileSystem
 
 CALL = Call(timeout_s=30.0)
@@ -43,6 +44,12 @@ def account(tmp_path):
     """A server of two runs and a file system over it, whose clock the test turns."""
     with made(tmp_path) as account:
         yield account
+
+
+def unlink(filesystem, path):
+    """Unlink as a process that has copied nothing: this one reads all there is, and follows."""
+    filesystem.guard._copies = CopyTracker(filesystem._model.clock)
+    filesystem.unlink(path, CALL)
 
 
 class Account:
@@ -72,7 +79,8 @@ class Account:
     def anew(self):
         """A file system over the same model that has looked at nothing yet."""
         filesystem = FileSystem(self.filesystem._model, self.filesystem._cache_dir)
-        filesystem._removals = filesystem._nodes._removals = self.filesystem._removals
+        filesystem.guard = self.filesystem.guard
+        filesystem._nodes._removals = filesystem.guard.removals
         return filesystem
 
     # What may happen; each is a rule of the property below.
@@ -96,7 +104,7 @@ class Account:
 
     def unlink(self, index):
         run_id, name = self.checkpoint_id(index)
-        self.filesystem.unlink(f"/runs/{run_id}/checkpoints/{name}/tinker_path", CALL)
+        unlink(self.filesystem, f"/runs/{run_id}/checkpoints/{name}/tinker_path")
 
     def refresh(self, _index):
         self.filesystem.open("/.tinkerfs/refresh", 1, CALL).write(b"1", CALL)
@@ -278,23 +286,25 @@ def test_what_was_hidden_is_there_again_for_who_looked_meanwhile(account, monkey
 
     def hide_first(nodes, node, call):
         if node.row.name == "tinker_path":
-            libfuse.filesystem._removals.hide(node.parent.subject.key, "tinker_path")
+            libfuse.filesystem.guard.removals.hide(
+                node.parent.path, "tinker_path", call.caller().group
+            )
         return look(nodes, node, call)
 
     monkeypatch.setattr(nodes_module.Nodes, "_is_shown", hide_first)
     assert packed(libfuse, path.encode())[0] == -errno.ENOENT
     monkeypatch.undo()
-    for key in list(libfuse.filesystem._removals._tombstones):
-        libfuse.filesystem._removals.restore(key)
+    for key in list(libfuse.filesystem.guard.removals._tombstones):
+        libfuse.filesystem.guard.removals.restore(key)
     assert packed(libfuse, path.encode())[0] == 0
 
 
 def test_what_was_hidden_once_costs_other_paths_nothing_later(account):
     account.filesystem.stat(f"{account.checkpoint}/info.json", CALL)
-    account.filesystem.unlink(f"{account.checkpoint}/tinker_path", CALL)
-    assert account.filesystem._removals.is_anything_hidden
+    unlink(account.filesystem, f"{account.checkpoint}/tinker_path")
+    assert account.filesystem.guard.removals.is_anything_hidden
     account.time.advance(61)
-    assert not account.filesystem._removals.is_anything_hidden
+    assert not account.filesystem.guard.removals.is_anything_hidden
     assert account.filesystem.stat(f"{account.checkpoint}/tinker_path", CALL).size_bytes
 
 
@@ -344,7 +354,7 @@ def test_what_is_known_of_a_folder_ends_with_what_it_rests_on(account):
     account.settle()
     filesystem.listdir(folder, CALL)
     assert filesystem.known(folder) is not None
-    filesystem.unlink(f"{folder}/tinker_path", CALL)
+    unlink(filesystem, f"{folder}/tinker_path")
     assert filesystem.known(folder) is None, "something is hidden"
 
 
@@ -401,7 +411,7 @@ def test_what_is_hidden_is_hidden_in_kept_listings_too(account):
     folder = account.checkpoint
     account.filesystem.stat(f"{folder}/info.json", CALL)
     names = [entry.name for entry in account.filesystem.listdir(folder, CALL)]
-    account.filesystem.unlink(f"{folder}/tinker_path", CALL)
+    unlink(account.filesystem, f"{folder}/tinker_path")
     left = [entry.name for entry in account.filesystem.listdir(folder, CALL)]
     assert left == [name for name in names if name != "tinker_path"]
     account.time.advance(61)
