@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,6 +138,32 @@ class Steps:
         code = error_of(lambda: shutil.rmtree(place))
         assert code == (None if self.truth["deletes"] else errno.ENOTSUP), code
         assert place.exists() != self.truth["deletes"]
+        left = self.paths[: len(self.paths) - self.truth["deletes"]]
+        run_id = self.paths[-1].removeprefix("tinker://").partition("/")[0]
+        listed = [c["tinker_path"] for c in self.listed(run_id)]
+        assert sorted(listed) == sorted(p for p in left if p.startswith(f"tinker://{run_id}/"))
+
+    def refused_deletions(self) -> None:
+        """What the server refuses to delete it refuses as the embedded server does."""
+        for path, wanted in self.truth["refused_deletions"].items():
+            assert self.request("DELETE", path)[0] == wanted, path
+
+    def listed(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the checkpoints of a run as the server itself lists them."""
+        _status, body = self.request("GET", f"{run_id}/checkpoints")
+        found: list[dict[str, Any]] = json.loads(body)["checkpoints"]
+        return found
+
+    def request(self, method: str, path: str) -> tuple[int, bytes]:
+        """Ask the server itself about a run; return the status and the body."""
+        url = f"{self.truth['base_url']}/api/v1/training_runs/{path}"
+        request = urllib.request.Request(url, method=method, headers={"X-API-Key": "tml-interop"})
+        try:
+            with urllib.request.urlopen(request) as response:
+                return response.status, response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read()
 
 
 def error_of(act: Callable[[], Any]) -> int | None:
@@ -207,6 +234,7 @@ def try_server(name: str, script: str, python: str) -> int:
                 *([steps.archives] * bool(truth["archives"])),
                 steps.lacks,
                 steps.removal,
+                *([steps.refused_deletions] * bool(truth.get("refused_deletions"))),
             ):
                 started = time.monotonic()
                 try:

@@ -3,8 +3,9 @@
 Run inside SkyRL's environment, by interop_mount.py. Prints one line of JSON, where it is and what
 it has, and serves until standard input ends.
 
-What is not SkyRL's here: the application's lifespan, which would launch the engine; the module that
-renders prompts, which imports torch; the rows of the tables, which the engine would have written.
+What is not SkyRL's here: the application's lifespan, which would launch the engine; the modules
+that render prompts, sample, and read protocol buffers, whose imports take gigabytes; the rows of
+the tables, which the engine would have written.
 """
 
 import asyncio
@@ -26,9 +27,22 @@ import typing_extensions
 import uvicorn
 
 typing.TypedDict = typing_extensions.TypedDict  # pydantic refuses the other before Python 3.12
-renderer = types.ModuleType("skyrl.backends.renderer")
-renderer.render_model_input = None  # type: ignore[attr-defined]
-sys.modules[renderer.__name__] = renderer
+
+#: What the API's module takes from modules that import torch, vLLM's client, or Tinker's own SDK.
+_STAND_INS = {
+    "skyrl.backends.renderer": ("render_model_input",),
+    "skyrl.tinker.extra": ("ExternalInferenceClient", "SkyRLTrainInferenceForwardingClient"),
+    "skyrl.tinker.proto_serialization": (
+        "PROTO_CONTENT_TYPE",
+        "PROTO_SERIALIZABLE_REQUEST_TYPES",
+        "parse_forward_backward_request",
+        "serialize_result",
+    ),
+}
+for _module, _names in _STAND_INS.items():
+    sys.modules[_module] = types.ModuleType(_module)
+    for _name in _names:
+        setattr(sys.modules[_module], _name, None)
 
 from skyrl.tinker import api  # noqa: E402
 from skyrl.tinker.config import EngineConfig  # noqa: E402
@@ -70,8 +84,10 @@ def save_adapter(path: Path, seed: str) -> str:
 def made_up(folder: Path) -> tuple[list[SQLModel], dict[str, Any]]:
     """Return the rows of an account, and what is to be found of it."""
     rows: list[SQLModel] = [SessionDB(session_id="session_1", sdk_version="0", status="active")]
-    truth: dict[str, Any] = {"lists_runs": True, "deletes": False}
+    truth: dict[str, Any] = {"lists_runs": True, "deletes": True}
     truth |= {"runs": {}, "archives": {}, "samplers": {}}
+    # A bare id may be a training and a sampler checkpoint's, so that it names none.
+    truth["refused_deletions"] = {"model_00000000/checkpoints/0001": 400}
     for number in range(RUNS):
         run_id, created_at = f"model_{number:08x}", START + timedelta(minutes=number)
         base_model = ("Qwen/Qwen3-8B", "plain")[number % 2]
@@ -96,6 +112,7 @@ def made_up(folder: Path) -> tuple[list[SQLModel], dict[str, Any]]:
                 status = CheckpointStatus.COMPLETED
                 if name == "export" and number % 7 == 0:
                     status = CheckpointStatus.PENDING
+                    truth["refused_deletions"][f"{run_id}/checkpoints/{KIND[kind]}/{name}"] = 425
                 else:
                     paths["checkpoints"].append(path)
                 rows.append(
@@ -148,6 +165,9 @@ def main() -> None:
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         app.state.db_engine = create_async_engine(database)
+        # What its own lifespan sets and a deletion uses.
+        app.state.validated_sampler_checkpoints = set()
+        app.state.sampler_checkpoint_validation_lock = asyncio.Lock()
         yield
         await app.state.db_engine.dispose()
 

@@ -157,12 +157,20 @@ class Api:
             is_path = any(self._route(method, entry.path)[0] != "?" for method in others)
             return error_reply(405 if is_path else 404)
         if endpoint in self._profile.missing:
-            return error_reply(404)
+            return self._missing(endpoint, args)
         try:
             with self._account.lock:
                 return self._handlers[endpoint](entry, args)
         except Refusal as refusal:
             return error_reply(refusal.status, refusal.detail, refusal.headers)
+
+    def _missing(self, endpoint: str, args: dict[str, str]) -> Reply:
+        """Refuse what this server has no route for, as its framework does."""
+        if "ckpt" not in args or not self._profile.has_open_delete_route:
+            return error_reply(404)
+        if endpoint == "DELETE publish":  # its deletion of a checkpoint of that name
+            return error_reply(422, "Invalid checkpoint_id")
+        return error_reply(405)
 
     def _route(self, method: str, path: str) -> tuple[str, dict[str, str]]:
         if path.startswith(self._root):

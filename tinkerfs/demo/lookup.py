@@ -77,7 +77,8 @@ class Lookup:
                 )
             wanted = [(kind, name)]
         elif "/" in reference:
-            raise Refusal(404)  # the framework's: its route takes one segment
+            # The framework's: its route takes one segment.
+            raise Refusal(405 if self._profile.has_open_delete_route else 404)
         else:
             wanted = [(kind, reference) for kind in self._profile.kinds]
         for checkpoint in run.checkpoints:

@@ -1,8 +1,8 @@
 """How the known servers of the API differ, as data.
 
 The handlers ask a profile for facts and never for its name. Facts as observed: the official
-service through its SDK, SkyRL's `skyrl/tinker/api.py` 0.3.0 (but its delete, which came after that
-release), hatchery-core's `tinker_compat.py` 0.3.0.
+service through its SDK, SkyRL's `skyrl/tinker/api.py` 0.4.0, hatchery-core's `tinker_compat.py`
+0.3.0.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,8 @@ class Profile:
         archive_ids: The form that the archive's URL takes.
         change_ids: The form that publish, TTL and delete take; the other one is refused.
         refuses_with: Status of that refusal: 400 said by a handler, 404 of a missing route.
+        has_open_delete_route: Whether the route of deletions takes any path below a run's
+            checkpoints, so that the framework answers 405 to other methods there.
         is_delete_blind: Whether deleting what is not there succeeds.
         flat_paths: Whether tinker paths read `tinker://<run>/checkpoints/<name>`.
         shares_names: Whether a run's training and sampler checkpoints may have the same name.
@@ -66,6 +68,7 @@ class Profile:
     archive_ids: IdForm = "kind/name"
     change_ids: IdForm = "kind/name"
     refuses_with: int = 400
+    has_open_delete_route: bool = False
     is_delete_blind: bool = False
     flat_paths: bool = False
     shares_names: bool = True
@@ -107,6 +110,7 @@ PROFILES: dict[str, Profile] = {
             kinds=frozenset({"weights", "sampler_weights"}),
             listed_ids="name",
             archive_ids="name",
+            has_open_delete_route=True,
             times="naive",
             omitted=frozenset({"size_bytes", "public", "expires_at", "user_metadata"}),
             nulls=frozenset({"last_checkpoint", "last_sampler_checkpoint"}),
@@ -117,6 +121,7 @@ PROFILES: dict[str, Profile] = {
             serves_archives_itself=True,
             page_max=None,
             is_total_zero_past_end=True,
+            change_status=204,
         ),
         Profile(
             "hatchery",

@@ -187,7 +187,7 @@ class Archives:
             raise errors.busy(
                 path,
                 f"one process group may start {self._burst} archive builds a minute "
-                "(--archive-burst): a walk that follows links met this bound, or a process that "
+                "(--archive-burst): this looks like a walk that follows links, or a process that "
                 "opens many adapters (hint: run tinkerfs prefetch or tinkerfs get first: what is "
                 "cached does not count)",
             )

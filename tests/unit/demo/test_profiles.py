@@ -59,16 +59,18 @@ def test_skyrl_records(at):
 def test_skyrl_needs_no_key_and_lacks_endpoints(at, web):
     server, api, run = at("skyrl")
     assert web.get(f"{server.base_url}/api/v1/training_runs").is_success
-    for method, path in (
-        ("GET", "checkpoints"),
-        ("GET", "sessions"),
-        ("GET", "sessions/x"),
-        ("POST", f"{run}/checkpoints/weights/0001/publish"),
-        ("PUT", f"{run}/checkpoints/weights/0001/ttl"),
-        ("GET", f"{run}/checkpoints/external_weights/x/external_weights_urls"),
-    ):
-        answer = api.request(method, path)
+    for path in ("checkpoints", "sessions", "sessions/x"):
+        answer = api.get(path)
         assert (answer.status_code, answer.json()) == (404, NOT_FOUND), path
+    # Below a run's checkpoints its route of deletions takes any path.
+    for method, path, status in (
+        ("POST", "weights/0001/publish", 405),
+        ("DELETE", "weights/0001/publish", 422),
+        ("PUT", "weights/0001/ttl", 405),
+        ("GET", "external_weights/x/external_weights_urls", 405),
+    ):
+        assert api.request(method, f"{run}/checkpoints/{path}").status_code == status, path
+    assert server.account.checkpoint(server.account.run_ids[0], "weights/0001") is not None
 
 
 def test_skyrl_pages(at):
@@ -104,7 +106,7 @@ def test_skyrl_archives(at, web):
     with tarfile.open(fileobj=io.BytesIO(body.content), mode="r:gz") as archive:
         assert "adapter_config.json" in archive.getnames()
     # The route takes one segment, and sampler checkpoints alone have archives.
-    assert api.get(f"{run}/checkpoints/sampler_weights/0001/archive").json() == NOT_FOUND
+    assert api.get(f"{run}/checkpoints/sampler_weights/0001/archive").status_code == 405
     assert api.get(f"{run}/checkpoints/0002/archive").status_code == 404
     server.account.checkpoint(server.account.run_ids[0], "sampler_weights/0001").is_pending = True
     assert api.get(f"{run}/checkpoints/0001/archive").status_code == 425
@@ -115,8 +117,12 @@ def test_skyrl_archives(at, web):
 def test_skyrl_deletes_by_kind_and_name(at):
     server, api, run = at("skyrl")
     assert api.delete(f"{run}/checkpoints/0001").status_code == 400
-    assert api.delete(f"{run}/checkpoints/weights/0001").is_success
     run_id = server.account.run_ids[0]
+    server.account.checkpoint(run_id, "weights/0001").is_pending = True
+    assert api.delete(f"{run}/checkpoints/weights/0001").status_code == 425
+    server.account.checkpoint(run_id, "weights/0001").is_pending = False
+    assert api.delete(f"{run}/checkpoints/weights/0001").status_code == 204
+    assert api.delete(f"{run}/checkpoints/weights/0001").status_code == 404
     assert server.account.checkpoint(run_id, "weights/0001") is None
     assert server.account.checkpoint(run_id, "sampler_weights/0001") is not None
 
