@@ -121,6 +121,8 @@ class ApiError(TinkerfsError):
         self.retry_after_s = retry_after_s
         #: Whether this is told again from memory, without a new call.
         self.is_remembered = False
+        #: Whether the request never reached the server.
+        self.is_unsent = False
 
     def remembered(self) -> Self:
         """Return a copy to raise again; raising one object ever again would grow its traceback."""
