@@ -109,6 +109,15 @@ class BlockMemory:
             for key in [key for key in self._unused if key[0] == file]:
                 self._use(key)
 
+    def drop(self, file: str) -> None:
+        """Remove every block of a file."""
+        with self._changed:
+            for key in [key for key in self._unused if key[0] == file]:
+                self._unused_bytes -= len(self._unused.pop(key)[1])
+            for key in [key for key in self._used if key[0] == file]:
+                self._used_bytes -= len(self._used.pop(key))
+            self._changed.notify_all()
+
     def _use(self, key: Key) -> None:
         data = self._used[key] = self._unused[key][1]
         del self._unused[key]

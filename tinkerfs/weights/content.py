@@ -29,6 +29,7 @@ from tinkerfs.call import Call
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archives import Address, Archives
 from tinkerfs.weights.connections import StoreClient
+from tinkerfs.weights.etags import Sample
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.index import (
     PROBE_BYTES,
@@ -42,9 +43,10 @@ from tinkerfs.weights.index import (
 from tinkerfs.weights.inflate import Unpacked
 from tinkerfs.weights.origin import Origin
 from tinkerfs.weights.remote import RemoteFile
-from tinkerfs.weights.source import Source, Version
+from tinkerfs.weights.source import Source
 from tinkerfs.weights.tarindex import Member, Segment
 from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensors_json
+from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 __all__ = ["MEMORY_BYTES", "Listing", "Subject", "Weights"]
 
@@ -203,7 +205,11 @@ class Weights:
         size_bytes = version.size_bytes
         segments = (Segment(0, size_bytes, 0),) if size_bytes else ()
         member = Member("", size_bytes, subject.mtime_ns, segments)
-        file = self._shared(subject, version, "archive", size_bytes, self._source(subject, version))
+        index = self._known(subject)
+        digests = index.digests if index is not None and index.form == "tar" else ()
+        sample = None if index is None else index.sample
+        source = self._source(subject, version, sample=sample)
+        file = self._shared(subject, version, "archive", size_bytes, source, digests)
         return WeightsFile(file, member)
 
     def known_tensors(self, subject: Subject) -> bytes | None:
@@ -347,8 +353,12 @@ class Weights:
     def _address(self, subject: Subject, name: str = "") -> Address:
         return Address(self._archives, subject.key, subject.ref, subject.path, name)
 
-    def _source(self, subject: Subject, version: Version, name: str = "") -> Source:
-        return Source(self._client, self._address(subject, name), version)
+    def _source(
+        self, subject: Subject, version: Version, name: str = "", sample: Sample | None = None
+    ) -> Source:
+        address = self._address(subject, name)
+        # Of a file of external weights nothing is known but its length.
+        return Source(self._client, address, version, sample, is_plain=bool(name))
 
     def _remote(self, subject: Subject, index: Index, name: str) -> RemoteFile:
         """Return the file that holds a member's bytes, in use."""
@@ -357,9 +367,10 @@ class Weights:
             source = self._source(subject, version, name)
             return self._shared(subject, version, f"/{name}", version.size_bytes, source)
         version, plain_bytes = index.version, index.plain_bytes
-        source = self._source(subject, version)
+        source = self._source(subject, version, sample=index.sample)
         if index.form == "tar":
-            return self._shared(subject, version, "archive", plain_bytes, source)
+            digests = index.digests
+            return self._shared(subject, version, "archive", plain_bytes, source, digests)
         unpacked = Unpacked(source, version.size_bytes, plain_bytes, subject.path)
         return self._shared(subject, version, "unpacked", plain_bytes, unpacked, index.digests)
 
@@ -405,6 +416,9 @@ class Weights:
 
     def _look(self, address: Address) -> Version:
         with Source(self._client, address, None).open(0, 1) as transfer:
+            if transfer.version.size_bytes == UNKNOWN_BYTES:
+                for _ in transfer:  # its end shows its length
+                    pass
             return transfer.version
 
     def _header(self, subject: Subject, index: Index, member: Member, call: Call) -> bytes:

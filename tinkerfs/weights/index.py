@@ -18,9 +18,12 @@ from tinkerfs.cache.flight import side_by_side
 from tinkerfs.weights.arrival import digest_of
 from tinkerfs.weights.blocks import BLOCK_BYTES
 from tinkerfs.weights.connections import StoreClient
+from tinkerfs.weights.etags import Sample, sample_of
 from tinkerfs.weights.inflate import GZIP_MAGIC, inflated
-from tinkerfs.weights.source import Address, Source, Version
+from tinkerfs.weights.source import Address, Source
 from tinkerfs.weights.tarindex import Member, Segment, clean_name, read_members
+from tinkerfs.weights.transfer import OVERLAP_BYTES
+from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 __all__ = [
     "PROBE_BYTES",
@@ -53,8 +56,10 @@ class Index(msgspec.Struct, frozen=True):
         plain_bytes: of the archive, unpacked.
         members: every file that is shown, sorted by name.
         left_out: what is not shown, and why.
-        digests: of each block of a packed archive, unpacked.
+        digests: of each block of a packed archive, unpacked, and of one that has to come whole from
+            a store whose validators do not tell versions apart.
         versions: of each file by name, where there is no archive.
+        sample: of the archive's bytes; None if they were not seen.
     """
 
     form: Literal["tar", "gzip", "files"]
@@ -64,6 +69,7 @@ class Index(msgspec.Struct, frozen=True):
     left_out: tuple[str, ...] = ()
     digests: tuple[bytes, ...] = ()
     versions: dict[str, Version] = {}
+    sample: Sample | None = None
 
 
 def encode_index(index: Index) -> bytes:
@@ -119,7 +125,9 @@ def block_key(identity: str, version: Version, what: str) -> str:
         version: what the store says.
         what: "archive", "unpacked", or the name of a file after a slash.
     """
-    word = f"{version.size_bytes} {version.etag} {version.last_modified}"
+    # The same before all of a file was received and after, where its store states no length.
+    size = str(version.size_bytes) if version.has_length else "?"
+    word = f"{size} {version.etag} {version.last_modified}"
     return "\n".join((identity, word, what))
 
 
@@ -145,6 +153,10 @@ def archive_index(
         except ValueError as error:
             if number == TRIES:
                 raise errors.damaged(address.path, str(error)) from None
+        except OSError as error:
+            # It was replaced while its headers were read: nothing of it was given out yet.
+            if number == TRIES or not errors.is_stale(error):
+                raise
     raise AssertionError
 
 
@@ -152,8 +164,7 @@ def _archive_index(
     client: StoreClient, address: Address, cache: BlockCache, identity: str, about: str
 ) -> Index:
     with Source(client, address, None).open(0, PROBE_BYTES) as transfer:
-        version = transfer.version
-        source = Source(client, address, version)
+        version, sample = transfer.version, None
         if transfer.is_whole:
             pieces = iter(transfer)
             first = next(pieces, b"")
@@ -162,17 +173,23 @@ def _archive_index(
             rest: Iterable[bytes] = itertools.chain([first], pieces)
         else:
             first = b"".join(transfer)
+            sample = sample_of(0, first)
+            source = Source(client, address, version, sample)
             rest = _on(first, source, version)
         if first.startswith(GZIP_MAGIC):
             key = block_key(identity, version, "unpacked")
             disk = cache.open(key, f"{about} unpacked")
-            return _in_one_pass("gzip", inflated(rest), version, disk)
+            index = _in_one_pass("gzip", inflated(rest), version, disk)
+            return replace(index, version=transfer.version, sample=sample)
         if transfer.is_whole or version.size_bytes <= len(first):
             key = block_key(identity, version, "archive")
-            disk = cache.open(key, f"{about} archive", version.size_bytes)
-            return _in_one_pass("tar", rest, version, disk)
+            size_bytes = version.size_bytes if version.has_length else None
+            disk = cache.open(key, f"{about} archive", size_bytes)
+            index = _in_one_pass("tar", rest, version, disk)
+            return replace(index, version=transfer.version)
     members, left_out = read_members(_Ranges(source, version, first))
-    return Index("tar", version, version.size_bytes, _sorted(members), left_out)
+    size_bytes = version.size_bytes
+    return Index("tar", version, size_bytes, _sorted(members), left_out, sample=sample)
 
 
 def external_index(
@@ -202,7 +219,7 @@ def external_index(
     def look_at(name: str) -> Callable[[], Version]:
         def look() -> Version:
             with Source(client, address_of(name), None).open(0, 1) as transfer:
-                if not transfer.is_whole:
+                if not transfer.is_whole or transfer.version.size_bytes == UNKNOWN_BYTES:
                     for _ in transfer:  # to the end, so that the connection serves again
                         pass
                 return transfer.version
@@ -229,7 +246,8 @@ def _on(first: bytes, source: Source, version: Version) -> Iterator[bytes]:
     """Yield the start of a file, and all that follows."""
     yield first
     if len(first) < version.size_bytes:
-        with source.open(len(first), version.size_bytes) as transfer:
+        before = b"" if version.is_exact else first[-OVERLAP_BYTES:]
+        with source.open(len(first), version.size_bytes, before) as transfer:
             if transfer.is_whole:
                 raise ValueError("the store heeds ranges now and then")
             yield from transfer
@@ -253,7 +271,7 @@ def _in_one_pass(
         raise
     finally:
         disk.close()
-    digests = tuple(stream.digests) if form == "gzip" else ()
+    digests = () if form == "tar" and version.is_exact else tuple(stream.digests)
     return Index(form, version, stream.end, _sorted(members), left_out, digests)
 
 
@@ -293,7 +311,9 @@ class _Ranges:
         is_near = gap_bytes < 2 * self._window_bytes
         self._window_bytes = min(2 * self._window_bytes, BLOCK_BYTES) if is_near else WINDOW_BYTES
         end = min(max(stop, self._at + self._window_bytes), self._size_bytes)
-        with self._source.open(self._at, end) as transfer:
+        follows = gap_bytes == 0 and not self._source.is_exact
+        before = self._window[-OVERLAP_BYTES:] if follows else b""
+        with self._source.open(self._at, end, before) as transfer:
             if transfer.is_whole:
                 raise ValueError("the store heeds ranges now and then")
             self._start, self._window = self._at, b"".join(transfer)

@@ -1,12 +1,14 @@
 """Gzip, unpacked on the way: what is packed has no random access, so all of it comes."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Self
 
 from tinkerfs import errors
 from tinkerfs.call import Call
-from tinkerfs.weights.source import Source, Transfer
+from tinkerfs.weights.etags import Sample
+from tinkerfs.weights.source import Source
+from tinkerfs.weights.transfer import Transfer
 
 __all__ = ["GZIP_MAGIC", "Inflating", "Unpacked", "inflated"]
 
@@ -67,7 +69,19 @@ class Unpacked:
         """Tell whether there is a URL at hand."""
         return self._source.is_ready()
 
-    def open(self, _start: int, _stop: int) -> "Inflating":
+    @property
+    def is_exact(self) -> bool:
+        """As `Source.is_exact`."""
+        return self._source.is_exact
+
+    def use_samples(self, find: Callable[[], Sample | None]) -> None:
+        """Do nothing: what is cached is not what the store has."""
+
+    def stale(self, reason: str) -> OSError:
+        """As `Source.stale`."""
+        return self._source.stale(reason)
+
+    def open(self, _start: int, _stop: int, _before: bytes = b"") -> "Inflating":
         """Ask for all of it.
 
         Raises:

@@ -1,9 +1,10 @@
 """What blocks are fetched from: a file of a store, or one that is unpacked on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
 from tinkerfs.call import Call
+from tinkerfs.weights.etags import Sample
 
 __all__ = ["Arriving", "Origin"]
 
@@ -40,6 +41,19 @@ class Origin(Protocol):
         """Tell whether `open` has what it needs."""
         ...
 
-    def open(self, start: int, stop: int) -> Arriving:
-        """Ask for [start, stop)."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether the store's validator tells any other version of the file."""
+        ...
+
+    def use_samples(self, find: Callable[[], Sample | None]) -> None:
+        """Let cached bytes prove what a validator does not: as `Source.use_samples`."""
+        ...
+
+    def stale(self, reason: str) -> OSError:
+        """Return the error that the file is another one now."""
+        ...
+
+    def open(self, start: int, stop: int, before: bytes = b"") -> Arriving:
+        """Ask for [start, stop), which follows `before`."""
         ...

@@ -1,20 +1,20 @@
-"""How often a transfer is tried again: anew whenever it got on, and never without a bound.
+"""How long a transfer is tried again: from the last progress on, and never without a bound.
 
-A file operation waits for it, so a dead store has to be told in time; a slow one that moves is left
-alone.
+A store that refuses connections, whose name cannot be resolved, or that fails, is asked again until
+`timeout_s` has passed without progress: a short outage fails no file operation. A slow store that
+moves is left alone.
 """
 
 import random
 import time
 
-from tinkerfs.errors import ApiError
+from tinkerfs.errors import ApiError, ProtocolError
 
 __all__ = ["Lost", "Patience"]
 
-#: Failures in a row, without `PROGRESS_BYTES` in between, that end it; of them without any way to
-#: the store; and stalls, which take `timeout_s` each.
-MAX_FAILURES = 8
-MAX_UNCONNECTED = 2
+#: Responses that cannot be used, in a row without `PROGRESS_BYTES` in between, that end it; and
+#: stalls, which take `timeout_s` each.
+MAX_UNUSABLE = 8
 MAX_STALLS = 2
 PROGRESS_BYTES = 64 << 10
 
@@ -29,7 +29,6 @@ class Lost(Exception):
         error: what is told if that stays so.
         wait_s: how long the store wants to be left alone.
         is_stall: it took `timeout_s` to find out.
-        is_unconnected: there was no connection.
     """
 
     def __init__(
@@ -38,24 +37,26 @@ class Lost(Exception):
         *,
         wait_s: float | None = None,
         is_stall: bool = False,
-        is_unconnected: bool = False,
     ) -> None:
         super().__init__(str(error))
         self.error = error
         self.wait_s = wait_s
         self.is_stall = is_stall
-        self.is_unconnected = is_unconnected
 
 
 class Patience:
-    """How often one transfer is tried again: anew whenever it got on. One thread's."""
+    """How long one transfer is tried again, from its last progress on. One thread's.
+
+    Args:
+        timeout_s: bound on the time without progress, stalls left out, seconds.
+    """
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._reset()
 
     def _reset(self) -> None:
-        self._failures = self._stalls = self._unconnected = self._gained_bytes = 0
+        self._failures = self._stalls = self._unusable = self._gained_bytes = 0
         self._since = time.monotonic()
 
     def gained(self, size_bytes: int) -> None:
@@ -72,19 +73,21 @@ class Patience:
         """
         self._failures += 1
         self._stalls += lost.is_stall
-        self._unconnected += lost.is_unconnected
+        self._unusable += isinstance(lost.error, ProtocolError)
         first_s, longest_s = BACKOFF_S
-        wait_s = 0.0 if self._failures == 1 else min(first_s * 2.0**self._failures, longest_s)
+        spent_s = time.monotonic() - self._since - self._stalls * self._timeout_s
+        left_s = self._timeout_s - spent_s
+        wait_s = 0.0
         if lost.wait_s is not None:
             wait_s = lost.wait_s
-        elif wait_s:
-            wait_s *= random.uniform(0.75, 1)
-        spent_s = time.monotonic() - self._since - self._stalls * self._timeout_s
+        elif self._failures > 1:
+            wait_s = min(first_s * 2.0 ** min(self._failures, 16), longest_s)
+            wait_s = min(wait_s * random.uniform(0.75, 1), left_s)  # a last try at the very end
         if (
-            self._failures >= MAX_FAILURES
+            self._unusable >= MAX_UNUSABLE
             or self._stalls >= MAX_STALLS
-            or self._unconnected >= MAX_UNCONNECTED
-            or spent_s + wait_s > self._timeout_s
+            or left_s <= 0
+            or wait_s > left_s
         ):
             raise lost.error
         time.sleep(wait_s)

@@ -44,9 +44,10 @@ class Pools:
     """
 
     def __init__(self, client: StoreClient) -> None:
-        logger = logging.getLogger("urllib3.connectionpool")  # it logs URLs, in warnings too
-        if logger.level < logging.ERROR:
-            logger.setLevel(logging.ERROR)
+        for name in ("connection", "connectionpool", "response"):
+            logger = logging.getLogger(f"urllib3.{name}")  # it logs URLs, in warnings too
+            if logger.level < logging.ERROR:
+                logger.setLevel(logging.ERROR)
         self._client = client
         timeout_s = client.timeout_s
         self._timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, timeout_s), read=timeout_s)
@@ -125,13 +126,15 @@ class Pools:
         words = _words_of(error)
         if isinstance(error, urllib3.exceptions.ReadTimeoutError):
             return self._client.stalled(host)
+        if isinstance(error, urllib3.exceptions.InvalidHeader):  # two lengths that differ
+            return Lost(errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=LABEL))
         if isinstance(error, urllib3.exceptions.ProtocolError):
             return Lost(errors.Unreachable(f"{host} broke off: {words}", endpoint=LABEL))
         if isinstance(error, urllib3.exceptions.ConnectTimeoutError) and not isinstance(
             error, urllib3.exceptions.NewConnectionError
         ):
             message = f"no connection to {host} in time"
-            return Lost(errors.TimedOut(message, endpoint=LABEL), is_unconnected=True)
+            return Lost(errors.TimedOut(message, endpoint=LABEL))
         unconnected = (
             urllib3.exceptions.NewConnectionError,
             urllib3.exceptions.ProxyError,
@@ -140,7 +143,7 @@ class Pools:
         if isinstance(error, unconnected):
             way = "" if proxy is None else f" through {proxy}"
             message = f"no connection to {host}{way}: {words}"
-            return Lost(errors.Unreachable(message, endpoint=LABEL), is_unconnected=True)
+            return Lost(errors.Unreachable(message, endpoint=LABEL))
         raise errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=LABEL) from None
 
 

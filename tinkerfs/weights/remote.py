@@ -22,6 +22,7 @@ from tinkerfs.cache.memory import BlockMemory
 from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.arrival import Arrival, DiskLost
+from tinkerfs.weights.block_check import BlockCheck
 from tinkerfs.weights.blocks import BLOCK_BYTES, blocks_of, in_rows, parts_of
 from tinkerfs.weights.origin import Arriving, Origin
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
@@ -73,7 +74,9 @@ class RemoteFile:
         self._memory = memory
         self._telemetry = telemetry
         self._timeout_s = timeout_s
-        self._digests = digests
+        is_needed = not origin.is_exact
+        self._check = BlockCheck(disk, self.peek, size_bytes, digests=digests, is_needed=is_needed)
+        origin.use_samples(self._check.sample)
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
         self._lock = threading.RLock()
         # All guarded by _lock.
@@ -106,6 +109,8 @@ class RemoteFile:
             is_last = self._is_closed = not self._users
         if is_last:
             self._memory.let_go(self.key)
+            if self._stale is not None and self._check.is_needed:
+                self._drop_blocks()  # those too that arrived after it was found out
             self._disk.close()
 
     def read_into(self, buffer: memoryview, start: int, call: Call) -> None:
@@ -126,6 +131,7 @@ class RemoteFile:
             raise errors.stale(self._path, self._stale.strerror or "")
         index, first = divmod(start, BLOCK_BYTES)
         is_in_one = first + len(buffer) <= BLOCK_BYTES
+        is_in_one = is_in_one and not self._check.looks_at_cached
         if is_in_one and self._disk.read_again(index, first, buffer, call.waiting):
             self._telemetry.count("block_hits")
             return
@@ -199,10 +205,17 @@ class RemoteFile:
         """Return the length of a block."""
         return min(BLOCK_BYTES, self.size_bytes - index * BLOCK_BYTES)
 
+    def _drop_blocks(self) -> None:
+        """Remove what is cached: the next version may have the same key."""
+        self._check.drop_all()
+        self._memory.drop(self.key)
+
+    def _is_cached(self, index: int) -> bool:
+        return self._memory.has((self.key, index)) or self._disk.has(index)
+
     def _is_there(self, index: int) -> bool:
         """Tell whether a block is there or under way."""
-        is_in_memory = self._memory.has((self.key, index))
-        return index in self._flights or is_in_memory or self._disk.has(index)
+        return index in self._flights or self._is_cached(index)
 
     def _fill(self, buffer: memoryview, index: int, first: int, call: Call) -> bool:
         """Fill a buffer from a block, if that is in memory or on disk."""
@@ -211,7 +224,8 @@ class RemoteFile:
             buffer[:] = memoryview(data)[first : first + len(buffer)]
             return True
         length = self.block_bytes(index)
-        return self._disk.read_into(index, first, buffer, length, call.waiting)
+        is_there = self._disk.read_into(index, first, buffer, length, call.waiting)
+        return is_there and self._check.is_proven(index)
 
     def _fill_from(
         self,
@@ -328,7 +342,8 @@ class RemoteFile:
     def _is_sound_on_disk(self, index: int) -> bool:
         a_byte = memoryview(bytearray(1))
         length = self.block_bytes(index)
-        return index not in self._lost and self._disk.read_into(index, 0, a_byte, length)
+        is_there = index not in self._lost and self._disk.read_into(index, 0, a_byte, length)
+        return is_there and self._check.is_proven(index)
 
     def _is_free(self, index: int, claims: dict[int, ExitStack]) -> bool:
         """Claim a block that follows in the same request, if nothing of it is there, or comes."""
@@ -340,7 +355,8 @@ class RemoteFile:
         begin, stop = run[0] * BLOCK_BYTES, run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])
         part = self._disk.part(run[0])
         part = part if len(part) < self.block_bytes(run[0]) else b""
-        with self._origin.open(begin + len(part), stop) as transfer:
+        before = self._check.before(begin + len(part), part)
+        with self._origin.open(begin + len(part), stop, before) as transfer:
             if not transfer.is_whole:
                 pieces = chain([part], transfer) if part else transfer
                 for index, arrival in self._arrivals(pieces, run[0]):
@@ -432,13 +448,15 @@ class RemoteFile:
             self._disk,
             self._memory,
             self._timeout_s,
-            digest=self._digests[index] if self._digests else b"",
+            digest=self._check.expected_digest(index),
             uses_disk=index not in self._lost,
         )
 
     def _take(self, index: int, arrival: Arrival) -> None:
         """Keep a block, and tell those who wait."""
         if not arrival.is_sound():
+            if self._check.is_needed:
+                raise self._origin.stale("the store has another version of it now")
             raise errors.damaged(self._path, f"block {index} is not what it was")
         self._telemetry.count("blocks_fetched")
         try:
@@ -459,6 +477,8 @@ class RemoteFile:
         with self._lock:
             if isinstance(error, OSError) and errors.is_stale(error):
                 self._stale = error
+                if self._check.is_needed:
+                    self._drop_blocks()
             mine = [index for index, each in flights.items() if self._flights.get(index) is each]
             for index in mine:
                 del self._flights[index]

@@ -1,19 +1,14 @@
 """Bytes of one file of an object store, by signed URL: asked for in ranges, checked, resumed.
 
-Closed ranges are asked for (shared caches split open ones badly), without the API's key. Whatever
-comes is held against what was asked and what is known of the file, so an answer that lies is an
-error and never bytes; what breaks off is taken up where it broke. No URL, and no redirect's target,
-is in any message: they are secrets.
+Closed ranges are asked for (shared caches split open ones badly), without the API's key. Each
+response is held against the request and against what is known of the file, so a response that lies
+is an error and never bytes. No URL, and no redirect's target, is in any message: they are secrets.
 """
 
-import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urljoin, urlsplit
-
-import msgspec
 
 from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
@@ -21,14 +16,21 @@ from tinkerfs.api.times import parse_retry_after_s
 from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.errors import ApiError
 from tinkerfs.weights.connections import LABEL, StoreClient
+from tinkerfs.weights.etags import SAMPLE_BYTES, EtagAliases, Sample, sample_of
 from tinkerfs.weights.patience import Lost, Patience
+from tinkerfs.weights.responses import Part, part_of, size_of_unsatisfied, unusable
+from tinkerfs.weights.transfer import Answer, Transfer
+from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import Response
 
-__all__ = ["Address", "Source", "Transfer", "Version"]
+__all__ = ["Address", "Source"]
 
 MAX_REDIRECTS = 5
+
+#: How often the servers of a store are asked for a sample until the one responds that is meant.
+MAX_PROBES = 6
 
 #: A store's ways to say that a URL has expired: S3 403 and 400, others 401; 404 and 410 as well
 #: where an archive was built anew elsewhere.
@@ -36,21 +38,8 @@ _REFUSALS = frozenset({400, 401, 403, 404, 410})
 _RETRIED = frozenset({408, 425, 429})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
-_UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})", re.IGNORECASE)
-
-
-class Version(msgspec.Struct, frozen=True):
-    """What tells one content of a file from another: its length, and the store's word."""
-
-    size_bytes: int
-    etag: str = ""
-    last_modified: str = ""
-
-    @property
-    def validator(self) -> str:
-        """What `If-Range` takes (RFC 9110, 13.1.5): a strong ETag, else a date; empty for none."""
-        return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
+#: What says nothing of the file: the API is asked again for a URL as a store is for bytes.
+_OUTAGES = (errors.Unreachable, errors.TimedOut, errors.ServerError)
 
 
 class Address(Protocol):
@@ -85,14 +74,45 @@ class Source:
         client: the connections.
         address: where the file is.
         version: what it must be; None before that is known.
+        sample: of its bytes; None for none.
+        is_plain: nothing was derived from its content yet, such as where its members are.
     """
 
-    def __init__(self, client: StoreClient, address: Address, version: Version | None) -> None:
+    def __init__(
+        self,
+        client: StoreClient,
+        address: Address,
+        version: Version | None,
+        sample: Sample | None = None,
+        *,
+        is_plain: bool = False,
+    ) -> None:
         self._client = client
         self._address = address
         self._version = version
+        self._is_plain = is_plain
+        self._etags = EtagAliases("" if version is None else version.etag, sample)
+        self._find_sample: Callable[[], Sample | None] = lambda: None
 
-    def open(self, start: int, stop: int) -> "Transfer":
+    @property
+    def is_exact(self) -> bool:
+        """Whether any other version of the file is told by its ETag."""
+        return self._version is not None and self._version.is_exact
+
+    def use_samples(self, find: Callable[[], Sample | None]) -> None:
+        """Let bytes that were cached of this version prove that another ETag names the same.
+
+        Args:
+            find: returns some of them, None for none.
+        """
+        self._find_sample = find
+
+    def record_sample(self, start: int, data: bytes) -> None:
+        """Remember bytes that were received, for the same use."""
+        if self._etags.sample is None:
+            self._etags.sample = sample_of(start, data)
+
+    def open(self, start: int, stop: int, before: bytes = b"") -> Transfer:
         """Ask for the bytes [start, stop), and return them as they come.
 
         A store that heeds no ranges sends the whole file instead: see `Transfer.is_whole`.
@@ -100,14 +120,16 @@ class Source:
         Args:
             start: where to begin.
             stop: more than `start`; beyond the file's end only where no version is known.
+            before: what is known to be right before `start`, asked for again to see that it is
+                still so; empty for nothing.
 
         Raises:
             ApiError: there is no usable answer, after all tries.
             OSError: ESTALE when the file is another one now, or gone.
         """
         patience = Patience(self._client.timeout_s)
-        answer = self.begin(start, stop, patience)
-        return Transfer(self, answer, start, stop, patience)
+        answer = self.begin(start - len(before), stop, patience)
+        return Transfer(self, answer, start, stop, patience, before)
 
     def prepare(self, call: Call) -> None:
         """Have a URL at hand, so that a fetch on another thread need not wait for the archive.
@@ -125,7 +147,7 @@ class Source:
         """Tell whether there is a URL at hand."""
         return self._address.is_known()
 
-    def begin(self, start: int, stop: int, patience: Patience) -> "_Answer":
+    def begin(self, start: int, stop: int, patience: Patience) -> Answer:
         """Ask until there is an answer that holds `start`; for `Transfer`.
 
         Raises:
@@ -133,16 +155,34 @@ class Source:
         """
         refused: ApiError | None = None
         while True:
-            url = self._url(IN_PROCESS)
             try:
-                return self._ask(url, start, stop)
+                url = self._url(IN_PROCESS)
+            except _OUTAGES as error:
+                patience.lost(Lost(error))
+                continue
+            try:
+                answer = self._ask(url, start, stop)
             except _Refused as refusal:
                 if refused is not None:
                     raise refused from None
                 refused = refusal.error
                 self._address.refuse(url)
+            except _WithoutCondition:
+                pass
             except Lost as lost:
                 patience.lost(lost)
+            else:
+                if self._version is None:
+                    # What resumes this transfer is of the same version.
+                    self._version = answer.version
+                    self._etags = EtagAliases(answer.version.etag)
+                self._etags.mark_in_use()
+                return answer
+
+    def stale(self, reason: str) -> OSError:
+        """Return the error that the file is another one now; what is known of it is dropped."""
+        self._address.changed()
+        return errors.stale(self._address.path, reason)
 
     def _url(self, call: Call) -> SignedUrl:
         try:
@@ -150,37 +190,66 @@ class Source:
         except (errors.NotFound, errors.EndpointMissing) as error:
             if self._version is None:
                 raise
-            raise self._stale(f"it is gone: {error}") from error
+            raise self.stale(f"it is gone: {error}") from error
 
-    def _ask(self, signed: SignedUrl, start: int, stop: int) -> "_Answer":
-        """Send one request, and follow its redirects.
+    def _ask(self, signed: SignedUrl, start: int, stop: int) -> Answer:
+        """Send one request.
 
         Raises:
             _Refused: the URL is no good.
+            _WithoutCondition: it is to be sent again, without `If-Range`.
             Lost: there is no usable answer; another try may have one.
             ApiError: nor would another.
             OSError: ESTALE.
         """
         headers = {"Range": f"bytes={start}-{stop - 1}"}
-        if self._version is not None and self._version.validator:
+        is_mixed = self._etags.is_mixed
+        if self._version is not None and self._version.validator and not is_mixed:
             headers["If-Range"] = self._version.validator
-        url = signed.url
+        response = self._get(signed.url, headers)
+        try:
+            answer = self._checked(response, start, stop)
+        except BaseException:
+            response.close()
+            raise
+        if answer.part.is_whole and self._etags.is_mixed and not is_mixed:
+            response.close()
+            raise _WithoutCondition  # it is whole because another server's ETag was named
+        return answer
+
+    def _get(self, url: str, headers: dict[str, str]) -> "Response":
+        """Send a request, and follow its redirects within the time of one.
+
+        Raises:
+            Lost, ApiError: as `_ask`.
+        """
+        began = time.monotonic()
         for _ in range(MAX_REDIRECTS):
             response = self._client.get(url, headers)
             if response.status not in _REDIRECTS:
-                try:
-                    return self._checked(response, start, stop)
-                except BaseException:
-                    response.close()
-                    raise
+                return response
             response.close()
+            if time.monotonic() - began > self._client.timeout_s:
+                raise self._client.stalled(_host(url))
             url = _redirected(url, response.headers.get("location", ""))
         raise errors.ProtocolError(f"{_host(url)} redirects on and on", endpoint=LABEL)
 
-    def _checked(self, response: "Response", start: int, stop: int) -> "_Answer":
+    def _checked(self, response: "Response", start: int, stop: int) -> Answer:
+        """Return what a response is, as far as its head tells.
+
+        Raises:
+            _Refused, Lost, ApiError, OSError: as `_ask`.
+        """
         status, host = response.status, response.host
         if status in (200, 206):
-            return self._held_against(response, start, stop)
+            size_bytes = None if self._version is None else self._version.size_bytes
+            if size_bytes == UNKNOWN_BYTES:
+                size_bytes = None
+            part = part_of(response, start, stop, size_bytes)
+            version = self._same(response, part)
+            if size_bytes is not None and max(part.stop, start) > size_bytes:
+                raise unusable(response, "it is longer than the file")
+            return Answer(response, part, version)
         if status == 416:
             return self._empty(response, start)
         words = f"{host} answered {status}"
@@ -195,152 +264,98 @@ class Source:
             raise Lost(kind(words, endpoint=LABEL, status=status), wait_s=wait_s)
         raise errors.Rejected(words, endpoint=LABEL, status=status)
 
-    def _held_against(self, response: "Response", start: int, stop: int) -> "_Answer":
-        """Return an answer that is about the file that is meant, and holds `start`."""
-        headers = response.headers
-        if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-            raise self._lies(response, "it is coded, which was not asked for")
-        length = headers.get("content-length", "")
-        if response.status == 206:
-            found = _CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
-            if found is None:
-                raise self._lies(response, "it does not say which part of the file it is")
-            begin, end = int(found[1]), int(found[2]) + 1
-            total = None if found[3] == "*" else int(found[3])
-            if begin != start or not start < end <= stop or (length and length != str(end - begin)):
-                raise self._lies(response, f"it is another part than {start} to {stop}")
-        elif length.isdecimal():
-            begin, end, total = 0, int(length), int(length)
-        else:
-            raise self._lies(response, "it does not say how long the file is")
-        version = self._same(response, total)
-        if end > version.size_bytes or start > version.size_bytes:
-            raise self._lies(response, "it is longer than the file")
-        return _Answer(response, begin, end, version)
-
-    def _same(self, response: "Response", size_bytes: int | None) -> Version:
-        """Return the version that an answer is of.
+    def _same(self, response: "Response", part: Part) -> Version:
+        """Return the version that a response is of.
 
         Raises:
             OSError: ESTALE: not the one that is meant.
             Lost: that cannot be told.
         """
-        etag = response.headers.get("etag", "")
-        modified = response.headers.get("last-modified", "")
+        etag = response.headers.get("etag", "").strip()
+        modified = response.headers.get("last-modified", "").strip()
         known = self._version
         if known is None:
-            if size_bytes is None:
-                raise self._lies(response, "it does not say how long the file is")
-            return Version(size_bytes, etag, modified)
-        told, expected = (etag, known.etag) if known.etag else (modified, known.last_modified)
-        is_other_size = size_bytes not in (None, known.size_bytes)
-        if expected and not told:
-            raise self._lies(response, "it does not say which version of the file it is")
-        if told != expected or (is_other_size and not expected):
-            raise self._stale("the store has another version of it now")
+            if part.total_bytes is not None:
+                return Version(part.total_bytes, etag, modified)
+            if not part.is_whole:
+                raise unusable(response, "it does not say how long the file is")
+            return Version(UNKNOWN_BYTES, etag, modified, has_length=False)
+        # An ETag that appears where there was none is another version's too.
+        given, expected = etag, known.etag
+        if not given and not expected:
+            given, expected = modified, known.last_modified
+        if expected and not given:
+            raise unusable(response, "it does not say which version of the file it is")
+        is_other_size = known.has_length and part.total_bytes not in (None, known.size_bytes)
+        is_same = given == expected
+        if known.etag and not is_same:
+            is_same = not is_other_size and self._is_alias(response, etag, modified)
+        if not is_same or (is_other_size and not expected):
+            raise self.stale("the store has another version of it now")
         if is_other_size:
-            raise self._lies(response, "it is of another length than the file")
+            raise unusable(response, "it is of another length than the file")
         return known
 
-    def _empty(self, response: "Response", start: int) -> "_Answer":
-        """Return what 416 means where it is the truth: an empty file, asked about."""
-        found = _UNSATISFIED.fullmatch(response.headers.get("content-range", "").strip())
-        size_bytes = None if found is None else int(found[1])
-        if self._version is None and size_bytes == 0 and start == 0:
-            etag = response.headers.get("etag", "")
-            version = Version(0, etag, response.headers.get("last-modified", ""))
-            return _Answer(response, 0, 0, version)
-        if self._version is not None and size_bytes not in (None, self._version.size_bytes):
-            raise self._stale("the store has another version of it now")
-        raise self._lies(response, "it has no such part, it says")
-
-    def _stale(self, words: str) -> OSError:
-        self._address.changed()
-        return errors.stale(self._address.path, words)
-
-    def _lies(self, response: "Response", words: str) -> "Lost":
-        message = f"the answer of {response.host} cannot be used: {words}"
-        return Lost(errors.ProtocolError(message, endpoint=LABEL, status=response.status))
-
-
-class Transfer:
-    """Bytes of a file on their way, in order. One thread's; a context manager.
-
-    Attributes:
-        start: of the first byte that comes.
-        stop: after the last one.
-        version: of the file.
-        is_whole: whether the store heeds no ranges, so that the whole file comes.
-    """
-
-    def __init__(
-        self, source: Source, answer: "_Answer", start: int, stop: int, patience: Patience
-    ) -> None:
-        self.version = answer.version
-        self.is_whole = answer.response.status == 200
-        self.start = 0 if self.is_whole else start
-        self.stop = (
-            answer.version.size_bytes if self.is_whole else min(stop, self.version.size_bytes)
-        )
-        self._source = source
-        self._answer = answer
-        self._patience = patience
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield the bytes, [start, stop) in all.
+    def _is_alias(self, response: "Response", etag: str, modified: str) -> bool:
+        """Return whether another ETag names the bytes that are meant.
 
         Raises:
-            ApiError: they do not come, after all tries.
-            OSError: ESTALE when the file is another one now, or gone.
+            Lost: that cannot be told yet, or not now.
         """
-        at = self.start
-        while at < self.stop:
-            place = self._answer.start
+        known = self._version
+        if self._etags.has(etag):
+            return True
+        if known is None or modified != known.last_modified or known.size_bytes == UNKNOWN_BYTES:
+            return False
+        sample = self._etags.sample or self._find_sample()
+        if sample is not None:
+            return self._has_sample(etag, sample)
+        if self._etags.is_in_use:  # there is a sample as soon as the first bytes are received
+            raise unusable(response, "its ETag is another one")
+        # Nothing is known of the bytes, so nothing can be spliced; the date speaks for them.
+        return bool(modified) and self._is_plain and self._etags.take_first(etag)
+
+    def _has_sample(self, etag: str, sample: Sample) -> bool:
+        """Return whether a server that names an ETag has the bytes that are known.
+
+        Raises:
+            Lost, ApiError: as `_ask`.
+        """
+        start, stop = sample.start, sample.start + SAMPLE_BYTES
+        size_bytes = None if self._version is None else self._version.size_bytes
+        url = self._url(IN_PROCESS).url
+        for _ in range(MAX_PROBES):
+            response = self._get(url, {"Range": f"bytes={start}-{stop - 1}"})
             try:
-                for piece in self._answer.response.pieces():
-                    place += len(piece)
-                    if place <= at:
-                        continue  # the whole file came instead of the rest
-                    fresh = piece[at - place :][: self.stop - at]
-                    at += len(fresh)
-                    self._patience.gained(len(fresh))
-                    yield fresh
-                    # An answer is read to its end: only then does its connection serve again.
-                    if at == self.stop < self._answer.stop:
-                        break
-            except Lost as lost:
-                if at < self.stop:
-                    self._patience.lost(lost)
-            else:
-                if at < self.stop:  # a part of what was asked, or chunks that end early
-                    short = errors.Unreachable("the store sent too little", endpoint=LABEL)
-                    self._patience.lost(Lost(short))
+                if response.status != 206:
+                    return False
+                part = part_of(response, start, stop, size_bytes)
+                if not sample.is_of(b"".join(Answer(response, part, Version(0)).pieces())):
+                    return False
             finally:
-                self._answer.response.close()
-            if at < self.stop:
-                self._answer = self._source.begin(at, self.stop, self._patience)
+                response.close()
+            # A response without an ETag speaks for no server.
+            found = response.headers.get("etag", "").strip()
+            if found:
+                self._etags.add(found)
+            if self._etags.has(etag):
+                return True
+        return False
 
-    def close(self) -> None:
-        """Let go of the connection."""
-        self._answer.response.close()
+    def _empty(self, response: "Response", start: int) -> Answer:
+        """Return what 416 means where it is the truth: an empty file, asked about."""
+        size_bytes = size_of_unsatisfied(response)
+        if self._version is None and size_bytes == 0 and start == 0:
+            etag = response.headers.get("etag", "").strip()
+            version = Version(0, etag, response.headers.get("last-modified", "").strip())
+            return Answer(response, Part(0, 0, 0, is_whole=False), version)
+        if self._version is not None and size_bytes not in (None, self._version.size_bytes):
+            raise self.stale("the store has another version of it now")
+        raise unusable(response, "it has no such part, it says")
 
-    def __enter__(self) -> Self:
-        """Return the transfer itself."""
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        """Let go of the connection."""
-        self.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """A usable answer: the bytes [start, stop) of a version."""
-
-    response: "Response"
-    start: int
-    stop: int
-    version: Version
+class _WithoutCondition(Exception):
+    """The request is to be sent again without `If-Range`."""
 
 
 class _Refused(Exception):

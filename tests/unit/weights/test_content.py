@@ -20,7 +20,7 @@ from tinkerfs.call import IN_PROCESS, Call
 from tinkerfs.demo.content import Data
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.weights.blocks import BLOCK_BYTES
-from tinkerfs.weights.source import Version
+from tinkerfs.weights.version import Version
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"

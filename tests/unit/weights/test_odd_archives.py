@@ -11,8 +11,8 @@ from tests.unit.weights.test_content import checkpoint_of, read
 from tinkerfs.call import IN_PROCESS
 from tinkerfs.demo.content import Data
 from tinkerfs.weights.index import Index, decode_index, encode_index
-from tinkerfs.weights.source import Version
 from tinkerfs.weights.tarindex import Member, Segment
+from tinkerfs.weights.version import Version
 
 SAFETENSORS = b"\x08\0\0\0\0\0\0\0{}      "
 

@@ -1,0 +1,472 @@
+"""A store that lies, or has another version from one request to the next: never a wrong byte."""
+
+import itertools
+import re
+import time
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from tests.support.hostile import HostileServer, close, drip, endless, genuine, reset
+from tests.unit.weights.conftest import subject_of, truth
+from tinkerfs import errors
+from tinkerfs.cache.flight import in_thread
+from tinkerfs.call import IN_PROCESS
+from tinkerfs.weights.patience import BACKOFF_S
+
+MIB = 1 << 20
+NAME = "adapter_model.safetensors"
+SIZE_BYTES = 9 * MIB
+TIMEOUT_S = 0.6
+
+pytestmark = pytest.mark.expect_warnings(r"telemetry")
+
+
+@pytest.fixture
+def server():
+    with HostileServer(runs=1, size_bytes=SIZE_BYTES) as server:
+        yield server
+
+
+def edited(change, *, has_ranges=True):
+    """Respond with the genuine response, changed; without ranges with the whole file."""
+
+    def step(handler):
+        handler.entry.is_range_hidden = not has_ranges
+        genuine(change)(handler)
+
+    return step
+
+
+def without(head, *names):
+    lines = [
+        line
+        for line in head.decode().split("\r\n")
+        if line.partition(":")[0].lower() not in [name.lower() for name in names]
+    ]
+    return "\r\n".join(lines).encode()
+
+
+def with_headers(head, *lines):
+    """Return a head with headers, in place of those of the same names."""
+    names = [line.partition(":")[0] for line in lines]
+    start = without(head, *names).removesuffix(b"\r\n\r\n")
+    return start + "".join(f"\r\n{line}" for line in lines).encode() + b"\r\n\r\n"
+
+
+def short(head):
+    """Return a head whose Content-Range ends after 1000 bytes."""
+    return re.sub(
+        rb"(Content-Range: bytes )(\d+)-\d+",
+        lambda found: b"%s%s-%d" % (found[1], found[2], int(found[2]) + 999),
+        head,
+    )
+
+
+def in_chunks(head, body, *lines):
+    """Return a response in chunks, without a length unless a line has one."""
+    chunks = b"".join(
+        b"%x\r\n%s\r\n" % (len(piece), piece)
+        for piece in (body[at : at + 100_000] for at in range(0, len(body), 100_000))
+    )
+    head = without(head, "Content-Length")
+    return with_headers(head, "Transfer-Encoding: chunked", *lines) + chunks + b"0\r\n\r\n"
+
+
+def read(file):
+    return file.read(file.size_bytes, 0, IN_PROCESS)
+
+
+def open_in(mount, server):
+    return mount.weights.open(subject_of(server), NAME, IN_PROCESS)
+
+
+def expected_of(server):
+    return truth(server, subject_of(server), NAME)
+
+
+LIES = {
+    "a body longer than its Content-Range": lambda head, body: (in_chunks(short(head), body),),
+    "surplus after a true Content-Range": lambda head, body: (in_chunks(head, body + b"x"),),
+    "a whole part of surplus": lambda head, body: (in_chunks(head, body + body),),
+    "chunks that end early": lambda head, body: (in_chunks(head, body[:-1]),),
+    "Transfer-Encoding: gzip, chunked": lambda head, body: (
+        in_chunks(head, body, "Transfer-Encoding: gzip, chunked"),
+    ),
+    "Transfer-Encoding: identity": lambda head, body: (
+        with_headers(head, "Transfer-Encoding: identity") + body,
+    ),
+    "Transfer-Encoding: chunked, chunked": lambda head, body: (
+        in_chunks(head, body, "Transfer-Encoding: chunked, chunked"),
+    ),
+    "gzip, gzip, gzip": lambda head, body: (
+        with_headers(head, "Content-Encoding: gzip, gzip, gzip") + body,
+    ),
+    "br": lambda head, body: (with_headers(head, "Content-Encoding: br") + body,),
+    "two lengths": lambda head, body: (
+        head.removesuffix(b"\r\n") + b"Content-Length: 7\r\n\r\n" + body,
+    ),
+    "a negative length": lambda head, body: (with_headers(head, "Content-Length: -1") + body,),
+    "9 GiB of length": lambda head, body: (
+        with_headers(head, "Content-Length: 9663676416") + body,
+        close,
+    ),
+    "9 GiB of Content-Range": lambda head, body: (
+        with_headers(head, "Content-Range: bytes 0-9663676415/9663676416") + body,
+        close,
+    ),
+    "another range": lambda head, body: (
+        with_headers(head, "Content-Range: bytes 1-4194304/9446400") + body,
+    ),
+    "a body that is cut": lambda head, body: (head + body[: len(body) // 2], reset),
+    "no end of the chunks": lambda head, body: (
+        in_chunks(head, body).removesuffix(b"0\r\n\r\n"),
+        close,
+    ),
+    "416": lambda head, body: (b"HTTP/1.1 416 No\r\nContent-Length: 0\r\n\r\n",),
+    "101": lambda head, body: (b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n", close),
+    "403 in the middle": lambda head, body: (b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n",),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_read_of_a_response_that_lies_once_is_right(server, weights_of, lie):
+    mount = weights_of(server, timeout_s=10)
+    with open_in(mount, server) as file:
+        server.on("store", edited(LIES[lie]), times=1)
+        try:
+            found = read(file)
+        except errors.Rejected:  # which no other try makes good
+            assert lie == "101"
+            found = read(file)
+        assert found == expected_of(server)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_read_of_a_response_that_always_lies_fails(server, weights_of, lie, monkeypatch):
+    monkeypatch.setattr("tinkerfs.weights.patience.BACKOFF_S", (0.001, 0.01))
+    mount = weights_of(server, timeout_s=TIMEOUT_S)
+    with open_in(mount, server) as file:
+        rule = server.on("store", edited(LIES[lie]), times=None)
+        with pytest.raises((errors.ApiError, OSError)):
+            file.read(MIB, 5 * MIB, IN_PROCESS)
+        rule.remove()
+        assert read(file) == expected_of(server), "nothing of it was cached"
+
+
+@pytest.mark.parametrize("length", ["1", "99999999999"])
+def test_read_beside_chunks_ignores_content_length(server, weights_of, length):
+    mount = weights_of(server, timeout_s=10)
+    edit = edited(lambda head, body: (in_chunks(head, body, f"Content-Length: {length}"),))
+    with open_in(mount, server) as file:
+        server.on("store", edit, times=None)
+        server.journal.clear()
+        assert read(file) == expected_of(server)
+        assert server.journal.count("GET store/archive") <= 3, "each response was usable"
+
+
+HOLDING = {
+    "head": [drip(b"HTTP/1.1 206 Partial\r\n" * 99)],
+    "interim responses": [drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 99)],
+    "chunk size": [b"HTTP/1.1 206 P\r\nTransfer-Encoding: chunked\r\n\r\n", drip(b"0" * 999)],
+    "endless 100": [endless(b"HTTP/1.1 100 Continue\r\n\r\n")],
+}
+
+
+@pytest.mark.parametrize("how", HOLDING)
+def test_read_of_a_store_that_holds_on_ends_in_time(server, weights_of, how):
+    mount = weights_of(server, timeout_s=TIMEOUT_S)
+    with open_in(mount, server) as file:
+        rule = server.on("store", *HOLDING[how], times=None)
+        began = time.monotonic()
+        with pytest.raises((errors.TimedOut, errors.Unreachable, errors.ProtocolError)):
+            file.read(9, 5 * MIB, IN_PROCESS)
+        assert time.monotonic() - began < 10 * TIMEOUT_S
+        rule.remove()
+        began = time.monotonic()
+        assert file.read(9, 5 * MIB, IN_PROCESS) == expected_of(server)[5 * MIB :][:9]
+        assert time.monotonic() - began < 10 * TIMEOUT_S, "no one joins what is dead"
+
+
+def test_read_rides_out_a_name_that_is_unknown_for_a_moment(server, weights_of):
+    mount = weights_of(server, timeout_s=20)
+    away = b"HTTP/1.1 302 Found\r\nLocation: http://nothing.invalid/\r\nContent-Length: 0\r\n\r\n"
+    with open_in(mount, server) as file:
+        server.on("store", away, times=4)
+        assert read(file) == expected_of(server)
+
+
+def test_read_rides_out_a_store_that_refuses_for_a_moment(server, weights_of):
+    mount = weights_of(server, timeout_s=20)
+    with open_in(mount, server) as file:
+        server.stop_listening("store")
+        server.drop_connections()
+        reading = in_thread(lambda: read(file), "reader")
+        refused = mount.telemetry
+        while refused.snapshot()["calls"]["GET store"].get("failed", 0) < 4:
+            time.sleep(0.01)
+        server.resume_listening()
+        assert reading.result(30) == expected_of(server)
+
+
+def test_read_of_a_store_that_stays_away_fails_in_time(server, weights_of):
+    mount = weights_of(server, timeout_s=TIMEOUT_S)
+    with open_in(mount, server) as file:
+        server.stop_listening("store")
+        server.drop_connections()
+        began = time.monotonic()
+        with pytest.raises(errors.Unreachable, match="refused"):
+            file.read(9, 5 * MIB, IN_PROCESS)
+        assert TIMEOUT_S <= time.monotonic() - began < 10 * TIMEOUT_S + BACKOFF_S[1]
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+VALIDATORS = ("ETag", "Last-Modified")
+
+
+def bare(head, body):
+    """A response without validators."""
+    return (without(head, *VALIDATORS) + body,)
+
+
+def save_again(server):
+    """Save the checkpoint again, with the same lengths and times."""
+    subject = subject_of(server)
+    checkpoint = server.account.checkpoint(subject.ref.run_id, subject.ref.path_id)
+    before = expected_of(server)
+    checkpoint.generation += 1
+    assert expected_of(server) != before
+
+
+def read_or_stale(file):
+    """Return the bytes of a file, None for ESTALE."""
+    try:
+        return read(file)
+    except OSError as error:
+        if not errors.is_stale(error):
+            raise
+        return None
+
+
+def read_in_the_end(mount, server, file=None):
+    """Read in an open file; after ESTALE in one that is opened then. Never a wrong byte.
+
+    Returns:
+        whether it was stale first.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(open_in(mount, server)) if file is None else file
+        found = read_or_stale(file)
+    if found is not None:
+        assert found == expected_of(server)
+        return False
+    with open_in(mount, server) as opened:
+        assert read(opened) == expected_of(server)
+    return True
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_pass_resumed_in_another_version_starts_again(server, weights_of, is_chunked):
+    def cut(head, body):
+        save_again(server)
+        head = without(head, *VALIDATORS)
+        sent = in_chunks(head, body) if is_chunked else head + body
+        return (sent[: 5 * MIB], reset)
+
+    server.on("store", edited(cut, has_ranges=False), times=1)
+    server.on("store", edited(bare, has_ranges=False), times=None)
+    mount = weights_of(server, timeout_s=10)
+    assert not read_in_the_end(mount, server), "nothing of the first version was given out"
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_pass_over_blocks_of_another_version_is_stale(server, weights_of, has_cache):
+    server.on("store", edited(bare, has_ranges=False), times=None)
+    mount = weights_of(server, timeout_s=10, limit_bytes=(1 << 30) * has_cache)
+    with open_in(mount, server) as file:
+        for index in (0, 2):
+            for path in mount.cache.folder.glob(f"*/{index}"):
+                path.unlink()
+        save_again(server)
+        assert read_in_the_end(mount, server, file)
+
+
+def test_blocks_of_another_version_on_disk_are_fetched_again(server, weights_of):
+    server.on("store", edited(bare, has_ranges=False), times=None)
+    with open_in(weights_of(server), server) as file:
+        old = {path: path.read_bytes() for path in weights_of(server).cache.folder.glob("*/1")}
+        assert old
+        assert read(file) == expected_of(server)
+    save_again(server)
+    mount = weights_of(server)
+    mount.weights.forget(subject_of(server))
+    with open_in(mount, server) as file:
+        for path, data in old.items():  # as where the cache refused a newer block
+            path.write_bytes(data)
+        assert read(file) == expected_of(server)
+
+
+def test_range_after_a_cached_block_of_another_version_is_stale(server, weights_of):
+    server.on("store", edited(bare), times=None)
+    mount = weights_of(server, timeout_s=10)
+    with open_in(mount, server) as file:
+        assert file.read(9, 1 * MIB, IN_PROCESS) == expected_of(server)[MIB:][:9]
+        save_again(server)
+        assert read_in_the_end(mount, server, file)
+
+
+def test_range_resumed_in_another_version_is_stale(server, weights_of):
+    def cut(head, body):
+        save_again(server)
+        return (without(head, *VALIDATORS) + body[: 2 * MIB], reset)
+
+    mount = weights_of(server, timeout_s=10)
+    rule = server.on("store", edited(bare), times=None)
+    with open_in(mount, server) as file:
+        rule.remove()
+        server.on("store", edited(cut), times=1)
+        server.on("store", edited(bare), times=None)
+        with pytest.raises(OSError, match="another version"):
+            file.read(9, 5 * MIB, IN_PROCESS)
+    assert not read_in_the_end(mount, server)
+
+
+def test_part_of_a_block_of_another_version_is_stale(server, weights_of):
+    mount = weights_of(server, timeout_s=TIMEOUT_S)
+    rule = server.on("store", edited(bare), times=None)
+    with open_in(mount, server) as file:
+        rule.remove()
+        cut = edited(lambda head, body: (without(head, *VALIDATORS) + body[: 2 * MIB], reset))
+        server.on("store", cut, times=1)
+        failing = server.on("store", b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", times=None)
+        with pytest.raises(errors.ServerError):
+            file.read(9, 5 * MIB, IN_PROCESS)
+        assert list(mount.cache.folder.glob("*/.*.part"))
+        failing.remove()
+        server.on("store", edited(bare), times=None)
+        save_again(server)
+        with pytest.raises(OSError, match="another version"):
+            file.read(9, 5 * MIB, IN_PROCESS)
+    assert not read_in_the_end(mount, server)
+
+
+def test_etag_that_appears_is_another_version(server, weights_of):
+    rule = server.on(
+        "store", edited(lambda head, body: (without(head, "ETag") + body,)), times=None
+    )
+    mount = weights_of(server, timeout_s=10)
+    with open_in(mount, server) as file:
+        rule.remove()
+        assert read_in_the_end(mount, server, file)
+
+
+def test_etag_that_is_weak_now_and_then_is_the_same(server, weights_of):
+    is_weak = itertools.cycle([False, True])
+
+    def toggle(head, body):
+        return ((head.replace(b'ETag: "', b'ETag: W/"') if next(is_weak) else head) + body,)
+
+    server.on("store", edited(toggle), times=None)
+    mount = weights_of(server, timeout_s=10)
+    assert not read_in_the_end(mount, server)
+    assert server.journal.count("GET store/archive") <= 6
+
+
+def by_edge(count, save=lambda edge: None):
+    """Responses of servers that take turns, and each give an ETag of their own."""
+    edges = itertools.cycle(range(count))
+
+    def step(handler):
+        edge = next(edges)
+        save(edge)
+        asked = handler.entry.headers.get("if-range")
+        handler.entry.is_range_hidden = asked is not None and asked != f'"edge {edge}"'
+        handler.entry.headers.pop("if-range", None)
+        genuine(lambda head, body: (with_headers(head, f'ETag: "edge {edge}"') + body,))(handler)
+
+    return step
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_etags_that_differ_by_server_are_the_same_version(server, weights_of, count):
+    server.on("store", by_edge(count), times=None)
+    mount = weights_of(server, timeout_s=10)
+    assert not read_in_the_end(mount, server)
+    for path in mount.cache.folder.glob("*/[0-9]*"):
+        path.unlink()
+    assert not read_in_the_end(weights_of(server, timeout_s=10), server), "without a cached byte"
+    received = mount.telemetry.snapshot()["counters"]["bytes_received"]
+    assert received < 1.2 * SIZE_BYTES, "no part costs the whole file"
+
+
+def test_etags_that_differ_by_server_and_version_are_stale(server, weights_of):
+    subject = subject_of(server)
+    checkpoint = server.account.checkpoint(subject.ref.run_id, subject.ref.path_id)
+    versions = []
+    for generation in (1, 0):
+        checkpoint.generation = generation
+        versions.append(expected_of(server))
+
+    def save(edge):
+        checkpoint.generation = edge
+
+    server.on("store", by_edge(2, save), times=None)
+    mount = weights_of(server, timeout_s=TIMEOUT_S)
+    for _ in range(4):
+        # The index fails too where none of them counts.
+        with suppress(errors.ProtocolError, OSError), open_in(mount, server) as file:
+            assert read_or_stale(file) in (*versions, None)
+
+
+# --- no length -----------------------------------------------------------------------------------
+
+
+def lengthless(head, body):
+    return (in_chunks(head, body),)
+
+
+def test_archive_in_chunks_without_a_length_is_read(server, weights_of):
+    cut = edited(lambda head, body: (in_chunks(head, body)[: 5 * MIB], reset), has_ranges=False)
+    server.on("store", cut, times=1)
+    server.on("store", edited(lengthless, has_ranges=False), times=None)
+    mount = weights_of(server, timeout_s=10)
+    assert not read_in_the_end(mount, server)
+    requests = server.journal.count("GET store/archive")
+    assert requests == 2, "what the index took is cached"
+    for path in mount.cache.folder.glob("*/[0-9]*"):
+        path.unlink()
+    assert not read_in_the_end(mount, server)
+    assert server.journal.count("GET store/archive") <= requests + 3, "one for each block"
+
+
+def test_archive_tar_in_chunks_without_a_length_is_read(server, weights_of):
+    server.on("store", edited(lengthless, has_ranges=False), times=None)
+    subject = subject_of(server)
+    archive = server.archive(subject.ref.run_id, subject.ref.path_id)
+    with weights_of(server, timeout_s=10).weights.open_archive(subject, IN_PROCESS) as file:
+        assert file.size_bytes == archive.size_bytes
+        assert read(file) == archive.read(0, archive.size_bytes)
+
+
+def test_archive_that_ends_with_the_connection_is_refused(server, weights_of):
+    """Whether all of it came cannot be told."""
+    cut = edited(
+        lambda head, body: (without(head, "Content-Length") + body, close), has_ranges=False
+    )
+    server.on("store", cut, times=None)
+    mount = weights_of(server, timeout_s=TIMEOUT_S)
+    with pytest.raises(errors.ProtocolError, match="how long the file is"):
+        mount.weights.files(subject_of(server), IN_PROCESS)
+
+
+def test_external_files_in_chunks_without_a_length_are_read(server, weights_of):
+    server.on("store", edited(lengthless, has_ranges=False), times=None)
+    subject = subject_of(server, "external_weights")
+    mount = weights_of(server, timeout_s=10)
+    members = mount.weights.files(subject, IN_PROCESS).members
+    for name, member in members.items():
+        with mount.weights.open(subject, name, IN_PROCESS) as file:
+            assert file.size_bytes == member.size_bytes
+            assert read(file) == truth(server, subject, name)
