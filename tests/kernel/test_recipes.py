@@ -66,6 +66,8 @@ def cook(sample, tmp_path):
         needs(["jq", "curl"])
         scripts = [script_of(heading, index) for index in range(number + 1)]
         texts, shown = [text for text, _ in scripts], scripts[-1][1]
+        if shown is not None:
+            shown = "".join(each or "" for _, each in scripts)
         sample.refresh()
         sample.server.journal.clear()
         done = subprocess.run(
@@ -238,6 +240,39 @@ def test_a_copy_that_goes_on(sample, cook, tmp_path):
         "GET training_runs/{run}/checkpoints": 1,
         "GET archive": 1,
     }
+    assert unexpected(calls, RUNS_LISTED | allowed) == {}
+
+
+def test_a_copy_with_the_weights(sample, cook, tmp_path):
+    needs(["restic", "rsync"])
+    heading = "Keep a copy or a backup with the weights"
+    allowed = RUNS_LISTED | {
+        "GET training_runs/{run}": 1,
+        "GET training_runs/{run}/checkpoints": 1,
+        "POST weights_info": CHECKPOINTS,
+    }
+    _shown, calls = cook(heading)
+    assert unexpected(calls, allowed) == {}
+    _shown, calls = cook(heading, 2)
+    assert unexpected(calls, allowed | {"GET archive": 1}) == {}
+    run = sample.server.account.runs()[0]
+    for name, content in sample.server.files(run.id, run.newest("sampler_weights").id).items():
+        copied = tmp_path / "with-weights/files" / name
+        assert copied.read_bytes() == content.read(0, content.size_bytes)
+
+
+def test_a_search_asks_for_no_archive(sample, cook):
+    needs(["rg"])
+    _shown, calls = cook("Search without asking for archives")
+    allowed = ALL_LISTED | {"POST weights_info": RUNS * CHECKPOINTS}
+    assert unexpected(calls, allowed) == {}
+
+
+def test_a_path_with_colons(sample, cook, tmp_path):
+    needs(["make", "rclone"])
+    _shown, calls = cook("Name a path with colons")
+    assert (tmp_path / "rclone.log").read_text().count("ERROR") == 0
+    allowed = {"GET training_runs/{run}/checkpoints": 1, "GET archive": 1}
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 

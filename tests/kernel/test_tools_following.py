@@ -62,6 +62,48 @@ def test_a_walk_that_follows_links_starts_a_burst_and_is_told_why(make_account, 
         assert "Device or resource busy" in done.stderr
 
 
+#: The same without following links, as docs/recipes.md names it; each sees a checkpoint's files.
+STAY = {
+    "rg": "rg -l lora_rank",
+    "fd": "$(command -v fdfind || command -v fd) info.json",
+    "find": "find . -name info.json",
+    "tree": "tree",
+    "ls -lR": "ls -lR .",
+    "du": "du -a .",
+    "grep -r": "grep -rl lora_rank .",
+    "diff -r --no-dereference": "diff -r --no-dereference runs/$ONE runs/$TWO",
+    "zip -ry": "zip -qry $OUT/x.zip runs && $PYTHON -m zipfile -l $OUT/x.zip",
+    "cp -a": "cp -a runs $OUT/copy && find $OUT/copy",
+    "rsync -a": "rsync -a runs $OUT/ && find $OUT/runs",
+    "tar": "tar c runs | tar t",
+    "restic": (
+        "export RESTIC_REPOSITORY=$OUT/restic RESTIC_PASSWORD=x XDG_CACHE_HOME=$OUT/cache; "
+        "restic init -q; restic backup -q runs && restic ls -q latest"
+    ),
+    "rclone": "rclone --config $OUT/conf copy -q runs $OUT/copy && find $OUT/copy",
+    "bash's **": "shopt -s globstar; printf '%s\\n' **",
+    "os.walk": "$PYTHON -c 'import os; print(list(os.walk(\".\")))'",
+    "Path.rglob": "$PYTHON -c 'import pathlib; print(*pathlib.Path().rglob(\"*\"))'",
+}
+
+
+@pytest.fixture(scope="module")
+def unread(make_account):
+    """An account of which nobody asks for an archive."""
+    return make_account(runs=3, checkpoints=4, settings={"archive_burst": BURST})
+
+
+@pytest.mark.parametrize("name", STAY)
+def test_walk_that_follows_no_links_starts_no_archive(unread, name, tmp_path):
+    needs(tool for tool in ("rclone", "restic", "rg", "rsync", "tree", "zip") if tool in name)
+    one, two, _three = unread.server.account.run_ids
+    words = f"ONE={one} TWO={two} OUT={tmp_path} PYTHON={sys.executable}\n"
+    done = unread.sh(words + STAY[name])
+    assert "Device or resource busy" not in done.stderr
+    assert "info.json" in done.stdout, done
+    assert unread.server.journal.count("GET archive") == 0
+
+
 def test_eight_archives_a_minute_unless_told_otherwise(make_account):
     account = make_account(runs=3, checkpoints=4)
     account.sh("cat runs/*/checkpoints/*/*/archive_url")

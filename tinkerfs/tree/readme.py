@@ -33,7 +33,8 @@ Try:
 Looking is free: ls, find, grep -r and du never ask the server for an archive. Nothing but a
 checkpoint can be removed, and a command that tries (rm -rf of a run, find -delete) is stopped there
 and may remove nothing until it has left off for a minute. mv off the mount copies no weights, so it
-removes nothing either: tinkerfs get, then rm -r.
+removes nothing either: tinkerfs get, then rm -r. Neither do cp -a, rsync and backup programs copy
+weights: files and archive.tar are links.
 
 When a command fails, the reason, in the server's own words, is in
 
