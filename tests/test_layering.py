@@ -140,7 +140,7 @@ OPENERS = {
     "adapters.mounts",
     "adapters.preflight",
     "adapters.readiness",
-    "cache.store",  # /proc/self/mountinfo
+    "cache.directory",  # /proc/self/mountinfo
     "call",
     "cli.logs",  # without waiting; a device will do
     "cli.main",
@@ -234,7 +234,7 @@ def test_a_violation_is_found(module, source, wrong):
         ("tree.layout", "from tinkerfs import __version__, errors\nfrom . import node"),
         ("errors", "import errno\nerrno.EIO"),
         ("demo.server", "from tinkerfs import __version__\nimport http.server\nprint()"),
-        ("cache.store", "open('/proc/self/mountinfo')"),
+        ("cache.directory", "open('/proc/self/mountinfo')"),
         ("cli.options", "open(open_regular(path, 0))"),
     ],
 )

@@ -76,6 +76,7 @@ __all__ = [
     "not_a_link",
     "not_empty",
     "not_found",
+    "not_lockable",
     "not_permitted",
     "not_regular",
     "not_supported",
@@ -121,6 +122,8 @@ class ApiError(TinkerfsError):
         self.retry_after_s = retry_after_s
         #: Whether this is told again from memory, without a new call.
         self.is_remembered = False
+        #: Whether the request never reached the server.
+        self.is_unsent = False
 
     def remembered(self) -> Self:
         """Return a copy to raise again; raising one object ever again would grow its traceback."""
@@ -343,6 +346,12 @@ def damaged(path: str, why: str) -> OSError:
 def no_space(path: str, why: str) -> OSError:
     """ENOSPC: no room for what was to be kept."""
     return OSError(errno.ENOSPC, why, path)
+
+
+def not_lockable(error: OSError) -> OSError:
+    """Return the error of a lock that a file system refuses, in words that say what follows."""
+    reason = f"files cannot be locked there ({error.strerror}): mounts may fetch a block twice"
+    return OSError(error.errno, reason, error.filename)
 
 
 def exists(path: str, why: str) -> OSError:

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from tests.support.account import api_calls, mounted
-from tests.support.hostile import HostileServer, endless, hold
+from tests.support.hostile import HostileServer, endless, genuine, hold
 from tests.support.mount import wait_until
 
 pytestmark = pytest.mark.kernel
@@ -55,3 +55,14 @@ def test_requests_that_trickle_hold_up_nothing_afterwards(mount, steps):
     rule.remove()
     wait_until(lambda: list_all(paths) == [""] * 12)
     assert api_calls(server)
+
+
+def test_archives_that_are_held_are_waited_for(mount):
+    server, root = mount
+    server.journal.clear()
+    server.on("GET archive", lambda handler: handler.pause(3 * TIMEOUT_S), genuine(), times=3)
+    runs = list(server.account.runs())[:3]
+    paths = [root / f"runs/{run.id}/checkpoints/{run.checkpoints[0].id}/files" for run in runs]
+    said = list_all([f"{path}/" for path in paths])
+    assert said == [""] * 3
+    assert server.journal.count("GET archive") == 3

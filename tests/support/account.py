@@ -95,7 +95,7 @@ def mounted(server, folder, binding, **settings):
         server: a DemoServer.
         folder: where mountpoint, cache and log are made.
         binding: the FUSE binding.
-        settings: fields of Settings.
+        settings: fields of Settings, and `lookup_timeout_s` as `mounting.serve` takes it.
     """
     folder.mkdir(exist_ok=True)
     mountpoint, cache_dir, log = folder / "mnt", folder / "cache", folder / "log"
@@ -245,6 +245,7 @@ def _serve(mountpoint, values):
 
     logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d %(name)s %(message)s")
     mounting.block_signals()
+    bounds = {name: values.pop(name) for name in ("lookup_timeout_s",) if name in values}
     settings = Settings(**values)
     with compose(settings) as parts:
         mounting.serve(
@@ -252,6 +253,7 @@ def _serve(mountpoint, values):
             binding.load(),
             str(Path(mountpoint).resolve()),
             timeout_s=settings.timeout_s,
+            **bounds,
             read_only=settings.read_only,
             allow_other=settings.allow_other,
             xattr=settings.xattr,

@@ -4,6 +4,7 @@ For the command line and the fsspec adapter. Nothing is opened before the contex
 all of it is closed when it is left.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,8 +13,14 @@ from pathlib import Path
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.cache.directory import (
+    UnusableCacheError,
+    default_cache_dir,
+    locate_cache_dir,
+    prepare_cache_dir,
+)
 from tinkerfs.cache.metadata import MetadataCache
-from tinkerfs.cache.store import Store, default_cache_dir, prepare_cache_dir
+from tinkerfs.cache.store import Store
 from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.mutations import Mutations
 from tinkerfs.catalogue.runs import Catalogue
@@ -29,6 +36,8 @@ from tinkerfs.weights.content import Weights
 
 __all__ = ["BLOCKS", "Parts", "cache_folder", "compose"]
 
+log = logging.getLogger(__name__)
+
 #: The folder of the block cache in that of the cache.
 BLOCKS = "blocks"
 
@@ -38,22 +47,36 @@ FREE_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an adapter needs: the tree, the weights in it, the client for a first look."""
+    """What an adapter needs: the tree, the weights in it, the client for a first look.
+
+    Attributes:
+        settings: as they are in effect: without a cache on disk its size is 0.
+    """
 
     filesystem: FileSystem
     weights: Weights
     client: Client
     telemetry: Telemetry
+    settings: Settings
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Return where what outlives a mount is kept, made or not.
+    """Return where what outlives a mount is kept, made or not."""
+    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
+    return locate_cache_dir(folder.expanduser().absolute())
+
+
+def _prepared(settings: Settings) -> Path | None:
+    """Return the cache directory, ready for use; None where there is none to be used.
 
     Raises:
-        SetupError: the default one may not be used.
+        SetupError: what was named as one is not a directory.
     """
-    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
-    return folder.expanduser().absolute()
+    try:
+        return prepare_cache_dir(cache_folder(settings))
+    except UnusableCacheError as error:
+        log.warning("caching in memory alone: %s", error)
+        return None
 
 
 @contextmanager
@@ -61,9 +84,13 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
     """Build everything behind a mount.
 
     Raises:
-        SetupError: the cache folder cannot be used.
+        SetupError: the URL, a proxy or the cache directory that was named cannot be used.
     """
-    cache_dir = prepare_cache_dir(cache_folder(settings))
+    cache_dir = _prepared(settings)
+    if cache_dir is None:
+        settings = replace(settings, cache_dir=None, cache_size_bytes=0)
+    else:
+        settings = replace(settings, cache_dir=str(cache_dir))
     telemetry = Telemetry(clock)
     with ExitStack() as stack:
         credentials = Credentials(clock=clock)
@@ -96,7 +123,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             burst=settings.archive_burst,
         )
         blocks = BlockCache(
-            cache_dir / BLOCKS,
+            cache_dir / BLOCKS if cache_dir is not None else None,
             telemetry,
             clock,
             limit_bytes=settings.cache_size_bytes,
@@ -106,7 +133,7 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             Weights(archives, store, blocks, telemetry, timeout_s=settings.timeout_s)
         )
         model = Model(
-            settings=replace(settings, cache_dir=str(cache_dir)),
+            settings=settings,
             catalogue=catalogue,
             mutations=mutations,
             sessions=sessions,
@@ -116,4 +143,4 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
-        yield Parts(FileSystem(model, cache_dir), weights, client, telemetry)
+        yield Parts(FileSystem(model, cache_dir or Path("/")), weights, client, telemetry, settings)

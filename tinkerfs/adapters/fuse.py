@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tinkerfs.tree.scan import Scan
 
 __all__ = [
+    "LOOKUP_TIMEOUT_S",
     "Opened",
     "OpenedFolder",
     "Operations",
@@ -43,7 +44,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-#: A name that is looked up holds up the other new names of its folder (the kernel's rule).
+#: A name that is looked up holds up the other new names of its directory (the kernel's rule).
 LOOKUP_TIMEOUT_S: Final = 5.0
 #: So does a name that is removed.
 REMOVAL_TIMEOUT_S: Final = 10.0
@@ -140,6 +141,7 @@ class Operations:
         filesystem: what is served.
         requests: the binding, for who asks and whether they still wait.
         timeout_s: bound on every wait that has no bound of its own.
+        lookup_timeout_s: bound on the wait for a name, where no row of the table has its own.
         stopping: set when the mount goes down: whoever waits then gets ENOTCONN.
         ready: called once the kernel has been answered for the first time.
     """
@@ -154,6 +156,7 @@ class Operations:
         requests: Requests,
         *,
         timeout_s: float,
+        lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
         stopping: threading.Event,
         ready: Callable[[], None],
     ) -> None:
@@ -166,7 +169,7 @@ class Operations:
         # What a call says of its caller is asked for in the thread that serves it, where somebody
         # wants to know: so one of each kind does for all.
         self._patience = Call(None, self._interrupted, self._caller, waiting=requests.waiting)
-        self._lookup = self._patience.within(LOOKUP_TIMEOUT_S)
+        self._lookup = self._patience.within(lookup_timeout_s)
         self._removal = self._patience.within(REMOVAL_TIMEOUT_S)
         self._wait = self._patience.within(timeout_s)
         self._listing = replace(self._wait, part_timeout_s=PART_TIMEOUT_S)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from tinkerfs import errors
 from tinkerfs.adapters import mounts, preflight
 from tinkerfs.adapters.binding import Binding
-from tinkerfs.adapters.fuse import Operations, XattrOperations
+from tinkerfs.adapters.fuse import LOOKUP_TIMEOUT_S, Operations, XattrOperations
 from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def serve(
     mountpoint: str,
     *,
     timeout_s: float,
+    lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
     read_only: bool = False,
     allow_other: bool = False,
     xattr: bool = False,
@@ -100,6 +101,7 @@ def serve(
         binding: who talks to the kernel.
         mountpoint: an absolute path without links.
         timeout_s: bound on waits.
+        lookup_timeout_s: bound on the wait for a name that no listing has.
         read_only: the kernel refuses changes.
         allow_other: the kernel lets other users in.
         xattr: the operations of extended attributes exist.
@@ -110,7 +112,12 @@ def serve(
     """
     loop = _Loop()
     operations = (XattrOperations if xattr else Operations)(
-        filesystem, binding, timeout_s=timeout_s, stopping=loop.stopping, ready=loop.answered
+        filesystem,
+        binding,
+        timeout_s=timeout_s,
+        lookup_timeout_s=lookup_timeout_s,
+        stopping=loop.stopping,
+        ready=loop.answered,
     )
     options = binding.mount_options(read_only=read_only, allow_other=allow_other)
     with _captured_stderr() as words:

@@ -64,12 +64,14 @@ class Breakers:
             self._states.clear()
 
     @contextmanager
-    def call(self, label: str, deadline: float) -> Iterator[float]:
+    def call(self, label: str, deadline: float, *, is_build: bool = False) -> Iterator[float]:
         """Let one call through, and learn from how it ends.
 
         Args:
             label: the endpoint.
             deadline: when the call would give up, on the monotonic clock.
+            is_build: whether the server may hold its response while it makes something. A time-out
+                says nothing of the endpoint then, and a probe has the time that others have.
 
         Yields:
             when to give up: sooner, where the call is the probe of an endpoint that is out.
@@ -82,7 +84,12 @@ class Breakers:
         with self._lock:
             state = self._states.setdefault(label, _State())
             is_probe = state.is_out
-            if is_probe:
+            if is_probe and is_build:
+                if started < state.next_probe:
+                    assert state.last is not None
+                    raise state.last.remembered()
+                state.next_probe = started + PROBE_INTERVAL_S
+            elif is_probe:
                 if state.is_probed or started < state.next_probe:
                     assert state.last is not None
                     raise state.last.remembered()
@@ -95,12 +102,14 @@ class Breakers:
             yield deadline
         except errors.ApiError as error:
             failure = error if isinstance(error, _OUT) else None
-            is_news = not error.is_remembered  # else nobody was asked: it was not its turn
+            # Of what is remembered nobody was asked: it was not its turn.
+            is_held = is_build and isinstance(error, errors.TimedOut) and not error.is_unsent
+            is_news = not (error.is_remembered or is_held)
             raise
         finally:
             with self._lock:
                 now = self._clock.monotonic()
-                if is_probe:
+                if is_probe and not is_build:
                     state.is_probed, state.next_probe = False, now + PROBE_INTERVAL_S
                 if is_news and failure is None:
                     state.failures, state.last, state.next_probe = 0, None, 0.0

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import uuid
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
@@ -217,17 +217,21 @@ class Client:
         with self._lacks.asking(what, errors.BadRequest) if is_known else nullcontext():
             return self._one(request, parsing.parse_weights_info)
 
-    def archive(self, ref: CheckpointRef) -> SignedUrl:
+    def archive(self, ref: CheckpointRef, hold_s: float = 0.0) -> SignedUrl:
         """Return a signed URL of the checkpoint's archive; the server may have to build it first.
 
         The redirect is read, never followed: the key belongs to the API's origin alone.
+
+        Args:
+            ref: the checkpoint.
+            hold_s: how long the server may hold its response while it builds, seconds.
 
         Raises:
             ApiError: it cannot be had; NotReady while the server builds it, with `retry_after_s`
                 where it says; EndpointMissing where the server gives no archives, or none of
                 this kind of checkpoint.
         """
-        request = Request(endpoints.ARCHIVE, "/archive")
+        request = Request(endpoints.ARCHIVE, "/archive", hold_s=hold_s)
         return self._on_checkpoint(
             request, ref, lambda answer: signed.archive_url(answer, self._clock.now())
         )
@@ -406,12 +410,15 @@ class Client:
     def _one(self, request: Request, parse: Callable[[bytes], T]) -> T:
         endpoint = request.endpoint
         refusals = 1 if endpoint.scope is Scope.ACCOUNT else REFUSALS
-        with (
-            self._lacks.asking(endpoint.label, refusals=refusals),
-            self._breakers.call(endpoint.label, self._transport.deadline()) as deadline,
-        ):
+        asking = self._lacks.asking(endpoint.label, refusals=refusals)
+        with asking, self._guarded(request) as deadline:
             answer = self._transport.send(request, deadline, self._interest)
             return self._parsed(endpoint, answer, lambda answer: parse(answer.body))
+
+    def _guarded(self, request: Request) -> AbstractContextManager[float]:
+        """Return the breaker of a request's endpoint; it yields when to give up."""
+        endpoint, deadline = request.endpoint, self._transport.deadline(request.hold_s)
+        return self._breakers.call(endpoint.label, deadline, is_build=endpoint.is_build)
 
     def _list(
         self,
@@ -461,10 +468,7 @@ class Client:
         endpoint = request.endpoint
         run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
         kind = ref.path_id.partition("/")[0]  # SkyRL has archives of sampler checkpoints alone
-        with (
-            self._lacks.asking((endpoint.label, kind)),
-            self._breakers.call(endpoint.label, self._transport.deadline()) as deadline,
-        ):
+        with self._lacks.asking((endpoint.label, kind)), self._guarded(request) as deadline:
 
             def ask(checkpoint_id: str) -> T:
                 path = f"{run}/{id_path(checkpoint_id)}{request.path}"
@@ -488,8 +492,4 @@ class Client:
             listed = self.list_checkpoints(ref.run_id)
         except errors.ApiError:
             return False
-        return any(
-            (checkpoint.tinker_path or "").endswith(f"/{ref.path_id}")
-            or (checkpoint.checkpoint_id == ref.listed_id and not ref.is_shared)
-            for checkpoint in listed
-        )
+        return any(ref.is_of(each.tinker_path, each.checkpoint_id) for each in listed)

@@ -64,6 +64,7 @@ class ExchangeError(Exception):
 
     def __init__(self, error: ApiError, *, is_unsent: bool = False, is_final: bool = False) -> None:
         super().__init__(str(error))
+        error.is_unsent = is_unsent
         self.error = error
         self.is_unsent = is_unsent
         self.is_final = is_final

@@ -57,6 +57,12 @@ class CheckpointRef:
     is_known: bool = False
     is_shared: bool = False
 
+    def is_of(self, tinker_path: str | None, checkpoint_id: str | None) -> bool:
+        """Return whether a listed checkpoint is this one, by its tinker path or its id."""
+        return (tinker_path or "").endswith(f"/{self.path_id}") or (
+            checkpoint_id == self.listed_id and not self.is_shared
+        )
+
 
 def forms_of(
     ref: CheckpointRef, endpoint: Endpoint, worked: IdForm | None

@@ -65,6 +65,8 @@ class Request:
         idempotency_key: a UUID for a POST, the same over all tries.
         is_known: whether the thing asked about is known to exist.
         needs_key: whether the key must be sent; where not, it is sent if there is one.
+        hold_s: how long the server may hold its response, seconds, where that is more than the
+            bound on all tries. It is not sent again after that bound.
         recheck: called before each further try of a change. A change without it is sent again
             only where the server cannot have received it.
     """
@@ -75,6 +77,7 @@ class Request:
     idempotency_key: str | None = None
     is_known: bool = False
     needs_key: bool = True
+    hold_s: float = 0.0
     recheck: Recheck | None = None
 
     def is_made(self, failure: ApiError, *, may_be_done: bool) -> bool:
@@ -149,9 +152,13 @@ class Transport:
         """Close."""
         self.close()
 
-    def deadline(self) -> float:
-        """Return the end of an operation that starts now, on the monotonic clock."""
-        return self._clock.monotonic() + self._timeout_s
+    def deadline(self, hold_s: float = 0.0) -> float:
+        """Return the end of an operation that starts now, on the monotonic clock.
+
+        Args:
+            hold_s: as of the `Request`.
+        """
+        return self._clock.monotonic() + max(self._timeout_s, hold_s)
 
     def send(self, request: Request, deadline: float, interest: Interest = AWAITED) -> Answer:
         """Send a request, again where that may help, and return its answer.
@@ -201,10 +208,12 @@ class Transport:
     def _send_as(
         self, request: Request, key: str | None, deadline: float, interest: Interest
     ) -> Answer:
-        def once() -> Answer:
-            return self._once(request, key, deadline, interest)
+        try_until = min(deadline, self.deadline())
 
-        tries = _Tries(once, request, deadline, self._backoff_s, self._clock)
+        def once() -> Answer:
+            return self._once(request, key, deadline, try_until, interest)
+
+        tries = _Tries(once, request, try_until, self._backoff_s, self._clock)
         # The waits are ours: they follow the server's wish and end with the deadline.
         for attempt in stamina.retry_context(on=tries.wait_s, attempts=MAX_TRIES, timeout=None):
             with attempt:
@@ -212,7 +221,12 @@ class Transport:
         raise AssertionError("stamina ended without an error")
 
     def _once(
-        self, request: Request, key: str | None, deadline: float, interest: Interest
+        self,
+        request: Request,
+        key: str | None,
+        deadline: float,
+        try_until: float,
+        interest: Interest,
     ) -> Answer:
         """Send a request once, when it is its turn, and return any answer whatever its status.
 
@@ -220,7 +234,7 @@ class Transport:
             ExchangeError: there is no whole answer.
         """
         try:
-            with self._budget.turn(request.endpoint, deadline, interest) as turn:
+            with self._budget.turn(request.endpoint, try_until, interest) as turn:
                 answer = self._exchange(request, key, deadline)
                 turn.status = answer.status
                 turn.retry_after_s = parse_retry_after_s(answer.headers, self._clock.now())

@@ -16,22 +16,23 @@ All classes are thread-safe.
 
 import hashlib
 import os
-import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tinkerfs import errors
+from tinkerfs.cache.about import write_about
 from tinkerfs.cache.descriptors import Descriptor, Descriptors, Waiting
+from tinkerfs.cache.directory import can_lock_files
 from tinkerfs.cache.drafts import TRAILER_BYTES, Draft, is_sound
 from tinkerfs.cache.eviction import Sweeper, kept_files
 from tinkerfs.cache.locks import ByteLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.safe_open import is_regular, open_regular, read_regular
+from tinkerfs.safe_open import is_regular, open_regular
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["BlockCache", "BlockFile", "read_about"]
+__all__ = ["BlockCache", "BlockFile"]
 
 #: So many blocks of one file are checked at a time; the kernel asks for parts of one side by side.
 _CHECKS_AT_ONCE = 8
@@ -45,18 +46,19 @@ _OPEN_PATIENCE_S = 2.0
 #: Blocks known to be sound; beyond, all are looked at again.
 _MAX_VERIFIED = 262_144
 
-#: The most that is read of what a directory is of: a server URL, a path and a length.
-_MAX_ABOUT_BYTES = 64 << 10
-
 #: How old the sum of all blocks may be, seconds.
 _COUNT_S = 5.0
+
+
+#: Nothing is there, and nothing can be made.
+_NOWHERE = Path("/proc/self/no-cache")
 
 
 class BlockCache:
     """Blocks of files, on disk.
 
     Args:
-        folder: where; made, for this user alone, when something is first kept.
+        folder: where; made, for this user alone, when something is first kept. None keeps nothing.
         telemetry: told of what goes wrong, and counts.
         clock: `now` dates uses, `monotonic` spaces attempts.
         limit_bytes: bound on all blocks together; 0 keeps nothing.
@@ -65,19 +67,24 @@ class BlockCache:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         telemetry: Telemetry,
         clock: Clock = SYSTEM_CLOCK,
         *,
         limit_bytes: int,
         floor_bytes: int,
     ) -> None:
-        self.folder = folder
+        limit_bytes = limit_bytes if folder is not None else 0
+        self.folder = folder or _NOWHERE
+        #: Whether a new block may be kept, and whether locks on it hold and end as they should.
+        self.is_on = limit_bytes > 0
+        self.has_locks = self.is_on and can_lock_files(self.folder)
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
         # Guarded by _lock.
-        self._sweeper = Sweeper(folder, clock, limit_bytes=limit_bytes, floor_bytes=floor_bytes)
+        bounds = {"limit_bytes": limit_bytes, "floor_bytes": floor_bytes}
+        self._sweeper = Sweeper(self.folder, clock, has_locks=self.has_locks, **bounds)
         self.descriptors = Descriptors()
         self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # looked into without
         self._told: set[str] = set()
@@ -101,12 +108,14 @@ class BlockCache:
         Raises:
             OSError: the folder cannot be read.
         """
+        if not self.is_on:
+            return False
         with self._lock:
             is_admitted = self._sweeper.admit(size_bytes)
+            reason = self._sweeper.refusal
         if not is_admitted:
             self._telemetry.count("cache_blocks_refused")
-            words = "no room for a block: the disk is full, or the cache is full of open files"
-            self.tell(errors.no_space(str(self.folder), words))
+            self.tell(errors.no_space(str(self.folder), f"no room for a block: {reason}"))
         return is_admitted
 
     def kept_bytes(self) -> int:
@@ -120,7 +129,7 @@ class BlockCache:
         with self._lock:
             counted_at, size_bytes = self._counted
         now = self._clock.monotonic()
-        if now - counted_at >= _COUNT_S:
+        if self.is_on and now - counted_at >= _COUNT_S:
             size_bytes = sum(kept.size_bytes for kept in kept_files(self.folder))
             with self._lock:
                 self._counted = now, size_bytes
@@ -376,7 +385,9 @@ class BlockFile:
         with waiting(), self._checks[index % len(self._checks)]:
             if self._cache.is_verified(block, signature):
                 return True
-            if status.st_size != length + TRAILER_BYTES or not is_sound(fd, self._name, index):
+            # Of another user: put there by the owner of a directory that ours lies in.
+            is_ours = status.st_uid == os.getuid() and status.st_size == length + TRAILER_BYTES
+            if not is_ours or not is_sound(fd, self._name, index):
                 return False
             self._cache.verified(block, signature)
             return True
@@ -389,32 +400,18 @@ class BlockFile:
 
     def _try_lock(self) -> None:
         """Make the folder, and hold it open, if possible; the caller holds the lock."""
+        if not self._cache.is_on and not os.path.isdir(self._folder):
+            return
         try:
-            locks = self._open_lock()
+            if self._cache.has_locks:
+                self._locks = self._open_lock()
+                self._held.append(self._locks)
+            else:
+                _make_private(self._folder)
         except OSError as error:
             self._cache.tell(error)
-            return
-        self._held.append(locks)
-        self._locks = locks
         with suppress(OSError):
-            self._write_about()
-
-    def _write_about(self) -> None:
-        """Say what it is, beside and renamed: who looks meanwhile finds all of it or nothing."""
-        path = f"{self._folder}/about"
-        with suppress(OSError):
-            if read_regular(path, len(self._about) + 1) == self._about:
-                return
-        draft = f"{self._folder}/.about.{secrets.token_hex(8)}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        try:
-            with open(open_regular(draft, flags), "wb") as file:
-                file.write(self._about)
-            os.rename(draft, path)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(draft)
-            raise
+            write_about(self._folder, self._about)
 
     def _open_lock(self) -> ByteLocks:
         while True:
@@ -425,9 +422,9 @@ class BlockFile:
                 if is_held and not locks.is_linked():  # who removed the file has just let go of it
                     locks.close()
                     continue
-            except OSError:
+            except OSError as error:
                 locks.close()
-                raise
+                raise errors.not_lockable(error) from None
             return locks
 
     def _begin(self, index: int) -> Draft:
@@ -467,19 +464,3 @@ def _make_private(folder: str) -> None:
         _make_private(os.path.dirname(folder))
         with suppress(FileExistsError):
             os.mkdir(folder, 0o700)
-
-
-def read_about(folder: Path) -> tuple[str, int | None]:
-    """Return what a folder of the cache is of, and the length of that where somebody knew it.
-
-    Of a folder that does not say so in words that can be read it is "?".
-    """
-    try:
-        told = read_regular(folder / "about", _MAX_ABOUT_BYTES).decode("utf-8", "surrogatepass")
-    except (OSError, UnicodeDecodeError):
-        return "?", None
-    about, newline, length = told.rpartition("\n")
-    if not newline:
-        return told or "?", None
-    is_number = length.isascii() and length.isdigit() and len(length) < 20
-    return about or "?", int(length) if is_number else None

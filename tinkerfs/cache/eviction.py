@@ -3,6 +3,7 @@
 Every process that uses the folder keeps count of what it adds, and looks at all of it again when
 that is a 32nd of the bound: so processes that know nothing of each other stay within it. Least
 recently used goes first, but nothing of a file that any process has open (byte 0 of its lock).
+Where files cannot be locked what is open may go too: its reader fetches it again.
 """
 
 import os
@@ -16,11 +17,12 @@ from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
 
 __all__ = [
+    "Hold",
     "Kept",
     "Sweeper",
     "block_of",
     "free_bytes",
-    "held_alone",
+    "hold_alone",
     "kept_files",
     "remove_folder",
 ]
@@ -58,6 +60,24 @@ class Kept:
     fetched_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Whether the blocks of a folder may be removed, and the locks by which that stays so.
+
+    Attributes:
+        is_free: no process has the file open, or there is no way to know.
+        locks: held until `close`; None where there are none.
+    """
+
+    is_free: bool
+    locks: ByteLocks | None = None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.locks is not None:
+            self.locks.close()
+
+
 class Sweeper:
     """Decides whether there is room for a block, and makes it. Not thread-safe.
 
@@ -66,13 +86,25 @@ class Sweeper:
         clock: `now` tells the age of drafts, `monotonic` spaces looks in vain.
         limit_bytes: bound on all of it; 0 keeps nothing.
         floor_bytes: what stays free on the disk.
+        has_locks: whether locks on files hold there, and end with their process.
     """
 
-    def __init__(self, root: Path, clock: Clock, *, limit_bytes: int, floor_bytes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        clock: Clock,
+        *,
+        limit_bytes: int,
+        floor_bytes: int,
+        has_locks: bool = True,
+    ) -> None:
         self._root = root
         self._clock = clock
         self._limit_bytes = limit_bytes
         self._floor_bytes = floor_bytes
+        self._has_locks = has_locks
+        #: Why a block was last refused.
+        self.refusal = ""
         #: What all had when last looked, None before that; and what was added since.
         self._found_bytes: int | None = None
         self._added_bytes = 0
@@ -84,7 +116,10 @@ class Sweeper:
         Raises:
             OSError: the disk cannot be looked at.
         """
-        if size_bytes > self._limit_bytes or self._clock.monotonic() < self._full_until:
+        if size_bytes > self._limit_bytes:
+            self.refusal = f"the cache may take {self._limit_bytes} bytes in all"
+            return False
+        if self._clock.monotonic() < self._full_until:
             return False
         lacking_bytes = self._floor_bytes + size_bytes - free_bytes(self._root)
         added_bytes = self._added_bytes + size_bytes
@@ -94,6 +129,11 @@ class Sweeper:
         is_full = self._is_full(size_bytes)
         if is_full or self._floor_bytes + size_bytes > free_bytes(self._root):
             self._full_until = self._clock.monotonic() + _FULL_AGE_S
+            self.refusal = (
+                "the cache is full of open files"
+                if is_full
+                else f"the disk is full, up to {self._floor_bytes >> 20} MiB that stay free"
+            )
             return False
         self._added_bytes += size_bytes
         return True
@@ -109,7 +149,7 @@ class Sweeper:
         total_bytes = sum(_counted_bytes(file, wanted_bytes) for file in files)
         keep_bytes = self._limit_bytes - max(self._limit_bytes // _SHARE, wanted_bytes)
         goal_bytes = min(keep_bytes, total_bytes - max(lacking_bytes, 0))
-        held: dict[str, ByteLocks | None] = {}
+        held: dict[str, Hold] = {}
         try:
             for file in sorted(files, key=lambda file: file.used_ns):
                 if file.index is None:
@@ -117,18 +157,21 @@ class Sweeper:
                 else:
                     is_doomed = total_bytes > goal_bytes
                     if is_doomed and file.folder not in held:
-                        held[file.folder] = held_alone(self._root / file.folder)
-                    is_doomed = is_doomed and held[file.folder] is not None
+                        held[file.folder] = self._hold(self._root / file.folder)
+                    is_doomed = is_doomed and held[file.folder].is_free
                 if is_doomed:
                     with suppress(FileNotFoundError):
                         os.unlink(file.path)
                     total_bytes -= _counted_bytes(file, wanted_bytes)
         finally:
-            for folder, locks in held.items():
-                if locks is not None:
+            for folder, hold in held.items():
+                if hold.is_free:
                     remove_folder(self._root / folder)
-                    locks.close()
+                hold.close()
         self._found_bytes, self._added_bytes = total_bytes, 0
+
+    def _hold(self, folder: Path) -> Hold:
+        return hold_alone(folder) if self._has_locks else Hold(is_free=True)
 
 
 def _counted_bytes(file: Kept, block_bytes: int) -> int:
@@ -182,19 +225,22 @@ def kept_files(root: Path) -> list[Kept]:
     return kept
 
 
-def held_alone(folder: Path) -> ByteLocks | None:
-    """Return the locks of a folder of the cache that nobody has open, None where somebody has."""
+def hold_alone(folder: Path) -> Hold:
+    """Return the hold on a folder of the cache; the caller closes it."""
     try:
         locks = ByteLocks(open_regular(folder / "lock", os.O_RDWR))
+    except FileNotFoundError:  # made where files could not be locked
+        return Hold(is_free=True)
     except OSError:
-        return None
+        return Hold(is_free=False)
     try:
-        if locks.acquire(0) and locks.is_linked():
-            return locks
-    except OSError:
-        pass
+        if locks.acquire(0):
+            return Hold(is_free=locks.is_linked(), locks=locks)
+    except OSError:  # no locks here: a block that is in use is fetched again
+        locks.close()
+        return Hold(is_free=True)
     locks.close()
-    return None
+    return Hold(is_free=False)
 
 
 def remove_folder(folder: Path) -> None:

@@ -8,17 +8,14 @@ on, told once. Nothing in it is unpickled or executed.
 
 import logging
 import os
-import secrets
 import sqlite3
-import stat
 import threading
 import weakref
 from pathlib import Path
 
-from tinkerfs import errors
 from tinkerfs.safe_open import is_regular, open_regular
 
-__all__ = ["Store", "default_cache_dir", "prepare_cache_dir"]
+__all__ = ["Store"]
 
 log = logging.getLogger(__name__)
 
@@ -26,15 +23,6 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 2.0
 _FILE_NAME = "metadata.sqlite3"
-
-#: File systems of other machines: SQLite's locks are not to be trusted there
-#: (https://www.sqlite.org/howtocorrupt.html, section 2.1).
-_NETWORK_FILE_SYSTEMS = frozenset(
-    """
-    nfs nfs4 cifs smb3 smbfs afs lustre gpfs beegfs ceph glusterfs 9p panfs orangefs wekafs
-    fuse.sshfs fuse.glusterfs fuse.juicefs fuse.s3fs fuse.gcsfuse
-    """.split()  # noqa: SIM905  (one to a line would be a page)
-)
 
 
 class _Forks:
@@ -74,10 +62,15 @@ _forks = _Forks()
 
 
 class Store:
-    """Bytes by space and key, on disk. Use as a context manager."""
+    """Bytes by space and key, on disk. Use as a context manager.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / _FILE_NAME
+    Args:
+        folder: where; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._is_on = folder is not None
+        self._path = (folder or Path()) / _FILE_NAME
         self.lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None  # guarded by lock
         self._has_told = False
@@ -85,6 +78,8 @@ class Store:
 
     def __enter__(self) -> "Store":
         with self.lock:
+            if not self._is_on:
+                return self
             try:
                 try:
                     self._open()
@@ -213,62 +208,6 @@ class Store:
         if not self._has_told:
             self._has_told = True
             log.warning("%s: %s; the mount goes on without what it keeps", self._path, error)
-
-
-def default_cache_dir() -> Path:
-    """Return where the cache lies unless told otherwise.
-
-    The user's own cache folder; `/var/tmp/tinkerfs-<uid>` where that is on a network file system.
-    """
-    import platformdirs
-
-    own = Path(platformdirs.user_cache_dir("tinkerfs", appauthor=False))
-    if _file_system_of(own) in _NETWORK_FILE_SYSTEMS:
-        return Path(f"/var/tmp/tinkerfs-{os.getuid()}")  # noqa: S108  (checked when prepared)
-    return own
-
-
-def prepare_cache_dir(folder: Path) -> Path:
-    """Make the cache folder, 0700 if it is new, and make sure that only we can write there.
-
-    Raises:
-        SetupError: it is a link, somebody else's, open to others, or cannot be written.
-    """
-    cure = "choose another with --cache-dir"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.lstat()
-        if stat.S_ISLNK(status.st_mode) or not stat.S_ISDIR(status.st_mode):
-            raise errors.SetupError(f"the cache folder {folder} is a link or no folder: {cure}")
-        if status.st_uid != os.getuid():
-            raise errors.SetupError(f"the cache folder {folder} belongs to somebody else: {cure}")
-        if status.st_mode & 0o022:
-            raise errors.SetupError(f"the cache folder {folder} can be written by others: {cure}")
-        probe = folder / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
-        os.close(open_regular(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        probe.unlink()
-    except OSError as error:
-        raise errors.SetupError(
-            f"the cache folder {folder} cannot be written ({error.strerror}): {cure}"
-        ) from None
-    return folder
-
-
-def _file_system_of(path: Path) -> str:
-    """Return the type of the file system that holds `path` or its nearest parent that exists."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    device = path.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            for line in mounts:
-                fields = line.split()
-                if fields[2] == wanted:
-                    return fields[fields.index("-") + 1]
-    except OSError:
-        pass
-    return ""
 
 
 def _blob(key: str) -> bytes:

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinkerfs.cache.blocks import read_about
+from tinkerfs.cache.about import read_about
 from tinkerfs.cache.drafts import TRAILER_BYTES, is_sound
-from tinkerfs.cache.eviction import Kept, held_alone, kept_files, remove_folder
+from tinkerfs.cache.eviction import Kept, hold_alone, kept_files, remove_folder
 from tinkerfs.safe_open import open_regular
 
 __all__ = ["BadBlock", "CachedFile", "cached_files", "clear", "verify"]
@@ -124,10 +124,10 @@ def clear(root: Path, wanted: Callable[[str], bool]) -> int:
             with suppress(FileNotFoundError):
                 os.unlink(file.path)
                 freed_bytes += file.size_bytes
-        locks = held_alone(root / folder)
-        if locks is not None:
+        hold = hold_alone(root / folder)
+        if hold.is_free:
             remove_folder(root / folder)
-            locks.close()
+        hold.close()
     return freed_bytes
 
 
@@ -169,7 +169,6 @@ def _is_good(folder: str, file: Kept) -> bool:
 
 
 def _is_open(folder: Path) -> bool:
-    locks = held_alone(folder)
-    if locks is not None:
-        locks.close()
-    return locks is None
+    hold = hold_alone(folder)
+    hold.close()
+    return not hold.is_free

@@ -111,12 +111,12 @@ def _fusermount() -> str:
 
 
 def _cache(settings: "Settings") -> str:
-    from pathlib import Path
+    from tinkerfs.adapters.compose import cache_folder
+    from tinkerfs.cache.directory import can_lock_files, prepare_cache_dir
 
-    from tinkerfs.cache.store import default_cache_dir, prepare_cache_dir
-
-    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
-    return f"{prepare_cache_dir(folder.expanduser().absolute())} can be written"
+    folder = prepare_cache_dir(cache_folder(settings))
+    bound = "" if can_lock_files(folder) else "; without locks, so mounts may fetch blocks twice"
+    return f"{folder} can be written{bound}"
 
 
 def _key(settings: "Settings") -> str:

@@ -56,7 +56,7 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
         for settings, places in accounts.items():
             with transfers.opened(settings) as parts:
                 work = _check if check else _fetch
-                rows += work(parts, settings, places, failures)
+                rows += work(parts, places, failures)
     is_complete = not failures and all(row["kept_bytes"] == row["total_bytes"] for row in rows)
     if as_json:
         totals = [row["total_bytes"] for row in rows]
@@ -101,14 +101,13 @@ def _lacking(row: dict[str, Any]) -> str:
 
 
 def _check(
-    parts: "Parts", settings: "Settings", places: "list[Place]", failures: "list[Failure]"
+    parts: "Parts", places: "list[Place]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
     """Return what is kept, without a request to a store or for an archive."""
     from tinkerfs.call import IN_PROCESS
     from tinkerfs.cli import transfers
     from tinkerfs.cli.transfers import Failure
 
-    del settings
     rows = []
     holdings, _ = transfers.find_holdings(parts, places, failures)
     for holding in holdings:
@@ -134,7 +133,7 @@ def _check(
 
 
 def _fetch(
-    parts: "Parts", settings: "Settings", places: "list[Place]", failures: "list[Failure]"
+    parts: "Parts", places: "list[Place]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
     """Fetch what is not kept, and return what is then."""
     from tinkerfs.cache.flight import in_thread
@@ -146,7 +145,7 @@ def _fetch(
 
     def work() -> None:
         holdings, _ = transfers.find_holdings(parts, places, failures)
-        fetching = _Fetching(parts, settings, failures, progress)
+        fetching = _Fetching(parts, failures, progress)
         changed = fetching.run(holdings, rows, is_again=False)
         fetching.run(changed, rows, is_again=True)
 
@@ -159,7 +158,6 @@ class _Fetching:
     """One run of the command, on a thread of its own."""
 
     parts: "Parts"
-    settings: "Settings"
     failures: "list[Failure]"
     progress: "Progress"
 
@@ -225,7 +223,12 @@ class _Fetching:
         from tinkerfs.errors import SetupError
         from tinkerfs.weights import prefetch as blocks
 
-        wanted_bytes, limit_bytes = blocks.room_bytes(files), self.settings.cache_size_bytes
+        wanted_bytes, limit_bytes = blocks.room_bytes(files), self.parts.settings.cache_size_bytes
+        if not limit_bytes:
+            raise SetupError(
+                "nothing is cached on disk, so nothing can be prefetched: name a directory that can"
+                " be written with --cache-dir, and a --cache-size above 0"
+            )
         if wanted_bytes > limit_bytes:
             raise SetupError(
                 f"these are {size_text(wanted_bytes)}, and the cache takes"

@@ -212,7 +212,8 @@ def _settings_of(mount: "Mount") -> dict[str, str | bool | None]:
         raise SetupError(
             f"the mount at {mount.mountpoint} does not tell where its cache is: {cure}"
         )
-    return {field: str(told[field]) for field in names}
+    # None where the mount caches in memory alone, which another process has no part in.
+    return {field: str(told[field]) for field in names if told[field] is not None}
 
 
 @contextmanager

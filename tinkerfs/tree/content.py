@@ -151,9 +151,16 @@ def _inside(site: Site) -> _Inside:
 
 
 def _members(site: Site, checkpoint: Checkpoint) -> dict[str, Member]:
+    """Return the members, waiting as long as the archive takes to build.
+
+    A listing waits in opendir, which holds up nothing. A lookup holds up other lookups in this one
+    directory (the kernel's rule), and those need the same archive: a shorter bound would answer
+    none of them sooner, and "timed out" is "no such file" to `os.path.exists`.
+    """
     site.call.is_momentary()  # an archive may be built anew
+    patient = with_fields(site.call, timeout_s=None)
     try:
-        return site.model.weights.files(_subject(site, checkpoint), site.call).members
+        return site.model.weights.files(_subject(site, checkpoint), patient).members
     except errors.EndpointMissing as error:
         # Of a checkpoint that is there: not an empty folder, nor a name that is not there.
         raise errors.from_api(error, site.path) from error
@@ -161,7 +168,7 @@ def _members(site: Site, checkpoint: Checkpoint) -> dict[str, Member]:
 
 def _list_files(site: Site) -> Iterator[tuple[str, _Inside]]:
     here = _inside(site)
-    for path, member in _listed(site, here).items():
+    for path, member in _members(site, here.checkpoint).items():
         name = path.removeprefix(here.prefix)
         if path.startswith(here.prefix) and "/" not in name:
             yield name, _Inside(here.checkpoint, here.prefix, member)
@@ -169,16 +176,11 @@ def _list_files(site: Site) -> Iterator[tuple[str, _Inside]]:
 
 def _list_folders(site: Site) -> Iterator[tuple[str, _Inside]]:
     here = _inside(site)
-    below = [path for path in _listed(site, here) if path.startswith(here.prefix)]
+    members = _members(site, here.checkpoint)
+    below = [path for path in members if path.startswith(here.prefix)]
     rests = (path[len(here.prefix) :] for path in below)
     for name in dict.fromkeys(rest.partition("/")[0] for rest in rests if "/" in rest):
         yield name, _Inside(here.checkpoint, f"{here.prefix}{name}/")
-
-
-def _listed(site: Site, here: _Inside) -> dict[str, Member]:
-    # A listing waits as long as an archive takes to build: it holds up nobody (opendir).
-    patient = with_fields(site, call=with_fields(site.call, timeout_s=None))
-    return _members(patient, here.checkpoint)
 
 
 def _find_file(site: Site, name: str) -> _Inside | None:

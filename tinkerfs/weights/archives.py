@@ -98,8 +98,8 @@ class Archives:
                 started too many builds, EINTR when the caller gave up.
         """
 
-        def ask() -> _Grant:
-            url = self._client.archive(ref)
+        def ask(hold_s: float) -> _Grant:
+            url = self._client.archive(ref, hold_s)
             return self._granted({_ARCHIVE: url.url}, url.expires_at_s)
 
         return self._grant((key, False), ask, path, call).urls[_ARCHIVE]
@@ -113,7 +113,7 @@ class Archives:
             ApiError, OSError: as `url`, but EBUSY.
         """
 
-        def ask() -> _Grant:
+        def ask(_hold_s: float) -> _Grant:
             return self._granted(*self._client.external_weights_urls(ref))
 
         return self._grant((key, True), ask, path, call).urls
@@ -143,7 +143,7 @@ class Archives:
             self._grants.clear()
 
     def _grant(
-        self, key: tuple[Hashable, bool], ask: Callable[[], _Grant], path: str, call: Call
+        self, key: tuple[Hashable, bool], ask: Callable[[float], _Grant], path: str, call: Call
     ) -> _Grant:
         is_external = key[1]
         with self._lock:
@@ -193,14 +193,20 @@ class Archives:
             )
         started.append(now)
 
-    def _build(self, key: Hashable, ask: Callable[[], _Grant], path: str) -> _Grant:
-        """Ask until the archive is there; runs on a thread of its own."""
+    def _build(self, key: Hashable, ask: Callable[[float], _Grant], path: str) -> _Grant:
+        """Ask until the archive is there; runs on a thread of its own.
+
+        Args:
+            key: of the grant.
+            ask: asks once; takes how long the server may hold its response, seconds.
+            path: for messages.
+        """
         began = self._clock.monotonic()
         pause_s, longest_s = POLL_S
         with self._telemetry.waiting(f"archive {path}"):
             while True:
                 try:
-                    grant = ask()
+                    grant = ask(self._timeout_s - (self._clock.monotonic() - began))
                     break
                 except errors.NotReady as error:
                     wait_s = error.retry_after_s if error.retry_after_s is not None else pause_s

@@ -113,3 +113,50 @@ def test_a_probe_is_given_up_soon_but_not_before_a_success_would_come(breakers, 
     break_it(breakers, hangs, 2)
     started = time.clock.monotonic()
     assert attempt(breakers) == pytest.approx(started + 3)
+
+
+# --- builds --------------------------------------------------------------------------------------
+
+
+def build(breakers, time, error=None, takes_s=0.0):
+    """Make a call of an endpoint that builds; return when it would give up, or what was raised."""
+    try:
+        with breakers.call("GET archive", NEVER, is_build=True) as deadline:
+            time.advance(takes_s)
+            if error is not None:
+                raise error
+    except errors.ApiError as raised:
+        return raised
+    return deadline
+
+
+def test_build_that_times_out_says_nothing_of_its_endpoint(breakers, time):
+    for _ in range(5):
+        assert not build(breakers, time, errors.TimedOut("held"), takes_s=40).is_remembered
+    assert build(breakers, time) == NEVER
+
+
+def test_build_without_connection_counts_as_failed(breakers, time):
+    for _ in range(3):
+        unconnected = errors.TimedOut("no connection")
+        unconnected.is_unsent = True
+        assert not build(breakers, time, unconnected).is_remembered
+    assert build(breakers, time).is_remembered
+
+
+def test_build_that_is_a_probe_has_all_its_time(breakers, time):
+    for _ in range(3):
+        build(breakers, time, errors.ServerError("500"))
+    time.advance(1)
+    assert build(breakers, time, takes_s=40) == NEVER
+    assert build(breakers, time) == NEVER
+
+
+def test_build_that_is_a_probe_leaves_the_next_one_to_others(breakers, time):
+    for _ in range(3):
+        build(breakers, time, errors.ServerError("500"))
+    time.advance(1)
+    with breakers.call("GET archive", NEVER, is_build=True):
+        assert build(breakers, time).is_remembered
+        time.advance(1)
+        assert build(breakers, time) == NEVER

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.clocks import FakeTime
 from tinkerfs.cache import blocks
-from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.cache.flight import in_thread, side_by_side
 from tinkerfs.telemetry import Telemetry
 
@@ -307,7 +308,8 @@ def test_a_disk_that_is_full_keeps_no_half_block(cache_of, telemetry):
     code = f"""
 import resource, signal
 from pathlib import Path
-from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.telemetry import Telemetry
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
@@ -327,7 +329,8 @@ assert "EFBIG" in telemetry.errors_text()
 CLAIMER = """
 import sys, time
 from pathlib import Path
-from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.telemetry import Telemetry
 cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=1 << 30, floor_bytes=0)
 file = cache.open("key", "about")
@@ -387,7 +390,8 @@ def test_what_another_process_has_open_stays(cache_of):
 WRITER = """
 import random, sys
 from pathlib import Path
-from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.telemetry import Telemetry
 cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=40 * 65536, floor_bytes=0)
 print("ready", flush=True)

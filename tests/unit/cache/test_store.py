@@ -3,9 +3,8 @@ import stat
 
 import pytest
 
-from tinkerfs.cache.flight import in_thread, side_by_side
-from tinkerfs.cache.store import Store, prepare_cache_dir
-from tinkerfs.errors import SetupError
+from tinkerfs.cache.flight import in_thread
+from tinkerfs.cache.store import Store
 
 
 def test_what_is_put_is_there_in_the_next_mount(tmp_path):
@@ -53,32 +52,6 @@ def test_a_store_that_cannot_be_opened_keeps_nothing_and_fails_nobody(tmp_path, 
     assert caplog.text.count("goes on without") == 1
 
 
-def test_the_cache_folder_is_made_private(tmp_path):
-    folder = prepare_cache_dir(tmp_path / "a" / "b")
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert prepare_cache_dir(folder) == folder
-    assert list(folder.iterdir()) == []
-
-
-def test_a_cache_folder_that_is_not_ours_alone_is_refused(tmp_path):
-    (tmp_path / "real").mkdir(mode=0o700)
-    (tmp_path / "link").symlink_to("real")
-    with pytest.raises(SetupError, match="link"):
-        prepare_cache_dir(tmp_path / "link")
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
-    with pytest.raises(SetupError, match="written by others"):
-        prepare_cache_dir(tmp_path / "open")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SetupError, match="--cache-dir"):
-        prepare_cache_dir(tmp_path / "file")
-    if os.getuid() == 0:
-        (tmp_path / "theirs").mkdir(mode=0o700)
-        os.chown(tmp_path / "theirs", 1234, 1234)
-        with pytest.raises(SetupError, match="somebody else"):
-            prepare_cache_dir(tmp_path / "theirs")
-
-
 @pytest.mark.expect_warnings("made anew|goes on without")
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
 def test_store_with_a_fifo_is_made_again(tmp_path, suffix):
@@ -93,9 +66,3 @@ def test_store_with_a_fifo_is_made_again(tmp_path, suffix):
             return store.get("s", "k")
 
     assert in_thread(use, "store").result(20) == b"v"
-
-
-def test_prepare_cache_dir_by_many_threads_succeeds(tmp_path):
-    made = side_by_side([lambda: prepare_cache_dir(tmp_path)] * 32, 8, "cache directory")
-    assert {each.result() for each in made} == {tmp_path}
-    assert list(tmp_path.iterdir()) == []

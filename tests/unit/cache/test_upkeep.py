@@ -6,7 +6,8 @@ import os
 import pytest
 
 from tests.support.clocks import FakeTime
-from tinkerfs.cache.blocks import BlockCache, read_about
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.upkeep import BadBlock, cached_files, clear, verify
 from tinkerfs.telemetry import Telemetry

@@ -1,0 +1,87 @@
+"""Where the cache lies: a directory of the user's own, in whatever place was given."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tinkerfs.cache import directory
+from tinkerfs.cache.directory import (
+    UnusableCacheError,
+    default_cache_dir,
+    locate_cache_dir,
+    prepare_cache_dir,
+)
+from tinkerfs.cache.flight import side_by_side
+from tinkerfs.errors import SetupError
+
+OWN = f"tinkerfs-{os.getuid()}"
+
+
+def test_prepare_cache_dir_that_is_new_makes_it_private(tmp_path):
+    place = prepare_cache_dir(tmp_path / "a" / "b")
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    assert prepare_cache_dir(place) == place == locate_cache_dir(place)
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o2775, 0o1777, 0o720])
+def test_prepare_cache_dir_open_to_others_nests_its_own(tmp_path, mode):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(mode)
+    place = prepare_cache_dir(tmp_path / "open")
+    assert place == tmp_path / "open" / OWN == locate_cache_dir(tmp_path / "open")
+    assert stat.S_IMODE(place.stat().st_mode) & 0o777 == 0o700
+    assert prepare_cache_dir(tmp_path / "open") == place
+    assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == mode
+
+
+def test_prepare_cache_dir_of_another_user_nests_its_own(tmp_path, needs_root):
+    os.chown(tmp_path, 1234, 1234)
+    assert prepare_cache_dir(tmp_path) == tmp_path / OWN
+    os.chown(tmp_path / OWN, 1234, 1234)
+    with pytest.raises(UnusableCacheError, match=r"another user \(uid 1234\)"):
+        prepare_cache_dir(tmp_path)
+
+
+def test_prepare_cache_dir_with_a_trap_in_it_is_refused(tmp_path):
+    tmp_path.chmod(0o777)
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    (tmp_path / OWN).symlink_to("elsewhere")
+    with pytest.raises(SetupError, match="is a link"):
+        prepare_cache_dir(tmp_path)
+    (tmp_path / OWN).unlink()
+    (tmp_path / OWN).write_text("")
+    with pytest.raises(SetupError, match="not a directory"):
+        prepare_cache_dir(tmp_path)
+
+
+def test_prepare_cache_dir_that_is_no_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(SetupError, match="--cache-dir") as refusal:
+            prepare_cache_dir(tmp_path / name)
+        assert not isinstance(refusal.value, UnusableCacheError)
+
+
+def test_prepare_cache_dir_by_many_threads_succeeds(tmp_path):
+    tmp_path.chmod(0o700)
+    made = side_by_side([lambda: prepare_cache_dir(tmp_path)] * 32, 8, "cache directory")
+    assert {each.result() for each in made} == {tmp_path}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_cache_dir_on_a_network_is_local(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "tinkerfs"
+    monkeypatch.setattr(directory, "file_system_of", lambda _: "nfs4")
+    assert default_cache_dir() == Path("/var/tmp") / OWN
+
+
+def test_default_place_open_to_all_never_nests(tmp_path, monkeypatch):
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    trap.chmod(0o777)
+    monkeypatch.setattr(directory, "_fallback", lambda: trap)
+    assert locate_cache_dir(trap) == trap
