@@ -152,7 +152,7 @@ class Telemetry:
                 "cache_hit_rate": round(hits / (hits + misses), 4) if hits + misses else None,
                 "counters": dict(sorted(self._counters.items())),
                 "waiting": [
-                    {"what": what, "for_s": round(now - since, 3)}
+                    {"what": printable(what), "for_s": round(now - since, 3)}
                     for what, since in self._waits.values()
                 ],
                 "last_errors": [_error_text(line) for line in list(self._errors)[-5:]],

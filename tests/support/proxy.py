@@ -17,13 +17,15 @@ class ProxyServer:
 
     Args:
         login: the "user:password" that it asks for; None for none.
+        tls: server-side TLS context; None for a proxy without TLS to itself.
 
     Attributes:
         targets: what was asked for: (protocol, "host:port"), in order.
     """
 
-    def __init__(self, login=None):
+    def __init__(self, login=None, tls=None):
         self.login = login
+        self.tls = tls
         self.targets = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
@@ -53,6 +55,9 @@ class ProxyServer:
 
     def _serve(self, client):
         with contextlib.suppress(OSError, EOFError):
+            if self.tls is not None:
+                client = self.tls.wrap_socket(client, server_side=True)
+                self._open.append(client)
             first = _exactly(client, 1)
             onward = self._socks(client) if first == b"\x05" else self._http(client, first)
             if onward is not None:

@@ -1,6 +1,7 @@
 """The clients of the API and of stores go by the same proxies and trust the same certificates."""
 
 import gc
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,16 +43,16 @@ def served(identity=None, host="tinker.invalid"):
 def ask(request, tmp_path):
     """Ask a server for something, by one of the two clients."""
 
-    def ask_api(base_url):
+    def ask_api(base_url, timeout_s=10):
         credentials = Credentials({"TINKER_API_KEY": "tml-k"}, home=str(tmp_path))
-        with Client(base_url, credentials, Telemetry(), timeout_s=10) as client:
+        with Client(base_url, credentials, Telemetry(), timeout_s=timeout_s) as client:
             try:
                 client.list_training_runs(limit=1)
             except errors.Unauthorized:  # by the server itself
                 return
 
-    def ask_store(base_url):
-        with StoreClient(Telemetry(), timeout_s=10) as client:
+    def ask_store(base_url, timeout_s=10):
+        with StoreClient(Telemetry(), timeout_s=timeout_s) as client:
             response = client.get(f"{base_url}/object", {})
             assert b"".join(response.pieces()) == b"bytes"
 
@@ -81,6 +82,29 @@ def test_proxy_of_any_kind_serves_both_clients(
         ask(url)
         assert proxy.targets == [(protocol, url.partition("//")[2])]
         assert len(server.received) == 1
+
+
+@pytest.mark.parametrize("is_secured", [False, True])
+def test_proxy_with_tls_of_its_own_serves_both_clients(environment, ask, is_secured):
+    environment.setenv("SSL_CERT_FILE", str(SUPPORT / "invalid.pem"))
+    environment.setenv("REQUESTS_CA_BUNDLE", str(SUPPORT / "localhost.pem"))
+    tls = tls_context(SUPPORT / "localhost.pem")
+    with (
+        served("invalid.pem" if is_secured else None) as (server, url),
+        ProxyServer(LOGIN, tls) as proxy,
+    ):
+        environment.setenv("ALL_PROXY", f"https://{LOGIN}@localhost:{proxy.port}")
+        ask(url)
+        assert [protocol for protocol, _ in proxy.targets] == ["CONNECT" if is_secured else "http"]
+        assert len(server.received) == 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+def test_proxy_that_never_responds_holds_nothing_for_good(environment, ask, scheme):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises((errors.TimedOut, Lost)):
+            ask("https://tinker.invalid", timeout_s=0.5)
 
 
 # Of a login that was refused httpcore drops the socket without closing it.

@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,22 @@ def test_default_cache_dir_on_a_network_is_local(tmp_path, monkeypatch):
     assert default_cache_dir() == tmp_path / "tinkerfs"
     monkeypatch.setattr(directory, "file_system_of", lambda _: "nfs4")
     assert default_cache_dir() == Path("/var/tmp") / OWN
+
+
+def test_default_cache_dir_under_home_that_is_root_is_local(needs_root):
+    """As in a pod that runs as some user without a home directory."""
+    code = "from tinkerfs.cache.directory import default_cache_dir; print(default_cache_dir())"
+    rights = ("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search")
+    command = (sys.executable, "-c", code)
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *rights, *command],
+        env={"HOME": "/"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "/var/tmp/tinkerfs-65534\n"
 
 
 def test_default_place_open_to_all_never_nests(tmp_path, monkeypatch):
