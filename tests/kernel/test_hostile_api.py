@@ -1,7 +1,9 @@
 """A mount of a server that sends what no HTTP library would: each operation ends, and recovers."""
 
+import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -66,3 +68,28 @@ def test_archives_that_are_held_are_waited_for(mount):
     said = list_all([f"{path}/" for path in paths])
     assert said == [""] * 3
     assert server.journal.count("GET archive") == 3
+
+
+def archive_requests(root):
+    """How many archive requests met no server, as the mount counts them."""
+    calls = json.loads((root / ".tinkerfs/stats.json").read_text())["calls"]
+    return sum(count.get("unreachable", 0) for name, count in calls.items() if "archive" in name)
+
+
+def test_blip_of_the_api_in_a_read_that_needs_a_new_url_is_ridden_out(mount):
+    server, root = mount
+    run = server.account.add_run()
+    server.account.add_checkpoint(run.id, "weights/blip", size_bytes=12 << 20)
+    truth = server.archive(run.id, "weights/blip")
+    path = root / f"runs/{run.id}/checkpoints/weights/blip/archive.tar"
+    with path.open("rb", buffering=0) as file:
+        assert file.read(4096) == truth.read(0, 4096)
+        server.signer.revoke_all()
+        server.stop_listening("api")
+        with ThreadPoolExecutor() as pool:
+            reading = pool.submit(lambda: os.pread(file.fileno(), 4096, 9 << 20))
+            wait_until(lambda: archive_requests(root) >= 2)
+            # Meanwhile a look that needs the API fails at once.
+            assert "No route to host" in list_all([root / "runs/never-seen"])[0]
+            server.resume_listening()
+            assert reading.result(20) == truth.read(9 << 20, (9 << 20) + 4096)

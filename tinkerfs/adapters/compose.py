@@ -80,8 +80,15 @@ def _prepared(settings: Settings) -> Path | None:
 
 
 @contextmanager
-def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
+def compose(
+    settings: Settings, clock: Clock = SYSTEM_CLOCK, *, is_one_transfer: bool = False
+) -> Iterator[Parts]:
     """Build everything behind a mount.
+
+    Args:
+        settings: of the mount.
+        clock: of all parts.
+        is_one_transfer: as of `Archives`.
 
     Raises:
         SetupError: the URL, a proxy or the cache directory that was named cannot be used.
@@ -120,7 +127,9 @@ def compose(settings: Settings, clock: Clock = SYSTEM_CLOCK) -> Iterator[Parts]:
             telemetry,
             clock,
             timeout_s=settings.archive_timeout_s,
+            outage_timeout_s=settings.timeout_s,
             burst=settings.archive_burst,
+            is_one_transfer=is_one_transfer,
         )
         blocks = BlockCache(
             cache_dir / BLOCKS if cache_dir is not None else None,

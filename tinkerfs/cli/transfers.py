@@ -230,7 +230,7 @@ def opened(settings: "Settings") -> Iterator["Parts"]:
     keep_freed_memory()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
     # The bound is on walks that ask for archives by accident: here each was asked for by name.
-    with compose(replace(settings, archive_burst=0)) as parts:
+    with compose(replace(settings, archive_burst=0), is_one_transfer=True) as parts:
         yield parts
 
 

@@ -9,7 +9,7 @@ weights, one a file, come all at once; nothing is built for them. Thread-safe.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ __all__ = ["Address", "Archives"]
 EXPIRY_MARGIN_S = 60.0
 #: Between two questions whether an archive is ready, where the server names no time: from, to.
 POLL_S = (1.0, 15.0)
+#: Between two tries while the API is unreachable in the middle of a transfer: from, to.
+OUTAGE_POLL_S = (0.25, 2.0)
 #: Within which `burst` builds may be started.
 BURST_WINDOW_S = 60.0
 
@@ -47,7 +49,19 @@ class _Grant:
 
 
 class Archives:
-    """The signed URLs of checkpoints."""
+    """The signed URLs of checkpoints.
+
+    Args:
+        client: asks for them.
+        telemetry: shows what is waited for.
+        clock: `now` for expiries, `monotonic` for bounds.
+        timeout_s: bound on the wait for an archive, seconds.
+        outage_timeout_s: how long an unreachable API is waited for in the middle of a transfer,
+            seconds: where there was a URL of the archive before. At a first look it fails at once.
+        burst: how many builds one process group may start within `BURST_WINDOW_S`; 0 for any.
+        is_one_transfer: whether all that is asked for belongs to one transfer, which is in progress
+            once there was any URL.
+    """
 
     def __init__(
         self,
@@ -56,8 +70,12 @@ class Archives:
         clock: Clock,
         *,
         timeout_s: float,
+        outage_timeout_s: float,
         burst: int,
+        is_one_transfer: bool = False,
     ) -> None:
+        self._outage_timeout_s = outage_timeout_s
+        self._is_one_transfer = is_one_transfer
         self._client = client
         self._telemetry = telemetry
         self._clock = clock
@@ -203,12 +221,21 @@ class Archives:
         """
         began = self._clock.monotonic()
         pause_s, longest_s = POLL_S
+        outage_pauses, outage_began = _doubling(*OUTAGE_POLL_S), None
         with self._telemetry.waiting(f"archive {path}"):
             while True:
                 try:
                     grant = ask(self._timeout_s - (self._clock.monotonic() - began))
                     break
+                except (errors.Unreachable, errors.TimedOut) as error:
+                    now = self._clock.monotonic()
+                    outage_began = now if outage_began is None else outage_began
+                    wait_s = next(outage_pauses)
+                    is_over = now + wait_s - outage_began > self._outage_timeout_s
+                    if is_over or not self._is_blip(key, error):
+                        raise
                 except errors.NotReady as error:
+                    outage_pauses, outage_began = _doubling(*OUTAGE_POLL_S), None
                     wait_s = error.retry_after_s if error.retry_after_s is not None else pause_s
                     pause_s = min(pause_s * 2, longest_s)
                     waited_s = self._clock.monotonic() - began
@@ -224,6 +251,19 @@ class Archives:
             self._grants[key] = grant
             self._built.add(key)
         return grant
+
+    def _is_blip(self, key: Hashable, error: errors.ApiError) -> bool:
+        """Return whether a failure may pass, and is in the middle of a transfer."""
+        with self._lock:
+            is_transfer = key in self._built or (self._is_one_transfer and bool(self._built))
+        return is_transfer and (isinstance(error, errors.Unreachable) or error.is_unsent)
+
+
+def _doubling(first_s: float, longest_s: float) -> Iterator[float]:
+    wait_s = first_s
+    while True:
+        yield wait_s
+        wait_s = min(wait_s * 2, longest_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,9 @@ def weights_in(
     bounds = {"timeout_s": timeout_s}
     with Client(base_url, credentials, telemetry, clock=clock, **bounds) as client:
         burst = options.pop("burst", 0)
-        archives = Archives(client, telemetry, clock, burst=burst, **bounds)
+        archives = Archives(
+            client, telemetry, clock, burst=burst, outage_timeout_s=timeout_s, **bounds
+        )
         with (
             Store(folder) as store,
             Weights(archives, store, cache, telemetry, **bounds, **options) as weights,

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.support.hostile import HostileServer, close, drip, genuine, hold, response
+from tests.support.mount import wait_until
 from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef, Client
 from tinkerfs.api.credentials import Credentials
@@ -25,14 +26,18 @@ def server():
 
 
 @pytest.fixture
-def ask(server, tmp_path):
+def telemetry():
+    return Telemetry()
+
+
+@pytest.fixture
+def ask(server, tmp_path, telemetry):
     """Return the archive URL of the n-th checkpoint; the client's own time-out is short."""
     with ExitStack() as stack:
         made = {}
 
-        def url(number, archive_timeout_s=60.0):
+        def url(number, archive_timeout_s=60.0, outage_timeout_s=60.0, **options):
             if not made:
-                telemetry = Telemetry()
                 credentials = Credentials(server.environment, home=str(tmp_path))
                 client = stack.enter_context(
                     Client(
@@ -44,8 +49,15 @@ def ask(server, tmp_path):
                     )
                 )
                 made[0] = Archives(
-                    client, telemetry, SYSTEM_CLOCK, timeout_s=archive_timeout_s, burst=0
+                    client,
+                    telemetry,
+                    SYSTEM_CLOCK,
+                    timeout_s=archive_timeout_s,
+                    outage_timeout_s=outage_timeout_s,
+                    burst=0,
+                    **options,
                 )
+            made[0].forget()  # every URL has expired
             (run,) = server.account.runs()
             have_archives = [c.id for c in run.checkpoints if not c.id.startswith("external")]
             checkpoint = have_archives[number]
@@ -104,3 +116,55 @@ def test_archive_cut_off_while_held_is_not_sent_again(server, ask):
     with pytest.raises(errors.Unreachable):
         ask(0)
     assert server.journal.count(ARCHIVE) == 1
+
+
+# --- the API is unreachable ----------------------------------------------------------------------
+
+
+def unreachable(telemetry):
+    """How many archive requests met no server."""
+    calls = telemetry.snapshot()["calls"]
+    return sum(count.get("unreachable", 0) for name, count in calls.items() if "archive" in name)
+
+
+@pytest.mark.parametrize("is_one_transfer", [False, True])
+def test_blip_in_the_middle_of_a_transfer_is_waited_out(server, ask, telemetry, is_one_transfer):
+    ask(0, is_one_transfer=is_one_transfer)
+    server.stop_listening("api")
+    number = 1 if is_one_transfer else 0
+    with ThreadPoolExecutor() as pool:
+        renewal = pool.submit(ask, number)
+        wait_until(lambda: unreachable(telemetry) >= 3)  # 2 opened the breaker
+        assert not renewal.done()
+        server.resume_listening()
+        assert renewal.result(20).startswith(server.store_url)
+
+
+@pytest.mark.parametrize("is_one_transfer", [False, True])
+def test_blip_before_a_transfer_fails_at_once(server, ask, telemetry, is_one_transfer):
+    server.stop_listening("api")
+    with pytest.raises(errors.Unreachable):
+        ask(0, is_one_transfer=is_one_transfer)
+    assert 1 <= unreachable(telemetry) <= 2
+
+
+def test_blip_at_a_first_look_fails_at_once(server, ask, telemetry):
+    ask(0)
+    server.stop_listening("api")
+    with pytest.raises(errors.Unreachable):
+        ask(1)
+    assert 1 <= unreachable(telemetry) <= 2
+
+
+def test_outage_in_the_middle_of_a_transfer_ends(server, ask, telemetry):
+    ask(0, outage_timeout_s=1.0)
+    server.stop_listening("api")
+    with pytest.raises(errors.Unreachable):
+        ask(0)
+    assert unreachable(telemetry) > 2
+
+
+def test_server_that_breaks_off_a_renewal_is_asked_again(server, ask):
+    ask(0)
+    server.on(ARCHIVE, close, times=7)
+    assert ask(0).startswith(server.store_url)
