@@ -64,6 +64,7 @@ __all__ = [
     "is_not_permitted",
     "is_not_regular",
     "is_outage",
+    "is_read_only",
     "is_stale",
     "is_timeout",
     "is_unsupported",
@@ -76,9 +77,11 @@ __all__ = [
     "not_a_link",
     "not_empty",
     "not_found",
+    "not_in_trash",
     "not_lockable",
     "not_permitted",
     "not_regular",
+    "not_stored",
     "not_supported",
     "out_of_range",
     "read_only",
@@ -129,6 +132,12 @@ class ApiError(TinkerfsError):
         """Return a copy to raise again; raising one object ever again would grow its traceback."""
         again = copy.copy(self)
         again.is_remembered = True
+        return again
+
+    def explained(self, consequence: str) -> Self:
+        """Return a copy whose message goes on with what the failure means for the caller."""
+        again = copy.copy(self)
+        again.message = f"{self.message}; {consequence}"
         return again
 
     def __str__(self) -> str:
@@ -248,6 +257,11 @@ def not_found(path: str) -> OSError:
     return OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
+def not_in_trash(path: str) -> OSError:
+    """ENOENT: there is no such name in the trash."""
+    return OSError(errno.ENOENT, "not in the trash", path)
+
+
 def not_a_directory(path: str) -> OSError:
     """ENOTDIR: a folder was asked for and this is none."""
     return OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
@@ -354,6 +368,11 @@ def not_lockable(error: OSError) -> OSError:
     return OSError(error.errno, reason, error.filename)
 
 
+def not_stored(reason: str) -> OSError:
+    """EIO: a record that must survive a crash is not on disk."""
+    return OSError(errno.EIO, f"the record cannot be stored: {reason}")
+
+
 def exists(path: str, why: str) -> OSError:
     """EEXIST: something has that name, and is left alone."""
     return OSError(errno.EEXIST, why, path)
@@ -384,6 +403,11 @@ def is_worth_telling(error: OSError) -> bool:
     if isinstance(cause, ApiError):
         return not (cause.is_remembered and is_missing(error))
     return error.errno not in _EXPECTED
+
+
+def is_read_only(error: OSError) -> bool:
+    """Return whether the error says that nothing can be changed in that mount."""
+    return error.errno == errno.EROFS
 
 
 def is_stale(error: OSError) -> bool:

@@ -4,6 +4,9 @@ A table of bytes by (space, key), and one of listings by (account, name) with th
 Thread-safe; shared by every mount and process that uses the same folder (WAL, busy time-out). It
 saves calls, so it may fail: whatever SQLite says, the caller gets "nothing kept" and the mount goes
 on, told once. Nothing in it is unpickled or executed.
+
+A third table has durable records, which no API call can restore: a new schema version leaves them
+in place, each is synced to disk when it is written, and a failed write raises.
 """
 
 import logging
@@ -13,6 +16,7 @@ import threading
 import weakref
 from pathlib import Path
 
+from tinkerfs import errors
 from tinkerfs.safe_open import is_regular, open_regular
 
 __all__ = ["Store"]
@@ -73,6 +77,7 @@ class Store:
         self._path = (folder or Path()) / _FILE_NAME
         self.lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None  # guarded by lock
+        self._identity: tuple[int, int] | None = None  # of the open file; guarded by lock
         self._has_told = False
         _forks.add(self)
 
@@ -157,6 +162,72 @@ class Store:
             (limit_bytes,),
         )
 
+    # Durable records.
+
+    def durable(self, space: str) -> dict[str, bytes]:
+        """Return the durable records of a space by key; none where they cannot be read."""
+        with self.lock:
+            if self._connection is None:
+                return {}
+            try:
+                rows = self._connection.execute(
+                    "SELECT key, value FROM durable WHERE space = ?", (space,)
+                ).fetchall()
+            except sqlite3.Error as error:
+                self._tell(error)
+                return {}
+        return {_text(key): bytes(value) for key, value in rows}
+
+    def put_durable(self, space: str, key: str, value: bytes) -> None:
+        """Write a durable record and sync it to disk.
+
+        Raises:
+            OSError: EIO if it is not on disk, or would not be found there by the next mount.
+        """
+        sql = "INSERT OR REPLACE INTO durable (space, key, value) VALUES (?, ?, ?)"
+        self._change_durably(sql, (space, _blob(key), value))
+
+    def delete_durable(self, space: str, key: str) -> None:
+        """Delete a durable record, if there is one.
+
+        Raises:
+            OSError: as `put_durable`.
+        """
+        sql = "DELETE FROM durable WHERE space = ? AND key = ?"
+        self._change_durably(sql, (space, _blob(key)))
+
+    def data_version(self) -> int | None:
+        """Return a number that changes when another connection commits; None if unknown.
+
+        Reads shared memory, no file (https://www.sqlite.org/pragma.html#pragma_data_version).
+        """
+        with self.lock:
+            if self._connection is None:
+                return None
+            try:
+                row = self._connection.execute("PRAGMA data_version").fetchone()
+            except sqlite3.Error as error:
+                self._tell(error)
+                return None
+        return int(row[0])
+
+    def _change_durably(self, sql: str, values: tuple[object, ...]) -> None:
+        with self.lock:
+            if not self._is_on:
+                raise errors.not_stored("the cache is in memory (hint: set --cache-dir)")
+            if self._connection is None:
+                raise errors.not_stored(f"{self._path} is not open")
+            if self._identity is None or self._identity != _identity_of(self._path):
+                # SQLite would write to the file that it has open, which no other process finds.
+                raise errors.not_stored(f"{self._path} was removed or replaced (hint: mount again)")
+            try:
+                self._connection.execute("PRAGMA synchronous=FULL")
+                with self._connection:
+                    self._connection.execute(sql, values)
+                self._connection.execute("PRAGMA synchronous=NORMAL")
+            except sqlite3.Error as error:
+                raise errors.not_stored(f"{self._path}: {error}") from error
+
     def _change(self, sql: str, values: tuple[object, ...]) -> None:
         with self.lock:
             if self._connection is None:
@@ -190,12 +261,17 @@ class Store:
                 "CREATE TABLE IF NOT EXISTS listings (account TEXT NOT NULL, name BLOB NOT NULL,"
                 " came_at REAL NOT NULL, value BLOB NOT NULL, PRIMARY KEY (account, name))"
             )
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS durable (space TEXT NOT NULL, key BLOB NOT NULL,"
+                " value BLOB NOT NULL, PRIMARY KEY (space, key)) WITHOUT ROWID"
+            )
             connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             connection.commit()
         except BaseException:
             connection.close()
             raise
         self._connection = connection
+        self._identity = _identity_of(self._path)
 
     def _remove_files(self) -> None:
         for path in self._files():
@@ -210,5 +286,17 @@ class Store:
             log.warning("%s: %s; the mount goes on without what it keeps", self._path, error)
 
 
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _blob(key: str) -> bytes:
     return key.encode("utf-8", "surrogatepass")
+
+
+def _text(blob: bytes) -> str:
+    return bytes(blob).decode("utf-8", "surrogatepass")

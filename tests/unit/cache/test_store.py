@@ -1,8 +1,11 @@
+import contextlib
 import os
+import sqlite3
 import stat
 
 import pytest
 
+from tinkerfs import errors
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.store import Store
 
@@ -50,6 +53,57 @@ def test_a_store_that_cannot_be_opened_keeps_nothing_and_fails_nobody(tmp_path, 
         store.put("s", "k", b"v")
         assert store.get("s", "k") is None
     assert caplog.text.count("goes on without") == 1
+
+
+# --- durable records -----------------------------------------------------------------------------
+
+
+def test_durable_record_is_there_in_every_process_and_goes(tmp_path):
+    with Store(tmp_path) as one, Store(tmp_path) as other:
+        version = other.data_version()
+        assert other.data_version() == version
+        one.put_durable("s", "key\udcff\n", b"v")
+        assert other.data_version() != version
+        assert other.durable("s") == {"key\udcff\n": b"v"}
+        assert other.durable("t") == {}
+        other.delete_durable("s", "key\udcff\n")
+        other.delete_durable("s", "nothing")
+        assert one.durable("s") == {}
+
+
+def test_durable_record_outlives_another_schema_version(tmp_path):
+    with Store(tmp_path) as store:
+        store.put("s", "k", b"lost")
+        store.put_durable("s", "k", b"kept")
+    with contextlib.closing(sqlite3.connect(tmp_path / "metadata.sqlite3")) as connection:
+        connection.execute("PRAGMA user_version=99")
+    with Store(tmp_path) as store:
+        assert store.get("s", "k") is None
+        assert store.durable("s") == {"k": b"kept"}
+
+
+def test_durable_record_that_cannot_be_written_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinkerfs.cache.store._BUSY_TIMEOUT_S", 0.01)
+    path = tmp_path / "metadata.sqlite3"
+    with Store(tmp_path) as store, contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match="locked") as raised:
+            store.put_durable("s", "k", b"v")
+        assert errors.name_of(raised.value) == "EIO"
+        other.rollback()
+        store.put_durable("s", "k", b"v")
+        path.rename(tmp_path / "elsewhere")
+        for change in (
+            lambda: store.put_durable("s", "l", b"v"),
+            lambda: store.delete_durable("s", "k"),
+        ):
+            with pytest.raises(OSError, match="removed or replaced"):
+                change()
+    with pytest.raises(OSError, match="not open"):
+        store.put_durable("s", "k", b"v")
+    assert (store.durable("s"), store.data_version()) == ({}, None)
+    with Store(None) as store, pytest.raises(OSError, match=r"in memory \(hint: set --cache-dir\)"):
+        store.put_durable("s", "k", b"v")
 
 
 @pytest.mark.expect_warnings("made anew|goes on without")
