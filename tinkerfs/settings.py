@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 __all__ = [
     "DEFAULT_BASE_URL",
     "OPTIONS",
+    "TTL_RANGE_S",
     "Option",
     "Settings",
     "parse_duration_s",
@@ -22,6 +23,9 @@ __all__ = [
 
 #: The official service (Tinker SDK, _client.py).
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
+
+#: What the API takes as a checkpoint's TTL, seconds (Tinker SDK, rest_client.py).
+TTL_RANGE_S = (3600, 315_360_000)
 
 #: More calls at once than any server of the API is glad of.
 MAX_CONCURRENCY = 64
@@ -45,6 +49,8 @@ class Settings:
         cache_size_bytes: bound on the blocks of weights kept on disk; 0 keeps none.
         read_only: refuse every change.
         allow_other: let other users in, under true permissions.
+        trash_s: a removal lets a checkpoint expire after this time instead of deleting it, 3600 to
+            315360000; None deletes at once.
         xattr: tell extended attributes.
         uid: owner of everything; None for the mounting user.
         gid: group of everything; None for the mounting user's.
@@ -64,6 +70,7 @@ class Settings:
     cache_size_bytes: int = 10 << 30
     read_only: bool = False
     allow_other: bool = False
+    trash_s: float | None = None
     xattr: bool = False
     uid: int | None = None
     gid: int | None = None
@@ -130,6 +137,14 @@ def _parse_positive_s(text: str) -> float:
     seconds = parse_duration_s(text)
     if seconds <= 0:
         raise ValueError(f"must be more than 0 seconds: {text!r}")
+    return seconds
+
+
+def _parse_trash_s(text: str) -> float:
+    seconds = parse_duration_s(text)
+    shortest_s, longest_s = TTL_RANGE_S
+    if not shortest_s <= seconds <= longest_s:
+        raise ValueError(f"not between 1h and 3650d: {text!r}")
     return seconds
 
 
@@ -277,6 +292,14 @@ OPTIONS: tuple[Option, ...] = (
         _parse_count,
         "Archive builds one process group may start in a minute; 0: no limit.",
         "8",
+    ),
+    Option(
+        "trash_s",
+        "trash",
+        "DURATION",
+        _parse_trash_s,
+        "Let what is removed expire after this time, 1h to 3650d; `tinkerfs undelete` restores it.",
+        "none",
     ),
     Option(
         "xattr",

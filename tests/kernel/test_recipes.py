@@ -53,9 +53,10 @@ def script_of(heading, number=0):
 
 
 @pytest.fixture
-def sample(make_account):
-    """The sample account, as fresh as the page's."""
-    return make_account(runs=RUNS, checkpoints=CHECKPOINTS)
+def sample(make_account, request):
+    """The sample account, as fresh as the page's; a parameter has settings of the mount."""
+    settings = getattr(request, "param", None)
+    return make_account(settings, runs=RUNS, checkpoints=CHECKPOINTS)
 
 
 @pytest.fixture
@@ -134,6 +135,15 @@ def test_publish_every_final(sample, cook):
     assert calls["POST publish"] == len(finals) - were
     others = [c for run in runs for c in run.checkpoints if c.name != "final"]
     assert not all(c.is_public for c in others)
+
+
+@pytest.mark.parametrize("sample", [{"trash_s": 30 * 86_400.0}], indirect=True)
+def test_take_back_a_deletion(sample, cook):
+    _shown, calls = cook("Take back a deletion")
+    assert calls["PUT ttl"] == 2
+    assert "DELETE checkpoint" not in calls
+    # One before each change, one at first, one after the last.
+    assert calls["GET training_runs/{run}/checkpoints"] == 4
 
 
 def test_delete_all_but_the_last_three(sample, cook):

@@ -55,6 +55,9 @@ def test_durations(text, seconds):
         ("read-only", "perhaps"),
         ("log-level", "loud"),
         ("cache-dir", ""),
+        ("trash", "59m"),
+        ("trash", "3650.1d"),
+        ("trash", "always"),
     ],
 )
 def test_what_means_nothing_is_refused_in_a_sentence(flag, text):

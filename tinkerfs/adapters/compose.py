@@ -25,6 +25,8 @@ from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.mutations import Mutations
 from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.catalogue.sessions import Sessions
+from tinkerfs.catalogue.trash import Trash
+from tinkerfs.catalogue.trash_reader import TrashReader
 from tinkerfs.catalogue.warm import Warm
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.settings import Settings
@@ -117,10 +119,13 @@ def compose(
         warm = stack.enter_context(
             Warm(store, client.base_url, credentials, clock, stale_s=settings.stale_s)
         )
+        trash = stack.enter_context(Trash(store, client.base_url, credentials.account, clock))
         catalogue = Catalogue(
-            client, cache, store, telemetry, clock, freshness, warm, settings.concurrency
+            client, cache, store, telemetry, clock, freshness, warm, trash, settings.concurrency
         )
-        mutations = Mutations(client, cache, warm, telemetry, clock, catalogue)
+        mutations = Mutations(
+            client, cache, warm, telemetry, clock, catalogue, trash, settings.trash_s
+        )
         sessions = Sessions(client, cache, freshness)
         archives = Archives(
             client,
@@ -145,6 +150,7 @@ def compose(
             settings=settings,
             catalogue=catalogue,
             mutations=mutations,
+            trash=TrashReader(catalogue, trash, settings.concurrency),
             sessions=sessions,
             archives=archives,
             weights=weights,

@@ -33,6 +33,7 @@ __all__ = [
     "tinkerfs_mounts",
     "unmount",
     "wait_until",
+    "write_file",
 ]
 
 FSTYPE: Final = "fuse.tinkerfs"
@@ -141,6 +142,30 @@ def read_file(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> bytes | None:
     if answer is None:
         raise TimeoutError(path)
     return answer[1] if answer[0] == 0 else None
+
+
+def write_file(path: str, text: str, *, timeout_s: float) -> None:
+    """Write to a control file of a mount that may hang.
+
+    Args:
+        path: of the file.
+        text: one whole value.
+        timeout_s: the most to wait, seconds.
+
+    Raises:
+        OSError: as open(2) and write(2).
+        TimeoutError: no response in time; the value may be written later.
+    """
+    code = (
+        "import os, sys\n"
+        "try: os.write(os.open(sys.argv[1], os.O_WRONLY), sys.argv[2].encode())\n"
+        "except OSError as error: sys.exit(error.errno)\n"
+    )
+    response = _in_a_process([sys.executable, "-I", "-S", "-c", code, path, text], timeout_s)
+    if response is None:
+        raise TimeoutError(path)
+    if response[0] != 0:
+        raise errors.from_number(response[0], path)
 
 
 def _in_a_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | None:

@@ -200,6 +200,26 @@ class CheckpointListing:
         """Return those of a kind."""
         return self.groups.get(kind, {}).values()
 
+    def without(self, left_out: Collection[Checkpoint]) -> "CheckpointListing":
+        """Return the listing without some of its checkpoints; the others are shown as before."""
+        if not left_out:
+            return self
+        keys = {checkpoint.key for checkpoint in left_out}
+        groups = {
+            kind: {name: c for name, c in group.items() if c.key not in keys}
+            for kind, group in self.groups.items()
+        }
+        newest_ns = {
+            kind: _newest_ns(c.record.time_ns for c in group.values())
+            for kind, group in groups.items()
+        }
+        return CheckpointListing(
+            tuple(c for c in self.all if c.key not in keys),
+            {name: c for name, c in self.bare.items() if c.key not in keys},
+            groups,
+            newest_ns,
+        )
+
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "CheckpointListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""
         records = (
@@ -235,6 +255,15 @@ class UserListing:
         """Find out of which run each record is: its tinker path tells."""
         checkpoints = list(checkpoints_of(records))
         return cls.of((c for c in checkpoints if c is not None), checkpoints.count(None))
+
+    def without(self, left_out: Collection[Checkpoint]) -> "UserListing":
+        """Return the listing without some of its checkpoints."""
+        if not left_out:
+            return self
+        by_key = self.by_key.copy()
+        for checkpoint in left_out:
+            by_key.pop(checkpoint.key, None)
+        return UserListing(by_key, self.nameless)
 
     def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "UserListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""

@@ -1,10 +1,11 @@
-"""Changes of checkpoints: publish, expire, delete, each beside the cached listings that it touches.
+"""Changes of checkpoints: publish, expire, remove, each beside the cached listings that it touches.
 
 Each change runs on a thread of its own, so that it is not cancelled when its caller leaves;
 `changes` reports how it ended.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -19,6 +20,7 @@ from tinkerfs.call import Call
 from tinkerfs.catalogue.amending import run_amended, runs_amended
 from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, UserListing
 from tinkerfs.catalogue.runs import Catalogue
+from tinkerfs.catalogue.trash import Trash, TrashState
 from tinkerfs.catalogue.warm import Warm
 from tinkerfs.clock import Clock
 from tinkerfs.telemetry import Telemetry, rfc3339
@@ -48,6 +50,8 @@ class Mutations:
         telemetry: records what was asked for and how it ended.
         clock: `now` for expiries.
         catalogue: lists what exists.
+        trash: the records of what was removed.
+        trash_s: how long a removed checkpoint stays in the trash, seconds; None to delete it.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Mutations:
         telemetry: Telemetry,
         clock: Clock,
         catalogue: Catalogue,
+        trash: Trash,
+        trash_s: float | None,
     ) -> None:
         self._client = client
         self._cache = cache
@@ -65,6 +71,8 @@ class Mutations:
         self._telemetry = telemetry
         self._clock = clock
         self._catalogue = catalogue
+        self._trash = trash
+        self._trash_s = trash_s
 
     def set_published(self, seen: Checkpoint, wanted: bool, path: str, call: Call) -> None:
         """Publish or unpublish; nothing is asked for that is so already."""
@@ -88,31 +96,90 @@ class Mutations:
         """Let a checkpoint expire `ttl_s` seconds from now, or never."""
 
         def act(checkpoint: Checkpoint) -> None:
+            removed = self._trash.record(checkpoint)
+            if removed is not None:  # it was restored elsewhere; its new expiry is not the trash's
+                self._trash.forget(removed)
             # Which expiry the server made of the seconds is not known: it is set once more.
             recheck = self._recheck(checkpoint, lambda _now: False)
             self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
-            expires_at_s = None if ttl_s is None else self._clock.now() + ttl_s
-            raw = models.with_fields(
-                checkpoint.record.raw,
-                expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
-            )
-            expires_at_ns = None if expires_at_s is None else int(expires_at_s * 1e9)
-            record = replace(checkpoint.record, expires_at_ns=expires_at_ns).with_raw(raw)
             # The server rounds as it likes: ours serves only until the next look asks it.
-            self._amend(checkpoint, record, is_exact=False)
+            self._amend(checkpoint, self._expiring_in(checkpoint, ttl_s), is_exact=False)
 
         what = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
         self._change(seen, what, act, path, call)
 
-    def delete(self, seen: Checkpoint, path: str, call: Call) -> None:
-        """Delete a checkpoint for good."""
+    def remove(self, seen: Checkpoint, path: str, call: Call) -> None:
+        """Delete a checkpoint for good, or with `--trash` let it expire and hide it until then.
 
-        def act(checkpoint: Checkpoint) -> None:
-            recheck = self._recheck(checkpoint, lambda now: now is None)
-            self._client.delete(checkpoint.ref, recheck)
-            self._amend(checkpoint, None)
+        Raises:
+            ApiError: EndpointMissing if it cannot expire; it is not deleted then.
+            OSError: EIO if the record for the trash cannot be written; nothing is changed then.
+        """
+        if self._trash_s is None:
+            self._change(seen, "delete", self._delete, path, call)
+        else:
+            trash = partial(self._move_to_trash, ttl_s=int(self._trash_s))
+            self._change(seen, "move to the trash", trash, path, call)
 
-        self._change(seen, "delete", act, path, call)
+    def undelete(self, seen: Checkpoint, path: str, call: Call) -> None:
+        """Restore a checkpoint from the trash, with the expiry that it had before."""
+        self._change(seen, "restore from the trash", self._restore, path, call, in_trash=True)
+
+    def _delete(self, checkpoint: Checkpoint) -> None:
+        recheck = self._recheck(checkpoint, lambda now: now is None)
+        self._client.delete(checkpoint.ref, recheck)
+        self._amend(checkpoint, None)
+
+    def _move_to_trash(self, checkpoint: Checkpoint, ttl_s: int) -> str:
+        # The record comes first: `Trash` says why.
+        record = self._trash.plan(checkpoint, ttl_s)
+        if record.state is TrashState.LISTED:
+            return "done; it expires sooner than in the trash, and that stays"
+        recheck = self._recheck(checkpoint, self._is_trashed)
+        try:
+            self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
+        except errors.OUTAGES:
+            raise  # it may be done
+        except errors.EndpointMissing as error:
+            self._trash.forget(record)
+            consequence = "--trash needs a server with expiries; nothing was removed"
+            raise error.explained(consequence) from error
+        except errors.ApiError:
+            self._trash.forget(record)
+            raise
+        self._trash.mark_set(record)
+        self._amend(checkpoint, self._expiring_in(checkpoint, ttl_s))
+        return f"done; expires in {ttl_s} s"
+
+    def _restore(self, checkpoint: Checkpoint) -> str | None:
+        record = self._trash.record(checkpoint)
+        if record is None or not record.is_in_effect(checkpoint.record.expires_at_ns):
+            return "was so already"
+        if checkpoint.record.expires_at_ns == record.former_expires_at_ns:
+            restored = checkpoint.record  # a nearer expiry stayed as it was
+        else:
+            ttl_s = record.former_ttl_s(self._clock.now())
+            recheck = self._recheck(
+                checkpoint, lambda now: now is not None and not self._is_trashed(now)
+            )
+            self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
+            restored = self._expiring_in(checkpoint, ttl_s)
+        self._trash.forget(record)
+        self._amend(checkpoint, restored, is_exact=False)
+        return None
+
+    def _is_trashed(self, now: Checkpoint | None) -> bool:
+        return now is not None and self._trash.is_trashed(now)
+
+    def _expiring_in(self, checkpoint: Checkpoint, ttl_s: int | None) -> models.Checkpoint:
+        """Return a checkpoint's record with an expiry that has just been set."""
+        expires_at_s = None if ttl_s is None else self._clock.now() + ttl_s
+        raw = models.with_fields(
+            checkpoint.record.raw,
+            expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
+        )
+        expires_at_ns = None if expires_at_s is None else int(expires_at_s * 1e9)
+        return replace(checkpoint.record, expires_at_ns=expires_at_ns).with_raw(raw)
 
     def _change(
         self,
@@ -121,13 +188,15 @@ class Mutations:
         act: Callable[[Checkpoint], str | None],
         path: str,
         call: Call,
+        *,
+        in_trash: bool = False,
     ) -> None:
         """Ask the server afresh what is there, then act on it, under the eyes of `changes`."""
         change = self._telemetry.change_asked(path, what, call.caller())
 
         def work() -> None:
             try:
-                checkpoint = self._afresh(seen)
+                checkpoint = self._afresh(seen, in_trash=in_trash)
                 try:
                     outcome = act(checkpoint)
                 except _IN_DOUBT:
@@ -138,19 +207,23 @@ class Mutations:
                 raise
             self._telemetry.change_ended(change, outcome or "done")
 
+        future = in_thread(work, f"{what} {path}")
         try:
-            call.wait(in_thread(work, f"{what} {path}"))
+            call.wait(future)
         except OSError as error:
-            change.caller_left = errors.name_of(error)
+            if not future.done():
+                change.caller_left = errors.name_of(error)
             raise
 
-    def _afresh(self, seen: Checkpoint) -> Checkpoint:
+    def _afresh(self, seen: Checkpoint, *, in_trash: bool) -> Checkpoint:
         """Return a checkpoint as the server tells of it now."""
         now = self._listed(seen)
         if now is None:
             raise errors.NotFound("the checkpoint is gone by now")
         if now.version != seen.version:
             raise errors.Conflict("the checkpoint was saved again since it was looked at")
+        if not in_trash and self._trash.is_trashed(now):
+            raise errors.NotFound("the checkpoint is in the trash by now")
         return now
 
     def _listed(self, seen: Checkpoint) -> Checkpoint | None:
@@ -212,7 +285,7 @@ class Mutations:
         self._warm.changed(run_id)
         for key in (("checkpoints", run_id), ("user",)):
             self._cache.amend(key, change, is_exact=is_exact)
-        listing = self._catalogue.known_checkpoints(run_id)
+        listing = self._catalogue.known_listing(run_id)
         if listing is None:
             return
 

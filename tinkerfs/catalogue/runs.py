@@ -6,7 +6,7 @@ are `ApiError`s, or the `OSError`s of a wait that ended early.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.parts import Parts
 from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call, Interest
+from tinkerfs.catalogue.amending import run_amended
 from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.infos import MAX_INFOS, Infos
 from tinkerfs.catalogue.listings import (
@@ -27,7 +28,9 @@ from tinkerfs.catalogue.listings import (
     UserListing,
     checkpoints_of,
     kept_record,
+    kind_and_name,
 )
+from tinkerfs.catalogue.trash import Trash
 from tinkerfs.catalogue.walks import Walk, Walks
 from tinkerfs.catalogue.warm import Warm
 from tinkerfs.clock import Clock
@@ -62,6 +65,7 @@ class Catalogue:
         clock: Clock,
         freshness: Freshness,
         warm: Warm,
+        trash: Trash,
         concurrency: int,
     ) -> None:
         self._client = client
@@ -77,6 +81,7 @@ class Catalogue:
         self._clock = clock
         self._freshness = freshness
         self._warm = warm
+        self._trash = trash
         self._concurrency = concurrency
         self._walks = Walks(2 * concurrency, clock)
         self._lists_runs: bool | None = None  # learnt once; who comes second learns the same
@@ -86,12 +91,12 @@ class Catalogue:
     @property
     def epoch(self) -> int:
         """A number that becomes another one whenever anything that is known does."""
-        return self._cache.epoch
+        return self._cache.epoch + self._trash.epoch
 
     @property
     def amendments(self) -> int:
         """As `MetadataCache.amendments`: of changes that are made through this mount."""
-        return self._cache.amendments
+        return self._cache.amendments + self._trash.epoch
 
     def runs(self, call: Call) -> RunListing:
         """Return the user's training runs; ceil(runs / page) calls when not fresh."""
@@ -120,6 +125,9 @@ class Catalogue:
         Raises:
             ApiError: NotFound or BadRequest where there is no such run.
         """
+        return self._with_visible_last(self._run(run_id, call), call)
+
+    def _run(self, run_id: str, call: Call) -> models.TrainingRun:
         run: models.TrainingRun | None = self._coming(("runs",), run_id, call)
         if run is None and self.known_runs() is not None:
             run = self.runs(call).by_id.get(run_id)
@@ -129,6 +137,24 @@ class Catalogue:
             ("run", run_id), partial(self._load_run, run_id), self._freshness.by_name, call
         )
 
+    def _with_visible_last(self, run: models.TrainingRun, call: Call) -> models.TrainingRun:
+        """Return a run whose last checkpoints are not in the trash; one call if one may be."""
+        if not self._trash.has_run(run.run_id):
+            return run
+        lasts = [each for each in (run.last_checkpoint, run.last_sampler_checkpoint) if each]
+        if not any(self._trash.record(Checkpoint.of(run.run_id, each)) for each in lasts):
+            return run
+        try:
+            listing = self.checkpoints(run.run_id, call)
+        except errors.ApiError:
+            call.is_momentary()
+            return run
+        is_visible = all(listing.get(*kind_and_name(each)) for each in lasts)
+        return run if is_visible else run_amended(run, listing)
+
+    # Checkpoints. `MetadataCache` has the listings as the server sent them; all that is returned
+    # is without what is in the trash, unless a method says otherwise.
+
     def checkpoints(
         self, run_id: str, call: Call, *, is_from_now: bool = False
     ) -> CheckpointListing:
@@ -137,6 +163,11 @@ class Catalogue:
         Who looks into one run after the other has those of the next ones asked for behind it. With
         `is_from_now` what an earlier mount kept will not do.
         """
+        return self._trash.visible(run_id, self.listed(run_id, call, is_from_now=is_from_now))
+
+    def listed(self, run_id: str, call: Call, *, is_from_now: bool = False) -> CheckpointListing:
+        """Return the checkpoints of a run as `checkpoints` does, with what is in the trash."""
+        self._expire_changed()
         if self._walks.is_ahead(run_id):
             self._come_to_run(run_id)
         return self._cache.get(
@@ -161,17 +192,29 @@ class Catalogue:
 
     def known_checkpoints(self, run_id: str) -> CheckpointListing | None:
         """Return a run's checkpoints as last listed, without a call."""
+        listing = self.known_listing(run_id)
+        return None if listing is None else self._trash.visible(run_id, listing)
+
+    def known_listing(self, run_id: str) -> CheckpointListing | None:
+        """Return a run's checkpoints as last listed, with what is in the trash, without a call."""
         return self._cache.peek(("checkpoints", run_id))  # type: ignore[no-any-return]
 
-    def checkpoint(self, run_id: str, kind: str, name: str, call: Call) -> Checkpoint | None:
+    def checkpoint(
+        self, run_id: str, kind: str, name: str, call: Call, *, with_trashed: bool = False
+    ) -> Checkpoint | None:
         """Return a checkpoint of a run's listing, else one that is known by its tinker path only.
 
-        The user's own runs are listed whole: nothing is asked for what those lack.
+        The user's own runs are listed whole: nothing is asked for what those lack. What is in the
+        trash is returned `with_trashed` only.
         """
         own = self.known_runs()
         is_own = own is not None and run_id in own.by_id
         try:
             found = self.find(run_id, lambda listing: listing.get(kind, name), call)
+            if found is None and self._trash.has_run(run_id):
+                trashed = self.listed(run_id, call).get(kind, name)
+                if trashed is not None and self._trash.is_trashed(trashed):
+                    return trashed if with_trashed else None
         except _NO_LISTING:
             if is_own:
                 raise
@@ -187,31 +230,56 @@ class Catalogue:
 
         Of a server that does not list them it is made of the listings of the runs.
         """
-        return self._cache.get(
+        self._expire_changed()
+        listing = self._cache.get(
             ("user",), self._load_user, self._freshness.listing, call, self._warm.user
         )
+        return self._trash.visible_of_user(listing)
 
     def each_user_checkpoint(self, call: Call) -> Iterator[Checkpoint]:
         """Yield the checkpoints of all the user's runs; as they come where `each_run` would."""
+        self._expire_changed()
         found = self._cache.get_or_parts(
             ("user",), self._load_user, self._freshness.listing, call, self._warm.user
         )
-        return found.each(call) if isinstance(found, Parts) else iter(found.by_key.values())
+        if isinstance(found, Parts):
+            return (c for c in found.each(call) if not self._trash.is_trashed(c))
+        return iter(self._trash.visible_of_user(found).by_key.values())
 
     def user_checkpoint(self, key: tuple[str, str, str], call: Call) -> Checkpoint | None:
         """Return one of the checkpoints of all the user's runs; not there as in `find`."""
         coming: Checkpoint | None = self._coming(("user",), key, call)
         if coming is not None:
-            return coming
+            return None if self._trash.is_trashed(coming) else coming
         found = self.user_checkpoints(call).by_key.get(key)
         if found is None and self._cache.is_warm(("user",)):
             listing = self._cache.get(("user",), self._load_user, self._freshness.listing, call)
-            found = listing.by_key.get(key)
+            found = self._trash.visible_of_user(listing).by_key.get(key)
         return found
 
     def known_user_checkpoints(self) -> UserListing | None:
         """Return the checkpoints of all runs as last listed, without a call."""
-        return self._cache.peek(("user",))  # type: ignore[no-any-return]
+        listing: UserListing | None = self._cache.peek(("user",))
+        return None if listing is None else self._trash.visible_of_user(listing)
+
+    def _expire_changed(self) -> None:
+        """Have listed again what other processes have moved to the trash or restored."""
+        changed = self._trash.take_changed_runs()
+        for run_id in changed:
+            self._warm.changed(run_id)
+            self._cache.expire(("checkpoints", run_id))
+        if changed:
+            self._cache.expire(("user",))
+
+    @property
+    def may_list_ahead(self) -> bool:
+        """Whether a listing stays fresh for long enough to be asked for ahead of its reader."""
+        return self._freshness.listing.ttl_s >= LEAST_TTL_AHEAD_S
+
+    def find_own_runs(self, call: Call) -> None:
+        """Find out which runs are the account's if another key put checkpoints in the trash."""
+        if self._trash.unknown_run_ids():
+            self._trash.add_own_runs(self.runs(call).by_id)
 
     def _coming(self, key: Hashable, part: Hashable, call: Call) -> Any:
         found = self._cache.coming(key, part)
@@ -227,11 +295,12 @@ class Catalogue:
 
     def checkpoints_changed_ns(self, run_id: str) -> int | None:
         """Return when the checkpoints of a run were seen to change."""
-        return self._changed_ns(("checkpoints", run_id))
+        changed_ns = self._changed_ns(("checkpoints", run_id))
+        return _latest(changed_ns, self._trash.changed_at_ns(run_id))
 
     def user_changed_ns(self) -> int | None:
         """Return when the checkpoints of all runs were seen to change."""
-        return self._changed_ns(("user",))
+        return _latest(self._changed_ns(("user",)), self._trash.changed_at_ns())
 
     def _changed_ns(self, key: Hashable) -> int | None:
         changed_at = self._cache.changed_at(key)
@@ -248,6 +317,8 @@ class Catalogue:
 
     def checkpoints_afresh(self, run_id: str) -> CheckpointListing:
         """Return the checkpoints of a run as the server lists them now; one call, always.
+
+        What is in the trash is among them.
 
         Raises:
             ApiError: the request fails.
@@ -313,16 +384,32 @@ class Catalogue:
         with self._walks.asking(run_id, interest):
             records = client.list_checkpoints(run_id)
         listing = CheckpointListing.of(run_id, records, known=self.known_user_checkpoints())
-        for walk in self._walks.listed(run_id, listing):
+        self._reconcile_trash(run_id, listing)
+        for walk in self._walks.listed(run_id, self._trash.visible(run_id, listing)):
             self._go_ahead(walk)
         self._warm.keep_checkpoints(run_id, listing)
         return listing
 
+    def _reconcile_trash(self, run_id: str, listing: CheckpointListing) -> None:
+        self._trash.refresh()
+        if not self._trash.has_run(run_id):
+            return
+        try:
+            self.find_own_runs(IN_PROCESS)
+        except errors.ApiError as error:
+            log.info("not known whether %s is this account's: %s", run_id, error)
+        self._trash.reconcile(run_id, listing)
+
     def _load_user(self, interest: Interest) -> UserListing:
+        def on_page(records: Sequence[models.Checkpoint]) -> None:
+            checkpoints = [c for c in checkpoints_of(records) if c is not None]
+            self._trash.add_own_runs(c.run_id for c in checkpoints)
+            interest.came((c.key, c) for c in checkpoints)
+
         try:
             records = self._client.on_behalf(interest).all_user_checkpoints(
                 lambda record: kept_record(record, self.known_checkpoints),
-                lambda records: interest.came((c.key, c) for c in checkpoints_of(records) if c),
+                on_page,
             )
         except errors.EndpointMissing:
             return self._user_of_runs()
@@ -344,7 +431,7 @@ class Catalogue:
 
     def _if_there(self, run_id: str) -> CheckpointListing:
         try:
-            return self.checkpoints(run_id, IN_PROCESS)
+            return self.listed(run_id, IN_PROCESS)
         except errors.NotFound:  # deleted since the runs were listed
             return CheckpointListing(())
 
@@ -372,8 +459,7 @@ class Catalogue:
 
     def _runs_ahead(self) -> RunListing | None:
         """Return the runs that may be asked ahead."""
-        is_kept = self._freshness.listing.ttl_s >= LEAST_TTL_AHEAD_S
-        return self.known_runs() if is_kept else None
+        return self.known_runs() if self.may_list_ahead else None
 
     def _go_ahead(self, walk: Walk | None) -> None:
         """Ask for what a walk, if any, asks for next, as far as it has shown that it goes on."""
@@ -386,10 +472,18 @@ class Catalogue:
             if isinstance(step, Checkpoint):
                 is_asked = self._infos.ask(step)
             else:
-                load = partial(self._load_checkpoints, step)
-                is_asked = self._cache.ask(("checkpoints", step), load, self._freshness.listing)
+                is_asked = self.ask_listing(step)
                 known = None if is_asked else self.known_checkpoints(step)
                 if known is not None:
                     self._walks.listed(step, known)
             if not is_asked:
                 self._walks.drop(walk, step)
+
+    def ask_listing(self, run_id: str) -> bool:
+        """Start to list a run that no caller waits for yet, if needed; return whether it was."""
+        load = partial(self._load_checkpoints, run_id)
+        return self._cache.ask(("checkpoints", run_id), load, self._freshness.listing)
+
+
+def _latest(*times_ns: int | None) -> int | None:
+    return max((each for each in times_ns if each is not None), default=None)

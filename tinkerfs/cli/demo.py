@@ -6,7 +6,17 @@ from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, set
 
 __all__ = ["demo"]
 
-_FLAGS = ("read_only", "allow_other", "ttl_s", "uid", "gid", "umask", "log_file", "log_level")
+_FLAGS = (
+    "read_only",
+    "allow_other",
+    "ttl_s",
+    "trash_s",
+    "uid",
+    "gid",
+    "umask",
+    "log_file",
+    "log_level",
+)
 
 _TOUR = """\
 A sample account of {runs} training runs is mounted on {path}. In another terminal:

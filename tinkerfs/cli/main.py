@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "status": ("status", "status", "Show what mounts do, and what they wait for."),
     "prefetch": ("prefetch", "prefetch", "Pull weights into the cache, before they are read."),
     "get": ("get", "get", "Copy a checkpoint's files out; needs no mount."),
+    "undelete": ("undelete", "undelete", "Restore what was removed with --trash."),
     "cache": ("cache", "cache", "Look at the weights kept on disk, check or clear them."),
     "path": ("paths", "path", "Print the file path of a tinker path."),
     "url": ("paths", "url", "Print the tinker path of a file path."),

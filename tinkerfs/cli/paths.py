@@ -62,9 +62,10 @@ def url(file_path: str) -> None:
     if len(parts) == 2 and parts[0] == "runs":
         click.echo(os.fsencode(_SCHEME + names.decode(parts[1])))
         return
-    # A checkpoint is runs/<run>/checkpoints/<kind>/<name>.
-    place = os.path.join(mount.mountpoint, *parts[:5], "tinker_path")
-    if parts[0:1] == ["runs"] and len(parts) >= 5 and os.path.isfile(place):
+    # A checkpoint is runs/<run>/checkpoints/<kind>/<name>, or .tinkerfs/trash/<what names it>.
+    depth = 3 if parts[:2] == [".tinkerfs", "trash"] else 5
+    place = os.path.join(mount.mountpoint, *parts[:depth], "tinker_path")
+    if parts[0] in ("runs", ".tinkerfs") and len(parts) >= depth and os.path.isfile(place):
         with open(place, "rb") as file:
             click.echo(file.read(), nl=False)
         return

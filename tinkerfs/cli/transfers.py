@@ -36,6 +36,7 @@ __all__ = [
     "opened",
     "place_of",
     "selected",
+    "settings_of",
     "signals_interrupt",
     "told",
     "transfer_options",
@@ -157,7 +158,7 @@ def place_of(given: str, flags: Mapping[str, str | bool | None]) -> Place:
             raise SetupError(str(error)) from None
         return Place(given, path, resolve(flags))
     mount, path = _below_mount(given)
-    settings = resolve({**_settings_of(mount), **_said(flags)})
+    settings = resolve({**settings_of(mount), **_said(flags)})
     return Place(given, path, settings, mount.mountpoint)
 
 
@@ -196,8 +197,12 @@ def _below_mount(given: str) -> tuple["Mount", str]:
     )
 
 
-def _settings_of(mount: "Mount") -> dict[str, str | bool | None]:
-    """Return what a mount says of its account and its cache."""
+def settings_of(mount: "Mount") -> dict[str, str | bool | None]:
+    """Return what a mount says of its account and its cache.
+
+    Raises:
+        SetupError: it does not respond, or is of another version.
+    """
     from tinkerfs.adapters import mounts
 
     cure = f"tinkerfs status {mount.mountpoint}"

@@ -10,15 +10,19 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from tinkerfs import errors
-from tinkerfs.settings import parse_duration_s
+from tinkerfs.settings import TTL_RANGE_S, parse_duration_s
 
 if TYPE_CHECKING:
     from tinkerfs.tree.rows import Site
 
-__all__ = ["parse_expiry_s", "parse_flag", "store_expires_at", "store_published", "store_refresh"]
-
-#: What the API takes as a checkpoint's TTL, seconds (Tinker SDK, rest_client.py).
-TTL_RANGE_S = (3600, 315_360_000)
+__all__ = [
+    "parse_expiry_s",
+    "parse_flag",
+    "store_expires_at",
+    "store_published",
+    "store_refresh",
+    "store_trashed_expires_at",
+]
 
 _YES = frozenset(("1", "true", "yes", "on"))
 _NO = frozenset(("0", "false", "no", "off"))
@@ -97,6 +101,16 @@ def store_expires_at(site: "Site", text: str) -> None:
         return
     ttl_s = parse_expiry_s(text, site.model.clock.now(), site.path)
     site.model.mutations.set_ttl(site.subject, ttl_s, site.path, site.call)
+
+
+def store_trashed_expires_at(site: "Site", text: str) -> None:
+    """Restore a checkpoint from the trash, with the expiry that it had before."""
+    word = text.strip().lower()
+    if not word:
+        return
+    if word != "never":
+        raise errors.invalid(site.path, "write never to restore it with the expiry it had before")
+    site.model.mutations.undelete(site.subject, site.path, site.call)
 
 
 def store_refresh(site: "Site", text: str) -> None:

@@ -312,7 +312,7 @@ class FileSystem:
             self.guard.unlink(node, caller)
 
     def rmdir(self, path: str, call: Call) -> None:
-        """Delete the checkpoint whose folder shows no file any more.
+        """Remove the checkpoint whose directory shows no file any more, as `Mutations.remove` does.
 
         Raises:
             OSError: ENOTEMPTY while something is left, EPERM for what is no checkpoint, and what
@@ -328,7 +328,7 @@ class FileSystem:
                 raise errors.not_empty(path, "it still shows something; rm -r removes that first")
             if is_checkpoint(node):
                 with self.guard.deleting(node, caller):
-                    self._model.mutations.delete(node.subject, path, call)
+                    self._model.mutations.remove(node.subject, path, call)
 
     # Attributes and bytes.
 

@@ -13,7 +13,7 @@ from tinkerfs.api import models
 from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing
 from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.tinker_path import KINDS
-from tinkerfs.tree import content, controls, readme, render, subjects, views
+from tinkerfs.tree import content, controls, readme, render, subjects, trash, views
 from tinkerfs.tree.rows import Control, Each, File, Folder, Link, Removal, Row, Site
 
 __all__ = ["ROOT", "documentation"]
@@ -97,6 +97,21 @@ def _find_of_kind(site: Site, name: str) -> Checkpoint | None:
     return site.model.catalogue.checkpoint(run.run_id, kind, name, site.call)
 
 
+# What costs something to read is found in the trash too: its links there lead to it.
+
+
+def _list_content(site: Site) -> Iterator[tuple[str, Checkpoint]]:
+    run, wanted = site.subject
+    for checkpoint in site.model.catalogue.listed(run.run_id, site.call).all:
+        if checkpoint.kind == wanted:
+            yield checkpoint.name, checkpoint
+
+
+def _find_content(site: Site, name: str) -> Checkpoint | None:
+    run, kind = site.subject
+    return site.model.catalogue.checkpoint(run.run_id, kind, name, site.call, with_trashed=True)
+
+
 def _group_ns(site: Site) -> int:
     run, kind = site.subject
     try:
@@ -114,10 +129,6 @@ def _checkpoints_ns(site: Site) -> int:
     run: models.TrainingRun = site.subject
     changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
     return subjects.newest_ns(site, changed_ns, run.last_request_time_ns)
-
-
-def _stored_bytes(site: Site) -> int:
-    return site.subject.record.size_bytes or 0
 
 
 def _checkpoint_info(site: Site) -> bytes:
@@ -222,10 +233,13 @@ _CHECKPOINT = Folder(
     "a checkpoint",
     _CHECKPOINT_ROWS,
     subjects.checkpoint_ns,
-    _stored_bytes,
+    subjects.stored_bytes,
     Removal.CHECKPOINT,
     subjects.checkpoint_xattrs,
 )
+
+#: In the trash nothing is published, and `expires_at` restores.
+_TRASHED_ROWS = tuple(row for row in _CHECKPOINT_ROWS if not isinstance(row, Control))
 
 _ALIAS = Link(
     "<name>",
@@ -294,7 +308,7 @@ def _content(
     name = Folder(
         "<name>", "of a checkpoint", (Each(version, _list_version, _find_version, False),)
     )
-    kind = Folder("<kind>", "of a kind", (Each(name, _list_of_kind, _find_of_kind, False),))
+    kind = Folder("<kind>", "of a kind", (Each(name, _list_content, _find_content, False),))
     run = Folder("<run_id>", "of a training run", (Each(kind, _list_kinds, find_kind, False),))
     each_run = Each(run, subjects.list_runs, subjects.find_run, False)
     return Folder(".content", doc, (each_run,))
@@ -346,6 +360,7 @@ _TINKERFS = Folder(
             lambda _site: b"",
             controls.store_refresh,
         ),
+        trash.trash_directory(_TRASHED_ROWS),
     ),
 )
 

@@ -29,6 +29,7 @@ Try:
     tinkerfs prefetch runs/<run_id>/latest_sampler   all of it to the cache, before it is read
     tinkerfs get runs/<run_id>/latest_sampler DIR    its files copied out
     rm -r runs/<run_id>/checkpoints/weights/0001     deletes that checkpoint, for good
+    tinkerfs undelete .tinkerfs/trash/<name>         restores it, if mounted with --trash
 
 Looking is free: ls, find, grep -r and du never ask the server for an archive. Nothing but a
 checkpoint can be removed, and a command that tries (rm -rf of a run, find -delete) is stopped there
@@ -41,5 +42,6 @@ When a command fails, the reason, in the server's own words, is in
     .tinkerfs/errors        the last 100 failures
     .tinkerfs/changes       the last 100 changes, who asked for them, and how they ended
     .tinkerfs/stats.json    calls made, cache hits, what is being waited for
+    .tinkerfs/trash/        what was removed, if mounted with --trash, and is not gone yet
     .tinkerfs/refresh       write anything to forget everything that is cached
 """

@@ -18,6 +18,7 @@ from tinkerfs.call import Call
 from tinkerfs.catalogue.mutations import Mutations
 from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.catalogue.sessions import Sessions
+from tinkerfs.catalogue.trash_reader import TrashReader
 from tinkerfs.clock import Clock
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry
@@ -46,6 +47,7 @@ class Model:
     settings: Settings
     catalogue: Catalogue
     mutations: Mutations
+    trash: TrashReader
     sessions: Sessions
     archives: Archives
     weights: Weights

@@ -22,6 +22,7 @@ __all__ = [
     "run_ns",
     "run_path",
     "run_xattrs",
+    "stored_bytes",
 ]
 
 
@@ -75,6 +76,11 @@ def checkpoint_ns(site: Site) -> int:
     """Return when a checkpoint was saved."""
     time_ns: int | None = site.subject.record.time_ns
     return site.model.started_ns if time_ns is None else time_ns
+
+
+def stored_bytes(site: Site) -> int:
+    """Return what the server stores of a checkpoint, bytes."""
+    return site.subject.record.size_bytes or 0
 
 
 def run_xattrs(site: Site) -> dict[str, str]:

@@ -34,7 +34,7 @@ def made(folder):
     hands = FakeTime()
     with (
         DemoServer(runs=RUNS, checkpoints=3, clock=hands.clock.now) as server,
-        opened("process", server, folder, time=hands) as driver,
+        opened("process", server, folder, time=hands, trash_s=86_400.0) as driver,
     ):
         yield Account(server, driver.filesystem, hands)
 
@@ -101,6 +101,18 @@ class Account:
         path = f"/runs/{run_id}/checkpoints/{name}/published"
         value = b"0" if self.filesystem.open(path, 0, CALL).read(1, 0, CALL) == b"1" else b"1"
         self.filesystem.open(path, 1, CALL).write(value, CALL)
+
+    def trash(self, index):
+        model = self.filesystem._model
+        run_id, (kind, name) = (each := self.checkpoint_id(index))[0], each[1].split("/")
+        seen = model.catalogue.checkpoint(run_id, kind, name, CALL)
+        if seen is not None:
+            model.mutations.remove(seen, name, CALL)
+
+    def restore(self, index):
+        model = self.filesystem._model
+        trashed = list(model.trash.checkpoints(CALL))
+        model.mutations.undelete(trashed[index % len(trashed)], "trash", CALL)
 
     def unlink(self, index):
         run_id, name = self.checkpoint_id(index)
@@ -190,7 +202,9 @@ def packed(libfuse, path):
 STEPS = st.one_of(
     st.tuples(st.just("wait"), st.sampled_from([0.5, 2.0, 29.0, 31.0, 61.0, 700.0])),
     st.tuples(
-        st.sampled_from(["save", "delete_elsewhere", "publish", "unlink", "refresh"]),
+        st.sampled_from(
+            ["save", "delete_elsewhere", "publish", "trash", "restore", "unlink", "refresh"]
+        ),
         st.integers(0, 20),
     ),
 )
@@ -213,6 +227,8 @@ def test_what_is_kept_is_what_would_be_found_anew(tmp_path_factory, steps):
                 getattr(account, step)(argument)
             account.settle()
             assert told(account.filesystem) == told(account.anew())
+            in_trash = told(account.filesystem, "/.tinkerfs/trash")
+            assert in_trash == told(account.anew(), "/.tinkerfs/trash")
             answers.check()
 
 

@@ -1,0 +1,160 @@
+"""`tinkerfs undelete`."""
+
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from tinkerfs.cli.options import settings_options
+from tinkerfs.cli.transfers import complete_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tinkerfs.cli.transfers import Place
+
+__all__ = ["undelete"]
+
+T = TypeVar("T")
+
+#: The longest wait for a mount, seconds: it may list the run, then make the call.
+_TIMEOUT_S = 120.0
+
+
+@click.command(short_help="Restore what was removed with --trash.")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
+@settings_options("base_url", "cache_dir", "timeout_s", "log_file", "log_level")
+def undelete(paths: tuple[str, ...], **flags: str | None) -> None:
+    """Restore checkpoints from the trash, each with the expiry that it had before.
+
+    PATH is a link in .tinkerfs/trash, the path that was removed, or a tinker path. Where a mount
+    of the account is up it makes the change, else this command does. Prints the tinker path of
+    each; exits 1 if one could not be restored.
+
+    \b
+        tinkerfs undelete ~/tinker/runs/79db3d29:train:0/checkpoints/weights/0001
+        tinkerfs undelete ~/tinker/.tinkerfs/trash/*
+        tinkerfs undelete tinker://79db3d29:train:0/weights/0001
+    """  # noqa: D301
+    from tinkerfs.cli import transfers
+    from tinkerfs.errors import TinkerfsError
+    from tinkerfs.printable import printable
+
+    failures: list[transfers.Failure] = []
+    for given in paths:
+        try:
+            place = transfers.place_of(given, flags)
+            restored = _through_a_mount(place) or _in_this_process(place)
+        except (OSError, TinkerfsError) as error:
+            failures.append(transfers.Failure(given, error))
+        else:
+            click.echo(printable(restored))
+    if failures:
+        transfers.fail_with(failures)
+
+
+def _through_a_mount(place: "Place") -> str | None:
+    """Restore a checkpoint through a mount that has it in its trash.
+
+    Returns:
+        its tinker path; None if no mount has it.
+
+    Raises:
+        OSError: ENOENT if the mount that PATH is below does not have it; as the write.
+        SetupError: a mount does not respond.
+    """
+    from tinkerfs import errors
+
+    for mountpoint in _mountpoints(place):
+        restored = None
+        try:
+            restored = _at(mountpoint, place)
+        except TimeoutError:
+            raise errors.SetupError(
+                f"the mount at {mountpoint} does not respond; whether it restores the checkpoint"
+                f" is in {mountpoint}/.tinkerfs/changes"
+            ) from None
+        except OSError as error:
+            if place.mountpoint or not errors.is_read_only(error):
+                raise
+        if restored is not None:
+            return restored
+    if place.mountpoint:
+        raise errors.not_in_trash(place.shown)
+    return None
+
+
+def _at(mountpoint: str, place: "Place") -> str | None:
+    from tinkerfs.adapters import mounts
+
+    found: list[tuple[str, bytes]] = []
+    for link in _links(place):
+        read = mounts.read_file(f"{mountpoint}{link}/tinker_path", timeout_s=_TIMEOUT_S)
+        if read is not None:
+            found.append((f"{mountpoint}{link}/expires_at", read))
+    if not found:
+        return None
+    control, tinker_path = _only(found)
+    mounts.write_file(control, "never", timeout_s=_TIMEOUT_S)
+    return tinker_path.decode("utf-8", "surrogateescape").strip()
+
+
+def _mountpoints(place: "Place") -> "Iterator[str]":
+    """Yield the mounts that may have a checkpoint in their trash."""
+    from tinkerfs.adapters import mounts
+    from tinkerfs.cli import transfers
+    from tinkerfs.errors import SetupError
+
+    if place.mountpoint:
+        yield place.mountpoint
+        return
+    for mount in mounts.tinkerfs_mounts():
+        try:
+            of_mount = transfers.settings_of(mount)
+        except SetupError:  # it hangs, or is dead
+            continue
+        if of_mount["base_url"] == place.settings.base_url:
+            yield mount.mountpoint
+
+
+def _in_this_process(place: "Place") -> str:
+    """Restore a checkpoint without a mount; return its tinker path."""
+    import os
+
+    from tinkerfs import errors
+    from tinkerfs.call import IN_PROCESS
+    from tinkerfs.cli import transfers
+
+    found: list[str] = []
+    with transfers.opened(place.settings) as parts:
+        for link in _links(place):
+            try:
+                found.append(parts.filesystem.follow(link, IN_PROCESS))
+            except OSError as error:
+                if not errors.is_missing(error):
+                    raise
+        if not found:
+            raise errors.not_in_trash(place.shown)
+        directory = _only(found)
+        handle = parts.filesystem.open(f"{directory}/tinker_path", os.O_RDONLY, IN_PROCESS)
+        tinker_path = handle.read(1 << 20, 0, IN_PROCESS).decode("utf-8", "surrogateescape").strip()
+        control = parts.filesystem.open(f"{directory}/expires_at", os.O_WRONLY, IN_PROCESS)
+        control.write(b"never", IN_PROCESS)
+    return tinker_path
+
+
+def _links(place: "Place") -> list[str]:
+    from tinkerfs.errors import SetupError
+    from tinkerfs.tree.trash import trash_paths
+
+    try:
+        return trash_paths(place.path)
+    except ValueError as error:
+        raise SetupError(f"{error} (hint: name its link in .tinkerfs/trash)") from None
+
+
+def _only(found: list[T]) -> T:
+    from tinkerfs.errors import SetupError
+
+    if len(found) > 1:
+        raise SetupError("checkpoints of several kinds have this name (hint: say which kind)")
+    return found[0]
