@@ -74,11 +74,14 @@ class _Key:
 
     Attributes:
         text: the key itself.
-        expires_at_s: its `exp`, seconds since 1970; None for a key that does not expire.
+        expires_at_s: its `exp`, seconds since 1970; None for a key that does not expire, or that
+            has by our clock.
+        doubt: what a refusal of it means where it has expired by our clock; empty otherwise.
     """
 
     text: str
     expires_at_s: float | None
+    doubt: str = ""
 
 
 class Credentials:
@@ -119,6 +122,8 @@ class Credentials:
         self._version: tuple[int, ...] | None = None
         self._has_changed = False
         self._look_at = 0.0
+        #: A token that has expired by our clock, and by the API's as well: it is not sent again.
+        self._expired: str | None = None
         self._was_reread = False
         self._failure: TinkerfsError | None = None
         #: Whether that was the API's word; and whether one caller tries the key again meanwhile.
@@ -152,7 +157,7 @@ class Credentials:
 
         Raises:
             SetupError: there is no key, or it cannot be read; the message names the cure.
-            Unauthorized: the key has expired, or was refused and is not tried again yet.
+            Unauthorized: the key was refused, and is not tried again, or not yet.
         """
         with self._lock:
             key = self._usable()
@@ -177,7 +182,7 @@ class Credentials:
         """Take note that the API refused `key` with a 401; return whether to try once more.
 
         The source is read again once. Where it has no other key, or that was refused too, `get`
-        raises a copy of `error` for a while.
+        raises a copy of `error` for a while. The message of `error` gets what we know of the key.
 
         Args:
             key: the key that was sent.
@@ -189,6 +194,9 @@ class Credentials:
                     return self._failure is None  # somebody else has dealt with it
                 if self._failure is not None and not self._is_retrying:
                     return False
+                if self._key.doubt:
+                    self._expired = key
+                    error.message = f"{error.message} ({self._key.doubt})"
                 self._is_retrying = False
                 was_reread, self._was_reread = self._was_reread, True
             if not was_reread:
@@ -279,7 +287,8 @@ class Credentials:
         """Use `key` from now on; renew a token a minute before its end, a shorter one halfway."""
         self._key = key
         if key.expires_at_s is None:
-            self._renew_at_s = None
+            is_renewed = bool(key.doubt and self._command)
+            self._renew_at_s = self._clock.now() + RENEW_BEFORE_S if is_renewed else None
             return
         left_s = key.expires_at_s - self._clock.now()
         wait_s = left_s if self._variable else max(left_s - RENEW_BEFORE_S, left_s / 2)
@@ -296,7 +305,7 @@ class Credentials:
 
         Raises:
             SetupError: there is no key, or none that can be sent.
-            Unauthorized: it has expired.
+            Unauthorized: it has expired by the API's clock too.
         """
         if self._variable:
             text, cure = self._variable, f"set {API_KEY} to a valid key"
@@ -308,11 +317,14 @@ class Credentials:
         if not text.isascii() or not text.isprintable() or " " in text:
             raise SetupError(f"the key of {self.source} has characters that no key has: {cure}")
         expires_at_s = _expiry_of(text)
-        if expires_at_s is not None and expires_at_s <= self._clock.now():
-            raise Unauthorized(
-                f"the token of {self.source} expired at {_time_words(expires_at_s)}: {cure}"
-            )
-        return _Key(text, expires_at_s)
+        if expires_at_s is None or expires_at_s > self._clock.now():
+            return _Key(text, expires_at_s)
+        # Our clock may be wrong, and the API's word is the one that counts: it is sent once.
+        doubt = f"the token of {self.source} expired at {_time_words(expires_at_s)}: {cure}"
+        with self._lock:
+            if text == self._expired:
+                raise Unauthorized(doubt)
+        return _Key(text, None, doubt)
 
     def _run_command(self) -> str:
         """Return what the credential command prints.

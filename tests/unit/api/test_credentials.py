@@ -306,13 +306,48 @@ def test_a_good_token_is_kept_while_the_command_fails(make, command, time):
         credentials.get()
 
 
-@pytest.mark.parametrize("source", ["TINKER_API_KEY", "TINKER_CREDENTIAL_CMD"])
-def test_an_expired_token_is_never_returned(make, time, source):
+@pytest.fixture(params=["TINKER_API_KEY", "TINKER_CREDENTIAL_CMD", "a login"])
+def expired(request, make, login, time):
+    """Credentials with a token that has expired by our clock, the token, and the source's name."""
     token = jwt(time.now - 1)
-    value = token if source == "TINKER_API_KEY" else f"echo {token}"
-    with pytest.raises(Unauthorized, match=f"{source} expired at 2027-01-15") as caught:
-        make(**{source: value}).get()
-    assert "eyJ" not in str(caught.value)
+    if request.param == "a login":
+        login.store(token)
+        return make(), token, "credentials.json"
+    value = token if request.param == "TINKER_API_KEY" else f"echo {token}"
+    return make(**{request.param: value}), token, request.param
+
+
+def test_token_expired_by_our_clock_is_sent_once(expired, time):
+    credentials, token, source = expired
+    assert credentials.get() == token
+    refusal = Unauthorized("invalid token", status=401)
+    assert not credentials.rejected(token, refusal)
+    assert "invalid token (the token of " in refusal.message
+    assert f"{source} expired at 2027-01-15" in refusal.message
+    for _ in range(3):
+        with pytest.raises(Unauthorized, match="expired at 2027-01-15") as caught:
+            credentials.get()
+        assert "eyJ" not in str(caught.value)
+        time.advance(600)
+
+
+def test_token_expired_by_our_clock_alone_goes_on(expired, time):
+    credentials, token, _ = expired
+    for _ in range(3):
+        assert credentials.get() == token
+        credentials.accepted(token)
+        time.advance(600)
+
+
+def test_token_expired_by_our_clock_gives_way_to_another(make, command, time):
+    first, second = jwt(time.now - 600, "1"), jwt(time.now + 600, "2")
+    command.output.write_text(first)
+    credentials = make(TINKER_CREDENTIAL_CMD=command.line)
+    assert [credentials.get() for _ in range(3)] == [first] * 3
+    assert command.count == 1
+    command.output.write_text(second)
+    assert credentials.rejected(first, Unauthorized("no", status=401))
+    assert credentials.get() == second
 
 
 def test_a_token_in_the_environment_expires(make, time):
@@ -320,6 +355,8 @@ def test_a_token_in_the_environment_expires(make, time):
     credentials = make(TINKER_API_KEY=token)
     assert credentials.get() == token
     time.advance(30)
+    assert credentials.get() == token
+    assert not credentials.rejected(token, Unauthorized("no", status=401))
     with pytest.raises(Unauthorized, match="expired"):
         credentials.get()
 

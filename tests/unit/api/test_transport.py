@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tests.unit.api.conftest import http
+from tests.unit.api.test_credentials import jwt
 from tinkerfs import __version__, errors
 from tinkerfs.adapters import mounts
 from tinkerfs.api import endpoints
@@ -443,3 +444,18 @@ def test_a_connection_that_is_never_made_is_bounded(client_of):
         with pytest.raises(errors.TimedOut, match="no connection"):
             client_of(server, timeout_s=0.3).health()
         assert real_time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("is_accepted", [True, False])
+def test_token_expired_by_our_clock_is_for_the_api_to_judge(server, client_of, is_accepted):
+    token = jwt(real_time.time() - 3600)
+    if is_accepted:
+        server.behaviour.api_keys.add(token)
+    client = client_of(server, key=token)
+    for _ in range(3):
+        if is_accepted:
+            assert client.all_training_runs()
+        else:
+            with pytest.raises(errors.Unauthorized, match="TINKER_API_KEY expired at"):
+                client.all_training_runs()
+    assert server.journal.count(RUNS) == (3 if is_accepted else 1)
