@@ -16,7 +16,6 @@ Thread-safe.
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final
@@ -43,20 +42,22 @@ _MAX_READS: Final = 16_384
 #: Maximum number of copied directories of a group; beyond, all directories count as copied.
 _MAX_COPIES: Final = 65_536
 
-_OPENED: Final = {name: 1 << at for at, name in enumerate(COPIED_FILES)}
-_LINKED: Final = {name: 1 << at for at, name in enumerate(COPIED_LINKS, len(COPIED_FILES))}
+_BITS: Final = {name: 1 << at for at, name in enumerate((*COPIED_FILES, *COPIED_LINKS))}
+_ALL: Final = (1 << len(_BITS)) - 1
+_ALL_OPENED: Final = (1 << len(COPIED_FILES)) - 1
 #: The directory was listed since a file was last opened there.
-_LISTED: Final = 1 << (len(COPIED_FILES) + len(COPIED_LINKS))
-_ALL_OPENED: Final = sum(_OPENED.values())
-_ALL: Final = _ALL_OPENED + sum(_LINKED.values())
+_LISTED: Final = 1 << len(_BITS)
 
 
 @dataclass(slots=True)
 class _Read:
     """What one process read of one directory, as bits, and when last."""
 
-    bits: int = 0
-    at: float = 0.0
+    bits: int
+    at: float
+
+
+_NOTHING: Final = _Read(0, 0.0)
 
 
 @dataclass(slots=True)
@@ -74,8 +75,8 @@ class CopyTracker:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # All guarded by _lock; the read of the longest ago first.
-        self._reads: OrderedDict[tuple[int, int, int], _Read] = OrderedDict()
+        # All guarded by _lock; of reads the first of a directory the longest ago comes first.
+        self._reads: dict[tuple[int, int, int], _Read] = {}
         self._copies: dict[int, _Copies] = {}
         self._writes: dict[tuple[int, Hashable], float] = {}
 
@@ -84,13 +85,33 @@ class CopyTracker:
         """Whether no process was seen to read anything; takes no lock."""
         return not self._reads
 
-    def on_open(self, directory: str, name: str, caller: Caller) -> None:
-        """Record that one of COPIED_FILES is opened to be read."""
-        self._record(directory, caller, _OPENED[name], without=_LISTED)
+    def on_read(self, directory: str, name: str, caller: Caller) -> None:
+        """Record that one of COPIED_FILES is opened to be read, or one of COPIED_LINKS is read.
 
-    def on_readlink(self, directory: str, name: str, caller: Caller) -> None:
-        """Record that one of COPIED_LINKS is read, or followed: the kernel asks for both alike."""
-        self._record(directory, caller, _LINKED[name])
+        The kernel asks for a link alike where it follows it. A walk comes by each file and link:
+        this takes 1 us.
+        """
+        bits, group = _BITS[name], caller.group
+        key = (group, caller.process, hash(directory))
+        with self._lock:
+            now = self._clock.monotonic()
+            copies = self._copies.get(group) if self._copies else None
+            if copies is not None and now - copies.at < COPY_WINDOW_S:
+                copies.at = now
+            read = self._reads.get(key)
+            if read is None:
+                if len(self._reads) >= _MAX_READS:
+                    del self._reads[next(iter(self._reads))]
+                self._reads[key] = _Read(bits, now)
+                return
+            if now - read.at >= COPY_WINDOW_S:
+                read.bits = 0
+            read.at = now
+            read.bits |= bits
+            if bits & _ALL_OPENED:
+                read.bits &= ~_LISTED
+            if read.bits & _ALL == _ALL:
+                self._add_copy(key[2], group, now)
 
     def on_list(self, directory: str, caller: Caller) -> None:
         """Record that a directory is listed, where the same process read something of it before."""
@@ -109,7 +130,7 @@ class CopyTracker:
         at = hash(directory)
         with self._lock:
             now = self._clock.monotonic()
-            read = self._reads.get((caller.group, caller.process, at), _Read())
+            read = self._reads.get((caller.group, caller.process, at), _NOTHING)
             if now - read.at < COPY_WINDOW_S and read.bits & (_ALL_OPENED | _LISTED) == _ALL_OPENED:
                 return True
             copies = self._copies.get(caller.group)
@@ -141,34 +162,6 @@ class CopyTracker:
         with self._lock:
             at = self._writes.get((group, key))
             return at is not None and self._clock.monotonic() - at < WRITE_WINDOW_S
-
-    def _record(self, directory: str, caller: Caller, bits: int, *, without: int = 0) -> None:
-        key = (caller.group, caller.process, hash(directory))
-        with self._lock:
-            now = self._clock.monotonic()
-            copies = self._copies.get(caller.group)
-            if copies is not None and now - copies.at < COPY_WINDOW_S:
-                copies.at = now
-            read = self._reads.get(key)
-            if read is None:
-                read = self._reads[key] = _Read()
-                self._evict(now)
-            else:
-                self._reads.move_to_end(key)
-                if now - read.at >= COPY_WINDOW_S:
-                    read.bits = 0
-            read.bits = (read.bits | bits) & ~without
-            read.at = now
-            if read.bits & _ALL == _ALL:
-                self._add_copy(key[2], caller.group, now)
-
-    def _evict(self, now: float) -> None:
-        while len(self._reads) > 1:
-            oldest = next(iter(self._reads))
-            is_old = now - self._reads[oldest].at >= COPY_WINDOW_S
-            if not is_old and len(self._reads) <= _MAX_READS:
-                return
-            del self._reads[oldest]
 
     def _add_copy(self, directory: int, group: int, now: float) -> None:
         copies = self._copies.get(group)

@@ -43,11 +43,11 @@ class DeletionGuard:
     def on_open(self, path: str, flags: int, caller: Callable[[], Caller]) -> None:
         """Record that a file is opened to be read."""
         directory, _, name = path.rpartition("/")
-        # GIO opens files so to choose their icons.
-        is_glance = flags & os.O_NOATIME and not flags & os.O_NOFOLLOW
-        if name in _FILES and _ABOVE in directory and not is_glance:
+        if name in _FILES and _ABOVE in directory:
+            if flags & (os.O_NOATIME | os.O_NOFOLLOW) == os.O_NOATIME:
+                return  # GIO opens files so to choose their icons
             reader = caller()
-            self._copies.on_open(directory, name, reader)
+            self._copies.on_read(directory, name, reader)
             if self.removals.is_anything_hidden and self.removals.hidden(directory, reader.group):
                 self._copies.mark_copied(directory, reader.group)
 
@@ -55,7 +55,7 @@ class DeletionGuard:
         """Record that a symbolic link is read."""
         directory, _, name = path.rpartition("/")
         if name in _LINKS and _ABOVE in directory:
-            self._copies.on_readlink(directory, name, caller())
+            self._copies.on_read(directory, name, caller())
 
     def on_list(self, path: str, caller: Callable[[], Caller]) -> None:
         """Record that a directory is listed."""

@@ -23,7 +23,7 @@ from tinkerfs.tree.deletion_guard import DeletionGuard
 from tinkerfs.tree.handles import RenderedHandle, Versions, WeightsHandle
 from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.listings import Listing, Listings
-from tinkerfs.tree.node import Attr, Entry, Handle, Space, inode
+from tinkerfs.tree.node import FOLDER_RANK, Attr, Entry, Handle, Space, inode
 from tinkerfs.tree.nodes import Node, Nodes, is_checkpoint
 from tinkerfs.tree.renderings import Renderings
 from tinkerfs.tree.rows import Control, File, Folder, Link, Model, Row, Site, Stream
@@ -35,6 +35,9 @@ _FOLDER_MODE = stat.S_IFDIR | 0o755
 _LINK_MODE = stat.S_IFLNK | 0o777
 _WRITE_BITS = 0o222
 _XATTR_NAMESPACE = "user."
+#: In the order of inode numbers a deletion meets what cannot be removed before and after the
+#: checkpoints of a run, and a copy what cannot be written before the files whose writes act.
+_RANKS = {File: 0, Stream: 0, Folder: FOLDER_RANK, Link: 2, Control: 3}
 #: As many links as Linux follows in one path (path_resolution(7)).
 _MAX_LINKS = 40
 
@@ -465,7 +468,7 @@ def _is_resolved_by_open(row: File | Stream | Control) -> bool:
 
 
 def _inode(node: Node) -> int:
-    return inode(node.path, is_last=isinstance(node.row, Control))
+    return inode(node.path, _RANKS[type(node.row)])
 
 
 def _relative(target: str, link: str) -> str:

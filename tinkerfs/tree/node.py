@@ -11,10 +11,14 @@ import msgspec
 
 from tinkerfs.call import Call
 
-__all__ = ["DOTS", "Attr", "Entry", "Handle", "Space", "dots", "inode"]
+__all__ = ["DOTS", "FOLDER_RANK", "Attr", "Entry", "Handle", "Space", "dots", "inode"]
 
 #: Bytes of one block of `st_blocks`, whatever a file system's own blocks are (stat(2)).
 _BLOCK_BYTES: Final = 512
+
+#: Of a folder's inode number, see `inode`.
+FOLDER_RANK: Final = 1
+_HASH_BITS: Final = ((1 << 61) - 1) & ~(7 << 29)
 
 #: `.` and `..` come before what a folder holds, where they are listed.
 DOTS: Final = 2
@@ -133,13 +137,16 @@ def dots(path: str) -> tuple[Entry, Entry]:
     )
 
 
-def inode(path: str, *, is_last: bool = False) -> int:
-    """Return the inode number of a path: 62 bits of a hash, never 0 or 1 (FUSE's root).
+def inode(path: str, rank: int = FOLDER_RANK) -> int:
+    """Return the inode number of a path, never 0 or 1 (FUSE's root): 58 bits of a hash, and a rank.
+
+    coreutils copies, and GIO lists, a directory in the order of the numbers. GIO compares their
+    lower 32 bits as signed numbers, so the rank stands at the top of these as well.
 
     Args:
         path: from the mount's root.
-        is_last: give a number above all others. coreutils copies a directory in the order of the
-            numbers, and so meets what it may not write before a file whose writes act.
+        rank: 0 to 3; what has a lower one comes first.
     """
     digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return max(int.from_bytes(digest, "big") >> 2, 2) | (is_last << 62)
+    number = max(int.from_bytes(digest, "big") & _HASH_BITS, 2)
+    return number | rank << 61 | rank << 29

@@ -24,12 +24,12 @@ def copies(time):
 
 def open_files(copies, directory, caller, names=COPIED_FILES):
     for name in names:
-        copies.on_open(directory, name, caller)
+        copies.on_read(directory, name, caller)
 
 
 def read_links(copies, directory, caller, names=COPIED_LINKS):
     for name in names:
-        copies.on_readlink(directory, name, caller)
+        copies.on_read(directory, name, caller)
 
 
 def copy(copies, directory, caller=MOVER):
@@ -81,7 +81,7 @@ def test_a_copy_counts_until_its_group_has_left_off(copies, time):
     copy(copies, ONE)
     for _ in range(5):  # a long copy keeps its first directory in mind
         time.advance(copy_tracker.COPY_WINDOW_S - 1)
-        copies.on_open(TWO, "info.json", SIBLING)
+        copies.on_read(TWO, "info.json", SIBLING)
     assert copies.has_copied(ONE, MOVER)
     time.advance(copy_tracker.COPY_WINDOW_S)
     assert not copies.has_copied(ONE, MOVER)

@@ -1,3 +1,4 @@
+import itertools
 import re
 from pathlib import Path
 
@@ -53,6 +54,14 @@ def test_what_only_open_resolves_is_told_longer_than_nothing_and_is_never_listed
 def test_inode_numbers_are_the_same_every_time_and_fit(path):
     assert inode(path) == inode(path)
     assert 2 <= inode(path) < 2**63
+
+
+@pytest.mark.parametrize("seen", [lambda number: number, lambda number: number & 0xFFFFFFFF])
+def test_inode_numbers_are_in_the_order_of_ranks(seen):
+    numbers = [[seen(inode(f"/{n}", rank)) for n in range(1000)] for rank in range(4)]
+    for lower, higher in itertools.pairwise(numbers):
+        assert max(lower) < min(higher)
+    assert max(map(max, numbers)) < (2**63 if seen(1 << 40) else 2**31), "GIO's are signed"
 
 
 def test_inode_numbers_differ():
