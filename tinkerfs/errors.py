@@ -32,6 +32,7 @@ __all__ = [
     "ABSENCES",
     "ApiError",
     "BadRequest",
+    "BurstExceeded",
     "Conflict",
     "EndpointMissing",
     "NotFound",
@@ -47,6 +48,7 @@ __all__ = [
     "Unreachable",
     "UntrustedCertificate",
     "bad_handle",
+    "burst_exceeded",
     "busy",
     "damaged",
     "disconnected",
@@ -164,6 +166,10 @@ class EndpointMissing(ApiError):
 
 class BadRequest(ApiError):
     """The API refused the request's content."""
+
+
+class BurstExceeded(OSError):
+    """EBUSY: a process group has started as many archive builds as it may for now."""
 
 
 class Conflict(ApiError):
@@ -305,6 +311,11 @@ def out_of_range(path: str, why: str) -> OSError:
 def busy(path: str, why: str) -> OSError:
     """EBUSY: not now."""
     return OSError(errno.EBUSY, why, path)
+
+
+def burst_exceeded(path: str, why: str) -> BurstExceeded:
+    """EBUSY: a process group has started as many archive builds as it may for now."""
+    return BurstExceeded(errno.EBUSY, why, path)
 
 
 def not_a_file(path: str) -> OSError:

@@ -108,3 +108,88 @@ def test_eight_archives_a_minute_unless_told_otherwise(make_account):
     account = make_account(runs=3, checkpoints=4)
     account.sh("cat runs/*/checkpoints/*/*/archive_url")
     assert account.server.journal.count("GET archive") == 8
+
+
+#: What lists the `files` F of a checkpoint whose archive is refused; PYTHON says what it prints.
+PYTHON = "exec {python} -c 'import glob, os, pathlib; print({what})'"
+SHOWN = "REFUSED-see-.tinkerfs-errors"
+#: Listers that say nothing of an error: what is refused stands among their names.
+SILENT = {
+    "glob": PYTHON.format(python="$PYTHON", what='glob.glob("F/**", recursive=True)'),
+    "glob of a pattern": PYTHON.format(
+        python="$PYTHON", what='glob.glob("F/**/*.safetensors", recursive=True)'
+    ),
+    "glob of another": PYTHON.format(python="$PYTHON", what='glob.glob("F/*.json")'),
+    "fd": "$(command -v fdfind || command -v fd) -L . F",
+    "fd of a pattern": "$(command -v fdfind || command -v fd) -L -e safetensors . F",
+    "tree": "tree -l F",
+    "perl": 'perl -e \'print join " ", glob("F/*")\'',
+    "bash": "echo F/*.json",
+    "bash, read": "! cat F/* || exit 1; echo F/*",
+}
+#: And those that fail, with its words.
+FAILING = {
+    "ls": "ls F/",
+    "ls -l": "ls -l F/",
+    "find": "find F/ -name x",
+    "find -L": "find -L F",
+    "du": "du -s F/",
+    "du -L": "du -sL F",
+    "cp": "cp -rL F $OUT/copy",
+    "cat": "cat F/*",
+    "tar": "tar chf $OUT/x.tar F",
+    "rsync": "rsync -aL F $OUT/",
+    "zip": "zip -qr $OUT/x.zip F",
+    "rg": "rg -L --no-ignore lora F",
+    "grep": "grep -R lora F",
+    "diff": "diff -r F $OUT",
+    "os.listdir": PYTHON.format(python="$PYTHON", what='os.listdir("F")'),
+    "pathlib": PYTHON.format(python="$PYTHON", what='list(pathlib.Path("F/").rglob("*"))'),
+    "os.walk": PYTHON.format(
+        python="$PYTHON", what='list(os.walk("F", onerror=lambda e: exit(str(e))))'
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refusing(make_account):
+    return make_account(runs=0, settings={"archive_burst": 1})
+
+
+def refused(account, command, tmp_path):
+    """Run a command whose process group has had its burst, on the files of a checkpoint."""
+    run = account.new_run("weights/one", "weights/two")
+    script = command.replace("F", f"{run}/checkpoints/weights/two/files")
+    words = f"OUT={tmp_path} PYTHON={sys.executable}; cat {run}/checkpoints/weights/one/archive_url"
+    done = account.sh(f"{words} > /dev/null\n{script}", timeout_s=20)
+    assert account.server.journal.count("GET archive") == 1
+    return done
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_refused_listing_shows_in_names(refusing, name, tmp_path):
+    needs(tool for tool in ("tree", "perl") if name == tool)
+    done = refused(refusing, SILENT[name], tmp_path)
+    assert SHOWN in done.stdout
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_refused_listing_is_an_error(refusing, name, tmp_path):
+    needs(tool for tool in ("rg", "rsync", "zip") if name == tool)
+    done = refused(refusing, FAILING[name], tmp_path)
+    assert "Device or resource busy" in done.stderr
+    assert done.returncode != 0
+    last = refusing.errors().splitlines()[-1]
+    assert "\tEBUSY\t" in last
+
+
+def test_refused_listing_is_whole_for_another_group(refusing, tmp_path):
+    run = refusing.new_run("weights/one", "weights/two")
+    files = f"{run}/checkpoints/weights/two/files"
+    one = f"cat {run}/checkpoints/weights/one/archive_url > /dev/null"
+    assert SHOWN in refusing.sh(f"{one}; ls {files}/").stdout
+    done = refusing.sh(f"ls {files}/ && ls {files}/{SHOWN}.json")
+    assert SHOWN not in done.stdout
+    assert "adapter_config.json" in done.stdout
+    assert "No such file" in done.stderr

@@ -145,6 +145,36 @@ def _has_tensors(site: Site) -> bool:
 
 # files/
 
+#: What a listing shows before it fails because the burst is exceeded. Python's `glob` and shells
+#: take a listing that fails for the end of what came of it, so that all else would look complete.
+#: The first fails to be stat'ed, for programs that report that alone; the others, to be opened, for
+#: those that leave out what they cannot stat. Patterns filter by their endings.
+_REFUSAL = "REFUSED-see-.tinkerfs-errors"
+_REFUSALS = tuple(f"{_REFUSAL}{end}" for end in ("", ".json", ".safetensors"))
+
+
+def _list_refusals(site: Site) -> Iterator[tuple[str, str]]:
+    try:
+        _members(site, _inside(site).checkpoint)
+    except errors.BurstExceeded:
+        yield from ((name, name) for name in _REFUSALS)
+        raise
+
+
+def _find_refusal(site: Site, name: str) -> str | None:
+    subject = _subject(site, _inside(site).checkpoint)
+    if name not in _REFUSALS or site.model.weights.known_files(subject) is not None:
+        return None
+    if name == _REFUSAL:
+        _refuse(site)
+    return name
+
+
+def _refuse(site: Site) -> bytes:
+    raise errors.burst_exceeded(
+        site.path, "the directory was not listed (--archive-burst), so this is not all of it"
+    )
+
 
 def _inside(site: Site) -> _Inside:
     return site.subject if isinstance(site.subject, _Inside) else _Inside(site.subject, "")
@@ -223,6 +253,17 @@ FILES = Folder(
     "files",
     _DOCS["files"],
     (
+        Each(
+            File(
+                f"{_REFUSAL}<ending>",
+                "stands before EBUSY where `--archive-burst` refuses the listing",
+                _refuse,
+                told_bytes=lambda _site: 1,  # of an empty file some programs read nothing
+                is_costly=True,
+            ),
+            _list_refusals,
+            _find_refusal,
+        ),
         Each(
             Stream(
                 "<file>",

@@ -219,7 +219,7 @@ class Each:
         decode: the way back; ValueError for what no server name is encoded as.
     """
 
-    node: Folder | Link | Stream | None
+    node: Folder | Link | File | Stream | None
     list: Callable[[Site], Iterable[tuple[Any, Any]]]
     find: Callable[[Site, Any], Any]
     is_listed: bool = True

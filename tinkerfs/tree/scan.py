@@ -32,7 +32,16 @@ class Scan:
         listing: the same.
     """
 
-    __slots__ = ("_begin", "_entries", "_error", "_lock", "_more", "_whole", "listing")
+    __slots__ = (
+        "_begin",
+        "_entries",
+        "_error",
+        "_is_told",
+        "_lock",
+        "_more",
+        "_whole",
+        "listing",
+    )
 
     def __init__(
         self,
@@ -49,20 +58,23 @@ class Scan:
         self._begin = more
         self._more = None if more is None else more()
         self._error: BaseException | None = None
+        self._is_told = False
 
     def since(self, index: int, most: int) -> Sequence[Entry]:
         """Return up to `most` entries from `index` on: what is there, after a wait if nothing is.
 
-        Nothing is returned only where `index` is the end.
+        Nothing is returned only where `index` is the end, or after the error.
 
         Raises:
-            OSError: why there is no more, to whoever has got all that came before.
+            OSError: why there is no more, to the caller that has all that came before; once, as
+                some programs read on after an error until the end (Rust's std::fs before 1.64).
         """
         if self._more is not None and index >= len(self._entries):
             with self._lock:
                 while self._more is not None and index >= len(self._entries):
                     self._extend(_AT_ONCE)
-        if self._error is not None and index >= len(self._entries):
+        if self._error is not None and index >= len(self._entries) and not self._is_told:
+            self._is_told = True
             raise self._error
         return self._entries[index : index + most]
 

@@ -202,7 +202,7 @@ class Archives:
             del self._started[other]
         started = self._started.setdefault(group, deque(maxlen=self._burst))
         if len(started) == self._burst and now - started[0] < BURST_WINDOW_S:
-            raise errors.busy(
+            raise errors.burst_exceeded(
                 path,
                 f"one process group may start {self._burst} archive builds a minute "
                 "(--archive-burst): this looks like a walk that follows links, or a process that "

@@ -71,7 +71,7 @@ def test_what_is_there_is_had_while_somebody_waits_for_more():
     assert read(scan) == ALL
 
 
-def test_a_failure_comes_after_all_that_came_before_it_and_every_time():
+def test_failure_comes_once_after_what_came_before():
     def more():
         yield from ALL[:150]
         raise errors.not_found("/folder")
@@ -84,6 +84,10 @@ def test_a_failure_comes_after_all_that_came_before_it_and_every_time():
         with pytest.raises(FileNotFoundError):
             look()
     assert scan.since(149, MOST) == [ALL[149]]
+    # A program that reads on after an error comes to an end; a new listing fails again.
+    assert scan.since(150, 1) == []
+    with pytest.raises(FileNotFoundError):
+        scan.all()
     assert told == []
 
 
