@@ -201,6 +201,8 @@ def _meant_below(place: "Place") -> str | None:
     done: list[str] = []
     rest, links = place.path.split("/"), 0
     while True:
+        if done[:2] == ["adapters", ".content"]:
+            del done[0]
         if done[:1] == [".content"] and len(done) == 4:
             done = ["runs", done[1], "checkpoints", *done[2:]]
         shown = "/".join((place.mountpoint.rstrip("/"), *done))
