@@ -89,8 +89,8 @@ def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> Proxy | Non
         return _parse(value)
     except ValueError as error:
         raise SetupError(
-            f"{variable} names no proxy that can be used ({errors.redact(str(error))}): correct it,"
-            " or name the host in NO_PROXY"
+            f"{variable} names no proxy that can be used: {errors.redact(str(error))}"
+            " (hint: correct it, or name the host in NO_PROXY, and start again)"
         ) from None
 
 

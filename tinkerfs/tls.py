@@ -80,7 +80,8 @@ def _load(context: ssl.SSLContext, variable: str, path: str) -> None:
     except OSError as error:  # ssl.SSLError too: a file without a certificate
         reason = error.strerror if not isinstance(error, ssl.SSLError) else "not certificates"
         raise SetupError(
-            f"{variable}: the certificates in {path} cannot be read ({reason}): correct {variable}"
+            f"{variable}: the certificates in {path} cannot be read: {reason}"
+            f" (hint: correct {variable}, and start again)"
         ) from None
 
 

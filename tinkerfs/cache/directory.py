@@ -31,7 +31,7 @@ _NETWORK_FILE_SYSTEMS = frozenset(
     """.split()  # noqa: SIM905  (one to a line would be a page)
 )
 
-_HINT = "choose another with --cache-dir"
+_HINT = "(hint: choose another with --cache-dir)"
 
 
 class UnusableCacheError(SetupError):
@@ -81,10 +81,10 @@ def prepare_cache_dir(directory: Path) -> Path:
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = own.lstat()
         if stat.S_ISLNK(status.st_mode):
-            raise SetupError(f"the cache directory {own} is a link: {_HINT}")
+            raise SetupError(f"the cache directory {own} is a link {_HINT}")
         if status.st_uid != os.getuid():
             raise UnusableCacheError(
-                f"the cache directory {own} belongs to another user (uid {status.st_uid}): {_HINT}"
+                f"the cache directory {own} belongs to another user (uid {status.st_uid}) {_HINT}"
             )
         if status.st_mode & 0o022:
             own.chmod(0o700)  # within a directory that has a default ACL
@@ -92,10 +92,10 @@ def prepare_cache_dir(directory: Path) -> Path:
         os.close(open_regular(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink()
     except (NotADirectoryError, FileExistsError):
-        raise SetupError(f"the cache directory {own} is not a directory: {_HINT}") from None
+        raise SetupError(f"the cache directory {own} is not a directory {_HINT}") from None
     except OSError as error:
         raise UnusableCacheError(
-            f"the cache directory {own} cannot be written ({error.strerror}): {_HINT}"
+            f"the cache directory {own} cannot be written: {error.strerror} {_HINT}"
         ) from None
     return own
 

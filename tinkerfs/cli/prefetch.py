@@ -226,8 +226,8 @@ class _Fetching:
         wanted_bytes, limit_bytes = blocks.room_bytes(files), self.parts.settings.cache_size_bytes
         if not limit_bytes:
             raise SetupError(
-                "nothing is cached on disk, so nothing can be prefetched: name a directory that can"
-                " be written with --cache-dir, and a --cache-size above 0"
+                "nothing is cached on disk, so nothing can be prefetched (hint: name a directory"
+                " that can be written with --cache-dir, and a --cache-size above 0)"
             )
         if wanted_bytes > limit_bytes:
             raise SetupError(

@@ -70,8 +70,7 @@ class StoreClient:
         try:
             return pools.get(url, headers)
         except SetupError as error:
-            message = f"{error}, and mount again"
-            raise errors.Unreachable(message, endpoint=LABEL) from None
+            raise errors.Unreachable(str(error), endpoint=LABEL) from None
 
     def stop(self) -> None:
         """End each transfer at its next piece, as Unreachable, and begin no other."""
