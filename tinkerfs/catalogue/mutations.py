@@ -4,6 +4,7 @@ Each change runs on a thread of its own, so that it is not cancelled when its ca
 `changes` reports how it ended.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -173,12 +174,12 @@ class Mutations:
 
     def _expiring_in(self, checkpoint: Checkpoint, ttl_s: int | None) -> models.Checkpoint:
         """Return a checkpoint's record with an expiry that has just been set."""
-        expires_at_s = None if ttl_s is None else self._clock.now() + ttl_s
+        expires_at_s = None if ttl_s is None else math.floor(self._clock.now()) + ttl_s
         raw = models.with_fields(
             checkpoint.record.raw,
             expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
         )
-        expires_at_ns = None if expires_at_s is None else int(expires_at_s * 1e9)
+        expires_at_ns = None if expires_at_s is None else expires_at_s * 1_000_000_000
         return replace(checkpoint.record, expires_at_ns=expires_at_ns).with_raw(raw)
 
     def _change(

@@ -213,7 +213,7 @@ class Trash:
         if unknown and (own := unknown.intersection(run_ids)):
             with self._lock:
                 self._own_runs |= own
-                self.epoch += 1
+                self._on_change()
 
     def has_run(self, run_id: str) -> bool:
         """Return whether a run has a record, of this account or not."""
@@ -301,7 +301,7 @@ class Trash:
             OSError: EIO if the record is not on disk.
         """
         former_ns, now_s = checkpoint.record.expires_at_ns, self._clock.now()
-        wanted_ns = int((now_s + ttl_s) * _NS)
+        wanted_ns = math.floor(now_s + ttl_s) * _NS
         stays = former_ns is not None and former_ns <= wanted_ns + NEARER_S * _NS
         record = TrashRecord(
             run_id=checkpoint.run_id,
@@ -374,7 +374,7 @@ class Trash:
                 self._compare(run_id, self._by_run.get(run_id, {}), by_run.get(run_id, {}))
             if by_run != self._by_run:
                 self._by_run = dict(by_run)
-                self.epoch += 1
+                self._on_change()
 
     def take_changed_runs(self) -> set[str]:
         """Return the runs whose checkpoints other processes have moved since the last call.
@@ -433,7 +433,12 @@ class Trash:
             self._changed_at[record.run_id] = self._clock.now()
         by_run = {**self._by_run, record.run_id: of_run}
         self._by_run = {run_id: records for run_id, records in by_run.items() if records}
+        self._on_change()
+
+    def _on_change(self) -> None:
+        """Invalidate what was filtered; the caller holds the lock."""
         self.epoch += 1
+        self._visible = {}
 
 
 def _name(record: TrashRecord) -> str:
