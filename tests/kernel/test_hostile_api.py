@@ -10,11 +10,14 @@ import pytest
 from tests.support.account import api_calls, mounted
 from tests.support.hostile import HostileServer, endless, genuine, hold
 from tests.support.mount import wait_until
+from tests.unit.api.test_hostile_responses import IS_AN_ERROR
+from tinkerfs import errors
 
 pytestmark = pytest.mark.kernel
 
 OK = b"HTTP/1.1 200 OK\r\n"
 TIMEOUT_S = 1.0
+FINAL = (errors.ProtocolError, errors.Rejected)
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,20 @@ def test_blip_of_the_api_in_a_read_that_needs_a_new_url_is_ridden_out(mount):
             assert "No route to host" in list_all([root / "runs/never-seen"])[0]
             server.resume_listening()
             assert reading.result(20) == truth.read(9 << 20, (9 << 20) + 4096)
+
+
+def test_hostile_responses_fail_a_listing_and_nothing_else(mount):
+    """Those that cost no retry: each fails `ls`, and the next `ls` is right."""
+    server, root = mount
+    whole = sorted(os.listdir(root / "runs"))
+    final = {name: steps for name, (steps, kind) in IS_AN_ERROR.items() if kind in FINAL}
+    assert len(final) > 90
+    for name, steps in final.items():
+        rule = server.on("GET training_runs", *steps, times=None)
+        (root / ".tinkerfs/refresh").write_bytes(b"1")
+        (said,) = list_all([root / "runs"])
+        assert any(words in said for words in ("Protocol error", "Input/output error")), name
+        rule.remove()
+        (root / ".tinkerfs/refresh").write_bytes(b"1")
+        assert sorted(os.listdir(root / "runs")) == whole, name
+    assert "c0ffee" not in (root / ".tinkerfs/errors").read_text()

@@ -151,6 +151,7 @@ class HttpClient:
                     timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
                 ) as response:
                     exchange.is_head = False
+                    self._check_order(exchange, label)
                     try:
                         content = self._read(response, label)
                     finally:
@@ -168,6 +169,16 @@ class HttpClient:
                 raise failure from None
             finally:
                 self._telemetry.count_call(label, outcome)
+
+    def _check_order(self, exchange: Exchange, label: str) -> None:
+        """Refuse a response that was left over of the one before, which was longer than it said.
+
+        Raises:
+            ExchangeError: it is one.
+        """
+        if not exchange.head_bytes:
+            message = f"{self._host} sent a response before the request"
+            raise ExchangeError(errors.Unreachable(message, endpoint=label))
 
     def _read(self, response: httpx.Response, label: str) -> bytes:
         """Return the whole body, decoded."""
@@ -214,7 +225,9 @@ class HttpClient:
             isinstance(error, httpx.RemoteProtocolError) and words.startswith(_CUT_WORDS)
         ):
             return ExchangeError(errors.Unreachable(f"{host} broke off: {words}", endpoint=label))
-        return _final(errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=label))
+        # What is left over of a response before this one says nothing of this request.
+        not_http = errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=label)
+        return ExchangeError(not_http, is_final=not exchange.is_reused)
 
     def __enter__(self) -> Self:
         """Return the client itself."""

@@ -49,6 +49,7 @@ class Exchange:
         is_head: whether the response's headers are still awaited.
         head_bytes: received until then.
         is_connection_dead: set when a suspect connection did not respond.
+        is_reused: whether its connection served another exchange before.
     """
 
     deadline: float
@@ -56,6 +57,7 @@ class Exchange:
     is_head: bool = True
     head_bytes: int = 0
     is_connection_dead: bool = False
+    is_reused: bool = False
 
     def left_s(self, timeout_s: float | None = None) -> float:
         """Return how long the next step may take, seconds.
@@ -167,6 +169,7 @@ class _Stream(httpcore.NetworkStream):
         self._inner = None if inner is None else inner(cast("socket.socket", self._timed))
         self._used_at = _now()
         self._is_suspect = False
+        self._last: Exchange | None = None
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return what has arrived, after waiting for some of it."""
@@ -194,6 +197,9 @@ class _Stream(httpcore.NetworkStream):
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Send all of a buffer."""
+        exchange = self._backend.current
+        if exchange is not None and exchange is not self._last:
+            exchange.is_reused, self._last = self._last is not None, exchange
         self._is_suspect = self._is_suspect or self._idle_s >= IDLE_S
         self._used_at = _now()
         end = self._inner or self._timed

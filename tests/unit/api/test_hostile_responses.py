@@ -1,0 +1,316 @@
+"""Responses that no HTTP library would send: each gives what the API means, or an ApiError."""
+
+import gzip
+import json
+
+import pytest
+
+from tests.support.hostile import HostileServer, close, endless, genuine, reset, response
+from tinkerfs import errors
+
+RUNS = "GET training_runs"
+OK = b"HTTP/1.1 200 OK\r\n"
+PROTOCOL, UNREACHABLE = errors.ProtocolError, errors.Unreachable
+
+
+@pytest.fixture
+def server():
+    with HostileServer(runs=2, checkpoints=1) as server:
+        yield server
+
+
+def edited(change):
+    """A script that sends what `change` makes of the true body."""
+    return (genuine(lambda _head, body: (change(body), close)),)
+
+
+def head(*lines):
+    return OK + b"".join(line + b"\r\n" for line in lines) + b"\r\n"
+
+
+def chunked(body, *, extension=b"", trailer=b"", te=b"chunked", length=None):
+    lines = [b"Transfer-Encoding: " + te]
+    if length is not None:
+        lines.insert(0, b"Content-Length: %d" % length)
+    middle = len(body) // 2
+    chunks = b"".join(
+        b"%x%s\r\n%s\r\n" % (len(part), extension, part) for part in (body[:middle], body[middle:])
+    )
+    return head(*lines) + chunks + b"0" + extension + b"\r\n" + trailer + b"\r\n"
+
+
+def sized(body, *lines):
+    return head(b"Content-Length: %d" % len(body), *lines) + body
+
+
+def with_field(body, text):
+    """The body with one more field, given as JSON."""
+    return b'{"odd": ' + text + b", " + body[1:]
+
+
+#: What means the same as the genuine response.
+MEANS_THE_SAME = {
+    "chunks": chunked,
+    "chunks beside a length": lambda b: chunked(b, length=7),
+    "chunks beside a larger length": lambda b: chunked(b, length=10**9),
+    "chunk extensions": lambda b: chunked(b, extension=b';a="b"'),
+    "trailers": lambda b: chunked(b, trailer=b"X: y\r\nContent-Length: 1\r\n"),
+    "chunked in capitals": lambda b: chunked(b, te=b"Chunked"),
+    "length twice, the same": lambda b: sized(b, b"Content-Length: %d" % len(b)),
+    "length in a list": lambda b: head(b"Content-Length: %d, %d" % (len(b), len(b))) + b,
+    "length with zeros": lambda b: head(b"Content-Length: 000%d" % len(b)) + b,
+    "no length": lambda b: head() + b,
+    "HTTP/1.0": lambda b: b"HTTP/1.0 200 OK\r\n\r\n" + b,
+    "bare line feeds": lambda b: b"HTTP/1.1 200 OK\nContent-Length: %d\n\n" % len(b) + b,
+    "no reason": lambda b: b"HTTP/1.1 200\r\n\r\n" + b,
+    "a reason in bytes": lambda b: b"HTTP/1.1 200 \xff\xfe\r\n\r\n" + b,
+    "a header in bytes": lambda b: sized(b, b"X-Odd: \xff\xfe\xe2\x82"),
+    "a folded header": lambda b: sized(b, b"X-Odd: a", b" b"),
+    "an empty header": lambda b: sized(b, b"X-Odd:"),
+    "90 KB of headers": lambda b: sized(b, *[b"X-%d: %s" % (n, b"x" * 900) for n in range(100)]),
+    "3,000 headers": lambda b: sized(b, *[b"X-%d: y" % n for n in range(3000)]),
+    "other content type": lambda b: sized(b, b"Content-Type: text/html"),
+    "content type in bytes": lambda b: sized(b, b"Content-Type: \xff/\xfe; charset=\xfd"),
+    "gzip": lambda b: sized(gzip.compress(b), b"Content-Encoding: gzip"),
+    "identity": lambda b: sized(b, b"Content-Encoding: identity"),
+    "a cookie": lambda b: sized(b, b"Set-Cookie: a=b; Domain=.example; Path=/"),
+    "an Upgrade": lambda b: sized(b, b"Upgrade: h2c", b"Connection: upgrade, close"),
+    "a byte order mark": lambda b: sized(b"\xef\xbb\xbf" + b),
+    "white space around": lambda b: sized(b" \r\n\t" + b + b"\n " * 1000),
+    "a field twice": lambda b: sized(b'{"training_runs": 7, ' + b[1:]),
+    "NaN in a field": lambda b: sized(with_field(b, b"NaN")),
+    "a number of 5,000 digits": lambda b: sized(with_field(b, b"9" * 5000)),
+    "a lone surrogate": lambda b: sized(with_field(b, b'"\\ud800"')),
+    "a NUL": lambda b: sized(with_field(b, b'"\\u0000"')),
+    "bytes that are not UTF-8": lambda b: sized(with_field(b, b'"\xff\xfe"')),
+    "900 levels in a field": lambda b: sized(with_field(b, b"[" * 900 + b"]" * 900)),
+    "a record that is a number": lambda b: sized(b.replace(b"[{", b"[7, {", 1)),
+    "a cursor that is a list": lambda b: sized(
+        json.dumps(json.loads(b) | {"cursor": [1]}).encode()
+    ),
+    "a count below zero": lambda b: sized(
+        json.dumps(json.loads(b) | {"cursor": {"total_count": -5}}).encode()
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MEANS_THE_SAME)
+@pytest.mark.expect_warnings("could not be read")
+def test_response_of_odd_form_means_the_same(server, client_of, case):
+    server.on(RUNS, *edited(MEANS_THE_SAME[case]), times=None)
+    runs = client_of(server).all_training_runs()
+    assert {run.run_id for run in runs} == set(server.account.run_ids)
+
+
+def cut(at):
+    return (genuine(lambda whole, body: ((whole + body)[:at], close)),)
+
+
+def raw(data):
+    return (data, close)
+
+
+def lines(*each):
+    """A response with an empty listing and these header lines."""
+    return raw(sized(b'{"training_runs": []}', *each))
+
+
+#: What must be an error: steps, and which.
+IS_AN_ERROR = {
+    # Broken off: asked for again, ten times in all.
+    "no response": ((close,), UNREACHABLE),
+    "reset": ((reset,), UNREACHABLE),
+    "reset in the body": ((genuine(lambda h, b: (h + b[:9], reset)),), UNREACHABLE),
+    "half a status line": (cut(7), UNREACHABLE),
+    "half a header": (cut(30), UNREACHABLE),
+    "all but a byte": (cut(-1), UNREACHABLE),
+    "chunks that end early": (edited(lambda b: chunked(b)[:-5]), UNREACHABLE),
+    "a length too large": (
+        edited(lambda b: head(b"Content-Length: %d" % (len(b) + 1)) + b),
+        UNREACHABLE,
+    ),
+    "a length of 10^15": (
+        edited(lambda b: head(b"Content-Length: 1%s" % (b"0" * 15))),
+        UNREACHABLE,
+    ),
+    # Framing that cannot be trusted.
+    "a length too small": (edited(lambda b: head(b"Content-Length: 9") + b), PROTOCOL),
+    "two lengths": (edited(lambda b: sized(b, b"Content-Length: 9")), PROTOCOL),
+    "two lengths in a list": (edited(lambda b: head(b"Content-Length: 9, 10") + b), PROTOCOL),
+    **{
+        f"length {value!r}": (raw(head(b"Content-Length: " + value) + b"{}"), PROTOCOL)
+        for value in (b"-1", b"+2", b"0x2", b"2e0", b"2.0", b"two", b"1 1", b"\xb2", b"9" * 5000)
+    },
+    **{
+        f"transfer coding {value!r}": (edited(lambda b, v=value: chunked(b, te=v)), PROTOCOL)
+        for value in (b"gzip", b"gzip, chunked", b"chunked, gzip", b"identity", b"x\xff", b"chunke")
+    },
+    "transfer coding twice": (
+        raw(head(b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip") + b"0\r\n\r\n"),
+        PROTOCOL,
+    ),
+    **{
+        f"chunk size {value!r}": (
+            raw(head(b"Transfer-Encoding: chunked") + value + b"\r\n{}\r\n0\r\n\r\n"),
+            PROTOCOL,
+        )
+        for value in (b"zz", b"-2", b"+2", b"0x2", b"", b" 2", b"f" * 40, b"2" * 200_000)
+    },
+    "a chunk longer than told": (
+        raw(head(b"Transfer-Encoding: chunked") + b"1\r\n{}\r\n0\r\n\r\n"),
+        PROTOCOL,
+    ),
+    # Heads that are none.
+    **{
+        f"status line {value[:20]!r}": (raw(value + b"\r\n\r\n"), PROTOCOL)
+        for value in (
+            b"SSH-2.0-OpenSSH_9.2",
+            b"HTTP/1.1 abc",
+            b"HTTP/1.1 99 X",
+            b"HTTP/1.1 1000 X",
+            b"HTTP/1.1 -200 X",
+            b"HTTP/1.1 2 00 X",
+            b"HTTP/9 200 OK",
+            b"HTTP/2.0 200 OK",
+            b"http/1.1 200 OK",
+            b"ICY 200 OK",
+            b"\x15\x03\x01\x00\x02\x02\x46",
+            b"\x00\x00\x12\x04\x00\x00\x00\x00\x00",
+            b"\xff" * 200,
+            b"H" * 200_000,
+        )
+    },
+    **{
+        f"header {value[:20]!r}": (lines(value), PROTOCOL)
+        for value in (
+            b"no colon",
+            b": no name",
+            b"Space : before",
+            b"N\x00ul: x",
+            b"X: n\x00ul",
+            b"X: carriage\rreturn",
+            b"\xff: name",
+            b"X: " + b"x" * 300_000,
+        )
+    },
+    "300 KB of headers": (lines(*[b"X-%d: %s" % (n, b"x" * 3000) for n in range(100)]), PROTOCOL),
+    "interim responses for ever": ((endless(b"HTTP/1.1 102 X\r\n\r\n" * 99),), PROTOCOL),
+    "101": (raw(b"HTTP/1.1 101 X\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"), PROTOCOL),
+    # Bodies that are none.
+    **{
+        f"body {value[:16]!r} of {len(value)}": (raw(sized(value)), PROTOCOL)
+        for value in (
+            b"",
+            b"null",
+            b"7",
+            b'"text"',
+            b"[]",
+            b"{",
+            b"{}",
+            b'{"training_runs": 7}',
+            b'{"training_runs": {}}',
+            b'{"training_runs": [}',
+            b'{"training_runs": []',
+            b'{"training_runs": []}{}',
+            b"<html>login</html>",
+            b"\x00" * 99,
+            b"\xff\xfe{\x00}\x00",
+            b"[" * 100_000,
+            b'{"a":' * 100_000,
+            b'{"training_runs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        )
+    },
+    "gzip that is none": (raw(sized(b"abc", b"Content-Encoding: gzip")), PROTOCOL),
+    "gzip cut off": (
+        raw(sized(gzip.compress(b'{"training_runs": []}')[:20], b"Content-Encoding: gzip")),
+        PROTOCOL,
+    ),
+    "gzip three times": (
+        raw(
+            sized(
+                gzip.compress(gzip.compress(gzip.compress(bytes(9 << 20)))),
+                b"Content-Encoding: gzip, gzip, gzip",
+            )
+        ),
+        PROTOCOL,
+    ),
+    "a coding over two headers": (
+        raw(sized(b"{}", b"Content-Encoding: gzip", b"Content-Encoding: gzip")),
+        PROTOCOL,
+    ),
+    # Successes without content, and redirects.
+    **{f"{status}": (raw(response(status)), PROTOCOL) for status in (201, 202, 204, 205, 206, 226)},
+    **{
+        f"{status} to another": (
+            raw(response(status, b"", "Location: https://elsewhere.invalid/?sig=c0ffee")),
+            PROTOCOL,
+        )
+        for status in (300, 301, 302, 303, 304, 305, 307, 308, 399)
+    },
+    **{
+        f"redirect to {place!r}": (raw(response(302, b"", f"Location: {place}")), PROTOCOL)
+        for place in (
+            "",
+            "file:///etc/passwd",
+            "//[",
+            "http://[::1",
+            "javascript:x",
+            "\xff",
+            "x" * 9999,
+        )
+    },
+    # Statuses that are none of HTTP, or that we know nothing of.
+    "status 600": (raw(response(600)), PROTOCOL),
+    "status 999": (raw(response(999)), PROTOCOL),
+    "status 418": (raw(response(418)), errors.Rejected),
+    "status 451": (raw(response(451)), errors.Rejected),
+}
+
+
+@pytest.mark.parametrize("case", IS_AN_ERROR)
+def test_hostile_response_is_an_error_of_its_kind(server, client_of, case):
+    steps, kind = IS_AN_ERROR[case]
+    server.on(RUNS, *steps, times=None)
+    with pytest.raises(kind) as caught:
+        client_of(server, key="tml-secret").all_training_runs()
+    assert type(caught.value) is kind
+    text = str(caught.value)
+    assert text.isprintable()
+    assert not {"c0ffee", "tml-secret"} & {
+        text[i : i + n] for n in (6, 10) for i in range(len(text))
+    }
+    assert len(text) < 1000
+    assert {request.header("x-api-key")[0] for request in server.received} == {b"tml-secret"}
+
+
+# --- what is left over ---------------------------------------------------------------------------
+
+SURPLUS = {
+    "bytes": b"surplus",
+    "a response": sized(b'{"training_runs": []}'),
+    "a refusal": response(401, b"{}"),
+    "an interim response": b"HTTP/1.1 100 Continue\r\n\r\n",
+    "half a response": b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n{",
+    "line ends": b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("surplus", SURPLUS)
+@pytest.mark.parametrize("form", [sized, chunked])
+def test_surplus_of_a_response_spoils_no_other(server, client_of, surplus, form):
+    server.on(RUNS, genuine(lambda _head, body: (form(body) + SURPLUS[surplus],)))
+    client = client_of(server)
+    for _ in range(3):
+        runs = client.all_training_runs()
+        assert {run.run_id for run in runs} == set(server.account.run_ids)
+
+
+def test_redirect_is_not_followed_with_the_key(server, client_of):
+    with HostileServer(runs=1) as other:
+        for status in (301, 302, 303, 307, 308):
+            place = f"Location: {other.base_url}/api/v1/training_runs"
+            server.on(RUNS, response(status, b"", place))
+            with pytest.raises(errors.ProtocolError):
+                client_of(server).all_training_runs()
+        assert other.received == []
+    assert len(server.received) == 5
