@@ -78,6 +78,7 @@ __all__ = [
     "not_a_file",
     "not_a_link",
     "not_empty",
+    "not_followed",
     "not_found",
     "not_in_trash",
     "not_lockable",
@@ -271,6 +272,11 @@ def not_in_trash(path: str) -> OSError:
 def not_a_directory(path: str) -> OSError:
     """ENOTDIR: a folder was asked for and this is none."""
     return OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+
+def not_followed(path: str) -> OSError:
+    """ENOTDIR: a symbolic link or a file stands where a directory must be, and is not followed."""
+    return OSError(errno.ENOTDIR, f"{path!r} is not a directory, or is a symbolic link", path)
 
 
 def is_a_directory(path: str) -> OSError:

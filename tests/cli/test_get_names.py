@@ -67,3 +67,19 @@ def test_get_of_names_of_its_own_is_whole(env, server, dest):
         with open(os.path.join(os.fsencode(dest), on_disk), "rb") as file:
             assert file.read() == b"of " + name
     assert all(json.loads(line) for line in (dest / ".tinkerfs-get").read_text().splitlines())
+
+
+def test_get_into_a_linked_directory_is_refused(env, server, dest, tmp_path):
+    run_id, [checkpoint, _] = ids(server)
+    packed = member(b"sub/file", b"data") + member(b"z", b"last") + END
+    server.account.find(run_id, checkpoint)[1].archive = Data(packed)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    dest.mkdir()
+    (dest / "sub").symlink_to(elsewhere)
+    for force in ((), ("--force",)):
+        done = tinkerfs("get", *force, f"tinker://{run_id}/{checkpoint}", dest, env=env)
+        assert done.returncode == 1
+        assert "'sub' is not a directory, or is a symbolic link" in done.stderr
+        assert os.listdir(elsewhere) == []
+        assert not (dest / "z").exists()

@@ -62,7 +62,7 @@ STOPPING_S = 0.3
 MAX_INDEXES = 64
 
 #: The spaces of the store, with the version of what is in them.
-_INDEXES, _VERSIONS, _TENSORS = "weights index 1", "weights version 1", "weights tensors 1"
+_INDEXES, _VERSIONS, _TENSORS = "weights index 2", "weights version 1", "weights tensors 1"
 
 
 @dataclass(frozen=True, slots=True)

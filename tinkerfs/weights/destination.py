@@ -68,7 +68,10 @@ class Destination:
                 if is_made:
                     with suppress(FileExistsError):
                         os.mkdir(part, dir_fd=fd)
-                below = open_directory(part, dir_fd=fd)
+                try:
+                    below = open_directory(part, dir_fd=fd)
+                except NotADirectoryError:
+                    raise errors.not_followed(part) from None
                 os.close(fd)
                 fd = below
             yield fd

@@ -19,6 +19,7 @@ from tinkerfs.weights.arrival import digest_of
 from tinkerfs.weights.blocks import BLOCK_BYTES
 from tinkerfs.weights.connections import StoreClient
 from tinkerfs.weights.etags import Sample, sample_of
+from tinkerfs.weights.extracted_tree import ExtractedTree, Refused
 from tinkerfs.weights.inflate import GZIP_MAGIC, inflated
 from tinkerfs.weights.source import Address, Source
 from tinkerfs.weights.tarindex import Member, Segment, clean_name, read_members
@@ -210,11 +211,7 @@ def external_index(
         ApiError: one of them cannot be had.
         OSError: EIO when there are too many.
     """
-    listed = sorted(names)
-    good = [name for name in listed if clean_name(name) == name]
-    left_out = [f"{name!r}: no file name within the folder" for name in listed if name not in good]
-    if len(good) > MAX_FILES:
-        raise errors.damaged(address_of("").path, f"more than {MAX_FILES} files")
+    good, left_out = _shown(names, address_of("").path)
 
     def look_at(name: str) -> Callable[[], Version]:
         def look() -> Version:
@@ -232,6 +229,28 @@ def external_index(
         _whole(name, version.size_bytes, mtime_ns) for name, version in versions.items()
     )
     return Index("files", Version(0), 0, members, tuple(left_out), (), versions)
+
+
+def _shown(names: Iterable[str], path: str) -> tuple[list[str], list[str]]:
+    """Return the names that can be files of one directory, sorted, and the others with reasons."""
+    tree: ExtractedTree[str] = ExtractedTree(2 * MAX_FILES)
+    good, left_out = [], []
+    try:
+        for name in sorted(names):
+            if clean_name(name) != name:
+                left_out.append(f"{name!r}: not a file name within the directory")
+                continue
+            try:
+                tree.add_file(name, name)
+            except Refused as refused:
+                left_out.append(f"{name!r}: {refused}")
+            else:
+                good.append(name)
+    except ValueError as error:
+        raise errors.damaged(path, str(error)) from None
+    if len(good) > MAX_FILES:
+        raise errors.damaged(path, f"more than {MAX_FILES} files")
+    return good, left_out
 
 
 def _whole(name: str, size_bytes: int, mtime_ns: int) -> Member:

@@ -244,11 +244,12 @@ def test_external_weights_are_a_file_each(demo_server, weights_of):
         "b.safetensors": Data(large),
         "empty": Data(b""),
         "../outside": Data(b"no"),
+        "empty/below": Data(b"no"),
     }
     listing = mount.weights.files(subject, IN_PROCESS)
     sizes = {name: member.size_bytes for name, member in listing.members.items()}
     assert sizes == {"b.safetensors": 9 * MIB, "empty": 0, "folder/deep/a.age": 6}
-    assert len(listing.left_out) == 1
+    assert len(listing.left_out) == 2
     assert "left out" in mount.telemetry.errors_text()
     for name in sizes:
         assert read(mount, subject, name) == checkpoint.files[name].read(0, sizes[name])
@@ -556,7 +557,7 @@ def test_a_cache_that_goes_or_is_altered_while_files_are_open_is_fetched_again(s
 def test_an_index_that_cannot_be_read_is_made_again(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     listing = mount.weights.files(subject, IN_PROCESS)
-    mount.store.put("weights index 1", subject.identity, b"\xc1nonsense")
+    mount.store.put("weights index 2", subject.identity, b"\xc1nonsense")
     assert weights_of(small).weights.files(subject, IN_PROCESS) == listing
 
 

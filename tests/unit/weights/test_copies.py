@@ -142,7 +142,7 @@ def test_symlink_for_a_directory_is_not_followed(tmp_path, name):
     (elsewhere / name.removeprefix("sub/")).write_bytes(b"mine")
     with pytest.raises(NotADirectoryError):
         target(folder, name).is_taken()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(NotADirectoryError, match="'sub' is not a directory, or is a symbolic"):
         copy(folder, name)
     assert not target(folder, name).is_whole()
     assert (elsewhere / name.removeprefix("sub/")).read_bytes() == b"mine"
