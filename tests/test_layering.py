@@ -24,6 +24,7 @@ BASE = {
     "call",
     "clock",
     "errors",
+    "journal",
     "names",
     "network",
     "printable",

@@ -7,7 +7,7 @@ No key and no signed URL comes in: all words from outside passed `errors.redact`
 import logging
 import os
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from tinkerfs import errors
 from tinkerfs.call import Caller
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.journal import Journal
 from tinkerfs.printable import printable
 
 __all__ = [
@@ -25,9 +26,6 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-
-#: How many failures and changes are kept (spec: "The tree").
-KEPT_LINES = 100
 
 
 @dataclass(slots=True)
@@ -66,11 +64,13 @@ class Telemetry:
         self._lock = threading.Lock()
         self._started = clock.now()
         self._started_monotonic = clock.monotonic()
+        #: The last failures and changes. Entries are changed by this class alone.
+        self.errors: Journal[_Line] = Journal(_error_text)
+        self.changes: Journal[Change] = Journal(_change_text)
         # All guarded by _lock.
         self._counters: Counter[str] = Counter()
         self._calls: dict[str, Counter[str]] = {}
-        self._errors: deque[_Line] = deque(maxlen=KEPT_LINES)
-        self._changes: deque[Change] = deque(maxlen=KEPT_LINES)
+        self._last_error: _Line | None = None
         self._waits: dict[int, tuple[str, float]] = {}
         self._next_wait = 0
 
@@ -104,25 +104,27 @@ class Telemetry:
         log.log(level, "%s", text.replace("\t", " "))
         with self._lock:
             self._counters["errors"] += 1
-            last = self._errors[-1] if self._errors else None
+            last = self._last_error
             if last is not None and last.text == text:
                 last.times += 1
                 last.time = self._clock.now()
+                self.errors.amend(last)
             else:
-                self._errors.append(_Line(self._clock.now(), text))
+                self._last_error = _Line(self._clock.now(), text)
+                self.errors.add(self._last_error)
 
     def change_asked(self, path: str, what: str, caller: Caller) -> Change:
         """Record a change before anything is done about it; `change_ended` says how it went."""
         who = f"{caller.command()}[{caller.pid}] uid {caller.uid}"
         change = Change(self._clock.now(), path, what, who)
-        with self._lock:
-            self._changes.append(change)
+        self.changes.add(change)
         log.info("%s: %s asked for by %s", path, what, who)
         return change
 
     def change_ended(self, change: Change, outcome: str) -> None:
         """Record how a change ended."""
         change.outcome = errors.redact(outcome)
+        self.changes.amend(change)
         log.info("%s: %s: %s", change.path, change.what, change.outcome)
 
     @contextmanager
@@ -155,22 +157,16 @@ class Telemetry:
                     {"what": printable(what), "for_s": round(now - since, 3)}
                     for what, since in self._waits.values()
                 ],
-                "last_errors": [_error_text(line) for line in list(self._errors)[-5:]],
+                "last_errors": [_error_text(line) for line in self.errors.entries()[-5:]],
             }
 
     def errors_text(self) -> str:
         """Return the last failures, a line each, newest last."""
-        with self._lock:
-            return "".join(_error_text(line) + "\n" for line in self._errors)
+        return self.errors.text().decode()
 
     def changes_text(self) -> str:
         """Return the last changes, a line each, newest last."""
-        with self._lock:
-            return "".join(
-                "\t".join((rfc3339(c.time), *map(printable, (c.path, c.what, c.who, _ending(c)))))
-                + "\n"
-                for c in self._changes
-            )
+        return self.changes.text().decode()
 
 
 def rfc3339(seconds: float) -> str:
@@ -180,6 +176,11 @@ def rfc3339(seconds: float) -> str:
 
 def _ending(change: Change) -> str:
     return change.outcome + (f" (its caller: {change.caller_left})" if change.caller_left else "")
+
+
+def _change_text(change: Change) -> str:
+    fields = (change.path, change.what, change.who, _ending(change))
+    return "\t".join((rfc3339(change.time), *map(printable, fields)))
 
 
 def _error_text(line: _Line) -> str:

@@ -136,6 +136,7 @@ class InProcess:
         data = b"".join(parts)
         assert handle.size_bytes == len(data)
         assert self.filesystem.handle_stat(place, handle, self.call).size_bytes == len(data)
+        handle.close()
         return data
 
     def write(self, path, data):

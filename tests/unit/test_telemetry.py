@@ -6,7 +6,8 @@ import pytest
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
 from tinkerfs.call import Caller
-from tinkerfs.telemetry import KEPT_LINES, Telemetry
+from tinkerfs.journal import KEPT_LINES
+from tinkerfs.telemetry import Telemetry
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tinkerfs.cache.eviction import free_bytes
 from tinkerfs.call import Call, Lease
 from tinkerfs.tree.bounds import Bounds
 from tinkerfs.tree.deletion_guard import DeletionGuard
-from tinkerfs.tree.handles import RenderedHandle, Versions, WeightsHandle
+from tinkerfs.tree.handles import JournalHandle, RenderedHandle, Versions, WeightsHandle
 from tinkerfs.tree.layout import ROOT
 from tinkerfs.tree.listings import Listing, Listings
 from tinkerfs.tree.node import FOLDER_RANK, Attr, Entry, Handle, Space, inode
@@ -218,6 +218,8 @@ class FileSystem:
                 raise errors.not_supported(path, "not read with O_NOATIME, as file managers look")
             if isinstance(row, Stream):
                 return self._open_stream(node, row, call)
+            if isinstance(row, File) and row.journal is not None:
+                return JournalHandle(path, row.journal(self._nodes.site(node, call)))
         except (errors.ApiError, OSError) as error:
             self._fail(error, path, "open")
         try:

@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tinkerfs import errors
 from tinkerfs.call import Call
+from tinkerfs.journal import Journal
 from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["RenderedHandle", "Versions", "WeightsHandle"]
+__all__ = ["JournalHandle", "RenderedHandle", "Versions", "WeightsHandle"]
 
 #: So many paths are remembered as in the kernel's page cache before all are forgotten.
 _MAX_KEPT = 4096
@@ -87,6 +88,49 @@ class RenderedHandle:
 
     def close(self) -> None:
         """Do nothing: the bytes go with the handle."""
+
+
+class JournalHandle:
+    """A journal that is open: what is added to it can be read on. Thread-safe."""
+
+    #: It grows behind the kernel's back.
+    direct_io = True
+    keep_cache = False
+    told_at = None
+
+    def __init__(self, path: str, journal: Journal[Any]) -> None:
+        self._path = path
+        self._journal = journal
+        journal.open()
+
+    @property
+    def size_bytes(self) -> int:
+        """The length by now."""
+        return len(self._journal.text())
+
+    def read(self, size: int, offset: int, call: Call) -> bytes:
+        """Return the bytes of [offset, offset + size) that there are by now."""
+        del call
+        return self._journal.read(size, offset)
+
+    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+        """Fill a buffer with the bytes from `offset` on, and return how many there are."""
+        data = self.read(len(buffer), offset, call)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def write(self, data: bytes, call: Call) -> int:
+        """Refuse.
+
+        Raises:
+            OSError: EBADF.
+        """
+        del data, call
+        raise errors.bad_handle(self._path, "not opened for writing")
+
+    def close(self) -> None:
+        """Let the journal go back to its last lines."""
+        self._journal.close()
 
 
 class Versions:

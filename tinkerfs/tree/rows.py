@@ -20,6 +20,7 @@ from tinkerfs.catalogue.runs import Catalogue
 from tinkerfs.catalogue.sessions import Sessions
 from tinkerfs.catalogue.trash_reader import TrashReader
 from tinkerfs.clock import Clock
+from tinkerfs.journal import Journal
 from tinkerfs.settings import Settings
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archives import Archives
@@ -88,6 +89,7 @@ class File:
         is_costly: rendering may take a call of its own, so a listing leaves its attributes out
             until its bytes are known.
         is_momentary: it tells of the mount itself, and so something else at every look.
+        journal: what grows while it is open, and is rendered as it is; None for all others.
         mtime_ns: None for the folder's.
     """
 
@@ -99,6 +101,7 @@ class File:
     is_exact: Callable[[Site], bool] | None = None
     is_costly: bool = False
     is_momentary: bool = False
+    journal: Callable[[Site], Journal[Any]] | None = None
     mtime_ns: Callable[[Site], int] | None = None
 
 
