@@ -13,10 +13,11 @@ that offends, so that it parts again only where it was joined.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 
-__all__ = ["decode", "encode", "is_cut", "is_software_probe", "join", "split"]
+__all__ = ["compound_key", "decode", "encode", "is_cut", "is_software_probe", "join", "split"]
 
 #: The longest file name Linux takes, bytes (NAME_MAX, limits.h(0p)).
 NAME_MAX_BYTES = 255
@@ -168,3 +169,8 @@ def _escape(match: re.Match[str]) -> str:
 
 def _unescape(match: re.Match[str]) -> str:
     return bytes.fromhex(match.group(1).replace("%", "")).decode("utf-8", "surrogatepass")
+
+
+def compound_key(*parts: str | float | None) -> str:
+    """Return a text that stands for these parts and no others: a key of a cache or a store."""
+    return json.dumps(parts)

@@ -223,6 +223,15 @@ def one_line_or_none(done):
     return next((x for x in done.stderr.splitlines() if x.startswith("tinkerfs: ")), None)
 
 
+def test_undated_checkpoint_saved_again_is_copied_as_it_is_now(env, server, tmp_path):
+    run_id, [name, _] = ids(server)
+    for number in range(2):
+        server.account.add_checkpoint(run_id, name, time_s=None, size_bytes=MIB)
+        dest = tmp_path / str(number)
+        assert tinkerfs("get", f"tinker://{run_id}/{name}", dest, env=env).returncode == 0
+        assert found(dest) == truth(server, run_id, name)
+
+
 def test_a_transfer_that_breaks_off_is_taken_up(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     server.faults.add(STORE, times=4, after=2, cut_after_bytes=MIB)

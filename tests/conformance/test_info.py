@@ -149,7 +149,9 @@ def test_a_second_mount_asks_for_no_weights_info(face, tmp_path):
                     for checkpoint in run.checkpoints:
                         place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
                         assert json.loads(driver.read(f"{place}/info.json"))["is_lora"]
-        assert server.journal.count("POST weights_info") == 10
+        # One without a time may be another one by now.
+        undated = sum(c.time_s is None for run in server.account.runs() for c in run.checkpoints)
+        assert server.journal.count("POST weights_info") == 10 + undated
         assert server.journal.count("GET training_runs/{run}/checkpoints") == 4
 
 

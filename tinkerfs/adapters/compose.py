@@ -144,7 +144,14 @@ def compose(
             floor_bytes=FREE_BYTES,
         )
         weights = stack.enter_context(
-            Weights(archives, store, blocks, telemetry, timeout_s=settings.timeout_s)
+            Weights(
+                archives,
+                store,
+                blocks,
+                telemetry,
+                timeout_s=settings.timeout_s,
+                url_age_s=settings.ttl_s,
+            )
         )
         model = Model(
             settings=settings,

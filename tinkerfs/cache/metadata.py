@@ -368,6 +368,21 @@ class MetadataCache:
             if entry is not None and entry.has_value:
                 self._put(key, replace(entry, term=Term(self._clock.monotonic()), error=None))
 
+    def put(self, key: Hashable, value: object, policy: Policy) -> None:
+        """Cache a value that came by another way."""
+        with self._lock:
+            self._flights.pop(key, None)
+            self._land_value(key, value, self._entries.get(key), policy, is_change=False)
+
+    def drop(self, key: Hashable) -> None:
+        """Drop a value; a load in flight is not cached."""
+        with self._lock:
+            self._flights.pop(key, None)
+            entry = self._entries.pop(key, None)
+            if entry is not None:
+                entry.term.fresh_until = _ENDED
+                self._epoch += 1
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:

@@ -20,11 +20,13 @@ class Freshness:
         listing: listings, and records that change.
         by_name: what is asked for by name: 400 and 422 also say that there is none.
         immutable: what never changes; a refusal serves for `REFUSED_TTL_S`.
+        undated: the same of a checkpoint without a time, which may be another one by now.
     """
 
     listing: Policy
     by_name: Policy
     immutable: Policy
+    undated: Policy
 
     @classmethod
     def of(cls, ttl_s: float, stale_s: float) -> "Freshness":
@@ -37,4 +39,5 @@ class Freshness:
             listing=Policy(ttl_s, stale_s, negative_ttl_s, absence),
             by_name=Policy(ttl_s, stale_s, negative_ttl_s, refusal),
             immutable=Policy(forever, forever, REFUSED_TTL_S, (*refusal, errors.Rejected)),
+            undated=Policy(ttl_s, stale_s, REFUSED_TTL_S, (*refusal, errors.Rejected)),
         )

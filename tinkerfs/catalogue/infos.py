@@ -1,11 +1,13 @@
-"""Weights infos: JSON that never changes, asked for once ever. Thread-safe."""
+"""Weights infos: JSON that never changes, asked for once of each version. Thread-safe."""
 
 from collections.abc import Callable
 
 from tinkerfs.cache.metadata import Load, MetadataCache, Policy
 from tinkerfs.cache.store import Store
 from tinkerfs.call import Call, Interest
+from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.listings import Checkpoint
+from tinkerfs.names import compound_key
 
 __all__ = ["MAX_INFOS", "Infos"]
 
@@ -16,11 +18,14 @@ MAX_INFOS = 16_384
 class Infos:
     """The weights infos of checkpoints, by tinker path and version, across mounts.
 
+    Of a record without a time the version cannot be known: its info is fresh for as long as a
+    listing, and not kept on disk.
+
     Args:
         cache: those in memory, and the calls under way.
         store: those on disk.
         base_url: the server.
-        policy: for how long one serves, and a refusal.
+        freshness: for how long one serves, and a refusal.
         load: asks for one.
     """
 
@@ -29,13 +34,13 @@ class Infos:
         cache: MetadataCache,
         store: Store,
         base_url: str,
-        policy: Policy,
+        freshness: Freshness,
         load: Callable[[Checkpoint, Interest], bytes],
     ) -> None:
         self._cache = cache
         self._store = store
         self._space = f"weights_info {base_url}"
-        self._policy = policy
+        self._freshness = freshness
         self._load = load
 
     def get(self, checkpoint: Checkpoint, call: Call) -> bytes:
@@ -45,42 +50,57 @@ class Infos:
             ApiError: what `load` raised, now or while that is remembered.
             OSError: EINTR or ETIMEDOUT, when the wait ended early.
         """
-        known = self.known(checkpoint)
+        known = self._known(checkpoint)
         if known is not None:
             return known
-        return self._cache.get(_key(checkpoint), self._loading(checkpoint), self._policy, call)
+        load, policy = self._loading(checkpoint), self._policy(checkpoint)
+        return self._cache.get(_key(checkpoint), load, policy, call)
 
     def ask(self, checkpoint: Checkpoint) -> bool:
         """Begin to ask for one that nobody waits for yet; tell whether that was needed."""
-        return self.known(checkpoint) is None and self._cache.ask(
-            _key(checkpoint), self._loading(checkpoint), self._policy
+        return self._known(checkpoint) is None and self._cache.ask(
+            _key(checkpoint), self._loading(checkpoint), self._policy(checkpoint)
         )
 
-    def known(self, checkpoint: Checkpoint) -> bytes | None:
-        """Return one that was told before, without a call."""
-        kept: bytes | None = self._cache.peek(_key(checkpoint))
-        return kept or self._store.get(self._space, _name(checkpoint))
-
     def keep(self, checkpoint: Checkpoint, info: bytes) -> None:
-        """Keep one on disk."""
-        self._store.put(self._space, _name(checkpoint), info)
+        """Keep one that came by another way."""
+        if checkpoint.is_dated:
+            self._store.put(self._space, _name(checkpoint), info)
+        else:
+            self._cache.put(_key(checkpoint), info, self._freshness.undated)
+
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Drop one, in memory and on disk: its checkpoint was deleted."""
+        self._cache.drop(_key(checkpoint))
+        self._store.delete(self._space, _name(checkpoint))
 
     def clear(self) -> None:
         """Drop what is in memory."""
         self._cache.clear()
 
+    def _known(self, checkpoint: Checkpoint) -> bytes | None:
+        """Return one that never changes and was told before, without a call."""
+        if not checkpoint.is_dated:
+            return None
+        kept: bytes | None = self._cache.peek(_key(checkpoint))
+        return kept or self._store.get(self._space, _name(checkpoint))
+
+    def _policy(self, checkpoint: Checkpoint) -> Policy:
+        return self._freshness.immutable if checkpoint.is_dated else self._freshness.undated
+
     def _loading(self, checkpoint: Checkpoint) -> Load[bytes]:
         def load(interest: Interest) -> bytes:
             info = self._load(checkpoint, interest)
-            self.keep(checkpoint, info)
+            if checkpoint.is_dated:
+                self._store.put(self._space, _name(checkpoint), info)
             return info
 
         return load
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.tinker_path}\n{checkpoint.version}"
+    return compound_key(checkpoint.tinker_path, *checkpoint.fingerprint)
 
 
-def _key(checkpoint: Checkpoint) -> tuple[str, str, str]:
-    return ("weights_info", checkpoint.tinker_path, checkpoint.version)
+def _key(checkpoint: Checkpoint) -> tuple[str, str, str, int | None]:
+    return ("weights_info", checkpoint.tinker_path, *checkpoint.fingerprint)

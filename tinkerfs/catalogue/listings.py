@@ -72,9 +72,30 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
         return self.record.tinker_path or str(TinkerPath(self.run_id, self.kind, self.name))
 
     @property
+    def is_dated(self) -> bool:
+        """Whether the record has a time, which another version of the checkpoint has not."""
+        return self.record.time_ns is not None
+
+    @property
     def version(self) -> str:
-        """What changes when a checkpoint is saved again under its name."""
-        return "undated" if self.record.time_ns is None else str(self.record.time_ns)
+        """What changes when a checkpoint is saved again under its name.
+
+        Where the record has no time it may stay the same: see `is_dated`.
+        """
+        if self.record.time_ns is not None:
+            return str(self.record.time_ns)
+        size_bytes = self.record.size_bytes
+        return "undated" if size_bytes is None else f"undated-{size_bytes}"
+
+    @property
+    def fingerprint(self) -> tuple[str, int | None]:
+        """All that the record shows of the version."""
+        return (self.version, self.record.size_bytes)
+
+    def may_be(self, other: "Checkpoint") -> bool:
+        """Return whether two records of one name can be of the same version."""
+        sizes = {self.record.size_bytes, other.record.size_bytes} - {None}
+        return self.record.time_ns == other.record.time_ns and len(sizes) < 2
 
     @property
     def ref(self) -> CheckpointRef:

@@ -128,7 +128,13 @@ class Mutations:
 
     def _delete(self, checkpoint: Checkpoint) -> None:
         recheck = self._recheck(checkpoint, lambda now: now is None)
-        self._client.delete(checkpoint.ref, recheck)
+        try:
+            self._client.delete(checkpoint.ref, recheck)
+        except _IN_DOUBT:
+            if not checkpoint.is_dated:  # what is saved next could have the same record
+                self._catalogue.forget(checkpoint)
+            raise
+        self._catalogue.forget(checkpoint)
         self._amend(checkpoint, None)
 
     def _move_to_trash(self, checkpoint: Checkpoint, ttl_s: int) -> str:
@@ -221,7 +227,7 @@ class Mutations:
         now = self._listed(seen)
         if now is None:
             raise errors.NotFound("the checkpoint is gone by now")
-        if now.version != seen.version:
+        if not now.may_be(seen):
             raise errors.Conflict("the checkpoint was saved again since it was looked at")
         if not in_trash and self._trash.is_trashed(now):
             raise errors.NotFound("the checkpoint is in the trash by now")
@@ -247,7 +253,7 @@ class Mutations:
                 now = self._listed(sent)
             except errors.ApiError as error:
                 raise failure from error  # what there is now cannot be known
-            if now is not None and now.version != sent.version:
+            if now is not None and not now.may_be(sent):
                 raise errors.Conflict(
                     "the checkpoint was saved again under its name while this change was under "
                     f"way; the new one was left alone (the first try: {failure})"
@@ -256,7 +262,7 @@ class Mutations:
                 return True
             if now is None:
                 raise errors.NotFound("the checkpoint is gone by now")
-            if may_be_done and now.record.time_ns is None:
+            if may_be_done and not now.is_dated:
                 raise failure  # one that was saved since would look the same
             return False
 

@@ -20,6 +20,7 @@ from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call, Interest
 from tinkerfs.catalogue.amending import run_amended
 from tinkerfs.catalogue.freshness import Freshness
+from tinkerfs.catalogue.incarnations import Incarnations
 from tinkerfs.catalogue.infos import MAX_INFOS, Infos
 from tinkerfs.catalogue.listings import (
     Checkpoint,
@@ -74,9 +75,10 @@ class Catalogue:
             MetadataCache(telemetry, clock, MAX_INFOS),
             store,
             client.base_url,
-            freshness.immutable,
+            freshness,
             self._load_weights_info,
         )
+        self.incarnations = Incarnations(store, client.base_url)
         self._telemetry = telemetry
         self._clock = clock
         self._freshness = freshness
@@ -223,7 +225,8 @@ class Catalogue:
             return found
         path = TinkerPath(run_id, kind, name)
         load = partial(self._load_unlisted, path)
-        return self._cache.get(("checkpoint", str(path)), load, self._freshness.by_name, call)
+        key = ("checkpoint", run_id, kind, name)
+        return self._cache.get(key, load, self._freshness.by_name, call)
 
     def user_checkpoints(self, call: Call) -> UserListing:
         """Return the checkpoints of all the user's runs; ceil(checkpoints / page) calls.
@@ -326,6 +329,12 @@ class Catalogue:
         load = partial(self._load_checkpoints, run_id)
         key = ("checkpoints", run_id)
         return self._cache.reload(key, load, self._freshness.listing, IN_PROCESS)
+
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Use nothing that is cached of a deleted checkpoint for what is saved under its name."""
+        self.incarnations.begin(checkpoint.key)
+        self._infos.forget(checkpoint)
+        self._cache.drop(("checkpoint", *checkpoint.key))
 
     def refresh(self) -> None:
         """Drop every entry; what is immutable stays on disk."""

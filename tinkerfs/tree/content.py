@@ -9,8 +9,8 @@ from tinkerfs import errors, names
 from tinkerfs.catalogue.listings import Checkpoint
 from tinkerfs.tree import render, subjects
 from tinkerfs.tree.rows import Each, File, Folder, Link, Row, Site, Stream
-from tinkerfs.weights.content import Subject
 from tinkerfs.weights.file import WeightsFile
+from tinkerfs.weights.subject import Subject
 from tinkerfs.weights.tarindex import Member
 
 __all__ = ["ADAPTER", "FILES", "LINKS", "VERSION", "Holding", "adapter_path", "holding"]
@@ -91,10 +91,15 @@ def _versioned(checkpoint: Checkpoint) -> str:
 def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
     return Subject(
         server=site.model.settings.base_url,
-        key=(*checkpoint.key, checkpoint.version),
+        key=(
+            *checkpoint.key,
+            *checkpoint.fingerprint,
+            site.model.catalogue.incarnations.get(checkpoint.key),
+        ),
         ref=checkpoint.ref,
         path=site.path,
         mtime_ns=checkpoint.record.time_ns or site.model.started_ns,
+        is_dated=checkpoint.is_dated,
     )
 
 
@@ -103,6 +108,8 @@ def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
 
 def _archive_url(site: Site) -> bytes:
     subject = _subject(site, site.subject)
+    if not subject.is_dated:
+        site.model.archives.expire(subject.key, site.model.settings.ttl_s)
     return render.line(site.model.archives.url(subject.key, subject.ref, site.path, site.call).url)
 
 
@@ -123,7 +130,9 @@ def _archive_bytes(site: Site) -> int:
 
 
 def _has_archive_bytes(site: Site) -> bool:
-    return site.model.weights.archive_bytes(_subject(site, site.subject)) is not None
+    subject = _subject(site, site.subject)
+    # Of an undated one another version may be found when it is opened.
+    return subject.is_dated and site.model.weights.archive_bytes(subject) is not None
 
 
 def _open_archive(site: Site) -> WeightsFile:
@@ -136,11 +145,12 @@ def _tensors(site: Site) -> bytes:
 
 def _tensors_bytes(site: Site) -> int:
     known = site.model.weights.known_tensors(_subject(site, site.subject))
-    return LONGEST_TENSORS_BYTES if known is None else len(known)
+    return LONGEST_TENSORS_BYTES if known is None or not site.subject.is_dated else len(known)
 
 
 def _has_tensors(site: Site) -> bool:
-    return site.model.weights.known_tensors(_subject(site, site.subject)) is not None
+    subject = _subject(site, site.subject)
+    return subject.is_dated and site.model.weights.known_tensors(subject) is not None
 
 
 # files/
@@ -180,7 +190,7 @@ def _inside(site: Site) -> _Inside:
     return site.subject if isinstance(site.subject, _Inside) else _Inside(site.subject, "")
 
 
-def _members(site: Site, checkpoint: Checkpoint) -> dict[str, Member]:
+def _members(site: Site, checkpoint: Checkpoint, *, is_open: bool = False) -> dict[str, Member]:
     """Return the members, waiting as long as the archive takes to build.
 
     A listing waits in opendir, which holds up nothing. A lookup holds up other lookups in this one
@@ -190,7 +200,8 @@ def _members(site: Site, checkpoint: Checkpoint) -> dict[str, Member]:
     site.call.is_momentary()  # an archive may be built anew
     patient = with_fields(site.call, timeout_s=None)
     try:
-        return site.model.weights.files(_subject(site, checkpoint), patient).members
+        subject = _subject(site, checkpoint)
+        return site.model.weights.files(subject, patient, is_open=is_open).members
     except errors.EndpointMissing as error:
         # Of a checkpoint that is there: not an empty folder, nor a name that is not there.
         raise errors.from_api(error, site.path) from error
@@ -198,7 +209,7 @@ def _members(site: Site, checkpoint: Checkpoint) -> dict[str, Member]:
 
 def _list_files(site: Site) -> Iterator[tuple[str, _Inside]]:
     here = _inside(site)
-    for path, member in _members(site, here.checkpoint).items():
+    for path, member in _members(site, here.checkpoint, is_open=True).items():
         name = path.removeprefix(here.prefix)
         if path.startswith(here.prefix) and "/" not in name:
             yield name, _Inside(here.checkpoint, here.prefix, member)
@@ -216,6 +227,8 @@ def _list_folders(site: Site) -> Iterator[tuple[str, _Inside]]:
 def _find_file(site: Site, name: str) -> _Inside | None:
     here = _inside(site)
     member = _members(site, here.checkpoint).get(here.prefix + name)
+    if member is None and not here.checkpoint.is_dated:
+        member = _members(site, here.checkpoint, is_open=True).get(here.prefix + name)
     return None if member is None else _Inside(here.checkpoint, here.prefix, member)
 
 

@@ -240,7 +240,11 @@ class FileSystem:
     def _open_stream(self, node: Node, row: Stream, call: Call) -> Handle:
         path = node.path
         call.is_momentary()  # each open of weights holds what it reads from
-        file = row.open(self._nodes.site(node, call))
+        site = self._nodes.site(node, call)
+        told_bytes = row.told_bytes(site)
+        file = row.open(site)
+        if row.is_exact is None and file.size_bytes != told_bytes:
+            self._bounds.told(path)  # it was opened as another version than was listed
         return WeightsHandle(
             path,
             file,

@@ -46,6 +46,7 @@ class _Grant:
 
     urls: Mapping[str, SignedUrl]
     good_until: float
+    asked_at: float
 
 
 class Archives:
@@ -143,6 +144,13 @@ class Archives:
             if grant is not None and url in grant.urls.values():
                 del self._grants[key, is_external]
 
+    def expire(self, key: Hashable, age_s: float, *, is_external: bool = False) -> None:
+        """Drop a URL that is older than this, seconds: it may be another version's by now."""
+        with self._lock:
+            grant = self._grants.get((key, is_external))
+            if grant is not None and self._clock.now() - grant.asked_at >= age_s:
+                del self._grants[key, is_external]
+
     def changed(self, key: Hashable) -> None:
         """Take note that the store has other weights for a checkpoint than were known."""
         with self._lock:
@@ -187,7 +195,7 @@ class Archives:
     def _granted(self, urls: Mapping[str, str], expires_at_s: float) -> _Grant:
         margin_s = min(EXPIRY_MARGIN_S, max(expires_at_s - self._clock.now(), 0.0) / 10)
         signed = {name: SignedUrl(url, expires_at_s) for name, url in urls.items()}
-        return _Grant(signed, expires_at_s - margin_s)
+        return _Grant(signed, expires_at_s - margin_s, self._clock.now())
 
     def _landed(self, key: Hashable) -> None:
         with self._lock:

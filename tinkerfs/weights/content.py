@@ -9,7 +9,6 @@ that its process group is held to the burst and it can give up. Thread-safe.
 import threading
 import time
 import weakref
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,7 +19,6 @@ from typing import Self, TypeVar
 import msgspec
 
 from tinkerfs import errors
-from tinkerfs.api.client import CheckpointRef
 from tinkerfs.cache.blocks import BlockCache
 from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.memory import BlockMemory
@@ -39,16 +37,19 @@ from tinkerfs.weights.index import (
     decode_index,
     encode_index,
     external_index,
+    find_member,
 )
 from tinkerfs.weights.inflate import Unpacked
 from tinkerfs.weights.origin import Origin
+from tinkerfs.weights.probe import has_version, read_range, read_version
 from tinkerfs.weights.remote import RemoteFile
 from tinkerfs.weights.source import Source
+from tinkerfs.weights.subject import Subject
 from tinkerfs.weights.tarindex import Member, Segment
 from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensors_json
-from tinkerfs.weights.version import UNKNOWN_BYTES, Version
+from tinkerfs.weights.version import Version
 
-__all__ = ["MEMORY_BYTES", "Listing", "Subject", "Weights"]
+__all__ = ["MEMORY_BYTES", "Listing", "Weights"]
 
 T = TypeVar("T")
 
@@ -63,40 +64,6 @@ MAX_INDEXES = 64
 
 #: The spaces of the store, with the version of what is in them.
 _INDEXES, _VERSIONS, _TENSORS = "weights index 2", "weights version 1", "weights tensors 1"
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """One version of a checkpoint, as its weights are asked for.
-
-    Attributes:
-        server: the API's base URL.
-        key: what tells the checkpoint from others of the server, and its version from others.
-        ref: how the API is asked for it.
-        path: the file on whose behalf, for messages.
-        mtime_ns: of files that have no time of their own, nanoseconds since 1970.
-    """
-
-    server: str
-    key: tuple[object, ...]
-    ref: CheckpointRef
-    path: str
-    mtime_ns: int
-
-    @property
-    def identity(self) -> str:
-        """The same text for the same version of the same checkpoint, in every process."""
-        return "\n".join((self.server, *map(str, self.key)))
-
-    @property
-    def is_external(self) -> bool:
-        """Whether it is a file each, and no archive."""
-        return self.ref.path_id.startswith("external_weights/")
-
-    @property
-    def about(self) -> str:
-        """What it is, for people."""
-        return f"tinker://{self.ref.run_id}/{self.ref.path_id or self.ref.listed_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +83,8 @@ class Weights:
         cache: keeps blocks across mounts.
         telemetry: told of what is left out, and counts.
         timeout_s: how long a transfer may stand still, seconds.
+        url_age_s: how old a URL may be, seconds, that tells which version of an undated checkpoint
+            there is.
         memory_bytes: bound on blocks in memory, of all open files together.
     """
 
@@ -127,6 +96,7 @@ class Weights:
         telemetry: Telemetry,
         *,
         timeout_s: float,
+        url_age_s: float = 0.0,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self._archives = archives
@@ -134,6 +104,7 @@ class Weights:
         self._cache = cache
         self._telemetry = telemetry
         self._timeout_s = timeout_s
+        self._url_age_s = url_age_s
         self._client = StoreClient(telemetry, timeout_s=timeout_s)
         self.memory = BlockMemory(memory_bytes)
         self._lock = threading.RLock()  # a flight that failed at once lands within it
@@ -160,13 +131,20 @@ class Weights:
         index = self._known(subject)
         return None if index is None else _listing(index)
 
-    def files(self, subject: Subject, call: Call) -> Listing:
+    def files(self, subject: Subject, call: Call, *, is_open: bool = True) -> Listing:
         """Return the members, waiting for the archive to be built.
+
+        Args:
+            subject: of which checkpoint.
+            call: how long to wait, and on whose behalf.
+            is_open: whether to make sure first that what is cached is of the right version.
 
         Raises:
             ApiError: they cannot be had.
             OSError: EIO when the archive is damaged; as `Archives.url`.
         """
+        if is_open:
+            self._revalidate(subject, call)
         return _listing(self._index(subject, call))
 
     def open(self, subject: Subject, name: str, call: Call) -> WeightsFile:
@@ -180,8 +158,12 @@ class Weights:
         Raises:
             ApiError, OSError: as `files`; ENOENT where there is no such member.
         """
+        self._revalidate(subject, call, name)
+        return self._open(subject, name, call)
+
+    def _open(self, subject: Subject, name: str, call: Call) -> WeightsFile:
         index = self._index(subject, call)
-        member = _member(index, name, subject.path)
+        member = find_member(index, name, subject.path)
         return WeightsFile(self._remote(subject, index, name), member)
 
     def archive_bytes(self, subject: Subject) -> int | None:
@@ -196,11 +178,14 @@ class Weights:
             ApiError: it cannot be had.
             OSError: as `Archives.url`.
         """
+        self._revalidate(subject, call)
         version = self._known_version(subject)
         if version is None:
             address = self._address(subject)
             address.url(call)
-            version = _patiently(call, lambda: self._look(address), f"size of {subject.path}")
+            version = _patiently(
+                call, lambda: read_version(self._client, address), f"size of {subject.path}"
+            )
             self._store.put(_VERSIONS, subject.identity, msgspec.json.encode(version))
         size_bytes = version.size_bytes
         segments = (Segment(0, size_bytes, 0),) if size_bytes else ()
@@ -224,6 +209,7 @@ class Weights:
         Raises:
             ApiError, OSError: as `files`; EIO where a header is damaged or larger than is read.
         """
+        self._revalidate(subject, call)
         known = self.known_tensors(subject)
         if known is not None:
             return known
@@ -245,7 +231,7 @@ class Weights:
         index = self._known(subject)
         if index is None:
             return 0
-        member = _member(index, name, subject.path)
+        member = find_member(index, name, subject.path)
         with WeightsFile(self._remote(subject, index, name), member) as file:
             return file.kept_bytes()
 
@@ -263,6 +249,56 @@ class Weights:
             self._indexes.pop(subject.identity, None)
         for space in (_INDEXES, _VERSIONS, _TENSORS):
             self._store.delete(space, subject.identity)
+
+    def _revalidate(self, subject: Subject, call: Call, name: str = "") -> None:
+        """Forget what is cached of undated weights that the store has another version of by now.
+
+        Where the store cannot be asked, what is cached serves. Other weights are known by their
+        record.
+
+        Args:
+            subject: of which checkpoint.
+            call: how long to wait, and on whose behalf.
+            name: which file of external weights; empty for all.
+
+        Raises:
+            ApiError: NotFound where the server has no such weights any more.
+            OSError: EINTR when the caller gave up.
+        """
+        if subject.is_dated or self._is_loading(subject):
+            return
+        self._archives.expire(subject.key, self._url_age_s, is_external=subject.is_external)
+        try:
+            if not self._is_current(subject, call, name):
+                self.forget(subject)
+        except errors.NotFound:
+            self.forget(subject)
+            raise
+        except errors.ApiError:
+            pass
+        except OSError as error:
+            if errors.is_interruption(error):
+                raise
+
+    def _is_loading(self, subject: Subject) -> bool:
+        with self._lock:
+            flight = self._indexes.get(subject.identity)
+        return flight is not None and not flight.done()
+
+    def _is_current(self, subject: Subject, call: Call, name: str) -> bool:
+        """Return whether the store has the version that is known; False where none is."""
+        index = self._known(subject)
+        if index is not None and index.form == "files":
+            version = index.versions.get(name)  # of all of them the index is made once more
+        else:
+            version, name = self._known_version(subject), ""
+        if version is None:
+            return False
+        address = self._address(subject, name)
+        address.url(call)
+        return _patiently(
+            call, lambda: has_version(self._client, address, version), f"version of {name}"
+        )
 
     # Indexes
 
@@ -414,13 +450,6 @@ class Weights:
         except msgspec.MsgspecError:
             return None
 
-    def _look(self, address: Address) -> Version:
-        with Source(self._client, address, None).open(0, 1) as transfer:
-            if transfer.version.size_bytes == UNKNOWN_BYTES:
-                for _ in transfer:  # its end shows its length
-                    pass
-            return transfer.version
-
     def _header(self, subject: Subject, index: Index, member: Member, call: Call) -> bytes:
         """Return the header of a safetensors file, without its length.
 
@@ -428,7 +457,7 @@ class Weights:
             ValueError: it is none.
             ApiError, OSError: it cannot be read.
         """
-        with self.open(subject, member.name, call) as file:
+        with self._open(subject, member.name, call) as file:
             first_bytes = min(PROBE_BYTES, member.size_bytes)
             start = self._piece(subject, index, member, file, 0, first_bytes, call)
             stop = LENGTH_BYTES + header_length(start[:LENGTH_BYTES], member.size_bytes)
@@ -455,15 +484,9 @@ class Weights:
             source = self._source(subject, version, name)
             source.prepare(call)
             place = member.segments[0].place
-            work = partial(_range, source, place + start, place + stop)
+            work = partial(read_range, source, place + start, place + stop)
             found = _patiently(call, work, f"header of {subject.path}")
         return file.read(stop - start, start, call) if found is None else found
-
-
-def _range(source: Source, start: int, stop: int) -> bytes | None:
-    """Return [start, stop) by one request, None where the store heeds no ranges."""
-    with source.open(start, stop) as transfer:
-        return None if transfer.is_whole else b"".join(transfer)
 
 
 def _patiently(call: Call, work: Callable[[], T], name: str) -> T:
@@ -473,10 +496,3 @@ def _patiently(call: Call, work: Callable[[], T], name: str) -> T:
 
 def _listing(index: Index) -> Listing:
     return Listing({member.name: member for member in index.members}, index.left_out)
-
-
-def _member(index: Index, name: str, path: str) -> Member:
-    at = bisect_left(index.members, name, key=lambda member: member.name)
-    if at == len(index.members) or index.members[at].name != name:
-        raise errors.not_found(path)
-    return index.members[at]

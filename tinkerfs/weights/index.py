@@ -6,6 +6,7 @@ kept by blocks in one pass. Nothing of it is used before the end is reached and 
 """
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -15,6 +16,7 @@ from msgspec.structs import replace
 from tinkerfs import errors
 from tinkerfs.cache.blocks import BlockCache, BlockFile
 from tinkerfs.cache.flight import side_by_side
+from tinkerfs.names import compound_key
 from tinkerfs.weights.arrival import digest_of
 from tinkerfs.weights.blocks import BLOCK_BYTES
 from tinkerfs.weights.connections import StoreClient
@@ -34,6 +36,7 @@ __all__ = [
     "decode_index",
     "encode_index",
     "external_index",
+    "find_member",
 ]
 
 #: The first request, and the least of those after it: most headers of an archive come with it.
@@ -118,6 +121,18 @@ def _given_name(stored: str) -> str:
     return stored.removeprefix(_ESCAPE).encode("latin-1").decode("utf-8", "surrogatepass")
 
 
+def find_member(index: Index, name: str, path: str) -> Member:
+    """Return a member by its name.
+
+    Raises:
+        OSError: ENOENT, of `path`.
+    """
+    at = bisect_left(index.members, name, key=lambda member: member.name)
+    if at == len(index.members) or index.members[at].name != name:
+        raise errors.not_found(path)
+    return index.members[at]
+
+
 def block_key(identity: str, version: Version, what: str) -> str:
     """Return what the blocks of one version of one file are kept under.
 
@@ -127,9 +142,8 @@ def block_key(identity: str, version: Version, what: str) -> str:
         what: "archive", "unpacked", or the name of a file after a slash.
     """
     # The same before all of a file was received and after, where its store states no length.
-    size = str(version.size_bytes) if version.has_length else "?"
-    word = f"{size} {version.etag} {version.last_modified}"
-    return "\n".join((identity, word, what))
+    size_bytes = version.size_bytes if version.has_length else None
+    return compound_key(identity, size_bytes, version.etag, version.last_modified, what)
 
 
 def archive_index(

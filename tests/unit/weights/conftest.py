@@ -13,7 +13,8 @@ from tinkerfs.cache.store import Store
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archives import Archives
-from tinkerfs.weights.content import Subject, Weights
+from tinkerfs.weights.content import Weights
+from tinkerfs.weights.subject import Subject
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.unit.weights.conftest import weights_in
 from tinkerfs.api.client import CheckpointRef
 from tinkerfs.call import IN_PROCESS
-from tinkerfs.weights.content import Subject
+from tinkerfs.weights.subject import Subject
 folder, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]
 ref = CheckpointRef(run, checkpoint, checkpoint, is_known=True)
 subject = Subject(base_url, (run, checkpoint, float(time_s)), ref, "/x", 0)
