@@ -30,11 +30,13 @@ _OF_FUSE: Final = """
     reconnect delay_connect transform_symlinks follow_symlinks streams_interface windows_names
     enable_noobj_cache permissions acl noacl xattr_disabled args2env
 """
-_IGNORED: Final = frozenset((_OF_MOUNT + _OF_FUSE).split())
+_BARE: Final = frozenset(_OF_MOUNT.split())
+_WITH_VALUE: Final = frozenset(_OF_FUSE.split())
 _IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
 
 _OF_CACHING: Final = "ttl=S sets for how long metadata is fresh; the kernel adds 1 s at most"
 _OF_MODES: Final = "umask=M serves for files and directories: no file has execute bits"
+_OF_OWNER: Final = "uid=U,gid=G set the owner and group of everything"
 _OF_KEY: Final = "the key is not an option: TINKER_API_KEY, TINKER_CREDENTIAL_CMD, or a login"
 
 #: Name of another program's option -> what serves here.
@@ -58,6 +60,7 @@ _HINTS: Final = {
         ("fmask", "dmask", "mp_umask", "mode", "dir_perms", "file_perms", "dir_mode", "file_mode"),
         _OF_MODES,
     ),
+    **dict.fromkeys(("owner", "group", "idmap", "user_id", "group_id"), _OF_OWNER),
     **dict.fromkeys(
         ("passwd_file", "IdentityFile", "password", "pass", "iam_role", "key", "api_key"), _OF_KEY
     ),
@@ -81,7 +84,9 @@ _HINTS: Final = {
 
 def is_ignored(item: str) -> bool:
     """Tell whether one item of `-o` is taken without effect: a name, perhaps with a value."""
-    return item.startswith(_IGNORED_PREFIXES) or item.partition("=")[0] in _IGNORED
+    # `owner` and `group` say who may mount; with a value they would mean what is not done.
+    is_known = item in _BARE or item.partition("=")[0] in _WITH_VALUE
+    return is_known or item.startswith(_IGNORED_PREFIXES)
 
 
 def explain_unknown(item: str, known: Iterable[str]) -> str:

@@ -135,6 +135,8 @@ def test_o_option_of_other_fuse_programs_is_ignored(environ, items, expected):
         ("allow_root", "allow_other,umask=077"),
         ("attr_timeout=60", "ttl=S"),
         ("fmask=0133", "umask=M"),
+        ("owner=me", "uid=U,gid=G"),
+        ("idmap=user", "uid=U,gid=G"),
         ("dmask=022", "umask=M"),
         ("vfs_cache_mode=full", "cache_size=SIZE"),
         ("url=https://x", "base_url=URL"),
