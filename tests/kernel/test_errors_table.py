@@ -146,7 +146,7 @@ ROWS = {
         {"hang": True},
         "ls $RUN/checkpoints",
         "Connection timed out",
-        "no answer",
+        "no response",
     ),
     "the connection is closed": (
         "GET training_runs/{run}/checkpoints",
