@@ -6,6 +6,7 @@ key are the business of `transport`, what a status means that of `failures`.
 
 import logging
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ class HttpClient:
         Raises:
             ExchangeError: there is no whole response.
         """
-        outcome = "failed"
+        outcome, began = "failed", time.monotonic()
         with self._backend.exchange(timeout_s, may_repeat=may_repeat) as exchange:
             try:
                 with self._http.stream(
@@ -151,6 +152,8 @@ class HttpClient:
                     timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
                 ) as response:
                     exchange.is_head = False
+                    if may_repeat:
+                        self._backend.observe(time.monotonic() - began)
                     self._check_order(exchange, label)
                     try:
                         content = self._read(response, label)

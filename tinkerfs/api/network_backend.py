@@ -30,7 +30,8 @@ __all__ = ["KEEPALIVE_S", "Backend", "Exchange"]
 
 #: A connection is suspect after this time without use, seconds.
 IDLE_S = 5.0
-#: How long a response on a suspect connection is awaited, seconds.
+#: How long a response on a suspect connection is awaited, seconds; at least twice as long as the
+#: slowest one took lately, so that a slow server does not get its requests twice.
 IDLE_RESPONSE_TIMEOUT_S = 2.0
 #: Idle connections are dropped after this time, seconds: a walk that pauses goes on without eight
 #: new ones. The usual balancers drop one after 60 s; one dropped sooner is noticed by using it.
@@ -78,6 +79,16 @@ class Backend(httpcore.NetworkBackend):
         self._local = threading.local()
         #: Connections that were last used before are dropped, on the clock of `_now`.
         self.trusted_since = float("-inf")
+        self._slowest_s = 0.0
+
+    def observe(self, response_s: float) -> None:
+        """Learn how long the server took to respond to a request that may be sent again."""
+        self._slowest_s = max(response_s, self._slowest_s * 0.9)
+
+    @property
+    def idle_response_timeout_s(self) -> float:
+        """How long a response on a suspect connection is awaited, seconds."""
+        return max(IDLE_RESPONSE_TIMEOUT_S, 2 * self._slowest_s)
 
     @property
     def current(self) -> Exchange | None:
@@ -177,8 +188,9 @@ class _Stream(httpcore.NetworkStream):
         end = self._inner or self._timed
         with _translated(httpcore.ReadTimeout, httpcore.ReadError):
             left_s = self._backend.left_s(timeout)
-            is_cut_short = self._is_suspect and left_s > IDLE_RESPONSE_TIMEOUT_S
-            self._timed.timeout_s = IDLE_RESPONSE_TIMEOUT_S if is_cut_short else timeout
+            idle_timeout_s = self._backend.idle_response_timeout_s
+            is_cut_short = self._is_suspect and left_s > idle_timeout_s
+            self._timed.timeout_s = idle_timeout_s if is_cut_short else timeout
             try:
                 data = cast("bytes", end.recv(max_bytes))
             except TimeoutError:
@@ -200,7 +212,7 @@ class _Stream(httpcore.NetworkStream):
         exchange = self._backend.current
         if exchange is not None and exchange is not self._last:
             exchange.is_reused, self._last = self._last is not None, exchange
-        self._is_suspect = self._is_suspect or self._idle_s >= IDLE_S
+            self._is_suspect = exchange.is_reused and self._idle_s >= IDLE_S
         self._used_at = _now()
         end = self._inner or self._timed
         with _translated(httpcore.WriteTimeout, httpcore.WriteError):

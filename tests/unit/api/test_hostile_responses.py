@@ -2,11 +2,13 @@
 
 import gzip
 import json
+from contextlib import suppress
 
 import pytest
 
 from tests.support.hostile import HostileServer, close, endless, genuine, reset, response
 from tinkerfs import errors
+from tinkerfs.api.refs import CheckpointRef
 
 RUNS = "GET training_runs"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -314,3 +316,84 @@ def test_redirect_is_not_followed_with_the_key(server, client_of):
                 client_of(server).all_training_runs()
         assert other.received == []
     assert len(server.received) == 5
+
+
+# --- every endpoint ------------------------------------------------------------------------------
+
+REF = CheckpointRef("r:train:0", "weights/1", "weights/1")
+CALLS = {
+    "runs": lambda c: c.all_training_runs(),
+    "run": lambda c: c.training_run("r:train:0"),
+    "checkpoints of a run": lambda c: c.list_checkpoints("r:train:0"),
+    "checkpoints": lambda c: c.all_user_checkpoints(),
+    "weights info": lambda c: c.weights_info("tinker://r:train:0/weights/1"),
+    "archive": lambda c: c.archive(REF),
+    "external weights": lambda c: c.external_weights_urls(REF),
+    "publish": lambda c: c.publish(REF),
+    "unpublish": lambda c: c.unpublish(REF),
+    "ttl": lambda c: c.set_ttl(REF, 3600),
+    "delete": lambda c: c.delete(REF),
+    "sessions": lambda c: c.all_sessions(),
+    "session": lambda c: c.session("s"),
+    "found sessions": lambda c: c.all_found_sessions(),
+    "sampler": lambda c: c.sampler("s:sample:0"),
+    "capabilities": lambda c: c.capabilities(),
+    "health": lambda c: c.health(),
+    "whoami": lambda c: c.whoami(),
+}
+
+NAMES = (
+    b"training_runs checkpoints sessions training_run_id checkpoint_id tinker_path session_id"
+    b" training_run_ids sampler_ids sampler_id urls url expires cursor total_count time status"
+    b" supported_models base_model lora_rank size_bytes public expires_at next_cursor"
+).split()
+
+
+def every_field(value):
+    """An object in which every field of the API has one value, lists of such objects included."""
+    inner = b"{" + b",".join(b'"%s":%s' % (name, value) for name in NAMES) + b"}"
+    listed = b",".join(b'"%s":[%s,%s]' % (name, value, inner) for name in NAMES[:3])
+    return b"{" + listed + b"," + inner[1:]
+
+
+ODD_VALUES = (
+    *(
+        b"null",
+        b"true",
+        b"[]",
+        b"{}",
+        b"[[]]",
+        b'""',
+        b'".."',
+        b'"a/b"',
+        b'"\\u0000"',
+        b'"\\ud800"',
+    ),
+    *(b"0", b"-1", b"1e308", b"1e999", b"NaN", b"-Infinity", b"9" * 400, b"0.1", b'"0001-01-01"'),
+    *(b'"%s"' % (b"x" * 3_000), b'"9999-12-31T23:59:60Z"', b'"http://[::1"', b'"file:///x"'),
+    *(b"[" * 400 + b"]" * 400, b'{"a":' * 400 + b"1" + b"}" * 400, b'"%s"' % (b" " * 3_000)),
+    b'"\\u202e\\u001b[31m"',
+)
+ODD_HEADERS = (
+    *("Location: http://h/\x7f", "Location: //", "Location: \xe9", "Location: http://h:99999/"),
+    *("Expires: never", "Expires: " + "9" * 5000, "Retry-After: -1", "Retry-After: nan"),
+    *("Retry-After: " + "9" * 5000, "Retry-After: 1e999", "x-should-retry: \xff"),
+    *("Retry-After-Ms: " + " " * 9000 + "x", "Content-Type: " + "text/" * 2000),
+)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.expect_warnings("could not be read")
+def test_odd_value_in_any_field_raises_nothing_but_api_errors(server, client_of, call):
+    client = client_of(server, timeout_s=2.0)
+    bodies = [every_field(value) for value in ODD_VALUES]
+    odd = [response(200, body) for body in bodies]
+    odd += [response(status, bodies[0], each) for each in ODD_HEADERS for status in (200, 302)]
+    odd += [response(status, bodies[n]) for n, status in enumerate((400, 404, 409, 422, 501))]
+    odd += [response(503, b"", each, "x-should-retry: false") for each in ODD_HEADERS]
+    for steps in odd:
+        rule = server.on("api", steps, times=None)
+        client.forget()
+        with suppress(errors.ApiError):
+            CALLS[call](client)
+        rule.remove()

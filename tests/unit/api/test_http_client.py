@@ -196,6 +196,15 @@ def test_idle_connection_that_is_slow_is_left_for_a_new_one(hostile, client_of):
 
 
 @pytest.mark.usefixtures("suspicious")
+def test_idle_connection_of_a_slow_server_is_given_more_time(hostile, client_of):
+    hostile.on(RUNS, lambda handler: handler.pause(0.4), genuine(), times=3)
+    client = client_of(hostile, timeout_s=60.0)
+    for _ in range(3):
+        client.all_training_runs()
+    assert used(hostile) == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("suspicious")
 def test_first_dead_connection_condemns_the_other_idle_ones(hostile, client_of):
     client = client_of(hostile, timeout_s=60.0, concurrency=8)
     hostile.on(RUNS, barrier := wait(), genuine(), times=4)
