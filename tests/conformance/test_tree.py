@@ -22,7 +22,7 @@ CHECKPOINT_NAMES = [
     "archive.tar",
     "tensors.json",
 ]
-CONTROL_NAMES = ["stats.json", "errors", "changes", "refresh"]
+CONTROL_NAMES = ["stats.json", "errors", "changes", "refresh", "trash"]
 
 
 def test_the_names_of_the_tree_are_the_spec_s_and_what_cannot_be_removed_is_first_and_last(world):
