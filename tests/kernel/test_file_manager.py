@@ -23,10 +23,13 @@ pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True
 #: The newest last, and so in an order of their own.
 NAMES = ("weights/warm-up", "weights/epoch-1", "weights/final")
 
+#: What the server stores of each; sorted by size they stand in a third order.
+SIZES_BYTES = (2_000_000, 3_000_000, 1_000_000)
+
 WIDTH, HEIGHT = 900, 420
-#: Where a list has the head of its last column, the time, and its first row, in a window that fills
-#: the screen.
-HEAD_OF_TIMES, FIRST_ROW = (820, 113), (260, 140)
+#: Where a list has the heads of its columns of times and sizes, and its first row, in a window that
+#: fills the screen.
+HEAD_OF_TIMES, HEAD_OF_SIZES, FIRST_ROW = (820, 113), (660, 113), (260, 140)
 
 READER = """[Desktop Entry]
 Type=Application
@@ -204,7 +207,8 @@ def run(account):
     run_id = Path(folder).name
     for days, name in enumerate(reversed(NAMES)):
         saved_s = newest_s - 86_400 * days
-        account.server.account.add_checkpoint(run_id, name, time_s=saved_s, size_bytes=3_000_000)
+        size_bytes = SIZES_BYTES[NAMES.index(name)]
+        account.server.account.add_checkpoint(run_id, name, time_s=saved_s, size_bytes=size_bytes)
     account.refresh()
     account.server.journal.clear()
     return account.path(folder)
@@ -237,6 +241,13 @@ def test_browse_sort_by_date_see_properties_and_open_a_file(account, run, deskto
     # The listing, and where such a beginning was looked up before it came: has the server any?
     assert 1 <= calls.pop("GET training_runs") <= 2
     assert calls == {"GET training_runs/{run}/checkpoints": 1}
+
+
+def test_size_column_sorts_by_what_is_stored(run, desktop):
+    desktop.open(run / "checkpoints/weights")
+    desktop.click(HEAD_OF_SIZES)
+    desktop.click(FIRST_ROW, times=2)
+    desktop.window("final -")  # the smallest
 
 
 def test_the_properties_of_a_folder_count_what_is_below_it(account, run, desktop):
