@@ -273,7 +273,7 @@ def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> Setu
         reason = f"{type(failure).__name__}: {failure}"
     reason = errors.redact(reason) or "libfuse gave no reason"
     cure = "see `tinkerfs doctor`"
-    if _APPARMOR_REFUSAL.search(reason) and preflight.has_apparmor():
+    if _APPARMOR_REFUSAL.search(reason) and preflight.may_be_apparmor():
         cure = (
             "AppArmor confines fusermount3 here: mount below your home directory, /mnt, /media or"
             " /tmp, or have root allow the place in /etc/apparmor.d/local/fusermount3 and run"

@@ -15,7 +15,7 @@ __all__ = [
     "check_allow_other",
     "check_device",
     "check_fusermount",
-    "has_apparmor",
+    "may_be_apparmor",
     "prepare_mountpoint",
 ]
 
@@ -72,15 +72,25 @@ def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
         )
 
 
-def has_apparmor(root: str = "/") -> bool:
-    """Tell whether AppArmor is on, or has a profile for fusermount3 (Ubuntu 24.10 and later)."""
+def may_be_apparmor(root: str = "/") -> bool:
+    """Tell whether a profile of AppArmor for fusermount3 may be what refuses a mount.
+
+    Ubuntu has one since 24.10. A process that is confined itself, as in a container, is refused by
+    the profile that confines it.
+    """
+    for name in ("apparmor/current", "current"):
+        try:
+            with open(os.path.join(root, "proc/self/attr", name), "rb") as file:
+                if not file.read(32).startswith(b"unconfined"):
+                    return False
+            break
+        except OSError:  # EINVAL where no security module has the file
+            continue
     try:
         with open(os.path.join(root, "sys/module/apparmor/parameters/enabled"), "rb") as file:
-            if file.read(1) == b"Y":
-                return True
+            return file.read(1) == b"Y"
     except OSError:
-        pass
-    return os.path.exists(os.path.join(root, "etc/apparmor.d/fusermount3"))
+        return os.path.exists(os.path.join(root, "etc/apparmor.d/fusermount3"))
 
 
 def check_allow_other(path: str = _CONFIGURATION, *, is_root: bool | None = None) -> None:

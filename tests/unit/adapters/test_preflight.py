@@ -110,3 +110,36 @@ def test_what_a_dead_daemon_left_is_cleaned_up(tmp_path, monkeypatch):
     monkeypatch.setattr(mounts, "unmount", lambda path, lazy: unmounted.append((path, lazy)))
     assert preflight.prepare_mountpoint(str(tmp_path)) == str(tmp_path)
     assert unmounted == [(str(tmp_path), True)]
+
+
+@pytest.mark.parametrize(
+    ("files", "is_suspected"),
+    [
+        ({}, False),
+        ({"etc/apparmor.d/fusermount3": ""}, True),
+        ({"sys/module/apparmor/parameters/enabled": "Y\n"}, True),
+        (
+            {"sys/module/apparmor/parameters/enabled": "N\n", "etc/apparmor.d/fusermount3": ""},
+            False,
+        ),
+        (
+            {
+                "sys/module/apparmor/parameters/enabled": "Y\n",
+                "proc/self/attr/apparmor/current": "unconfined\n",
+            },
+            True,
+        ),
+        (
+            {
+                "sys/module/apparmor/parameters/enabled": "Y\n",
+                "proc/self/attr/current": "docker-default (enforce)\n",
+            },
+            False,
+        ),
+    ],
+)
+def test_apparmor_is_suspected_where_fusermount_has_a_profile(tmp_path, files, is_suspected):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert preflight.may_be_apparmor(str(tmp_path)) == is_suspected
