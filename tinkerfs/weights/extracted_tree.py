@@ -89,15 +89,21 @@ class ExtractedTree(Generic[T]):
         self._put(*self._place(name), _Special())
 
     def add_hard_link(self, name: str, target: str) -> None:
-        """Extract another name for what a path names now; as `add_file`."""
+        """Extract another name for what a path names now; as `add_file`.
+
+        What has the name goes, as with tar(1), also where the target turns out to be a directory.
+        """
+        above, last = self._place(name)
         node = self._find(self._root, target, follows_last=False, is_final=False)
         if node is None:
             raise Refused("a link to what the archive did not have before it")
-        if isinstance(node, _Directory | _Special):
-            raise Refused("a link to what is not a file")
-        above, last = self._place(name)
         if above.entries.get(last) is not node:
             self._put(above, last, node)
+            if isinstance(node, _Directory):
+                del above.entries[last]
+                self._count -= 1
+        if isinstance(node, _Directory | _Special):
+            raise Refused("a link to what is not a file")
 
     def files(self) -> Iterator[tuple[str, T | None]]:
         """Yield the path of each file and link in the end, and the file that it leads to.

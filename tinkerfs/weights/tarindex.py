@@ -221,10 +221,10 @@ class _Reader:
         name = clean_name(info.name)
         # tarfile removes the slash from a name in a pax header.
         given = info.pax_headers.get("path", info.name)
-        is_link = info.islnk() or info.issym()
-        is_directory = info.isdir() or info.type == _DUMPDIR or given.endswith("/")
+        has_slash = info.isreg() and given.endswith("/")
+        is_directory = info.isdir() or info.type == _DUMPDIR or has_slash
         if name is None:
-            if is_directory and not is_link:  # SkyRL's archives have one without a name
+            if is_directory:  # SkyRL's archives have one without a name
                 return
             raise Refused("its name leads out of the directory")
         if info.issym():

@@ -2,8 +2,11 @@
 
 import os
 import subprocess
+import tempfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.support.tar_variants import (
     DAMAGED,
@@ -11,10 +14,13 @@ from tests.support.tar_variants import (
     LARGE_BYTES,
     REFUSED,
     VARIANTS,
+    folder,
     header,
     large,
+    link,
     member,
     pax,
+    symlink,
 )
 from tests.unit.weights.test_tarindex import read
 from tinkerfs.demo.content import Concat, Data, Noise
@@ -48,6 +54,26 @@ def test_tar_variant_is_read_as_by_tar(tmp_path, name):
 def test_tar_damaged_is_refused(name):
     with pytest.raises(ValueError, match=r"."):
         read({**DAMAGED, **REFUSED}[name])
+
+
+NAMES = (b"a", b"b", b"c", b"a/b", b"a/c", b"b/a", b"b/c/a", b"c/", b"a/", b"./b", b"d", b"d/e")
+TARGETS = (b"a", b"b", b"c", b"a/b", b"b/a", b"./c/a", b".", b"d/e", b"d")
+STEPS = st.one_of(
+    st.builds(member, st.sampled_from(NAMES), st.sampled_from([b"", b"1", b"22", b"333"])),
+    st.builds(symlink, st.sampled_from(NAMES), st.sampled_from(TARGETS)),
+    st.builds(link, st.sampled_from(NAMES), st.sampled_from(TARGETS)),
+    st.builds(folder, st.sampled_from(NAMES)),
+    st.builds(lambda name: header(name, 0, b"6"), st.sampled_from(NAMES)),
+)
+
+
+@settings(max_examples=100)
+@given(st.lists(STEPS, min_size=2, max_size=7))
+def test_tar_of_any_members_is_read_as_by_tar(steps):
+    packed = b"".join(steps) + END
+    with tempfile.TemporaryDirectory() as directory:
+        found = extracted(packed, directory)
+    assert {os.fsencode(path): data for path, data in read(packed)[0].items()} == found
 
 
 def test_tar_times_are_those_of_headers():
