@@ -11,12 +11,14 @@ import struct
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.account import account, api_calls, make_account, needs
 from tests.support.mount import run
+from tests.support.readers import Reader
 from tinkerfs.demo.content import Data
 
 __all__ = ["account", "make_account"]
@@ -116,6 +118,19 @@ def test_a_size_told_to_others_during_an_open_is_no_bound_after_it(weights):
         opened.set()
         looker.join()
     assert size_bytes == len(archive_of(weights, "shared"))
+
+
+def test_archive_right_after_a_stat_is_mapped_soon(weights):
+    run_id = weights.run.removeprefix("runs/")
+    weights.server.account.add_checkpoint(run_id, "sampler_weights/mapped")
+    weights.refresh()
+    file = place_of(weights, "mapped") / "archive.tar"
+    expected = archive_of(weights, "mapped")
+    file.stat()
+    began = time.monotonic()
+    # In a process of its own: the server, which this one is, has to send the pages.
+    while not Reader("mmap", file).ends_with(expected):  # ENODEV
+        assert time.monotonic() - began < 8, "the kernel knew the size after 3 s"
 
 
 def test_one_tensor_fetches_what_it_touches(make_account):

@@ -398,7 +398,9 @@ class FileSystem:
         # It may become known, or another, in between: exact is what was so before and after.
         was_exact = row.is_exact(site)
         size_bytes = row.told_bytes(site)
-        if not (was_exact and row.is_exact(site)):
+        if was_exact and row.is_exact(site):
+            self._bounds.on_exact(node.path)
+        else:
             self._bounds.told(node.path)
         return size_bytes
 

@@ -6,6 +6,7 @@ from tests.support.clocks import FakeTime
 from tests.support.drivers import opened
 from tinkerfs.call import Call
 from tinkerfs.demo.server import DemoServer
+from tinkerfs.tree.bounds import SETTLED_S, Bounds
 
 CALL = Call(timeout_s=30.0)
 
@@ -32,3 +33,17 @@ def test_a_bound_is_remembered_also_if_the_length_becomes_known_while_it_is_told
         monkeypatch.setattr(type(weights), "archive_bytes", lambda *_args: next(rest))
         filesystem.stat(path, CALL)
         assert (filesystem._bounds.told_at(path) is not None) == is_bound
+
+
+def test_bounds_after_an_exact_size_hold_until_it_settled():
+    now = [100.0]
+    bounds = Bounds(lambda: now[0])
+    bounds.told("/x")
+    now[0] += SETTLED_S - 0.01
+    bounds.on_exact("/x")
+    assert bounds.told_at("/x") == 100.0, "a reply with the bound may be on its way"
+    now[0] += 0.02
+    assert bounds.told_at("/x") == 100.0, "the kernel has no other size"
+    bounds.on_exact("/x")
+    assert bounds.told_at("/x") is None
+    bounds.on_exact("/x")
