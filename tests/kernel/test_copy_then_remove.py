@@ -13,7 +13,7 @@ from tests.support.terminal import terminal
 
 __all__ = ["account", "make_account"]
 
-TOOLS = ("busybox", "jq", "perl", "rclone", "rsync")
+TOOLS = ("busybox", "gio", "jq", "perl", "rclone", "rsync")
 
 #: $X is a checkpoint directory, $W and $CK those above it, $OUT a directory off the mount.
 MOVES = {
@@ -43,6 +43,8 @@ MOVES = {
     "rsync": "rsync -a --remove-source-files $X $OUT/; find $CK -type d -empty -delete; rmdir $X",
     "rclone": "rclone --config /dev/null move $X $OUT/x",
     "rclone --links": ("rclone --config /dev/null move --links --delete-empty-src-dirs $X $OUT/x"),
+    "gio move": "for n in info.json published; do gio move $X/$n $OUT/; done; rm -r $X",
+    "xargs": "ls -d $X | xargs -P4 -I{} sh -c 'cp -a {} $OUT/ && rm -r {}'",
     "cp && rm": "cp -a $X $OUT/ && rm -r $X",
     "cp && find": "cp -a $CK $OUT/ && find $CK -mindepth 1 -delete",
     "cp -P of each && rm": "cp -P $X/* $OUT/ && rm -r $X",
