@@ -160,9 +160,12 @@ class NotFound(ApiError):
 class EndpointMissing(ApiError):
     """The thing is there, but this server has no such endpoint."""
 
+    #: What is said in place of the server's own words, which are those of a missing thing.
+    reason = "this server has no such endpoint"
+
     def __str__(self) -> str:
-        """Say so: the server's own words are those of a thing that is not there."""
-        return f"this server has no such endpoint ({super().__str__()})"
+        """Say so."""
+        return f"{self.reason} ({super().__str__()})"
 
 
 class BadRequest(ApiError):

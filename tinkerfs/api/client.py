@@ -18,6 +18,7 @@ from tinkerfs.api import endpoints, paging, parsing, rawjson, signed
 from tinkerfs.api.breaker import Breakers
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint, Scope
+from tinkerfs.api.failures import withheld
 from tinkerfs.api.lacks import REFUSALS, Lacks
 from tinkerfs.api.models import (
     Capabilities,
@@ -468,7 +469,9 @@ class Client:
         endpoint = request.endpoint
         run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
         kind = ref.path_id.partition("/")[0]  # SkyRL has archives of sampler checkpoints alone
-        with self._lacks.asking((endpoint.label, kind)), self._guarded(request) as deadline:
+        # Nor does what is refused of another account's checkpoints speak of one's own.
+        what = (endpoint.label, kind, ref.run_id if ref.is_foreign else None)
+        with self._lacks.asking(what), self._guarded(request) as deadline:
 
             def ask(checkpoint_id: str) -> T:
                 path = f"{run}/{id_path(checkpoint_id)}{request.path}"
@@ -481,10 +484,11 @@ class Client:
             except errors.NotFound as error:
                 if not (ref.is_known and endpoint.method == "GET" and self._is_listed(ref)):
                     raise
-                words = f"{error.message} (which is listed all the same)"
-                raise errors.EndpointMissing(
-                    words, endpoint=endpoint.label, status=error.status
-                ) from None
+                raise withheld(error, is_foreign=ref.is_foreign) from None
+            except errors.EndpointMissing as error:
+                if not (ref.is_foreign and error.status in (404, 410)):
+                    raise
+                raise withheld(error, is_foreign=True) from None
 
     def _is_listed(self, ref: CheckpointRef) -> bool:
         """Tell whether a checkpoint that an endpoint does not find is there all the same."""

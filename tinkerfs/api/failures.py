@@ -15,7 +15,28 @@ from tinkerfs.api import rawjson, times
 from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.errors import ApiError
 
-__all__ = ["failure_of", "is_generic", "missing_kind", "server_words"]
+__all__ = ["failure_of", "is_generic", "missing_kind", "server_words", "withheld"]
+
+
+def withheld(error: ApiError, *, is_foreign: bool) -> errors.EndpointMissing:
+    """Return the failure that a server does not give something of a checkpoint that it lists.
+
+    It may lack the endpoint, or refuse it: another account's public checkpoint is often refused by
+    "not found".
+
+    Args:
+        error: a 404 or 410.
+        is_foreign: whether the checkpoint is known to be another account's.
+    """
+    message = error.message
+    if not isinstance(error, errors.EndpointMissing):
+        message += " (which is listed all the same)"
+    failure = errors.EndpointMissing(message, endpoint=error.endpoint, status=error.status)
+    if is_foreign:
+        failure.reason = "the server does not give this of another account's checkpoint"
+    elif not isinstance(error, errors.EndpointMissing):
+        failure.reason += ", or not for this checkpoint"
+    return failure
 
 
 def missing_kind(

@@ -49,6 +49,7 @@ class CheckpointRef:
         listed_id: the id as the listing gave it.
         is_known: whether a listing has just shown it, so that "not there" speaks of the endpoint.
         is_shared: whether another checkpoint of the run is listed under the same bare id.
+        is_foreign: whether the run is known to be another account's.
     """
 
     run_id: str
@@ -56,6 +57,7 @@ class CheckpointRef:
     listed_id: str
     is_known: bool = False
     is_shared: bool = False
+    is_foreign: bool = False
 
     def is_of(self, tinker_path: str | None, checkpoint_id: str | None) -> bool:
         """Return whether a listed checkpoint is this one, by its tinker path or its id."""

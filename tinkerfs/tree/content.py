@@ -89,6 +89,8 @@ def _versioned(checkpoint: Checkpoint) -> str:
 
 
 def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
+    own = site.model.catalogue.known_runs()
+    is_foreign = own is not None and checkpoint.run_id not in own.by_id
     return Subject(
         server=site.model.settings.base_url,
         key=(
@@ -96,7 +98,7 @@ def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
             *checkpoint.fingerprint,
             site.model.catalogue.incarnations.get(checkpoint.key),
         ),
-        ref=checkpoint.ref,
+        ref=replace(checkpoint.ref, is_foreign=is_foreign),
         path=site.path,
         mtime_ns=checkpoint.record.time_ns or site.model.started_ns,
         is_dated=checkpoint.is_dated,

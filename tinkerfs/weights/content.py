@@ -41,7 +41,7 @@ from tinkerfs.weights.index import (
 )
 from tinkerfs.weights.inflate import Unpacked
 from tinkerfs.weights.origin import Origin
-from tinkerfs.weights.probe import has_version, read_range, read_version
+from tinkerfs.weights.probe import has_version, read_archive_version, read_range
 from tinkerfs.weights.remote import RemoteFile
 from tinkerfs.weights.source import Source
 from tinkerfs.weights.subject import Subject
@@ -184,7 +184,7 @@ class Weights:
             address = self._address(subject)
             address.url(call)
             version = _patiently(
-                call, lambda: read_version(self._client, address), f"size of {subject.path}"
+                call, lambda: read_archive_version(self._client, address), f"size of {subject.path}"
             )
             self._store.put(_VERSIONS, subject.identity, msgspec.json.encode(version))
         size_bytes = version.size_bytes

@@ -23,6 +23,8 @@ from tinkerfs.weights.connections import StoreClient
 from tinkerfs.weights.etags import Sample, sample_of
 from tinkerfs.weights.extracted_tree import ExtractedTree, Refused
 from tinkerfs.weights.inflate import GZIP_MAGIC, inflated
+from tinkerfs.weights.patience import Lost, Patience
+from tinkerfs.weights.probe import empty_archive
 from tinkerfs.weights.source import Address, Source
 from tinkerfs.weights.tarindex import Member, Segment, clean_name, read_members
 from tinkerfs.weights.transfer import OVERLAP_BYTES
@@ -162,17 +164,21 @@ def archive_index(
         ApiError: it cannot be had.
         OSError: EIO when it is no sound archive.
     """
-    for number in itertools.count(1):
+    patience, number = Patience(client.timeout_s), 0
+    while True:
         try:
             return _archive_index(client, address, cache, identity, about)
+        except Lost as lost:
+            patience.lost(lost)
         except ValueError as error:
+            number += 1
             if number == TRIES:
                 raise errors.damaged(address.path, str(error)) from None
         except OSError as error:
             # It was replaced while its headers were read: nothing of it was given out yet.
+            number += 1
             if number == TRIES or not errors.is_stale(error):
                 raise
-    raise AssertionError
 
 
 def _archive_index(
@@ -191,6 +197,8 @@ def _archive_index(
             sample = sample_of(0, first)
             source = Source(client, address, version, sample)
             rest = _on(first, source, version)
+        if not first:
+            raise empty_archive()
         if first.startswith(GZIP_MAGIC):
             key = block_key(identity, version, "unpacked")
             disk = cache.open(key, f"{about} unpacked")

@@ -1,13 +1,15 @@
 """Questions to an object store that take one request each."""
 
-from tinkerfs.weights.connections import StoreClient
+from tinkerfs import errors
+from tinkerfs.weights.connections import LABEL, StoreClient
+from tinkerfs.weights.patience import Lost, Patience
 from tinkerfs.weights.source import Address, Source
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
-__all__ = ["has_version", "read_range", "read_version"]
+__all__ = ["empty_archive", "has_version", "read_archive_version", "read_range"]
 
 
-def read_version(client: StoreClient, address: Address) -> Version:
+def _read_version(client: StoreClient, address: Address) -> Version:
     """Return which version of a file the store has.
 
     Raises:
@@ -20,13 +22,31 @@ def read_version(client: StoreClient, address: Address) -> Version:
         return transfer.version
 
 
+def read_archive_version(client: StoreClient, address: Address) -> Version:
+    """Return which version of an archive the store has, waiting while it is empty.
+
+    Raises:
+        ApiError: the request fails, or the archive stays empty.
+    """
+    patience = Patience(client.timeout_s)
+    while not (version := _read_version(client, address)).size_bytes:
+        patience.lost(empty_archive())
+    return version
+
+
+def empty_archive() -> Lost:
+    """Return the failure that an archive is an empty file, which no archive is."""
+    words = "the store has an empty file in place of the archive, which may not be written yet"
+    return Lost(errors.ServerError(words, endpoint=LABEL))
+
+
 def has_version(client: StoreClient, address: Address, version: Version) -> bool:
     """Return whether the store has a version of a file, as far as its validators tell.
 
     Raises:
         ApiError: the request fails.
     """
-    now = read_version(client, address)
+    now = _read_version(client, address)
     return _comparable(now) == _comparable(version)
 
 

@@ -163,10 +163,10 @@ class Source:
             try:
                 answer = self._ask(url, start, stop)
             except _Refused as refusal:
+                self._address.refuse(url)
                 if refused is not None:
                     raise refused from None
                 refused = refusal.error
-                self._address.refuse(url)
             except _WithoutCondition:
                 pass
             except Lost as lost:
@@ -241,6 +241,9 @@ class Source:
             _Refused, Lost, ApiError, OSError: as `_ask`.
         """
         status, host = response.status, response.host
+        if status == 200 and "html" in response.headers.get("content-type", "").lower():
+            words = f"{host} sent a page of HTML, as a captive portal does"
+            raise _Refused(errors.ProtocolError(words, endpoint=LABEL, status=status))
         if status in (200, 206):
             size_bytes = None if self._version is None else self._version.size_bytes
             if size_bytes == UNKNOWN_BYTES:

@@ -402,6 +402,48 @@ def test_external_weights_are_whole_or_fail(bytes_of, client_of, body):
         client.external_weights_urls(REF)
 
 
+#: Whatever is asked: of each endpoint that is not a change.
+QUESTIONS = {
+    "GET training_runs": lambda client: client.list_training_runs(),
+    "GET training_runs/{run}": lambda client: client.training_run("r"),
+    "GET training_runs/{run}/checkpoints": lambda client: client.list_checkpoints("r"),
+    "GET checkpoints": lambda client: client.list_user_checkpoints(),
+    "POST weights_info": lambda client: client.weights_info("tinker://r/weights/1"),
+    "GET external_weights_urls": lambda client: client.external_weights_urls(REF),
+    "GET sessions": lambda client: client.list_sessions(),
+    "GET sessions/{session}": lambda client: client.session("s"),
+    "POST sessions/search": lambda client: client.search_sessions(),
+    "GET samplers/{sampler}": lambda client: client.sampler("s"),
+    "GET get_server_capabilities": lambda client: client.capabilities(),
+    "GET healthz": lambda client: client.health(),
+    "GET auth/apikey/me": lambda client: client.whoami(),
+}
+PORTALS = {
+    "page": http(200, b"<html><title>Log in</title></html>", "Content-Type: text/html"),
+    "page called JSON": http(200, b"<!doctype html>", "Content-Type: application/json"),
+    "text": http(200, b"Please log in"),
+    "empty": http(200),
+    "redirect": http(302, b"", "Location: http://portal/login"),
+}
+
+
+@pytest.mark.parametrize("portal", PORTALS)
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_portal_in_place_of_an_answer_is_not_believed(bytes_of, client_of, question, portal):
+    server, client = answers(bytes_of, client_of, PORTALS[portal])
+    with pytest.raises(errors.ProtocolError):
+        QUESTIONS[question](client)
+    assert len(server.received) == 1
+
+
+@pytest.mark.parametrize("portal", [each for each in PORTALS if each != "redirect"])
+def test_portal_in_place_of_an_archive_is_not_believed(bytes_of, client_of, portal):
+    server, client = answers(bytes_of, client_of, PORTALS[portal])
+    with pytest.raises(errors.ProtocolError):
+        client.archive(REF)
+    assert len(server.received) == 1
+
+
 # --- servers that differ -------------------------------------------------------------------------
 
 
