@@ -18,6 +18,8 @@ pytestmark = pytest.mark.kernel
 OK = b"HTTP/1.1 200 OK\r\n"
 TIMEOUT_S = 1.0
 FINAL = (errors.ProtocolError, errors.Rejected)
+#: The last where a flood takes a busy machine longer than the time-out.
+FAILURES = ("Protocol error", "Input/output error", "Connection timed out")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +110,7 @@ def test_hostile_responses_fail_a_listing_and_nothing_else(mount):
         rule = server.on("GET training_runs", *steps, times=None)
         (root / ".tinkerfs/refresh").write_bytes(b"1")
         (said,) = list_all([root / "runs"])
-        assert any(words in said for words in ("Protocol error", "Input/output error")), name
+        assert any(words in said for words in FAILURES), (name, said)
         rule.remove()
         (root / ".tinkerfs/refresh").write_bytes(b"1")
         assert sorted(os.listdir(root / "runs")) == whole, name
