@@ -38,9 +38,6 @@ _REFUSALS = frozenset({400, 401, 403, 404, 410})
 _RETRIED = frozenset({408, 425, 429})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
-#: What says nothing of the file: the API is asked again for a URL as a store is for bytes.
-_OUTAGES = (errors.Unreachable, errors.TimedOut, errors.ServerError)
-
 
 class Address(Protocol):
     """Where a file is."""
@@ -155,11 +152,7 @@ class Source:
         """
         refused: ApiError | None = None
         while True:
-            try:
-                url = self._url(IN_PROCESS)
-            except _OUTAGES as error:
-                patience.lost(Lost(error))
-                continue
+            url = self._url(IN_PROCESS)
             try:
                 answer = self._ask(url, start, stop)
             except _Refused as refusal:

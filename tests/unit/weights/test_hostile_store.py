@@ -209,6 +209,21 @@ def test_read_rides_out_a_store_that_refuses_for_a_moment(server, weights_of):
         assert reading.result(30) == expected_of(server)
 
 
+def test_read_rides_out_an_api_that_refuses_for_a_moment(server, weights_of):
+    mount = weights_of(server, timeout_s=20)
+    with open_in(mount, server) as file:
+        mount.weights._archives.forget()  # as where a URL expired
+        server.stop_listening("api", "store")
+        server.drop_connections()
+        calls = mount.telemetry.snapshot()["calls_total"]
+        reading = in_thread(lambda: read(file), "reader")
+        while mount.telemetry.snapshot()["calls_total"] < calls + 5:
+            assert not reading.done(), reading.exception()
+            time.sleep(0.01)
+        server.resume_listening()
+        assert reading.result(30) == expected_of(server)
+
+
 def test_read_of_a_store_that_stays_away_fails_in_time(server, weights_of):
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     with open_in(mount, server) as file:
@@ -470,3 +485,18 @@ def test_external_files_in_chunks_without_a_length_are_read(server, weights_of):
         with mount.weights.open(subject, name, IN_PROCESS) as file:
             assert file.size_bytes == member.size_bytes
             assert read(file) == truth(server, subject, name)
+
+
+def test_redirect_to_another_origin_carries_no_key(server, weights_of):
+    with HostileServer(runs=1) as other:
+        place = f"{other.store_url}/elsewhere?X-Signature=c0ffee"
+        server.on(
+            "store", f"HTTP/1.1 307 X\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode()
+        )
+        mount = weights_of(server, timeout_s=10)
+        assert not read_in_the_end(mount, server)
+        assert other.received
+        for request in (*other.received, *server.received):
+            is_api = request.origin == "api"
+            assert (server.api_key.encode() in request.head) == is_api
+            assert bool(request.header("X-API-Key")) == is_api
