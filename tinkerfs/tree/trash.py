@@ -110,7 +110,7 @@ def trash_paths(path: str) -> list[str]:
 
 
 def _link_names(parts: list[str]) -> list[str]:
-    if parts[:2] == [".tinkerfs", "trash"]:
+    if parts[:2] in ([".tinkerfs", "trash"], ["adapters", ".content"]):
         parts = parts[1:]
     match parts:
         case ["trash" | "checkpoints" | "published" | "expiring" | "adapters", name, *_]:

@@ -23,6 +23,7 @@ LINK = f"/.tinkerfs/trash/{RUN}@weights@0001"
         f"/runs/{RUN}/checkpoints/weights/0001",
         f"/runs/{RUN}/checkpoints/weights/0001/info.json",
         f"/.content/{RUN}/weights/0001/1767265630000000000/files",
+        f"/adapters/.content/{RUN}/weights/0001/1767265630000000000",
     ],
 )
 def test_trash_paths_of_a_checkpoint_is_its_link(path):
