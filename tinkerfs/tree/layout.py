@@ -304,7 +304,10 @@ def _content(
     version: Folder,
     find_kind: Callable[[Site, str], tuple[models.TrainingRun, str] | None],
 ) -> Folder:
-    """A walk must not come to what costs the server something: nothing in it is listed."""
+    """Return a directory of what costs something to read, by version of a checkpoint.
+
+    Nothing in it is listed, so that a walk does not reach it.
+    """
     name = Folder(
         "<name>", "of a checkpoint", (Each(version, _list_version, _find_version, False),)
     )
