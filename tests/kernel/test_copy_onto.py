@@ -11,6 +11,8 @@ from tests.support.account import account, make_account, needs, quoted
 
 __all__ = ["account", "make_account"]
 
+pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
+
 #: $X is published and expires, $Y is not and does not; $OUT is a directory off the mount.
 COPIES = {
     "cp -r of names": "cp -r $X/* $Y/",

@@ -13,6 +13,8 @@ from tests.support.terminal import terminal
 
 __all__ = ["account", "make_account"]
 
+one_binding = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
+
 TOOLS = ("busybox", "gio", "jq", "perl", "rclone", "rsync")
 
 #: $X is a checkpoint directory, $W and $CK those above it, $OUT a directory off the mount.
@@ -124,6 +126,7 @@ LOOKS = {
 }
 
 
+@one_binding
 @pytest.mark.parametrize("name", LOOKS)
 def test_a_look_then_a_removal_deletes_what_it_names(account, run, tmp_path, name):
     key = f"KEY={quoted(account.server.api_key)}\n"
@@ -133,12 +136,14 @@ def test_a_look_then_a_removal_deletes_what_it_names(account, run, tmp_path, nam
     assert deletes(account.server) == 1
 
 
+@one_binding
 def test_a_copy_by_one_command_lets_another_remove(account, run, tmp_path):
     assert account.sh(script(run, tmp_path, "cp -a $X $OUT/")).returncode == 0
     assert account.sh(script(run, tmp_path, "rm -r $X")).returncode == 0
     assert account.checkpoint_ids(run) == {*NAMES} - {"weights/0001"}
 
 
+@one_binding
 @pytest.mark.parametrize(
     "move", ["mv $X $W/0003", "mv $X $W/0002/", "mv $OUT/in $W/", "mv -f $OUT/in/* $X/"]
 )
@@ -154,7 +159,7 @@ def test_a_move_within_or_onto_the_mount_changes_nothing(account, run, tmp_path,
     assert account.checkpoint_ids(run) == set(NAMES)
 
 
-@pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
+@one_binding
 def test_mc_moves_nothing_off_the_mount(account, run, tmp_path):
     needs(["mc"])
     out = tmp_path / "out"
