@@ -25,6 +25,10 @@ __all__ = ["Answer", "ExchangeError", "HttpClient"]
 
 CONNECT_TIMEOUT_S = 5.0
 
+#: How many bytes that are not of the body a response may have, and how many more for each byte of
+#: the body: chunks of a byte each would keep a processor busy until the deadline.
+MAX_OVERHEAD_BYTES, MAX_OVERHEAD_RATIO = 64 << 10, 1
+
 #: How much of the body of an error is read at least, bytes.
 MAX_ERROR_BYTES = 1 << 20
 
@@ -156,7 +160,7 @@ class HttpClient:
                         self._backend.observe(time.monotonic() - began)
                     self._check_order(exchange, label)
                     try:
-                        content = self._read(response, label)
+                        content = self._read(response, exchange, label)
                     finally:
                         self._telemetry.count("bytes_received", response.num_bytes_downloaded)
                     outcome = str(response.status_code)
@@ -183,7 +187,7 @@ class HttpClient:
             message = f"{self._host} sent a response before the request"
             raise ExchangeError(errors.Unreachable(message, endpoint=label))
 
-    def _read(self, response: httpx.Response, label: str) -> bytes:
+    def _read(self, response: httpx.Response, exchange: Exchange, label: str) -> bytes:
         """Return the whole body, decoded."""
         coding = response.headers.get("content-encoding", "").strip().lower()
         if coding not in _CODINGS:
@@ -192,6 +196,11 @@ class HttpClient:
         body = bytearray()
         for chunk in response.iter_bytes():
             body += chunk
+            body_bytes = response.num_bytes_downloaded
+            allowed_bytes = MAX_OVERHEAD_BYTES + (1 + MAX_OVERHEAD_RATIO) * body_bytes
+            if exchange.received_bytes - exchange.head_bytes > allowed_bytes:
+                message = f"{self._host} sent little but the framing of chunks"
+                raise _final(errors.ProtocolError(message, endpoint=label))
             if response.status_code >= 400 and len(body) > MAX_ERROR_BYTES:
                 break  # what it says is said by now; its connection is closed
             if len(body) > self._max_body_bytes:

@@ -49,6 +49,7 @@ class Exchange:
         may_repeat: whether it may be sent again, so that a suspect connection may be tried.
         is_head: whether the response's headers are still awaited.
         head_bytes: received until then.
+        received_bytes: in all.
         is_connection_dead: set when a suspect connection did not respond.
         is_reused: whether its connection served another exchange before.
     """
@@ -57,6 +58,7 @@ class Exchange:
     may_repeat: bool
     is_head: bool = True
     head_bytes: int = 0
+    received_bytes: int = 0
     is_connection_dead: bool = False
     is_reused: bool = False
 
@@ -199,6 +201,8 @@ class _Stream(httpcore.NetworkStream):
                     self._backend.trusted_since = _now() - IDLE_S
                 raise
         self._is_suspect, self._used_at = False, _now()
+        if exchange is not None:
+            exchange.received_bytes += len(data)
         if exchange is not None and exchange.is_head:
             exchange.head_bytes += len(data)
             if exchange.head_bytes > MAX_HEAD_BYTES:

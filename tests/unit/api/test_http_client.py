@@ -102,6 +102,25 @@ def test_flood_before_the_body_is_not_read_on(hostile, client_of, telemetry, flo
     assert telemetry.snapshot()["calls"] == {RUNS: {"not understood": 1}}
 
 
+@pytest.mark.parametrize("chunk", [b"1\r\n \r\n" * 999, b"1;" + b"x" * 5000 + b"\r\n \r\n"])
+@pytest.mark.parametrize("status", [b"200", b"500"])
+def test_flood_of_tiny_chunks_is_not_read_on(hostile, client_of, chunk, status):
+    head = b"HTTP/1.1 " + status + b" X\r\nTransfer-Encoding: chunked\r\n\r\n"
+    hostile.on(RUNS, head, endless(chunk))
+    with pytest.raises(errors.ProtocolError, match="framing"):
+        client_of(hostile, timeout_s=60.0).all_training_runs()
+    hostile.journal.wait_until_idle()
+
+
+def test_body_in_small_chunks_is_read(hostile, client_of):
+    def in_chunks(_head, body):
+        chunks = b"".join(b"8\r\n%8b\r\n" % body[at : at + 8] for at in range(0, len(body), 8))
+        return (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n",)
+
+    hostile.on(RUNS, genuine(in_chunks))
+    assert len(client_of(hostile).all_training_runs()) == 1
+
+
 def test_interim_responses_before_the_response_are_skipped(hostile, client_of):
     interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
     hostile.on(RUNS, interim * 5, genuine())
