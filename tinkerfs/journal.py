@@ -1,4 +1,4 @@
-"""Journal: the last lines of a log, and a text that only grows while somebody reads it.
+"""Journal: the last lines of a log, and a text that only grows while it is open.
 
 `tail -f` asks for a file's length and reads on from where it was. Of the last hundred lines alone
 the length says nothing once each new line pushes out an old one. So while a reader has the journal
@@ -14,7 +14,7 @@ __all__ = ["KEPT_LINES", "Journal"]
 
 T = TypeVar("T")
 
-#: How many entries are kept (spec: "The tree").
+#: Maximum number of entries (spec: "The tree").
 KEPT_LINES: Final = 100
 #: Length at which a text that is read is cut to the last entries; `tail` says "file truncated".
 _MAX_BYTES: Final = 1 << 20
@@ -33,7 +33,7 @@ class Journal(Generic[T]):
         # All guarded by _lock.
         self._entries: deque[T] = deque(maxlen=KEPT_LINES)
         self._readers = 0
-        #: None while there is no reader.
+        #: None without readers.
         self._text: bytearray | None = None
 
     def entries(self) -> list[T]:

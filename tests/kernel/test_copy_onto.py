@@ -96,8 +96,10 @@ def test_a_copy_of_a_directory_changes_no_checkpoint(account, pair, tmp_path, na
 def test_a_refused_control_says_why_and_how_it_is_written(account, pair, tmp_path):
     done = run_script(account, pair, tmp_path, COPIES["cp -r of names"])
     assert "error writing" in done.stderr
-    told = [line for line in account.errors().splitlines() if pair[1] in line]
-    assert any("as a copy of a whole directory does; nothing was changed (hint" in t for t in told)
+    logged = [line for line in account.errors().splitlines() if pair[1] in line]
+    assert any(
+        "as a copy of a whole directory does; nothing was changed (hint" in t for t in logged
+    )
 
 
 @pytest.mark.parametrize("name", BY_HAND)

@@ -81,8 +81,8 @@ def test_a_copy_then_a_removal_deletes_nothing(account, run, tmp_path, name):
     assert deletes(account.server) == 0
     assert account.checkpoint_ids(run) == set(NAMES)
     assert "peration not permitted" in done.stderr or "PermissionError" in done.stderr, done
-    told = [line for line in account.errors().splitlines() if run in line]
-    assert any("(hint: tinkerfs get PATH DEST, then rm -r PATH" in line for line in told)
+    logged = [line for line in account.errors().splitlines() if run in line]
+    assert any("(hint: tinkerfs get PATH DEST, then rm -r PATH" in line for line in logged)
     # Nothing stays hidden, and what is meant still deletes.
     listed = account.sh(f"ls {run}/checkpoints/weights/0001").stdout.split()
     assert len(listed) == 8

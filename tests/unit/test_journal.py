@@ -37,7 +37,7 @@ def test_a_text_that_is_read_only_grows(journal):
     assert journal.entries() == [*range(1, KEPT_LINES), "new"]
 
 
-def test_the_last_reader_that_closes_brings_back_the_last_entries(journal):
+def test_the_last_close_brings_back_the_last_entries(journal):
     fill(journal, 0, KEPT_LINES)
     journal.open()
     journal.open()

@@ -11,7 +11,7 @@ the FUSE requests of each tool, three rules separate that from a look:
 3. A process opened every file and unlinks one without having listed the directory in between:
    rclone with four transfers at once. What deletes a directory lists it first.
 
-GIO opens files with O_NOATIME, and without O_NOFOLLOW, to choose their icons: that is no copy.
+GIO opens files with O_NOATIME, and without O_NOFOLLOW, to choose their icons: that is not a copy.
 Thread-safe.
 """
 
@@ -28,7 +28,7 @@ __all__ = ["COPIED_FILES", "COPIED_LINKS", "CopyTracker"]
 #: What every checkpoint directory has, and every copy of one reads.
 COPIED_FILES: Final = ("info.json", "published", "expires_at", "tinker_path")
 COPIED_LINKS: Final = ("archive_url", "files", "archive.tar", "tensors.json")
-#: What nobody writes to but a copy: what a write changes is not among them.
+#: Names that a copy alone writes to: the controls are not among them.
 _READ_ONLY: Final = ("info.json", "tinker_path", *COPIED_LINKS)
 
 #: A copy counts until its group has read nothing of a checkpoint for so long, seconds. A script may
@@ -139,7 +139,7 @@ class CopyTracker:
             return copies.is_everything or at in copies.directories
 
     def forget(self, directory: str) -> None:
-        """Forget who copied a directory: what it showed is deleted."""
+        """Forget the copies of a directory: what it showed is deleted."""
         with self._lock:
             for copies in self._copies.values():
                 copies.directories.discard(hash(directory))

@@ -1,7 +1,7 @@
 """Deletion guard: decides whether a process may remove or change what it asks to.
 
-It joins what was hidden and refused (`removal`) with who copies what (`copy_tracker`). An adapter
-that opens a file or reads a link from its own cache calls `on_open` and `on_readlink` itself.
+It joins what was hidden and refused (`removal`) with what each group copied (`copy_tracker`). An
+adapter that opens a file or reads a link from its own cache calls `on_open` and `on_readlink`.
 Thread-safe.
 """
 

@@ -1,6 +1,6 @@
 """Removal: what is hidden until its checkpoint is deleted, and who may remove nothing for now.
 
-`rm -r` of a checkpoint unlinks its files and then removes its folder. Unlinking only hides, only
+`rm -r` of a checkpoint unlinks its files and then removes its directory. Unlinking only hides, only
 from the process group that unlinks, and only for a minute: the rmdir is what deletes, and no other
 group comes to find an empty directory. A walk that goes on after a refusal would delete every
 checkpoint that it comes to (measured with rm -rf, find -delete, rmtree(ignore_errors=True), perl,
@@ -121,7 +121,7 @@ class Removals:
         )
 
     def refuse(self, group: int, path: str, hint: str = HOW_TO_DELETE) -> OSError:
-        """Return the refusal of a removal; remember who met it, and show what it had hidden."""
+        """Return the refusal of a removal; record its group, and show what that had hidden."""
         with self._lock:
             now = self._clock.monotonic()
             for other in [g for g, r in self._refused.items() if now - r.at >= WINDOW_S]:

@@ -256,7 +256,7 @@ def test_only_what_is_opened_to_be_read_is_opened_once(libfuse, monkeypatch):
     assert opened == [os.O_RDWR] * 4
 
 
-def test_the_guard_hears_of_what_is_answered_without_it(libfuse, monkeypatch):
+def test_cached_opens_and_links_are_reported_to_the_guard(libfuse, monkeypatch):
     libfuse.filesystem.epoch, heard = 1, []
     for name in ("on_open", "on_readlink"):
         monkeypatch.setattr(

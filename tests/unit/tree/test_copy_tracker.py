@@ -139,6 +139,6 @@ def test_a_control_is_written_over_with_its_directory(copies, time):
         ("sedXq31aB", False),
     ],
 )
-def test_a_new_name_counts_if_it_is_of_what_nobody_writes(copies, name, is_copy):
+def test_a_new_name_counts_if_it_is_of_a_read_only_file(copies, name, is_copy):
     copies.on_write_refused("key", name, 70)
     assert copies.is_written_over("key", 70) is is_copy
