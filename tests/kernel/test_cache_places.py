@@ -89,7 +89,7 @@ def loopback(tmp_path, request):
         os.listdir(mountpoint)
         yield mountpoint
         force_unmount(str(mountpoint))
-    assert process.returncode == 0
+        process.kill()  # a test that fails may hold a file open, and so the mount
 
 
 @pytest.mark.parametrize(
