@@ -15,7 +15,7 @@ __all__ = ["account", "make_account"]
 
 one_binding = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-TOOLS = ("busybox", "gio", "jq", "perl", "rclone", "rsync")
+TOOLS = ("busybox", "gio", "jq", "perl", "rclone", "rsync", "zip")
 
 #: $X is a checkpoint directory, $W and $CK those above it, $OUT a directory off the mount.
 MOVES = {
@@ -45,6 +45,8 @@ MOVES = {
     "rsync": "rsync -a --remove-source-files $X $OUT/; find $CK -type d -empty -delete; rmdir $X",
     "rclone": "rclone --config /dev/null move $X $OUT/x",
     "rclone --links": ("rclone --config /dev/null move --links --delete-empty-src-dirs $X $OUT/x"),
+    "zip -m": "cd $W && zip -qrmy $OUT/x.zip 0001; rmdir 0001",
+    "zip -m, following": "cd $W && zip -qrm $OUT/x.zip 0001; rmdir 0001",
     "gio move": "for n in info.json published; do gio move $X/$n $OUT/; done; rm -r $X",
     "xargs": "ls -d $X | xargs -P4 -I{} sh -c 'cp -a {} $OUT/ && rm -r {}'",
     "cp && rm": "cp -a $X $OUT/ && rm -r $X",
