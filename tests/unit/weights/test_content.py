@@ -316,7 +316,7 @@ def test_what_is_unsafe_is_left_out_and_told(demo_server, weights_of):
         mount.weights.open(subject, "../up", IN_PROCESS)
 
 
-@pytest.mark.parametrize("cut", [0, 100, 3000, 19_700])
+@pytest.mark.parametrize("cut", [100, 3000, 19_700])
 def test_a_tar_that_ends_early_is_an_error(cut, demo_server, weights_of):
     packed = tar_of(("a", b"x" * 9000), ("b", b"y" * 9000))
     subject, mount = mounted(demo_server(runs=1), weights_of, packed[:cut])
