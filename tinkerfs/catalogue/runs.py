@@ -172,12 +172,14 @@ class Catalogue:
         self._expire_changed()
         if self._walks.is_ahead(run_id):
             self._come_to_run(run_id)
+        # What an earlier mount kept may be from before a removal.
+        kept = partial(self._warm.checkpoints, run_id)
         return self._cache.get(
             ("checkpoints", run_id),
             partial(self._load_checkpoints, run_id),
             self._freshness.listing,
             call,
-            None if is_from_now else partial(self._warm.checkpoints, run_id),
+            None if is_from_now or self._trash.has_run(run_id) else kept,
         )
 
     def find(
@@ -235,7 +237,7 @@ class Catalogue:
         """
         self._expire_changed()
         listing = self._cache.get(
-            ("user",), self._load_user, self._freshness.listing, call, self._warm.user
+            ("user",), self._load_user, self._freshness.listing, call, self._warm_user()
         )
         return self._trash.visible_of_user(listing)
 
@@ -243,7 +245,7 @@ class Catalogue:
         """Yield the checkpoints of all the user's runs; as they come where `each_run` would."""
         self._expire_changed()
         found = self._cache.get_or_parts(
-            ("user",), self._load_user, self._freshness.listing, call, self._warm.user
+            ("user",), self._load_user, self._freshness.listing, call, self._warm_user()
         )
         if isinstance(found, Parts):
             return (c for c in found.each(call) if not self._trash.is_trashed(c))
@@ -264,6 +266,9 @@ class Catalogue:
         """Return the checkpoints of all runs as last listed, without a call."""
         listing: UserListing | None = self._cache.peek(("user",))
         return None if listing is None else self._trash.visible_of_user(listing)
+
+    def _warm_user(self) -> Callable[[], UserListing | None] | None:
+        return None if self._trash.has_any else self._warm.user
 
     def _expire_changed(self) -> None:
         """Have listed again what other processes have moved to the trash or restored."""

@@ -215,6 +215,11 @@ class Trash:
                 self._own_runs |= own
                 self._on_change()
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there is a record, of this account or not."""
+        return bool(self._by_run)
+
     def has_run(self, run_id: str) -> bool:
         """Return whether a run has a record, of this account or not."""
         return run_id in self._by_run

@@ -2,8 +2,10 @@
 
 import json
 import math
+import sqlite3
 import tempfile
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -246,23 +248,30 @@ def test_store_files_have_no_key(opened, tmp_path, time):
 
 
 @pytest.mark.parametrize("place", ["runs/{run}/checkpoints/weights", "checkpoints"])
-def test_warm_start_leaves_out_what_is_in_trash(tmp_path, time, server, place):  # noqa: F811
+def test_warm_start_after_a_kill_leaves_out_the_trash(tmp_path, time, server, place, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("tinkerfs.cache.metadata.PATIENCE_AT_START_S", 0.0)
     run_id = server.account.run_ids[0]
     place = place.format(run=run_id)
+    database = tmp_path / "cache/metadata.sqlite3"
+    with mounted("process", server, tmp_path, time=time) as driver:
+        before = driver.listdir(place)
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT * FROM listings").fetchall()
     with mounted("process", server, tmp_path, time=time, trash_s=float(DAY_S)) as driver:
         assert driver.remove(f"rmtree runs/{run_id}/checkpoints/weights/0001") == ["OK"]
-        driver.write(".tinkerfs/refresh", b"1")
-        left = [driver.listdir("runs"), driver.listdir(place)][1]
+    # A process that is killed at once has not written down yet that its listings are out of date.
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.executemany("INSERT OR REPLACE INTO listings VALUES (?, ?, ?, ?)", rows)
     time.advance(1)
-    with mounted("process", server, tmp_path, time=time) as driver:
-        driver.listdir("runs")
+    with mounted("process", server, tmp_path, time=time) as driver, ThreadPoolExecutor(1) as pool:
         held = [server.faults.add(each, hang=True) for each in LISTINGS]
-        assert driver.listdir(place) == left
-        assert "0001" not in left
+        listed = pool.submit(driver.listdir, place)
+        held[place == "checkpoints"].wait_for(1)
         counters = json.loads(driver.read(".tinkerfs/stats.json"))["counters"]
-        assert counters["warm_starts"] >= 1
         for rule in held:
             rule.release()
+        assert "warm_starts" not in counters
+        assert len(listed.result(10)) == len(before) - 1
 
 
 # --- accounts ------------------------------------------------------------------------------------
