@@ -177,6 +177,19 @@ def test_deletion_forgets_what_was_cached(world, is_dated):
         assert world.driver.remove(f"rmtree {place}") == ["OK"]
 
 
+@pytest.mark.served("PUT ttl")
+def test_removal_to_the_trash_forgets_what_was_cached(make_world):
+    world = make_world(runs=0, settings={"trash_s": 86_400.0})
+    run = world.new_run()
+    place, run_id = place_of(run), run.partition("/")[2]
+    for number in range(2):
+        files = save(world.server, run_id, number)
+        world.server.faults.add("store", times=None, headers=NO_VALIDATORS)
+        world.refresh()
+        check(world.driver, place, number, files)
+        assert world.driver.remove(f"rmtree {place}") == ["OK"]
+
+
 def test_dated_checkpoint_of_another_size_is_another_version(world):
     run = world.new_run()
     place, run_id = place_of(run), run.partition("/")[2]

@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from tinkerfs.api import models
 from tinkerfs.catalogue.listings import CheckpointListing, RunListing, kind_and_name
 
-__all__ = ["run_amended", "runs_amended"]
+__all__ = ["run_amended", "run_with_listed_last", "runs_amended"]
 
 
 def run_amended(run: models.TrainingRun, listing: CheckpointListing) -> models.TrainingRun:
@@ -21,6 +21,13 @@ def run_amended(run: models.TrainingRun, listing: CheckpointListing) -> models.T
     )
     raw = models.merged(run.raw, b"{" + b",".join(fields) + b"}")
     return replace(run, raw=raw, **now)
+
+
+def run_with_listed_last(run: models.TrainingRun, listing: CheckpointListing) -> models.TrainingRun:
+    """Return a run whose last checkpoints are in a listing; the run itself if they are."""
+    lasts = [each for each in (run.last_checkpoint, run.last_sampler_checkpoint) if each]
+    is_listed = all(listing.get(*kind_and_name(each)) for each in lasts)
+    return run if is_listed else run_amended(run, listing)
 
 
 def runs_amended(runs: RunListing, run_id: str, listing: CheckpointListing) -> RunListing:

@@ -155,6 +155,8 @@ class Mutations:
             self._trash.forget(record)
             raise
         self._trash.mark_set(record)
+        if not checkpoint.is_dated:  # what is saved next could have the same record
+            self._catalogue.forget(checkpoint)
         self._amend(checkpoint, self._expiring_in(checkpoint, ttl_s))
         return f"done; expires in {ttl_s} s"
 

@@ -18,7 +18,7 @@ from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.parts import Parts
 from tinkerfs.cache.store import Store
 from tinkerfs.call import IN_PROCESS, Call, Interest
-from tinkerfs.catalogue.amending import run_amended
+from tinkerfs.catalogue.amending import run_with_listed_last
 from tinkerfs.catalogue.freshness import Freshness
 from tinkerfs.catalogue.incarnations import Incarnations
 from tinkerfs.catalogue.infos import MAX_INFOS, Infos
@@ -29,7 +29,6 @@ from tinkerfs.catalogue.listings import (
     UserListing,
     checkpoints_of,
     kept_record,
-    kind_and_name,
 )
 from tinkerfs.catalogue.trash import Trash
 from tinkerfs.catalogue.walks import Walk, Walks
@@ -147,12 +146,10 @@ class Catalogue:
         if not any(self._trash.record(Checkpoint.of(run.run_id, each)) for each in lasts):
             return run
         try:
-            listing = self.checkpoints(run.run_id, call)
+            return run_with_listed_last(run, self.checkpoints(run.run_id, call))
         except errors.ApiError:
             call.is_momentary()
             return run
-        is_visible = all(listing.get(*kind_and_name(each)) for each in lasts)
-        return run if is_visible else run_amended(run, listing)
 
     # Checkpoints. `MetadataCache` has the listings as the server sent them; all that is returned
     # is without what is in the trash, unless a method says otherwise.
