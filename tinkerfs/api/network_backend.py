@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import httpcore
@@ -52,6 +52,7 @@ class Exchange:
         received_bytes: in all.
         is_connection_dead: set when a suspect connection did not respond.
         is_reused: whether its connection served another exchange before.
+        opened: the connections that were made for it.
     """
 
     deadline: float
@@ -61,6 +62,7 @@ class Exchange:
     received_bytes: int = 0
     is_connection_dead: bool = False
     is_reused: bool = False
+    opened: "list[_Stream]" = field(default_factory=list)
 
     def left_s(self, timeout_s: float | None = None) -> float:
         """Return how long the next step may take, seconds.
@@ -110,8 +112,14 @@ class Backend(httpcore.NetworkBackend):
         self._local.exchange = exchange
         try:
             yield exchange
+        except BaseException:
+            # httpcore leaves a connection open on which a proxy refused or did not respond.
+            for stream in exchange.opened:
+                stream.close()
+            raise
         finally:
             self._local.exchange = None
+            exchange.opened.clear()  # they refer to the exchange
 
     def connect_tcp(
         self,
@@ -183,6 +191,8 @@ class _Stream(httpcore.NetworkStream):
         self._used_at = _now()
         self._is_suspect = False
         self._last: Exchange | None = None
+        if backend.current is not None:
+            backend.current.opened.append(self)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return what has arrived, after waiting for some of it."""
