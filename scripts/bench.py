@@ -25,7 +25,7 @@ from bench_speed import measure_speed
 from bench_views import count_views
 from bench_weights import measure_weights
 
-from tinkerfs.adapters.binding import load
+from tinkerfs.fuse.binding import load
 
 PARTS = (
     "calls",

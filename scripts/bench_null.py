@@ -11,7 +11,7 @@ import stat
 import sys
 from typing import Any
 
-from tinkerfs.adapters import binding as bindings
+from tinkerfs.fuse import binding as bindings
 
 #: What os.stat_result has under the names that the bindings want.
 FIELDS = ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")

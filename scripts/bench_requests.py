@@ -92,8 +92,8 @@ def telling(server: Server, binding: str, cache: Path) -> Iterator[tuple[Path, P
 
 
 def main() -> None:
-    from tinkerfs.adapters.binding import Binding
     from tinkerfs.cli.main import main
+    from tinkerfs.fuse.binding import Binding
 
     options = Binding.mount_options
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinkerfs.demo.catalogue import Checkpoint, Run
+from tinkerfs.demo.sample_data import Checkpoint, Run
 from tinkerfs.demo.server import DemoServer
 
 CLIENT = Path(__file__).with_name("interop_client.py")

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinkerfs import names
+from tinkerfs import name_encoding
 
 HIDDEN = {".content", ".tinkerfs"}
 
@@ -33,7 +33,7 @@ def folder_of(tinker_path: str) -> str:
     run_id, kind, name = tinker_path.removeprefix("tinker://").split("/")
     if kind == "checkpoints":  # hatchery's paths have no kind; it takes nearly all for training
         kind = "sampler_weights" if name.startswith("known") else "weights"
-    return f"{run_id}/checkpoints/{kind}/{names.encode(name)}"
+    return f"{run_id}/checkpoints/{kind}/{name_encoding.encode(name)}"
 
 
 class Steps:

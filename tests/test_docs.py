@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 import pytest
 
+from tinkerfs.config import OPTIONS, Settings
 from tinkerfs.errors import ERRNO_OF_API_ERROR
-from tinkerfs.settings import OPTIONS, Settings
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -138,7 +138,7 @@ def test_every_errno_of_errors_has_its_words():
 
 
 def test_layout_is_what_the_code_says():
-    from tinkerfs.tree import layout
+    from tinkerfs.vfs import layout
 
     page = ROOT / "docs" / "layout.md"
     told = page.read_text() if page.exists() else ""

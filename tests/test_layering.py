@@ -1,6 +1,6 @@
 """The arrows of docs/architecture.md, read from the imports and enforced.
 
-    cli -> adapters -> tree -> catalogue, weights -> api, cache -> base
+    cli -> fuse, fsspec -> app -> vfs -> catalog, weights -> api, cache -> base
 
 Arrows go right only, and not between the two of one column. `demo` stands alone.
 """
@@ -21,16 +21,17 @@ MAX_LINES = 500
 LONG_MODULES: dict[str, str] = {}
 
 BASE = {
-    "call",
     "clock",
+    "concurrency",
+    "config",
+    "context",
     "errors",
     "journal",
-    "names",
+    "name_encoding",
     "network",
     "printable",
     "proxies",
     "safe_open",
-    "settings",
     "telemetry",
     "tinker_path",
     "tls",
@@ -42,11 +43,13 @@ ARROWS = {
     # The mechanisms of the cache know nothing of Tinker.
     "cache": BASE - {"tinker_path"},
     "api": BASE,
-    "catalogue": BASE | {"api", "cache"},
+    "catalog": BASE | {"api", "cache"},
     "weights": BASE | {"api", "cache"},
-    "tree": BASE | {"api", "cache", "catalogue", "weights"},
-    "adapters": BASE | {"api", "cache", "catalogue", "weights", "tree"},
-    "cli": BASE | {"api", "cache", "catalogue", "weights", "tree", "adapters", "demo"},
+    "vfs": BASE | {"api", "cache", "catalog", "weights"},
+    "app": BASE | {"api", "cache", "catalog", "weights", "vfs"},
+    "fuse": BASE | {"api", "cache", "catalog", "weights", "vfs", "app"},
+    "fsspec": BASE | {"api", "cache", "catalog", "weights", "vfs", "app"},
+    "cli": BASE | {"api", "cache", "catalog", "weights", "vfs", "app", "fuse", "fsspec", "demo"},
     "demo": set(),
     "__init__": set(),
     "__main__": {"cli"},
@@ -57,12 +60,12 @@ CONFINED = {
     "cachetools": {"cache"},
     "certifi": {"tls"},
     "click": {"cli"},
-    "fsspec": {"adapters"},
-    "fuse": {"adapters"},
-    "fusepy": {"adapters"},
+    "fsspec": {"fsspec"},
+    "fuse": {"fuse"},
+    "fusepy": {"fuse"},
     "httpcore": {"api"},
     "httpx": {"api"},
-    "mfusepy": {"adapters"},
+    "mfusepy": {"fuse"},
     "sqlite3": {"cache"},
     "stamina": {"api"},
     "urllib3": {"api.network_backend", "weights.pools", "weights.store_connection"},
@@ -74,7 +77,7 @@ INSTALLED_AS = {"fuse": "fusepy"}
 
 
 def violations(module, source):
-    """Return what `source` would do wrong as `module`, e.g. "tree.layout"; each with its line."""
+    """Return what `source` would do wrong as `module`, e.g. "vfs.layout"; each with its line."""
     part = module.partition(".")[0]
     if part not in ARROWS:
         return [f"{module}: a new part of the package: say in ARROWS what it may import"]
@@ -137,15 +140,15 @@ def _names_an_errno(node):
 
 #: Modules that open what is not a file on disk: below /proc, /sys or /dev, or of a mount.
 OPENERS = {
-    "adapters.mounting",
-    "adapters.mounts",
-    "adapters.preflight",
-    "adapters.readiness",
     "cache.directory",  # /proc/self/mountinfo
-    "call",
     "cli.logs",  # without waiting; a device will do
     "cli.main",
     "cli.paths",
+    "context",
+    "fuse.daemonize",
+    "fuse.mount_table",
+    "fuse.preflight",
+    "fuse.session",
     "safe_open",
 }
 
@@ -203,22 +206,22 @@ def test_what_is_imported_is_declared():
         ("api.client", "from tinkerfs.cache.store import Store", "api -> cache"),
         ("api.client", "from ..cache import store", "api -> cache"),
         ("api.client", "from .. import cache", "api -> cache"),
-        ("catalogue", "from tinkerfs import weights", "catalogue -> weights"),
-        ("tree.layout", "def f():\n    from tinkerfs.adapters import fuse", "tree -> adapters"),
-        ("errors", "from tinkerfs import catalogue", "errors -> catalogue"),
+        ("catalog", "from tinkerfs import weights", "catalog -> weights"),
+        ("vfs.layout", "def f():\n    from tinkerfs.fuse import session", "vfs -> fuse"),
+        ("errors", "from tinkerfs import catalog", "errors -> catalog"),
         ("demo.server", "from tinkerfs.errors import redact", "demo -> errors"),
         ("demo.server", "import msgspec", "demo imports msgspec"),
-        ("tree.layout", "import httpx", "httpx belongs in api"),
-        ("weights.archives", "import httpx", "httpx belongs in"),
-        ("tree.layout", "import mfusepy", "mfusepy belongs in adapters"),
-        ("catalogue", "import sqlite3", "sqlite3 belongs in cache"),
-        ("adapters.fuse", "import errno\nraise OSError(errno.EIO, '')", "2: decides an errno"),
-        ("adapters.fuse", "from errno import EIO", "decides an errno"),
-        ("tree.layout", "print()", "prints"),
-        ("cache.blocks", "import os\nos.open('x', 0)", "opens a path"),
-        ("cache.blocks", "path.read_bytes()", "opens a path"),
+        ("vfs.layout", "import httpx", "httpx belongs in api"),
+        ("weights.url_cache", "import httpx", "httpx belongs in"),
+        ("vfs.layout", "import mfusepy", "mfusepy belongs in fuse"),
+        ("catalog", "import sqlite3", "sqlite3 belongs in cache"),
+        ("fuse.operations", "import errno\nraise OSError(errno.EIO, '')", "2: decides an errno"),
+        ("fuse.operations", "from errno import EIO", "decides an errno"),
+        ("vfs.layout", "print()", "prints"),
+        ("cache.block_cache", "import os\nos.open('x', 0)", "opens a path"),
+        ("cache.block_cache", "path.read_bytes()", "opens a path"),
         ("cli.options", "open(path)", "opens a path"),
-        ("tree.layout", "pass\n" * 501, "501 lines"),
+        ("vfs.layout", "pass\n" * 501, "501 lines"),
         ("kitchen", "", "a new part"),
     ],
 )
@@ -232,7 +235,7 @@ def test_a_violation_is_found(module, source, wrong):
     [
         ("cli.mount", "import click\nfrom tinkerfs.demo import server\nprint()"),
         ("weights.pools", "import urllib3"),
-        ("tree.layout", "from tinkerfs import __version__, errors\nfrom . import node"),
+        ("vfs.layout", "from tinkerfs import __version__, errors\nfrom . import node"),
         ("errors", "import errno\nerrno.EIO"),
         ("demo.server", "from tinkerfs import __version__\nimport http.server\nprint()"),
         ("cache.directory", "open('/proc/self/mountinfo')"),

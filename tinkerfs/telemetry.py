@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from tinkerfs import errors
-from tinkerfs.call import Caller
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.context import Caller
 from tinkerfs.journal import Journal
 from tinkerfs.printable import printable
 

@@ -9,7 +9,7 @@ import pytest
 from tests.support.mount import run, tinkerfs
 from tinkerfs import __version__
 from tinkerfs.cli.main import COMMANDS, cli
-from tinkerfs.settings import OPTIONS
+from tinkerfs.config import OPTIONS
 
 #: Slow to import, or failing where something is not installed.
 HEAVY = {"httpx", "fuse", "mfusepy", "sqlite3", "cachetools", "msgspec", "stamina", "asyncio"}

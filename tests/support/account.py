@@ -239,16 +239,16 @@ def account(make_account):
 def _serve(mountpoint, values):
     import logging
 
-    from tinkerfs.adapters import binding, mounting
-    from tinkerfs.adapters.compose import compose
-    from tinkerfs.settings import Settings
+    from tinkerfs.app import compose
+    from tinkerfs.config import Settings
+    from tinkerfs.fuse import binding, session
 
     logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d %(name)s %(message)s")
-    mounting.block_signals()
+    session.block_signals()
     bounds = {name: values.pop(name) for name in ("lookup_timeout_s",) if name in values}
     settings = Settings(**values)
     with compose(settings) as parts:
-        mounting.serve(
+        session.serve(
             parts.filesystem,
             binding.load(),
             str(Path(mountpoint).resolve()),

@@ -20,9 +20,9 @@ from msgspec.structs import replace
 from tests.support.account import mounted
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
-from tinkerfs.adapters.compose import compose
-from tinkerfs.call import Call, Caller
-from tinkerfs.settings import Settings
+from tinkerfs.app import compose
+from tinkerfs.config import Settings
+from tinkerfs.context import Call, Caller
 
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
 KINDS = ("process", "fsspec", *BINDINGS)
@@ -184,7 +184,7 @@ class Fsspec:
     kind = "fsspec"
 
     def __init__(self, filesystem, time=None):
-        from tinkerfs.adapters.fsspec import TinkerFileSystem
+        from tinkerfs.fsspec import TinkerFileSystem
 
         self.fs = TinkerFileSystem(filesystem=filesystem, skip_instance_cache=True)
         self.filesystem = filesystem

@@ -1,4 +1,4 @@
-"""A small file system in memory with the interface of `tinkerfs.tree.filesystem.FileSystem`.
+"""A small file system in memory with the interface of `tinkerfs.vfs.filesystem.FileSystem`.
 
 For tests of the adapters alone: it can hang on purpose, and knows nothing of Tinker.
 
@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from tinkerfs import errors
-from tinkerfs.call import Call, Lease
-from tinkerfs.tree.listings import Listing
-from tinkerfs.tree.node import Attr, Entry, Space, inode
-from tinkerfs.tree.scan import Scan
+from tinkerfs.context import Call, Lease
+from tinkerfs.vfs.directory_cache import Listing
+from tinkerfs.vfs.directory_stream import Scan
+from tinkerfs.vfs.node import Attr, Entry, Space, inode
 
 NEVER: "Future[bytes]" = Future()
 MTIME_NS = 1_700_000_000_123_456_789

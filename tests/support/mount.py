@@ -12,20 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tinkerfs.adapters import mounts
+from tinkerfs.fuse import mount_table
 
 ROOT = Path(__file__).parents[2]
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    assert mounts.wait_until(condition, timeout_s), "waited in vain"
+    assert mount_table.wait_until(condition, timeout_s), "waited in vain"
 
 
 def force_unmount(mountpoint: str) -> None:
-    while mounts.find_mount(mountpoint) is not None:
+    while mount_table.find_mount(mountpoint) is not None:
         with contextlib.suppress(OSError):
-            mounts.unmount(mountpoint, lazy=True)
+            mount_table.unmount(mountpoint, lazy=True)
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def _serve() -> None:
     import logging
 
     from tests.support.memoryfs import MemoryFileSystem
-    from tinkerfs.adapters import binding, mounting
+    from tinkerfs.fuse import binding, session
 
     parser = argparse.ArgumentParser()
     parser.add_argument("mountpoint")
@@ -126,8 +126,8 @@ def _serve() -> None:
     parser.add_argument("--allow-other", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)d %(name)s %(message)s")
-    mounting.block_signals()
-    mounting.serve(
+    session.block_signals()
+    session.serve(
         MemoryFileSystem(arguments.many),  # type: ignore[arg-type]
         binding.load(),
         arguments.mountpoint,

@@ -3,7 +3,7 @@ import tracemalloc
 import pytest
 
 from tinkerfs.api import models, parsing
-from tinkerfs.catalogue.listings import Checkpoint, CheckpointListing, UserListing, kept_record
+from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, UserListing, kept_record
 
 
 def record(checkpoint_id, type_="training", path=None):

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinkerfs import names
+from tinkerfs import name_encoding
 
 any_text = st.text(
     st.one_of(
@@ -25,18 +25,18 @@ any_text = st.text(
 @example("\ud800")
 @example("é" * 200)
 def test_a_name_round_trips_and_is_a_file_name(name):
-    encoded = names.encode(name)
+    encoded = name_encoding.encode(name)
     raw = encoded.encode("utf-8", "surrogateescape")
     assert 0 < len(raw) <= 255
     assert not {b"/", b"\0"} & {bytes([byte]) for byte in raw}
     assert raw not in (b".", b"..")
     assert raw.decode("utf-8", "surrogateescape") == encoded
-    if names.is_cut(encoded):
+    if name_encoding.is_cut(encoded):
         assert len(raw) >= 250
         with pytest.raises(ValueError, match="not the file name"):
-            names.decode(encoded)
+            name_encoding.decode(encoded)
     else:
-        assert names.decode(encoded) == name
+        assert name_encoding.decode(encoded) == name
 
 
 @given(any_text, any_text)
@@ -46,7 +46,7 @@ def test_a_name_round_trips_and_is_a_file_name(name):
 @example("x" * 300, "x" * 301)
 def test_no_two_names_meet(one, other):
     same = one == other
-    assert (names.encode(one) == names.encode(other)) is same
+    assert (name_encoding.encode(one) == name_encoding.encode(other)) is same
 
 
 @given(st.lists(any_text, min_size=1, max_size=4))
@@ -57,27 +57,27 @@ def test_no_two_names_meet(one, other):
 @example(["..", ".git", "%40"])
 @example(["run", "weights", "x" * 300])
 def test_a_composite_name_parts_where_it_was_joined(parts):
-    joined = names.join(parts)
+    joined = name_encoding.join(parts)
     raw = joined.encode("utf-8", "surrogateescape")
     assert 0 < len(raw) <= 255
     assert not {b"/", b"\0"} & {bytes([byte]) for byte in raw}
     assert raw not in (b".", b"..")
-    if names.is_cut(joined):
+    if name_encoding.is_cut(joined):
         with pytest.raises(ValueError, match="not a composite"):
-            names.split(joined)
+            name_encoding.split(joined)
     else:
-        assert names.split(joined) == tuple(parts)
+        assert name_encoding.split(joined) == tuple(parts)
 
 
 @given(st.lists(any_text, min_size=3, max_size=3), st.lists(any_text, min_size=3, max_size=3))
 @example(["a@b", "", "c"], ["a", "b", "c"])
 @example(["x" * 300, "a", "b"], ["x" * 300, "a", "c"])
 def test_no_two_composite_names_meet(one, other):
-    assert (names.join(one) == names.join(other)) is (one == other)
+    assert (name_encoding.join(one) == name_encoding.join(other)) is (one == other)
 
 
 def test_a_plain_composite_name_is_shown_as_it_stands():
-    assert names.join(["79db:train:0", "weights", "0001"]) == "79db:train:0@weights@0001"
+    assert name_encoding.join(["79db:train:0", "weights", "0001"]) == "79db:train:0@weights@0001"
 
 
 @given(
@@ -88,27 +88,27 @@ def test_a_plain_composite_name_is_shown_as_it_stands():
     )
 )
 def test_a_file_name_is_shown_as_it_stands(name):
-    if name not in (".", "..") and not names.is_software_probe(name):
-        assert names.encode(name) == name
+    if name not in (".", "..") and not name_encoding.is_software_probe(name):
+        assert name_encoding.encode(name) == name
 
 
 @pytest.mark.parametrize("name", ["100%", "5% off", "%zz", "a:b@c", "-rf", "new\nline", "\udcff"])
 def test_odd_but_possible_names_are_kept(name):
-    assert names.encode(name) == name
+    assert name_encoding.encode(name) == name
 
 
 @pytest.mark.parametrize("file_name", ["%2f", "%41", "a%2Fb%", "%2E%2E%2E", "x%ED%A0"])
 def test_what_encode_never_returns_is_refused(file_name):
     try:
-        name = names.decode(file_name)
+        name = name_encoding.decode(file_name)
     except ValueError:
         return
-    assert names.encode(name) == file_name
+    assert name_encoding.encode(name) == file_name
 
 
 def test_software_probes():
     for name in [".git", ".Trash-1000", "._x", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden"]:
-        assert names.is_software_probe(name)
+        assert name_encoding.is_software_probe(name)
     for name in [
         "HEAD",
         ".gitignore",
@@ -118,15 +118,15 @@ def test_software_probes():
         ".fdignore",
         "index.html",
     ]:
-        assert names.is_software_probe(name)
+        assert name_encoding.is_software_probe(name)
     for name in ["git", "info.json", ".tinkerfs", ".content", "latest"]:
-        assert not names.is_software_probe(name)
+        assert not name_encoding.is_software_probe(name)
 
 
 @pytest.mark.parametrize("name", [".git", "._a/b", "._%41", "Thumbs.db", ".Trash-1"])
 def test_a_server_s_name_that_software_asks_for_is_another_file_name(name):
-    encoded = names.encode(name)
-    assert not names.is_software_probe(encoded)
-    assert names.decode(encoded) == name
+    encoded = name_encoding.encode(name)
+    assert not name_encoding.is_software_probe(encoded)
+    assert name_encoding.decode(encoded) == name
     with pytest.raises(ValueError, match="not the file name"):
-        names.decode(name)
+        name_encoding.decode(name)

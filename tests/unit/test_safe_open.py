@@ -3,7 +3,7 @@ import socket
 
 import pytest
 
-from tinkerfs.cache.flight import in_thread
+from tinkerfs.concurrency import in_thread
 from tinkerfs.errors import SetupError
 from tinkerfs.safe_open import is_regular, open_regular, read_regular
 from tinkerfs.tls import trusting_context

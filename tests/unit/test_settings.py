@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from tinkerfs.settings import OPTIONS, Settings, parse_duration_s
+from tinkerfs.config import OPTIONS, Settings, parse_duration_s
 
 BY_FLAG = {option.flag: option for option in OPTIONS}
 

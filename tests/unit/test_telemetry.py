@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
-from tinkerfs.call import Caller
+from tinkerfs.context import Caller
 from tinkerfs.journal import KEPT_LINES
 from tinkerfs.telemetry import Telemetry
 

@@ -15,7 +15,7 @@ from tinkerfs.api.credentials import Credentials
 from tinkerfs.errors import SetupError
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.connections import StoreClient
-from tinkerfs.weights.patience import Lost
+from tinkerfs.weights.retry import Lost
 
 SUPPORT = Path(__file__).parents[1] / "support"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

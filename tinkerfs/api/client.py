@@ -14,12 +14,13 @@ from typing import Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from tinkerfs import errors
-from tinkerfs.api import endpoints, paging, parsing, rawjson, signed
-from tinkerfs.api.breaker import Breakers
+from tinkerfs.api import endpoints, pagination, parsing, raw_json, signed_urls
+from tinkerfs.api.capabilities import REFUSALS, Lacks
+from tinkerfs.api.checkpoint_ids import CheckpointRef, Forms, id_path, id_segment
+from tinkerfs.api.circuit_breaker import Breakers
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint, Scope
-from tinkerfs.api.failures import withheld
-from tinkerfs.api.lacks import REFUSALS, Lacks
+from tinkerfs.api.error_mapping import withheld
 from tinkerfs.api.models import (
     Capabilities,
     Checkpoint,
@@ -32,10 +33,9 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.refs import CheckpointRef, Forms, id_path, id_segment
 from tinkerfs.api.transport import FIRST_BACKOFF_S, Answer, Recheck, Request, Transport
-from tinkerfs.call import AWAITED, Interest
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.context import AWAITED, Interest
 from tinkerfs.telemetry import Telemetry
 
 __all__ = ["CheckpointRef", "Client"]
@@ -92,7 +92,7 @@ class Client:
         self._breakers = Breakers(clock)
         self._lacks = Lacks(clock)
         self._forms = Forms()
-        self._unreadable = paging.Unreadable()
+        self._unreadable = pagination.Unreadable()
 
     @property
     def base_url(self) -> str:
@@ -210,7 +210,7 @@ class Client:
             ApiError: it cannot be had; NotFound, or BadRequest where the server tells nothing of
                 this kind of checkpoint.
         """
-        body = rawjson.dumps({"tinker_path": tinker_path})
+        body = raw_json.dumps({"tinker_path": tinker_path})
         request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, str(uuid.uuid4()), is_known)
         kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL tells of `weights` alone
         what = (endpoints.WEIGHTS_INFO.label, kind)
@@ -234,7 +234,7 @@ class Client:
         """
         request = Request(endpoints.ARCHIVE, "/archive", hold_s=hold_s)
         return self._on_checkpoint(
-            request, ref, lambda answer: signed.archive_url(answer, self._clock.now())
+            request, ref, lambda answer: signed_urls.archive_url(answer, self._clock.now())
         )
 
     def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
@@ -248,7 +248,7 @@ class Client:
         """
         request = Request(endpoints.EXTERNAL_URLS, "/external_weights_urls")
         return self._on_checkpoint(
-            request, ref, lambda answer: signed.external_urls(answer, self._clock.now())
+            request, ref, lambda answer: signed_urls.external_urls(answer, self._clock.now())
         )
 
     # Changes of a checkpoint. One that may have arrived is sent again only after a `recheck`.
@@ -283,7 +283,7 @@ class Client:
         Raises:
             ApiError: it cannot be done; BadRequest out of range.
         """
-        body = rawjson.dumps({"ttl_seconds": ttl_seconds})
+        body = raw_json.dumps({"ttl_seconds": ttl_seconds})
         self._change(Request(endpoints.TTL, "/ttl", body, recheck=recheck), ref)
 
     def delete(self, ref: CheckpointRef, recheck: Recheck | None = None) -> None:
@@ -350,7 +350,7 @@ class Client:
             query["statuses"] = list(statuses)
         if cursor is not None:
             query["cursor"] = cursor
-        body = rawjson.dumps(query)
+        body = raw_json.dumps(query)
         request = Request(endpoints.SESSION_SEARCH, "sessions/search", body, str(uuid.uuid4()))
         return self._one(request, parsing.parse_found_sessions)
 
@@ -360,7 +360,7 @@ class Client:
         Raises:
             ApiError: as `search_sessions`; one page that fails fails all.
         """
-        return paging.read_all_found(
+        return pagination.read_all_found(
             lambda cursor: self.search_sessions(limit=_MOST_FOUND, cursor=cursor)
         )
 
@@ -393,7 +393,7 @@ class Client:
             ApiError: it does not answer, or not as the API does.
         """
         request = Request(endpoints.HEALTH, "healthz", needs_key=False)
-        _, fields = self._one(request, rawjson.parse_object)
+        _, fields = self._one(request, raw_json.parse_object)
         return errors.redact(str(fields.get("status", "")))
 
     def whoami(self) -> bytes:
@@ -403,7 +403,7 @@ class Client:
             ApiError: it cannot be had; Unauthorized where the key is no good; EndpointMissing where
                 the server does not tell.
         """
-        raw, _ = self._one(Request(endpoints.WHOAMI, "auth/apikey/me"), rawjson.parse_object)
+        raw, _ = self._one(Request(endpoints.WHOAMI, "auth/apikey/me"), raw_json.parse_object)
         return raw
 
     # What all of them share
@@ -439,7 +439,7 @@ class Client:
         key: Callable[[T], Hashable],
         came: Callable[[tuple[T, ...]], None] = lambda _items: None,
     ) -> tuple[T, ...]:
-        return paging.read_all(fetch, key, came=came, workers=self._concurrency)
+        return pagination.read_all(fetch, key, came=came, workers=self._concurrency)
 
     def _parsed(self, endpoint: Endpoint, answer: Answer, parse: Callable[[Answer], T]) -> T:
         try:

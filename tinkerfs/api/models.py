@@ -12,9 +12,9 @@ from typing import Generic, Self, TypeVar
 
 import msgspec
 
-from tinkerfs.api.outlines import filled, outlined
-from tinkerfs.api.rawjson import merged, with_fields
-from tinkerfs.api.times import usual_text
+from tinkerfs.api.json_templates import filled, outlined
+from tinkerfs.api.raw_json import merged, with_fields
+from tinkerfs.api.timestamps import usual_text
 
 __all__ = [
     "Capabilities",

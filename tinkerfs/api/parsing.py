@@ -24,7 +24,7 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.rawjson import (
+from tinkerfs.api.raw_json import (
     REFUSALS,
     checked_object,
     decode_list,
@@ -35,7 +35,7 @@ from tinkerfs.api.rawjson import (
     loads_object,
     parse_object,
 )
-from tinkerfs.api.times import parse_time_ns
+from tinkerfs.api.timestamps import parse_time_ns
 from tinkerfs.errors import ProtocolError
 
 __all__ = [

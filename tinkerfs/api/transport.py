@@ -17,14 +17,14 @@ import stamina
 import stamina.instrumentation
 
 from tinkerfs import errors
-from tinkerfs.api.budget import Budget
+from tinkerfs.api.concurrency_limit import Budget
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint
-from tinkerfs.api.failures import failure_of
+from tinkerfs.api.error_mapping import failure_of
 from tinkerfs.api.http_client import Answer, ExchangeError, HttpClient
-from tinkerfs.api.times import parse_retry_after_s
-from tinkerfs.call import AWAITED, Interest
+from tinkerfs.api.timestamps import parse_retry_after_s
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.context import AWAITED, Interest
 from tinkerfs.errors import ApiError, SetupError
 from tinkerfs.telemetry import Telemetry
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinkerfs.cache.locks import ByteLocks
+from tinkerfs.cache.byte_locks import ByteLocks
 from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
 

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from cachetools import TLRUCache
 
 from tinkerfs import errors
-from tinkerfs.cache.flight import in_thread
-from tinkerfs.cache.parts import Parts
-from tinkerfs.call import Call, Interest, Term
+from tinkerfs.cache.result_stream import Parts
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.concurrency import in_thread
+from tinkerfs.context import Call, Interest, Term
 from tinkerfs.telemetry import Telemetry
 
 __all__ = ["Load", "MetadataCache", "Policy"]

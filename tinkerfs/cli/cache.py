@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinkerfs.cli.formatting import size_text, span_text
 from tinkerfs.cli.options import resolve, settings_options
 from tinkerfs.cli.transfers import complete_path
-from tinkerfs.cli.words import size_text, span_text
 from tinkerfs.errors import SetupError
 from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
-    from tinkerfs.cache.upkeep import CachedFile
+    from tinkerfs.cache.maintenance import CachedFile
     from tinkerfs.cli.transfers import Place
-    from tinkerfs.settings import Settings
+    from tinkerfs.config import Settings
 
 __all__ = ["cache", "clear", "info", "verify"]
 
@@ -77,7 +77,7 @@ def info(path: str | None, as_json: bool, **flags: str | None) -> None:
     KEPT counts bytes of weights, OF is the length of the archive or files they belong to, where it
     is known; the sum of all is what they take on disk. Exits 0, also where nothing is kept.
     """
-    from tinkerfs.cache.upkeep import cached_files
+    from tinkerfs.cache.maintenance import cached_files
 
     with _selected(path, flags) as selection:
         kept = [each for each in cached_files(selection.blocks) if selection.is_meant(each.about)]
@@ -102,10 +102,10 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
     Reads check what they read in any case, and fetch a bad block again: this finds out before.
     Exits 0 where all are sound, 1 where any was bad (each is told) or the cache cannot be read.
     """
-    from tinkerfs.cache import upkeep
+    from tinkerfs.cache import maintenance
 
     with _selected(path, flags) as selection:
-        sound, bad = upkeep.verify(selection.blocks, selection.is_meant)
+        sound, bad = maintenance.verify(selection.blocks, selection.is_meant)
     if as_json:
         rows = [
             {"checkpoint": _checkpoint_of(each.about), "file": _file_of(each.about)}
@@ -130,10 +130,10 @@ def clear(path: str | None, **flags: str | None) -> None:
 
     Exits 0, also where nothing was kept.
     """
-    from tinkerfs.cache import upkeep
+    from tinkerfs.cache import maintenance
 
     with _selected(path, flags) as selection:
-        freed_bytes = upkeep.clear(selection.blocks, selection.is_meant)
+        freed_bytes = maintenance.clear(selection.blocks, selection.is_meant)
     click.echo(f"{size_text(freed_bytes)} freed in {printable(str(selection.blocks))}")
 
 
@@ -144,7 +144,7 @@ def _selected(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selec
     Raises:
         SetupError: PATH leads nowhere, or the cache cannot be read or changed.
     """
-    from tinkerfs.adapters.compose import BLOCKS, cache_folder
+    from tinkerfs.app import BLOCKS, cache_folder
 
     settings, is_meant = _meant(path, flags)
     folder = cache_folder(settings)
@@ -194,8 +194,8 @@ def _meant_below(place: "Place") -> str | None:
     Raises:
         SetupError: there is no such name.
     """
-    from tinkerfs import names
-    from tinkerfs.adapters import mounts
+    from tinkerfs import name_encoding
+    from tinkerfs.fuse import mount_table
     from tinkerfs.tinker_path import KINDS
 
     done: list[str] = []
@@ -207,7 +207,7 @@ def _meant_below(place: "Place") -> str | None:
             done = ["runs", done[1], "checkpoints", *done[2:]]
         shown = "/".join((place.mountpoint.rstrip("/"), *done))
         if done[:1] == ["runs"] and len(done) in (4, 5):
-            told = mounts.read_file(f"{shown}/tinker_path")
+            told = mount_table.read_file(f"{shown}/tinker_path")
             if told:
                 return os.fsdecode(told).removesuffix("\n")
         if done and links < _MAX_LINKS and os.path.islink(shown):
@@ -224,7 +224,7 @@ def _meant_below(place: "Place") -> str | None:
         return ""
     if not os.path.lexists(shown):
         raise SetupError(f"{place.shown}: there is no such file")
-    run_id = names.decode(done[1]) if done[0] == "runs" and len(done) > 1 else ""
+    run_id = name_encoding.decode(done[1]) if done[0] == "runs" and len(done) > 1 else ""
     if not run_id or "%~" in done[1]:  # a name that was cut does not say what it was
         return None
     if done[2:] in ([], ["checkpoints"]):

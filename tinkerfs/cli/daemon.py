@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from tinkerfs import settings
-from tinkerfs.settings import OPTIONS
+from tinkerfs import config
+from tinkerfs.config import OPTIONS
 
 __all__ = ["daemon_command", "daemon_environment"]
 
@@ -59,7 +59,7 @@ def daemon_environment(environ: Mapping[str, str]) -> dict[str, str]:
         if environ.get(name):
             # An empty entry is the working directory, and rarely meant.
             changed[name] = ":".join(map(os.path.abspath, filter(None, environ[name].split(":"))))
-    root = os.path.dirname(os.path.dirname(os.path.abspath(settings.__file__)))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(config.__file__)))
     if root not in map(os.path.abspath, sys.path[1:]) and not sys.flags.safe_path:
         # `python -m tinkerfs` in a checkout that is not installed: this process runs from it too.
         changed["PYTHONPATH"] = ":".join(filter(None, (root, changed.get("PYTHONPATH"))))

@@ -59,22 +59,22 @@ def demo(
     Everything is as with a real account, and nothing leaves this machine. Stays until Ctrl-C, which
     unmounts; with --detach until `tinkerfs umount MOUNTPOINT`.
     """
-    from tinkerfs.cli import serving
+    from tinkerfs.cli import mount_process
 
     if detach and not foreground:
         arguments = [f"--runs={runs}", f"--checkpoints={checkpoints}"]
         arguments += as_arguments(flags, (), None)
-        serving.start_in_background("demo", mountpoint, arguments)
+        mount_process.start_in_background("demo", mountpoint, arguments)
         return
 
     import os
     import tempfile
     import time
 
-    from tinkerfs.adapters import mounting
     from tinkerfs.demo.server import DemoServer
+    from tinkerfs.fuse import session
 
-    mounting.block_signals()  # before the server's threads start
+    session.block_signals()  # before the server's threads start
     server = DemoServer(runs=runs, checkpoints=checkpoints, reference_time_s=time.time())
 
     def ready(path: str) -> None:
@@ -91,6 +91,6 @@ def demo(
         # The sample's cache is not the user's, and goes with it.
         base = {"base_url": server.base_url, "cache_dir": cache_dir}
         settings = resolve({**flags, **base})
-        serving.serve_here(
+        mount_process.serve_here(
             settings, mountpoint, check_key=False, ready=None if foreground else ready
         )

@@ -19,7 +19,7 @@ from tinkerfs.errors import (
 from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
-    from tinkerfs.settings import Settings
+    from tinkerfs.config import Settings
 
 __all__ = [
     "Finding",
@@ -87,14 +87,14 @@ def _finding(check: str, look: Callable[[], str]) -> Finding:
 
 
 def _device() -> str:
-    from tinkerfs.adapters import preflight
+    from tinkerfs.fuse import preflight
 
     preflight.check_device()
     return "opens"
 
 
 def _libfuse() -> str:
-    from tinkerfs.adapters import binding
+    from tinkerfs.fuse import binding
 
     return str(binding.load())
 
@@ -102,16 +102,16 @@ def _libfuse() -> str:
 def _fusermount() -> str:
     import os
 
-    from tinkerfs.adapters import binding, mounts, preflight
+    from tinkerfs.fuse import binding, mount_table, preflight
 
     preflight.check_fusermount(3 if binding.find_library(3) else 2)
     if os.geteuid() == 0:
         return "not needed by root"
-    return str(mounts.fusermount())
+    return str(mount_table.fusermount())
 
 
 def _cache(settings: "Settings") -> str:
-    from tinkerfs.adapters.compose import cache_folder
+    from tinkerfs.app import cache_folder
     from tinkerfs.cache.directory import can_lock_files, prepare_cache_dir
 
     folder = prepare_cache_dir(cache_folder(settings))

@@ -10,12 +10,12 @@ import click
 from tinkerfs.cli.transfers import complete_path, transfer_options
 
 if TYPE_CHECKING:
-    from tinkerfs.adapters.compose import Parts
+    from tinkerfs.app import Parts
     from tinkerfs.cli.progress import Item, Progress
     from tinkerfs.cli.transfers import Failure, Place, Planned
-    from tinkerfs.tree.content import Holding
-    from tinkerfs.weights.copies import Target
+    from tinkerfs.vfs.weights_nodes import Holding
     from tinkerfs.weights.destination import Destination
+    from tinkerfs.weights.exported_file import Target
 
 __all__ = ["get"]
 
@@ -46,9 +46,9 @@ def get(
         tinkerfs get tinker://79db3d29:train:0/sampler_weights/final adapter
         tinkerfs get --archive ~/tinker/runs/79db3d29:train:0/latest checkpoint.tar
     """  # noqa: D301
-    from tinkerfs.cache.flight import in_thread
     from tinkerfs.cli import transfers
     from tinkerfs.cli.progress import Progress
+    from tinkerfs.concurrency import in_thread
 
     failures: list[Failure] = []
     with transfers.signals_interrupt(_HOW_TO_GO_ON):
@@ -171,7 +171,7 @@ class _Copying:
         return True
 
     def _copy_file(self, target: "Target", item: "Item") -> str:
-        from tinkerfs.call import IN_PROCESS
+        from tinkerfs.context import IN_PROCESS
 
         outcome = "there already"
         if not target.is_whole():
@@ -201,18 +201,18 @@ class _Copying:
         return bool(others)
 
     def _target(self, planned: "Planned", name: str, is_one: bool) -> "Target":
-        from tinkerfs import names
-        from tinkerfs.weights.copies import Target
+        from tinkerfs import name_encoding
+        from tinkerfs.weights.exported_file import Target
 
         holding, file = planned.holding, dict(planned.files)[name]
-        whose = names.join(holding.checkpoint.key)
+        whose = name_encoding.join(holding.checkpoint.key)
         if holding.is_archive:
             folder, tar = os.path.split(self._dest)
             if not is_one or not tar or os.path.isdir(self._dest):
                 folder, tar = self._dest, f"{whose}.tar"
             return Target(self._destination(folder), tar, file, "archive")
         folder = self._dest if is_one else os.path.join(self._dest, whose)
-        shown = "/".join(map(names.encode, name.split("/")))
+        shown = "/".join(map(name_encoding.encode, name.split("/")))
         inside = holding.inside
         if shown == inside:
             inside = os.path.dirname(inside)

@@ -48,10 +48,10 @@ def mount(
     """  # noqa: D301
     settings = resolve(flags, mount_options, config=config)
 
-    from tinkerfs.cli import serving
+    from tinkerfs.cli import mount_process
 
     if foreground:
-        serving.serve_here(settings, mountpoint)
+        mount_process.serve_here(settings, mountpoint)
     else:
         arguments = as_arguments(flags, mount_options, config)
-        serving.start_in_background("mount", mountpoint, arguments)
+        mount_process.start_in_background("mount", mountpoint, arguments)

@@ -12,9 +12,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from tinkerfs.cli.mount_options import explain_unknown, is_ignored
+from tinkerfs.config import OPTIONS, Option, Settings
 from tinkerfs.errors import SetupError
 from tinkerfs.safe_open import open_regular
-from tinkerfs.settings import OPTIONS, Option, Settings
 
 __all__ = ["as_arguments", "mountpoint_argument", "resolve", "settings_options"]
 

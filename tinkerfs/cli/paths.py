@@ -8,7 +8,7 @@ import click
 from tinkerfs.errors import SetupError
 
 if TYPE_CHECKING:
-    from tinkerfs.adapters.mounts import Mount
+    from tinkerfs.fuse.mount_table import Mount
 
 __all__ = ["path", "url"]
 
@@ -27,14 +27,14 @@ def path(tinker_path: str, mountpoint: str | None) -> None:
         cd "$(tinkerfs path tinker://79db3d29:train:0/weights/0001)"
     """  # noqa: D301
     from tinkerfs.tinker_path import TinkerPath
-    from tinkerfs.tree import subjects
+    from tinkerfs.vfs import entities
 
     run_id = tinker_path.removeprefix(_SCHEME)
     try:
         if tinker_path.startswith(_SCHEME) and run_id and "/" not in run_id:
-            place = subjects.run_path(run_id)
+            place = entities.run_path(run_id)
         else:
-            place = subjects.place_of(TinkerPath.parse(tinker_path))
+            place = entities.place_of(TinkerPath.parse(tinker_path))
     except ValueError as error:
         raise SetupError(str(error)) from None
     click.echo(os.fsencode(_chosen(mountpoint).mountpoint.rstrip("/") + place))
@@ -48,7 +48,7 @@ def url(file_path: str) -> None:
     \b
         tinkerfs url ~/tinker/runs/79db3d29:train:0/latest
     """  # noqa: D301
-    from tinkerfs import names
+    from tinkerfs import name_encoding
 
     real = _real(file_path)
     mount = _holding(real)
@@ -60,7 +60,7 @@ def url(file_path: str) -> None:
     if parts[0] == ".content":  # .content/<run>/<kind>/<name>/<version>/...
         parts = ["runs", parts[1], "checkpoints", *parts[2:4]] if len(parts) > 3 else []
     if len(parts) == 2 and parts[0] == "runs":
-        click.echo(os.fsencode(_SCHEME + names.decode(parts[1])))
+        click.echo(os.fsencode(_SCHEME + name_encoding.decode(parts[1])))
         return
     # A checkpoint is runs/<run>/checkpoints/<kind>/<name>, or .tinkerfs/trash/<what names it>.
     depth = 3 if parts[:2] == [".tinkerfs", "trash"] else 5
@@ -74,11 +74,11 @@ def url(file_path: str) -> None:
 
 def _chosen(mountpoint: str | None) -> "Mount":
     """Return the mount that is meant."""
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
-    found = mounts.tinkerfs_mounts()
+    found = mount_table.tinkerfs_mounts()
     if mountpoint is not None:
-        wanted = mounts.absolute(mountpoint)
+        wanted = mount_table.absolute(mountpoint)
         found = [mount for mount in found if mount.mountpoint == wanted]
         if not found:
             raise SetupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
@@ -100,10 +100,12 @@ def _real(file_path: str) -> str:
 
 def _holding(real: str) -> "Mount | None":
     """Return the mount that a path is below, or is."""
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
     holding = [
-        m for m in mounts.list_mounts() if os.path.commonpath((m.mountpoint, real)) == m.mountpoint
+        m
+        for m in mount_table.list_mounts()
+        if os.path.commonpath((m.mountpoint, real)) == m.mountpoint
     ]
     innermost = max(holding, key=lambda mount: len(mount.mountpoint), default=None)
-    return innermost if innermost is not None and innermost.fstype == mounts.FSTYPE else None
+    return innermost if innermost is not None and innermost.fstype == mount_table.FSTYPE else None

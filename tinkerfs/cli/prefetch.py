@@ -10,11 +10,11 @@ import click
 from tinkerfs.cli.transfers import complete_path, transfer_options
 
 if TYPE_CHECKING:
-    from tinkerfs.adapters.compose import Parts
+    from tinkerfs.app import Parts
     from tinkerfs.cli.progress import Progress
     from tinkerfs.cli.transfers import Failure, Place
-    from tinkerfs.settings import Settings
-    from tinkerfs.tree.content import Holding
+    from tinkerfs.config import Settings
+    from tinkerfs.vfs.weights_nodes import Holding
     from tinkerfs.weights.file import WeightsFile
 
 __all__ = ["prefetch"]
@@ -91,7 +91,7 @@ def _row(holding: "Holding", name: str, kept_bytes: int, total_bytes: int | None
 
 
 def _lacking(row: dict[str, Any]) -> str:
-    from tinkerfs.cli.words import size_text
+    from tinkerfs.cli.formatting import size_text
     from tinkerfs.printable import printable
 
     name = printable(f"{row['checkpoint']} {row['file']}")
@@ -104,9 +104,9 @@ def _check(
     parts: "Parts", places: "list[Place]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
     """Return what is kept, without a request to a store or for an archive."""
-    from tinkerfs.call import IN_PROCESS
     from tinkerfs.cli import transfers
     from tinkerfs.cli.transfers import Failure
+    from tinkerfs.context import IN_PROCESS
 
     rows = []
     holdings, _ = transfers.find_holdings(parts, places, failures)
@@ -136,9 +136,9 @@ def _fetch(
     parts: "Parts", places: "list[Place]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
     """Fetch what is not kept, and return what is then."""
-    from tinkerfs.cache.flight import in_thread
     from tinkerfs.cli import transfers
     from tinkerfs.cli.progress import Progress
+    from tinkerfs.concurrency import in_thread
 
     progress = Progress(parts.telemetry)
     rows: list[dict[str, Any]] = []
@@ -166,10 +166,10 @@ class _Fetching:
     ) -> "list[Holding]":
         """Fetch some checkpoints; return those of which the server has another version by now."""
         from tinkerfs import errors
-        from tinkerfs.call import IN_PROCESS
         from tinkerfs.cli import transfers
         from tinkerfs.cli.progress import Item
         from tinkerfs.cli.transfers import Failure
+        from tinkerfs.context import IN_PROCESS
         from tinkerfs.weights import prefetch as blocks
 
         changed: list[Holding] = []
@@ -219,7 +219,7 @@ class _Fetching:
         Raises:
             SetupError: the cache may not be so large.
         """
-        from tinkerfs.cli.words import size_text
+        from tinkerfs.cli.formatting import size_text
         from tinkerfs.errors import SetupError
         from tinkerfs.weights import prefetch as blocks
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from tinkerfs.cli.words import size_text, span_text
+from tinkerfs.cli.formatting import size_text, span_text
 from tinkerfs.printable import printable
 from tinkerfs.telemetry import Telemetry
 

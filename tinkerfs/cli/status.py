@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from tinkerfs.cli.formatting import size_text, span_text
 from tinkerfs.cli.options import mountpoint_argument
-from tinkerfs.cli.words import size_text, span_text
 from tinkerfs.errors import SetupError
 from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
-    from tinkerfs.adapters.mounts import Mount
+    from tinkerfs.fuse.mount_table import Mount
 
 __all__ = ["status"]
 
@@ -33,11 +33,11 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         tinkerfs status
         tinkerfs status ~/tinker --json | jq '.[].calls'
     """  # noqa: D301
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
-    found = mounts.tinkerfs_mounts()
+    found = mount_table.tinkerfs_mounts()
     if mountpoint is not None:
-        path = mounts.absolute(mountpoint)
+        path = mount_table.absolute(mountpoint)
         found = [mount for mount in found if mount.mountpoint == path]
         if not found:
             raise SetupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
@@ -54,16 +54,16 @@ def status(mountpoint: str | None, as_json: bool) -> None:
 
 
 def _report(mount: "Mount") -> dict[str, Any]:
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
     mountpoint = mount.mountpoint
     shown = mountpoint.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     report: dict[str, Any] = {"mountpoint": shown, "state": "mounted"}
-    pids = mounts.daemons(mount)
+    pids = mount_table.daemons(mount)
     if pids:
         report["pid"] = pids[0]
     try:
-        content = mounts.read_file(f"{mountpoint}/.tinkerfs/stats.json")
+        content = mount_table.read_file(f"{mountpoint}/.tinkerfs/stats.json")
         told = json.loads(content) if content is not None else None
     except TimeoutError:
         return {**report, "state": "hangs"}
@@ -72,7 +72,7 @@ def _report(mount: "Mount") -> dict[str, Any]:
     if isinstance(told, dict):
         # Its own word on its pid is that of its namespace; so it counts where we see none.
         return {**told, **report}
-    health = mounts.probe(mountpoint)
+    health = mount_table.probe(mountpoint)
     report["state"] = {"answers": "unreadable"}.get(health, health)
     return report
 

@@ -17,12 +17,12 @@ from tinkerfs.errors import SetupError, TinkerfsError
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from tinkerfs.adapters.compose import Parts
-    from tinkerfs.adapters.mounts import Mount
-    from tinkerfs.settings import Settings
-    from tinkerfs.tree.content import Holding
-    from tinkerfs.weights.content import Listing
+    from tinkerfs.app import Parts
+    from tinkerfs.config import Settings
+    from tinkerfs.fuse.mount_table import Mount
+    from tinkerfs.vfs.weights_nodes import Holding
     from tinkerfs.weights.file import WeightsFile
+    from tinkerfs.weights.reader import Listing
 
 __all__ = [
     "Failure",
@@ -145,14 +145,14 @@ def place_of(given: str, flags: Mapping[str, str | bool | None]) -> Place:
         SetupError: it is neither, or its mount does not answer.
     """
     from tinkerfs.tinker_path import TinkerPath
-    from tinkerfs.tree import subjects
+    from tinkerfs.vfs import entities
 
     if given.startswith(_SCHEME):
         run_id = given.removeprefix(_SCHEME)
         try:
             is_run = run_id and "/" not in run_id
             path = (
-                subjects.run_path(run_id) if is_run else subjects.place_of(TinkerPath.parse(given))
+                entities.run_path(run_id) if is_run else entities.place_of(TinkerPath.parse(given))
             )
         except ValueError as error:
             raise SetupError(str(error)) from None
@@ -172,14 +172,14 @@ def _below_mount(given: str) -> tuple["Mount", str]:
     Nothing below the mount is looked at through the kernel: it may hang, and a name within `files/`
     would have it ask for the archive.
     """
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
-    mounted = {mount.mountpoint: mount for mount in mounts.list_mounts()}
+    mounted = {mount.mountpoint: mount for mount in mount_table.list_mounts()}
     done, links = "/", 0
     rest = [part for part in os.path.join(os.getcwd(), given).split("/") if part]
     while True:
         mount = mounted.get(done)
-        if mount is not None and mount.fstype == mounts.FSTYPE:
+        if mount is not None and mount.fstype == mount_table.FSTYPE:
             return mount, "/" + "/".join(rest)
         if not rest:
             break
@@ -203,11 +203,13 @@ def settings_of(mount: "Mount") -> dict[str, str | bool | None]:
     Raises:
         SetupError: it does not respond, or is of another version.
     """
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
     cure = f"tinkerfs status {mount.mountpoint}"
     try:
-        told = json.loads(mounts.read_file(f"{mount.mountpoint}/.tinkerfs/stats.json") or b"null")
+        told = json.loads(
+            mount_table.read_file(f"{mount.mountpoint}/.tinkerfs/stats.json") or b"null"
+        )
     except TimeoutError:
         raise SetupError(f"the mount at {mount.mountpoint} does not answer: {cure}") from None
     except ValueError:
@@ -228,9 +230,9 @@ def opened(settings: "Settings") -> Iterator["Parts"]:
     Raises:
         SetupError: the cache folder or the log cannot be used.
     """
-    from tinkerfs.adapters.allocator import keep_freed_memory
-    from tinkerfs.adapters.compose import compose
+    from tinkerfs.app import compose
     from tinkerfs.cli import logs
+    from tinkerfs.fuse.malloc import keep_freed_memory
 
     keep_freed_memory()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
@@ -249,8 +251,8 @@ def find_holdings(
         places: where to look.
         failures: gets those where nothing is.
     """
-    from tinkerfs.call import IN_PROCESS
-    from tinkerfs.tree.holdings import holding_at, holdings_below
+    from tinkerfs.context import IN_PROCESS
+    from tinkerfs.vfs.weights_lookup import holding_at, holdings_below
 
     found: dict[object, Holding] = {}
     one = None
@@ -280,10 +282,10 @@ def selected(holding: "Holding", listing: "Listing") -> list[str]:
     Raises:
         OSError: ENOENT where there is none such.
     """
-    from tinkerfs import errors, names
+    from tinkerfs import errors, name_encoding
 
     def is_meant(name: str) -> bool:
-        shown = "/".join(map(names.encode, name.split("/")))
+        shown = "/".join(map(name_encoding.encode, name.split("/")))
         return not holding.inside or f"{shown}/".startswith(f"{holding.inside}/")
 
     found = [name for name in listing.members if is_meant(name)]
@@ -309,8 +311,8 @@ def open_planned(
         failures: gets what cannot be opened.
         with_urls: wait for the archives of what is not kept, also where its files are known.
     """
-    from tinkerfs.cache.flight import side_by_side
-    from tinkerfs.call import IN_PROCESS
+    from tinkerfs.concurrency import side_by_side
+    from tinkerfs.context import IN_PROCESS
 
     weights = parts.weights
 

@@ -10,7 +10,7 @@ from tinkerfs.errors import SetupError
 from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
-    from tinkerfs.adapters.mounts import Holder
+    from tinkerfs.fuse.mount_table import Holder
 
 __all__ = ["umount"]
 
@@ -39,30 +39,30 @@ def umount(mountpoint: str, force: bool) -> None:
         tinkerfs umount ~/tinker
         tinkerfs umount --force ~/tinker
     """  # noqa: D301
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
-    path = mounts.absolute(mountpoint)
-    mount = mounts.find_mount(path)
+    path = mount_table.absolute(mountpoint)
+    mount = mount_table.find_mount(path)
     if mount is None:
         raise SetupError(f"{mountpoint} is not mounted")
-    if mount.fstype != mounts.FSTYPE:
+    if mount.fstype != mount_table.FSTYPE:
         raise SetupError(f"{mountpoint} is a mount of {mount.fstype}, not of tinkerfs")
-    daemons = mounts.daemons(mount)
+    daemons = mount_table.daemons(mount)
     # Before it is detached: nobody can be seen to hold what has no place in the tree any more.
-    held_by = _named(mounts.holders(path)) if force else ""
+    held_by = _named(mount_table.holders(path)) if force else ""
     try:
-        mounts.unmount(path, lazy=force or mounts.probe(path) == "dead")
+        mount_table.unmount(path, lazy=force or mount_table.probe(path) == "dead")
     except OSError as error:
         if not errors.is_busy(error):
             raise SetupError(f"{mountpoint} cannot be unmounted: {error.strerror}") from None
-        held_by = _named(mounts.holders(path)) or "a process that cannot be seen from here"
+        held_by = _named(mount_table.holders(path)) or "a process that cannot be seen from here"
         raise SetupError(
             f"{mountpoint} is busy: held by {held_by}: end that, or tinkerfs umount --force"
             f" {mountpoint}"
         ) from None
     timeout_s = _HELD_TIMEOUT_S if held_by else _DAEMON_TIMEOUT_S
-    mounts.wait_until(lambda: not any(map(mounts.is_running, daemons)), timeout_s)
-    left = " ".join(str(pid) for pid in daemons if mounts.is_running(pid))
+    mount_table.wait_until(lambda: not any(map(mount_table.is_running, daemons)), timeout_s)
+    left = " ".join(str(pid) for pid in daemons if mount_table.is_running(pid))
     if not left:
         return
     # The tree is free already, so this is no failure.

@@ -84,30 +84,30 @@ def _through_a_mount(place: "Place") -> str | None:
 
 
 def _at(mountpoint: str, place: "Place") -> str | None:
-    from tinkerfs.adapters import mounts
+    from tinkerfs.fuse import mount_table
 
     found: list[tuple[str, bytes]] = []
     for link in _links(place):
-        read = mounts.read_file(f"{mountpoint}{link}/tinker_path", timeout_s=_TIMEOUT_S)
+        read = mount_table.read_file(f"{mountpoint}{link}/tinker_path", timeout_s=_TIMEOUT_S)
         if read is not None:
             found.append((f"{mountpoint}{link}/expires_at", read))
     if not found:
         return None
     control, tinker_path = _only(found)
-    mounts.write_file(control, "never", timeout_s=_TIMEOUT_S)
+    mount_table.write_file(control, "never", timeout_s=_TIMEOUT_S)
     return tinker_path.decode("utf-8", "surrogateescape").strip()
 
 
 def _mountpoints(place: "Place") -> "Iterator[str]":
     """Yield the mounts that may have a checkpoint in their trash."""
-    from tinkerfs.adapters import mounts
     from tinkerfs.cli import transfers
     from tinkerfs.errors import SetupError
+    from tinkerfs.fuse import mount_table
 
     if place.mountpoint:
         yield place.mountpoint
         return
-    for mount in mounts.tinkerfs_mounts():
+    for mount in mount_table.tinkerfs_mounts():
         try:
             of_mount = transfers.settings_of(mount)
         except SetupError:  # it hangs, or is dead
@@ -121,8 +121,8 @@ def _in_this_process(place: "Place") -> str:
     import os
 
     from tinkerfs import errors
-    from tinkerfs.call import IN_PROCESS
     from tinkerfs.cli import transfers
+    from tinkerfs.context import IN_PROCESS
 
     found: list[str] = []
     with transfers.opened(place.settings) as parts:
@@ -144,7 +144,7 @@ def _in_this_process(place: "Place") -> str:
 
 def _links(place: "Place") -> list[str]:
     from tinkerfs.errors import SetupError
-    from tinkerfs.tree.trash import trash_paths
+    from tinkerfs.vfs.trash import trash_paths
 
     try:
         return trash_paths(place.path)

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tinkerfs.demo.catalogue import BASE_MODELS, Catalogue, Checkpoint, Run, Session
+from tinkerfs.demo.sample_data import BASE_MODELS, Catalogue, Checkpoint, Run, Session
 
 __all__ = ["Account"]
 

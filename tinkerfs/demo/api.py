@@ -13,14 +13,14 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Literal
 
-from tinkerfs.demo import wire
+from tinkerfs.demo import serialization
 from tinkerfs.demo.account import Account
-from tinkerfs.demo.catalogue import BASE_MODELS, Checkpoint, Run
-from tinkerfs.demo.changes import Changes
 from tinkerfs.demo.http import Reply, error_reply, json_reply
-from tinkerfs.demo.journal import Entry
 from tinkerfs.demo.lookup import Lookup, Refusal
+from tinkerfs.demo.mutations import Changes
 from tinkerfs.demo.profiles import Profile
+from tinkerfs.demo.request_log import Entry
+from tinkerfs.demo.sample_data import BASE_MODELS, Checkpoint, Run
 from tinkerfs.demo.store import Store
 
 __all__ = ["Api", "Behaviour"]
@@ -196,23 +196,25 @@ class Api:
 
     def _list_runs(self, entry: Entry, _args: dict[str, str]) -> Reply:
         offset, limit = self._page(entry, 20)
-        runs = [wire.run_json(run, self._profile) for run in self._account.runs(offset, limit)]
-        cursor = wire.cursor_json(offset, limit, self._account.run_count, self._profile)
+        runs = [
+            serialization.run_json(run, self._profile) for run in self._account.runs(offset, limit)
+        ]
+        cursor = serialization.cursor_json(offset, limit, self._account.run_count, self._profile)
         return json_reply({"training_runs": runs, "cursor": cursor})
 
     def _list_run_checkpoints(self, _entry: Entry, args: dict[str, str]) -> Reply:
         run = self._lookup.run(args["run"])
         found = [c for c in run.checkpoints if self._lookup.may_list(run, c)]
-        records = [wire.checkpoint_json(run.id, c, self._profile) for c in found]
-        cursor = wire.cursor_json(0, len(records), len(records), self._profile)
+        records = [serialization.checkpoint_json(run.id, c, self._profile) for c in found]
+        cursor = serialization.cursor_json(0, len(records), len(records), self._profile)
         return json_reply({"checkpoints": records, "cursor": cursor})
 
     def _list_checkpoints(self, entry: Entry, _args: dict[str, str]) -> Reply:
         offset, limit = self._page(entry, 100)
         page = self._account.checkpoints(offset, limit)
-        records = [wire.checkpoint_json(run.id, c, self._profile) for run, c in page]
+        records = [serialization.checkpoint_json(run.id, c, self._profile) for run, c in page]
         total_count = self._account.checkpoint_count
-        cursor = wire.cursor_json(offset, limit, total_count, self._profile)
+        cursor = serialization.cursor_json(offset, limit, total_count, self._profile)
         return json_reply({"checkpoints": records, "cursor": cursor})
 
     def _list_sessions(self, entry: Entry, _args: dict[str, str]) -> Reply:
@@ -234,7 +236,7 @@ class Api:
             if session is None or not all(w in (session.display_name or "").lower() for w in words):
                 continue
             runs = [run for run in map(self._account.run, session.run_ids) if run is not None]
-            found.append(wire.session_summary_json(session, runs, self._profile))
+            found.append(serialization.session_summary_json(session, runs, self._profile))
             if len(found) > limit:
                 break
         page = found[:limit]
@@ -257,17 +259,17 @@ class Api:
     # Single records
 
     def _get_run(self, _entry: Entry, args: dict[str, str]) -> Reply:
-        return json_reply(wire.run_json(self._lookup.run(args["run"]), self._profile))
+        return json_reply(serialization.run_json(self._lookup.run(args["run"]), self._profile))
 
     def _weights_info(self, entry: Entry, _args: dict[str, str]) -> Reply:
         run, _checkpoint = self._lookup.by_tinker_path(self._lookup.body(entry).get("tinker_path"))
-        return json_reply(wire.weights_info_json(run))
+        return json_reply(serialization.weights_info_json(run))
 
     def _get_session(self, _entry: Entry, args: dict[str, str]) -> Reply:
         session = self._account.session(args["session"])
         if session is None:
             raise Refusal(404, f"Session {args['session']} not found")
-        return json_reply(wire.session_json(session))
+        return json_reply(serialization.session_json(session))
 
     def _trace(self, entry: Entry, args: dict[str, str]) -> Reply:
         self._get_session(entry, args)
@@ -306,7 +308,9 @@ class Api:
         else:
             url, expires_s = self._store.sign_archive(run, checkpoint)
         if self._behaviour.archive_answer == "json":
-            return json_reply({"url": url, "expires": wire.time_json(expires_s, self._profile)})
+            return json_reply(
+                {"url": url, "expires": serialization.time_json(expires_s, self._profile)}
+            )
         headers = {"Location": url}
         if self._behaviour.tells_expiry:
             headers["Expires"] = formatdate(expires_s, usegmt=True)
@@ -329,7 +333,9 @@ class Api:
         if checkpoint.kind != "external_weights":
             raise Refusal(400, f"{checkpoint.id} is not an external weights checkpoint")
         urls, expires_s = self._store.sign_files(run, checkpoint)
-        return json_reply({"urls": urls, "expires": wire.time_json(expires_s, self._profile)})
+        return json_reply(
+            {"urls": urls, "expires": serialization.time_json(expires_s, self._profile)}
+        )
 
     def _ready(self, args: dict[str, str]) -> tuple[Run, Checkpoint]:
         """Return a checkpoint whose archive exists, or refuse as the server does till then."""

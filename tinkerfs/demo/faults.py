@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tinkerfs.demo.journal import Entry
+from tinkerfs.demo.request_log import Entry
 
 __all__ = [
     "FaultPlan",

@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tinkerfs.demo.content import Content, Data, iter_chunks
 from tinkerfs.demo.faults import FaultPlan, Rule, pause
-from tinkerfs.demo.journal import Entry, Journal
+from tinkerfs.demo.request_log import Entry, Journal
 
 __all__ = ["Handler", "Listener", "Origin", "Reply", "error_reply", "json_reply"]
 

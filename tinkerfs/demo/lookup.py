@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from tinkerfs.demo.account import Account
-from tinkerfs.demo.catalogue import Checkpoint, Run
-from tinkerfs.demo.journal import Entry
 from tinkerfs.demo.profiles import KIND_TYPES, IdForm, Profile
+from tinkerfs.demo.request_log import Entry
+from tinkerfs.demo.sample_data import Checkpoint, Run
 
 __all__ = ["Lookup", "Refusal"]
 

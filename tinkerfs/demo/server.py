@@ -12,12 +12,12 @@ from typing import Any, Self
 
 from tinkerfs.demo.account import Account
 from tinkerfs.demo.api import Api, Behaviour
-from tinkerfs.demo.catalogue import Catalogue
 from tinkerfs.demo.content import Content
 from tinkerfs.demo.faults import FaultPlan
 from tinkerfs.demo.http import Listener, Origin
-from tinkerfs.demo.journal import Journal
 from tinkerfs.demo.profiles import PROFILES, Profile
+from tinkerfs.demo.request_log import Journal
+from tinkerfs.demo.sample_data import Catalogue
 from tinkerfs.demo.signing import Signer
 from tinkerfs.demo.store import Store
 

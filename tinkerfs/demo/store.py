@@ -12,12 +12,12 @@ from xml.sax.saxutils import escape
 
 from tinkerfs.demo.account import Account
 from tinkerfs.demo.archive import MIN_SIZE_BYTES, Adapter, adapter_files, gzipped, tar_of
-from tinkerfs.demo.catalogue import Checkpoint, Run
 from tinkerfs.demo.content import Content, Data
 from tinkerfs.demo.http import Reply
-from tinkerfs.demo.journal import Entry
 from tinkerfs.demo.profiles import Profile
 from tinkerfs.demo.ranges import UnsatisfiableRange, parse_range
+from tinkerfs.demo.request_log import Entry
+from tinkerfs.demo.sample_data import Checkpoint, Run
 from tinkerfs.demo.signing import Signer
 
 __all__ = ["Store"]

@@ -7,9 +7,9 @@ digests of the pass that found out what the file holds. Thread-safe.
 
 from collections.abc import Callable
 
-from tinkerfs.cache.blocks import BlockFile
-from tinkerfs.weights.arrival import digest_of
-from tinkerfs.weights.blocks import BLOCK_BYTES
+from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.weights.block_download import digest_of
+from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.etags import SAMPLE_BYTES, Sample, sample_of
 from tinkerfs.weights.transfer import OVERLAP_BYTES
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from tinkerfs import errors
 from tinkerfs.errors import SetupError
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.patience import Lost
+from tinkerfs.weights.retry import Lost
 
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import Pools, Response

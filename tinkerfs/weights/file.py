@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Self
 
-from tinkerfs.call import Call
-from tinkerfs.weights.blocks import BLOCK_BYTES, blocks_of
+from tinkerfs.context import Call
+from tinkerfs.weights.block_math import BLOCK_BYTES, blocks_of
 from tinkerfs.weights.readahead import Ahead, ReadAhead
-from tinkerfs.weights.remote import RemoteFile
-from tinkerfs.weights.tarindex import Member, Segment
-from tinkerfs.weights.tensors import LENGTH_BYTES, header_length, tensor_ends
+from tinkerfs.weights.remote_file import RemoteFile
+from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensor_ends
+from tinkerfs.weights.tar_index import Member, Segment
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
-from tinkerfs.call import Call
+from tinkerfs.context import Call
 from tinkerfs.weights.etags import Sample
 
 __all__ = ["Arriving", "Origin"]

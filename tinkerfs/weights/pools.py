@@ -17,7 +17,7 @@ import urllib3
 
 from tinkerfs import __version__, errors, proxies, tls
 from tinkerfs.weights.connections import LABEL, READ_BYTES, StoreClient
-from tinkerfs.weights.patience import Lost
+from tinkerfs.weights.retry import Lost
 from tinkerfs.weights.store_connection import StaleConnection, TlsSocket, use_deadlines
 
 __all__ = ["Pools", "Response"]

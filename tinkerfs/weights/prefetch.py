@@ -5,8 +5,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from tinkerfs import errors
-from tinkerfs.call import Call
-from tinkerfs.weights.blocks import BLOCK_BYTES, in_rows
+from tinkerfs.context import Call
+from tinkerfs.weights.block_math import BLOCK_BYTES, in_rows
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD, MAX_AHEAD_BYTES
 

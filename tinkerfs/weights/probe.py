@@ -2,8 +2,8 @@
 
 from tinkerfs import errors
 from tinkerfs.weights.connections import LABEL, StoreClient
-from tinkerfs.weights.patience import Lost, Patience
-from tinkerfs.weights.source import Address, Source
+from tinkerfs.weights.range_source import Address, Source
+from tinkerfs.weights.retry import Lost, Patience
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 __all__ = ["empty_archive", "has_version", "read_archive_version", "read_range"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tinkerfs import errors
 from tinkerfs.weights.connections import LABEL
-from tinkerfs.weights.patience import Lost
+from tinkerfs.weights.retry import Lost
 from tinkerfs.weights.version import UNKNOWN_BYTES
 
 if TYPE_CHECKING:

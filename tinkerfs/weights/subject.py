@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tinkerfs.api.client import CheckpointRef
-from tinkerfs.names import compound_key
+from tinkerfs.name_encoding import compound_key
 
 __all__ = ["Subject"]
 

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.weights.connections import LABEL
-from tinkerfs.weights.patience import Lost, Patience
 from tinkerfs.weights.responses import Part, unusable
+from tinkerfs.weights.retry import Lost, Patience
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:

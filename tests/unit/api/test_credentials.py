@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.clocks import FakeTime
-from tinkerfs.adapters import mounts
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.errors import SetupError, Unauthorized
+from tinkerfs.fuse import mount_table
 
 
 def jwt(expires_at_s, mark="x"):
@@ -239,8 +239,8 @@ def test_a_command_that_takes_too_long_is_dead_and_so_is_what_it_started(tmp_pat
     with pytest.raises(SetupError, match="did not end within 1 s"):
         credentials.get()
     shell, child = map(int, pids.read_text().split())
-    assert not mounts.is_running(shell)
-    assert mounts.wait_until(lambda: not mounts.is_running(child), 5)
+    assert not mount_table.is_running(shell)
+    assert mount_table.wait_until(lambda: not mount_table.is_running(child), 5)
 
 
 def test_a_failing_command_is_not_run_for_every_call(make, command, time):

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.hostile import HostileServer, close, endless, genuine, reset, response
 from tinkerfs import errors
-from tinkerfs.api.refs import CheckpointRef
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 
 RUNS = "GET training_runs"
 OK = b"HTTP/1.1 200 OK\r\n"

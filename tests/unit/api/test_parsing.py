@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.api.test_rawjson import json_values
+from tests.unit.api.test_raw_json import json_values
 from tinkerfs.api import parsing
 from tinkerfs.api.models import Checkpoint, Page, SignedUrl
 from tinkerfs.errors import ProtocolError

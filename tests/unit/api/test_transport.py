@@ -17,13 +17,13 @@ from tests.support.clocks import FakeTime
 from tests.unit.api.conftest import http
 from tests.unit.api.test_credentials import jwt
 from tinkerfs import __version__, errors
-from tinkerfs.adapters import mounts
 from tinkerfs.api import endpoints
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
-from tinkerfs.api.refs import CheckpointRef
 from tinkerfs.api.transport import Request, Transport
 from tinkerfs.errors import SetupError
+from tinkerfs.fuse import mount_table
 from tinkerfs.telemetry import Telemetry
 
 RUNS = "GET training_runs"
@@ -309,10 +309,10 @@ def test_closing_ends_a_credential_command(server, tmp_path):
     client = Client(server.base_url, credentials, Telemetry())
     with ThreadPoolExecutor() as pool, client:
         call = pool.submit(client.list_training_runs)
-        assert mounts.wait_until(told.exists, 10)
+        assert mount_table.wait_until(told.exists, 10)
     with pytest.raises(errors.Unauthorized, match="status -9"):
         call.result(10)
-    assert not mounts.is_running(int(told.read_text()))
+    assert not mount_table.is_running(int(told.read_text()))
     assert server.journal.count() == 0
 
 

@@ -15,7 +15,7 @@ from tinkerfs.cache.directory import (
     locate_cache_dir,
     prepare_cache_dir,
 )
-from tinkerfs.cache.flight import side_by_side
+from tinkerfs.concurrency import side_by_side
 from tinkerfs.errors import SetupError
 
 OWN = f"tinkerfs-{os.getuid()}"

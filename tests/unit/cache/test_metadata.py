@@ -15,7 +15,7 @@ from tinkerfs.cache.metadata import (
     MetadataCache,
     Policy,
 )
-from tinkerfs.call import IN_PROCESS, Call, Lease
+from tinkerfs.context import IN_PROCESS, Call, Lease
 from tinkerfs.telemetry import Telemetry
 
 POLICY = Policy(ttl_s=30, stale_s=3600, negative_ttl_s=5)

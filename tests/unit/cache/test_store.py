@@ -6,8 +6,8 @@ import stat
 import pytest
 
 from tinkerfs import errors
-from tinkerfs.cache.flight import in_thread
 from tinkerfs.cache.store import Store
+from tinkerfs.concurrency import in_thread
 
 
 def test_what_is_put_is_there_in_the_next_mount(tmp_path):

@@ -6,8 +6,8 @@ import stat
 
 import pytest
 
-from tinkerfs.cache.flight import in_thread
 from tinkerfs.cli import logs
+from tinkerfs.concurrency import in_thread
 from tinkerfs.errors import SetupError
 
 

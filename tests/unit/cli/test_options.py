@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from tinkerfs.cache.flight import in_thread
 from tinkerfs.cli import options
 from tinkerfs.cli.main import _as_command
+from tinkerfs.concurrency import in_thread
+from tinkerfs.config import DEFAULT_BASE_URL, OPTIONS, Settings
 from tinkerfs.errors import SetupError
-from tinkerfs.settings import DEFAULT_BASE_URL, OPTIONS, Settings
 
 
 @pytest.fixture(autouse=True)

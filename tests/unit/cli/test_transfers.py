@@ -7,11 +7,11 @@ import pytest
 
 from tests.support.mount import wait_until
 from tests.unit.weights.conftest import subject_of
-from tinkerfs.call import IN_PROCESS
 from tinkerfs.cli import transfers
 from tinkerfs.cli.transfers import signals_interrupt
+from tinkerfs.config import Settings
+from tinkerfs.context import IN_PROCESS
 from tinkerfs.demo.server import DemoServer
-from tinkerfs.settings import Settings
 
 
 @pytest.fixture

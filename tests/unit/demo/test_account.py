@@ -4,7 +4,7 @@ import time
 import pytest
 
 from tinkerfs.demo.account import Account
-from tinkerfs.demo.catalogue import REFERENCE_TIME_S, Catalogue, Session
+from tinkerfs.demo.sample_data import REFERENCE_TIME_S, Catalogue, Session
 
 
 def account(**fields):

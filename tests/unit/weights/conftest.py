@@ -8,13 +8,13 @@ import pytest
 from tests.support.server import demo_server  # noqa: F401
 from tinkerfs.api.client import CheckpointRef, Client
 from tinkerfs.api.credentials import Credentials
-from tinkerfs.cache.blocks import BlockCache
+from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.store import Store
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.archives import Archives
-from tinkerfs.weights.content import Weights
+from tinkerfs.weights.reader import Weights
 from tinkerfs.weights.subject import Subject
+from tinkerfs.weights.url_cache import Archives
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from tinkerfs import errors
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import connections
 from tinkerfs.weights.connections import StoreClient
-from tinkerfs.weights.patience import Lost
+from tinkerfs.weights.retry import Lost
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 BODY = bytes(100 << 10)  # several records of TLS, less than a socket holds
@@ -311,7 +311,7 @@ def test_certificates_that_cannot_be_read_are_told(environment, tmp_path):
 
 
 def test_a_mount_starts_without_what_fetches_weights():
-    script = "import sys, tinkerfs.adapters.compose; print('urllib3' in sys.modules)"
+    script = "import sys, tinkerfs.app; print('urllib3' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -9,7 +9,7 @@ import pytest
 from tests.support.store_faults import FAULTS
 from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
-from tinkerfs.call import IN_PROCESS
+from tinkerfs.context import IN_PROCESS
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"

@@ -10,9 +10,9 @@ import pytest
 from tests.support.hostile import HostileServer, close, drip, endless, genuine, reset
 from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
-from tinkerfs.cache.flight import in_thread
-from tinkerfs.call import IN_PROCESS
-from tinkerfs.weights.patience import BACKOFF_S
+from tinkerfs.concurrency import in_thread
+from tinkerfs.context import IN_PROCESS
+from tinkerfs.weights.retry import BACKOFF_S
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def test_read_of_a_response_that_lies_once_is_right(server, weights_of, lie):
 
 @pytest.mark.parametrize("lie", LIES)
 def test_read_of_a_response_that_always_lies_fails(server, weights_of, lie, monkeypatch):
-    monkeypatch.setattr("tinkerfs.weights.patience.BACKOFF_S", (0.001, 0.01))
+    monkeypatch.setattr("tinkerfs.weights.retry.BACKOFF_S", (0.001, 0.01))
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     with open_in(mount, server) as file:
         rule = server.on("store", edited(LIES[lie]), times=None)

@@ -7,11 +7,11 @@ import pytest
 
 from tests.support.tar_variants import END, LARGE_BYTES, header, large, member
 from tests.unit.weights.conftest import subject_of
-from tests.unit.weights.test_content import checkpoint_of, read
-from tinkerfs.call import IN_PROCESS
+from tests.unit.weights.test_reader import checkpoint_of, read
+from tinkerfs.context import IN_PROCESS
 from tinkerfs.demo.content import Data
-from tinkerfs.weights.index import Index, decode_index, encode_index
-from tinkerfs.weights.tarindex import Member, Segment
+from tinkerfs.weights.archive_index import Index, decode_index, encode_index
+from tinkerfs.weights.tar_index import Member, Segment
 from tinkerfs.weights.version import Version
 
 SAFETENSORS = b"\x08\0\0\0\0\0\0\0{}      "

@@ -8,7 +8,7 @@ import sys
 import time
 
 from tests.unit.weights.conftest import subject_of, truth
-from tinkerfs.call import IN_PROCESS
+from tinkerfs.context import IN_PROCESS
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from tests.unit.weights.conftest import weights_in
 from tinkerfs.api.client import CheckpointRef
-from tinkerfs.call import IN_PROCESS
+from tinkerfs.context import IN_PROCESS
 from tinkerfs.weights.subject import Subject
 folder, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]
 ref = CheckpointRef(run, checkpoint, checkpoint, is_known=True)

@@ -11,16 +11,16 @@ import tarfile
 import pytest
 
 from tests.unit.weights.conftest import subject_of, truth
-from tests.unit.weights.test_tarindex import special
+from tests.unit.weights.test_tar_index import special
 from tinkerfs import errors
-from tinkerfs.call import IN_PROCESS
+from tinkerfs.context import IN_PROCESS
 from tinkerfs.demo.archive import tar_of
 from tinkerfs.demo.content import Data, Noise
 from tinkerfs.demo.profiles import PROFILES
-from tinkerfs.weights import tarindex
-from tinkerfs.weights.blocks import BLOCK_BYTES
+from tinkerfs.weights import tar_index
+from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
-from tinkerfs.weights.remote import CONNECTIONS
+from tinkerfs.weights.remote_file import CONNECTIONS
 
 KIB, MIB = 1 << 10, 1 << 20
 NAME = "adapter_model.safetensors"
@@ -182,7 +182,7 @@ def bomb_of(block, count):
 def test_a_bomb_of_headers_is_an_error_in_bounded_memory(
     demo_server, weights_of, monkeypatch, kind
 ):
-    monkeypatch.setattr(tarindex, "MAX_HEADER_BYTES", 16 << 20)  # 256 MiB take 9 s
+    monkeypatch.setattr(tar_index, "MAX_HEADER_BYTES", 16 << 20)  # 256 MiB take 9 s
     packed = dataclasses.replace(PROFILES["official"], archive_form="gzip")
     server = demo_server(runs=1, profile=packed)
     subject, mount = subject_of(server), weights_of(server)

@@ -10,7 +10,7 @@ from tinkerfs import errors, network
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import store_connection
 from tinkerfs.weights.connections import StoreClient
-from tinkerfs.weights.patience import Lost
+from tinkerfs.weights.retry import Lost
 
 TIMEOUT_S = 0.4
 #: Of one request on a busy machine; without a deadline each of these lasts for ever.

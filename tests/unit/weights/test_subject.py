@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinkerfs import names
+from tinkerfs import name_encoding
 from tinkerfs.api.client import CheckpointRef
-from tinkerfs.weights.index import block_key
+from tinkerfs.weights.archive_index import block_key
 from tinkerfs.weights.subject import Subject
 from tinkerfs.weights.version import Version
 
@@ -48,9 +48,11 @@ part = st.one_of(texts, st.integers(-2, 99), st.none())
 @example([None], ["null"])
 @example(["a", "b"], ["a\nb"])
 def test_compound_key_is_shared_only_by_equals(parts, others):
-    assert (names.compound_key(*parts) == names.compound_key(*others)) is (parts == others)
+    assert (name_encoding.compound_key(*parts) == name_encoding.compound_key(*others)) is (
+        parts == others
+    )
 
 
 @pytest.mark.parametrize("text", ["\udcff", "a\0b", "é" * 300])
 def test_compound_key_of_any_text_can_be_stored(text):
-    assert names.compound_key(text).isascii()
+    assert name_encoding.compound_key(text).isascii()

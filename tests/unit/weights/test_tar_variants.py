@@ -22,10 +22,10 @@ from tests.support.tar_variants import (
     pax,
     symlink,
 )
-from tests.unit.weights.test_tarindex import read
+from tests.unit.weights.test_tar_index import read
 from tinkerfs.demo.content import Concat, Data, Noise
-from tinkerfs.weights import tarindex
-from tinkerfs.weights.tarindex import read_members
+from tinkerfs.weights import tar_index
+from tinkerfs.weights.tar_index import read_members
 
 
 def extracted(packed, folder):
@@ -131,7 +131,7 @@ def test_tar_names_are_bounded_with_what_they_imply(monkeypatch):
     deep = [pax((b"path", b"/".join([b"%d" % n] * 500))) + member(b"x") for n in range(5)]
     packed = b"".join(deep) + END
     assert len(read(packed)[0]) == 5
-    monkeypatch.setattr(tarindex, "MAX_NAMES", 2000)
+    monkeypatch.setattr(tar_index, "MAX_NAMES", 2000)
     with pytest.raises(ValueError, match="more than 2000 names"):
         read(packed)
 

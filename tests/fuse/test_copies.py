@@ -1,0 +1,68 @@
+"""Copies onto real mounts of file systems that lack something."""
+
+import os
+
+import pytest
+
+from tests.support.limited_fs import LIMITS, limited_mount
+from tests.support.mount import tinkerfs
+from tests.unit.weights.test_exported_file import DATA, copy, partial, target
+from tinkerfs.context import IN_PROCESS
+from tinkerfs.demo.server import DemoServer
+from tinkerfs.weights.destination import Destination
+
+
+@pytest.fixture(params=LIMITS)
+def limited(request, tmp_path):
+    """Each such file system, and its limits."""
+    limits = LIMITS[request.param]
+    with limited_mount(tmp_path, limits) as mountpoint:
+        yield mountpoint, limits
+
+
+def test_copy_onto_limited_file_system_is_whole(limited):
+    folder, limits = limited
+    begun = partial(folder)
+    copy(folder)
+    assert not begun.exists()
+    for name in ("sub/other", "file"):  # and over what is there
+        copy(folder, name)
+        assert (folder / name).read_bytes() == DATA
+    if "uid" not in limits:
+        assert target(folder).is_whole()
+        assert copy(folder, "new", key="version 2") == len(DATA)
+
+
+def test_copy_resumes_where_modes_are_not_kept(tmp_path):
+    with limited_mount(tmp_path, LIMITS["without modes at all"]) as folder:
+        partial(folder)
+        assert copy(folder) == len(DATA) - (1 << 20)
+
+
+def test_copy_of_names_that_differ_by_case_is_an_error(tmp_path):
+    with limited_mount(tmp_path, {"caseless": True}) as folder:
+        destination = Destination(str(folder))
+        first = target(folder, "file", destination)
+        second = target(folder, "FILE", destination, data=DATA[::-1])
+        for _ in first.copy(0o644, IN_PROCESS):
+            pass
+        with pytest.raises(FileExistsError, match="for that of another file"):
+            list(second.copy(0o644, IN_PROCESS))
+        assert (folder / "file").read_bytes() == DATA
+        assert first.is_whole()
+        assert not second.is_whole()
+
+
+def test_get_onto_limited_file_system_exits_0(tmp_path):
+    limits = LIMITS["with nothing of these"]
+    with DemoServer(runs=1, checkpoints=1) as server, limited_mount(tmp_path, limits) as folder:
+        [run] = server.account.runs()
+        [checkpoint] = run.checkpoints
+        env = {**server.environment, "PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        path = f"tinker://{run.id}/{checkpoint.id}"
+        for force in ((), (), ("--force",)):
+            done = tinkerfs("get", *force, path, folder / "out", env=env)
+            assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        files = server.files(run.id, checkpoint.id)
+        for name, content in files.items():
+            assert (folder / "out" / name).read_bytes() == content.read(0, content.size_bytes)

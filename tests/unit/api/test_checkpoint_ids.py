@@ -1,0 +1,65 @@
+import pytest
+
+from tinkerfs.api import endpoints
+from tinkerfs.api.checkpoint_ids import CheckpointRef, IdForm, forms_of, id_path, segment
+
+PATH, LISTED = IdForm.PATH, IdForm.LISTED
+
+
+def ref(path_id="weights/0001", listed_id="0001", *, is_shared=False):
+    return CheckpointRef("r", path_id, listed_id, is_known=True, is_shared=is_shared)
+
+
+@pytest.mark.parametrize(
+    ("one", "endpoint", "worked", "forms"),
+    [
+        (ref(), endpoints.ARCHIVE, None, [PATH, LISTED]),
+        (ref(), endpoints.DELETE, None, [PATH, LISTED]),
+        (ref(), endpoints.ARCHIVE, LISTED, [LISTED, PATH]),
+        (ref(), endpoints.DELETE, LISTED, [LISTED, PATH]),
+        (ref(), endpoints.ARCHIVE, PATH, [PATH, LISTED]),
+        (ref(), endpoints.DELETE, PATH, [PATH]),
+        (ref(listed_id="weights/0001"), endpoints.DELETE, LISTED, [PATH]),
+        (ref(is_shared=True), endpoints.DELETE, LISTED, [PATH]),
+        (ref(is_shared=True), endpoints.ARCHIVE, LISTED, [PATH]),
+        (ref("sampler_weights/1", "1", is_shared=True), endpoints.ARCHIVE, None, [PATH, LISTED]),
+        (ref("sampler_weights/1", "1", is_shared=True), endpoints.DELETE, None, [PATH]),
+        (ref(path_id=""), endpoints.DELETE, PATH, [LISTED]),
+        (ref(listed_id=""), endpoints.DELETE, None, [PATH]),
+        (ref("", ""), endpoints.DELETE, None, []),
+    ],
+)
+def test_which_forms_are_tried(one, endpoint, worked, forms):
+    assert [form for form, _ in forms_of(one, endpoint, worked)] == forms
+
+
+@pytest.mark.parametrize(
+    ("text", "encoded"),
+    [
+        ("79db:train:0", "79db:train:0"),
+        ("a b/c", "a%20b%2Fc"),
+        ("..", "%2E%2E"),
+        (".", "%2E"),
+        ("...", "..."),
+        ("é?#%", "%C3%A9%3F%23%25"),
+        ("\udcff", "%FF"),
+        ("\ud800", "%ED%A0%80"),
+        ("\n", "%0A"),
+    ],
+)
+def test_one_segment(text, encoded):
+    assert segment(text) == encoded
+
+
+@pytest.mark.parametrize(
+    ("text", "encoded"),
+    [
+        ("weights/0001", "weights/0001"),
+        ("0001", "0001"),
+        ("weights/a/b", "weights/a%2Fb"),
+        ("weights/..", "weights/%2E%2E"),
+        ("../..", "%2E%2E/%2E%2E"),
+    ],
+)
+def test_an_id_keeps_its_first_slash(text, encoded):
+    assert id_path(text) == encoded

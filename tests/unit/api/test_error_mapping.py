@@ -1,0 +1,196 @@
+import json
+
+import pytest
+
+from tinkerfs import errors
+from tinkerfs.api import endpoints
+from tinkerfs.api.endpoints import Scope
+from tinkerfs.api.error_mapping import failure_of, is_generic, missing_kind, server_words
+
+JSON = "application/json"
+GENERIC = [
+    ("", b""),
+    (JSON, b'{"detail": "Not Found"}'),
+    (JSON, b'{"detail":"Not found."}'),
+    (JSON, b'{"error": "404 not found"}'),
+    (JSON, b"{}"),
+    ("text/plain", b"404 page not found\n"),
+    ("text/html", b"<h1>Checkpoint x not found</h1>"),
+    ("", b"  <!DOCTYPE html><html><title>404 Not Found</title></html>"),
+    ("text/plain", b"Cannot GET /api/v1/sessions"),
+]
+SPECIFIC = [
+    (JSON, b'{"detail": "Checkpoint not found: weights/0001"}'),
+    (JSON, b'{"detail": "Training run abc does not exist"}'),
+    (JSON, b'{"error": {"message": "no such checkpoint"}}'),
+    ("text/plain", b"checkpoint expired"),
+]
+
+
+@pytest.mark.parametrize(("content_type", "body"), GENERIC)
+def test_a_router_speaks(content_type, body):
+    assert is_generic(content_type, body)
+
+
+@pytest.mark.parametrize(("content_type", "body"), SPECIFIC)
+def test_a_handler_speaks(content_type, body):
+    assert not is_generic(content_type, body)
+
+
+MISSING, NOT_FOUND = errors.EndpointMissing, errors.NotFound
+
+
+@pytest.mark.parametrize(
+    ("status", "scope", "generic", "known", "kind"),
+    [
+        (405, Scope.THING, False, False, MISSING),
+        (501, Scope.OPTIONAL_DEED, False, False, MISSING),
+        (404, Scope.ACCOUNT, True, False, MISSING),
+        (404, Scope.ACCOUNT, False, False, NOT_FOUND),
+        (410, Scope.ACCOUNT, False, False, MISSING),
+        (404, Scope.OPTIONAL_THING, True, False, MISSING),
+        (404, Scope.OPTIONAL_THING, False, False, NOT_FOUND),
+        (410, Scope.OPTIONAL_THING, True, False, NOT_FOUND),
+        (404, Scope.OPTIONAL_DEED, True, True, MISSING),
+        (404, Scope.OPTIONAL_DEED, True, False, NOT_FOUND),
+        (404, Scope.OPTIONAL_DEED, False, True, NOT_FOUND),
+        (410, Scope.OPTIONAL_DEED, False, True, MISSING),
+        (410, Scope.OPTIONAL_DEED, False, False, NOT_FOUND),
+        (404, Scope.THING, True, True, NOT_FOUND),
+        (410, Scope.THING, True, True, NOT_FOUND),
+    ],
+)
+def test_what_is_missing(status, scope, generic, known, kind):
+    assert missing_kind(status, scope, is_generic_body=generic, is_known=known) is kind
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "status", "kind"),
+    [
+        (endpoints.RUNS, 302, errors.ProtocolError),
+        (endpoints.RUNS, 400, errors.BadRequest),
+        (endpoints.RUNS, 401, errors.Unauthorized),
+        (endpoints.RUNS, 403, errors.Unauthorized),
+        (endpoints.RUNS, 408, errors.TimedOut),
+        (endpoints.RUNS, 418, errors.Rejected),
+        (endpoints.RUNS, 422, errors.BadRequest),
+        (endpoints.RUNS, 429, errors.RateLimited),
+        (endpoints.RUNS, 500, errors.ServerError),
+        (endpoints.RUNS, 503, errors.ServerError),
+        (endpoints.RUNS, 599, errors.ServerError),
+        (endpoints.RUNS, 999, errors.ProtocolError),
+        (endpoints.ARCHIVE, 503, errors.NotReady),
+        (endpoints.ARCHIVE, 425, errors.NotReady),
+        (endpoints.ARCHIVE, 500, errors.ServerError),
+        (endpoints.DELETE, 409, errors.Conflict),
+        (endpoints.DELETE, 425, errors.NotReady),
+        (endpoints.TTL, 409, errors.Conflict),
+    ],
+)
+def test_what_a_status_is(endpoint, status, kind):
+    headers = {"retry-after": "7", "content-type": JSON}
+    error = failure_of(
+        endpoint, status, headers, b'{"detail":"words"}', host="api.example", now_s=0.0
+    )
+    assert type(error) is kind
+    assert (error.endpoint, error.status, error.retry_after_s) == (endpoint.label, status, 7.0)
+    assert error.message in ("words", "unexpected redirect by api.example") or status == 999
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "words"),
+    [
+        (JSON, b'{"detail": "no\\n way"}', "no way"),
+        (JSON, b'{"error": "no"}', "no"),
+        (JSON, b'{"error": {"message": "no", "code": 3}}', "no"),
+        (JSON, b'{"message": "no"}', "no"),
+        (JSON, b'"no"', "no"),
+        ("text/plain", b"no way", "no way"),
+        ("text/html", b"<html><head><title> Bad\nGateway </title></head>x</html>", "Bad Gateway"),
+        ("text/html", b"<body><script>x()</script><p>No &amp; <b>never</b></p>", "No & never"),
+        ("text/html", b"", "the proxy in front of the API got no answer"),
+        ("", b"", "the proxy in front of the API got no answer"),
+        (JSON, b"{}", "the proxy in front of the API got no answer"),
+        (JSON, b'{"code": 5}', '{"code": 5}'),
+        ("", b"\xff\xfe\x00", "\ufffd\ufffd\\x00"),
+    ],
+)
+def test_the_servers_own_words(content_type, body, words):
+    assert server_words(502, content_type, body) == words
+
+
+def test_validation_errors_name_the_field():
+    detail = [
+        {"loc": ["body", "ttl_seconds"], "msg": "must be more", "type": "value_error"},
+        {"msg": "and less"},
+    ]
+    words = server_words(422, JSON, json.dumps({"detail": detail}).encode())
+    assert words == "body.ttl_seconds: must be more; and less"
+
+
+def test_words_hold_no_secrets_and_no_pages():
+    words = server_words(400, JSON, b'{"detail": "key tml-abc https://s/x?sig=1 ' + b"y" * 9999)
+    assert "tml-abc" not in words
+    assert "sig" not in words
+    assert len(words) <= 500
+
+
+#: Pages and messages that expressions with a choice may take quadratic time for.
+SLOW = {
+    "tags": b"<" * 20_000,
+    "titles": b"<title>" * 3_000,
+    "unclosed titles": b"<title " * 3_000,
+    "scripts": b"<script>" * 2_500,
+    "styles": b"<style " * 2_900,
+    "heads": b"<head>" * 3_300,
+    "comments": b"<!--" * 5_000,
+    "closed by another": b"<script></style>" * 1_250,
+    "references": b"<p>" + b"&#" * 10_000,
+}
+SLOW_WORDS = {
+    "punctuation": b"error" + b"!" * 19_000 + b"x",
+    "numbers": b"404" + b"!" * 19_000 + b"x",
+    "routes": b"no route matches " * 1_100,
+    "URLs": b"http://" * 2_800,
+    "logins": b"https://a@" * 2_000,
+    "keys": b"eyJ-" * 5_000,
+    "tokens": b"tml-eyJ." * 2_500,
+    "parameters": b"a=" * 10_000,
+}
+
+
+@pytest.mark.parametrize("body", [*SLOW.values(), *SLOW_WORDS.values()], ids=[*SLOW, *SLOW_WORDS])
+def test_error_of_any_text_is_read_in_linear_time(body):
+    """Sixty times, because quadratic time was up to 2 s each: more than a test may take."""
+    bodies = (b"<html>" + body, json.dumps({"detail": body.decode()}).encode())
+    for _ in range(60):
+        for each in bodies:
+            assert server_words(502, "", each)
+            is_generic("", each)
+
+
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        (b"<html>a<!-- b <p> --> c", "a c"),
+        (b"<html><head>x</head>a<HEAD>b</head >c", "a c"),
+        (b"<html><header>a</header>", "a"),
+        (b"<html>a<style>b</style>c<style>d", "a c d"),
+        (b"<html>1 < 2", "1 < 2"),
+        (b"<html><title></title>a", "a"),
+        (b"<html><title>a", "a"),
+        (b"<html>&lt;a&#62; &#" + b"9" * 5_000 + b"; b &#x" + b"9" * 5_000 + b";", "<a> b"),
+    ],
+)
+def test_page_gives_its_visible_text(page, words):
+    assert server_words(500, "", page).rstrip("\ufffd ") == words
+
+
+def test_words_deep_within_an_error_are_ignored():
+    detail: object = "here"
+    for _ in range(900):
+        detail = [detail]
+    body = json.dumps({"detail": detail, "loc": detail})
+    assert server_words(500, JSON, body.encode())
+    deep = {"detail": {"msg": "bad", "loc": [[detail], "field", 3]}}
+    assert server_words(422, JSON, json.dumps(deep).encode()) == "field.3: bad"

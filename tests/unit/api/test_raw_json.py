@@ -1,0 +1,81 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinkerfs.api import raw_json
+from tinkerfs.errors import ProtocolError
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=())),
+    lambda children: (
+        st.lists(children, max_size=4) | st.dictionaries(st.text(), children, max_size=4)
+    ),
+    max_leaves=12,
+)
+objects = st.dictionaries(st.text(st.characters(exclude_categories=())), json_values, max_size=6)
+
+
+def text_of(value):
+    return json.dumps(value).encode()
+
+
+def test_other_values_keep_their_bytes():
+    raw = b'{"a": 1.00, "b" : [1,  2], "u": "\\u00e9", "big": 123456789012345678901234567890}'
+    changed = raw_json.with_fields(raw, b=True, new=None)
+    assert changed == (
+        b'{"a":1.00,"b":true,"u":"\\u00e9","big":123456789012345678901234567890,"new":null}'
+    )
+
+
+def test_the_second_wins_and_nothing_is_lost():
+    merged = raw_json.merged(b'{"a":1.0,"b":{"x": 1}}', b'{"b":2e0,"c":[ ]}')
+    assert merged == b'{"a":1.0,"b":2e0,"c":[ ]}'
+
+
+@given(objects, objects)
+def test_merging_is_merging(first, second):
+    merged = raw_json.merged(text_of(first), text_of(second))
+    assert json.loads(merged) == first | second
+
+
+@given(objects, json_values)
+def test_a_field_is_set(fields, value):
+    changed = raw_json.with_fields(text_of(fields), public=value)
+    assert json.loads(changed) == fields | {"public": value}
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"null", b'{"a":', b"<html>", b'{"a":1}x', b"\xff"])
+def test_what_is_no_object_is_refused(raw):
+    for use in (raw_json.checked_object, raw_json.parse_object, raw_json.with_fields):
+        with pytest.raises(ProtocolError):
+            use(raw)
+    with pytest.raises(ProtocolError):
+        raw_json.merged(b"{}", raw)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_nothing_crashes(body):
+    try:
+        raw, fields = raw_json.parse_object(body)
+    except ProtocolError:
+        return
+    assert json.loads(raw) == fields
+
+
+def test_what_msgspec_refuses_is_read_all_the_same():
+    body = b'\xef\xbb\xbf{"a": "\\udcff", "b": NaN, "c": 1e999, "d": "\xff", "e": ' + b"9" * 5000
+    raw, fields = raw_json.parse_object(body + b"}")
+    assert fields == {"a": "\udcff", "b": None, "c": None, "d": "\udcff", "e": None}
+    assert json.loads(raw) == fields
+
+
+def test_a_depth_bomb_is_refused():
+    bomb = b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+    with pytest.raises(ProtocolError):
+        raw_json.parse_object(bomb)

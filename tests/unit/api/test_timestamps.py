@@ -1,0 +1,136 @@
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinkerfs.api.timestamps import parse_http_date_s, parse_retry_after_s, parse_time_ns
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+instants = st.datetimes(
+    datetime(1700, 1, 1),
+    datetime(2250, 1, 1),
+    timezones=st.integers(-23 * 60, 23 * 60).map(lambda m: timezone(timedelta(minutes=m))),
+)
+
+
+def true_ns(instant):
+    span = instant - EPOCH
+    return ((span.days * 86400 + span.seconds) * 10**6 + span.microseconds) * 1000
+
+
+@given(instants)
+def test_iso_times_with_any_offset_are_read_exactly(instant):
+    assert parse_time_ns(instant.isoformat()) == true_ns(instant)
+
+
+@given(instants)
+def test_utc_is_written_with_z_or_without_a_zone(instant):
+    text = instant.astimezone(UTC).replace(tzinfo=None).isoformat()
+    assert parse_time_ns(text) == parse_time_ns(text + "Z") == true_ns(instant)
+    assert parse_time_ns(text.replace("T", " ") + " UTC") == true_ns(instant)
+
+
+@given(st.integers(-(2**33), 2**33), st.integers(0, 999_999_999))
+def test_fractions_are_kept_to_the_nanosecond(seconds, ns):
+    text = (EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S").rjust(19, "0")
+    assert parse_time_ns(f"{text}.{ns:09d}Z") == seconds * 10**9 + ns
+    assert parse_time_ns(f"{text},{ns:09d}999Z") == seconds * 10**9 + ns
+
+
+@given(st.integers(-(2**33), 2**33))
+def test_unix_numbers_are_seconds(seconds):
+    assert parse_time_ns(seconds) == seconds * 10**9
+    assert parse_time_ns(float(seconds)) == seconds * 10**9
+    assert parse_time_ns(seconds + 0.5) == seconds * 10**9 + 500_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "ns"),
+    [
+        ("2026-11-23", 1795392000 * 10**9),
+        ("2026-11-23T10:20", 1795429200 * 10**9),
+        ("2026-11-23T10:20:30+0530", 1795409430 * 10**9),
+        ("2026-11-23T10:20:30-02", 1795436430 * 10**9),
+        ("2016-12-31T23:59:60Z", 1483228800 * 10**9),
+        (" 2026-11-23T10:20:30.5Z ", 1795429230_500_000_000),
+    ],
+)
+def test_odd_but_meant(text, ns):
+    assert parse_time_ns(text) == ns
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        "",
+        "never",
+        "2026-13-01T00:00:00Z",
+        "2026-11-23T102030.1",
+        "2026-11-23T10203051",
+        "2026-11-23T10:20.30",
+        "2026-11-23T10:20:30:123456",
+        "2026-11-23T10:20:30+05:300",
+        "2026-W47-1T10:20:30",
+        "2026-02-30T00:00:00Z",
+        "2026-11-23T24:00:00Z",
+        "2026-11-23T10:60:00Z",
+        "9999-12-31T23:59:59Z",
+        "0001-01-01T00:00:00Z",
+        "-001-01-01",
+        "99999-01-01T00:00:00Z",
+        "\u0662\u0660\u0662\u0666-11-23",
+        float("nan"),
+        float("inf"),
+        1e300,
+        10**400,
+        [],
+        {},
+    ],
+)
+def test_what_is_no_time_is_none(value):
+    assert parse_time_ns(value) is None
+
+
+@given(st.text() | st.floats() | st.integers() | st.none() | st.booleans())
+def test_nothing_crashes(value):
+    parse_time_ns(value)
+    if isinstance(value, str):
+        parse_http_date_s(value)
+        parse_retry_after_s({"retry-after": value, "retry-after-ms": value}, 0.0)
+
+
+def test_http_dates():
+    assert parse_http_date_s("Mon, 23 Nov 2026 10:20:30 GMT") == 1795429230
+    assert parse_http_date_s("0") is None
+    assert parse_http_date_s("Mon, 99 Nov 2026 10:20:30 GMT") is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({}, None),
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after": "0.25"}, 0.25),
+        ({"retry-after": "Mon, 23 Nov 2026 10:20:40 GMT"}, 10.0),
+        ({"retry-after": "Mon, 23 Nov 2026 10:20:20 GMT"}, 0.0),
+        ({"retry-after": "3", "retry-after-ms": "1500"}, 1.5),
+        ({"retry-after": "3", "retry-after-ms": "soon"}, 3.0),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "soon"}, None),
+    ],
+)
+def test_what_the_server_asks_to_wait(headers, wait_s):
+    assert parse_retry_after_s(headers, 1795429230.0) == wait_s
+
+
+def test_time_with_a_long_run_of_spaces_is_not_read():
+    """So long that quadratic time would exceed the time-out of a test."""
+    spaces = " " * 300_000
+    for text in (f"2024-01-01T00:00:00{spaces}x", f"2024-01-01{spaces}", f"{spaces}2024-01-01"):
+        assert parse_time_ns(text) is None
+        assert parse_http_date_s(text) is None

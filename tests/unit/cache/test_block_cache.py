@@ -1,0 +1,709 @@
+"""The block cache: what was put is what is read, whatever becomes of disk and processes."""
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from tests.support.clocks import FakeTime
+from tinkerfs.cache import block_cache
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.concurrency import in_thread, side_by_side
+from tinkerfs.telemetry import Telemetry
+
+KIB = 1 << 10
+BLOCK = 64 * KIB
+
+
+@pytest.fixture
+def telemetry():
+    return Telemetry()
+
+
+@pytest.fixture
+def cache_of(tmp_path, telemetry):
+    def make(limit_bytes=1 << 30, floor_bytes=0, clock=None, folder="blocks"):
+        more = {} if clock is None else {"clock": clock}
+        return BlockCache(
+            tmp_path / folder,
+            telemetry,
+            limit_bytes=limit_bytes,
+            floor_bytes=floor_bytes,
+            **more,
+        )
+
+    return make
+
+
+def block(number, size=BLOCK):
+    return random.Random(number).randbytes(size)
+
+
+def whole(file, index, size=BLOCK):
+    return file.read(index, 0, size, size)
+
+
+def again(file, index):
+    """Return a block that was just read, without a look at anything but its open file."""
+    buffer = memoryview(bytearray(BLOCK))
+    is_there = file.read_again(index, 0, buffer, contextlib.nullcontext)
+    return bytes(buffer) if is_there else None
+
+
+def on_disk(cache):
+    return sum(
+        path.stat().st_size
+        for path in cache.folder.rglob("*")
+        if path.is_file() and path.name.isdigit()
+    )
+
+
+def put_part(file, index, data):
+    with contextlib.closing(file.draft(index, BLOCK)) as draft:
+        draft.write(data)
+        file.keep_part(index, draft)
+
+
+def test_what_is_put_is_read_in_any_piece_and_by_the_next_mount(cache_of):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        assert whole(file, 3) is None
+        assert file.put(3, block(1))
+        assert file.read(3, 100, 200, BLOCK) == block(1)[100:200]
+        assert (file.has(3), file.has(2)) == (True, False)
+    with contextlib.closing(cache_of().open("key", "about")) as again:
+        assert whole(again, 3) == block(1)
+    with contextlib.closing(cache_of().open("another key", "about")) as other:
+        assert whole(other, 3) is None
+
+
+def test_the_start_of_a_block_is_no_block_and_is_there_for_the_next_mount(cache_of):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        assert file.part(3) == b""
+        file.prepare()
+        put_part(file, 3, block(1)[:1000])
+        assert (file.has(3), whole(file, 3)) == (False, None)
+    with contextlib.closing(cache_of().open("key", "about")) as again:
+        assert again.part(3) == block(1)[:1000]
+        assert again.part(2) == b""
+        again.drop_part(3)
+        assert again.part(3) == b""
+
+
+@pytest.mark.parametrize("size_bytes", [0, 100, 1039])
+def test_the_start_of_a_block_that_was_altered_is_none(cache_of, size_bytes):
+    cache = cache_of()
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.prepare()
+        put_part(file, 3, block(1)[:1000])
+        [path] = cache.folder.glob("*/.3.part")
+        os.truncate(path, size_bytes)
+        assert file.part(3) == b""
+        file.put(3, block(1))
+        os.link(cache.folder / path.parent.name / "3", path.with_name(".4.part"))
+        assert file.part(4) == b"", "nor is a block the start of another"
+
+
+def test_a_block_that_many_read_at_once_is_checked_once(cache_of, monkeypatch):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        file.put(3, block(1))
+    looks, is_sound = [], block_cache.is_sound
+
+    def slowly(fd, name, index):
+        looks.append(index)
+        time.sleep(0.2)
+        return is_sound(fd, name, index)
+
+    monkeypatch.setattr(block_cache, "is_sound", slowly)
+    with contextlib.closing(cache_of().open("key", "about")) as again:
+        found = side_by_side([lambda: whole(again, 3)] * 4, 4, "readers")
+        assert [each.result() for each in found] == [block(1)] * 4
+    assert looks == [3]
+
+
+def test_it_is_for_its_user_alone(cache_of, tmp_path):
+    cache = cache_of(folder="a/b/blocks")
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+    paths = [*(tmp_path / "a").rglob("*"), tmp_path / "a"]
+    assert {path.stat().st_mode & 0o077 for path in paths} == {0}
+    assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o700}
+
+
+def block_path(cache):
+    [path] = [path for path in cache.folder.rglob("*") if path.name.isdigit()]
+    return path
+
+
+def spoil_byte(path):
+    with path.open("r+b") as file:
+        file.seek(1000)
+        old = file.read(1)
+        file.seek(1000)
+        file.write(bytes([old[0] ^ 1]))
+
+
+def truncate(path):
+    os.truncate(path, 100)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def swap(path):
+    path.rename(path.with_name("1"))
+
+
+@pytest.mark.parametrize("spoil", [spoil_byte, truncate, empty, zero, swap])
+@pytest.mark.parametrize("is_remounted", [True, False])
+def test_a_block_that_was_altered_is_never_read(cache_of, telemetry, spoil, is_remounted):
+    cache = cache_of()
+    file = cache.open("key", "about")
+    file.put(0, block(0))
+    assert again(file, 0) is None
+    assert whole(file, 0) == again(file, 0) == block(0)
+    time.sleep(0.01)  # the clock of file times ticks every 4 ms
+    spoil(block_path(cache))
+    if is_remounted:
+        file.close()
+        file = cache_of().open("key", "about")
+    # What was moved away may be open still, and is the same.
+    left = block(0) if spoil is swap and not is_remounted else None
+    assert again(file, 0) == left
+    assert whole(file, 0) == left
+    assert whole(file, 1) is None
+    if spoil is not swap:
+        assert "altered" in telemetry.errors_text()
+    assert file.put(0, block(0))
+    assert whole(file, 0) == block(0)
+    file.close()
+
+
+def test_the_least_recently_used_go_first_but_nothing_that_is_open(cache_of):
+    clock = FakeTime()
+    cache = cache_of(limit_bytes=8 * (BLOCK + 4 * KIB), clock=clock.clock)
+    for number in range(6):
+        with contextlib.closing(cache.open(f"key {number}", "about")) as file:
+            assert file.put(0, block(number))
+        clock.advance(100)
+    opened = cache.open("key 0", "about")
+    with contextlib.closing(cache.open("key 1", "about")) as file:
+        assert whole(file, 0) == block(1)
+    clock.advance(100)
+    with contextlib.closing(cache.open("new", "about")) as file:
+        for index in range(4):
+            assert file.put(index, block(index))
+    kept = set()
+    for number in range(6):
+        with contextlib.closing(cache.open(f"key {number}", "about")) as file:
+            kept |= {number} if file.has(0) else set()
+    assert {0, 1} <= kept
+    assert 2 not in kept
+    assert whole(opened, 0) == block(0)
+    opened.close()
+
+
+def test_it_stays_within_its_bound(cache_of):
+    limit = 40 * BLOCK
+    caches = [cache_of(limit_bytes=limit) for _ in range(2)]
+    for number in range(100):
+        with contextlib.closing(caches[number % 2].open(f"key {number // 5}", "about")) as file:
+            file.put(number % 5, block(number))
+        assert on_disk(caches[0]) <= limit
+    assert on_disk(caches[0]) >= limit // 2
+    folders = list(caches[0].folder.iterdir())
+    assert len(folders) <= 9, "folders without a block stay behind"
+
+
+def test_what_is_on_its_way_counts_as_what_it_will_be(cache_of):
+    limit = 32 * (BLOCK + 4 * KIB)
+    cache = cache_of(limit_bytes=limit)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        drafts = []
+        for index in range(60):
+            draft = file.draft(index, BLOCK)
+            if draft is not None:
+                draft.write(b"x")
+                drafts.append((index, draft))
+        for index, draft in drafts:
+            draft.write(bytes(BLOCK - 1))
+            assert file.keep(index, draft)
+            draft.close()
+        assert 25 <= len(drafts) <= 34
+    assert on_disk(cache) <= limit
+
+
+def test_what_is_open_may_fill_it_and_then_nothing_more_is_kept(cache_of, telemetry):
+    cache = cache_of(limit_bytes=4 * (BLOCK + 4 * KIB))
+    with contextlib.closing(cache.open("key", "about")) as file:
+        kept = [file.put(index, block(index)) for index in range(20)]
+        assert kept[:3] == [True] * 3
+        assert not any(kept[5:])
+        assert whole(file, 0) == block(0)
+    assert telemetry.errors_text().count("full of open files") == 1
+
+
+def test_the_floor_of_free_disk_is_kept(cache_of, telemetry):
+    cache = cache_of(floor_bytes=1 << 62)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        assert not file.put(0, block(0))
+    assert "ENOSPC" in telemetry.errors_text()
+
+
+def test_room_is_made_where_a_larger_bound_was_before(cache_of):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        for index in range(10):
+            file.put(index, block(index))
+    smaller = cache_of(limit_bytes=4 * (BLOCK + 4 * KIB))
+    with contextlib.closing(smaller.open("another", "about")) as file:
+        assert file.put(0, block(0))
+    assert on_disk(smaller) <= 4 * (BLOCK + 4 * KIB)
+
+
+def test_a_limit_of_0_keeps_nothing(cache_of):
+    cache = cache_of(limit_bytes=0)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        assert not file.put(0, block(0))
+    assert on_disk(cache) == 0
+
+
+def test_a_folder_that_goes_away_is_made_again(cache_of):
+    cache = cache_of()
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+        subprocess.run(["rm", "-rf", cache.folder], check=True)
+        assert whole(file, 0) is None
+        assert file.put(0, block(0))
+        assert whole(file, 0) == block(0)
+
+
+def test_a_folder_that_cannot_be_written_is_told_once(cache_of, telemetry, tmp_path):
+    (tmp_path / "blocks").write_text("no folder")
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        for index in range(5):
+            assert not file.put(index, block(0))
+            assert whole(file, index) is None
+    assert len(telemetry.errors_text().splitlines()) == 1
+
+
+def test_a_disk_that_is_full_keeps_no_half_block(cache_of, telemetry):
+    """ENOSPC in the middle, as RLIMIT_FSIZE gives EFBIG: in a process of its own."""
+    cache = cache_of()
+    code = f"""
+import resource, signal
+from pathlib import Path
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.telemetry import Telemetry
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
+telemetry = Telemetry()
+cache = BlockCache(Path({str(cache.folder)!r}), telemetry, limit_bytes=1 << 30, floor_bytes=0)
+file = cache.open("key", "about")
+assert not file.put(0, bytes({BLOCK}))
+assert file.read(0, 0, 10, {BLOCK}) is None
+assert "EFBIG" in telemetry.errors_text()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert [path.name for path in cache.folder.rglob("*") if path.name[0] in ".0123456789"] == [
+        path.name for path in cache.folder.iterdir() if path.name[0] in ".0123456789"
+    ]
+
+
+CLAIMER = """
+import sys, time
+from pathlib import Path
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.telemetry import Telemetry
+cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=1 << 30, floor_bytes=0)
+file = cache.open("key", "about")
+file.prepare()
+with file.claimed(7, 10):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_block_is_claimed_by_one_process_at_a_time_until_it_dies(cache_of):
+    cache = cache_of()
+    other = subprocess.Popen(
+        [sys.executable, "-c", CLAIMER, str(cache.folder)], stdout=subprocess.PIPE
+    )
+    file = cache.open("key", "about")
+    file.prepare()
+    try:
+        assert other.stdout.readline() == b"claimed\n"
+        began = time.monotonic()
+        with file.claimed(8, 10):
+            assert time.monotonic() - began < 1
+        with file.claimed(7, 0.2):
+            assert time.monotonic() - began >= 0.2
+        threading.Timer(0.2, other.kill).start()
+        with file.claimed(7, 30):
+            assert time.monotonic() - began < 10
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+        file.close()
+
+
+def test_what_another_process_has_open_stays(cache_of):
+    clock = FakeTime()
+    cache = cache_of(limit_bytes=6 * (BLOCK + 4 * KIB), clock=clock.clock)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+    other = subprocess.Popen(
+        [sys.executable, "-c", CLAIMER, str(cache.folder)], stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"claimed\n"
+        clock.advance(1000)
+        with contextlib.closing(cache.open("new", "about")) as file:
+            for index in range(20):
+                file.put(index, block(index))
+        with contextlib.closing(cache.open("key", "about")) as file:
+            assert whole(file, 0) == block(0)
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+
+
+WRITER = """
+import random, sys
+from pathlib import Path
+from tinkerfs.cache.about import read_about
+from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.telemetry import Telemetry
+cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=40 * 65536, floor_bytes=0)
+print("ready", flush=True)
+number = 0
+while True:
+    file = cache.open(f"key {number % 7}", "about")
+    for index in range(10):
+        file.put(index, random.Random(number % 7 * 100 + index).randbytes(65536))
+    file.close()
+    number += 1
+"""
+
+
+@pytest.mark.timeout(60)
+def test_processes_that_are_killed_at_any_instant_leave_no_wrong_byte(cache_of):
+    """200 kills: 8 writers at a time live for a few milliseconds each."""
+    cache = cache_of(limit_bytes=40 * BLOCK)
+    rng, kills, found = random.Random(0), 0, 0
+    pids = []
+    # Forked from one process that has imported all: an interpreter takes 0.2 s to start.
+    code = WRITER.replace(
+        'print("ready", flush=True)',
+        """import os
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        break
+    print(pid, flush=True)
+else:
+    os._exit(0)
+""",
+    )
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", code, str(cache.folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while kills < 200:
+            while len(pids) < 4:
+                nursery.stdin.write("fork\n")
+                nursery.stdin.flush()
+                pids.append(int(nursery.stdout.readline()))
+            time.sleep(rng.uniform(0.0, 0.03))
+            os.kill(pids.pop(0), signal.SIGKILL)
+            kills += 1
+            number, index = rng.randrange(7), rng.randrange(10)
+            with contextlib.closing(cache_of().open(f"key {number}", "about")) as file:
+                data = whole(file, index)
+            assert data in (None, block(number * 100 + index))
+            found += data is not None
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        nursery.stdin.close()
+        nursery.wait(10)
+        nursery.stdout.close()
+    assert found > 20
+    for number in range(7):
+        with contextlib.closing(cache_of().open(f"key {number}", "about")) as file:
+            for index in filter(file.has, range(100)):
+                assert whole(file, index) == block(number * 100 + index)
+
+
+def test_drafts_that_a_killed_process_left_are_removed_in_time(cache_of):
+    clock = FakeTime()
+    cache = cache_of(clock=clock.clock)
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0))
+        draft = Path(file._folder) / ".1.99.0"
+        draft.write_bytes(b"half")
+        os.utime(draft, (clock.now - 60, clock.now - 60))
+        with contextlib.closing(cache_of(clock=clock.clock).open("other", "about")) as other:
+            other.put(0, block(1))
+        assert draft.exists()
+        os.utime(draft, (clock.now - 6000, clock.now - 6000))
+        with contextlib.closing(cache_of(clock=clock.clock).open("other", "about")) as other:
+            other.put(1, block(1))
+        assert not draft.exists()
+
+
+class Blocks(RuleBasedStateMachine):
+    """The cache against a dict: what it has is right, whatever came before."""
+
+    def __init__(self):
+        super().__init__()
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.model = {}
+        self.files = {}
+        self.remount()
+
+    @rule()
+    def remount(self):
+        for file in self.files.values():
+            file.close()
+        self.files = {}
+        self.cache = BlockCache(
+            Path(self.folder.name) / "blocks", Telemetry(), limit_bytes=60 * KIB, floor_bytes=0
+        )
+
+    def file(self, key):
+        if key not in self.files:
+            self.files[key] = self.cache.open(f"{key}", "about")
+        return self.files[key]
+
+    @rule(key=st.integers(0, 3), index=st.integers(0, 5), data=st.binary(min_size=10, max_size=99))
+    def put(self, key, index, data):
+        if self.file(key).put(index, data):
+            self.model[key, index] = data
+
+    @rule(key=st.integers(0, 3), index=st.integers(0, 5))
+    def read(self, key, index):
+        expected = self.model.get((key, index), b"x" * 20)
+        found = self.file(key).read(index, 3, 9, len(expected))
+        assert found is None or found == expected[3:9]
+
+    @rule(key=st.integers(0, 3))
+    def close(self, key):
+        if key in self.files:
+            self.files.pop(key).close()
+
+    @rule(key=st.integers(0, 3), index=st.integers(0, 5))
+    def drop(self, key, index):
+        self.file(key).drop(index)
+
+    @invariant()
+    def bounded(self):
+        assert on_disk(self.cache) <= 60 * KIB
+
+    def teardown(self):
+        for file in self.files.values():
+            file.close()
+        self.folder.cleanup()
+
+
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=25, stateful_step_count=40)
+
+
+def test_what_is_kept_is_counted_anew_after_a_while(cache_of):
+    time = FakeTime()
+    cache = cache_of(clock=time.clock)
+    assert cache.kept_bytes() == 0
+    with contextlib.closing(cache.open("key", "it")) as file:
+        file.put(0, block(0))
+    time.advance(4.9)
+    assert cache.kept_bytes() == 0, "the folder is not read again"
+    time.advance(0.2)
+    assert BLOCK <= cache.kept_bytes() < 2 * BLOCK
+
+
+# --- waits for the disk --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waits():
+    return []
+
+
+@pytest.fixture(params=["read_into", "read_again"])
+def read_of(request, cache_of, monkeypatch, waits):
+    """A read of a sound block of a disk that answers reads that must not wait as it is told."""
+
+    @contextlib.contextmanager
+    def waiting():
+        waits.append("begun")
+        yield
+        waits.append("over")
+
+    def make(at_once):
+        preadv, asked, is_first = os.preadv, [], True
+
+        def answering(fd, buffers, offset, flags=0):
+            if not flags or is_first:
+                return preadv(fd, buffers, offset)
+            asked.append(offset)
+            return at_once(lambda: preadv(fd, buffers, offset), buffers)
+
+        file = cache_of().open("key", "about")
+        file.put(0, block(1))
+        monkeypatch.setattr(os, "preadv", answering)
+        whole(file, 0)
+        is_first = False
+
+        def read():
+            buffer = memoryview(bytearray(100))
+            if request.param == "read_again":
+                assert file.read_again(0, 50, buffer, waiting)
+            else:
+                assert file.read_into(0, 50, buffer, BLOCK, waiting)
+            assert buffer == block(1)[50:150]
+            return len(asked)
+
+        return read
+
+    return make
+
+
+def test_what_is_in_memory_is_no_wait(read_of, waits):
+    read = read_of(lambda read, _buffers: read())
+    assert [read(), read()] == [1, 2]
+    assert waits == []
+
+
+def blocked(_read, _buffers):
+    raise BlockingIOError
+
+
+def in_part(read, _buffers):
+    read()
+    return 7
+
+
+@pytest.mark.parametrize("at_once", [blocked, in_part])
+def test_what_must_come_from_the_disk_is_a_wait(read_of, waits, at_once):
+    read = read_of(at_once)
+    assert [read(), read()] == [1, 2]
+    assert waits == ["begun", "over"] * 2
+
+
+def test_a_file_system_that_cannot_tell_is_asked_once(read_of, waits):
+    def unsupported(_read, _buffers):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    read = read_of(unsupported)
+    assert read() == 1
+    waits.clear()
+    assert read() == 1
+    assert waits == []
+
+
+def test_a_block_that_is_looked_into_first_is_a_wait(cache_of, waits):
+    @contextlib.contextmanager
+    def waiting():
+        waits.append("begun")
+        yield
+
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        file.put(0, block(1))
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        buffer = memoryview(bytearray(9))
+        assert file.read_into(0, 0, buffer, BLOCK, waiting)
+        assert waits[:1] == ["begun"]
+
+
+def test_what_was_removed_is_not_read_on_and_holds_no_space(cache_of):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        file.put(0, block(1))
+        assert whole(file, 0) == block(1)
+        (path,) = [path for path in file_paths(file) if path.name == "0"]
+        path.unlink()
+        assert again(file, 0) is None
+        assert whole(file, 0) is None
+        file.put(0, block(2))
+        assert whole(file, 0) == block(2)
+    own = Path("/proc/self/fd")
+    targets = [os.readlink(own / name) for name in os.listdir(own) if (own / name).is_symlink()]
+    assert not [target for target in targets if str(path) in target]
+
+
+def file_paths(file):
+    return list(Path(file._folder).iterdir())
+
+
+#: Every name that a file of the cache has, and what may lie there instead.
+FOREIGN_KINDS = {"fifo": os.mkfifo, "directory": os.mkdir}
+
+
+def in_time(work):
+    """Return the result of work that must not wait for another process."""
+    return in_thread(work, "cache").result(20)
+
+
+@pytest.mark.parametrize("kind", FOREIGN_KINDS)
+@pytest.mark.parametrize("name", ["3", ".3.part", "about", "lock"])
+def test_cache_with_another_kind_of_file_keeps_serving(cache_of, kind, name):
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        file.put(3, block(1))
+        put_part(file, 4, block(2)[:1000])
+    cache = cache_of()
+    [folder] = cache.folder.iterdir()
+    (folder / name).unlink(missing_ok=True)
+    FOREIGN_KINDS[kind](folder / name)
+    with contextlib.closing(in_time(lambda: cache.open("key", "about"))) as file:
+        assert file.has(3) == (name != "3"), "what is not a file is not a block"
+        assert in_time(lambda: whole(file, 3)) == (None if name == "3" else block(1))
+        assert in_time(lambda: file.part(3)) == b""
+        assert in_time(lambda: file.put(5, block(3)))
+        assert in_time(lambda: whole(file, 5)) == block(3)
+        with file.claimed(3, 0.0) as is_free:
+            assert is_free
+        if kind == "fifo":
+            assert in_time(lambda: file.put(3, block(1))), "a block takes its place"
+            assert whole(file, 3) == block(1)
+    in_time(lambda: read_about(folder))
+
+
+def test_eviction_with_other_kinds_of_file_stays_in_bound(cache_of):
+    first = cache_of()
+    with contextlib.closing(first.open("old", "about")) as file:
+        file.put(0, block(1))
+    [folder] = first.folder.iterdir()
+    (folder / "7").mkdir()
+    (folder / ".8.part").mkdir()
+    (folder / "\N{SUPERSCRIPT TWO}").write_bytes(b"")
+    os.mkfifo(folder / "9")
+    cache = cache_of(limit_bytes=3 * BLOCK)
+    with contextlib.closing(cache.open("new", "about")) as file:
+        for index in range(2):
+            assert in_time(lambda index=index: file.put(index, block(index)))
+    assert on_disk(cache) <= 3 * BLOCK
+    assert not (folder / "0").exists()

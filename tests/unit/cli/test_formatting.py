@@ -1,0 +1,26 @@
+import pytest
+
+from tinkerfs.cli.formatting import size_text, span_text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0s"), (0.9, "0.9s"), (59, "59s"), (61, "1m 1s"), (7384, "2h 3m"), (90000, "1d 1h")],
+)
+def test_spans(seconds, words):
+    assert span_text(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "words"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        ((1 << 20) - 1, "1.0 MiB"),
+        (5 << 20, "5.0 MiB"),
+        (3 << 50, "3072.0 TiB"),
+    ],
+)
+def test_sizes(size_bytes, words):
+    assert size_text(size_bytes) == words

@@ -1,0 +1,96 @@
+import re
+import threading
+
+import pytest
+
+from tinkerfs.demo.request_log import Entry, Journal
+
+
+def entry(endpoint="GET training_runs", origin="api", **fields):
+    method, _, path = endpoint.partition(" ")
+    return Entry(origin, method, f"/{path}", {}, endpoint, fields.pop("headers", {}), None)
+
+
+def test_what_a_request_leaves(api, server):
+    api.get("training_runs", params={"limit": 3}, headers={"User-Agent": "me/1"})
+    server.journal.wait_until_idle()
+    (found,) = server.journal
+    assert (found.origin, found.method, found.path) == ("api", "GET", "/api/v1/training_runs")
+    assert (found.query, found.endpoint, found.status) == ({"limit": "3"}, "GET training_runs", 200)
+    assert (found.user_agent, found.had_key, found.api_key) == ("me/1", True, server.api_key)
+    assert found.end_s >= found.start_s
+    assert found.sent_bytes > 100
+
+
+def test_bodies_are_kept(api, server):
+    api.post("weights_info", json={"tinker_path": "x"}, headers={"X-Idempotency-Key": "1"})
+    (found,) = server.journal.entries("POST weights_info")
+    assert found.body == b'{"tinker_path":"x"}'
+    assert found.headers["x-idempotency-key"] == "1"
+
+
+def test_secrets_are_not_among_the_headers(api, server):
+    api.get("healthz", headers={"Authorization": "Bearer x", "Cookie": "y"})
+    (found,) = server.journal
+    assert not {"x-api-key", "authorization", "cookie"} & found.headers.keys()
+    assert server.api_key not in repr(found)
+
+
+def test_counting():
+    journal = Journal()
+    for name in ("GET training_runs", "GET training_runs", "GET checkpoints"):
+        journal.begin(entry(name))
+    journal.begin(entry("GET store/archive", origin="store"))
+    assert (journal.count(), len(journal), journal.count("GET training_runs")) == (4, 4, 2)
+    assert (journal.count("api"), journal.count("store")) == (3, 1)
+    assert journal.count(re.compile("^GET /train")) == 2
+    assert journal.endpoints() == {
+        "GET training_runs": 2,
+        "GET checkpoints": 1,
+        "GET store/archive": 1,
+    }
+    journal.clear()
+    assert journal.count() == 0
+    assert journal.max_in_flight() == journal.in_flight() == 4
+
+
+def test_how_many_at_one_time():
+    journal = Journal()
+    first, second, third = entry(), entry(), entry("GET checkpoints")
+    journal.begin(first)
+    journal.begin(second)
+    journal.end(first)
+    journal.begin(third)
+    assert (journal.in_flight(), journal.max_in_flight()) == (2, 2)
+    assert journal.max_in_flight("GET training_runs") == 2
+    assert journal.max_in_flight("GET checkpoints") == 1
+    with pytest.raises(TimeoutError):
+        journal.wait_until_idle(0.01)
+    journal.end(second)
+    journal.end(third)
+    journal.wait_until_idle(0.01)
+    journal.clear()
+    assert journal.max_in_flight() == 0
+
+
+def test_waiting():
+    journal = Journal()
+    with pytest.raises(TimeoutError, match="0 of 2 requests"):
+        journal.wait_for(2, timeout_s=0.01)
+    timer = threading.Timer(0.05, lambda: [journal.begin(entry()) for _ in range(2)])
+    timer.start()
+    assert len(journal.wait_for(2, "GET training_runs")) == 2
+    timer.join()
+
+
+def test_the_oldest_go_when_it_is_full():
+    journal = Journal(capacity=3)
+    entries = [entry() for _ in range(5)]
+    for each in entries:
+        journal.begin(each)
+    assert list(journal) == entries[2:]
+
+
+def test_unknown_requests_are_told(api, server):
+    api.get("nothing")
+    assert server.journal.endpoints() == {"?": 1}

@@ -1,0 +1,144 @@
+import pytest
+
+from tests.support.clocks import FakeTime
+from tinkerfs.context import Caller
+from tinkerfs.vfs import copy_tracker, layout
+from tinkerfs.vfs.copy_tracker import COPIED_FILES, COPIED_LINKS, CopyTracker
+from tinkerfs.vfs.schema import Control, File, Link
+
+ONE, TWO = "/runs/r/checkpoints/weights/1", "/runs/r/checkpoints/weights/2"
+MOVER = Caller(70, 0, 70, 70)
+SIBLING = Caller(71, 0, 70, 71)
+STRANGER = Caller(80, 0, 80, 80)
+
+
+@pytest.fixture
+def time():
+    return FakeTime()
+
+
+@pytest.fixture
+def copies(time):
+    return CopyTracker(time.clock)
+
+
+def open_files(copies, directory, caller, names=COPIED_FILES):
+    for name in names:
+        copies.on_read(directory, name, caller)
+
+
+def read_links(copies, directory, caller, names=COPIED_LINKS):
+    for name in names:
+        copies.on_read(directory, name, caller)
+
+
+def copy(copies, directory, caller=MOVER):
+    open_files(copies, directory, caller)
+    read_links(copies, directory, caller)
+    copies.on_list(directory, caller)
+
+
+def test_tracked_names_are_those_of_the_table():
+    rows = {row.name: row for row in layout._CHECKPOINT_ROWS}
+    assert all(isinstance(rows[name], File | Control) for name in COPIED_FILES)
+    assert {name for name, row in rows.items() if isinstance(row, Link)} == set(COPIED_LINKS)
+
+
+def test_a_process_that_read_all_of_a_directory_copied_it(copies):
+    copy(copies, ONE)
+    assert copies.has_copied(ONE, MOVER)
+    assert copies.has_copied(ONE, SIBLING), "rm after cp, in one script"
+    assert not copies.has_copied(TWO, MOVER)
+    assert not copies.has_copied(ONE, STRANGER)
+
+
+@pytest.mark.parametrize("missing", [*COPIED_FILES, *COPIED_LINKS])
+def test_a_process_that_left_out_a_name_did_not_copy(copies, missing):
+    open_files(copies, ONE, MOVER, [name for name in COPIED_FILES if name != missing])
+    read_links(copies, ONE, MOVER, [name for name in COPIED_LINKS if name != missing])
+    copies.on_list(ONE, MOVER)
+    assert not copies.has_copied(ONE, MOVER)
+
+
+def test_two_processes_that_read_half_each_did_not_copy(copies):
+    read_links(copies, ONE, SIBLING)  # ls -l
+    open_files(copies, ONE, MOVER)  # grep -r
+    copies.on_list(ONE, MOVER)
+    assert not copies.has_copied(ONE, Caller(72, 0, 70, 72))
+
+
+def test_a_process_that_opened_all_and_did_not_list_moves_files(copies):
+    open_files(copies, ONE, MOVER)
+    assert copies.has_copied(ONE, MOVER)
+    assert not copies.has_copied(ONE, SIBLING), "grep -r, and then rm"
+    copies.on_list(ONE, MOVER)
+    assert not copies.has_copied(ONE, MOVER), "a script that reads all, and then rmtree"
+    open_files(copies, ONE, MOVER, ["published"])
+    assert copies.has_copied(ONE, MOVER)
+
+
+def test_a_copy_counts_until_its_group_has_left_off(copies, time):
+    copy(copies, ONE)
+    for _ in range(5):  # a long copy keeps its first directory in mind
+        time.advance(copy_tracker.COPY_WINDOW_S - 1)
+        copies.on_read(TWO, "info.json", SIBLING)
+    assert copies.has_copied(ONE, MOVER)
+    time.advance(copy_tracker.COPY_WINDOW_S)
+    assert not copies.has_copied(ONE, MOVER)
+
+
+def test_reads_that_are_long_ago_are_no_part_of_a_copy(copies, time):
+    open_files(copies, ONE, MOVER)
+    time.advance(copy_tracker.COPY_WINDOW_S)
+    read_links(copies, ONE, MOVER)
+    assert not copies.has_copied(ONE, MOVER)
+
+
+def test_a_deleted_directory_is_forgotten(copies):
+    copy(copies, ONE)
+    copies.forget(ONE)
+    assert not copies.has_copied(ONE, SIBLING)
+
+
+def test_reads_are_bounded_and_the_oldest_is_evicted(copies, monkeypatch):
+    monkeypatch.setattr(copy_tracker, "_MAX_READS", 100)
+    open_files(copies, ONE, MOVER)
+    for number in range(100):
+        read_links(copies, f"{TWO}{number}", MOVER)
+    assert len(copies._reads) == 100
+    read_links(copies, ONE, MOVER)
+    assert not copies.has_copied(ONE, MOVER)
+
+
+def test_more_copies_than_the_bound_refuse_everything(copies, monkeypatch):
+    monkeypatch.setattr(copy_tracker, "_MAX_COPIES", 10)
+    for number in range(11):
+        copy(copies, f"{TWO}{number}")
+    assert copies.has_copied(f"{TWO}0", SIBLING)
+    assert not copies._copies[70].directories
+
+
+def test_a_control_is_written_over_with_its_directory(copies, time):
+    copies.on_write_refused("key", "info.json", 70)
+    assert copies.is_written_over("key", 70)
+    assert not copies.is_written_over("other", 70)
+    assert not copies.is_written_over("key", 80)
+    time.advance(copy_tracker.WRITE_WINDOW_S)
+    assert not copies.is_written_over("key", 70)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_copy"),
+    [
+        (".info.json.FEZhO8", True),  # rsync
+        (".archive.tar.21527", True),
+        ("files", True),
+        (".published.swp", False),  # vim, nano
+        ("4913", False),
+        ("published~", False),
+        ("sedXq31aB", False),
+    ],
+)
+def test_a_new_name_counts_if_it_is_of_a_read_only_file(copies, name, is_copy):
+    copies.on_write_refused("key", name, 70)
+    assert copies.is_written_over("key", 70) is is_copy

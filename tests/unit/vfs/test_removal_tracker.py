@@ -1,0 +1,78 @@
+import errno
+
+import pytest
+
+from tests.support.clocks import FakeTime
+from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, Removals
+
+
+@pytest.fixture
+def time():
+    return FakeTime()
+
+
+@pytest.fixture
+def removals(time):
+    return Removals(time.clock)
+
+
+def test_what_was_unlinked_is_back_after_a_minute(removals, time):
+    removals.hide("one", "info.json", 7)
+    time.advance(50)
+    removals.hide("one", "published", 7)
+    assert removals.hidden("one", 7) == {"info.json", "published"}
+    assert removals.hidden("other", 7) == frozenset()
+    time.advance(59)
+    assert removals.hidden("one", 7) == {"info.json", "published"}
+    time.advance(1)
+    assert removals.hidden("one", 7) == frozenset()
+    assert not removals.is_hidden_in("one")
+
+
+def test_names_unlinked_by_a_group_are_hidden_from_it_alone(removals, time):
+    removals.hide("one", "info.json", 7)
+    time.advance(30)
+    removals.hide("one", "published", 8)
+    assert (removals.hidden("one", 7), removals.hidden("one", 8)) == ({"info.json"}, {"published"})
+    assert removals.hidden("one", 9) == frozenset()
+    time.advance(30)
+    assert (removals.hidden("one", 7), removals.hidden("one", 8)) == (frozenset(), {"published"})
+
+
+def test_a_delete_that_failed_brings_everything_back(removals):
+    removals.hide("one", "info.json", 7)
+    removals.hide("one", "info.json", 8)
+    removals.restore("one", 7)
+    removals.restore("one", 7)
+    assert removals.hidden("one", 7) == frozenset()
+    assert removals.hidden("one", 8) == {"info.json"}
+    removals.restore("one")
+    assert not removals.is_hidden_in("one")
+
+
+def test_a_refusal_shows_all_that_its_group_had_hidden(removals):
+    for key in ("one", "two"):
+        removals.hide(key, "info.json", 7)
+        removals.hide(key, "published", 8)
+    removals.refuse(7, "/README.md")
+    for key in ("one", "two"):
+        assert removals.hidden(key, 7) == frozenset()
+        assert removals.hidden(key, 8) == {"published"}
+
+
+def test_every_refusal_of_a_group_gives_the_hint_of_the_first(removals):
+    removals.refuse(7, "/runs/r/checkpoints/weights/1/info.json", HOW_TO_MOVE)
+    with pytest.raises(PermissionError, match="tinkerfs get PATH DEST, then rm -r PATH"):
+        removals.check(7, "/runs/r/checkpoints/weights/1/published")
+
+
+def test_a_group_that_was_refused_is_refused_until_it_leaves_off_for_a_minute(removals, time):
+    removals.check(7, "/runs/r/checkpoints/weights/1")
+    assert removals.refuse(7, "/README.md").errno == errno.EPERM
+    for _ in range(5):
+        time.advance(59)
+        with pytest.raises(PermissionError, match="rm -r runs/"):
+            removals.check(7, "/runs/r/checkpoints/weights/1")
+    removals.check(8, "/runs/r/checkpoints/weights/1")
+    time.advance(60)
+    removals.check(7, "/runs/r/checkpoints/weights/1")

@@ -1,0 +1,576 @@
+"""The weights of checkpoints as files: what is shown, what it costs, what is kept."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import tarfile
+import threading
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.clocks import FakeTime
+from tests.unit.weights.conftest import subject_of, truth
+from tests.unit.weights.test_tar_index import special, tar_of
+from tinkerfs import errors
+from tinkerfs.context import IN_PROCESS, Call
+from tinkerfs.demo.content import Data
+from tinkerfs.demo.profiles import PROFILES
+from tinkerfs.weights.block_math import BLOCK_BYTES
+from tinkerfs.weights.version import Version
+
+MIB = 1 << 20
+NAME = "adapter_model.safetensors"
+ARCHIVE, URL = "GET store/archive", "GET archive"
+
+
+def whole(file, step=MIB):
+    data = bytearray()
+    while piece := file.read(step, len(data), IN_PROCESS):
+        data += piece
+    return bytes(data)
+
+
+def read(mount, subject, name=NAME):
+    with mount.weights.open(subject, name, IN_PROCESS) as file:
+        return whole(file)
+
+
+def checkpoint_of(server, subject):
+    return server.account.find(subject.ref.run_id, subject.ref.path_id)[1]
+
+
+def sent_bytes(server):
+    server.journal.wait_until_idle()
+    return sum(entry.sent_bytes for entry in server.journal.entries("store"))
+
+
+@pytest.fixture
+def gzip_server(demo_server):
+    profile = dataclasses.replace(PROFILES["official"], archive_form="gzip")
+    return demo_server(runs=1, size_bytes=20 * MIB, profile=profile)
+
+
+@pytest.fixture
+def small(demo_server):
+    return demo_server(runs=1, size_bytes=20 * MIB)
+
+
+def test_the_index_of_a_plain_tar_takes_two_requests_once_for_all_mounts(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=1 << 30)
+    subject, mount = subject_of(server), weights_of(server)
+    assert mount.weights.known_files(subject) is None
+    listing = mount.weights.files(subject, IN_PROCESS)
+    true = server.files(subject.ref.run_id, subject.ref.path_id)
+    sizes = {name: member.size_bytes for name, member in listing.members.items()}
+    assert sizes == {name: content.size_bytes for name, content in true.items()}
+    assert server.journal.endpoints() == {URL: 1, ARCHIVE: 2}
+    assert sent_bytes(server) < MIB
+    later = weights_of(server)
+    assert later.weights.known_files(subject) == later.weights.files(subject, IN_PROCESS)
+    assert later.weights.archive_bytes(subject) == server.archive(*ids(subject)).size_bytes
+    assert server.journal.endpoints() == {URL: 1, ARCHIVE: 2}
+
+
+def ids(subject):
+    return subject.ref.run_id, subject.ref.path_id
+
+
+def test_the_header_of_a_large_file_costs_little(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=5 << 30)
+    subject, mount = subject_of(server), weights_of(server)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        length = int.from_bytes(file.read(8, 0, IN_PROCESS), "little")
+        assert json.loads(file.read(length, 8, IN_PROCESS))
+    assert sent_bytes(server) <= 8 * MIB
+    assert server.journal.count(ARCHIVE) == 3
+
+
+@pytest.mark.parametrize("is_remounted", [False, True])
+def test_one_tensor_of_a_large_file_costs_little_more_than_itself(
+    demo_server, weights_of, is_remounted
+):
+    server = demo_server(runs=1, size_bytes=1_000_000_000)
+    subject, mount = subject_of(server), weights_of(server)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        length = int.from_bytes(file.read(8, 0, IN_PROCESS), "little")
+        header = json.loads(file.read(length, 8, IN_PROCESS))
+        del header["__metadata__"]
+        begin, end = sorted(each["data_offsets"] for each in header.values())[len(header) // 2]
+        with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as later:
+            server.journal.clear()
+            reader = later if is_remounted else file
+            for offset in range(begin, end, 256 * 1024):
+                reader.read(min(256 * 1024, end - offset), 8 + length + offset, IN_PROCESS)
+    assert end - begin > 40_000_000
+    # It begins within a block, and ends within one.
+    assert end - begin <= sent_bytes(server) <= end - begin + 2 * BLOCK_BYTES
+
+
+def test_what_was_read_once_is_fetched_by_no_later_mount(small, weights_of):
+    subject = subject_of(small)
+    mount = weights_of(small)
+    assert read(mount, subject) == truth(small, subject, NAME)
+    assert mount.weights.cached_bytes(subject, NAME) == len(truth(small, subject, NAME))
+    assert sent_bytes(small) < 21 * MIB + 512 * 1024
+    assert not any(entry.had_key for entry in small.journal.entries("store"))
+    small.journal.clear()
+    later = weights_of(small)
+    assert later.weights.cached_bytes(subject, NAME) == len(truth(small, subject, NAME))
+    for name in small.files(*ids(subject)):
+        assert read(later, subject, name) == truth(small, subject, name)
+    assert small.journal.count() == 0
+
+
+def test_the_archive_itself_is_a_file(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    assert mount.weights.archive_bytes(subject) is None
+    with mount.weights.open_archive(subject, IN_PROCESS) as file:
+        assert file.size_bytes == small.archive(*ids(subject)).size_bytes
+        assert whole(file) == small.archive(*ids(subject)).read(0, file.size_bytes)
+    count = small.journal.count(ARCHIVE)
+    assert weights_of(small).weights.archive_bytes(subject) == file.size_bytes
+    assert read(mount, subject) == truth(small, subject, NAME)
+    assert small.journal.count(ARCHIVE) == count + 2  # the index: the blocks are there
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(reads=st.lists(st.tuples(st.integers(0, 21 * MIB), st.integers(1, 6 * MIB)), max_size=6))
+def test_every_read_is_a_slice(reads, module_mount):
+    file, expected = module_mount
+    for offset, size in reads:
+        assert file.read(size, offset, IN_PROCESS) == expected[offset : offset + size]
+
+
+@pytest.fixture
+def module_mount(small, weights_of):
+    subject = subject_of(small)
+    with weights_of(small).weights.open(subject, NAME, IN_PROCESS) as file:
+        yield file, truth(small, subject, NAME)
+
+
+# Sources that are not a plain tar with ranges
+
+
+def test_a_packed_archive_is_fetched_once_in_sequence(gzip_server, weights_of):
+    subject, mount = subject_of(gzip_server), weights_of(gzip_server)
+    mount.weights.files(subject, IN_PROCESS)
+    packed = gzip_server.archive(*ids(subject)).size_bytes
+    assert sent_bytes(gzip_server) <= packed
+    gzip_server.journal.clear()
+    for name in gzip_server.files(*ids(subject)):
+        assert read(weights_of(gzip_server), subject, name) == truth(gzip_server, subject, name)
+    assert gzip_server.journal.count() == 0
+    with mount.weights.open_archive(subject, IN_PROCESS) as file:
+        assert whole(file) == gzip_server.archive(*ids(subject)).read(0, packed)
+
+
+def test_a_packed_archive_that_left_the_cache_is_fetched_again(gzip_server, weights_of):
+    subject, mount = subject_of(gzip_server), weights_of(gzip_server, limit_bytes=0)
+    mount.weights.files(subject, IN_PROCESS)
+    gzip_server.journal.clear()
+    assert read(mount, subject) == truth(gzip_server, subject, NAME)
+    assert 1 <= gzip_server.journal.count(ARCHIVE) <= 3
+
+
+def test_a_packed_archive_that_was_altered_on_the_way_is_fetched_again(gzip_server, weights_of):
+    subject, mount = subject_of(gzip_server), weights_of(gzip_server)
+    gzip_server.faults.add("store", flip_byte=9_000_000, when=is_large)
+    assert read(mount, subject) == truth(gzip_server, subject, NAME)
+
+
+def is_large(entry):
+    first, _, last = (entry.range or "bytes=0-0").removeprefix("bytes=").partition("-")
+    return int(last) - int(first) > 10 * MIB
+
+
+def test_a_packed_archive_that_is_always_altered_is_an_error(gzip_server, weights_of):
+    subject, mount = subject_of(gzip_server), weights_of(gzip_server)
+    rule = gzip_server.faults.add("store", flip_byte=9_000_000, when=is_large, times=None)
+    with pytest.raises(OSError, match="damaged") as caught:
+        mount.weights.files(subject, IN_PROCESS)
+    assert errors.name_of(caught.value) == "EIO"
+    rule.remove()
+    assert read(mount, subject) == truth(gzip_server, subject, NAME)
+    # Later passes are held against what the first one was.
+    subprocess.run(["rm", "-rf", mount.cache.folder], check=True)
+    gzip_server.faults.add("store", flip_byte=9_000_000, when=is_large, times=None)
+    with pytest.raises(OSError, match=r"damaged|not what it was"):
+        read(weights_of(gzip_server), subject)
+
+
+def test_a_store_without_ranges_is_read_in_one_pass(small, weights_of):
+    small.faults.add("store", ignore_range=True, times=None)
+    subject, mount = subject_of(small), weights_of(small)
+    mount.weights.files(subject, IN_PROCESS)
+    assert small.journal.count(ARCHIVE) == 1
+    assert read(mount, subject) == truth(small, subject, NAME)
+    assert small.journal.count(ARCHIVE) == 1
+    subprocess.run(["rm", "-rf", mount.cache.folder], check=True)
+    small.journal.clear()
+    assert read(weights_of(small), subject) == truth(small, subject, NAME)
+    assert sent_bytes(small) < 3 * 21 * MIB
+
+
+def test_without_ranges_and_without_a_cache_all_is_right_still(small, weights_of):
+    small.faults.add("store", ignore_range=True, times=None)
+    subject, mount = subject_of(small), weights_of(small, limit_bytes=0, memory_bytes=8 * MIB)
+    expected = truth(small, subject, NAME)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        for offset in (19 * MIB, 5, 11 * MIB):
+            assert file.read(99, offset, IN_PROCESS) == expected[offset : offset + 99]
+
+
+@pytest.mark.parametrize("profile", ["skyrl"])
+def test_other_servers_archives_are_read(profile, demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=9 * MIB, profile=profile)
+    subject = subject_of(server, "sampler_weights")
+    bare = subject.ref.path_id.rpartition("/")[2]
+    ref = dataclasses.replace(subject.ref, listed_id=bare)
+    subject, mount = dataclasses.replace(subject, ref=ref), weights_of(server)
+    assert read(mount, subject) == truth(server, subject, NAME)
+
+
+def test_external_weights_are_a_file_each(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=9 * MIB)
+    subject, mount = subject_of(server, "external_weights"), weights_of(server)
+    checkpoint = checkpoint_of(server, subject)
+    large = random.Random(0).randbytes(9 * MIB)
+    checkpoint.files = {
+        "folder/deep/a.age": Data(b"secret"),
+        "b.safetensors": Data(large),
+        "empty": Data(b""),
+        "../outside": Data(b"no"),
+        "empty/below": Data(b"no"),
+    }
+    listing = mount.weights.files(subject, IN_PROCESS)
+    sizes = {name: member.size_bytes for name, member in listing.members.items()}
+    assert sizes == {"b.safetensors": 9 * MIB, "empty": 0, "folder/deep/a.age": 6}
+    assert len(listing.left_out) == 2
+    assert "left out" in mount.telemetry.errors_text()
+    for name in sizes:
+        assert read(mount, subject, name) == checkpoint.files[name].read(0, sizes[name])
+    assert server.journal.count("GET external_weights_urls") == 1
+    server.journal.clear()
+    later = weights_of(server)
+    assert read(later, subject, "b.safetensors") == large
+    assert later.weights.archive_bytes(subject) is None
+    assert server.journal.count() == 0
+
+
+# Members of every kind
+
+
+def mounted(server, weights_of, packed):
+    subject = subject_of(server)
+    checkpoint_of(server, subject).archive = Data(packed)
+    return subject, weights_of(server)
+
+
+def test_every_member_of_a_real_tar_is_what_tar_says(tmp_path, demo_server, weights_of):
+    folder, rng = tmp_path / "files", random.Random(0)
+    (folder / "sub").mkdir(parents=True)
+    with (folder / "sparse").open("wb") as file:
+        file.truncate(10 * MIB)
+        for _ in range(20):
+            file.seek(rng.randrange(9 * MIB))
+            file.write(rng.randbytes(70_000))
+    (folder / ("n" * 200)).write_bytes(b"long")
+    (folder / "sub" / "large").write_bytes(rng.randbytes(5 * MIB))
+    (folder / "hard").hardlink_to(folder / "sub" / "large")
+    (folder / "link").symlink_to("sub/large")
+    command = ["tar", "--sparse", "--format=posix", "-C", folder, "-c", "."]
+    packed = subprocess.run(command, capture_output=True, check=True).stdout
+    subject, mount = mounted(demo_server(runs=1), weights_of, packed)
+    members = mount.weights.files(subject, IN_PROCESS).members
+    assert set(members) == {"sparse", "n" * 200, "sub/large", "hard", "link"}
+    for name in members:
+        expected = (folder / name).read_bytes()
+        assert read(mount, subject, name) == expected
+        with mount.weights.open(subject, name, IN_PROCESS) as file:
+            for _ in range(20):
+                at = rng.randrange(len(expected))
+                assert file.read(300_000, at, IN_PROCESS) == expected[at : at + 300_000]
+
+
+def test_thousands_of_members_take_few_requests(demo_server, weights_of):
+    files = [(f"shard/{number:04}", bytes([number % 256]) * 3000) for number in range(4000)]
+    server = demo_server(runs=1)
+    subject, mount = mounted(server, weights_of, tar_of(*files, form=tarfile.GNU_FORMAT))
+    members = mount.weights.files(subject, IN_PROCESS).members
+    assert len(members) == 4000
+    assert server.journal.count(ARCHIVE) < 15
+    assert read(mount, subject, "shard/2999") == files[2999][1]
+
+
+def test_what_is_unsafe_is_left_out_and_told(demo_server, weights_of):
+    packed = tar_of(("../up", b"1"), (special("d", tarfile.CHRTYPE), None), ("good", b"2"))
+    subject, mount = mounted(demo_server(runs=1), weights_of, packed)
+    listing = mount.weights.files(subject, IN_PROCESS)
+    assert (set(listing.members), len(listing.left_out)) == ({"good"}, 2)
+    assert "'../up'" in mount.telemetry.errors_text()
+    with pytest.raises(FileNotFoundError):
+        mount.weights.open(subject, "../up", IN_PROCESS)
+
+
+@pytest.mark.parametrize("cut", [100, 3000, 19_700])
+def test_a_tar_that_ends_early_is_an_error(cut, demo_server, weights_of):
+    packed = tar_of(("a", b"x" * 9000), ("b", b"y" * 9000))
+    subject, mount = mounted(demo_server(runs=1), weights_of, packed[:cut])
+    with pytest.raises(OSError, match=r".") as caught:
+        mount.weights.files(subject, IN_PROCESS)
+    assert errors.name_of(caught.value) == "EIO"
+
+
+# Headers
+
+
+def test_the_tensors_come_from_the_header_alone(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=1 << 30)
+    subject, mount = subject_of(server), weights_of(server)
+    mount.weights.files(subject, IN_PROCESS)
+    server.journal.clear()
+    assert mount.weights.known_tensors(subject) is None
+    told = json.loads(mount.weights.tensors(subject, IN_PROCESS))
+    content = server.files(*ids(subject))[NAME]
+    length = int.from_bytes(content.read(0, 8), "little")
+    header = json.loads(content.read(8, 8 + length))
+    del header["__metadata__"]
+    assert {name: each["shape"] for name, each in told["tensors"].items()} == {
+        name: each["shape"] for name, each in header.items()
+    }
+    assert server.journal.count(ARCHIVE) == 1
+    assert sent_bytes(server) < MIB
+    assert weights_of(server).weights.known_tensors(subject) is not None
+
+
+def test_a_long_header_takes_two_requests(demo_server, weights_of):
+    tensors = {
+        f"layers.{number}.lora_A.weight": {
+            "dtype": "U8",
+            "shape": [1],
+            "data_offsets": [number, number + 1],
+        }
+        for number in range(60_000)
+    }
+    header = json.dumps(tensors).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(60_000)
+    server = demo_server(runs=1)
+    subject, mount = mounted(server, weights_of, tar_of((NAME, data)))
+    mount.weights.files(subject, IN_PROCESS)
+    server.journal.clear()
+    told = json.loads(mount.weights.tensors(subject, IN_PROCESS))
+    assert told["tensors_count"] == 60_000
+    assert server.journal.count(ARCHIVE) == 2
+
+
+def test_a_header_that_lies_is_an_error(demo_server, weights_of):
+    packed = tar_of((NAME, b"\xff" * 100))
+    subject, mount = mounted(demo_server(runs=1), weights_of, packed)
+    with pytest.raises(OSError, match="not a safetensors file"):
+        mount.weights.tensors(subject, IN_PROCESS)
+
+
+# Many at once
+
+
+def side_by_side(count, work):
+    results = [None] * count
+
+    def run(number):
+        try:
+            results[number] = work(number)
+        except (OSError, errors.ApiError) as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_one_fetch_a_block_however_many_read(small, weights_of):
+    small.latency_s = 0.02
+    subject = subject_of(small)
+    mounts = [weights_of(small) for _ in range(2)]
+    expected = truth(small, subject, NAME)
+    for mount in mounts:
+        mount.weights.files(subject, IN_PROCESS)
+    small.journal.clear()
+    found = side_by_side(32, lambda number: read(mounts[number % 2], subject))
+    assert all(data == expected for data in found)
+    ranges = [entry.range for entry in small.journal.entries(ARCHIVE)]
+    assert len(ranges) == len(set(ranges)) == 6
+
+
+def test_a_url_is_renewed_once_for_all_readers(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=60 * MIB)
+    subject, mount = subject_of(server), weights_of(server, burst=1)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        server.signer.revoke_all()
+        server.latency_s = 0.02
+        found = side_by_side(12, lambda n: file.read(9, n * BLOCK_BYTES, IN_PROCESS))
+    expected = truth(server, subject, NAME)
+    assert found == [expected[n * BLOCK_BYTES :][:9] for n in range(12)]
+    assert server.journal.count(URL) == 2
+
+
+def test_a_url_is_renewed_before_it_expires(demo_server, weights_of):
+    time = FakeTime()
+    server = demo_server(runs=1, size_bytes=20 * MIB, clock=time.clock.now)
+    subject, mount = subject_of(server), weights_of(server, clock=time.clock)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        time.advance(890)
+        file.read(9, 0, IN_PROCESS)
+    assert [entry.status for entry in server.journal.entries("store")] == [206] * 3
+    assert server.journal.count(URL) == 2
+
+
+def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    old = truth(small, subject, NAME)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        assert file.read(9, 0, IN_PROCESS) == old[:9]
+        checkpoint_of(small, subject).generation += 1
+        new = truth(small, subject, NAME)
+        assert new != old
+        for offset in (18 * MIB, 0):  # what is kept as well, from then on
+            with pytest.raises(OSError, match="another version") as caught:
+                file.read(9, offset, IN_PROCESS)
+            assert errors.is_stale(caught.value)
+        assert read(mount, subject) == new
+    assert read(weights_of(small), subject) == new
+
+
+def test_a_checkpoint_that_is_deleted_while_open_is_stale(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        small.account.find(*ids(subject))[0].checkpoints.clear()
+        with pytest.raises(OSError, match="gone") as caught:
+            file.read(9, 9 * MIB, IN_PROCESS)
+    assert errors.is_stale(caught.value)
+
+
+@pytest.mark.expect_warnings("telemetry")
+def test_reads_that_wait_hold_up_nothing_and_end_when_interrupted(small, weights_of):
+    subject, other = subject_of(small), subject_of(small, "sampler_weights")
+    mount = weights_of(small, timeout_s=30)
+    assert read(mount, subject) == truth(small, subject, NAME)
+    mount.weights.files(other, IN_PROCESS)
+    rule = small.faults.add("store", hang=True, times=None)
+    gone = threading.Event()
+    with mount.weights.open(other, NAME, IN_PROCESS) as waiting:
+        call = Call(interrupted=gone.is_set)
+        ended = []
+
+        def wait(number):
+            try:
+                waiting.read(9, number * 300_000, call)
+            except OSError as error:
+                ended.append(errors.is_interruption(error))
+
+        threads = [threading.Thread(target=wait, args=(number,)) for number in range(64)]
+        for thread in threads:
+            thread.start()
+        rule.wait_for(5)
+        began = time.monotonic()
+        assert read(mount, subject) == truth(small, subject, NAME)
+        assert mount.weights.files(subject, IN_PROCESS)
+        assert time.monotonic() - began < 2
+        gone.set()
+        began = time.monotonic()
+        for thread in threads:
+            thread.join(10)
+        assert time.monotonic() - began < 2
+        assert ended == [True] * 64
+    rule.release()
+    assert read(mount, other) == truth(small, other, NAME)
+
+
+def test_nothing_is_fetched_ahead_where_that_would_build_an_archive(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=20 * MIB)
+    subject = subject_of(server)
+    with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as file:
+        file.read(9, 0, IN_PROCESS)
+    server.journal.clear()
+    with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as file:
+        for offset in range(0, 2 * MIB, 256 * 1024):
+            file.read(256 * 1024, offset, IN_PROCESS)
+        assert server.journal.count() == 0
+        assert whole(file) == truth(server, subject, NAME)
+    assert server.journal.count(URL) == 1
+
+
+def test_an_archive_being_built_is_waited_for_once(demo_server, weights_of):
+    server = demo_server(runs=1, building_polls=2, retry_after="0")
+    subject, mount = subject_of(server), weights_of(server)
+    found = side_by_side(8, lambda _: mount.weights.files(subject, IN_PROCESS))
+    assert all(each == found[0] for each in found)
+    assert server.journal.count(URL) == 3
+
+
+def test_a_walk_may_start_so_many_builds_and_renewals_are_none(demo_server, weights_of):
+    server = demo_server(runs=1)
+    first, second = subject_of(server), subject_of(server, number=1)
+    mount = weights_of(server, burst=1)
+    mount.weights.files(first, IN_PROCESS)
+    with pytest.raises(OSError, match="builds a minute"):
+        mount.weights.files(second, IN_PROCESS)
+    server.signer.revoke_all()
+    assert read(mount, first) == truth(server, first, NAME)
+
+
+# The cache
+
+
+def test_memory_is_bounded_over_all_open_files(demo_server, weights_of):
+    server = demo_server(runs=2, size_bytes=40 * MIB)
+    mount = weights_of(server, limit_bytes=0, memory_bytes=24 * MIB)
+    subjects = [subject_of(server, run=run) for run in (0, 1)]
+    found = side_by_side(4, lambda n: read(mount, subjects[n % 2]))
+    assert all(data == truth(server, subjects[n % 2], NAME) for n, data in enumerate(found))
+    assert mount.weights.memory.most_bytes <= 24 * MIB
+
+
+def test_a_cache_that_goes_or_is_altered_while_files_are_open_is_fetched_again(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    expected = truth(small, subject, NAME)
+    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+        assert whole(file) == expected
+        for path in mount.cache.folder.rglob("*"):
+            if path.name.isdigit():
+                path.write_bytes(bytes(path.stat().st_size))
+        assert whole(file) == expected
+        subprocess.run(["rm", "-rf", mount.cache.folder], check=True)
+        assert whole(file) == expected
+        mount.cache.folder.parent.chmod(0o500)
+        subprocess.run(["rm", "-rf", mount.cache.folder], check=False)
+        assert whole(file) == expected
+        mount.cache.folder.parent.chmod(0o700)
+
+
+def test_an_index_that_cannot_be_read_is_made_again(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    listing = mount.weights.files(subject, IN_PROCESS)
+    mount.store.put("weights index 2", subject.identity, b"\xc1nonsense")
+    assert weights_of(small).weights.files(subject, IN_PROCESS) == listing
+
+
+def test_no_secret_is_logged(small, weights_of, caplog):
+    caplog.set_level("DEBUG")
+    subject, mount = subject_of(small), weights_of(small)
+    small.faults.add("store", status=500, times=2)
+    read(mount, subject)
+    assert "X-Signature" not in caplog.text + mount.telemetry.errors_text()
+    assert "X-Signature" not in json.dumps(mount.telemetry.snapshot())
+
+
+def test_what_if_range_takes():
+    assert Version(1, '"strong"', "date").validator == '"strong"'
+    assert Version(1, 'W/"weak"', "date").validator == "date"
+    assert Version(1).validator == ""

@@ -1,0 +1,325 @@
+"""The views: other ways to the same runs and checkpoints, sessions, and what is not listed."""
+
+import json
+import posixpath
+import time
+
+import pytest
+
+from tests.support.account import HOSTILE_NAMES, api_calls, can_be_listed, deletes
+from tests.support.drivers import outcome_of
+from tinkerfs import name_encoding
+from tinkerfs.demo.sample_data import Session
+
+VIEWS = ("checkpoints", "published", "expiring")
+
+
+def target(world, link):
+    """Where a link leads, from the root."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(link), world.driver.readlink(link)))
+
+
+def place(run_id, checkpoint_id):
+    kind, _, name = checkpoint_id.partition("/")
+    folder = f"runs/{name_encoding.encode(run_id)}/checkpoints"
+    return f"{folder}/{name_encoding.encode(kind)}/{name_encoding.encode(name)}"
+
+
+def of_user(world, chosen=lambda _checkpoint: True):
+    """The name and the place of every checkpoint of the user."""
+    return {
+        name_encoding.join((run.id, *checkpoint.id.split("/", 1))): place(run.id, checkpoint.id)
+        for run in world.server.account.runs()
+        for checkpoint in run.checkpoints
+        if chosen(checkpoint)
+    }
+
+
+#: About the servers that list runs, and tell of a checkpoint whether it is public and expires.
+tells_all = pytest.mark.where(
+    profile=lambda profile: (
+        not {"public", "expires_at"} & profile.omitted
+        and "GET training_runs" not in profile.missing
+    )
+)
+
+CHOSEN = {
+    "checkpoints": lambda _checkpoint: True,
+    "published": lambda checkpoint: checkpoint.is_public,
+    "expiring": lambda checkpoint: checkpoint.expires_at_s is not None,
+}
+
+
+@pytest.mark.served("GET training_runs")
+@pytest.mark.parametrize(
+    "view",
+    [
+        "checkpoints",
+        pytest.param("published", marks=tells_all),
+        pytest.param("expiring", marks=tells_all),
+    ],
+)
+def test_a_view_links_to_each_checkpoint_that_it_is_about(world, view):
+    expected = of_user(world, CHOSEN[view])
+    assert expected
+    listed = world.driver.listdir(view)
+    assert len(listed) == len(set(listed))
+    assert {name: target(world, f"{view}/{name}") for name in listed} == expected
+    for name in listed[:2]:
+        assert world.driver.read(f"{view}/{name}/tinker_path").startswith(b"tinker://")
+    assert outcome_of(lambda: world.driver.stat(f"{view}/a@b@c")) == "ENOENT"
+    assert outcome_of(lambda: world.driver.stat(f"{view}/a@b")) == "ENOENT"
+
+
+@pytest.mark.served("GET training_runs")
+def test_links_are_as_old_as_their_checkpoints_newest_first(world):
+    times = [
+        world.driver.stat(f"checkpoints/{n}").mtime_ns for n in world.driver.listdir("checkpoints")
+    ]
+    assert times == sorted(times, reverse=True)
+    assert len(set(times)) > 1
+    assert world.driver.stat("checkpoints").mtime_ns >= times[0]
+
+
+@tells_all
+def test_links_of_expiring_are_as_old_as_the_expiry(world):
+    expiries = {
+        name_encoding.join((run.id, *c.id.split("/", 1))): c.expires_at_s
+        for run in world.server.account.runs()
+        for c in run.checkpoints
+        if c.expires_at_s is not None
+    }
+    for name, expires_at_s in expiries.items():
+        shown_s = world.driver.stat(f"expiring/{name}").mtime_ns / 1e9
+        assert shown_s == pytest.approx(expires_at_s, abs=1)
+
+
+@pytest.mark.served("GET checkpoints")
+def test_a_view_is_made_of_the_user_s_listing_alone(make_world):
+    world = make_world(runs=30, checkpoints=10)
+    for view in VIEWS:
+        for name in world.driver.listdir(view):
+            world.driver.readlink(f"{view}/{name}")
+    assert api_calls(world.server) == {"GET checkpoints": 3}
+
+
+@pytest.mark.served("GET training_runs")
+def test_runs_by_base_model(world):
+    world.new_run(base_model="Qwen/Qwen3-8B", run_id="two")
+    world.new_run(base_model="plain", run_id="one")
+    world.new_run(base_model="/data/models/own", run_id="deep")
+    found = {}
+    for first in world.driver.listdir("models"):
+        for second in world.driver.listdir(f"models/{first}"):
+            path = f"models/{first}/{second}"
+            if world.driver.stat(path).is_link:
+                found[target(world, path)] = first
+                continue
+            for run in world.driver.listdir(path):
+                found[target(world, f"{path}/{run}")] = f"{first}/{second}"
+    expected = {f"runs/{run.id}": run.base_model for run in world.server.account.runs()}
+    expected["runs/deep"] = "data/models%2Fown"
+    assert found == expected
+    assert outcome_of(lambda: world.driver.listdir("models/nobody")) == "ENOENT"
+    assert outcome_of(lambda: world.driver.listdir("models/Qwen/none")) == "ENOENT"
+    for run_id in ("one", "two", "deep"):
+        world.server.account.remove_run(run_id)
+    world.refresh()
+
+
+@pytest.mark.served("GET sessions")
+def test_sessions_are_listed_without_a_call_for_each(make_world):
+    world = make_world(runs=900, checkpoints=0)
+    listed = world.driver.listdir("sessions")
+    assert listed == world.server.account.session_ids()
+    assert len(listed) == 450
+    for session_id in listed[:10]:
+        created_at_s = world.server.account.session(session_id).created_at_s
+        shown_s = world.driver.stat(f"sessions/{session_id}").mtime_ns / 1e9
+        assert shown_s == pytest.approx(created_at_s, abs=1)
+    assert api_calls(world.server) == {"POST sessions/search": 3}
+
+
+@pytest.mark.served("GET sessions")
+def test_a_session(world):
+    account = world.server.account
+    session = account.session(world.driver.listdir("sessions")[0])
+    folder = f"sessions/{session.id}"
+    assert world.driver.listdir(folder) == ["info.json", "runs", "samplers"]
+    info = json.loads(world.driver.read(f"{folder}/info.json"))
+    assert info["session_id"] == session.id
+    assert info["training_run_ids"] == session.run_ids
+    assert info["created_at"]
+    runs = {target(world, f"{folder}/runs/{n}") for n in world.driver.listdir(f"{folder}/runs")}
+    assert runs == {f"runs/{run_id}" for run_id in session.run_ids}
+    for sampler_id in world.driver.listdir(f"{folder}/samplers"):
+        assert target(world, f"{folder}/samplers/{sampler_id}") == f"samplers/{sampler_id}"
+        sampler = json.loads(world.driver.read(f"{folder}/samplers/{sampler_id}/info.json"))
+        base_model, path = session.samplers[sampler_id]
+        assert (sampler["sampler_id"], sampler["base_model"]) == (sampler_id, base_model)
+        serves = f"samplers/{sampler_id}/checkpoint"
+        if path is None:
+            assert outcome_of(lambda: world.driver.readlink(serves)) == "ENOENT"  # noqa: B023
+        else:
+            assert world.driver.read(f"{serves}/tinker_path").decode().strip() == path
+    assert set(world.driver.listdir("samplers")) >= set(session.samplers)
+
+
+@pytest.mark.served("GET samplers/{sampler}")
+def test_a_sampler_without_a_checkpoint_and_one_with_an_old_path(world):
+    samplers = {
+        "s:sample:0": ("Qwen/Qwen3-8B", None),
+        "s:sample:1": ("Qwen/Qwen3-8B", "tinker://some-run/0001"),
+        "s:sample:2": ("Qwen/Qwen3-8B", "no path at all"),
+    }
+    session = Session(id="s", created_at_s=1.7e9, run_ids=[], samplers=samplers, display_name=None)
+    world.server.account.add_session(session)
+    shown = {name: world.driver.listdir(f"samplers/{name}") for name in samplers}
+    assert shown == {
+        "s:sample:0": ["info.json"],
+        "s:sample:1": ["info.json", "checkpoint"],
+        "s:sample:2": ["info.json"],
+    }
+    assert target(world, "samplers/s:sample:1/checkpoint") == "runs/some-run/checkpoints/0001"
+
+
+# Names that are not listed.
+
+
+@tells_all
+def test_what_is_not_listed_resolves(world):
+    account = world.server.account
+    world.refresh()
+    world.driver.listdir("runs")
+    foreign = account.foreign_run_ids[0]
+    assert foreign not in world.driver.listdir("runs")
+    assert json.loads(world.driver.read(f"runs/{foreign}/info.json"))["training_run_id"] == foreign
+    checkpoint = next(c for c in account.run(foreign).checkpoints if c.is_public)
+    path = world.driver.read(f"{place(foreign, checkpoint.id)}/tinker_path")
+    assert path.decode() == f"tinker://{foreign}/{checkpoint.id}\n"
+
+
+@pytest.mark.served("GET training_runs/{run}")
+def test_a_checkpoint_that_no_listing_tells_of_resolves_by_its_path(world):
+    account = world.server.account
+    foreign = account.foreign_run_ids[0]
+    checkpoint = next(c for c in account.run(foreign).checkpoints if c.is_public)
+    fault = world.server.faults.add(
+        "GET training_runs/{run}/checkpoints", times=None, status=404, body={"detail": "not yours"}
+    )
+    world.refresh()
+    folder = place(foreign, checkpoint.id)
+    world.server.journal.clear()
+    info = json.loads(world.driver.read(f"{folder}/info.json"))
+    assert info["base_model"] == account.run(foreign).base_model
+    assert world.driver.read(f"{folder}/tinker_path").startswith(b"tinker://")
+    assert world.server.journal.count("POST weights_info") == 1
+    fault.remove()
+
+
+@pytest.mark.served("GET sessions")
+def test_what_never_existed_is_asked_for_once(world):
+    world.refresh()
+    world.driver.listdir("runs")
+    foreign = world.server.account.foreign_run_ids[0]
+    own = world.server.account.run_ids[0]
+    world.driver.listdir(f"runs/{foreign}/checkpoints")
+    world.driver.listdir(f"runs/{own}/checkpoints")
+    for path, calls in (
+        ("sessions/absent", {"GET sessions/{session}": 1}),
+        ("samplers/absent", {"GET samplers/{sampler}": 1}),
+        ("runs/absent-too", {"GET training_runs/{run}": 1}),
+        (f"runs/{foreign}/checkpoints/weights/absent", {"POST weights_info": 1}),
+        (f"runs/{own}/checkpoints/weights/absent", {}),
+        ("checkpoints/a@weights@b", {}),
+    ):
+        world.driver.listdir("checkpoints")
+        world.server.journal.clear()
+        for _ in range(4):
+            assert outcome_of(lambda: world.driver.stat(path)) == "ENOENT", path  # noqa: B023
+        assert api_calls(world.server) == calls, path
+
+
+# Changes.
+
+
+@pytest.mark.served("GET training_runs")
+def test_after_a_change_every_view_agrees_at_once(world):
+    run = world.new_run("weights/v1", "weights/v2")
+    run_id = run.removeprefix("runs/")
+    first, second = (name_encoding.join((run_id, "weights", name)) for name in ("v1", "v2"))
+    assert first in world.driver.listdir("checkpoints")
+    assert first not in world.driver.listdir("published")
+    if world.serves("POST publish"):
+        world.driver.write(f"checkpoints/{first}/published", b"1")
+        assert first in world.driver.listdir("published")
+    if world.serves("PUT ttl"):
+        world.driver.write(f"checkpoints/{first}/expires_at", b"12h")
+        assert first in world.driver.listdir("expiring")
+        soon_s = world.driver.stat(f"expiring/{first}").mtime_ns / 1e9
+        now_s = world.driver.time.clock.now() if world.driver.time else time.time()
+        assert soon_s == pytest.approx(now_s + 12 * 3600, abs=60)
+    world.server.journal.clear()
+    assert world.driver.remove(f"rmtree {run}/checkpoints/weights/v2") == ["OK"]
+    assert deletes(world.server) == 1
+    for view in VIEWS:
+        assert second not in world.driver.listdir(view)
+    world.server.account.remove_run(run_id)
+    world.refresh()
+
+
+@pytest.mark.served("GET training_runs")
+def test_nothing_of_a_view_can_be_removed(world):
+    world.server.journal.clear()
+    link = world.driver.listdir("checkpoints")[0]
+    steps = [f"unlink checkpoints/{link}", "rmdir checkpoints", "rmdir models", "rmdir sessions"]
+    if world.serves("GET sessions"):
+        session = world.server.account.session_ids()[0]
+        steps += [
+            f"unlink sessions/{session}/info.json",
+            f"rmdir sessions/{session}/runs",
+            f"rmdir sessions/{session}",
+        ]
+    for step in steps:
+        assert world.driver.remove(step) == ["EPERM"], step
+    assert deletes(world.server) == 0
+
+
+# Odd names.
+
+
+@pytest.mark.served("GET training_runs")
+def test_hostile_names_in_the_views(make_world):
+    world = make_world(runs=1, checkpoints=1)
+    account = world.server.account
+    odd = [n for n in HOSTILE_NAMES if n not in (".", "..") and can_be_listed(world.profile, n)]
+    for number, name in enumerate(odd):
+        run = account.add_run(f"r{number}@weights", base_model=f"org/{name}")
+        account.add_checkpoint(run.id, f"weights/{name}")
+    expected = of_user(world)
+    listed = world.driver.listdir("checkpoints")
+    assert {name: target(world, f"checkpoints/{name}") for name in listed} == expected
+    for name in listed:
+        assert world.driver.stat(f"checkpoints/{name}/tinker_path").size > 0
+    shown = {
+        target(world, f"models/org/{model}/{run}")
+        for model in world.driver.listdir("models/org")
+        for run in world.driver.listdir(f"models/org/{model}")
+    }
+    assert shown == {f"runs/r{number}@weights" for number, name in enumerate(odd) if name}
+
+
+@pytest.mark.served("GET checkpoints", "GET sessions")
+@pytest.mark.parametrize("gone", ["GET checkpoints", "POST sessions/search"])
+def test_a_listing_that_the_server_lacks_is_made_of_others(make_world, gone):
+    world = make_world(runs=12, checkpoints=2, latency_s=0.02)
+    world.server.faults.add(gone, times=None, status=404, body={"detail": "Not Found"})
+    for _ in range(2):
+        world.refresh() if world.is_kernel else world.driver.time.advance(40)
+        assert set(world.driver.listdir("checkpoints")) == set(of_user(world))
+        assert world.driver.listdir("sessions") == world.server.account.session_ids()
+    assert world.driver.listdir("published")
+    if gone == "GET checkpoints":
+        assert world.server.journal.max_in_flight("GET training_runs/{run}/checkpoints") > 1
+    if not world.is_kernel:  # a refresh drops what is known of the server, too
+        assert world.server.journal.count(gone) == 1

@@ -1,0 +1,168 @@
+"""The composition root: settings -> a FileSystem with everything behind it.
+
+For the command line and the fsspec adapter. Nothing is opened before the context is entered, and
+all of it is closed when it is left.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tinkerfs.api.client import Client
+from tinkerfs.api.credentials import Credentials
+from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.directory import (
+    UnusableCacheError,
+    default_cache_dir,
+    locate_cache_dir,
+    prepare_cache_dir,
+)
+from tinkerfs.cache.metadata import MetadataCache
+from tinkerfs.cache.store import Store
+from tinkerfs.catalog.catalog import Catalogue
+from tinkerfs.catalog.mutations import Mutations
+from tinkerfs.catalog.policies import Freshness
+from tinkerfs.catalog.sessions import Sessions
+from tinkerfs.catalog.trash import Trash
+from tinkerfs.catalog.trash_reader import TrashReader
+from tinkerfs.catalog.warm_start import Warm
+from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.config import Settings
+from tinkerfs.telemetry import Telemetry
+from tinkerfs.vfs.filesystem import FileSystem
+from tinkerfs.vfs.schema import Model
+from tinkerfs.weights.reader import Weights
+from tinkerfs.weights.url_cache import Archives
+
+__all__ = ["BLOCKS", "Parts", "cache_folder", "compose"]
+
+log = logging.getLogger(__name__)
+
+#: The folder of the block cache in that of the cache.
+BLOCKS = "blocks"
+
+#: What the block cache leaves free on its disk, bytes.
+FREE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an adapter needs: the tree, the weights in it, the client for a first look.
+
+    Attributes:
+        settings: as they are in effect: without a cache on disk its size is 0.
+    """
+
+    filesystem: FileSystem
+    weights: Weights
+    client: Client
+    telemetry: Telemetry
+    settings: Settings
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return where what outlives a mount is kept, made or not."""
+    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
+    return locate_cache_dir(folder.expanduser().absolute())
+
+
+def _prepared(settings: Settings) -> Path | None:
+    """Return the cache directory, ready for use; None where there is none to be used.
+
+    Raises:
+        SetupError: what was named as one is not a directory.
+    """
+    try:
+        return prepare_cache_dir(cache_folder(settings))
+    except UnusableCacheError as error:
+        log.warning("caching in memory alone: %s", error)
+        return None
+
+
+@contextmanager
+def compose(
+    settings: Settings, clock: Clock = SYSTEM_CLOCK, *, is_one_transfer: bool = False
+) -> Iterator[Parts]:
+    """Build everything behind a mount.
+
+    Args:
+        settings: of the mount.
+        clock: of all parts.
+        is_one_transfer: as of `Archives`.
+
+    Raises:
+        SetupError: the URL, a proxy or the cache directory that was named cannot be used.
+    """
+    cache_dir = _prepared(settings)
+    if cache_dir is None:
+        settings = replace(settings, cache_dir=None, cache_size_bytes=0)
+    else:
+        settings = replace(settings, cache_dir=str(cache_dir))
+    telemetry = Telemetry(clock)
+    with ExitStack() as stack:
+        credentials = Credentials(clock=clock)
+        client = stack.enter_context(
+            Client(
+                settings.base_url,
+                credentials,
+                telemetry,
+                concurrency=settings.concurrency,
+                timeout_s=settings.timeout_s,
+                clock=clock,
+            )
+        )
+        cache = MetadataCache(telemetry, clock)
+        freshness = Freshness.of(settings.ttl_s, settings.stale_s)
+        store = stack.enter_context(Store(cache_dir))
+        warm = stack.enter_context(
+            Warm(store, client.base_url, credentials, clock, stale_s=settings.stale_s)
+        )
+        trash = stack.enter_context(Trash(store, client.base_url, credentials.account, clock))
+        catalogue = Catalogue(
+            client, cache, store, telemetry, clock, freshness, warm, trash, settings.concurrency
+        )
+        mutations = Mutations(
+            client, cache, warm, telemetry, clock, catalogue, trash, settings.trash_s
+        )
+        sessions = Sessions(client, cache, freshness)
+        archives = Archives(
+            client,
+            telemetry,
+            clock,
+            timeout_s=settings.archive_timeout_s,
+            outage_timeout_s=settings.timeout_s,
+            burst=settings.archive_burst,
+            is_one_transfer=is_one_transfer,
+        )
+        blocks = BlockCache(
+            cache_dir / BLOCKS if cache_dir is not None else None,
+            telemetry,
+            clock,
+            limit_bytes=settings.cache_size_bytes,
+            floor_bytes=FREE_BYTES,
+        )
+        weights = stack.enter_context(
+            Weights(
+                archives,
+                store,
+                blocks,
+                telemetry,
+                timeout_s=settings.timeout_s,
+                url_age_s=settings.ttl_s,
+            )
+        )
+        model = Model(
+            settings=settings,
+            catalogue=catalogue,
+            mutations=mutations,
+            trash=TrashReader(catalogue, trash, settings.concurrency),
+            sessions=sessions,
+            archives=archives,
+            weights=weights,
+            telemetry=telemetry,
+            clock=clock,
+            started_ns=int(clock.now() * 1e9),
+        )
+        yield Parts(FileSystem(model, cache_dir or Path("/")), weights, client, telemetry, settings)

@@ -1,0 +1,378 @@
+"""The views: other ways to the same runs and checkpoints, and the sessions that made them.
+
+Each is a folder of symbolic links into `/runs`, so that a walk comes to everything once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from tinkerfs import errors, name_encoding
+from tinkerfs.api import models
+from tinkerfs.catalog.listings import Checkpoint
+from tinkerfs.tinker_path import TinkerPath
+from tinkerfs.vfs import entities, render, weights_nodes
+from tinkerfs.vfs.schema import Each, File, Folder, Link, Site
+
+__all__ = [
+    "CHECKPOINTS",
+    "EXPIRING",
+    "MODELS",
+    "PUBLISHED",
+    "SAMPLERS",
+    "SERVED_KINDS",
+    "SESSIONS",
+    "adapters",
+]
+
+# Checkpoints.
+
+
+def _view(
+    name: str,
+    doc: str,
+    shows: Callable[[Checkpoint], bool],
+    time_ns: Callable[[Site], int] = entities.checkpoint_ns,
+) -> Folder:
+    """A folder with a link to each checkpoint of the user that it shows."""
+
+    def listed(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+        for checkpoint in site.model.catalogue.each_user_checkpoint(site.call):
+            if shows(checkpoint):
+                yield checkpoint.key, checkpoint
+
+    def find(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
+        if len(parts) != 3:
+            return None
+        run_id, kind, name = parts
+        checkpoint = site.model.catalogue.user_checkpoint((run_id, kind, name), site.call)
+        return checkpoint if checkpoint is not None and shows(checkpoint) else None
+
+    def view_ns(site: Site) -> int:
+        known = site.model.catalogue.known_user_checkpoints()
+        newest_first = known.by_key.values() if known else ()
+        times_ns = (c.record.time_ns for c in newest_first if shows(c))
+        newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
+        changed_ns = site.model.catalogue.user_changed_ns()
+        return entities.mounted_ns(site, changed_ns, newest_ns)
+
+    link = Link(
+        "<run_id>@<kind>@<name>",
+        "the checkpoint",
+        lambda site: entities.checkpoint_path(site.subject),
+        mtime_ns=time_ns,
+    )
+    return Folder(
+        name,
+        doc,
+        (Each(link, listed, find, True, name_encoding.join, name_encoding.split),),
+        view_ns,
+    )
+
+
+def _expiry_ns(site: Site) -> int:
+    expires_at_ns: int = site.subject.record.expires_at_ns
+    return expires_at_ns
+
+
+CHECKPOINTS = _view("checkpoints", "every checkpoint of the user, newest first", lambda _c: True)
+PUBLISHED = _view("published", "the public ones only", lambda c: c.record.is_public)
+EXPIRING = _view(
+    "expiring",
+    "those with an expiry only, which is the links' mtime",
+    lambda c: c.record.expires_at_ns is not None,
+    _expiry_ns,
+)
+
+
+# Adapters: what serving engines take.
+
+SERVED_KINDS = ("sampler_weights", "external_weights")
+
+
+def _list_adapters(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+    for key, checkpoint in site.model.catalogue.user_checkpoints(site.call).by_key.items():
+        if checkpoint.kind in SERVED_KINDS:
+            yield key, checkpoint
+
+
+def _find_adapter(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
+    if len(parts) != 3 or parts[1] not in SERVED_KINDS:
+        return None
+    run_id, kind, name = parts
+    known = site.model.catalogue.known_user_checkpoints()
+    if known is not None and (run_id, kind, name) in known.by_key:
+        return site.model.catalogue.user_checkpoints(site.call).by_key.get((run_id, kind, name))
+    try:
+        return site.model.catalogue.checkpoint(run_id, kind, name, site.call)
+    except errors.ABSENCES as error:
+        if error.is_remembered:
+            return None
+        raise
+
+
+def adapters(files: Folder) -> Folder:
+    """Return the view of what serving engines take.
+
+    Args:
+        files: the unlisted directory that its names lead into.
+    """
+    link = Link(
+        "<run_id>@<kind>@<name>",
+        "the checkpoint's files; also of those that are not listed",
+        lambda site: weights_nodes.adapter_path(site.subject),
+        mtime_ns=entities.checkpoint_ns,
+    )
+
+    def find_files(_site: Site, name: str) -> str | None:
+        return name if name == files.name else None
+
+    return Folder(
+        "adapters",
+        "every sampler and external checkpoint as the folder of files that serving engines take",
+        (
+            Each(
+                link, _list_adapters, _find_adapter, True, name_encoding.join, name_encoding.split
+            ),
+            Each(files, lambda _site: (), find_files, False),
+        ),
+        CHECKPOINTS.mtime_ns,
+    )
+
+
+# Runs by base model. A subject is an organisation, or that and a model.
+
+
+def _list_orgs(site: Site) -> Iterator[tuple[str, str]]:
+    for org in site.model.catalogue.runs(site.call).by_model:
+        yield org, org
+
+
+def _find_org(site: Site, org: str) -> str | None:
+    return org if org in site.model.catalogue.runs(site.call).by_model else None
+
+
+def _list_models(site: Site) -> Iterator[tuple[str, tuple[str, str]]]:
+    for model in site.model.catalogue.runs(site.call).by_model.get(site.subject, ()):
+        if model:
+            yield model, (site.subject, model)
+
+
+def _find_model(site: Site, model: str) -> tuple[str, str] | None:
+    models_of_org = site.model.catalogue.runs(site.call).by_model.get(site.subject, {})
+    return (site.subject, model) if model and model in models_of_org else None
+
+
+def _runs_of_model(site: Site) -> dict[str, models.TrainingRun]:
+    org, model = (site.subject, "") if isinstance(site.subject, str) else site.subject
+    return site.model.catalogue.runs(site.call).by_model.get(org, {}).get(model, {})
+
+
+def _list_runs_of_model(site: Site) -> Iterable[tuple[str, models.TrainingRun]]:
+    return _runs_of_model(site).items()
+
+
+def _find_run_of_model(site: Site, run_id: str) -> models.TrainingRun | None:
+    return _runs_of_model(site).get(run_id)
+
+
+_RUNS_OF_MODEL = Each(
+    Link(
+        "<run_id>",
+        "a training run of that base model",
+        lambda site: entities.run_path(site.subject.run_id),
+        mtime_ns=entities.run_ns,
+    ),
+    _list_runs_of_model,
+    _find_run_of_model,
+)
+
+MODELS = Folder(
+    "models",
+    "the training runs by base model; `Qwen/Qwen3-8B` is two folders",
+    (
+        Each(
+            Folder(
+                "<organisation>",
+                "the first part of the base model's name",
+                (
+                    Each(
+                        Folder("<model>", "the rest of it", (_RUNS_OF_MODEL,)),
+                        _list_models,
+                        _find_model,
+                    ),
+                    _RUNS_OF_MODEL,
+                ),
+            ),
+            _list_orgs,
+            _find_org,
+        ),
+    ),
+    entities.newest_run_ns,
+)
+
+
+# Sessions and samplers.
+
+
+def _list_sessions(site: Site) -> Iterable[tuple[str, models.FoundSession]]:
+    return site.model.sessions.listed(site.call).items()
+
+
+def _find_session(site: Site, session_id: str) -> models.FoundSession | None:
+    try:
+        return site.model.sessions.find(session_id, site.call)
+    except errors.ABSENCES as error:
+        if error.is_remembered:
+            return None
+        raise
+
+
+def _session_ns(site: Site) -> int:
+    time_ns: int | None = site.subject.created_at_ns
+    return site.model.started_ns if time_ns is None else time_ns
+
+
+def _session_xattrs(site: Site) -> dict[str, str]:
+    name = site.subject.display_name
+    return {} if name is None else {"tinker.display_name": name}
+
+
+def _newest_session_ns(site: Site) -> int:
+    known = site.model.sessions.known().values()
+    changed_ns = site.model.sessions.changed_ns()
+    return entities.mounted_ns(site, changed_ns, *(session.created_at_ns for session in known))
+
+
+def _session(site: Site) -> models.Session:
+    return site.model.sessions.record(site.subject.session_id, site.call)
+
+
+def _list_session_runs(site: Site) -> Iterator[tuple[str, str]]:
+    for run_id in _session(site).training_run_ids:
+        yield run_id, run_id
+
+
+def _find_session_run(site: Site, run_id: str) -> str | None:
+    return run_id if run_id in _session(site).training_run_ids else None
+
+
+def _list_session_samplers(site: Site) -> Iterator[tuple[str, str]]:
+    for sampler_id in _session(site).sampler_ids:
+        yield sampler_id, sampler_id
+
+
+def _find_session_sampler(site: Site, sampler_id: str) -> str | None:
+    return sampler_id if sampler_id in _session(site).sampler_ids else None
+
+
+def _list_samplers(site: Site) -> Iterator[tuple[str, str]]:
+    for sampler_id in site.model.sessions.known_samplers():
+        yield sampler_id, sampler_id
+
+
+def _find_sampler(site: Site, sampler_id: str) -> str | None:
+    try:
+        site.model.sessions.sampler(sampler_id, site.call)
+    except errors.ABSENCES as error:
+        if error.is_remembered:
+            return None
+        raise
+    return sampler_id
+
+
+def _sampler(site: Site) -> models.Sampler:
+    return site.model.sessions.sampler(site.subject, site.call)
+
+
+def _sampler_checkpoint(site: Site) -> str | None:
+    try:
+        return entities.place_of(TinkerPath.parse(_sampler(site).model_path or ""))
+    except ValueError:  # it serves its base model
+        return None
+
+
+SESSIONS = Folder(
+    "sessions",
+    "the user's sessions",
+    (
+        Each(
+            Folder(
+                "<session_id>",
+                "a session",
+                (
+                    File(
+                        "info.json",
+                        "the session's record",
+                        lambda site: render.session_info(site.subject, _session(site)),
+                        is_costly=True,
+                    ),
+                    Folder(
+                        "runs",
+                        "the training runs that it made",
+                        (
+                            Each(
+                                Link(
+                                    "<run_id>",
+                                    "the training run",
+                                    lambda site: entities.run_path(site.subject),
+                                ),
+                                _list_session_runs,
+                                _find_session_run,
+                            ),
+                        ),
+                        _session_ns,
+                    ),
+                    Folder(
+                        "samplers",
+                        "the samplers that it made",
+                        (
+                            Each(
+                                Link(
+                                    "<sampler_id>",
+                                    "the sampler",
+                                    lambda site: f"/samplers/{name_encoding.encode(site.subject)}",
+                                ),
+                                _list_session_samplers,
+                                _find_session_sampler,
+                            ),
+                        ),
+                        _session_ns,
+                    ),
+                ),
+                _session_ns,
+                xattrs=_session_xattrs,
+            ),
+            _list_sessions,
+            _find_session,
+        ),
+    ),
+    _newest_session_ns,
+)
+
+SAMPLERS = Folder(
+    "samplers",
+    "samplers; lists those of the sessions that were looked into, and resolves every other",
+    (
+        Each(
+            Folder(
+                "<sampler_id>",
+                "a sampler",
+                (
+                    File(
+                        "info.json",
+                        "the sampler's record",
+                        lambda site: render.json_file(_sampler(site).raw),
+                        is_costly=True,
+                    ),
+                    Link(
+                        "checkpoint",
+                        "the checkpoint that it serves, when it has one",
+                        _sampler_checkpoint,
+                        True,
+                    ),
+                ),
+            ),
+            _list_samplers,
+            _find_sampler,
+        ),
+    ),
+)
