@@ -25,7 +25,7 @@ from bench_speed import measure_speed
 from bench_views import count_views
 from bench_weights import measure_weights
 
-from tinkerfs.fuse.binding import load
+from tinkerfs.fuse.binding import load_binding
 
 PARTS = (
     "calls",
@@ -76,7 +76,7 @@ def main() -> int:
             measure_commands(bench, bindings, Path(folder) / "commands")
         if "scale" in parts:
             measure_parsing(bench)
-        binding = bindings[0] if options.binding else load().name
+        binding = bindings[0] if options.binding else load_binding().name
         with bench.under(binding):
             if "weights" in parts:
                 measure_weights(bench, binding)

@@ -77,7 +77,7 @@ class NullForFusepy(Null):
 
 def main() -> None:
     source, mountpoint = sys.argv[1:]
-    binding = bindings.load()
+    binding = bindings.load_binding()
     kind = NullForFusepy if binding.name == "fusepy" else Null
     binding.module.FUSE(
         kind(source), mountpoint, foreground=True, fsname="tinkerfs-bench-null", use_ino=True

@@ -105,7 +105,7 @@ def test_every_setting_stands_in_operations(option):
     found = [row for row in rows("operations.md") if row[0] == flag]
     assert len(found) == 1, f"docs/operations.md: one row for {flag}"
     _, variable, default, meaning = found[0]
-    assert option.variable in variable.split(", ")
+    assert option.env_var in variable.split(", ")
     assert meaning
     value = getattr(Settings(), option.field)
     assert default == (option.default or "no"), "as the help says"
@@ -114,7 +114,7 @@ def test_every_setting_stands_in_operations(option):
 
 
 def test_no_setting_is_documented_that_is_none():
-    known = {option.variable for option in OPTIONS}
+    known = {option.env_var for option in OPTIONS}
     told = set(re.findall(r"TINKERFS_[A-Z_]*[A-Z]", EVERYTHING))
     elsewhere = {"TINKERFS_CONFIG", "TINKERFS_FUSE_BINDING", "TINKERFS_VENV"}
     elsewhere |= {"TINKERFS_REQUIRE_KERNEL_TESTS"}
@@ -142,7 +142,7 @@ def test_layout_is_what_the_code_says():
 
     page = ROOT / "docs" / "layout.md"
     told = page.read_text() if page.exists() else ""
-    assert told.rstrip() == layout.documentation().rstrip(), "run scripts/docs"
+    assert told.rstrip() == layout.render_layout_docs().rstrip(), "run scripts/docs"
 
 
 # --- the documentation is true -------------------------------------------------------------------

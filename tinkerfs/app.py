@@ -20,23 +20,23 @@ from tinkerfs.cache.directory import (
     prepare_cache_dir,
 )
 from tinkerfs.cache.metadata import MetadataCache
-from tinkerfs.cache.store import Store
-from tinkerfs.catalog.catalog import Catalogue
+from tinkerfs.cache.store import MetadataStore
+from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.mutations import Mutations
-from tinkerfs.catalog.policies import Freshness
+from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.catalog.sessions import Sessions
 from tinkerfs.catalog.trash import Trash
 from tinkerfs.catalog.trash_reader import TrashReader
-from tinkerfs.catalog.warm_start import Warm
+from tinkerfs.catalog.warm_start import ListingSnapshots
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.config import Settings
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.vfs.filesystem import FileSystem
-from tinkerfs.vfs.schema import Model
-from tinkerfs.weights.reader import Weights
-from tinkerfs.weights.url_cache import Archives
+from tinkerfs.vfs.schema import Backend
+from tinkerfs.weights.reader import WeightsReader
+from tinkerfs.weights.url_cache import SignedUrlCache
 
-__all__ = ["BLOCKS", "Parts", "cache_folder", "compose"]
+__all__ = ["BLOCKS", "App", "cache_directory", "open_app"]
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ FREE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class App:
     """What an adapter needs: the tree, the weights in it, the client for a first look.
 
     Attributes:
@@ -56,13 +56,13 @@ class Parts:
     """
 
     filesystem: FileSystem
-    weights: Weights
+    weights: WeightsReader
     client: Client
     telemetry: Telemetry
     settings: Settings
 
 
-def cache_folder(settings: Settings) -> Path:
+def cache_directory(settings: Settings) -> Path:
     """Return where what outlives a mount is kept, made or not."""
     folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
     return locate_cache_dir(folder.expanduser().absolute())
@@ -75,16 +75,16 @@ def _prepared(settings: Settings) -> Path | None:
         SetupError: what was named as one is not a directory.
     """
     try:
-        return prepare_cache_dir(cache_folder(settings))
+        return prepare_cache_dir(cache_directory(settings))
     except UnusableCacheError as error:
         log.warning("caching in memory alone: %s", error)
         return None
 
 
 @contextmanager
-def compose(
+def open_app(
     settings: Settings, clock: Clock = SYSTEM_CLOCK, *, is_one_transfer: bool = False
-) -> Iterator[Parts]:
+) -> Iterator[App]:
     """Build everything behind a mount.
 
     Args:
@@ -114,37 +114,39 @@ def compose(
             )
         )
         cache = MetadataCache(telemetry, clock)
-        freshness = Freshness.of(settings.ttl_s, settings.stale_s)
-        store = stack.enter_context(Store(cache_dir))
+        freshness = CachePolicies.from_settings(settings.ttl_s, settings.stale_if_error_s)
+        store = stack.enter_context(MetadataStore(cache_dir))
         warm = stack.enter_context(
-            Warm(store, client.base_url, credentials, clock, stale_s=settings.stale_s)
+            ListingSnapshots(
+                store, client.base_url, credentials, clock, stale_s=settings.stale_if_error_s
+            )
         )
-        trash = stack.enter_context(Trash(store, client.base_url, credentials.account, clock))
-        catalogue = Catalogue(
+        trash = stack.enter_context(Trash(store, client.base_url, credentials.fingerprint, clock))
+        catalogue = Catalog(
             client, cache, store, telemetry, clock, freshness, warm, trash, settings.concurrency
         )
         mutations = Mutations(
             client, cache, warm, telemetry, clock, catalogue, trash, settings.trash_s
         )
         sessions = Sessions(client, cache, freshness)
-        archives = Archives(
+        archives = SignedUrlCache(
             client,
             telemetry,
             clock,
             timeout_s=settings.archive_timeout_s,
             outage_timeout_s=settings.timeout_s,
-            burst=settings.archive_burst,
+            burst=settings.archive_build_limit,
             is_one_transfer=is_one_transfer,
         )
         blocks = BlockCache(
             cache_dir / BLOCKS if cache_dir is not None else None,
             telemetry,
             clock,
-            limit_bytes=settings.cache_size_bytes,
-            floor_bytes=FREE_BYTES,
+            max_bytes=settings.cache_size_bytes,
+            min_free_bytes=FREE_BYTES,
         )
         weights = stack.enter_context(
-            Weights(
+            WeightsReader(
                 archives,
                 store,
                 blocks,
@@ -153,7 +155,7 @@ def compose(
                 url_age_s=settings.ttl_s,
             )
         )
-        model = Model(
+        model = Backend(
             settings=settings,
             catalogue=catalogue,
             mutations=mutations,
@@ -165,4 +167,4 @@ def compose(
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
-        yield Parts(FileSystem(model, cache_dir or Path("/")), weights, client, telemetry, settings)
+        yield App(FileSystem(model, cache_dir or Path("/")), weights, client, telemetry, settings)

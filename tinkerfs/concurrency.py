@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["in_thread", "side_by_side"]
+__all__ = ["run_in_thread", "run_concurrently"]
 
 T = TypeVar("T")
 
 
-def in_thread(work: Callable[[], T], name: str) -> "Future[T]":
+def run_in_thread(work: Callable[[], T], name: str) -> "Future[T]":
     """Run `work` on a daemon thread; the future has its result, or its error."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
@@ -32,7 +32,7 @@ def in_thread(work: Callable[[], T], name: str) -> "Future[T]":
     return future
 
 
-def side_by_side(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":
+def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":
     """Run each of `works`, at most `limit` at a time, in their order.
 
     Returns:

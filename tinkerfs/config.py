@@ -61,11 +61,11 @@ class Settings:
 
     base_url: str = DEFAULT_BASE_URL
     ttl_s: float = 30.0
-    stale_s: float = 24 * 3600.0
+    stale_if_error_s: float = 24 * 3600.0
     concurrency: int = 8
     timeout_s: float = 30.0
     archive_timeout_s: float = 15 * 60.0
-    archive_burst: int = 8
+    archive_build_limit: int = 8
     cache_dir: str | None = None
     cache_size_bytes: int = 10 << 30
     read_only: bool = False
@@ -100,7 +100,7 @@ class Option:
     default: str = ""
 
     @property
-    def variable(self) -> str:
+    def env_var(self) -> str:
         """The environment variable that sets it."""
         return "TINKERFS_" + self.flag.upper().replace("-", "_")
 

@@ -19,13 +19,21 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 
-__all__ = ["AWAITED", "IN_PROCESS", "Call", "Caller", "Interest", "Lease", "Term"]
+__all__ = [
+    "DEMAND",
+    "BACKGROUND_CONTEXT",
+    "RequestContext",
+    "Caller",
+    "Priority",
+    "Validity",
+    "Expiry",
+]
 
 T = TypeVar("T")
 
 #: How often a waiting thread looks whether its caller was interrupted, seconds. Measured: Ctrl-C of
 #: a waiting `cat` returns in 0.01 s at the median with this step, at no measurable load.
-POLL_S = 0.05
+CANCEL_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +50,7 @@ class Caller:
 
     pid: int
     uid: int
-    group: int
+    pgid: int
     process: int = 0
 
     def command(self) -> str:
@@ -75,7 +83,7 @@ def _process_of(thread: int) -> int:
 
 
 @dataclass(slots=True, eq=False)
-class Term:
+class Expiry:
     """How long a kept value holds: apart from it, so that what rests on one keeps not the other.
 
     Attributes:
@@ -84,10 +92,10 @@ class Term:
     """
 
     fresh_until: float
-    used_at: float = float("-inf")
+    last_used: float = float("-inf")
 
 
-class Lease:
+class Validity:
     """How long what an operation found out holds: as long as each value that it rests on.
 
     Whatever gives out a kept value while that is fresh adds it; whatever tells something that may
@@ -99,36 +107,36 @@ class Lease:
     __slots__ = ("_is_void", "_terms")
 
     def __init__(self) -> None:
-        self._terms: tuple[Term, ...] = ()
+        self._terms: tuple[Expiry, ...] = ()
         self._is_void = False
 
-    def rest_on(self, term: Term) -> None:
+    def add(self, term: Expiry) -> None:
         """Let it end when a kept value does."""
         if term not in self._terms:
             self._terms += (term,)
 
-    def rest_on_all_of(self, other: "Lease") -> None:
+    def add_all(self, other: "Validity") -> None:
         """Let it end when another one does."""
         for term in other._terms:
-            self.rest_on(term)
+            self.add(term)
         self._is_void = self._is_void or other._is_void
 
-    def void(self) -> None:
+    def mark_uncacheable(self) -> None:
         """Let it hold no longer than now."""
         self._is_void = True
 
     @property
-    def is_void(self) -> bool:
+    def is_uncacheable(self) -> bool:
         """Whether it never holds."""
         return self._is_void
 
-    def extended(self) -> "Lease":
+    def copy(self) -> "Validity":
         """Return a lease that rests on the same so far, for what is found out from here on."""
-        lease = Lease()
+        lease = Validity()
         lease._terms, lease._is_void = self._terms, self._is_void
         return lease
 
-    def holds(self, now: float) -> bool:
+    def check_and_touch(self, now: float) -> bool:
         """Tell whether it holds at `now`, on the monotonic clock; if so its values are in use."""
         if self._is_void:
             return False
@@ -136,7 +144,7 @@ class Lease:
             if now >= term.fresh_until:
                 return False
         for term in self._terms:
-            term.used_at = now
+            term.last_used = now
         return True
 
 
@@ -148,7 +156,7 @@ def _never() -> bool:
     return False
 
 
-class Call(msgspec.Struct, frozen=True):
+class RequestContext(msgspec.Struct, frozen=True):
     """How one operation may wait, and on whose behalf.
 
     Attributes:
@@ -162,45 +170,45 @@ class Call(msgspec.Struct, frozen=True):
     """
 
     timeout_s: float | None = None
-    interrupted: Callable[[], bool] = _never
+    is_cancelled: Callable[[], bool] = _never
     caller: Callable[[], Caller] = _this_process
-    lease: Lease | None = None
-    part_timeout_s: float | None = None
-    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    lease: Validity | None = None
+    page_timeout_s: float | None = None
+    blocking: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def leasing(self, lease: Lease) -> "Call":
+    def tracking(self, lease: Validity) -> "RequestContext":
         """Return the same call with a lease to be told."""
-        return Call(
+        return RequestContext(
             self.timeout_s,
-            self.interrupted,
+            self.is_cancelled,
             self.caller,
             lease,
-            self.part_timeout_s,
-            self.waiting,
+            self.page_timeout_s,
+            self.blocking,
         )
 
-    def rests_on(self, term: Term) -> None:
+    def depends_on(self, term: Expiry) -> None:
         """Say that the outcome holds no longer than a kept value."""
         if self.lease is not None:
-            self.lease.rest_on(term)
+            self.lease.add(term)
 
-    def rests_on_all_of(self, lease: Lease) -> None:
+    def depends_on_all(self, lease: Validity) -> None:
         """Say that the outcome holds no longer than what was found out before."""
         if self.lease is not None:
-            self.lease.rest_on_all_of(lease)
+            self.lease.add_all(lease)
 
-    def is_momentary(self) -> None:
+    def mark_uncacheable(self) -> None:
         """Say that the outcome may be another a moment later."""
         if self.lease is not None:
-            self.lease.void()
+            self.lease.mark_uncacheable()
 
-    def within(self, timeout_s: float) -> "Call":
+    def with_timeout(self, timeout_s: float) -> "RequestContext":
         """Return the same call with a bound of `timeout_s` seconds, or the shorter that it had."""
         if self.timeout_s is not None and self.timeout_s <= timeout_s:
             return self
         return replace(self, timeout_s=timeout_s)
 
-    def wait(self, future: "Future[T]") -> T:
+    def wait_for(self, future: "Future[T]") -> T:
         """Return the future's result, or raise its error.
 
         The work behind the future goes on when this wait ends early.
@@ -210,13 +218,13 @@ class Call(msgspec.Struct, frozen=True):
         """
         if future.done():
             return future.result()
-        with self.waiting():
+        with self.blocking():
             return self._wait(future)
 
     def _wait(self, future: "Future[T]") -> T:
         waited_s = 0.0
         while True:
-            step_s = POLL_S
+            step_s = CANCEL_POLL_S
             if self.timeout_s is not None:
                 step_s = min(step_s, max(self.timeout_s - waited_s, 0.0))
             try:
@@ -224,7 +232,7 @@ class Call(msgspec.Struct, frozen=True):
             except TimeoutError:
                 if future.done():  # the work's own time-out, not ours
                     return future.result()
-            if self.interrupted():
+            if self.is_cancelled():
                 raise errors.interrupted()
             waited_s += step_s
             if self.timeout_s is not None and waited_s >= self.timeout_s:
@@ -232,7 +240,7 @@ class Call(msgspec.Struct, frozen=True):
                     "", f"no answer within {self.timeout_s:g} s; it is still being waited for"
                 )
 
-    def pause(self, seconds: float) -> None:
+    def sleep(self, seconds: float) -> None:
         """Wait for some time.
 
         Raises:
@@ -240,17 +248,17 @@ class Call(msgspec.Struct, frozen=True):
         """
         nothing: Future[None] = Future()
         deadline = time.monotonic() + seconds
-        with self.waiting():
+        with self.blocking():
             while (left_s := deadline - time.monotonic()) > 0:
                 try:
-                    nothing.result(timeout=min(POLL_S, left_s))
+                    nothing.result(timeout=min(CANCEL_POLL_S, left_s))
                 except TimeoutError:
-                    if self.interrupted():
+                    if self.is_cancelled():
                         raise errors.interrupted() from None
 
 
 #: A call made from inside this process: nobody interrupts it.
-IN_PROCESS = Call()
+BACKGROUND_CONTEXT = RequestContext()
 
 
 def _unheard(_items: Iterable[tuple[Hashable, Any]]) -> None:
@@ -258,7 +266,7 @@ def _unheard(_items: Iterable[tuple[Hashable, Any]]) -> None:
 
 
 @dataclass(slots=True, eq=False)
-class Interest:
+class Priority:
     """Whether somebody waits for a piece of work; handed down with it, as who waits goes first.
 
     Attributes:
@@ -267,17 +275,17 @@ class Interest:
         came: told what comes of the work, by key and in order, before all of it has.
     """
 
-    is_awaited: bool
-    noticed: Callable[[], None] | None = None
-    came: Callable[[Iterable[tuple[Hashable, Any]]], None] = _unheard
+    is_demand: bool
+    on_promoted: Callable[[], None] | None = None
+    on_partial: Callable[[Iterable[tuple[Hashable, Any]]], None] = _unheard
 
-    def rise(self) -> None:
+    def promote(self) -> None:
         """Take note that somebody waits from now on."""
-        if not self.is_awaited:
-            self.is_awaited = True
-            if self.noticed is not None:
-                self.noticed()
+        if not self.is_demand:
+            self.is_demand = True
+            if self.on_promoted is not None:
+                self.on_promoted()
 
 
 #: Of all work that is begun because somebody waits for it.
-AWAITED: Final = Interest(is_awaited=True)
+DEMAND: Final = Priority(is_demand=True)

@@ -29,32 +29,32 @@ from typing import Self
 from tinkerfs.printable import redacted
 
 __all__ = [
-    "ABSENCES",
+    "NOT_FOUND_ERRORS",
     "ApiError",
     "BadRequest",
     "BurstExceeded",
     "Conflict",
-    "EndpointMissing",
+    "UnsupportedEndpoint",
     "NotFound",
-    "NotReady",
+    "ResourceNotReady",
     "ProtocolError",
     "RateLimited",
-    "Rejected",
+    "ClientError",
     "ServerError",
-    "SetupError",
-    "TimedOut",
+    "StartupError",
+    "RequestTimeout",
     "TinkerfsError",
     "Unauthorized",
-    "Unreachable",
+    "ConnectionFailed",
     "UntrustedCertificate",
     "bad_handle",
     "burst_exceeded",
     "busy",
-    "damaged",
+    "corrupt",
     "disconnected",
     "exists",
-    "from_api",
-    "from_number",
+    "os_error_from_api",
+    "os_error_from_errno",
     "interrupted",
     "invalid",
     "is_a_directory",
@@ -65,13 +65,13 @@ __all__ = [
     "is_no_space",
     "is_not_permitted",
     "is_not_regular",
-    "is_outage",
+    "is_upstream_failure",
     "is_read_only",
     "is_stale",
     "is_timeout",
     "is_unsupported",
-    "is_worth_telling",
-    "name_of",
+    "should_report",
+    "errno_name",
     "no_attribute",
     "no_space",
     "not_a_directory",
@@ -91,7 +91,7 @@ __all__ = [
     "redact",
     "stale",
     "timed_out",
-    "unexpected",
+    "internal_error",
 ]
 
 
@@ -99,7 +99,7 @@ class TinkerfsError(Exception):
     """Base of all that tinkerfs raises on its own account."""
 
 
-class SetupError(TinkerfsError):
+class StartupError(TinkerfsError):
     """Why tinkerfs cannot start, in one line that names the cure."""
 
 
@@ -127,14 +127,14 @@ class ApiError(TinkerfsError):
         self.status = status
         self.retry_after_s = retry_after_s
         #: Whether this is told again from memory, without a new call.
-        self.is_remembered = False
+        self.is_local = False
         #: Whether the request never reached the server.
         self.is_unsent = False
 
-    def remembered(self) -> Self:
+    def as_local(self) -> Self:
         """Return a copy to raise again; raising one object ever again would grow its traceback."""
         again = copy.copy(self)
-        again.is_remembered = True
+        again.is_local = True
         return again
 
     def explained(self, consequence: str) -> Self:
@@ -157,7 +157,7 @@ class NotFound(ApiError):
     """The API says that the thing is not there."""
 
 
-class EndpointMissing(ApiError):
+class UnsupportedEndpoint(ApiError):
     """The thing is there, but this server has no such endpoint."""
 
     #: What is said in place of the server's own words, which are those of a missing thing.
@@ -180,11 +180,11 @@ class Conflict(ApiError):
     """The thing is in a state that forbids the change."""
 
 
-class NotReady(ApiError):
+class ResourceNotReady(ApiError):
     """The thing is still being made; ask again later."""
 
 
-class Rejected(ApiError):
+class ClientError(ApiError):
     """A client error that has no meaning of its own here."""
 
 
@@ -196,11 +196,11 @@ class ServerError(ApiError):
     """The server failed, also after retries."""
 
 
-class Unreachable(ApiError):
+class ConnectionFailed(ApiError):
     """No connection to the server."""
 
 
-class TimedOut(ApiError):
+class RequestTimeout(ApiError):
     """No answer within the time that was allowed."""
 
 
@@ -216,15 +216,15 @@ class ProtocolError(ApiError):
 ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
     Unauthorized: errno.EACCES,
     NotFound: errno.ENOENT,
-    EndpointMissing: errno.EOPNOTSUPP,
+    UnsupportedEndpoint: errno.EOPNOTSUPP,
     BadRequest: errno.EINVAL,
     Conflict: errno.EBUSY,
-    NotReady: errno.EBUSY,
-    Rejected: errno.EIO,
+    ResourceNotReady: errno.EBUSY,
+    ClientError: errno.EIO,
     RateLimited: errno.EBUSY,
     ServerError: errno.EIO,
-    Unreachable: errno.EHOSTUNREACH,
-    TimedOut: errno.ETIMEDOUT,
+    ConnectionFailed: errno.EHOSTUNREACH,
+    RequestTimeout: errno.ETIMEDOUT,
     # Neither EHOSTUNREACH, which sends people to look at their network, nor EACCES, which sends
     # them to their key: the other end does not do what the protocol asks of it.
     UntrustedCertificate: errno.EPROTO,
@@ -232,20 +232,20 @@ ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
 }
 
 #: Failures that say nothing about the thing asked for, so that a last good answer may be served.
-OUTAGES: tuple[type[ApiError], ...] = (
+UNAVAILABLE_ERRORS: tuple[type[ApiError], ...] = (
     RateLimited,
     ServerError,
-    Unreachable,
-    TimedOut,
+    ConnectionFailed,
+    RequestTimeout,
     UntrustedCertificate,
     ProtocolError,
 )
 
 #: What says that there is no such thing, where its existence was asked.
-ABSENCES: tuple[type[ApiError], ...] = (NotFound, BadRequest, EndpointMissing)
+NOT_FOUND_ERRORS: tuple[type[ApiError], ...] = (NotFound, BadRequest, UnsupportedEndpoint)
 
 
-def from_api(error: ApiError, path: str, *, is_lookup: bool = False) -> OSError:
+def os_error_from_api(error: ApiError, path: str, *, is_lookup: bool = False) -> OSError:
     """Return the OSError for an API failure.
 
     Args:
@@ -255,7 +255,7 @@ def from_api(error: ApiError, path: str, *, is_lookup: bool = False) -> OSError:
             a server without the endpoint has nothing of that kind.
     """
     number = ERRNO_OF_API_ERROR[type(error)]
-    if is_lookup and isinstance(error, ABSENCES):
+    if is_lookup and isinstance(error, NOT_FOUND_ERRORS):
         number = errno.ENOENT
     failure = OSError(number, str(error), path)
     failure.__cause__ = error
@@ -292,9 +292,9 @@ def not_a_link(path: str) -> OSError:
     return OSError(errno.EINVAL, "not a symbolic link", path)
 
 
-def not_permitted(path: str, why: str) -> OSError:
+def not_permitted(path: str, reason: str) -> OSError:
     """EPERM: this is never done here, or not by this caller now."""
-    return OSError(errno.EPERM, why, path)
+    return OSError(errno.EPERM, reason, path)
 
 
 def read_only(path: str) -> OSError:
@@ -302,29 +302,29 @@ def read_only(path: str) -> OSError:
     return OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
 
-def not_empty(path: str, why: str) -> OSError:
+def not_empty(path: str, reason: str) -> OSError:
     """ENOTEMPTY: the folder still shows something."""
-    return OSError(errno.ENOTEMPTY, why, path)
+    return OSError(errno.ENOTEMPTY, reason, path)
 
 
-def invalid(path: str, why: str) -> OSError:
+def invalid(path: str, reason: str) -> OSError:
     """EINVAL: a value that means nothing to this control."""
-    return OSError(errno.EINVAL, why, path)
+    return OSError(errno.EINVAL, reason, path)
 
 
-def out_of_range(path: str, why: str) -> OSError:
+def out_of_range(path: str, reason: str) -> OSError:
     """ERANGE: a value that has a meaning, outside what the API takes."""
-    return OSError(errno.ERANGE, why, path)
+    return OSError(errno.ERANGE, reason, path)
 
 
-def busy(path: str, why: str) -> OSError:
+def busy(path: str, reason: str) -> OSError:
     """EBUSY: not now."""
-    return OSError(errno.EBUSY, why, path)
+    return OSError(errno.EBUSY, reason, path)
 
 
-def burst_exceeded(path: str, why: str) -> BurstExceeded:
+def burst_exceeded(path: str, reason: str) -> BurstExceeded:
     """EBUSY: a process group has started as many archive builds as it may for now."""
-    return BurstExceeded(errno.EBUSY, why, path)
+    return BurstExceeded(errno.EBUSY, reason, path)
 
 
 def not_a_file(path: str) -> OSError:
@@ -337,9 +337,9 @@ def not_regular(path: str | bytes) -> OSError:
     return OSError(errno.EINVAL, "not a regular file", path)
 
 
-def bad_handle(path: str, why: str) -> OSError:
+def bad_handle(path: str, reason: str) -> OSError:
     """EBADF: the file was not opened for this."""
-    return OSError(errno.EBADF, why, path)
+    return OSError(errno.EBADF, reason, path)
 
 
 def no_attribute(path: str, name: str) -> OSError:
@@ -347,9 +347,9 @@ def no_attribute(path: str, name: str) -> OSError:
     return OSError(errno.ENODATA, f"no attribute {name}", path)
 
 
-def not_supported(path: str, why: str) -> OSError:
+def not_supported(path: str, reason: str) -> OSError:
     """EOPNOTSUPP: nothing of that kind is kept here."""
-    return OSError(errno.EOPNOTSUPP, why, path)
+    return OSError(errno.EOPNOTSUPP, reason, path)
 
 
 def interrupted(path: str = "") -> OSError:
@@ -362,24 +362,24 @@ def disconnected(path: str) -> OSError:
     return OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), path)
 
 
-def timed_out(path: str, why: str) -> OSError:
+def timed_out(path: str, reason: str) -> OSError:
     """ETIMEDOUT: the caller's own bound on waiting has passed."""
-    return OSError(errno.ETIMEDOUT, why, path)
+    return OSError(errno.ETIMEDOUT, reason, path)
 
 
-def stale(path: str, why: str) -> OSError:
+def stale(path: str, reason: str) -> OSError:
     """ESTALE: what was opened is not there any more, though something else may be."""
-    return OSError(errno.ESTALE, why, path)
+    return OSError(errno.ESTALE, reason, path)
 
 
-def damaged(path: str, why: str) -> OSError:
+def corrupt(path: str, reason: str) -> OSError:
     """EIO: bytes that are not what they must be."""
-    return OSError(errno.EIO, why, path)
+    return OSError(errno.EIO, reason, path)
 
 
-def no_space(path: str, why: str) -> OSError:
+def no_space(path: str, reason: str) -> OSError:
     """ENOSPC: no room for what was to be kept."""
-    return OSError(errno.ENOSPC, why, path)
+    return OSError(errno.ENOSPC, reason, path)
 
 
 def not_lockable(error: OSError) -> OSError:
@@ -393,12 +393,12 @@ def not_stored(reason: str) -> OSError:
     return OSError(errno.EIO, f"the record cannot be stored: {reason}")
 
 
-def exists(path: str, why: str) -> OSError:
+def exists(path: str, reason: str) -> OSError:
     """EEXIST: something has that name, and is left alone."""
-    return OSError(errno.EEXIST, why, path)
+    return OSError(errno.EEXIST, reason, path)
 
 
-def unexpected(error: Exception, path: str) -> OSError:
+def internal_error(error: Exception, path: str) -> OSError:
     """EIO: a fault of tinkerfs itself; the log has the traceback."""
     return OSError(errno.EIO, f"internal error: {type(error).__name__}", path)
 
@@ -408,21 +408,21 @@ def is_missing(error: OSError) -> bool:
     return error.errno == errno.ENOENT
 
 
-def is_outage(error: OSError) -> bool:
+def is_upstream_failure(error: OSError) -> bool:
     """Tell whether the API failed in a way that an operator wants to know of."""
     return isinstance(error.__cause__, ApiError) and not is_missing(error)
 
 
 #: What programs ask for to learn that it is not there, or is of another kind.
-_EXPECTED = frozenset({errno.ENOENT, errno.EINTR, errno.ENOTDIR, errno.EISDIR, errno.ENODATA})
+_ROUTINE_ERRNOS = frozenset({errno.ENOENT, errno.EINTR, errno.ENOTDIR, errno.EISDIR, errno.ENODATA})
 
 
-def is_worth_telling(error: OSError) -> bool:
+def should_report(error: OSError) -> bool:
     """Tell whether an error says more than that a name is not there or is of another kind."""
     cause = error.__cause__
     if isinstance(cause, ApiError):
-        return not (cause.is_remembered and is_missing(error))
-    return error.errno not in _EXPECTED
+        return not (cause.is_local and is_missing(error))
+    return error.errno not in _ROUTINE_ERRNOS
 
 
 def is_read_only(error: OSError) -> bool:
@@ -480,12 +480,12 @@ def is_not_permitted(error: OSError) -> bool:
     return error.errno == errno.EPERM
 
 
-def from_number(number: int, path: str) -> OSError:
+def os_error_from_errno(number: int, path: str) -> OSError:
     """Return the error that a system call left behind."""
     return OSError(number, os.strerror(number), path)
 
 
-def name_of(error: OSError) -> str:
+def errno_name(error: OSError) -> str:
     """Return the errno's name, e.g. "ENOENT"; of two names the one that Linux documents."""
     if error.errno == errno.EOPNOTSUPP:  # which Python calls ENOTSUP
         return "EOPNOTSUPP"

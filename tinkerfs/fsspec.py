@@ -23,9 +23,9 @@ from typing import Any, Final
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from tinkerfs import errors
-from tinkerfs.app import compose
+from tinkerfs.app import open_app
 from tinkerfs.config import DEFAULT_BASE_URL, Settings
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.layout import ROOT
@@ -76,7 +76,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
                 found = self._opened.get(pid)
                 if found is None:
                     stack = ExitStack()
-                    found = stack.enter_context(compose(self._settings)).filesystem
+                    found = stack.enter_context(open_app(self._settings)).filesystem
                     weakref.finalize(self, _close, stack, pid)
                     self._opened[pid] = found
         return found
@@ -94,15 +94,15 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         place = self._follow(name)
         # There each name is a tinker path, and so a link to files.
         has_links = _is_tinker_path(name, 2)
-        if not stat.S_ISDIR(self.tree.stat(place, IN_PROCESS).mode):
+        if not stat.S_ISDIR(self.tree.stat(place, BACKGROUND_CONTEXT).mode):
             return [self.info(name)] if detail else [name]
-        entries = self.tree.listdir(place, IN_PROCESS)
+        entries = self.tree.listdir(place, BACKGROUND_CONTEXT)
         if not detail:
             return [posixpath.join(name, entry.name) for entry in entries]
         infos = [
             _info(
                 posixpath.join(name, entry.name),
-                entry.attr or self.tree.stat(posixpath.join(place, entry.name), IN_PROCESS),
+                entry.attr or self.tree.stat(posixpath.join(place, entry.name), BACKGROUND_CONTEXT),
             )
             for entry in entries
         ]
@@ -111,8 +111,8 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def info(self, path: str, **_kwargs: Any) -> dict[str, Any]:
         """Return what stat tells; links are followed, and told by `islink`."""
         name = self._strip_protocol(path)
-        info = _info(name, self.tree.stat(self._follow(name), IN_PROCESS))
-        own = self.tree.stat(self._own(name), IN_PROCESS)
+        info = _info(name, self.tree.stat(self._follow(name), BACKGROUND_CONTEXT))
+        own = self.tree.stat(self._own(name), BACKGROUND_CONTEXT)
         info["islink"] = stat.S_ISLNK(own.mode)
         return info
 
@@ -138,7 +138,9 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         """Drop every cached entry; for a single path nothing has to be dropped."""
         is_open = self._given is not None or os.getpid() in self._opened
         if path is None and is_open:
-            self.tree.open(_REFRESH, os.O_WRONLY, IN_PROCESS).write(b"1", IN_PROCESS)
+            self.tree.open(_REFRESH, os.O_WRONLY, BACKGROUND_CONTEXT).write(
+                b"1", BACKGROUND_CONTEXT
+            )
 
     # Reading and writing.
 
@@ -149,19 +151,19 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         handle = self._handle(path, os.O_RDONLY)
         try:
             first, last, _step = slice(start, end).indices(_size(handle))
-            return handle.read(max(last - first, 0), first, IN_PROCESS)
+            return handle.read(max(last - first, 0), first, BACKGROUND_CONTEXT)
         finally:
             handle.close()
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_kwargs: Any) -> None:
         """Write one whole value to a control file."""
         if mode == "create":
-            self.tree.create(self._own(path), IN_PROCESS)
-        self._handle(path, os.O_WRONLY).write(value, IN_PROCESS)
+            self.tree.create(self._own(path), BACKGROUND_CONTEXT)
+        self._handle(path, os.O_WRONLY).write(value, BACKGROUND_CONTEXT)
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> "TinkerFile":
         if "x" in mode:
-            self.tree.create(self._own(path), IN_PROCESS)
+            self.tree.create(self._own(path), BACKGROUND_CONTEXT)
         is_read = mode == "rb"
         handle = self._handle(path, os.O_RDONLY if is_read else os.O_WRONLY)
         # Where in the file a value is written says nothing: appending is writing.
@@ -183,11 +185,11 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def rm_file(self, path: str) -> None:
         """Hide a generated file of a checkpoint's folder, until that is removed or a minute on."""
-        self.tree.unlink(self._own(path), IN_PROCESS)
+        self.tree.unlink(self._own(path), BACKGROUND_CONTEXT)
 
     def rmdir(self, path: str) -> None:
         """Remove a folder that shows nothing any more: of a checkpoint, delete the checkpoint."""
-        self.tree.rmdir(self._removable(path), IN_PROCESS)
+        self.tree.rmdir(self._removable(path), BACKGROUND_CONTEXT)
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
         """Remove files, or with `recursive` checkpoints; the first refusal ends it."""
@@ -198,21 +200,21 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
             self._remove(self._removable(name), recursive=recursive)
 
     def _remove(self, path: str, *, recursive: bool) -> None:
-        if stat.S_ISDIR(self.tree.stat(path, IN_PROCESS).mode):
+        if stat.S_ISDIR(self.tree.stat(path, BACKGROUND_CONTEXT).mode):
             if not recursive:
                 raise errors.is_a_directory(path)
-            for entry in self.tree.listdir(path, IN_PROCESS):
+            for entry in self.tree.listdir(path, BACKGROUND_CONTEXT):
                 self._remove(posixpath.join(path, entry.name), recursive=True)
-            self.tree.rmdir(path, IN_PROCESS)
+            self.tree.rmdir(path, BACKGROUND_CONTEXT)
         else:
-            self.tree.unlink(path, IN_PROCESS)
+            self.tree.unlink(path, BACKGROUND_CONTEXT)
 
     # Refusing.
 
     def mkdir(self, path: str, create_parents: bool = True, **_kwargs: Any) -> None:
         """Refuse."""
         del create_parents
-        self.tree.create(self._own(path), IN_PROCESS)
+        self.tree.create(self._own(path), BACKGROUND_CONTEXT)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Refuse, unless it is there and may be."""
@@ -227,7 +229,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def _follow(self, path: str) -> str:
         """Return the tree's path of what is meant, every link followed."""
-        return self.tree.follow(_tree_path(self._strip_protocol(path)), IN_PROCESS)
+        return self.tree.realpath(_tree_path(self._strip_protocol(path)), BACKGROUND_CONTEXT)
 
     def _own(self, path: str) -> str:
         """Return the tree's path of the name itself; links before it are followed."""
@@ -243,7 +245,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def _last_unfollowed(self, place: str) -> str:
         directory, name = posixpath.split(place)
-        return posixpath.join(self.tree.follow(directory, IN_PROCESS), name)
+        return posixpath.join(self.tree.realpath(directory, BACKGROUND_CONTEXT), name)
 
     def _handle(self, path: str, flags: int) -> Handle:
         try:
@@ -251,9 +253,9 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         except OSError as error:
             if flags == os.O_RDONLY or not errors.is_missing(error):
                 raise
-            self.tree.create(self._own(path), IN_PROCESS)
+            self.tree.create(self._own(path), BACKGROUND_CONTEXT)
             raise
-        return self.tree.open(place, flags, IN_PROCESS)
+        return self.tree.open(place, flags, BACKGROUND_CONTEXT)
 
 
 class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
@@ -272,12 +274,12 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
             # What a parent opened has locks and connections that its threads may have held.
             self._opened_by = os.getpid()
             self._handle = self.fs.reopened(self.path, self._handle)
-        return self._handle.read(end - start, start, IN_PROCESS)
+        return self._handle.read(end - start, start, BACKGROUND_CONTEXT)
 
     def _upload_chunk(self, final: bool = False) -> bool:
         value = self.buffer.getvalue()
         if final and value:
-            self._handle.write(value, IN_PROCESS)
+            self._handle.write(value, BACKGROUND_CONTEXT)
         return final
 
     def _initiate_upload(self) -> None:
@@ -294,13 +296,13 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
 def _is_tinker_path(name: str, length: int) -> bool:
     """Return whether a name without its protocol begins one, with as many parts."""
     parts = name.strip("/").split("/")
-    return len(parts) == length and parts[0] not in ROOT.fixed and parts[1] in KINDS
+    return len(parts) == length and parts[0] not in ROOT.static_children and parts[1] in KINDS
 
 
 def _tree_path(name: str) -> str:
     """Return the tree's path for a name without its protocol: its own, or a tinker path's."""
     run_id, *rest = name.strip("/").split("/")
-    if not run_id or run_id in ROOT.fixed:
+    if not run_id or run_id in ROOT.static_children:
         return f"/{name}"
     if not rest or rest[0] not in KINDS:
         return posixpath.join("/runs", run_id, *rest)

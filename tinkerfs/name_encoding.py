@@ -17,15 +17,23 @@ import json
 import re
 from collections.abc import Iterable
 
-__all__ = ["compound_key", "decode", "encode", "is_cut", "is_software_probe", "join", "split"]
+__all__ = [
+    "compound_key",
+    "decode",
+    "encode",
+    "is_truncated",
+    "is_probe_name",
+    "encode_composite",
+    "decode_composite",
+]
 
 #: The longest file name Linux takes, bytes (NAME_MAX, limits.h(0p)).
 NAME_MAX_BYTES = 255
 _HASH_CHARACTERS = 32
 _EMPTY = "%~"
 _LOOKS_ENCODED = re.compile(r"%(?:[0-9A-Fa-f]{2}|~)")
-_OFFENDING = re.compile("[%/\0]")
-_JOINT = "@"
+_UNSAFE_CHARS = re.compile("[%/\0]")
+_SEPARATOR = "@"
 _OFFENDING_PART = re.compile("[%/\0@]")
 _CUT = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
 #: Nearly every name that servers give out: nothing in it offends, and it fits.
@@ -69,7 +77,7 @@ _PROBES = frozenset(
 )
 
 
-def is_software_probe(name: str) -> bool:
+def is_probe_name(name: str) -> bool:
     """Tell whether only software asks for this name, so that no API call is worth it."""
     return name in _PROBES or name.startswith((".Trash-", "._"))
 
@@ -78,13 +86,13 @@ def encode(name: str) -> str:
     """Return the file name that stands for a server's name."""
     if _is_plain(name) and name not in _PROBES:
         return name
-    return _fitting(_encoded(name, _OFFENDING), name)
+    return _truncate(_encoded(name, _UNSAFE_CHARS), name)
 
 
-def join(parts: Iterable[str]) -> str:
+def encode_composite(parts: Iterable[str]) -> str:
     """Return the composite file name that stands for several names of the server."""
-    joined = _JOINT.join(_encoded(part, _OFFENDING_PART) for part in parts)
-    return _fitting(joined, joined)
+    joined = _SEPARATOR.join(_encoded(part, _OFFENDING_PART) for part in parts)
+    return _truncate(joined, joined)
 
 
 def _encoded(name: str, offending: re.Pattern[str]) -> str:
@@ -96,7 +104,7 @@ def _encoded(name: str, offending: re.Pattern[str]) -> str:
     if name in (".", ".."):
         return "%2E" * len(name)
     has_odd_surrogates = not _round_trips(name)
-    is_probe = is_software_probe(name)
+    is_probe = is_probe_name(name)
     if not (
         has_odd_surrogates
         or is_probe
@@ -110,7 +118,7 @@ def _encoded(name: str, offending: re.Pattern[str]) -> str:
     return f"%{ord(encoded[0]):02X}{encoded[1:]}" if is_probe else encoded
 
 
-def _fitting(encoded: str, whole: str) -> str:
+def _truncate(encoded: str, whole: str) -> str:
     """Return an encoded name, cut where it is too long; `whole` tells the cut ones apart."""
     raw = encoded.encode("utf-8", "surrogateescape")
     if len(raw) <= NAME_MAX_BYTES:
@@ -134,19 +142,19 @@ def decode(file_name: str) -> str:
     return name
 
 
-def split(file_name: str) -> tuple[str, ...]:
+def decode_composite(file_name: str) -> tuple[str, ...]:
     """Return the names that `join` made this composite file name of.
 
     Raises:
         ValueError: `join` never returns this name, or it was cut and so cannot be parted.
     """
-    parts = tuple(_decoded(part) for part in file_name.split(_JOINT))
-    if join(parts) != file_name:
+    parts = tuple(_decoded(part) for part in file_name.split(_SEPARATOR))
+    if encode_composite(parts) != file_name:
         raise ValueError(f"not a composite of server names: {file_name!r}")
     return parts
 
 
-def is_cut(file_name: str) -> bool:
+def is_truncated(file_name: str) -> bool:
     """Tell whether a name had to be cut to fit, so that nothing can restore it."""
     return _CUT.search(file_name) is not None
 

@@ -17,7 +17,7 @@ from typing import Final
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from tinkerfs import errors
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 
 __all__ = ["Proxy", "is_loopback", "proxy_for"]
 
@@ -88,7 +88,7 @@ def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> Proxy | Non
     try:
         return _parse(value)
     except ValueError as error:
-        raise SetupError(
+        raise StartupError(
             f"{variable} names no proxy that can be used: {errors.redact(str(error))}"
             " (hint: correct it, or name the host in NO_PROXY, and start again)"
         ) from None

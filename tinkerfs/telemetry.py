@@ -20,7 +20,7 @@ from tinkerfs.journal import Journal
 from tinkerfs.printable import printable
 
 __all__ = [
-    "Change",
+    "MutationRecord",
     "Telemetry",
     "rfc3339",
 ]
@@ -36,7 +36,7 @@ class _Line:
 
 
 @dataclass(slots=True)
-class Change:
+class MutationRecord:
     """One change that was asked for through this mount.
 
     Attributes:
@@ -50,10 +50,10 @@ class Change:
 
     time: float
     path: str
-    what: str
-    who: str
+    action: str
+    actor: str
     outcome: str = "under way"
-    caller_left: str = ""
+    abandoned_with: str = ""
 
 
 class Telemetry:
@@ -66,7 +66,7 @@ class Telemetry:
         self._started_monotonic = clock.monotonic()
         #: The last failures and changes. Entries are changed by this class alone.
         self.errors: Journal[_Line] = Journal(_error_text)
-        self.changes: Journal[Change] = Journal(_change_text)
+        self.changes: Journal[MutationRecord] = Journal(_change_text)
         # All guarded by _lock.
         self._counters: Counter[str] = Counter()
         self._calls: dict[str, Counter[str]] = {}
@@ -79,28 +79,28 @@ class Telemetry:
         with self._lock:
             self._counters[name] += amount
 
-    def counted(self, name: str) -> int:
+    def counter_value(self, name: str) -> int:
         """Return a named counter."""
         with self._lock:
             return self._counters[name]
 
-    def waits(self) -> list[tuple[str, float]]:
+    def pending(self) -> list[tuple[str, float]]:
         """Return what is being waited for, and for how many seconds so far."""
         with self._lock:
             now = self._clock.monotonic()
             return [(what, now - since) for what, since in self._waits.values()]
 
-    def count_call(self, endpoint: str, outcome: str) -> None:
+    def record_request(self, endpoint: str, outcome: str) -> None:
         """Count one HTTP request: `outcome` is its status, or what went wrong instead of one."""
         with self._lock:
             self._calls.setdefault(endpoint, Counter())[outcome] += 1
 
-    def failed(self, path: str, operation: str, error: OSError) -> None:
+    def record_error(self, path: str, operation: str, error: OSError) -> None:
         """Remember and log a failed operation; the same failure again only counts up."""
-        number = errors.name_of(error)
+        number = errors.errno_name(error)
         words = errors.redact(error.strerror or "")
         text = f"{printable(path) or '-'}\t{operation}\t{number}\t{words}"
-        level = logging.WARNING if errors.is_outage(error) else logging.INFO
+        level = logging.WARNING if errors.is_upstream_failure(error) else logging.INFO
         log.log(level, "%s", text.replace("\t", " "))
         with self._lock:
             self._counters["errors"] += 1
@@ -113,22 +113,22 @@ class Telemetry:
                 self._last_error = _Line(self._clock.now(), text)
                 self.errors.add(self._last_error)
 
-    def change_asked(self, path: str, what: str, caller: Caller) -> Change:
+    def begin_mutation(self, path: str, what: str, caller: Caller) -> MutationRecord:
         """Record a change before anything is done about it; `change_ended` says how it went."""
         who = f"{caller.command()}[{caller.pid}] uid {caller.uid}"
-        change = Change(self._clock.now(), path, what, who)
+        change = MutationRecord(self._clock.now(), path, what, who)
         self.changes.add(change)
         log.info("%s: %s asked for by %s", path, what, who)
         return change
 
-    def change_ended(self, change: Change, outcome: str) -> None:
+    def end_mutation(self, change: MutationRecord, outcome: str) -> None:
         """Record how a change ended."""
         change.outcome = errors.redact(outcome)
         self.changes.amend(change)
-        log.info("%s: %s: %s", change.path, change.what, change.outcome)
+        log.info("%s: %s: %s", change.path, change.action, change.outcome)
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def track_pending(self, what: str) -> Iterator[None]:
         """Show `what` as being waited for while the body runs."""
         with self._lock:
             number = self._next_wait = self._next_wait + 1
@@ -174,12 +174,14 @@ def rfc3339(seconds: float) -> str:
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _ending(change: Change) -> str:
-    return change.outcome + (f" (its caller: {change.caller_left})" if change.caller_left else "")
+def _format_outcome(change: MutationRecord) -> str:
+    return change.outcome + (
+        f" (its caller: {change.abandoned_with})" if change.abandoned_with else ""
+    )
 
 
-def _change_text(change: Change) -> str:
-    fields = (change.path, change.what, change.who, _ending(change))
+def _change_text(change: MutationRecord) -> str:
+    fields = (change.path, change.action, change.actor, _format_outcome(change))
     return "\t".join((rfc3339(change.time), *map(printable, fields)))
 
 

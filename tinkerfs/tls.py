@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Mapping
 from typing import Final
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
 __all__ = ["describe_refusal", "trusting_context"]
@@ -79,7 +79,7 @@ def _load(context: ssl.SSLContext, variable: str, path: str) -> None:
             context.load_verify_locations(cafile=path)
     except OSError as error:  # ssl.SSLError too: a file without a certificate
         reason = error.strerror if not isinstance(error, ssl.SSLError) else "not certificates"
-        raise SetupError(
+        raise StartupError(
             f"{variable}: the certificates in {path} cannot be read: {reason}"
             f" (hint: correct {variable}, and start again)"
         ) from None

@@ -69,7 +69,7 @@ def test_help_tells_the_default_of_every_setting_and_its_variable(command):
     flags = {parameter.name for parameter in cli.get_command(None, command).params}
     for option in (each for each in OPTIONS if each.field in flags):
         default = f"default: {option.default}; " if option.default else ""
-        assert f"[{default}env: {option.variable}]" in text
+        assert f"[{default}env: {option.env_var}]" in text
 
 
 def test_help_tells_the_exit_codes():

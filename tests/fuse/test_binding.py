@@ -10,7 +10,7 @@ import pytest
 from tests.support.memoryfs import MTIME_NS
 from tests.support.mount import memory_mount, run
 from tinkerfs.fuse import mount_table
-from tinkerfs.vfs.node import inode
+from tinkerfs.vfs.node import inode_for_path
 
 
 def log_of(mountpoint):
@@ -21,7 +21,11 @@ def test_attributes_arrive_whole(memory):
     status = os.stat(memory / "hello")
     assert stat.filemode(status.st_mode) == "-rw-r--r--"
     assert (status.st_size, status.st_mtime_ns, status.st_nlink) == (6, MTIME_NS, 1)
-    assert (status.st_ino, status.st_uid, status.st_blocks) == (inode("/hello"), os.getuid(), 1)
+    assert (status.st_ino, status.st_uid, status.st_blocks) == (
+        inode_for_path("/hello"),
+        os.getuid(),
+        1,
+    )
     assert os.readlink(memory / "link") == "folder/0000"
     assert (memory / "link").read_text() == "hello\n"
 
@@ -31,7 +35,7 @@ def test_a_listing_has_names_kinds_and_inodes(memory):
         found = {entry.name: entry for entry in entries}
     assert found["folder"].is_dir(follow_symlinks=False)
     assert found["link"].is_symlink()
-    assert found["hello"].inode() == inode("/hello")
+    assert found["hello"].inode() == inode_for_path("/hello")
     assert "\udcff" in found
     assert run("ls", "-a", memory / "empty").stdout == ".\n..\n"
 

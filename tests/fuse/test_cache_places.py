@@ -104,9 +104,9 @@ def test_cache_without_locks_keeps_its_bound(loopback, seems_lockable, monkeypat
     cache = BlockCache(loopback / "blocks", telemetry, **bounds)
     opened = [cache.open(name, name) for name in ("first", "second", "third")]
     for file in opened:  # as long as all are open
-        file.prepare()
+        file.ensure_directory()
         for index in range(8):
-            with file.claimed(index, patience_s=5) as is_free:
+            with file.lock_block(index, timeout_s=5) as is_free:
                 assert is_free
             assert file.put(index, BLOCK)
         assert file.read(7, 0, len(BLOCK), len(BLOCK)) == BLOCK

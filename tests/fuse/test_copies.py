@@ -7,7 +7,7 @@ import pytest
 from tests.support.limited_fs import LIMITS, limited_mount
 from tests.support.mount import tinkerfs
 from tests.unit.weights.test_exported_file import DATA, copy, partial, target
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.server import DemoServer
 from tinkerfs.weights.destination import Destination
 
@@ -44,10 +44,10 @@ def test_copy_of_names_that_differ_by_case_is_an_error(tmp_path):
         destination = Destination(str(folder))
         first = target(folder, "file", destination)
         second = target(folder, "FILE", destination, data=DATA[::-1])
-        for _ in first.copy(0o644, IN_PROCESS):
+        for _ in first.copy(0o644, BACKGROUND_CONTEXT):
             pass
         with pytest.raises(FileExistsError, match="for that of another file"):
-            list(second.copy(0o644, IN_PROCESS))
+            list(second.copy(0o644, BACKGROUND_CONTEXT))
         assert (folder / "file").read_bytes() == DATA
         assert first.is_whole()
         assert not second.is_whole()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.kernel
 
 OK = b"HTTP/1.1 200 OK\r\n"
 TIMEOUT_S = 1.0
-FINAL = (errors.ProtocolError, errors.Rejected)
+FINAL = (errors.ProtocolError, errors.ClientError)
 #: The last where a flood takes a busy machine longer than the time-out.
 FAILURES = ("Protocol error", "Input/output error", "Connection timed out")
 

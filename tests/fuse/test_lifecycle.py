@@ -40,7 +40,7 @@ def public_folder():
 
 
 def daemon_of(mountpoint):
-    (pid,) = mount_table.daemons(mount_table.find_mount(str(mountpoint)))
+    (pid,) = mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
     return pid
 
 
@@ -157,7 +157,7 @@ def test_a_killed_mount_says_so_and_the_next_one_cleans_up(mounted, env):
 
 def test_umount_cleans_up_after_a_killed_mount(mounted, env):
     os.kill(daemon_of(mounted), signal.SIGKILL)
-    wait_until(lambda: mount_table.probe(str(mounted)) == "dead")
+    wait_until(lambda: mount_table.check_health(str(mounted)) == "dead")
     assert tinkerfs("umount", mounted, env=env).returncode == 0
     assert mount_table.find_mount(str(mounted)) is None
 

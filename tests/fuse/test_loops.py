@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.support.mount import memory_mount, running, wait_until
-from tinkerfs.fuse.worker_pool import STANDING
+from tinkerfs.fuse.worker_pool import CORE_WORKERS
 
 READERS = 64
 
@@ -34,7 +34,7 @@ def test_who_asks_for_one_thing_after_the_other_has_no_threads_started(mountpoin
             assert os.pread(fd, 3, 1) == b"ell"
         os.close(fd)
         assert threads(daemon) == before
-        assert before <= STANDING + 3
+        assert before <= CORE_WORKERS + 3
 
 
 def test_there_is_a_thread_more_for_each_request_that_waits_and_then_no_more(mountpoint, binding):

@@ -39,7 +39,7 @@ def test_start_beside_foreign_modules_runs_none(command, mountpoint, env, trappe
     done = run(PROGRAM, *command, mountpoint, env=env, cwd=trapped)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "mark").exists()
-    (daemon,) = mount_table.daemons(mount_table.find_mount(str(mountpoint)))
+    (daemon,) = mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
     assert os.listdir(mountpoint / "runs")
     assert os.readlink(f"/proc/{daemon}/cwd") == "/"
     assert tinkerfs("umount", mountpoint, env=env).returncode == 0
@@ -72,7 +72,7 @@ def test_start_from_a_pythonpath_is_found_again(mountpoint, env, tmp_path):
         cwd=tmp_path,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    (daemon,) = mount_table.daemons(mount_table.find_mount(str(mountpoint)))
+    (daemon,) = mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
     assert f"PYTHONPATH={tmp_path}/lib" in Path(f"/proc/{daemon}/environ").read_text()
 
 

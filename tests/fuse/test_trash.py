@@ -70,12 +70,12 @@ def trash(mountpoint):
 
 
 def link(mountpoint, run_id):
-    return mountpoint / ".tinkerfs/trash" / name_encoding.join((run_id, "weights", "1"))
+    return mountpoint / ".tinkerfs/trash" / name_encoding.encode_composite((run_id, "weights", "1"))
 
 
 def kill(mountpoint):
     """End the process of a mount as a crash does."""
-    (pid,) = mount_table.daemons(mount_table.find_mount(str(mountpoint)))
+    (pid,) = mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not mount_table.is_running(pid))
 

@@ -139,7 +139,7 @@ def test_a_mount_that_is_killed_leaves_no_wrong_byte(weights, env, mountpoint, d
     server.faults.add("store", times=None, bytes_per_s=SLOW_BYTES_PER_S)
     done = tinkerfs("mount", mountpoint, env=env | server.environment)
     assert done.returncode == 0, done.stderr
-    (pid,) = mount_table.daemons(mount_table.find_mount(str(mountpoint)))
+    (pid,) = mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
     readers = [Reader(how, mountpoint / path) for how in READERS]
     time.sleep(delay_s)
     os.kill(pid, signal.SIGKILL)

@@ -239,7 +239,7 @@ def account(make_account):
 def _serve(mountpoint, values):
     import logging
 
-    from tinkerfs.app import compose
+    from tinkerfs.app import open_app
     from tinkerfs.config import Settings
     from tinkerfs.fuse import binding, session
 
@@ -247,10 +247,10 @@ def _serve(mountpoint, values):
     session.block_signals()
     bounds = {name: values.pop(name) for name in ("lookup_timeout_s",) if name in values}
     settings = Settings(**values)
-    with compose(settings) as parts:
+    with open_app(settings) as parts:
         session.serve(
             parts.filesystem,
-            binding.load(),
+            binding.load_binding(),
             str(Path(mountpoint).resolve()),
             timeout_s=settings.timeout_s,
             **bounds,

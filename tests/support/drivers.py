@@ -20,9 +20,9 @@ from msgspec.structs import replace
 from tests.support.account import mounted
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
-from tinkerfs.app import compose
+from tinkerfs.app import open_app
 from tinkerfs.config import Settings
-from tinkerfs.context import Call, Caller
+from tinkerfs.context import Caller, RequestContext
 
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
 KINDS = ("process", "fsspec", *BINDINGS)
@@ -86,7 +86,7 @@ def outcome_of(work):
     try:
         result = work()
     except OSError as error:
-        return errors.name_of(error)
+        return errors.errno_name(error)
     return result if isinstance(result, str) else OK
 
 
@@ -99,14 +99,14 @@ class InProcess:
         self.filesystem = filesystem
         self.time = time
         self._groups = itertools.count(1_000_000)
-        self.call = Call(timeout_s=60.0)
+        self.call = RequestContext(timeout_s=60.0)
 
     def _own(self, path):
         folder, name = posixpath.split(f"/{path}" if path else "/")
-        return posixpath.join(self.filesystem.follow(folder, self.call), name)
+        return posixpath.join(self.filesystem.realpath(folder, self.call), name)
 
     def _follow(self, path):
-        return self.filesystem.follow(f"/{path}", self.call)
+        return self.filesystem.realpath(f"/{path}", self.call)
 
     def stat(self, path):
         attr = self.filesystem.stat(self._own(path), self.call)
@@ -135,7 +135,7 @@ class InProcess:
             parts.append(part)
         data = b"".join(parts)
         assert handle.size_bytes == len(data)
-        assert self.filesystem.handle_stat(place, handle, self.call).size_bytes == len(data)
+        assert self.filesystem.fstat(place, handle, self.call).size_bytes == len(data)
         handle.close()
         return data
 
@@ -149,8 +149,8 @@ class InProcess:
 
     def remove(self, *steps):
         group = next(self._groups)
-        call = replace(self.call, caller=lambda: Caller(os.getpid(), os.getuid(), group))
-        return [outcome_of(lambda step=step: self._remove(step, call)) for step in steps]
+        ctx = replace(self.call, caller=lambda: Caller(os.getpid(), os.getuid(), group))
+        return [outcome_of(lambda step=step: self._remove(step, ctx)) for step in steps]
 
     def _remove(self, step, call):
         verb, _, path = step.partition(" ")
@@ -345,7 +345,7 @@ def opened(kind, server, folder, *, time=None, **settings):
         before = os.environ.get("TINKER_API_KEY")
         os.environ["TINKER_API_KEY"] = server.api_key
         try:
-            parts = stack.enter_context(compose(all_settings, time.clock))
+            parts = stack.enter_context(open_app(all_settings, time.clock))
         finally:
             if before is None:
                 del os.environ["TINKER_API_KEY"]

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from tinkerfs import errors
-from tinkerfs.context import Call, Lease
-from tinkerfs.vfs.directory_cache import Listing
-from tinkerfs.vfs.directory_stream import Scan
-from tinkerfs.vfs.node import Attr, Entry, Space, inode
+from tinkerfs.context import RequestContext, Validity
+from tinkerfs.vfs.directory_cache import CachedDirectory
+from tinkerfs.vfs.directory_stream import DirectoryStream
+from tinkerfs.vfs.node import Attr, Entry, StatFs, inode_for_path
 
 NEVER: "Future[bytes]" = Future()
 MTIME_NS = 1_700_000_000_123_456_789
@@ -38,7 +38,7 @@ class MemoryHandle:
     fs: "MemoryFileSystem"
     path: str
     direct_io: bool = True
-    told_at: float | None = None
+    size_hint_reported_at: float | None = None
 
     @property
     def keep_cache(self) -> bool:
@@ -51,22 +51,22 @@ class MemoryHandle:
     def size_bytes(self) -> int | None:
         return len(self.fs.data(self.path))
 
-    def read(self, size: int, offset: int, call: Call) -> bytes:
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
         name = self.path.rpartition("/")[2]
         if name.startswith("read-"):
-            return call.wait(NEVER)
+            return ctx.wait_for(NEVER)
         if name == "broken":
             raise ZeroDivisionError("on purpose")
         if name.startswith("cached-slow"):
-            return call.wait(NEVER)
+            return ctx.wait_for(NEVER)
         return self.fs.data(self.path)[offset : offset + size]
 
-    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
-        data = self.read(len(buffer), offset, call)
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
+        data = self.read(len(buffer), offset, ctx)
         buffer[: len(data)] = data
         return len(data)
 
-    def write(self, data: bytes, call: Call) -> int:
+    def write(self, data: bytes, ctx: RequestContext) -> int:
         if self.path != "/control":
             raise errors.bad_handle(self.path, "not writable")
         if data.strip() == b"bad":
@@ -85,9 +85,9 @@ class MemoryFileSystem:
     lock: threading.Lock = field(default_factory=threading.Lock)
     #: What was told holds until this is another number; of 0 not at all.
     epoch: int = 0
-    changes: int = 0
+    local_mutations: int = 0
     #: Of folders, by path.
-    listings: dict[str, Listing] = field(default_factory=dict)
+    listings: dict[str, CachedDirectory] = field(default_factory=dict)
     #: Told of what the adapter does without asking here.
     guard: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(
@@ -95,12 +95,12 @@ class MemoryFileSystem:
         )
     )
 
-    def holds(self, lease: Lease, epoch: int) -> bool:
-        return bool(epoch) and epoch == self.epoch and lease.holds(0.0)
+    def is_valid(self, lease: Validity, epoch: int) -> bool:
+        return bool(epoch) and epoch == self.epoch and lease.check_and_touch(0.0)
 
-    def known(self, path: str) -> Listing | None:
+    def cached_directory(self, path: str) -> CachedDirectory | None:
         listing = self.listings.get(path)
-        return listing if listing and self.holds(listing.lease, listing.epoch) else None
+        return listing if listing and self.is_valid(listing.lease, listing.epoch) else None
 
     def data(self, path: str) -> bytes:
         name = path.rpartition("/")[2]
@@ -156,73 +156,73 @@ class MemoryFileSystem:
             mode, size = stat.S_IFREG | 0o644, len(self.data(path))
         else:
             raise errors.not_found(path)
-        return Attr(mode, size, MTIME_NS, inode(path), 1, os.getuid(), os.getgid())
+        return Attr(mode, size, MTIME_NS, inode_for_path(path), 1, os.getuid(), os.getgid())
 
-    def stat(self, path: str, call: Call) -> Attr:
+    def stat(self, path: str, ctx: RequestContext) -> Attr:
         with self.lock:
             self.stats.append(path)
         if path.startswith("/slow/stat-"):
-            call.wait(NEVER)
+            ctx.wait_for(NEVER)
         if path == "/control":
-            call.is_momentary()
+            ctx.mark_uncacheable()
         return self.attr(path)
 
-    def handle_stat(self, path: str, handle: MemoryHandle, call: Call) -> Attr:
+    def fstat(self, path: str, handle: MemoryHandle, ctx: RequestContext) -> Attr:
         # Also of a file that was unlinked since.
         data = self.data(path)
-        return Attr(stat.S_IFREG | 0o644, len(data), MTIME_NS, inode(path), 1, 0, 0)
+        return Attr(stat.S_IFREG | 0o644, len(data), MTIME_NS, inode_for_path(path), 1, 0, 0)
 
-    def scandir(self, path: str, call: Call) -> Scan:
+    def scandir(self, path: str, ctx: RequestContext) -> DirectoryStream:
         if path.startswith("/slow/list-"):
-            call.wait(NEVER)
+            ctx.wait_for(NEVER)
         names = self.names(path)
         if names is None:
             raise errors.not_a_directory(path)
-        known = self.known(path)
+        known = self.cached_directory(path)
         if known is not None:
-            return Scan(known.entries, listing=known)
+            return DirectoryStream(known.entries, listing=known)
         entries = []
         for name in names:
             attr = self.attr(f"{path.rstrip('/')}/{name}")
-            target = self.readlink(name, call) if stat.S_ISLNK(attr.mode) else None
+            target = self.readlink(name, ctx) if stat.S_ISLNK(attr.mode) else None
             entries.append(
                 Entry(name, attr.ino, attr.mode, None if name == "costly" else attr, target)
             )
         if path == "/many":
-            self.listings[path] = Listing(tuple(entries), Lease(), self.epoch)
-        return Scan(entries)
+            self.listings[path] = CachedDirectory(tuple(entries), Validity(), self.epoch)
+        return DirectoryStream(entries)
 
-    def readlink(self, path: str, call: Call) -> str:
+    def readlink(self, path: str, ctx: RequestContext) -> str:
         return "folder/0000"
 
-    def open(self, path: str, flags: int, call: Call) -> MemoryHandle:
+    def open(self, path: str, flags: int, ctx: RequestContext) -> MemoryHandle:
         self.attr(path)
         name = path.rpartition("/")[2]
         if name.startswith("open-"):
-            call.wait(NEVER)
+            ctx.wait_for(NEVER)
         if flags & os.O_ACCMODE != os.O_RDONLY and path != "/control":
             raise errors.not_permitted(path, "not writable")
         return MemoryHandle(self, path, not name.startswith("cached-"))
 
-    def truncate(self, path: str, size: int, call: Call) -> None:
-        self.set_attributes(path, call)
+    def truncate(self, path: str, size: int, ctx: RequestContext) -> None:
+        self.setattr(path, ctx)
 
-    def set_attributes(self, path: str, call: Call) -> None:
+    def setattr(self, path: str, ctx: RequestContext) -> None:
         if path != "/control":
             raise errors.not_permitted(path, "not writable")
 
-    def create(self, path: str, call: Call) -> None:
-        raise errors.not_permitted(path, f"nothing is made here by uid {call.caller().uid}")
+    def create(self, path: str, ctx: RequestContext) -> None:
+        raise errors.not_permitted(path, f"nothing is made here by uid {ctx.caller().uid}")
 
-    def unlink(self, path: str, call: Call) -> None:
+    def unlink(self, path: str, ctx: RequestContext) -> None:
         if path != "/removable":
             raise errors.not_permitted(path, "stays")
         self.removed.add(path)
 
-    def rmdir(self, path: str, call: Call) -> None:
+    def rmdir(self, path: str, ctx: RequestContext) -> None:
         if path != "/empty":
             raise errors.not_empty(path, "not empty")
         self.removed.add(path)
 
-    def space(self) -> Space:
-        return Space(1 << 30, 1 << 29)
+    def statfs(self) -> StatFs:
+        return StatFs(1 << 30, 1 << 29)

@@ -129,7 +129,7 @@ def _serve() -> None:
     session.block_signals()
     session.serve(
         MemoryFileSystem(arguments.many),  # type: ignore[arg-type]
-        binding.load(),
+        binding.load_binding(),
         arguments.mountpoint,
         timeout_s=arguments.timeout,
         read_only=arguments.read_only,

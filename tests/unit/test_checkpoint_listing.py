@@ -3,7 +3,12 @@ import tracemalloc
 import pytest
 
 from tinkerfs.api import models, parsing
-from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, UserListing, kept_record
+from tinkerfs.catalog.listings import (
+    AccountListing,
+    Checkpoint,
+    CheckpointListing,
+    reuse_known_record,
+)
 
 
 def record(checkpoint_id, type_="training", path=None):
@@ -38,7 +43,7 @@ def test_bare_ids_are_grouped_by_path_else_by_type():
         "": ["1", "2", "5"],
     }
     ref = listing.get("sampler_weights", "2").ref
-    assert (ref.path_id, ref.listed_id, ref.is_shared) == ("sampler_weights/2", "2", False)
+    assert (ref.path_id, ref.listed_id, ref.has_ambiguous_id) == ("sampler_weights/2", "2", False)
 
 
 def test_a_bare_id_and_one_with_a_kind_may_have_the_same_name():
@@ -53,7 +58,7 @@ def test_bare_ids_that_collide_name_neither():
     assert shown(listing) == ["sampler_weights/1", "weights/1", "weights/2"]
     assert list(listing.bare) == ["2"]
     refs = [checkpoint.ref for checkpoint in listing.all]
-    assert [ref.is_shared for ref in refs] == [True, True, False]
+    assert [ref.has_ambiguous_id for ref in refs] == [True, True, False]
 
 
 def test_a_bare_id_that_is_a_kinds_name_is_shown_by_kind():
@@ -68,7 +73,7 @@ def test_of_two_records_that_are_the_same_checkpoint_the_first_counts():
 
 def test_a_kind_whose_last_checkpoint_went_stays_known_and_is_no_longer_shown():
     listing = CheckpointListing.of("r", [record("odd/1"), record("weights/1")])
-    after = listing.changed(listing.get("odd", "1"), None)
+    after = listing.with_record(listing.get("odd", "1"), None)
     assert shown(after) == ["weights/1"]
     assert "odd" in after.kinds
 
@@ -96,12 +101,12 @@ def test_what_both_kinds_of_listing_tell_is_kept_once():
     names = ("weights/1", "sampler_weights/1")
     listings = {"r": CheckpointListing.of("r", of_run("r", *names))}
     records = of_run("r", *names) + of_run("other", *names) + [record("1")]
-    kept = [kept_record(each, listings.get) for each in records]
+    kept = [reuse_known_record(each, listings.get) for each in records]
     assert kept == records
     for each, checkpoint in zip(kept, listings["r"].all, strict=False):
         assert each is checkpoint.record
-    user = UserListing.of_records(kept)
-    assert user.nameless == 1
+    user = AccountListing.of_records(kept)
+    assert user.without_run_count == 1
     again = CheckpointListing.of("r", of_run("r", *names), known=user)
     assert again == listings["r"]
     for checkpoint in again.all:
@@ -109,17 +114,17 @@ def test_what_both_kinds_of_listing_tell_is_kept_once():
 
 
 def test_what_one_listing_tells_newer_is_not_taken_from_the_other():
-    user = UserListing.of_records(of_run("r", "weights/1"))
+    user = AccountListing.of_records(of_run("r", "weights/1"))
     listing = CheckpointListing.of("r", of_run("r", "weights/1", is_public=True), known=user)
     assert listing.get("weights", "1").record.is_public
     (older,) = of_run("r", "weights/1")
-    assert kept_record(older, {"r": listing}.get) is older
+    assert reuse_known_record(older, {"r": listing}.get) is older
 
 
 def test_bare_ids_that_collide_share_their_records_alone():
     records = [record("1", path="tinker://r/weights/1")]
     records.append(record("1", "sampler", path="tinker://r/sampler_weights/1"))
-    user = UserListing.of_records(records)
+    user = AccountListing.of_records(records)
     listing = CheckpointListing.of("r", records, known=user)
     for checkpoint in listing.all:
         assert checkpoint.shares_id
@@ -127,17 +132,21 @@ def test_bare_ids_that_collide_share_their_records_alone():
 
 
 def test_a_change_leaves_the_users_listing_in_its_order():
-    before = UserListing.of_records(of_run("r", "weights/1", "weights/2", "weights/3", time_ns=5))
+    before = AccountListing.of_records(
+        of_run("r", "weights/1", "weights/2", "weights/3", time_ns=5)
+    )
     second = before.by_key["r", "weights", "2"]
-    changed = before.changed(second, models.Checkpoint.of("weights/2", is_public=True, raw=b"{}"))
+    changed = before.with_record(
+        second, models.Checkpoint.of("weights/2", is_public=True, raw=b"{}")
+    )
     assert list(changed.by_key) == list(before.by_key)
     assert changed.by_key[second.key].record.is_public
     assert not before.by_key[second.key].record.is_public
-    assert list(before.changed(second, None).by_key) == [
+    assert list(before.with_record(second, None).by_key) == [
         ("r", "weights", "3"),
         ("r", "weights", "1"),
     ]
-    assert changed.changed(Checkpoint.of("gone", second.record), None) == changed
+    assert changed.with_record(Checkpoint.from_record("gone", second.record), None) == changed
 
 
 @pytest.mark.parametrize("size_bytes", [0, 10**9])

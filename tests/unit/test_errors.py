@@ -11,15 +11,15 @@ from tinkerfs import errors
 WANTED = {
     errors.Unauthorized: errno.EACCES,
     errors.NotFound: errno.ENOENT,
-    errors.EndpointMissing: errno.EOPNOTSUPP,
+    errors.UnsupportedEndpoint: errno.EOPNOTSUPP,
     errors.BadRequest: errno.EINVAL,
     errors.Conflict: errno.EBUSY,
-    errors.NotReady: errno.EBUSY,
-    errors.Rejected: errno.EIO,
+    errors.ResourceNotReady: errno.EBUSY,
+    errors.ClientError: errno.EIO,
     errors.RateLimited: errno.EBUSY,
     errors.ServerError: errno.EIO,
-    errors.Unreachable: errno.EHOSTUNREACH,
-    errors.TimedOut: errno.ETIMEDOUT,
+    errors.ConnectionFailed: errno.EHOSTUNREACH,
+    errors.RequestTimeout: errno.ETIMEDOUT,
     errors.UntrustedCertificate: errno.EPROTO,
     errors.ProtocolError: errno.EPROTO,
 }
@@ -41,26 +41,26 @@ def test_every_kind_has_its_errno():
 @pytest.mark.parametrize("kind", WANTED)
 def test_an_api_failure_becomes_an_oserror_with_the_servers_words(kind):
     cause = kind("the server's words", endpoint="GET training_runs", status=418)
-    failure = errors.from_api(cause, "/runs")
+    failure = errors.os_error_from_api(cause, "/runs")
     assert failure.errno == WANTED[kind]
     assert failure.filename == "/runs"
     assert "GET training_runs 418: the server's words" in failure.strerror
-    is_missing = kind is errors.EndpointMissing
+    is_missing = kind is errors.UnsupportedEndpoint
     assert ("this server has no such endpoint" in failure.strerror) is is_missing
-    assert errors.name_of(failure) != "ENOTSUP"
+    assert errors.errno_name(failure) != "ENOTSUP"
     assert failure.__cause__ is cause
 
 
 def test_a_refused_lookup_says_that_the_name_is_not_there():
-    failure = errors.from_api(errors.BadRequest("bad id"), "/runs/x", is_lookup=True)
+    failure = errors.os_error_from_api(errors.BadRequest("bad id"), "/runs/x", is_lookup=True)
     assert failure.errno == errno.ENOENT
 
 
 def test_a_remembered_error_is_the_same_but_marked():
     cause = errors.NotFound("gone", endpoint="GET x", status=404, retry_after_s=1.5)
-    again = cause.remembered()
-    assert again.is_remembered
-    assert not cause.is_remembered
+    again = cause.as_local()
+    assert again.is_local
+    assert not cause.is_local
     assert (str(again), again.status, again.retry_after_s) == (str(cause), 404, 1.5)
 
 

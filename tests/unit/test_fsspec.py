@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.account import checkpoint_ids
 from tests.support.server import demo_server
-from tinkerfs.cache.store import Store
+from tinkerfs.cache.store import MetadataStore
 from tinkerfs.fsspec import TinkerFileSystem
 
 __all__ = ["demo_server"]
@@ -92,7 +92,7 @@ def test_fork_while_a_thread_opens_does_not_hang(make, monkeypatch):
 
     from tinkerfs import fsspec
 
-    composed = fsspec.compose
+    composed = fsspec.open_app
     monkeypatch.setattr(fsspec, "compose", late_compose)
     lister = threading.Thread(target=fs.ls, args=("runs",))
     lister.start()
@@ -128,7 +128,7 @@ def test_fork_while_a_thread_lists_does_not_hang(make, server):
 
 def test_store_is_left_alone_while_it_forks(tmp_path):
     """SQLite has locks of the whole process: no thread may be within it."""
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         stop = threading.Event()
 
         def write():
@@ -141,7 +141,7 @@ def test_store_is_left_alone_while_it_forks(tmp_path):
         writer.start()
 
         def open_here():
-            with Store(tmp_path) as own:
+            with MetadataStore(tmp_path) as own:
                 own.get("space", "1")
 
         codes = [exit_code_of(open_here, 5) for _ in range(40)]

@@ -31,7 +31,7 @@ def test_a_name_round_trips_and_is_a_file_name(name):
     assert not {b"/", b"\0"} & {bytes([byte]) for byte in raw}
     assert raw not in (b".", b"..")
     assert raw.decode("utf-8", "surrogateescape") == encoded
-    if name_encoding.is_cut(encoded):
+    if name_encoding.is_truncated(encoded):
         assert len(raw) >= 250
         with pytest.raises(ValueError, match="not the file name"):
             name_encoding.decode(encoded)
@@ -57,27 +57,32 @@ def test_no_two_names_meet(one, other):
 @example(["..", ".git", "%40"])
 @example(["run", "weights", "x" * 300])
 def test_a_composite_name_parts_where_it_was_joined(parts):
-    joined = name_encoding.join(parts)
+    joined = name_encoding.encode_composite(parts)
     raw = joined.encode("utf-8", "surrogateescape")
     assert 0 < len(raw) <= 255
     assert not {b"/", b"\0"} & {bytes([byte]) for byte in raw}
     assert raw not in (b".", b"..")
-    if name_encoding.is_cut(joined):
+    if name_encoding.is_truncated(joined):
         with pytest.raises(ValueError, match="not a composite"):
-            name_encoding.split(joined)
+            name_encoding.decode_composite(joined)
     else:
-        assert name_encoding.split(joined) == tuple(parts)
+        assert name_encoding.decode_composite(joined) == tuple(parts)
 
 
 @given(st.lists(any_text, min_size=3, max_size=3), st.lists(any_text, min_size=3, max_size=3))
 @example(["a@b", "", "c"], ["a", "b", "c"])
 @example(["x" * 300, "a", "b"], ["x" * 300, "a", "c"])
 def test_no_two_composite_names_meet(one, other):
-    assert (name_encoding.join(one) == name_encoding.join(other)) is (one == other)
+    assert (name_encoding.encode_composite(one) == name_encoding.encode_composite(other)) is (
+        one == other
+    )
 
 
 def test_a_plain_composite_name_is_shown_as_it_stands():
-    assert name_encoding.join(["79db:train:0", "weights", "0001"]) == "79db:train:0@weights@0001"
+    assert (
+        name_encoding.encode_composite(["79db:train:0", "weights", "0001"])
+        == "79db:train:0@weights@0001"
+    )
 
 
 @given(
@@ -88,7 +93,7 @@ def test_a_plain_composite_name_is_shown_as_it_stands():
     )
 )
 def test_a_file_name_is_shown_as_it_stands(name):
-    if name not in (".", "..") and not name_encoding.is_software_probe(name):
+    if name not in (".", "..") and not name_encoding.is_probe_name(name):
         assert name_encoding.encode(name) == name
 
 
@@ -108,7 +113,7 @@ def test_what_encode_never_returns_is_refused(file_name):
 
 def test_software_probes():
     for name in [".git", ".Trash-1000", "._x", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden"]:
-        assert name_encoding.is_software_probe(name)
+        assert name_encoding.is_probe_name(name)
     for name in [
         "HEAD",
         ".gitignore",
@@ -118,15 +123,15 @@ def test_software_probes():
         ".fdignore",
         "index.html",
     ]:
-        assert name_encoding.is_software_probe(name)
+        assert name_encoding.is_probe_name(name)
     for name in ["git", "info.json", ".tinkerfs", ".content", "latest"]:
-        assert not name_encoding.is_software_probe(name)
+        assert not name_encoding.is_probe_name(name)
 
 
 @pytest.mark.parametrize("name", [".git", "._a/b", "._%41", "Thumbs.db", ".Trash-1"])
 def test_a_server_s_name_that_software_asks_for_is_another_file_name(name):
     encoded = name_encoding.encode(name)
-    assert not name_encoding.is_software_probe(encoded)
+    assert not name_encoding.is_probe_name(encoded)
     assert name_encoding.decode(encoded) == name
     with pytest.raises(ValueError, match="not the file name"):
         name_encoding.decode(name)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.proxies import Proxy, is_loopback, proxy_for
 
 PROXY = "http://proxy.corp:3128"
@@ -117,7 +117,7 @@ def test_is_loopback_of_others_is_false(host):
     ],
 )
 def test_proxy_that_cannot_be_used_is_named_without_login(value, reason):
-    with pytest.raises(SetupError, match=f"^HTTPS_PROXY .*{reason}") as failure:
+    with pytest.raises(StartupError, match=f"^HTTPS_PROXY .*{reason}") as failure:
         proxy_for("https://tinker.example", {"HTTPS_PROXY": value})
     assert "c0ffee" not in str(failure.value)
     assert "correct it" in str(failure.value)

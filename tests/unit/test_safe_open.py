@@ -3,8 +3,8 @@ import socket
 
 import pytest
 
-from tinkerfs.concurrency import in_thread
-from tinkerfs.errors import SetupError
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import is_regular, open_regular, read_regular
 from tinkerfs.tls import trusting_context
 
@@ -35,7 +35,7 @@ def make_link_to_fifo(path):
 def test_open_regular_of_another_kind_fails_at_once(tmp_path, make, flags):
     path = tmp_path / "name"
     make(path)
-    opened = in_thread(lambda: open_regular(path, flags, follow_symlinks=True), "open")
+    opened = run_in_thread(lambda: open_regular(path, flags, follow_symlinks=True), "open")
     with pytest.raises(OSError, match="not a regular file"):
         opened.result(WAIT_S)
     assert not is_regular(path)
@@ -83,6 +83,6 @@ def test_open_regular_of_another_kind_leaks_no_descriptor(tmp_path):
 def test_certificates_that_are_a_fifo_are_refused_at_once(tmp_path, variable):
     os.mkfifo(tmp_path / "bundle")
     environ = {variable: str(tmp_path / "bundle")}
-    made = in_thread(lambda: trusting_context(environ), "certificates")
-    with pytest.raises(SetupError, match=rf"{variable}: .*not a regular file"):
+    made = run_in_thread(lambda: trusting_context(environ), "certificates")
+    with pytest.raises(StartupError, match=rf"{variable}: .*not a regular file"):
         made.result(WAIT_S)

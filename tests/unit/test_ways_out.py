@@ -12,10 +12,10 @@ from tests.support.proxy import ProxyServer
 from tinkerfs import errors
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.connections import StoreClient
-from tinkerfs.weights.retry import Lost
+from tinkerfs.weights.connections import ObjectStoreClient
+from tinkerfs.weights.retry import TransferInterrupted
 
 SUPPORT = Path(__file__).parents[1] / "support"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -52,7 +52,7 @@ def ask(request, tmp_path):
                 return
 
     def ask_store(base_url, timeout_s=10):
-        with StoreClient(Telemetry(), timeout_s=timeout_s) as client:
+        with ObjectStoreClient(Telemetry(), timeout_s=timeout_s) as client:
             response = client.get(f"{base_url}/object", {})
             assert b"".join(response.pieces()) == b"bytes"
 
@@ -103,7 +103,7 @@ def test_proxy_with_tls_of_its_own_serves_both_clients(environment, ask, is_secu
 def test_proxy_that_never_responds_holds_nothing_for_good(environment, ask, scheme):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         environment.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises((errors.TimedOut, Lost)):
+        with pytest.raises((errors.RequestTimeout, TransferInterrupted)):
             ask("https://tinker.invalid", timeout_s=0.5)
     gc.collect()  # a socket that was left open would be a warning
 
@@ -113,7 +113,7 @@ def test_proxy_that_refuses_the_login_is_told_without_it(environment, ask, schem
     with served() as (server, url), ProxyServer("other:word") as proxy:
         url = url.replace("http:", "https:")
         environment.setenv("ALL_PROXY", f"{scheme}://{LOGIN}@{proxy.address}")
-        with pytest.raises((errors.Unreachable, Lost)) as failure:
+        with pytest.raises((errors.ConnectionFailed, TransferInterrupted)) as failure:
             ask(url)
         assert f"through {scheme.replace('5', '5h')}://{proxy.address}" in str(failure.value)
         assert "c0ffee" not in str(failure.value)
@@ -125,7 +125,7 @@ def test_proxy_sees_no_more_of_a_store_than_its_name(environment):
     environment.setenv("SSL_CERT_FILE", str(SUPPORT / "invalid.pem"))
     with served("invalid.pem", host="store.invalid") as (server, url), ProxyServer() as proxy:
         environment.setenv("HTTPS_PROXY", proxy.address)
-        with StoreClient(Telemetry(), timeout_s=10) as client:
+        with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
             for _ in range(2):
                 got = client.get(f"{url}/object?X-Amz-Signature=c0ffee", {})
                 assert b"".join(got.pieces()) == b"bytes"
@@ -144,7 +144,7 @@ def test_proxy_of_whatever_kind_leaves_loopback_alone(environment, ask, value):
 
 def test_proxy_that_cannot_be_used_names_its_variable(environment, ask):
     environment.setenv("HTTPS_PROXY", "socks4://me:c0ffee@x")
-    with pytest.raises((SetupError, errors.Unreachable), match="HTTPS_PROXY") as failure:
+    with pytest.raises((StartupError, errors.ConnectionFailed), match="HTTPS_PROXY") as failure:
         ask("https://tinker.invalid:1")
     assert "c0ffee" not in str(failure.value)
 
@@ -180,7 +180,7 @@ def test_certificate_that_is_refused_is_told_as_that(
     assert message.startswith(f"the certificate of {host} is refused: ")
     assert reason in message
     assert hint in message
-    assert errors.name_of(errors.from_api(failure.value, "/runs")) == "EPROTO"
+    assert errors.errno_name(errors.os_error_from_api(failure.value, "/runs")) == "EPROTO"
 
 
 @pytest.mark.parametrize("content", [None, "", "not a certificate"])
@@ -189,7 +189,7 @@ def test_bundle_that_cannot_be_read_names_its_variable(environment, ask, tmp_pat
     if content is not None:
         bundle.write_text(content)
     environment.setenv("REQUESTS_CA_BUNDLE", str(bundle))
-    with pytest.raises((SetupError, errors.Unreachable), match="REQUESTS_CA_BUNDLE"):
+    with pytest.raises((StartupError, errors.ConnectionFailed), match="REQUESTS_CA_BUNDLE"):
         ask("https://localhost:1")
 
 

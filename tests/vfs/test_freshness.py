@@ -20,13 +20,13 @@ def test_what_was_listed_is_fresh_for_its_ttl(turned):
     if turned is None:
         return
     run = turned.new_run("weights/1")
-    listed = turned.driver.listdir(turned.group(run))
+    listed = turned.driver.listdir(turned.pgid(run))
     turned.server.account.add_checkpoint(run.partition("/")[2], "weights/2")
     turned.driver.time.advance(29)
-    assert turned.driver.listdir(turned.group(run)) == listed
+    assert turned.driver.listdir(turned.pgid(run)) == listed
     assert turned.server.journal.count(RUN_CHECKPOINTS) == 1
     turned.driver.time.advance(2)
-    assert turned.driver.listdir(turned.group(run)) == ["1", "2"]
+    assert turned.driver.listdir(turned.pgid(run)) == ["1", "2"]
     assert turned.server.journal.count(RUN_CHECKPOINTS) == 2
 
 
@@ -48,7 +48,7 @@ def test_in_an_outage_the_last_good_answer_serves_for_a_day(turned):
     if turned is None:
         return
     run = turned.new_run("weights/1")
-    listed = turned.driver.listdir(turned.group(run))
+    listed = turned.driver.listdir(turned.pgid(run))
     fault = turned.server.faults.add(
         "api",
         times=None,
@@ -58,17 +58,17 @@ def test_in_an_outage_the_last_good_answer_serves_for_a_day(turned):
     )
     try:
         turned.driver.time.advance(31)
-        assert turned.driver.listdir(turned.group(run)) == listed
+        assert turned.driver.listdir(turned.pgid(run)) == listed
         assert "down for repairs" in turned.errors()
         assert '"stale_answers": ' in turned.driver.read(".tinkerfs/stats.json").decode()
         turned.driver.time.advance(23 * 3600)
-        assert turned.driver.listdir(turned.group(run)) == listed
+        assert turned.driver.listdir(turned.pgid(run)) == listed
         turned.driver.time.advance(2 * 3600)
         assert outcome_of(lambda: turned.driver.listdir(f"{run}/checkpoints")) == "EIO"
     finally:
         fault.remove()
     turned.driver.time.advance(3)
-    assert turned.driver.listdir(turned.group(run)) == listed
+    assert turned.driver.listdir(turned.pgid(run)) == listed
 
 
 @pytest.mark.expect_warnings("refresh E")
@@ -76,13 +76,13 @@ def test_during_an_outage_a_walk_makes_few_calls(turned):
     if turned is None:
         return
     run = turned.new_run("weights/1")
-    turned.driver.listdir(turned.group(run))
+    turned.driver.listdir(turned.pgid(run))
     fault = turned.server.faults.add(
         RUN_CHECKPOINTS, times=None, status=500, headers={"x-should-retry": "false"}
     )
     turned.driver.time.advance(31)
     for _ in range(50):
-        turned.driver.listdir(turned.group(run))
+        turned.driver.listdir(turned.pgid(run))
     fault.remove()
     assert fault.applied == 1
 

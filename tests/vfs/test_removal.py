@@ -88,7 +88,7 @@ def test_nothing_else_can_be_removed_and_who_tried_may_remove_nothing(world, ste
 def test_a_full_folder_that_is_no_checkpoint_is_enotempty_and_no_refusal(world):
     run = world.new_run("weights/1")
     place = f"{run}/checkpoints"
-    steps = [f"rmdir {place}", f"rmdir {world.group(run)}", f"rmtree {place}"]
+    steps = [f"rmdir {place}", f"rmdir {world.pgid(run)}", f"rmtree {place}"]
     assert world.driver.remove(*steps) == ["ENOTEMPTY", "ENOTEMPTY", "OK"]
     assert world.driver.listdir(place) == []
 

@@ -29,7 +29,7 @@ def world(make_world):
 
 
 def link_of(run, checkpoint_id):
-    return f"{TRASH}/{name_encoding.join((run.partition('/')[2], *checkpoint_id.split('/', 1)))}"
+    return f"{TRASH}/{name_encoding.encode_composite((run.partition('/')[2], *checkpoint_id.split('/', 1)))}"
 
 
 def stored(world, run, checkpoint_id):

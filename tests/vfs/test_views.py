@@ -28,7 +28,9 @@ def place(run_id, checkpoint_id):
 def of_user(world, chosen=lambda _checkpoint: True):
     """The name and the place of every checkpoint of the user."""
     return {
-        name_encoding.join((run.id, *checkpoint.id.split("/", 1))): place(run.id, checkpoint.id)
+        name_encoding.encode_composite((run.id, *checkpoint.id.split("/", 1))): place(
+            run.id, checkpoint.id
+        )
         for run in world.server.account.runs()
         for checkpoint in run.checkpoints
         if chosen(checkpoint)
@@ -84,7 +86,7 @@ def test_links_are_as_old_as_their_checkpoints_newest_first(world):
 @tells_all
 def test_links_of_expiring_are_as_old_as_the_expiry(world):
     expiries = {
-        name_encoding.join((run.id, *c.id.split("/", 1))): c.expires_at_s
+        name_encoding.encode_composite((run.id, *c.id.split("/", 1))): c.expires_at_s
         for run in world.server.account.runs()
         for c in run.checkpoints
         if c.expires_at_s is not None
@@ -247,7 +249,9 @@ def test_what_never_existed_is_asked_for_once(world):
 def test_after_a_change_every_view_agrees_at_once(world):
     run = world.new_run("weights/v1", "weights/v2")
     run_id = run.removeprefix("runs/")
-    first, second = (name_encoding.join((run_id, "weights", name)) for name in ("v1", "v2"))
+    first, second = (
+        name_encoding.encode_composite((run_id, "weights", name)) for name in ("v1", "v2")
+    )
     assert first in world.driver.listdir("checkpoints")
     assert first not in world.driver.listdir("published")
     if world.serves("POST publish"):

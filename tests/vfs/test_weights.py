@@ -101,11 +101,12 @@ def test_what_is_not_asked_for_is_not_fetched(make_world):
 @pytest.mark.served("GET archive")
 def test_adapters_are_the_folders_that_serving_engines_take(world, place):
     _runs, run_id, _checkpoints, kind, name = place.split("/")
-    served = name_encoding.join((run_id, kind, name))
+    served = name_encoding.encode_composite((run_id, kind, name))
     listed = world.driver.listdir("adapters")
     assert served in listed
     assert all(
-        name_encoding.split(each)[1] in ("sampler_weights", "external_weights") for each in listed
+        name_encoding.decode_composite(each)[1] in ("sampler_weights", "external_weights")
+        for each in listed
     )
     _data, members = truth_of(world, place)
     assert set(world.driver.listdir(f"adapters/{served}")) == set(members)
@@ -115,7 +116,7 @@ def test_adapters_are_the_folders_that_serving_engines_take(world, place):
     unlisted = world.server.account.add_checkpoint(
         foreign.id, "sampler_weights/theirs", is_public=True
     )
-    path = name_encoding.join((foreign.id, *unlisted.id.split("/", 1)))
+    path = name_encoding.encode_composite((foreign.id, *unlisted.id.split("/", 1)))
     assert path not in listed
     assert "adapter_config.json" in world.driver.listdir(f"adapters/{path}")
     assert outcome_of(lambda: world.driver.listdir("adapters/no@sampler_weights@1")) == "ENOENT"
@@ -126,7 +127,7 @@ def test_adapters_are_the_folders_that_serving_engines_take(world, place):
 def test_adapters_lead_to_directories_within_adapters(make_world):
     world = make_world(runs=1, checkpoints=1)
     run = world.new_run("sampler_weights/1", "weights/1")
-    served = name_encoding.join((run[5:], "sampler_weights", "1"))
+    served = name_encoding.encode_composite((run[5:], "sampler_weights", "1"))
     assert ".content" not in world.driver.listdir("adapters")
     target = world.driver.readlink(f"adapters/{served}")
     version = target.removeprefix(f".content/{run[5:]}/sampler_weights/1/")

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-__all__ = ["REFUSALS", "REFUSED_TTL_S", "Lacks"]
+__all__ = ["UNSUPPORTED_THRESHOLD", "UNSUPPORTED_TTL_S", "CapabilityCache"]
 
 #: What a server lacks it is not asked for again for this long, seconds.
-REFUSED_TTL_S = 600.0
+UNSUPPORTED_TTL_S = 600.0
 #: One refusal may be about the one checkpoint that was asked about: it has a name that the server
 #: does not take, or its archive is lost. As many in a row without a success are about all.
-REFUSALS = 3
+UNSUPPORTED_THRESHOLD = 3
 
 
 @dataclass(slots=True)
@@ -28,10 +28,10 @@ class _State:
     refusals: int = 0
     last: errors.ApiError | None = None
     asked_at: float = 0.0
-    has_worked: bool = False
+    is_supported: bool = False
 
 
-class Lacks:
+class CapabilityCache:
     """What one server lacks. Thread-safe.
 
     What has worked once is there, whatever is said of it later.
@@ -43,12 +43,12 @@ class Lacks:
         self._states: dict[Hashable, _State] = {}  # guarded by _lock
 
     @contextmanager
-    def asking(
+    def guard(
         self,
         what: Hashable,
-        refusal: type[errors.ApiError] = errors.EndpointMissing,
+        refusal: type[errors.ApiError] = errors.UnsupportedEndpoint,
         *,
-        refusals: int = REFUSALS,
+        refusals: int = UNSUPPORTED_THRESHOLD,
     ) -> Iterator[None]:
         """Let a call through where its answer is not known yet, and learn from how it ends.
 
@@ -62,21 +62,21 @@ class Lacks:
         """
         with self._lock:
             state = self._states.setdefault(what, _State())
-            is_fresh = self._clock.monotonic() < state.asked_at + REFUSED_TTL_S
+            is_fresh = self._clock.monotonic() < state.asked_at + UNSUPPORTED_TTL_S
             if state.last is not None and state.refusals >= refusals and is_fresh:
-                raise state.last.remembered()
+                raise state.last.as_local()
         try:
             yield
         except refusal as error:
             with self._lock:
-                if not state.has_worked:
+                if not state.is_supported:
                     state.refusals, state.last = state.refusals + 1, error
                     state.asked_at = self._clock.monotonic()
             raise
         with self._lock:
-            state.refusals, state.last, state.has_worked = 0, None, True
+            state.refusals, state.last, state.is_supported = 0, None, True
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Ask for everything anew."""
         with self._lock:
             self._states.clear()

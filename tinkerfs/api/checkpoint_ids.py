@@ -17,12 +17,12 @@ from tinkerfs.api.endpoints import Endpoint
 
 __all__ = [
     "CheckpointRef",
-    "Forms",
+    "IdFormCache",
     "IdForm",
-    "forms_of",
+    "candidate_ids",
     "id_path",
     "id_segment",
-    "segment",
+    "quote_segment",
 ]
 
 T = TypeVar("T")
@@ -55,19 +55,19 @@ class CheckpointRef:
     run_id: str
     path_id: str
     listed_id: str
-    is_known: bool = False
-    is_shared: bool = False
+    exists: bool = False
+    has_ambiguous_id: bool = False
     is_foreign: bool = False
 
     def is_of(self, tinker_path: str | None, checkpoint_id: str | None) -> bool:
         """Return whether a listed checkpoint is this one, by its tinker path or its id."""
         return (tinker_path or "").endswith(f"/{self.path_id}") or (
-            checkpoint_id == self.listed_id and not self.is_shared
+            checkpoint_id == self.listed_id and not self.has_ambiguous_id
         )
 
 
-def forms_of(
-    ref: CheckpointRef, endpoint: Endpoint, worked: IdForm | None
+def candidate_ids(
+    ref: CheckpointRef, endpoint: Endpoint, last_accepted: IdForm | None
 ) -> list[tuple[IdForm, str]]:
     """Return the forms of an id to try, in order; none for an empty id.
 
@@ -82,28 +82,28 @@ def forms_of(
     Args:
         ref: the checkpoint.
         endpoint: what is asked of it.
-        worked: the form that this endpoint took last, None before any worked.
+        last_accepted: the form that this endpoint took last, None before any worked.
     """
     is_look = endpoint.method == "GET"
     forms = [(IdForm.PATH, ref.path_id)] if ref.path_id else []
     if not ref.listed_id or ref.listed_id == ref.path_id:
         return forms
-    if ref.is_shared and not (is_look and ref.path_id.startswith("sampler_weights/")):
+    if ref.has_ambiguous_id and not (is_look and ref.path_id.startswith("sampler_weights/")):
         return forms
-    if forms and worked is IdForm.PATH and not is_look:
+    if forms and last_accepted is IdForm.PATH and not is_look:
         return forms
     forms.append((IdForm.LISTED, ref.listed_id))
-    return forms[::-1] if worked is IdForm.LISTED else forms
+    return forms[::-1] if last_accepted is IdForm.LISTED else forms
 
 
-class Forms:
+class IdFormCache:
     """The form of a checkpoint's id that each endpoint of one server took last. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._worked: dict[str, IdForm] = {}  # guarded by _lock
 
-    def ask(self, endpoint: Endpoint, ref: CheckpointRef, send: Callable[[str], T]) -> T:
+    def try_forms(self, endpoint: Endpoint, ref: CheckpointRef, send: Callable[[str], T]) -> T:
         """Ask something of a checkpoint, in the form of its id that the server takes.
 
         Args:
@@ -119,14 +119,14 @@ class Forms:
         )
         with self._lock:
             worked = self._worked.get(endpoint.label)
-        for number, (form, checkpoint_id) in enumerate(forms_of(ref, endpoint, worked)):
+        for number, (form, checkpoint_id) in enumerate(candidate_ids(ref, endpoint, worked)):
             try:
                 answer = send(checkpoint_id)
             except errors.ApiError as error:
                 if error.status not in _WRONG_FORM:
                     raise
                 # A handler's words say more than a router's.
-                if number == 0 or isinstance(failure, errors.EndpointMissing):
+                if number == 0 or isinstance(failure, errors.UnsupportedEndpoint):
                     failure = error
             else:
                 with self._lock:
@@ -143,10 +143,10 @@ def id_segment(endpoint: Endpoint, text: str) -> str:
     """
     if not text:
         raise errors.NotFound("an empty id names nothing", endpoint=endpoint.label)
-    return segment(text)
+    return quote_segment(text)
 
 
-def segment(text: str) -> str:
+def quote_segment(text: str) -> str:
     """Return `text` as one segment of a URL path (RFC 3986, 3.3); `:` stays as it is.
 
     A name's bytes that are no UTF-8 (surrogate escapes) are encoded as those bytes. Dots are
@@ -164,4 +164,4 @@ def segment(text: str) -> str:
 def id_path(checkpoint_id: str) -> str:
     """Return a checkpoint id in a URL path: the slash after the kind stays, others are encoded."""
     kind, slash, name = checkpoint_id.partition("/")
-    return segment(kind) + slash + segment(name) if slash else segment(kind)
+    return quote_segment(kind) + slash + quote_segment(name) if slash else quote_segment(kind)

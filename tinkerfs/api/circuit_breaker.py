@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-__all__ = ["Breakers"]
+__all__ = ["CircuitBreakers"]
 
 #: So many failures in a row, with all their retries, and the endpoint counts as out.
-FAILURES = 3
+FAILURE_THRESHOLD = 3
 #: Where not even a connection or an answer was had, each took the whole time-out.
-FAILURES_WITHOUT_ANSWER = 2
+NO_RESPONSE_THRESHOLD = 2
 #: Between two probes, seconds: recovery is noticed within this, a probe's bound, and a moment.
 PROBE_INTERVAL_S = 1.0
 #: A probe is given up after this long, seconds, or twice the slowest success where that is more.
 PROBE_TIMEOUT_S = 2.0
 
 #: What says that a server is out. To be asked too often (429) is no outage: it says when to return.
-_OUT = (
+_TRIPPING_ERRORS = (
     errors.ServerError,
-    errors.Unreachable,
-    errors.TimedOut,
+    errors.ConnectionFailed,
+    errors.RequestTimeout,
     errors.UntrustedCertificate,
     errors.ProtocolError,
 )
-_WITHOUT_ANSWER = (errors.Unreachable, errors.TimedOut)
+_WITHOUT_ANSWER = (errors.ConnectionFailed, errors.RequestTimeout)
 
 
 @dataclass(slots=True)
@@ -41,16 +41,18 @@ class _State:
     failures: int = 0
     last: errors.ApiError | None = None
     slowest_s: float = 0.0
-    is_probed: bool = False
+    is_half_open: bool = False
     next_probe: float = 0.0
 
     @property
-    def is_out(self) -> bool:
-        enough = FAILURES_WITHOUT_ANSWER if isinstance(self.last, _WITHOUT_ANSWER) else FAILURES
+    def is_open(self) -> bool:
+        enough = (
+            NO_RESPONSE_THRESHOLD if isinstance(self.last, _WITHOUT_ANSWER) else FAILURE_THRESHOLD
+        )
         return self.failures >= enough
 
 
-class Breakers:
+class CircuitBreakers:
     """One breaker for each endpoint, by its label. Thread-safe."""
 
     def __init__(self, clock: Clock) -> None:
@@ -58,13 +60,13 @@ class Breakers:
         self._lock = threading.Lock()
         self._states: dict[str, _State] = {}  # guarded by _lock
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Take every endpoint for well."""
         with self._lock:
             self._states.clear()
 
     @contextmanager
-    def call(self, label: str, deadline: float, *, is_build: bool = False) -> Iterator[float]:
+    def guard(self, label: str, deadline: float, *, is_build: bool = False) -> Iterator[float]:
         """Let one call through, and learn from how it ends.
 
         Args:
@@ -83,17 +85,17 @@ class Breakers:
         started = self._clock.monotonic()
         with self._lock:
             state = self._states.setdefault(label, _State())
-            is_probe = state.is_out
+            is_probe = state.is_open
             if is_probe and is_build:
                 if started < state.next_probe:
                     assert state.last is not None
-                    raise state.last.remembered()
+                    raise state.last.as_local()
                 state.next_probe = started + PROBE_INTERVAL_S
             elif is_probe:
-                if state.is_probed or started < state.next_probe:
+                if state.is_half_open or started < state.next_probe:
                     assert state.last is not None
-                    raise state.last.remembered()
-                state.is_probed = True
+                    raise state.last.as_local()
+                state.is_half_open = True
                 patience_s = max(PROBE_TIMEOUT_S, 2 * state.slowest_s)
                 deadline = min(deadline, started + patience_s)
         failure: errors.ApiError | None = None
@@ -101,16 +103,16 @@ class Breakers:
         try:
             yield deadline
         except errors.ApiError as error:
-            failure = error if isinstance(error, _OUT) else None
+            failure = error if isinstance(error, _TRIPPING_ERRORS) else None
             # Of what is remembered nobody was asked: it was not its turn.
-            is_held = is_build and isinstance(error, errors.TimedOut) and not error.is_unsent
-            is_news = not (error.is_remembered or is_held)
+            is_held = is_build and isinstance(error, errors.RequestTimeout) and not error.is_unsent
+            is_news = not (error.is_local or is_held)
             raise
         finally:
             with self._lock:
                 now = self._clock.monotonic()
                 if is_probe and not is_build:
-                    state.is_probed, state.next_probe = False, now + PROBE_INTERVAL_S
+                    state.is_half_open, state.next_probe = False, now + PROBE_INTERVAL_S
                 if is_news and failure is None:
                     state.failures, state.last, state.next_probe = 0, None, 0.0
                     state.slowest_s = max(state.slowest_s, now - started)

@@ -15,27 +15,27 @@ from urllib.parse import urlencode, urlsplit
 
 from tinkerfs import errors
 from tinkerfs.api import endpoints, pagination, parsing, raw_json, signed_urls
-from tinkerfs.api.capabilities import REFUSALS, Lacks
-from tinkerfs.api.checkpoint_ids import CheckpointRef, Forms, id_path, id_segment
-from tinkerfs.api.circuit_breaker import Breakers
+from tinkerfs.api.capabilities import UNSUPPORTED_THRESHOLD, CapabilityCache
+from tinkerfs.api.checkpoint_ids import CheckpointRef, IdFormCache, id_path, id_segment
+from tinkerfs.api.circuit_breaker import CircuitBreakers
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.api.error_mapping import withheld
 from tinkerfs.api.models import (
     Capabilities,
     Checkpoint,
-    FoundSession,
-    FoundSessions,
     Page,
     Sampler,
     Session,
+    SessionSearchPage,
+    SessionSummary,
     SignedUrl,
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.transport import FIRST_BACKOFF_S, Answer, Recheck, Request, Transport
+from tinkerfs.api.transport import FIRST_BACKOFF_S, Recheck, Request, Response, Transport
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.context import AWAITED, Interest
+from tinkerfs.context import DEMAND, Priority
 from tinkerfs.telemetry import Telemetry
 
 __all__ = ["CheckpointRef", "Client"]
@@ -79,7 +79,7 @@ class Client:
         self._base_url = base_url.rstrip("/")
         self._clock = clock
         self._concurrency = concurrency
-        self._interest = AWAITED
+        self._interest = DEMAND
         self._transport = Transport(
             base_url,
             credentials,
@@ -89,26 +89,26 @@ class Client:
             backoff_s=backoff_s,
             clock=clock,
         )
-        self._breakers = Breakers(clock)
-        self._lacks = Lacks(clock)
-        self._forms = Forms()
-        self._unreadable = pagination.Unreadable()
+        self._breakers = CircuitBreakers(clock)
+        self._lacks = CapabilityCache(clock)
+        self._forms = IdFormCache()
+        self._unreadable = pagination.SkippedRecordReporter()
 
     @property
     def base_url(self) -> str:
         """Where the API is, without a slash at its end."""
         return self._base_url
 
-    def on_behalf(self, interest: Interest) -> Self:
+    def with_priority(self, priority: Priority) -> Self:
         """Return this client for work that is, or is not, waited for: who waits goes first."""
         client = copy.copy(self)
-        client._interest = interest
+        client._interest = priority
         return client
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Ask the server again where it was out a moment ago, and for what it did not have."""
-        self._breakers.forget()
-        self._lacks.forget()
+        self._breakers.reset()
+        self._lacks.reset()
 
     def close(self) -> None:
         """Close every connection; later calls fail as Unreachable."""
@@ -133,17 +133,17 @@ class Client:
         return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset)
 
     def all_training_runs(
-        self, came: Callable[[tuple[TrainingRun, ...]], None] = lambda _runs: None
+        self, on_page: Callable[[tuple[TrainingRun, ...]], None] = lambda _runs: None
     ) -> tuple[TrainingRun, ...]:
         """Return every run of the user: ceil(runs / page) calls, those after the first at once.
 
         Args:
-            came: told the runs of each page as it comes, as `paging.read_all` does.
+            on_page: told the runs of each page as it comes, as `paging.read_all` does.
 
         Raises:
             ApiError: as `list_training_runs`; one page that fails fails all.
         """
-        return self._all(self.list_training_runs, lambda run: run.run_id, came)
+        return self._all(self.list_training_runs, lambda run: run.run_id, on_page)
 
     def training_run(self, run_id: str) -> TrainingRun:
         """Return one run: the user's own, or a public one.
@@ -152,7 +152,7 @@ class Client:
             ApiError: it cannot be had; NotFound where there is none.
         """
         path = f"training_runs/{id_segment(endpoints.RUN, run_id)}?access_scope=accessible"
-        return self._one(Request(endpoints.RUN, path), parsing.parse_training_run)
+        return self._fetch_one(Request(endpoints.RUN, path), parsing.parse_training_run)
 
     # Checkpoints
 
@@ -167,9 +167,9 @@ class Client:
             ApiError: they cannot be had; NotFound where there is no such run.
         """
         path = f"training_runs/{id_segment(endpoints.RUN_CHECKPOINTS, run_id)}/checkpoints"
-        request = Request(endpoints.RUN_CHECKPOINTS, path, is_known=is_known)
-        page = self._one(request, parsing.parse_checkpoints)
-        return self._unreadable.told(endpoints.RUN_CHECKPOINTS.label, page).items
+        request = Request(endpoints.RUN_CHECKPOINTS, path, exists=is_known)
+        page = self._fetch_one(request, parsing.parse_checkpoints)
+        return self._unreadable.report(endpoints.RUN_CHECKPOINTS.label, page).items
 
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> Page[Checkpoint]:
         """Return one page of the checkpoints of all the user's runs, newest first.
@@ -181,23 +181,23 @@ class Client:
 
     def all_user_checkpoints(
         self,
-        kept: Callable[[Checkpoint], Checkpoint] = lambda record: record,
-        came: Callable[[tuple[Checkpoint, ...]], None] = lambda _records: None,
+        dedupe: Callable[[Checkpoint], Checkpoint] = lambda record: record,
+        on_page: Callable[[tuple[Checkpoint, ...]], None] = lambda _records: None,
     ) -> tuple[Checkpoint, ...]:
         """Return every checkpoint of the user, newest first: ceil(checkpoints / page) calls.
 
         Args:
-            kept: returns the equal of a record that is kept already, or the record itself.
-            came: told the records of each page as it comes, as `paging.read_all` does.
+            dedupe: returns the equal of a record that is kept already, or the record itself.
+            on_page: told the records of each page as it comes, as `paging.read_all` does.
 
         Raises:
             ApiError: as `list_user_checkpoints`; one page that fails fails all.
         """
 
         def fetch(limit: int, offset: int) -> Page[Checkpoint]:
-            return self.list_user_checkpoints(limit, offset).mapped(kept)
+            return self.list_user_checkpoints(limit, offset).mapped(dedupe)
 
-        return self._all(fetch, lambda record: record.identity, came)
+        return self._all(fetch, lambda record: record.identity, on_page)
 
     def weights_info(self, tinker_path: str, *, is_known: bool = False) -> WeightsInfo:
         """Return what the weights behind a tinker path are.
@@ -215,8 +215,8 @@ class Client:
         kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL tells of `weights` alone
         what = (endpoints.WEIGHTS_INFO.label, kind)
         # Of a path that somebody made up, a refusal speaks of the path.
-        with self._lacks.asking(what, errors.BadRequest) if is_known else nullcontext():
-            return self._one(request, parsing.parse_weights_info)
+        with self._lacks.guard(what, errors.BadRequest) if is_known else nullcontext():
+            return self._fetch_one(request, parsing.parse_weights_info)
 
     def archive(self, ref: CheckpointRef, hold_s: float = 0.0) -> SignedUrl:
         """Return a signed URL of the checkpoint's archive; the server may have to build it first.
@@ -233,7 +233,7 @@ class Client:
                 this kind of checkpoint.
         """
         request = Request(endpoints.ARCHIVE, "/archive", hold_s=hold_s)
-        return self._on_checkpoint(
+        return self._checkpoint_request(
             request, ref, lambda answer: signed_urls.archive_url(answer, self._clock.now())
         )
 
@@ -247,7 +247,7 @@ class Client:
             ApiError: they cannot be had; EndpointMissing where the server has no such thing.
         """
         request = Request(endpoints.EXTERNAL_URLS, "/external_weights_urls")
-        return self._on_checkpoint(
+        return self._checkpoint_request(
             request, ref, lambda answer: signed_urls.external_urls(answer, self._clock.now())
         )
 
@@ -320,7 +320,7 @@ class Client:
             ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
         """
         path = f"sessions/{id_segment(endpoints.SESSION, session_id)}?access_scope=accessible"
-        return self._one(
+        return self._fetch_one(
             Request(endpoints.SESSION, path), lambda body: parsing.parse_session(session_id, body)
         )
 
@@ -331,7 +331,7 @@ class Client:
         statuses: tuple[str, ...] = (),
         limit: int = 100,
         cursor: object = None,
-    ) -> FoundSessions:
+    ) -> SessionSearchPage:
         """Return one page of the sessions that match.
 
         Args:
@@ -352,9 +352,9 @@ class Client:
             query["cursor"] = cursor
         body = raw_json.dumps(query)
         request = Request(endpoints.SESSION_SEARCH, "sessions/search", body, str(uuid.uuid4()))
-        return self._one(request, parsing.parse_found_sessions)
+        return self._fetch_one(request, parsing.parse_found_sessions)
 
-    def all_found_sessions(self) -> tuple[FoundSession, ...]:
+    def all_found_sessions(self) -> tuple[SessionSummary, ...]:
         """Return every session of the user as the search tells of it: a call for 200 of them.
 
         Raises:
@@ -371,7 +371,7 @@ class Client:
             ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
         """
         path = f"samplers/{id_segment(endpoints.SAMPLER, sampler_id)}"
-        return self._one(
+        return self._fetch_one(
             Request(endpoints.SAMPLER, path), lambda body: parsing.parse_sampler(sampler_id, body)
         )
 
@@ -384,7 +384,7 @@ class Client:
             ApiError: it cannot be had.
         """
         request = Request(endpoints.CAPABILITIES, "get_server_capabilities")
-        return self._one(request, parsing.parse_capabilities)
+        return self._fetch_one(request, parsing.parse_capabilities)
 
     def health(self) -> str:
         """Return what the server says of itself, "ok" in general; works without a key.
@@ -393,7 +393,7 @@ class Client:
             ApiError: it does not answer, or not as the API does.
         """
         request = Request(endpoints.HEALTH, "healthz", needs_key=False)
-        _, fields = self._one(request, raw_json.parse_object)
+        _, fields = self._fetch_one(request, raw_json.parse_object)
         return errors.redact(str(fields.get("status", "")))
 
     def whoami(self) -> bytes:
@@ -403,15 +403,15 @@ class Client:
             ApiError: it cannot be had; Unauthorized where the key is no good; EndpointMissing where
                 the server does not tell.
         """
-        raw, _ = self._one(Request(endpoints.WHOAMI, "auth/apikey/me"), raw_json.parse_object)
+        raw, _ = self._fetch_one(Request(endpoints.WHOAMI, "auth/apikey/me"), raw_json.parse_object)
         return raw
 
     # What all of them share
 
-    def _one(self, request: Request, parse: Callable[[bytes], T]) -> T:
+    def _fetch_one(self, request: Request, parse: Callable[[bytes], T]) -> T:
         endpoint = request.endpoint
-        refusals = 1 if endpoint.scope is Scope.ACCOUNT else REFUSALS
-        asking = self._lacks.asking(endpoint.label, refusals=refusals)
+        refusals = 1 if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED_THRESHOLD
+        asking = self._lacks.guard(endpoint.label, refusals=refusals)
         with asking, self._guarded(request) as deadline:
             answer = self._transport.send(request, deadline, self._interest)
             return self._parsed(endpoint, answer, lambda answer: parse(answer.body))
@@ -419,7 +419,7 @@ class Client:
     def _guarded(self, request: Request) -> AbstractContextManager[float]:
         """Return the breaker of a request's endpoint; it yields when to give up."""
         endpoint, deadline = request.endpoint, self._transport.deadline(request.hold_s)
-        return self._breakers.call(endpoint.label, deadline, is_build=endpoint.is_build)
+        return self._breakers.guard(endpoint.label, deadline, is_build=endpoint.is_long_running)
 
     def _list(
         self,
@@ -430,18 +430,18 @@ class Client:
     ) -> Page[T]:
         query = urlencode({"limit": limit, "offset": offset})
         path = endpoint.label.partition(" ")[2]
-        page = self._one(Request(endpoint, f"{path}?{query}"), parse)
-        return self._unreadable.told(endpoint.label, page)
+        page = self._fetch_one(Request(endpoint, f"{path}?{query}"), parse)
+        return self._unreadable.report(endpoint.label, page)
 
     def _all(
         self,
         fetch: Callable[[int, int], Page[T]],
         key: Callable[[T], Hashable],
-        came: Callable[[tuple[T, ...]], None] = lambda _items: None,
+        on_page: Callable[[tuple[T, ...]], None] = lambda _items: None,
     ) -> tuple[T, ...]:
-        return pagination.read_all(fetch, key, came=came, workers=self._concurrency)
+        return pagination.fetch_all_pages(fetch, key, on_page=on_page, workers=self._concurrency)
 
-    def _parsed(self, endpoint: Endpoint, answer: Answer, parse: Callable[[Answer], T]) -> T:
+    def _parsed(self, endpoint: Endpoint, answer: Response, parse: Callable[[Response], T]) -> T:
         try:
             return parse(answer)
         except errors.ProtocolError as error:
@@ -451,10 +451,12 @@ class Client:
             ) from None
 
     def _change(self, request: Request, ref: CheckpointRef) -> None:
-        self._on_checkpoint(request, ref, lambda answer: parsing.check_change_response(answer.body))
+        self._checkpoint_request(
+            request, ref, lambda answer: parsing.check_change_response(answer.body)
+        )
 
-    def _on_checkpoint(
-        self, request: Request, ref: CheckpointRef, parse: Callable[[Answer], T]
+    def _checkpoint_request(
+        self, request: Request, ref: CheckpointRef, parse: Callable[[Response], T]
     ) -> T:
         """Ask something of a checkpoint, in the form of its id that the server takes.
 
@@ -471,21 +473,21 @@ class Client:
         kind = ref.path_id.partition("/")[0]  # SkyRL has archives of sampler checkpoints alone
         # Nor does what is refused of another account's checkpoints speak of one's own.
         what = (endpoint.label, kind, ref.run_id if ref.is_foreign else None)
-        with self._lacks.asking(what), self._guarded(request) as deadline:
+        with self._lacks.guard(what), self._guarded(request) as deadline:
 
             def ask(checkpoint_id: str) -> T:
                 path = f"{run}/{id_path(checkpoint_id)}{request.path}"
-                whole = dataclasses.replace(request, path=path, is_known=ref.is_known)
+                whole = dataclasses.replace(request, path=path, exists=ref.exists)
                 answer = self._transport.send(whole, deadline, self._interest)
                 return self._parsed(endpoint, answer, parse)
 
             try:
-                return self._forms.ask(endpoint, ref, ask)
+                return self._forms.try_forms(endpoint, ref, ask)
             except errors.NotFound as error:
-                if not (ref.is_known and endpoint.method == "GET" and self._is_listed(ref)):
+                if not (ref.exists and endpoint.method == "GET" and self._is_listed(ref)):
                     raise
                 raise withheld(error, is_foreign=ref.is_foreign) from None
-            except errors.EndpointMissing as error:
+            except errors.UnsupportedEndpoint as error:
                 if not (ref.is_foreign and error.status in (404, 410)):
                     raise
                 raise withheld(error, is_foreign=True) from None

@@ -20,17 +20,17 @@ from dataclasses import dataclass, field
 
 from tinkerfs import errors
 from tinkerfs.api.endpoints import Endpoint
-from tinkerfs.api.latency_gradient import Pace
+from tinkerfs.api.latency_gradient import LatencyGradient
 from tinkerfs.clock import Clock
-from tinkerfs.context import Interest
+from tinkerfs.context import Priority
 
-__all__ = ["Budget", "Turn"]
+__all__ = ["ConcurrencyLimiter", "Permit"]
 
 #: After so many answers for each call that is allowed at once, one more is.
-ANSWERS_TO_GROW = 2
+SUCCESSES_PER_INCREASE = 2
 
 #: The longest that a server's wish to be left alone is taken at its word, seconds.
-MAX_PAUSE_S = 3600.0
+MAX_RETRY_AFTER_S = 3600.0
 
 #: How often who waits for a turn looks whether a pause is over, seconds; the first in the row looks
 #: for all, and the others whether they have become the first.
@@ -38,7 +38,7 @@ _LOOK_S, _LOOK_AGAIN_S = 0.02, 0.25
 
 
 @dataclass(slots=True, eq=False)
-class Turn:
+class Permit:
     """One call's turn.
 
     Attributes:
@@ -53,16 +53,16 @@ class Turn:
     """
 
     endpoint: Endpoint
-    interest: Interest
+    interest: Priority
     number: int
     status: int | None = None
     retry_after_s: float | None = None
     granted: threading.Event = field(default_factory=threading.Event)
-    is_full: bool = False
+    was_saturated: bool = False
     began: float = 0.0
 
 
-class Budget:
+class ConcurrencyLimiter:
     """The turns of one mount's calls.
 
     Args:
@@ -76,43 +76,45 @@ class Budget:
         self._lock = threading.Lock()
         # All guarded by _lock.
         self._allowed = limit  # as far as 429s say
-        self._pace = Pace(limit)
+        self._pace = LatencyGradient(limit)
         self._answers = 0  # since `_allowed` changed
         self._number = 0
-        self._cut_at = 0  # the newest turn when `_allowed` was halved: older 429s say the same
+        self._last_decrease_seq = (
+            0  # the newest turn when `_allowed` was halved: older 429s say the same
+        )
         self._paused_until = float("-inf")
         self._pause_status = 0
-        self._running: set[Turn] = set()
-        self._waiting: dict[Turn, None] = {}
+        self._running: set[Permit] = set()
+        self._waiting: dict[Permit, None] = {}
         #: Endpoints that answer while theirs are all turns but one.
-        self._answering: set[str] = set()
+        self._responsive_endpoints: set[str] = set()
 
     @property
-    def allowed(self) -> int:
+    def limit(self) -> int:
         """How many calls there may be at once now."""
         with self._lock:
             return self._allowed_now
 
     @contextmanager
-    def turn(self, endpoint: Endpoint, deadline: float, interest: Interest) -> Iterator[Turn]:
+    def acquire(self, endpoint: Endpoint, deadline: float, priority: Priority) -> Iterator[Permit]:
         """Wait for a turn, and hold it while the body runs; the body tells it the answer's status.
 
         Args:
             endpoint: what is asked.
             deadline: when to give up, on the monotonic clock.
-            interest: whether somebody waits for the answer.
+            priority: whether somebody waits for the answer.
 
         Raises:
             ApiError: there is no turn in time, without a call: RateLimited or ServerError while the
                 server wants to be left alone for longer, else TimedOut.
         """
-        if not interest.is_awaited:
-            interest.noticed = self._look
+        if not priority.is_demand:
+            priority.on_promoted = self._redispatch
         with self._lock:
             self._number += 1
-            turn = Turn(endpoint, interest, self._number)
+            turn = Permit(endpoint, priority, self._number)
             self._waiting[turn] = None
-            self._admit()
+            self._dispatch()
         try:
             self._wait(turn, deadline)
             turn.began = self._clock.monotonic()
@@ -122,63 +124,63 @@ class Budget:
                 self._waiting.pop(turn, None)
                 self._running.discard(turn)
                 if not self._count(turn.endpoint.label):
-                    self._answering.discard(turn.endpoint.label)
+                    self._responsive_endpoints.discard(turn.endpoint.label)
                 if turn.status is not None:
                     self._learn(turn, turn.status)
-                    if turn.status < 400 and not turn.endpoint.is_build:
+                    if turn.status < 400 and not turn.endpoint.is_long_running:
                         label, ended = turn.endpoint.label, self._clock.monotonic()
-                        self._pace.learn(label, turn.began, ended, is_full=turn.is_full)
-                self._admit()
+                        self._pace.record(label, turn.began, ended, is_full=turn.was_saturated)
+                self._dispatch()
 
-    def _look(self) -> None:
+    def _redispatch(self) -> None:
         """See who may have a turn: a guess is none any more, so that another may run."""
         with self._lock:
-            self._admit()
+            self._dispatch()
 
-    def _wait(self, turn: Turn, deadline: float) -> None:
+    def _wait(self, turn: Permit, deadline: float) -> None:
         while not turn.granted.is_set():
             with self._lock:
-                self._admit()
+                self._dispatch()
                 now = self._clock.monotonic()
                 pause_s = self._paused_until - now
                 if not turn.granted.is_set() and (now >= deadline or now + pause_s >= deadline):
-                    raise self._in_vain(turn, max(pause_s, 0.0)).remembered()
+                    raise self._rejection_error(turn, max(pause_s, 0.0)).as_local()
                 is_first = next(iter(self._waiting), None) is turn
             turn.granted.wait(min(deadline - now, _LOOK_S if is_first else _LOOK_AGAIN_S))
 
-    def _in_vain(self, turn: Turn, pause_s: float) -> errors.ApiError:
+    def _rejection_error(self, turn: Permit, pause_s: float) -> errors.ApiError:
         if pause_s:
             kind = errors.RateLimited if self._pause_status == 429 else errors.ServerError
             words = f"the server asked for no calls for another {pause_s:.0f} s"
             return kind(words, endpoint=turn.endpoint.label, status=self._pause_status)
         words = f"not asked in time: {len(self._running)} other calls go on (--concurrency)"
-        return errors.TimedOut(words, endpoint=turn.endpoint.label)
+        return errors.RequestTimeout(words, endpoint=turn.endpoint.label)
 
-    def _admit(self) -> None:
+    def _dispatch(self) -> None:
         """Give out the turns that are free; the caller holds the lock."""
         now = self._clock.monotonic()
         if now < self._paused_until:
             return
         while self._waiting and (turn := self._next()) is not None:
             del self._waiting[turn]
-            if not turn.endpoint.is_build:
+            if not turn.endpoint.is_long_running:
                 self._running.add(turn)
-                turn.is_full = len(self._running) >= max(self._all_but_one, 2)
+                turn.was_saturated = len(self._running) >= max(self._limit_minus_reserved, 2)
             turn.granted.set()
 
-    def _next(self) -> Turn | None:
+    def _next(self) -> Permit | None:
         """Return whose turn it is, None where nobody may have one."""
         is_full = len(self._running) >= self._allowed_now
-        guesses = sum(not turn.interest.is_awaited for turn in self._running)
+        guesses = sum(not turn.interest.is_demand for turn in self._running)
         guess = None
         for turn in self._waiting:
-            if turn.endpoint.is_build:
+            if turn.endpoint.is_long_running:
                 return turn
             if is_full or not self._has_room(turn.endpoint.label):
                 continue
-            if turn.interest.is_awaited:
+            if turn.interest.is_demand:
                 return turn
-            if guess is None and guesses < self._all_but_one:
+            if guess is None and guesses < self._limit_minus_reserved:
                 guess = turn
         return guess
 
@@ -187,30 +189,37 @@ class Budget:
         return min(self._allowed, self._pace.allowed)
 
     @property
-    def _all_but_one(self) -> int:
+    def _limit_minus_reserved(self) -> int:
         return max(self._allowed_now - 1, 1)
 
     def _has_room(self, label: str) -> bool:
-        return label in self._answering or self._count(label) < self._all_but_one
+        return (
+            label in self._responsive_endpoints or self._count(label) < self._limit_minus_reserved
+        )
 
     def _count(self, label: str) -> int:
         return sum(turn.endpoint.label == label for turn in self._running)
 
-    def _learn(self, turn: Turn, status: int) -> None:
+    def _learn(self, turn: Permit, status: int) -> None:
         """Take note of what an answer says of the pace; the caller holds the lock."""
-        if self._count(turn.endpoint.label) >= self._all_but_one - 1:
-            self._answering.add(turn.endpoint.label)
+        if self._count(turn.endpoint.label) >= self._limit_minus_reserved - 1:
+            self._responsive_endpoints.add(turn.endpoint.label)
         wait_s = turn.retry_after_s
-        is_pause = status == 429 or (status == 503 and status not in turn.endpoint.states)
+        is_pause = status == 429 or (
+            status == 503 and status not in turn.endpoint.non_retryable_statuses
+        )
         if is_pause and wait_s is not None:
-            until = self._clock.monotonic() + min(wait_s, MAX_PAUSE_S)
+            until = self._clock.monotonic() + min(wait_s, MAX_RETRY_AFTER_S)
             if until > self._paused_until:
                 self._paused_until, self._pause_status = until, status
         if status == 429:
-            if turn.number > self._cut_at:
+            if turn.number > self._last_decrease_seq:
                 self._allowed = max(self._allowed // 2, 1)
-                self._cut_at, self._answers = self._number, 0
+                self._last_decrease_seq, self._answers = self._number, 0
         elif status < 500:
             self._answers += 1
-            if self._allowed < self._limit and self._answers >= ANSWERS_TO_GROW * self._allowed:
+            if (
+                self._allowed < self._limit
+                and self._answers >= SUCCESSES_PER_INCREASE * self._allowed
+            ):
                 self._allowed, self._answers = self._allowed + 1, 0

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.errors import ApiError, SetupError, TinkerfsError, Unauthorized
+from tinkerfs.errors import ApiError, StartupError, TinkerfsError, Unauthorized
 from tinkerfs.safe_open import open_regular
 from tinkerfs.telemetry import rfc3339
 
@@ -124,7 +124,7 @@ class Credentials:
         self._look_at = 0.0
         #: A token that has expired by our clock, and by the API's as well: it is not sent again.
         self._expired: str | None = None
-        self._was_reread = False
+        self._already_reloaded = False
         self._failure: TinkerfsError | None = None
         #: Whether that was the API's word; and whether one caller tries the key again meanwhile.
         self._is_refused = False
@@ -168,7 +168,7 @@ class Credentials:
                 key = self._usable()
             return key if key is not None else self._read_now()
 
-    def account(self) -> str | None:
+    def fingerprint(self) -> str | None:
         """Return what tells this key from others, a digest; None while there is none that is good.
 
         Never waits: the source is not read, `get` does that.
@@ -178,7 +178,7 @@ class Credentials:
                 return None
             return hashlib.sha256(b"tinkerfs\n" + self._key.text.encode()).hexdigest()
 
-    def rejected(self, key: str, error: Unauthorized) -> bool:
+    def on_unauthorized(self, key: str, error: Unauthorized) -> bool:
         """Take note that the API refused `key` with a 401; return whether to try once more.
 
         The source is read again once. Where it has no other key, or that was refused too, `get`
@@ -198,7 +198,7 @@ class Credentials:
                     self._expired = key
                     error.message = f"{error.message} ({self._key.doubt})"
                 self._is_retrying = False
-                was_reread, self._was_reread = self._was_reread, True
+                was_reread, self._already_reloaded = self._already_reloaded, True
             if not was_reread:
                 try:
                     fresh = self._read_source()
@@ -213,14 +213,14 @@ class Credentials:
                 self._is_refused = True
             return False
 
-    def accepted(self, key: str) -> None:
+    def on_authorized(self, key: str) -> None:
         """Take note that the API took `key`: what was held against earlier ones is forgotten."""
         with self._lock:
-            if self._was_reread and self._key is not None and self._key.text == key:
+            if self._already_reloaded and self._key is not None and self._key.text == key:
                 self._failure = None
                 self._is_refused = False
                 self._is_retrying = False
-                self._was_reread = False
+                self._already_reloaded = False
                 self._backoff_s = 0.0
 
     def close(self) -> None:
@@ -264,7 +264,12 @@ class Credentials:
         except TinkerfsError as error:
             with self._lock:
                 now_s = self._clock.now()
-                if self._failure is None and old and not self._is_stored and _lives(old, now_s):
+                if (
+                    self._failure is None
+                    and old
+                    and not self._is_stored
+                    and _is_unexpired(old, now_s)
+                ):
                     # The command failed, and the token that it gave last time is still good.
                     self._renew_at_s = min(now_s + FIRST_BACKOFF_S, old.expires_at_s or now_s)
                     return old.text
@@ -315,7 +320,7 @@ class Credentials:
             text = self._read_stored()
             cure = "run `tinker auth login` again"
         if not text.isascii() or not text.isprintable() or " " in text:
-            raise SetupError(f"the key of {self.source} has characters that no key has: {cure}")
+            raise StartupError(f"the key of {self.source} has characters that no key has: {cure}")
         expires_at_s = _expiry_of(text)
         if expires_at_s is None or expires_at_s > self._clock.now():
             return _Key(text, expires_at_s)
@@ -347,7 +352,7 @@ class Credentials:
                 env=self._environ,
             )
         except (OSError, ValueError) as error:
-            raise SetupError(f"{COMMAND} cannot be run ({error}): correct it") from None
+            raise StartupError(f"{COMMAND} cannot be run ({error}): correct it") from None
         with process:
             with self._lock:
                 self._process = process
@@ -356,7 +361,7 @@ class Credentials:
                 process.wait(timeout=1.0)
             except (TimeoutError, subprocess.TimeoutExpired):
                 _kill(process)
-                raise SetupError(
+                raise StartupError(
                     f"{COMMAND} did not end within {self._command_timeout_s:g} s: "
                     "run it in a terminal to see why"
                 ) from None
@@ -364,13 +369,13 @@ class Credentials:
                 with self._lock:
                     self._process = None
         if process.returncode != 0:
-            raise SetupError(
+            raise StartupError(
                 f"{COMMAND} failed with status {process.returncode}: "
                 "run it in a terminal to see why"
             )
         text = output.decode("utf-8", "replace").strip()
         if not text:
-            raise SetupError(f"{COMMAND} printed nothing: run it in a terminal to see why")
+            raise StartupError(f"{COMMAND} printed nothing: run it in a terminal to see why")
         return text
 
     def _read_stored(self) -> str:
@@ -386,28 +391,28 @@ class Credentials:
         try:
             fd = open_regular(self._path, os.O_RDONLY, follow_symlinks=True)
         except FileNotFoundError:
-            raise SetupError(f"no API key: {_CURE}") from None
+            raise StartupError(f"no API key: {_CURE}") from None
         except OSError as error:
-            raise SetupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
+            raise StartupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
         with open(fd, "rb") as file:
             status = os.fstat(fd)
             try:
                 content = file.read(_MAX_BYTES)
             except OSError as error:
-                raise SetupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
+                raise StartupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
         if status.st_mode & 0o077 and self._warned_version != _version(status):
             self._warned_version = _version(status)
             log.warning("%s can be read by other users: chmod 600 %s", STORED, STORED)
         try:
             stored = json.loads(content)
         except (ValueError, RecursionError):
-            raise SetupError(f"{STORED} is damaged: run `tinker auth login` again") from None
+            raise StartupError(f"{STORED} is damaged: run `tinker auth login` again") from None
         fields = stored if isinstance(stored, dict) else {}
         name, keys = fields.get("default"), fields.get("keys")
         entry = keys.get(name) if isinstance(keys, dict) and isinstance(name, str) else None
         key = entry.get("key") if isinstance(entry, dict) else None
         if not isinstance(key, str) or not key.strip():
-            raise SetupError(f"{STORED} has no default key: {_CURE}")
+            raise StartupError(f"{STORED} has no default key: {_CURE}")
         return key.strip()
 
 
@@ -449,10 +454,10 @@ def _read_bounded(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes
 
 
 def _again(error: TinkerfsError) -> TinkerfsError:
-    return error.remembered() if isinstance(error, ApiError) else type(error)(*error.args)
+    return error.as_local() if isinstance(error, ApiError) else type(error)(*error.args)
 
 
-def _lives(key: _Key, now_s: float) -> bool:
+def _is_unexpired(key: _Key, now_s: float) -> bool:
     return key.expires_at_s is None or key.expires_at_s > now_s
 
 

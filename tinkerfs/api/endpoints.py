@@ -34,11 +34,11 @@ class Scope(Enum):
     #: It lists or tells of the whole account, so that nothing but itself can be missing.
     ACCOUNT = "account"
     #: It names a thing by id, and some servers lack it.
-    OPTIONAL_THING = "optional thing"
+    OPTIONAL_RESOURCE = "optional thing"
     #: It names a thing by id, and every server has it.
-    THING = "thing"
+    RESOURCE = "thing"
     #: It does something with a checkpoint that a listing told, and some servers lack it.
-    OPTIONAL_DEED = "optional deed"
+    OPTIONAL_ACTION = "optional deed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ class Endpoint:
 
     label: str
     scope: Scope
-    successes: frozenset[int] = frozenset()
-    states: frozenset[int] = frozenset()
+    success_statuses: frozenset[int] = frozenset()
+    non_retryable_statuses: frozenset[int] = frozenset()
     is_change: bool = False
-    is_removal: bool = False
-    is_build: bool = False
+    is_delete: bool = False
+    is_long_running: bool = False
 
     @property
     def method(self) -> str:
@@ -79,36 +79,42 @@ _ALREADY_SO = frozenset({409})
 _CHECKPOINT = "training_runs/{run}/checkpoints/{checkpoint}"
 
 RUNS = Endpoint("GET training_runs", Scope.ACCOUNT)
-RUN = Endpoint("GET training_runs/{run}", Scope.THING)
-RUN_CHECKPOINTS = Endpoint("GET training_runs/{run}/checkpoints", Scope.OPTIONAL_DEED)
+RUN = Endpoint("GET training_runs/{run}", Scope.RESOURCE)
+RUN_CHECKPOINTS = Endpoint("GET training_runs/{run}/checkpoints", Scope.OPTIONAL_ACTION)
 USER_CHECKPOINTS = Endpoint("GET checkpoints", Scope.ACCOUNT)
-WEIGHTS_INFO = Endpoint("POST weights_info", Scope.OPTIONAL_DEED)
+WEIGHTS_INFO = Endpoint("POST weights_info", Scope.OPTIONAL_ACTION)
 ARCHIVE = Endpoint(
     f"GET {_CHECKPOINT}/archive",
-    Scope.OPTIONAL_DEED,
-    successes=REDIRECTS,
-    states=frozenset({425, 503}),
-    is_build=True,
+    Scope.OPTIONAL_ACTION,
+    success_statuses=REDIRECTS,
+    non_retryable_statuses=frozenset({425, 503}),
+    is_long_running=True,
 )
-EXTERNAL_URLS = Endpoint(f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIONAL_DEED)
+EXTERNAL_URLS = Endpoint(f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIONAL_ACTION)
 PUBLISH = Endpoint(
-    f"POST {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO, is_change=True
+    f"POST {_CHECKPOINT}/publish",
+    Scope.OPTIONAL_ACTION,
+    success_statuses=_ALREADY_SO,
+    is_change=True,
 )
 UNPUBLISH = Endpoint(
-    f"DELETE {_CHECKPOINT}/publish", Scope.OPTIONAL_DEED, successes=_ALREADY_SO, is_change=True
+    f"DELETE {_CHECKPOINT}/publish",
+    Scope.OPTIONAL_ACTION,
+    success_statuses=_ALREADY_SO,
+    is_change=True,
 )
-TTL = Endpoint(f"PUT {_CHECKPOINT}/ttl", Scope.OPTIONAL_DEED, is_change=True)
+TTL = Endpoint(f"PUT {_CHECKPOINT}/ttl", Scope.OPTIONAL_ACTION, is_change=True)
 DELETE = Endpoint(
     f"DELETE {_CHECKPOINT}",
-    Scope.OPTIONAL_DEED,
-    states=frozenset({409, 425}),
+    Scope.OPTIONAL_ACTION,
+    non_retryable_statuses=frozenset({409, 425}),
     is_change=True,
-    is_removal=True,
+    is_delete=True,
 )
 SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT)
-SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_THING)
+SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_RESOURCE)
 SESSION_SEARCH = Endpoint("POST sessions/search", Scope.ACCOUNT)
-SAMPLER = Endpoint("GET samplers/{sampler}", Scope.OPTIONAL_THING)
+SAMPLER = Endpoint("GET samplers/{sampler}", Scope.OPTIONAL_RESOURCE)
 CAPABILITIES = Endpoint("GET get_server_capabilities", Scope.ACCOUNT)
 HEALTH = Endpoint("GET healthz", Scope.ACCOUNT)
 WHOAMI = Endpoint("GET auth/apikey/me", Scope.ACCOUNT)

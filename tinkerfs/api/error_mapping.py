@@ -15,10 +15,10 @@ from tinkerfs.api import raw_json, timestamps
 from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.errors import ApiError
 
-__all__ = ["failure_of", "is_generic", "missing_kind", "server_words", "withheld"]
+__all__ = ["error_from_response", "is_generic", "classify_missing", "error_message", "withheld"]
 
 
-def withheld(error: ApiError, *, is_foreign: bool) -> errors.EndpointMissing:
+def withheld(error: ApiError, *, is_foreign: bool) -> errors.UnsupportedEndpoint:
     """Return the failure that a server does not give something of a checkpoint that it lists.
 
     It may lack the endpoint, or refuse it: another account's public checkpoint is often refused by
@@ -29,17 +29,17 @@ def withheld(error: ApiError, *, is_foreign: bool) -> errors.EndpointMissing:
         is_foreign: whether the checkpoint is known to be another account's.
     """
     message = error.message
-    if not isinstance(error, errors.EndpointMissing):
+    if not isinstance(error, errors.UnsupportedEndpoint):
         message += " (which is listed all the same)"
-    failure = errors.EndpointMissing(message, endpoint=error.endpoint, status=error.status)
+    failure = errors.UnsupportedEndpoint(message, endpoint=error.endpoint, status=error.status)
     if is_foreign:
         failure.reason = "the server does not give this of another account's checkpoint"
-    elif not isinstance(error, errors.EndpointMissing):
+    elif not isinstance(error, errors.UnsupportedEndpoint):
         failure.reason += ", or not for this checkpoint"
     return failure
 
 
-def missing_kind(
+def classify_missing(
     status: int, scope: Scope, *, is_generic_body: bool, is_known: bool
 ) -> type[ApiError]:
     """Tell whether a 404, 405, 410 or 501 means a missing thing or a missing endpoint.
@@ -61,16 +61,16 @@ def missing_kind(
         is_known: whether the thing is known to exist, from a listing.
     """
     if status in (405, 501):
-        return errors.EndpointMissing
+        return errors.UnsupportedEndpoint
     if scope is Scope.ACCOUNT:
         is_endpoint = status == 410 or is_generic_body
-    elif scope is Scope.OPTIONAL_THING:
+    elif scope is Scope.OPTIONAL_RESOURCE:
         is_endpoint = status == 404 and is_generic_body
-    elif scope is Scope.OPTIONAL_DEED:
+    elif scope is Scope.OPTIONAL_ACTION:
         is_endpoint = is_known and (status == 410 or is_generic_body)
     else:
         is_endpoint = False
-    return errors.EndpointMissing if is_endpoint else errors.NotFound
+    return errors.UnsupportedEndpoint if is_endpoint else errors.NotFound
 
 
 #: What frameworks and proxies say of a route that they do not have: Starlette and Werkzeug, nginx,
@@ -98,16 +98,16 @@ _KIND_OF_STATUS: dict[int, type[ApiError]] = {
     400: errors.BadRequest,
     401: errors.Unauthorized,
     403: errors.Unauthorized,
-    408: errors.TimedOut,
+    408: errors.RequestTimeout,
     409: errors.Conflict,
     422: errors.BadRequest,
-    425: errors.NotReady,
+    425: errors.ResourceNotReady,
     429: errors.RateLimited,
 }
 _MISSING = frozenset({404, 405, 410, 501})
 
 
-def failure_of(
+def error_from_response(
     endpoint: Endpoint,
     status: int,
     headers: Mapping[str, str],
@@ -129,23 +129,25 @@ def failure_of(
         is_known: whether the thing asked about is known to exist.
     """
     kind: type[ApiError]
-    words = server_words(status, headers.get("content-type", ""), body)
+    words = error_message(status, headers.get("content-type", ""), body)
     if status < 400:
         # Only the host: the place that it points to may be a signed URL.
         kind, words = errors.ProtocolError, f"unexpected redirect by {host}"
     elif status in _MISSING:
-        kind = missing_kind(
+        kind = classify_missing(
             status,
             endpoint.scope,
             is_generic_body=is_generic(headers.get("content-type", ""), body),
             is_known=is_known,
         )
-    elif status == 503 and status in endpoint.states:
-        kind = errors.NotReady
+    elif status == 503 and status in endpoint.non_retryable_statuses:
+        kind = errors.ResourceNotReady
     elif status >= 600:
         kind, words = errors.ProtocolError, f"{host} answered with no HTTP status"
     else:
-        kind = _KIND_OF_STATUS.get(status, errors.ServerError if status >= 500 else errors.Rejected)
+        kind = _KIND_OF_STATUS.get(
+            status, errors.ServerError if status >= 500 else errors.ClientError
+        )
     return kind(
         words,
         endpoint=endpoint.label,
@@ -172,7 +174,7 @@ _PHRASES = {
 }
 
 
-def server_words(status: int, content_type: str, body: bytes) -> str:
+def error_message(status: int, content_type: str, body: bytes) -> str:
     """Return what the server says of its failure, redacted, on one line; never empty."""
     words = _html_words(_as_text(body)) if _is_html(content_type, body) else _plain_words(body)
     return errors.redact(words) or _PHRASES.get(status, f"status {status}, without a word")
@@ -190,7 +192,7 @@ def _plain_words(body: bytes) -> str:
         text = _as_text(body).strip()
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
     for name in ("detail", "error", "message"):
-        if words := _words_of(fields.get(name)):
+        if words := _detail_text(fields.get(name)):
             return words
     return _as_text(body) if fields else ""
 
@@ -199,20 +201,20 @@ def _plain_words(body: bytes) -> str:
 _MAX_DEPTH = 8
 
 
-def _words_of(value: object, depth: int = 0) -> str:
+def _detail_text(value: object, depth: int = 0) -> str:
     """Return the words in a `detail`: a string, a list of validation errors, or an object."""
     if isinstance(value, str):
         return value[:_MAX_WORDS].strip()
     if depth >= _MAX_DEPTH:
         return ""
     if isinstance(value, list):
-        return "; ".join(words for item in value[:5] if (words := _words_of(item, depth + 1)))
+        return "; ".join(words for item in value[:5] if (words := _detail_text(item, depth + 1)))
     if isinstance(value, dict):
         words = next(
             (
                 w
                 for name in ("msg", "message", "detail", "error")
-                if (w := _words_of(value.get(name), depth + 1))
+                if (w := _detail_text(value.get(name), depth + 1))
             ),
             "",
         )

@@ -18,10 +18,10 @@ import httpx
 
 from tinkerfs import __version__, errors, proxies, tls
 from tinkerfs.api.network_backend import KEEPALIVE_S, Backend, Exchange
-from tinkerfs.errors import ApiError, SetupError
+from tinkerfs.errors import ApiError, StartupError
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["Answer", "ExchangeError", "HttpClient"]
+__all__ = ["Response", "ExchangeError", "HttpClient"]
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -42,7 +42,7 @@ _CUT_WORDS = ("Server disconnected", "peer closed connection")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Answer:
+class Response:
     """A response; a Location is a secret, so no repr.
 
     Attributes:
@@ -106,7 +106,7 @@ class HttpClient:
         try:
             httpx.URL(root)
         except httpx.InvalidURL:
-            raise SetupError("the API's URL cannot be used: correct --base-url") from None
+            raise StartupError("the API's URL cannot be used: correct --base-url") from None
         self._http = httpx.Client(
             trust_env=False,  # httpx reads less of the environment than `proxies` and `tls` do
             follow_redirects=False,
@@ -131,7 +131,7 @@ class HttpClient:
         timeout_s: float,
         *,
         may_repeat: bool,
-    ) -> Answer:
+    ) -> Response:
         """Send a request once, and return its response whatever the status.
 
         Args:
@@ -164,18 +164,18 @@ class HttpClient:
                     finally:
                         self._telemetry.count("bytes_received", response.num_bytes_downloaded)
                     outcome = str(response.status_code)
-                    return Answer(
+                    return Response(
                         response.status_code, response.headers, content, str(response.url)
                     )
             except ExchangeError as error:
-                outcome = _outcome_of(error.error)
+                outcome = _outcome_label(error.error)
                 raise
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, RuntimeError) as error:
                 failure = self._failure_of(error, label, timeout_s, exchange)
-                outcome = _outcome_of(failure.error)
+                outcome = _outcome_label(failure.error)
                 raise failure from None
             finally:
-                self._telemetry.count_call(label, outcome)
+                self._telemetry.record_request(label, outcome)
 
     def _check_order(self, exchange: Exchange, label: str) -> None:
         """Refuse a response that was left over of the one before, which was longer than it said.
@@ -185,7 +185,7 @@ class HttpClient:
         """
         if not exchange.head_bytes:
             message = f"{self._host} sent a response before the request"
-            raise ExchangeError(errors.Unreachable(message, endpoint=label))
+            raise ExchangeError(errors.ConnectionFailed(message, endpoint=label))
 
     def _read(self, response: httpx.Response, exchange: Exchange, label: str) -> bytes:
         """Return the whole body, decoded."""
@@ -216,27 +216,33 @@ class HttpClient:
         words = errors.redact(str(error)) or type(error).__name__
         if exchange.is_connection_dead:
             message = f"{host} did not respond on an idle connection"
-            return ExchangeError(errors.Unreachable(message, endpoint=label))
+            return ExchangeError(errors.ConnectionFailed(message, endpoint=label))
         refusal = tls.describe_refusal(error, host)
         if refusal is not None:
             untrusted = errors.UntrustedCertificate(refusal, endpoint=label)
             return ExchangeError(untrusted, is_unsent=True, is_final=True)
         if isinstance(error, httpx.ConnectTimeout):
-            failure: ApiError = errors.TimedOut(f"no connection to {host} in time", endpoint=label)
+            failure: ApiError = errors.RequestTimeout(
+                f"no connection to {host} in time", endpoint=label
+            )
             return ExchangeError(failure, is_unsent=True)
         if isinstance(error, httpx.TimeoutException):
             message = f"no response from {host} within {round(timeout_s, 1):g} s"
-            return ExchangeError(errors.TimedOut(message, endpoint=label))
+            return ExchangeError(errors.RequestTimeout(message, endpoint=label))
         if isinstance(error, httpx.ConnectError | httpx.ProxyError):
             way = "" if self._proxy is None else f" through {self._proxy}"
-            failure = errors.Unreachable(f"no connection to {host}{way}: {words}", endpoint=label)
+            failure = errors.ConnectionFailed(
+                f"no connection to {host}{way}: {words}", endpoint=label
+            )
             return ExchangeError(failure, is_unsent=True)
         if self._http.is_closed:
-            return _final(errors.Unreachable("the client is closed", endpoint=label))
+            return _final(errors.ConnectionFailed("the client is closed", endpoint=label))
         if isinstance(error, httpx.NetworkError) or (
             isinstance(error, httpx.RemoteProtocolError) and words.startswith(_CUT_WORDS)
         ):
-            return ExchangeError(errors.Unreachable(f"{host} broke off: {words}", endpoint=label))
+            return ExchangeError(
+                errors.ConnectionFailed(f"{host} broke off: {words}", endpoint=label)
+            )
         # What is left over of a response before this one says nothing of this request.
         not_http = errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=label)
         return ExchangeError(not_http, is_final=not exchange.is_reused)
@@ -254,10 +260,10 @@ def _final(error: ApiError) -> ExchangeError:
     return ExchangeError(error, is_final=True)
 
 
-def _outcome_of(error: ApiError) -> str:
-    if isinstance(error, errors.TimedOut):
+def _outcome_label(error: ApiError) -> str:
+    if isinstance(error, errors.RequestTimeout):
         return "timed out"
-    return "unreachable" if isinstance(error, errors.Unreachable) else "not understood"
+    return "unreachable" if isinstance(error, errors.ConnectionFailed) else "not understood"
 
 
 def _context(root: str) -> ssl.SSLContext:

@@ -5,14 +5,14 @@ Of 100,000 checkpoints the JSON is 30 MB, and all but names, times and lengths i
 
 from functools import lru_cache
 
-__all__ = ["filled", "outlined"]
+__all__ = ["fill_template", "to_template"]
 
 #: Stand for the values, each for one: bytes that no valid JSON holds.
 _MARKS = (b"\1", b"\2", b"\3", b"\4", b"\5")
 _ANY_MARK = b"".join(_MARKS)
 
 
-def outlined(raw: bytes, *values: str | None) -> str | bytes:
+def to_template(raw: bytes, *values: str | None) -> str | bytes:
     """Return JSON in which marks stand for values of the record, wherever it holds their text.
 
     What is the same for many records is kept once. JSON that holds a mark itself stays as it is.
@@ -29,7 +29,7 @@ def outlined(raw: bytes, *values: str | None) -> str | bytes:
     return _shared(raw.decode("latin-1"))
 
 
-def filled(outline: str | bytes, *values: str | None) -> bytes:
+def fill_template(outline: str | bytes, *values: str | None) -> bytes:
     """Return the JSON that was outlined with the same values."""
     if isinstance(outline, bytes):
         return outline

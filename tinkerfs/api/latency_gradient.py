@@ -10,7 +10,7 @@ are allowed again. Knows nothing of HTTP and no clock.
 
 import math
 
-__all__ = ["Pace"]
+__all__ = ["LatencyGradient"]
 
 #: Answers of a window, for each call of the limit: enough to tell halves from chance.
 ANSWERS_IN_WINDOW = 4
@@ -20,16 +20,16 @@ SLOW = 2.0
 
 #: What halving has to make of how long answers take: some 0.6 where they queued (one call that is
 #: waited for is always among them), 1 where they did not.
-HELPED = 0.75
+MIN_IMPROVEMENT = 0.75
 
 #: After halving in vain it is not tried again for so long, seconds.
-REST_S = 60.0
+COOLDOWN_S = 60.0
 
 #: What is quicker than this counts as this, seconds: nobody notices, and threads' turns take that.
 QUICK_S = 0.01
 
 
-class Pace:
+class LatencyGradient:
     """How many calls at once the times of answers speak for; not thread-safe.
 
     Attributes:
@@ -55,7 +55,7 @@ class Pace:
         """Begin a window: calls from before it were among as many as were allowed then."""
         self._began, self._answers, self._logs = now, 0, 0.0
 
-    def learn(self, label: str, began: float, ended: float, *, is_full: bool) -> None:
+    def record(self, label: str, began: float, ended: float, *, is_full: bool) -> None:
         """Take note of an answer.
 
         Args:
@@ -85,7 +85,7 @@ class Pace:
                 self._slow_before, self.allowed = slow, self._half
         elif self.allowed > self._half:
             self.allowed = self._half
-        elif slow > HELPED * self._slow_before:
-            self.allowed, self._rests_until = self._limit, now + REST_S
+        elif slow > MIN_IMPROVEMENT * self._slow_before:
+            self.allowed, self._rests_until = self._limit, now + COOLDOWN_S
             # It may be that nothing is that quick any more; what is, will tell so again.
             self._quickest = {label: 2 * took_s for label, took_s in self._quickest.items()}

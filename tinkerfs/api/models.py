@@ -12,22 +12,22 @@ from typing import Generic, Self, TypeVar
 
 import msgspec
 
-from tinkerfs.api.json_templates import filled, outlined
-from tinkerfs.api.raw_json import merged, with_fields
-from tinkerfs.api.timestamps import usual_text
+from tinkerfs.api.json_templates import fill_template, to_template
+from tinkerfs.api.raw_json import merge_objects, with_fields
+from tinkerfs.api.timestamps import canonical_timestamp
 
 __all__ = [
     "Capabilities",
     "Checkpoint",
-    "FoundSession",
-    "FoundSessions",
+    "SessionSummary",
+    "SessionSearchPage",
     "Page",
     "Sampler",
     "Session",
     "SignedUrl",
     "TrainingRun",
     "WeightsInfo",
-    "merged",
+    "merge_objects",
     "with_fields",
 ]
 
@@ -57,12 +57,12 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     name: str
     checkpoint_type: str | None = None
     time_ns: int | None = None
-    path_start: str | None = None
+    path_prefix: str | None = None
     path_has_id: bool = False
     size_bytes: int | None = None
     is_public: bool = False
     expires_at_ns: int | None = None
-    outline: str | bytes = b"{}"
+    json_template: str | bytes = b"{}"
 
     @classmethod
     def of(
@@ -89,25 +89,29 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             name=name,
             checkpoint_type=intern(checkpoint_type) if checkpoint_type is not None else None,
             time_ns=time_ns,
-            path_start=path_start,
+            path_prefix=path_start,
             path_has_id=path_has_id,
             size_bytes=size_bytes,
             is_public=is_public,
             expires_at_ns=expires_at_ns,
-            outline=outlined(raw, *_texts(path_start, time_ns, expires_at_ns, name, size_bytes)),
+            json_template=to_template(
+                raw, *_texts(path_start, time_ns, expires_at_ns, name, size_bytes)
+            ),
         )
 
     def with_raw(self, raw: bytes) -> Self:
         """Return the same record with another JSON of its own."""
-        return msgspec.structs.replace(self, outline=outlined(raw, *self._texts()))
+        return msgspec.structs.replace(self, json_template=to_template(raw, *self._texts()))
 
     @property
     def raw(self) -> bytes:
         """The record's own JSON."""
-        return filled(self.outline, *self._texts())
+        return fill_template(self.json_template, *self._texts())
 
     def _texts(self) -> tuple[str | None, ...]:
-        return _texts(self.path_start, self.time_ns, self.expires_at_ns, self.name, self.size_bytes)
+        return _texts(
+            self.path_prefix, self.time_ns, self.expires_at_ns, self.name, self.size_bytes
+        )
 
     @property
     def checkpoint_id(self) -> str:
@@ -117,16 +121,16 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     @property
     def tinker_path(self) -> str | None:
         """`tinker://<run>/<kind>/<name>`, unchecked."""
-        if self.path_start is None or not self.path_has_id:
-            return self.path_start
-        return self.path_start + self.checkpoint_id
+        if self.path_prefix is None or not self.path_has_id:
+            return self.path_prefix
+        return self.path_prefix + self.checkpoint_id
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What tells it from those of all runs: bare ids repeat. Made of texts that are kept."""
-        if self.path_start is None:
+        if self.path_prefix is None:
             return (self.kind, self.name, self.checkpoint_type, self.time_ns)
-        return (self.path_start, self.path_has_id, self.kind, self.name)
+        return (self.path_prefix, self.path_has_id, self.kind, self.name)
 
 
 def _texts(
@@ -139,8 +143,8 @@ def _texts(
     """Return what few records say alike, as servers write it, the shortest last."""
     return (
         path_start,
-        None if time_ns is None else usual_text(time_ns),
-        None if expires_at_ns is None else usual_text(expires_at_ns),
+        None if time_ns is None else canonical_timestamp(time_ns),
+        None if expires_at_ns is None else canonical_timestamp(expires_at_ns),
         f'{name}"',  # it ends its text, and "1" stands in many others
         None if size_bytes is None else str(size_bytes),
     )
@@ -180,7 +184,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     raw: bytes
 
 
-class FoundSession(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class SessionSummary(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One session as the search tells it."""
 
     session_id: str
@@ -244,8 +248,8 @@ class Page(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class FoundSessions:
+class SessionSearchPage:
     """One page of a search; `next_cursor`, any JSON, asks for the next one; None at the end."""
 
-    items: tuple[FoundSession, ...]
+    items: tuple[SessionSummary, ...]
     next_cursor: object = None

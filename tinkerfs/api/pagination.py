@@ -10,9 +10,9 @@ import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
-from tinkerfs.api.models import FoundSession, FoundSessions, Page
+from tinkerfs.api.models import Page, SessionSearchPage, SessionSummary
 
-__all__ = ["PAGE_SIZE", "Unreadable", "read_all", "read_all_found"]
+__all__ = ["PAGE_SIZE", "SkippedRecordReporter", "fetch_all_pages", "read_all_found"]
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ MAX_REREADS = 2
 MAX_PAGES = 10_000
 
 
-def read_all(
+def fetch_all_pages(
     fetch: Callable[[int, int], Page[T]],
     key: Callable[[T], Hashable],
     *,
-    came: Callable[[tuple[T, ...]], None] = lambda _items: None,
+    on_page: Callable[[tuple[T, ...]], None] = lambda _items: None,
     workers: int = 8,
     page_size: int = PAGE_SIZE,
 ) -> tuple[T, ...]:
@@ -44,7 +44,7 @@ def read_all(
     Args:
         fetch: reads the page of (limit, offset).
         key: a record's id.
-        came: told the records of each page, in the server's order, before the next ones have come:
+        on_page: told the records of each page, in the server's order, before the next ones have come:
             every record of the outcome, and it may be one twice, or one that is gone by the end.
         workers: how many pages to ask for at once.
         page_size: how many records to ask for at once.
@@ -52,7 +52,7 @@ def read_all(
     Raises:
         Exception: what `fetch` raised: a listing is whole or it fails.
     """
-    listing = _Listing(fetch, key, came, workers, page_size)
+    listing = _Listing(fetch, key, on_page, workers, page_size)
     listing.read()
     for _ in range(MAX_REREADS):
         if listing.is_whole():
@@ -61,15 +61,15 @@ def read_all(
             if not listing.read_front_again():
                 break
             continue
-        fresh = _Listing(fetch, key, came, workers, page_size)
+        fresh = _Listing(fetch, key, on_page, workers, page_size)
         fresh.read()
         if not fresh.is_whole():
-            fresh.add_missing(listing)
+            fresh.merge_missing(listing)
         listing = fresh
     return listing.items()
 
 
-def read_all_found(search: Callable[[object], FoundSessions]) -> tuple[FoundSession, ...]:
+def read_all_found(search: Callable[[object], SessionSearchPage]) -> tuple[SessionSummary, ...]:
     """Return every session of a search once, in the server's order.
 
     Args:
@@ -78,7 +78,7 @@ def read_all_found(search: Callable[[object], FoundSessions]) -> tuple[FoundSess
     Raises:
         Exception: what `search` raised: a listing is whole or it fails.
     """
-    found: dict[str, FoundSession] = {}
+    found: dict[str, SessionSummary] = {}
     cursor: object = None
     while True:
         page = search(cursor)
@@ -98,13 +98,13 @@ class _Listing(Generic[T]):
         self,
         fetch: Callable[[int, int], Page[T]],
         key: Callable[[T], Hashable],
-        came: Callable[[tuple[T, ...]], None],
+        on_page: Callable[[tuple[T, ...]], None],
         workers: int,
         page_size: int,
     ) -> None:
         self._fetch = fetch
         self._key = key
-        self._came = came
+        self._came = on_page
         self._workers = workers
         self._page_size = page_size
         self._step = 0
@@ -117,7 +117,7 @@ class _Listing(Generic[T]):
     def items(self) -> tuple[T, ...]:
         return tuple(self._union.values())
 
-    def add_missing(self, other: "_Listing[T]") -> None:
+    def merge_missing(self, other: "_Listing[T]") -> None:
         for key, item in other._union.items():
             self._union.setdefault(key, item)
 
@@ -146,7 +146,7 @@ class _Listing(Generic[T]):
         last, offset = first, self._step
         if self._total > offset:
             end = min(self._total, self._step * MAX_PAGES)
-            wave = _Wave(self._fetch, self._page_size, self._step, end)
+            wave = _ParallelPages(self._fetch, self._page_size, self._step, end)
             for page in wave.read(self._workers):
                 self._take(page)
                 last, offset = page, offset + self._step
@@ -201,7 +201,7 @@ class _Listing(Generic[T]):
         return len(self._union) > before
 
 
-class _Wave(Generic[T]):
+class _ParallelPages(Generic[T]):
     """Pages at known offsets, read by a few threads of its own.
 
     Daemon threads: a process that ends does not wait for a listing. The first failure, or an empty
@@ -270,14 +270,14 @@ class _Wave(Generic[T]):
                 self._come.notify()
 
 
-class Unreadable:
+class SkippedRecordReporter:
     """How many records of each listing could not be read: told once, and when there are more."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._most: dict[str, int] = {}  # guarded by _lock
 
-    def told(self, listing: str, page: Page[T]) -> Page[T]:
+    def report(self, listing: str, page: Page[T]) -> Page[T]:
         """Return a page; log how many of its records are left out."""
         count = page.received - len(page.items)
         with self._lock:

@@ -16,16 +16,16 @@ from msgspec.structs import replace
 from tinkerfs.api.models import (
     Capabilities,
     Checkpoint,
-    FoundSession,
-    FoundSessions,
     Page,
     Sampler,
     Session,
+    SessionSearchPage,
+    SessionSummary,
     TrainingRun,
     WeightsInfo,
 )
 from tinkerfs.api.raw_json import (
-    REFUSALS,
+    DECODE_ERRORS,
     checked_object,
     decode_list,
     decode_object,
@@ -90,7 +90,7 @@ def parse_checkpoint(raw: bytes) -> Checkpoint | None:
     """Read one checkpoint's JSON; None where it is no record or has no id."""
     try:
         wire = _decode_checkpoint(raw)
-    except REFUSALS:
+    except DECODE_ERRORS:
         return _checkpoint_of(loads_object(raw), raw)
     if not wire.checkpoint_id:
         return None
@@ -124,7 +124,7 @@ def _checkpoint_of(fields: dict[str, Any] | None, raw: bytes) -> Checkpoint | No
 def _parse_run(raw: bytes) -> TrainingRun | None:
     try:
         wire = _decode_run(raw)
-    except REFUSALS:
+    except DECODE_ERRORS:
         return _run_of(loads_object(raw), raw)
     if not wire.training_run_id:
         return None
@@ -143,7 +143,7 @@ def _parse_run(raw: bytes) -> TrainingRun | None:
 def _nested(value: msgspec.Raw) -> Checkpoint | None:
     raw = bytes(value)
     record = None if raw == b"null" else parse_checkpoint(raw)
-    return None if record is None else replace(record, outline=_IN_ITS_RUN)
+    return None if record is None else replace(record, json_template=_IN_ITS_RUN)
 
 
 def _run_of(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
@@ -217,21 +217,21 @@ def _session_id(raw: bytes) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def parse_found_sessions(body: bytes) -> FoundSessions:
+def parse_found_sessions(body: bytes) -> SessionSearchPage:
     """Read a page of a session search.
 
     Raises:
         ProtocolError: it is not JSON, or has no list.
     """
     page = _page(body, "sessions", _found_session)
-    return FoundSessions(page.items, (loads_object(body) or {}).get("next_cursor"))
+    return SessionSearchPage(page.items, (loads_object(body) or {}).get("next_cursor"))
 
 
-def _found_session(raw: bytes) -> FoundSession | None:
+def _found_session(raw: bytes) -> SessionSummary | None:
     fields = loads_object(raw)
     if fields is None or not (session_id := _text(fields, "session_id")):
         return None
-    return FoundSession(
+    return SessionSummary(
         session_id=session_id,
         display_name=_text(fields, "display_name"),
         created_at_ns=parse_time_ns(fields.get("created_at")),
@@ -320,7 +320,7 @@ def _page(body: bytes, name: str, parse: Callable[[bytes], T | None]) -> Page[T]
         records = [] if listed is None else decode_list(listed)
         cursor = loads_object(bytes(top.get("cursor", b"null")))
         is_listed = listed is not None
-    except REFUSALS:
+    except DECODE_ERRORS:
         fields = loads_object(body)
         if fields is None:
             raise ProtocolError("the answer is not a JSON object") from None

@@ -14,7 +14,7 @@ import msgspec
 from tinkerfs.errors import ProtocolError
 
 __all__ = [
-    "REFUSALS",
+    "DECODE_ERRORS",
     "checked_object",
     "decode_list",
     "decode_object",
@@ -22,13 +22,13 @@ __all__ = [
     "is_json",
     "loads",
     "loads_object",
-    "merged",
+    "merge_objects",
     "parse_object",
     "with_fields",
 ]
 
 #: What msgspec raises for a text that it refuses; deep nesting is a RecursionError.
-REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _decode_top = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -80,7 +80,7 @@ def with_fields(raw: bytes, **changes: object) -> bytes:
     return _joined(fields)
 
 
-def merged(first: bytes, second: bytes) -> bytes:
+def merge_objects(first: bytes, second: bytes) -> bytes:
     """Return the fields of two JSON objects in one; the second wins, values keep their bytes.
 
     Raises:
@@ -96,7 +96,7 @@ def _joined(fields: dict[str, msgspec.Raw]) -> bytes:
 def _raw_fields(raw: bytes) -> dict[str, msgspec.Raw]:
     try:
         return decode_object(raw)
-    except REFUSALS:
+    except DECODE_ERRORS:
         fields = loads_object(raw)
         if fields is None:
             raise ProtocolError("the answer is not a JSON object") from None
@@ -111,7 +111,7 @@ def checked_object(body: bytes) -> bytes:
     """
     try:
         decode_object(body)
-    except REFUSALS:
+    except DECODE_ERRORS:
         fields = loads_object(body)
         if fields is None:
             raise ProtocolError("the answer is not a JSON object") from None

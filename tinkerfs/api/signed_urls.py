@@ -9,7 +9,7 @@ from tinkerfs.api.endpoints import REDIRECTS
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.api.raw_json import parse_object
 from tinkerfs.api.timestamps import parse_http_date_s, parse_time_ns
-from tinkerfs.api.transport import Answer
+from tinkerfs.api.transport import Response
 from tinkerfs.errors import ProtocolError
 
 __all__ = ["archive_url", "external_urls"]
@@ -18,7 +18,7 @@ __all__ = ["archive_url", "external_urls"]
 LIFETIME_S = 15 * 60.0
 
 
-def archive_url(answer: Answer, now_s: float) -> SignedUrl:
+def archive_url(answer: Response, now_s: float) -> SignedUrl:
     """Return where an archive is: a redirect's Location, or the `url` of an object.
 
     Args:
@@ -36,7 +36,7 @@ def archive_url(answer: Answer, now_s: float) -> SignedUrl:
     return SignedUrl(_checked(fields.get("url")), _expiry(_seconds(fields.get("expires")), now_s))
 
 
-def external_urls(answer: Answer, now_s: float) -> tuple[dict[str, str], float]:
+def external_urls(answer: Response, now_s: float) -> tuple[dict[str, str], float]:
     """Return a signed URL for each file of an external checkpoint, and when they expire.
 
     Args:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
-__all__ = ["parse_http_date_s", "parse_retry_after_s", "parse_time_ns", "usual_text"]
+__all__ = ["parse_http_date_s", "parse_retry_after_s", "parse_time_ns", "canonical_timestamp"]
 
 _ISO = re.compile(
     r"\s*(\d{4})-(\d\d)-(\d\d)"
@@ -53,7 +53,7 @@ def parse_time_ns(value: object) -> int | None:
     return ns if ns is not None and _LEAST_NS <= ns <= _MOST_NS else None
 
 
-def usual_text(time_ns: int) -> str:
+def canonical_timestamp(time_ns: int) -> str:
     """Return a time (nanoseconds since 1970) as most servers write it, but for its zone.
 
     That is ISO 8601 in UTC, with six digits of a second where it is no whole one.

@@ -17,25 +17,25 @@ import stamina
 import stamina.instrumentation
 
 from tinkerfs import errors
-from tinkerfs.api.concurrency_limit import Budget
+from tinkerfs.api.concurrency_limit import ConcurrencyLimiter
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint
-from tinkerfs.api.error_mapping import failure_of
-from tinkerfs.api.http_client import Answer, ExchangeError, HttpClient
+from tinkerfs.api.error_mapping import error_from_response
+from tinkerfs.api.http_client import ExchangeError, HttpClient, Response
 from tinkerfs.api.timestamps import parse_retry_after_s
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.context import AWAITED, Interest
-from tinkerfs.errors import ApiError, SetupError
+from tinkerfs.context import DEMAND, Priority
+from tinkerfs.errors import ApiError, StartupError
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["FIRST_BACKOFF_S", "Answer", "Recheck", "Request", "Transport"]
+__all__ = ["FIRST_BACKOFF_S", "Response", "Recheck", "Request", "Transport"]
 
 #: Looks afresh before a change is sent again, and returns whether it is made by now; raises where
 #: it must not be sent again. Takes the failure of the last try, and whether a try may be done.
 Recheck = Callable[[ApiError, bool], bool]
 
 #: How many times one request is tried at most (Tinker SDK).
-MAX_TRIES = 10
+MAX_ATTEMPTS = 10
 
 #: Where there is no way to the server at all, one quick second try must do: a file operation that
 #: fails fast on a dead network is worth more than one that hangs.
@@ -45,7 +45,7 @@ CONNECT_RETRY_S = 0.2
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
 
 #: The largest answer that is read, bytes; 100,000 checkpoints are about 35 MB.
-MAX_ANSWER_BYTES = 256 << 20
+MAX_RESPONSE_BYTES = 256 << 20
 
 _RETRIED = frozenset({408, 409, 429})
 
@@ -75,7 +75,7 @@ class Request:
     path: str
     body: bytes | None = None
     idempotency_key: str | None = None
-    is_known: bool = False
+    exists: bool = False
     needs_key: bool = True
     hold_s: float = 0.0
     recheck: Recheck | None = None
@@ -90,7 +90,7 @@ class Request:
 
 
 #: Stands for the response to a change that was found made.
-_MADE = Answer(204, {}, b"", "")
+_MADE = Response(204, {}, b"", "")
 
 
 class Transport:
@@ -119,14 +119,14 @@ class Transport:
         concurrency: int,
         timeout_s: float,
         backoff_s: float = FIRST_BACKOFF_S,
-        max_answer_bytes: int = MAX_ANSWER_BYTES,
+        max_answer_bytes: int = MAX_RESPONSE_BYTES,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._credentials = credentials
         self._timeout_s = timeout_s
         self._backoff_s = backoff_s
         self._clock = clock
-        self._budget = Budget(concurrency, clock)
+        self._budget = ConcurrencyLimiter(concurrency, clock)
         self._http = HttpClient(
             base_url.rstrip("/") + "/api/v1/",
             telemetry,
@@ -160,13 +160,13 @@ class Transport:
         """
         return self._clock.monotonic() + max(self._timeout_s, hold_s)
 
-    def send(self, request: Request, deadline: float, interest: Interest = AWAITED) -> Answer:
+    def send(self, request: Request, deadline: float, priority: Priority = DEMAND) -> Response:
         """Send a request, again where that may help, and return its answer.
 
         Args:
             request: what to ask.
             deadline: when to give up, on the monotonic clock.
-            interest: whether somebody waits for it; if not, who does goes first.
+            priority: whether somebody waits for it; if not, who does goes first.
 
         Raises:
             ApiError: the answer is a failure, or there is none; every kind in `errors`.
@@ -175,18 +175,18 @@ class Transport:
         while True:
             key = self._key(request)
             try:
-                answer = self._send_as(request, key, deadline, interest)
+                answer = self._send_with_retries(request, key, deadline, priority)
             except errors.Unauthorized as error:
                 if error.status != 401 or key is None or not request.needs_key:
                     raise
-                if not self._credentials.rejected(key, error) or is_second:
+                if not self._credentials.on_unauthorized(key, error) or is_second:
                     raise
                 is_second = True
                 if request.is_made(error, may_be_done=False):
                     return _MADE
                 continue
             if key is not None and request.needs_key:
-                self._credentials.accepted(key)
+                self._credentials.on_authorized(key)
             return answer
 
     def _key(self, request: Request) -> str | None:
@@ -197,7 +197,7 @@ class Transport:
         """
         try:
             return self._credentials.get()
-        except (SetupError, errors.Unauthorized) as error:
+        except (StartupError, errors.Unauthorized) as error:
             if not request.needs_key:
                 return None
             if isinstance(error, errors.Unauthorized) and error.endpoint:
@@ -205,36 +205,36 @@ class Transport:
             words = error.message if isinstance(error, ApiError) else str(error)
             raise errors.Unauthorized(words, endpoint=request.endpoint.label) from None
 
-    def _send_as(
-        self, request: Request, key: str | None, deadline: float, interest: Interest
-    ) -> Answer:
+    def _send_with_retries(
+        self, request: Request, key: str | None, deadline: float, priority: Priority
+    ) -> Response:
         try_until = min(deadline, self.deadline())
 
-        def once() -> Answer:
-            return self._once(request, key, deadline, try_until, interest)
+        def once() -> Response:
+            return self._send_once(request, key, deadline, try_until, priority)
 
-        tries = _Tries(once, request, try_until, self._backoff_s, self._clock)
+        tries = _RetryState(once, request, try_until, self._backoff_s, self._clock)
         # The waits are ours: they follow the server's wish and end with the deadline.
-        for attempt in stamina.retry_context(on=tries.wait_s, attempts=MAX_TRIES, timeout=None):
+        for attempt in stamina.retry_context(on=tries.wait_s, attempts=MAX_ATTEMPTS, timeout=None):
             with attempt:
                 return tries.run()
         raise AssertionError("stamina ended without an error")
 
-    def _once(
+    def _send_once(
         self,
         request: Request,
         key: str | None,
         deadline: float,
         try_until: float,
-        interest: Interest,
-    ) -> Answer:
+        priority: Priority,
+    ) -> Response:
         """Send a request once, when it is its turn, and return any answer whatever its status.
 
         Raises:
             ExchangeError: there is no whole answer.
         """
         try:
-            with self._budget.turn(request.endpoint, try_until, interest) as turn:
+            with self._budget.acquire(request.endpoint, try_until, priority) as turn:
                 answer = self._exchange(request, key, deadline)
                 turn.status = answer.status
                 turn.retry_after_s = parse_retry_after_s(answer.headers, self._clock.now())
@@ -242,7 +242,7 @@ class Transport:
         except ApiError as error:
             raise ExchangeError(error, is_unsent=True, is_final=True) from None
 
-    def _exchange(self, request: Request, key: str | None, deadline: float) -> Answer:
+    def _exchange(self, request: Request, key: str | None, deadline: float) -> Response:
         """Send a request now; as `_once`."""
         endpoint = request.endpoint
         headers = {"Content-Type": "application/json"} if request.body is not None else {}
@@ -253,29 +253,31 @@ class Transport:
         left_s = deadline - self._clock.monotonic()
         if left_s <= 0:
             words = f"no response within {self._timeout_s:g} s"
-            raise ExchangeError(errors.TimedOut(words, endpoint=endpoint.label), is_final=True)
+            raise ExchangeError(
+                errors.RequestTimeout(words, endpoint=endpoint.label), is_final=True
+            )
         return self._http.send(
             endpoint.label,
             request.path,
             headers,
             request.body,
             left_s,
-            may_repeat=not (endpoint.is_change or endpoint.is_build),
+            may_repeat=not (endpoint.is_change or endpoint.is_long_running),
         )
 
 
-class _Tries:
+class _RetryState:
     """The tries of one request with one key; one thread's. `once` sends it."""
 
     def __init__(
         self,
-        once: Callable[[], Answer],
+        once: Callable[[], Response],
         request: Request,
         deadline: float,
         backoff_s: float,
         clock: Clock,
     ) -> None:
-        self._once = once
+        self._send_once = once
         self._request = request
         self._deadline = deadline
         self._backoff_s = backoff_s
@@ -284,7 +286,7 @@ class _Tries:
         self._count_unsent = 0
         self._failure: ApiError | None = None
         #: Whether an earlier try may have done what was asked, though nobody said so.
-        self._may_be_done = False
+        self._may_have_succeeded = False
         #: How long to wait before the next try, seconds; None when the last failure is final.
         self._wait_s: float | None = None
 
@@ -295,7 +297,7 @@ class _Tries:
             return False
         return wait_s
 
-    def run(self) -> Answer:
+    def run(self) -> Response:
         """Try once.
 
         Raises:
@@ -305,29 +307,31 @@ class _Tries:
         self._count += 1
         self._wait_s = None
         failure = self._failure
-        if failure is not None and self._request.is_made(failure, may_be_done=self._may_be_done):
+        if failure is not None and self._request.is_made(
+            failure, may_be_done=self._may_have_succeeded
+        ):
             return _MADE
         try:
-            answer = self._once()
+            answer = self._send_once()
         except ExchangeError as lost:
             self._wait_s = self._wait_after_loss(lost)
-            self._may_be_done = self._may_be_done or not lost.is_unsent
+            self._may_have_succeeded = self._may_have_succeeded or not lost.is_unsent
             self._failure = lost.error
             raise lost.error from None
-        if answer.status < 300 or answer.status in endpoint.successes:
+        if answer.status < 300 or answer.status in endpoint.success_statuses:
             return answer
-        if endpoint.is_removal and self._may_be_done and answer.status in (404, 410):
+        if endpoint.is_delete and self._may_have_succeeded and answer.status in (404, 410):
             return answer
         self._wait_s = self._wait_after_answer(answer)
-        self._may_be_done = self._may_be_done or answer.status >= 500
-        self._failure = failure_of(
+        self._may_have_succeeded = self._may_have_succeeded or answer.status >= 500
+        self._failure = error_from_response(
             endpoint,
             answer.status,
             answer.headers,
             answer.body,
             host=urlsplit(answer.url).hostname or "",
             now_s=self._clock.now(),
-            is_known=self._request.is_known,
+            is_known=self._request.exists,
         )
         raise self._failure
 
@@ -342,9 +346,9 @@ class _Tries:
         # An idle connection that the server has closed is found out by using it: no need to wait.
         return 0.0 if self._count == 1 else self._backoff()
 
-    def _wait_after_answer(self, answer: Answer) -> float | None:
+    def _wait_after_answer(self, answer: Response) -> float | None:
         status, endpoint = answer.status, self._request.endpoint
-        if status == 401 or status in endpoint.states or self._is_sent_once:
+        if status == 401 or status in endpoint.non_retryable_statuses or self._is_sent_once:
             return None
         is_retried = status in _RETRIED or (status >= 500 and status != 501)
         wish = answer.headers.get("x-should-retry", "").strip().lower()

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from tinkerfs import errors
 from tinkerfs.cache.about import write_about
-from tinkerfs.cache.block_writer import TRAILER_BYTES, Draft, is_sound
-from tinkerfs.cache.byte_locks import ByteLocks
+from tinkerfs.cache.block_writer import TRAILER_BYTES, BlockWriter, is_intact
+from tinkerfs.cache.byte_locks import ByteRangeLocks
 from tinkerfs.cache.directory import can_lock_files
-from tinkerfs.cache.eviction import Sweeper, kept_files
-from tinkerfs.cache.fd_cache import Descriptor, Descriptors, Waiting
+from tinkerfs.cache.eviction import Evictor, scan_cache
+from tinkerfs.cache.fd_cache import BlockingSection, CachedFd, FdCache
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.safe_open import is_regular, open_regular
 from tinkerfs.telemetry import Telemetry
@@ -71,21 +71,21 @@ class BlockCache:
         telemetry: Telemetry,
         clock: Clock = SYSTEM_CLOCK,
         *,
-        limit_bytes: int,
-        floor_bytes: int,
+        max_bytes: int,
+        min_free_bytes: int,
     ) -> None:
-        limit_bytes = limit_bytes if folder is not None else 0
+        max_bytes = max_bytes if folder is not None else 0
         self.folder = folder or _NOWHERE
         #: Whether a new block may be kept, and whether locks on it hold and end as they should.
-        self.is_on = limit_bytes > 0
+        self.is_on = max_bytes > 0
         self.has_locks = self.is_on and can_lock_files(self.folder)
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
         # Guarded by _lock.
-        bounds = {"limit_bytes": limit_bytes, "floor_bytes": floor_bytes}
-        self._sweeper = Sweeper(self.folder, clock, has_locks=self.has_locks, **bounds)
-        self.descriptors = Descriptors()
+        bounds = {"limit_bytes": max_bytes, "floor_bytes": min_free_bytes}
+        self._sweeper = Evictor(self.folder, clock, has_locks=self.has_locks, **bounds)
+        self.descriptors = FdCache()
         self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # looked into without
         self._told: set[str] = set()
         self._counted = (float("-inf"), 0)  # when, on the monotonic clock, and the bytes
@@ -102,7 +102,7 @@ class BlockCache:
         told = f"{about}\n{length}".encode("utf-8", "surrogatepass")
         return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), told)
 
-    def admit(self, size_bytes: int) -> bool:
+    def reserve_space(self, size_bytes: int) -> bool:
         """Make room for a block, and return whether there is some.
 
         Raises:
@@ -115,7 +115,7 @@ class BlockCache:
             reason = self._sweeper.refusal
         if not is_admitted:
             self._telemetry.count("cache_blocks_refused")
-            self.tell(errors.no_space(str(self.folder), f"no room for a block: {reason}"))
+            self.report_once(errors.no_space(str(self.folder), f"no room for a block: {reason}"))
         return is_admitted
 
     def kept_bytes(self) -> int:
@@ -130,37 +130,37 @@ class BlockCache:
             counted_at, size_bytes = self._counted
         now = self._clock.monotonic()
         if self.is_on and now - counted_at >= _COUNT_S:
-            size_bytes = sum(kept.size_bytes for kept in kept_files(self.folder))
+            size_bytes = sum(kept.size_bytes for kept in scan_cache(self.folder))
             with self._lock:
                 self._counted = now, size_bytes
         return size_bytes
 
-    def tell(self, error: OSError) -> None:
+    def report_once(self, error: OSError) -> None:
         """Tell once that something went wrong that costs only time."""
-        name = errors.name_of(error)
+        name = errors.errno_name(error)
         with self._lock:
             if name in self._told:
                 return
             self._told.add(name)
-        self._telemetry.failed(str(self.folder), "cache", error)
+        self._telemetry.record_error(str(self.folder), "cache", error)
 
     def is_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> bool:
         """Tell whether a block was found sound, and is the same file still."""
         return self._verified.get(block) == signature
 
-    def verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> None:
+    def mark_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> None:
         """Take note that a block is sound."""
         with self._lock:
             if len(self._verified) >= _MAX_VERIFIED:
                 self._verified.clear()
             self._verified[block] = signature
 
-    def found_bad(self, path: str) -> None:
+    def discard_corrupt(self, path: str) -> None:
         """Remove a block that is not what was written, and tell."""
         self._telemetry.count("cache_blocks_bad")
         with suppress(OSError):
             os.unlink(path)
-        self.tell(errors.damaged(path, "a block on disk was altered; it is fetched again"))
+        self.report_once(errors.corrupt(path, "a block on disk was altered; it is fetched again"))
 
     def now_ns(self) -> int:
         """Return the time, nanoseconds since 1970."""
@@ -180,8 +180,8 @@ class BlockFile:
         self._checks = tuple(threading.Lock() for _ in range(_CHECKS_AT_ONCE))
         # Replaced under _lock where somebody removed the folder; who is claiming a block by the old
         # ones goes on with those, so all of them stay open until the end.
-        self._locks: ByteLocks | None = None
-        self._held: list[ByteLocks] = []
+        self._locks: ByteRangeLocks | None = None
+        self._held: list[ByteRangeLocks] = []
         with self._lock:
             if os.path.isdir(self._folder):
                 self._try_lock()
@@ -211,7 +211,7 @@ class BlockFile:
         start: int,
         buffer: memoryview,
         length: int,
-        waiting: Waiting = nullcontext,
+        waiting: BlockingSection = nullcontext,
     ) -> bool:
         """Fill `buffer` from block `index`; return whether that is there, and sound.
 
@@ -224,76 +224,78 @@ class BlockFile:
             waiting: entered while the disk is waited for.
         """
         try:
-            descriptor = self._sound(index, length, waiting)
+            descriptor = self._open_verified(index, length, waiting)
             if descriptor is None:
                 return False
             return self._cache.descriptors.read(descriptor, buffer, start, waiting)
         except FileNotFoundError:
             return False
         except OSError as error:
-            self._cache.tell(error)
+            self._cache.report_once(error)
             return False
 
-    def read_again(self, index: int, start: int, buffer: memoryview, waiting: Waiting) -> bool:
+    def read_from_open_fd(
+        self, index: int, start: int, buffer: memoryview, waiting: BlockingSection
+    ) -> bool:
         """As `read_into`, with a block alone that was read within a second: in half the time."""
         descriptors = self._cache.descriptors
         descriptor = descriptors.recent((self._name, index))
         if descriptor is None:
             return False
         try:
-            return descriptor.is_sound() and descriptors.read(descriptor, buffer, start, waiting)
+            return descriptor.is_intact() and descriptors.read(descriptor, buffer, start, waiting)
         except OSError:
             return False  # `read_into` will tell
 
     def put(self, index: int, data: bytes) -> bool:
         """Keep a block; return whether it is on disk now."""
-        draft = self.draft(index, len(data))
+        draft = self.begin_write(index, len(data))
         if draft is None:
             return False
         with closing(draft):
             try:
                 draft.write(data)
             except OSError as error:
-                self._cache.tell(error)
+                self._cache.report_once(error)
                 return False
-            return self.keep(index, draft)
+            return self.commit(index, draft)
 
-    def draft(self, index: int, length: int) -> Draft | None:
+    def begin_write(self, index: int, length: int) -> BlockWriter | None:
         """Begin to keep block `index` as it comes, None where there is no room; to be closed."""
         try:
-            return self._begin(index) if self._cache.admit(length + TRAILER_BYTES) else None
+            return self._begin(index) if self._cache.reserve_space(length + TRAILER_BYTES) else None
         except OSError as error:
-            self._cache.tell(error)
+            self._cache.report_once(error)
             return None
 
-    def keep(self, index: int, draft: Draft) -> bool:
+    def commit(self, index: int, draft: BlockWriter) -> bool:
         """Keep a draft that is whole as block `index`; return whether it is on disk now."""
         try:
             try:
                 self._commit(index, draft)
             except FileNotFoundError:  # somebody removed the folder meanwhile
                 with closing(self._begin(index)) as another:
-                    another.write(draft.written())
+                    another.write(draft.read_back())
                     self._commit(index, another)
         except OSError as error:
-            self._cache.tell(error)
+            self._cache.report_once(error)
             return False
         return True
 
-    def keep_part(self, index: int, draft: Draft) -> None:
+    def commit_partial(self, index: int, draft: BlockWriter) -> None:
         """Keep what came of block `index`, which broke off, for who claims the block next."""
         with suppress(OSError):  # it costs a little more to fetch, no more
             draft.commit(self._part_path(index), self._cache.now_ns())
 
-    def has_part(self, index: int) -> bool:
+    def has_partial(self, index: int) -> bool:
         """Tell whether the start of block `index` was kept."""
         return is_regular(self._part_path(index))
 
     def tell(self, error: OSError) -> None:
         """As of `BlockCache`."""
-        self._cache.tell(error)
+        self._cache.report_once(error)
 
-    def part(self, index: int) -> bytes:
+    def read_partial(self, index: int) -> bytes:
         """Return the start of block `index` that was kept, empty for none."""
         try:
             fd = open_regular(self._part_path(index), os.O_RDONLY)
@@ -301,7 +303,7 @@ class BlockFile:
             return b""
         try:
             size_bytes = os.fstat(fd).st_size - TRAILER_BYTES
-            is_good = is_sound(fd, self._name, index)
+            is_good = is_intact(fd, self._name, index)
             if is_good:
                 return os.pread(fd, size_bytes, 0)
             os.unlink(self._part_path(index))
@@ -311,7 +313,7 @@ class BlockFile:
         finally:
             os.close(fd)
 
-    def drop_part(self, index: int) -> None:
+    def drop_partial(self, index: int) -> None:
         """Forget the start of block `index`."""
         with suppress(OSError):
             os.unlink(self._part_path(index))
@@ -322,7 +324,7 @@ class BlockFile:
             os.unlink(self._path(index))
 
     @contextmanager
-    def claimed(self, index: int, patience_s: float) -> Iterator[bool]:
+    def lock_block(self, index: int, timeout_s: float) -> Iterator[bool]:
         """Be the only one, of all processes, to fetch block `index`.
 
         Whoever waited should look whether the block is there now. After `patience_s` seconds the
@@ -335,9 +337,9 @@ class BlockFile:
         is_held, is_free = False, True
         try:
             if locks is not None:
-                is_held = is_free = locks.acquire(byte, patience_s=patience_s)
+                is_held = is_free = locks.acquire(byte, timeout_s=timeout_s)
         except OSError as error:
-            self._cache.tell(error)
+            self._cache.report_once(error)
         try:
             yield is_free
         finally:
@@ -345,13 +347,13 @@ class BlockFile:
                 with suppress(OSError):  # closed meanwhile: it is free then
                     locks.release(byte)
 
-    def prepare(self) -> None:
+    def ensure_directory(self) -> None:
         """Make its folder and lock, so that other processes see what is fetched."""
         with self._lock:
             if self._locks is None:
                 self._try_lock()
 
-    def _sound(self, index: int, length: int, waiting: Waiting) -> Descriptor | None:
+    def _open_verified(self, index: int, length: int, waiting: BlockingSection) -> CachedFd | None:
         """Return a block, open, found sound and said to be used; None where it is not sound.
 
         Raises:
@@ -362,12 +364,12 @@ class BlockFile:
         status = None if descriptor is None else os.fstat(descriptor.fd)
         if descriptor is None or status is None or not status.st_nlink:
             # None yet, or it was removed since, and another may be in its place.
-            descriptor = Descriptor(open_regular(self._path(index), os.O_RDONLY))
+            descriptor = CachedFd(open_regular(self._path(index), os.O_RDONLY))
             status = os.fstat(descriptor.fd)
         if not self._is_sound(descriptor.fd, index, status, length, waiting):
-            self._cache.found_bad(self._path(index))
+            self._cache.discard_corrupt(self._path(index))
             return None
-        descriptor.found_sound(status)
+        descriptor.mark_intact(status)
         kept.keep(key, descriptor)
         now_ns = self._cache.now_ns()
         if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
@@ -375,7 +377,7 @@ class BlockFile:
         return descriptor
 
     def _is_sound(
-        self, fd: int, index: int, status: os.stat_result, length: int, waiting: Waiting
+        self, fd: int, index: int, status: os.stat_result, length: int, waiting: BlockingSection
     ) -> bool:
         """Tell whether an open block is sound, looking at all of it once however many ask."""
         block = (self._name, index)
@@ -387,9 +389,9 @@ class BlockFile:
                 return True
             # Of another user: put there by the owner of a directory that ours lies in.
             is_ours = status.st_uid == os.getuid() and status.st_size == length + TRAILER_BYTES
-            if not is_ours or not is_sound(fd, self._name, index):
+            if not is_ours or not is_intact(fd, self._name, index):
                 return False
-            self._cache.verified(block, signature)
+            self._cache.mark_verified(block, signature)
             return True
 
     def _path(self, index: int) -> str:
@@ -409,16 +411,16 @@ class BlockFile:
             else:
                 _make_private(self._folder)
         except OSError as error:
-            self._cache.tell(error)
+            self._cache.report_once(error)
         with suppress(OSError):
             write_about(self._folder, self._about)
 
-    def _open_lock(self) -> ByteLocks:
+    def _open_lock(self) -> ByteRangeLocks:
         while True:
             _make_private(self._folder)
-            locks = ByteLocks(_open_replacing(f"{self._folder}/lock"))
+            locks = ByteRangeLocks(_open_replacing(f"{self._folder}/lock"))
             try:
-                is_held = locks.acquire(0, is_shared=True, patience_s=_OPEN_PATIENCE_S)
+                is_held = locks.acquire(0, is_shared=True, timeout_s=_OPEN_PATIENCE_S)
                 if is_held and not locks.is_linked():  # who removed the file has just let go of it
                     locks.close()
                     continue
@@ -427,18 +429,18 @@ class BlockFile:
                 raise errors.not_lockable(error) from None
             return locks
 
-    def _begin(self, index: int) -> Draft:
+    def _begin(self, index: int) -> BlockWriter:
         try:
-            return Draft(self._folder, self._name, index)
+            return BlockWriter(self._folder, self._name, index)
         except FileNotFoundError:  # the first block, or somebody removed the folder
             with self._lock:
                 self._try_lock()
-            return Draft(self._folder, self._name, index)
+            return BlockWriter(self._folder, self._name, index)
 
-    def _commit(self, index: int, draft: Draft) -> None:
+    def _commit(self, index: int, draft: BlockWriter) -> None:
         status = draft.commit(self._path(index), self._cache.now_ns())
         signature = (status.st_ino, status.st_mtime_ns, status.st_size)
-        self._cache.verified((self._name, index), signature)
+        self._cache.mark_verified((self._name, index), signature)
 
 
 def _open_replacing(path: str) -> int:

@@ -13,7 +13,7 @@ from xxhash import xxh3_64
 from tinkerfs import errors
 from tinkerfs.safe_open import open_regular
 
-__all__ = ["TRAILER_BYTES", "Draft", "is_sound"]
+__all__ = ["TRAILER_BYTES", "BlockWriter", "is_intact"]
 
 #: Before the digest at a block's end; another layout has another one.
 _MAGIC = b"tkfsblk3"
@@ -31,7 +31,7 @@ _PIECE_BYTES = 256 << 10
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL
 
 
-class Draft:
+class BlockWriter:
     """A block on its way to disk. One thread's; to be closed, whatever came of it.
 
     Args:
@@ -64,7 +64,7 @@ class Draft:
                 _write_all(self._fd, piece)
         self._size_bytes += len(data)
 
-    def written(self) -> bytes:
+    def read_back(self) -> bytes:
         """Return all that was added.
 
         Raises:
@@ -72,7 +72,7 @@ class Draft:
         """
         data = os.pread(self._fd, self._size_bytes, 0)
         if len(data) < self._size_bytes:
-            raise errors.damaged(self._path, "a block on its way to disk is shorter than it was")
+            raise errors.corrupt(self._path, "a block on its way to disk is shorter than it was")
         return data
 
     def commit(self, path: str, now_ns: int) -> os.stat_result:
@@ -103,7 +103,7 @@ class Draft:
                 os.unlink(self._path)
 
 
-def is_sound(fd: int, name: str, index: int) -> bool:
+def is_intact(fd: int, name: str, index: int) -> bool:
     """Tell whether an open block, or its start, is what was written as block `index` of `name`.
 
     Raises:

@@ -10,12 +10,12 @@ import os
 import struct
 import time
 
-__all__ = ["ByteLocks"]
+__all__ = ["ByteRangeLocks"]
 
 _POLL_S = 0.02
 
 
-class ByteLocks:
+class ByteRangeLocks:
     """The locks that one handle of a file holds. Thread-safe, as long as no byte has two owners.
 
     Args:
@@ -25,13 +25,13 @@ class ByteLocks:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def acquire(self, byte: int, *, is_shared: bool = False, patience_s: float = 0.0) -> bool:
+    def acquire(self, byte: int, *, is_shared: bool = False, timeout_s: float = 0.0) -> bool:
         """Lock a byte, and return whether that was possible within `patience_s` seconds.
 
         Raises:
             OSError: this file system has no such locks.
         """
-        give_up = time.monotonic() + patience_s
+        give_up = time.monotonic() + timeout_s
         while True:
             try:
                 self._set(fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK, byte)

@@ -10,7 +10,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
 __all__ = [
@@ -34,7 +34,7 @@ _NETWORK_FILE_SYSTEMS = frozenset(
 _HINT = "(hint: choose another with --cache-dir)"
 
 
-class UnusableCacheError(SetupError):
+class UnusableCacheError(StartupError):
     """The cache directory cannot be made or written; a mount can do without it."""
 
 
@@ -81,7 +81,7 @@ def prepare_cache_dir(directory: Path) -> Path:
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = own.lstat()
         if stat.S_ISLNK(status.st_mode):
-            raise SetupError(f"the cache directory {own} is a link {_HINT}")
+            raise StartupError(f"the cache directory {own} is a link {_HINT}")
         if status.st_uid != os.getuid():
             raise UnusableCacheError(
                 f"the cache directory {own} belongs to another user (uid {status.st_uid}) {_HINT}"
@@ -92,7 +92,7 @@ def prepare_cache_dir(directory: Path) -> Path:
         os.close(open_regular(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink()
     except (NotADirectoryError, FileExistsError):
-        raise SetupError(f"the cache directory {own} is not a directory {_HINT}") from None
+        raise StartupError(f"the cache directory {own} is not a directory {_HINT}") from None
     except OSError as error:
         raise UnusableCacheError(
             f"the cache directory {own} cannot be written: {error.strerror} {_HINT}"

@@ -12,18 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinkerfs.cache.byte_locks import ByteLocks
+from tinkerfs.cache.byte_locks import ByteRangeLocks
 from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
 
 __all__ = [
     "Hold",
-    "Kept",
-    "Sweeper",
+    "CacheFileInfo",
+    "Evictor",
     "block_of",
     "free_bytes",
     "hold_alone",
-    "kept_files",
+    "scan_cache",
     "remove_folder",
 ]
 
@@ -38,7 +38,7 @@ _SHARE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CacheFileInfo:
     """One file in a folder of the cache.
 
     Attributes:
@@ -56,7 +56,7 @@ class Kept:
     index: int | None
     length_bytes: int
     size_bytes: int
-    used_ns: int
+    last_access_ns: int
     fetched_ns: int
 
 
@@ -70,7 +70,7 @@ class Hold:
     """
 
     is_free: bool
-    locks: ByteLocks | None = None
+    locks: ByteRangeLocks | None = None
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -78,7 +78,7 @@ class Hold:
             self.locks.close()
 
 
-class Sweeper:
+class Evictor:
     """Decides whether there is room for a block, and makes it. Not thread-safe.
 
     Args:
@@ -94,21 +94,21 @@ class Sweeper:
         root: Path,
         clock: Clock,
         *,
-        limit_bytes: int,
-        floor_bytes: int,
+        max_bytes: int,
+        min_free_bytes: int,
         has_locks: bool = True,
     ) -> None:
         self._root = root
         self._clock = clock
-        self._limit_bytes = limit_bytes
-        self._floor_bytes = floor_bytes
+        self._limit_bytes = max_bytes
+        self._floor_bytes = min_free_bytes
         self._has_locks = has_locks
         #: Why a block was last refused.
         self.refusal = ""
         #: What all had when last looked, None before that; and what was added since.
         self._found_bytes: int | None = None
         self._added_bytes = 0
-        self._full_until = 0.0
+        self._retry_after = 0.0
 
     def admit(self, size_bytes: int) -> bool:
         """Make room for `size_bytes` more, and return whether there is some.
@@ -119,7 +119,7 @@ class Sweeper:
         if size_bytes > self._limit_bytes:
             self.refusal = f"the cache may take {self._limit_bytes} bytes in all"
             return False
-        if self._clock.monotonic() < self._full_until:
+        if self._clock.monotonic() < self._retry_after:
             return False
         lacking_bytes = self._floor_bytes + size_bytes - free_bytes(self._root)
         added_bytes = self._added_bytes + size_bytes
@@ -128,7 +128,7 @@ class Sweeper:
             self._sweep(size_bytes, lacking_bytes)
         is_full = self._is_full(size_bytes)
         if is_full or self._floor_bytes + size_bytes > free_bytes(self._root):
-            self._full_until = self._clock.monotonic() + _FULL_AGE_S
+            self._retry_after = self._clock.monotonic() + _FULL_AGE_S
             self.refusal = (
                 "the cache is full of open files"
                 if is_full
@@ -143,7 +143,7 @@ class Sweeper:
 
     def _sweep(self, wanted_bytes: int, lacking_bytes: int) -> None:
         """Count all, and remove until `wanted_bytes` fit and `lacking_bytes` more are free."""
-        files = kept_files(self._root)
+        files = scan_cache(self._root)
         now_ns = int(self._clock.now() * 1e9)
         # A draft counts as what it will be: it was admitted as that.
         total_bytes = sum(_counted_bytes(file, wanted_bytes) for file in files)
@@ -151,7 +151,7 @@ class Sweeper:
         goal_bytes = min(keep_bytes, total_bytes - max(lacking_bytes, 0))
         held: dict[str, Hold] = {}
         try:
-            for file in sorted(files, key=lambda file: file.used_ns):
+            for file in sorted(files, key=lambda file: file.last_access_ns):
                 if file.index is None:
                     is_doomed = now_ns - file.fetched_ns > _DRAFT_AGE_S * 1e9
                 else:
@@ -174,7 +174,7 @@ class Sweeper:
         return hold_alone(folder) if self._has_locks else Hold(is_free=True)
 
 
-def _counted_bytes(file: Kept, block_bytes: int) -> int:
+def _counted_bytes(file: CacheFileInfo, block_bytes: int) -> int:
     return file.size_bytes if file.index is not None else max(file.size_bytes, block_bytes)
 
 
@@ -198,13 +198,13 @@ def free_bytes(directory: Path) -> int:
             return status.f_bavail * status.f_frsize
 
 
-def kept_files(root: Path) -> list[Kept]:
+def scan_cache(root: Path) -> list[CacheFileInfo]:
     """Return every block and draft; none where there is no such folder.
 
     Raises:
         OSError: it cannot be read.
     """
-    kept: list[Kept] = []
+    kept: list[CacheFileInfo] = []
     try:
         folders = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
@@ -221,14 +221,16 @@ def kept_files(root: Path) -> list[Kept]:
                         continue
                     size_bytes = max(status.st_size, status.st_blocks * 512)
                     times = status.st_atime_ns, status.st_mtime_ns
-                    kept.append(Kept(folder, entry.path, index, status.st_size, size_bytes, *times))
+                    kept.append(
+                        CacheFileInfo(folder, entry.path, index, status.st_size, size_bytes, *times)
+                    )
     return kept
 
 
 def hold_alone(folder: Path) -> Hold:
     """Return the hold on a folder of the cache; the caller closes it."""
     try:
-        locks = ByteLocks(open_regular(folder / "lock", os.O_RDWR))
+        locks = ByteRangeLocks(open_regular(folder / "lock", os.O_RDWR))
     except FileNotFoundError:  # made where files could not be locked
         return Hold(is_free=True)
     except OSError:

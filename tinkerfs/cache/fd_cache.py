@@ -11,24 +11,24 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from tinkerfs.concurrency import in_thread
+from tinkerfs.concurrency import run_in_thread
 
-__all__ = ["Descriptor", "Descriptors", "Waiting"]
+__all__ = ["CachedFd", "FdCache", "BlockingSection"]
 
 #: How long a generation lasts, seconds, and how many it holds at the most; two are kept at a time,
 #: which take a quarter of the descriptors that the process may have.
 GENERATION_S = 1.0
-MOST = 256
+MAX_FDS = 256
 _SHARE = 8
 
 #: A read that fails rather than wait for the disk (Linux, preadv2(2)); 0 where there is none.
-_AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
+_RWF_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 
 #: Makes what is entered while something is waited for.
-Waiting = Callable[[], AbstractContextManager[object]]
+BlockingSection = Callable[[], AbstractContextManager[object]]
 
 
-class Descriptor:
+class CachedFd:
     """An open file, closed with the last reference to this: nobody reads by a number used anew."""
 
     __slots__ = ("_mtime_ns", "_size_bytes", "fd")
@@ -37,11 +37,11 @@ class Descriptor:
         self.fd = fd
         self._mtime_ns = self._size_bytes = -1
 
-    def found_sound(self, status: os.stat_result) -> None:
+    def mark_intact(self, status: os.stat_result) -> None:
         """Take note that its content is sound while the file is as `status` says."""
         self._mtime_ns, self._size_bytes = status.st_mtime_ns, status.st_size
 
-    def is_sound(self) -> bool:
+    def is_intact(self) -> bool:
         """Tell whether it was found sound, and was neither written to nor removed since.
 
         Raises:
@@ -56,7 +56,7 @@ class Descriptor:
         os.close(self.fd)
 
 
-class Descriptors:
+class FdCache:
     """Descriptors by file and block; none for more than 2 s after it was last kept.
 
     Thread-safe.
@@ -65,49 +65,51 @@ class Descriptors:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Replaced and changed under _lock; looked into without.
-        self._young: dict[tuple[str, int], Descriptor] = {}
-        self._old: dict[tuple[str, int], Descriptor] = {}
+        self._current: dict[tuple[str, int], CachedFd] = {}
+        self._previous: dict[tuple[str, int], CachedFd] = {}
         self._is_swept = False
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = MOST if allowed == resource.RLIM_INFINITY else min(MOST, allowed // _SHARE)
+        self._most = (
+            MAX_FDS if allowed == resource.RLIM_INFINITY else min(MAX_FDS, allowed // _SHARE)
+        )
         #: Whether the file system says so where it would have to wait for the disk.
-        self._tells_waits = bool(_AT_ONCE)
+        self._supports_nowait = bool(_RWF_NOWAIT)
 
-    def recent(self, key: tuple[str, int]) -> Descriptor | None:
+    def recent(self, key: tuple[str, int]) -> CachedFd | None:
         """Return what was kept of a block within the last second."""
-        return self._young.get(key)
+        return self._current.get(key)
 
-    def get(self, key: tuple[str, int]) -> Descriptor | None:
+    def get(self, key: tuple[str, int]) -> CachedFd | None:
         """Return what is kept of a block; to be kept again by who goes on with it."""
-        return self._young.get(key) or self._old.get(key)
+        return self._current.get(key) or self._previous.get(key)
 
-    def keep(self, key: tuple[str, int], descriptor: Descriptor) -> None:
+    def keep(self, key: tuple[str, int], descriptor: CachedFd) -> None:
         """Keep a descriptor for a while, in place of another one of the same block."""
         aged: object = None  # closed when this returns, and so without the lock
         with self._lock:
-            if key not in self._young and len(self._young) >= self._most:
-                aged = self._age()
-            self._young[key] = descriptor
+            if key not in self._current and len(self._current) >= self._most:
+                aged = self._rotate()
+            self._current[key] = descriptor
             if self._is_swept:
                 return
             self._is_swept = True
         try:
-            in_thread(self._sweep, "descriptors of blocks")
+            run_in_thread(self._sweep, "descriptors of blocks")
         except RuntimeError:  # there can be no more threads: then nothing is kept
             with self._lock:
                 self._is_swept = False
-                self._young, self._old = {}, {}
+                self._current, self._previous = {}, {}
         del aged
 
     def drop(self, file: str) -> None:
         """Let go of those of a file."""
         with self._lock:
-            for kept in (self._young, self._old):
+            for kept in (self._current, self._previous):
                 for key in [key for key in kept if key[0] == file]:
                     del kept[key]
 
     def read(
-        self, descriptor: Descriptor, buffer: memoryview, start: int, waiting: Waiting
+        self, descriptor: CachedFd, buffer: memoryview, start: int, waiting: BlockingSection
     ) -> bool:
         """Fill `buffer` from `start` on, and return whether there was enough.
 
@@ -121,20 +123,20 @@ class Descriptors:
             OSError: it cannot be read.
         """
         fd = descriptor.fd
-        if not self._tells_waits:
+        if not self._supports_nowait:
             return os.preadv(fd, (buffer,), start) == len(buffer)
         try:
-            if os.preadv(fd, (buffer,), start, _AT_ONCE) == len(buffer):
+            if os.preadv(fd, (buffer,), start, _RWF_NOWAIT) == len(buffer):
                 return True
         except BlockingIOError:
             pass  # none of it is in memory
         except OSError:  # it cannot tell, as tmpfs, or it cannot read
-            self._tells_waits = False
+            self._supports_nowait = False
         with waiting():
             return os.preadv(fd, (buffer,), start) == len(buffer)
 
-    def _age(self) -> object:
-        aged, self._old, self._young = self._old, self._young, {}
+    def _rotate(self) -> object:
+        aged, self._previous, self._current = self._previous, self._current, {}
         return aged
 
     def _sweep(self) -> None:
@@ -142,8 +144,8 @@ class Descriptors:
         while True:
             time.sleep(GENERATION_S)
             with self._lock:
-                aged = self._age()
-                is_over = not self._old
+                aged = self._rotate()
+                is_over = not self._previous
                 self._is_swept = not is_over
             del aged
             if is_over:

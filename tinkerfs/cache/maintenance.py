@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinkerfs.cache.about import read_about
-from tinkerfs.cache.block_writer import TRAILER_BYTES, is_sound
-from tinkerfs.cache.eviction import Kept, hold_alone, kept_files, remove_folder
+from tinkerfs.cache.block_writer import TRAILER_BYTES, is_intact
+from tinkerfs.cache.eviction import CacheFileInfo, hold_alone, remove_folder, scan_cache
 from tinkerfs.safe_open import open_regular
 
-__all__ = ["BadBlock", "CachedFile", "cached_files", "clear", "verify"]
+__all__ = ["CorruptBlock", "CachedFile", "cached_files", "clear", "verify"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +32,18 @@ class CachedFile:
         is_open: whether a mount has it open.
     """
 
-    about: str
+    description: str
     length_bytes: int | None
     data_bytes: int
     size_bytes: int
     blocks: int
-    used_ns: int
+    last_access_ns: int
     fetched_ns: int
     is_open: bool
 
 
 @dataclass(frozen=True, slots=True)
-class BadBlock:
+class CorruptBlock:
     """A block that was not what was written, and is gone.
 
     Attributes:
@@ -51,7 +51,7 @@ class BadBlock:
         index: which block of it.
     """
 
-    about: str
+    description: str
     index: int
 
 
@@ -68,21 +68,21 @@ def cached_files(root: Path) -> list[CachedFile]:
             sum(max(file.length_bytes - TRAILER_BYTES, 0) for file in _blocks(files)),
             sum(file.size_bytes for file in files),
             len(_blocks(files)),
-            max(file.used_ns for file in files),
+            max(file.last_access_ns for file in files),
             min(file.fetched_ns for file in files),
             _is_open(root / folder),
         )
         for folder, about, length_bytes, files in _folders(root)
     ]
-    return sorted(found, key=lambda each: -each.used_ns)
+    return sorted(found, key=lambda each: -each.last_access_ns)
 
 
-def verify(root: Path, wanted: Callable[[str], bool]) -> tuple[int, list[BadBlock]]:
+def verify(root: Path, matches: Callable[[str], bool]) -> tuple[int, list[CorruptBlock]]:
     """Look at every block, and remove those that are not what was written or cannot be read.
 
     Args:
         root: the folder of the cache.
-        wanted: tells of a file, by what it is, whether it is to be looked at.
+        matches: tells of a file, by what it is, whether it is to be looked at.
 
     Returns:
         how many blocks are sound, and which were not.
@@ -92,7 +92,7 @@ def verify(root: Path, wanted: Callable[[str], bool]) -> tuple[int, list[BadBloc
     """
     sound, bad = 0, []
     for folder, about, _, files in _folders(root):
-        for file in sorted(_blocks(files), key=_index_of) if wanted(about) else ():
+        for file in sorted(_blocks(files), key=_index_of) if matches(about) else ():
             try:
                 is_good = _is_good(folder, file)
             except FileNotFoundError:  # a mount made room
@@ -102,23 +102,23 @@ def verify(root: Path, wanted: Callable[[str], bool]) -> tuple[int, list[BadBloc
                 continue
             with suppress(FileNotFoundError):
                 os.unlink(file.path)
-            bad.append(BadBlock(about, _index_of(file)))
+            bad.append(CorruptBlock(about, _index_of(file)))
     return sound, bad
 
 
-def clear(root: Path, wanted: Callable[[str], bool]) -> int:
+def clear(root: Path, matches: Callable[[str], bool]) -> int:
     """Remove what is kept, and return how many bytes that frees.
 
     Args:
         root: the folder of the cache.
-        wanted: tells of a file, by what it is, whether it is to go.
+        matches: tells of a file, by what it is, whether it is to go.
 
     Raises:
         OSError: the cache cannot be read, or not changed.
     """
     freed_bytes = 0
     for folder, about, _, files in _folders(root):
-        if not wanted(about):
+        if not matches(about):
             continue
         for file in files:
             with suppress(FileNotFoundError):
@@ -131,25 +131,25 @@ def clear(root: Path, wanted: Callable[[str], bool]) -> int:
     return freed_bytes
 
 
-def _folders(root: Path) -> Iterator[tuple[str, str, int | None, list[Kept]]]:
+def _folders(root: Path) -> Iterator[tuple[str, str, int | None, list[CacheFileInfo]]]:
     """Yield the name of each folder that holds something, what it is of, its length, and all."""
-    by_folder: dict[str, list[Kept]] = {}
-    for file in kept_files(root):
+    by_folder: dict[str, list[CacheFileInfo]] = {}
+    for file in scan_cache(root):
         by_folder.setdefault(file.folder, []).append(file)
     for folder, files in by_folder.items():
         yield folder, *read_about(root / folder), files
 
 
-def _blocks(files: list[Kept]) -> list[Kept]:
+def _blocks(files: list[CacheFileInfo]) -> list[CacheFileInfo]:
     return [file for file in files if file.index is not None]
 
 
-def _index_of(file: Kept) -> int:
+def _index_of(file: CacheFileInfo) -> int:
     assert file.index is not None
     return file.index
 
 
-def _is_good(folder: str, file: Kept) -> bool:
+def _is_good(folder: str, file: CacheFileInfo) -> bool:
     """Tell whether a block can be read, and is what was written.
 
     Raises:
@@ -159,7 +159,7 @@ def _is_good(folder: str, file: Kept) -> bool:
     try:
         fd = open_regular(file.path, os.O_RDONLY)
         try:
-            return is_sound(fd, folder, _index_of(file))
+            return is_intact(fd, folder, _index_of(file))
         finally:
             os.close(fd)
     except (FileNotFoundError, PermissionError):

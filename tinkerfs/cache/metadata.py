@@ -15,34 +15,34 @@ from typing import Any, TypeVar
 from cachetools import TLRUCache
 
 from tinkerfs import errors
-from tinkerfs.cache.result_stream import Parts
+from tinkerfs.cache.result_stream import ResultStream
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.concurrency import in_thread
-from tinkerfs.context import Call, Interest, Term
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.context import Expiry, Priority, RequestContext
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["Load", "MetadataCache", "Policy"]
+__all__ = ["Loader", "MetadataCache", "CachePolicy"]
 
 T = TypeVar("T")
 
 #: How long a failure that says nothing about the thing is remembered, seconds: long enough that a
 #: walk during an outage makes few calls, short enough that recovery is noticed at once.
-FAILURE_TTL_S = 2.0
+ERROR_TTL_S = 2.0
 
 #: How long somebody who has a last good answer waits for a newer one, seconds.
-PATIENCE_S = 2.0
+REVALIDATE_WAIT_S = 2.0
 
 #: And how long once the last try to get one, or another of its kind, came to nothing: a server that
 #: is back answers within this, one that hangs does not hold up a walk at each folder again.
-PATIENCE_IN_OUTAGE_S = 0.2
+DEGRADED_WAIT_S = 0.2
 
 #: How long a first answer is waited for before what an earlier mount kept is shown, or what came of
 #: it, seconds: a quick server's own answer is shown, and whole.
-PATIENCE_AT_START_S = 0.25
+WARM_START_WAIT_S = 0.25
 
 #: Who goes on using a value meets its end of life without a wait: what was used within this time,
 #: seconds, or a quarter of the TTL where that is less, is served once more and refreshed behind.
-IN_USE_S = 2.0
+STALE_WHILE_REVALIDATE_S = 2.0
 
 #: The end of what is no longer so, on the monotonic clock.
 _ENDED = float("-inf")
@@ -52,7 +52,7 @@ MAX_ENTRIES = 262_144
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class CachePolicy:
     """How long what is loaded serves.
 
     Attributes:
@@ -65,18 +65,21 @@ class Policy:
     ttl_s: float
     stale_s: float
     negative_ttl_s: float
-    negative: tuple[type[errors.ApiError], ...] = (errors.NotFound, errors.EndpointMissing)
+    negative_errors: tuple[type[errors.ApiError], ...] = (
+        errors.NotFound,
+        errors.UnsupportedEndpoint,
+    )
 
     @property
-    def in_use_s(self) -> float:
+    def revalidate_grace_s(self) -> float:
         """How long ago somebody may have used a value that is refreshed behind, seconds."""
-        return min(IN_USE_S, self.ttl_s / 4)
+        return min(STALE_WHILE_REVALIDATE_S, self.ttl_s / 4)
 
     def error_ttl_s(self, error: errors.ApiError) -> float:
         """Return how long a failure is remembered, seconds."""
-        if error.is_remembered and isinstance(error, errors.OUTAGES):  # it cost nothing
+        if error.is_local and isinstance(error, errors.UNAVAILABLE_ERRORS):  # it cost nothing
             return 0.0
-        return self.negative_ttl_s if isinstance(error, self.negative) else FAILURE_TTL_S
+        return self.negative_ttl_s if isinstance(error, self.negative_errors) else ERROR_TTL_S
 
 
 @dataclass(slots=True, eq=False)
@@ -92,32 +95,32 @@ class _Entry:
 
     value: Any
     has_value: bool
-    term: Term
+    term: Expiry
     kept_until: float
     error: errors.ApiError | None = None
     error_until: float = 0.0
     is_warm: bool = False
-    changed_at: float | None = None
-    is_untold: bool = False
+    last_changed: float | None = None
+    is_unreported: bool = False
 
-    def refusal(self) -> errors.ApiError:
+    def take_error(self) -> errors.ApiError:
         """Return the error to raise, as remembered from the second time on; under the lock."""
         assert self.error is not None
-        error = self.error.remembered()
-        error.is_remembered, self.is_untold = not self.is_untold, False
+        error = self.error.as_local()
+        error.is_local, self.is_unreported = not self.is_unreported, False
         return error
 
 
 @dataclass(slots=True)
-class _Flight:
+class _InFlightLoad:
     future: "Future[Any]"
     started: float
-    interest: Interest
-    parts: Parts
+    interest: Priority
+    parts: ResultStream
 
 
 #: Loads a value; told whether somebody waits for it, now or from some time on.
-Load = Callable[[Interest], T]
+Loader = Callable[[Priority], T]
 
 
 class MetadataCache:
@@ -142,13 +145,15 @@ class MetadataCache:
         self._entries: TLRUCache[Hashable, _Entry] = TLRUCache(
             max_entries, ttu=lambda _key, entry, _now: entry.kept_until, timer=clock.monotonic
         )
-        self._flights: dict[Hashable, _Flight] = {}
+        self._flights: dict[Hashable, _InFlightLoad] = {}
         self._epoch = 0
         self._amendments = 0
-        self._in_vain: set[Hashable] = set()  # kinds whose last load failed, or was not waited for
+        self._degraded_kinds: set[Hashable] = (
+            set()
+        )  # kinds whose last load failed, or was not waited for
 
     @property
-    def epoch(self) -> int:
+    def generation(self) -> int:
         """A number that becomes another one with every kept value that does.
 
         What was made of several of them, peeked at or got, is as it was while this is.
@@ -156,17 +161,17 @@ class MetadataCache:
         return self._epoch
 
     @property
-    def amendments(self) -> int:
+    def local_mutations(self) -> int:
         """How many times `amend` was called."""
         return self._amendments
 
     def get(
         self,
         key: Hashable,
-        load: Load[T],
-        policy: Policy,
-        call: Call,
-        kept: Callable[[], T | None] | None = None,
+        load: Loader[T],
+        policy: CachePolicy,
+        ctx: RequestContext,
+        fallback: Callable[[], T | None] | None = None,
     ) -> T:
         """Return the value of `key`, loading it where no fresh one is kept.
 
@@ -176,37 +181,37 @@ class MetadataCache:
             key: of what.
             load: how.
             policy: for how long it serves.
-            call: how to wait.
-            kept: what an earlier mount kept, which will do while the first answer is on its way;
+            ctx: how to wait.
+            fallback: what an earlier mount kept, which will do while the first answer is on its way;
                 None where only this mount's own will.
 
         Raises:
             ApiError: what `load` raised, now or while that is remembered.
             OSError: EINTR or ETIMEDOUT, when this caller's wait ended before the load did.
         """
-        return self._get(key, load, policy, call, kept)  # type: ignore[no-any-return]
+        return self._get(key, load, policy, ctx, fallback)  # type: ignore[no-any-return]
 
-    def get_or_parts(
+    def get_or_stream(
         self,
         key: Hashable,
-        load: Load[T],
-        policy: Policy,
-        call: Call,
-        kept: Callable[[], T | None] | None = None,
-    ) -> T | Parts:
+        load: Loader[T],
+        policy: CachePolicy,
+        ctx: RequestContext,
+        fallback: Callable[[], T | None] | None = None,
+    ) -> T | ResultStream:
         """Return the value as `get` does, or what comes of the first one where that takes a while.
 
         Args and errors are those of `get`.
         """
-        return self._get(key, load, policy, call, kept, in_parts=True)  # type: ignore[no-any-return]
+        return self._get(key, load, policy, ctx, fallback, in_parts=True)  # type: ignore[no-any-return]
 
     def _get(
         self,
         key: Hashable,
-        load: Load[Any],
-        policy: Policy,
-        call: Call,
-        kept: Callable[[], Any] | None,
+        load: Loader[Any],
+        policy: CachePolicy,
+        ctx: RequestContext,
+        fallback: Callable[[], Any] | None,
         *,
         in_parts: bool = False,
     ) -> Any:
@@ -215,61 +220,61 @@ class MetadataCache:
             entry = self._entries.get(key)
             was_used_at = float("-inf")
             if entry is not None and entry.has_value:
-                was_used_at, entry.term.used_at = entry.term.used_at, now
+                was_used_at, entry.term.last_used = entry.term.last_used, now
                 if now < entry.term.fresh_until:
                     self._telemetry.count("cache_hits")
-                    call.rests_on(entry.term)
+                    ctx.depends_on(entry.term)
                     return entry.value
-            call.is_momentary()
+            ctx.mark_uncacheable()
             if entry is not None and entry.error is not None and now < entry.error_until:
                 self._telemetry.count("cache_hits")
                 if not entry.has_value:
-                    raise entry.refusal()
+                    raise entry.take_error()
                 self._telemetry.count("stale_answers")
                 return entry.value
             self._telemetry.count("cache_misses")
-            if entry is not None and entry.is_warm and kept is None:
+            if entry is not None and entry.is_warm and fallback is None:
                 entry, was_used_at = None, float("-inf")
-            is_in_use = now - was_used_at < policy.in_use_s
+            is_in_use = now - was_used_at < policy.revalidate_grace_s
             flight = self._flights.get(key) or self._start(
-                key, load, policy, Interest(is_awaited=not is_in_use)
+                key, load, policy, Priority(is_demand=not is_in_use)
             )
-            if is_in_use and now - flight.started < PATIENCE_S:
+            if is_in_use and now - flight.started < REVALIDATE_WAIT_S:
                 self._telemetry.count("refreshed_behind")
                 return entry.value  # type: ignore[union-attr]
-        flight.interest.rise()
+        flight.interest.promote()
         if entry is None or not entry.has_value:
-            return self._first(key, flight, policy, call, kept, in_parts=in_parts)
+            return self._first(key, flight, policy, ctx, fallback, in_parts=in_parts)
         try:
-            is_hopeful = entry.error is None and _kind(key) not in self._in_vain
-            patience_s = PATIENCE_S if is_hopeful else PATIENCE_IN_OUTAGE_S
+            is_hopeful = entry.error is None and _kind(key) not in self._degraded_kinds
+            patience_s = REVALIDATE_WAIT_S if is_hopeful else DEGRADED_WAIT_S
             patience_s = max(patience_s - (now - flight.started), 0.0)
-            return call.within(patience_s).wait(flight.future)
-        except errors.OUTAGES:
+            return ctx.with_timeout(patience_s).wait_for(flight.future)
+        except errors.UNAVAILABLE_ERRORS:
             pass
         except OSError as error:
             if not errors.is_timeout(error):
                 raise
             with self._lock:
-                self._in_vain.add(_kind(key))
+                self._degraded_kinds.add(_kind(key))
         self._telemetry.count("stale_answers")
         return entry.value
 
     def _first(
         self,
         key: Hashable,
-        flight: _Flight,
-        policy: Policy,
-        call: Call,
+        flight: _InFlightLoad,
+        policy: CachePolicy,
+        ctx: RequestContext,
         kept: Callable[[], Any] | None,
         *,
         in_parts: bool,
     ) -> Any:
         """Return the first answer, or what an earlier mount kept, or parts, where it takes long."""
         if kept is not None or in_parts:
-            patience_s = PATIENCE_AT_START_S - (self._clock.monotonic() - flight.started)
+            patience_s = WARM_START_WAIT_S - (self._clock.monotonic() - flight.started)
             try:
-                return call.within(max(patience_s, 0.0)).wait(flight.future)
+                return ctx.with_timeout(max(patience_s, 0.0)).wait_for(flight.future)
             except OSError as error:
                 if not errors.is_timeout(error):
                     raise
@@ -283,13 +288,13 @@ class MetadataCache:
                         if before is not None and before.has_value:  # another reader's
                             return before.value
                         until = now + policy.stale_s
-                        term = Term(now, used_at=now)
+                        term = Expiry(now, last_used=now)
                         self._put(key, _Entry(value, True, term, until, is_warm=True))
                         self._telemetry.count("warm_starts")
                         return value
-        return flight.parts if in_parts else call.wait(flight.future)
+        return flight.parts if in_parts else ctx.wait_for(flight.future)
 
-    def ask(self, key: Hashable, load: Load[T], policy: Policy) -> bool:
+    def prefetch(self, key: Hashable, load: Loader[T], policy: CachePolicy) -> bool:
         """Begin to load a value for which nobody waits yet; tell whether that was needed.
 
         It is not where a fresh value is kept, or absence, or a load is under way.
@@ -301,16 +306,16 @@ class MetadataCache:
                 entry is not None and now < max(entry.term.fresh_until, entry.error_until)
             ):
                 return False
-            self._start(key, load, policy, Interest(is_awaited=False))
+            self._start(key, load, policy, Priority(is_demand=False))
             return True
 
-    def reload(self, key: Hashable, load: Load[T], policy: Policy, call: Call) -> T:
+    def reload(self, key: Hashable, load: Loader[T], policy: CachePolicy, ctx: RequestContext) -> T:
         """Return the value as `load` gives it from now on, whatever is kept or under way."""
         with self._lock:
-            flight = self._start(key, load, policy, Interest(is_awaited=True))
-        return call.wait(flight.future)  # type: ignore[no-any-return]
+            flight = self._start(key, load, policy, Priority(is_demand=True))
+        return ctx.wait_for(flight.future)  # type: ignore[no-any-return]
 
-    def coming(self, key: Hashable, part: Hashable) -> Any:
+    def peek_partial(self, key: Hashable, part: Hashable) -> Any:
         """Return the part of that key of a first value that is on its way; None where none came."""
         with self._lock:
             entry, flight = self._entries.get(key), self._flights.get(key)
@@ -329,16 +334,16 @@ class MetadataCache:
             entry = self._entries.get(key)
             return entry.value if entry is not None and entry.has_value else None
 
-    def changed_at(self, key: Hashable) -> float | None:
+    def last_changed(self, key: Hashable) -> float | None:
         """Return when the value of `key` was last seen to change, seconds since 1970.
 
         None while it is what it was when it was first loaded.
         """
         with self._lock:
             entry = self._entries.get(key)
-            return entry.changed_at if entry is not None else None
+            return entry.last_changed if entry is not None else None
 
-    def amend(self, key: Hashable, change: Callable[[T], T], *, is_exact: bool) -> None:
+    def update(self, key: Hashable, change: Callable[[T], T], *, is_authoritative: bool) -> None:
         """Change the value that is kept, after the thing itself was changed.
 
         A load that is under way began before the change: its waiters get it, it is not kept.
@@ -346,16 +351,16 @@ class MetadataCache:
         Args:
             key: whose value.
             change: returns the new value for the old one.
-            is_exact: the new value is the truth; else it is asked for again at the next look.
+            is_authoritative: the new value is the truth; else it is asked for again at the next look.
         """
         with self._lock:
             self._flights.pop(key, None)
             self._amendments += 1
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
-                term = replace(entry.term) if is_exact else Term(self._clock.monotonic())
+                term = replace(entry.term) if is_authoritative else Expiry(self._clock.monotonic())
                 value, now = change(entry.value), self._clock.now()
-                self._put(key, replace(entry, value=value, term=term, changed_at=now))
+                self._put(key, replace(entry, value=value, term=term, last_changed=now))
 
     def expire(self, key: Hashable) -> None:
         """Let the next `get` ask again: the value may be another one by now.
@@ -366,13 +371,13 @@ class MetadataCache:
             self._flights.pop(key, None)
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
-                self._put(key, replace(entry, term=Term(self._clock.monotonic()), error=None))
+                self._put(key, replace(entry, term=Expiry(self._clock.monotonic()), error=None))
 
-    def put(self, key: Hashable, value: object, policy: Policy) -> None:
+    def put(self, key: Hashable, value: object, policy: CachePolicy) -> None:
         """Cache a value that came by another way."""
         with self._lock:
             self._flights.pop(key, None)
-            self._land_value(key, value, self._entries.get(key), policy, is_change=False)
+            self._store_value(key, value, self._entries.get(key), policy, is_change=False)
 
     def drop(self, key: Hashable) -> None:
         """Drop a value; a load in flight is not cached."""
@@ -390,7 +395,7 @@ class MetadataCache:
             for entry in self._entries.values():
                 entry.term.fresh_until = _ENDED
             self._entries.clear()
-            self._in_vain.clear()
+            self._degraded_kinds.clear()
             self._epoch += 1
 
     def _put(self, key: Hashable, entry: _Entry) -> None:
@@ -401,37 +406,39 @@ class MetadataCache:
         self._entries[key] = entry
         self._epoch += 1
 
-    def _start(self, key: Hashable, load: Load[T], policy: Policy, interest: Interest) -> _Flight:
+    def _start(
+        self, key: Hashable, load: Loader[T], policy: CachePolicy, priority: Priority
+    ) -> _InFlightLoad:
         """Begin a load; the caller holds the lock."""
-        flight = _Flight(Future(), self._clock.monotonic(), interest, Parts())
+        flight = _InFlightLoad(Future(), self._clock.monotonic(), priority, ResultStream())
         self._flights[key] = flight
-        interest.came = flight.parts.add
+        priority.on_partial = flight.parts.add
 
         def fly() -> T:
             try:
-                value = load(interest)
+                value = load(priority)
             except errors.ApiError as error:
-                self._land(key, flight, policy, error=error)
+                self._complete(key, flight, policy, error=error)
                 raise
             except BaseException:
-                self._land(key, flight, policy)
+                self._complete(key, flight, policy)
                 raise
             before = self.peek(key)  # compared without the lock: a listing may be long
             is_change = before is not None and before != value
             if before is not None and not is_change:
                 value = before  # one of two that are alike is enough, and all that is made of it
-            self._land(key, flight, policy, value=(value,), is_change=is_change)
+            self._complete(key, flight, policy, value=(value,), is_change=is_change)
             return value
 
-        flight.future = in_thread(fly, f"load {_words(key)}")
-        flight.future.add_done_callback(flight.parts.end)
+        flight.future = run_in_thread(fly, f"load {_words(key)}")
+        flight.future.add_done_callback(flight.parts.close)
         return flight
 
-    def _land(
+    def _complete(
         self,
         key: Hashable,
-        flight: _Flight,
-        policy: Policy,
+        flight: _InFlightLoad,
+        policy: CachePolicy,
         *,
         value: tuple[Any] | None = None,
         is_change: bool = False,
@@ -445,29 +452,39 @@ class MetadataCache:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
             if value is not None:
-                self._in_vain.discard(_kind(key))
-                self._land_value(key, value[0], entry, policy, is_change=is_change)
+                self._degraded_kinds.discard(_kind(key))
+                self._store_value(key, value[0], entry, policy, is_change=is_change)
                 return
             if error is None:
                 return
-            is_outage = isinstance(error, errors.OUTAGES)
+            is_outage = isinstance(error, errors.UNAVAILABLE_ERRORS)
             if is_outage:
-                self._in_vain.add(_kind(key))
+                self._degraded_kinds.add(_kind(key))
             if is_outage and entry is not None and entry.has_value and not entry.is_warm:
                 entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
-            elif is_outage and not flight.interest.is_awaited:
+            elif is_outage and not flight.interest.is_demand:
                 return  # a guess that failed: who wants to know asks, and is told
             else:
                 until = now + policy.error_ttl_s(error)
-                is_untold = not flight.interest.is_awaited
-                entry = _Entry(None, False, Term(now), until, error, until, is_untold=is_untold)
+                is_untold = not flight.interest.is_demand
+                entry = _Entry(
+                    None, False, Expiry(now), until, error, until, is_unreported=is_untold
+                )
                 self._put(key, entry)
                 return
-        if not error.is_remembered:
-            self._telemetry.failed(_words(key), "refresh", errors.from_api(error, ""))
+        if not error.is_local:
+            self._telemetry.record_error(
+                _words(key), "refresh", errors.os_error_from_api(error, "")
+            )
 
-    def _land_value(
-        self, key: Hashable, value: Any, before: _Entry | None, policy: Policy, *, is_change: bool
+    def _store_value(
+        self,
+        key: Hashable,
+        value: Any,
+        before: _Entry | None,
+        policy: CachePolicy,
+        *,
+        is_change: bool,
     ) -> None:
         """Keep a value that has just come; the caller holds the lock."""
         now = self._clock.monotonic()
@@ -478,11 +495,11 @@ class MetadataCache:
             before.error, before.is_warm = None, False
             self._entries[key] = before  # by its new time; nothing else is another now
             return
-        entry = _Entry(value, True, Term(fresh_until), kept_until)
+        entry = _Entry(value, True, Expiry(fresh_until), kept_until)
         if before is not None and before.has_value:
-            entry.term.used_at, entry.changed_at = before.term.used_at, before.changed_at
+            entry.term.last_used, entry.last_changed = before.term.last_used, before.last_changed
         if is_change:
-            entry.changed_at = self._clock.now()
+            entry.last_changed = self._clock.now()
         self._put(key, entry)
 
 

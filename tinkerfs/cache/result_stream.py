@@ -6,12 +6,12 @@ from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 
-__all__ = ["Parts"]
+__all__ = ["ResultStream"]
 
 
-class Parts:
+class ResultStream:
     """Values by key, in the order they came, each key once. Thread-safe; one thread adds."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Parts:
                 self._values.append(value)
         self._tell()
 
-    def end(self, outcome: "Future[Any]") -> None:
+    def close(self, outcome: "Future[Any]") -> None:
         """Take note that nothing more will come: the load is done."""
         # Not the future itself, which knows of this one: what it holds would stay for a while.
         self._tell(is_over=True, error=outcome.exception())
@@ -46,7 +46,7 @@ class Parts:
         """Return the value of a key, None where none has come."""
         return self._by_key.get(key)
 
-    def each(self, call: Call) -> Iterator[Any]:
+    def iterate(self, ctx: RequestContext) -> Iterator[Any]:
         """Yield every value, each as soon as it has come.
 
         Raises:
@@ -54,7 +54,7 @@ class Parts:
             OSError: EINTR when the caller was interrupted, ETIMEDOUT when nothing more came within
                 the call's bound: `part_timeout_s` once the first has come.
         """
-        later = call if call.part_timeout_s is None else call.within(call.part_timeout_s)
+        later = ctx if ctx.page_timeout_s is None else ctx.with_timeout(ctx.page_timeout_s)
         for index in itertools.count():
             while index >= len(self._values):
                 with self._lock:
@@ -65,5 +65,5 @@ class Parts:
                     raise error
                 if is_over:
                     return
-                (later if index else call).wait(more)
+                (later if index else ctx).wait_for(more)
             yield self._values[index]

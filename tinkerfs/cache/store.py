@@ -19,7 +19,7 @@ from pathlib import Path
 from tinkerfs import errors
 from tinkerfs.safe_open import is_regular, open_regular
 
-__all__ = ["Store"]
+__all__ = ["MetadataStore"]
 
 log = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class _Forks:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stores: weakref.WeakSet[Store] = weakref.WeakSet()  # guarded by _lock
-        self._held: list[Store] = []
+        self._stores: weakref.WeakSet[MetadataStore] = weakref.WeakSet()  # guarded by _lock
+        self._held: list[MetadataStore] = []
         os.register_at_fork(
             before=self._acquire, after_in_parent=self._release, after_in_child=self._release
         )
 
-    def add(self, store: "Store") -> None:
+    def add(self, store: "MetadataStore") -> None:
         """Hold a store during forks from now on."""
         with self._lock:
             self._stores.add(store)
@@ -65,7 +65,7 @@ class _Forks:
 _forks = _Forks()
 
 
-class Store:
+class MetadataStore:
     """Bytes by space and key, on disk. Use as a context manager.
 
     Args:
@@ -81,7 +81,7 @@ class Store:
         self._has_told = False
         _forks.add(self)
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> "MetadataStore":
         with self.lock:
             if not self._is_on:
                 return self
@@ -104,28 +104,28 @@ class Store:
                 self._connection.close()
                 self._connection = None
 
-    def get(self, space: str, key: str) -> bytes | None:
+    def get(self, namespace: str, key: str) -> bytes | None:
         """Return what is kept, None where nothing is or it cannot be read."""
         with self.lock:
             if self._connection is None:
                 return None
             try:
                 row = self._connection.execute(
-                    "SELECT value FROM records WHERE space = ? AND key = ?", (space, _blob(key))
+                    "SELECT value FROM records WHERE space = ? AND key = ?", (namespace, _blob(key))
                 ).fetchone()
             except sqlite3.Error as error:
                 self._tell(error)
                 return None
         return bytes(row[0]) if row is not None else None
 
-    def put(self, space: str, key: str, value: bytes) -> None:
+    def put(self, namespace: str, key: str, value: bytes) -> None:
         """Keep `value`; a failure is told in the log once and costs only a later call."""
         sql = "INSERT OR REPLACE INTO records (space, key, value) VALUES (?, ?, ?)"
-        self._change(sql, (space, _blob(key), value))
+        self._change(sql, (namespace, _blob(key), value))
 
-    def delete(self, space: str, key: str) -> None:
+    def delete(self, namespace: str, key: str) -> None:
         """Keep nothing under a key any more; a failure is told in the log once."""
-        self._change("DELETE FROM records WHERE space = ? AND key = ?", (space, _blob(key)))
+        self._change("DELETE FROM records WHERE space = ? AND key = ?", (namespace, _blob(key)))
 
     def listing(self, account: str, name: str) -> tuple[float, bytes] | None:
         """Return when a listing came, seconds since 1970, and its bytes; None for no such."""
@@ -153,48 +153,48 @@ class Store:
         """Keep no listing of an account any more; a failure is told once."""
         self._change("DELETE FROM listings WHERE account = ?", (account,))
 
-    def trim_listings(self, limit_bytes: int) -> None:
+    def evict_listings(self, max_bytes: int) -> None:
         """Let the oldest listings go, so that `limit_bytes` are left; a failure is told once."""
         self._change(
             "DELETE FROM listings WHERE rowid IN (SELECT rowid FROM (SELECT rowid,"
             " SUM(LENGTH(value)) OVER (ORDER BY came_at DESC, rowid) AS sum FROM listings)"
             " WHERE sum > ?)",
-            (limit_bytes,),
+            (max_bytes,),
         )
 
     # Durable records.
 
-    def durable(self, space: str) -> dict[str, bytes]:
+    def durable(self, namespace: str) -> dict[str, bytes]:
         """Return the durable records of a space by key; none where they cannot be read."""
         with self.lock:
             if self._connection is None:
                 return {}
             try:
                 rows = self._connection.execute(
-                    "SELECT key, value FROM durable WHERE space = ?", (space,)
+                    "SELECT key, value FROM durable WHERE space = ?", (namespace,)
                 ).fetchall()
             except sqlite3.Error as error:
                 self._tell(error)
                 return {}
         return {_text(key): bytes(value) for key, value in rows}
 
-    def put_durable(self, space: str, key: str, value: bytes) -> None:
+    def put_durable(self, namespace: str, key: str, value: bytes) -> None:
         """Write a durable record and sync it to disk.
 
         Raises:
             OSError: EIO if it is not on disk, or would not be found there by the next mount.
         """
         sql = "INSERT OR REPLACE INTO durable (space, key, value) VALUES (?, ?, ?)"
-        self._change_durably(sql, (space, _blob(key), value))
+        self._change_durably(sql, (namespace, _blob(key), value))
 
-    def delete_durable(self, space: str, key: str) -> None:
+    def delete_durable(self, namespace: str, key: str) -> None:
         """Delete a durable record, if there is one.
 
         Raises:
             OSError: as `put_durable`.
         """
         sql = "DELETE FROM durable WHERE space = ? AND key = ?"
-        self._change_durably(sql, (space, _blob(key)))
+        self._change_durably(sql, (namespace, _blob(key)))
 
     def data_version(self) -> int | None:
         """Return a number that changes when another connection commits; None if unknown.

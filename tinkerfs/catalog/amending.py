@@ -5,10 +5,10 @@ from msgspec.structs import replace
 from tinkerfs.api import models
 from tinkerfs.catalog.listings import CheckpointListing, RunListing, kind_and_name
 
-__all__ = ["run_amended", "run_with_listed_last", "runs_amended"]
+__all__ = ["apply_to_run", "run_with_listed_last", "apply_to_runs"]
 
 
-def run_amended(run: models.TrainingRun, listing: CheckpointListing) -> models.TrainingRun:
+def apply_to_run(run: models.TrainingRun, listing: CheckpointListing) -> models.TrainingRun:
     """Return a run whose last checkpoints are those of its listing as it is now."""
     lasts = {
         "last_checkpoint": run.last_checkpoint,
@@ -19,7 +19,7 @@ def run_amended(run: models.TrainingRun, listing: CheckpointListing) -> models.T
         b'"%s":%s' % (name.encode(), b"null" if last is None else last.raw)
         for name, last in now.items()
     )
-    raw = models.merged(run.raw, b"{" + b",".join(fields) + b"}")
+    raw = models.merge_objects(run.raw, b"{" + b",".join(fields) + b"}")
     return replace(run, raw=raw, **now)
 
 
@@ -27,15 +27,15 @@ def run_with_listed_last(run: models.TrainingRun, listing: CheckpointListing) ->
     """Return a run whose last checkpoints are in a listing; the run itself if they are."""
     lasts = [each for each in (run.last_checkpoint, run.last_sampler_checkpoint) if each]
     is_listed = all(listing.get(*kind_and_name(each)) for each in lasts)
-    return run if is_listed else run_amended(run, listing)
+    return run if is_listed else apply_to_run(run, listing)
 
 
-def runs_amended(runs: RunListing, run_id: str, listing: CheckpointListing) -> RunListing:
+def apply_to_runs(runs: RunListing, run_id: str, listing: CheckpointListing) -> RunListing:
     """Return the runs after a change of a checkpoint of one."""
     run = runs.by_id.get(run_id)
     if run is None:
         return runs
-    return RunListing.of({**runs.by_id, run_id: run_amended(run, listing)}.values())
+    return RunListing.from_runs({**runs.by_id, run_id: apply_to_run(run, listing)}.values())
 
 
 def _newest(listing: CheckpointListing, last: models.Checkpoint | None) -> models.Checkpoint | None:

@@ -6,7 +6,7 @@ name after a deletion, even where the server gives both the same record.
 
 import threading
 
-from tinkerfs.cache.store import Store
+from tinkerfs.cache.store import MetadataStore
 from tinkerfs.name_encoding import compound_key
 
 __all__ = ["Incarnations"]
@@ -20,7 +20,7 @@ class Incarnations:
         base_url: the server.
     """
 
-    def __init__(self, store: Store, base_url: str) -> None:
+    def __init__(self, store: MetadataStore, base_url: str) -> None:
         self._store = store
         self._space = f"incarnation {base_url}"
         self._lock = threading.Lock()

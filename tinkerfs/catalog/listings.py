@@ -16,13 +16,13 @@ from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
 
 __all__ = [
-    "NO_MODEL",
+    "UNKNOWN_MODEL",
     "Checkpoint",
     "CheckpointListing",
     "RunListing",
-    "UserListing",
+    "AccountListing",
     "checkpoints_of",
-    "kept_record",
+    "reuse_known_record",
     "kind_and_name",
 ]
 
@@ -45,7 +45,7 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
     shares_id: bool = False
 
     @classmethod
-    def of(cls, run_id: str, record: models.Checkpoint) -> Self:
+    def from_record(cls, run_id: str, record: models.Checkpoint) -> Self:
         """Make a checkpoint of a listing's record."""
         return cls(run_id, *kind_and_name(record), record)
 
@@ -104,13 +104,13 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
             run_id=self.run_id,
             path_id=f"{self.kind}/{self.name}",
             listed_id=self.record.checkpoint_id,
-            is_known=True,
-            is_shared=self.shares_id,
+            exists=True,
+            has_ambiguous_id=self.shares_id,
         )
 
 
 #: Stands for the base model of a run that has none.
-NO_MODEL = "unknown"
+UNKNOWN_MODEL = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +129,13 @@ class RunListing:
     newest_ns: int | None
 
     @classmethod
-    def of(cls, runs: Iterable[models.TrainingRun]) -> "RunListing":
+    def from_runs(cls, runs: Iterable[models.TrainingRun]) -> "RunListing":
         """Sort runs; of two with the same id the last counts."""
         by_id = {run.run_id: run for run in runs}
         by_model: dict[str, dict[str, dict[str, models.TrainingRun]]] = {}
         for run in by_id.values():
             # A server of one's own may name a model by its folder.
-            first, _, rest = (run.base_model or NO_MODEL).strip("/").partition("/")
+            first, _, rest = (run.base_model or UNKNOWN_MODEL).strip("/").partition("/")
             by_model.setdefault(first, {}).setdefault(rest, {})[run.run_id] = run
         return cls(by_id, by_model, _newest_ns(run.last_request_time_ns for run in by_id.values()))
 
@@ -162,7 +162,7 @@ class CheckpointListing:
         run_id: str,
         records: Iterable[models.Checkpoint],
         kinds: Iterable[str] = (),
-        known: "UserListing | None" = None,
+        known: "AccountListing | None" = None,
     ) -> "CheckpointListing":
         """Sort the server's records; of two that are the same checkpoint the first counts.
 
@@ -177,7 +177,7 @@ class CheckpointListing:
         for record in records:
             if known is not None:
                 record = _same(record, known.by_key.get((run_id, *kind_and_name(record))))
-            checkpoint = Checkpoint.of(run_id, record)
+            checkpoint = Checkpoint.from_record(run_id, record)
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
             if first is checkpoint and record.kind is None:
                 bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
@@ -241,17 +241,20 @@ class CheckpointListing:
             newest_ns,
         )
 
-    def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "CheckpointListing":
+    def with_record(
+        self, expected: Checkpoint, record: models.Checkpoint | None
+    ) -> "CheckpointListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""
         records = (
-            record if checkpoint.key == seen.key else checkpoint.record for checkpoint in self.all
+            record if checkpoint.key == expected.key else checkpoint.record
+            for checkpoint in self.all
         )
         present = (each for each in records if each is not None)
-        return CheckpointListing.of(seen.run_id, present, self.kinds)
+        return CheckpointListing.of(expected.run_id, present, self.kinds)
 
 
 @dataclass(frozen=True, slots=True)
-class UserListing:
+class AccountListing:
     """The checkpoints of all the user's runs, newest first, by run, kind and name.
 
     Attributes:
@@ -260,10 +263,10 @@ class UserListing:
     """
 
     by_key: dict[tuple[str, str, str], Checkpoint]
-    nameless: int = 0
+    without_run_count: int = 0
 
     @classmethod
-    def of(cls, checkpoints: Iterable[Checkpoint], nameless: int = 0) -> "UserListing":
+    def of(cls, checkpoints: Iterable[Checkpoint], nameless: int = 0) -> "AccountListing":
         """Sort checkpoints; of two that are the same the first counts."""
         newest_first = sorted(checkpoints, key=lambda c: c.record.time_ns or 0, reverse=True)
         by_key: dict[tuple[str, str, str], Checkpoint] = {}
@@ -272,29 +275,31 @@ class UserListing:
         return cls(by_key, nameless)
 
     @classmethod
-    def of_records(cls, records: Iterable[models.Checkpoint]) -> "UserListing":
+    def of_records(cls, records: Iterable[models.Checkpoint]) -> "AccountListing":
         """Find out of which run each record is: its tinker path tells."""
         checkpoints = list(checkpoints_of(records))
         return cls.of((c for c in checkpoints if c is not None), checkpoints.count(None))
 
-    def without(self, left_out: Collection[Checkpoint]) -> "UserListing":
+    def without(self, left_out: Collection[Checkpoint]) -> "AccountListing":
         """Return the listing without some of its checkpoints."""
         if not left_out:
             return self
         by_key = self.by_key.copy()
         for checkpoint in left_out:
             by_key.pop(checkpoint.key, None)
-        return UserListing(by_key, self.nameless)
+        return AccountListing(by_key, self.without_run_count)
 
-    def changed(self, seen: Checkpoint, record: models.Checkpoint | None) -> "UserListing":
+    def with_record(
+        self, expected: Checkpoint, record: models.Checkpoint | None
+    ) -> "AccountListing":
         """Return the listing with another record for a checkpoint, or after its deletion."""
         by_key = self.by_key.copy()  # a record that was changed stands where it stood
-        if seen.key in by_key:
+        if expected.key in by_key:
             if record is None:
-                del by_key[seen.key]
+                del by_key[expected.key]
             else:
-                by_key[seen.key] = replace(by_key[seen.key], record=record)
-        return UserListing(by_key, self.nameless)
+                by_key[expected.key] = replace(by_key[expected.key], record=record)
+        return AccountListing(by_key, self.without_run_count)
 
 
 def _newest_ns(times_ns: Iterable[int | None]) -> int | None:
@@ -305,7 +310,7 @@ def checkpoints_of(records: Iterable[models.Checkpoint]) -> "Iterator[Checkpoint
     """Make checkpoints of the records of all runs; None of one that does not tell its run."""
     for record in records:
         run_id = _run_id(record)
-        yield None if run_id is None else Checkpoint.of(run_id, record)
+        yield None if run_id is None else Checkpoint.from_record(run_id, record)
 
 
 def _run_id(record: models.Checkpoint) -> str | None:
@@ -315,7 +320,7 @@ def _run_id(record: models.Checkpoint) -> str | None:
         return None
 
 
-def kept_record(
+def reuse_known_record(
     record: models.Checkpoint, known: Callable[[str], CheckpointListing | None]
 ) -> models.Checkpoint:
     """Return the record that a listing of the run has already, where it says the same.

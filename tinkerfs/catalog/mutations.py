@@ -16,26 +16,26 @@ from tinkerfs.api import models
 from tinkerfs.api.client import Client
 from tinkerfs.api.transport import Recheck
 from tinkerfs.cache.metadata import MetadataCache
-from tinkerfs.catalog.amending import run_amended, runs_amended
-from tinkerfs.catalog.catalog import Catalogue
-from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, UserListing
+from tinkerfs.catalog.amending import apply_to_run, apply_to_runs
+from tinkerfs.catalog.catalog import Catalog
+from tinkerfs.catalog.listings import AccountListing, Checkpoint, CheckpointListing
 from tinkerfs.catalog.trash import Trash, TrashState
-from tinkerfs.catalog.warm_start import Warm
+from tinkerfs.catalog.warm_start import ListingSnapshots
 from tinkerfs.clock import Clock
-from tinkerfs.concurrency import in_thread
-from tinkerfs.context import Call
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.context import RequestContext
 from tinkerfs.telemetry import Telemetry, rfc3339
 
 __all__ = ["Mutations"]
 
-L = TypeVar("L", CheckpointListing, UserListing)
+L = TypeVar("L", CheckpointListing, AccountListing)
 
 #: Failures of a change after which the server may have another state than was listed before.
 _IN_DOUBT: tuple[type[errors.ApiError], ...] = (
-    *errors.OUTAGES,
+    *errors.UNAVAILABLE_ERRORS,
     errors.NotFound,
     errors.Conflict,
-    errors.NotReady,
+    errors.ResourceNotReady,
 )
 
 
@@ -59,10 +59,10 @@ class Mutations:
         self,
         client: Client,
         cache: MetadataCache,
-        warm: Warm,
+        warm: ListingSnapshots,
         telemetry: Telemetry,
         clock: Clock,
-        catalogue: Catalogue,
+        catalogue: Catalog,
         trash: Trash,
         trash_s: float | None,
     ) -> None:
@@ -75,7 +75,9 @@ class Mutations:
         self._trash = trash
         self._trash_s = trash_s
 
-    def set_published(self, seen: Checkpoint, wanted: bool, path: str, call: Call) -> None:
+    def set_published(
+        self, expected: Checkpoint, wanted: bool, path: str, ctx: RequestContext
+    ) -> None:
         """Publish or unpublish; nothing is asked for that is so already."""
 
         def is_made(now: Checkpoint | None) -> bool:
@@ -88,12 +90,14 @@ class Mutations:
             request(checkpoint.ref, self._recheck(checkpoint, is_made))
             raw = models.with_fields(checkpoint.record.raw, public=wanted)
             record = replace(checkpoint.record, is_public=wanted).with_raw(raw)
-            self._amend(checkpoint, record)
+            self._update_cached_listings(checkpoint, record)
             return None
 
-        self._change(seen, "publish" if wanted else "unpublish", act, path, call)
+        self._run_mutation(expected, "publish" if wanted else "unpublish", act, path, ctx)
 
-    def set_ttl(self, seen: Checkpoint, ttl_s: int | None, path: str, call: Call) -> None:
+    def set_ttl(
+        self, expected: Checkpoint, ttl_s: int | None, path: str, ctx: RequestContext
+    ) -> None:
         """Let a checkpoint expire `ttl_s` seconds from now, or never."""
 
         def act(checkpoint: Checkpoint) -> None:
@@ -104,12 +108,14 @@ class Mutations:
             recheck = self._recheck(checkpoint, lambda _now: False)
             self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
             # The server rounds as it likes: ours serves only until the next look asks it.
-            self._amend(checkpoint, self._expiring_in(checkpoint, ttl_s), is_exact=False)
+            self._update_cached_listings(
+                checkpoint, self._expiring_in(checkpoint, ttl_s), is_exact=False
+            )
 
         what = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
-        self._change(seen, what, act, path, call)
+        self._run_mutation(expected, what, act, path, ctx)
 
-    def remove(self, seen: Checkpoint, path: str, call: Call) -> None:
+    def remove(self, expected: Checkpoint, path: str, ctx: RequestContext) -> None:
         """Delete a checkpoint for good, or with `--trash` let it expire and hide it until then.
 
         Raises:
@@ -117,14 +123,16 @@ class Mutations:
             OSError: EIO if the record for the trash cannot be written; nothing is changed then.
         """
         if self._trash_s is None:
-            self._change(seen, "delete", self._delete, path, call)
+            self._run_mutation(expected, "delete", self._delete, path, ctx)
         else:
             trash = partial(self._move_to_trash, ttl_s=int(self._trash_s))
-            self._change(seen, "move to the trash", trash, path, call)
+            self._run_mutation(expected, "move to the trash", trash, path, ctx)
 
-    def undelete(self, seen: Checkpoint, path: str, call: Call) -> None:
+    def undelete(self, expected: Checkpoint, path: str, ctx: RequestContext) -> None:
         """Restore a checkpoint from the trash, with the expiry that it had before."""
-        self._change(seen, "restore from the trash", self._restore, path, call, in_trash=True)
+        self._run_mutation(
+            expected, "restore from the trash", self._restore, path, ctx, in_trash=True
+        )
 
     def _delete(self, checkpoint: Checkpoint) -> None:
         recheck = self._recheck(checkpoint, lambda now: now is None)
@@ -135,7 +143,7 @@ class Mutations:
                 self._catalogue.forget(checkpoint)
             raise
         self._catalogue.forget(checkpoint)
-        self._amend(checkpoint, None)
+        self._update_cached_listings(checkpoint, None)
 
     def _move_to_trash(self, checkpoint: Checkpoint, ttl_s: int) -> str:
         # The record comes first: `Trash` says why.
@@ -145,9 +153,9 @@ class Mutations:
         recheck = self._recheck(checkpoint, self._is_trashed)
         try:
             self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
-        except errors.OUTAGES:
+        except errors.UNAVAILABLE_ERRORS:
             raise  # it may be done
-        except errors.EndpointMissing as error:
+        except errors.UnsupportedEndpoint as error:
             self._trash.forget(record)
             consequence = "--trash needs a server with expiries; nothing was removed"
             raise error.explained(consequence) from error
@@ -157,7 +165,7 @@ class Mutations:
         self._trash.mark_set(record)
         if not checkpoint.is_dated:  # what is saved next could have the same record
             self._catalogue.forget(checkpoint)
-        self._amend(checkpoint, self._expiring_in(checkpoint, ttl_s))
+        self._update_cached_listings(checkpoint, self._expiring_in(checkpoint, ttl_s))
         return f"done; expires in {ttl_s} s"
 
     def _restore(self, checkpoint: Checkpoint) -> str | None:
@@ -174,7 +182,7 @@ class Mutations:
             self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
             restored = self._expiring_in(checkpoint, ttl_s)
         self._trash.forget(record)
-        self._amend(checkpoint, restored, is_exact=False)
+        self._update_cached_listings(checkpoint, restored, is_exact=False)
         return None
 
     def _is_trashed(self, now: Checkpoint | None) -> bool:
@@ -190,53 +198,53 @@ class Mutations:
         expires_at_ns = None if expires_at_s is None else expires_at_s * 1_000_000_000
         return replace(checkpoint.record, expires_at_ns=expires_at_ns).with_raw(raw)
 
-    def _change(
+    def _run_mutation(
         self,
-        seen: Checkpoint,
+        expected: Checkpoint,
         what: str,
         act: Callable[[Checkpoint], str | None],
         path: str,
-        call: Call,
+        ctx: RequestContext,
         *,
         in_trash: bool = False,
     ) -> None:
         """Ask the server afresh what is there, then act on it, under the eyes of `changes`."""
-        change = self._telemetry.change_asked(path, what, call.caller())
+        change = self._telemetry.begin_mutation(path, what, ctx.caller())
 
         def work() -> None:
             try:
-                checkpoint = self._afresh(seen, in_trash=in_trash)
+                checkpoint = self._refetch(expected, in_trash=in_trash)
                 try:
                     outcome = act(checkpoint)
                 except _IN_DOUBT:
-                    self._expire(seen.run_id)
+                    self._expire(expected.run_id)
                     raise
             except Exception as error:
-                self._telemetry.change_ended(change, f"failed: {error}")
+                self._telemetry.end_mutation(change, f"failed: {error}")
                 raise
-            self._telemetry.change_ended(change, outcome or "done")
+            self._telemetry.end_mutation(change, outcome or "done")
 
-        future = in_thread(work, f"{what} {path}")
+        future = run_in_thread(work, f"{what} {path}")
         try:
-            call.wait(future)
+            ctx.wait_for(future)
         except OSError as error:
             if not future.done():
-                change.caller_left = errors.name_of(error)
+                change.abandoned_with = errors.errno_name(error)
             raise
 
-    def _afresh(self, seen: Checkpoint, *, in_trash: bool) -> Checkpoint:
+    def _refetch(self, expected: Checkpoint, *, in_trash: bool) -> Checkpoint:
         """Return a checkpoint as the server tells of it now."""
-        now = self._listed(seen)
+        now = self._listed(expected)
         if now is None:
             raise errors.NotFound("the checkpoint is gone by now")
-        if not now.may_be(seen):
+        if not now.may_be(expected):
             raise errors.Conflict("the checkpoint was saved again since it was looked at")
         if not in_trash and self._trash.is_trashed(now):
             raise errors.NotFound("the checkpoint is in the trash by now")
         return now
 
-    def _listed(self, seen: Checkpoint) -> Checkpoint | None:
-        return self._catalogue.checkpoints_afresh(seen.run_id).get(seen.kind, seen.name)
+    def _listed(self, expected: Checkpoint) -> Checkpoint | None:
+        return self._catalogue.checkpoints_afresh(expected.run_id).get(expected.kind, expected.name)
 
     def _recheck(self, sent: Checkpoint, is_made: Callable[[Checkpoint | None], bool]) -> Recheck:
         """Return what decides whether a change of `sent` may be sent again.
@@ -272,11 +280,11 @@ class Mutations:
 
     def _expire(self, run_id: str) -> None:
         """Have listings asked for again: a change that failed may have been made all the same."""
-        self._warm.changed(run_id)
+        self._warm.invalidate_run(run_id)
         for key in (("checkpoints", run_id), ("user",)):
             self._cache.expire(key)
 
-    def _amend(
+    def _update_cached_listings(
         self, checkpoint: Checkpoint, record: models.Checkpoint | None, *, is_exact: bool = True
     ) -> None:
         """Make every listing agree with a change that the server has made.
@@ -288,17 +296,19 @@ class Mutations:
         """
 
         def change(listing: L) -> L:
-            return listing.changed(checkpoint, record)
+            return listing.with_record(checkpoint, record)
 
         run_id = checkpoint.run_id
-        self._warm.changed(run_id)
+        self._warm.invalidate_run(run_id)
         for key in (("checkpoints", run_id), ("user",)):
-            self._cache.amend(key, change, is_exact=is_exact)
+            self._cache.update(key, change, is_authoritative=is_exact)
         listing = self._catalogue.known_listing(run_id)
         if listing is None:
             return
 
-        self._cache.amend(("run", run_id), lambda run: run_amended(run, listing), is_exact=True)
-        self._cache.amend(
-            ("runs",), lambda runs: runs_amended(runs, run_id, listing), is_exact=True
+        self._cache.update(
+            ("run", run_id), lambda run: apply_to_run(run, listing), is_authoritative=True
+        )
+        self._cache.update(
+            ("runs",), lambda runs: apply_to_runs(runs, run_id, listing), is_authoritative=True
         )

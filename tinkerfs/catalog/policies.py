@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 
 from tinkerfs import errors
-from tinkerfs.api.capabilities import REFUSED_TTL_S
-from tinkerfs.cache.metadata import Policy
+from tinkerfs.api.capabilities import UNSUPPORTED_TTL_S
+from tinkerfs.cache.metadata import CachePolicy
 
-__all__ = ["Freshness"]
+__all__ = ["CachePolicies"]
 
 #: Absence is remembered this long at most, seconds; never longer than the TTL.
 NEGATIVE_TTL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Freshness:
+class CachePolicies:
     """The policies of one mount.
 
     Attributes:
@@ -23,21 +23,23 @@ class Freshness:
         undated: the same of a checkpoint without a time, which may be another one by now.
     """
 
-    listing: Policy
-    by_name: Policy
-    immutable: Policy
-    undated: Policy
+    listing: CachePolicy
+    by_name: CachePolicy
+    immutable: CachePolicy
+    undated: CachePolicy
 
     @classmethod
-    def of(cls, ttl_s: float, stale_s: float) -> "Freshness":
+    def from_settings(cls, ttl_s: float, stale_s: float) -> "CachePolicies":
         """Make the policies of a mount's `--ttl` and `--stale`, seconds."""
         negative_ttl_s = min(NEGATIVE_TTL_S, ttl_s)
-        absence = (errors.NotFound, errors.EndpointMissing)
+        absence = (errors.NotFound, errors.UnsupportedEndpoint)
         refusal = (*absence, errors.BadRequest)
         forever = float("inf")
         return cls(
-            listing=Policy(ttl_s, stale_s, negative_ttl_s, absence),
-            by_name=Policy(ttl_s, stale_s, negative_ttl_s, refusal),
-            immutable=Policy(forever, forever, REFUSED_TTL_S, (*refusal, errors.Rejected)),
-            undated=Policy(ttl_s, stale_s, REFUSED_TTL_S, (*refusal, errors.Rejected)),
+            listing=CachePolicy(ttl_s, stale_s, negative_ttl_s, absence),
+            by_name=CachePolicy(ttl_s, stale_s, negative_ttl_s, refusal),
+            immutable=CachePolicy(
+                forever, forever, UNSUPPORTED_TTL_S, (*refusal, errors.ClientError)
+            ),
+            undated=CachePolicy(ttl_s, stale_s, UNSUPPORTED_TTL_S, (*refusal, errors.ClientError)),
         )

@@ -31,10 +31,10 @@ from typing import Self, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from tinkerfs.cache.store import Store
-from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, UserListing
+from tinkerfs.cache.store import MetadataStore
+from tinkerfs.catalog.listings import AccountListing, Checkpoint, CheckpointListing
 from tinkerfs.clock import Clock
-from tinkerfs.concurrency import in_thread
+from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import TTL_RANGE_S
 
 __all__ = ["Trash", "TrashRecord", "TrashState"]
@@ -56,7 +56,7 @@ _GONE_S = 86_400
 
 _NS = 1_000_000_000
 
-L = TypeVar("L", CheckpointListing, UserListing)
+L = TypeVar("L", CheckpointListing, AccountListing)
 
 
 class TrashState(Enum):
@@ -131,9 +131,9 @@ class TrashRecord(msgspec.Struct, frozen=True, kw_only=True):
 class _Visible(msgspec.Struct, frozen=True):
     """A listing without what was in the trash, and at which epoch."""
 
-    listing: CheckpointListing | UserListing
+    listing: CheckpointListing | AccountListing
     epoch: int
-    visible: CheckpointListing | UserListing
+    visible: CheckpointListing | AccountListing
 
 
 class Trash:
@@ -150,7 +150,11 @@ class Trash:
     """
 
     def __init__(
-        self, store: Store, base_url: str, key_digest: Callable[[], str | None], clock: Clock
+        self,
+        store: MetadataStore,
+        base_url: str,
+        key_digest: Callable[[], str | None],
+        clock: Clock,
     ) -> None:
         self._store = store
         self._base_url = base_url
@@ -175,7 +179,7 @@ class Trash:
         self.refresh()
         with self._lock:  # nothing was listed before
             self._changed_elsewhere, self._changed_at = set(), {}
-        in_thread(self._watch, "watch the trash")
+        run_in_thread(self._watch, "watch the trash")
         return self
 
     def __exit__(
@@ -251,13 +255,13 @@ class Trash:
             return listing
         return self._filtered(run_id, listing, lambda: self.of_run(run_id, listing))
 
-    def visible_of_user(self, listing: UserListing) -> UserListing:
+    def visible_of_user(self, listing: AccountListing) -> AccountListing:
         """Return the listing of all runs without what is in the trash."""
         if not self._by_run:
             return listing
         return self._filtered(None, listing, lambda: self._of_user(listing))
 
-    def _of_user(self, listing: UserListing) -> Collection[Checkpoint]:
+    def _of_user(self, listing: AccountListing) -> Collection[Checkpoint]:
         named = {
             (record.run_id, record.kind, record.name)
             for run_id in self._by_run

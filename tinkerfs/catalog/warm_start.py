@@ -18,12 +18,12 @@ from tinkerfs import errors
 from tinkerfs.api import parsing
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.models import Page
-from tinkerfs.cache.store import Store
-from tinkerfs.catalog.listings import CheckpointListing, RunListing, UserListing
+from tinkerfs.cache.store import MetadataStore
+from tinkerfs.catalog.listings import AccountListing, CheckpointListing, RunListing
 from tinkerfs.clock import Clock
-from tinkerfs.concurrency import in_thread
+from tinkerfs.concurrency import run_in_thread
 
-__all__ = ["Warm"]
+__all__ = ["ListingSnapshots"]
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ MAX_LISTING_BYTES = 32 << 20
 #: All that is kept, packed, of all accounts, bytes; the oldest go.
 MAX_KEPT_BYTES = 64 << 20
 #: How long an unmount waits for what is still to be written, seconds.
-_LEAVE_S = 2.0
+_FLUSH_TIMEOUT_S = 2.0
 _RECORDS_AT_ONCE = 256
 
 
@@ -53,7 +53,7 @@ class _Listing:
     records: tuple[_Record, ...]
     came_at: float
 
-    def packed(self) -> bytes | None:
+    def compressed(self) -> bytes | None:
         """Return an answer with all the records, packed; None where it is too long."""
         packer, left_bytes = zlib.compressobj(1), MAX_LISTING_BYTES
         parts = [packer.compress(b'{"%s":[' % self.field.encode())]
@@ -68,7 +68,7 @@ class _Listing:
         return b"".join(parts)
 
 
-class Warm:
+class ListingSnapshots:
     """What earlier mounts of one account kept of its listings. Use as a context manager.
 
     Args:
@@ -80,7 +80,13 @@ class Warm:
     """
 
     def __init__(
-        self, store: Store, base_url: str, credentials: Credentials, clock: Clock, *, stale_s: float
+        self,
+        store: MetadataStore,
+        base_url: str,
+        credentials: Credentials,
+        clock: Clock,
+        *,
+        stale_s: float,
     ) -> None:
         self._store = store
         self._base_url = base_url
@@ -108,49 +114,49 @@ class Warm:
     ) -> None:
         """Write what is still to be written."""
         self._closing.set()
-        self._is_idle.wait(_LEAVE_S)
+        self._is_idle.wait(_FLUSH_TIMEOUT_S)
 
     # What was kept; None where nothing is, it is too old, or the key is no good.
 
     def runs(self) -> RunListing | None:
         """Return the user's training runs as they were."""
         page = self._kept("runs", parsing.parse_training_runs)
-        return None if page is None else RunListing.of(page.items)
+        return None if page is None else RunListing.from_runs(page.items)
 
     def checkpoints(self, run_id: str) -> CheckpointListing | None:
         """Return the checkpoints of a run as they were."""
         page = self._kept(f"checkpoints {run_id}", parsing.parse_checkpoints)
         return None if page is None else CheckpointListing.of(run_id, page.items)
 
-    def user(self) -> UserListing | None:
+    def user(self) -> AccountListing | None:
         """Return the checkpoints of all the user's runs as they were."""
         page = self._kept("user", parsing.parse_checkpoints)
-        return None if page is None else UserListing.of_records(page.items)
+        return None if page is None else AccountListing.of_records(page.items)
 
     # What the server told now.
 
-    def keep_runs(self, listing: RunListing) -> None:
+    def save_runs(self, listing: RunListing) -> None:
         """Keep the user's training runs for the next mount."""
         self._keep("runs", "training_runs", listing.by_id.values())
 
-    def keep_checkpoints(self, run_id: str, listing: CheckpointListing) -> None:
+    def save_checkpoints(self, run_id: str, listing: CheckpointListing) -> None:
         """Keep the checkpoints of a run for the next mount."""
         records = (checkpoint.record for checkpoint in listing.all)
         self._keep(f"checkpoints {run_id}", "checkpoints", records)
 
-    def keep_user(self, listing: UserListing) -> None:
+    def save_account(self, listing: AccountListing) -> None:
         """Keep the checkpoints of all runs for the next mount."""
         records = (checkpoint.record for checkpoint in listing.by_key.values())
         self._keep("user", "checkpoints", records)
 
-    def changed(self, run_id: str) -> None:
+    def invalidate_run(self, run_id: str) -> None:
         """Forget what tells of a run's checkpoints: one of them was changed."""
         account = self._account()
         if account is not None:
             names = ("runs", f"checkpoints {run_id}", "user")
-            self._put_off({(account, name): None for name in names})
+            self._schedule_write({(account, name): None for name in names})
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Forget everything of this account, and show nothing of it in this mount any more."""
         account = self._account()
         with self._lock:
@@ -158,10 +164,10 @@ class Warm:
             self._pending.clear()
             if account is not None:
                 self._dropped.add(account)
-        self._put_off({})
+        self._schedule_write({})
 
     def _account(self) -> str | None:
-        digest = self._credentials.account()
+        digest = self._credentials.fingerprint()
         if digest is None:
             return None
         return hashlib.sha256(f"{self._base_url}\n{digest}".encode()).hexdigest()
@@ -183,15 +189,15 @@ class Warm:
         account = self._account()
         if account is not None:
             listing = _Listing(field, tuple(records), self._clock.now())
-            self._put_off({(account, name): listing})
+            self._schedule_write({(account, name): listing})
 
-    def _put_off(self, changes: Mapping[tuple[str, str], _Listing | None]) -> None:
+    def _schedule_write(self, changes: Mapping[tuple[str, str], _Listing | None]) -> None:
         """Have changes written behind."""
         with self._lock:
             self._pending.update(changes)
             if self._is_idle.is_set() and (self._pending or self._dropped):
                 self._is_idle.clear()
-                in_thread(self._write, "keep listings")
+                run_in_thread(self._write, "keep listings")
 
     def _write(self) -> None:
         try:
@@ -206,9 +212,9 @@ class Warm:
                 for account in dropped:
                     self._store.drop_listings(account)
                 for (account, name), listing in pending.items():
-                    packed = None if listing is None else listing.packed()
+                    packed = None if listing is None else listing.compressed()
                     came_at = 0.0 if listing is None else listing.came_at
                     self._store.put_listing(account, name, came_at, packed)
-                self._store.trim_listings(MAX_KEPT_BYTES)
+                self._store.evict_listings(MAX_KEPT_BYTES)
         finally:
             self._is_idle.set()

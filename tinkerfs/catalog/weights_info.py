@@ -2,20 +2,20 @@
 
 from collections.abc import Callable
 
-from tinkerfs.cache.metadata import Load, MetadataCache, Policy
-from tinkerfs.cache.store import Store
+from tinkerfs.cache.metadata import CachePolicy, Loader, MetadataCache
+from tinkerfs.cache.store import MetadataStore
 from tinkerfs.catalog.listings import Checkpoint
-from tinkerfs.catalog.policies import Freshness
-from tinkerfs.context import Call, Interest
+from tinkerfs.catalog.policies import CachePolicies
+from tinkerfs.context import Priority, RequestContext
 from tinkerfs.name_encoding import compound_key
 
-__all__ = ["MAX_INFOS", "Infos"]
+__all__ = ["MAX_WEIGHTS_INFO_ENTRIES", "WeightsInfoCache"]
 
 #: Kept in memory, 1 kB each; all are kept on disk.
-MAX_INFOS = 16_384
+MAX_WEIGHTS_INFO_ENTRIES = 16_384
 
 
-class Infos:
+class WeightsInfoCache:
     """The weights infos of checkpoints, by tinker path and version, across mounts.
 
     Of a record without a time the version cannot be known: its info is fresh for as long as a
@@ -32,10 +32,10 @@ class Infos:
     def __init__(
         self,
         cache: MetadataCache,
-        store: Store,
+        store: MetadataStore,
         base_url: str,
-        freshness: Freshness,
-        load: Callable[[Checkpoint, Interest], bytes],
+        freshness: CachePolicies,
+        load: Callable[[Checkpoint, Priority], bytes],
     ) -> None:
         self._cache = cache
         self._store = store
@@ -43,7 +43,7 @@ class Infos:
         self._freshness = freshness
         self._load = load
 
-    def get(self, checkpoint: Checkpoint, call: Call) -> bytes:
+    def get(self, checkpoint: Checkpoint, ctx: RequestContext) -> bytes:
         """Return one, asking for it where it is not known.
 
         Raises:
@@ -54,11 +54,11 @@ class Infos:
         if known is not None:
             return known
         load, policy = self._loading(checkpoint), self._policy(checkpoint)
-        return self._cache.get(_key(checkpoint), load, policy, call)
+        return self._cache.get(_key(checkpoint), load, policy, ctx)
 
     def ask(self, checkpoint: Checkpoint) -> bool:
         """Begin to ask for one that nobody waits for yet; tell whether that was needed."""
-        return self._known(checkpoint) is None and self._cache.ask(
+        return self._known(checkpoint) is None and self._cache.prefetch(
             _key(checkpoint), self._loading(checkpoint), self._policy(checkpoint)
         )
 
@@ -85,12 +85,12 @@ class Infos:
         kept: bytes | None = self._cache.peek(_key(checkpoint))
         return kept or self._store.get(self._space, _name(checkpoint))
 
-    def _policy(self, checkpoint: Checkpoint) -> Policy:
+    def _policy(self, checkpoint: Checkpoint) -> CachePolicy:
         return self._freshness.immutable if checkpoint.is_dated else self._freshness.undated
 
-    def _loading(self, checkpoint: Checkpoint) -> Load[bytes]:
-        def load(interest: Interest) -> bytes:
-            info = self._load(checkpoint, interest)
+    def _loading(self, checkpoint: Checkpoint) -> Loader[bytes]:
+        def load(priority: Priority) -> bytes:
+            info = self._load(checkpoint, priority)
             if checkpoint.is_dated:
                 self._store.put(self._space, _name(checkpoint), info)
             return info

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinkerfs.cli.formatting import size_text, span_text
+from tinkerfs.cli.formatting import format_duration, format_size
 from tinkerfs.cli.options import resolve, settings_options
 from tinkerfs.cli.transfers import complete_path
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
     from tinkerfs.cache.maintenance import CachedFile
-    from tinkerfs.cli.transfers import Place
+    from tinkerfs.cli.transfers import Location
     from tinkerfs.config import Settings
 
 __all__ = ["cache", "clear", "info", "verify"]
@@ -80,7 +80,9 @@ def info(path: str | None, as_json: bool, **flags: str | None) -> None:
     from tinkerfs.cache.maintenance import cached_files
 
     with _selected(path, flags) as selection:
-        kept = [each for each in cached_files(selection.blocks) if selection.is_meant(each.about)]
+        kept = [
+            each for each in cached_files(selection.blocks) if selection.is_meant(each.description)
+        ]
         rows = _rows(kept)
         other_bytes = _metadata_bytes(selection.folder)
     report: dict[str, Any] = {
@@ -108,7 +110,7 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
         sound, bad = maintenance.verify(selection.blocks, selection.is_meant)
     if as_json:
         rows = [
-            {"checkpoint": _checkpoint_of(each.about), "file": _file_of(each.about)}
+            {"checkpoint": _checkpoint_of(each.description), "file": _file_of(each.description)}
             | {"block": each.index}
             for each in bad
         ]
@@ -116,7 +118,7 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
         click.echo(json.dumps(told, indent=2))
     else:
         for each in bad:
-            click.echo(f"bad: {printable(each.about)}, block {each.index}")
+            click.echo(f"bad: {printable(each.description)}, block {each.index}")
         removed = f", {len(bad)} bad and removed: they are fetched again when they are read"
         click.echo(f"{_counted(sound)} sound{removed if bad else ''}")
     if bad:
@@ -134,7 +136,7 @@ def clear(path: str | None, **flags: str | None) -> None:
 
     with _selected(path, flags) as selection:
         freed_bytes = maintenance.clear(selection.blocks, selection.is_meant)
-    click.echo(f"{size_text(freed_bytes)} freed in {printable(str(selection.blocks))}")
+    click.echo(f"{format_size(freed_bytes)} freed in {printable(str(selection.blocks))}")
 
 
 @contextmanager
@@ -144,18 +146,18 @@ def _selected(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selec
     Raises:
         SetupError: PATH leads nowhere, or the cache cannot be read or changed.
     """
-    from tinkerfs.app import BLOCKS, cache_folder
+    from tinkerfs.app import BLOCKS, cache_directory
 
-    settings, is_meant = _meant(path, flags)
-    folder = cache_folder(settings)
+    settings, is_meant = _resolve_selection(path, flags)
+    folder = cache_directory(settings)
     try:
         yield _Selection(settings, folder, folder / BLOCKS, is_meant)
     except OSError as error:
         where = error.filename or folder
-        raise SetupError(f"the cache {where}: {error.strerror or error}") from None
+        raise StartupError(f"the cache {where}: {error.strerror or error}") from None
 
 
-def _meant(
+def _resolve_selection(
     path: str | None, flags: dict[str, str | None]
 ) -> "tuple[Settings, Callable[[str], bool]]":
     """Return the settings of a cache, and what tells whether something in it belongs to PATH.
@@ -170,22 +172,22 @@ def _meant(
 
     if path is None:
         return resolve(flags), lambda _about: True
-    place = transfers.place_of(path, flags)
-    meant = path if not place.mountpoint else _meant_below(place)
+    place = transfers.parse_location(path, flags)
+    meant = path if not place.mountpoint else _resolve_below(place)
     if meant == "":
         return place.settings, lambda _about: True
     if meant is not None:
         return place.settings, lambda about: f"{_checkpoint_of(about)}/".startswith(f"{meant}/")
     failures: list[transfers.Failure] = []
-    with transfers.opened(place.settings) as parts:
-        holdings, _ = transfers.find_holdings(parts, [place], failures)
+    with transfers.open_account(place.settings) as parts:
+        holdings, _ = transfers.resolve_weights(parts, [place], failures)
     if failures:
-        transfers.fail_with(failures)
+        transfers.exit_with_failures(failures)
     wanted = {holding.subject.about for holding in holdings}
     return place.settings, lambda about: _checkpoint_of(about) in wanted
 
 
-def _meant_below(place: "Place") -> str | None:
+def _resolve_below(place: "Location") -> str | None:
     """Return how the tinker paths of what a path below a mount stands for begin.
 
     Empty for all of it; None for a folder that only links to some. Goes no deeper than a
@@ -223,7 +225,7 @@ def _meant_below(place: "Place") -> str | None:
     if not done:
         return ""
     if not os.path.lexists(shown):
-        raise SetupError(f"{place.shown}: there is no such file")
+        raise StartupError(f"{place.shown}: there is no such file")
     run_id = name_encoding.decode(done[1]) if done[0] == "runs" and len(done) > 1 else ""
     if not run_id or "%~" in done[1]:  # a name that was cut does not say what it was
         return None
@@ -254,7 +256,7 @@ def _rows(files: "list[CachedFile]") -> list[dict[str, Any]]:
     """Add up what is kept by checkpoint."""
     by_checkpoint: dict[str, list[CachedFile]] = {}
     for file in files:
-        by_checkpoint.setdefault(_checkpoint_of(file.about), []).append(file)
+        by_checkpoint.setdefault(_checkpoint_of(file.description), []).append(file)
     now = time.time()
     return [
         {
@@ -262,7 +264,7 @@ def _rows(files: "list[CachedFile]") -> list[dict[str, Any]]:
             "kept_bytes": sum(file.size_bytes for file in kept),
             "data_bytes": sum(file.data_bytes for file in kept),
             "length_bytes": _sum_known([file.length_bytes for file in kept]),
-            "used_s_ago": round(max(now - max(file.used_ns for file in kept) / 1e9, 0)),
+            "used_s_ago": round(max(now - max(file.last_access_ns for file in kept) / 1e9, 0)),
             "fetched_s_ago": round(max(now - min(file.fetched_ns for file in kept) / 1e9, 0)),
             "is_open": any(file.is_open for file in kept),
         }
@@ -287,17 +289,17 @@ def _metadata_bytes(folder: Path) -> int:
 def _text(report: dict[str, Any]) -> str:
     lines = [
         f"{printable(report['cache_dir'])}",
-        f"  weights   {size_text(report['kept_bytes'])} of at most"
-        f" {size_text(report['limit_bytes'])}",
-        f"  metadata  {size_text(report['metadata_bytes'])}",
+        f"  weights   {format_size(report['kept_bytes'])} of at most"
+        f" {format_size(report['limit_bytes'])}",
+        f"  metadata  {format_size(report['metadata_bytes'])}",
     ]
     if report["checkpoints"]:
         lines.append(f"{'KEPT':>10}  {'OF':>10}  {'USED':>9}  {'FETCHED':>9}  CHECKPOINT")
     for row in report["checkpoints"]:
-        used, fetched = span_text(row["used_s_ago"]), span_text(row["fetched_s_ago"])
+        used, fetched = format_duration(row["used_s_ago"]), format_duration(row["fetched_s_ago"])
         is_open = "  (open)" if row["is_open"] else ""
-        kept, length = size_text(row["data_bytes"]), row["length_bytes"]
-        whole = "?" if length is None else size_text(length)
+        kept, length = format_size(row["data_bytes"]), row["length_bytes"]
+        whole = "?" if length is None else format_size(length)
         name = f"{printable(row['checkpoint'])}{is_open}"
         lines.append(f"{kept:>10}  {whole:>10}  {used:>9}  {fetched:>9}  {name}")
     return "\n".join(lines)

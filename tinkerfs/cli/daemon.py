@@ -17,7 +17,7 @@ __all__ = ["daemon_command", "daemon_environment"]
 
 #: Variables that hold one path, read by tinkerfs or by a library of its own.
 _PATH_VARIABLES: Final = (
-    *(option.variable for option in OPTIONS if option.is_path),
+    *(option.env_var for option in OPTIONS if option.is_path),
     "TINKERFS_CONFIG",
     "FUSE_LIBRARY_PATH",
     "REQUESTS_CA_BUNDLE",

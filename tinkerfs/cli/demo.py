@@ -91,6 +91,6 @@ def demo(
         # The sample's cache is not the user's, and goes with it.
         base = {"base_url": server.base_url, "cache_dir": cache_dir}
         settings = resolve({**flags, **base})
-        mount_process.serve_here(
+        mount_process.run_foreground(
             settings, mountpoint, check_key=False, ready=None if foreground else ready
         )

@@ -10,10 +10,10 @@ import click
 
 from tinkerfs.cli.options import resolve, settings_options
 from tinkerfs.errors import (
-    EndpointMissing,
     NotFound,
     TinkerfsError,
     Unauthorized,
+    UnsupportedEndpoint,
     UntrustedCertificate,
 )
 from tinkerfs.printable import printable
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from tinkerfs.config import Settings
 
 __all__ = [
-    "Finding",
+    "CheckResult",
     "doctor",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """What one check came to; `found` names the cure where it is not ok."""
 
     check: str
@@ -50,7 +50,7 @@ def doctor(config: str | None, as_json: bool, **flags: str | bool | None) -> Non
     Exits 1 if anything is missing.
     """
     findings = []
-    for finding in _examine(flags, config):
+    for finding in _run_checks(flags, config):
         findings.append(finding)
         if not as_json:
             mark = (
@@ -63,14 +63,14 @@ def doctor(config: str | None, as_json: bool, **flags: str | bool | None) -> Non
         raise SystemExit(1)
 
 
-def _examine(flags: dict[str, str | bool | None], config: str | None) -> Iterator[Finding]:
+def _run_checks(flags: dict[str, str | bool | None], config: str | None) -> Iterator[CheckResult]:
     yield _finding("/dev/fuse", _device)
     yield _finding("libfuse", _libfuse)
     yield _finding("fusermount", _fusermount)
     try:
         settings = resolve(flags, config=config)
     except TinkerfsError as error:
-        yield Finding("options", False, str(error))
+        yield CheckResult("options", False, str(error))
         return
     yield _finding("cache", lambda: _cache(settings))
     key = _finding("key", lambda: _key(settings))
@@ -79,11 +79,11 @@ def _examine(flags: dict[str, str | bool | None], config: str | None) -> Iterato
         yield _finding("API", lambda: _api(settings))
 
 
-def _finding(check: str, look: Callable[[], str]) -> Finding:
+def _finding(check: str, look: Callable[[], str]) -> CheckResult:
     try:
-        return Finding(check, True, look())
+        return CheckResult(check, True, look())
     except TinkerfsError as error:
-        return Finding(check, False, str(error))
+        return CheckResult(check, False, str(error))
 
 
 def _device() -> str:
@@ -96,7 +96,7 @@ def _device() -> str:
 def _libfuse() -> str:
     from tinkerfs.fuse import binding
 
-    return str(binding.load())
+    return str(binding.load_binding())
 
 
 def _fusermount() -> str:
@@ -111,10 +111,10 @@ def _fusermount() -> str:
 
 
 def _cache(settings: "Settings") -> str:
-    from tinkerfs.app import cache_folder
+    from tinkerfs.app import cache_directory
     from tinkerfs.cache.directory import can_lock_files, prepare_cache_dir
 
-    folder = prepare_cache_dir(cache_folder(settings))
+    folder = prepare_cache_dir(cache_directory(settings))
     bound = "" if can_lock_files(folder) else "; without locks, so mounts may fetch blocks twice"
     return f"{folder} can be written{bound}"
 
@@ -140,7 +140,7 @@ def _api(settings: "Settings") -> str:
         try:
             try:
                 client.whoami()
-            except (EndpointMissing, NotFound):  # other servers of the contract lack it
+            except (UnsupportedEndpoint, NotFound):  # other servers of the contract lack it
                 client.list_training_runs(limit=1)
         except Unauthorized as error:
             raise TinkerfsError(

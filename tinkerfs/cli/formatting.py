@@ -1,9 +1,9 @@
 """How commands say sizes and spans of time."""
 
-__all__ = ["size_text", "span_text"]
+__all__ = ["format_size", "format_duration"]
 
 
-def size_text(size_bytes: float) -> str:
+def format_size(size_bytes: float) -> str:
     """Return a number of bytes as people say it: 0 B, 12.3 MiB, 4.0 GiB."""
     size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1023.95 and len(units) > 1:  # 1024.0 KiB is 1.0 MiB
@@ -11,7 +11,7 @@ def size_text(size_bytes: float) -> str:
     return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
-def span_text(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a span of time as people say it: 0.2s, 12s, 3m 5s, 2h 10m, 4d 3h."""
     if 0 < seconds < 1:
         return f"{seconds:.1f}s"

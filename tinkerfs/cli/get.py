@@ -10,12 +10,12 @@ import click
 from tinkerfs.cli.transfers import complete_path, transfer_options
 
 if TYPE_CHECKING:
-    from tinkerfs.app import Parts
+    from tinkerfs.app import App
     from tinkerfs.cli.progress import Item, Progress
-    from tinkerfs.cli.transfers import Failure, Place, Planned
-    from tinkerfs.vfs.weights_nodes import Holding
+    from tinkerfs.cli.transfers import Failure, Location, OpenCheckpoint
+    from tinkerfs.vfs.weights_nodes import WeightsRef
     from tinkerfs.weights.destination import Destination
-    from tinkerfs.weights.exported_file import Target
+    from tinkerfs.weights.exported_file import ExportedFile
 
 __all__ = ["get"]
 
@@ -48,32 +48,36 @@ def get(
     """  # noqa: D301
     from tinkerfs.cli import transfers
     from tinkerfs.cli.progress import Progress
-    from tinkerfs.concurrency import in_thread
+    from tinkerfs.concurrency import run_in_thread
 
     failures: list[Failure] = []
-    with transfers.signals_interrupt(_HOW_TO_GO_ON):
-        place = transfers.place_of(path, flags)
+    with transfers.exit_on_signal(_HOW_TO_GO_ON):
+        place = transfers.parse_location(path, flags)
         umask = os.umask(0)
         os.umask(umask)
-        with transfers.opened(place.settings) as parts:
+        with transfers.open_account(place.settings) as parts:
             progress = Progress(parts.telemetry)
-            copying = _Copying(
+            copying = CopyJob(
                 parts, progress, failures, dest, force=force, archive=archive, mode=0o666 & ~umask
             )
-            rows = progress.run(in_thread(lambda: copying.run(place), "get"))
+            rows = progress.run(run_in_thread(lambda: copying.run(place), "get"))
     if as_json:
-        told = {"is_complete": not failures, "files": rows, "errors": transfers.told(failures)}
+        told = {
+            "is_complete": not failures,
+            "files": rows,
+            "errors": transfers.failures_to_json(failures),
+        }
         click.echo(json.dumps(told, indent=2))
     if failures:
-        transfers.fail_with(failures)
+        transfers.exit_with_failures(failures)
 
 
-class _Copying:
+class CopyJob:
     """One run of the command, on a thread of its own."""
 
     def __init__(
         self,
-        parts: "Parts",
+        parts: "App",
         progress: "Progress",
         failures: "list[Failure]",
         dest: str,
@@ -93,21 +97,26 @@ class _Copying:
         #: By path, of one pass over the checkpoints.
         self._destinations: dict[str, Destination] = {}
 
-    def run(self, place: "Place") -> list[dict[str, Any]]:
+    def run(self, place: "Location") -> list[dict[str, Any]]:
         """Copy all of it; return a row for each file."""
         from tinkerfs.cli import transfers
 
-        holdings, is_one = transfers.find_holdings(self._parts, [place], self._failures)
+        holdings, is_one = transfers.resolve_weights(self._parts, [place], self._failures)
         if self._wants_archive:
             holdings = [_whole_archive(holding) for holding in holdings]
         rows: list[dict[str, Any]] = []
-        changed = self._copy(holdings, rows, is_one=is_one, is_again=False)
-        self._copy(changed, rows, is_one=is_one, is_again=True)
+        changed = self._copy(holdings, rows, is_one=is_one, is_retry=False)
+        self._copy(changed, rows, is_one=is_one, is_retry=True)
         return rows
 
     def _copy(
-        self, holdings: "list[Holding]", rows: list[dict[str, Any]], *, is_one: bool, is_again: bool
-    ) -> "list[Holding]":
+        self,
+        holdings: "list[WeightsRef]",
+        rows: list[dict[str, Any]],
+        *,
+        is_one: bool,
+        is_retry: bool,
+    ) -> "list[WeightsRef]":
         """Copy some checkpoints; return those of which the server has another version by now."""
         from tinkerfs.cli import transfers
         from tinkerfs.cli.progress import Item
@@ -115,10 +124,10 @@ class _Copying:
         changed = []
         self._destinations = {}
         with ExitStack() as stack:
-            planned = transfers.open_planned(
+            planned = transfers.open_checkpoints(
                 self._parts, holdings, stack, self._failures, with_urls=False
             )
-            work: list[tuple[Planned, list[tuple[Target, Item]]]] = []
+            work: list[tuple[OpenCheckpoint, list[tuple[ExportedFile, Item]]]] = []
             for each in planned:
                 targets = [self._target(each, name, is_one) for name, _ in each.files]
                 if self._has_others(targets):
@@ -126,24 +135,24 @@ class _Copying:
                 items = []
                 for target in targets:
                     size_bytes = target.file.size_bytes
-                    had_bytes = size_bytes if target.is_whole() else target.begun_bytes()
+                    had_bytes = size_bytes if target.is_complete() else target.resumable_bytes()
                     items.append(Item(target.path, size_bytes, had_bytes))
                 work.append((each, list(zip(targets, items, strict=True))))
             self._progress.start([item for _, pairs in work for _, item in pairs])
             for each, pairs in work:
                 if self._is_disk_full:
                     break
-                if not self._copy_one(each, pairs, rows, is_again=is_again):
+                if not self._copy_one(each, pairs, rows, is_retry=is_retry):
                     changed.append(each.holding)
         return changed
 
     def _copy_one(
         self,
-        planned: "Planned",
-        pairs: "list[tuple[Target, Item]]",
+        planned: "OpenCheckpoint",
+        pairs: "list[tuple[ExportedFile, Item]]",
         rows: list[dict[str, Any]],
         *,
-        is_again: bool,
+        is_retry: bool,
     ) -> bool:
         """Copy a checkpoint; return False where the server has another version by now."""
         from tinkerfs import errors
@@ -154,8 +163,8 @@ class _Copying:
                 outcome = self._copy_file(target, item)
             except (errors.ApiError, OSError) as error:
                 if isinstance(error, OSError) and errors.is_stale(error):
-                    self._parts.weights.known_files(planned.holding.subject)  # which forgets it
-                    if not is_again:
+                    self._parts.weights.cached_files(planned.holding.subject)  # which forgets it
+                    if not is_retry:
                         return False
                 self._is_disk_full = isinstance(error, OSError) and errors.is_no_space(error)
                 self._failures.append(Failure(item.name, error, _HOW_TO_GO_ON))
@@ -170,19 +179,19 @@ class _Copying:
             )
         return True
 
-    def _copy_file(self, target: "Target", item: "Item") -> str:
-        from tinkerfs.context import IN_PROCESS
+    def _copy_file(self, target: "ExportedFile", item: "Item") -> str:
+        from tinkerfs.context import BACKGROUND_CONTEXT
 
         outcome = "there already"
-        if not target.is_whole():
-            outcome = "resumed" if item.had_bytes else "copied"
-            self._progress.gained(item, 0)
-            for size_bytes in target.copy(self._mode, IN_PROCESS):
-                self._progress.gained(item, size_bytes)
-        self._progress.ended(item)
+        if not target.is_complete():
+            outcome = "resumed" if item.initial_bytes else "copied"
+            self._progress.advance(item, 0)
+            for size_bytes in target.copy(self._mode, BACKGROUND_CONTEXT):
+                self._progress.advance(item, size_bytes)
+        self._progress.finish(item)
         return outcome
 
-    def _has_others(self, targets: "list[Target]") -> bool:
+    def _has_others(self, targets: "list[ExportedFile]") -> bool:
         """Refuse to replace what is not what we would write."""
         from tinkerfs import errors
         from tinkerfs.cli.transfers import Failure
@@ -192,7 +201,7 @@ class _Copying:
                 others = [each.path for each in targets if each.is_directory()]
                 why = "it is a directory, and would have to be a file"
             else:
-                others = [each.path for each in targets if each.is_taken() and not each.is_whole()]
+                others = [each.path for each in targets if each.exists() and not each.is_complete()]
                 why = "it is there, and not known to be this one: --force replaces it"
         except OSError as error:
             self._failures.append(Failure(targets[0].destination.path, error))
@@ -200,24 +209,24 @@ class _Copying:
         self._failures += [Failure(path, errors.exists(path, why)) for path in others]
         return bool(others)
 
-    def _target(self, planned: "Planned", name: str, is_one: bool) -> "Target":
+    def _target(self, planned: "OpenCheckpoint", name: str, is_one: bool) -> "ExportedFile":
         from tinkerfs import name_encoding
-        from tinkerfs.weights.exported_file import Target
+        from tinkerfs.weights.exported_file import ExportedFile
 
         holding, file = planned.holding, dict(planned.files)[name]
-        whose = name_encoding.join(holding.checkpoint.key)
+        whose = name_encoding.encode_composite(holding.checkpoint.key)
         if holding.is_archive:
             folder, tar = os.path.split(self._dest)
             if not is_one or not tar or os.path.isdir(self._dest):
                 folder, tar = self._dest, f"{whose}.tar"
-            return Target(self._destination(folder), tar, file, "archive")
+            return ExportedFile(self._destination(folder), tar, file, "archive")
         folder = self._dest if is_one else os.path.join(self._dest, whose)
         shown = "/".join(map(name_encoding.encode, name.split("/")))
-        inside = holding.inside
+        inside = holding.member_path
         if shown == inside:
             inside = os.path.dirname(inside)
         inner = shown.removeprefix(f"{inside}/") if inside else shown
-        return Target(self._destination(folder), inner, file, name)
+        return ExportedFile(self._destination(folder), inner, file, name)
 
     def _destination(self, path: str) -> "Destination":
         from tinkerfs.weights.destination import Destination
@@ -225,7 +234,7 @@ class _Copying:
         return self._destinations.setdefault(path, Destination(path))
 
 
-def _whole_archive(holding: "Holding") -> "Holding":
+def _whole_archive(holding: "WeightsRef") -> "WeightsRef":
     """Return the archive of the checkpoint that is meant.
 
     Raises:
@@ -233,8 +242,10 @@ def _whole_archive(holding: "Holding") -> "Holding":
     """
     from dataclasses import replace
 
-    from tinkerfs.errors import SetupError
+    from tinkerfs.errors import StartupError
 
-    if holding.inside:
-        raise SetupError(f"--archive is of a whole checkpoint, not of files/{holding.inside}")
+    if holding.member_path:
+        raise StartupError(
+            f"--archive is of a whole checkpoint, not of files/{holding.member_path}"
+        )
     return replace(holding, is_archive=True)

@@ -5,7 +5,7 @@ import os
 from typing import Final, TextIO
 
 from tinkerfs import errors
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.printable import printable
 
 __all__ = ["set_up"]
@@ -62,7 +62,7 @@ def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(os.path.expanduser(log_file), flags, 0o600)
         except OSError as error:
-            raise SetupError(
+            raise StartupError(
                 f"the log {log_file} cannot be written ({error.strerror}):"
                 " choose another with --log-file"
             ) from None

@@ -51,7 +51,7 @@ def mount(
     from tinkerfs.cli import mount_process
 
     if foreground:
-        mount_process.serve_here(settings, mountpoint)
+        mount_process.run_foreground(settings, mountpoint)
     else:
         arguments = as_arguments(flags, mount_options, config)
         mount_process.start_in_background("mount", mountpoint, arguments)

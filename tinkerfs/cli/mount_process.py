@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from tinkerfs.config import Settings
-from tinkerfs.errors import SetupError, TinkerfsError, Unauthorized
+from tinkerfs.errors import StartupError, TinkerfsError, Unauthorized
 
 if TYPE_CHECKING:
     from tinkerfs.api.client import Client
-    from tinkerfs.fuse.daemonize import Announcer
+    from tinkerfs.fuse.daemonize import ReadinessNotifier
 
 __all__ = [
     "FOREGROUND",
-    "serve_here",
+    "run_foreground",
     "start_in_background",
 ]
 
@@ -42,7 +42,7 @@ def start_in_background(command: str, mountpoint: str, arguments: Sequence[str])
     start(full_command, daemon_environment(os.environ))
 
 
-def serve_here(
+def run_foreground(
     settings: Settings,
     mountpoint: str,
     *,
@@ -60,13 +60,13 @@ def serve_here(
     Raises:
         SetupError: it will not be, in one line with its cure.
     """
-    from tinkerfs.fuse.daemonize import Announcer
+    from tinkerfs.fuse.daemonize import ReadinessNotifier
 
-    announcer = Announcer()
+    announcer = ReadinessNotifier()
     try:
         _serve(settings, mountpoint, announcer, check_key=check_key, ready=ready)
     except TinkerfsError as error:
-        if announcer.is_waited_for:  # the process that waits says it, once
+        if announcer.has_parent:  # the process that waits says it, once
             announcer.failed(str(error))
             raise SystemExit(1) from None
         raise
@@ -78,7 +78,7 @@ def serve_here(
 def _serve(
     settings: Settings,
     mountpoint: str,
-    announcer: "Announcer",
+    announcer: "ReadinessNotifier",
     *,
     check_key: bool,
     ready: Callable[[str], None] | None,
@@ -86,32 +86,32 @@ def _serve(
     from tinkerfs.cli import logs
     from tinkerfs.fuse import binding as bindings
     from tinkerfs.fuse import preflight, session
-    from tinkerfs.fuse.malloc import keep_freed_memory
+    from tinkerfs.fuse.malloc import tune_malloc
 
     # All before any thread starts; signals that end a mount wait for it to be served.
     session.block_signals()
-    keep_freed_memory()
-    session.allow_open_files()
+    tune_malloc()
+    session.raise_fd_limit()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
     preflight.check_device()
-    binding = bindings.load()
+    binding = bindings.load_binding()
     preflight.check_fusermount(binding.library.major)
     if settings.allow_other:
         preflight.check_allow_other()
     path = preflight.prepare_mountpoint(mountpoint)
 
-    from tinkerfs.app import compose
+    from tinkerfs.app import open_app
 
-    with compose(settings) as parts:
+    with open_app(settings) as parts:
         if check_key:
-            _check_key(parts.client)
-        if session.stop_was_asked_for():
-            raise SetupError("asked to end before the mount was made")
+            _verify_credentials(parts.client)
+        if session.is_stop_pending():
+            raise StartupError("asked to end before the mount was made")
 
         def answered() -> None:
             if ready is not None:
                 ready(path)
-            if announcer.is_waited_for:
+            if announcer.has_parent:
                 # Warnings so far were for who mounts. From now on nobody reads standard error, and
                 # `tinkerfs mount X 2>&1 | tee` would wait for its end.
                 logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
@@ -129,18 +129,18 @@ def _serve(
         )
 
 
-def _check_key(client: "Client") -> None:
+def _verify_credentials(client: "Client") -> None:
     """Refuse a mount that could only answer "Permission denied"; let one without a network be.
 
     Raises:
         SetupError: there is no key, or the API does not take it.
     """
-    from tinkerfs.concurrency import in_thread
+    from tinkerfs.concurrency import run_in_thread
     from tinkerfs.fuse import session
 
-    answer = in_thread(lambda: client.list_training_runs(limit=1), "first look at the server")
+    answer = run_in_thread(lambda: client.list_training_runs(limit=1), "first look at the server")
     waited_s, step_s = 0.0, 0.05
-    while waited_s < KEY_CHECK_TIMEOUT_S and not session.stop_was_asked_for():
+    while waited_s < KEY_CHECK_TIMEOUT_S and not session.is_stop_pending():
         try:
             answer.result(step_s)
         except TimeoutError:
@@ -148,12 +148,12 @@ def _check_key(client: "Client") -> None:
             continue
         except Unauthorized as error:
             if error.status is None:  # there is no key to send: the message has the cure
-                raise SetupError(error.message) from None
-            raise SetupError(
+                raise StartupError(error.message) from None
+            raise StartupError(
                 f"the API does not take the key: {error.message}: set TINKER_API_KEY to one that is"
                 " valid, or run `tinker auth login`"
             ) from None
-        except SetupError:
+        except StartupError:
             raise
         except TinkerfsError as error:
             log.warning("mounting without an answer from the server: %s", error)

@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 
 from tinkerfs.cli.mount_options import explain_unknown, is_ignored
 from tinkerfs.config import OPTIONS, Option, Settings
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
 __all__ = ["as_arguments", "mountpoint_argument", "resolve", "settings_options"]
@@ -69,7 +69,7 @@ def _flag(option: Option) -> Callable[[F], F]:
     # Values stay text here: `resolve` parses what comes from anywhere in one place.
     # Nor can click show the defaults: it has none, as what was not said leaves room for the rest.
     default = f"default: {option.default}; " if option.default else ""
-    help_ = f"{option.help}  [{default}env: {option.variable}]"
+    help_ = f"{option.help}  [{default}env: {option.env_var}]"
     if option.is_switch:
         return click.option(
             f"--{option.flag}", option.field, is_flag=True, default=None, help=help_
@@ -105,7 +105,7 @@ def resolve(
         option = by_flag.get(name)
         if option is None:
             known = ", ".join(sorted(by_flag))
-            raise SetupError(f"{file}: there is no option {name!r}; there are {known}")
+            raise StartupError(f"{file}: there is no option {name!r}; there are {known}")
         if option.is_path and text:  # a file is read from any directory
             text = _absolute(text, os.path.dirname(os.path.abspath(file)))
         values[option.field] = _parse(option, text, f"{file}: {name}")
@@ -170,16 +170,14 @@ def _option_of(name: str) -> Option | None:
 
 def _variables(option: Option) -> tuple[str, ...]:
     # The official client's own variable, so that one setting serves both.
-    return (
-        (option.variable, "TINKER_BASE_URL") if option.field == "base_url" else (option.variable,)
-    )
+    return (option.env_var, "TINKER_BASE_URL") if option.field == "base_url" else (option.env_var,)
 
 
 def _parse(option: Option, text: str, where: str) -> object:
     try:
         return option.parse(text)
     except ValueError as error:
-        raise SetupError(f"{where}: {error}") from None
+        raise StartupError(f"{where}: {error}") from None
 
 
 def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
@@ -193,10 +191,10 @@ def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
             name, equals, text = item.partition("=")
             option = _option_of(name)
             if option is None:
-                raise SetupError(explain_unknown(item, by_flag))
+                raise StartupError(explain_unknown(item, by_flag))
             if not equals:
                 if not option.is_switch:
-                    raise SetupError(f"-o {item}: it takes a value: -o {name}={option.metavar}")
+                    raise StartupError(f"-o {item}: it takes a value: -o {name}={option.metavar}")
                 text = "yes"
             yield option, text
 
@@ -223,14 +221,14 @@ def _read_file(path: str, *, must_exist: bool = False) -> dict[str, tuple[str, s
             content = tomllib.load(file)
     except FileNotFoundError:
         if must_exist:
-            raise SetupError(f"{path}: there is no such file") from None
+            raise StartupError(f"{path}: there is no such file") from None
         return {}
     except OSError as error:
         if not must_exist:  # e.g. a parent that is no folder, or not ours to read
             return {}
-        raise SetupError(f"{path}: {error.strerror}") from None
+        raise StartupError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SetupError(f"{path}: not TOML: {error}") from None
+        raise StartupError(f"{path}: not TOML: {error}") from None
     return {
         name.replace("_", "-"): (_text(value, path, name), path) for name, value in content.items()
     }
@@ -242,7 +240,7 @@ def _text(value: object, path: str, name: str) -> str:
         return "yes" if value else "no"
     if name == "umask" and not isinstance(value, str):
         # 22 and 0o22 are different numbers in TOML, and nobody means the first.
-        raise SetupError(f'{path}: umask: write it as a text: umask = "022"')
+        raise StartupError(f'{path}: umask: write it as a text: umask = "022"')
     if isinstance(value, str | int | float):
         return str(value)
-    raise SetupError(f"{path}: {name}: neither a text nor a number nor true or false")
+    raise StartupError(f"{path}: {name}: neither a text nor a number nor true or false")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 
 if TYPE_CHECKING:
     from tinkerfs.fuse.mount_table import Mount
@@ -34,9 +34,9 @@ def path(tinker_path: str, mountpoint: str | None) -> None:
         if tinker_path.startswith(_SCHEME) and run_id and "/" not in run_id:
             place = entities.run_path(run_id)
         else:
-            place = entities.place_of(TinkerPath.parse(tinker_path))
+            place = entities.path_for_tinker_path(TinkerPath.parse(tinker_path))
     except ValueError as error:
-        raise SetupError(str(error)) from None
+        raise StartupError(str(error)) from None
     click.echo(os.fsencode(_chosen(mountpoint).mountpoint.rstrip("/") + place))
 
 
@@ -53,7 +53,7 @@ def url(file_path: str) -> None:
     real = _real(file_path)
     mount = _holding(real)
     if mount is None:
-        raise SetupError(f"{file_path} is not below a mount of tinkerfs")
+        raise StartupError(f"{file_path} is not below a mount of tinkerfs")
     parts = os.path.relpath(real, mount.mountpoint).split("/")
     if parts[:2] == ["adapters", ".content"]:
         parts = parts[1:]
@@ -69,7 +69,7 @@ def url(file_path: str) -> None:
         with open(place, "rb") as file:
             click.echo(file.read(), nl=False)
         return
-    raise SetupError(f"{file_path} is no checkpoint, nor in one")
+    raise StartupError(f"{file_path} is no checkpoint, nor in one")
 
 
 def _chosen(mountpoint: str | None) -> "Mount":
@@ -78,15 +78,15 @@ def _chosen(mountpoint: str | None) -> "Mount":
 
     found = mount_table.tinkerfs_mounts()
     if mountpoint is not None:
-        wanted = mount_table.absolute(mountpoint)
+        wanted = mount_table.canonical_mountpoint(mountpoint)
         found = [mount for mount in found if mount.mountpoint == wanted]
         if not found:
-            raise SetupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
+            raise StartupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
     if not found:
-        raise SetupError("nothing is mounted: tinkerfs mount MOUNTPOINT")
+        raise StartupError("nothing is mounted: tinkerfs mount MOUNTPOINT")
     if len({mount.mountpoint for mount in found}) > 1:
         names = ", ".join(mount.mountpoint for mount in found)
-        raise SetupError(f"several are mounted: say --mount MOUNTPOINT, one of {names}")
+        raise StartupError(f"several are mounted: say --mount MOUNTPOINT, one of {names}")
     return found[-1]
 
 
@@ -95,7 +95,7 @@ def _real(file_path: str) -> str:
     try:
         return os.path.realpath(file_path, strict=True)
     except OSError as error:
-        raise SetupError(f"{file_path}: {error.strerror}") from None
+        raise StartupError(f"{file_path}: {error.strerror}") from None
 
 
 def _holding(real: str) -> "Mount | None":

@@ -10,11 +10,11 @@ import click
 from tinkerfs.cli.transfers import complete_path, transfer_options
 
 if TYPE_CHECKING:
-    from tinkerfs.app import Parts
+    from tinkerfs.app import App
     from tinkerfs.cli.progress import Progress
-    from tinkerfs.cli.transfers import Failure, Place
+    from tinkerfs.cli.transfers import Failure, Location
     from tinkerfs.config import Settings
-    from tinkerfs.vfs.weights_nodes import Holding
+    from tinkerfs.vfs.weights_nodes import WeightsRef
     from tinkerfs.weights.file import WeightsFile
 
 __all__ = ["prefetch"]
@@ -48,13 +48,13 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
 
     failures: list[Failure] = []
     rows: list[dict[str, Any]] = []
-    with transfers.signals_interrupt(_HOW_TO_GO_ON):
-        accounts: dict[Settings, list[Place]] = {}
+    with transfers.exit_on_signal(_HOW_TO_GO_ON):
+        accounts: dict[Settings, list[Location]] = {}
         for path in paths:
-            place = transfers.place_of(path, flags)
+            place = transfers.parse_location(path, flags)
             accounts.setdefault(place.settings, []).append(place)
         for settings, places in accounts.items():
-            with transfers.opened(settings) as parts:
+            with transfers.open_account(settings) as parts:
                 work = _check if check else _fetch
                 rows += work(parts, places, failures)
     is_complete = not failures and all(row["kept_bytes"] == row["total_bytes"] for row in rows)
@@ -65,20 +65,22 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
             "kept_bytes": sum(row["kept_bytes"] for row in rows),
             "total_bytes": None if None in totals else sum(totals),
             "files": rows,
-            "errors": transfers.told(failures),
+            "errors": transfers.failures_to_json(failures),
         }
         click.echo(json.dumps(told, indent=2))
     elif check:
         for row in rows:
             if row["kept_bytes"] != row["total_bytes"]:
-                click.echo(_lacking(row))
+                click.echo(_missing_files(row))
     if failures:
-        transfers.fail_with(failures)
+        transfers.exit_with_failures(failures)
     if not is_complete:
         raise SystemExit(1)
 
 
-def _row(holding: "Holding", name: str, kept_bytes: int, total_bytes: int | None) -> dict[str, Any]:
+def _row(
+    holding: "WeightsRef", name: str, kept_bytes: int, total_bytes: int | None
+) -> dict[str, Any]:
     from tinkerfs.cli import transfers
 
     file = "archive.tar" if holding.is_archive else f"files/{name}"
@@ -90,26 +92,26 @@ def _row(holding: "Holding", name: str, kept_bytes: int, total_bytes: int | None
     }
 
 
-def _lacking(row: dict[str, Any]) -> str:
-    from tinkerfs.cli.formatting import size_text
+def _missing_files(row: dict[str, Any]) -> str:
+    from tinkerfs.cli.formatting import format_size
     from tinkerfs.printable import printable
 
     name = printable(f"{row['checkpoint']} {row['file']}")
     if row["total_bytes"] is None:
         return f"{name}: nothing is kept of it"
-    return f"{name}: {size_text(row['kept_bytes'])} of {size_text(row['total_bytes'])}"
+    return f"{name}: {format_size(row['kept_bytes'])} of {format_size(row['total_bytes'])}"
 
 
 def _check(
-    parts: "Parts", places: "list[Place]", failures: "list[Failure]"
+    parts: "App", places: "list[Location]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
     """Return what is kept, without a request to a store or for an archive."""
     from tinkerfs.cli import transfers
     from tinkerfs.cli.transfers import Failure
-    from tinkerfs.context import IN_PROCESS
+    from tinkerfs.context import BACKGROUND_CONTEXT
 
     rows = []
-    holdings, _ = transfers.find_holdings(parts, places, failures)
+    holdings, _ = transfers.resolve_weights(parts, places, failures)
     for holding in holdings:
         subject, weights = holding.subject, parts.weights
         try:
@@ -117,15 +119,15 @@ def _check(
                 if weights.archive_bytes(subject) is None:
                     rows.append(_row(holding, "", 0, None))
                 else:
-                    with weights.open_archive(subject, IN_PROCESS) as file:
+                    with weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
                         rows.append(_row(holding, "", file.kept_bytes(), file.size_bytes))
                 continue
-            listing = weights.known_files(subject)
+            listing = weights.cached_files(subject)
             if listing is None:
-                rows.append(_row(holding, holding.inside, 0, None))
+                rows.append(_row(holding, holding.member_path, 0, None))
                 continue
             for name in transfers.selected(holding, listing):
-                with weights.open(subject, name, IN_PROCESS) as file:
+                with weights.open(subject, name, BACKGROUND_CONTEXT) as file:
                     rows.append(_row(holding, name, file.kept_bytes(), file.size_bytes))
         except OSError as error:
             failures.append(Failure(transfers.name_of(holding), error))
@@ -133,48 +135,48 @@ def _check(
 
 
 def _fetch(
-    parts: "Parts", places: "list[Place]", failures: "list[Failure]"
+    parts: "App", places: "list[Location]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
     """Fetch what is not kept, and return what is then."""
     from tinkerfs.cli import transfers
     from tinkerfs.cli.progress import Progress
-    from tinkerfs.concurrency import in_thread
+    from tinkerfs.concurrency import run_in_thread
 
     progress = Progress(parts.telemetry)
     rows: list[dict[str, Any]] = []
 
     def work() -> None:
-        holdings, _ = transfers.find_holdings(parts, places, failures)
-        fetching = _Fetching(parts, failures, progress)
-        changed = fetching.run(holdings, rows, is_again=False)
-        fetching.run(changed, rows, is_again=True)
+        holdings, _ = transfers.resolve_weights(parts, places, failures)
+        fetching = PrefetchJob(parts, failures, progress)
+        changed = fetching.run(holdings, rows, is_retry=False)
+        fetching.run(changed, rows, is_retry=True)
 
-    progress.run(in_thread(work, "prefetch"))
+    progress.run(run_in_thread(work, "prefetch"))
     return rows
 
 
 @dataclass(frozen=True, slots=True)
-class _Fetching:
+class PrefetchJob:
     """One run of the command, on a thread of its own."""
 
-    parts: "Parts"
+    parts: "App"
     failures: "list[Failure]"
     progress: "Progress"
 
     def run(
-        self, holdings: "list[Holding]", rows: list[dict[str, Any]], *, is_again: bool
-    ) -> "list[Holding]":
+        self, holdings: "list[WeightsRef]", rows: list[dict[str, Any]], *, is_retry: bool
+    ) -> "list[WeightsRef]":
         """Fetch some checkpoints; return those of which the server has another version by now."""
         from tinkerfs import errors
         from tinkerfs.cli import transfers
         from tinkerfs.cli.progress import Item
         from tinkerfs.cli.transfers import Failure
-        from tinkerfs.context import IN_PROCESS
+        from tinkerfs.context import BACKGROUND_CONTEXT
         from tinkerfs.weights import prefetch as blocks
 
-        changed: list[Holding] = []
+        changed: list[WeightsRef] = []
         with ExitStack() as stack:
-            planned = transfers.open_planned(
+            planned = transfers.open_checkpoints(
                 self.parts, holdings, stack, self.failures, with_urls=True
             )
             opened = [(each.holding, name, file) for each in planned for name, file in each.files]
@@ -187,19 +189,19 @@ class _Fetching:
             self.progress.start(items)
             for item in items:
                 if item.is_whole:
-                    self.progress.ended(item)
-            for landed in blocks.prefetch(files, IN_PROCESS):
+                    self.progress.finish(item)
+            for landed in blocks.prefetch(files, BACKGROUND_CONTEXT):
                 item, error = items[landed.number], landed.error
                 holding = opened[landed.number][0]
-                self.progress.gained(item, landed.size_bytes)
+                self.progress.advance(item, landed.size_bytes)
                 if error is None:
                     if item.is_whole:
-                        self.progress.ended(item)
+                        self.progress.finish(item)
                     continue
                 is_stale = isinstance(error, OSError) and errors.is_stale(error)
                 if is_stale:
-                    self.parts.weights.known_files(holding.subject)  # which forgets it
-                if is_stale and not is_again:
+                    self.parts.weights.cached_files(holding.subject)  # which forgets it
+                if is_stale and not is_retry:
                     if holding not in changed:
                         changed.append(holding)
                 else:
@@ -219,18 +221,21 @@ class _Fetching:
         Raises:
             SetupError: the cache may not be so large.
         """
-        from tinkerfs.cli.formatting import size_text
-        from tinkerfs.errors import SetupError
+        from tinkerfs.cli.formatting import format_size
+        from tinkerfs.errors import StartupError
         from tinkerfs.weights import prefetch as blocks
 
-        wanted_bytes, limit_bytes = blocks.room_bytes(files), self.parts.settings.cache_size_bytes
+        wanted_bytes, limit_bytes = (
+            blocks.required_cache_bytes(files),
+            self.parts.settings.cache_size_bytes,
+        )
         if not limit_bytes:
-            raise SetupError(
+            raise StartupError(
                 "nothing is cached on disk, so nothing can be prefetched (hint: name a directory"
                 " that can be written with --cache-dir, and a --cache-size above 0)"
             )
         if wanted_bytes > limit_bytes:
-            raise SetupError(
-                f"these are {size_text(wanted_bytes)}, and the cache takes"
-                f" {size_text(limit_bytes)}: name fewer, or raise --cache-size"
+            raise StartupError(
+                f"these are {format_size(wanted_bytes)}, and the cache takes"
+                f" {format_size(limit_bytes)}: name fewer, or raise --cache-size"
             )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from tinkerfs.cli.formatting import size_text, span_text
+from tinkerfs.cli.formatting import format_duration, format_size
 from tinkerfs.printable import printable
 from tinkerfs.telemetry import Telemetry
 
@@ -57,11 +57,11 @@ class Item:
     name: str
     total_bytes: int
     done_bytes: int
-    had_bytes: int = field(init=False)
+    initial_bytes: int = field(init=False)
     began_s: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.had_bytes = self.done_bytes
+        self.initial_bytes = self.done_bytes
         self.began_s = time.monotonic()
 
     @property
@@ -92,33 +92,37 @@ class Progress:
 
     def start(self, items: list[Item]) -> None:
         """Begin to show files; before this only waits are shown."""
-        self._received_bytes = self._telemetry.counted("bytes_received")
+        self._received_bytes = self._telemetry.counter_value("bytes_received")
         self._items = items
 
-    def gained(self, item: Item, size_bytes: int) -> None:
+    def advance(self, item: Item, size_bytes: int) -> None:
         """Take note that more of a file is there."""
-        if item is not self._current and item.done_bytes == item.had_bytes:
+        if item is not self._current and item.done_bytes == item.initial_bytes:
             item.began_s = time.monotonic()
         self._current = item
         item.done_bytes += size_bytes
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line above."""
         self._lines.append(printable(line))
 
-    def ended(self, item: Item) -> None:
+    def finish(self, item: Item) -> None:
         """Tell that a file is whole."""
-        came_bytes = item.done_bytes - item.had_bytes
+        came_bytes = item.done_bytes - item.initial_bytes
         took_s = max(time.monotonic() - item.began_s, 0.001)
-        words = size_text(item.total_bytes)
+        words = format_size(item.total_bytes)
         if came_bytes:
-            words += f" in {span_text(took_s)}"
+            words += f" in {format_duration(took_s)}"
         if came_bytes >= _LEAST_BYTES:
-            words += f", {size_text(came_bytes / took_s)}/s"
-        if item.had_bytes:
-            had = "" if item.had_bytes == item.total_bytes else f"{size_text(item.had_bytes)} "
+            words += f", {format_size(came_bytes / took_s)}/s"
+        if item.initial_bytes:
+            had = (
+                ""
+                if item.initial_bytes == item.total_bytes
+                else f"{format_size(item.initial_bytes)} "
+            )
             words += f", {had}there already"
-        self.say(f"{item.name}: {words}")
+        self.log(f"{item.name}: {words}")
 
     def run(self, future: "Future[T]") -> T:
         """Show how it goes until work on another thread is done; return its result.
@@ -156,15 +160,15 @@ class Progress:
         now = time.monotonic()
         waits = {
             what.removeprefix(_ARCHIVE): now - for_s
-            for what, for_s in self._telemetry.waits()
+            for what, for_s in self._telemetry.pending()
             if what.startswith(_ARCHIVE) and for_s >= _BUILDING_S
         }
         if not self._is_terminal:
             for path in waits.keys() - self._waits.keys():
-                self.say(f"{path}: its archive is being built")
+                self.log(f"{path}: its archive is being built")
         for path, since_s in self._waits.items():
             if path not in waits:
-                self.say(f"{path}: waited {span_text(now - since_s)} for its archive")
+                self.log(f"{path}: waited {format_duration(now - since_s)} for its archive")
         self._waits = waits
 
     def _line(self, now: float) -> str:
@@ -172,22 +176,22 @@ class Progress:
         if self._waits:
             longest = now - min(self._waits.values())
             what = "an archive is" if len(self._waits) == 1 else f"{len(self._waits)} archives are"
-            building = f"{what} being built, {span_text(longest)}"
+            building = f"{what} being built, {format_duration(longest)}"
         items = self._items
         total_bytes = sum(item.total_bytes for item in items)
         if not total_bytes:
             return building
-        had_bytes = sum(item.had_bytes for item in items)
+        had_bytes = sum(item.initial_bytes for item in items)
         came_bytes = sum(item.done_bytes for item in items) - had_bytes
         # What comes in is seen at once; what is kept, by whole blocks.
-        received_bytes = self._telemetry.counted("bytes_received") - self._received_bytes
+        received_bytes = self._telemetry.counter_value("bytes_received") - self._received_bytes
         place = min(had_bytes + max(came_bytes, received_bytes), total_bytes)
         rate = self._rate(now, place)
         parts = [
             _bar(place / total_bytes),
             f"{place / total_bytes:4.0%}",
-            f"{size_text(place)} of {size_text(total_bytes)}",
-            f"{size_text(rate)}/s",
+            f"{format_size(place)} of {format_size(total_bytes)}",
+            f"{format_size(rate)}/s",
             _left(total_bytes - place, rate),
         ]
         current = self._current
@@ -216,7 +220,7 @@ def _bar(share: float) -> str:
 
 
 def _left(left_bytes: int, rate: float) -> str:
-    return f"{span_text(left_bytes / rate)} left" if rate else "- left"
+    return f"{format_duration(left_bytes / rate)} left" if rate else "- left"
 
 
 def _short(item: Item) -> str:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinkerfs.cli.formatting import size_text, span_text
+from tinkerfs.cli.formatting import format_duration, format_size
 from tinkerfs.cli.options import mountpoint_argument
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def status(mountpoint: str | None, as_json: bool) -> None:
 
     found = mount_table.tinkerfs_mounts()
     if mountpoint is not None:
-        path = mount_table.absolute(mountpoint)
+        path = mount_table.canonical_mountpoint(mountpoint)
         found = [mount for mount in found if mount.mountpoint == path]
         if not found:
-            raise SetupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
+            raise StartupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
     with ThreadPoolExecutor(max_workers=8) as pool:  # each may take its 2 s
         reports = list(pool.map(_report, found))
     if as_json:
@@ -59,7 +59,7 @@ def _report(mount: "Mount") -> dict[str, Any]:
     mountpoint = mount.mountpoint
     shown = mountpoint.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     report: dict[str, Any] = {"mountpoint": shown, "state": "mounted"}
-    pids = mount_table.daemons(mount)
+    pids = mount_table.find_daemon_pids(mount)
     if pids:
         report["pid"] = pids[0]
     try:
@@ -72,7 +72,7 @@ def _report(mount: "Mount") -> dict[str, Any]:
     if isinstance(told, dict):
         # Its own word on its pid is that of its namespace; so it counts where we see none.
         return {**told, **report}
-    health = mount_table.probe(mountpoint)
+    health = mount_table.check_health(mountpoint)
     report["state"] = {"answers": "unreadable"}.get(health, health)
     return report
 
@@ -94,7 +94,7 @@ def _text(report: dict[str, Any]) -> str:
     rows: list[tuple[str, str]] = [
         ("server", str(report.get("base_url", "?"))),
         ("account", _account(report.get("account") or {})),
-        ("since", f"{report.get('started', '?')} ({span_text(report.get('uptime_s', 0))})"),
+        ("since", f"{report.get('started', '?')} ({format_duration(report.get('uptime_s', 0))})"),
         ("process", str(report.get("pid", "?"))),
         ("cache", "not asked yet" if hit_rate is None else f"{hit_rate:.0%} of lookups answered"),
         ("calls", str(report.get("calls_total", 0))),
@@ -107,7 +107,7 @@ def _text(report: dict[str, Any]) -> str:
         lines.append(f"    {endpoint:<{width}}  {told}")
     lines += _section(
         "waits for",
-        [f"{printable(w['what'])} ({span_text(w['for_s'])})" for w in report["waiting"]],
+        [f"{printable(w['what'])} ({format_duration(w['for_s'])})" for w in report["waiting"]],
     )
     errors = [printable(each.replace("\t", "  ")) for each in report["last_errors"]]
     lines += _section("last errors", errors)
@@ -118,7 +118,7 @@ def _account(facts: dict[str, int]) -> str:
     """Say what the listings so far add up to; nothing is asked for the sake of it."""
     if not facts:
         return "not listed yet"
-    stored = size_text(facts["size_bytes"])
+    stored = format_size(facts["size_bytes"])
     where = f"in the {facts['runs_listed']} of them that were listed"
     return f"{facts['runs']} runs; {facts['checkpoints']} checkpoints, {stored}, {where}"
 

@@ -12,33 +12,33 @@ import click
 from click.shell_completion import CompletionItem
 
 from tinkerfs.cli.options import resolve, settings_options
-from tinkerfs.errors import SetupError, TinkerfsError
+from tinkerfs.errors import StartupError, TinkerfsError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    from tinkerfs.app import Parts
+    from tinkerfs.app import App
     from tinkerfs.config import Settings
     from tinkerfs.fuse.mount_table import Mount
-    from tinkerfs.vfs.weights_nodes import Holding
+    from tinkerfs.vfs.weights_nodes import WeightsRef
     from tinkerfs.weights.file import WeightsFile
-    from tinkerfs.weights.reader import Listing
+    from tinkerfs.weights.reader import MemberListing
 
 __all__ = [
     "Failure",
-    "Place",
-    "Planned",
+    "Location",
+    "OpenCheckpoint",
     "complete_path",
-    "fail_with",
-    "find_holdings",
+    "exit_with_failures",
+    "resolve_weights",
     "name_of",
-    "open_planned",
-    "opened",
-    "place_of",
+    "open_checkpoints",
+    "open_account",
+    "parse_location",
     "selected",
     "settings_of",
-    "signals_interrupt",
-    "told",
+    "exit_on_signal",
+    "failures_to_json",
     "transfer_options",
 ]
 
@@ -75,7 +75,7 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where in an account a PATH leads.
 
     Attributes:
@@ -92,7 +92,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class OpenCheckpoint:
     """One checkpoint whose files are known and open.
 
     Attributes:
@@ -100,7 +100,7 @@ class Planned:
         files: name and file; the archive's name is empty.
     """
 
-    holding: "Holding"
+    holding: "WeightsRef"
     files: "tuple[tuple[str, WeightsFile], ...]"
 
 
@@ -136,7 +136,7 @@ class Failure:
         return errors.redact(words) + (f"; {self.advice}" if self.advice else "")
 
 
-def place_of(given: str, flags: Mapping[str, str | bool | None]) -> Place:
+def parse_location(given: str, flags: Mapping[str, str | bool | None]) -> Location:
     """Return where a PATH leads: a tinker path, or a file below a mount.
 
     Asks no mount but for its settings, and that with a bound on the wait.
@@ -152,14 +152,16 @@ def place_of(given: str, flags: Mapping[str, str | bool | None]) -> Place:
         try:
             is_run = run_id and "/" not in run_id
             path = (
-                entities.run_path(run_id) if is_run else entities.place_of(TinkerPath.parse(given))
+                entities.run_path(run_id)
+                if is_run
+                else entities.path_for_tinker_path(TinkerPath.parse(given))
             )
         except ValueError as error:
-            raise SetupError(str(error)) from None
-        return Place(given, path, resolve(flags))
+            raise StartupError(str(error)) from None
+        return Location(given, path, resolve(flags))
     mount, path = _below_mount(given)
     settings = resolve({**settings_of(mount), **_said(flags)})
-    return Place(given, path, settings, mount.mountpoint)
+    return Location(given, path, settings, mount.mountpoint)
 
 
 def _said(flags: Mapping[str, str | bool | None]) -> dict[str, str | bool | None]:
@@ -192,7 +194,7 @@ def _below_mount(given: str) -> tuple["Mount", str]:
             target = os.readlink(done)
             rest = [each for each in target.split("/") if each] + rest
             done = "/" if target.startswith("/") else os.path.dirname(done)
-    raise SetupError(
+    raise StartupError(
         f"{given} is neither below a mount of tinkerfs nor a tinker path, {_SCHEME}<run>/..."
     )
 
@@ -211,12 +213,12 @@ def settings_of(mount: "Mount") -> dict[str, str | bool | None]:
             mount_table.read_file(f"{mount.mountpoint}/.tinkerfs/stats.json") or b"null"
         )
     except TimeoutError:
-        raise SetupError(f"the mount at {mount.mountpoint} does not answer: {cure}") from None
+        raise StartupError(f"the mount at {mount.mountpoint} does not answer: {cure}") from None
     except ValueError:
         told = None
     names = {"base_url": "base_url", "cache_dir": "cache_dir", "cache_size_bytes": "cache_size"}
     if not isinstance(told, dict) or not names.keys() <= told.keys():
-        raise SetupError(
+        raise StartupError(
             f"the mount at {mount.mountpoint} does not tell where its cache is: {cure}"
         )
     # None where the mount caches in memory alone, which another process has no part in.
@@ -224,26 +226,26 @@ def settings_of(mount: "Mount") -> dict[str, str | bool | None]:
 
 
 @contextmanager
-def opened(settings: "Settings") -> Iterator["Parts"]:
+def open_account(settings: "Settings") -> Iterator["App"]:
     """Open an account in this process; its log goes to the file that is set, or nowhere.
 
     Raises:
         SetupError: the cache folder or the log cannot be used.
     """
-    from tinkerfs.app import compose
+    from tinkerfs.app import open_app
     from tinkerfs.cli import logs
-    from tinkerfs.fuse.malloc import keep_freed_memory
+    from tinkerfs.fuse.malloc import tune_malloc
 
-    keep_freed_memory()
+    tune_malloc()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
     # The bound is on walks that ask for archives by accident: here each was asked for by name.
-    with compose(replace(settings, archive_burst=0), is_one_transfer=True) as parts:
+    with open_app(replace(settings, archive_build_limit=0), is_one_transfer=True) as parts:
         yield parts
 
 
-def find_holdings(
-    parts: "Parts", places: list[Place], failures: list[Failure]
-) -> "tuple[list[Holding], bool]":
+def resolve_weights(
+    parts: "App", places: list[Location], failures: list[Failure]
+) -> "tuple[list[WeightsRef], bool]":
     """Return the weights that some places name, each once; and whether the last names just one.
 
     Args:
@@ -251,32 +253,32 @@ def find_holdings(
         places: where to look.
         failures: gets those where nothing is.
     """
-    from tinkerfs.context import IN_PROCESS
-    from tinkerfs.vfs.weights_lookup import holding_at, holdings_below
+    from tinkerfs.context import BACKGROUND_CONTEXT
+    from tinkerfs.vfs.weights_lookup import iter_weights, resolve_weights
 
-    found: dict[object, Holding] = {}
+    found: dict[object, WeightsRef] = {}
     one = None
     for place in places:
         try:
-            one = holding_at(parts.filesystem, place.path, IN_PROCESS)
-            below = [one] if one else holdings_below(parts.filesystem, place.path, IN_PROCESS)
+            one = resolve_weights(parts.filesystem, place.path, BACKGROUND_CONTEXT)
+            below = [one] if one else iter_weights(parts.filesystem, place.path, BACKGROUND_CONTEXT)
         except OSError as error:
             failures.append(Failure(place.shown, error))
             continue
         if not below:
-            failures.append(Failure(place.shown, SetupError("there are no checkpoints in it")))
+            failures.append(Failure(place.shown, StartupError("there are no checkpoints in it")))
         for each in below:
-            key = (each.checkpoint.key, each.is_archive, each.inside)
+            key = (each.checkpoint.key, each.is_archive, each.member_path)
             found.setdefault(key, each)
     return list(found.values()), one is not None
 
 
-def name_of(holding: "Holding") -> str:
+def name_of(holding: "WeightsRef") -> str:
     """Return what a checkpoint is called in messages."""
     return holding.checkpoint.tinker_path
 
 
-def selected(holding: "Holding", listing: "Listing") -> list[str]:
+def selected(holding: "WeightsRef", listing: "MemberListing") -> list[str]:
     """Return the names of the members that are meant.
 
     Raises:
@@ -286,22 +288,22 @@ def selected(holding: "Holding", listing: "Listing") -> list[str]:
 
     def is_meant(name: str) -> bool:
         shown = "/".join(map(name_encoding.encode, name.split("/")))
-        return not holding.inside or f"{shown}/".startswith(f"{holding.inside}/")
+        return not holding.member_path or f"{shown}/".startswith(f"{holding.member_path}/")
 
     found = [name for name in listing.members if is_meant(name)]
-    if not found and holding.inside:
-        raise errors.not_found(holding.inside)
+    if not found and holding.member_path:
+        raise errors.not_found(holding.member_path)
     return found
 
 
-def open_planned(
-    parts: "Parts",
-    holdings: "list[Holding]",
+def open_checkpoints(
+    parts: "App",
+    holdings: "list[WeightsRef]",
     stack: ExitStack,
     failures: list[Failure],
     *,
     with_urls: bool,
-) -> list[Planned]:
+) -> list[OpenCheckpoint]:
     """Open all files of some checkpoints, side by side; archives are waited for.
 
     Args:
@@ -311,30 +313,32 @@ def open_planned(
         failures: gets what cannot be opened.
         with_urls: wait for the archives of what is not kept, also where its files are known.
     """
-    from tinkerfs.concurrency import side_by_side
-    from tinkerfs.context import IN_PROCESS
+    from tinkerfs.concurrency import run_concurrently
+    from tinkerfs.context import BACKGROUND_CONTEXT
 
     weights = parts.weights
 
-    def open_one(holding: "Holding") -> Planned:
+    def open_one(holding: "WeightsRef") -> OpenCheckpoint:
         files: list[tuple[str, WeightsFile]] = []
         subject = holding.subject
         if holding.is_archive:
-            files.append(("", stack.enter_context(weights.open_archive(subject, IN_PROCESS))))
+            files.append(
+                ("", stack.enter_context(weights.open_archive(subject, BACKGROUND_CONTEXT)))
+            )
         else:
-            for name in selected(holding, weights.files(subject, IN_PROCESS)):
-                file = stack.enter_context(weights.open(subject, name, IN_PROCESS))
+            for name in selected(holding, weights.files(subject, BACKGROUND_CONTEXT)):
+                file = stack.enter_context(weights.open(subject, name, BACKGROUND_CONTEXT))
                 files.append((name, file))
         missing = None
         if with_urls:
             missing = next((f for _, f in files if f.kept_bytes() < f.size_bytes), None)
         if missing is not None:
-            missing.prepare(IN_PROCESS)
-        return Planned(holding, tuple(files))
+            missing.prepare(BACKGROUND_CONTEXT)
+        return OpenCheckpoint(holding, tuple(files))
 
     works = [lambda holding=holding: open_one(holding) for holding in holdings]
     planned = []
-    flights: list[Future[Planned]] = side_by_side(works, _ARCHIVES_AT_ONCE, "open")
+    flights: list[Future[OpenCheckpoint]] = run_concurrently(works, _ARCHIVES_AT_ONCE, "open")
     for holding, flight in zip(holdings, flights, strict=True):
         error = flight.exception()
         if error is None:
@@ -345,12 +349,12 @@ def open_planned(
     return planned
 
 
-def told(failures: list[Failure]) -> list[dict[str, str]]:
+def failures_to_json(failures: list[Failure]) -> list[dict[str, str]]:
     """Return failures as JSON values."""
     return [{"path": each.name, "error": each.words} for each in failures]
 
 
-def fail_with(failures: list[Failure]) -> NoReturn:
+def exit_with_failures(failures: list[Failure]) -> NoReturn:
     """Tell each failure in one line on standard error, and exit 1."""
     from tinkerfs.printable import printable
 
@@ -364,7 +368,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def signals_interrupt(how_to_go_on: str) -> Iterator[None]:
+def exit_on_signal(how_to_go_on: str) -> Iterator[None]:
     """End at once on Ctrl-C and SIGTERM, with one line; exit 130, or 143 for SIGTERM.
 
     Args:

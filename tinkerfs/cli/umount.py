@@ -6,11 +6,11 @@ import click
 
 from tinkerfs import errors
 from tinkerfs.cli.options import mountpoint_argument
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.printable import printable
 
 if TYPE_CHECKING:
-    from tinkerfs.fuse.mount_table import Holder
+    from tinkerfs.fuse.mount_table import MountUser
 
 __all__ = ["umount"]
 
@@ -41,22 +41,25 @@ def umount(mountpoint: str, force: bool) -> None:
     """  # noqa: D301
     from tinkerfs.fuse import mount_table
 
-    path = mount_table.absolute(mountpoint)
+    path = mount_table.canonical_mountpoint(mountpoint)
     mount = mount_table.find_mount(path)
     if mount is None:
-        raise SetupError(f"{mountpoint} is not mounted")
+        raise StartupError(f"{mountpoint} is not mounted")
     if mount.fstype != mount_table.FSTYPE:
-        raise SetupError(f"{mountpoint} is a mount of {mount.fstype}, not of tinkerfs")
-    daemons = mount_table.daemons(mount)
+        raise StartupError(f"{mountpoint} is a mount of {mount.fstype}, not of tinkerfs")
+    daemons = mount_table.find_daemon_pids(mount)
     # Before it is detached: nobody can be seen to hold what has no place in the tree any more.
-    held_by = _named(mount_table.holders(path)) if force else ""
+    held_by = _format_users(mount_table.find_mount_users(path)) if force else ""
     try:
-        mount_table.unmount(path, lazy=force or mount_table.probe(path) == "dead")
+        mount_table.unmount(path, lazy=force or mount_table.check_health(path) == "dead")
     except OSError as error:
         if not errors.is_busy(error):
-            raise SetupError(f"{mountpoint} cannot be unmounted: {error.strerror}") from None
-        held_by = _named(mount_table.holders(path)) or "a process that cannot be seen from here"
-        raise SetupError(
+            raise StartupError(f"{mountpoint} cannot be unmounted: {error.strerror}") from None
+        held_by = (
+            _format_users(mount_table.find_mount_users(path))
+            or "a process that cannot be seen from here"
+        )
+        raise StartupError(
             f"{mountpoint} is busy: held by {held_by}: end that, or tinkerfs umount --force"
             f" {mountpoint}"
         ) from None
@@ -75,7 +78,7 @@ def umount(mountpoint: str, force: bool) -> None:
     click.echo(printable(f"tinkerfs: {mountpoint} is detached; {end}"), err=True)
 
 
-def _named(holders: "list[Holder]") -> str:
+def _format_users(holders: "list[MountUser]") -> str:
     """Name who holds a mount, the first few; nobody is the empty string."""
     who = ", ".join(str(holder) for holder in holders[:_MAX_HOLDERS])
     more = len(holders) - _MAX_HOLDERS

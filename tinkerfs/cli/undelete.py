@@ -10,7 +10,7 @@ from tinkerfs.cli.transfers import complete_path
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tinkerfs.cli.transfers import Place
+    from tinkerfs.cli.transfers import Location
 
 __all__ = ["undelete"]
 
@@ -42,17 +42,17 @@ def undelete(paths: tuple[str, ...], **flags: str | None) -> None:
     failures: list[transfers.Failure] = []
     for given in paths:
         try:
-            place = transfers.place_of(given, flags)
+            place = transfers.parse_location(given, flags)
             restored = _through_a_mount(place) or _in_this_process(place)
         except (OSError, TinkerfsError) as error:
             failures.append(transfers.Failure(given, error))
         else:
             click.echo(printable(restored))
     if failures:
-        transfers.fail_with(failures)
+        transfers.exit_with_failures(failures)
 
 
-def _through_a_mount(place: "Place") -> str | None:
+def _through_a_mount(place: "Location") -> str | None:
     """Restore a checkpoint through a mount that has it in its trash.
 
     Returns:
@@ -69,7 +69,7 @@ def _through_a_mount(place: "Place") -> str | None:
         try:
             restored = _at(mountpoint, place)
         except TimeoutError:
-            raise errors.SetupError(
+            raise errors.StartupError(
                 f"the mount at {mountpoint} does not respond; whether it restores the checkpoint"
                 f" is in {mountpoint}/.tinkerfs/changes"
             ) from None
@@ -83,7 +83,7 @@ def _through_a_mount(place: "Place") -> str | None:
     return None
 
 
-def _at(mountpoint: str, place: "Place") -> str | None:
+def _at(mountpoint: str, place: "Location") -> str | None:
     from tinkerfs.fuse import mount_table
 
     found: list[tuple[str, bytes]] = []
@@ -98,10 +98,10 @@ def _at(mountpoint: str, place: "Place") -> str | None:
     return tinker_path.decode("utf-8", "surrogateescape").strip()
 
 
-def _mountpoints(place: "Place") -> "Iterator[str]":
+def _mountpoints(place: "Location") -> "Iterator[str]":
     """Yield the mounts that may have a checkpoint in their trash."""
     from tinkerfs.cli import transfers
-    from tinkerfs.errors import SetupError
+    from tinkerfs.errors import StartupError
     from tinkerfs.fuse import mount_table
 
     if place.mountpoint:
@@ -110,51 +110,53 @@ def _mountpoints(place: "Place") -> "Iterator[str]":
     for mount in mount_table.tinkerfs_mounts():
         try:
             of_mount = transfers.settings_of(mount)
-        except SetupError:  # it hangs, or is dead
+        except StartupError:  # it hangs, or is dead
             continue
         if of_mount["base_url"] == place.settings.base_url:
             yield mount.mountpoint
 
 
-def _in_this_process(place: "Place") -> str:
+def _in_this_process(place: "Location") -> str:
     """Restore a checkpoint without a mount; return its tinker path."""
     import os
 
     from tinkerfs import errors
     from tinkerfs.cli import transfers
-    from tinkerfs.context import IN_PROCESS
+    from tinkerfs.context import BACKGROUND_CONTEXT
 
     found: list[str] = []
-    with transfers.opened(place.settings) as parts:
+    with transfers.open_account(place.settings) as parts:
         for link in _links(place):
             try:
-                found.append(parts.filesystem.follow(link, IN_PROCESS))
+                found.append(parts.filesystem.realpath(link, BACKGROUND_CONTEXT))
             except OSError as error:
                 if not errors.is_missing(error):
                     raise
         if not found:
             raise errors.not_in_trash(place.shown)
         directory = _only(found)
-        handle = parts.filesystem.open(f"{directory}/tinker_path", os.O_RDONLY, IN_PROCESS)
-        tinker_path = handle.read(1 << 20, 0, IN_PROCESS).decode("utf-8", "surrogateescape").strip()
-        control = parts.filesystem.open(f"{directory}/expires_at", os.O_WRONLY, IN_PROCESS)
-        control.write(b"never", IN_PROCESS)
+        handle = parts.filesystem.open(f"{directory}/tinker_path", os.O_RDONLY, BACKGROUND_CONTEXT)
+        tinker_path = (
+            handle.read(1 << 20, 0, BACKGROUND_CONTEXT).decode("utf-8", "surrogateescape").strip()
+        )
+        control = parts.filesystem.open(f"{directory}/expires_at", os.O_WRONLY, BACKGROUND_CONTEXT)
+        control.write(b"never", BACKGROUND_CONTEXT)
     return tinker_path
 
 
-def _links(place: "Place") -> list[str]:
-    from tinkerfs.errors import SetupError
+def _links(place: "Location") -> list[str]:
+    from tinkerfs.errors import StartupError
     from tinkerfs.vfs.trash import trash_paths
 
     try:
         return trash_paths(place.path)
     except ValueError as error:
-        raise SetupError(f"{error} (hint: name its link in .tinkerfs/trash)") from None
+        raise StartupError(f"{error} (hint: name its link in .tinkerfs/trash)") from None
 
 
 def _only(found: list[T]) -> T:
-    from tinkerfs.errors import SetupError
+    from tinkerfs.errors import StartupError
 
     if len(found) > 1:
-        raise SetupError("checkpoints of several kinds have this name (hint: say which kind)")
+        raise StartupError("checkpoints of several kinds have this name (hint: say which kind)")
     return found[0]

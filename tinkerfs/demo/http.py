@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.abort(reset=rule.reset)
         entry.is_range_hidden = rule.ignore_range
         reply = _own_answer(rule) if rule.replaces_answer else self.server.origin.answer(entry)
-        _spoil(reply, rule)
+        _corrupt_response(reply, rule)
         # What making the answer took is part of the delay: who measures counts on that.
         if not pause(due_s - time.monotonic(), self.is_over):
             return self.abort()
@@ -323,7 +323,7 @@ def _own_answer(rule: Rule) -> Reply:
     return error_reply(status) if body is None else json_reply(body, status)
 
 
-def _spoil(reply: Reply, rule: Rule) -> None:
+def _corrupt_response(reply: Reply, rule: Rule) -> None:
     """Change a true answer as a rule says."""
     edits: list[Callable[[Any], Any]] = []
     if rule.page_max is not None:

@@ -20,9 +20,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tinkerfs.errors import SetupError
-from tinkerfs.fuse.callbacks import callbacks_of, with_callbacks
-from tinkerfs.fuse.worker_pool import Loops
+from tinkerfs.errors import StartupError
+from tinkerfs.fuse.callbacks import build_callbacks, override_callbacks
+from tinkerfs.fuse.worker_pool import SessionWorkers
 
 if TYPE_CHECKING:
     from tinkerfs.fuse.operations import Operations
@@ -32,7 +32,7 @@ __all__ = [
     "Binding",
     "Library",
     "find_library",
-    "load",
+    "load_binding",
 ]
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Binding:
     name: str
     library: Library
     module: Any
-    loops: Loops
+    loops: SessionWorkers
 
     def __str__(self) -> str:
         """Say what drives what."""
@@ -115,7 +115,7 @@ class Binding:
 
     def waiting(self) -> AbstractContextManager[None]:
         """Return what is entered while a request waits, so that others are served meanwhile."""
-        return self.loops.waiting()
+        return self.loops.blocking()
 
     def mount_options(self, *, read_only: bool, allow_other: bool) -> dict[str, str | bool]:
         """Return the options that this libfuse takes; it refuses to start over one it does not."""
@@ -158,10 +158,10 @@ class Binding:
         """
         # The bindings log every failed operation with a traceback at DEBUG; ours says it in a line.
         logging.getLogger("fuse").setLevel(logging.WARNING)
-        callbacks = callbacks_of(operations, self.module, self.library.major)
+        callbacks = build_callbacks(operations, self.module, self.library.major)
         main_of = self.module if self.name != "fusepy" else self.module._libfuse
         theirs = self.module.fuse_operations, main_of.fuse_main_real
-        self.module.fuse_operations = with_callbacks(theirs[0], callbacks)
+        self.module.fuse_operations = override_callbacks(theirs[0], callbacks)
         main_of.fuse_main_real = self.loops.main
         try:
             self._run(operations, mountpoint, options)
@@ -174,7 +174,7 @@ class Binding:
         if self.name == "fusepy":
             _register_codec()
             self.module.FUSE(
-                _Dispatching(operations),
+                _FusepyDispatcher(operations),
                 mountpoint,
                 raw_fi=True,
                 encoding=_CODEC,
@@ -184,11 +184,11 @@ class Binding:
             return
         factory = self.module.FUSE
         if self.library.major == 3:
-            factory = _with_wider_queues(self.module)
+            factory = _raise_background_limits(self.module)
         factory(operations, mountpoint, raw_fi=True, foreground=True, **options)
 
 
-def _with_wider_queues(module: Any) -> Any:
+def _raise_background_limits(module: Any) -> Any:
     """Return mfusepy's FUSE class for libfuse 3 with room for many reads that wait.
 
     libfuse 3 dropped the mount options for it; the fields read 0 until they are set here.
@@ -203,7 +203,7 @@ def _with_wider_queues(module: Any) -> Any:
     return WideFUSE
 
 
-class _Dispatching:
+class _FusepyDispatcher:
     """The operations as fusepy calls them: by name, through `__call__`, which mfusepy refuses."""
 
     def __init__(self, operations: "Operations") -> None:
@@ -260,7 +260,7 @@ def _probe(path: str) -> Library | None:
     return Library(path, version)
 
 
-def load() -> Binding:
+def load_binding() -> Binding:
     """Import the binding that fits this system.
 
     Raises:
@@ -268,7 +268,7 @@ def load() -> Binding:
     """
     wanted = os.environ.get("TINKERFS_FUSE_BINDING") or "auto"
     if wanted != "auto" and wanted not in BINDINGS:
-        raise SetupError(
+        raise StartupError(
             f"TINKERFS_FUSE_BINDING is {wanted!r}; it takes auto, {', '.join(sorted(BINDINGS))}"
         )
     failures = []
@@ -281,23 +281,23 @@ def load() -> Binding:
             continue
         try:
             return Binding(
-                name, library, _import(name, library), Loops(library.path, library.major)
+                name, library, _import(name, library), SessionWorkers(library.path, library.major)
             )
         except (ImportError, OSError, AttributeError, NotImplementedError) as error:
             failures.append(f"{name}: {error}")
     forced = os.environ.get("FUSE_LIBRARY_PATH")
     if forced:
-        raise SetupError(
+        raise StartupError(
             f"FUSE_LIBRARY_PATH={forced} cannot be used ({'; '.join(failures)}): unset it, or name"
             " a libfuse 3, or a libfuse 2"
         )
     major = BINDINGS.get(wanted, 3)
-    raise SetupError(
+    raise StartupError(
         f"libfuse cannot be used ({'; '.join(dict.fromkeys(failures))}): {_INSTALL[major]}"
     )
 
 
-def _keep_the_interpreter(module: Any) -> None:
+def _call_without_releasing_gil(module: Any) -> None:
     """Let a binding ask libfuse for the caller without letting go of the interpreter meanwhile.
 
     That takes it nothing. To let go and take hold again costs a switch of threads each time when
@@ -333,7 +333,7 @@ def _import(name: str, library: Library) -> Any:
                     loaded = int(module._libfuse.fuse_version())
                     if loaded != library.version:
                         raise ImportError(f"{candidate} is loaded with libfuse {loaded} already")
-                    _keep_the_interpreter(module)
+                    _call_without_releasing_gil(module)
                     return module
                 error = error or ImportError(f"{candidate} is another package of that name")
             raise error or ImportError(name)

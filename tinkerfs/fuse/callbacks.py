@@ -26,15 +26,15 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from tinkerfs import errors
-from tinkerfs.context import Lease
-from tinkerfs.fuse.reply_cache import Answers
-from tinkerfs.vfs.node import DOTS, Attr, Entry, dots
+from tinkerfs.context import Validity
+from tinkerfs.fuse.reply_cache import ReplyCache
+from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, dot_entries
 
 if TYPE_CHECKING:
-    from tinkerfs.fuse.operations import Opened, OpenedFolder, Operations
-    from tinkerfs.vfs.directory_cache import Listing
+    from tinkerfs.fuse.operations import OpenDirectory, OpenFile, Operations
+    from tinkerfs.vfs.directory_cache import CachedDirectory
 
-__all__ = ["callbacks_of", "packer_of", "with_callbacks"]
+__all__ = ["build_callbacks", "make_stat_packer", "override_callbacks"]
 
 #: Of a readdir: the kernel wants attributes (libfuse's fuse.h, enum fuse_readdir_flags).
 _READDIR_PLUS: Final = 1
@@ -77,7 +77,7 @@ _TIMES: Final = ("st_atimespec", "st_mtimespec", "st_ctimespec")
 _NS_OF_A_SECOND: Final = 1_000_000_000
 
 
-def with_callbacks(structure: Any, callbacks: Mapping[str, Any]) -> Any:
+def override_callbacks(structure: Any, callbacks: Mapping[str, Any]) -> Any:
     """Return a binding's `fuse_operations` that takes `callbacks` in place of the binding's own.
 
     A binding fills in its structure field by field, and passes it to libfuse.
@@ -94,7 +94,7 @@ def with_callbacks(structure: Any, callbacks: Mapping[str, Any]) -> Any:
     return Callbacks
 
 
-def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str, Any]:
+def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[str, Any]:
     """Return the callbacks over `operations`, by the name of libfuse's operation.
 
     Args:
@@ -102,15 +102,15 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         module: the binding, for the layout of libfuse's structures.
         major: libfuse's version, 2 or 3.
     """
-    pack = packer_of(module.c_stat)
+    pack = make_stat_packer(module.c_stat)
     stat_bytes = ctypes.sizeof(module.c_stat)
     file_info = module.fuse_file_info.from_address
     fh_offset = module.fuse_file_info.fh.offset
     fh_at = ctypes.c_uint64.from_address
     memmove = _memmove()
     memory_at = _memory_at()
-    attributes: Answers[_Attributes] = Answers(operations.holds, _MOST_ATTRIBUTES)
-    files: Answers[Opened] = Answers(operations.holds, _MOST_FILES)
+    attributes: ReplyCache[_CachedStat] = ReplyCache(operations.holds, _MOST_ATTRIBUTES)
+    files: ReplyCache[OpenFile] = ReplyCache(operations.holds, _MOST_FILES)
 
     def fh_of(info: int) -> int:
         return fh_at(info + fh_offset).value
@@ -122,35 +122,35 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         if answer is None:
             answer = look(path, info)
         elif not answer.is_of_folder:
-            operations.looked_at_file()
+            operations.note_file_stat()
         if answer.errno:
             return -answer.errno
         memmove(buffer, answer.packed, stat_bytes)
         return 0
 
-    def known_beside(path: bytes) -> "tuple[Listing | None, Entry | None]":
+    def known_beside(path: bytes) -> "tuple[CachedDirectory | None, Entry | None]":
         """Return what is known of the folder that a path is in, and of the path, if that holds."""
         folder, _, name = path.decode("utf-8", "surrogateescape").rpartition("/")
         known = operations.known(folder or "/")
         return known, None if known is None else known.entry(name)
 
-    def known_attributes(path: bytes) -> _Attributes | None:
+    def known_attributes(path: bytes) -> _CachedStat | None:
         known, entry = known_beside(path)
         if known is None or entry is None or entry.attr is None:
             return None
-        answer = _Attributes(pack(entry.attr), stat.S_ISDIR(entry.mode))
-        if attributes.is_asked_again(path):  # by the path alone it is found in half the time
+        answer = _CachedStat(pack(entry.attr), stat.S_ISDIR(entry.mode))
+        if attributes.seen_recently(path):  # by the path alone it is found in half the time
             attributes.keep(path, answer, known.lease, known.epoch)
         return answer
 
-    def look(path: bytes | None, info: int | None) -> _Attributes:
-        is_kept = path is not None and not info and attributes.is_asked_again(path)
-        lease, epoch = Lease() if is_kept else None, operations.epoch
+    def look(path: bytes | None, info: int | None) -> _CachedStat:
+        is_kept = path is not None and not info and attributes.seen_recently(path)
+        lease, epoch = Validity() if is_kept else None, operations.epoch
         try:
             attr = operations.getattr(_text(path), fh_of(info) if info else None, lease)
-            answer = _Attributes(pack(attr), stat.S_ISDIR(attr.mode))
+            answer = _CachedStat(pack(attr), stat.S_ISDIR(attr.mode))
         except OSError as error:
-            answer = _Attributes(b"", True, -_refusal(error))
+            answer = _CachedStat(b"", True, -_negative_errno(error))
             if not errors.is_missing(error):
                 return answer
         if path is not None and lease is not None:
@@ -167,7 +167,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
             try:
                 target = operations.readlink(decoded)
             except OSError as error:
-                return _refusal(error)
+                return _negative_errno(error)
         text = target.encode("utf-8", "surrogateescape")[: size - 1] + b"\0"
         memmove(buffer, text, len(text))
         return 0
@@ -179,16 +179,16 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         if file is not None:
             operations.on_open(file.path)
         else:
-            lease = Lease() if is_plain and files.is_asked_again(path) else None
+            lease = Validity() if is_plain and files.seen_recently(path) else None
             epoch = operations.epoch
             try:
                 text = path.decode("utf-8", "surrogateescape")
                 file = operations.open(text, fields.flags, lease)
             except OSError as error:
-                return _refusal(error)
+                return _negative_errno(error)
             if lease is not None and not file.direct_io:
                 files.keep(path, file, lease, epoch)
-        fields.fh = operations.add(file)
+        fields.fh = operations.register_handle(file)
         fields.direct_io, fields.keep_cache = file.direct_io, file.keep_cache
         return 0
 
@@ -196,20 +196,20 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         try:
             return operations.read(fh_of(info), memory_at(buffer, size, _WRITABLE), offset)
         except OSError as error:
-            return _refusal(error)
+            return _negative_errno(error)
 
     def release(_path: bytes | None, info: int) -> int:
         try:
             operations.release(fh_of(info))
         except OSError as error:
-            return _refusal(error)
+            return _negative_errno(error)
         return 0
 
     def opendir(path: bytes, info: int) -> int:
         try:
             fh = operations.opendir(path.decode("utf-8", "surrogateescape"))
         except OSError as error:
-            return _refusal(error)
+            return _negative_errno(error)
         fh_at(info + fh_offset).value = fh
         return 0
 
@@ -217,7 +217,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
         try:
             operations.releasedir(fh_of(info))
         except OSError as error:
-            return _refusal(error)
+            return _negative_errno(error)
         return 0
 
     fill_arguments = (_ADDRESS, _PATH, _ADDRESS, _OFFSET, *([_INT] if major == 3 else []))
@@ -233,17 +233,17 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     ) -> int:
         fill = filler_at(filler)
         try:
-            folder = operations.folder(fh_of(info))
+            folder = operations.open_directory(fh_of(info))
             is_plus = bool(flags & _READDIR_PLUS)
             # Past the first buffer the kernel wants attributes where the caller looked at some.
-            is_wanted = is_plus and (offset > 0 or operations.looks_at_files())
-            if is_wanted and operations.is_as_it_was(folder) and (ready := ready_of(folder)):
+            is_wanted = is_plus and (offset > 0 or operations.wants_attributes())
+            if is_wanted and operations.is_unmodified(folder) and (ready := ready_of(folder)):
                 return hand_on(ready, fill, buffer, offset)
             entries = operations.readdir(fh_of(info), offset)  # which may wait
         except OSError as error:
-            return _refusal(error)
+            return _negative_errno(error)
         # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
-        is_plus = is_plus and operations.is_as_it_was(folder)
+        is_plus = is_plus and operations.is_unmodified(folder)
         is_wanted = is_wanted and is_plus
         # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
         # with 0 it would collect everything first, on libfuse 3 without the attributes.
@@ -262,28 +262,28 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     def packed(entry: Entry) -> bytes:
         return pack(entry.attr or Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0))
 
-    def ready_of(folder: "OpenedFolder") -> _Ready | None:
+    def ready_of(folder: "OpenDirectory") -> _PreparedListing | None:
         """Return the entries of a short listing that is kept, made ready where they are not.
 
         Never where each operation is to be logged.
         """
-        listing = None if operations.is_traced else folder.scan.listing
+        listing = None if operations.is_debug_logging else folder.scan.listing
         if listing is None or len(listing.entries) > _MOST_READY:
             return None
         if listing.ready is None:
-            entries = (*dots(folder.path), *listing.entries)
+            entries = (*dot_entries(folder.path), *listing.entries)
             attributes = b"".join(map(packed, entries))
             address = ctypes.cast(ctypes.c_char_p(attributes), _ADDRESS).value
             assert address is not None
             names = tuple(encoded(entry.name) for entry in entries)
-            listing.ready = _Ready(names, attributes, address)
-        ready: _Ready = listing.ready
+            listing.ready = _PreparedListing(names, attributes, address)
+        ready: _PreparedListing = listing.ready
         return ready
 
-    def hand_on(ready: _Ready, fill: Callable[..., int], buffer: int, offset: int) -> int:
+    def hand_on(ready: _PreparedListing, fill: Callable[..., int], buffer: int, offset: int) -> int:
         address = ready.address + offset * stat_bytes
         for index, name in enumerate(ready.names[offset:], offset + 1):
-            rest = plus if index > DOTS else plain  # those have no attributes
+            rest = plus if index > DOT_ENTRY_COUNT else plain  # those have no attributes
             if fill(buffer, name, address, index, *rest):
                 break
             address += stat_bytes
@@ -310,7 +310,7 @@ def callbacks_of(operations: "Operations", module: Any, major: int) -> dict[str,
     return callbacks
 
 
-class _Ready(msgspec.Struct, frozen=True, gc=False):
+class _PreparedListing(msgspec.Struct, frozen=True, gc=False):
     """What a folder holds, `.` and `..` too, as libfuse copies it: names, and a `struct stat` each.
 
     Attributes:
@@ -324,7 +324,7 @@ class _Ready(msgspec.Struct, frozen=True, gc=False):
     address: int
 
 
-class _Attributes(msgspec.Struct, frozen=True, gc=False):
+class _CachedStat(msgspec.Struct, frozen=True, gc=False):
     """What a look at attributes is answered: a `struct stat`, or an errno."""
 
     packed: bytes
@@ -359,12 +359,12 @@ def _text(path: bytes | None) -> str | None:
     return None if path is None else path.decode("utf-8", "surrogateescape")
 
 
-def _refusal(error: OSError) -> int:
+def _negative_errno(error: OSError) -> int:
     assert error.errno
     return -error.errno
 
 
-def packer_of(structure: Any) -> Callable[[Attr], bytes]:
+def make_stat_packer(structure: Any) -> Callable[[Attr], bytes]:
     """Return what packs attributes as a `struct stat`, which every system lays out otherwise.
 
     Args:

@@ -10,9 +10,9 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 
-__all__ = ["Announcer", "start_in_background"]
+__all__ = ["ReadinessNotifier", "start_in_background"]
 
 #: Names the inherited descriptor of the pipe.
 VARIABLE: Final = "TINKERFS_READY_FD"
@@ -20,7 +20,7 @@ VARIABLE: Final = "TINKERFS_READY_FD"
 _READY: Final = b"ready\n"
 
 
-class Announcer:
+class ReadinessNotifier:
     """The serving process's end of the pipe; mute where nobody waits."""
 
     def __init__(self, environ: "os._Environ[str] | dict[str, str]" = os.environ) -> None:
@@ -30,7 +30,7 @@ class Announcer:
             os.set_inheritable(self._fd, False)
 
     @property
-    def is_waited_for(self) -> bool:
+    def has_parent(self) -> bool:
         """Whether another process waits for our word, and shows it."""
         return self._fd is not None
 
@@ -95,8 +95,8 @@ def start_in_background(command: Sequence[str], environ: Mapping[str, str] | Non
         return pid
     status = child.wait()
     if message.startswith(b"failed "):
-        raise SetupError(message.removeprefix(b"failed ").decode("utf-8", "replace"))
-    raise SetupError(
+        raise StartupError(message.removeprefix(b"failed ").decode("utf-8", "replace"))
+    raise StartupError(
         f"the serving process ended with status {status} before the mount answered;"
         " run it with --foreground to see more"
     )

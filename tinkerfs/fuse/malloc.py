@@ -8,7 +8,7 @@ for no more resident memory; 16 MiB kept in place of 4 took as long, for 10 MB m
 
 import ctypes
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["tune_malloc"]
 
 #: As malloc.h of glibc numbers them; mallopt(3) says what they do.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
@@ -23,7 +23,7 @@ _KEPT_BYTES = 4 << 20
 _HEAPS = 2
 
 
-def keep_freed_memory() -> None:
+def tune_malloc() -> None:
     """Have freed memory of a piece's size kept for the next one, where the C library is glibc.
 
     For the start of a process, before there are threads.

@@ -19,16 +19,16 @@ from tinkerfs import errors
 
 __all__ = [
     "FSTYPE",
-    "Holder",
+    "MountUser",
     "Mount",
-    "absolute",
-    "daemons",
+    "canonical_mountpoint",
+    "find_daemon_pids",
     "find_mount",
     "fusermount",
-    "holders",
+    "find_mount_users",
     "is_running",
     "list_mounts",
-    "probe",
+    "check_health",
     "read_file",
     "tinkerfs_mounts",
     "unmount",
@@ -58,7 +58,7 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class MountUser:
     """A process that keeps a mount from going: by a file, a working directory, or a mapping."""
 
     pid: int
@@ -102,7 +102,7 @@ def find_mount(mountpoint: str) -> Mount | None:
     return found
 
 
-def absolute(mountpoint: str) -> str:
+def canonical_mountpoint(mountpoint: str) -> str:
     """Return a mountpoint's path as the kernel shows it, without asking what is mounted there.
 
     Its last part is left alone where it is a mount already: the daemon may be dead, or hang.
@@ -115,7 +115,7 @@ def absolute(mountpoint: str) -> str:
     return os.path.realpath(path)
 
 
-def probe(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
+def check_health(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
     """Tell whether a mount answers, is dead (its daemon is gone), or hangs."""
     # Not stat: the kernel answers that from its cache for a second after the daemon's death.
     code = (
@@ -165,7 +165,7 @@ def write_file(path: str, text: str, *, timeout_s: float) -> None:
     if response is None:
         raise TimeoutError(path)
     if response[0] != 0:
-        raise errors.from_number(response[0], path)
+        raise errors.os_error_from_errno(response[0], path)
 
 
 def _in_a_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | None:
@@ -219,7 +219,7 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
         if libc.umount2(os.fsencode(mountpoint), flags) == 0:
             return
-        failure = errors.from_number(ctypes.get_errno(), mountpoint)
+        failure = errors.os_error_from_errno(ctypes.get_errno(), mountpoint)
         # The root of a user namespace, or of a container, may lack the right. Its fusermount3 may
         # have it: in some containers that is a program which asks the host to unmount.
         if program is None or not errors.is_not_permitted(failure):
@@ -242,14 +242,14 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         raise errors.not_permitted(mountpoint, words)
 
 
-def holders(mountpoint: str) -> list[Holder]:
+def find_mount_users(mountpoint: str) -> list[MountUser]:
     """Return the other processes that hold a mount, as far as we may look; one entry each."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             what = next(_held_by(f"/proc/{name}", mountpoint), None)
             if what is not None:
-                found.append(Holder(int(name), _comm(name), what))
+                found.append(MountUser(int(name), _comm(name), what))
     return sorted(found, key=lambda holder: holder.pid)
 
 
@@ -279,7 +279,7 @@ def _held_by(process: str, mountpoint: str) -> Iterator[str]:
         return
 
 
-def daemons(mount: Mount) -> list[int]:
+def find_daemon_pids(mount: Mount) -> list[int]:
     """Return the processes that serve a mount, as far as we may look: by what they hold and say.
 
     The kernel does not tell which process serves a mount, and a mount that hangs cannot be asked.

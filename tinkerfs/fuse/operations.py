@@ -23,22 +23,22 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.context import Call, Caller, Lease
+from tinkerfs.context import Caller, RequestContext, Validity
 from tinkerfs.fuse.callers import Callers
-from tinkerfs.fuse.stat_callers import Lookers
-from tinkerfs.vfs.node import DOTS, Attr, Entry, Handle, dots
+from tinkerfs.fuse.stat_callers import StatCallers
+from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, Handle, dot_entries
 
 if TYPE_CHECKING:
-    from tinkerfs.vfs.directory_cache import Listing
-    from tinkerfs.vfs.directory_stream import Scan
+    from tinkerfs.vfs.directory_cache import CachedDirectory
+    from tinkerfs.vfs.directory_stream import DirectoryStream
     from tinkerfs.vfs.filesystem import FileSystem
 
 __all__ = [
     "LOOKUP_TIMEOUT_S",
-    "Opened",
-    "OpenedFolder",
+    "OpenFile",
+    "OpenDirectory",
     "Operations",
-    "Requests",
+    "RequestInfo",
     "XattrOperations",
 ]
 
@@ -49,7 +49,7 @@ LOOKUP_TIMEOUT_S: Final = 5.0
 #: So does a name that is removed.
 REMOVAL_TIMEOUT_S: Final = 10.0
 #: So may a listing that is being read, once its first part has come.
-PART_TIMEOUT_S: Final = 10.0
+PAGE_TIMEOUT_S: Final = 10.0
 
 #: So many entries are handed out at a time at the most; one reply takes some 20 to 1,000.
 _MOST_ENTRIES: Final = 256
@@ -58,7 +58,7 @@ _MOST_ENTRIES: Final = 256
 _FORGOTTEN_S: Final = 1.05
 #: That second begins when the process that asked takes the answer: so much later at most, on a busy
 #: machine, and before it opens what it asked about.
-_TAKEN_S: Final = 1.0
+_REPLY_DELAY_S: Final = 1.0
 
 _BLOCK_BYTES: Final = 4096
 _NAME_MAX: Final = 255
@@ -68,7 +68,7 @@ R = TypeVar("R")
 Self = TypeVar("Self", bound="Operations")
 
 
-class Requests(Protocol):
+class RequestInfo(Protocol):
     """What a binding tells of the request that this thread serves."""
 
     def interrupted(self) -> bool:
@@ -84,7 +84,7 @@ class Requests(Protocol):
         ...
 
 
-class Opened(NamedTuple):
+class OpenFile(NamedTuple):
     """A file that was opened, and what libfuse is told of that."""
 
     path: str
@@ -93,11 +93,11 @@ class Opened(NamedTuple):
     keep_cache: bool
 
 
-class OpenedFolder(NamedTuple):
+class OpenDirectory(NamedTuple):
     """A folder that was opened: what comes of it, and how many changes there had been."""
 
     path: str
-    scan: "Scan"
+    scan: "DirectoryStream"
     changes: int
 
 
@@ -118,16 +118,16 @@ def _operation(
         except OSError as error:
             if not error.errno:
                 log.exception("%s %s: an error without an errno", name, path)
-                raise errors.unexpected(error, str(path)) from error
-            log.debug("%s %s: %s", name, path, errors.name_of(error))
+                raise errors.internal_error(error, str(path)) from error
+            log.debug("%s %s: %s", name, path, errors.errno_name(error))
             if errors.is_interruption(error) and self.is_stopping:
                 # To EINTR without a signal, cat and Python answer with the same read again.
                 raise errors.disconnected(str(path)) from error
             raise
         except Exception as error:
             log.exception("%s %s failed", name, path)
-            raise errors.unexpected(error, str(path)) from error
-        if self.is_traced:
+            raise errors.internal_error(error, str(path)) from error
+        if self.is_debug_logging:
             log.debug("%s %s", name, path)
         return result
 
@@ -153,7 +153,7 @@ class Operations:
     def __init__(
         self,
         filesystem: "FileSystem",
-        requests: Requests,
+        requests: RequestInfo,
         *,
         timeout_s: float,
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
@@ -165,19 +165,21 @@ class Operations:
         self._stopping = stopping
         self._ready = ready
         #: Whether each operation is logged: asked once, and not at each of them.
-        self.is_traced = log.isEnabledFor(logging.DEBUG)
+        self.is_debug_logging = log.isEnabledFor(logging.DEBUG)
         # What a call says of its caller is asked for in the thread that serves it, where somebody
         # wants to know: so one of each kind does for all.
-        self._patience = Call(None, self._interrupted, self._caller, waiting=requests.waiting)
-        self._lookup = self._patience.within(lookup_timeout_s)
-        self._removal = self._patience.within(REMOVAL_TIMEOUT_S)
-        self._wait = self._patience.within(timeout_s)
-        self._listing = replace(self._wait, part_timeout_s=PART_TIMEOUT_S)
+        self._open_ctx = RequestContext(
+            None, self._interrupted, self._caller, blocking=requests.waiting
+        )
+        self._lookup = self._open_ctx.with_timeout(lookup_timeout_s)
+        self._removal = self._open_ctx.with_timeout(REMOVAL_TIMEOUT_S)
+        self._wait = self._open_ctx.with_timeout(timeout_s)
+        self._listing = replace(self._wait, page_timeout_s=PAGE_TIMEOUT_S)
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and a number is used by one file alone.
-        self._files: dict[int, Opened] = {}
-        self._folders: dict[int, OpenedFolder] = {}
-        self._lookers = Lookers()
+        self._files: dict[int, OpenFile] = {}
+        self._folders: dict[int, OpenDirectory] = {}
+        self._lookers = StatCallers()
         self._callers = Callers()
 
     @property
@@ -192,7 +194,7 @@ class Operations:
         uid, _gid, pid = self._requests.context()
         return self._callers.get(pid, uid)
 
-    def _file(self, fh: int) -> Opened:
+    def _file(self, fh: int) -> OpenFile:
         try:
             return self._files[fh]
         except KeyError:
@@ -207,7 +209,7 @@ class Operations:
     @_operation
     def statfs(self, _path: str) -> dict[str, int]:
         """Answer df."""
-        space = self._filesystem.space()
+        space = self._filesystem.statfs()
         free = space.free_bytes // _BLOCK_BYTES
         return {
             "f_bsize": _BLOCK_BYTES,
@@ -225,12 +227,14 @@ class Operations:
         """As `FileSystem.epoch`."""
         return self._filesystem.epoch
 
-    def holds(self, lease: Lease, epoch: int) -> bool:
+    def holds(self, lease: Validity, epoch: int) -> bool:
         """As `FileSystem.holds`; never where each operation is to be logged."""
-        return not self.is_traced and self._filesystem.holds(lease, epoch)
+        return not self.is_debug_logging and self._filesystem.is_valid(lease, epoch)
 
     @_operation
-    def getattr(self, path: str | None, fh: int | None = None, lease: Lease | None = None) -> Attr:
+    def getattr(
+        self, path: str | None, fh: int | None = None, lease: Validity | None = None
+    ) -> Attr:
         """Answer stat and fstat; the latter with the exact size of what was opened.
 
         A lease is told how long the answer holds, of a path without a handle.
@@ -238,18 +242,18 @@ class Operations:
         # A file that was unlinked while it was open comes without a path: its handle knows.
         file = None if fh is None else self._files.get(fh)
         if file is not None:
-            return self._filesystem.handle_stat(file.path, file.handle, self._lookup)
-        call = self._lookup if lease is None else self._lookup.leasing(lease)
-        attr = self._filesystem.stat(_known(path), call)
+            return self._filesystem.fstat(file.path, file.handle, self._lookup)
+        ctx = self._lookup if lease is None else self._lookup.tracking(lease)
+        attr = self._filesystem.stat(_require_path(path), ctx)
         if not stat.S_ISDIR(attr.mode):
-            self.looked_at_file()
+            self.note_file_stat()
         return attr
 
-    def looked_at_file(self) -> None:
+    def note_file_stat(self) -> None:
         """Take note that who asks now asks for attributes of a file, as `ls -l` does."""
         self._lookers.add(self._requests.context()[2])
 
-    def looks_at_files(self) -> bool:
+    def wants_attributes(self) -> bool:
         """Tell whether who asks now has asked for attributes of a file before."""
         return self._requests.context()[2] in self._lookers
 
@@ -266,20 +270,20 @@ class Operations:
         """Record that a file is opened to be read without `open`."""
         self._filesystem.guard.on_open(path, 0, self._caller)
 
-    def known(self, path: str) -> "Listing | None":
+    def known(self, path: str) -> "CachedDirectory | None":
         """As `FileSystem.known`; never where each operation is to be logged."""
-        return None if self.is_traced else self._filesystem.known(path)
+        return None if self.is_debug_logging else self._filesystem.cached_directory(path)
 
     @_operation
     def opendir(self, path: str) -> int:
         """Fetch the listing, or its beginning: here, where a wait holds up nobody else."""
-        changes = self._filesystem.changes
+        changes = self._filesystem.local_mutations
         scan = self._filesystem.scandir(path, self._listing)
         number = next(self._numbers)
-        self._folders[number] = OpenedFolder(path, scan, changes)
+        self._folders[number] = OpenDirectory(path, scan, changes)
         return number
 
-    def folder(self, fh: int) -> OpenedFolder:
+    def open_directory(self, fh: int) -> OpenDirectory:
         """Return an open folder.
 
         Raises:
@@ -293,13 +297,13 @@ class Operations:
     @_operation
     def readdir(self, fh: int, index: int) -> Sequence[Entry]:
         """Return entries of an open folder from `index` on; none only at its end."""
-        folder = self.folder(fh)
-        entries = folder.scan.since(max(index - DOTS, 0), _MOST_ENTRIES)
-        return (*dots(folder.path)[index:], *entries) if index < DOTS else entries
+        folder = self.open_directory(fh)
+        entries = folder.scan.read(max(index - DOT_ENTRY_COUNT, 0), _MOST_ENTRIES)
+        return (*dot_entries(folder.path)[index:], *entries) if index < DOT_ENTRY_COUNT else entries
 
-    def is_as_it_was(self, folder: OpenedFolder) -> bool:
+    def is_unmodified(self, folder: OpenDirectory) -> bool:
         """Tell whether nothing was changed through this mount since a folder was opened."""
-        return folder.changes == self._filesystem.changes
+        return folder.changes == self._filesystem.local_mutations
 
     @_operation
     def releasedir(self, fh: int) -> None:
@@ -314,22 +318,22 @@ class Operations:
     # Files
 
     @_operation
-    def open(self, path: str, flags: int, lease: Lease | None = None) -> Opened:
+    def open(self, path: str, flags: int, lease: Validity | None = None) -> OpenFile:
         """Open; the file system itself bounds the wait, longer where an archive is built.
 
         A lease is told how long the same may be handed to whoever opens it to read.
         """
         asked_at = time.monotonic()
-        call = self._patience if lease is None else self._patience.leasing(lease)
-        handle = self._filesystem.open(path, flags, call)
+        ctx = self._open_ctx if lease is None else self._open_ctx.tracking(lease)
+        handle = self._filesystem.open(path, flags, ctx)
         try:
-            _let_bounds_expire(handle, asked_at, self._patience)
+            _wait_for_attr_expiry(handle, asked_at, self._open_ctx)
         except OSError:
             handle.close()
             raise
-        return Opened(path, handle, handle.direct_io, handle.keep_cache)
+        return OpenFile(path, handle, handle.direct_io, handle.keep_cache)
 
-    def add(self, file: Opened) -> int:
+    def register_handle(self, file: OpenFile) -> int:
         """Return a number for an open file, good until `release`."""
         number = next(self._numbers)
         self._files[number] = file
@@ -350,7 +354,7 @@ class Operations:
         """Truncate by path or by handle."""
         if fi is not None and fi.fh in self._files:
             path = self._files[fi.fh].path
-        self._filesystem.truncate(_known(path), length, self._wait)
+        self._filesystem.truncate(_require_path(path), length, self._wait)
         return 0
 
     @_operation
@@ -380,7 +384,7 @@ class Operations:
         return 0
 
     def _set_attributes(self, path: str | None) -> int:
-        self._filesystem.set_attributes(_known(path), self._lookup)
+        self._filesystem.setattr(_require_path(path), self._lookup)
         return 0
 
     @_operation
@@ -461,20 +465,23 @@ class XattrOperations(Operations):
         return 0
 
 
-def _let_bounds_expire(handle: Handle, asked_at: float, call: Call) -> None:
+def _wait_for_attr_expiry(handle: Handle, asked_at: float, ctx: RequestContext) -> None:
     """Return once the kernel has forgotten a size that was a mere bound.
 
     So the next fstat asks again, and cp, tar, rsync and the like copy every byte and no more. The
     kernel's second begins when a process takes its answer, which may be late: of 40 tars at once on
     2 busy cores two were, by 0.05 s.
     """
-    if handle.told_at is not None:
+    if handle.size_hint_reported_at is not None:
         # While this open waited another process may have been told a bound.
-        taken_at = min(handle.told_at + _TAKEN_S, max(handle.told_at, asked_at))
-        call.pause(taken_at + _FORGOTTEN_S - time.monotonic())
+        taken_at = min(
+            handle.size_hint_reported_at + _REPLY_DELAY_S,
+            max(handle.size_hint_reported_at, asked_at),
+        )
+        ctx.sleep(taken_at + _FORGOTTEN_S - time.monotonic())
 
 
-def _known(path: str | None) -> str:
+def _require_path(path: str | None) -> str:
     """Return the path, or say ENOENT where its file has been unlinked."""
     if path is None:
         raise errors.not_found("")

@@ -8,7 +8,7 @@ import re
 import stat
 from typing import Final
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 
 __all__ = [
@@ -36,14 +36,14 @@ def check_device(path: str = _DEVICE) -> None:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        raise SetupError(f"there is no {path}: {_CONTAINER}") from None
+        raise StartupError(f"there is no {path}: {_CONTAINER}") from None
     except PermissionError:
-        raise SetupError(
+        raise StartupError(
             f"{path} may not be opened by you: have root run chmod 666 {path}, as udev does;"
             f" or {_CONTAINER}"
         ) from None
     except OSError as error:
-        raise SetupError(f"{path} does not open ({error.strerror}): {_CONTAINER}") from None
+        raise StartupError(f"{path} does not open ({error.strerror}): {_CONTAINER}") from None
 
 
 def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
@@ -60,13 +60,13 @@ def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
         return
     if mount_table.fusermount(major) is None:
         name = "fusermount3" if major == 3 else "fusermount"
-        raise SetupError(
+        raise StartupError(
             f"there is no {name}, by which users mount: apt install fuse3 | dnf install fuse3"
             " | apk add fuse3; or mount as root"
         )
     # fusermount mounts without it, and then cannot unmount (a root of debootstrap's has none).
     if not os.path.exists(_MTAB):
-        raise SetupError(
+        raise StartupError(
             f"there is no {_MTAB}, without which users cannot unmount: have root run"
             f" ln -s /proc/self/mounts {_MTAB}"
         )
@@ -107,7 +107,7 @@ def check_allow_other(path: str = _CONFIGURATION, *, is_root: bool | None = None
     except OSError:
         is_allowed = None
     if not is_allowed:
-        raise SetupError(
+        raise StartupError(
             f"--allow-other is not allowed here: have root write user_allow_other into {path},"
             " or mount as root"
         )
@@ -119,30 +119,30 @@ def prepare_mountpoint(mountpoint: str) -> str:
     Raises:
         SetupError: it cannot.
     """
-    path = mount_table.absolute(mountpoint)
+    path = mount_table.canonical_mountpoint(mountpoint)
     mount = mount_table.find_mount(path)
     if mount is not None and mount.fstype.startswith("fuse"):
-        _clear(path, mount)
+        _remove_stale_mount(path, mount)
     try:
         status = os.stat(path)
         entries = os.scandir(path) if stat.S_ISDIR(status.st_mode) else None
     except FileNotFoundError:
-        raise SetupError(f"{mountpoint} does not exist: mkdir -p {mountpoint}") from None
+        raise StartupError(f"{mountpoint} does not exist: mkdir -p {mountpoint}") from None
     except NotADirectoryError:
-        raise SetupError(f"{mountpoint} is below a file: name a folder") from None
+        raise StartupError(f"{mountpoint} is below a file: name a folder") from None
     except PermissionError:
-        raise SetupError(
+        raise StartupError(
             f"{mountpoint} may not be read by you: name a folder of your own"
         ) from None
     except OSError as error:
-        raise SetupError(
+        raise StartupError(
             f"{mountpoint} cannot be mounted on ({error.strerror}): name another folder"
         ) from None
     if entries is None:
-        raise SetupError(f"{mountpoint} is no folder: name an empty folder")
+        raise StartupError(f"{mountpoint} is no folder: name an empty folder")
     with entries:
         if next(entries, None) is not None:
-            raise SetupError(
+            raise StartupError(
                 f"{mountpoint} is not empty, and a mount would hide what is there:"
                 " name an empty folder"
             )
@@ -150,16 +150,18 @@ def prepare_mountpoint(mountpoint: str) -> str:
     # /tmp own it (fuse: util/fusermount.c, check_perm).
     is_sticky_of_others = status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid()
     if os.geteuid() != 0 and (not os.access(path, os.W_OK) or is_sticky_of_others):
-        raise SetupError(f"{mountpoint} is not yours: name a folder of your own, or mount as root")
+        raise StartupError(
+            f"{mountpoint} is not yours: name a folder of your own, or mount as root"
+        )
     return path
 
 
-def _clear(path: str, mount: mount_table.Mount) -> None:
-    health = mount_table.probe(path)
+def _remove_stale_mount(path: str, mount: mount_table.Mount) -> None:
+    health = mount_table.check_health(path)
     if health == "dead":
         mount_table.unmount(path, lazy=True)
     elif mount.fstype == mount_table.FSTYPE:
         verb = "hangs" if health == "hangs" else "is mounted"
-        raise SetupError(f"{path}: tinkerfs {verb} there already: tinkerfs umount {path}")
+        raise StartupError(f"{path}: tinkerfs {verb} there already: tinkerfs umount {path}")
     elif health == "hangs":
-        raise SetupError(f"{path}: a mount of {mount.fstype} hangs there: name another folder")
+        raise StartupError(f"{path}: a mount of {mount.fstype} hangs there: name another folder")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from tinkerfs import errors
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table, preflight
 from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.operations import LOOKUP_TIMEOUT_S, Operations, XattrOperations
@@ -28,7 +28,7 @@ from tinkerfs.fuse.operations import LOOKUP_TIMEOUT_S, Operations, XattrOperatio
 if TYPE_CHECKING:
     from tinkerfs.vfs.filesystem import FileSystem
 
-__all__ = ["allow_open_files", "block_signals", "serve", "stop_signals", "stop_was_asked_for"]
+__all__ = ["raise_fd_limit", "block_signals", "serve", "stop_signals", "is_stop_pending"]
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +43,10 @@ _OPEN_FILES: Final = 8192
 _READ_AHEAD_KIB: Final = 1024
 
 #: After a signal: how long the process may take to end tidily. The promise is 2 s.
-_TIDY_END_S: Final = 1.5
+SHUTDOWN_GRACE_S: Final = 1.5
 
 
-def allow_open_files() -> None:
+def raise_fd_limit() -> None:
     """Let the process have as many files open as it may, up to what a mount can want.
 
     Usual are 1024, of which blocks that are kept open and connections may take most.
@@ -75,7 +75,7 @@ def stop_signals() -> frozenset[signal.Signals]:
     return frozenset(number for number in _STOP if signal.getsignal(number) != signal.SIG_IGN)
 
 
-def stop_was_asked_for() -> bool:
+def is_stop_pending() -> bool:
     """Tell whether a signal has come that `serve` has not been there to take."""
     return bool(signal.sigpending() & stop_signals())
 
@@ -110,7 +110,7 @@ def serve(
     Raises:
         SetupError: libfuse cannot mount.
     """
-    loop = _Loop()
+    loop = _SessionThread()
     operations = (XattrOperations if xattr else Operations)(
         filesystem,
         binding,
@@ -128,25 +128,25 @@ def serve(
         raise _refusal(mountpoint, reason, loop.failure)
     if not asked:
         # The first answer: everybody else waits for the same.
-        _widen_read_ahead(os.stat(mountpoint).st_dev)
+        _raise_kernel_readahead(os.stat(mountpoint).st_dev)
         log.info("%s: mounted by %s", mountpoint, binding)
         ready()
         asked = loop.wait_for_the_end()
     if asked:
         log.info("%s: asked to end by %s", mountpoint, loop.stop_signal)
-        _end_in_time()
+        _exit_after_grace_period()
         loop.stopping.set()
-        _detach(mountpoint)
-        loop.join(_TIDY_END_S / 2)
+        _lazy_unmount(mountpoint)
+        loop.join(SHUTDOWN_GRACE_S / 2)
     elif loop.failure is not None:
-        raise SetupError(f"{mountpoint}: the mount ended: {loop.failure}")
+        raise StartupError(f"{mountpoint}: the mount ended: {loop.failure}")
     else:
         log.info("%s: unmounted", mountpoint)
-        _end_in_time()
+        _exit_after_grace_period()
         loop.stopping.set()
 
 
-class _Loop:
+class _SessionThread:
     """libfuse's loop in its thread, and how the main thread learns what becomes of it."""
 
     def __init__(self) -> None:
@@ -205,7 +205,7 @@ def _wake_the_main_thread() -> None:
         signal.pthread_kill(main, _WAKE)
 
 
-def _widen_read_ahead(device: int) -> None:
+def _raise_kernel_readahead(device: int) -> None:
     """Let the kernel ask for more at a time, where we may: root alone can.
 
     Each of its reads costs a turn through Python. With 1 MiB ahead instead of its 128 KiB, 1 GB was
@@ -216,7 +216,7 @@ def _widen_read_ahead(device: int) -> None:
         file.write(str(_READ_AHEAD_KIB))
 
 
-def _detach(mountpoint: str) -> None:
+def _lazy_unmount(mountpoint: str) -> None:
     """Take the mount out of the tree, whoever holds it: they are told ENOTCONN."""
     try:
         mount_table.unmount(mountpoint, lazy=True)
@@ -225,7 +225,7 @@ def _detach(mountpoint: str) -> None:
             log.error("%s cannot be unmounted: %s", mountpoint, error)  # noqa: TRY400
 
 
-def _end_in_time() -> None:
+def _exit_after_grace_period() -> None:
     """End the process with status 0 soon, if it has not ended itself by then.
 
     The interpreter joins all worker threads when it exits, and one of them may sit in a call to a
@@ -237,7 +237,7 @@ def _end_in_time() -> None:
         logging.shutdown()
         os._exit(0)
 
-    timer = threading.Timer(_TIDY_END_S, end)
+    timer = threading.Timer(SHUTDOWN_GRACE_S, end)
     timer.daemon = True
     timer.start()
 
@@ -265,7 +265,7 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
 _APPARMOR_REFUSAL: Final = re.compile(r"fusermount3?: mount failed: Permission denied")
 
 
-def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> SetupError:
+def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> StartupError:
     """Return why there is no mount: what libfuse wrote, or else what ended its loop."""
     reason = "; ".join(dict.fromkeys(line.strip() for line in words.splitlines() if line.strip()))
     # The bindings raise libfuse's mere number.
@@ -284,4 +284,4 @@ def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> Setu
             "mounting needs a right that is missing here; in a container, start it with"
             " --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined"
         )
-    return SetupError(f"cannot mount on {mountpoint}: {reason}: {cure}")
+    return StartupError(f"cannot mount on {mountpoint}: {reason}: {cure}")

@@ -3,13 +3,13 @@
 import threading
 from typing import Final
 
-__all__ = ["Lookers"]
+__all__ = ["StatCallers"]
 
 #: Processes that look at files at a time.
 _MAX_LOOKERS: Final = 64
 
 
-class Lookers:
+class StatCallers:
     """The processes that have last asked for the attributes of files, by id. Thread-safe."""
 
     def __init__(self) -> None:

@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Loops"]
+__all__ = ["SessionWorkers"]
 
 #: Threads that always take requests. They take turns, and each time come back to a processor that
 #: has done other work: `ls -lR` took 0.73 s with one, 0.77, 0.85 with three. But not all that takes
 #: time says so, and two copy at a time.
-STANDING = 2
+CORE_WORKERS = 2
 #: And so many more at the most, while as many requests wait.
-MAX_SPARES = 500
+MAX_EXTRA_WORKERS = 500
 
 #: Room for libfuse's `struct fuse_buf` and `struct fuse_cmdline_opts`, which newer ones lengthen.
 _STRUCTURE_BYTES = 256
@@ -45,7 +45,7 @@ class _Arguments(ctypes.Structure):
     )
 
 
-class Loops:
+class SessionWorkers:
     """The threads of one mount.
 
     Args:
@@ -73,22 +73,22 @@ class Loops:
         )
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def blocking(self) -> Iterator[None]:
         """Have another thread take requests while the body waits."""
         with self._changed:
             self._waiting += 1
             is_short = (
                 self._session is not None
                 and self._spares < self._waiting
-                and self._spares < MAX_SPARES
+                and self._spares < MAX_EXTRA_WORKERS
             )
             self._spares += is_short
         if is_short:
             try:
-                threading.Thread(target=self._stand_in, name="spare", daemon=True).start()
+                threading.Thread(target=self._run_extra_worker, name="spare", daemon=True).start()
             except RuntimeError:  # there can be no more threads: it holds up others then
                 with self._changed:
-                    self._end_spare()
+                    self._retire_worker()
         try:
             yield
         finally:
@@ -132,7 +132,7 @@ class Loops:
         loop = self._libfuse.fuse_session_loop
         threads = [
             threading.Thread(target=loop, args=(session,), name="requests", daemon=True)
-            for _ in range(STANDING - 1)
+            for _ in range(CORE_WORKERS - 1)
         ]
         for thread in threads:
             thread.start()
@@ -143,7 +143,7 @@ class Loops:
             self._session = None
             self._changed.wait_for(lambda: not self._spares)
 
-    def _stand_in(self) -> None:
+    def _run_extra_worker(self) -> None:
         """Take requests while there are no more of these threads than requests that wait."""
         libfuse, session = self._libfuse, self._session
         buffer = ctypes.create_string_buffer(_STRUCTURE_BYTES)
@@ -163,11 +163,11 @@ class Loops:
                 libfuse.fuse_session_process_buf(session, buffer, channel)
             with self._changed:
                 if came <= 0 or self._spares > self._waiting:
-                    self._end_spare()
+                    self._retire_worker()
                     break
         libfuse.free(memory)
 
-    def _end_spare(self) -> None:
+    def _retire_worker(self) -> None:
         """Count one less; the caller holds the lock."""
         self._spares -= 1
         self._changed.notify_all()

@@ -13,7 +13,7 @@ from tinkerfs import errors
 from tinkerfs.config import TTL_RANGE_S, parse_duration_s
 
 if TYPE_CHECKING:
-    from tinkerfs.vfs.schema import Site
+    from tinkerfs.vfs.schema import NodeContext
 
 __all__ = [
     "parse_expiry_s",
@@ -87,33 +87,33 @@ def _out_of_range(path: str) -> OSError:
     )
 
 
-def store_published(site: "Site", text: str) -> None:
+def store_published(site: "NodeContext", text: str) -> None:
     """Publish or unpublish the checkpoint."""
     if not text.strip():
         return
     wanted = parse_flag(text, site.path)
-    site.model.mutations.set_published(site.subject, wanted, site.path, site.call)
+    site.model.mutations.set_published(site.entity, wanted, site.path, site.call)
 
 
-def store_expires_at(site: "Site", text: str) -> None:
+def store_expires_at(site: "NodeContext", text: str) -> None:
     """Set or clear the checkpoint's expiry."""
     if not text.strip():
         return
     ttl_s = parse_expiry_s(text, site.model.clock.now(), site.path)
-    site.model.mutations.set_ttl(site.subject, ttl_s, site.path, site.call)
+    site.model.mutations.set_ttl(site.entity, ttl_s, site.path, site.call)
 
 
-def store_trashed_expires_at(site: "Site", text: str) -> None:
+def store_trashed_expires_at(site: "NodeContext", text: str) -> None:
     """Restore a checkpoint from the trash, with the expiry that it had before."""
     word = text.strip().lower()
     if not word:
         return
     if word != "never":
         raise errors.invalid(site.path, "write never to restore it with the expiry it had before")
-    site.model.mutations.undelete(site.subject, site.path, site.call)
+    site.model.mutations.undelete(site.entity, site.path, site.call)
 
 
-def store_refresh(site: "Site", text: str) -> None:
+def store_refresh(site: "NodeContext", text: str) -> None:
     """Drop every cached entry."""
     del text
     site.model.catalogue.refresh()

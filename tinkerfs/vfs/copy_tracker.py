@@ -91,7 +91,7 @@ class CopyTracker:
         The kernel asks for a link alike where it follows it. A walk comes by each file and link:
         this takes 1 us.
         """
-        bits, group = _BITS[name], caller.group
+        bits, group = _BITS[name], caller.pgid
         key = (group, caller.process, hash(directory))
         with self._lock:
             now = self._clock.monotonic()
@@ -116,7 +116,7 @@ class CopyTracker:
     def on_list(self, directory: str, caller: Caller) -> None:
         """Record that a directory is listed, where the same process read something of it before."""
         with self._lock:
-            read = self._reads.get((caller.group, caller.process, hash(directory)))
+            read = self._reads.get((caller.pgid, caller.process, hash(directory)))
             if read is not None:
                 read.bits |= _LISTED
 
@@ -130,10 +130,10 @@ class CopyTracker:
         at = hash(directory)
         with self._lock:
             now = self._clock.monotonic()
-            read = self._reads.get((caller.group, caller.process, at), _NOTHING)
+            read = self._reads.get((caller.pgid, caller.process, at), _NOTHING)
             if now - read.at < COPY_WINDOW_S and read.bits & (_ALL_OPENED | _LISTED) == _ALL_OPENED:
                 return True
-            copies = self._copies.get(caller.group)
+            copies = self._copies.get(caller.pgid)
             if copies is None or now - copies.at >= COPY_WINDOW_S:
                 return False
             return copies.is_everything or at in copies.directories

@@ -14,9 +14,9 @@ from tinkerfs.clock import Clock
 from tinkerfs.config import Settings
 from tinkerfs.context import Caller
 from tinkerfs.vfs.copy_tracker import COPIED_FILES, COPIED_LINKS, CopyTracker
-from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, Removals
+from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, RemovalTracker
 from tinkerfs.vfs.resolver import Node, is_checkpoint
-from tinkerfs.vfs.schema import Control, Removal
+from tinkerfs.vfs.schema import ControlFile, RemovalPolicy
 
 __all__ = ["DeletionGuard"]
 
@@ -34,7 +34,7 @@ class DeletionGuard:
     """Decisions on removals and writes; every refusal is EPERM, or EROFS on a read-only mount."""
 
     def __init__(self, clock: Clock, settings: Settings) -> None:
-        self.removals = Removals(clock)
+        self.removals = RemovalTracker(clock)
         self._copies = CopyTracker(clock)
         self._settings = settings
 
@@ -48,8 +48,8 @@ class DeletionGuard:
                 return  # GIO opens files so to choose their icons
             reader = caller()
             self._copies.on_read(directory, name, reader)
-            if self.removals.is_anything_hidden and self.removals.hidden(directory, reader.group):
-                self._copies.mark_copied(directory, reader.group)
+            if self.removals.has_tombstones and self.removals.hidden(directory, reader.pgid):
+                self._copies.mark_copied(directory, reader.pgid)
 
     def on_readlink(self, path: str, caller: Callable[[], Caller]) -> None:
         """Record that a symbolic link is read."""
@@ -69,7 +69,7 @@ class DeletionGuard:
         if self._settings.read_only:
             raise errors.read_only(path)
         remover = caller()
-        self.removals.check(remover.group, path)
+        self.removals.check(remover.pgid, path)
         return remover
 
     def unlink(self, node: Node, caller: Caller) -> None:
@@ -77,15 +77,15 @@ class DeletionGuard:
         directory = node.parent
         assert directory is not None
         if not is_checkpoint(directory):
-            raise self.removals.refuse(caller.group, node.path)
+            raise self.removals.deny(caller.pgid, node.path)
         self._check_copied(directory, node.path, caller)
-        self.removals.hide(directory.path, node.row.name, caller.group)
+        self.removals.hide(directory.path, node.row.name, caller.pgid)
 
     def check_rmdir(self, directory: Node, caller: Caller) -> None:
         """Refuse to remove a directory that is never removed, or that was copied."""
-        if directory.row.removal is Removal.NEVER:
-            raise self.removals.refuse(caller.group, directory.path)
-        if is_checkpoint(directory) and self.removals.hidden(directory.path, caller.group):
+        if directory.row.removal is RemovalPolicy.NEVER:
+            raise self.removals.deny(caller.pgid, directory.path)
+        if is_checkpoint(directory) and self.removals.hidden(directory.path, caller.pgid):
             self._check_copied(directory, directory.path, caller)
 
     @contextmanager
@@ -94,14 +94,14 @@ class DeletionGuard:
         try:
             yield
         except BaseException:
-            self.removals.restore(directory.path, caller.group)
+            self.removals.restore(directory.path, caller.pgid)
             raise
         self.removals.restore(directory.path)
         self._copies.forget(directory.path)
 
     def _check_copied(self, directory: Node, path: str, caller: Caller) -> None:
         if self._copies.has_copied(directory.path, caller):
-            raise self.removals.refuse(caller.group, path, HOW_TO_MOVE)
+            raise self.removals.deny(caller.pgid, path, HOW_TO_MOVE)
 
     # Writes.
 
@@ -109,7 +109,7 @@ class DeletionGuard:
         """Refuse to change anything but a control."""
         if self._settings.read_only:
             raise errors.read_only(node.path)
-        if not isinstance(node.row, Control):
+        if not isinstance(node.row, ControlFile):
             raise errors.not_permitted(
                 node.path, "only published, expires_at and refresh are written to"
             )
@@ -122,19 +122,19 @@ class DeletionGuard:
             key = _checkpoint_key(node)
             if key is not None:
                 name = node.path.rpartition("/")[2]
-                self._copies.on_write_refused(key, name, caller().group)
+                self._copies.on_write_refused(key, name, caller().pgid)
             raise
 
     def check_control_write(self, node: Node, caller: Callable[[], Caller]) -> None:
         """Refuse a value that comes with the copy of a whole directory."""
         key = _checkpoint_key(node)
-        if key is not None and self._copies.is_written_over(key, caller().group):
+        if key is not None and self._copies.is_written_over(key, caller().pgid):
             raise errors.not_permitted(node.path, _WRITTEN_OVER)
 
     def refuse_new(self, directory: Node, path: str, caller: Callable[[], Caller]) -> OSError:
         """Return the refusal of a new name."""
         if is_checkpoint(directory):
-            group = caller().group
+            group = caller().pgid
             # mv and install unlink what they mean to replace: no removal began with that.
             self.removals.restore(directory.path, group)
             name = path.rpartition("/")[2]

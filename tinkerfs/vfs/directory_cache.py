@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 
-from tinkerfs.context import Call, Lease
-from tinkerfs.vfs.directory_stream import Scan
+from tinkerfs.context import RequestContext, Validity
+from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.node import Entry
 from tinkerfs.vfs.resolver import Node
-from tinkerfs.vfs.schema import Model
+from tinkerfs.vfs.schema import Backend
 
-__all__ = ["Listing", "Listings"]
+__all__ = ["CachedDirectory", "DirectoryCache"]
 
 #: So many entries are kept before all are forgotten, 290 bytes each, and 500 once they are ready:
 #: those of 1,000 runs x 10.
@@ -24,10 +24,10 @@ _MAX_ENTRIES = 98_304
 
 
 #: Up to so many names are looked through for one; of more, a dictionary is made.
-_FEW = 16
+_LINEAR_SEARCH_MAX = 16
 
 
-class Listing(msgspec.Struct):
+class CachedDirectory(msgspec.Struct):
     """What a folder holds, as it was listed.
 
     Attributes:
@@ -38,14 +38,14 @@ class Listing(msgspec.Struct):
     """
 
     entries: tuple[Entry, ...]
-    lease: Lease
+    lease: Validity
     epoch: int
     ready: Any = None
     _by_name: dict[str, Entry] | None = None
 
     def entry(self, name: str) -> Entry | None:
         """Return the entry of that name, the first of several; None where there is none."""
-        if len(self.entries) <= _FEW:
+        if len(self.entries) <= _LINEAR_SEARCH_MAX:
             for entry in self.entries:
                 if entry.name == name:
                     return entry
@@ -55,65 +55,67 @@ class Listing(msgspec.Struct):
         return self._by_name.get(name)
 
 
-class Listings:
+class DirectoryCache:
     """The entries of folders, by path."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Backend) -> None:
         self._model = model
         self._lock = threading.Lock()
         # Changed under _lock; looked into without.
-        self._kept: dict[str, Listing] = {}
+        self._kept: dict[str, CachedDirectory] = {}
         self._kept_entries = 0
         self._epoch = 0  # theirs: none of another holds any more
 
-    def kept(self, path: str) -> Listing | None:
+    def get(self, path: str) -> CachedDirectory | None:
         """Return what a folder holds, as it was made before; None where something has changed."""
         kept = self._kept.get(path)
         if (
             kept is not None
             and kept.epoch == self._model.catalogue.epoch
-            and kept.lease.holds(self._model.clock.monotonic())
+            and kept.lease.check_and_touch(self._model.clock.monotonic())
         ):
             return kept
         return None
 
-    def entry(self, path: str, call: Call) -> Entry | None:
+    def entry(self, path: str, ctx: RequestContext) -> Entry | None:
         """Return what its folder's listing tells of a path, None where none does.
 
         The call is told how long it holds.
         """
         folder, _, name = path.rpartition("/")
-        kept = self.kept(folder or "/")
+        kept = self.get(folder or "/")
         entry = None if kept is None else kept.entry(name)
         if kept is not None and entry is not None:
-            call.rests_on_all_of(kept.lease)
+            ctx.depends_on_all(kept.lease)
         return entry
 
     def scan(
         self,
         folder: Node,
-        call: Call,
-        entries_of: Callable[[Node, Call], Iterator[Entry]],
+        ctx: RequestContext,
+        entries_of: Callable[[Node, RequestContext], Iterator[Entry]],
         epoch: int,
-    ) -> Scan:
+    ) -> DirectoryStream:
         """Begin to list what a folder holds now; once whole it is kept until something changes.
 
         Args:
             folder: which.
-            call: as in `FileSystem.scandir`.
+            ctx: as in `FileSystem.scandir`.
             entries_of: makes its entries.
             epoch: the catalogue's, from before the folder was looked for.
         """
-        lease = Lease() if folder.lease is None else folder.lease.extended()
+        lease = Validity() if folder.lease is None else folder.lease.copy()
 
         def whole(entries: tuple[Entry, ...]) -> None:
             # An entry that lacks its attributes gets them as soon as they are known.
-            if not lease.is_void and all(entry.attr is not None for entry in entries):
-                self._keep(folder.path, Listing(entries, lease, epoch))
+            if not lease.is_uncacheable and all(entry.attr is not None for entry in entries):
+                self._keep(folder.path, CachedDirectory(entries, lease, epoch))
 
-        return Scan(more=lambda: entries_of(folder, call.leasing(lease)), whole=whole)
+        return DirectoryStream(
+            source=lambda: entries_of(folder, ctx.tracking(lease)), on_complete=whole
+        )
 
-    def _keep(self, path: str, listing: Listing) -> None:
+    def _keep(self, path: str, listing: CachedDirectory) -> None:
         if len(listing.entries) > _MAX_ENTRIES // 4:
             return
         with self._lock:

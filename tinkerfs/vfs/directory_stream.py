@@ -9,16 +9,16 @@ from tinkerfs import errors
 from tinkerfs.vfs.node import Entry
 
 if TYPE_CHECKING:
-    from tinkerfs.vfs.directory_cache import Listing
+    from tinkerfs.vfs.directory_cache import CachedDirectory
 
-__all__ = ["Scan"]
+__all__ = ["DirectoryStream"]
 
 #: So many entries are made at a time: as many as come with a page of the API, so that no wait for
 #: the next one holds up those.
 _AT_ONCE = 100
 
 
-class Scan:
+class DirectoryStream:
     """The entries of a folder, in an order that stays. Thread-safe.
 
     Args:
@@ -46,21 +46,21 @@ class Scan:
     def __init__(
         self,
         entries: Sequence[Entry] = (),
-        more: Callable[[], Iterator[Entry]] | None = None,
-        whole: Callable[[tuple[Entry, ...]], None] = lambda _entries: None,
-        listing: "Listing | None" = None,
+        source: Callable[[], Iterator[Entry]] | None = None,
+        on_complete: Callable[[tuple[Entry, ...]], None] = lambda _entries: None,
+        listing: "CachedDirectory | None" = None,
     ) -> None:
         self.listing = listing
         self._lock = threading.Lock()
-        self._whole = whole
+        self._whole = on_complete
         # Changed under _lock; entries are only ever added while there may be more.
-        self._entries = entries if more is None else list(entries)
-        self._begin = more
-        self._more = None if more is None else more()
+        self._entries = entries if source is None else list(entries)
+        self._begin = source
+        self._more = None if source is None else source()
         self._error: BaseException | None = None
         self._is_told = False
 
-    def since(self, index: int, most: int) -> Sequence[Entry]:
+    def read(self, index: int, most: int) -> Sequence[Entry]:
         """Return up to `most` entries from `index` on: what is there, after a wait if nothing is.
 
         Nothing is returned only where `index` is the end, or after the error.
@@ -72,13 +72,13 @@ class Scan:
         if self._more is not None and index >= len(self._entries):
             with self._lock:
                 while self._more is not None and index >= len(self._entries):
-                    self._extend(_AT_ONCE)
+                    self._fetch_more(_AT_ONCE)
         if self._error is not None and index >= len(self._entries) and not self._is_told:
             self._is_told = True
             raise self._error
         return self._entries[index : index + most]
 
-    def all(self) -> tuple[Entry, ...]:
+    def read_all(self) -> tuple[Entry, ...]:
         """Return every entry, after a wait.
 
         Raises:
@@ -86,12 +86,12 @@ class Scan:
         """
         with self._lock:
             if self._more is not None:
-                self._extend(None)
+                self._fetch_more(None)
         if self._error is not None:
             raise self._error
         return tuple(self._entries)
 
-    def _extend(self, count: int | None) -> None:
+    def _fetch_more(self, count: int | None) -> None:
         """Make so many more entries, or all; the caller holds the lock."""
         assert self._more is not None
         assert isinstance(self._entries, list)

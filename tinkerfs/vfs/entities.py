@@ -7,7 +7,7 @@ from tinkerfs.api import models
 from tinkerfs.catalog.listings import Checkpoint
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import render
-from tinkerfs.vfs.schema import Site
+from tinkerfs.vfs.schema import NodeContext
 
 __all__ = [
     "checkpoint_ns",
@@ -15,10 +15,10 @@ __all__ = [
     "checkpoint_xattrs",
     "find_run",
     "list_runs",
-    "mounted_ns",
+    "mtime_or_mount_time",
     "newest_ns",
     "newest_run_ns",
-    "place_of",
+    "path_for_tinker_path",
     "run_ns",
     "run_path",
     "run_xattrs",
@@ -37,56 +37,56 @@ def checkpoint_path(checkpoint: Checkpoint) -> str:
     return f"{run_path(checkpoint.run_id)}/checkpoints/{kind}/{name}"
 
 
-def place_of(path: TinkerPath) -> str:
+def path_for_tinker_path(path: TinkerPath) -> str:
     """Return the path from the mount's root of what a tinker path names."""
     # Two-part paths of older data have no kind, nor have hatchery's: the bare name resolves.
     kind = "" if path.kind in ("", "checkpoints") else f"{name_encoding.encode(path.kind)}/"
     return f"{run_path(path.run_id)}/checkpoints/{kind}{name_encoding.encode(path.name)}"
 
 
-def list_runs(site: Site) -> Iterator[tuple[str, models.TrainingRun]]:
+def list_runs(site: NodeContext) -> Iterator[tuple[str, models.TrainingRun]]:
     """Yield the user's training runs by id."""
-    return ((run.run_id, run) for run in site.model.catalogue.each_run(site.call))
+    return ((run.run_id, run) for run in site.model.catalogue.iter_runs(site.call))
 
 
-def find_run(site: Site, run_id: str) -> models.TrainingRun | None:
+def find_run(site: NodeContext, run_id: str) -> models.TrainingRun | None:
     """Return a training run, listed or not."""
     try:
         return site.model.catalogue.run(run_id, site.call)
-    except errors.ABSENCES as error:
-        if error.is_remembered:
+    except errors.NOT_FOUND_ERRORS as error:
+        if error.is_local:
             return None
         raise
 
 
-def run_ns(site: Site) -> int:
+def run_ns(site: NodeContext) -> int:
     """Return when a training run was last asked something."""
-    time_ns: int | None = site.subject.last_request_time_ns
+    time_ns: int | None = site.entity.last_request_time_ns
     return site.model.started_ns if time_ns is None else time_ns
 
 
-def newest_run_ns(site: Site) -> int:
+def newest_run_ns(site: NodeContext) -> int:
     """Return when any of the user's training runs was, as far as is known without a call."""
-    known = site.model.catalogue.known_runs()
-    changed_ns = site.model.catalogue.runs_changed_ns()
-    return mounted_ns(site, changed_ns, known.newest_ns if known else None)
+    known = site.model.catalogue.cached_runs()
+    changed_ns = site.model.catalogue.runs_last_changed_ns()
+    return mtime_or_mount_time(site, changed_ns, known.newest_ns if known else None)
 
 
-def checkpoint_ns(site: Site) -> int:
+def checkpoint_ns(site: NodeContext) -> int:
     """Return when a checkpoint was saved."""
-    time_ns: int | None = site.subject.record.time_ns
+    time_ns: int | None = site.entity.record.time_ns
     return site.model.started_ns if time_ns is None else time_ns
 
 
-def stored_bytes(site: Site) -> int:
+def stored_bytes(site: NodeContext) -> int:
     """Return what the server stores of a checkpoint, bytes."""
-    return site.subject.record.size_bytes or 0
+    return site.entity.record.size_bytes or 0
 
 
-def run_xattrs(site: Site) -> dict[str, str]:
+def run_xattrs(site: NodeContext) -> dict[str, str]:
     """Return the extended attributes of a training run."""
-    run: models.TrainingRun = site.subject
-    return _told(
+    run: models.TrainingRun = site.entity
+    return _without_none(
         {
             "tinker.base_model": run.base_model,
             "tinker.lora_rank": run.lora_rank,
@@ -95,11 +95,11 @@ def run_xattrs(site: Site) -> dict[str, str]:
     )
 
 
-def checkpoint_xattrs(site: Site) -> dict[str, str]:
+def checkpoint_xattrs(site: NodeContext) -> dict[str, str]:
     """Return the extended attributes of a checkpoint; its run is known, it was on the way."""
-    checkpoint: Checkpoint = site.subject
+    checkpoint: Checkpoint = site.entity
     run, record = site.model.catalogue.run(checkpoint.run_id, site.call), checkpoint.record
-    return _told(
+    return _without_none(
         {
             "tinker.path": checkpoint.tinker_path,
             "tinker.base_model": run.base_model,
@@ -116,12 +116,12 @@ def _rfc3339(time_ns: int | None) -> str | None:
     return None if time_ns is None else render.rfc3339_ns(time_ns)
 
 
-def _told(values: dict[str, str | int | None]) -> dict[str, str]:
+def _without_none(values: dict[str, str | int | None]) -> dict[str, str]:
     """Leave out what the server did not tell."""
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def mounted_ns(site: Site, *times_ns: int | None) -> int:
+def mtime_or_mount_time(site: NodeContext, *times_ns: int | None) -> int:
     """Return the latest of the times that are known, and not before the mount was made.
 
     For folders that are not listed to tell their time: what tar finds in one must not change it.
@@ -129,7 +129,7 @@ def mounted_ns(site: Site, *times_ns: int | None) -> int:
     return newest_ns(site, site.model.started_ns, *times_ns)
 
 
-def newest_ns(site: Site, *times_ns: int | None) -> int:
+def newest_ns(site: NodeContext, *times_ns: int | None) -> int:
     """Return the latest of the times that are known, or when the mount was made.
 
     A folder is as new as what it lists, and at least as new as the last change that was seen in it:

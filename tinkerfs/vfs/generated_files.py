@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 
 from tinkerfs.clock import Clock
-from tinkerfs.context import Lease
+from tinkerfs.context import Validity
 from tinkerfs.vfs.resolver import Node
-from tinkerfs.vfs.schema import Site
+from tinkerfs.vfs.schema import NodeContext
 
-__all__ = ["Renderings"]
+__all__ = ["GeneratedFileCache"]
 
 #: So much is kept before all is forgotten: of some 10,000 files.
 _MAX_BYTES = 16 << 20
@@ -23,7 +23,7 @@ _OVERHEAD_BYTES = 320
 
 #: What the kernel was told of a file's length it forgets within 1 s of when the process that asked
 #: takes the answer, on a busy machine up to 1 s later; and a little for its clock.
-_FORGOTTEN_S = 2.05
+KERNEL_ATTR_EXPIRY_S = 2.05
 
 #: A page of the kernel's cache is all of one version; of several, each may be of another.
 _PAGE_BYTES = 4096
@@ -34,11 +34,11 @@ class _Rendering(msgspec.Struct, frozen=True):
 
     data: bytes
     subject: Any
-    lease: Lease
+    lease: Validity
     made_at: float
 
 
-class Renderings:
+class GeneratedFileCache:
     """The bytes of files, by path and the subject that they were made of."""
 
     def __init__(self, clock: Clock) -> None:
@@ -48,20 +48,20 @@ class Renderings:
         self._kept: dict[str, _Rendering] = {}
         self._kept_bytes = 0
 
-    def get(self, node: Node, site: Site) -> bytes:
+    def get(self, node: Node, site: NodeContext) -> bytes:
         """Return a file's bytes, those that are kept or new ones."""
         now = self._clock.monotonic()
         kept = self._kept.get(node.path)
         if kept is not None and _is_of(kept, node, now):
-            site.call.rests_on_all_of(kept.lease)
+            site.call.depends_on_all(kept.lease)
             return kept.data
-        lease = Lease()
-        of_now = msgspec.structs.replace(site, call=site.call.leasing(lease))
+        lease = Validity()
+        of_now = msgspec.structs.replace(site, call=site.call.tracking(lease))
         try:
             data: bytes = node.row.render(of_now)
         finally:
-            site.call.rests_on_all_of(lease)
-        if not lease.is_void:
+            site.call.depends_on_all(lease)
+        if not lease.is_uncacheable:
             is_same = kept is not None and kept.data == data
             made_at = kept.made_at if kept is not None and is_same else now
             self._keep(node.path, _Rendering(data, node.subject, lease, made_at))
@@ -72,7 +72,7 @@ class Renderings:
         kept = self._kept.get(node.path)
         return kept is not None and _is_of(kept, node, self._clock.monotonic())
 
-    def is_settled(self, node: Node) -> bool:
+    def may_use_page_cache(self, node: Node) -> bool:
         """Tell whether the kernel may keep a file's bytes while it is open.
 
         It reads no further than the length that it was told up to 1 s ago, so that must have been
@@ -82,7 +82,7 @@ class Renderings:
         kept = self._kept.get(node.path)
         return (
             kept is not None
-            and now - kept.made_at > _FORGOTTEN_S
+            and now - kept.made_at > KERNEL_ATTR_EXPIRY_S
             and len(kept.data) <= _PAGE_BYTES
             and _is_of(kept, node, now)
         )
@@ -96,4 +96,4 @@ class Renderings:
 
 
 def _is_of(kept: _Rendering, node: Node, now: float) -> bool:
-    return kept.subject is node.subject and kept.lease.holds(now)
+    return kept.subject is node.subject and kept.lease.check_and_touch(now)

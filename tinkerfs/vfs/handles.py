@@ -5,17 +5,17 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tinkerfs import errors
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["JournalHandle", "RenderedHandle", "Versions", "WeightsHandle"]
+__all__ = ["JournalHandle", "GeneratedFileHandle", "PageCacheTracker", "WeightsHandle"]
 
 #: So many paths are remembered as in the kernel's page cache before all are forgotten.
 _MAX_KEPT = 4096
 
 
-class RenderedHandle:
+class GeneratedFileHandle:
     """A file whose bytes were made when it was opened; what is written to it acts at once.
 
     Thread-safe: the bytes are replaced whole.
@@ -30,7 +30,7 @@ class RenderedHandle:
         told_at: as `Handle.told_at`.
     """
 
-    __slots__ = ("_data", "_path", "_render", "_store", "direct_io", "told_at")
+    __slots__ = ("_data", "_path", "_render", "_store", "direct_io", "size_hint_reported_at")
 
     #: What the kernel read for another handle may be of another version.
     keep_cache = False
@@ -39,24 +39,24 @@ class RenderedHandle:
         self,
         path: str,
         data: bytes | None,
-        render: Callable[[Call], bytes],
-        store: Callable[[str, Call], None] | None,
+        render: Callable[[RequestContext], bytes],
+        store: Callable[[str, RequestContext], None] | None,
         *,
         direct_io: bool,
-        told_at: float | None,
+        size_hint_reported_at: float | None,
     ) -> None:
         self.direct_io = direct_io
-        self.told_at = told_at
+        self.size_hint_reported_at = size_hint_reported_at
         self._path = path
         self._render = render
         self._store = store
         self._data = data
 
-    def load(self, call: Call) -> bytes:
+    def load(self, ctx: RequestContext) -> bytes:
         """Return the bytes as of when they were first wanted, or last written."""
         data = self._data
         if data is None:
-            data = self._data = self._render(call)
+            data = self._data = self._render(ctx)
         return data
 
     @property
@@ -64,17 +64,17 @@ class RenderedHandle:
         """The length, None while nothing was read."""
         return None if self._data is None else len(self._data)
 
-    def read(self, size: int, offset: int, call: Call) -> bytes:
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
         """Return the bytes of [offset, offset + size); fewer only at the end."""
-        return self.load(call)[offset : offset + size]
+        return self.load(ctx)[offset : offset + size]
 
-    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
         """Fill a buffer with the bytes from `offset` on, and return how many there are."""
-        data = self.read(len(buffer), offset, call)
+        data = self.read(len(buffer), offset, ctx)
         buffer[: len(data)] = data
         return len(data)
 
-    def write(self, data: bytes, call: Call) -> int:
+    def write(self, data: bytes, ctx: RequestContext) -> int:
         """Act on one whole value, wherever in the file it was written.
 
         Raises:
@@ -82,7 +82,7 @@ class RenderedHandle:
         """
         if self._store is None:
             raise errors.bad_handle(self._path, "not opened for writing")
-        self._store(data.decode("utf-8", "replace"), call)
+        self._store(data.decode("utf-8", "replace"), ctx)
         self._data = None
         return len(data)
 
@@ -96,7 +96,7 @@ class JournalHandle:
     #: It grows behind the kernel's back.
     direct_io = True
     keep_cache = False
-    told_at = None
+    size_hint_reported_at = None
 
     def __init__(self, path: str, journal: Journal[Any]) -> None:
         self._path = path
@@ -108,24 +108,24 @@ class JournalHandle:
         """The length by now."""
         return len(self._journal.text())
 
-    def read(self, size: int, offset: int, call: Call) -> bytes:
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
         """Return the bytes of [offset, offset + size) that there are by now."""
-        del call
+        del ctx
         return self._journal.read(size, offset)
 
-    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
         """Fill a buffer with the bytes from `offset` on, and return how many there are."""
-        data = self.read(len(buffer), offset, call)
+        data = self.read(len(buffer), offset, ctx)
         buffer[: len(data)] = data
         return len(data)
 
-    def write(self, data: bytes, call: Call) -> int:
+    def write(self, data: bytes, ctx: RequestContext) -> int:
         """Refuse.
 
         Raises:
             OSError: EBADF.
         """
-        del data, call
+        del data, ctx
         raise errors.bad_handle(self._path, "not opened for writing")
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class JournalHandle:
         self._journal.close()
 
 
-class Versions:
+class PageCacheTracker:
     """Which versions of its bytes each path is open for, and what the kernel may keep of them.
 
     The kernel has one page cache a path, whichever handle fills it. Thread-safe.
@@ -146,7 +146,7 @@ class Versions:
         #: The version that all pages of a path are of.
         self._kept: dict[str, str] = {}
 
-    def opened(self, path: str, key: str) -> tuple[bool, bool]:
+    def on_open(self, path: str, key: str) -> tuple[bool, bool]:
         """Take note of an open, and return whether pages may stay, and whether there may be any.
 
         While somebody has another version open there are none of this one: the other would be
@@ -165,7 +165,7 @@ class Versions:
             keys.append(key)
             return keep_cache, not is_apart
 
-    def closed(self, path: str, key: str) -> None:
+    def on_close(self, path: str, key: str) -> None:
         """Take note that an open is over."""
         with self._lock:
             keys = self._open[path]
@@ -191,50 +191,50 @@ class WeightsHandle:
         file: WeightsFile,
         fail: Callable[[errors.ApiError | OSError], NoReturn],
         *,
-        versions: Versions,
-        told_at: float | None,
+        versions: PageCacheTracker,
+        size_hint_reported_at: float | None,
     ) -> None:
         self._path = path
         self._file = file
         self._fail = fail
         self._versions = versions
-        self.keep_cache, self._may_be_cached = versions.opened(path, file.key)
-        self.told_at = told_at
+        self.keep_cache, self._may_be_cached = versions.on_open(path, file.key)
+        self.size_hint_reported_at = size_hint_reported_at
 
     @property
     def direct_io(self) -> bool:
         """Whether the kernel may still go by a size that was a mere bound, or may keep no pages."""
-        return self.told_at is not None or not self._may_be_cached
+        return self.size_hint_reported_at is not None or not self._may_be_cached
 
     @property
     def size_bytes(self) -> int:
         """The exact length."""
         return self._file.size_bytes
 
-    def read(self, size: int, offset: int, call: Call) -> bytes:
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
         """Return the bytes of [offset, offset + size); fewer only at the end."""
         try:
-            return self._file.read(size, offset, call)
+            return self._file.read(size, offset, ctx)
         except (errors.ApiError, OSError) as error:
             self._fail(error)
 
-    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
         """Fill a buffer with the bytes from `offset` on, and return how many there are."""
         try:
-            return self._file.read_into(buffer, offset, call)
+            return self._file.read_into(buffer, offset, ctx)
         except (errors.ApiError, OSError) as error:
             self._fail(error)
 
-    def write(self, data: bytes, call: Call) -> int:
+    def write(self, data: bytes, ctx: RequestContext) -> int:
         """Refuse.
 
         Raises:
             OSError: EBADF.
         """
-        del data, call
+        del data, ctx
         raise errors.bad_handle(self._path, "not opened for writing")
 
     def close(self) -> None:
         """Let go of the file."""
-        self._versions.closed(self._path, self._file.key)
+        self._versions.on_close(self._path, self._file.key)
         self._file.close()

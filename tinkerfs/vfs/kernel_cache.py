@@ -6,7 +6,7 @@ Whoever caches such a size must forget it before it is read by (`Handle.told_at`
 import time
 from collections.abc import Callable
 
-__all__ = ["SETTLED_S", "Bounds"]
+__all__ = ["SETTLED_S", "SizeHintTracker"]
 
 #: Maximum number of paths; those whose bound no kernel can cache any more are removed beyond it.
 _MAX_TOLD = 4096
@@ -17,7 +17,7 @@ _TOLD_S = 10.0
 SETTLED_S = 2.05
 
 
-class Bounds:
+class SizeHintTracker:
     """When an upper bound was last given out, by path.
 
     Args:
@@ -29,14 +29,14 @@ class Bounds:
         # Single operations on a dict are atomic.
         self._told_at: dict[str, float] = {}
 
-    def told_at(self, path: str) -> float | None:
+    def reported_at(self, path: str) -> float | None:
         """Return when one was told; None once a handle had the time to make up for it."""
         told_at = self._told_at.get(path)
         if told_at is not None and self._monotonic() - told_at > _TOLD_S:
             self._told_at.pop(path, None)
         return told_at
 
-    def told(self, path: str) -> None:
+    def record(self, path: str) -> None:
         """Take note that one is told now."""
         now = self._monotonic()
         if len(self._told_at) >= _MAX_TOLD:

@@ -10,110 +10,121 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tinkerfs import errors
 from tinkerfs.api import models
-from tinkerfs.catalog.catalog import Catalogue
+from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.listings import Checkpoint, CheckpointListing
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import controls, entities, readme, render, trash, views, weights_nodes
-from tinkerfs.vfs.schema import Control, Each, File, Folder, Link, Removal, Row, Site
+from tinkerfs.vfs.schema import (
+    ControlFile,
+    Directory,
+    DynamicEntries,
+    GeneratedFile,
+    NodeContext,
+    NodeSpec,
+    RemovalPolicy,
+    Symlink,
+)
 
-__all__ = ["ROOT", "documentation"]
+__all__ = ["ROOT", "render_layout_docs"]
 
 
 # What the rows ask, in the order of the table.
 
 
-def _latest(site: Site) -> str | None:
-    return _latest_path(site.subject, site.subject.last_checkpoint)
+def _latest(site: NodeContext) -> str | None:
+    return _latest_path(site.entity, site.entity.last_checkpoint)
 
 
-def _latest_sampler(site: Site) -> str | None:
-    return _latest_path(site.subject, site.subject.last_sampler_checkpoint)
+def _latest_sampler(site: NodeContext) -> str | None:
+    return _latest_path(site.entity, site.entity.last_sampler_checkpoint)
 
 
 def _latest_path(run: models.TrainingRun, record: models.Checkpoint | None) -> str | None:
     if record is None:
         return None
     # `<kind>/<name>` always resolves, so no listing has to tell how the server lists it.
-    checkpoint = Checkpoint.of(run.run_id, record)
+    checkpoint = Checkpoint.from_record(run.run_id, record)
     return entities.checkpoint_path(checkpoint)
 
 
-def _list_kinds(site: Site) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
-    listing = site.model.catalogue.checkpoints(site.subject.run_id, site.call)
+def _list_kinds(site: NodeContext) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
+    listing = site.model.catalogue.checkpoints(site.entity.run_id, site.call)
     for kind in listing.kinds:
         if listing.of_kind(kind):
-            yield kind, (site.subject, kind)
+            yield kind, (site.entity, kind)
 
 
-def _find_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
+def _find_kind(site: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
     # The three kinds always resolve, so that `rmdir` finds the folder that it has just emptied.
     if kind in KINDS:
-        return site.subject, kind
+        return site.entity, kind
 
     def find(listing: CheckpointListing) -> tuple[models.TrainingRun, str] | None:
-        return (site.subject, kind) if kind in listing.kinds else None
+        return (site.entity, kind) if kind in listing.kinds else None
 
-    return site.model.catalogue.find(site.subject.run_id, find, site.call)
-
-
-def _list_bare(site: Site) -> Iterable[tuple[str, Checkpoint]]:
-    return site.model.catalogue.checkpoints(site.subject.run_id, site.call).bare.items()
+    return site.model.catalogue.find_in_run(site.entity.run_id, find, site.call)
 
 
-def _find_bare(site: Site, name: str) -> Checkpoint | None:
-    run_id = site.subject.run_id
-    return site.model.catalogue.find(run_id, lambda listing: listing.bare.get(name), site.call)
+def _list_bare(site: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+    return site.model.catalogue.checkpoints(site.entity.run_id, site.call).bare.items()
 
 
-def _find_path_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
-    run: models.TrainingRun = site.subject
+def _find_bare(site: NodeContext, name: str) -> Checkpoint | None:
+    run_id = site.entity.run_id
+    return site.model.catalogue.find_in_run(
+        run_id, lambda listing: listing.bare.get(name), site.call
+    )
+
+
+def _find_path_kind(site: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
+    run: models.TrainingRun = site.entity
     is_known = bool(_of_path(site, run, kind))
     return (run, kind) if is_known else None
 
 
-def _list_of_path(site: Site) -> Iterable[tuple[str, Checkpoint]]:
-    return _of_path(site, *site.subject).items()
+def _list_of_path(site: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+    return _of_path(site, *site.entity).items()
 
 
-def _find_of_path(site: Site, name: str) -> Checkpoint | None:
-    return _of_path(site, *site.subject).get(name)
+def _find_of_path(site: NodeContext, name: str) -> Checkpoint | None:
+    return _of_path(site, *site.entity).get(name)
 
 
-def _of_path(site: Site, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
+def _of_path(site: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
     def find(listing: CheckpointListing) -> dict[str, Checkpoint] | None:
         return listing.of_path(kind) or None
 
-    return site.model.catalogue.find(run.run_id, find, site.call) or {}
+    return site.model.catalogue.find_in_run(run.run_id, find, site.call) or {}
 
 
-def _list_of_kind(site: Site) -> Iterator[tuple[str, Checkpoint]]:
-    run, kind = site.subject
+def _list_of_kind(site: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
+    run, kind = site.entity
     for checkpoint in site.model.catalogue.checkpoints(run.run_id, site.call).of_kind(kind):
         yield checkpoint.name, checkpoint
 
 
-def _find_of_kind(site: Site, name: str) -> Checkpoint | None:
-    run, kind = site.subject
+def _find_of_kind(site: NodeContext, name: str) -> Checkpoint | None:
+    run, kind = site.entity
     return site.model.catalogue.checkpoint(run.run_id, kind, name, site.call)
 
 
 # What costs something to read is found in the trash too: its links there lead to it.
 
 
-def _list_content(site: Site) -> Iterator[tuple[str, Checkpoint]]:
-    run, wanted = site.subject
+def _list_content(site: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
+    run, wanted = site.entity
     for checkpoint in site.model.catalogue.listed(run.run_id, site.call).all:
         if checkpoint.kind == wanted:
             yield checkpoint.name, checkpoint
 
 
-def _find_content(site: Site, name: str) -> Checkpoint | None:
-    run, kind = site.subject
+def _find_content(site: NodeContext, name: str) -> Checkpoint | None:
+    run, kind = site.entity
     return site.model.catalogue.checkpoint(run.run_id, kind, name, site.call, with_trashed=True)
 
 
-def _group_ns(site: Site) -> int:
-    run, kind = site.subject
+def _group_ns(site: NodeContext) -> int:
+    run, kind = site.entity
     try:
         known = site.model.catalogue.checkpoints(run.run_id, site.call)
     except errors.ApiError:  # somebody else's, who does not let them be listed
@@ -125,45 +136,45 @@ def _group_ns(site: Site) -> int:
     return entities.newest_ns(site, changed_ns, newest_ns)
 
 
-def _checkpoints_ns(site: Site) -> int:
-    run: models.TrainingRun = site.subject
+def _checkpoints_ns(site: NodeContext) -> int:
+    run: models.TrainingRun = site.entity
     changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
     return entities.newest_ns(site, changed_ns, run.last_request_time_ns)
 
 
-def _checkpoint_info(site: Site) -> bytes:
+def _checkpoint_info(site: NodeContext) -> bytes:
     try:
-        info = site.model.catalogue.weights_info(site.subject, site.call)
+        info = site.model.catalogue.weights_info(site.entity, site.call)
     except errors.ApiError as error:
         # It costs this checkpoint its weights info and nothing else; `errors` tells why.
-        if not error.is_remembered:
-            site.model.telemetry.failed(
-                site.path, "weights info", errors.from_api(error, site.path)
+        if not error.is_local:
+            site.model.telemetry.record_error(
+                site.path, "weights info", errors.os_error_from_api(error, site.path)
             )
-        site.call.is_momentary()
+        site.call.mark_uncacheable()
         info = None
-    return render.checkpoint_info(site.subject.record, info)
+    return render.checkpoint_info(site.entity.record, info)
 
 
-def _published(site: Site) -> bytes:
-    return render.line("1" if site.subject.record.is_public else "0")
+def _published(site: NodeContext) -> bytes:
+    return render.line("1" if site.entity.record.is_public else "0")
 
 
-def _expires_at(site: Site) -> bytes:
-    expires_at_ns = site.subject.record.expires_at_ns
+def _expires_at(site: NodeContext) -> bytes:
+    expires_at_ns = site.entity.record.expires_at_ns
     return render.line("never" if expires_at_ns is None else render.rfc3339_ns(expires_at_ns))
 
 
-def _list_version(site: Site) -> Iterable[tuple[str, Checkpoint]]:
-    return ((site.subject.version, site.subject),)
+def _list_version(site: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+    return ((site.entity.version, site.entity),)
 
 
-def _find_version(site: Site, version: str) -> Checkpoint | None:
-    checkpoint: Checkpoint = site.subject
+def _find_version(site: NodeContext, version: str) -> Checkpoint | None:
+    checkpoint: Checkpoint = site.entity
     return checkpoint if version == checkpoint.version else None
 
 
-def _stats(site: Site) -> bytes:
+def _stats(site: NodeContext) -> bytes:
     model = site.model
     facts = {
         "base_url": model.settings.base_url,
@@ -174,12 +185,12 @@ def _stats(site: Site) -> bytes:
     return render.json_values({**facts, **model.telemetry.snapshot()})
 
 
-def _known(catalogue: Catalogue) -> dict[str, int]:
+def _known(catalogue: Catalog) -> dict[str, int]:
     """Return what the listings so far add up to, without a call; empty before the first."""
-    runs = catalogue.known_runs()
+    runs = catalogue.cached_runs()
     if runs is None:
         return {}
-    listings = [catalogue.known_checkpoints(run_id) for run_id in runs.by_id]
+    listings = [catalogue.cached_checkpoints(run_id) for run_id in runs.by_id]
     checkpoints = [c for known in listings if known for c in known.all]
     return {
         "runs": len(runs.by_id),
@@ -189,37 +200,37 @@ def _known(catalogue: Catalogue) -> dict[str, int]:
     }
 
 
-def _control_file_ns(site: Site) -> int:
+def _control_file_ns(site: NodeContext) -> int:
     return int(site.model.clock.now() * 1e9)
 
 
 # The table.
 
-_CHECKPOINT_ROWS: tuple[Row, ...] = (
-    File(
+_CHECKPOINT_ROWS: tuple[NodeSpec, ...] = (
+    GeneratedFile(
         "info.json",
         "weights info, merged with the listing's record",
         _checkpoint_info,
         mode=0o644,
-        is_costly=True,
+        is_expensive=True,
     ),
     weights_nodes.LINKS["archive_url"],
-    Control(
+    ControlFile(
         "published",
         '"1" or "0"; written to publish or unpublish',
         _published,
         controls.store_published,
     ),
-    Control(
+    ControlFile(
         "expires_at",
         'RFC 3339 time or "never"; written to set or clear the expiry',
         _expires_at,
         controls.store_expires_at,
     ),
-    File(
+    GeneratedFile(
         "tinker_path",
         "the tinker:// path and a newline",
-        lambda site: render.line(site.subject.tinker_path),
+        lambda site: render.line(site.entity.tinker_path),
         mode=0o644,
     ),
     weights_nodes.LINKS["files"],
@@ -228,48 +239,48 @@ _CHECKPOINT_ROWS: tuple[Row, ...] = (
 )
 
 
-_CHECKPOINT = Folder(
+_CHECKPOINT = Directory(
     "<name>",
     "a checkpoint",
     _CHECKPOINT_ROWS,
     entities.checkpoint_ns,
     entities.stored_bytes,
-    Removal.CHECKPOINT,
+    RemovalPolicy.CHECKPOINT,
     entities.checkpoint_xattrs,
 )
 
 #: In the trash nothing is published, and `expires_at` restores.
-_TRASHED_ROWS = tuple(row for row in _CHECKPOINT_ROWS if not isinstance(row, Control))
+_TRASHED_ROWS = tuple(row for row in _CHECKPOINT_ROWS if not isinstance(row, ControlFile))
 
-_ALIAS = Link(
+_ALIAS = Symlink(
     "<name>",
     "the checkpoint of that name, where the server's ids have no kind; not listed",
-    lambda site: entities.checkpoint_path(site.subject),
+    lambda site: entities.checkpoint_path(site.entity),
     mtime_ns=entities.checkpoint_ns,
 )
 
-_CHECKPOINTS = Folder(
+_CHECKPOINTS = Directory(
     "checkpoints",
     "the run's checkpoints by kind and name, whatever form the server's ids have",
     (
-        Each(
-            Folder(
+        DynamicEntries(
+            Directory(
                 "<kind>",
                 "those of one kind: weights, sampler_weights, external_weights",
-                (Each(_CHECKPOINT, _list_of_kind, _find_of_kind),),
+                (DynamicEntries(_CHECKPOINT, _list_of_kind, _find_of_kind),),
                 _group_ns,
-                removal=Removal.GROUPING,
+                removal=RemovalPolicy.CONTAINER,
             ),
             _list_kinds,
             _find_kind,
         ),
         # A link, so that a checkpoint has one directory, and removing another name removes nothing.
-        Each(_ALIAS, _list_bare, _find_bare, False),
-        Each(
-            Folder(
+        DynamicEntries(_ALIAS, _list_bare, _find_bare, False),
+        DynamicEntries(
+            Directory(
                 "<part>",
                 "what a tinker path has in place of a kind; not listed",
-                (Each(_ALIAS, _list_of_path, _find_of_path, False),),
+                (DynamicEntries(_ALIAS, _list_of_path, _find_of_path, False),),
             ),
             lambda _site: (),  # none is so long that its file name is cut
             _find_path_kind,
@@ -277,17 +288,19 @@ _CHECKPOINTS = Folder(
         ),
     ),
     _checkpoints_ns,
-    removal=Removal.GROUPING,
+    removal=RemovalPolicy.CONTAINER,
 )
 
-_RUN = Folder(
+_RUN = Directory(
     "<run_id>",
     "a training run",
     (
-        File("info.json", "the training run's record", lambda site: render.run_info(site.subject)),
+        GeneratedFile(
+            "info.json", "the training run's record", lambda site: render.run_info(site.entity)
+        ),
         _CHECKPOINTS,
-        Link("latest", "the newest training checkpoint, when the run has one", _latest, True),
-        Link(
+        Symlink("latest", "the newest training checkpoint, when the run has one", _latest, True),
+        Symlink(
             "latest_sampler",
             "the newest sampler checkpoint, when there is one",
             _latest_sampler,
@@ -301,23 +314,27 @@ _RUN = Folder(
 
 def _content(
     doc: str,
-    version: Folder,
-    find_kind: Callable[[Site, str], tuple[models.TrainingRun, str] | None],
-) -> Folder:
+    version: Directory,
+    find_kind: Callable[[NodeContext, str], tuple[models.TrainingRun, str] | None],
+) -> Directory:
     """Return a directory of what costs something to read, by version of a checkpoint.
 
     Nothing in it is listed, so that a walk does not reach it.
     """
-    name = Folder(
-        "<name>", "of a checkpoint", (Each(version, _list_version, _find_version, False),)
+    name = Directory(
+        "<name>", "of a checkpoint", (DynamicEntries(version, _list_version, _find_version, False),)
     )
-    kind = Folder("<kind>", "of a kind", (Each(name, _list_content, _find_content, False),))
-    run = Folder("<run_id>", "of a training run", (Each(kind, _list_kinds, find_kind, False),))
-    each_run = Each(run, entities.list_runs, entities.find_run, False)
-    return Folder(".content", doc, (each_run,))
+    kind = Directory(
+        "<kind>", "of a kind", (DynamicEntries(name, _list_content, _find_content, False),)
+    )
+    run = Directory(
+        "<run_id>", "of a training run", (DynamicEntries(kind, _list_kinds, find_kind, False),)
+    )
+    each_run = DynamicEntries(run, entities.list_runs, entities.find_run, False)
+    return Directory(".content", doc, (each_run,))
 
 
-def _find_served_kind(site: Site, kind: str) -> tuple[models.TrainingRun, str] | None:
+def _find_served_kind(site: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
     return _find_kind(site, kind) if kind in views.SERVED_KINDS else None
 
 
@@ -330,36 +347,36 @@ _ADAPTERS = views.adapters(
     _content("what the links lead to; not listed", weights_nodes.ADAPTER, _find_served_kind)
 )
 
-_TINKERFS = Folder(
+_TINKERFS = Directory(
     ".tinkerfs",
     "the mount's own control files",
     (
-        File(
+        GeneratedFile(
             "stats.json",
             "counters: API calls by endpoint and status, cache hits, errors, uptime",
             _stats,
-            is_momentary=True,
+            is_volatile=True,
             mtime_ns=_control_file_ns,
         ),
-        File(
+        GeneratedFile(
             "errors",
             "the last 100 failures, newest last",
             lambda site: site.model.telemetry.errors.text(),
             mode=0o600,
             journal=lambda site: site.model.telemetry.errors,
-            is_momentary=True,
+            is_volatile=True,
             mtime_ns=_control_file_ns,
         ),
-        File(
+        GeneratedFile(
             "changes",
             "the last 100 changes asked for through this mount, newest last",
             lambda site: site.model.telemetry.changes.text(),
             mode=0o600,
             journal=lambda site: site.model.telemetry.changes,
-            is_momentary=True,
+            is_volatile=True,
             mtime_ns=_control_file_ns,
         ),
-        Control(
+        ControlFile(
             "refresh",
             "written (anything) to drop every cached entry now",
             lambda _site: b"",
@@ -369,15 +386,15 @@ _TINKERFS = Folder(
     ),
 )
 
-ROOT = Folder(
+ROOT = Directory(
     "",
     "the account",
     (
-        File("README.md", "what is here and how to use it", lambda _site: readme.TEXT),
-        Folder(
+        GeneratedFile("README.md", "what is here and how to use it", lambda _site: readme.TEXT),
+        Directory(
             "runs",
             "every training run of the account",
-            (Each(_RUN, entities.list_runs, entities.find_run),),
+            (DynamicEntries(_RUN, entities.list_runs, entities.find_run),),
             entities.newest_run_ns,
         ),
         views.CHECKPOINTS,
@@ -393,7 +410,7 @@ ROOT = Folder(
 )
 
 
-def documentation() -> str:
+def render_layout_docs() -> str:
     """Return `docs/layout.md`, made from the table."""
     lines = [
         "# Layout",
@@ -410,14 +427,14 @@ def documentation() -> str:
     return "\n".join(lines)
 
 
-def _documented(folder: Folder, path: str) -> Iterator[str]:
+def _documented(folder: Directory, path: str) -> Iterator[str]:
     for row in folder.rows:
-        node = row.node if isinstance(row, Each) else row
+        node = row.node if isinstance(row, DynamicEntries) else row
         if node is None:  # the same again
             continue
         where = f"{path}/{node.name}"
         kind = type(node).__name__.lower()
         mode = {"folder": "0755", "link": "-"}.get(kind) or f"{node.mode:04o}"  # type: ignore[union-attr]
         yield f"| `{where}` | {kind} | {mode} | {node.doc} |"
-        if isinstance(node, Folder):
+        if isinstance(node, Directory):
             yield from _documented(node, where)

@@ -9,9 +9,18 @@ from typing import Final, Protocol
 
 import msgspec
 
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 
-__all__ = ["DOTS", "FOLDER_RANK", "Attr", "Entry", "Handle", "Space", "dots", "inode"]
+__all__ = [
+    "DOT_ENTRY_COUNT",
+    "FOLDER_RANK",
+    "Attr",
+    "Entry",
+    "Handle",
+    "StatFs",
+    "dot_entries",
+    "inode_for_path",
+]
 
 #: Bytes of one block of `st_blocks`, whatever a file system's own blocks are (stat(2)).
 _BLOCK_BYTES: Final = 512
@@ -21,7 +30,7 @@ FOLDER_RANK: Final = 1
 _HASH_BITS: Final = ((1 << 61) - 1) & ~(7 << 29)
 
 #: `.` and `..` come before what a folder holds, where they are listed.
-DOTS: Final = 2
+DOT_ENTRY_COUNT: Final = 2
 
 
 # msgspec's structs: made in 0.2 us where a frozen dataclass of this size takes 1.5 us, without a
@@ -78,7 +87,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     target: str | None = None
 
 
-class Space(msgspec.Struct, frozen=True, gc=False):
+class StatFs(msgspec.Struct, frozen=True, gc=False):
     """What df shows, bytes."""
 
     total_bytes: int
@@ -99,7 +108,7 @@ class Handle(Protocol):
         ...
 
     @property
-    def told_at(self) -> float | None:
+    def size_hint_reported_at(self) -> float | None:
         """When somebody was last told a size that was a mere bound; None where nobody was.
 
         On the machine's monotonic clock. Who remembers that size must forget it before they read.
@@ -111,15 +120,15 @@ class Handle(Protocol):
         """The file's exact length, None while nothing was read."""
         ...
 
-    def read(self, size: int, offset: int, call: Call) -> bytes:
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
         """Return the bytes of [offset, offset + size); fewer only at the file's end."""
         ...
 
-    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
         """Fill a buffer of bytes with those from `offset` on, and return how many there are."""
         ...
 
-    def write(self, data: bytes, call: Call) -> int:
+    def write(self, data: bytes, ctx: RequestContext) -> int:
         """Act on one whole value; return len(data)."""
         ...
 
@@ -128,16 +137,16 @@ class Handle(Protocol):
         ...
 
 
-def dots(path: str) -> tuple[Entry, Entry]:
+def dot_entries(path: str) -> tuple[Entry, Entry]:
     """Return the entries `.` and `..` of a folder, without attributes."""
     parent = path.rpartition("/")[0] or "/"
     return (
-        Entry(".", inode(path), stat.S_IFDIR, None),
-        Entry("..", inode(parent), stat.S_IFDIR, None),
+        Entry(".", inode_for_path(path), stat.S_IFDIR, None),
+        Entry("..", inode_for_path(parent), stat.S_IFDIR, None),
     )
 
 
-def inode(path: str, rank: int = FOLDER_RANK) -> int:
+def inode_for_path(path: str, rank: int = FOLDER_RANK) -> int:
     """Return the inode number of a path, never 0 or 1 (FUSE's root): 58 bits of a hash, and a rank.
 
     coreutils copies, and GIO lists, a directory in the order of the numbers. GIO compares their

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-__all__ = ["HOW_TO_DELETE", "HOW_TO_MOVE", "Removals"]
+__all__ = ["DELETE_HINT", "HOW_TO_MOVE", "RemovalTracker"]
 
 #: How long what was unlinked stays hidden, and a refused process group is refused, seconds.
 WINDOW_S = 60.0
 
-HOW_TO_DELETE = (
+DELETE_HINT = (
     "only checkpoints can be removed, each by its own folder: "
     "rm -r runs/<run_id>/checkpoints/<kind>/<name>"
 )
@@ -43,7 +43,7 @@ class _Refusal:
     at: float
 
 
-class Removals:
+class RemovalTracker:
     """Tombstones by directory and process group, refusals by process group."""
 
     def __init__(self, clock: Clock) -> None:
@@ -54,10 +54,10 @@ class Removals:
         self._refused: dict[int, _Refusal] = {}
         self._hidden_until = 0.0
         #: How many times something was hidden.
-        self.hides = 0
+        self.hide_count = 0
 
     @property
-    def is_anything_hidden(self) -> bool:
+    def has_tombstones(self) -> bool:
         """Whether `hidden` is worth asking; takes no lock, which every lookup would wait for."""
         return bool(self._tombstones) and self._clock.monotonic() < self._hidden_until
 
@@ -84,7 +84,7 @@ class Removals:
             tombstone.names.add(name)
             tombstone.last = self._clock.monotonic()
             self._hidden_until = tombstone.last + WINDOW_S
-            self.hides += 1
+            self.hide_count += 1
 
     def restore(self, key: Hashable, group: int | None = None) -> None:
         """Show everything again in a directory.
@@ -120,7 +120,7 @@ class Removals:
             f"so nothing is removed for it until it leaves off; {refusal.hint}",
         )
 
-    def refuse(self, group: int, path: str, hint: str = HOW_TO_DELETE) -> OSError:
+    def deny(self, group: int, path: str, hint: str = DELETE_HINT) -> OSError:
         """Return the refusal of a removal; record its group, and show what that had hidden."""
         with self._lock:
             now = self._clock.monotonic()

@@ -14,50 +14,50 @@ from typing import Any
 import msgspec
 
 from tinkerfs import name_encoding
-from tinkerfs.catalog.catalog import Catalogue
+from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.mutations import Mutations
 from tinkerfs.catalog.sessions import Sessions
 from tinkerfs.catalog.trash_reader import TrashReader
 from tinkerfs.clock import Clock
 from tinkerfs.config import Settings
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.reader import Weights
-from tinkerfs.weights.url_cache import Archives
+from tinkerfs.weights.reader import WeightsReader
+from tinkerfs.weights.url_cache import SignedUrlCache
 
 __all__ = [
-    "Control",
-    "Each",
-    "File",
-    "Folder",
-    "Link",
-    "Model",
-    "Removal",
-    "Row",
-    "Site",
-    "Stream",
+    "ControlFile",
+    "DynamicEntries",
+    "GeneratedFile",
+    "Directory",
+    "Symlink",
+    "Backend",
+    "RemovalPolicy",
+    "NodeSpec",
+    "NodeContext",
+    "ContentFile",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class Backend:
     """What the functions of the table may ask."""
 
     settings: Settings
-    catalogue: Catalogue
+    catalogue: Catalog
     mutations: Mutations
     trash: TrashReader
     sessions: Sessions
-    archives: Archives
-    weights: Weights
+    archives: SignedUrlCache
+    weights: WeightsReader
     telemetry: Telemetry
     clock: Clock
     started_ns: int
 
 
-class Site(msgspec.Struct, frozen=True):
+class NodeContext(msgspec.Struct, frozen=True):
     """Where a function of the table is at work: the model, the node's subject, its path, the call.
 
     Attributes:
@@ -67,14 +67,14 @@ class Site(msgspec.Struct, frozen=True):
         call: how to wait; functions that take no call must not.
     """
 
-    model: Model
-    subject: Any
+    model: Backend
+    entity: Any
     path: str
-    call: Call
+    call: RequestContext
 
 
 @dataclass(frozen=True, slots=True)
-class File:
+class GeneratedFile:
     """A file whose bytes are made of metadata.
 
     Attributes:
@@ -95,18 +95,18 @@ class File:
 
     name: str
     doc: str
-    render: Callable[[Site], bytes]
+    render: Callable[[NodeContext], bytes]
     mode: int = 0o444
-    told_bytes: Callable[[Site], int] | None = None
-    is_exact: Callable[[Site], bool] | None = None
-    is_costly: bool = False
-    is_momentary: bool = False
-    journal: Callable[[Site], Journal[Any]] | None = None
-    mtime_ns: Callable[[Site], int] | None = None
+    size_hint: Callable[[NodeContext], int] | None = None
+    is_size_exact: Callable[[NodeContext], bool] | None = None
+    is_expensive: bool = False
+    is_volatile: bool = False
+    journal: Callable[[NodeContext], Journal[Any]] | None = None
+    mtime_ns: Callable[[NodeContext], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class ContentFile:
     """A file whose bytes come by position, as weights do.
 
     Attributes:
@@ -122,28 +122,28 @@ class Stream:
 
     name: str
     doc: str
-    open: Callable[[Site], WeightsFile]
-    told_bytes: Callable[[Site], int]
-    is_exact: Callable[[Site], bool] | None = None
+    open: Callable[[NodeContext], WeightsFile]
+    size_hint: Callable[[NodeContext], int]
+    is_size_exact: Callable[[NodeContext], bool] | None = None
     mode: int = 0o444
-    mtime_ns: Callable[[Site], int] | None = None
-    xattrs: Callable[[Site], dict[str, str]] | None = None
+    mtime_ns: Callable[[NodeContext], int] | None = None
+    xattrs: Callable[[NodeContext], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class ControlFile:
     """A file whose writes act: `store` gets one whole value, and its errors are the write's."""
 
     name: str
     doc: str
-    render: Callable[[Site], bytes]
-    store: Callable[[Site, str], None]
+    render: Callable[[NodeContext], bytes]
+    store: Callable[[NodeContext, str], None]
     mode: int = 0o644
-    mtime_ns: Callable[[Site], int] | None = None
+    mtime_ns: Callable[[NodeContext], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class Symlink:
     """A symbolic link.
 
     Attributes:
@@ -156,21 +156,21 @@ class Link:
 
     name: str
     doc: str
-    target: Callable[[Site], str | None]
+    target: Callable[[NodeContext], str | None]
     is_optional: bool = False
-    mtime_ns: Callable[[Site], int] | None = None
+    mtime_ns: Callable[[NodeContext], int] | None = None
 
 
-class Removal(Enum):
+class RemovalPolicy(Enum):
     """What removing does to a folder."""
 
     NEVER = "it and what is in it cannot be removed"
-    GROUPING = "rmdir succeeds once nothing is left in it, and changes nothing"
+    CONTAINER = "rmdir succeeds once nothing is left in it, and changes nothing"
     CHECKPOINT = "its files can be hidden by unlink, and rmdir deletes the checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
-class Folder:
+class Directory:
     """A folder.
 
     Attributes:
@@ -188,26 +188,28 @@ class Folder:
 
     name: str
     doc: str
-    rows: "tuple[Row, ...]"
-    mtime_ns: Callable[[Site], int] | None = None
-    stored_bytes: Callable[[Site], int] | None = None
-    removal: Removal = Removal.NEVER
-    xattrs: Callable[[Site], dict[str, str]] | None = None
-    fixed: "dict[str, File | Stream | Control | Link | Folder]" = field(init=False, repr=False)
-    each: "tuple[Each, ...]" = field(init=False, repr=False)
+    rows: "tuple[NodeSpec, ...]"
+    mtime_ns: Callable[[NodeContext], int] | None = None
+    stored_bytes: Callable[[NodeContext], int] | None = None
+    removal: RemovalPolicy = RemovalPolicy.NEVER
+    xattrs: Callable[[NodeContext], dict[str, str]] | None = None
+    static_children: "dict[str, GeneratedFile | ContentFile | ControlFile | Symlink | Directory]" = field(
+        init=False, repr=False
+    )
+    dynamic_children: "tuple[DynamicEntries, ...]" = field(init=False, repr=False)
     nlink: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        fixed = {row.name: row for row in self.rows if not isinstance(row, Each)}
-        each = tuple(row for row in self.rows if isinstance(row, Each))
-        subfolders = sum(isinstance(row, Folder) for row in self.rows)
+        fixed = {row.name: row for row in self.rows if not isinstance(row, DynamicEntries)}
+        each = tuple(row for row in self.rows if isinstance(row, DynamicEntries))
+        subfolders = sum(isinstance(row, Directory) for row in self.rows)
         object.__setattr__(self, "fixed", fixed)
         object.__setattr__(self, "each", each)
         object.__setattr__(self, "nlink", 1 if each else 2 + subfolders)
 
 
 @dataclass(frozen=True, slots=True)
-class Each:
+class DynamicEntries:
     """One `node` for each name of the account.
 
     Attributes:
@@ -222,12 +224,12 @@ class Each:
         decode: the way back; ValueError for what no server name is encoded as.
     """
 
-    node: Folder | Link | File | Stream | None
-    list: Callable[[Site], Iterable[tuple[Any, Any]]]
-    find: Callable[[Site, Any], Any]
+    node: Directory | Symlink | GeneratedFile | ContentFile | None
+    list: Callable[[NodeContext], Iterable[tuple[Any, Any]]]
+    lookup: Callable[[NodeContext, Any], Any]
     is_listed: bool = True
     encode: Callable[[Any], str] = name_encoding.encode
     decode: Callable[[str], Any] = name_encoding.decode
 
 
-Row = File | Stream | Control | Link | Folder | Each
+NodeSpec = GeneratedFile | ContentFile | ControlFile | Symlink | Directory | DynamicEntries

@@ -10,7 +10,7 @@ from tinkerfs.api import models
 from tinkerfs.catalog.listings import Checkpoint
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import entities, render, weights_nodes
-from tinkerfs.vfs.schema import Each, File, Folder, Link, Site
+from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, NodeContext, Symlink
 
 __all__ = [
     "CHECKPOINTS",
@@ -30,46 +30,55 @@ def _view(
     name: str,
     doc: str,
     shows: Callable[[Checkpoint], bool],
-    time_ns: Callable[[Site], int] = entities.checkpoint_ns,
-) -> Folder:
+    time_ns: Callable[[NodeContext], int] = entities.checkpoint_ns,
+) -> Directory:
     """A folder with a link to each checkpoint of the user that it shows."""
 
-    def listed(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-        for checkpoint in site.model.catalogue.each_user_checkpoint(site.call):
+    def listed(site: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+        for checkpoint in site.model.catalogue.iter_account_checkpoints(site.call):
             if shows(checkpoint):
                 yield checkpoint.key, checkpoint
 
-    def find(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
+    def find(site: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
         if len(parts) != 3:
             return None
         run_id, kind, name = parts
         checkpoint = site.model.catalogue.user_checkpoint((run_id, kind, name), site.call)
         return checkpoint if checkpoint is not None and shows(checkpoint) else None
 
-    def view_ns(site: Site) -> int:
-        known = site.model.catalogue.known_user_checkpoints()
+    def view_ns(site: NodeContext) -> int:
+        known = site.model.catalogue.cached_account_checkpoints()
         newest_first = known.by_key.values() if known else ()
         times_ns = (c.record.time_ns for c in newest_first if shows(c))
         newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
         changed_ns = site.model.catalogue.user_changed_ns()
-        return entities.mounted_ns(site, changed_ns, newest_ns)
+        return entities.mtime_or_mount_time(site, changed_ns, newest_ns)
 
-    link = Link(
+    link = Symlink(
         "<run_id>@<kind>@<name>",
         "the checkpoint",
-        lambda site: entities.checkpoint_path(site.subject),
+        lambda site: entities.checkpoint_path(site.entity),
         mtime_ns=time_ns,
     )
-    return Folder(
+    return Directory(
         name,
         doc,
-        (Each(link, listed, find, True, name_encoding.join, name_encoding.split),),
+        (
+            DynamicEntries(
+                link,
+                listed,
+                find,
+                True,
+                name_encoding.encode_composite,
+                name_encoding.decode_composite,
+            ),
+        ),
         view_ns,
     )
 
 
-def _expiry_ns(site: Site) -> int:
-    expires_at_ns: int = site.subject.record.expires_at_ns
+def _expiry_ns(site: NodeContext) -> int:
+    expires_at_ns: int = site.entity.record.expires_at_ns
     return expires_at_ns
 
 
@@ -88,51 +97,56 @@ EXPIRING = _view(
 SERVED_KINDS = ("sampler_weights", "external_weights")
 
 
-def _list_adapters(site: Site) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+def _list_adapters(site: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
     for key, checkpoint in site.model.catalogue.user_checkpoints(site.call).by_key.items():
         if checkpoint.kind in SERVED_KINDS:
             yield key, checkpoint
 
 
-def _find_adapter(site: Site, parts: tuple[str, ...]) -> Checkpoint | None:
+def _find_adapter(site: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
     if len(parts) != 3 or parts[1] not in SERVED_KINDS:
         return None
     run_id, kind, name = parts
-    known = site.model.catalogue.known_user_checkpoints()
+    known = site.model.catalogue.cached_account_checkpoints()
     if known is not None and (run_id, kind, name) in known.by_key:
         return site.model.catalogue.user_checkpoints(site.call).by_key.get((run_id, kind, name))
     try:
         return site.model.catalogue.checkpoint(run_id, kind, name, site.call)
-    except errors.ABSENCES as error:
-        if error.is_remembered:
+    except errors.NOT_FOUND_ERRORS as error:
+        if error.is_local:
             return None
         raise
 
 
-def adapters(files: Folder) -> Folder:
+def adapters(files: Directory) -> Directory:
     """Return the view of what serving engines take.
 
     Args:
         files: the unlisted directory that its names lead into.
     """
-    link = Link(
+    link = Symlink(
         "<run_id>@<kind>@<name>",
         "the checkpoint's files; also of those that are not listed",
-        lambda site: weights_nodes.adapter_path(site.subject),
+        lambda site: weights_nodes.adapter_path(site.entity),
         mtime_ns=entities.checkpoint_ns,
     )
 
-    def find_files(_site: Site, name: str) -> str | None:
+    def find_files(_site: NodeContext, name: str) -> str | None:
         return name if name == files.name else None
 
-    return Folder(
+    return Directory(
         "adapters",
         "every sampler and external checkpoint as the folder of files that serving engines take",
         (
-            Each(
-                link, _list_adapters, _find_adapter, True, name_encoding.join, name_encoding.split
+            DynamicEntries(
+                link,
+                _list_adapters,
+                _find_adapter,
+                True,
+                name_encoding.encode_composite,
+                name_encoding.decode_composite,
             ),
-            Each(files, lambda _site: (), find_files, False),
+            DynamicEntries(files, lambda _site: (), find_files, False),
         ),
         CHECKPOINTS.mtime_ns,
     )
@@ -141,61 +155,61 @@ def adapters(files: Folder) -> Folder:
 # Runs by base model. A subject is an organisation, or that and a model.
 
 
-def _list_orgs(site: Site) -> Iterator[tuple[str, str]]:
+def _list_orgs(site: NodeContext) -> Iterator[tuple[str, str]]:
     for org in site.model.catalogue.runs(site.call).by_model:
         yield org, org
 
 
-def _find_org(site: Site, org: str) -> str | None:
+def _find_org(site: NodeContext, org: str) -> str | None:
     return org if org in site.model.catalogue.runs(site.call).by_model else None
 
 
-def _list_models(site: Site) -> Iterator[tuple[str, tuple[str, str]]]:
-    for model in site.model.catalogue.runs(site.call).by_model.get(site.subject, ()):
+def _list_models(site: NodeContext) -> Iterator[tuple[str, tuple[str, str]]]:
+    for model in site.model.catalogue.runs(site.call).by_model.get(site.entity, ()):
         if model:
-            yield model, (site.subject, model)
+            yield model, (site.entity, model)
 
 
-def _find_model(site: Site, model: str) -> tuple[str, str] | None:
-    models_of_org = site.model.catalogue.runs(site.call).by_model.get(site.subject, {})
-    return (site.subject, model) if model and model in models_of_org else None
+def _find_model(site: NodeContext, model: str) -> tuple[str, str] | None:
+    models_of_org = site.model.catalogue.runs(site.call).by_model.get(site.entity, {})
+    return (site.entity, model) if model and model in models_of_org else None
 
 
-def _runs_of_model(site: Site) -> dict[str, models.TrainingRun]:
-    org, model = (site.subject, "") if isinstance(site.subject, str) else site.subject
+def _runs_of_model(site: NodeContext) -> dict[str, models.TrainingRun]:
+    org, model = (site.entity, "") if isinstance(site.entity, str) else site.entity
     return site.model.catalogue.runs(site.call).by_model.get(org, {}).get(model, {})
 
 
-def _list_runs_of_model(site: Site) -> Iterable[tuple[str, models.TrainingRun]]:
+def _list_runs_of_model(site: NodeContext) -> Iterable[tuple[str, models.TrainingRun]]:
     return _runs_of_model(site).items()
 
 
-def _find_run_of_model(site: Site, run_id: str) -> models.TrainingRun | None:
+def _find_run_of_model(site: NodeContext, run_id: str) -> models.TrainingRun | None:
     return _runs_of_model(site).get(run_id)
 
 
-_RUNS_OF_MODEL = Each(
-    Link(
+_RUNS_OF_MODEL = DynamicEntries(
+    Symlink(
         "<run_id>",
         "a training run of that base model",
-        lambda site: entities.run_path(site.subject.run_id),
+        lambda site: entities.run_path(site.entity.run_id),
         mtime_ns=entities.run_ns,
     ),
     _list_runs_of_model,
     _find_run_of_model,
 )
 
-MODELS = Folder(
+MODELS = Directory(
     "models",
     "the training runs by base model; `Qwen/Qwen3-8B` is two folders",
     (
-        Each(
-            Folder(
+        DynamicEntries(
+            Directory(
                 "<organisation>",
                 "the first part of the base model's name",
                 (
-                    Each(
-                        Folder("<model>", "the rest of it", (_RUNS_OF_MODEL,)),
+                    DynamicEntries(
+                        Directory("<model>", "the rest of it", (_RUNS_OF_MODEL,)),
                         _list_models,
                         _find_model,
                     ),
@@ -213,107 +227,109 @@ MODELS = Folder(
 # Sessions and samplers.
 
 
-def _list_sessions(site: Site) -> Iterable[tuple[str, models.FoundSession]]:
-    return site.model.sessions.listed(site.call).items()
+def _list_sessions(site: NodeContext) -> Iterable[tuple[str, models.SessionSummary]]:
+    return site.model.sessions.list_ids(site.call).items()
 
 
-def _find_session(site: Site, session_id: str) -> models.FoundSession | None:
+def _find_session(site: NodeContext, session_id: str) -> models.SessionSummary | None:
     try:
         return site.model.sessions.find(session_id, site.call)
-    except errors.ABSENCES as error:
-        if error.is_remembered:
+    except errors.NOT_FOUND_ERRORS as error:
+        if error.is_local:
             return None
         raise
 
 
-def _session_ns(site: Site) -> int:
-    time_ns: int | None = site.subject.created_at_ns
+def _session_ns(site: NodeContext) -> int:
+    time_ns: int | None = site.entity.created_at_ns
     return site.model.started_ns if time_ns is None else time_ns
 
 
-def _session_xattrs(site: Site) -> dict[str, str]:
-    name = site.subject.display_name
+def _session_xattrs(site: NodeContext) -> dict[str, str]:
+    name = site.entity.display_name
     return {} if name is None else {"tinker.display_name": name}
 
 
-def _newest_session_ns(site: Site) -> int:
-    known = site.model.sessions.known().values()
+def _newest_session_ns(site: NodeContext) -> int:
+    known = site.model.sessions.cached().values()
     changed_ns = site.model.sessions.changed_ns()
-    return entities.mounted_ns(site, changed_ns, *(session.created_at_ns for session in known))
+    return entities.mtime_or_mount_time(
+        site, changed_ns, *(session.created_at_ns for session in known)
+    )
 
 
-def _session(site: Site) -> models.Session:
-    return site.model.sessions.record(site.subject.session_id, site.call)
+def _session(site: NodeContext) -> models.Session:
+    return site.model.sessions.record(site.entity.session_id, site.call)
 
 
-def _list_session_runs(site: Site) -> Iterator[tuple[str, str]]:
+def _list_session_runs(site: NodeContext) -> Iterator[tuple[str, str]]:
     for run_id in _session(site).training_run_ids:
         yield run_id, run_id
 
 
-def _find_session_run(site: Site, run_id: str) -> str | None:
+def _find_session_run(site: NodeContext, run_id: str) -> str | None:
     return run_id if run_id in _session(site).training_run_ids else None
 
 
-def _list_session_samplers(site: Site) -> Iterator[tuple[str, str]]:
+def _list_session_samplers(site: NodeContext) -> Iterator[tuple[str, str]]:
     for sampler_id in _session(site).sampler_ids:
         yield sampler_id, sampler_id
 
 
-def _find_session_sampler(site: Site, sampler_id: str) -> str | None:
+def _find_session_sampler(site: NodeContext, sampler_id: str) -> str | None:
     return sampler_id if sampler_id in _session(site).sampler_ids else None
 
 
-def _list_samplers(site: Site) -> Iterator[tuple[str, str]]:
+def _list_samplers(site: NodeContext) -> Iterator[tuple[str, str]]:
     for sampler_id in site.model.sessions.known_samplers():
         yield sampler_id, sampler_id
 
 
-def _find_sampler(site: Site, sampler_id: str) -> str | None:
+def _find_sampler(site: NodeContext, sampler_id: str) -> str | None:
     try:
         site.model.sessions.sampler(sampler_id, site.call)
-    except errors.ABSENCES as error:
-        if error.is_remembered:
+    except errors.NOT_FOUND_ERRORS as error:
+        if error.is_local:
             return None
         raise
     return sampler_id
 
 
-def _sampler(site: Site) -> models.Sampler:
-    return site.model.sessions.sampler(site.subject, site.call)
+def _sampler(site: NodeContext) -> models.Sampler:
+    return site.model.sessions.sampler(site.entity, site.call)
 
 
-def _sampler_checkpoint(site: Site) -> str | None:
+def _sampler_checkpoint(site: NodeContext) -> str | None:
     try:
-        return entities.place_of(TinkerPath.parse(_sampler(site).model_path or ""))
+        return entities.path_for_tinker_path(TinkerPath.parse(_sampler(site).model_path or ""))
     except ValueError:  # it serves its base model
         return None
 
 
-SESSIONS = Folder(
+SESSIONS = Directory(
     "sessions",
     "the user's sessions",
     (
-        Each(
-            Folder(
+        DynamicEntries(
+            Directory(
                 "<session_id>",
                 "a session",
                 (
-                    File(
+                    GeneratedFile(
                         "info.json",
                         "the session's record",
-                        lambda site: render.session_info(site.subject, _session(site)),
-                        is_costly=True,
+                        lambda site: render.session_info(site.entity, _session(site)),
+                        is_expensive=True,
                     ),
-                    Folder(
+                    Directory(
                         "runs",
                         "the training runs that it made",
                         (
-                            Each(
-                                Link(
+                            DynamicEntries(
+                                Symlink(
                                     "<run_id>",
                                     "the training run",
-                                    lambda site: entities.run_path(site.subject),
+                                    lambda site: entities.run_path(site.entity),
                                 ),
                                 _list_session_runs,
                                 _find_session_run,
@@ -321,15 +337,15 @@ SESSIONS = Folder(
                         ),
                         _session_ns,
                     ),
-                    Folder(
+                    Directory(
                         "samplers",
                         "the samplers that it made",
                         (
-                            Each(
-                                Link(
+                            DynamicEntries(
+                                Symlink(
                                     "<sampler_id>",
                                     "the sampler",
-                                    lambda site: f"/samplers/{name_encoding.encode(site.subject)}",
+                                    lambda site: f"/samplers/{name_encoding.encode(site.entity)}",
                                 ),
                                 _list_session_samplers,
                                 _find_session_sampler,
@@ -348,22 +364,22 @@ SESSIONS = Folder(
     _newest_session_ns,
 )
 
-SAMPLERS = Folder(
+SAMPLERS = Directory(
     "samplers",
     "samplers; lists those of the sessions that were looked into, and resolves every other",
     (
-        Each(
-            Folder(
+        DynamicEntries(
+            Directory(
                 "<sampler_id>",
                 "a sampler",
                 (
-                    File(
+                    GeneratedFile(
                         "info.json",
                         "the sampler's record",
                         lambda site: render.json_file(_sampler(site).raw),
-                        is_costly=True,
+                        is_expensive=True,
                     ),
-                    Link(
+                    Symlink(
                         "checkpoint",
                         "the checkpoint that it serves, when it has one",
                         _sampler_checkpoint,

@@ -9,25 +9,25 @@ import stat
 from dataclasses import replace
 
 from tinkerfs import errors
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 from tinkerfs.vfs import weights_nodes
 from tinkerfs.vfs.filesystem import FileSystem
-from tinkerfs.vfs.schema import Folder
-from tinkerfs.vfs.weights_nodes import Holding
+from tinkerfs.vfs.schema import Directory
+from tinkerfs.vfs.weights_nodes import WeightsRef
 
-__all__ = ["holding_at", "holdings_below"]
+__all__ = ["resolve_weights", "iter_weights"]
 
 #: What holds links to all there is, by one listing: where every run would take one of its own.
 _ALL = {"/": "/checkpoints", "/runs": "/checkpoints"}
 
 
-def holding_at(filesystem: FileSystem, path: str, call: Call) -> Holding | None:
+def resolve_weights(filesystem: FileSystem, path: str, ctx: RequestContext) -> WeightsRef | None:
     """Return the weights that a path names; None where it is a folder of checkpoints or of runs.
 
     Args:
         filesystem: where it is looked up.
         path: from the root; links are followed.
-        call: how long to wait.
+        ctx: how long to wait.
 
     Raises:
         OSError: ENOENT where there is no such name; EINVAL where it is a file without weights; as
@@ -35,56 +35,56 @@ def holding_at(filesystem: FileSystem, path: str, call: Call) -> Holding | None:
     """
     place, rest = "/", [part for part in path.split("/") if part]
     while rest:
-        place = filesystem.follow(posixpath.join(place, rest.pop(0)), call)
-        row, site = filesystem.look(place, call)
-        found = weights_nodes.holding(row, site)
+        place = filesystem.realpath(posixpath.join(place, rest.pop(0)), ctx)
+        row, site = filesystem.resolve(place, ctx)
+        found = weights_nodes.weights_ref(row, site)
         if (
             row in (weights_nodes.FILES, weights_nodes.ADAPTER)
             and found is not None
             and ".." not in rest
         ):
-            return replace(found, inside="/".join(rest))
-    row, site = filesystem.look(place, call)
-    found = weights_nodes.holding(row, site)
-    if found is None and not isinstance(row, Folder):
+            return replace(found, member_path="/".join(rest))
+    row, site = filesystem.resolve(place, ctx)
+    found = weights_nodes.weights_ref(row, site)
+    if found is None and not isinstance(row, Directory):
         raise errors.invalid(path, "it is neither a checkpoint nor weights")
     return found
 
 
-def holdings_below(filesystem: FileSystem, path: str, call: Call) -> list[Holding]:
+def iter_weights(filesystem: FileSystem, path: str, ctx: RequestContext) -> list[WeightsRef]:
     """Return the weights of every checkpoint that a folder holds or links to, each once.
 
     Args:
         filesystem: where they are looked up.
         path: from the root; links are followed.
-        call: how long to wait for each listing.
+        ctx: how long to wait for each listing.
 
     Raises:
         OSError: as `FileSystem.listdir`.
     """
-    first = filesystem.follow(path, call)
-    found: dict[tuple[str, str, str], Holding] = {}
+    first = filesystem.realpath(path, ctx)
+    found: dict[tuple[str, str, str], WeightsRef] = {}
     folders, seen = [_ALL.get(first, first)], {first}
 
     def take(place: str) -> bool:
-        row, site = filesystem.look(place, call)
-        holding = weights_nodes.holding(row, site)
+        row, site = filesystem.resolve(place, ctx)
+        holding = weights_nodes.weights_ref(row, site)
         if holding is not None:
             found.setdefault(holding.checkpoint.key, holding)
-        elif isinstance(row, Folder) and place not in seen:
+        elif isinstance(row, Directory) and place not in seen:
             seen.add(place)
             folders.append(place)
         return holding is not None
 
     while folders:
         folder = folders.pop(0)
-        for entry in filesystem.listdir(folder, call):
+        for entry in filesystem.listdir(folder, ctx):
             place = posixpath.join(folder, entry.name)
             if stat.S_ISDIR(entry.mode):
                 take(place)
             elif stat.S_ISLNK(entry.mode) and not take(place):
                 try:
-                    take(filesystem.follow(place, call))
+                    take(filesystem.realpath(place, ctx))
                 except OSError as error:  # `latest` may lead to what is gone
                     if not errors.is_missing(error):
                         raise

@@ -8,12 +8,20 @@ from msgspec.structs import replace as with_fields
 from tinkerfs import errors, name_encoding
 from tinkerfs.catalog.listings import Checkpoint
 from tinkerfs.vfs import entities, render
-from tinkerfs.vfs.schema import Each, File, Folder, Link, Row, Site, Stream
+from tinkerfs.vfs.schema import (
+    ContentFile,
+    Directory,
+    DynamicEntries,
+    GeneratedFile,
+    NodeContext,
+    NodeSpec,
+    Symlink,
+)
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.subject import Subject
+from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.tar_index import Member
 
-__all__ = ["ADAPTER", "FILES", "LINKS", "VERSION", "Holding", "adapter_path", "holding"]
+__all__ = ["ADAPTER", "FILES", "LINKS", "VERSION", "WeightsRef", "adapter_path", "weights_ref"]
 
 #: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
 LONGEST_URL_BYTES = 16_384
@@ -33,7 +41,7 @@ _DOCS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Inside:
+class _MemberRef:
     """A folder within `files/`, by its path with a slash at the end, or a file there."""
 
     checkpoint: Checkpoint
@@ -42,7 +50,7 @@ class _Inside:
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class WeightsRef:
     """Weights that a path names: of one version of a checkpoint.
 
     Attributes:
@@ -53,22 +61,22 @@ class Holding:
     """
 
     checkpoint: Checkpoint
-    subject: Subject
+    subject: CheckpointVersion
     is_archive: bool = False
-    inside: str = ""
+    member_path: str = ""
 
 
-def holding(row: Row, site: Site) -> Holding | None:
+def weights_ref(row: NodeSpec, site: NodeContext) -> WeightsRef | None:
     """Return the weights that a node stands for; None where it is about no one checkpoint's.
 
     Args:
         row: its row of the table.
         site: where that is.
     """
-    about, is_archive = site.subject, isinstance(row, Stream)
-    if not (isinstance(about, Checkpoint) and (is_archive or isinstance(row, Folder | Link))):
+    about, is_archive = site.entity, isinstance(row, ContentFile)
+    if not (isinstance(about, Checkpoint) and (is_archive or isinstance(row, Directory | Symlink))):
         return None
-    return Holding(about, _subject(site, about), is_archive)
+    return WeightsRef(about, _subject(site, about), is_archive)
 
 
 def adapter_path(checkpoint: Checkpoint) -> str:
@@ -88,10 +96,10 @@ def _versioned(checkpoint: Checkpoint) -> str:
     return f"{run_id}/{kind}/{name}/{checkpoint.version}"
 
 
-def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
-    own = site.model.catalogue.known_runs()
+def _subject(site: NodeContext, checkpoint: Checkpoint) -> CheckpointVersion:
+    own = site.model.catalogue.cached_runs()
     is_foreign = own is not None and checkpoint.run_id not in own.by_id
-    return Subject(
+    return CheckpointVersion(
         server=site.model.settings.base_url,
         key=(
             *checkpoint.key,
@@ -108,51 +116,51 @@ def _subject(site: Site, checkpoint: Checkpoint) -> Subject:
 # archive_url
 
 
-def _archive_url(site: Site) -> bytes:
-    subject = _subject(site, site.subject)
+def _archive_url(site: NodeContext) -> bytes:
+    subject = _subject(site, site.entity)
     if not subject.is_dated:
         site.model.archives.expire(subject.key, site.model.settings.ttl_s)
     return render.line(site.model.archives.url(subject.key, subject.ref, site.path, site.call).url)
 
 
-def _archive_url_bytes(site: Site) -> int:
-    known = site.model.archives.known(_subject(site, site.subject).key)
+def _archive_url_bytes(site: NodeContext) -> int:
+    known = site.model.archives.known(_subject(site, site.entity).key)
     return LONGEST_URL_BYTES if known is None else len(render.line(known.url))
 
 
 # archive.tar and tensors.json
 
 
-def _archive_bytes(site: Site) -> int:
-    known = site.model.weights.archive_bytes(_subject(site, site.subject))
+def _archive_bytes(site: NodeContext) -> int:
+    known = site.model.weights.archive_bytes(_subject(site, site.entity))
     if known is not None:
         return known
-    stored_bytes = site.subject.record.size_bytes
+    stored_bytes = site.entity.record.size_bytes
     return LARGEST_ARCHIVE_BYTES if stored_bytes is None else stored_bytes + TAR_OVERHEAD_BYTES
 
 
-def _has_archive_bytes(site: Site) -> bool:
-    subject = _subject(site, site.subject)
+def _has_archive_bytes(site: NodeContext) -> bool:
+    subject = _subject(site, site.entity)
     # Of an undated one another version may be found when it is opened.
     return subject.is_dated and site.model.weights.archive_bytes(subject) is not None
 
 
-def _open_archive(site: Site) -> WeightsFile:
-    return site.model.weights.open_archive(_subject(site, site.subject), site.call)
+def _open_archive(site: NodeContext) -> WeightsFile:
+    return site.model.weights.open_archive(_subject(site, site.entity), site.call)
 
 
-def _tensors(site: Site) -> bytes:
-    return site.model.weights.tensors(_subject(site, site.subject), site.call)
+def _tensors(site: NodeContext) -> bytes:
+    return site.model.weights.tensors(_subject(site, site.entity), site.call)
 
 
-def _tensors_bytes(site: Site) -> int:
-    known = site.model.weights.known_tensors(_subject(site, site.subject))
-    return LONGEST_TENSORS_BYTES if known is None or not site.subject.is_dated else len(known)
+def _tensors_bytes(site: NodeContext) -> int:
+    known = site.model.weights.cached_tensors(_subject(site, site.entity))
+    return LONGEST_TENSORS_BYTES if known is None or not site.entity.is_dated else len(known)
 
 
-def _has_tensors(site: Site) -> bool:
-    subject = _subject(site, site.subject)
-    return subject.is_dated and site.model.weights.known_tensors(subject) is not None
+def _has_tensors(site: NodeContext) -> bool:
+    subject = _subject(site, site.entity)
+    return subject.is_dated and site.model.weights.cached_tensors(subject) is not None
 
 
 # files/
@@ -165,7 +173,7 @@ _REFUSAL = "REFUSED-see-.tinkerfs-errors"
 _REFUSALS = tuple(f"{_REFUSAL}{end}" for end in ("", ".json", ".safetensors"))
 
 
-def _list_refusals(site: Site) -> Iterator[tuple[str, str]]:
+def _list_refusals(site: NodeContext) -> Iterator[tuple[str, str]]:
     try:
         _members(site, _inside(site).checkpoint)
     except errors.BurstExceeded:
@@ -173,114 +181,116 @@ def _list_refusals(site: Site) -> Iterator[tuple[str, str]]:
         raise
 
 
-def _find_refusal(site: Site, name: str) -> str | None:
+def _find_refusal(site: NodeContext, name: str) -> str | None:
     subject = _subject(site, _inside(site).checkpoint)
-    if name not in _REFUSALS or site.model.weights.known_files(subject) is not None:
+    if name not in _REFUSALS or site.model.weights.cached_files(subject) is not None:
         return None
     if name == _REFUSAL:
         _refuse(site)
     return name
 
 
-def _refuse(site: Site) -> bytes:
+def _refuse(site: NodeContext) -> bytes:
     raise errors.burst_exceeded(
         site.path, "the directory was not listed (--archive-burst), so this is not all of it"
     )
 
 
-def _inside(site: Site) -> _Inside:
-    return site.subject if isinstance(site.subject, _Inside) else _Inside(site.subject, "")
+def _inside(site: NodeContext) -> _MemberRef:
+    return site.entity if isinstance(site.entity, _MemberRef) else _MemberRef(site.entity, "")
 
 
-def _members(site: Site, checkpoint: Checkpoint, *, is_open: bool = False) -> dict[str, Member]:
+def _members(
+    site: NodeContext, checkpoint: Checkpoint, *, is_open: bool = False
+) -> dict[str, Member]:
     """Return the members, waiting as long as the archive takes to build.
 
     A listing waits in opendir, which holds up nothing. A lookup holds up other lookups in this one
     directory (the kernel's rule), and those need the same archive: a shorter bound would answer
     none of them sooner, and "timed out" is "no such file" to `os.path.exists`.
     """
-    site.call.is_momentary()  # an archive may be built anew
+    site.call.mark_uncacheable()  # an archive may be built anew
     patient = with_fields(site.call, timeout_s=None)
     try:
         subject = _subject(site, checkpoint)
         return site.model.weights.files(subject, patient, is_open=is_open).members
-    except errors.EndpointMissing as error:
+    except errors.UnsupportedEndpoint as error:
         # Of a checkpoint that is there: not an empty folder, nor a name that is not there.
-        raise errors.from_api(error, site.path) from error
+        raise errors.os_error_from_api(error, site.path) from error
 
 
-def _list_files(site: Site) -> Iterator[tuple[str, _Inside]]:
+def _list_files(site: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
     here = _inside(site)
     for path, member in _members(site, here.checkpoint, is_open=True).items():
         name = path.removeprefix(here.prefix)
         if path.startswith(here.prefix) and "/" not in name:
-            yield name, _Inside(here.checkpoint, here.prefix, member)
+            yield name, _MemberRef(here.checkpoint, here.prefix, member)
 
 
-def _list_folders(site: Site) -> Iterator[tuple[str, _Inside]]:
+def _list_folders(site: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
     here = _inside(site)
     members = _members(site, here.checkpoint)
     below = [path for path in members if path.startswith(here.prefix)]
     rests = (path[len(here.prefix) :] for path in below)
     for name in dict.fromkeys(rest.partition("/")[0] for rest in rests if "/" in rest):
-        yield name, _Inside(here.checkpoint, f"{here.prefix}{name}/")
+        yield name, _MemberRef(here.checkpoint, f"{here.prefix}{name}/")
 
 
-def _find_file(site: Site, name: str) -> _Inside | None:
+def _find_file(site: NodeContext, name: str) -> _MemberRef | None:
     here = _inside(site)
     member = _members(site, here.checkpoint).get(here.prefix + name)
     if member is None and not here.checkpoint.is_dated:
         member = _members(site, here.checkpoint, is_open=True).get(here.prefix + name)
-    return None if member is None else _Inside(here.checkpoint, here.prefix, member)
+    return None if member is None else _MemberRef(here.checkpoint, here.prefix, member)
 
 
-def _find_folder(site: Site, name: str) -> _Inside | None:
+def _find_folder(site: NodeContext, name: str) -> _MemberRef | None:
     here = _inside(site)
     prefix = f"{here.prefix}{name}/"
     if not any(path.startswith(prefix) for path in _members(site, here.checkpoint)):
         return None
-    return _Inside(here.checkpoint, prefix)
+    return _MemberRef(here.checkpoint, prefix)
 
 
-def _open_file(site: Site) -> WeightsFile:
+def _open_file(site: NodeContext) -> WeightsFile:
     inside = _inside(site)
     subject = _subject(site, inside.checkpoint)
     return site.model.weights.open(subject, _member(inside).name, site.call)
 
 
-def _member(inside: _Inside) -> Member:
+def _member(inside: _MemberRef) -> Member:
     assert inside.member is not None
     return inside.member
 
 
-def _cached_bytes(site: Site) -> dict[str, str]:
+def _cached_bytes(site: NodeContext) -> dict[str, str]:
     inside = _inside(site)
     subject = _subject(site, inside.checkpoint)
     cached = site.model.weights.cached_bytes(subject, _member(inside).name)
     return {"tinkerfs.cached_bytes": str(cached)}
 
 
-def _files_ns(site: Site) -> int:
+def _files_ns(site: NodeContext) -> int:
     return _subject(site, _inside(site).checkpoint).mtime_ns
 
 
-FILES = Folder(
+FILES = Directory(
     "files",
     _DOCS["files"],
     (
-        Each(
-            File(
+        DynamicEntries(
+            GeneratedFile(
                 f"{_REFUSAL}<ending>",
                 "stands before EBUSY where `--archive-burst` refuses the listing",
                 _refuse,
-                told_bytes=lambda _site: 1,  # of an empty file some programs read nothing
-                is_costly=True,
+                size_hint=lambda _site: 1,  # of an empty file some programs read nothing
+                is_expensive=True,
             ),
             _list_refusals,
             _find_refusal,
         ),
-        Each(
-            Stream(
+        DynamicEntries(
+            ContentFile(
                 "<file>",
                 "a weight file, read by ranges",
                 _open_file,
@@ -291,7 +301,7 @@ FILES = Folder(
             _list_files,
             _find_file,
         ),
-        Each(None, _list_folders, _find_folder),
+        DynamicEntries(None, _list_folders, _find_folder),
     ),
     _files_ns,
 )
@@ -299,39 +309,39 @@ FILES = Folder(
 #: The same files where serving engines look for them.
 ADAPTER = replace(FILES, name="<version>", doc="the files of that version; resolved when listed")
 
-VERSION = Folder(
+VERSION = Directory(
     "<version>",
     "as of the time it was saved",
     (
-        File(
+        GeneratedFile(
             "archive_url",
             _DOCS["archive_url"],
             _archive_url,
             mode=0o400,
-            told_bytes=_archive_url_bytes,
+            size_hint=_archive_url_bytes,
         ),
         FILES,
-        Stream(
+        ContentFile(
             "archive.tar",
             _DOCS["archive.tar"],
             _open_archive,
             _archive_bytes,
             _has_archive_bytes,
         ),
-        File(
+        GeneratedFile(
             "tensors.json",
             _DOCS["tensors.json"],
             _tensors,
-            told_bytes=_tensors_bytes,
-            is_exact=_has_tensors,
+            size_hint=_tensors_bytes,
+            is_size_exact=_has_tensors,
         ),
     ),
     entities.checkpoint_ns,
 )
 
 
-def _link(name: str) -> Link:
-    return Link(name, _DOCS[name], lambda site: _path(site.subject, name))
+def _link(name: str) -> Symlink:
+    return Symlink(name, _DOCS[name], lambda site: _path(site.entity, name))
 
 
 #: The links to it from the checkpoint's own folder, by name.

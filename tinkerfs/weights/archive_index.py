@@ -15,18 +15,18 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockCache, BlockFile
-from tinkerfs.concurrency import side_by_side
+from tinkerfs.concurrency import run_concurrently
 from tinkerfs.name_encoding import compound_key
-from tinkerfs.weights.block_download import digest_of
+from tinkerfs.weights.block_download import block_digest
 from tinkerfs.weights.block_math import BLOCK_BYTES
-from tinkerfs.weights.connections import StoreClient
+from tinkerfs.weights.connections import ObjectStoreClient
 from tinkerfs.weights.etags import Sample, sample_of
 from tinkerfs.weights.extracted_tree import ExtractedTree, Refused
 from tinkerfs.weights.gzip_stream import GZIP_MAGIC, inflated
 from tinkerfs.weights.probe import empty_archive
-from tinkerfs.weights.range_source import Address, Source
-from tinkerfs.weights.retry import Lost, Patience
-from tinkerfs.weights.tar_index import Member, Segment, clean_name, read_members
+from tinkerfs.weights.range_source import RangeSource, UrlProvider
+from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
+from tinkerfs.weights.tar_index import Member, Segment, read_members, sanitize_member_name
 from tinkerfs.weights.transfer import OVERLAP_BYTES
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
@@ -70,9 +70,9 @@ class Index(msgspec.Struct, frozen=True):
 
     form: Literal["tar", "gzip", "files"]
     version: Version
-    plain_bytes: int
+    uncompressed_bytes: int
     members: tuple[Member, ...]
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     digests: tuple[bytes, ...] = ()
     versions: dict[str, Version] = {}
     sample: Sample | None = None
@@ -149,7 +149,7 @@ def block_key(identity: str, version: Version, what: str) -> str:
 
 
 def archive_index(
-    client: StoreClient, address: Address, cache: BlockCache, identity: str, about: str
+    client: ObjectStoreClient, address: UrlProvider, cache: BlockCache, identity: str, about: str
 ) -> Index:
     """Find out what an archive holds.
 
@@ -164,16 +164,16 @@ def archive_index(
         ApiError: it cannot be had.
         OSError: EIO when it is no sound archive.
     """
-    patience, number = Patience(client.timeout_s), 0
+    patience, number = RetryBudget(client.timeout_s), 0
     while True:
         try:
             return _archive_index(client, address, cache, identity, about)
-        except Lost as lost:
-            patience.lost(lost)
+        except TransferInterrupted as lost:
+            patience.backoff_or_raise(lost)
         except ValueError as error:
             number += 1
             if number == TRIES:
-                raise errors.damaged(address.path, str(error)) from None
+                raise errors.corrupt(address.path, str(error)) from None
         except OSError as error:
             # It was replaced while its headers were read: nothing of it was given out yet.
             number += 1
@@ -182,11 +182,11 @@ def archive_index(
 
 
 def _archive_index(
-    client: StoreClient, address: Address, cache: BlockCache, identity: str, about: str
+    client: ObjectStoreClient, address: UrlProvider, cache: BlockCache, identity: str, about: str
 ) -> Index:
-    with Source(client, address, None).open(0, PROBE_BYTES) as transfer:
+    with RangeSource(client, address, None).open(0, PROBE_BYTES) as transfer:
         version, sample = transfer.version, None
-        if transfer.is_whole:
+        if transfer.is_full_body:
             pieces = iter(transfer)
             first = next(pieces, b"")
             while len(first) < len(GZIP_MAGIC) and (more := next(pieces, b"")):
@@ -195,7 +195,7 @@ def _archive_index(
         else:
             first = b"".join(transfer)
             sample = sample_of(0, first)
-            source = Source(client, address, version, sample)
+            source = RangeSource(client, address, version, sample)
             rest = _on(first, source, version)
         if not first:
             raise empty_archive()
@@ -204,21 +204,21 @@ def _archive_index(
             disk = cache.open(key, f"{about} unpacked")
             index = _in_one_pass("gzip", inflated(rest), version, disk)
             return replace(index, version=transfer.version, sample=sample)
-        if transfer.is_whole or version.size_bytes <= len(first):
+        if transfer.is_full_body or version.size_bytes <= len(first):
             key = block_key(identity, version, "archive")
             size_bytes = version.size_bytes if version.has_length else None
             disk = cache.open(key, f"{about} archive", size_bytes)
             index = _in_one_pass("tar", rest, version, disk)
             return replace(index, version=transfer.version)
-    members, left_out = read_members(_Ranges(source, version, first))
+    members, left_out = read_members(_RangeReader(source, version, first))
     size_bytes = version.size_bytes
     return Index("tar", version, size_bytes, _sorted(members), left_out, sample=sample)
 
 
 def external_index(
-    client: StoreClient,
+    client: ObjectStoreClient,
     names: Iterable[str],
-    address_of: Callable[[str], Address],
+    address_of: Callable[[str], UrlProvider],
     mtime_ns: int,
 ) -> Index:
     """Find out how long each file of external weights is: one small request each, side by side.
@@ -237,15 +237,15 @@ def external_index(
 
     def look_at(name: str) -> Callable[[], Version]:
         def look() -> Version:
-            with Source(client, address_of(name), None).open(0, 1) as transfer:
-                if not transfer.is_whole or transfer.version.size_bytes == UNKNOWN_BYTES:
+            with RangeSource(client, address_of(name), None).open(0, 1) as transfer:
+                if not transfer.is_full_body or transfer.version.size_bytes == UNKNOWN_BYTES:
                     for _ in transfer:  # to the end, so that the connection serves again
                         pass
                 return transfer.version
 
         return look
 
-    flights = side_by_side([look_at(name) for name in good], CONNECTIONS, "external weights")
+    flights = run_concurrently([look_at(name) for name in good], CONNECTIONS, "external weights")
     versions = {name: flight.result() for name, flight in zip(good, flights, strict=True)}
     members = tuple(
         _whole(name, version.size_bytes, mtime_ns) for name, version in versions.items()
@@ -259,7 +259,7 @@ def _shown(names: Iterable[str], path: str) -> tuple[list[str], list[str]]:
     good, left_out = [], []
     try:
         for name in sorted(names):
-            if clean_name(name) != name:
+            if sanitize_member_name(name) != name:
                 left_out.append(f"{name!r}: not a file name within the directory")
                 continue
             try:
@@ -269,9 +269,9 @@ def _shown(names: Iterable[str], path: str) -> tuple[list[str], list[str]]:
             else:
                 good.append(name)
     except ValueError as error:
-        raise errors.damaged(path, str(error)) from None
+        raise errors.corrupt(path, str(error)) from None
     if len(good) > MAX_FILES:
-        raise errors.damaged(path, f"more than {MAX_FILES} files")
+        raise errors.corrupt(path, f"more than {MAX_FILES} files")
     return good, left_out
 
 
@@ -283,13 +283,13 @@ def _sorted(members: Iterable[Member]) -> tuple[Member, ...]:
     return tuple(sorted(members, key=lambda member: member.name))
 
 
-def _on(first: bytes, source: Source, version: Version) -> Iterator[bytes]:
+def _on(first: bytes, source: RangeSource, version: Version) -> Iterator[bytes]:
     """Yield the start of a file, and all that follows."""
     yield first
     if len(first) < version.size_bytes:
         before = b"" if version.is_exact else first[-OVERLAP_BYTES:]
         with source.open(len(first), version.size_bytes, before) as transfer:
-            if transfer.is_whole:
+            if transfer.is_full_body:
                 raise ValueError("the store heeds ranges now and then")
             yield from transfer
 
@@ -302,7 +302,7 @@ def _in_one_pass(
     Raises:
         ValueError: it is no sound archive; then nothing of it is kept.
     """
-    stream = _Stream(pieces, disk)
+    stream = _SpoolingReader(pieces, disk)
     try:
         members, left_out = read_members(stream)
         stream.drain()
@@ -316,13 +316,13 @@ def _in_one_pass(
     return Index(form, version, stream.end, _sorted(members), left_out, digests)
 
 
-class _Ranges:
+class _RangeReader:
     """The headers of a file by range requests. One thread's.
 
     Where one window follows the last the next one is twice as large: members are small there.
     """
 
-    def __init__(self, source: Source, version: Version, first: bytes) -> None:
+    def __init__(self, source: RangeSource, version: Version, first: bytes) -> None:
         self._source = source
         self._size_bytes = version.size_bytes
         self._start, self._window = 0, first
@@ -355,12 +355,12 @@ class _Ranges:
         follows = gap_bytes == 0 and not self._source.is_exact
         before = self._window[-OVERLAP_BYTES:] if follows else b""
         with self._source.open(self._at, end, before) as transfer:
-            if transfer.is_whole:
+            if transfer.is_full_body:
                 raise ValueError("the store heeds ranges now and then")
             self._start, self._window = self._at, b"".join(transfer)
 
 
-class _Stream:
+class _SpoolingReader:
     """What comes by, as a file that is read forward, and kept by blocks. One thread's."""
 
     #: What stays behind the place that is read.
@@ -421,4 +421,4 @@ class _Stream:
         block = bytes(self._block[:BLOCK_BYTES])
         del self._block[:BLOCK_BYTES]
         self._disk.put(len(self.digests), block)
-        self.digests.append(digest_of(block))
+        self.digests.append(block_digest(block))

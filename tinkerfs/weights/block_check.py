@@ -8,7 +8,7 @@ digests of the pass that found out what the file holds. Thread-safe.
 from collections.abc import Callable
 
 from tinkerfs.cache.block_cache import BlockFile
-from tinkerfs.weights.block_download import digest_of
+from tinkerfs.weights.block_download import block_digest
 from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.etags import SAMPLE_BYTES, Sample, sample_of
 from tinkerfs.weights.transfer import OVERLAP_BYTES
@@ -57,7 +57,7 @@ class BlockCheck:
         data = self._disk.read(index, 0, length, length)
         if data is None:
             return False
-        if digest_of(data) != self._digests[index]:
+        if block_digest(data) != self._digests[index]:
             self._disk.drop(index)
             return False
         self._proven.add(index)
@@ -72,7 +72,7 @@ class BlockCheck:
         # The store sends all of the file, and part of it is cached.
         length = self._length(index)
         cached = self._disk.read(index, 0, length, length)
-        return b"" if cached is None else digest_of(cached)
+        return b"" if cached is None else block_digest(cached)
 
     def before(self, start: int, part: bytes) -> bytes:
         """Return what must come before `start`, as far as it is known.
@@ -101,7 +101,7 @@ class BlockCheck:
         self._proven.clear()
         for index in range(-(-self._size_bytes // BLOCK_BYTES)):
             self._disk.drop(index)
-            self._disk.drop_part(index)
+            self._disk.drop_partial(index)
 
     def _length(self, index: int) -> int:
         return min(BLOCK_BYTES, self._size_bytes - index * BLOCK_BYTES)

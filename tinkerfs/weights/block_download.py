@@ -11,17 +11,17 @@ from contextlib import closing
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockFile
-from tinkerfs.cache.memory_pool import BlockMemory
+from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.weights.connections import READ_BYTES
 
-__all__ = ["Arrival", "DiskLost", "digest_of"]
+__all__ = ["BlockDownload", "CacheWriteLost", "block_digest"]
 
 
-class DiskLost(OSError):
+class CacheWriteLost(OSError):
     """EIO: what was written of a block can neither be kept nor read again; it must come anew."""
 
 
-class Arrival:
+class BlockDownload:
     """A block on its way. One thread's; to be closed, whatever came of it.
 
     Args:
@@ -47,13 +47,13 @@ class Arrival:
         index: int,
         length: int,
         disk: BlockFile,
-        memory: BlockMemory,
+        memory: BlockMemoryPool,
         patience_s: float,
         *,
         digest: bytes = b"",
         uses_disk: bool = True,
     ) -> None:
-        self.lacking_bytes = length
+        self.remaining_bytes = length
         self._key, self._index, self._length = key, index, length
         self._disk = disk
         self._memory = memory
@@ -63,30 +63,30 @@ class Arrival:
         self._pieces: list[bytes] = []
         self._is_lost = False
         self._room_bytes = 0
-        self._draft = disk.draft(index, length) if uses_disk else None
+        self._draft = disk.begin_write(index, length) if uses_disk else None
         try:
             self._reserve(length if self._draft is None else min(READ_BYTES, length))
-        except errors.TimedOut:
+        except errors.RequestTimeout:
             self.close()
             raise
 
-    def add(self, piece: memoryview) -> memoryview:
+    def feed(self, piece: memoryview) -> memoryview:
         """Take what belongs to the block from the start of a piece, and return the rest.
 
         Raises:
             TimedOut: the disk took no more, and there was no room in memory.
         """
-        taken, rest = piece[: self.lacking_bytes], piece[self.lacking_bytes :]
+        taken, rest = piece[: self.remaining_bytes], piece[self.remaining_bytes :]
         if self._digest:
             self._sha256.update(taken)
         if self._draft is not None:
             try:
                 self._draft.write(taken)
             except OSError as error:
-                self._turn_to_memory(error)
+                self._spill_to_memory(error)
         if self._draft is None and not self._is_lost:
             self._pieces.append(bytes(taken))
-        self.lacking_bytes -= len(taken)
+        self.remaining_bytes -= len(taken)
         return rest
 
     def is_sound(self) -> bool:
@@ -101,12 +101,12 @@ class Arrival:
             DiskLost: as it says; what comes behind the block is as good as ever.
         """
         if self._draft is not None:
-            if self._disk.keep(self._index, self._draft):
+            if self._disk.commit(self._index, self._draft):
                 return None
-            self._turn_to_memory(None)
+            self._spill_to_memory(None)
         if self._is_lost:
-            lost = errors.damaged("", "the disk of the cache lost a block on its way there")
-            raise DiskLost(lost.errno, lost.strerror)
+            lost = errors.corrupt("", "the disk of the cache lost a block on its way there")
+            raise CacheWriteLost(lost.errno, lost.strerror)
         data = b"".join(self._pieces)
         self._memory.keep((self._key, self._index), data)
         self._room_bytes = 0
@@ -114,8 +114,8 @@ class Arrival:
 
     def keep_part(self) -> None:
         """Keep what came, for who asks for the block next; where it is in memory it is lost."""
-        if self._draft is not None and self.lacking_bytes < self._length:
-            self._disk.keep_part(self._index, self._draft)
+        if self._draft is not None and self.remaining_bytes < self._length:
+            self._disk.commit_partial(self._index, self._draft)
 
     def close(self) -> None:
         """Let go of what was not kept."""
@@ -124,7 +124,7 @@ class Arrival:
             draft.close()
         self._release()
 
-    def _turn_to_memory(self, error: OSError | None) -> None:
+    def _spill_to_memory(self, error: OSError | None) -> None:
         """Take what is written down so far into memory, since the disk does not keep it."""
         draft, self._draft = self._draft, None
         assert draft is not None
@@ -134,7 +134,7 @@ class Arrival:
             self._release()
             self._reserve(self._length)
             try:
-                self._pieces.append(draft.written())
+                self._pieces.append(draft.read_back())
             except OSError as failure:
                 self._disk.tell(failure)
                 self._is_lost = True
@@ -145,11 +145,11 @@ class Arrival:
 
     def _reserve(self, size_bytes: int) -> None:
         if not self._memory.reserve(size_bytes, self._patience_s):
-            raise errors.TimedOut("no memory was free for a block in time")
+            raise errors.RequestTimeout("no memory was free for a block in time")
         self._room_bytes = size_bytes
 
 
-def digest_of(block: bytes) -> bytes:
+def block_digest(block: bytes) -> bytes:
     """Return what tells a block from any other."""
     return _cut(hashlib.sha256(block))
 

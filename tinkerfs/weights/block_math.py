@@ -2,19 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 
-__all__ = ["BLOCK_BYTES", "blocks_of", "in_rows", "parts_of"]
+__all__ = ["BLOCK_BYTES", "block_range", "group_consecutive", "split_by_block"]
 
 #: What is fetched, checked and kept at a time: at 100 MB/s and 50 ms to the store 16 of them at a
 #: time hide the latency, and one is soon there.
 BLOCK_BYTES = 4 << 20
 
 
-def blocks_of(start: int, stop: int) -> range:
+def block_range(start: int, stop: int) -> range:
     """Return the blocks that hold the bytes [start, stop)."""
     return range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES) if stop > start else 0)
 
 
-def in_rows(blocks: Iterable[int], most: int) -> Iterator[range]:
+def group_consecutive(blocks: Iterable[int], most: int) -> Iterator[range]:
     """Yield some blocks again, those that follow one another together, up to `most`."""
     run = range(0)
     for index in blocks:
@@ -26,7 +26,7 @@ def in_rows(blocks: Iterable[int], most: int) -> Iterator[range]:
         yield run
 
 
-def parts_of(buffer: memoryview, start: int) -> Iterator[tuple[memoryview, int, int]]:
+def split_by_block(buffer: memoryview, start: int) -> Iterator[tuple[memoryview, int, int]]:
     """Yield the parts of a buffer for what is at `start`: of which block, and where in that."""
     index, first = divmod(start, BLOCK_BYTES)
     while buffer:

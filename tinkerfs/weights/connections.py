@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 from tinkerfs import errors
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.retry import Lost
+from tinkerfs.weights.retry import TransferInterrupted
 
 if TYPE_CHECKING:
-    from tinkerfs.weights.pools import Pools, Response
+    from tinkerfs.weights.pools import ConnectionPools, Response
 
-__all__ = ["LABEL", "READ_BYTES", "StoreClient"]
+__all__ = ["STORE_ENDPOINT", "READ_BYTES", "ObjectStoreClient"]
 
 #: How messages and counters call a request to the store.
-LABEL = "GET store"
+STORE_ENDPOINT = "GET store"
 
 #: How much is read at a time at the most: each piece costs a turn with the interpreter's one lock.
 READ_BYTES = 1 << 20
@@ -30,7 +30,7 @@ READ_BYTES = 1 << 20
 MAX_IDLE_S = 15.0
 
 
-class StoreClient:
+class ObjectStoreClient:
     """Connections to object stores. Thread-safe; a context manager.
 
     The proxies of the environment are used, and the certificates that the API's client trusts.
@@ -46,7 +46,7 @@ class StoreClient:
         self._stopping = threading.Event()
         self._used_at = time.monotonic()
         self._lock = threading.Lock()
-        self._pools: Pools | None = None  # made under _lock
+        self._pools: ConnectionPools | None = None  # made under _lock
 
     def get(self, url: str, headers: Mapping[str, str]) -> "Response":
         """Ask for a URL, and return the answer whatever its status; no redirect is followed.
@@ -62,28 +62,28 @@ class StoreClient:
             pools = self._made()
         except (OSError, ImportError) as error:  # tinkerfs was removed, or is another
             message = f"HTTP cannot be set up ({errors.redact(str(error))}): mount again"
-            raise errors.Unreachable(message, endpoint=LABEL) from None
-        self.check()
+            raise errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT) from None
+        self.raise_if_stopped()
         if time.monotonic() - self._used_at > MAX_IDLE_S:
             pools.drop_idle()
-        self.used()
+        self.touch()
         try:
             return pools.get(url, headers)
-        except SetupError as error:
-            raise errors.Unreachable(str(error), endpoint=LABEL) from None
+        except StartupError as error:
+            raise errors.ConnectionFailed(str(error), endpoint=STORE_ENDPOINT) from None
 
     def stop(self) -> None:
         """End each transfer at its next piece, as Unreachable, and begin no other."""
         self._stopping.set()
 
-    def check(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Go on.
 
         Raises:
             Unreachable: after `stop`.
         """
         if self._stopping.is_set():
-            raise errors.Unreachable("it was stopped here", endpoint=LABEL)
+            raise errors.ConnectionFailed("it was stopped here", endpoint=STORE_ENDPOINT)
 
     def close(self) -> None:
         """Close every idle connection, and each other one with its transfer; begin no other."""
@@ -100,19 +100,21 @@ class StoreClient:
         """Close."""
         self.close()
 
-    def used(self) -> None:
+    def touch(self) -> None:
         """Take note that a connection has just served; for `Response`."""
         self._used_at = time.monotonic()
 
-    def stalled(self, host: str) -> Lost:
+    def stall_error(self, host: str) -> TransferInterrupted:
         """Return what it means that next to nothing came for `timeout_s`."""
         message = f"{host} sent next to nothing for {self.timeout_s:g} s"
-        return Lost(errors.TimedOut(message, endpoint=LABEL), is_stall=True)
+        return TransferInterrupted(
+            errors.RequestTimeout(message, endpoint=STORE_ENDPOINT), is_stall=True
+        )
 
-    def _made(self) -> "Pools":
+    def _made(self) -> "ConnectionPools":
         with self._lock:
             if self._pools is None:
-                from tinkerfs.weights.pools import Pools
+                from tinkerfs.weights.pools import ConnectionPools
 
-                self._pools = Pools(self)
+                self._pools = ConnectionPools(self)
             return self._pools

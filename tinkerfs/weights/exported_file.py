@@ -20,12 +20,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from tinkerfs import errors
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 from tinkerfs.safe_open import open_regular
 from tinkerfs.weights.destination import PARTIAL_PATTERN, Destination
 from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["Target"]
+__all__ = ["ExportedFile"]
 
 #: Read and written at a time.
 _PIECE_BYTES = 1 << 20
@@ -37,7 +37,7 @@ _DIGEST_CHARACTERS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ExportedFile:
     """A file that is to be made of weights. For one thread at a time.
 
     Attributes:
@@ -57,7 +57,7 @@ class Target:
         """The path of the whole file, for messages."""
         return os.path.join(self.destination.path, *self._parts)
 
-    def is_taken(self) -> bool:
+    def exists(self) -> bool:
         """Return whether something has its name, whatever that is.
 
         Raises:
@@ -70,7 +70,7 @@ class Target:
         status = self.destination.status(self._parts)
         return status is not None and stat.S_ISDIR(status.st_mode)
 
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Return whether this very version was copied before, and is as it was then."""
         with suppress(OSError):
             status = self.destination.status(self._parts)
@@ -79,7 +79,7 @@ class Target:
                 return self.destination.has_recorded(line, status)
         return False
 
-    def begun_bytes(self) -> int:
+    def resumable_bytes(self) -> int:
         """Return how much of it was written before and will not be fetched again."""
         with suppress(OSError):
             status = self.destination.status((*self._parts[:-1], self._partial))
@@ -87,14 +87,14 @@ class Target:
                 return status.st_size
         return 0
 
-    def copy(self, mode: int, call: Call) -> Iterator[int]:
+    def copy(self, mode: int, ctx: RequestContext) -> Iterator[int]:
         """Write what is missing of it, and rename it when it is whole.
 
         What has its name is replaced. When it breaks off, for whatever reason, what came stays.
 
         Args:
             mode: the permission bits in the end.
-            call: how long to wait, and on whose behalf.
+            ctx: how long to wait, and on whose behalf.
 
         Yields:
             how many bytes more are written, as they are.
@@ -110,7 +110,7 @@ class Target:
             descriptor = self.destination.open_private(partial, directory_fd)
             try:
                 self._lock(descriptor, partial, directory_fd)
-                yield from self._fill(descriptor, call)
+                yield from self._fill(descriptor, ctx)
                 _try(lambda: os.fchmod(descriptor, mode), errors.is_attribute_refused)
                 times_ns = (self.file.mtime_ns, self.file.mtime_ns)
                 _try(lambda: os.utime(descriptor, ns=times_ns), errors.is_attribute_refused)
@@ -149,7 +149,7 @@ class Target:
     def _on_disk(name: str) -> str:
         return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
-    def _fill(self, descriptor: int, call: Call) -> Iterator[int]:
+    def _fill(self, descriptor: int, ctx: RequestContext) -> Iterator[int]:
         """Write what is missing at the end of the partial file."""
         at = os.fstat(descriptor).st_size
         if at > self.file.size_bytes:
@@ -157,9 +157,9 @@ class Target:
             at = 0
         buffer = memoryview(bytearray(_PIECE_BYTES))
         while at < self.file.size_bytes:
-            size_bytes = self.file.read_into(buffer, at, call)
+            size_bytes = self.file.read_into(buffer, at, ctx)
             if not size_bytes:
-                raise errors.damaged(self.path, "it is shorter than it was")
+                raise errors.corrupt(self.path, "it is shorter than it was")
             rest, offset = buffer[:size_bytes], at
             while rest:
                 written = os.pwrite(descriptor, rest, offset)

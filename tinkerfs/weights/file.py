@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Self
 
-from tinkerfs.context import Call
-from tinkerfs.weights.block_math import BLOCK_BYTES, blocks_of
-from tinkerfs.weights.readahead import Ahead, ReadAhead
+from tinkerfs.context import RequestContext
+from tinkerfs.weights.block_math import BLOCK_BYTES, block_range
+from tinkerfs.weights.readahead import ReadaheadPlan, ReadaheadState
 from tinkerfs.weights.remote_file import RemoteFile
-from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensor_ends
+from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensor_end_offsets
 from tinkerfs.weights.tar_index import Member, Segment
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class WeightsFile:
             and member.segments[0].offset == 0
             and member.segments[0].length == member.size_bytes
         )
-        self._ahead = ReadAhead(member.size_bytes)
+        self._ahead = ReadaheadState(member.size_bytes)
 
     def __enter__(self) -> Self:
         """Return the file itself."""
@@ -57,19 +57,19 @@ class WeightsFile:
         """Let go of it; to be called once, and no other method after."""
         self._file.release()
 
-    def read(self, size: int, offset: int, call: Call) -> bytes:
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
         """Return the bytes of [offset, offset + size); as `read_into`."""
         data = bytearray(max(min(size, self.size_bytes - offset), 0))
-        self.read_into(memoryview(data), offset, call)
+        self.read_into(memoryview(data), offset, ctx)
         return bytes(data)
 
-    def read_into(self, buffer: memoryview, offset: int, call: Call) -> int:
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
         """Fill `buffer` with the bytes from `offset` on, and return how many there are.
 
         Args:
             buffer: of bytes; not used once this has returned.
             offset: in the file; fewer bytes than asked for come only at its end.
-            call: tells when to give up.
+            ctx: tells when to give up.
 
         Raises:
             ApiError: they cannot be had.
@@ -79,21 +79,23 @@ class WeightsFile:
         size = min(len(buffer), self.size_bytes - offset)
         if size <= 0:
             return 0
-        ahead = self._ahead.wanted(offset, size)
+        ahead = self._ahead.on_read(offset, size)
         if ahead.start < ahead.stop:  # before the wait for these, so that it comes meanwhile
             self._fetch_ahead(ahead)
         if size < len(buffer):
             buffer = buffer[:size]
-        self._fill(buffer, offset, call)
-        if self._ahead.needs_ends():
-            self._learn_ends()
+        self._fill(buffer, offset, ctx)
+        if self._ahead.needs_tensor_offsets():
+            self._load_tensor_offsets()
         return size
 
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all there, without any request."""
         pieces = []
-        for piece in self._places(start, stop):
-            data = bytes(piece.length) if piece.place < 0 else self._file.peek(*_span(piece))
+        for piece in self._segments_in(start, stop):
+            data = (
+                bytes(piece.length) if piece.archive_offset < 0 else self._file.peek(*_span(piece))
+            )
             if data is None:
                 return None
             pieces.append(data)
@@ -104,7 +106,7 @@ class WeightsFile:
         found: dict[int, int] = {}
         for segment in self._segments:
             start, stop = _span(segment)
-            for index in blocks_of(start, stop):
+            for index in block_range(start, stop):
                 begin = index * BLOCK_BYTES
                 held_bytes = min(stop, begin + BLOCK_BYTES) - max(start, begin)
                 found[index] = found.get(index, 0) + held_bytes
@@ -117,38 +119,38 @@ class WeightsFile:
     def kept_bytes(self) -> int:
         """Return how many of its bytes are on disk; holes always are."""
         return self.size_bytes - sum(
-            held for index, held in self.blocks().items() if not self.is_kept(index)
+            held for index, held in self.blocks().items() if not self.is_cached(index)
         )
 
-    def is_kept(self, block: int) -> bool:
+    def is_cached(self, block: int) -> bool:
         """Tell whether a block is on disk, without any request."""
         return self._file.is_on_disk(block)
 
-    def prepare(self, call: Call) -> None:
+    def prepare(self, ctx: RequestContext) -> None:
         """Have what a fetch needs, waiting for the archive to be built.
 
         Raises:
             ApiError: it is not to be had.
             OSError: ESTALE when the checkpoint is gone; as `Archives.url`.
         """
-        self._file.prepare(call)
+        self._file.prepare(ctx)
 
-    def fetch(self, block: int, call: Call, count: int = 1) -> "Future[bytes | None]":
+    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
         """Begin to fetch a block, or join who does; as `RemoteFile.fetch`."""
-        return self._file.fetch(block, call, count)
+        return self._file.fetch(block, ctx, count)
 
-    def _fill(self, buffer: memoryview, start: int, call: Call) -> None:
+    def _fill(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
         if self._is_in_one_piece:
-            self._file.read_into(buffer, self._segments[0].place + start, call)
+            self._file.read_into(buffer, self._segments[0].archive_offset + start, ctx)
             return
-        for piece in self._places(start, start + len(buffer)):
+        for piece in self._segments_in(start, start + len(buffer)):
             part = buffer[piece.offset - start :][: piece.length]
-            if piece.place < 0:
+            if piece.archive_offset < 0:
                 part[:] = bytes(piece.length)
             else:
-                self._file.read_into(part, piece.place, call)
+                self._file.read_into(part, piece.archive_offset, ctx)
 
-    def _learn_ends(self) -> None:
+    def _load_tensor_offsets(self) -> None:
         """Look for a header of tensors in what is there: who wants one of them has just read it."""
         prefix = self.peek(0, LENGTH_BYTES)
         if prefix is None:
@@ -157,21 +159,21 @@ class WeightsFile:
             stop = LENGTH_BYTES + header_length(prefix, self.size_bytes)
             header = self.peek(LENGTH_BYTES, stop)
             if header is not None:
-                self._ahead.learn_ends(tensor_ends(header, self.size_bytes))
+                self._ahead.set_tensor_offsets(tensor_end_offsets(header, self.size_bytes))
         except ValueError:
-            self._ahead.learn_ends(())
+            self._ahead.set_tensor_offsets(())
 
-    def _fetch_ahead(self, ahead: Ahead) -> None:
-        for piece in self._places(ahead.start, ahead.stop):
-            if piece.place < 0:
+    def _fetch_ahead(self, ahead: ReadaheadPlan) -> None:
+        for piece in self._segments_in(ahead.start, ahead.stop):
+            if piece.archive_offset < 0:
                 continue
             begin, end = _span(piece)
             reached = self._file.fetch_ahead(begin, end, ahead.request_bytes)
-            self._ahead.reached(piece.offset + reached - begin)
+            self._ahead.mark_fetched(piece.offset + reached - begin)
             if reached < end:
                 return
 
-    def _places(self, start: int, stop: int) -> Iterator[Segment]:
+    def _segments_in(self, start: int, stop: int) -> Iterator[Segment]:
         """Yield where the bytes [start, stop) are, in order; a hole is at -1."""
         at = start
         first = bisect_right(self._segments, start, key=lambda each: each.offset + each.length)
@@ -183,11 +185,11 @@ class WeightsFile:
                 at = segment.offset
             skipped = at - segment.offset
             length = min(segment.length - skipped, stop - at)
-            yield Segment(at, length, segment.place + skipped)
+            yield Segment(at, length, segment.archive_offset + skipped)
             at += length
         if at < stop:
             yield Segment(at, stop - at, -1)
 
 
 def _span(piece: Segment) -> tuple[int, int]:
-    return piece.place, piece.place + piece.length
+    return piece.archive_offset, piece.archive_offset + piece.length

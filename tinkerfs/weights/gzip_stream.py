@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Self
 
 from tinkerfs import errors
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 from tinkerfs.weights.etags import Sample
-from tinkerfs.weights.range_source import Source
+from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.transfer import Transfer
 
-__all__ = ["GZIP_MAGIC", "Inflating", "Unpacked", "inflated"]
+__all__ = ["GZIP_MAGIC", "GzipTransfer", "GzipSource", "inflated"]
 
 #: How a gzip file begins (RFC 1952, 2.3.1).
 GZIP_MAGIC = b"\x1f\x8b"
@@ -45,7 +45,7 @@ def inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
         raise ValueError("the archive is damaged: it ends early")
 
 
-class Unpacked:
+class GzipSource:
     """A packed file as if it were plain: always all of it, from its start. Thread-safe.
 
     Args:
@@ -55,15 +55,15 @@ class Unpacked:
         path: for messages.
     """
 
-    def __init__(self, source: Source, packed_bytes: int, plain_bytes: int, path: str) -> None:
+    def __init__(self, source: RangeSource, packed_bytes: int, plain_bytes: int, path: str) -> None:
         self._source = source
         self._packed_bytes = packed_bytes
         self._plain_bytes = plain_bytes
         self._path = path
 
-    def prepare(self, call: Call) -> None:
+    def prepare(self, ctx: RequestContext) -> None:
         """Have a URL at hand; as `Source.prepare`."""
-        self._source.prepare(call)
+        self._source.prepare(ctx)
 
     def is_ready(self) -> bool:
         """Tell whether there is a URL at hand."""
@@ -81,17 +81,17 @@ class Unpacked:
         """As `Source.stale`."""
         return self._source.stale(reason)
 
-    def open(self, _start: int, _stop: int, _before: bytes = b"") -> "Inflating":
+    def open(self, _start: int, _stop: int, _before: bytes = b"") -> "GzipTransfer":
         """Ask for all of it.
 
         Raises:
             ApiError, OSError: as `Source.open`.
         """
         transfer = self._source.open(0, self._packed_bytes)
-        return Inflating(transfer, self._plain_bytes, self._path)
+        return GzipTransfer(transfer, self._plain_bytes, self._path)
 
 
-class Inflating:
+class GzipTransfer:
     """A packed file on its way. One thread's; a context manager.
 
     Attributes:
@@ -100,7 +100,7 @@ class Inflating:
         is_whole: True.
     """
 
-    is_whole = True
+    is_full_body = True
     start = 0
 
     def __init__(self, transfer: Transfer, plain_bytes: int, path: str) -> None:
@@ -117,7 +117,7 @@ class Inflating:
         try:
             yield from inflated(self._transfer)
         except ValueError as error:
-            raise errors.damaged(self._path, str(error)) from None
+            raise errors.corrupt(self._path, str(error)) from None
 
     def close(self) -> None:
         """Let go of the connection."""

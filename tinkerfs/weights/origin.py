@@ -3,17 +3,17 @@
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self
 
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 from tinkerfs.weights.etags import Sample
 
-__all__ = ["Arriving", "Origin"]
+__all__ = ["ByteStream", "BlockSource"]
 
 
-class Arriving(Protocol):
+class ByteStream(Protocol):
     """Bytes on their way, in order: `Transfer`, or it unpacked."""
 
     @property
-    def is_whole(self) -> bool:
+    def is_full_body(self) -> bool:
         """Whether all of the file comes, whatever was asked for."""
         ...
 
@@ -30,10 +30,10 @@ class Arriving(Protocol):
         ...
 
 
-class Origin(Protocol):
+class BlockSource(Protocol):
     """Where a file comes from: a `Source`, or it unpacked."""
 
-    def prepare(self, call: Call) -> None:
+    def prepare(self, ctx: RequestContext) -> None:
         """Have at hand what `open` needs, as long as it takes."""
         ...
 
@@ -54,6 +54,6 @@ class Origin(Protocol):
         """Return the error that the file is another one now."""
         ...
 
-    def open(self, start: int, stop: int, before: bytes = b"") -> Arriving:
+    def open(self, start: int, stop: int, before: bytes = b"") -> ByteStream:
         """Ask for [start, stop), which follows `before`."""
         ...

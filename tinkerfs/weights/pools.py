@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 import urllib3
 
 from tinkerfs import __version__, errors, proxies, tls
-from tinkerfs.weights.connections import LABEL, READ_BYTES, StoreClient
-from tinkerfs.weights.retry import Lost
+from tinkerfs.weights.connections import READ_BYTES, STORE_ENDPOINT, ObjectStoreClient
+from tinkerfs.weights.retry import TransferInterrupted
 from tinkerfs.weights.store_connection import StaleConnection, TlsSocket, use_deadlines
 
-__all__ = ["Pools", "Response"]
+__all__ = ["ConnectionPools", "Response"]
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -36,14 +36,14 @@ _MAX_STALE = 3
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"tinkerfs/{__version__}"}
 
 
-class Pools:
+class ConnectionPools:
     """The ways to stores: the direct one, and those through proxies. Thread-safe.
 
     Args:
         client: whose they are: what bounds transfers, counts them and ends them.
     """
 
-    def __init__(self, client: StoreClient) -> None:
+    def __init__(self, client: ObjectStoreClient) -> None:
         for name in ("connection", "connectionpool", "response"):
             logger = logging.getLogger(f"urllib3.{name}")  # it logs URLs, in warnings too
             if logger.level < logging.ERROR:
@@ -62,7 +62,9 @@ class Pools:
             except StaleConnection:
                 self.drop_idle()  # what put an end to one did so to all of them
         host = urlsplit(url).hostname
-        raise Lost(errors.Unreachable(f"{host} ends every connection", endpoint=LABEL))
+        raise TransferInterrupted(
+            errors.ConnectionFailed(f"{host} ends every connection", endpoint=STORE_ENDPOINT)
+        )
 
     def _get(self, url: str, headers: Mapping[str, str]) -> "Response":
         """Send one request.
@@ -74,7 +76,7 @@ class Pools:
         try:
             host = urlsplit(url).hostname or host
             proxy = proxies.proxy_for(url)
-            raw = self._way(proxy).urlopen(
+            raw = self._pool_for(proxy).urlopen(
                 "GET",
                 url,
                 headers={**_HEADERS, **headers},
@@ -88,9 +90,9 @@ class Pools:
         except (urllib3.exceptions.HTTPError, ValueError) as error:
             if isinstance(innermost := _innermost(error), StaleConnection):
                 raise innermost from None
-            raise self._unanswered(error, host, proxy) from None
+            raise self._map_urllib3_error(error, host, proxy) from None
         finally:
-            self._client.telemetry.count_call(LABEL, outcome)
+            self._client.telemetry.record_request(STORE_ENDPOINT, outcome)
         return Response(self._client, raw, host)
 
     def drop_idle(self) -> None:
@@ -100,7 +102,7 @@ class Pools:
         for pools in ways:
             pools.clear()
 
-    def _way(self, proxy: proxies.Proxy | None) -> urllib3.PoolManager:
+    def _pool_for(self, proxy: proxies.Proxy | None) -> urllib3.PoolManager:
         """Return the way to stores through a proxy, None for the direct one.
 
         Raises:
@@ -113,7 +115,9 @@ class Pools:
                 self._ways[proxy] = way
             return self._ways[proxy]
 
-    def _unanswered(self, error: Exception, host: str, proxy: proxies.Proxy | None) -> Lost:
+    def _map_urllib3_error(
+        self, error: Exception, host: str, proxy: proxies.Proxy | None
+    ) -> TransferInterrupted:
         """Return what it means that there is no answer.
 
         Raises:
@@ -122,19 +126,23 @@ class Pools:
         """
         refusal = tls.describe_refusal(error, host)
         if refusal is not None:
-            raise errors.UntrustedCertificate(refusal, endpoint=LABEL)
+            raise errors.UntrustedCertificate(refusal, endpoint=STORE_ENDPOINT)
         words = _words_of(error)
         if isinstance(error, urllib3.exceptions.ReadTimeoutError):
-            return self._client.stalled(host)
+            return self._client.stall_error(host)
         if isinstance(error, urllib3.exceptions.InvalidHeader):  # two lengths that differ
-            return Lost(errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=LABEL))
+            return TransferInterrupted(
+                errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=STORE_ENDPOINT)
+            )
         if isinstance(error, urllib3.exceptions.ProtocolError):
-            return Lost(errors.Unreachable(f"{host} broke off: {words}", endpoint=LABEL))
+            return TransferInterrupted(
+                errors.ConnectionFailed(f"{host} broke off: {words}", endpoint=STORE_ENDPOINT)
+            )
         if isinstance(error, urllib3.exceptions.ConnectTimeoutError) and not isinstance(
             error, urllib3.exceptions.NewConnectionError
         ):
             message = f"no connection to {host} in time"
-            return Lost(errors.TimedOut(message, endpoint=LABEL))
+            return TransferInterrupted(errors.RequestTimeout(message, endpoint=STORE_ENDPOINT))
         unconnected = (
             urllib3.exceptions.NewConnectionError,
             urllib3.exceptions.ProxyError,
@@ -143,8 +151,10 @@ class Pools:
         if isinstance(error, unconnected):
             way = "" if proxy is None else f" through {proxy}"
             message = f"no connection to {host}{way}: {words}"
-            return Lost(errors.Unreachable(message, endpoint=LABEL))
-        raise errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=LABEL) from None
+            return TransferInterrupted(errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT))
+        raise errors.ProtocolError(
+            f"no HTTP from {host}: {words}", endpoint=STORE_ENDPOINT
+        ) from None
 
 
 class Response:
@@ -156,7 +166,7 @@ class Response:
         host: who answered, for messages.
     """
 
-    def __init__(self, client: StoreClient, raw: urllib3.BaseHTTPResponse, host: str) -> None:
+    def __init__(self, client: ObjectStoreClient, raw: urllib3.BaseHTTPResponse, host: str) -> None:
         self.status: int = raw.status
         self.headers: Mapping[str, str] = raw.headers
         self.host = host
@@ -179,16 +189,18 @@ class Response:
                 now = time.monotonic()
                 if now >= window_end:
                     if window_bytes < MIN_BYTES_PER_S * client.timeout_s:
-                        raise client.stalled(self.host)
+                        raise client.stall_error(self.host)
                     window_end, window_bytes = now + client.timeout_s, 0
                 yield piece
-                client.check()
+                client.raise_if_stopped()
         except urllib3.exceptions.ReadTimeoutError:
-            raise client.stalled(self.host) from None
+            raise client.stall_error(self.host) from None
         except urllib3.exceptions.HTTPError as error:
             message = f"{self.host} broke off: {_words_of(error)}"
-            raise Lost(errors.Unreachable(message, endpoint=LABEL)) from None
-        client.used()
+            raise TransferInterrupted(
+                errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT)
+            ) from None
+        client.touch()
 
     def close(self) -> None:
         """Let go of the connection; it ends where the body was not read to its end."""

@@ -5,17 +5,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from tinkerfs import errors
-from tinkerfs.context import Call
-from tinkerfs.weights.block_math import BLOCK_BYTES, in_rows
+from tinkerfs.context import RequestContext
+from tinkerfs.weights.block_math import BLOCK_BYTES, group_consecutive
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.readahead import CONNECTIONS_AHEAD, MAX_AHEAD_BYTES
+from tinkerfs.weights.readahead import MAX_READAHEAD_BYTES, READAHEAD_CONCURRENCY
 
-__all__ = ["Landed", "prefetch", "room_bytes"]
+__all__ = ["Landed", "prefetch", "required_cache_bytes"]
 
 #: Requests under way at a time, of all files together, and the most blocks of one: as many as for a
 #: reader who reads on and on.
-_REQUESTS = CONNECTIONS_AHEAD
-_BLOCKS_OF_ONE = MAX_AHEAD_BYTES // CONNECTIONS_AHEAD // BLOCK_BYTES
+_REQUESTS = READAHEAD_CONCURRENCY
+_BLOCKS_OF_ONE = MAX_READAHEAD_BYTES // READAHEAD_CONCURRENCY // BLOCK_BYTES
 
 #: What a block takes on disk beyond its bytes, at most: its checksum, in a page of its own.
 _BESIDE_BYTES = 4096
@@ -38,7 +38,7 @@ class Landed:
     error: Exception | None = None
 
 
-def room_bytes(files: Sequence[WeightsFile]) -> int:
+def required_cache_bytes(files: Sequence[WeightsFile]) -> int:
     """Return what some files take in the cache, at most, once all of them are in it."""
     blocks = {
         (file.key, block): file.block_bytes(block) for file in files for block in file.blocks()
@@ -46,7 +46,7 @@ def room_bytes(files: Sequence[WeightsFile]) -> int:
     return sum(size_bytes + _BESIDE_BYTES for size_bytes in blocks.values())
 
 
-def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
+def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[Landed]:
     """Fetch what is not on disk, and tell of each block that was not when it is.
 
     For one thread, whose wait for a block nothing ends but the block; to be left alone, it is run
@@ -54,7 +54,7 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
 
     Args:
         files: open, in the order in which they are fetched.
-        call: waits where an archive must be built first.
+        ctx: waits where an archive must be built first.
     """
     # Who waits for a block: which file, which block, how many bytes of the file, by which request.
     flying: dict[Future[bytes | None], list[tuple[int, int, int, int]]] = {}
@@ -65,7 +65,7 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
         for flight in done:
             for number, block, size_bytes, _request in flying.pop(flight):
                 error = flight.exception()
-                if error is None and not files[number].is_kept(block):
+                if error is None and not files[number].is_cached(block):
                     error = errors.no_space("", _REFUSED)
                 if error is None:
                     yield Landed(number, size_bytes)
@@ -75,13 +75,15 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
                     yield Landed(number, 0, error)
 
     missing = [
-        {block: held for block, held in file.blocks().items() if not file.is_kept(block)}
+        {block: held for block, held in file.blocks().items() if not file.is_cached(block)}
         for file in files
     ]
     # Of few blocks each has a request of its own.
     several = min(max(sum(map(len, missing)) // _REQUESTS, 1), _BLOCKS_OF_ONE)
     requests = [
-        (number, run) for number, blocks in enumerate(missing) for run in in_rows(blocks, several)
+        (number, run)
+        for number, blocks in enumerate(missing)
+        for run in group_consecutive(blocks, several)
     ]
     for request, (number, run) in enumerate(requests):
         while len({each[-1] for waiting in flying.values() for each in waiting}) >= _REQUESTS:
@@ -90,11 +92,11 @@ def prefetch(files: Sequence[WeightsFile], call: Call) -> Iterator[Landed]:
             file, size_bytes = files[number], missing[number][block]
             if number in failed:
                 break
-            if file.is_kept(block):  # it came with another file, or to another process
+            if file.is_cached(block):  # it came with another file, or to another process
                 yield Landed(number, size_bytes)
                 continue
             try:
-                flight = file.fetch(block, call, run.stop - block)
+                flight = file.fetch(block, ctx, run.stop - block)
             except (errors.ApiError, OSError) as error:
                 failed.add(number)
                 yield Landed(number, 0, error)

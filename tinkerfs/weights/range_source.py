@@ -13,19 +13,19 @@ from urllib.parse import urljoin, urlsplit
 from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.api.timestamps import parse_retry_after_s
-from tinkerfs.context import IN_PROCESS, Call
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.errors import ApiError
-from tinkerfs.weights.connections import LABEL, StoreClient
+from tinkerfs.weights.connections import STORE_ENDPOINT, ObjectStoreClient
 from tinkerfs.weights.etags import SAMPLE_BYTES, EtagAliases, Sample, sample_of
 from tinkerfs.weights.responses import Part, part_of, size_of_unsatisfied, unusable
-from tinkerfs.weights.retry import Lost, Patience
+from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.transfer import Answer, Transfer
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import Response
 
-__all__ = ["Address", "Source"]
+__all__ = ["UrlProvider", "RangeSource"]
 
 MAX_REDIRECTS = 5
 
@@ -39,7 +39,7 @@ _RETRIED = frozenset({408, 425, 429})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
-class Address(Protocol):
+class UrlProvider(Protocol):
     """Where a file is."""
 
     @property
@@ -47,7 +47,7 @@ class Address(Protocol):
         """The file that a user asked for, for messages."""
         ...
 
-    def url(self, call: Call) -> SignedUrl:
+    def url(self, ctx: RequestContext) -> SignedUrl:
         """Return a URL that is good for some time yet."""
         ...
 
@@ -55,16 +55,16 @@ class Address(Protocol):
         """Tell whether `url` has one at hand."""
         ...
 
-    def changed(self) -> None:
+    def mark_changed(self) -> None:
         """Take note that the store has another file there than was known."""
         ...
 
-    def refuse(self, url: SignedUrl) -> None:
+    def invalidate(self, url: SignedUrl) -> None:
         """Take note that the store lets nobody in with this URL."""
         ...
 
 
-class Source:
+class RangeSource:
     """One file of a store. Thread-safe.
 
     Args:
@@ -77,8 +77,8 @@ class Source:
 
     def __init__(
         self,
-        client: StoreClient,
-        address: Address,
+        client: ObjectStoreClient,
+        address: UrlProvider,
         version: Version | None,
         sample: Sample | None = None,
         *,
@@ -124,27 +124,27 @@ class Source:
             ApiError: there is no usable answer, after all tries.
             OSError: ESTALE when the file is another one now, or gone.
         """
-        patience = Patience(self._client.timeout_s)
-        answer = self.begin(start - len(before), stop, patience)
+        patience = RetryBudget(self._client.timeout_s)
+        answer = self.send(start - len(before), stop, patience)
         return Transfer(self, answer, start, stop, patience, before)
 
-    def prepare(self, call: Call) -> None:
+    def prepare(self, ctx: RequestContext) -> None:
         """Have a URL at hand, so that a fetch on another thread need not wait for the archive.
 
         Args:
-            call: who wants it, and how long that one waits.
+            ctx: who wants it, and how long that one waits.
 
         Raises:
             ApiError: none is to be had.
             OSError: ESTALE when the file is gone; as `Archives.url`.
         """
-        self._url(call)
+        self._url(ctx)
 
     def is_ready(self) -> bool:
         """Tell whether there is a URL at hand."""
         return self._address.is_known()
 
-    def begin(self, start: int, stop: int, patience: Patience) -> Answer:
+    def send(self, start: int, stop: int, patience: RetryBudget) -> Answer:
         """Ask until there is an answer that holds `start`; for `Transfer`.
 
         Raises:
@@ -152,18 +152,18 @@ class Source:
         """
         refused: ApiError | None = None
         while True:
-            url = self._url(IN_PROCESS)
+            url = self._url(BACKGROUND_CONTEXT)
             try:
                 answer = self._ask(url, start, stop)
-            except _Refused as refusal:
-                self._address.refuse(url)
+            except _UrlRejected as refusal:
+                self._address.invalidate(url)
                 if refused is not None:
                     raise refused from None
                 refused = refusal.error
             except _WithoutCondition:
                 pass
-            except Lost as lost:
-                patience.lost(lost)
+            except TransferInterrupted as lost:
+                patience.backoff_or_raise(lost)
             else:
                 if self._version is None:
                     # What resumes this transfer is of the same version.
@@ -174,13 +174,13 @@ class Source:
 
     def stale(self, reason: str) -> OSError:
         """Return the error that the file is another one now; what is known of it is dropped."""
-        self._address.changed()
+        self._address.mark_changed()
         return errors.stale(self._address.path, reason)
 
-    def _url(self, call: Call) -> SignedUrl:
+    def _url(self, ctx: RequestContext) -> SignedUrl:
         try:
-            return self._address.url(call)
-        except (errors.NotFound, errors.EndpointMissing) as error:
+            return self._address.url(ctx)
+        except (errors.NotFound, errors.UnsupportedEndpoint) as error:
             if self._version is None:
                 raise
             raise self.stale(f"it is gone: {error}") from error
@@ -223,9 +223,9 @@ class Source:
                 return response
             response.close()
             if time.monotonic() - began > self._client.timeout_s:
-                raise self._client.stalled(_host(url))
+                raise self._client.stall_error(_host(url))
             url = _redirected(url, response.headers.get("location", ""))
-        raise errors.ProtocolError(f"{_host(url)} redirects on and on", endpoint=LABEL)
+        raise errors.ProtocolError(f"{_host(url)} redirects on and on", endpoint=STORE_ENDPOINT)
 
     def _checked(self, response: "Response", start: int, stop: int) -> Answer:
         """Return what a response is, as far as its head tells.
@@ -236,7 +236,7 @@ class Source:
         status, host = response.status, response.host
         if status == 200 and "html" in response.headers.get("content-type", "").lower():
             words = f"{host} sent a page of HTML, as a captive portal does"
-            raise _Refused(errors.ProtocolError(words, endpoint=LABEL, status=status))
+            raise _UrlRejected(errors.ProtocolError(words, endpoint=STORE_ENDPOINT, status=status))
         if status in (200, 206):
             size_bytes = None if self._version is None else self._version.size_bytes
             if size_bytes == UNKNOWN_BYTES:
@@ -250,15 +250,17 @@ class Source:
             return self._empty(response, start)
         words = f"{host} answered {status}"
         if status in _REFUSALS:
-            kind: type[ApiError] = errors.Rejected
+            kind: type[ApiError] = errors.ClientError
             if status in (401, 403):
                 kind = errors.Unauthorized
-            raise _Refused(kind(words, endpoint=LABEL, status=status))
+            raise _UrlRejected(kind(words, endpoint=STORE_ENDPOINT, status=status))
         if status in _RETRIED or status >= 500:
             kind = errors.RateLimited if status == 429 else errors.ServerError
             wait_s = parse_retry_after_s(response.headers, time.time())
-            raise Lost(kind(words, endpoint=LABEL, status=status), wait_s=wait_s)
-        raise errors.Rejected(words, endpoint=LABEL, status=status)
+            raise TransferInterrupted(
+                kind(words, endpoint=STORE_ENDPOINT, status=status), wait_s=wait_s
+            )
+        raise errors.ClientError(words, endpoint=STORE_ENDPOINT, status=status)
 
     def _same(self, response: "Response", part: Part) -> Version:
         """Return the version that a response is of.
@@ -319,7 +321,7 @@ class Source:
         """
         start, stop = sample.start, sample.start + SAMPLE_BYTES
         size_bytes = None if self._version is None else self._version.size_bytes
-        url = self._url(IN_PROCESS).url
+        url = self._url(BACKGROUND_CONTEXT).url
         for _ in range(MAX_PROBES):
             response = self._get(url, {"Range": f"bytes={start}-{stop - 1}"})
             try:
@@ -354,7 +356,7 @@ class _WithoutCondition(Exception):
     """The request is to be sent again without `If-Range`."""
 
 
-class _Refused(Exception):
+class _UrlRejected(Exception):
     """The store does not take the URL (any more)."""
 
     def __init__(self, error: ApiError) -> None:
@@ -377,7 +379,7 @@ def _redirected(url: str, place: str) -> str:
     except ValueError:
         pass
     raise errors.ProtocolError(
-        f"{_host(url)} redirects to where nothing is read from", endpoint=LABEL
+        f"{_host(url)} redirects to where nothing is read from", endpoint=STORE_ENDPOINT
     )
 
 

@@ -20,10 +20,10 @@ import msgspec
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockCache
-from tinkerfs.cache.memory_pool import BlockMemory
-from tinkerfs.cache.store import Store
-from tinkerfs.concurrency import in_thread
-from tinkerfs.context import Call
+from tinkerfs.cache.memory_pool import BlockMemoryPool
+from tinkerfs.cache.store import MetadataStore
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.context import RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archive_index import (
     PROBE_BYTES,
@@ -35,21 +35,21 @@ from tinkerfs.weights.archive_index import (
     external_index,
     find_member,
 )
-from tinkerfs.weights.connections import StoreClient
+from tinkerfs.weights.connections import ObjectStoreClient
 from tinkerfs.weights.etags import Sample
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.gzip_stream import Unpacked
-from tinkerfs.weights.origin import Origin
+from tinkerfs.weights.gzip_stream import GzipSource
+from tinkerfs.weights.origin import BlockSource
 from tinkerfs.weights.probe import has_version, read_archive_version, read_range
-from tinkerfs.weights.range_source import Source
+from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.remote_file import RemoteFile
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensors_json
-from tinkerfs.weights.subject import Subject
+from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.tar_index import Member, Segment
-from tinkerfs.weights.url_cache import Address, Archives
+from tinkerfs.weights.url_cache import SignedUrlCache, UrlProvider
 from tinkerfs.weights.version import Version
 
-__all__ = ["MEMORY_BYTES", "Listing", "Weights"]
+__all__ = ["MEMORY_BYTES", "MemberListing", "WeightsReader"]
 
 T = TypeVar("T")
 
@@ -67,14 +67,14 @@ _INDEXES, _VERSIONS, _TENSORS = "weights index 2", "weights version 1", "weights
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class MemberListing:
     """What `files/` shows: members by name, and what is left out and why, a line each."""
 
     members: dict[str, Member]
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
-class Weights:
+class WeightsReader:
     """The weights of every checkpoint. Thread-safe; a context manager.
 
     Args:
@@ -90,8 +90,8 @@ class Weights:
 
     def __init__(
         self,
-        archives: Archives,
-        store: Store,
+        archives: SignedUrlCache,
+        store: MetadataStore,
         cache: BlockCache,
         telemetry: Telemetry,
         *,
@@ -105,8 +105,8 @@ class Weights:
         self._telemetry = telemetry
         self._timeout_s = timeout_s
         self._url_age_s = url_age_s
-        self._client = StoreClient(telemetry, timeout_s=timeout_s)
-        self.memory = BlockMemory(memory_bytes)
+        self._client = ObjectStoreClient(telemetry, timeout_s=timeout_s)
+        self.memory = BlockMemoryPool(memory_bytes)
         self._lock = threading.RLock()  # a flight that failed at once lands within it
         # All guarded by _lock.
         self._indexes: OrderedDict[str, Future[Index]] = OrderedDict()
@@ -126,17 +126,19 @@ class Weights:
             time.sleep(0.01)
         self._client.close()
 
-    def known_files(self, subject: Subject) -> Listing | None:
+    def cached_files(self, subject: CheckpointVersion) -> MemberListing | None:
         """Return the members where they are known without any request."""
         index = self._known(subject)
         return None if index is None else _listing(index)
 
-    def files(self, subject: Subject, call: Call, *, is_open: bool = True) -> Listing:
+    def files(
+        self, subject: CheckpointVersion, ctx: RequestContext, *, is_open: bool = True
+    ) -> MemberListing:
         """Return the members, waiting for the archive to be built.
 
         Args:
             subject: of which checkpoint.
-            call: how long to wait, and on whose behalf.
+            ctx: how long to wait, and on whose behalf.
             is_open: whether to make sure first that what is cached is of the right version.
 
         Raises:
@@ -144,49 +146,49 @@ class Weights:
             OSError: EIO when the archive is damaged; as `Archives.url`.
         """
         if is_open:
-            self._revalidate(subject, call)
-        return _listing(self._index(subject, call))
+            self._revalidate(subject, ctx)
+        return _listing(self._index(subject, ctx))
 
-    def open(self, subject: Subject, name: str, call: Call) -> WeightsFile:
+    def open(self, subject: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
         """Open a member.
 
         Args:
             subject: of which checkpoint.
             name: as `Listing.members` has it.
-            call: how long to wait, and on whose behalf.
+            ctx: how long to wait, and on whose behalf.
 
         Raises:
             ApiError, OSError: as `files`; ENOENT where there is no such member.
         """
-        self._revalidate(subject, call, name)
-        return self._open(subject, name, call)
+        self._revalidate(subject, ctx, name)
+        return self._open(subject, name, ctx)
 
-    def _open(self, subject: Subject, name: str, call: Call) -> WeightsFile:
-        index = self._index(subject, call)
+    def _open(self, subject: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
+        index = self._index(subject, ctx)
         member = find_member(index, name, subject.path)
         return WeightsFile(self._remote(subject, index, name), member)
 
-    def archive_bytes(self, subject: Subject) -> int | None:
+    def archive_bytes(self, subject: CheckpointVersion) -> int | None:
         """Return the length of the archive where it is known without any request."""
         version = self._known_version(subject)
         return None if version is None else version.size_bytes
 
-    def open_archive(self, subject: Subject, call: Call) -> WeightsFile:
+    def open_archive(self, subject: CheckpointVersion, ctx: RequestContext) -> WeightsFile:
         """Open the archive itself, as the store has it.
 
         Raises:
             ApiError: it cannot be had.
             OSError: as `Archives.url`.
         """
-        self._revalidate(subject, call)
+        self._revalidate(subject, ctx)
         version = self._known_version(subject)
         if version is None:
             address = self._address(subject)
-            address.url(call)
-            version = _patiently(
-                call, lambda: read_archive_version(self._client, address), f"size of {subject.path}"
+            address.url(ctx)
+            version = _run_and_wait(
+                ctx, lambda: read_archive_version(self._client, address), f"size of {subject.path}"
             )
-            self._store.put(_VERSIONS, subject.identity, msgspec.json.encode(version))
+            self._store.put(_VERSIONS, subject.cache_key, msgspec.json.encode(version))
         size_bytes = version.size_bytes
         segments = (Segment(0, size_bytes, 0),) if size_bytes else ()
         member = Member("", size_bytes, subject.mtime_ns, segments)
@@ -197,11 +199,11 @@ class Weights:
         file = self._shared(subject, version, "archive", size_bytes, source, digests)
         return WeightsFile(file, member)
 
-    def known_tensors(self, subject: Subject) -> bytes | None:
+    def cached_tensors(self, subject: CheckpointVersion) -> bytes | None:
         """Return `tensors.json` where it is known without any request."""
-        return self._store.get(_TENSORS, subject.identity)
+        return self._store.get(_TENSORS, subject.cache_key)
 
-    def tensors(self, subject: Subject, call: Call) -> bytes:
+    def tensors(self, subject: CheckpointVersion, ctx: RequestContext) -> bytes:
         """Return the tensors of all safetensors files as JSON, sorted by name, from their headers.
 
         Takes two range requests a file at most, beyond those for `files`.
@@ -209,24 +211,24 @@ class Weights:
         Raises:
             ApiError, OSError: as `files`; EIO where a header is damaged or larger than is read.
         """
-        self._revalidate(subject, call)
-        known = self.known_tensors(subject)
+        self._revalidate(subject, ctx)
+        known = self.cached_tensors(subject)
         if known is not None:
             return known
-        index = self._index(subject, call)
+        index = self._index(subject, ctx)
         members = [each for each in index.members if each.name.endswith(".safetensors")]
         headers: dict[str, tuple[bytes, int]] = {}
         try:
             for member in members:
-                header = self._header(subject, index, member, call)
+                header = self._header(subject, index, member, ctx)
                 headers[member.name] = (header, member.size_bytes)
             made = tensors_json(headers)
         except ValueError as error:
-            raise errors.damaged(subject.path, str(error)) from None
-        self._store.put(_TENSORS, subject.identity, made)
+            raise errors.corrupt(subject.path, str(error)) from None
+        self._store.put(_TENSORS, subject.cache_key, made)
         return made
 
-    def cached_bytes(self, subject: Subject, name: str) -> int:
+    def cached_bytes(self, subject: CheckpointVersion, name: str) -> int:
         """Return how many bytes of a member are on disk; 0 where that takes a request to tell."""
         index = self._known(subject)
         if index is None:
@@ -243,14 +245,14 @@ class Weights:
         """
         return self._cache.kept_bytes()
 
-    def forget(self, subject: Subject) -> None:
+    def invalidate(self, subject: CheckpointVersion) -> None:
         """Take note that the weights are others now: the next look asks the store again."""
         with self._lock:
-            self._indexes.pop(subject.identity, None)
+            self._indexes.pop(subject.cache_key, None)
         for space in (_INDEXES, _VERSIONS, _TENSORS):
-            self._store.delete(space, subject.identity)
+            self._store.delete(space, subject.cache_key)
 
-    def _revalidate(self, subject: Subject, call: Call, name: str = "") -> None:
+    def _revalidate(self, subject: CheckpointVersion, ctx: RequestContext, name: str = "") -> None:
         """Forget what is cached of undated weights that the store has another version of by now.
 
         Where the store cannot be asked, what is cached serves. Other weights are known by their
@@ -258,7 +260,7 @@ class Weights:
 
         Args:
             subject: of which checkpoint.
-            call: how long to wait, and on whose behalf.
+            ctx: how long to wait, and on whose behalf.
             name: which file of external weights; empty for all.
 
         Raises:
@@ -269,10 +271,10 @@ class Weights:
             return
         self._archives.expire(subject.key, self._url_age_s, is_external=subject.is_external)
         try:
-            if not self._is_current(subject, call, name):
-                self.forget(subject)
+            if not self._is_current(subject, ctx, name):
+                self.invalidate(subject)
         except errors.NotFound:
-            self.forget(subject)
+            self.invalidate(subject)
             raise
         except errors.ApiError:
             pass
@@ -280,12 +282,12 @@ class Weights:
             if errors.is_interruption(error):
                 raise
 
-    def _is_loading(self, subject: Subject) -> bool:
+    def _is_loading(self, subject: CheckpointVersion) -> bool:
         with self._lock:
-            flight = self._indexes.get(subject.identity)
+            flight = self._indexes.get(subject.cache_key)
         return flight is not None and not flight.done()
 
-    def _is_current(self, subject: Subject, call: Call, name: str) -> bool:
+    def _is_current(self, subject: CheckpointVersion, ctx: RequestContext, name: str) -> bool:
         """Return whether the store has the version that is known; False where none is."""
         index = self._known(subject)
         if index is not None and index.form == "files":
@@ -295,17 +297,17 @@ class Weights:
         if version is None:
             return False
         address = self._address(subject, name)
-        address.url(call)
-        return _patiently(
-            call, lambda: has_version(self._client, address, version), f"version of {name}"
+        address.url(ctx)
+        return _run_and_wait(
+            ctx, lambda: has_version(self._client, address, version), f"version of {name}"
         )
 
     # Indexes
 
-    def _known(self, subject: Subject) -> Index | None:
-        identity = subject.identity
-        if self._archives.has_changed(subject.key):
-            self.forget(subject)
+    def _known(self, subject: CheckpointVersion) -> Index | None:
+        identity = subject.cache_key
+        if self._archives.pop_changed(subject.key):
+            self.invalidate(subject)
         with self._lock:
             flight = self._indexes.get(identity)
             if flight is not None:
@@ -329,22 +331,22 @@ class Weights:
         if len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)
 
-    def _index(self, subject: Subject, call: Call) -> Index:
+    def _index(self, subject: CheckpointVersion, ctx: RequestContext) -> Index:
         known = self._known(subject)
         if known is not None:
             return known
-        identity = subject.identity
+        identity = subject.cache_key
         with self._lock:
             flight = self._indexes.get(identity)
         if flight is None:
-            load = self._loader(subject, call)
+            load = self._loader(subject, ctx)
             with self._lock:
                 flight = self._indexes.get(identity)
                 if flight is None:
-                    flight = in_thread(load, f"index of {subject.path}")
+                    flight = run_in_thread(load, f"index of {subject.path}")
                     self._keep(identity, flight)
                     flight.add_done_callback(lambda done: self._landed(identity, done))
-        return call.wait(flight)
+        return ctx.wait_for(flight)
 
     def _landed(self, identity: str, flight: "Future[Index]") -> None:
         """Keep no failure: the next one to ask tries again."""
@@ -353,16 +355,14 @@ class Weights:
                 if self._indexes.get(identity) is flight:
                     del self._indexes[identity]
 
-    def _loader(self, subject: Subject, call: Call) -> Callable[[], Index]:
+    def _loader(self, subject: CheckpointVersion, ctx: RequestContext) -> Callable[[], Index]:
         """Return what finds out the index, once there is a URL: that wait is the caller's."""
         address = self._address(subject)
         if subject.is_external:
-            names = tuple(
-                self._archives.external_urls(subject.key, subject.ref, subject.path, call)
-            )
+            names = tuple(self._archives.external_urls(subject.key, subject.ref, subject.path, ctx))
         else:
             names = ()
-            address.url(call)
+            address.url(ctx)
 
         def load() -> Index:
             if subject.is_external:
@@ -374,53 +374,57 @@ class Weights:
                 )
             else:
                 index = archive_index(
-                    self._client, address, self._cache, subject.identity, subject.about
+                    self._client, address, self._cache, subject.cache_key, subject.about
                 )
-            for line in index.left_out:
-                left_out = errors.damaged(subject.path, f"left out: {line}")
-                self._telemetry.failed(subject.path, "index", left_out)
-            self._store.put(_INDEXES, subject.identity, encode_index(index))
+            for line in index.skipped:
+                left_out = errors.corrupt(subject.path, f"left out: {line}")
+                self._telemetry.record_error(subject.path, "index", left_out)
+            self._store.put(_INDEXES, subject.cache_key, encode_index(index))
             return index
 
         return load
 
     # Files
 
-    def _address(self, subject: Subject, name: str = "") -> Address:
-        return Address(self._archives, subject.key, subject.ref, subject.path, name)
+    def _address(self, subject: CheckpointVersion, name: str = "") -> UrlProvider:
+        return UrlProvider(self._archives, subject.key, subject.ref, subject.path, name)
 
     def _source(
-        self, subject: Subject, version: Version, name: str = "", sample: Sample | None = None
-    ) -> Source:
+        self,
+        subject: CheckpointVersion,
+        version: Version,
+        name: str = "",
+        sample: Sample | None = None,
+    ) -> RangeSource:
         address = self._address(subject, name)
         # Of a file of external weights nothing is known but its length.
-        return Source(self._client, address, version, sample, is_plain=bool(name))
+        return RangeSource(self._client, address, version, sample, is_plain=bool(name))
 
-    def _remote(self, subject: Subject, index: Index, name: str) -> RemoteFile:
+    def _remote(self, subject: CheckpointVersion, index: Index, name: str) -> RemoteFile:
         """Return the file that holds a member's bytes, in use."""
         if index.form == "files":
             version = index.versions[name]
             source = self._source(subject, version, name)
             return self._shared(subject, version, f"/{name}", version.size_bytes, source)
-        version, plain_bytes = index.version, index.plain_bytes
+        version, plain_bytes = index.version, index.uncompressed_bytes
         source = self._source(subject, version, sample=index.sample)
         if index.form == "tar":
             digests = index.digests
             return self._shared(subject, version, "archive", plain_bytes, source, digests)
-        unpacked = Unpacked(source, version.size_bytes, plain_bytes, subject.path)
+        unpacked = GzipSource(source, version.size_bytes, plain_bytes, subject.path)
         return self._shared(subject, version, "unpacked", plain_bytes, unpacked, index.digests)
 
     def _shared(
         self,
-        subject: Subject,
+        subject: CheckpointVersion,
         version: Version,
         what: str,
         size_bytes: int,
-        origin: Origin,
+        origin: BlockSource,
         digests: tuple[bytes, ...] = (),
     ) -> RemoteFile:
         """Return the one file of a key, in use."""
-        key = block_key(subject.identity, version, what)
+        key = block_key(subject.cache_key, version, what)
         with self._lock:
             file = self._files.get(key)
             if file is not None and file.acquire():
@@ -440,40 +444,42 @@ class Weights:
             self._files[key] = file
             return file
 
-    def _known_version(self, subject: Subject) -> Version | None:
+    def _known_version(self, subject: CheckpointVersion) -> Version | None:
         index = self._known(subject)
         if index is not None:
             return None if index.form == "files" else index.version
-        raw = self._store.get(_VERSIONS, subject.identity)
+        raw = self._store.get(_VERSIONS, subject.cache_key)
         try:
             return None if raw is None else msgspec.json.decode(raw, type=Version)
         except msgspec.MsgspecError:
             return None
 
-    def _header(self, subject: Subject, index: Index, member: Member, call: Call) -> bytes:
+    def _header(
+        self, subject: CheckpointVersion, index: Index, member: Member, ctx: RequestContext
+    ) -> bytes:
         """Return the header of a safetensors file, without its length.
 
         Raises:
             ValueError: it is none.
             ApiError, OSError: it cannot be read.
         """
-        with self._open(subject, member.name, call) as file:
+        with self._open(subject, member.name, ctx) as file:
             first_bytes = min(PROBE_BYTES, member.size_bytes)
-            start = self._piece(subject, index, member, file, 0, first_bytes, call)
+            start = self._read_range(subject, index, member, file, 0, first_bytes, ctx)
             stop = LENGTH_BYTES + header_length(start[:LENGTH_BYTES], member.size_bytes)
             if stop > len(start):
-                start += self._piece(subject, index, member, file, len(start), stop, call)
+                start += self._read_range(subject, index, member, file, len(start), stop, ctx)
         return start[LENGTH_BYTES:stop]
 
-    def _piece(
+    def _read_range(
         self,
-        subject: Subject,
+        subject: CheckpointVersion,
         index: Index,
         member: Member,
         file: WeightsFile,
         start: int,
         stop: int,
-        call: Call,
+        ctx: RequestContext,
     ) -> bytes:
         """Return [start, stop) of a member: kept, or by one request, or else by its blocks."""
         found = file.peek(start, stop)
@@ -482,17 +488,17 @@ class Weights:
             if index.form == "files":
                 name, version = member.name, index.versions[member.name]
             source = self._source(subject, version, name)
-            source.prepare(call)
-            place = member.segments[0].place
+            source.prepare(ctx)
+            place = member.segments[0].archive_offset
             work = partial(read_range, source, place + start, place + stop)
-            found = _patiently(call, work, f"header of {subject.path}")
-        return file.read(stop - start, start, call) if found is None else found
+            found = _run_and_wait(ctx, work, f"header of {subject.path}")
+        return file.read(stop - start, start, ctx) if found is None else found
 
 
-def _patiently(call: Call, work: Callable[[], T], name: str) -> T:
+def _run_and_wait(ctx: RequestContext, work: Callable[[], T], name: str) -> T:
     """Return what `work`, which has bounds of its own, comes to on another thread."""
-    return call.wait(in_thread(work, name))
+    return ctx.wait_for(run_in_thread(work, name))
 
 
-def _listing(index: Index) -> Listing:
-    return Listing({member.name: member for member in index.members}, index.left_out)
+def _listing(index: Index) -> MemberListing:
+    return MemberListing({member.name: member for member in index.members}, index.skipped)

@@ -17,15 +17,15 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockFile
-from tinkerfs.cache.memory_pool import BlockMemory
-from tinkerfs.concurrency import in_thread
-from tinkerfs.context import IN_PROCESS, Call
+from tinkerfs.cache.memory_pool import BlockMemoryPool
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.block_check import BlockCheck
-from tinkerfs.weights.block_download import Arrival, DiskLost
-from tinkerfs.weights.block_math import BLOCK_BYTES, blocks_of, in_rows, parts_of
-from tinkerfs.weights.origin import Arriving, Origin
-from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
+from tinkerfs.weights.block_download import BlockDownload, CacheWriteLost
+from tinkerfs.weights.block_math import BLOCK_BYTES, block_range, group_consecutive, split_by_block
+from tinkerfs.weights.origin import BlockSource, ByteStream
+from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
 
 __all__ = ["RemoteFile"]
 
@@ -58,9 +58,9 @@ class RemoteFile:
         key: str,
         path: str,
         size_bytes: int,
-        origin: Origin,
+        origin: BlockSource,
         disk: BlockFile,
-        memory: BlockMemory,
+        memory: BlockMemoryPool,
         telemetry: Telemetry,
         *,
         timeout_s: float,
@@ -83,21 +83,21 @@ class RemoteFile:
         self._users = 0
         self._is_closed = False
         #: By block: in the end it is told where that is in memory, None where it is on disk.
-        self._flights: dict[int, Future[bytes | None]] = {}
+        self._in_flight: dict[int, Future[bytes | None]] = {}
         self._requests = 0
         #: The next block of the pass under way, None where there is none.
-        self._passing: int | None = None
+        self._scan_position: int | None = None
         #: The flights that are left to the pass.
-        self._awaited: set[int] = set()
+        self._left_to_scan: set[int] = set()
         #: Blocks that went from the disk as they came: the cache was cleared in that instant, or
         #: its disk is bad. They are kept in memory.
-        self._lost: set[int] = set()
-        self._stale: OSError | None = None
+        self._memory_only: set[int] = set()
+        self._stale_error: OSError | None = None
 
     def acquire(self) -> bool:
         """Begin a use, and return whether that can be: not once it is closed or stale."""
         with self._lock:
-            if self._is_closed or self._stale is not None:
+            if self._is_closed or self._stale_error is not None:
                 return False
             self._users += 1
             return True
@@ -108,18 +108,18 @@ class RemoteFile:
             self._users -= 1
             is_last = self._is_closed = not self._users
         if is_last:
-            self._memory.let_go(self.key)
-            if self._stale is not None and self._check.is_needed:
+            self._memory.demote_prefetched(self.key)
+            if self._stale_error is not None and self._check.is_needed:
                 self._drop_blocks()  # those too that arrived after it was found out
             self._disk.close()
 
-    def read_into(self, buffer: memoryview, start: int, call: Call) -> None:
+    def read_into(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
         """Fill `buffer` with the bytes from `start` on, which lie within the file.
 
         Args:
             buffer: of bytes, not empty.
             start: of the first byte.
-            call: tells when to give up. The wait has no bound of its own: a fetch has, and a slow
+            ctx: tells when to give up. The wait has no bound of its own: a fetch has, and a slow
                 one that moves goes on.
 
         Raises:
@@ -127,30 +127,32 @@ class RemoteFile:
             OSError: ESTALE when the file is another one now, or gone; EIO when it is damaged; EINTR
                 when the caller gave up; as `Archives.url` where an archive must be built first.
         """
-        if self._stale is not None:
-            raise errors.stale(self._path, self._stale.strerror or "")
+        if self._stale_error is not None:
+            raise errors.stale(self._path, self._stale_error.strerror or "")
         index, first = divmod(start, BLOCK_BYTES)
         is_in_one = first + len(buffer) <= BLOCK_BYTES
         is_in_one = is_in_one and not self._check.looks_at_cached
-        if is_in_one and self._disk.read_again(index, first, buffer, call.waiting):
+        if is_in_one and self._disk.read_from_open_fd(index, first, buffer, ctx.blocking):
             self._telemetry.count("block_hits")
             return
         missing: list[tuple[memoryview, int, int, Future[bytes | None]]] = []
-        for part, index, first in parts_of(buffer, start):
-            is_kept = self._fill(part, index, first, call)
+        for part, index, first in split_by_block(buffer, start):
+            is_kept = self._fill(part, index, first, ctx)
             self._telemetry.count("block_hits" if is_kept else "block_misses")
             if not is_kept:
-                missing.append((part, index, first, self._wanted(range(index, index + 1), call)))
+                missing.append(
+                    (part, index, first, self._ensure_download(range(index, index + 1), ctx))
+                )
         if missing:
-            patient = replace(call, timeout_s=None)
+            patient = replace(ctx, timeout_s=None)
             for part, index, first, flight in missing:
                 self._fill_from(flight, part, index, first, patient)
 
     def peek(self, start: int, stop: int) -> bytes | None:
         """Return the bytes [start, stop) where they are all in memory or on disk."""
         data = bytearray(stop - start)
-        parts = parts_of(memoryview(data), start)
-        is_kept = all(self._fill(*part, IN_PROCESS) for part in parts)
+        parts = split_by_block(memoryview(data), start)
+        is_kept = all(self._fill(*part, BACKGROUND_CONTEXT) for part in parts)
         return bytes(data) if is_kept else None
 
     def fetch_ahead(self, start: int, stop: int, request_bytes: int) -> int:
@@ -164,42 +166,42 @@ class RemoteFile:
         Returns:
             up to where it is there or under way.
         """
-        missing = (index for index in blocks_of(start, stop) if not self._is_there(index))
-        for run in in_rows(missing, max(request_bytes // BLOCK_BYTES, 1)):
-            if not self._launch_ahead(run):
+        missing = (index for index in block_range(start, stop) if not self._is_there(index))
+        for run in group_consecutive(missing, max(request_bytes // BLOCK_BYTES, 1)):
+            if not self._start_prefetch(run):
                 return max(start, run.start * BLOCK_BYTES)
         return stop
 
     def is_idle(self) -> bool:
         """Tell whether nothing is being fetched."""
         with self._lock:
-            return not self._flights
+            return not self._in_flight
 
-    def prepare(self, call: Call) -> None:
+    def prepare(self, ctx: RequestContext) -> None:
         """Have a URL at hand, waiting for the archive to be built.
 
         Raises:
             ApiError: none is to be had.
             OSError: ESTALE when the file is gone; as `Archives.url`.
         """
-        self._origin.prepare(call)
+        self._origin.prepare(ctx)
 
     def is_on_disk(self, index: int) -> bool:
         """Tell whether a block is kept; whether it is sound turns out when it is read."""
         return self._disk.has(index)
 
-    def fetch(self, index: int, call: Call, count: int = 1) -> "Future[bytes | None]":
+    def fetch(self, index: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
         """Begin to fetch a block, or join who does; one that is on disk is not fetched.
 
         Args:
             index: which block.
-            call: waits where the archive must be built first; for nothing else.
+            ctx: waits where the archive must be built first; for nothing else.
             count: of blocks, this one and what follows, that one request may be for.
 
         Raises:
             ApiError, OSError: as `prepare`; what else goes wrong is the future's.
         """
-        return self._wanted(range(index, index + count), call)
+        return self._ensure_download(range(index, index + count), ctx)
 
     def block_bytes(self, index: int) -> int:
         """Return the length of a block."""
@@ -215,16 +217,16 @@ class RemoteFile:
 
     def _is_there(self, index: int) -> bool:
         """Tell whether a block is there or under way."""
-        return index in self._flights or self._is_cached(index)
+        return index in self._in_flight or self._is_cached(index)
 
-    def _fill(self, buffer: memoryview, index: int, first: int, call: Call) -> bool:
+    def _fill(self, buffer: memoryview, index: int, first: int, ctx: RequestContext) -> bool:
         """Fill a buffer from a block, if that is in memory or on disk."""
         data = self._memory.get((self.key, index))
         if data is not None:
             buffer[:] = memoryview(data)[first : first + len(buffer)]
             return True
         length = self.block_bytes(index)
-        is_there = self._disk.read_into(index, first, buffer, length, call.waiting)
+        is_there = self._disk.read_into(index, first, buffer, length, ctx.blocking)
         return is_there and self._check.is_proven(index)
 
     def _fill_from(
@@ -233,66 +235,66 @@ class RemoteFile:
         buffer: memoryview,
         index: int,
         first: int,
-        call: Call,
+        ctx: RequestContext,
     ) -> None:
         """Fill a buffer from a block that is under way."""
         for _ in range(_FETCHES):
             try:
-                data = call.wait(flight)
+                data = ctx.wait_for(flight)
                 if data is not None:
                     self._memory.get((self.key, index))  # it is used
                     buffer[:] = memoryview(data)[first : first + len(buffer)]
                     return
-                if self._fill(buffer, index, first, call):
+                if self._fill(buffer, index, first, ctx):
                     return
-            except DiskLost:
+            except CacheWriteLost:
                 pass
             with self._lock:
-                self._lost.add(index)
-            flight = self._wanted(range(index, index + 1), call)
-        raise errors.damaged(self._path, "what is fetched of it is lost on the disk of the cache")
+                self._memory_only.add(index)
+            flight = self._ensure_download(range(index, index + 1), ctx)
+        raise errors.corrupt(self._path, "what is fetched of it is lost on the disk of the cache")
 
-    def _wanted(self, run: range, call: Call) -> "Future[bytes | None]":
+    def _ensure_download(self, run: range, ctx: RequestContext) -> "Future[bytes | None]":
         """Return the flight of the first of some blocks, which somebody waits for."""
         with self._lock:
-            flight = self._flights.get(run[0])
+            flight = self._in_flight.get(run[0])
         if flight is None:
-            self._origin.prepare(call)
-            flight = self._launch(run)
+            self._origin.prepare(ctx)
+            flight = self._start_download(run)
         return flight
 
-    def _launch_ahead(self, run: range) -> bool:
+    def _start_prefetch(self, run: range) -> bool:
         """Begin to fetch blocks that nobody waits for, if there is room; return whether it was."""
-        is_busy = self._requests >= CONNECTIONS_AHEAD
+        is_busy = self._requests >= READAHEAD_CONCURRENCY
         # Nobody waits for an archive to be built, or is counted as asking, for a guess.
-        if is_busy or not self._memory.has_room(BLOCK_BYTES) or not self._origin.is_ready():
+        if is_busy or not self._memory.can_prefetch(BLOCK_BYTES) or not self._origin.is_ready():
             return False
-        self._launch(run)
+        self._start_download(run)
         return True
 
-    def _launch(self, run: range) -> "Future[bytes | None]":
+    def _start_download(self, run: range) -> "Future[bytes | None]":
         """Begin to fetch blocks in a row, up to one under way; return the flight of the first."""
         with self._lock:
-            flight = self._flights.get(run[0])
+            flight = self._in_flight.get(run[0])
             if flight is not None:
                 return flight
-            stop = next((index for index in run if index in self._flights), run.stop)
+            stop = next((index for index in run if index in self._in_flight), run.stop)
             flights = {index: Future[bytes | None]() for index in range(run.start, stop)}
-            self._flights |= flights
-            if self._passing is not None and run[0] >= self._passing:
-                self._awaited |= flights.keys()
+            self._in_flight |= flights
+            if self._scan_position is not None and run[0] >= self._scan_position:
+                self._left_to_scan |= flights.keys()
                 return flights[run[0]]
             self._users += 1
             self._requests += 1
         name = f"block {run[0]} of {self._path}"
         try:
-            in_thread(lambda: self._fly(flights), name)
+            run_in_thread(lambda: self._run_download(flights), name)
         except BaseException as error:  # there can be no more threads
             self._end(flights, error)
             raise
         return flights[run[0]]
 
-    def _fly(self, flights: "dict[int, Future[bytes | None]]") -> None:
+    def _run_download(self, flights: "dict[int, Future[bytes | None]]") -> None:
         """Fetch blocks in a row; runs on a thread of its own."""
         error: BaseException | None = None
         try:
@@ -306,13 +308,13 @@ class RemoteFile:
         """Tell who waits still that nothing comes, but for what is left to a pass."""
         with self._lock:
             self._requests -= 1
-            left = {i: each for i, each in flights.items() if i not in self._awaited}
+            left = {i: each for i, each in flights.items() if i not in self._left_to_scan}
         self._failed(left, error or self._too_short())
         self.release()
 
     def _fetch(self, flights: "dict[int, Future[bytes | None]]") -> None:
         """Fetch blocks in a row: by one request, but for those that another process is at."""
-        self._disk.prepare()
+        self._disk.ensure_directory()
         run = range(min(flights), max(flights) + 1)
         claims: dict[int, ExitStack] = {}
         try:
@@ -320,12 +322,12 @@ class RemoteFile:
                 first, stop = run[0], run[0] + 1
                 self._claim(first, claims, self._timeout_s)
                 data = self._memory.get((self.key, first))
-                is_left = self._flights.get(first) is flights[first]  # none that a pass took
+                is_left = self._in_flight.get(first) is flights[first]  # none that a pass took
                 if is_left and (data is not None or self._is_sound_on_disk(first)):
                     # It came between the look and the launch, or another process had it.
                     self._landed(first, data)
                 elif is_left:
-                    while stop < run.stop and self._is_free(stop, claims):
+                    while stop < run.stop and self._try_claim_next(stop, claims):
                         stop += 1
                     self._request(range(first, stop), claims)
                 for index in list(claims):
@@ -337,59 +339,59 @@ class RemoteFile:
 
     def _claim(self, index: int, claims: dict[int, ExitStack], patience_s: float) -> bool:
         claims[index] = ExitStack()
-        return claims[index].enter_context(self._disk.claimed(index, patience_s))
+        return claims[index].enter_context(self._disk.lock_block(index, patience_s))
 
     def _is_sound_on_disk(self, index: int) -> bool:
         a_byte = memoryview(bytearray(1))
         length = self.block_bytes(index)
-        is_there = index not in self._lost and self._disk.read_into(index, 0, a_byte, length)
+        is_there = index not in self._memory_only and self._disk.read_into(index, 0, a_byte, length)
         return is_there and self._check.is_proven(index)
 
-    def _is_free(self, index: int, claims: dict[int, ExitStack]) -> bool:
+    def _try_claim_next(self, index: int, claims: dict[int, ExitStack]) -> bool:
         """Claim a block that follows in the same request, if nothing of it is there, or comes."""
         is_claimed = self._claim(index, claims, 0.0)
-        return is_claimed and not self._disk.has(index) and not self._disk.has_part(index)
+        return is_claimed and not self._disk.has(index) and not self._disk.has_partial(index)
 
     def _request(self, run: range, claims: dict[int, ExitStack]) -> None:
         """Fetch blocks in a row; the claim of each ends when it is there."""
         begin, stop = run[0] * BLOCK_BYTES, run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])
-        part = self._disk.part(run[0])
+        part = self._disk.read_partial(run[0])
         part = part if len(part) < self.block_bytes(run[0]) else b""
         before = self._check.before(begin + len(part), part)
         with self._origin.open(begin + len(part), stop, before) as transfer:
-            if not transfer.is_whole:
+            if not transfer.is_full_body:
                 pieces = chain([part], transfer) if part else transfer
                 for index, arrival in self._arrivals(pieces, run[0]):
-                    self._take(index, arrival)
+                    self._commit_block(index, arrival)
                     claims.pop(index).close()
                     if part:
-                        self._disk.drop_part(index)
+                        self._disk.drop_partial(index)
                         part = b""
                 return
             with self._lock:
-                is_pass = self._passing is None
-                place = self._passing = self._passing or 0
-                self._awaited |= {index for index in run if index >= place}
+                is_pass = self._scan_position is None
+                place = self._scan_position = self._scan_position or 0
+                self._left_to_scan |= {index for index in run if index >= place}
             if is_pass:
-                self._pass(transfer, None)
+                self._full_scan(transfer, None)
             elif run[0] < place:
-                self._pass(transfer, range(run[0], min(run.stop, place)))
+                self._full_scan(transfer, range(run[0], min(run.stop, place)))
 
-    def _pass(self, transfer: Arriving, only: range | None) -> None:
+    def _full_scan(self, transfer: ByteStream, only: range | None) -> None:
         """Take the blocks of a file that comes whole: all while it is used, or some alone."""
         error: BaseException | None = None
         first = 0 if only is None else only[0]
-        pieces = _behind(transfer, first * BLOCK_BYTES)
+        pieces = _skip_bytes(transfer, first * BLOCK_BYTES)
         try:
             for index, arrival in self._arrivals(pieces, first, keeps_part=False):
                 if only is None:
                     with self._lock:
-                        self._passing = index + 1
-                self._take(index, arrival)
+                        self._scan_position = index + 1
+                self._commit_block(index, arrival)
                 with self._lock:
                     if only is None:
-                        self._awaited.discard(index)
-                        is_over = self._users <= 1 and not self._flights
+                        self._left_to_scan.discard(index)
+                        is_over = self._users <= 1 and not self._in_flight
                     else:
                         is_over = index == only[-1]
                 if is_over:
@@ -399,49 +401,52 @@ class RemoteFile:
             raise
         finally:
             if only is None:
-                self._end_pass(error)
+                self._end_full_scan(error)
 
-    def _end_pass(self, error: BaseException | None) -> None:
+    def _end_full_scan(self, error: BaseException | None) -> None:
         with self._lock:
-            self._passing = None
-            left = {index: self._flights[index] for index in self._awaited & self._flights.keys()}
-            self._awaited.clear()
+            self._scan_position = None
+            left = {
+                index: self._in_flight[index]
+                for index in self._left_to_scan & self._in_flight.keys()
+            }
+            self._left_to_scan.clear()
         if left:
             self._failed(left, error or self._too_short())
 
     def _too_short(self) -> OSError:
-        return errors.damaged(self._path, "it is shorter than it was")
+        return errors.corrupt(self._path, "it is shorter than it was")
 
     def _arrivals(
         self, pieces: Iterable[bytes], index: int, *, keeps_part: bool = True
-    ) -> Iterator[tuple[int, Arrival]]:
+    ) -> Iterator[tuple[int, BlockDownload]]:
         """Yield the blocks that come, from `index` on, when they are whole.
 
         Where it breaks off within a block, the start of that is kept, if so wanted.
         """
-        arrival: Arrival | None = None
+        arrival: BlockDownload | None = None
         try:
             for piece in pieces:
                 rest = memoryview(piece)
                 while rest:
                     if arrival is None:
                         arrival = self._arrival(index)
-                    rest = arrival.add(rest)
-                    if not arrival.lacking_bytes:
+                    rest = arrival.feed(rest)
+                    if not arrival.remaining_bytes:
                         yield index, arrival
                         arrival.close()
                         arrival, index = None, index + 1
         finally:
             if arrival is not None:
-                if keeps_part and arrival.lacking_bytes:
+                if keeps_part and arrival.remaining_bytes:
                     arrival.keep_part()
                 arrival.close()
 
-    def _arrival(self, index: int) -> Arrival:
+    def _arrival(self, index: int) -> BlockDownload:
         length = self.block_bytes(index)
         if length <= 0:
-            raise errors.damaged(self._path, "it is longer than it was")
-        return Arrival(
+            raise errors.corrupt(self._path, "it is longer than it was")
+        return BlockDownload(
             self.key,
             index,
             length,
@@ -449,44 +454,44 @@ class RemoteFile:
             self._memory,
             self._timeout_s,
             digest=self._check.expected_digest(index),
-            uses_disk=index not in self._lost,
+            uses_disk=index not in self._memory_only,
         )
 
-    def _take(self, index: int, arrival: Arrival) -> None:
+    def _commit_block(self, index: int, arrival: BlockDownload) -> None:
         """Keep a block, and tell those who wait."""
         if not arrival.is_sound():
             if self._check.is_needed:
                 raise self._origin.stale("the store has another version of it now")
-            raise errors.damaged(self._path, f"block {index} is not what it was")
+            raise errors.corrupt(self._path, f"block {index} is not what it was")
         self._telemetry.count("blocks_fetched")
         try:
             block = arrival.keep()
-        except DiskLost as lost:
-            flight = self._flights.get(index)
+        except CacheWriteLost as lost:
+            flight = self._in_flight.get(index)
             self._failed({} if flight is None else {index: flight}, lost)
         else:
             self._landed(index, block)
 
     def _landed(self, index: int, block: bytes | None) -> None:
         with self._lock:
-            flight = self._flights.pop(index, None)
+            flight = self._in_flight.pop(index, None)
         if flight is not None:
             flight.set_result(block)
 
     def _failed(self, flights: "dict[int, Future[bytes | None]]", error: BaseException) -> None:
         with self._lock:
             if isinstance(error, OSError) and errors.is_stale(error):
-                self._stale = error
+                self._stale_error = error
                 if self._check.is_needed:
                     self._drop_blocks()
-            mine = [index for index, each in flights.items() if self._flights.get(index) is each]
+            mine = [index for index, each in flights.items() if self._in_flight.get(index) is each]
             for index in mine:
-                del self._flights[index]
+                del self._in_flight[index]
         for index in mine:
             flights[index].set_exception(error)
 
 
-def _behind(pieces: Iterable[bytes], skipped_bytes: int) -> Iterator[bytes]:
+def _skip_bytes(pieces: Iterable[bytes], skipped_bytes: int) -> Iterator[bytes]:
     """Yield what follows so many bytes."""
     for piece in pieces:
         rest = piece[skipped_bytes:]

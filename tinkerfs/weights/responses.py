@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinkerfs import errors
-from tinkerfs.weights.connections import LABEL
-from tinkerfs.weights.retry import Lost
+from tinkerfs.weights.connections import STORE_ENDPOINT
+from tinkerfs.weights.retry import TransferInterrupted
 from tinkerfs.weights.version import UNKNOWN_BYTES
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ def size_of_unsatisfied(response: "Response") -> int | None:
     return None if found is None else int(found[1])
 
 
-def unusable(response: "Response", reason: str) -> Lost:
+def unusable(response: "Response", reason: str) -> TransferInterrupted:
     """Return the failure of a response that cannot be used; another one may be better."""
     message = f"the answer of {response.host} cannot be used: {reason}"
-    return Lost(errors.ProtocolError(message, endpoint=LABEL, status=response.status))
+    return TransferInterrupted(
+        errors.ProtocolError(message, endpoint=STORE_ENDPOINT, status=response.status)
+    )

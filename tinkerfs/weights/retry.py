@@ -10,7 +10,7 @@ import time
 
 from tinkerfs.errors import ApiError, ProtocolError
 
-__all__ = ["Lost", "Patience"]
+__all__ = ["TransferInterrupted", "RetryBudget"]
 
 #: Responses that cannot be used, in a row without `PROGRESS_BYTES` in between, that end it; and
 #: stalls, which take `timeout_s` each.
@@ -22,7 +22,7 @@ PROGRESS_BYTES = 64 << 10
 BACKOFF_S = (0.1, 5.0)
 
 
-class Lost(Exception):
+class TransferInterrupted(Exception):
     """No usable answer, or not all of it.
 
     Attributes:
@@ -44,7 +44,7 @@ class Lost(Exception):
         self.is_stall = is_stall
 
 
-class Patience:
+class RetryBudget:
     """How long one transfer is tried again, from its last progress on. One thread's.
 
     Args:
@@ -59,13 +59,13 @@ class Patience:
         self._failures = self._stalls = self._unusable = self._gained_bytes = 0
         self._since = time.monotonic()
 
-    def gained(self, size_bytes: int) -> None:
+    def record_progress(self, size_bytes: int) -> None:
         """Take note of bytes that came."""
         self._gained_bytes += size_bytes
         if self._gained_bytes >= PROGRESS_BYTES:
             self._reset()
 
-    def lost(self, lost: Lost) -> None:
+    def backoff_or_raise(self, lost: TransferInterrupted) -> None:
         """Wait before the next try.
 
         Raises:

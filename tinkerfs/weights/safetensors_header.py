@@ -11,7 +11,13 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["LENGTH_BYTES", "MAX_HEADER_BYTES", "header_length", "tensor_ends", "tensors_json"]
+__all__ = [
+    "LENGTH_BYTES",
+    "MAX_HEADER_BYTES",
+    "header_length",
+    "tensor_end_offsets",
+    "tensors_json",
+]
 
 #: The file starts with the length of its header in so many bytes.
 LENGTH_BYTES = 8
@@ -56,7 +62,7 @@ def header_length(prefix: bytes, size_bytes: int) -> int:
     return length
 
 
-def tensor_ends(header: bytes, size_bytes: int) -> list[int]:
+def tensor_end_offsets(header: bytes, size_bytes: int) -> list[int]:
     """Return where the tensors of a safetensors file end, in order.
 
     Args:

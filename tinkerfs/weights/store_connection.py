@@ -129,7 +129,7 @@ class _Response(http.client.HTTPResponse):
         found = sock if isinstance(sock, _Bounded) else getattr(sock, "socket", None)
         self._socket = found if isinstance(found, _Bounded) else None
 
-    def begin(self) -> None:
+    def send(self) -> None:
         """Read the head.
 
         Raises:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from tinkerfs.api.client import CheckpointRef
 from tinkerfs.name_encoding import compound_key
 
-__all__ = ["Subject"]
+__all__ = ["CheckpointVersion"]
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class CheckpointVersion:
     """One version of a checkpoint, as its weights are asked for.
 
     Attributes:
@@ -29,7 +29,7 @@ class Subject:
     is_dated: bool = True
 
     @property
-    def identity(self) -> str:
+    def cache_key(self) -> str:
         """The same text for the same version of the same checkpoint, and no other, on this host."""
         return compound_key(self.server, *self.key)
 

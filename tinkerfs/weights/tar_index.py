@@ -15,7 +15,7 @@ import msgspec
 
 from tinkerfs.weights.extracted_tree import ExtractedTree, Refused
 
-__all__ = ["HeaderFile", "Member", "Segment", "clean_name", "read_members"]
+__all__ = ["HeaderFile", "Member", "Segment", "sanitize_member_name", "read_members"]
 
 #: Bounds on what the headers of one archive may be.
 MAX_MEMBERS = 200_000
@@ -45,7 +45,7 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     offset: int
     length: int
-    place: int
+    archive_offset: int
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -146,7 +146,7 @@ def _new_header_type() -> type[_Header]:
 class _Reader:
     file: _Bounded
     tree: ExtractedTree[Member] = field(default_factory=lambda: ExtractedTree(MAX_NAMES))
-    left_out: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     #: Where the bytes of all members so far end.
     end: int = 0
 
@@ -159,10 +159,10 @@ class _Reader:
         members = []
         for path, member in self.tree.files():
             if member is None:
-                self.left_out.append(f"{path!r}: a link to no file of the archive")
+                self.skipped.append(f"{path!r}: a link to no file of the archive")
             else:
                 members.append(msgspec.structs.replace(member, name=path))
-        return tuple(members), tuple(self.left_out)
+        return tuple(members), tuple(self.skipped)
 
     def _headers(self) -> Iterator[tarfile.TarInfo]:
         at, count = -1, 0
@@ -215,10 +215,10 @@ class _Reader:
         try:
             self._extract(info)
         except Refused as refused:
-            self.left_out.append(f"{info.name!r}: {refused}")
+            self.skipped.append(f"{info.name!r}: {refused}")
 
     def _extract(self, info: tarfile.TarInfo) -> None:
-        name = clean_name(info.name)
+        name = sanitize_member_name(info.name)
         # tarfile removes the slash from a name in a pax header.
         given = info.pax_headers.get("path", info.name)
         has_slash = info.isreg() and given.endswith("/")
@@ -262,7 +262,7 @@ class _Reader:
         return tuple(segments)
 
 
-def clean_name(name: str) -> str | None:
+def sanitize_member_name(name: str) -> str | None:
     """Return a name without empty and `.` parts, None where it is not one within the folder."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\0" in name or not parts:

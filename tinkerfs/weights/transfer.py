@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.weights.connections import LABEL
+from tinkerfs.weights.connections import STORE_ENDPOINT
 from tinkerfs.weights.responses import Part, unusable
-from tinkerfs.weights.retry import Lost, Patience
+from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _WITHOUT_END = 1 << 62
 
 
 class _Source(Protocol):
-    def begin(self, start: int, stop: int, patience: Patience) -> "Answer": ...
+    def send(self, start: int, stop: int, patience: RetryBudget) -> "Answer": ...
 
     def stale(self, reason: str) -> OSError: ...
 
@@ -57,7 +57,9 @@ class Answer:
                 raise unusable(self.response, "it is longer than it says")
             yield piece
         if offset < stop:
-            raise Lost(errors.Unreachable("the store sent too little", endpoint=LABEL))
+            raise TransferInterrupted(
+                errors.ConnectionFailed("the store sent too little", endpoint=STORE_ENDPOINT)
+            )
 
 
 class Transfer:
@@ -84,22 +86,22 @@ class Transfer:
         answer: Answer,
         start: int,
         stop: int,
-        patience: Patience,
+        patience: RetryBudget,
         before: bytes = b"",
     ) -> None:
         self.version = answer.version
-        self.is_whole = answer.part.is_whole
+        self.is_full_body = answer.part.is_whole
         size_bytes = self.version.size_bytes
         end = _WITHOUT_END if size_bytes == UNKNOWN_BYTES else size_bytes
-        self.start = 0 if self.is_whole else start
-        self.stop = end if self.is_whole else min(stop, end)
+        self.start = 0 if self.is_full_body else start
+        self.stop = end if self.is_full_body else min(stop, end)
         self._source = source
         self._answer = answer
         self._patience = patience
         # A strong ETag tells versions apart. Without one only the bytes themselves do.
         self._is_held_against = not self.version.is_exact
-        self._tail = b"" if self.is_whole else before
-        self._digest = hashlib.sha256() if self.is_whole and self._is_held_against else None
+        self._tail = b"" if self.is_full_body else before
+        self._digest = hashlib.sha256() if self.is_full_body and self._is_held_against else None
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the bytes, [start, stop) in all.
@@ -117,7 +119,7 @@ class Transfer:
                         self._source.record_sample(at, fresh)
                     at += len(fresh)
                     self._record(fresh)
-                    self._patience.gained(len(fresh))
+                    self._patience.record_progress(len(fresh))
                     yield fresh
                     # A response is read to its end: only then does its connection serve again.
                     if at == self.stop < self._answer.part.stop:
@@ -125,14 +127,14 @@ class Transfer:
                 if self.stop == _WITHOUT_END:
                     self.stop = at
                     self.version = replace(self.version, size_bytes=at)
-            except Lost as lost:
+            except TransferInterrupted as lost:
                 if at < self.stop:
-                    self._patience.lost(lost)
+                    self._patience.backoff_or_raise(lost)
             finally:
                 self._answer.response.close()
             if at < self.stop:
                 start = at - len(self._tail)
-                self._answer = self._source.begin(start, self.stop, self._patience)
+                self._answer = self._source.send(start, self.stop, self._patience)
 
     def _pieces(self, at: int) -> Iterator[bytes]:
         """Yield what the response brings from `at` on.

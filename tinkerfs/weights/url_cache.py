@@ -17,14 +17,14 @@ from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef, Client
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.clock import Clock
-from tinkerfs.concurrency import in_thread
-from tinkerfs.context import IN_PROCESS, Call
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["Address", "Archives"]
+__all__ = ["UrlProvider", "SignedUrlCache"]
 
 #: A URL is not handed out within this time of its expiry, seconds, or a tenth of its life.
 EXPIRY_MARGIN_S = 60.0
@@ -33,7 +33,7 @@ POLL_S = (1.0, 15.0)
 #: Between two tries while the API is unreachable in the middle of a transfer: from, to.
 OUTAGE_POLL_S = (0.25, 2.0)
 #: Within which `burst` builds may be started.
-BURST_WINDOW_S = 60.0
+RATE_LIMIT_WINDOW_S = 60.0
 
 
 #: The name of an archive among the URLs of a checkpoint; files of external weights have their own.
@@ -41,7 +41,7 @@ _ARCHIVE = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class _Grant:
+class _CachedUrls:
     """The URLs of one checkpoint by name, and how long they are handed out; all secrets."""
 
     urls: Mapping[str, SignedUrl]
@@ -49,7 +49,7 @@ class _Grant:
     asked_at: float
 
 
-class Archives:
+class SignedUrlCache:
     """The signed URLs of checkpoints.
 
     Args:
@@ -84,8 +84,8 @@ class Archives:
         self._burst = burst
         self._lock = threading.RLock()  # a flight that failed at once lands within it
         # Guarded by _lock.
-        self._grants: dict[Hashable, _Grant] = {}
-        self._flights: dict[Hashable, Future[_Grant]] = {}
+        self._grants: dict[Hashable, _CachedUrls] = {}
+        self._flights: dict[Hashable, Future[_CachedUrls]] = {}
         self._started: dict[int, deque[float]] = {}
         #: Archives that were built for this mount: a new URL of one costs the server nothing.
         self._built: set[Hashable] = set()
@@ -102,14 +102,14 @@ class Archives:
         with self._lock:
             return self._known((key, is_external)) is not None
 
-    def url(self, key: Hashable, ref: CheckpointRef, path: str, call: Call) -> SignedUrl:
+    def url(self, key: Hashable, ref: CheckpointRef, path: str, ctx: RequestContext) -> SignedUrl:
         """Return a URL that is good for some time yet, waiting for the archive to be built.
 
         Args:
             key: the checkpoint and its version.
             ref: how the API is asked for it.
             path: the file on whose behalf it is asked, for messages.
-            call: whose process group may start a build, and how long to wait.
+            ctx: whose process group may start a build, and how long to wait.
 
         Raises:
             ApiError: what the server said in the end; NotReady never.
@@ -117,14 +117,14 @@ class Archives:
                 started too many builds, EINTR when the caller gave up.
         """
 
-        def ask(hold_s: float) -> _Grant:
+        def ask(hold_s: float) -> _CachedUrls:
             url = self._client.archive(ref, hold_s)
-            return self._granted({_ARCHIVE: url.url}, url.expires_at_s)
+            return self._cache_entry({_ARCHIVE: url.url}, url.expires_at_s)
 
-        return self._grant((key, False), ask, path, call).urls[_ARCHIVE]
+        return self._grant((key, False), ask, path, ctx).urls[_ARCHIVE]
 
     def external_urls(
-        self, key: Hashable, ref: CheckpointRef, path: str, call: Call
+        self, key: Hashable, ref: CheckpointRef, path: str, ctx: RequestContext
     ) -> Mapping[str, SignedUrl]:
         """Return a URL for each file of external weights, good for some time yet.
 
@@ -132,12 +132,12 @@ class Archives:
             ApiError, OSError: as `url`, but EBUSY.
         """
 
-        def ask(_hold_s: float) -> _Grant:
-            return self._granted(*self._client.external_weights_urls(ref))
+        def ask(_hold_s: float) -> _CachedUrls:
+            return self._cache_entry(*self._client.external_weights_urls(ref))
 
-        return self._grant((key, True), ask, path, call).urls
+        return self._grant((key, True), ask, path, ctx).urls
 
-    def refuse(self, key: Hashable, url: SignedUrl, *, is_external: bool = False) -> None:
+    def invalidate(self, key: Hashable, url: SignedUrl, *, is_external: bool = False) -> None:
         """Take note that the store lets nobody in with a URL: the next one to ask gets another."""
         with self._lock:
             grant = self._grants.get((key, is_external))
@@ -151,12 +151,12 @@ class Archives:
             if grant is not None and self._clock.now() - grant.asked_at >= age_s:
                 del self._grants[key, is_external]
 
-    def changed(self, key: Hashable) -> None:
+    def mark_changed(self, key: Hashable) -> None:
         """Take note that the store has other weights for a checkpoint than were known."""
         with self._lock:
             self._changed.add(key)
 
-    def has_changed(self, key: Hashable) -> bool:
+    def pop_changed(self, key: Hashable) -> bool:
         """Tell, once, whether `changed` was called for a checkpoint."""
         with self._lock:
             is_changed = key in self._changed
@@ -169,8 +169,12 @@ class Archives:
             self._grants.clear()
 
     def _grant(
-        self, key: tuple[Hashable, bool], ask: Callable[[float], _Grant], path: str, call: Call
-    ) -> _Grant:
+        self,
+        key: tuple[Hashable, bool],
+        ask: Callable[[float], _CachedUrls],
+        path: str,
+        ctx: RequestContext,
+    ) -> _CachedUrls:
         is_external = key[1]
         with self._lock:
             known = self._known(key)
@@ -179,37 +183,37 @@ class Archives:
             flight = self._flights.get(key)
             if flight is None:
                 if not is_external and key not in self._built:
-                    self._admit(call.caller().group, path)
-                flight = in_thread(lambda: self._build(key, ask, path), f"archive {path}")
+                    self._check_rate_limit(ctx.caller().pgid, path)
+                flight = run_in_thread(lambda: self._build(key, ask, path), f"archive {path}")
                 self._flights[key] = flight
                 flight.add_done_callback(lambda _done: self._landed(key))
-        return call.within(self._timeout_s).wait(flight)
+        return ctx.with_timeout(self._timeout_s).wait_for(flight)
 
-    def _known(self, key: Hashable) -> _Grant | None:
+    def _known(self, key: Hashable) -> _CachedUrls | None:
         grant = self._grants.get(key)
         if grant is not None and self._clock.now() >= grant.good_until:
             del self._grants[key]
             return None
         return grant
 
-    def _granted(self, urls: Mapping[str, str], expires_at_s: float) -> _Grant:
+    def _cache_entry(self, urls: Mapping[str, str], expires_at_s: float) -> _CachedUrls:
         margin_s = min(EXPIRY_MARGIN_S, max(expires_at_s - self._clock.now(), 0.0) / 10)
         signed = {name: SignedUrl(url, expires_at_s) for name, url in urls.items()}
-        return _Grant(signed, expires_at_s - margin_s, self._clock.now())
+        return _CachedUrls(signed, expires_at_s - margin_s, self._clock.now())
 
     def _landed(self, key: Hashable) -> None:
         with self._lock:
             self._flights.pop(key, None)
 
-    def _admit(self, group: int, path: str) -> None:
+    def _check_rate_limit(self, group: int, path: str) -> None:
         """Let a process group start a build, or refuse; the caller holds the lock."""
         if not self._burst:
             return
         now = self._clock.monotonic()
-        for other in [g for g, s in self._started.items() if now - s[-1] >= BURST_WINDOW_S]:
+        for other in [g for g, s in self._started.items() if now - s[-1] >= RATE_LIMIT_WINDOW_S]:
             del self._started[other]
         started = self._started.setdefault(group, deque(maxlen=self._burst))
-        if len(started) == self._burst and now - started[0] < BURST_WINDOW_S:
+        if len(started) == self._burst and now - started[0] < RATE_LIMIT_WINDOW_S:
             raise errors.burst_exceeded(
                 path,
                 f"one process group may start {self._burst} archive builds a minute "
@@ -219,7 +223,7 @@ class Archives:
             )
         started.append(now)
 
-    def _build(self, key: Hashable, ask: Callable[[float], _Grant], path: str) -> _Grant:
+    def _build(self, key: Hashable, ask: Callable[[float], _CachedUrls], path: str) -> _CachedUrls:
         """Ask until the archive is there; runs on a thread of its own.
 
         Args:
@@ -230,25 +234,25 @@ class Archives:
         began = self._clock.monotonic()
         pause_s, longest_s = POLL_S
         outage_pauses, outage_began = _doubling(*OUTAGE_POLL_S), None
-        with self._telemetry.waiting(f"archive {path}"):
+        with self._telemetry.track_pending(f"archive {path}"):
             while True:
                 try:
                     grant = ask(self._timeout_s - (self._clock.monotonic() - began))
                     break
-                except (errors.Unreachable, errors.TimedOut) as error:
+                except (errors.ConnectionFailed, errors.RequestTimeout) as error:
                     now = self._clock.monotonic()
                     outage_began = now if outage_began is None else outage_began
                     wait_s = next(outage_pauses)
                     is_over = now + wait_s - outage_began > self._outage_timeout_s
                     if is_over or not self._is_blip(key, error):
                         raise
-                except errors.NotReady as error:
+                except errors.ResourceNotReady as error:
                     outage_pauses, outage_began = _doubling(*OUTAGE_POLL_S), None
                     wait_s = error.retry_after_s if error.retry_after_s is not None else pause_s
                     pause_s = min(pause_s * 2, longest_s)
                     waited_s = self._clock.monotonic() - began
                     if waited_s + wait_s > self._timeout_s:
-                        raise errors.TimedOut(
+                        raise errors.RequestTimeout(
                             f"the archive was not built within {self._timeout_s:g} s "
                             f"(--archive-timeout); the server's last word: {error.message}",
                             endpoint=error.endpoint,
@@ -264,7 +268,7 @@ class Archives:
         """Return whether a failure may pass, and is in the middle of a transfer."""
         with self._lock:
             is_transfer = key in self._built or (self._is_one_transfer and bool(self._built))
-        return is_transfer and (isinstance(error, errors.Unreachable) or error.is_unsent)
+        return is_transfer and (isinstance(error, errors.ConnectionFailed) or error.is_unsent)
 
 
 def _doubling(first_s: float, longest_s: float) -> Iterator[float]:
@@ -275,7 +279,7 @@ def _doubling(first_s: float, longest_s: float) -> Iterator[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class UrlProvider:
     """Where one file of a checkpoint is, now and after its URL has expired. Thread-safe.
 
     Attributes:
@@ -286,13 +290,13 @@ class Address:
         name: which file of external weights; empty for the archive.
     """
 
-    archives: Archives
+    archives: SignedUrlCache
     key: Hashable
     ref: CheckpointRef
     path: str
     name: str = _ARCHIVE
 
-    def url(self, call: Call = IN_PROCESS) -> SignedUrl:
+    def url(self, ctx: RequestContext = BACKGROUND_CONTEXT) -> SignedUrl:
         """Return a URL that is good for some time yet.
 
         Raises:
@@ -300,8 +304,8 @@ class Address:
             OSError: as `Archives.url`.
         """
         if not self.name:
-            return self.archives.url(self.key, self.ref, self.path, call)
-        urls = self.archives.external_urls(self.key, self.ref, self.path, call)
+            return self.archives.url(self.key, self.ref, self.path, ctx)
+        urls = self.archives.external_urls(self.key, self.ref, self.path, ctx)
         if self.name not in urls:
             raise errors.NotFound(f"the server tells of no {self.name!r} any more")
         return urls[self.name]
@@ -310,10 +314,10 @@ class Address:
         """Tell whether `url` has one at hand."""
         return self.archives.has_urls(self.key, is_external=bool(self.name))
 
-    def changed(self) -> None:
+    def mark_changed(self) -> None:
         """Take note that the store has another file there than was known."""
-        self.archives.changed(self.key)
+        self.archives.mark_changed(self.key)
 
-    def refuse(self, url: SignedUrl) -> None:
+    def invalidate(self, url: SignedUrl) -> None:
         """Take note that the store lets nobody in with this URL."""
-        self.archives.refuse(self.key, url, is_external=bool(self.name))
+        self.archives.invalidate(self.key, url, is_external=bool(self.name))

@@ -1,13 +1,13 @@
 import pytest
 
 from tinkerfs.api import endpoints
-from tinkerfs.api.checkpoint_ids import CheckpointRef, IdForm, forms_of, id_path, segment
+from tinkerfs.api.checkpoint_ids import CheckpointRef, IdForm, candidate_ids, id_path, quote_segment
 
 PATH, LISTED = IdForm.PATH, IdForm.LISTED
 
 
 def ref(path_id="weights/0001", listed_id="0001", *, is_shared=False):
-    return CheckpointRef("r", path_id, listed_id, is_known=True, is_shared=is_shared)
+    return CheckpointRef("r", path_id, listed_id, exists=True, has_ambiguous_id=is_shared)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def ref(path_id="weights/0001", listed_id="0001", *, is_shared=False):
     ],
 )
 def test_which_forms_are_tried(one, endpoint, worked, forms):
-    assert [form for form, _ in forms_of(one, endpoint, worked)] == forms
+    assert [form for form, _ in candidate_ids(one, endpoint, worked)] == forms
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_which_forms_are_tried(one, endpoint, worked, forms):
     ],
 )
 def test_one_segment(text, encoded):
-    assert segment(text) == encoded
+    assert quote_segment(text) == encoded
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
-from tinkerfs.api.circuit_breaker import Breakers
+from tinkerfs.api.circuit_breaker import CircuitBreakers
 
 NEVER = 1e9
 
@@ -14,13 +14,13 @@ def time():
 
 @pytest.fixture
 def breakers(time):
-    return Breakers(time.clock)
+    return CircuitBreakers(time.clock)
 
 
 def attempt(breakers, error=None, label="GET x", during=lambda: None):
     """Make a call that ends so; return when it would have given up, or what was raised."""
     try:
-        with breakers.call(label, NEVER) as deadline:
+        with breakers.guard(label, NEVER) as deadline:
             during()
             if error is not None:
                 raise error
@@ -31,7 +31,7 @@ def attempt(breakers, error=None, label="GET x", during=lambda: None):
 
 def break_it(breakers, error=None, count=3):
     for _ in range(count):
-        assert not attempt(breakers, error or errors.ServerError("500")).is_remembered
+        assert not attempt(breakers, error or errors.ServerError("500")).is_local
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,15 @@ def break_it(breakers, error=None, count=3):
     [
         (errors.ServerError("500"), 3),
         (errors.ProtocolError("HTML"), 3),
-        (errors.Unreachable("refused"), 2),
-        (errors.TimedOut("hangs"), 2),
+        (errors.ConnectionFailed("refused"), 2),
+        (errors.RequestTimeout("hangs"), 2),
     ],
 )
 def test_after_repeated_failures_calls_fail_at_once_with_the_last_one(breakers, error, count):
     break_it(breakers, error, count)
-    assert not attempt(breakers, error).is_remembered  # the first probe comes at once
+    assert not attempt(breakers, error).is_local  # the first probe comes at once
     refused = attempt(breakers)
-    assert refused.is_remembered
+    assert refused.is_local
     assert (type(refused), refused.message) == (type(error), error.message)
 
 
@@ -60,13 +60,13 @@ def test_an_answer_is_no_outage(breakers, error):
 
 def test_what_was_not_asked_says_nothing_of_the_endpoint(breakers, time):
     for _ in range(5):
-        assert attempt(breakers, errors.TimedOut("not its turn").remembered()).is_remembered
+        assert attempt(breakers, errors.RequestTimeout("not its turn").as_local()).is_local
     assert attempt(breakers) == NEVER
     break_it(breakers, count=3)
-    attempt(breakers, errors.TimedOut("not its turn").remembered())
+    attempt(breakers, errors.RequestTimeout("not its turn").as_local())
     time.advance(1.01)
     assert isinstance(attempt(breakers, errors.ServerError("500")), errors.ServerError)
-    assert attempt(breakers).is_remembered
+    assert attempt(breakers).is_local
 
 
 def test_one_success_closes_it(breakers):
@@ -77,14 +77,14 @@ def test_one_success_closes_it(breakers):
 
 def test_an_endpoint_says_nothing_of_another(breakers):
     break_it(breakers, count=4)
-    assert attempt(breakers).is_remembered
+    assert attempt(breakers).is_local
     assert attempt(breakers, label="GET y") == NEVER
 
 
 def test_who_refreshes_asks_again_at_once(breakers):
     break_it(breakers, count=4)
-    assert attempt(breakers).is_remembered
-    breakers.forget()
+    assert attempt(breakers).is_local
+    breakers.reset()
     assert attempt(breakers) == NEVER
 
 
@@ -96,16 +96,16 @@ def test_one_probe_at_a_time_and_one_a_second(breakers, time):
         time.advance(10)
         seen.append(attempt(breakers))
 
-    assert not attempt(breakers, errors.ServerError("still"), during=meanwhile).is_remembered
-    assert seen[0].is_remembered
-    assert attempt(breakers).is_remembered
+    assert not attempt(breakers, errors.ServerError("still"), during=meanwhile).is_local
+    assert seen[0].is_local
+    assert attempt(breakers).is_local
     time.advance(1.01)
     assert isinstance(attempt(breakers), float)
     assert attempt(breakers) == NEVER
 
 
 def test_a_probe_is_given_up_soon_but_not_before_a_success_would_come(breakers, time):
-    hangs = errors.TimedOut("hangs")
+    hangs = errors.RequestTimeout("hangs")
     break_it(breakers, hangs, 2)
     started = time.clock.monotonic()
     ended = attempt(breakers, during=lambda: time.advance(1.5))
@@ -121,7 +121,7 @@ def test_a_probe_is_given_up_soon_but_not_before_a_success_would_come(breakers, 
 def build(breakers, time, error=None, takes_s=0.0):
     """Make a call of an endpoint that builds; return when it would give up, or what was raised."""
     try:
-        with breakers.call("GET archive", NEVER, is_build=True) as deadline:
+        with breakers.guard("GET archive", NEVER, is_build=True) as deadline:
             time.advance(takes_s)
             if error is not None:
                 raise error
@@ -132,16 +132,16 @@ def build(breakers, time, error=None, takes_s=0.0):
 
 def test_build_that_times_out_says_nothing_of_its_endpoint(breakers, time):
     for _ in range(5):
-        assert not build(breakers, time, errors.TimedOut("held"), takes_s=40).is_remembered
+        assert not build(breakers, time, errors.RequestTimeout("held"), takes_s=40).is_local
     assert build(breakers, time) == NEVER
 
 
 def test_build_without_connection_counts_as_failed(breakers, time):
     for _ in range(3):
-        unconnected = errors.TimedOut("no connection")
+        unconnected = errors.RequestTimeout("no connection")
         unconnected.is_unsent = True
-        assert not build(breakers, time, unconnected).is_remembered
-    assert build(breakers, time).is_remembered
+        assert not build(breakers, time, unconnected).is_local
+    assert build(breakers, time).is_local
 
 
 def test_build_that_is_a_probe_has_all_its_time(breakers, time):
@@ -156,7 +156,7 @@ def test_build_that_is_a_probe_leaves_the_next_one_to_others(breakers, time):
     for _ in range(3):
         build(breakers, time, errors.ServerError("500"))
     time.advance(1)
-    with breakers.call("GET archive", NEVER, is_build=True):
-        assert build(breakers, time).is_remembered
+    with breakers.guard("GET archive", NEVER, is_build=True):
+        assert build(breakers, time).is_local
         time.advance(1)
         assert build(breakers, time) == NEVER

@@ -196,7 +196,9 @@ def test_delete(client, refs, run_id):
         client.delete(refs["training"])
 
 
-@pytest.mark.parametrize(("status", "kind"), [(409, errors.Conflict), (425, errors.NotReady)])
+@pytest.mark.parametrize(
+    ("status", "kind"), [(409, errors.Conflict), (425, errors.ResourceNotReady)]
+)
 def test_a_checkpoint_that_is_being_written_is_not_asked_twice(server, client, refs, status, kind):
     server.faults.add(DELETE, status=status, times=None)
     with pytest.raises(kind):
@@ -226,7 +228,7 @@ def test_change_is_rechecked_before_each_retry(server, client, refs, run_id, fau
         return False
 
     client.delete(ref, recheck)
-    kind = errors.ServerError if "status" in fault else errors.Unreachable
+    kind = errors.ServerError if "status" in fault else errors.ConnectionFailed
     assert seen == [(kind, True, 1), (kind, True, 2)]
     assert len(client.list_checkpoints(run_id)) == 4
 
@@ -318,7 +320,7 @@ def answers(bytes_of, client_of, *scripts, clock=None):
     return server, client_of(server, **options)
 
 
-REF = CheckpointRef("r", "weights/1", "weights/1", is_known=True)
+REF = CheckpointRef("r", "weights/1", "weights/1", exists=True)
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_what_is_no_place(bytes_of, client_of, script):
 @pytest.mark.parametrize("status", [425, 503])
 def test_an_archive_that_is_being_built_is_not_waited_for_here(server, client, refs, status):
     server.faults.add(ARCHIVE, status=status, headers={"Retry-After": "2.5"})
-    with pytest.raises(errors.NotReady) as caught:
+    with pytest.raises(errors.ResourceNotReady) as caught:
         client.archive(refs["training"])
     assert caught.value.retry_after_s == 2.5
     assert server.journal.count(ARCHIVE) == 1
@@ -453,7 +455,7 @@ def test_a_dropped_endpoint_is_not_a_gone_checkpoint(server, client, status, is_
     server.faults.add(ARCHIVE, status=status, body={"detail": "Not Found"})
     ref = CheckpointRef("r", "weights/1", "weights/1", is_known)
     is_missing = is_known or status in (405, 501)
-    with pytest.raises(errors.EndpointMissing if is_missing else errors.NotFound):
+    with pytest.raises(errors.UnsupportedEndpoint if is_missing else errors.NotFound):
         client.archive(ref)
 
 
@@ -462,7 +464,7 @@ def test_official_after_the_archive_was_dropped(demo_server, client_of):
     client = client_of(server)
     run_id = first_run(server)
     ref = ref_of(run_id, client.list_checkpoints(run_id)[0])
-    with pytest.raises(errors.EndpointMissing):
+    with pytest.raises(errors.UnsupportedEndpoint):
         client.archive(ref)
     client.delete(ref)
     with pytest.raises(errors.NotFound):
@@ -474,7 +476,7 @@ def test_skyrl(demo_server, client_of):
     client = client_of(server)
     assert len(client.all_training_runs()) == 120
     for look in (client.all_user_checkpoints, client.all_sessions, client.whoami):
-        with pytest.raises(errors.EndpointMissing):
+        with pytest.raises(errors.UnsupportedEndpoint):
             look()
     run_id = first_run(server)
     by_type = {}
@@ -487,7 +489,7 @@ def test_skyrl(demo_server, client_of):
         assert client.archive(sampler).url.startswith(server.base_url)
         assert server.journal.count(ARCHIVE) == count
     for change in (client.publish, lambda ref: client.set_ttl(ref, 3600)):
-        with pytest.raises(errors.EndpointMissing):
+        with pytest.raises(errors.UnsupportedEndpoint):
             change(sampler)
     with pytest.raises(errors.BadRequest):  # of its deletion, whose route takes any path
         client.unpublish(sampler)
@@ -506,11 +508,11 @@ def test_a_bare_id_of_two_checkpoints_reads_and_deletes_neither_for_the_other(
     ids = [c.checkpoint_id for c in client.list_checkpoints(run_id)]
     shared = next(name for name in ids if ids.count(name) == 2)
     training, sampler = (
-        CheckpointRef(run_id, f"{kind}/{shared}", shared, is_known=True, is_shared=True)
+        CheckpointRef(run_id, f"{kind}/{shared}", shared, exists=True, has_ambiguous_id=True)
         for kind in ("weights", "sampler_weights")
     )
     client.archive(sampler)
-    with pytest.raises(errors.EndpointMissing):
+    with pytest.raises(errors.UnsupportedEndpoint):
         client.archive(training)
     client.delete(training)
     with pytest.raises(errors.NotFound):
@@ -530,12 +532,12 @@ def test_a_server_is_asked_rarely_for_what_it_lacks(demo_server, client_of):
     for ref in refs:
         is_sampler = ref.path_id.startswith("sampler")
         for change in (client.publish, lambda ref: client.set_ttl(ref, 3600)):
-            with pytest.raises(errors.EndpointMissing):
+            with pytest.raises(errors.UnsupportedEndpoint):
                 change(ref)
         if is_sampler:
             client.archive(ref)
         else:
-            with pytest.raises(errors.EndpointMissing, match="listed all the same"):
+            with pytest.raises(errors.UnsupportedEndpoint, match="listed all the same"):
                 client.archive(ref)
     for checkpoint in checkpoints:
         if "sampler" in checkpoint.tinker_path:
@@ -550,8 +552,8 @@ def test_a_server_is_asked_rarely_for_what_it_lacks(demo_server, client_of):
     archives = [entry.status for entry in server.journal.entries(ARCHIVE)]
     # Three in either form, and one form of the first sampler checkpoint.
     assert (archives.count(405), archives.count(404)) == (3 + 1, 3)
-    client.forget()
-    with pytest.raises(errors.EndpointMissing):
+    client.reset()
+    with pytest.raises(errors.UnsupportedEndpoint):
         client.publish(refs[0])
     assert server.journal.count("POST publish") == 14
 
@@ -561,7 +563,7 @@ def test_deleting_where_nothing_can_be_deleted(demo_server, client_of):
     profile = dataclasses.replace(profile, missing=profile.missing | {DELETE})
     server = demo_server(profile=profile)
     client, run_id = client_of(server), first_run(server)
-    with pytest.raises(errors.EndpointMissing):
+    with pytest.raises(errors.UnsupportedEndpoint):
         client.delete(ref_of(run_id, client.list_checkpoints(run_id)[0]))
 
 
@@ -577,11 +579,11 @@ def test_hatchery(demo_server, client_of):
     server = demo_server(profile="hatchery")
     client = client_of(server)
     for look in (client.all_training_runs, client.all_user_checkpoints, client.all_sessions):
-        with pytest.raises(errors.EndpointMissing):
+        with pytest.raises(errors.UnsupportedEndpoint):
             look()
     run_id = first_run(server)
     first, second, *_ = (ref_of(run_id, c) for c in client.list_checkpoints(run_id))
-    with pytest.raises(errors.EndpointMissing):
+    with pytest.raises(errors.UnsupportedEndpoint):
         client.archive(first)
     client.delete(first)
     client.delete(second)
@@ -592,7 +594,7 @@ def test_hatchery(demo_server, client_of):
 
 
 def test_of_two_refusals_the_handlers_words_are_told(bytes_of, client_of):
-    ref = CheckpointRef("r", "weights/1", "1", is_known=True)
+    ref = CheckpointRef("r", "weights/1", "1", exists=True)
     router = http(404, b'{"detail":"Not Found"}')
     handler = http(404, b'{"detail":"Checkpoint 1 not found"}')
     for scripts in ((router, handler), (handler, router)):
@@ -600,5 +602,5 @@ def test_of_two_refusals_the_handlers_words_are_told(bytes_of, client_of):
         with pytest.raises(errors.NotFound, match="Checkpoint 1"):
             client.archive(ref)
     _, client = answers(bytes_of, client_of, router, http(503))
-    with pytest.raises(errors.NotReady):
+    with pytest.raises(errors.ResourceNotReady):
         client.archive(ref)

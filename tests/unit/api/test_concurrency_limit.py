@@ -12,8 +12,8 @@ from tests.support.clocks import FakeTime
 from tinkerfs import errors
 from tinkerfs.api import endpoints
 from tinkerfs.api.client import CheckpointRef
-from tinkerfs.api.concurrency_limit import Budget
-from tinkerfs.context import AWAITED, Interest
+from tinkerfs.api.concurrency_limit import ConcurrencyLimiter
+from tinkerfs.context import DEMAND, Priority
 
 NEVER = 1e9
 LISTING, INFO = endpoints.RUN_CHECKPOINTS, endpoints.WEIGHTS_INFO
@@ -34,11 +34,11 @@ class Calls:
         self._changed = threading.Condition()
         self._threads = []
 
-    def begin(self, name, endpoint=LISTING, interest=AWAITED, status=200, deadline=NEVER):
+    def begin(self, name, endpoint=LISTING, interest=DEMAND, status=200, deadline=NEVER):
         ended = threading.Event()
 
         def run():
-            with self.budget.turn(endpoint, deadline, interest) as turn:
+            with self.budget.acquire(endpoint, deadline, interest) as turn:
                 with self._changed:
                     self.begun.append(name)
                     self._changed.notify_all()
@@ -80,12 +80,12 @@ def calls_under(budget):
 
 
 def answered(budget, status=200, retry_after_s=None, endpoint=LISTING):
-    with budget.turn(endpoint, NEVER, AWAITED) as turn:
+    with budget.acquire(endpoint, NEVER, DEMAND) as turn:
         turn.status, turn.retry_after_s = status, retry_after_s
 
 
 def guess():
-    return Interest(is_awaited=False)
+    return Priority(is_demand=False)
 
 
 # --- how many ------------------------------------------------------------------------------------
@@ -106,12 +106,12 @@ def test_there_are_never_more_calls_at_once_than_allowed(demo_server, client_of)
 
 @given(st.integers(1, 5), st.lists(st.tuples(st.booleans(), st.booleans()), max_size=24))
 def test_every_call_has_its_turn_and_no_more_at_once_than_allowed(limit, works):
-    budget = Budget(limit, FakeTime().clock)
+    budget = ConcurrencyLimiter(limit, FakeTime().clock)
     lock, now, most = threading.Lock(), [0], [0]
 
     def work(is_awaited, is_info):
         endpoint = INFO if is_info else LISTING
-        with budget.turn(endpoint, NEVER, Interest(is_awaited)) as turn:
+        with budget.acquire(endpoint, NEVER, Priority(is_awaited)) as turn:
             with lock:
                 now[0] += 1
                 most[0] = max(most[0], now[0])
@@ -142,7 +142,7 @@ def test_pages_after_the_first_are_asked_for_as_many_at_once_as_allowed(demo_ser
 
 
 def test_who_waits_goes_before_what_is_guessed(time):
-    with calls_under(Budget(1, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(1, time.clock)) as calls:
         end = calls.begin("first")
         calls.wait_for(1)
         calls.begin("guess", interest=guess())
@@ -157,21 +157,21 @@ def test_who_waits_goes_before_what_is_guessed(time):
 
 
 def test_a_guess_that_somebody_comes_to_wait_for_is_none_any_more(time):
-    with calls_under(Budget(1, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(1, time.clock)) as calls:
         end = calls.begin("first")
         calls.wait_for(1)
         interests = [guess(), guess()]
         for name, interest in zip(("guess", "wanted"), interests, strict=True):
             calls.begin(name, interest=interest)
             calls.wait_until_queued(1 + (name == "wanted"))
-        interests[1].rise()
+        interests[1].promote()
         end()
         calls.wait_for(2)
         assert calls.begun == ["first", "wanted"]
 
 
 def test_guesses_leave_a_turn_for_who_waits(time):
-    with calls_under(Budget(4, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(4, time.clock)) as calls:
         interests = [guess() for _ in range(6)]
         for number, interest in enumerate(interests):
             calls.begin(f"guess {number}", interest=interest)
@@ -183,18 +183,18 @@ def test_guesses_leave_a_turn_for_who_waits(time):
 
 
 def test_a_guess_that_is_wanted_makes_room_for_another(time):
-    with calls_under(Budget(2, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(2, time.clock)) as calls:
         wanted = guess()
         calls.begin("wanted", INFO, interest=wanted)
         calls.wait_for(1)
         calls.begin("guess", interest=guess())
         calls.wait_until_queued(1)
-        wanted.rise()
+        wanted.promote()
         calls.wait_for(2)
 
 
 def test_an_endpoint_that_does_not_answer_leaves_a_turn_for_the_others(time):
-    with calls_under(Budget(4, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(4, time.clock)) as calls:
         for number in range(8):
             calls.begin(f"info {number}", INFO)
         calls.wait_for(3)
@@ -205,7 +205,7 @@ def test_an_endpoint_that_does_not_answer_leaves_a_turn_for_the_others(time):
 
 
 def test_an_endpoint_that_answers_may_have_every_turn(time):
-    with calls_under(Budget(4, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(4, time.clock)) as calls:
         end = calls.begin("info", INFO)
         for number in range(6):
             calls.begin(f"info {number}", INFO)
@@ -219,7 +219,7 @@ def test_builds_of_archives_take_no_turn(server, client_of):
     client = client_of(server, concurrency=2)
     rule = server.faults.add(ARCHIVE, times=None, hang=True)
     refs = [
-        CheckpointRef(run_id=run.id, path_id=c.id, listed_id=c.id, is_known=True)
+        CheckpointRef(run_id=run.id, path_id=c.id, listed_id=c.id, exists=True)
         for run in server.account.runs()
         for c in run.checkpoints
         if not c.id.startswith("external")
@@ -233,59 +233,59 @@ def test_builds_of_archives_take_no_turn(server, client_of):
 
 
 def test_who_gets_no_turn_in_time_is_told_so(time):
-    with calls_under(Budget(1, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(1, time.clock)) as calls:
         calls.begin("first")
         calls.wait_for(1)
         with (
-            pytest.raises(errors.TimedOut, match="1 other calls go on") as caught,
-            calls.budget.turn(INFO, time.clock.monotonic(), AWAITED),
+            pytest.raises(errors.RequestTimeout, match="1 other calls go on") as caught,
+            calls.budget.acquire(INFO, time.clock.monotonic(), DEMAND),
         ):
             pass
-        assert caught.value.is_remembered
+        assert caught.value.is_local
 
 
 # --- what the server says of the pace ------------------------------------------------------------
 
 
 def test_a_429_halves_what_is_allowed_and_answers_bring_it_back(time):
-    budget = Budget(8, time.clock)
+    budget = ConcurrencyLimiter(8, time.clock)
     allowed = []
     for _ in range(4):
         answered(budget, 429)
-        allowed.append(budget.allowed)
+        allowed.append(budget.limit)
     assert allowed == [4, 2, 1, 1]
     for _ in range(200):
-        before = budget.allowed
+        before = budget.limit
         answered(budget)
-        assert budget.allowed - before in (0, 1)
-    assert budget.allowed == 8
+        assert budget.limit - before in (0, 1)
+    assert budget.limit == 8
 
 
 def test_one_burst_of_429_is_one_answer(time):
-    with calls_under(Budget(8, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(8, time.clock)) as calls:
         ends = [calls.begin(f"{n}", status=429) for n in range(7)]
         calls.wait_for(7)
         for end in ends:
             end()
-        assert calls.budget.allowed == 4
+        assert calls.budget.limit == 4
 
 
 @given(st.integers(1, 16), st.lists(st.sampled_from([200, 404, 429, 500, 503]), max_size=80))
 def test_what_is_allowed_stays_between_one_and_the_limit(limit, statuses):
-    budget = Budget(limit, FakeTime().clock)
+    budget = ConcurrencyLimiter(limit, FakeTime().clock)
     for status in statuses:
-        before = budget.allowed
+        before = budget.limit
         answered(budget, status)
-        assert 1 <= budget.allowed <= limit
+        assert 1 <= budget.limit <= limit
         if status == 429:
-            assert budget.allowed == max(before // 2, 1)
+            assert budget.limit == max(before // 2, 1)
         elif status >= 500:
-            assert budget.allowed == before
+            assert budget.limit == before
 
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_no_call_begins_before_the_server_wants_one(time, status):
-    with calls_under(Budget(8, time.clock)) as calls:
+    with calls_under(ConcurrencyLimiter(8, time.clock)) as calls:
         answered(calls.budget, status, retry_after_s=60)
         for name, endpoint in [("info", INFO), ("archive", endpoints.ARCHIVE)]:
             calls.begin(name, endpoint)
@@ -300,21 +300,21 @@ def test_no_call_begins_before_the_server_wants_one(time, status):
 
 @pytest.mark.parametrize(("status", "kind"), [(429, "RateLimited"), (503, "ServerError")])
 def test_who_cannot_wait_so_long_fails_at_once_without_a_call(time, status, kind):
-    budget = Budget(8, time.clock)
+    budget = ConcurrencyLimiter(8, time.clock)
     answered(budget, status, retry_after_s=60)
     with (
         pytest.raises(getattr(errors, kind), match="another 60 s") as caught,
-        budget.turn(LISTING, time.clock.monotonic() + 30, AWAITED),
+        budget.acquire(LISTING, time.clock.monotonic() + 30, DEMAND),
     ):
         pass
-    assert caught.value.is_remembered
+    assert caught.value.is_local
     time.advance(31)
     with ExitStack() as stack, pytest.raises(errors.ApiError):
-        stack.enter_context(budget.turn(LISTING, time.clock.monotonic() + 5, AWAITED))
+        stack.enter_context(budget.acquire(LISTING, time.clock.monotonic() + 5, DEMAND))
 
 
 def test_an_archive_that_is_being_built_is_no_wish_to_be_left_alone(time):
-    budget = Budget(8, time.clock)
+    budget = ConcurrencyLimiter(8, time.clock)
     answered(budget, 503, retry_after_s=60, endpoint=endpoints.ARCHIVE)
     answered(budget)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tinkerfs.api.credentials import Credentials
-from tinkerfs.errors import SetupError, Unauthorized
+from tinkerfs.errors import StartupError, Unauthorized
 from tinkerfs.fuse import mount_table
 
 
@@ -102,7 +102,7 @@ def test_nothing_shows_the_key(make):
 
 
 def test_no_key_at_all_names_the_cure(make):
-    with pytest.raises(SetupError, match=r"TINKER_API_KEY.*tinker auth login"):
+    with pytest.raises(StartupError, match=r"TINKER_API_KEY.*tinker auth login"):
         make().get()
 
 
@@ -124,13 +124,13 @@ def test_no_key_at_all_names_the_cure(make):
 )
 def test_a_login_without_a_default_key(make, login, text):
     login.store(text=text or " ")
-    with pytest.raises(SetupError, match="tinker auth login"):
+    with pytest.raises(StartupError, match="tinker auth login"):
         make().get()
 
 
 def test_a_login_that_is_no_file(make, login):
     os.mkfifo(login.path)
-    with pytest.raises(SetupError, match="not a regular file"):
+    with pytest.raises(StartupError, match="not a regular file"):
         make().get()
 
 
@@ -139,14 +139,14 @@ def test_a_login_that_others_may_read_is_told_once(make, login, expect_warnings,
     login.store("tml-stored", mode=0o640)
     credentials = make()
     credentials.get()
-    credentials.rejected("tml-stored", refused())
+    credentials.on_unauthorized("tml-stored", refused())
     assert caplog.text.count("chmod 600") == 1
     assert "tml-stored" not in caplog.text
 
 
 @pytest.mark.parametrize("key", ["tml-\x01a", "tml-é", "tml-a b", "tml-a\nX-Other: b", "tml-\x7f"])
 def test_a_key_that_no_header_takes(make, key):
-    with pytest.raises(SetupError, match="characters that no key has") as caught:
+    with pytest.raises(StartupError, match="characters that no key has") as caught:
         make(TINKER_API_KEY=key).get()
     assert key not in str(caught.value)
 
@@ -189,7 +189,7 @@ def test_many_threads_run_it_once(make, command):
     ],
 )
 def test_a_command_that_fails_tells_no_secrets(make, capfd, line, words):
-    with pytest.raises(SetupError, match=words) as caught:
+    with pytest.raises(StartupError, match=words) as caught:
         make(TINKER_CREDENTIAL_CMD=line).get()
     assert "secret" not in str(caught.value)
     assert "tml-half" not in str(caught.value)
@@ -203,7 +203,7 @@ def test_a_command_that_does_not_end_is_ended(tmp_path, line):
         home=str(tmp_path),
         command_timeout_s=0.2,
     )
-    with pytest.raises(SetupError, match=r"did not end within 0\.2 s"):
+    with pytest.raises(StartupError, match=r"did not end within 0\.2 s"):
         credentials.get()
 
 
@@ -236,7 +236,7 @@ def test_a_command_that_takes_too_long_is_dead_and_so_is_what_it_started(tmp_pat
     line = f"trap '' TERM INT; sleep 60 & echo $$ $! > {pids}; wait"
     environ = {"PATH": os.environ["PATH"], "TINKER_CREDENTIAL_CMD": line}
     credentials = Credentials(environ, home=str(tmp_path), command_timeout_s=1.0)
-    with pytest.raises(SetupError, match="did not end within 1 s"):
+    with pytest.raises(StartupError, match="did not end within 1 s"):
         credentials.get()
     shell, child = map(int, pids.read_text().split())
     assert not mount_table.is_running(shell)
@@ -246,18 +246,18 @@ def test_a_command_that_takes_too_long_is_dead_and_so_is_what_it_started(tmp_pat
 def test_a_failing_command_is_not_run_for_every_call(make, command, time):
     credentials = make(TINKER_CREDENTIAL_CMD=command.line + "; exit 1")
     for _ in range(5):
-        with pytest.raises(SetupError):
+        with pytest.raises(StartupError):
             credentials.get()
     assert command.count == 1
     time.advance(5)
-    with pytest.raises(SetupError):
+    with pytest.raises(StartupError):
         credentials.get()
     assert command.count == 2
 
 
 def test_it_recovers_once_the_command_does(make, command, time):
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
-    with pytest.raises(SetupError):
+    with pytest.raises(StartupError):
         credentials.get()
     command.output.write_text("tml-command")
     time.advance(5)
@@ -302,7 +302,7 @@ def test_a_good_token_is_kept_while_the_command_fails(make, command, time):
     assert [credentials.get() for _ in range(3)] == [token] * 3
     assert command.count == 2
     time.advance(50)
-    with pytest.raises(SetupError, match="status 1"):
+    with pytest.raises(StartupError, match="status 1"):
         credentials.get()
 
 
@@ -321,7 +321,7 @@ def test_token_expired_by_our_clock_is_sent_once(expired, time):
     credentials, token, source = expired
     assert credentials.get() == token
     refusal = Unauthorized("invalid token", status=401)
-    assert not credentials.rejected(token, refusal)
+    assert not credentials.on_unauthorized(token, refusal)
     assert "invalid token (the token of " in refusal.message
     assert f"{source} expired at 2027-01-15" in refusal.message
     for _ in range(3):
@@ -335,7 +335,7 @@ def test_token_expired_by_our_clock_alone_goes_on(expired, time):
     credentials, token, _ = expired
     for _ in range(3):
         assert credentials.get() == token
-        credentials.accepted(token)
+        credentials.on_authorized(token)
         time.advance(600)
 
 
@@ -346,7 +346,7 @@ def test_token_expired_by_our_clock_gives_way_to_another(make, command, time):
     assert [credentials.get() for _ in range(3)] == [first] * 3
     assert command.count == 1
     command.output.write_text(second)
-    assert credentials.rejected(first, Unauthorized("no", status=401))
+    assert credentials.on_unauthorized(first, Unauthorized("no", status=401))
     assert credentials.get() == second
 
 
@@ -356,7 +356,7 @@ def test_a_token_in_the_environment_expires(make, time):
     assert credentials.get() == token
     time.advance(30)
     assert credentials.get() == token
-    assert not credentials.rejected(token, Unauthorized("no", status=401))
+    assert not credentials.on_unauthorized(token, Unauthorized("no", status=401))
     with pytest.raises(Unauthorized, match="expired"):
         credentials.get()
 
@@ -385,7 +385,7 @@ def test_a_refused_key_is_read_again_once(make, login):
     credentials = make()
     credentials.get()
     login.store("tml-new")
-    assert credentials.rejected("tml-old", refused())
+    assert credentials.on_unauthorized("tml-old", refused())
     assert credentials.get() == "tml-new"
 
 
@@ -394,8 +394,8 @@ def test_a_late_refusal_of_an_old_key_changes_nothing(make, login):
     credentials = make()
     credentials.get()
     login.store("tml-new")
-    assert credentials.rejected("tml-old", refused())
-    assert credentials.rejected("tml-old", refused())
+    assert credentials.on_unauthorized("tml-old", refused())
+    assert credentials.on_unauthorized("tml-old", refused())
     assert credentials.get() == "tml-new"
 
 
@@ -414,10 +414,10 @@ def test_back_off_doubles_to_five_minutes_and_lets_one_call_through(make, time):
     credentials = make(TINKER_API_KEY="tml-wrong")
     key, spans = credentials.get(), []
     for _ in range(9):
-        assert not credentials.rejected(key, refused())
+        assert not credentials.on_unauthorized(key, refused())
         with pytest.raises(Unauthorized, match="no such key") as caught:
             credentials.get()
-        assert caught.value.is_remembered
+        assert caught.value.is_local
         span, key = waits(credentials, time)
         with pytest.raises(Unauthorized):
             credentials.get()  # the others wait for the outcome of the one
@@ -429,18 +429,18 @@ def test_refusals_of_calls_that_were_under_way_count_once(make, time):
     credentials = make(TINKER_API_KEY="tml-wrong")
     credentials.get()
     for _ in range(8):
-        assert not credentials.rejected("tml-wrong", refused())
+        assert not credentials.on_unauthorized("tml-wrong", refused())
     assert waits(credentials, time)[0] == 5
 
 
 def test_an_accepted_key_is_forgiven(make, time):
     credentials = make(TINKER_API_KEY="tml-key")
     credentials.get()
-    credentials.rejected("tml-key", refused())
+    credentials.on_unauthorized("tml-key", refused())
     time.advance(5)
-    credentials.accepted(credentials.get())
+    credentials.on_authorized(credentials.get())
     assert [credentials.get() for _ in range(3)] == ["tml-key"] * 3
-    credentials.rejected("tml-key", refused())
+    credentials.on_unauthorized("tml-key", refused())
     time.advance(5)
     assert credentials.get() == "tml-key"
 
@@ -449,14 +449,14 @@ def test_a_new_login_ends_the_back_off(make, login, time):
     login.store("tml-wrong")
     credentials = make()
     credentials.get()
-    assert not credentials.rejected("tml-wrong", refused())
+    assert not credentials.on_unauthorized("tml-wrong", refused())
     time.advance(2)
     with pytest.raises(Unauthorized):
         credentials.get()
     login.store("tml-right")
     time.advance(1)
     assert credentials.get() == "tml-right"
-    credentials.accepted("tml-right")
+    credentials.on_authorized("tml-right")
     assert credentials.get() == "tml-right"
 
 
@@ -464,7 +464,7 @@ def test_the_command_runs_once_a_back_off(make, command, time):
     command.output.write_text("tml-wrong")
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
     credentials.get()
-    assert not credentials.rejected("tml-wrong", refused())
+    assert not credentials.on_unauthorized("tml-wrong", refused())
     assert command.count == 2
     for _ in range(4):
         time.advance(1)
@@ -481,7 +481,7 @@ def test_a_command_that_prints_another_wrong_key_each_time_backs_off_too(make, c
     credentials = make(TINKER_CREDENTIAL_CMD=f"date >> {command.runs}; wc -c < {command.runs}")
     key, spans = credentials.get(), []
     for _ in range(4):
-        while credentials.rejected(key, refused()):
+        while credentials.on_unauthorized(key, refused()):
             key = credentials.get()
         span, key = waits(credentials, time)
         spans.append(span)
@@ -494,7 +494,7 @@ def test_a_login_that_vanishes_and_comes_back(make, login, time):
     credentials.get()
     login.path.unlink()
     time.advance(1)
-    with pytest.raises(SetupError, match="no API key"):
+    with pytest.raises(StartupError, match="no API key"):
         credentials.get()
     login.store("tml-stored")
     time.advance(1)

@@ -5,7 +5,12 @@ import pytest
 from tinkerfs import errors
 from tinkerfs.api import endpoints
 from tinkerfs.api.endpoints import Scope
-from tinkerfs.api.error_mapping import failure_of, is_generic, missing_kind, server_words
+from tinkerfs.api.error_mapping import (
+    classify_missing,
+    error_from_response,
+    error_message,
+    is_generic,
+)
 
 JSON = "application/json"
 GENERIC = [
@@ -37,31 +42,31 @@ def test_a_handler_speaks(content_type, body):
     assert not is_generic(content_type, body)
 
 
-MISSING, NOT_FOUND = errors.EndpointMissing, errors.NotFound
+MISSING, NOT_FOUND = errors.UnsupportedEndpoint, errors.NotFound
 
 
 @pytest.mark.parametrize(
     ("status", "scope", "generic", "known", "kind"),
     [
-        (405, Scope.THING, False, False, MISSING),
-        (501, Scope.OPTIONAL_DEED, False, False, MISSING),
+        (405, Scope.RESOURCE, False, False, MISSING),
+        (501, Scope.OPTIONAL_ACTION, False, False, MISSING),
         (404, Scope.ACCOUNT, True, False, MISSING),
         (404, Scope.ACCOUNT, False, False, NOT_FOUND),
         (410, Scope.ACCOUNT, False, False, MISSING),
-        (404, Scope.OPTIONAL_THING, True, False, MISSING),
-        (404, Scope.OPTIONAL_THING, False, False, NOT_FOUND),
-        (410, Scope.OPTIONAL_THING, True, False, NOT_FOUND),
-        (404, Scope.OPTIONAL_DEED, True, True, MISSING),
-        (404, Scope.OPTIONAL_DEED, True, False, NOT_FOUND),
-        (404, Scope.OPTIONAL_DEED, False, True, NOT_FOUND),
-        (410, Scope.OPTIONAL_DEED, False, True, MISSING),
-        (410, Scope.OPTIONAL_DEED, False, False, NOT_FOUND),
-        (404, Scope.THING, True, True, NOT_FOUND),
-        (410, Scope.THING, True, True, NOT_FOUND),
+        (404, Scope.OPTIONAL_RESOURCE, True, False, MISSING),
+        (404, Scope.OPTIONAL_RESOURCE, False, False, NOT_FOUND),
+        (410, Scope.OPTIONAL_RESOURCE, True, False, NOT_FOUND),
+        (404, Scope.OPTIONAL_ACTION, True, True, MISSING),
+        (404, Scope.OPTIONAL_ACTION, True, False, NOT_FOUND),
+        (404, Scope.OPTIONAL_ACTION, False, True, NOT_FOUND),
+        (410, Scope.OPTIONAL_ACTION, False, True, MISSING),
+        (410, Scope.OPTIONAL_ACTION, False, False, NOT_FOUND),
+        (404, Scope.RESOURCE, True, True, NOT_FOUND),
+        (410, Scope.RESOURCE, True, True, NOT_FOUND),
     ],
 )
 def test_what_is_missing(status, scope, generic, known, kind):
-    assert missing_kind(status, scope, is_generic_body=generic, is_known=known) is kind
+    assert classify_missing(status, scope, is_generic_body=generic, is_known=known) is kind
 
 
 @pytest.mark.parametrize(
@@ -71,25 +76,25 @@ def test_what_is_missing(status, scope, generic, known, kind):
         (endpoints.RUNS, 400, errors.BadRequest),
         (endpoints.RUNS, 401, errors.Unauthorized),
         (endpoints.RUNS, 403, errors.Unauthorized),
-        (endpoints.RUNS, 408, errors.TimedOut),
-        (endpoints.RUNS, 418, errors.Rejected),
+        (endpoints.RUNS, 408, errors.RequestTimeout),
+        (endpoints.RUNS, 418, errors.ClientError),
         (endpoints.RUNS, 422, errors.BadRequest),
         (endpoints.RUNS, 429, errors.RateLimited),
         (endpoints.RUNS, 500, errors.ServerError),
         (endpoints.RUNS, 503, errors.ServerError),
         (endpoints.RUNS, 599, errors.ServerError),
         (endpoints.RUNS, 999, errors.ProtocolError),
-        (endpoints.ARCHIVE, 503, errors.NotReady),
-        (endpoints.ARCHIVE, 425, errors.NotReady),
+        (endpoints.ARCHIVE, 503, errors.ResourceNotReady),
+        (endpoints.ARCHIVE, 425, errors.ResourceNotReady),
         (endpoints.ARCHIVE, 500, errors.ServerError),
         (endpoints.DELETE, 409, errors.Conflict),
-        (endpoints.DELETE, 425, errors.NotReady),
+        (endpoints.DELETE, 425, errors.ResourceNotReady),
         (endpoints.TTL, 409, errors.Conflict),
     ],
 )
 def test_what_a_status_is(endpoint, status, kind):
     headers = {"retry-after": "7", "content-type": JSON}
-    error = failure_of(
+    error = error_from_response(
         endpoint, status, headers, b'{"detail":"words"}', host="api.example", now_s=0.0
     )
     assert type(error) is kind
@@ -116,7 +121,7 @@ def test_what_a_status_is(endpoint, status, kind):
     ],
 )
 def test_the_servers_own_words(content_type, body, words):
-    assert server_words(502, content_type, body) == words
+    assert error_message(502, content_type, body) == words
 
 
 def test_validation_errors_name_the_field():
@@ -124,12 +129,12 @@ def test_validation_errors_name_the_field():
         {"loc": ["body", "ttl_seconds"], "msg": "must be more", "type": "value_error"},
         {"msg": "and less"},
     ]
-    words = server_words(422, JSON, json.dumps({"detail": detail}).encode())
+    words = error_message(422, JSON, json.dumps({"detail": detail}).encode())
     assert words == "body.ttl_seconds: must be more; and less"
 
 
 def test_words_hold_no_secrets_and_no_pages():
-    words = server_words(400, JSON, b'{"detail": "key tml-abc https://s/x?sig=1 ' + b"y" * 9999)
+    words = error_message(400, JSON, b'{"detail": "key tml-abc https://s/x?sig=1 ' + b"y" * 9999)
     assert "tml-abc" not in words
     assert "sig" not in words
     assert len(words) <= 500
@@ -165,7 +170,7 @@ def test_error_of_any_text_is_read_in_linear_time(body):
     bodies = (b"<html>" + body, json.dumps({"detail": body.decode()}).encode())
     for _ in range(60):
         for each in bodies:
-            assert server_words(502, "", each)
+            assert error_message(502, "", each)
             is_generic("", each)
 
 
@@ -183,7 +188,7 @@ def test_error_of_any_text_is_read_in_linear_time(body):
     ],
 )
 def test_page_gives_its_visible_text(page, words):
-    assert server_words(500, "", page).rstrip("\ufffd ") == words
+    assert error_message(500, "", page).rstrip("\ufffd ") == words
 
 
 def test_words_deep_within_an_error_are_ignored():
@@ -191,6 +196,6 @@ def test_words_deep_within_an_error_are_ignored():
     for _ in range(900):
         detail = [detail]
     body = json.dumps({"detail": detail, "loc": detail})
-    assert server_words(500, JSON, body.encode())
+    assert error_message(500, JSON, body.encode())
     deep = {"detail": {"msg": "bad", "loc": [[detail], "field", 3]}}
-    assert server_words(422, JSON, json.dumps(deep).encode()) == "field.3: bad"
+    assert error_message(422, JSON, json.dumps(deep).encode()) == "field.3: bad"

@@ -12,7 +12,7 @@ from tinkerfs.api.checkpoint_ids import CheckpointRef
 
 RUNS = "GET training_runs"
 OK = b"HTTP/1.1 200 OK\r\n"
-PROTOCOL, UNREACHABLE = errors.ProtocolError, errors.Unreachable
+PROTOCOL, UNREACHABLE = errors.ProtocolError, errors.ConnectionFailed
 
 
 @pytest.fixture
@@ -264,8 +264,8 @@ IS_AN_ERROR = {
     # Statuses that are none of HTTP, or that we know nothing of.
     "status 600": (raw(response(600)), PROTOCOL),
     "status 999": (raw(response(999)), PROTOCOL),
-    "status 418": (raw(response(418)), errors.Rejected),
-    "status 451": (raw(response(451)), errors.Rejected),
+    "status 418": (raw(response(418)), errors.ClientError),
+    "status 451": (raw(response(451)), errors.ClientError),
 }
 
 
@@ -393,7 +393,7 @@ def test_odd_value_in_any_field_raises_nothing_but_api_errors(server, client_of,
     odd += [response(503, b"", each, "x-should-retry: false") for each in ODD_HEADERS]
     for steps in odd:
         rule = server.on("api", steps, times=None)
-        client.forget()
+        client.reset()
         with suppress(errors.ApiError):
             CALLS[call](client)
         rule.remove()

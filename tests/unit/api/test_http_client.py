@@ -58,7 +58,7 @@ TRICKLES = {
 def test_exchange_that_trickles_ends_at_its_deadline(hostile, client_of, trickle):
     hostile.on(RUNS, *TRICKLES[trickle], times=None)
     client = client_of(hostile, timeout_s=0.3)
-    with ThreadPoolExecutor() as pool, pytest.raises(errors.TimedOut, match=r"within 0\.3 s"):
+    with ThreadPoolExecutor() as pool, pytest.raises(errors.RequestTimeout, match=r"within 0\.3 s"):
         pool.submit(client.all_training_runs).result(20)
     hostile.journal.wait_until_idle()  # the connection was closed
 
@@ -69,7 +69,10 @@ def test_tls_handshake_that_trickles_ends_at_its_deadline(client_of):
         server.scheme = "https"
         server.on_connect(record, endless(b"\0", 0.02), times=9)
         client = client_of(server, timeout_s=0.3)
-        with ThreadPoolExecutor() as pool, pytest.raises(errors.TimedOut, match="no connection"):
+        with (
+            ThreadPoolExecutor() as pool,
+            pytest.raises(errors.RequestTimeout, match="no connection"),
+        ):
             pool.submit(client.all_training_runs).result(20)
 
 
@@ -78,9 +81,9 @@ def test_exchanges_that_trickle_leave_all_turns_free(hostile, client_of):
     rule = hostile.on(RUNS, OK, endless(b"X-A: b\r\n", 0.02), times=None)
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(client.list_training_runs) for _ in range(8)]
-        assert all(isinstance(call.exception(20), errors.TimedOut) for call in calls)
+        assert all(isinstance(call.exception(20), errors.RequestTimeout) for call in calls)
     rule.remove()
-    client.forget()  # the breaker
+    client.reset()  # the breaker
     assert len(client.all_training_runs()) == 1
 
 
@@ -134,7 +137,7 @@ def test_close_ends_an_exchange_in_flight(hostile, client_of):
         call = pool.submit(client.all_training_runs)
         gate.wait_for(1)
         client.close()
-        assert isinstance(call.exception(20), errors.Unreachable)
+        assert isinstance(call.exception(20), errors.ConnectionFailed)
 
 
 # --- what a response may cost --------------------------------------------------------------------
@@ -294,6 +297,8 @@ def test_threads_have_deadlines_of_their_own(hostile, client_of):
     with ThreadPoolExecutor() as pool:
         first = pool.submit(patient.all_training_runs)
         gate.wait_for(1)
-        assert isinstance(pool.submit(hasty.list_training_runs).exception(20), errors.TimedOut)
+        assert isinstance(
+            pool.submit(hasty.list_training_runs).exception(20), errors.RequestTimeout
+        )
         gate.release()
         assert len(first.result(20)) == 1

@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinkerfs.api.json_templates import filled, outlined
+from tinkerfs.api.json_templates import fill_template, to_template
 
 texts = st.none() | st.text("ab1\1\2é\udcff", max_size=3)
 raws = st.text("ab1é", max_size=12).map(str.encode) | st.binary(max_size=12)
@@ -13,10 +13,10 @@ raws = st.text("ab1é", max_size=12).map(str.encode) | st.binary(max_size=12)
 @example(b"ab", ["a", "\1b", None, "\2"])
 @example(b"a\1", ["a"])
 def test_an_outline_and_its_values_are_the_json(raw, values):
-    assert filled(outlined(raw, *values), *values) == raw
+    assert fill_template(to_template(raw, *values), *values) == raw
 
 
 def test_what_differs_by_its_values_alone_has_one_outline():
-    first = outlined(b'{"id":"x","path":"r/x","size":17}', "r/", "x", None, "17")
-    second = outlined(b'{"id":"y","path":"s/y","size":18}', "s/", "y", None, "18")
+    first = to_template(b'{"id":"x","path":"r/x","size":17}', "r/", "x", None, "17")
+    second = to_template(b'{"id":"y","path":"s/y","size":18}', "s/", "y", None, "18")
     assert first is second

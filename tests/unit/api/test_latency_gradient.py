@@ -10,16 +10,16 @@ import pytest
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
 from tinkerfs.api import endpoints
-from tinkerfs.api.concurrency_limit import Budget
-from tinkerfs.api.latency_gradient import Pace
-from tinkerfs.context import AWAITED, Interest
+from tinkerfs.api.concurrency_limit import ConcurrencyLimiter
+from tinkerfs.api.latency_gradient import LatencyGradient
+from tinkerfs.context import DEMAND, Priority
 
 NEVER = 1e9
 LISTING, INFO = endpoints.RUN_CHECKPOINTS, endpoints.WEIGHTS_INFO
 
 
 def answered(budget, status=200, endpoint=LISTING):
-    with budget.turn(endpoint, NEVER, AWAITED) as turn:
+    with budget.acquire(endpoint, NEVER, DEMAND) as turn:
         turn.status = status
 
 
@@ -46,9 +46,9 @@ class Walk:
         does_learn=True,
     ):
         self.time, self.began = FakeTime(), FakeTime().monotonic
-        self.budget = Budget(limit, self.time.clock)
+        self.budget = ConcurrencyLimiter(limit, self.time.clock)
         if not does_learn:
-            self.budget._pace.learn = lambda *_args, **_kwargs: None
+            self.budget._pace.record = lambda *_args, **_kwargs: None
         self.service, self.network, self.status, self.endpoint = service, network, status, endpoint
         self.free = [0.0] * workers
         self.flying = []
@@ -59,26 +59,26 @@ class Walk:
         """Go on for some answers; return how long they took, seconds."""
         began = self.time.monotonic
         for _ in range(answers):
-            while self.begin(Interest(is_awaited=False)):
+            while self.begin(Priority(is_demand=False)):
                 pass
             self.land()
         return self.time.monotonic - began
 
     def look(self):
         """Make one call that is waited for; return how long it took, seconds."""
-        while self.begin(Interest(is_awaited=False)):
+        while self.begin(Priority(is_demand=False)):
             pass
-        began, number = self.time.monotonic, self.begin(AWAITED)
+        began, number = self.time.monotonic, self.begin(DEMAND)
         while self.land() != number:
             pass
         return self.time.monotonic - began
 
     def begin(self, interest):
         number, now = self.calls + 1, self.time.monotonic
-        turn = self.budget.turn(self.endpoint(number), now, interest)
+        turn = self.budget.acquire(self.endpoint(number), now, interest)
         try:
             given = turn.__enter__()
-        except errors.TimedOut:
+        except errors.RequestTimeout:
             return None
         self.calls = number
         way_s = self.network(now - self.began) / 2
@@ -92,7 +92,7 @@ class Walk:
         self.time.advance(max(at - self.time.monotonic, 0.0))
         given.status = self.status(number)
         turn.__exit__(None, None, None)
-        self.allowed.append(self.budget.allowed)
+        self.allowed.append(self.budget.limit)
         return number
 
 
@@ -123,10 +123,10 @@ def test_at_a_server_that_queues_who_waits_waits_less_and_a_walk_no_longer(netwo
 def test_that_holds_as_long_as_the_queue_does_and_no_longer():
     walk = Walk(1, lambda _n: 0.02)
     assert walk.run(20_000) > 300
-    assert walk.budget.allowed == 5
+    assert walk.budget.limit == 5
     walk.free = [0.0] * 99  # the server has got room
     walk.run(3 * 32 + 40)
-    assert walk.budget.allowed == 8
+    assert walk.budget.limit == 8
     steps = itertools.pairwise(walk.allowed[-200:])
     assert all(after - before in (0, 1) for before, after in steps)
 
@@ -186,10 +186,10 @@ def test_first_connections_that_take_long_hide_no_queue():
 
     walk = Walk(1, lambda _n: 0.02, network=network)
     for _ in range(2):
-        walk.begin(AWAITED)
+        walk.begin(DEMAND)
         walk.land()
     walk.run(400)
-    assert walk.budget.allowed == 5
+    assert walk.budget.limit == 5
 
 
 def test_a_network_that_became_slower_costs_a_few_tries_and_no_more():
@@ -224,7 +224,7 @@ def test_failures_tell_nothing_of_the_time_that_answers_take(status):
 
 
 def test_builds_of_archives_tell_nothing_of_the_time_that_answers_take():
-    budget = Budget(8, FakeTime().clock)
+    budget = ConcurrencyLimiter(8, FakeTime().clock)
     answered(budget, endpoint=endpoints.ARCHIVE)
     answered(budget, endpoint=INFO)
     assert set(budget._pace._quickest) == {INFO.label}
@@ -233,23 +233,23 @@ def test_builds_of_archives_tell_nothing_of_the_time_that_answers_take():
 def test_a_429_halves_what_a_queue_left_and_both_grow_back():
     walk = Walk(1, lambda _n: 0.02)
     walk.run(400)
-    assert walk.budget.allowed == 5
+    assert walk.budget.limit == 5
     for allowed in (4, 2):
         answered(walk.budget, 429)
-        assert walk.budget.allowed == allowed
+        assert walk.budget.limit == allowed
     walk.run(400)
-    assert walk.budget.allowed == 5
+    assert walk.budget.limit == 5
 
 
 def test_calls_from_before_a_change_tell_nothing_of_it():
-    pace = Pace(8)
-    pace.learn("listing", 0.0, 0.02, is_full=False)
+    pace = LatencyGradient(8)
+    pace.record("listing", 0.0, 0.02, is_full=False)
     for number in range(64):
-        pace.learn("listing", number, number + 0.2, is_full=True)
+        pace.record("listing", number, number + 0.2, is_full=True)
     assert pace.allowed == 5
     for _ in range(64):
-        pace.learn("listing", 63.0, 63.4, is_full=True)
+        pace.record("listing", 63.0, 63.4, is_full=True)
     assert pace.allowed == 5
     for number in range(64, 96):
-        pace.learn("listing", number, number + 0.2, is_full=True)
+        pace.record("listing", number, number + 0.2, is_full=True)
     assert pace.allowed == 8

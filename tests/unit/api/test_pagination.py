@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinkerfs.api.models import Page
-from tinkerfs.api.pagination import read_all
+from tinkerfs.api.pagination import fetch_all_pages
 
 #: Pages at once, unless told otherwise.
 WORKERS = 8
@@ -45,7 +45,7 @@ class Server:
             )
 
     def read(self):
-        return list(read_all(self.page, lambda number: number))
+        return list(fetch_all_pages(self.page, lambda number: number))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_pages_are_read_at_once_but_not_all():
             now -= 1
         return result
 
-    assert read_all(page, lambda n: n) == tuple(range(5000))
+    assert fetch_all_pages(page, lambda n: n) == tuple(range(5000))
     assert most == WORKERS
     assert len(server.calls) == 50
 
@@ -160,7 +160,7 @@ def test_a_page_that_fails_fails_the_listing():
         return server.page(limit, offset)
 
     with pytest.raises(ValueError, match="page 7"):
-        read_all(page, lambda n: n)
+        fetch_all_pages(page, lambda n: n)
     assert len(server.calls) < 50
 
 
@@ -171,7 +171,7 @@ def test_records_that_cannot_be_read_count_as_received():
         one = server.page(limit, offset)
         return Page(one.items[1:], one.total_count, one.limit, one.received)
 
-    assert len(read_all(page, lambda n: n)) == 247
+    assert len(fetch_all_pages(page, lambda n: n)) == 247
     assert len(server.calls) == 3
 
 
@@ -191,7 +191,7 @@ def test_pages_are_told_in_order_and_before_the_last_has_come():
         if items[0] == 0:
             assert server.calls == [0]
 
-    assert read_all(page, lambda n: n, came=came) == tuple(range(1000))
+    assert fetch_all_pages(page, lambda n: n, on_page=came) == tuple(range(1000))
     assert told == list(range(1000))
 
 
@@ -210,7 +210,7 @@ def test_what_came_before_a_page_that_fails_was_told():
             failing.set()
 
     with pytest.raises(ValueError, match="page 5"):
-        read_all(page, lambda n: n, came=came)
+        fetch_all_pages(page, lambda n: n, on_page=came)
     assert told == list(range(500))
 
 
@@ -224,7 +224,7 @@ def test_all_that_is_returned_was_told(count, clamp, moved_at):
 
     server.on_call = move
     told = []
-    found = read_all(server.page, lambda number: number, came=told.extend)
+    found = fetch_all_pages(server.page, lambda number: number, on_page=told.extend)
     assert set(found) == set(told) == set(range(count))
 
 
@@ -249,7 +249,7 @@ def test_what_came_is_told_also_where_a_later_page_failed_meanwhile():
             assert failed.wait(10)
 
     with pytest.raises(ValueError, match="page 5"):
-        read_all(page, lambda n: n, came=came)
+        fetch_all_pages(page, lambda n: n, on_page=came)
     assert told == list(range(500))
 
 
@@ -266,7 +266,7 @@ def test_who_cannot_take_a_page_asks_for_no_more():
             raise ValueError("no room")
 
     with pytest.raises(ValueError, match="no room"):
-        read_all(page, lambda n: n, came=came)
+        fetch_all_pages(page, lambda n: n, on_page=came)
     go_on.set()
     for thread in threading.enumerate():
         if thread.name.startswith("tinkerfs-page"):

@@ -105,7 +105,7 @@ def test_json_of_many_records_is_kept_once():
     ]
     items = parsing.parse_checkpoints(listing(*records)).items
     assert [item.raw for item in items] == [text_of(record) for record in records]
-    assert len({id(item.outline) for item in items}) == 1
+    assert len({id(item.json_template) for item in items}) == 1
 
 
 @pytest.mark.parametrize("record", [1, None, "x", [], {}, {"checkpoint_id": ""}, {"time": 1}])

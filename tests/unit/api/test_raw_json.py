@@ -34,13 +34,13 @@ def test_other_values_keep_their_bytes():
 
 
 def test_the_second_wins_and_nothing_is_lost():
-    merged = raw_json.merged(b'{"a":1.0,"b":{"x": 1}}', b'{"b":2e0,"c":[ ]}')
+    merged = raw_json.merge_objects(b'{"a":1.0,"b":{"x": 1}}', b'{"b":2e0,"c":[ ]}')
     assert merged == b'{"a":1.0,"b":2e0,"c":[ ]}'
 
 
 @given(objects, objects)
 def test_merging_is_merging(first, second):
-    merged = raw_json.merged(text_of(first), text_of(second))
+    merged = raw_json.merge_objects(text_of(first), text_of(second))
     assert json.loads(merged) == first | second
 
 
@@ -56,7 +56,7 @@ def test_what_is_no_object_is_refused(raw):
         with pytest.raises(ProtocolError):
             use(raw)
     with pytest.raises(ProtocolError):
-        raw_json.merged(b"{}", raw)
+        raw_json.merge_objects(b"{}", raw)
 
 
 @given(st.binary() | st.text().map(str.encode))

@@ -22,7 +22,7 @@ from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.transport import Request, Transport
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 from tinkerfs.telemetry import Telemetry
 
@@ -106,7 +106,7 @@ def test_a_proxy_of_the_environment_is_used(bytes_of, monkeypatch, tmp_path):
 @pytest.mark.parametrize("proxy", ["nonsense://x", "socks4://127.0.0.1:1"])
 def test_a_proxy_that_cannot_be_used_is_told_with_its_cure(monkeypatch, tmp_path, proxy):
     monkeypatch.setenv("https_proxy", proxy)
-    with pytest.raises(SetupError, match="https_proxy"):
+    with pytest.raises(StartupError, match="https_proxy"):
         Client("https://tinker.invalid", Credentials({}, home=str(tmp_path)), Telemetry())
 
 
@@ -188,7 +188,7 @@ def test_all_tries_together_are_bounded(server, client_of):
     client = client_of(server, timeout_s=0.4)
     rule = server.faults.add(RUNS, hang=True, times=None)
     began = real_time.monotonic()
-    with pytest.raises(errors.TimedOut, match=r"within 0\.4 s"):
+    with pytest.raises(errors.RequestTimeout, match=r"within 0\.4 s"):
         client.all_training_runs()
     assert real_time.monotonic() - began < 2
     rule.release()
@@ -198,7 +198,7 @@ def test_an_answer_that_trickles_is_bounded_too(server, client_of):
     client = client_of(server, timeout_s=0.5)
     server.faults.add(RUNS, bytes_per_s=200, times=None)
     began = real_time.monotonic()
-    with pytest.raises(errors.TimedOut):
+    with pytest.raises(errors.RequestTimeout):
         client.all_training_runs()
     assert real_time.monotonic() - began < 3
 
@@ -217,7 +217,7 @@ def test_a_dead_port_fails_fast(server, client_of, telemetry):
     client = client_of(server, timeout_s=30.0)
     server.stop_listening()
     began = real_time.monotonic()
-    with pytest.raises(errors.Unreachable, match=r"no connection to 127\.0\.0\.1.*refused"):
+    with pytest.raises(errors.ConnectionFailed, match=r"no connection to 127\.0\.0\.1.*refused"):
         client.all_training_runs()
     assert real_time.monotonic() - began < 2
     assert calls(telemetry) == {RUNS: {"unreachable": 2}}
@@ -227,13 +227,13 @@ def test_a_dead_port_fails_fast(server, client_of, telemetry):
 
 def test_a_name_that_is_none(client_of):
     server = SimpleNamespace(base_url="http://tinker.invalid")
-    with pytest.raises(errors.Unreachable, match=r"tinker\.invalid"):
+    with pytest.raises(errors.ConnectionFailed, match=r"tinker\.invalid"):
         client_of(server).all_training_runs()
 
 
 def test_cut_off_for_good(server, client):
     server.faults.add(RUNS, refuse=True, times=None)
-    with pytest.raises(errors.Unreachable, match="broke off"):
+    with pytest.raises(errors.ConnectionFailed, match="broke off"):
         client.all_training_runs()
 
 
@@ -318,7 +318,7 @@ def test_closing_ends_a_credential_command(server, tmp_path):
 
 def test_a_closed_client_says_so(server, client):
     client.close()
-    with pytest.raises(errors.Unreachable, match="closed"):
+    with pytest.raises(errors.ConnectionFailed, match="closed"):
         client.health()
 
 
@@ -332,7 +332,7 @@ def test_a_wrong_key_is_not_asked_about_again_and_again(server, client_of):
         with pytest.raises(errors.Unauthorized) as caught:
             client.all_training_runs()
     assert caught.value.status == 401
-    assert caught.value.is_remembered
+    assert caught.value.is_local
     assert server.journal.count() == 1
     time.advance(5)
     with pytest.raises(errors.Unauthorized):
@@ -441,7 +441,7 @@ def test_a_connection_that_is_never_made_is_bounded(client_of):
             filler.connect_ex(listener.getsockname())
         server = SimpleNamespace(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}")
         began = real_time.monotonic()
-        with pytest.raises(errors.TimedOut, match="no connection"):
+        with pytest.raises(errors.RequestTimeout, match="no connection"):
             client_of(server, timeout_s=0.3).health()
         assert real_time.monotonic() - began < 3
 

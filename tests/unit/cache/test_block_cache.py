@@ -20,7 +20,7 @@ from tests.support.clocks import FakeTime
 from tinkerfs.cache import block_cache
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.block_cache import BlockCache
-from tinkerfs.concurrency import in_thread, side_by_side
+from tinkerfs.concurrency import run_concurrently, run_in_thread
 from tinkerfs.telemetry import Telemetry
 
 KIB = 1 << 10
@@ -39,8 +39,8 @@ def cache_of(tmp_path, telemetry):
         return BlockCache(
             tmp_path / folder,
             telemetry,
-            limit_bytes=limit_bytes,
-            floor_bytes=floor_bytes,
+            max_bytes=limit_bytes,
+            min_free_bytes=floor_bytes,
             **more,
         )
 
@@ -58,7 +58,7 @@ def whole(file, index, size=BLOCK):
 def again(file, index):
     """Return a block that was just read, without a look at anything but its open file."""
     buffer = memoryview(bytearray(BLOCK))
-    is_there = file.read_again(index, 0, buffer, contextlib.nullcontext)
+    is_there = file.read_from_open_fd(index, 0, buffer, contextlib.nullcontext)
     return bytes(buffer) if is_there else None
 
 
@@ -71,9 +71,9 @@ def on_disk(cache):
 
 
 def put_part(file, index, data):
-    with contextlib.closing(file.draft(index, BLOCK)) as draft:
+    with contextlib.closing(file.begin_write(index, BLOCK)) as draft:
         draft.write(data)
-        file.keep_part(index, draft)
+        file.commit_partial(index, draft)
 
 
 def test_what_is_put_is_read_in_any_piece_and_by_the_next_mount(cache_of):
@@ -90,14 +90,14 @@ def test_what_is_put_is_read_in_any_piece_and_by_the_next_mount(cache_of):
 
 def test_the_start_of_a_block_is_no_block_and_is_there_for_the_next_mount(cache_of):
     with contextlib.closing(cache_of().open("key", "about")) as file:
-        assert file.part(3) == b""
-        file.prepare()
+        assert file.read_partial(3) == b""
+        file.ensure_directory()
         put_part(file, 3, block(1)[:1000])
         assert (file.has(3), whole(file, 3)) == (False, None)
     with contextlib.closing(cache_of().open("key", "about")) as again:
         assert again.part(3) == block(1)[:1000]
         assert again.part(2) == b""
-        again.drop_part(3)
+        again.drop_partial(3)
         assert again.part(3) == b""
 
 
@@ -105,20 +105,20 @@ def test_the_start_of_a_block_is_no_block_and_is_there_for_the_next_mount(cache_
 def test_the_start_of_a_block_that_was_altered_is_none(cache_of, size_bytes):
     cache = cache_of()
     with contextlib.closing(cache.open("key", "about")) as file:
-        file.prepare()
+        file.ensure_directory()
         put_part(file, 3, block(1)[:1000])
         [path] = cache.folder.glob("*/.3.part")
         os.truncate(path, size_bytes)
-        assert file.part(3) == b""
+        assert file.read_partial(3) == b""
         file.put(3, block(1))
         os.link(cache.folder / path.parent.name / "3", path.with_name(".4.part"))
-        assert file.part(4) == b"", "nor is a block the start of another"
+        assert file.read_partial(4) == b"", "nor is a block the start of another"
 
 
 def test_a_block_that_many_read_at_once_is_checked_once(cache_of, monkeypatch):
     with contextlib.closing(cache_of().open("key", "about")) as file:
         file.put(3, block(1))
-    looks, is_sound = [], block_cache.is_sound
+    looks, is_sound = [], block_cache.is_intact
 
     def slowly(fd, name, index):
         looks.append(index)
@@ -127,7 +127,7 @@ def test_a_block_that_many_read_at_once_is_checked_once(cache_of, monkeypatch):
 
     monkeypatch.setattr(block_cache, "is_sound", slowly)
     with contextlib.closing(cache_of().open("key", "about")) as again:
-        found = side_by_side([lambda: whole(again, 3)] * 4, 4, "readers")
+        found = run_concurrently([lambda: whole(again, 3)] * 4, 4, "readers")
         assert [each.result() for each in found] == [block(1)] * 4
     assert looks == [3]
 
@@ -237,13 +237,13 @@ def test_what_is_on_its_way_counts_as_what_it_will_be(cache_of):
     with contextlib.closing(cache.open("key", "about")) as file:
         drafts = []
         for index in range(60):
-            draft = file.draft(index, BLOCK)
+            draft = file.begin_write(index, BLOCK)
             if draft is not None:
                 draft.write(b"x")
                 drafts.append((index, draft))
         for index, draft in drafts:
             draft.write(bytes(BLOCK - 1))
-            assert file.keep(index, draft)
+            assert file.commit(index, draft)
             draft.close()
         assert 25 <= len(drafts) <= 34
     assert on_disk(cache) <= limit
@@ -347,16 +347,16 @@ def test_a_block_is_claimed_by_one_process_at_a_time_until_it_dies(cache_of):
         [sys.executable, "-c", CLAIMER, str(cache.folder)], stdout=subprocess.PIPE
     )
     file = cache.open("key", "about")
-    file.prepare()
+    file.ensure_directory()
     try:
         assert other.stdout.readline() == b"claimed\n"
         began = time.monotonic()
-        with file.claimed(8, 10):
+        with file.lock_block(8, 10):
             assert time.monotonic() - began < 1
-        with file.claimed(7, 0.2):
+        with file.lock_block(7, 0.2):
             assert time.monotonic() - began >= 0.2
         threading.Timer(0.2, other.kill).start()
-        with file.claimed(7, 30):
+        with file.lock_block(7, 30):
             assert time.monotonic() - began < 10
     finally:
         other.kill()
@@ -492,7 +492,7 @@ class Blocks(RuleBasedStateMachine):
             file.close()
         self.files = {}
         self.cache = BlockCache(
-            Path(self.folder.name) / "blocks", Telemetry(), limit_bytes=60 * KIB, floor_bytes=0
+            Path(self.folder.name) / "blocks", Telemetry(), max_bytes=60 * KIB, min_free_bytes=0
         )
 
     def file(self, key):
@@ -582,7 +582,7 @@ def read_of(request, cache_of, monkeypatch, waits):
         def read():
             buffer = memoryview(bytearray(100))
             if request.param == "read_again":
-                assert file.read_again(0, 50, buffer, waiting)
+                assert file.read_from_open_fd(0, 50, buffer, waiting)
             else:
                 assert file.read_into(0, 50, buffer, BLOCK, waiting)
             assert buffer == block(1)[50:150]
@@ -665,7 +665,7 @@ FOREIGN_KINDS = {"fifo": os.mkfifo, "directory": os.mkdir}
 
 def in_time(work):
     """Return the result of work that must not wait for another process."""
-    return in_thread(work, "cache").result(20)
+    return run_in_thread(work, "cache").result(20)
 
 
 @pytest.mark.parametrize("kind", FOREIGN_KINDS)
@@ -681,10 +681,10 @@ def test_cache_with_another_kind_of_file_keeps_serving(cache_of, kind, name):
     with contextlib.closing(in_time(lambda: cache.open("key", "about"))) as file:
         assert file.has(3) == (name != "3"), "what is not a file is not a block"
         assert in_time(lambda: whole(file, 3)) == (None if name == "3" else block(1))
-        assert in_time(lambda: file.part(3)) == b""
+        assert in_time(lambda: file.read_partial(3)) == b""
         assert in_time(lambda: file.put(5, block(3)))
         assert in_time(lambda: whole(file, 5)) == block(3)
-        with file.claimed(3, 0.0) as is_free:
+        with file.lock_block(3, 0.0) as is_free:
             assert is_free
         if kind == "fifo":
             assert in_time(lambda: file.put(3, block(1))), "a block takes its place"

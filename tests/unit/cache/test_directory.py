@@ -15,8 +15,8 @@ from tinkerfs.cache.directory import (
     locate_cache_dir,
     prepare_cache_dir,
 )
-from tinkerfs.concurrency import side_by_side
-from tinkerfs.errors import SetupError
+from tinkerfs.concurrency import run_concurrently
+from tinkerfs.errors import StartupError
 
 OWN = f"tinkerfs-{os.getuid()}"
 
@@ -51,25 +51,25 @@ def test_prepare_cache_dir_with_a_trap_in_it_is_refused(tmp_path):
     tmp_path.chmod(0o777)
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / OWN).symlink_to("elsewhere")
-    with pytest.raises(SetupError, match="is a link"):
+    with pytest.raises(StartupError, match="is a link"):
         prepare_cache_dir(tmp_path)
     (tmp_path / OWN).unlink()
     (tmp_path / OWN).write_text("")
-    with pytest.raises(SetupError, match="not a directory"):
+    with pytest.raises(StartupError, match="not a directory"):
         prepare_cache_dir(tmp_path)
 
 
 def test_prepare_cache_dir_that_is_no_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):
-        with pytest.raises(SetupError, match="--cache-dir") as refusal:
+        with pytest.raises(StartupError, match="--cache-dir") as refusal:
             prepare_cache_dir(tmp_path / name)
         assert not isinstance(refusal.value, UnusableCacheError)
 
 
 def test_prepare_cache_dir_by_many_threads_succeeds(tmp_path):
     tmp_path.chmod(0o700)
-    made = side_by_side([lambda: prepare_cache_dir(tmp_path)] * 32, 8, "cache directory")
+    made = run_concurrently([lambda: prepare_cache_dir(tmp_path)] * 32, 8, "cache directory")
     assert {each.result() for each in made} == {tmp_path}
     assert list(tmp_path.iterdir()) == []
 

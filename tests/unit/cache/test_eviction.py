@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from tinkerfs.cache.eviction import free_bytes, kept_files
+from tinkerfs.cache.eviction import free_bytes, scan_cache
 
 
 @pytest.mark.parametrize("path", ["", "gone", "gone/too"])
@@ -12,4 +12,4 @@ def test_free_bytes_of_a_missing_directory_is_its_disks(tmp_path, path):
 
 
 def test_kept_files_of_a_missing_directory_are_none(tmp_path):
-    assert kept_files(tmp_path / "gone/too") == []
+    assert scan_cache(tmp_path / "gone/too") == []

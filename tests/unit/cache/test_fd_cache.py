@@ -7,14 +7,14 @@ import time
 import pytest
 
 from tinkerfs.cache import fd_cache
-from tinkerfs.cache.fd_cache import Descriptor, Descriptors
+from tinkerfs.cache.fd_cache import CachedFd, FdCache
 
 
 @pytest.fixture
 def opened(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"bytes")
-    return lambda: Descriptor(os.open(path, os.O_RDONLY))
+    return lambda: CachedFd(os.open(path, os.O_RDONLY))
 
 
 def is_open(fd):
@@ -39,7 +39,7 @@ def quick(monkeypatch):
 
 @pytest.mark.usefixtures("quick")
 def test_what_nobody_asks_for_is_closed_soon(opened):
-    kept = Descriptors()
+    kept = FdCache()
     for _ in range(2):  # the second time by another thread that sweeps
         fd = opened().fd
         assert not is_open(fd)
@@ -52,7 +52,7 @@ def test_what_nobody_asks_for_is_closed_soon(opened):
 
 @pytest.mark.usefixtures("quick")
 def test_what_is_kept_again_stays(opened):
-    kept = Descriptors()
+    kept = FdCache()
     kept.keep(("file", 1), opened())
     fd = kept.get(("file", 1)).fd
     until = time.monotonic() + 0.4
@@ -67,7 +67,7 @@ def test_what_is_kept_again_stays(opened):
 
 @pytest.mark.usefixtures("quick")
 def test_what_was_kept_within_a_generation_is_recent(opened):
-    kept = Descriptors()
+    kept = FdCache()
     kept.keep(("file", 1), opened())
     assert kept.recent(("file", 1)) is kept.get(("file", 1))
     deadline = time.monotonic() + 10
@@ -78,24 +78,24 @@ def test_what_was_kept_within_a_generation_is_recent(opened):
 
 def test_it_is_sound_while_it_is_the_file_that_was_found_so(opened, tmp_path):
     descriptor, path = opened(), tmp_path / "file"
-    assert not descriptor.is_sound()
-    descriptor.found_sound(os.fstat(descriptor.fd))
-    assert descriptor.is_sound()
+    assert not descriptor.is_intact()
+    descriptor.mark_intact(os.fstat(descriptor.fd))
+    assert descriptor.is_intact()
     os.utime(path, ns=(0, os.stat(path).st_mtime_ns))
-    assert descriptor.is_sound(), "it was used"
+    assert descriptor.is_intact(), "it was used"
     os.truncate(path, 4)
-    assert not descriptor.is_sound()
-    descriptor.found_sound(os.fstat(descriptor.fd))
+    assert not descriptor.is_intact()
+    descriptor.mark_intact(os.fstat(descriptor.fd))
     os.utime(path, ns=(0, 0))
-    assert not descriptor.is_sound()
-    descriptor.found_sound(os.fstat(descriptor.fd))
+    assert not descriptor.is_intact()
+    descriptor.mark_intact(os.fstat(descriptor.fd))
     path.unlink()
-    assert not descriptor.is_sound()
+    assert not descriptor.is_intact()
 
 
 def test_there_is_a_bound(opened, monkeypatch):
-    monkeypatch.setattr(fd_cache, "MOST", 4)
-    kept = Descriptors()
+    monkeypatch.setattr(fd_cache, "MAX_FDS", 4)
+    kept = FdCache()
     for number in range(20):
         kept.keep(("file", number), opened())
     found = [number for number in range(20) if kept.get(("file", number)) is not None]
@@ -105,15 +105,15 @@ def test_there_is_a_bound(opened, monkeypatch):
 
 def test_they_are_a_share_of_what_the_process_may_have_open(opened, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (64, 64))
-    kept = Descriptors()
+    kept = FdCache()
     for number in range(40):
         kept.keep(("file", number), opened())
     assert len([n for n in range(40) if kept.get(("file", n)) is not None]) == 16
 
 
 def test_what_is_kept_again_ages_nothing(opened, monkeypatch):
-    monkeypatch.setattr(fd_cache, "MOST", 4)
-    kept = Descriptors()
+    monkeypatch.setattr(fd_cache, "MAX_FDS", 4)
+    kept = FdCache()
     for number in range(8):
         kept.keep(("file", number), opened())
     for _ in range(9):
@@ -125,7 +125,7 @@ def test_nothing_is_kept_where_nobody_can_sweep(opened, monkeypatch):
     def none(*_):
         raise RuntimeError("can't start new thread")
 
-    kept = Descriptors()
+    kept = FdCache()
     with monkeypatch.context() as patch:
         patch.setattr(fd_cache, "in_thread", none)
         kept.keep(("file", 1), opened())
@@ -135,7 +135,7 @@ def test_nothing_is_kept_where_nobody_can_sweep(opened, monkeypatch):
 
 
 def test_those_of_a_file_can_be_let_go_of_but_not_from_under_who_reads(opened):
-    kept = Descriptors()
+    kept = FdCache()
     kept.keep(("file", 1), opened())
     kept.keep(("other", 1), opened())
     reading = kept.get(("file", 1))

@@ -8,8 +8,8 @@ import pytest
 from tests.support.clocks import FakeTime
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.block_cache import BlockCache
-from tinkerfs.cache.maintenance import BadBlock, cached_files, clear, verify
-from tinkerfs.concurrency import in_thread
+from tinkerfs.cache.maintenance import CorruptBlock, cached_files, clear, verify
+from tinkerfs.concurrency import run_in_thread
 from tinkerfs.telemetry import Telemetry
 
 BLOCK = 64 << 10
@@ -23,7 +23,7 @@ def time():
 @pytest.fixture
 def cache(tmp_path, time):
     cache = BlockCache(
-        tmp_path / "blocks", Telemetry(), time.clock, limit_bytes=1 << 30, floor_bytes=0
+        tmp_path / "blocks", Telemetry(), time.clock, max_bytes=1 << 30, min_free_bytes=0
     )
     for name in ("one", "two"):
         with contextlib.closing(cache.open(name, f"tinker://{name}")) as file:
@@ -41,10 +41,10 @@ def test_what_is_kept_is_told_the_latest_first(cache, time):
     with contextlib.closing(cache.open("one", "tinker://one")) as file:
         file.read(0, 0, 9, 3 * BLOCK)
         one, two = cached_files(cache.folder)
-        assert (one.about, two.about) == ("tinker://one", "tinker://two")
+        assert (one.description, two.description) == ("tinker://one", "tinker://two")
         assert (one.is_open, two.is_open) == (True, False)
-        assert (one.blocks, one.used_ns) == (3, time.now * 1e9)
-        assert one.fetched_ns < two.fetched_ns < one.used_ns
+        assert (one.blocks, one.last_access_ns) == (3, time.now * 1e9)
+        assert one.fetched_ns < two.fetched_ns < one.last_access_ns
         assert 9 * BLOCK <= one.size_bytes < 10 * BLOCK
 
 
@@ -64,7 +64,7 @@ def test_blocks_that_were_altered_are_told_and_removed(cache):
     first.write_bytes(bytes(first.stat().st_size))
     second.unlink()
     second.symlink_to(first)
-    bad = [BadBlock("tinker://two", 0), BadBlock("tinker://two", 1)]
+    bad = [CorruptBlock("tinker://two", 0), CorruptBlock("tinker://two", 1)]
     assert verify(cache.folder, lambda about: about.endswith("one")) == (3, [])
     assert verify(cache.folder, everything) == (4, bad)
     assert verify(cache.folder, everything) == (4, [])
@@ -73,11 +73,12 @@ def test_blocks_that_were_altered_are_told_and_removed(cache):
 def test_what_is_kept_is_told_of_the_length_where_that_is_known(cache):
     with contextlib.closing(cache.open("three", "tinker://three", 5 * BLOCK)) as file:
         file.put(4, b"x" * BLOCK)
-        with contextlib.closing(file.draft(3, BLOCK)) as draft:
+        with contextlib.closing(file.begin_write(3, BLOCK)) as draft:
             draft.write(b"y" * 100)
-            file.keep_part(3, draft)
+            file.commit_partial(3, draft)
     lengths = {
-        each.about: (each.data_bytes, each.length_bytes) for each in cached_files(cache.folder)
+        each.description: (each.data_bytes, each.length_bytes)
+        for each in cached_files(cache.folder)
     }
     assert lengths == {
         "tinker://one": (9 * BLOCK, None),
@@ -86,7 +87,7 @@ def test_what_is_kept_is_told_of_the_length_where_that_is_known(cache):
     }
     with contextlib.closing(cache.open("one", "tinker://one", 9 * BLOCK)):
         pass
-    [one] = [each for each in cached_files(cache.folder) if each.about == "tinker://one"]
+    [one] = [each for each in cached_files(cache.folder) if each.description == "tinker://one"]
     assert one.length_bytes == 9 * BLOCK, "who knows it later says so"
 
 
@@ -105,11 +106,11 @@ def test_what_no_longer_says_what_it_is_can_still_be_told_and_cleared(cache, spo
         about.unlink()
     else:
         about.write_bytes(spoilt)
-    [lost] = [each for each in cached_files(cache.folder) if each.about == "?"]
+    [lost] = [each for each in cached_files(cache.folder) if each.description == "?"]
     assert (lost.blocks, lost.length_bytes) == (3, None)
     assert clear(cache.folder, lambda about: about == "?") == lost.size_bytes
     with contextlib.closing(cache.open("two", "tinker://two")):
-        assert [each.about for each in cached_files(cache.folder)] == ["tinker://two"]
+        assert [each.description for each in cached_files(cache.folder)] == ["tinker://two"]
 
 
 def test_who_opens_a_file_again_does_not_write_what_it_is_again(cache):
@@ -125,7 +126,7 @@ def test_what_is_wanted_is_cleared_open_or_not(cache):
         assert clear(cache.folder, lambda about: about.endswith("one")) >= 9 * BLOCK
         assert file.read(0, 0, 9, 3 * BLOCK) is None
         assert file.put(0, b"x" * BLOCK)
-        assert {each.about for each in cached_files(cache.folder)} == {
+        assert {each.description for each in cached_files(cache.folder)} == {
             "tinker://one",
             "tinker://two",
         }
@@ -138,8 +139,8 @@ def test_verify_and_clear_with_a_fifo_end(cache):
     path.unlink()
     os.mkfifo(path)
     path.with_name("7").mkdir()
-    sound, bad = in_thread(lambda: verify(cache.folder, everything), "verify").result(20)
-    assert (sound, bad) == (5, [BadBlock("tinker://one", 0)])
+    sound, bad = run_in_thread(lambda: verify(cache.folder, everything), "verify").result(20)
+    assert (sound, bad) == (5, [CorruptBlock("tinker://one", 0)])
     os.mkfifo(path)
-    in_thread(lambda: clear(cache.folder, everything), "clear").result(20)
+    run_in_thread(lambda: clear(cache.folder, everything), "clear").result(20)
     assert cached_files(cache.folder) == []

@@ -3,10 +3,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from tinkerfs import errors
-from tinkerfs.cache.result_stream import Parts
-from tinkerfs.context import Call
+from tinkerfs.cache.result_stream import ResultStream
+from tinkerfs.context import RequestContext
 
-CALL = Call(timeout_s=30.0)
+CALL = RequestContext(timeout_s=30.0)
 
 
 def outcome(error=None):
@@ -19,9 +19,9 @@ def outcome(error=None):
 
 
 def test_each_is_had_once_as_it_comes():
-    parts = Parts()
+    parts = ResultStream()
     parts.add([("a", 1), ("b", 2)])
-    each = parts.each(CALL)
+    each = parts.iterate(CALL)
     assert [next(each), next(each)] == [1, 2]
     with ThreadPoolExecutor() as threads:
         third = threads.submit(next, each)
@@ -29,13 +29,13 @@ def test_each_is_had_once_as_it_comes():
         assert third.result(10) == 3
         parts.add([("a", 10)])
         rest = threads.submit(list, each)
-        parts.end(outcome())
+        parts.close(outcome())
         assert rest.result(10) == []
-    assert list(parts.each(CALL)) == [1, 2, 3], "who comes late gets all of it"
+    assert list(parts.iterate(CALL)) == [1, 2, 3], "who comes late gets all of it"
 
 
 def test_one_of_them_is_found_by_its_key():
-    parts = Parts()
+    parts = ResultStream()
     assert parts.find("a") is None
     parts.add([("a", 1)])
     parts.add([("a", 2)])
@@ -43,32 +43,32 @@ def test_one_of_them_is_found_by_its_key():
 
 
 def test_a_failure_comes_after_what_came_before_it():
-    parts = Parts()
+    parts = ResultStream()
     parts.add([("a", 1)])
-    parts.end(outcome(errors.ServerError("no more")))
-    each = parts.each(CALL)
+    parts.close(outcome(errors.ServerError("no more")))
+    each = parts.iterate(CALL)
     assert next(each) == 1
     with pytest.raises(errors.ServerError):
         next(each)
 
 
 def test_the_first_is_waited_for_as_anything_is_and_the_others_in_their_own_bound():
-    parts = Parts()
+    parts = ResultStream()
     with pytest.raises(TimeoutError):
-        next(parts.each(Call(timeout_s=0.01, part_timeout_s=30.0)))
+        next(parts.iterate(RequestContext(timeout_s=0.01, page_timeout_s=30.0)))
     parts.add([("a", 1)])
-    each = parts.each(Call(timeout_s=30.0, part_timeout_s=0.01))
+    each = parts.iterate(RequestContext(timeout_s=30.0, page_timeout_s=0.01))
     assert next(each) == 1
     with pytest.raises(TimeoutError):
         next(each)
 
 
 def test_none_is_lost_between_threads():
-    parts, count = Parts(), 20_000
+    parts, count = ResultStream(), 20_000
     with ThreadPoolExecutor(5) as threads:
-        readers = [threads.submit(lambda: list(parts.each(CALL))) for _ in range(4)]
+        readers = [threads.submit(lambda: list(parts.iterate(CALL))) for _ in range(4)]
         for start in range(0, count, 7):
             parts.add((n, n) for n in range(start, min(start + 7, count)))
-        parts.end(outcome())
+        parts.close(outcome())
         for reader in readers:
             assert reader.result(30) == list(range(count))

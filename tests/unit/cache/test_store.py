@@ -6,22 +6,22 @@ import stat
 import pytest
 
 from tinkerfs import errors
-from tinkerfs.cache.store import Store
-from tinkerfs.concurrency import in_thread
+from tinkerfs.cache.store import MetadataStore
+from tinkerfs.concurrency import run_in_thread
 
 
 def test_what_is_put_is_there_in_the_next_mount(tmp_path):
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         store.put("space", "key\udcff", b"\0bytes")
         store.put("space", "key\udcff", b"newer")
         assert store.get("other", "key\udcff") is None
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         assert store.get("space", "key\udcff") == b"newer"
         assert store.get("space", "key") is None
 
 
 def test_two_mounts_share_it(tmp_path):
-    with Store(tmp_path) as one, Store(tmp_path) as other:
+    with MetadataStore(tmp_path) as one, MetadataStore(tmp_path) as other:
         one.put("s", "k", b"v")
         assert other.get("s", "k") == b"v"
         other.put("s", "k2", b"v2")
@@ -29,7 +29,7 @@ def test_two_mounts_share_it(tmp_path):
 
 
 def test_its_file_is_private(tmp_path):
-    with Store(tmp_path):
+    with MetadataStore(tmp_path):
         modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {0o600}
 
@@ -40,7 +40,7 @@ def test_its_file_is_private(tmp_path):
 )
 def test_a_broken_file_is_made_anew_and_told(tmp_path, garbage, caplog):
     (tmp_path / "metadata.sqlite3").write_bytes(garbage)
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         store.put("s", "k", b"v")
         assert store.get("s", "k") == b"v"
     assert "made anew" in caplog.text
@@ -49,7 +49,7 @@ def test_a_broken_file_is_made_anew_and_told(tmp_path, garbage, caplog):
 @pytest.mark.expect_warnings("made anew|goes on without")
 def test_a_store_that_cannot_be_opened_keeps_nothing_and_fails_nobody(tmp_path, caplog):
     (tmp_path / "metadata.sqlite3").mkdir()
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         store.put("s", "k", b"v")
         assert store.get("s", "k") is None
     assert caplog.text.count("goes on without") == 1
@@ -59,7 +59,7 @@ def test_a_store_that_cannot_be_opened_keeps_nothing_and_fails_nobody(tmp_path, 
 
 
 def test_durable_record_is_there_in_every_process_and_goes(tmp_path):
-    with Store(tmp_path) as one, Store(tmp_path) as other:
+    with MetadataStore(tmp_path) as one, MetadataStore(tmp_path) as other:
         version = other.data_version()
         assert other.data_version() == version
         one.put_durable("s", "key\udcff\n", b"v")
@@ -72,12 +72,12 @@ def test_durable_record_is_there_in_every_process_and_goes(tmp_path):
 
 
 def test_durable_record_outlives_another_schema_version(tmp_path):
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         store.put("s", "k", b"lost")
         store.put_durable("s", "k", b"kept")
     with contextlib.closing(sqlite3.connect(tmp_path / "metadata.sqlite3")) as connection:
         connection.execute("PRAGMA user_version=99")
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         assert store.get("s", "k") is None
         assert store.durable("s") == {"k": b"kept"}
 
@@ -85,11 +85,11 @@ def test_durable_record_outlives_another_schema_version(tmp_path):
 def test_durable_record_that_cannot_be_written_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("tinkerfs.cache.store._BUSY_TIMEOUT_S", 0.01)
     path = tmp_path / "metadata.sqlite3"
-    with Store(tmp_path) as store, contextlib.closing(sqlite3.connect(path)) as other:
+    with MetadataStore(tmp_path) as store, contextlib.closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(OSError, match="locked") as raised:
             store.put_durable("s", "k", b"v")
-        assert errors.name_of(raised.value) == "EIO"
+        assert errors.errno_name(raised.value) == "EIO"
         other.rollback()
         store.put_durable("s", "k", b"v")
         path.rename(tmp_path / "elsewhere")
@@ -102,21 +102,24 @@ def test_durable_record_that_cannot_be_written_raises(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="not open"):
         store.put_durable("s", "k", b"v")
     assert (store.durable("s"), store.data_version()) == ({}, None)
-    with Store(None) as store, pytest.raises(OSError, match=r"in memory \(hint: set --cache-dir\)"):
+    with (
+        MetadataStore(None) as store,
+        pytest.raises(OSError, match=r"in memory \(hint: set --cache-dir\)"),
+    ):
         store.put_durable("s", "k", b"v")
 
 
 @pytest.mark.expect_warnings("made anew|goes on without")
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
 def test_store_with_a_fifo_is_made_again(tmp_path, suffix):
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         store.put("s", "k", b"v")
     (tmp_path / f"metadata.sqlite3{suffix}").unlink(missing_ok=True)
     os.mkfifo(tmp_path / f"metadata.sqlite3{suffix}")
 
     def use():
-        with Store(tmp_path) as store:
+        with MetadataStore(tmp_path) as store:
             store.put("s", "k", b"v")
             return store.get("s", "k")
 
-    assert in_thread(use, "store").result(20) == b"v"
+    assert run_in_thread(use, "store").result(20) == b"v"

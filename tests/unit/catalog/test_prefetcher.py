@@ -9,8 +9,14 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.catalog import prefetcher
 from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, RunListing
-from tinkerfs.catalog.prefetcher import WALK_WINDOW_S, Order, Places, Walks, in_order
-from tinkerfs.context import Interest
+from tinkerfs.catalog.prefetcher import (
+    WALK_WINDOW_S,
+    OrderIndex,
+    TraversalOrder,
+    TraversalPrefetcher,
+    in_order,
+)
+from tinkerfs.context import Priority
 
 MOST = 16
 
@@ -24,7 +30,9 @@ class Account:
     """
 
     def __init__(self, runs, most=MOST):
-        self.runs = RunListing.of(models.TrainingRun(run_id=run_id, raw=b"{}") for run_id in runs)
+        self.runs = RunListing.from_runs(
+            models.TrainingRun(run_id=run_id, raw=b"{}") for run_id in runs
+        )
         self.listings = {
             run_id: CheckpointListing.of(
                 run_id, (models.Checkpoint.of(checkpoint_id=name, raw=b"{}") for name in names)
@@ -32,16 +40,16 @@ class Account:
             for run_id, names in runs.items()
         }
         self.time = FakeTime()
-        self.walks = Walks(most, self.time.clock)
+        self.walks = TraversalPrefetcher(most, self.time.clock)
         self.asked, self.ahead = [], 0
         self.most_ahead = 0
         self._under_way = []
 
     def look_into(self, run_id):
         if self.walks.is_ahead(run_id):
-            self._go(self.walks.at_run(run_id, self.runs))
+            self._go(self.walks.on_run_access(run_id, self.runs))
         if run_id not in self.asked:
-            self._go(self.walks.at_run(run_id, self.runs))
+            self._go(self.walks.on_run_access(run_id, self.runs))
             self._ask(run_id)
         self._come(run_id)
         return self.listings[run_id]
@@ -49,13 +57,13 @@ class Account:
     def read_info(self, checkpoint, knows_siblings=True):
         siblings = self.listings[checkpoint.run_id] if knows_siblings else None
         if self.walks.is_ahead(checkpoint.key) or checkpoint.key not in self.asked:
-            self._go(self.walks.at_info(checkpoint, siblings, self.runs))
+            self._go(self.walks.on_info_access(checkpoint, siblings, self.runs))
         if checkpoint.key not in self.asked:
             self._ask(checkpoint.key)
         self._come(checkpoint.key)
 
     def walk(self, order, *, infos=True):
-        places = Places(self.runs.by_id)
+        places = OrderIndex(self.runs.by_id)
         for at in range(len(places)):
             listing = self.look_into(places.name(order, at))
             for checkpoint in in_order(listing, order) if infos else ():
@@ -80,7 +88,7 @@ class Account:
             if key not in self.asked:
                 self._ask(key)
                 self.ahead += 1
-                self.most_ahead = max(self.most_ahead, len(walk.ahead))
+                self.most_ahead = max(self.most_ahead, len(walk.outstanding))
                 continue
             if isinstance(step, str) and step not in self._under_way:
                 self.walks.listed(step, self.listings[step])
@@ -111,7 +119,7 @@ ACCOUNTS = st.dictionaries(
 )
 
 
-@given(ACCOUNTS, st.sampled_from(list(Order)), st.booleans(), st.integers(2, 20))
+@given(ACCOUNTS, st.sampled_from(list(TraversalOrder)), st.booleans(), st.integers(2, 20))
 def test_a_whole_walk_asks_for_everything_once_and_never_far_ahead(runs, order, infos, most):
     account = Account(runs, most)
     account.walk(order, infos=infos)
@@ -137,9 +145,9 @@ def test_looks_in_any_order_ask_for_nothing_that_is_not_there_and_nothing_twice(
     assert set(account.asked) <= {*runs, *(c.key for c in every)}
 
 
-@given(ACCOUNTS, st.sampled_from(list(Order)))
+@given(ACCOUNTS, st.sampled_from(list(TraversalOrder)))
 def test_places(runs, order):
-    places = Places(runs)
+    places = OrderIndex(runs)
     row = [places.name(order, place) for place in range(len(places))]
     wanted = sorted(runs) if order.is_by_name else list(runs)
     assert row == (wanted[::-1] if order.is_backwards else wanted)
@@ -147,10 +155,10 @@ def test_places(runs, order):
     assert places.place(order, "absent") is None
 
 
-@pytest.mark.parametrize("order", list(Order))
+@pytest.mark.parametrize("order", list(TraversalOrder))
 def test_one_run_is_no_walk_and_the_second_beside_it_is(order):
     account = Account(shuffled(numbered(40)))
-    places = Places(account.runs.by_id)
+    places = OrderIndex(account.runs.by_id)
     account.look_into(places.name(order, 5))
     account.look_into(places.name(order, 5))
     assert account.ahead == 0
@@ -185,7 +193,7 @@ def test_more_is_asked_ahead_only_as_the_walk_goes_on():
 def test_a_walk_for_weights_infos_has_them_asked_from_the_first_of_the_next_run():
     account = Account(numbered(10, checkpoints=4))
     for run_id in ("r000", "r001"):
-        for checkpoint in in_order(account.look_into(run_id), Order.BY_NAME):
+        for checkpoint in in_order(account.look_into(run_id), TraversalOrder.BY_NAME):
             account.read_info(checkpoint)
     assert ("r002", "weights", "0") in account.asked
     assert "r003" in account.asked
@@ -193,7 +201,7 @@ def test_a_walk_for_weights_infos_has_them_asked_from_the_first_of_the_next_run(
 
 def test_the_first_weights_info_has_a_few_asked_ahead_and_the_next_ones_more():
     account = Account(numbered(1, checkpoints=100))
-    row = in_order(account.look_into("r000"), Order.BY_NAME)
+    row = in_order(account.look_into("r000"), TraversalOrder.BY_NAME)
     ahead = []
     for number in range(3, 8):
         account.read_info(row[number])
@@ -202,7 +210,7 @@ def test_the_first_weights_info_has_a_few_asked_ahead_and_the_next_ones_more():
     assert set(account.asked[1:]) == {each.key for each in row[3 : 8 + MOST]}
 
 
-@pytest.mark.parametrize("order", list(Order))
+@pytest.mark.parametrize("order", list(TraversalOrder))
 def test_the_second_weights_info_tells_the_order(order):
     # Listed in steps of eight: what stands beside a name in one order does not in the other.
     names = [f"weights/{n:02}" for n in sorted(range(40), key=lambda n: n % 8)]
@@ -219,17 +227,17 @@ def test_the_second_weights_info_tells_the_order(order):
 
 def test_who_has_no_order_is_not_asked_for_one_again_and_again(monkeypatch):
     account = Account(numbered(1, checkpoints=400))
-    row = in_order(account.look_into("r000"), Order.BY_NAME)
+    row = in_order(account.look_into("r000"), TraversalOrder.BY_NAME)
     sought = []
     monkeypatch.setattr(prefetcher, "_are_next", lambda *args: sought.append(args) or False)
     for number in range(400):
         account.read_info(row[number * 37 % 400])
-    assert len(sought) <= 10 * len(Order)
+    assert len(sought) <= 10 * len(TraversalOrder)
 
 
 def test_who_asks_for_one_weights_info_of_a_run_and_no_more_has_four_others_asked():
     account = Account(numbered(1, checkpoints=100))
-    account.read_info(in_order(account.look_into("r000"), Order.BY_NAME)[50])
+    account.read_info(in_order(account.look_into("r000"), TraversalOrder.BY_NAME)[50])
     for _ in range(3):
         account._come(account.asked[-1])
         account.time.advance(WALK_WINDOW_S)
@@ -239,7 +247,7 @@ def test_who_asks_for_one_weights_info_of_a_run_and_no_more_has_four_others_aske
 @given(st.permutations(range(12)))
 def test_who_asks_for_infos_in_no_order_soon_has_all_of_them_asked(numbers):
     account = Account(numbered(1, checkpoints=12))
-    row = in_order(account.look_into("r000"), Order.LISTED)
+    row = in_order(account.look_into("r000"), TraversalOrder.LISTED)
     for number in numbers[:6]:
         account.read_info(row[number])
     assert len(account.asked) == 13
@@ -250,7 +258,7 @@ def test_a_walk_in_another_order_than_it_seemed_is_followed_from_its_third_run()
     names = ["r000", "r001", *(f"r{n:03}" for n in range(2, 40, 2))]
     names += [f"r{n:03}" for n in range(3, 40, 2)]
     account = Account(dict.fromkeys(names, ()))
-    account.walk(Order.BY_NAME)
+    account.walk(TraversalOrder.BY_NAME)
     assert len(account.asked) == len(names)
     assert account.ahead > len(names) / 2
 
@@ -284,16 +292,16 @@ def test_an_outage_ends_asking_ahead_unless_somebody_waits(is_awaited):
     assert account.walks.is_ahead("r003")
     with (
         pytest.raises(errors.ServerError),
-        account.walks.asking("r002", Interest(is_awaited=is_awaited)),
+        account.walks.stop_on_outage("r002", Priority(is_demand=is_awaited)),
     ):
         raise errors.ServerError("down")
     assert account.walks.is_ahead("r003") == is_awaited
 
 
 def test_unknown_runs_and_siblings_are_no_walk():
-    walks = Walks(MOST, FakeTime().clock)
+    walks = TraversalPrefetcher(MOST, FakeTime().clock)
     for number in range(3):
-        assert walks.at_run(f"r{number}", None) is None
+        assert walks.on_run_access(f"r{number}", None) is None
         record = models.Checkpoint.of(checkpoint_id=f"weights/{number}", raw=b"{}")
-        assert walks.at_info(Checkpoint.of("r", record), None, None) is None
+        assert walks.on_info_access(Checkpoint.from_record("r", record), None, None) is None
     walks.clear()

@@ -18,8 +18,8 @@ from tests.support.drivers import opened as mounted
 from tests.support.mount import wait_until
 from tests.support.server import demo_server, server  # noqa: F401
 from tinkerfs.api import models
-from tinkerfs.cache.store import Store
-from tinkerfs.catalog.listings import CheckpointListing, UserListing
+from tinkerfs.cache.store import MetadataStore
+from tinkerfs.catalog.listings import AccountListing, CheckpointListing
 from tinkerfs.catalog.trash import SETTLED_S, Trash, TrashState
 
 LISTINGS = ("GET training_runs/{run}/checkpoints", "GET checkpoints")
@@ -59,7 +59,7 @@ def opened(tmp_path, time):
     with ExitStack() as stack:
 
         def make(key="a", folder=tmp_path):
-            store = stack.enter_context(Store(folder))
+            store = stack.enter_context(MetadataStore(folder))
             return stack.enter_context(Trash(store, URL, lambda: key, time.clock))
 
         yield make
@@ -81,7 +81,7 @@ def test_visible_with_a_confirmed_removal_leaves_it_out(opened, time):
     assert names(trash.visible(RUN, now).all) == []
     assert trash.visible(RUN, now).kinds == ("weights",)
     assert names(trash.of_run(RUN, now)) == ["1"]
-    user = UserListing.of(now.all)
+    user = AccountListing.of(now.all)
     assert trash.visible_of_user(user).by_key == {}
     assert trash.visible_of_user(user) is trash.visible_of_user(user)
 
@@ -89,7 +89,7 @@ def test_visible_with_a_confirmed_removal_leaves_it_out(opened, time):
 def test_visible_without_records_is_the_listing_itself(opened):
     trash, now = opened(), listing(("1", 100, None))
     assert trash.visible(RUN, now) is now
-    assert trash.visible_of_user(user := UserListing.of(now.all)) is user
+    assert trash.visible_of_user(user := AccountListing.of(now.all)) is user
 
 
 @pytest.mark.parametrize("expires_in_s", [None, DAY_S + 10, 30 * DAY_S])
@@ -222,7 +222,7 @@ def test_trash_of_two_processes_shows_the_others_changes(opened, time):
 
 
 def test_trash_with_foreign_bytes_in_the_store_ignores_them(opened, tmp_path, time):
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         for number, value in enumerate((b"", b"{}", b"[" * 10_000, b'{"run_id": 1}', b"\xff")):
             store.put_durable(f"trash {URL}", str(number), value)
     trash = opened()
@@ -292,7 +292,7 @@ def test_trash_under_another_key_counts_for_own_runs_only(opened, time):
 
 def test_trash_after_the_key_was_replaced_in_a_mount_counts(tmp_path, time):
     keys = ["a"]
-    with Store(tmp_path) as store, Trash(store, URL, lambda: keys[-1], time.clock) as trash:
+    with MetadataStore(tmp_path) as store, Trash(store, URL, lambda: keys[-1], time.clock) as trash:
         now = trashed(trash, time)
         assert names(trash.visible(RUN, now).all) == []
         keys.append("b")
@@ -301,7 +301,10 @@ def test_trash_after_the_key_was_replaced_in_a_mount_counts(tmp_path, time):
 
 def test_trash_of_another_server_does_not_count(opened, tmp_path, time):
     now = trashed(opened(), time)
-    with Store(tmp_path) as store, Trash(store, f"{URL}2", lambda: "a", time.clock) as other:
+    with (
+        MetadataStore(tmp_path) as store,
+        Trash(store, f"{URL}2", lambda: "a", time.clock) as other,
+    ):
         assert names(other.visible(RUN, now).all) == ["1"]
 
 
@@ -345,7 +348,7 @@ class TrashMachine(RuleBasedStateMachine):
         if self.process is not None:
             self.process.close()
         self.process = ExitStack()
-        store = self.process.enter_context(Store(self.folder))
+        store = self.process.enter_context(MetadataStore(self.folder))
         self.trash = self.process.enter_context(Trash(store, URL, lambda: "key", self.time.clock))
 
     @rule(
@@ -424,7 +427,7 @@ class TrashMachine(RuleBasedStateMachine):
         left = sorted(self.server.keys() - self.removed)
         assert names(self.trash.visible(RUN, now).all) == left
         assert names(self.trash.of_run(RUN, now)) == sorted(self.removed)
-        user = UserListing.of(now.all)
+        user = AccountListing.of(now.all)
         assert names(self.trash.visible_of_user(user).by_key.values()) == left
 
 

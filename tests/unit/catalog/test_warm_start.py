@@ -13,10 +13,10 @@ from tests.support.server import demo_server, server  # noqa: F401
 from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.api.credentials import Credentials
-from tinkerfs.cache.store import Store
+from tinkerfs.cache.store import MetadataStore
 from tinkerfs.catalog import warm_start as module
-from tinkerfs.catalog.listings import CheckpointListing, RunListing, UserListing
-from tinkerfs.catalog.warm_start import Warm
+from tinkerfs.catalog.listings import AccountListing, CheckpointListing, RunListing
+from tinkerfs.catalog.warm_start import ListingSnapshots
 
 RUNS, LISTING = "GET training_runs", "GET training_runs/{run}/checkpoints"
 URL = "http://server.invalid"
@@ -29,7 +29,7 @@ def time():
 
 
 def runs(*run_ids):
-    return RunListing.of(
+    return RunListing.from_runs(
         models.TrainingRun(run_id=run_id, raw=b'{"training_run_id":"%s"}' % run_id.encode())
         for run_id in run_ids
     )
@@ -55,7 +55,10 @@ def warm(folder, time, *, key="tml-one", url=URL):
     time.advance(1)
     credentials = Credentials({"TINKER_API_KEY": key}, home=str(folder), clock=time.clock)
     credentials.get()
-    with Store(folder) as store, Warm(store, url, credentials, time.clock, stale_s=DAY_S) as kept:
+    with (
+        MetadataStore(folder) as store,
+        ListingSnapshots(store, url, credentials, time.clock, stale_s=DAY_S) as kept,
+    ):
         yield kept
 
 
@@ -64,12 +67,12 @@ def warm(folder, time, *, key="tml-one", url=URL):
 
 def test_listings_are_there_in_the_next_mount_as_the_server_told_them(tmp_path, time):
     listing = checkpoints("r1", "weights/1", "sampler_weights/1")
-    user = UserListing.of(listing.all)
+    user = AccountListing.of(listing.all)
     with warm(tmp_path, time) as kept:
         assert kept.runs() is None
-        kept.keep_runs(runs("r1", "r2"))
-        kept.keep_checkpoints("r1", listing)
-        kept.keep_user(user)
+        kept.save_runs(runs("r1", "r2"))
+        kept.save_checkpoints("r1", listing)
+        kept.save_account(user)
     with warm(tmp_path, time) as kept:
         assert kept.runs() == runs("r1", "r2")
         assert kept.checkpoints("r1") == listing
@@ -80,8 +83,8 @@ def test_listings_are_there_in_the_next_mount_as_the_server_told_them(tmp_path, 
 def test_a_long_listing_is_kept_whole(tmp_path, time):
     many = runs(*(f"run-{n}" for n in range(1000)))
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(many)
-        kept.keep_checkpoints("empty", checkpoints("empty"))
+        kept.save_runs(many)
+        kept.save_checkpoints("empty", checkpoints("empty"))
     with warm(tmp_path, time) as kept:
         assert kept.runs() == many
         assert kept.checkpoints("empty") == checkpoints("empty")
@@ -89,7 +92,7 @@ def test_a_long_listing_is_kept_whole(tmp_path, time):
 
 def test_another_key_or_server_never_sees_them_and_the_key_is_nowhere(tmp_path, time):
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(runs("r1"))
+        kept.save_runs(runs("r1"))
     with warm(tmp_path, time, key="tml-other") as kept:
         assert kept.runs() is None
     with warm(tmp_path, time, url="http://other.invalid") as kept:
@@ -100,16 +103,16 @@ def test_another_key_or_server_never_sees_them_and_the_key_is_nowhere(tmp_path, 
 
 def test_a_refused_key_sees_nothing(tmp_path, time):
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(runs("r1"))
+        kept.save_runs(runs("r1"))
     with warm(tmp_path, time) as kept:
         assert kept.runs() is not None
-        kept._credentials.rejected("tml-one", errors.Unauthorized("revoked", status=401))
+        kept._credentials.on_unauthorized("tml-one", errors.Unauthorized("revoked", status=401))
         assert kept.runs() is None
 
 
 def test_what_is_older_than_the_last_good_answer_may_be_is_not_shown(tmp_path, time):
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(runs("r1"))
+        kept.save_runs(runs("r1"))
     time.advance(DAY_S - 2)
     with warm(tmp_path, time) as kept:
         assert kept.runs() is not None
@@ -120,7 +123,7 @@ def test_what_is_older_than_the_last_good_answer_may_be_is_not_shown(tmp_path, t
 
 def test_a_mount_is_never_shown_what_itself_or_a_later_one_wrote(tmp_path, time):
     with warm(tmp_path, time) as early, warm(tmp_path, time) as late:
-        late.keep_runs(runs("r1"))
+        late.save_runs(runs("r1"))
         late.__exit__(None, None, None)
         assert early.runs() is None
         assert late.runs() is None
@@ -128,9 +131,9 @@ def test_a_mount_is_never_shown_what_itself_or_a_later_one_wrote(tmp_path, time)
 
 def test_a_change_takes_what_tells_of_its_run(tmp_path, time):
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(runs("r1"))
+        kept.save_runs(runs("r1"))
         for run_id in ("r1", "r2"):
-            kept.keep_checkpoints(run_id, checkpoints(run_id, "weights/1"))
+            kept.save_checkpoints(run_id, checkpoints(run_id, "weights/1"))
         kept.changed("r1")
     with warm(tmp_path, time) as kept:
         assert kept.runs() is None
@@ -141,7 +144,7 @@ def test_a_change_takes_what_tells_of_its_run(tmp_path, time):
 def test_after_a_refresh_nothing_is_shown_and_nothing_is_left_of_the_account(tmp_path, time):
     for key in ("tml-one", "tml-other"):
         with warm(tmp_path, time, key=key) as kept:
-            kept.keep_runs(runs(key))
+            kept.save_runs(runs(key))
     with warm(tmp_path, time) as kept:
         kept.forget()
         assert kept.runs() is None
@@ -153,7 +156,7 @@ def test_after_a_refresh_nothing_is_shown_and_nothing_is_left_of_the_account(tmp
 
 def test_what_cannot_be_read_any_more_is_not_there(tmp_path, time):
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(runs("r1"))
+        kept.save_runs(runs("r1"))
     for garbage in (b"no zlib", module.zlib.compress(b"no JSON"), module.zlib.compress(b"{}")):
         with warm(tmp_path, time) as kept:
             kept._store.put_listing(kept._account(), "runs", time.now - 1, garbage)
@@ -161,20 +164,20 @@ def test_what_cannot_be_read_any_more_is_not_there(tmp_path, time):
 
 
 def test_all_that_is_kept_is_bounded_and_the_oldest_go(tmp_path, time):
-    with Store(tmp_path) as store:
+    with MetadataStore(tmp_path) as store:
         for number in range(10):
             store.put_listing("account", f"{number}", float(number), b"x" * 100)
-        store.trim_listings(350)
+        store.evict_listings(350)
         kept = [number for number in range(10) if store.listing("account", f"{number}")]
     assert kept == [7, 8, 9]
 
 
 def test_a_listing_that_is_too_long_is_not_kept_nor_the_one_before(tmp_path, time, monkeypatch):
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(runs("r1"))
+        kept.save_runs(runs("r1"))
     monkeypatch.setattr(module, "MAX_LISTING_BYTES", 100)
     with warm(tmp_path, time) as kept:
-        kept.keep_runs(runs("r1" * 100))
+        kept.save_runs(runs("r1" * 100))
     with warm(tmp_path, time) as kept:
         assert kept.runs() is None
 

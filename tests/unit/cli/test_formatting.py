@@ -1,6 +1,6 @@
 import pytest
 
-from tinkerfs.cli.formatting import size_text, span_text
+from tinkerfs.cli.formatting import format_duration, format_size
 
 
 @pytest.mark.parametrize(
@@ -8,7 +8,7 @@ from tinkerfs.cli.formatting import size_text, span_text
     [(0, "0s"), (0.9, "0.9s"), (59, "59s"), (61, "1m 1s"), (7384, "2h 3m"), (90000, "1d 1h")],
 )
 def test_spans(seconds, words):
-    assert span_text(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,4 @@ def test_spans(seconds, words):
     ],
 )
 def test_sizes(size_bytes, words):
-    assert size_text(size_bytes) == words
+    assert format_size(size_bytes) == words

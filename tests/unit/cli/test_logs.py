@@ -7,8 +7,8 @@ import stat
 import pytest
 
 from tinkerfs.cli import logs
-from tinkerfs.concurrency import in_thread
-from tinkerfs.errors import SetupError
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.errors import StartupError
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_a_log_file_is_ones_own_and_appended_to(tmp_path):
 
 
 def test_a_log_file_that_cannot_be_is_a_refusal(tmp_path):
-    with pytest.raises(SetupError, match="--log-file"):
+    with pytest.raises(StartupError, match="--log-file"):
         logs.set_up("info", str(tmp_path / "none/log"), to_stderr=False)
 
 
@@ -72,6 +72,6 @@ def test_libraries_speak_up_only_to_warn(tmp_path):
 def test_log_file_that_is_a_fifo_never_waits(tmp_path):
     path = tmp_path / "log"
     os.mkfifo(path)
-    opened = in_thread(lambda: logs.set_up("info", str(path), to_stderr=False), "log")
-    with pytest.raises(SetupError, match="cannot be written"):
+    opened = run_in_thread(lambda: logs.set_up("info", str(path), to_stderr=False), "log")
+    with pytest.raises(StartupError, match="cannot be written"):
         opened.result(10)

@@ -6,9 +6,9 @@ import pytest
 
 from tinkerfs.cli import options
 from tinkerfs.cli.main import _as_command
-from tinkerfs.concurrency import in_thread
+from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import DEFAULT_BASE_URL, OPTIONS, Settings
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_a_named_file_is_the_only_one_and_must_be_there(environ, user_file, tmp_
     settings = options.resolve({}, environ=environ, config=str(named))
     assert settings == Settings(read_only=True, timeout_s=1.5, cache_dir="/x")
     assert options.resolve({}, environ={**environ, "TINKERFS_CONFIG": str(named)}) == settings
-    with pytest.raises(SetupError, match="no such file"):
+    with pytest.raises(StartupError, match="no such file"):
         options.resolve({}, environ=environ, config=str(tmp_path / "none.toml"))
 
 
@@ -70,7 +70,7 @@ def test_a_named_file_is_the_only_one_and_must_be_there(environ, user_file, tmp_
 )
 def test_a_fault_in_a_file_names_the_file(environ, user_file, text, told):
     user_file.write_text(text)
-    with pytest.raises(SetupError, match=told) as failure:
+    with pytest.raises(StartupError, match=told) as failure:
         options.resolve({}, environ=environ)
     assert str(user_file) in str(failure.value)
 
@@ -84,7 +84,7 @@ def test_the_official_variable_is_heard_after_our_own(environ):
 
 
 def test_empty_variables_are_as_if_unset(environ):
-    environ |= {option.variable: "" for option in OPTIONS} | {"TINKERFS_CONFIG": ""}
+    environ |= {option.env_var: "" for option in OPTIONS} | {"TINKERFS_CONFIG": ""}
     assert options.resolve({}, environ=environ) == Settings()
 
 
@@ -113,7 +113,7 @@ def test_what_mount_8_says_is_taken(environ):
     ],
 )
 def test_a_bad_o_option_is_told(environ, item, told):
-    with pytest.raises(SetupError, match=told):
+    with pytest.raises(StartupError, match=told):
         options.resolve({}, [item], environ=environ)
 
 
@@ -147,7 +147,7 @@ def test_o_option_of_other_fuse_programs_is_ignored(environ, items, expected):
     ],
 )
 def test_o_option_that_is_refused_names_what_serves(environ, item, hint):
-    with pytest.raises(SetupError) as refusal:
+    with pytest.raises(StartupError) as refusal:
         options.resolve({}, [f"ro,{item}"], environ=environ)
     message = str(refusal.value)
     assert message.startswith(f"-o {item.partition('=')[0]}: no such option (hint: ")
@@ -155,7 +155,7 @@ def test_o_option_that_is_refused_names_what_serves(environ, item, hint):
 
 
 def test_o_option_that_is_refused_hides_its_value(environ):
-    with pytest.raises(SetupError) as refusal:
+    with pytest.raises(StartupError) as refusal:
         options.resolve({}, ["passwd=c0ffee"], environ=environ)
     assert "c0ffee" not in str(refusal.value)
 
@@ -200,7 +200,7 @@ def test_source_and_mountpoint_mean_mount(given, meant):
 
 def test_config_that_is_a_fifo_is_refused_at_once(environ, user_file, tmp_path):
     os.mkfifo(user_file)
-    assert in_thread(lambda: options.resolve({}, environ=environ), "x").result(10) == Settings()
-    named = in_thread(lambda: options.resolve({}, environ=environ, config=str(user_file)), "x")
-    with pytest.raises(SetupError, match="not a regular file"):
+    assert run_in_thread(lambda: options.resolve({}, environ=environ), "x").result(10) == Settings()
+    named = run_in_thread(lambda: options.resolve({}, environ=environ, config=str(user_file)), "x")
+    with pytest.raises(StartupError, match="not a regular file"):
         named.result(10)

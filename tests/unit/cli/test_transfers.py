@@ -8,9 +8,9 @@ import pytest
 from tests.support.mount import wait_until
 from tests.unit.weights.conftest import subject_of
 from tinkerfs.cli import transfers
-from tinkerfs.cli.transfers import signals_interrupt
+from tinkerfs.cli.transfers import exit_on_signal
 from tinkerfs.config import Settings
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.server import DemoServer
 
 
@@ -23,13 +23,13 @@ def sigterm():
 
 def test_transfer_with_sigterm_ignored_goes_on(sigterm):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with signals_interrupt("go on"):
+    with exit_on_signal("go on"):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
 def test_transfer_with_sigterm_ends_with_143(sigterm, capsys):
-    with pytest.raises(SystemExit) as end, signals_interrupt("run it again"):
+    with pytest.raises(SystemExit) as end, exit_on_signal("run it again"):
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143
     assert capsys.readouterr().err == "tinkerfs: interrupted: run it again\n"
@@ -40,10 +40,10 @@ def test_opened_account_waits_out_a_blip_after_the_first_archive(tmp_path, monke
         monkeypatch.setenv("TINKER_API_KEY", server.api_key)
         settings = Settings(base_url=server.base_url, cache_dir=str(tmp_path / "cache"))
         first, second = subject_of(server), subject_of(server, number=1)
-        with transfers.opened(settings) as parts, ThreadPoolExecutor() as pool:
-            assert parts.weights.files(first, IN_PROCESS).members
+        with transfers.open_account(settings) as parts, ThreadPoolExecutor() as pool:
+            assert parts.weights.files(first, BACKGROUND_CONTEXT).members
             server.stop_listening("api")
-            listing = pool.submit(parts.weights.files, second, IN_PROCESS)
+            listing = pool.submit(parts.weights.files, second, BACKGROUND_CONTEXT)
 
             def unreachable():
                 calls = parts.telemetry.snapshot()["calls"].values()

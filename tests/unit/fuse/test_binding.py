@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.fuse import binding
 from tinkerfs.fuse.binding import Binding, Library
 
@@ -32,7 +32,7 @@ def system(monkeypatch):
             monkeypatch.delenv("TINKERFS_FUSE_BINDING", raising=False)
         else:
             monkeypatch.setenv("TINKERFS_FUSE_BINDING", wanted)
-        return binding.load()
+        return binding.load_binding()
 
     return choose
 
@@ -50,11 +50,11 @@ def test_a_combination_can_be_forced(system, name):
 
 
 def test_what_is_missing_is_named_with_its_package(system):
-    with pytest.raises(SetupError, match=r"no libfuse 3.*no libfuse 2.*apt install fuse3"):
+    with pytest.raises(StartupError, match=r"no libfuse 3.*no libfuse 2.*apt install fuse3"):
         system()
-    with pytest.raises(SetupError, match=r"no libfuse 2.*libfuse2t64"):
+    with pytest.raises(StartupError, match=r"no libfuse 2.*libfuse2t64"):
         system(3, wanted="fusepy")
-    with pytest.raises(SetupError, match=r"takes auto, fusepy, mfusepy2, mfusepy3"):
+    with pytest.raises(StartupError, match=r"takes auto, fusepy, mfusepy2, mfusepy3"):
         system(2, 3, wanted="pyfuse3")
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from tests.support.memoryfs import MTIME_NS, MemoryFileSystem
 from tests.unit.fuse.test_operations import Requests
-from tinkerfs.context import Lease
+from tinkerfs.context import Validity
 from tinkerfs.fuse import binding, reply_cache
-from tinkerfs.fuse.callbacks import callbacks_of, packer_of, with_callbacks
+from tinkerfs.fuse.callbacks import build_callbacks, make_stat_packer, override_callbacks
 from tinkerfs.fuse.operations import Operations
-from tinkerfs.vfs.directory_cache import Listing
+from tinkerfs.vfs.directory_cache import CachedDirectory
 from tinkerfs.vfs.node import Attr, Entry
 
 ATTR = Attr(stat.S_IFREG | 0o640, 5_000_000_000, MTIME_NS, 2**63 - 25, 3, 1000, 65534)
@@ -69,7 +69,7 @@ class OnArm(ctypes.Structure):
 
 @pytest.mark.parametrize("structure", [OnX86, OnArm])
 def test_attributes_are_packed_as_the_system_lays_them_out(structure):
-    packed = packer_of(structure)(ATTR)
+    packed = make_stat_packer(structure)(ATTR)
     assert len(packed) == ctypes.sizeof(structure)
     found = structure.from_buffer_copy(packed)
     assert (found.st_mode, found.st_size, found.st_ino) == (ATTR.mode, ATTR.size_bytes, ATTR.ino)
@@ -82,7 +82,7 @@ def test_attributes_are_packed_as_the_system_lays_them_out(structure):
 
 
 def test_a_time_before_1970_is_told():
-    time = OnX86.from_buffer_copy(packer_of(OnX86)(Attr(0, 0, -1, 2, 1, 0, 0))).st_mtimespec
+    time = OnX86.from_buffer_copy(make_stat_packer(OnX86)(Attr(0, 0, -1, 2, 1, 0, 0))).st_mtimespec
     assert (time.tv_sec, time.tv_nsec) == (-1, 999_999_999)
 
 
@@ -128,7 +128,7 @@ class Libfuse:
             stopping=threading.Event(),
             ready=lambda: None,
         )
-        self.call = callbacks_of(self.operations, module, major)
+        self.call = build_callbacks(self.operations, module, major)
 
     def stat(self, path, info=None):
         status = OnX86()
@@ -285,12 +285,12 @@ def test_who_is_answered_again_looks_at_files_too(libfuse, monkeypatch):
 @pytest.fixture
 def kept(monkeypatch):
     monkeypatch.setattr(reply_cache, "_ASKED", 5)
-    return reply_cache.Answers(lambda _lease, _epoch: True, most=3)
+    return reply_cache.ReplyCache(lambda _lease, _epoch: True, most=3)
 
 
 def test_answers_are_bounded(kept):
     for number in range(20):
-        kept.keep(b"%d" % number, number, Lease(), 1)
+        kept.keep(b"%d" % number, number, Validity(), 1)
         there = [n for n in range(20) if kept.get(b"%d" % n) is not None]
         assert len(there) <= 3
         assert there[-1] == number
@@ -298,8 +298,8 @@ def test_answers_are_bounded(kept):
 
 def test_what_a_walk_comes_by_again_and_again_is_not_asked_again(kept):
     for _ in range(3):
-        assert not any(kept.is_asked_again(b"%d" % number) for number in range(20))
-    assert [kept.is_asked_again(b"%d" % number) for number in (19, 15, 2)] == [True, True, False]
+        assert not any(kept.seen_recently(b"%d" % number) for number in range(20))
+    assert [kept.seen_recently(b"%d" % number) for number in (19, 15, 2)] == [True, True, False]
 
 
 @pytest.mark.parametrize("major", [2, 3])
@@ -314,7 +314,7 @@ def test_what_is_known_of_a_folder_is_told_without_a_look_while_it_holds(many, m
     ]
     filesystem.stats.clear()
     looked = []
-    monkeypatch.setattr(libfuse.operations, "looked_at_file", lambda: looked.append(1))
+    monkeypatch.setattr(libfuse.operations, "note_file_stat", lambda: looked.append(1))
     monkeypatch.setattr(filesystem, "readlink", lambda _path, _call: "another")
     for name in (b"0000", b"%04d" % (many - 1)):
         status, found = libfuse.stat(b"/many/" + name)
@@ -333,7 +333,7 @@ def test_what_is_known_of_a_folder_is_told_without_a_look_while_it_holds(many, m
 
 def test_each_look_is_made_and_logged_where_operations_are_traced(caplog, monkeypatch):
     libfuse = Libfuse(3, MemoryFileSystem(epoch=1))
-    monkeypatch.setattr(libfuse.operations, "is_traced", True)
+    monkeypatch.setattr(libfuse.operations, "is_debug_logging", True)
     caplog.set_level("DEBUG")
     for _ in range(3):
         libfuse.listed(b"/many", 1000, 1)
@@ -349,7 +349,7 @@ def test_each_look_is_made_and_logged_where_operations_are_traced(caplog, monkey
 @pytest.mark.parametrize("count", [2, 15, 16, 40])
 def test_of_two_of_one_name_the_first_counts(count):
     entries = [msgspec.structs.replace(ENTRY, name=f"{n}", target=f"to {n}") for n in range(count)]
-    listing = Listing((msgspec.structs.replace(ENTRY, name="0"), *entries), Lease(), 1)
+    listing = CachedDirectory((msgspec.structs.replace(ENTRY, name="0"), *entries), Validity(), 1)
     assert listing.entry("0").target is None
     assert listing.entry("1") is entries[1]
     assert listing.entry("none") is None
@@ -406,7 +406,7 @@ def test_no_attributes_come_along_with_what_was_listed_before_a_change(epoch):
     scandir = libfuse.filesystem.scandir
 
     def changed_meanwhile(path, call):
-        libfuse.filesystem.changes += 1
+        libfuse.filesystem.local_mutations += 1
         return scandir(path, call)
 
     libfuse.filesystem.scandir = changed_meanwhile
@@ -425,7 +425,7 @@ def test_a_binding_gets_our_callbacks_in_place_of_its_own():
     class Structure(ctypes.Structure):
         _fields_ = (("getattr", plain), ("mkdir", plain), ("flag", ctypes.c_uint, 1))
 
-    ours = with_callbacks(Structure, {"getattr": plain(lambda: 7)})()
+    ours = override_callbacks(Structure, {"getattr": plain(lambda: 7)})()
     ours.getattr = plain(lambda: 1)
     ours.mkdir = mkdir = plain(lambda: 2)
     ours.flag = 1
@@ -438,6 +438,6 @@ def test_the_bindings_structures_can_be_packed(module, major):
     if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
         pytest.skip("the binding needs a libfuse to be imported")
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError))
-    found = theirs.c_stat.from_buffer_copy(packer_of(theirs.c_stat)(ATTR))
+    found = theirs.c_stat.from_buffer_copy(make_stat_packer(theirs.c_stat)(ATTR))
     assert (found.st_mode, found.st_size, found.st_ino) == (ATTR.mode, ATTR.size_bytes, ATTR.ino)
     assert found.st_mtimespec.tv_nsec == MTIME_NS % 10**9

@@ -19,12 +19,12 @@ def test_a_thread_is_of_its_process_and_its_group():
 
 
 def test_callers_of_another_namespace_are_a_group_a_user():
-    groups = {uid: Caller.from_ids(0, uid).group for uid in (0, 1000, 1001)}
+    groups = {uid: Caller.from_ids(0, uid).pgid for uid in (0, 1000, 1001)}
     assert len(set(groups.values())) == 3
     assert all(group < 0 for group in groups.values())
     assert Caller.from_ids(0, 1000) == Caller.from_ids(0, 1000)
     gone = 2**22 + 1  # above any process id of Linux (proc(5), PID_MAX_LIMIT)
-    assert Caller.from_ids(gone, 1000).group == groups[1000]
+    assert Caller.from_ids(gone, 1000).pgid == groups[1000]
 
 
 def test_a_caller_is_looked_up_once_a_second(monkeypatch):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.fuse import daemonize
 
 PREAMBLE = "from tinkerfs.fuse.daemonize import Announcer; announcer = Announcer(); "
@@ -27,17 +27,17 @@ def test_who_is_ready_lets_the_caller_go_and_lives_on():
 
 
 def test_who_refuses_says_why():
-    with pytest.raises(SetupError, match=r"^no key: ü$"):
+    with pytest.raises(StartupError, match=r"^no key: ü$"):
         start("announcer.failed('no key: ü')")
 
 
 def test_who_dies_is_missed():
-    with pytest.raises(SetupError, match="ended with status 3"):
+    with pytest.raises(StartupError, match="ended with status 3"):
         start("import os; os._exit(3)")
 
 
 def test_the_descriptor_is_not_handed_on():
-    with pytest.raises(SetupError, match=r"^False$"):
+    with pytest.raises(StartupError, match=r"^False$"):
         start(
             "import os; fd = announcer._fd;"
             "announcer.failed(str(os.get_inheritable(fd) or 'TINKERFS_READY_FD' in os.environ))"
@@ -45,8 +45,8 @@ def test_the_descriptor_is_not_handed_on():
 
 
 def test_nobody_waits_for_a_mount_in_the_foreground():
-    announcer = daemonize.Announcer({})
-    assert not announcer.is_waited_for
+    announcer = daemonize.ReadinessNotifier({})
+    assert not announcer.has_parent
     folder = os.getcwd()
     announcer.ready()
     announcer.failed("nothing happens")

@@ -47,12 +47,12 @@ def test_of_mounts_on_one_another_the_uppermost_counts(mountinfo):
 
 def test_a_mountpoint_is_not_touched_to_name_it(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    assert mount_table.absolute(str(tmp_path / "link")) == f"{tmp_path}/folder"
+    assert mount_table.canonical_mountpoint(str(tmp_path / "link")) == f"{tmp_path}/folder"
     here = mount_table.Mount(f"{tmp_path}/link", "fuse.tinkerfs", "tinkerfs", "0:1")
     monkeypatch.setattr(
         mount_table, "find_mount", lambda path: here if path == here.mountpoint else None
     )
-    assert mount_table.absolute(str(tmp_path / "link")) == f"{tmp_path}/link"
+    assert mount_table.canonical_mountpoint(str(tmp_path / "link")) == f"{tmp_path}/link"
 
 
 def test_who_holds_a_folder_is_named(tmp_path):
@@ -71,7 +71,7 @@ def test_who_holds_a_folder_is_named(tmp_path):
     ]
     try:
         processes[1].stdout.readline()
-        found = {holder.pid: holder for holder in mount_table.holders(str(tmp_path))}
+        found = {holder.pid: holder for holder in mount_table.find_mount_users(str(tmp_path))}
         assert found[processes[0].pid].what == "its working directory"
         assert found[processes[1].pid].what == f"open: {path}"
         assert str(found[processes[0].pid]).startswith("sleep[")
@@ -110,7 +110,7 @@ def test_waiting_gives_up():
 
 def test_who_is_no_tinkerfs_serves_no_mount():
     root = mount_table.find_mount("/")
-    assert mount_table.daemons(root) == []
+    assert mount_table.find_daemon_pids(root) == []
 
 
 def test_who_serves_another_mount_does_not_serve_the_folder_it_stands_in():
@@ -120,7 +120,7 @@ def test_who_serves_another_mount_does_not_serve_the_folder_it_stands_in():
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd="/", stdin=pipe, stdout=pipe) as process:
         process.stdout.readline()
-        found = mount_table.daemons(mount_table.find_mount("/"))
+        found = mount_table.find_daemon_pids(mount_table.find_mount("/"))
         process.stdin.close()
     assert process.returncode == 0
     assert process.pid not in found

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.memoryfs import MemoryFileSystem
-from tinkerfs.context import Call, Lease
+from tinkerfs.context import RequestContext, Validity
 from tinkerfs.fuse import binding
 from tinkerfs.fuse import operations as operations_module
 from tinkerfs.fuse.operations import Operations, XattrOperations
-from tinkerfs.fuse.stat_callers import Lookers
+from tinkerfs.fuse.stat_callers import StatCallers
 
 
 class Requests:
@@ -27,7 +27,7 @@ class Requests:
     def context(self):
         return os.getuid(), os.getgid(), os.getpid()
 
-    waiting = staticmethod(nullcontext)
+    blocking = staticmethod(nullcontext)
 
 
 @pytest.fixture
@@ -104,9 +104,9 @@ def test_a_mount_that_goes_says_so_to_who_waits(operations, stopping):
 
 
 def test_handles_are_used_by_number_alone(operations):
-    file = operations.open("/hello", os.O_RDONLY, Lease())
+    file = operations.open("/hello", os.O_RDONLY, Validity())
     assert (file.direct_io, file.keep_cache) == (True, False)
-    fh, other = operations.add(file), operations.add(file)
+    fh, other = operations.register_handle(file), operations.register_handle(file)
     operations.release(other)
     buffer = bytearray(9)
     assert operations.read(fh, memoryview(buffer)[:3], 1) == 3
@@ -131,7 +131,7 @@ def test_a_path_that_is_gone_is_enoent(operations):
 
 
 def test_the_page_cache_is_for_what_may_be_kept(operations):
-    file = operations.open("/cached-1048576", os.O_RDONLY, Lease())
+    file = operations.open("/cached-1048576", os.O_RDONLY, Validity())
     assert (file.direct_io, file.keep_cache) == (False, True)
 
 
@@ -151,15 +151,15 @@ def test_a_listing_is_handed_out_from_any_entry_on(operations):
 
 
 def test_who_looks_at_files_is_known_again(operations):
-    assert not operations.looks_at_files()
+    assert not operations.wants_attributes()
     operations.getattr("/folder")
-    assert not operations.looks_at_files(), "who goes through folders may look at nothing else"
+    assert not operations.wants_attributes(), "who goes through folders may look at nothing else"
     operations.getattr("/hello")
-    assert operations.looks_at_files()
+    assert operations.wants_attributes()
 
 
 def test_only_the_last_lookers_are_remembered():
-    lookers = Lookers()
+    lookers = StatCallers()
     for pid in range(100):
         lookers.add(pid)
         lookers.add(pid)
@@ -173,7 +173,7 @@ def test_no_flush_is_asked_for(operations):
 
 @pytest.mark.expect_warnings("read 1 failed", "without an errno")
 def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
-    fh = operations.add(operations.open("/broken", os.O_RDONLY, Lease()))
+    fh = operations.register_handle(operations.open("/broken", os.O_RDONLY, Validity()))
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.read(fh, memoryview(bytearray(1)), 0)
     assert failure.value.errno == errno.EIO
@@ -217,10 +217,10 @@ def test_an_open_returns_when_the_kernel_has_forgotten_a_bound(
     now = iter([asked_at, asked_at + took_s])
     monkeypatch.setattr(operations_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
     handle = SimpleNamespace(told_at=told_at, direct_io=True, keep_cache=False)
-    monkeypatch.setattr(Call, "pause", lambda _call, seconds: pauses.append(seconds))
+    monkeypatch.setattr(RequestContext, "sleep", lambda _call, seconds: pauses.append(seconds))
     opening = SimpleNamespace(open=lambda _path, _flags, _call: handle)
     monkeypatch.setattr(operations, "_filesystem", opening)
-    operations.open("/x", os.O_RDONLY, Lease())
+    operations.open("/x", os.O_RDONLY, Validity())
     assert pauses == ([] if pause_s is None else [pytest.approx(pause_s)])
 
 
@@ -233,8 +233,8 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
 
         def __getattr__(self, name):
             def method(*args):
-                (call,) = [each for each in args if isinstance(each, Call)]
-                bounds[name] = call.timeout_s, call.part_timeout_s
+                (ctx,) = [each for each in args if isinstance(each, RequestContext)]
+                bounds[name] = ctx.timeout_s, ctx.page_timeout_s
                 raise FileNotFoundError(errno.ENOENT, "recorded")
 
             return method
@@ -243,7 +243,7 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
     for attempt in (
         lambda: operations.getattr("/x"),
         lambda: operations.opendir("/x"),
-        lambda: operations.open("/x", os.O_RDONLY, Lease()),
+        lambda: operations.open("/x", os.O_RDONLY, Validity()),
         lambda: operations.readlink("/x"),
         lambda: operations.unlink("/x"),
         lambda: operations.rmdir("/x"),

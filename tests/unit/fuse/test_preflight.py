@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from tinkerfs.errors import SetupError
+from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table, preflight
 
 
 def test_no_device(tmp_path):
-    with pytest.raises(SetupError, match=r"there is no .*--device /dev/fuse"):
+    with pytest.raises(StartupError, match=r"there is no .*--device /dev/fuse"):
         preflight.check_device(str(tmp_path / "fuse"))
-    with pytest.raises(SetupError, match="does not open"):
+    with pytest.raises(StartupError, match="does not open"):
         preflight.check_device(str(tmp_path))
 
 
@@ -21,7 +21,7 @@ def test_a_device_that_is_somebody_elses(monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(SetupError, match=r"may not be opened by you: .*chmod 666 /dev/fuse"):
+    with pytest.raises(StartupError, match=r"may not be opened by you: .*chmod 666 /dev/fuse"):
         preflight.check_device()
 
 
@@ -30,7 +30,7 @@ def test_allow_other_needs_a_word_of_root(tmp_path):
     for text in (None, "", "#user_allow_other\n", "mount_max = 3\n"):
         if text is not None:
             conf.write_text(text)
-        with pytest.raises(SetupError, match="user_allow_other"):
+        with pytest.raises(StartupError, match="user_allow_other"):
             preflight.check_allow_other(str(conf), is_root=False)
     preflight.check_allow_other(str(conf), is_root=True)
     conf.write_text("mount_max = 3\n  user_allow_other  \n")
@@ -41,7 +41,7 @@ def test_allow_other_needs_a_word_of_root(tmp_path):
 def test_users_need_fusermount(monkeypatch, major, name):
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     preflight.check_fusermount(major, is_root=True)
-    with pytest.raises(SetupError, match=rf"no {name}, .*apt install fuse3"):
+    with pytest.raises(StartupError, match=rf"no {name}, .*apt install fuse3"):
         preflight.check_fusermount(major, is_root=False)
 
 
@@ -49,7 +49,7 @@ def test_fusermount_needs_mtab_to_unmount(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(preflight, "_MTAB", str(tmp_path / "mtab"))
     preflight.check_fusermount(3, is_root=True)
-    with pytest.raises(SetupError, match=r"users cannot unmount: .*ln -s /proc/self/mounts"):
+    with pytest.raises(StartupError, match=r"users cannot unmount: .*ln -s /proc/self/mounts"):
         preflight.check_fusermount(3, is_root=False)
     (tmp_path / "mtab").symlink_to("/proc/self/mounts")
     preflight.check_fusermount(3, is_root=False)
@@ -75,14 +75,14 @@ def test_a_bad_mountpoint(tmp_path, name, told):
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    with pytest.raises(SetupError, match=told):
+    with pytest.raises(StartupError, match=told):
         preflight.prepare_mountpoint(str(tmp_path / name))
 
 
 def test_somebody_elses_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     monkeypatch.setattr(os, "access", lambda *_args: False)
-    with pytest.raises(SetupError, match="is not yours"):
+    with pytest.raises(StartupError, match="is not yours"):
         preflight.prepare_mountpoint(str(tmp_path))
 
 
@@ -99,8 +99,8 @@ def test_what_is_mounted_there(tmp_path, monkeypatch, fstype, health, told):
     monkeypatch.setattr(
         mount_table, "find_mount", lambda path: mount if path == str(tmp_path) else None
     )
-    monkeypatch.setattr(mount_table, "probe", lambda _path: health)
-    with pytest.raises(SetupError, match=told):
+    monkeypatch.setattr(mount_table, "check_health", lambda _path: health)
+    with pytest.raises(StartupError, match=told):
         preflight.prepare_mountpoint(str(tmp_path))
 
 
@@ -110,7 +110,7 @@ def test_what_a_dead_daemon_left_is_cleaned_up(tmp_path, monkeypatch):
     monkeypatch.setattr(
         mount_table, "find_mount", lambda path: mount if path == str(tmp_path) else None
     )
-    monkeypatch.setattr(mount_table, "probe", lambda _path: "dead")
+    monkeypatch.setattr(mount_table, "check_health", lambda _path: "dead")
     monkeypatch.setattr(mount_table, "unmount", lambda path, lazy: unmounted.append((path, lazy)))
     assert preflight.prepare_mountpoint(str(tmp_path)) == str(tmp_path)
     assert unmounted == [(str(tmp_path), True)]

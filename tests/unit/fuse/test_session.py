@@ -53,7 +53,7 @@ def _signals_blocked():
 )
 def test_a_mount_that_fails_says_why(words, failure, told, monkeypatch):
     monkeypatch.setattr(session, "Operations", lambda *_a, **_k: None)
-    with pytest.raises(errors.SetupError) as refusal:
+    with pytest.raises(errors.StartupError) as refusal:
         session.serve(None, FailingBinding(words, failure), "/x", timeout_s=1, ready=lambda: None)
     assert str(refusal.value).startswith(told)
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from tinkerfs.fuse import worker_pool
-from tinkerfs.fuse.worker_pool import Loops
+from tinkerfs.fuse.worker_pool import SessionWorkers
 
 
 class Libfuse:
@@ -38,7 +38,7 @@ def libfuse():
 @pytest.fixture
 def mounted(libfuse, monkeypatch):
     monkeypatch.setattr(worker_pool, "_declared", lambda _library, _major: libfuse)
-    mounted = Loops(None, 3)
+    mounted = SessionWorkers(None, 3)
     mounted._session = 1
     return mounted
 
@@ -56,7 +56,7 @@ def wait_until(holds):
 
 def test_while_one_waits_others_are_served(libfuse, mounted):
     served = threading.Semaphore(0)
-    with mounted.waiting():
+    with mounted.blocking():
         for _ in range(3):
             libfuse.requests.put(served.release)
         for _ in range(3):
@@ -72,13 +72,13 @@ def test_who_stands_in_may_wait_too(libfuse, mounted):
     may_go_on, ended = threading.Event(), threading.Semaphore(0)
 
     def request():
-        with mounted.waiting():
+        with mounted.blocking():
             may_go_on.wait(10)
         ended.release()
 
     for _ in range(5):
         libfuse.requests.put(request)
-    with mounted.waiting():
+    with mounted.blocking():
         wait_until(lambda: len(spares()) == 6)
         may_go_on.set()
         for _ in range(5):
@@ -89,17 +89,17 @@ def test_who_stands_in_may_wait_too(libfuse, mounted):
 
 def test_a_wait_that_follows_another_uses_the_thread_that_is_there(libfuse, mounted):
     for _ in range(10):
-        with mounted.waiting():
+        with mounted.blocking():
             assert len(spares()) == 1
     libfuse.requests.put(0)
     wait_until(lambda: not spares())
 
 
 def test_there_is_a_bound(libfuse, mounted, monkeypatch):
-    monkeypatch.setattr(worker_pool, "MAX_SPARES", 3)
+    monkeypatch.setattr(worker_pool, "MAX_EXTRA_WORKERS", 3)
     with ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(mounted.waiting())
+            stack.enter_context(mounted.blocking())
         assert len(spares()) == 3
     for _ in range(3):
         libfuse.requests.put(0)
@@ -112,9 +112,9 @@ def test_where_there_can_be_no_more_threads_it_just_waits(libfuse, mounted, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with mounted.waiting():
+        with mounted.blocking():
             assert mounted._spares == 0
-    with mounted.waiting():
+    with mounted.blocking():
         assert len(spares()) == 1
     libfuse.requests.put(0)
     wait_until(lambda: not spares())
@@ -122,11 +122,11 @@ def test_where_there_can_be_no_more_threads_it_just_waits(libfuse, mounted, monk
 
 def test_before_the_mount_answers_nobody_stands_in(mounted):
     mounted._session = None
-    with mounted.waiting():
+    with mounted.blocking():
         assert spares() == []
 
 
 def test_waiting_reads_cannot_take_every_thread():
     from tinkerfs.fuse.binding import MAX_BACKGROUND
 
-    assert MAX_BACKGROUND < worker_pool.MAX_SPARES
+    assert MAX_BACKGROUND < worker_pool.MAX_EXTRA_WORKERS

@@ -4,7 +4,7 @@ from tests.support.clocks import FakeTime
 from tinkerfs.context import Caller
 from tinkerfs.vfs import copy_tracker, layout
 from tinkerfs.vfs.copy_tracker import COPIED_FILES, COPIED_LINKS, CopyTracker
-from tinkerfs.vfs.schema import Control, File, Link
+from tinkerfs.vfs.schema import ControlFile, GeneratedFile, Symlink
 
 ONE, TWO = "/runs/r/checkpoints/weights/1", "/runs/r/checkpoints/weights/2"
 MOVER = Caller(70, 0, 70, 70)
@@ -40,8 +40,8 @@ def copy(copies, directory, caller=MOVER):
 
 def test_tracked_names_are_those_of_the_table():
     rows = {row.name: row for row in layout._CHECKPOINT_ROWS}
-    assert all(isinstance(rows[name], File | Control) for name in COPIED_FILES)
-    assert {name for name, row in rows.items() if isinstance(row, Link)} == set(COPIED_LINKS)
+    assert all(isinstance(rows[name], GeneratedFile | ControlFile) for name in COPIED_FILES)
+    assert {name for name, row in rows.items() if isinstance(row, Symlink)} == set(COPIED_LINKS)
 
 
 def test_a_process_that_read_all_of_a_directory_copied_it(copies):

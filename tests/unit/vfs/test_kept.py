@@ -17,7 +17,7 @@ from tests.support.clocks import FakeTime
 from tests.support.drivers import opened
 from tests.unit.fuse.test_callbacks import Libfuse
 from tinkerfs.catalog.listings import RunListing
-from tinkerfs.context import Call
+from tinkerfs.context import RequestContext
 from tinkerfs.demo.server import DemoServer
 from tinkerfs.vfs import directory_cache as listings_module
 from tinkerfs.vfs import generated_files as renderings_module
@@ -25,7 +25,7 @@ from tinkerfs.vfs import resolver as nodes_module
 from tinkerfs.vfs.copy_tracker import CopyTracker
 from tinkerfs.vfs.filesystem import FileSystem
 
-CALL = Call(timeout_s=30.0)
+CALL = RequestContext(timeout_s=30.0)
 RUNS = 2
 
 
@@ -174,7 +174,7 @@ class Answers:
                 # Whether they pass the kernel's cache by is a matter of when they were made.
                 assert Libfuse.bytes(self.kept, path) == Libfuse.bytes(beside, path), path
                 if stat.S_ISDIR(anew.stat(path)[1].st_mode):
-                    self.kept.operations.looked_at_file()
+                    self.kept.operations.note_file_stat()
                     self.check_listing(path, anew)
 
     def check_listing(self, path, anew):
@@ -298,16 +298,16 @@ def test_what_was_hidden_is_there_again_for_who_looked_meanwhile(account, monkey
     account.filesystem.stat(path, CALL)
     libfuse = Libfuse(3, account.anew())
     packed(libfuse, path.encode())
-    look = nodes_module.Nodes._is_shown
+    look = nodes_module.PathResolver._is_visible
 
     def hide_first(nodes, node, call):
         if node.row.name == "tinker_path":
             libfuse.filesystem.guard.removals.hide(
-                node.parent.path, "tinker_path", call.caller().group
+                node.parent.path, "tinker_path", call.caller().pgid
             )
         return look(nodes, node, call)
 
-    monkeypatch.setattr(nodes_module.Nodes, "_is_shown", hide_first)
+    monkeypatch.setattr(nodes_module.PathResolver, "_is_visible", hide_first)
     assert packed(libfuse, path.encode())[0] == -errno.ENOENT
     monkeypatch.undo()
     for key in list(libfuse.filesystem.guard.removals._tombstones):
@@ -318,9 +318,9 @@ def test_what_was_hidden_is_there_again_for_who_looked_meanwhile(account, monkey
 def test_what_was_hidden_once_costs_other_paths_nothing_later(account):
     account.filesystem.stat(f"{account.checkpoint}/info.json", CALL)
     unlink(account.filesystem, f"{account.checkpoint}/tinker_path")
-    assert account.filesystem.guard.removals.is_anything_hidden
+    assert account.filesystem.guard.removals.has_tombstones
     account.time.advance(61)
-    assert not account.filesystem.guard.removals.is_anything_hidden
+    assert not account.filesystem.guard.removals.has_tombstones
     assert account.filesystem.stat(f"{account.checkpoint}/tinker_path", CALL).size_bytes
 
 
@@ -358,20 +358,20 @@ def test_what_is_known_of_a_folder_ends_with_what_it_rests_on(account):
     account.settle()
     filesystem = account.anew()
     filesystem.stat(f"{folder}/info.json", CALL)
-    assert filesystem.known(folder) is None, "nobody has listed it"
+    assert filesystem.cached_directory(folder) is None, "nobody has listed it"
     entries = filesystem.listdir(folder, CALL)
-    assert filesystem.known(folder).entries is entries
+    assert filesystem.cached_directory(folder).entries is entries
     targets = {entry.name: entry.target for entry in entries if entry.target}
     assert set(targets) == {"archive_url", "archive.tar", "files", "tensors.json"}
     for name, target in targets.items():
         assert account.anew().readlink(f"{folder}/{name}", CALL) == target
     account.time.advance(31)
-    assert filesystem.known(folder) is None
+    assert filesystem.cached_directory(folder) is None
     account.settle()
     filesystem.listdir(folder, CALL)
-    assert filesystem.known(folder) is not None
+    assert filesystem.cached_directory(folder) is not None
     unlink(filesystem, f"{folder}/tinker_path")
-    assert filesystem.known(folder) is None, "something is hidden"
+    assert filesystem.cached_directory(folder) is None, "something is hidden"
 
 
 def test_a_listing_that_takes_anothers_place_counts_once(account, monkeypatch):
@@ -439,9 +439,9 @@ def test_a_known_folder_is_not_resolved_again(account, monkeypatch):
     for name in ("info.json", "published"):
         account.filesystem.stat(f"{folder}/{name}", CALL)
     found = []
-    find = nodes_module.Nodes._find
+    find = nodes_module.PathResolver._find
     monkeypatch.setattr(
-        nodes_module.Nodes, "_find", lambda *args: found.append(args) or find(*args)
+        nodes_module.PathResolver, "_find", lambda *args: found.append(args) or find(*args)
     )
     for name in ("info.json", "published", "expires_at", "files"):
         account.filesystem.stat(f"{folder}/{name}", CALL)

@@ -3,7 +3,7 @@ import errno
 import pytest
 
 from tests.support.clocks import FakeTime
-from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, Removals
+from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, RemovalTracker
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def time():
 
 @pytest.fixture
 def removals(time):
-    return Removals(time.clock)
+    return RemovalTracker(time.clock)
 
 
 def test_what_was_unlinked_is_back_after_a_minute(removals, time):
@@ -54,21 +54,21 @@ def test_a_refusal_shows_all_that_its_group_had_hidden(removals):
     for key in ("one", "two"):
         removals.hide(key, "info.json", 7)
         removals.hide(key, "published", 8)
-    removals.refuse(7, "/README.md")
+    removals.deny(7, "/README.md")
     for key in ("one", "two"):
         assert removals.hidden(key, 7) == frozenset()
         assert removals.hidden(key, 8) == {"published"}
 
 
 def test_every_refusal_of_a_group_gives_the_hint_of_the_first(removals):
-    removals.refuse(7, "/runs/r/checkpoints/weights/1/info.json", HOW_TO_MOVE)
+    removals.deny(7, "/runs/r/checkpoints/weights/1/info.json", HOW_TO_MOVE)
     with pytest.raises(PermissionError, match="tinkerfs get PATH DEST, then rm -r PATH"):
         removals.check(7, "/runs/r/checkpoints/weights/1/published")
 
 
 def test_a_group_that_was_refused_is_refused_until_it_leaves_off_for_a_minute(removals, time):
     removals.check(7, "/runs/r/checkpoints/weights/1")
-    assert removals.refuse(7, "/README.md").errno == errno.EPERM
+    assert removals.deny(7, "/README.md").errno == errno.EPERM
     for _ in range(5):
         time.advance(59)
         with pytest.raises(PermissionError, match="rm -r runs/"):

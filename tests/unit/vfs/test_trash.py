@@ -39,11 +39,13 @@ def test_trash_paths_without_a_kind_has_one_of_each(tail):
 def test_trash_paths_of_odd_names_are_encoded():
     run, name = "a@b", "x/..@"
     path = f"/runs/{name_encoding.encode(run)}/checkpoints/weights/{name_encoding.encode(name)}"
-    assert trash_paths(path) == [f"/.tinkerfs/trash/{name_encoding.join((run, 'weights', name))}"]
+    assert trash_paths(path) == [
+        f"/.tinkerfs/trash/{name_encoding.encode_composite((run, 'weights', name))}"
+    ]
 
 
 def test_trash_paths_of_a_shortened_link_is_itself():
-    name = name_encoding.join((RUN, "weights", "x" * 300))
+    name = name_encoding.encode_composite((RUN, "weights", "x" * 300))
     for folder in ("checkpoints", ".tinkerfs/trash"):
         assert trash_paths(f"/{folder}/{name}") == [f"/.tinkerfs/trash/{name}"]
 

@@ -9,12 +9,12 @@ from tests.support.server import demo_server  # noqa: F401
 from tinkerfs.api.client import CheckpointRef, Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.cache.block_cache import BlockCache
-from tinkerfs.cache.store import Store
+from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.reader import Weights
-from tinkerfs.weights.subject import Subject
-from tinkerfs.weights.url_cache import Archives
+from tinkerfs.weights.reader import WeightsReader
+from tinkerfs.weights.subject import CheckpointVersion
+from tinkerfs.weights.url_cache import SignedUrlCache
 
 
 @pytest.fixture(autouse=True)
@@ -31,16 +31,16 @@ def weights_in(
     folder.mkdir(mode=0o700, exist_ok=True)
     telemetry = Telemetry()
     credentials = Credentials({"TINKER_API_KEY": api_key}, home=str(folder), clock=clock)
-    cache = BlockCache(folder / "blocks", telemetry, limit_bytes=limit_bytes, floor_bytes=0)
+    cache = BlockCache(folder / "blocks", telemetry, max_bytes=limit_bytes, min_free_bytes=0)
     bounds = {"timeout_s": timeout_s}
     with Client(base_url, credentials, telemetry, clock=clock, **bounds) as client:
         burst = options.pop("burst", 0)
-        archives = Archives(
+        archives = SignedUrlCache(
             client, telemetry, clock, burst=burst, outage_timeout_s=timeout_s, **bounds
         )
         with (
-            Store(folder) as store,
-            Weights(archives, store, cache, telemetry, **bounds, **options) as weights,
+            MetadataStore(folder) as store,
+            WeightsReader(archives, store, cache, telemetry, **bounds, **options) as weights,
         ):
             yield SimpleNamespace(weights=weights, telemetry=telemetry, cache=cache, store=store)
 
@@ -63,9 +63,9 @@ def subject_of(server, kind="weights", *, run=0, number=0):
     run = list(server.account.runs())[run]
     found = [each for each in run.checkpoints if each.id.startswith(f"{kind}/")]
     checkpoint = found[number]
-    ref = CheckpointRef(run.id, checkpoint.id, checkpoint.id, is_known=True)
+    ref = CheckpointRef(run.id, checkpoint.id, checkpoint.id, exists=True)
     key = (run.id, checkpoint.id, checkpoint.time_s)
-    return Subject(server.base_url, key, ref, f"/{run.id}/{checkpoint.id}", 0)
+    return CheckpointVersion(server.base_url, key, ref, f"/{run.id}/{checkpoint.id}", 0)
 
 
 def truth(server, subject, name):

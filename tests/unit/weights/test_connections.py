@@ -20,8 +20,8 @@ import pytest
 from tinkerfs import errors
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import connections
-from tinkerfs.weights.connections import StoreClient
-from tinkerfs.weights.retry import Lost
+from tinkerfs.weights.connections import ObjectStoreClient
+from tinkerfs.weights.retry import TransferInterrupted
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 BODY = bytes(100 << 10)  # several records of TLS, less than a socket holds
@@ -43,7 +43,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def client():
-    with StoreClient(Telemetry(), timeout_s=10) as client:
+    with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
         yield client
 
 
@@ -145,10 +145,12 @@ def test_what_stands_still_ends_by_the_timeout(is_secured, start):
         gone.wait(10)
 
     with (
-        StoreClient(Telemetry(), timeout_s=0.2) as client,
+        ObjectStoreClient(Telemetry(), timeout_s=0.2) as client,
         served(serve, is_secured=is_secured) as (_, url, _),
     ):
-        with pytest.raises(Lost, match=r"localhost sent next to nothing for 0\.2 s") as told:
+        with pytest.raises(
+            TransferInterrupted, match=r"localhost sent next to nothing for 0\.2 s"
+        ) as told:
             got(client, url)
         assert told.value.is_stall
         gone.set()
@@ -171,9 +173,9 @@ def test_what_breaks_off_is_told(client, is_secured, is_reset):
     with served(serve, is_secured=is_secured) as (_, url, _):
         response = client.get(url, {})
         head_is_read.set()
-        with pytest.raises(Lost, match="localhost broke off: ") as told:
+        with pytest.raises(TransferInterrupted, match="localhost broke off: ") as told:
             list(response.pieces())
-        assert isinstance(told.value.error, errors.Unreachable)
+        assert isinstance(told.value.error, errors.ConnectionFailed)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +186,7 @@ def test_what_breaks_off_is_told(client, is_secured, is_reset):
     ],
 )
 def test_a_store_that_is_not_there_is_told(client, url, words):
-    with pytest.raises(Lost, match=words) as told:
+    with pytest.raises(TransferInterrupted, match=words) as told:
         client.get(f"{url}?{SECRET}", {})
     assert "c0ffee" not in str(told.value)
 
@@ -194,7 +196,7 @@ def test_a_certificate_that_nobody_trusts_is_told_as_that(environment):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(IDENTITY)
     with (
-        StoreClient(Telemetry(), timeout_s=10) as client,
+        ObjectStoreClient(Telemetry(), timeout_s=10) as client,
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
 
@@ -215,7 +217,10 @@ def test_what_is_no_http_is_told_without_the_url(client):
         connection.recv(65536)
         connection.sendall(b"nonsense\r\n\r\n")
 
-    with served(serve) as (_, url, _), pytest.raises(Lost, match="broke off: nonsense") as told:
+    with (
+        served(serve) as (_, url, _),
+        pytest.raises(TransferInterrupted, match="broke off: nonsense") as told,
+    ):
         client.get(url, {})
     assert "c0ffee" not in str(told.value)
 
@@ -233,7 +238,7 @@ def test_no_url_is_logged(client, caplog):
     caplog.set_level(logging.DEBUG)
     with served(answering) as (_, url, _):
         got(client, url)
-        with pytest.raises(Lost):
+        with pytest.raises(TransferInterrupted):
             client.get(f"http://127.0.0.1:1/a?{SECRET}", {})
         client.close()
     assert "localhost" not in caplog.text
@@ -257,10 +262,10 @@ def test_who_is_stopped_begins_nothing_and_ends_at_the_next_piece(client):
     with served(answering) as (_, url, _):
         response = client.get(url, {})
         client.stop()
-        with pytest.raises(errors.Unreachable, match="stopped"):
+        with pytest.raises(errors.ConnectionFailed, match="stopped"):
             list(response.pieces())
         response.close()
-    with pytest.raises(errors.Unreachable, match="stopped"):
+    with pytest.raises(errors.ConnectionFailed, match="stopped"):
         client.get(url, {})
 
 
@@ -283,7 +288,7 @@ def test_a_proxy_of_the_environment_is_asked_with_its_login(environment):
 
     with served(proxy) as (address, _, _):
         environment.setenv("http_proxy", f"http://us%40er:pass@{address}")
-        with StoreClient(Telemetry(), timeout_s=10) as client:
+        with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
             assert got(client, f"http://store.invalid/a?{SECRET}") == b"ok"
     line, *headers = requests[0].decode().split("\r\n")
     assert line == f"GET http://store.invalid/a?{SECRET} HTTP/1.1"
@@ -293,9 +298,9 @@ def test_a_proxy_of_the_environment_is_asked_with_its_login(environment):
 
 def test_a_proxy_that_is_not_there_is_told_without_its_login(environment):
     environment.setenv("all_proxy", "http://me:c0ffee@127.0.0.1:1")
-    with StoreClient(Telemetry(), timeout_s=10) as client:
+    with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
         with pytest.raises(
-            Lost, match=r"no connection to store\.invalid through .*: .*refused"
+            TransferInterrupted, match=r"no connection to store\.invalid through .*: .*refused"
         ) as told:
             client.get("http://store.invalid/a", {})
         assert "c0ffee" not in str(told.value)
@@ -304,8 +309,8 @@ def test_a_proxy_that_is_not_there_is_told_without_its_login(environment):
 def test_certificates_that_cannot_be_read_are_told(environment, tmp_path):
     environment.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
     with (
-        StoreClient(Telemetry(), timeout_s=3) as client,
-        pytest.raises(errors.Unreachable, match=r"SSL_CERT_FILE: .*No such file"),
+        ObjectStoreClient(Telemetry(), timeout_s=3) as client,
+        pytest.raises(errors.ConnectionFailed, match=r"SSL_CERT_FILE: .*No such file"),
     ):
         client.get("https://127.0.0.1:1/", {})
 
@@ -319,17 +324,17 @@ def test_a_mount_starts_without_what_fetches_weights():
 
 
 def test_nothing_is_asked_once_it_is_closed_also_while_the_first_is_got_ready(monkeypatch):
-    made = StoreClient._made
+    made = ObjectStoreClient._made
 
     def closed_meanwhile(client):
         pools = made(client)
         client.close()
         return pools
 
-    monkeypatch.setattr(StoreClient, "_made", closed_meanwhile)
+    monkeypatch.setattr(ObjectStoreClient, "_made", closed_meanwhile)
     telemetry = Telemetry()
-    client = StoreClient(telemetry, timeout_s=3)
-    with pytest.raises(errors.Unreachable, match="stopped"):
+    client = ObjectStoreClient(telemetry, timeout_s=3)
+    with pytest.raises(errors.ConnectionFailed, match="stopped"):
         client.get("http://127.0.0.1:1/", {})
     assert telemetry.snapshot()["calls"] == {}
 
@@ -337,7 +342,7 @@ def test_nothing_is_asked_once_it_is_closed_also_while_the_first_is_got_ready(mo
 def test_what_fetches_weights_and_is_gone_by_then_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "tinkerfs.weights.pools", None)
     with (
-        StoreClient(Telemetry(), timeout_s=3) as client,
-        pytest.raises(errors.Unreachable, match="mount again"),
+        ObjectStoreClient(Telemetry(), timeout_s=3) as client,
+        pytest.raises(errors.ConnectionFailed, match="mount again"),
     ):
         client.get("http://127.0.0.1:1/", {})

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.weights.destination import Destination
-from tinkerfs.weights.exported_file import Target
+from tinkerfs.weights.exported_file import ExportedFile
 
 DATA = bytes(range(256)) * 20_000
 MTIME_NS = 1_700_000_000_000_000_000
@@ -31,7 +31,7 @@ class File:
         return len(self.data)
 
     def read_into(self, buffer, offset, call):
-        assert call is IN_PROCESS
+        assert call is BACKGROUND_CONTEXT
         piece = self.data[offset : offset + len(buffer)]
         buffer[: len(piece)] = piece
         self.read_bytes += len(piece)
@@ -39,20 +39,20 @@ class File:
 
 
 def target(folder, name="file", destination=None, **fields):
-    return Target(destination or Destination(str(folder)), name, File(**fields), name)
+    return ExportedFile(destination or Destination(str(folder)), name, File(**fields), name)
 
 
 def copy(folder, name="file", **fields):
     """Copy; return how many bytes were read for it."""
     made = target(folder, name, **fields)
-    for _ in made.copy(0o644, IN_PROCESS):
+    for _ in made.copy(0o644, BACKGROUND_CONTEXT):
         pass
     return made.file.read_bytes
 
 
 def partial(folder, name="file", **fields):
     """The name of the partial file, from a copy that was broken off after 1 MiB."""
-    next(target(folder, name, **fields).copy(0o644, IN_PROCESS))
+    next(target(folder, name, **fields).copy(0o644, BACKGROUND_CONTEXT))
     [found] = (folder / name).parent.glob(".*.partial")
     return found
 
@@ -68,7 +68,7 @@ def within(seconds, work):
 def test_copy_goes_on_in_its_partial_file(tmp_path):
     begun = partial(tmp_path)
     assert begun.stat().st_size == 1 << 20
-    assert target(tmp_path).begun_bytes() == 1 << 20
+    assert target(tmp_path).resumable_bytes() == 1 << 20
     assert copy(tmp_path) == len(DATA) - (1 << 20)
     assert (tmp_path / "file").read_bytes() == DATA
     assert target(tmp_path).is_whole()
@@ -141,7 +141,7 @@ def test_symlink_for_a_directory_is_not_followed(tmp_path, name):
     (folder / "sub").symlink_to(elsewhere)
     (elsewhere / name.removeprefix("sub/")).write_bytes(b"mine")
     with pytest.raises(NotADirectoryError):
-        target(folder, name).is_taken()
+        target(folder, name).exists()
     with pytest.raises(NotADirectoryError, match="'sub' is not a directory, or is a symbolic"):
         copy(folder, name)
     assert not target(folder, name).is_whole()
@@ -194,7 +194,7 @@ def test_file_of_another_origin_is_not_whole(tmp_path, needs_root):
 
 
 def test_exchanged_partial_is_an_error(tmp_path):
-    steps = target(tmp_path).copy(0o644, IN_PROCESS)
+    steps = target(tmp_path).copy(0o644, BACKGROUND_CONTEXT)
     next(steps)
     [begun] = tmp_path.glob(".*.partial")
     plant(begun)

@@ -9,7 +9,7 @@ import pytest
 from tests.support.store_faults import FAULTS
 from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.expect_warnings(r"telemetry")
 
 def sequential(file):
     data, at = bytearray(), 0
-    while piece := file.read(128 * 1024, at, IN_PROCESS):
+    while piece := file.read(128 * 1024, at, BACKGROUND_CONTEXT):
         data += piece
         at += len(piece)
     return [(0, bytes(data))]
@@ -35,7 +35,7 @@ def scattered(file):
         try:
             for _ in range(8):
                 at = rng.randrange(file.size_bytes)
-                found.append((at, file.read(200_000, at, IN_PROCESS)))
+                found.append((at, file.read(200_000, at, BACKGROUND_CONTEXT)))
         except (errors.ApiError, OSError) as error:
             failures.append(error)
 
@@ -71,7 +71,7 @@ def test_a_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_serv
     expected = truth(server, subject, NAME)
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     spoil, outcome = FAULTS[fault]
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         spoil(server, times=times)
         began = time.monotonic()
         found, error = attempt(lambda: read(file))
@@ -82,7 +82,7 @@ def test_a_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_serv
             assert "X-Signature" not in str(error)
         assert time.monotonic() - began < 20 * TIMEOUT_S
     server.faults.clear()
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         check(sequential(file), expected)
     assert "X-Signature" not in mount.telemetry.errors_text()
 
@@ -95,7 +95,7 @@ def test_a_fault_of_the_index_is_told_or_made_good(fault, times, demo_server, we
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     FAULTS[fault][0](server, times=times)
     began = time.monotonic()
-    listing, error = attempt(lambda: mount.weights.files(subject, IN_PROCESS))
+    listing, error = attempt(lambda: mount.weights.files(subject, BACKGROUND_CONTEXT))
     if error is not None:
         assert "X-Signature" not in str(error)
     else:
@@ -105,12 +105,12 @@ def test_a_fault_of_the_index_is_told_or_made_good(fault, times, demo_server, we
     assert time.monotonic() - began < 20 * TIMEOUT_S
     server.faults.clear()
     expected = truth(server, subject, NAME)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         found, error = attempt(lambda: sequential(file))
     if error is None:
         check(found, expected)
         return
     assert "ETag" in fault, "an ETag that was not there before is another version's"
     assert errors.is_stale(error)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         check(sequential(file), expected)

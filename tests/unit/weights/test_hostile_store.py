@@ -10,8 +10,8 @@ import pytest
 from tests.support.hostile import HostileServer, close, drip, endless, genuine, reset
 from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
-from tinkerfs.concurrency import in_thread
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.concurrency import run_in_thread
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.weights.retry import BACKOFF_S
 
 MIB = 1 << 20
@@ -74,11 +74,11 @@ def in_chunks(head, body, *lines):
 
 
 def read(file):
-    return file.read(file.size_bytes, 0, IN_PROCESS)
+    return file.read(file.size_bytes, 0, BACKGROUND_CONTEXT)
 
 
 def open_in(mount, server):
-    return mount.weights.open(subject_of(server), NAME, IN_PROCESS)
+    return mount.weights.open(subject_of(server), NAME, BACKGROUND_CONTEXT)
 
 
 def expected_of(server):
@@ -136,7 +136,7 @@ def test_read_of_a_response_that_lies_once_is_right(server, weights_of, lie):
         server.on("store", edited(LIES[lie]), times=1)
         try:
             found = read(file)
-        except errors.Rejected:  # which no other try makes good
+        except errors.ClientError:  # which no other try makes good
             assert lie == "101"
             found = read(file)
         assert found == expected_of(server)
@@ -149,7 +149,7 @@ def test_read_of_a_response_that_always_lies_fails(server, weights_of, lie, monk
     with open_in(mount, server) as file:
         rule = server.on("store", edited(LIES[lie]), times=None)
         with pytest.raises((errors.ApiError, OSError)):
-            file.read(MIB, 5 * MIB, IN_PROCESS)
+            file.read(MIB, 5 * MIB, BACKGROUND_CONTEXT)
         rule.remove()
         assert read(file) == expected_of(server), "nothing of it was cached"
 
@@ -179,12 +179,12 @@ def test_read_of_a_store_that_holds_on_ends_in_time(server, weights_of, how):
     with open_in(mount, server) as file:
         rule = server.on("store", *HOLDING[how], times=None)
         began = time.monotonic()
-        with pytest.raises((errors.TimedOut, errors.Unreachable, errors.ProtocolError)):
-            file.read(9, 5 * MIB, IN_PROCESS)
+        with pytest.raises((errors.RequestTimeout, errors.ConnectionFailed, errors.ProtocolError)):
+            file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
         assert time.monotonic() - began < 10 * TIMEOUT_S
         rule.remove()
         began = time.monotonic()
-        assert file.read(9, 5 * MIB, IN_PROCESS) == expected_of(server)[5 * MIB :][:9]
+        assert file.read(9, 5 * MIB, BACKGROUND_CONTEXT) == expected_of(server)[5 * MIB :][:9]
         assert time.monotonic() - began < 10 * TIMEOUT_S, "no one joins what is dead"
 
 
@@ -201,7 +201,7 @@ def test_read_rides_out_a_store_that_refuses_for_a_moment(server, weights_of):
     with open_in(mount, server) as file:
         server.stop_listening("store")
         server.drop_connections()
-        reading = in_thread(lambda: read(file), "reader")
+        reading = run_in_thread(lambda: read(file), "reader")
         refused = mount.telemetry
         while refused.snapshot()["calls"]["GET store"].get("failed", 0) < 4:
             time.sleep(0.01)
@@ -216,7 +216,7 @@ def test_read_rides_out_an_api_that_refuses_for_a_moment(server, weights_of):
         server.stop_listening("api", "store")
         server.drop_connections()
         calls = mount.telemetry.snapshot()["calls_total"]
-        reading = in_thread(lambda: read(file), "reader")
+        reading = run_in_thread(lambda: read(file), "reader")
         while mount.telemetry.snapshot()["calls_total"] < calls + 5:
             assert not reading.done(), reading.exception()
             time.sleep(0.01)
@@ -230,8 +230,8 @@ def test_read_of_a_store_that_stays_away_fails_in_time(server, weights_of):
         server.stop_listening("store")
         server.drop_connections()
         began = time.monotonic()
-        with pytest.raises(errors.Unreachable, match="refused"):
-            file.read(9, 5 * MIB, IN_PROCESS)
+        with pytest.raises(errors.ConnectionFailed, match="refused"):
+            file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
         assert TIMEOUT_S <= time.monotonic() - began < 10 * TIMEOUT_S + BACKOFF_S[1]
 
 
@@ -327,7 +327,7 @@ def test_range_after_a_cached_block_of_another_version_is_stale(server, weights_
     server.on("store", edited(bare), times=None)
     mount = weights_of(server, timeout_s=10)
     with open_in(mount, server) as file:
-        assert file.read(9, 1 * MIB, IN_PROCESS) == expected_of(server)[MIB:][:9]
+        assert file.read(9, 1 * MIB, BACKGROUND_CONTEXT) == expected_of(server)[MIB:][:9]
         save_again(server)
         assert read_in_the_end(mount, server, file)
 
@@ -344,7 +344,7 @@ def test_range_resumed_in_another_version_is_stale(server, weights_of):
         server.on("store", edited(cut), times=1)
         server.on("store", edited(bare), times=None)
         with pytest.raises(OSError, match="another version"):
-            file.read(9, 5 * MIB, IN_PROCESS)
+            file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
     assert not read_in_the_end(mount, server)
 
 
@@ -357,13 +357,13 @@ def test_part_of_a_block_of_another_version_is_stale(server, weights_of):
         server.on("store", cut, times=1)
         failing = server.on("store", b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", times=None)
         with pytest.raises(errors.ServerError):
-            file.read(9, 5 * MIB, IN_PROCESS)
+            file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
         assert list(mount.cache.folder.glob("*/.*.part"))
         failing.remove()
         server.on("store", edited(bare), times=None)
         save_again(server)
         with pytest.raises(OSError, match="another version"):
-            file.read(9, 5 * MIB, IN_PROCESS)
+            file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
     assert not read_in_the_end(mount, server)
 
 
@@ -460,7 +460,7 @@ def test_archive_tar_in_chunks_without_a_length_is_read(server, weights_of):
     server.on("store", edited(lengthless, has_ranges=False), times=None)
     subject = subject_of(server)
     archive = server.archive(subject.ref.run_id, subject.ref.path_id)
-    with weights_of(server, timeout_s=10).weights.open_archive(subject, IN_PROCESS) as file:
+    with weights_of(server, timeout_s=10).weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
         assert file.size_bytes == archive.size_bytes
         assert read(file) == archive.read(0, archive.size_bytes)
 
@@ -473,16 +473,16 @@ def test_archive_that_ends_with_the_connection_is_refused(server, weights_of):
     server.on("store", cut, times=None)
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     with pytest.raises(errors.ProtocolError, match="how long the file is"):
-        mount.weights.files(subject_of(server), IN_PROCESS)
+        mount.weights.files(subject_of(server), BACKGROUND_CONTEXT)
 
 
 def test_external_files_in_chunks_without_a_length_are_read(server, weights_of):
     server.on("store", edited(lengthless, has_ranges=False), times=None)
     subject = subject_of(server, "external_weights")
     mount = weights_of(server, timeout_s=10)
-    members = mount.weights.files(subject, IN_PROCESS).members
+    members = mount.weights.files(subject, BACKGROUND_CONTEXT).members
     for name, member in members.items():
-        with mount.weights.open(subject, name, IN_PROCESS) as file:
+        with mount.weights.open(subject, name, BACKGROUND_CONTEXT) as file:
             assert file.size_bytes == member.size_bytes
             assert read(file) == truth(server, subject, name)
 

@@ -8,7 +8,7 @@ import pytest
 from tests.support.tar_variants import END, LARGE_BYTES, header, large, member
 from tests.unit.weights.conftest import subject_of
 from tests.unit.weights.test_reader import checkpoint_of, read
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.content import Data
 from tinkerfs.weights.archive_index import Index, decode_index, encode_index
 from tinkerfs.weights.tar_index import Member, Segment
@@ -45,9 +45,9 @@ def test_archive_with_non_utf8_name_is_read(demo_server, weights_of):
     subject, mount = served(server, weights_of, Data(packed))
     names = [os.fsdecode(name) for name in (b"caf\xe9", b"d\xff/x.safetensors")]
     for each in (mount, weights_of(server)):
-        assert list(each.weights.files(subject, IN_PROCESS).members) == names
+        assert list(each.weights.files(subject, BACKGROUND_CONTEXT).members) == names
         assert read(each, subject, names[0]) == b"data"
-        assert json.loads(each.weights.tensors(subject, IN_PROCESS))["files"] == names[1:]
+        assert json.loads(each.weights.tensors(subject, BACKGROUND_CONTEXT))["files"] == names[1:]
 
 
 def test_archive_that_ends_without_its_blocks_is_read(demo_server, weights_of):
@@ -62,18 +62,18 @@ def test_archive_that_is_cut_is_an_error(demo_server, weights_of, lost_bytes):
     packed = member(b"a", b"x" * 600) + member(b"z", b"x" * 600)
     subject, mount = served(demo_server(runs=1), weights_of, Data(packed[:-lost_bytes]))
     with pytest.raises(OSError, match="damaged"):
-        mount.weights.files(subject, IN_PROCESS)
+        mount.weights.files(subject, BACKGROUND_CONTEXT)
 
 
 @pytest.mark.parametrize("form", ["pax", "base-256"])
 def test_archive_of_9_gib_is_read_far_behind(demo_server, weights_of, form):
     content = large(form)
     subject, mount = served(demo_server(runs=1), weights_of, content)
-    with mount.weights.open(subject, "large", IN_PROCESS) as file:
+    with mount.weights.open(subject, "large", BACKGROUND_CONTEXT) as file:
         assert file.size_bytes == LARGE_BYTES
-        place = mount.weights.files(subject, IN_PROCESS).members["large"].segments[0].place
+        place = mount.weights.files(subject, BACKGROUND_CONTEXT).members["large"].segments[0].place
         for at in (0, (1 << 32) - 7, (1 << 33) + 12_345, LARGE_BYTES - 100):
-            assert file.read(1000, at, IN_PROCESS) == content.read(
+            assert file.read(1000, at, BACKGROUND_CONTEXT) == content.read(
                 place + at, place + min(at + 1000, LARGE_BYTES)
             )
     assert read(mount, subject, "z") == b"last one"

@@ -8,7 +8,7 @@ import sys
 import time
 
 from tests.unit.weights.conftest import subject_of, truth
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
@@ -74,7 +74,7 @@ def test_readers_that_are_killed_leave_no_wrong_byte(demo_server, tmp_path, weig
         killed.communicate()
     mount = weights_of(server)
     kept = mount.weights.cached_bytes(subject, NAME)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
-        assert file.read(len(expected), 0, IN_PROCESS) == expected
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        assert file.read(len(expected), 0, BACKGROUND_CONTEXT) == expected
     assert kept > 0
     assert "altered" not in mount.telemetry.errors_text()

@@ -16,7 +16,7 @@ from tests.support.clocks import FakeTime
 from tests.unit.weights.conftest import subject_of, truth
 from tests.unit.weights.test_tar_index import special, tar_of
 from tinkerfs import errors
-from tinkerfs.context import IN_PROCESS, Call
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.demo.content import Data
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.weights.block_math import BLOCK_BYTES
@@ -29,13 +29,13 @@ ARCHIVE, URL = "GET store/archive", "GET archive"
 
 def whole(file, step=MIB):
     data = bytearray()
-    while piece := file.read(step, len(data), IN_PROCESS):
+    while piece := file.read(step, len(data), BACKGROUND_CONTEXT):
         data += piece
     return bytes(data)
 
 
 def read(mount, subject, name=NAME):
-    with mount.weights.open(subject, name, IN_PROCESS) as file:
+    with mount.weights.open(subject, name, BACKGROUND_CONTEXT) as file:
         return whole(file)
 
 
@@ -62,15 +62,15 @@ def small(demo_server):
 def test_the_index_of_a_plain_tar_takes_two_requests_once_for_all_mounts(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=1 << 30)
     subject, mount = subject_of(server), weights_of(server)
-    assert mount.weights.known_files(subject) is None
-    listing = mount.weights.files(subject, IN_PROCESS)
+    assert mount.weights.cached_files(subject) is None
+    listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
     true = server.files(subject.ref.run_id, subject.ref.path_id)
     sizes = {name: member.size_bytes for name, member in listing.members.items()}
     assert sizes == {name: content.size_bytes for name, content in true.items()}
     assert server.journal.endpoints() == {URL: 1, ARCHIVE: 2}
     assert sent_bytes(server) < MIB
     later = weights_of(server)
-    assert later.weights.known_files(subject) == later.weights.files(subject, IN_PROCESS)
+    assert later.weights.cached_files(subject) == later.weights.files(subject, BACKGROUND_CONTEXT)
     assert later.weights.archive_bytes(subject) == server.archive(*ids(subject)).size_bytes
     assert server.journal.endpoints() == {URL: 1, ARCHIVE: 2}
 
@@ -82,9 +82,9 @@ def ids(subject):
 def test_the_header_of_a_large_file_costs_little(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=5 << 30)
     subject, mount = subject_of(server), weights_of(server)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
-        length = int.from_bytes(file.read(8, 0, IN_PROCESS), "little")
-        assert json.loads(file.read(length, 8, IN_PROCESS))
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        length = int.from_bytes(file.read(8, 0, BACKGROUND_CONTEXT), "little")
+        assert json.loads(file.read(length, 8, BACKGROUND_CONTEXT))
     assert sent_bytes(server) <= 8 * MIB
     assert server.journal.count(ARCHIVE) == 3
 
@@ -95,16 +95,16 @@ def test_one_tensor_of_a_large_file_costs_little_more_than_itself(
 ):
     server = demo_server(runs=1, size_bytes=1_000_000_000)
     subject, mount = subject_of(server), weights_of(server)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
-        length = int.from_bytes(file.read(8, 0, IN_PROCESS), "little")
-        header = json.loads(file.read(length, 8, IN_PROCESS))
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        length = int.from_bytes(file.read(8, 0, BACKGROUND_CONTEXT), "little")
+        header = json.loads(file.read(length, 8, BACKGROUND_CONTEXT))
         del header["__metadata__"]
         begin, end = sorted(each["data_offsets"] for each in header.values())[len(header) // 2]
-        with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as later:
+        with weights_of(server).weights.open(subject, NAME, BACKGROUND_CONTEXT) as later:
             server.journal.clear()
             reader = later if is_remounted else file
             for offset in range(begin, end, 256 * 1024):
-                reader.read(min(256 * 1024, end - offset), 8 + length + offset, IN_PROCESS)
+                reader.read(min(256 * 1024, end - offset), 8 + length + offset, BACKGROUND_CONTEXT)
     assert end - begin > 40_000_000
     # It begins within a block, and ends within one.
     assert end - begin <= sent_bytes(server) <= end - begin + 2 * BLOCK_BYTES
@@ -128,7 +128,7 @@ def test_what_was_read_once_is_fetched_by_no_later_mount(small, weights_of):
 def test_the_archive_itself_is_a_file(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     assert mount.weights.archive_bytes(subject) is None
-    with mount.weights.open_archive(subject, IN_PROCESS) as file:
+    with mount.weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
         assert file.size_bytes == small.archive(*ids(subject)).size_bytes
         assert whole(file) == small.archive(*ids(subject)).read(0, file.size_bytes)
     count = small.journal.count(ARCHIVE)
@@ -142,13 +142,13 @@ def test_the_archive_itself_is_a_file(small, weights_of):
 def test_every_read_is_a_slice(reads, module_mount):
     file, expected = module_mount
     for offset, size in reads:
-        assert file.read(size, offset, IN_PROCESS) == expected[offset : offset + size]
+        assert file.read(size, offset, BACKGROUND_CONTEXT) == expected[offset : offset + size]
 
 
 @pytest.fixture
 def module_mount(small, weights_of):
     subject = subject_of(small)
-    with weights_of(small).weights.open(subject, NAME, IN_PROCESS) as file:
+    with weights_of(small).weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         yield file, truth(small, subject, NAME)
 
 
@@ -157,20 +157,20 @@ def module_mount(small, weights_of):
 
 def test_a_packed_archive_is_fetched_once_in_sequence(gzip_server, weights_of):
     subject, mount = subject_of(gzip_server), weights_of(gzip_server)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     packed = gzip_server.archive(*ids(subject)).size_bytes
     assert sent_bytes(gzip_server) <= packed
     gzip_server.journal.clear()
     for name in gzip_server.files(*ids(subject)):
         assert read(weights_of(gzip_server), subject, name) == truth(gzip_server, subject, name)
     assert gzip_server.journal.count() == 0
-    with mount.weights.open_archive(subject, IN_PROCESS) as file:
+    with mount.weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
         assert whole(file) == gzip_server.archive(*ids(subject)).read(0, packed)
 
 
 def test_a_packed_archive_that_left_the_cache_is_fetched_again(gzip_server, weights_of):
     subject, mount = subject_of(gzip_server), weights_of(gzip_server, limit_bytes=0)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     gzip_server.journal.clear()
     assert read(mount, subject) == truth(gzip_server, subject, NAME)
     assert 1 <= gzip_server.journal.count(ARCHIVE) <= 3
@@ -191,8 +191,8 @@ def test_a_packed_archive_that_is_always_altered_is_an_error(gzip_server, weight
     subject, mount = subject_of(gzip_server), weights_of(gzip_server)
     rule = gzip_server.faults.add("store", flip_byte=9_000_000, when=is_large, times=None)
     with pytest.raises(OSError, match="damaged") as caught:
-        mount.weights.files(subject, IN_PROCESS)
-    assert errors.name_of(caught.value) == "EIO"
+        mount.weights.files(subject, BACKGROUND_CONTEXT)
+    assert errors.errno_name(caught.value) == "EIO"
     rule.remove()
     assert read(mount, subject) == truth(gzip_server, subject, NAME)
     # Later passes are held against what the first one was.
@@ -205,7 +205,7 @@ def test_a_packed_archive_that_is_always_altered_is_an_error(gzip_server, weight
 def test_a_store_without_ranges_is_read_in_one_pass(small, weights_of):
     small.faults.add("store", ignore_range=True, times=None)
     subject, mount = subject_of(small), weights_of(small)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     assert small.journal.count(ARCHIVE) == 1
     assert read(mount, subject) == truth(small, subject, NAME)
     assert small.journal.count(ARCHIVE) == 1
@@ -219,9 +219,9 @@ def test_without_ranges_and_without_a_cache_all_is_right_still(small, weights_of
     small.faults.add("store", ignore_range=True, times=None)
     subject, mount = subject_of(small), weights_of(small, limit_bytes=0, memory_bytes=8 * MIB)
     expected = truth(small, subject, NAME)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         for offset in (19 * MIB, 5, 11 * MIB):
-            assert file.read(99, offset, IN_PROCESS) == expected[offset : offset + 99]
+            assert file.read(99, offset, BACKGROUND_CONTEXT) == expected[offset : offset + 99]
 
 
 @pytest.mark.parametrize("profile", ["skyrl"])
@@ -246,10 +246,10 @@ def test_external_weights_are_a_file_each(demo_server, weights_of):
         "../outside": Data(b"no"),
         "empty/below": Data(b"no"),
     }
-    listing = mount.weights.files(subject, IN_PROCESS)
+    listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
     sizes = {name: member.size_bytes for name, member in listing.members.items()}
     assert sizes == {"b.safetensors": 9 * MIB, "empty": 0, "folder/deep/a.age": 6}
-    assert len(listing.left_out) == 2
+    assert len(listing.skipped) == 2
     assert "left out" in mount.telemetry.errors_text()
     for name in sizes:
         assert read(mount, subject, name) == checkpoint.files[name].read(0, sizes[name])
@@ -285,22 +285,22 @@ def test_every_member_of_a_real_tar_is_what_tar_says(tmp_path, demo_server, weig
     command = ["tar", "--sparse", "--format=posix", "-C", folder, "-c", "."]
     packed = subprocess.run(command, capture_output=True, check=True).stdout
     subject, mount = mounted(demo_server(runs=1), weights_of, packed)
-    members = mount.weights.files(subject, IN_PROCESS).members
+    members = mount.weights.files(subject, BACKGROUND_CONTEXT).members
     assert set(members) == {"sparse", "n" * 200, "sub/large", "hard", "link"}
     for name in members:
         expected = (folder / name).read_bytes()
         assert read(mount, subject, name) == expected
-        with mount.weights.open(subject, name, IN_PROCESS) as file:
+        with mount.weights.open(subject, name, BACKGROUND_CONTEXT) as file:
             for _ in range(20):
                 at = rng.randrange(len(expected))
-                assert file.read(300_000, at, IN_PROCESS) == expected[at : at + 300_000]
+                assert file.read(300_000, at, BACKGROUND_CONTEXT) == expected[at : at + 300_000]
 
 
 def test_thousands_of_members_take_few_requests(demo_server, weights_of):
     files = [(f"shard/{number:04}", bytes([number % 256]) * 3000) for number in range(4000)]
     server = demo_server(runs=1)
     subject, mount = mounted(server, weights_of, tar_of(*files, form=tarfile.GNU_FORMAT))
-    members = mount.weights.files(subject, IN_PROCESS).members
+    members = mount.weights.files(subject, BACKGROUND_CONTEXT).members
     assert len(members) == 4000
     assert server.journal.count(ARCHIVE) < 15
     assert read(mount, subject, "shard/2999") == files[2999][1]
@@ -309,11 +309,11 @@ def test_thousands_of_members_take_few_requests(demo_server, weights_of):
 def test_what_is_unsafe_is_left_out_and_told(demo_server, weights_of):
     packed = tar_of(("../up", b"1"), (special("d", tarfile.CHRTYPE), None), ("good", b"2"))
     subject, mount = mounted(demo_server(runs=1), weights_of, packed)
-    listing = mount.weights.files(subject, IN_PROCESS)
-    assert (set(listing.members), len(listing.left_out)) == ({"good"}, 2)
+    listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
+    assert (set(listing.members), len(listing.skipped)) == ({"good"}, 2)
     assert "'../up'" in mount.telemetry.errors_text()
     with pytest.raises(FileNotFoundError):
-        mount.weights.open(subject, "../up", IN_PROCESS)
+        mount.weights.open(subject, "../up", BACKGROUND_CONTEXT)
 
 
 @pytest.mark.parametrize("cut", [100, 3000, 19_700])
@@ -321,8 +321,8 @@ def test_a_tar_that_ends_early_is_an_error(cut, demo_server, weights_of):
     packed = tar_of(("a", b"x" * 9000), ("b", b"y" * 9000))
     subject, mount = mounted(demo_server(runs=1), weights_of, packed[:cut])
     with pytest.raises(OSError, match=r".") as caught:
-        mount.weights.files(subject, IN_PROCESS)
-    assert errors.name_of(caught.value) == "EIO"
+        mount.weights.files(subject, BACKGROUND_CONTEXT)
+    assert errors.errno_name(caught.value) == "EIO"
 
 
 # Headers
@@ -331,10 +331,10 @@ def test_a_tar_that_ends_early_is_an_error(cut, demo_server, weights_of):
 def test_the_tensors_come_from_the_header_alone(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=1 << 30)
     subject, mount = subject_of(server), weights_of(server)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
-    assert mount.weights.known_tensors(subject) is None
-    told = json.loads(mount.weights.tensors(subject, IN_PROCESS))
+    assert mount.weights.cached_tensors(subject) is None
+    told = json.loads(mount.weights.tensors(subject, BACKGROUND_CONTEXT))
     content = server.files(*ids(subject))[NAME]
     length = int.from_bytes(content.read(0, 8), "little")
     header = json.loads(content.read(8, 8 + length))
@@ -344,7 +344,7 @@ def test_the_tensors_come_from_the_header_alone(demo_server, weights_of):
     }
     assert server.journal.count(ARCHIVE) == 1
     assert sent_bytes(server) < MIB
-    assert weights_of(server).weights.known_tensors(subject) is not None
+    assert weights_of(server).weights.cached_tensors(subject) is not None
 
 
 def test_a_long_header_takes_two_requests(demo_server, weights_of):
@@ -360,9 +360,9 @@ def test_a_long_header_takes_two_requests(demo_server, weights_of):
     data = len(header).to_bytes(8, "little") + header + bytes(60_000)
     server = demo_server(runs=1)
     subject, mount = mounted(server, weights_of, tar_of((NAME, data)))
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
-    told = json.loads(mount.weights.tensors(subject, IN_PROCESS))
+    told = json.loads(mount.weights.tensors(subject, BACKGROUND_CONTEXT))
     assert told["tensors_count"] == 60_000
     assert server.journal.count(ARCHIVE) == 2
 
@@ -371,7 +371,7 @@ def test_a_header_that_lies_is_an_error(demo_server, weights_of):
     packed = tar_of((NAME, b"\xff" * 100))
     subject, mount = mounted(demo_server(runs=1), weights_of, packed)
     with pytest.raises(OSError, match="not a safetensors file"):
-        mount.weights.tensors(subject, IN_PROCESS)
+        mount.weights.tensors(subject, BACKGROUND_CONTEXT)
 
 
 # Many at once
@@ -400,7 +400,7 @@ def test_one_fetch_a_block_however_many_read(small, weights_of):
     mounts = [weights_of(small) for _ in range(2)]
     expected = truth(small, subject, NAME)
     for mount in mounts:
-        mount.weights.files(subject, IN_PROCESS)
+        mount.weights.files(subject, BACKGROUND_CONTEXT)
     small.journal.clear()
     found = side_by_side(32, lambda number: read(mounts[number % 2], subject))
     assert all(data == expected for data in found)
@@ -411,10 +411,10 @@ def test_one_fetch_a_block_however_many_read(small, weights_of):
 def test_a_url_is_renewed_once_for_all_readers(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=60 * MIB)
     subject, mount = subject_of(server), weights_of(server, burst=1)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         server.signer.revoke_all()
         server.latency_s = 0.02
-        found = side_by_side(12, lambda n: file.read(9, n * BLOCK_BYTES, IN_PROCESS))
+        found = side_by_side(12, lambda n: file.read(9, n * BLOCK_BYTES, BACKGROUND_CONTEXT))
     expected = truth(server, subject, NAME)
     assert found == [expected[n * BLOCK_BYTES :][:9] for n in range(12)]
     assert server.journal.count(URL) == 2
@@ -424,9 +424,9 @@ def test_a_url_is_renewed_before_it_expires(demo_server, weights_of):
     time = FakeTime()
     server = demo_server(runs=1, size_bytes=20 * MIB, clock=time.clock.now)
     subject, mount = subject_of(server), weights_of(server, clock=time.clock)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         time.advance(890)
-        file.read(9, 0, IN_PROCESS)
+        file.read(9, 0, BACKGROUND_CONTEXT)
     assert [entry.status for entry in server.journal.entries("store")] == [206] * 3
     assert server.journal.count(URL) == 2
 
@@ -434,14 +434,14 @@ def test_a_url_is_renewed_before_it_expires(demo_server, weights_of):
 def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     old = truth(small, subject, NAME)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
-        assert file.read(9, 0, IN_PROCESS) == old[:9]
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        assert file.read(9, 0, BACKGROUND_CONTEXT) == old[:9]
         checkpoint_of(small, subject).generation += 1
         new = truth(small, subject, NAME)
         assert new != old
         for offset in (18 * MIB, 0):  # what is kept as well, from then on
             with pytest.raises(OSError, match="another version") as caught:
-                file.read(9, offset, IN_PROCESS)
+                file.read(9, offset, BACKGROUND_CONTEXT)
             assert errors.is_stale(caught.value)
         assert read(mount, subject) == new
     assert read(weights_of(small), subject) == new
@@ -449,10 +449,10 @@ def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(sma
 
 def test_a_checkpoint_that_is_deleted_while_open_is_stale(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         small.account.find(*ids(subject))[0].checkpoints.clear()
         with pytest.raises(OSError, match="gone") as caught:
-            file.read(9, 9 * MIB, IN_PROCESS)
+            file.read(9, 9 * MIB, BACKGROUND_CONTEXT)
     assert errors.is_stale(caught.value)
 
 
@@ -461,16 +461,16 @@ def test_reads_that_wait_hold_up_nothing_and_end_when_interrupted(small, weights
     subject, other = subject_of(small), subject_of(small, "sampler_weights")
     mount = weights_of(small, timeout_s=30)
     assert read(mount, subject) == truth(small, subject, NAME)
-    mount.weights.files(other, IN_PROCESS)
+    mount.weights.files(other, BACKGROUND_CONTEXT)
     rule = small.faults.add("store", hang=True, times=None)
     gone = threading.Event()
-    with mount.weights.open(other, NAME, IN_PROCESS) as waiting:
-        call = Call(interrupted=gone.is_set)
+    with mount.weights.open(other, NAME, BACKGROUND_CONTEXT) as waiting:
+        ctx = RequestContext(is_cancelled=gone.is_set)
         ended = []
 
         def wait(number):
             try:
-                waiting.read(9, number * 300_000, call)
+                waiting.read(9, number * 300_000, ctx)
             except OSError as error:
                 ended.append(errors.is_interruption(error))
 
@@ -480,7 +480,7 @@ def test_reads_that_wait_hold_up_nothing_and_end_when_interrupted(small, weights
         rule.wait_for(5)
         began = time.monotonic()
         assert read(mount, subject) == truth(small, subject, NAME)
-        assert mount.weights.files(subject, IN_PROCESS)
+        assert mount.weights.files(subject, BACKGROUND_CONTEXT)
         assert time.monotonic() - began < 2
         gone.set()
         began = time.monotonic()
@@ -495,12 +495,12 @@ def test_reads_that_wait_hold_up_nothing_and_end_when_interrupted(small, weights
 def test_nothing_is_fetched_ahead_where_that_would_build_an_archive(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=20 * MIB)
     subject = subject_of(server)
-    with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as file:
-        file.read(9, 0, IN_PROCESS)
+    with weights_of(server).weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        file.read(9, 0, BACKGROUND_CONTEXT)
     server.journal.clear()
-    with weights_of(server).weights.open(subject, NAME, IN_PROCESS) as file:
+    with weights_of(server).weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         for offset in range(0, 2 * MIB, 256 * 1024):
-            file.read(256 * 1024, offset, IN_PROCESS)
+            file.read(256 * 1024, offset, BACKGROUND_CONTEXT)
         assert server.journal.count() == 0
         assert whole(file) == truth(server, subject, NAME)
     assert server.journal.count(URL) == 1
@@ -509,7 +509,7 @@ def test_nothing_is_fetched_ahead_where_that_would_build_an_archive(demo_server,
 def test_an_archive_being_built_is_waited_for_once(demo_server, weights_of):
     server = demo_server(runs=1, building_polls=2, retry_after="0")
     subject, mount = subject_of(server), weights_of(server)
-    found = side_by_side(8, lambda _: mount.weights.files(subject, IN_PROCESS))
+    found = side_by_side(8, lambda _: mount.weights.files(subject, BACKGROUND_CONTEXT))
     assert all(each == found[0] for each in found)
     assert server.journal.count(URL) == 3
 
@@ -518,9 +518,9 @@ def test_a_walk_may_start_so_many_builds_and_renewals_are_none(demo_server, weig
     server = demo_server(runs=1)
     first, second = subject_of(server), subject_of(server, number=1)
     mount = weights_of(server, burst=1)
-    mount.weights.files(first, IN_PROCESS)
+    mount.weights.files(first, BACKGROUND_CONTEXT)
     with pytest.raises(OSError, match="builds a minute"):
-        mount.weights.files(second, IN_PROCESS)
+        mount.weights.files(second, BACKGROUND_CONTEXT)
     server.signer.revoke_all()
     assert read(mount, first) == truth(server, first, NAME)
 
@@ -534,13 +534,13 @@ def test_memory_is_bounded_over_all_open_files(demo_server, weights_of):
     subjects = [subject_of(server, run=run) for run in (0, 1)]
     found = side_by_side(4, lambda n: read(mount, subjects[n % 2]))
     assert all(data == truth(server, subjects[n % 2], NAME) for n, data in enumerate(found))
-    assert mount.weights.memory.most_bytes <= 24 * MIB
+    assert mount.weights.memory.peak_bytes <= 24 * MIB
 
 
 def test_a_cache_that_goes_or_is_altered_while_files_are_open_is_fetched_again(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     expected = truth(small, subject, NAME)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         assert whole(file) == expected
         for path in mount.cache.folder.rglob("*"):
             if path.name.isdigit():
@@ -556,9 +556,9 @@ def test_a_cache_that_goes_or_is_altered_while_files_are_open_is_fetched_again(s
 
 def test_an_index_that_cannot_be_read_is_made_again(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
-    listing = mount.weights.files(subject, IN_PROCESS)
+    listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
     mount.store.put("weights index 2", subject.identity, b"\xc1nonsense")
-    assert weights_of(small).weights.files(subject, IN_PROCESS) == listing
+    assert weights_of(small).weights.files(subject, BACKGROUND_CONTEXT) == listing
 
 
 def test_no_secret_is_logged(small, weights_of, caplog):

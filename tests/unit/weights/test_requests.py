@@ -13,13 +13,13 @@ import pytest
 from tests.unit.weights.conftest import subject_of, truth
 from tests.unit.weights.test_tar_index import special
 from tinkerfs import errors
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.archive import tar_of
 from tinkerfs.demo.content import Data, Noise
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.weights import tar_index
 from tinkerfs.weights.block_math import BLOCK_BYTES
-from tinkerfs.weights.readahead import CONNECTIONS_AHEAD
+from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
 from tinkerfs.weights.remote_file import CONNECTIONS
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -28,9 +28,9 @@ ARCHIVE, URL = "GET store/archive", "GET archive"
 
 
 def read(mount, subject, name=NAME):
-    with mount.weights.open(subject, name, IN_PROCESS) as file:
+    with mount.weights.open(subject, name, BACKGROUND_CONTEXT) as file:
         places = range(0, file.size_bytes, 256 * KIB)
-        return b"".join(file.read(256 * KIB, offset, IN_PROCESS) for offset in places)
+        return b"".join(file.read(256 * KIB, offset, BACKGROUND_CONTEXT) for offset in places)
 
 
 def asked(server):
@@ -62,7 +62,7 @@ def test_each_request_is_for_a_closed_range_of_this_version_as_it_stands(demo_se
 def test_a_url_that_is_refused_is_renewed_once(demo_server, weights_of, status):
     server = demo_server(runs=1, size_bytes=9 * MIB)
     subject, mount = subject_of(server), weights_of(server)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     refused = server.faults.add("store", status=status)
     assert read(mount, subject) == truth(server, subject, NAME)
@@ -75,12 +75,12 @@ def test_a_url_that_is_refused_is_renewed_once(demo_server, weights_of, status):
 def test_where_the_new_url_is_refused_too_there_is_no_third(demo_server, weights_of, status):
     server = demo_server(runs=1, size_bytes=MIB)
     subject, mount = subject_of(server), weights_of(server)
-    mount.weights.files(subject, IN_PROCESS)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         server.journal.clear()
         server.faults.add("store", status=status, times=None)
         with pytest.raises((errors.ApiError, OSError)):
-            file.read(9, 0, IN_PROCESS)
+            file.read(9, 0, BACKGROUND_CONTEXT)
     assert server.journal.count(URL) == 1
     assert server.journal.count(ARCHIVE) == 2
 
@@ -88,7 +88,7 @@ def test_where_the_new_url_is_refused_too_there_is_no_third(demo_server, weights
 def test_what_breaks_off_is_taken_up_where_it_broke(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=9 * MIB)
     subject, mount = subject_of(server), weights_of(server)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     server.faults.add("store", cut_after_bytes=1_000_001)
     assert read(mount, subject) == truth(server, subject, NAME)
@@ -101,7 +101,7 @@ def test_what_breaks_off_is_taken_up_where_it_broke(demo_server, weights_of):
 def test_a_transfer_that_is_slow_but_moves_goes_on_for_many_time_outs(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=MIB)
     subject, mount = subject_of(server), weights_of(server, timeout_s=0.2)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     server.faults.add("store", bytes_per_s=600 * KIB, times=None)
     assert read(mount, subject) == truth(server, subject, NAME)
@@ -112,7 +112,7 @@ def test_a_transfer_that_is_slow_but_moves_goes_on_for_many_time_outs(demo_serve
 def test_a_transfer_that_hardly_moves_is_dropped_and_tried_again(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=MIB)
     subject, mount = subject_of(server), weights_of(server, timeout_s=0.5)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     server.faults.add("store", bytes_per_s=900)  # less than 1 KiB a second, and never still
     assert read(mount, subject) == truth(server, subject, NAME)
@@ -125,7 +125,7 @@ def test_a_transfer_that_hardly_moves_is_dropped_and_tried_again(demo_server, we
 def test_several_requests_at_a_time_hide_the_latency(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=120 * MIB)
     subject, mount = subject_of(server), weights_of(server)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     server.latency_s = 0.1
     assert len(read(mount, subject)) > 119 * MIB
@@ -133,7 +133,7 @@ def test_several_requests_at_a_time_hide_the_latency(demo_server, weights_of):
     most = max(
         sum(other.start_s <= entry.start_s < other.end_s for other in entries) for entry in entries
     )
-    assert CONNECTIONS_AHEAD // 2 <= most <= CONNECTIONS
+    assert READAHEAD_CONCURRENCY // 2 <= most <= CONNECTIONS
     places = sorted(map(place_of, entries))
     assert all(one[1] <= next_[0] for one, next_ in itertools.pairwise(places))
 
@@ -141,11 +141,11 @@ def test_several_requests_at_a_time_hide_the_latency(demo_server, weights_of):
 def test_what_comes_next_is_asked_for_before_the_wait_for_what_is_read(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=100 * MIB)
     subject, mount = subject_of(server), weights_of(server)
-    mount.weights.files(subject, IN_PROCESS)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     server.faults.add("store", times=2, hold_until=2)
-    with mount.weights.open(subject, NAME, IN_PROCESS) as file:
-        assert len(file.read(3 * MIB, 0, IN_PROCESS)) == 3 * MIB
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        assert len(file.read(3 * MIB, 0, BACKGROUND_CONTEXT)) == 3 * MIB
     assert {place_of(entry)[0] // BLOCK_BYTES for entry in asked(server)} == {0, 1}
 
 
@@ -154,7 +154,7 @@ def test_an_archive_of_many_gb_with_thousands_of_members(demo_server, weights_of
     subject, mount = subject_of(server), weights_of(server)
     files = {f"shard/{n:04}": Noise(4 * MIB + n, n) for n in range(2000)}
     server.account.find(subject.ref.run_id, subject.ref.path_id)[1].archive = tar_of(files, 0)
-    members = mount.weights.files(subject, IN_PROCESS).members
+    members = mount.weights.files(subject, BACKGROUND_CONTEXT).members
     sizes = {name: member.size_bytes for name, member in members.items()}
     assert sizes == {name: content.size_bytes for name, content in files.items()}
     assert sum(sizes.values()) > 8_000_000_000
@@ -162,10 +162,12 @@ def test_an_archive_of_many_gb_with_thousands_of_members(demo_server, weights_of
     assert server.journal.count(ARCHIVE) <= 2001
     assert sum(entry.sent_bytes for entry in asked(server)) < 2002 * 64 * KIB + MIB
     server.journal.clear()
-    with mount.weights.open(subject, "shard/1999", IN_PROCESS) as file:
-        assert file.read(99, 4 * MIB, IN_PROCESS) == files["shard/1999"].read(4 * MIB, 4 * MIB + 99)
+    with mount.weights.open(subject, "shard/1999", BACKGROUND_CONTEXT) as file:
+        assert file.read(99, 4 * MIB, BACKGROUND_CONTEXT) == files["shard/1999"].read(
+            4 * MIB, 4 * MIB + 99
+        )
     later = weights_of(server)
-    assert len(later.weights.files(subject, IN_PROCESS).members) == 2000
+    assert len(later.weights.files(subject, BACKGROUND_CONTEXT).members) == 2000
     assert server.journal.count() == 1
 
 
@@ -192,6 +194,6 @@ def test_a_bomb_of_headers_is_an_error_in_bounded_memory(
     server.account.find(subject.ref.run_id, subject.ref.path_id)[1].archive = bomb
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(OSError, match=r"headers|members|damaged") as caught:
-        mount.weights.files(subject, IN_PROCESS)
-    assert errors.name_of(caught.value) == "EIO"
+        mount.weights.files(subject, BACKGROUND_CONTEXT)
+    assert errors.errno_name(caught.value) == "EIO"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 * KIB  # in KiB

@@ -8,7 +8,7 @@ import pytest
 from tinkerfs.weights.safetensors_header import (
     MAX_HEADER_BYTES,
     header_length,
-    tensor_ends,
+    tensor_end_offsets,
     tensors_json,
 )
 
@@ -79,10 +79,10 @@ def test_a_header_that_lies_is_told(head):
 def test_where_tensors_end_in_the_file():
     head = header(b=f32(16, 2, 3), a=f32(0, 4), __metadata__={"format": "pt"})
     start = 8 + len(head)
-    assert tensor_ends(head, start + 40) == [start + 16, start + 40]
-    assert tensor_ends(header(), 10) == []
+    assert tensor_end_offsets(head, start + 40) == [start + 16, start + 40]
+    assert tensor_end_offsets(header(), 10) == []
     with pytest.raises(ValueError, match="outside"):
-        tensor_ends(head, start + 39)
+        tensor_end_offsets(head, start + 39)
 
 
 def test_a_dtype_that_is_not_known_is_shown():

@@ -9,8 +9,8 @@ from tests.unit.weights.test_connections import IDENTITY
 from tinkerfs import errors, network
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import store_connection
-from tinkerfs.weights.connections import StoreClient
-from tinkerfs.weights.retry import Lost
+from tinkerfs.weights.connections import ObjectStoreClient
+from tinkerfs.weights.retry import TransferInterrupted
 
 TIMEOUT_S = 0.4
 #: Of one request on a busy machine; without a deadline each of these lasts for ever.
@@ -35,7 +35,7 @@ def server(request):
 
 @pytest.fixture
 def client():
-    with StoreClient(Telemetry(), timeout_s=TIMEOUT_S) as client:
+    with ObjectStoreClient(Telemetry(), timeout_s=TIMEOUT_S) as client:
         yield client
 
 
@@ -66,9 +66,9 @@ def fetch(client, server):
 def test_get_of_a_dripping_response_ends_by_the_timeout(client, server, steps):
     server.on("store", *steps)
     began = time.monotonic()
-    with pytest.raises(Lost, match=r"next to nothing for 0\.4 s") as lost:
+    with pytest.raises(TransferInterrupted, match=r"next to nothing for 0\.4 s") as lost:
         fetch(client, server)
-    assert isinstance(lost.value.error, errors.TimedOut)
+    assert isinstance(lost.value.error, errors.RequestTimeout)
     assert time.monotonic() - began < BOUND_S
 
 
@@ -85,9 +85,9 @@ def test_get_of_a_dripping_response_ends_by_the_timeout(client, server, steps):
 )
 def test_get_of_an_endless_head_ends_without_the_timeout(server, steps):
     server.on("store", *steps)
-    with StoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
         spent_s = time.thread_time()
-        with pytest.raises(Lost, match="broke off"):
+        with pytest.raises(TransferInterrupted, match="broke off"):
             fetch(client, server)
         assert time.thread_time() - spent_s < 1
 
@@ -102,7 +102,7 @@ def test_get_after_interim_responses_returns_the_response(client, server, status
 @pytest.mark.parametrize("size", [b"-5", b"+5", b"0x5", b"5_0", b"", b"5 5", b"g"])
 def test_get_of_a_malformed_chunk_size_fails(client, server, size):
     server.on("store", CHUNKED, size, b"\r\nhello\r\n0\r\n\r\n")
-    with pytest.raises(Lost, match="broke off"):
+    with pytest.raises(TransferInterrupted, match="broke off"):
         fetch(client, server)
 
 
@@ -110,7 +110,7 @@ def test_get_on_a_silently_dead_connection_takes_a_new_one(server, monkeypatch):
     monkeypatch.setattr(store_connection, "IDLE_S", 0.0)
     monkeypatch.setattr(store_connection, "PROBE_S", 0.1)
     server.on("store", response(200, BODY), times=None)
-    with StoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
         assert fetch(client, server) == BODY
         server.kill_silently()
         began = time.monotonic()
@@ -123,7 +123,7 @@ def test_get_on_a_connection_that_ended_takes_a_new_one(server):
     server.on("store", response(200, BODY), lambda handler: handler.pause(0), times=1)
     server.on("store", lambda handler: handler.end(is_reset=True), times=1)
     server.on("store", response(200, BODY), times=None)
-    with StoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
         assert fetch(client, server) == BODY
         assert fetch(client, server) == BODY
         assert len(server.received) == 3
@@ -135,7 +135,7 @@ def test_get_on_an_idle_connection_waits_for_a_slow_response(server, monkeypatch
     slow = [lambda handler: handler.pause(0.3), response(200, BODY)]
     server.on("store", response(200, BODY), times=1)
     server.on("store", *slow, times=None)
-    with StoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
         assert fetch(client, server) == BODY
         assert fetch(client, server) == BODY, "a new connection has all of the time-out"
 
@@ -147,7 +147,7 @@ def test_get_where_the_first_address_is_dead_connects_to_the_next(monkeypatch):
         dead = (v6, ("100::1", port, 0, 0))  # RFC 6666: discarded, where there is a route at all
         monkeypatch.setattr(network, "resolve", lambda *_: [dead, (v4, ("127.0.0.1", port))])
         server.on("store", response(200, BODY))
-        with StoreClient(Telemetry(), timeout_s=60) as client:
+        with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
             began = time.monotonic()
             assert fetch(client, server) == BODY
             assert time.monotonic() - began < 3

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tinkerfs import name_encoding
 from tinkerfs.api.client import CheckpointRef
 from tinkerfs.weights.archive_index import block_key
-from tinkerfs.weights.subject import Subject
+from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.version import Version
 
 texts = st.text(st.sampled_from('\n "\\,[]/ab1\ud800\udcffé'), max_size=6)
@@ -16,7 +16,7 @@ REF = CheckpointRef("", "", "")
 
 
 def identity(server, key):
-    return Subject(server, key, REF, "", 0).identity
+    return CheckpointVersion(server, key, REF, "", 0).cache_key
 
 
 @given(texts, keys, texts, keys)

@@ -35,7 +35,7 @@ def special(name, kind, target=""):
 def bytes_of(packed, member):
     data = bytearray(member.size_bytes)
     for segment in member.segments:
-        piece = packed[segment.place : segment.place + segment.length]
+        piece = packed[segment.archive_offset : segment.archive_offset + segment.length]
         assert len(piece) == segment.length
         data[segment.offset : segment.offset + segment.length] = piece
     return bytes(data)

@@ -115,7 +115,7 @@ def test_tar_of_9_gib_is_read_by_headers(form, has_end):
         "z": 8,
     }
     [segment] = members["z"].segments
-    assert content.read(segment.place, segment.place + 8) == b"last one"
+    assert content.read(segment.archive_offset, segment.archive_offset + 8) == b"last one"
     assert file.read_bytes < 16_384
 
 

@@ -11,9 +11,9 @@ from tinkerfs import errors
 from tinkerfs.api.client import CheckpointRef, Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.clock import SYSTEM_CLOCK
-from tinkerfs.context import IN_PROCESS
+from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.url_cache import Archives
+from tinkerfs.weights.url_cache import SignedUrlCache
 
 ARCHIVE = "GET archive"
 TIMEOUT_S = 0.2
@@ -48,7 +48,7 @@ def ask(server, tmp_path, telemetry):
                         backoff_s=0.1,
                     )
                 )
-                made[0] = Archives(
+                made[0] = SignedUrlCache(
                     client,
                     telemetry,
                     SYSTEM_CLOCK,
@@ -61,8 +61,8 @@ def ask(server, tmp_path, telemetry):
             (run,) = server.account.runs()
             have_archives = [c.id for c in run.checkpoints if not c.id.startswith("external")]
             checkpoint = have_archives[number]
-            ref = CheckpointRef(run.id, checkpoint, checkpoint, is_known=True)
-            return made[0].url(number, ref, f"/{checkpoint}", IN_PROCESS).url
+            ref = CheckpointRef(run.id, checkpoint, checkpoint, exists=True)
+            return made[0].url(number, ref, f"/{checkpoint}", BACKGROUND_CONTEXT).url
 
         yield url
 
@@ -89,7 +89,7 @@ def test_archive_that_trickles_is_waited_for_once(server, ask):
 def test_archives_held_for_good_leave_the_others_alone(server, ask):
     server.on(ARCHIVE, hold, times=4)
     for number in range(4):
-        with pytest.raises((errors.TimedOut, TimeoutError)):
+        with pytest.raises((errors.RequestTimeout, TimeoutError)):
             ask(number, archive_timeout_s=2 * TIMEOUT_S)
     assert ask(5).startswith(server.store_url)
     server.journal.wait_until_idle()
@@ -113,7 +113,7 @@ def test_archive_that_fails_is_not_retried_for_its_whole_time(server, ask, steps
 
 def test_archive_cut_off_while_held_is_not_sent_again(server, ask):
     server.on(ARCHIVE, lambda handler: handler.pause(4 * TIMEOUT_S), close, times=None)
-    with pytest.raises(errors.Unreachable):
+    with pytest.raises(errors.ConnectionFailed):
         ask(0)
     assert server.journal.count(ARCHIVE) == 1
 
@@ -143,7 +143,7 @@ def test_blip_in_the_middle_of_a_transfer_is_waited_out(server, ask, telemetry, 
 @pytest.mark.parametrize("is_one_transfer", [False, True])
 def test_blip_before_a_transfer_fails_at_once(server, ask, telemetry, is_one_transfer):
     server.stop_listening("api")
-    with pytest.raises(errors.Unreachable):
+    with pytest.raises(errors.ConnectionFailed):
         ask(0, is_one_transfer=is_one_transfer)
     assert 1 <= unreachable(telemetry) <= 2
 
@@ -151,7 +151,7 @@ def test_blip_before_a_transfer_fails_at_once(server, ask, telemetry, is_one_tra
 def test_blip_at_a_first_look_fails_at_once(server, ask, telemetry):
     ask(0)
     server.stop_listening("api")
-    with pytest.raises(errors.Unreachable):
+    with pytest.raises(errors.ConnectionFailed):
         ask(1)
     assert 1 <= unreachable(telemetry) <= 2
 
@@ -159,7 +159,7 @@ def test_blip_at_a_first_look_fails_at_once(server, ask, telemetry):
 def test_outage_in_the_middle_of_a_transfer_ends(server, ask, telemetry):
     ask(0, outage_timeout_s=1.0)
     server.stop_listening("api")
-    with pytest.raises(errors.Unreachable):
+    with pytest.raises(errors.ConnectionFailed):
         ask(0)
     assert unreachable(telemetry) > 2
 
