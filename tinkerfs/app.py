@@ -36,8 +36,6 @@ from tinkerfs.vfs.schema import Backend
 from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
 
-__all__ = ["BLOCKS", "App", "cache_directory", "open_app"]
-
 log = logging.getLogger(__name__)
 
 #: The folder of the block cache in that of the cache.

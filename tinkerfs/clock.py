@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["SYSTEM_CLOCK", "Clock"]
-
 
 @dataclass(frozen=True, slots=True)
 class Clock:

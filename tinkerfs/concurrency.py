@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["run_in_thread", "run_concurrently"]
-
 T = TypeVar("T")
 
 

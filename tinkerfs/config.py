@@ -12,15 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-__all__ = [
-    "DEFAULT_BASE_URL",
-    "OPTIONS",
-    "TTL_RANGE_S",
-    "Option",
-    "Settings",
-    "parse_duration_s",
-]
-
 #: The official service (Tinker SDK, _client.py).
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 

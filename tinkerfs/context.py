@@ -19,16 +19,6 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 
-__all__ = [
-    "DEMAND",
-    "BACKGROUND_CONTEXT",
-    "RequestContext",
-    "Caller",
-    "Priority",
-    "Validity",
-    "Expiry",
-]
-
 T = TypeVar("T")
 
 #: How often a waiting thread looks whether its caller was interrupted, seconds. Measured: Ctrl-C of

@@ -10,8 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["KEPT_LINES", "Journal"]
-
 T = TypeVar("T")
 
 #: Maximum number of entries (spec: "The tree").

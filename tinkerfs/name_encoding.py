@@ -17,16 +17,6 @@ import json
 import re
 from collections.abc import Iterable
 
-__all__ = [
-    "compound_key",
-    "decode",
-    "encode",
-    "is_truncated",
-    "is_probe_name",
-    "encode_composite",
-    "decode_composite",
-]
-
 #: The longest file name Linux takes, bytes (NAME_MAX, limits.h(0p)).
 NAME_MAX_BYTES = 255
 _HASH_CHARACTERS = 32

@@ -18,8 +18,6 @@ from concurrent.futures import Future
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
-__all__ = ["connect", "connect_any", "resolve"]
-
 #: Start the next attempt after this time even if none has failed, seconds (RFC 8305, section 5).
 ATTEMPT_DELAY_S = 0.25
 

@@ -7,8 +7,6 @@ Each expression here takes time in proportion to the text, whatever a server sen
 import re
 from typing import Final
 
-__all__ = ["printable", "redacted"]
-
 #: Of a text this many times the limit is looked at: redaction may shorten what it keeps.
 _MARGIN: Final = 8
 

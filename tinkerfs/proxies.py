@@ -19,8 +19,6 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from tinkerfs import errors
 from tinkerfs.errors import StartupError
 
-__all__ = ["Proxy", "is_loopback", "proxy_for"]
-
 #: Scheme of a variable's value -> what the proxy speaks. GNOME's settings write `socks`.
 _PROTOCOLS: Final = {
     "http": "http",

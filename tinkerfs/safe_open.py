@@ -9,8 +9,6 @@ import stat
 
 from tinkerfs import errors
 
-__all__ = ["is_regular", "open_directory", "open_regular", "read_regular"]
-
 
 def open_regular(
     path: str | os.PathLike[str],

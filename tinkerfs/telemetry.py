@@ -19,12 +19,6 @@ from tinkerfs.context import Caller
 from tinkerfs.journal import Journal
 from tinkerfs.printable import printable
 
-__all__ = [
-    "MutationRecord",
-    "Telemetry",
-    "rfc3339",
-]
-
 log = logging.getLogger(__name__)
 
 

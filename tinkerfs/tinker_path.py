@@ -3,12 +3,6 @@
 from dataclasses import dataclass
 from typing import Self
 
-__all__ = [
-    "KINDS",
-    "KIND_OF_TYPE",
-    "TinkerPath",
-]
-
 _SCHEME = "tinker://"
 
 #: The kinds of checkpoint that a tinker path can name (Tinker SDK, types/checkpoint.py).

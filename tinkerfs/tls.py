@@ -16,8 +16,6 @@ from typing import Final
 from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
-__all__ = ["describe_refusal", "trusting_context"]
-
 #: Variables that each name a bundle of certificates, or a directory of them, of one or more tools.
 _VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 

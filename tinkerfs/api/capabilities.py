@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-__all__ = ["UNSUPPORTED_THRESHOLD", "UNSUPPORTED_TTL_S", "CapabilityCache"]
-
 #: What a server lacks it is not asked for again for this long, seconds.
 UNSUPPORTED_TTL_S = 600.0
 #: One refusal may be about the one checkpoint that was asked about: it has a name that the server

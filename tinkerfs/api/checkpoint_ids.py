@@ -15,16 +15,6 @@ from urllib.parse import quote
 from tinkerfs import errors
 from tinkerfs.api.endpoints import Endpoint
 
-__all__ = [
-    "CheckpointRef",
-    "IdFormCache",
-    "IdForm",
-    "candidate_ids",
-    "id_path",
-    "id_segment",
-    "quote_segment",
-]
-
 T = TypeVar("T")
 
 #: What a server answers to a checkpoint id in the form that it does not take: FastAPI's routers,

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-__all__ = ["CircuitBreakers"]
-
 #: So many failures in a row, with all their retries, and the endpoint counts as out.
 FAILURE_THRESHOLD = 3
 #: Where not even a connection or an answer was had, each took the whole time-out.

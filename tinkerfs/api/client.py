@@ -21,6 +21,7 @@ from tinkerfs.api.circuit_breaker import CircuitBreakers
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.api.error_mapping import withheld
+from tinkerfs.api.http_client import Response
 from tinkerfs.api.models import (
     Capabilities,
     Checkpoint,
@@ -33,12 +34,10 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.transport import FIRST_BACKOFF_S, Recheck, Request, Response, Transport
+from tinkerfs.api.transport import FIRST_BACKOFF_S, Recheck, Request, Transport
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import DEMAND, Priority
 from tinkerfs.telemetry import Telemetry
-
-__all__ = ["CheckpointRef", "Client"]
 
 T = TypeVar("T")
 

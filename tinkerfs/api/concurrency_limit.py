@@ -24,8 +24,6 @@ from tinkerfs.api.latency_gradient import LatencyGradient
 from tinkerfs.clock import Clock
 from tinkerfs.context import Priority
 
-__all__ = ["ConcurrencyLimiter", "Permit"]
-
 #: After so many answers for each call that is allowed at once, one more is.
 SUCCESSES_PER_INCREASE = 2
 

@@ -31,8 +31,6 @@ from tinkerfs.errors import ApiError, StartupError, TinkerfsError, Unauthorized
 from tinkerfs.safe_open import open_regular
 from tinkerfs.telemetry import rfc3339
 
-__all__ = ["Credentials"]
-
 log = logging.getLogger(__name__)
 
 #: How long the credential command may take, seconds.

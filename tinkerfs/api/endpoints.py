@@ -3,30 +3,6 @@
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = [
-    "ARCHIVE",
-    "CAPABILITIES",
-    "DELETE",
-    "EXTERNAL_URLS",
-    "HEALTH",
-    "PUBLISH",
-    "REDIRECTS",
-    "RUN",
-    "RUNS",
-    "RUN_CHECKPOINTS",
-    "SAMPLER",
-    "SESSION",
-    "SESSIONS",
-    "SESSION_SEARCH",
-    "TTL",
-    "UNPUBLISH",
-    "USER_CHECKPOINTS",
-    "WEIGHTS_INFO",
-    "WHOAMI",
-    "Endpoint",
-    "Scope",
-]
-
 
 class Scope(Enum):
     """What a missing answer of an endpoint can speak of."""

@@ -15,8 +15,6 @@ from tinkerfs.api import raw_json, timestamps
 from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.errors import ApiError
 
-__all__ = ["error_from_response", "is_generic", "classify_missing", "error_message", "withheld"]
-
 
 def withheld(error: ApiError, *, is_foreign: bool) -> errors.UnsupportedEndpoint:
     """Return the failure that a server does not give something of a checkpoint that it lists.

@@ -21,8 +21,6 @@ from tinkerfs.api.network_backend import KEEPALIVE_S, Backend, Exchange
 from tinkerfs.errors import ApiError, StartupError
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["Response", "ExchangeError", "HttpClient"]
-
 CONNECT_TIMEOUT_S = 5.0
 
 #: How many bytes that are not of the body a response may have, and how many more for each byte of

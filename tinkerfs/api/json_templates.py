@@ -5,8 +5,6 @@ Of 100,000 checkpoints the JSON is 30 MB, and all but names, times and lengths i
 
 from functools import lru_cache
 
-__all__ = ["fill_template", "to_template"]
-
 #: Stand for the values, each for one: bytes that no valid JSON holds.
 _MARKS = (b"\1", b"\2", b"\3", b"\4", b"\5")
 _ANY_MARK = b"".join(_MARKS)

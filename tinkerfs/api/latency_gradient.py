@@ -10,8 +10,6 @@ are allowed again. Knows nothing of HTTP and no clock.
 
 import math
 
-__all__ = ["LatencyGradient"]
-
 #: Answers of a window, for each call of the limit: enough to tell halves from chance.
 ANSWERS_IN_WINDOW = 4
 

@@ -13,23 +13,7 @@ from typing import Generic, Self, TypeVar
 import msgspec
 
 from tinkerfs.api.json_templates import fill_template, to_template
-from tinkerfs.api.raw_json import merge_objects, with_fields
 from tinkerfs.api.timestamps import canonical_timestamp
-
-__all__ = [
-    "Capabilities",
-    "Checkpoint",
-    "SessionSummary",
-    "SessionSearchPage",
-    "Page",
-    "Sampler",
-    "Session",
-    "SignedUrl",
-    "TrainingRun",
-    "WeightsInfo",
-    "merge_objects",
-    "with_fields",
-]
 
 T = TypeVar("T")
 

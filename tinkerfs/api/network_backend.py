@@ -26,8 +26,6 @@ from tinkerfs import network
 if TYPE_CHECKING:
     from urllib3.util.ssltransport import SSLTransport
 
-__all__ = ["KEEPALIVE_S", "Backend", "Exchange"]
-
 #: A connection is suspect after this time without use, seconds.
 IDLE_S = 5.0
 #: How long a response on a suspect connection is awaited, seconds; at least twice as long as the

@@ -12,8 +12,6 @@ from typing import Generic, TypeVar
 
 from tinkerfs.api.models import Page, SessionSearchPage, SessionSummary
 
-__all__ = ["PAGE_SIZE", "SkippedRecordReporter", "fetch_all_pages", "read_all_found"]
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")

@@ -38,20 +38,6 @@ from tinkerfs.api.raw_json import (
 from tinkerfs.api.timestamps import parse_time_ns
 from tinkerfs.errors import ProtocolError
 
-__all__ = [
-    "check_change_response",
-    "parse_capabilities",
-    "parse_checkpoint",
-    "parse_checkpoints",
-    "parse_found_sessions",
-    "parse_sampler",
-    "parse_session",
-    "parse_session_ids",
-    "parse_training_run",
-    "parse_training_runs",
-    "parse_weights_info",
-]
-
 T = TypeVar("T")
 
 # What msgspec checks on the common way.

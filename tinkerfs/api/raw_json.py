@@ -13,20 +13,6 @@ import msgspec
 
 from tinkerfs.errors import ProtocolError
 
-__all__ = [
-    "DECODE_ERRORS",
-    "checked_object",
-    "decode_list",
-    "decode_object",
-    "dumps",
-    "is_json",
-    "loads",
-    "loads_object",
-    "merge_objects",
-    "parse_object",
-    "with_fields",
-]
-
 #: What msgspec raises for a text that it refuses; deep nesting is a RecursionError.
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 

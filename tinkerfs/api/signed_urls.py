@@ -6,13 +6,11 @@ A signed URL is a bearer secret: no message here tells one.
 from urllib.parse import urljoin, urlsplit
 
 from tinkerfs.api.endpoints import REDIRECTS
+from tinkerfs.api.http_client import Response
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.api.raw_json import parse_object
 from tinkerfs.api.timestamps import parse_http_date_s, parse_time_ns
-from tinkerfs.api.transport import Response
 from tinkerfs.errors import ProtocolError
-
-__all__ = ["archive_url", "external_urls"]
 
 #: How long a signed URL is taken to be good where the server does not say, seconds.
 LIFETIME_S = 15 * 60.0

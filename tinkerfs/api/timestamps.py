@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime, timedelta
 from email.utils import parsedate_to_datetime
 
-__all__ = ["parse_http_date_s", "parse_retry_after_s", "parse_time_ns", "canonical_timestamp"]
-
 _ISO = re.compile(
     r"\s*(\d{4})-(\d\d)-(\d\d)"
     r"(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?"

@@ -28,8 +28,6 @@ from tinkerfs.context import DEMAND, Priority
 from tinkerfs.errors import ApiError, StartupError
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["FIRST_BACKOFF_S", "Response", "Recheck", "Request", "Transport"]
-
 #: Looks afresh before a change is sent again, and returns whether it is made by now; raises where
 #: it must not be sent again. Takes the failure of the last try, and whether a try may be done.
 Recheck = Callable[[ApiError, bool], bool]

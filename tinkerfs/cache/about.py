@@ -7,8 +7,6 @@ from pathlib import Path
 
 from tinkerfs.safe_open import open_regular, read_regular
 
-__all__ = ["read_about", "write_about"]
-
 #: The most that is read of what a directory is of: a server URL, a path and a length.
 _MAX_ABOUT_BYTES = 64 << 10
 

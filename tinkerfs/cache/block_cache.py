@@ -32,8 +32,6 @@ from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.safe_open import is_regular, open_regular
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["BlockCache", "BlockFile"]
-
 #: So many blocks of one file are checked at a time; the kernel asks for parts of one side by side.
 _CHECKS_AT_ONCE = 8
 

@@ -13,8 +13,6 @@ from xxhash import xxh3_64
 from tinkerfs import errors
 from tinkerfs.safe_open import open_regular
 
-__all__ = ["TRAILER_BYTES", "BlockWriter", "is_intact"]
-
 #: Before the digest at a block's end; another layout has another one.
 _MAGIC = b"tkfsblk3"
 

@@ -10,8 +10,6 @@ import os
 import struct
 import time
 
-__all__ = ["ByteRangeLocks"]
-
 _POLL_S = 0.02
 
 

@@ -13,15 +13,6 @@ from pathlib import Path
 from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
-__all__ = [
-    "UnusableCacheError",
-    "can_lock_files",
-    "default_cache_dir",
-    "file_system_of",
-    "locate_cache_dir",
-    "prepare_cache_dir",
-]
-
 #: File systems of other machines: SQLite's locks are not to be trusted there
 #: (https://www.sqlite.org/howtocorrupt.html, section 2.1).
 _NETWORK_FILE_SYSTEMS = frozenset(

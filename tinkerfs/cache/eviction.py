@@ -16,17 +16,6 @@ from tinkerfs.cache.byte_locks import ByteRangeLocks
 from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
 
-__all__ = [
-    "Hold",
-    "CacheFileInfo",
-    "Evictor",
-    "block_of",
-    "free_bytes",
-    "hold_alone",
-    "scan_cache",
-    "remove_folder",
-]
-
 #: A draft that is so old was left by a process that was killed, seconds.
 _DRAFT_AGE_S = 600.0
 

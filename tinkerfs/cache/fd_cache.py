@@ -13,8 +13,6 @@ from contextlib import AbstractContextManager
 
 from tinkerfs.concurrency import run_in_thread
 
-__all__ = ["CachedFd", "FdCache", "BlockingSection"]
-
 #: How long a generation lasts, seconds, and how many it holds at the most; two are kept at a time,
 #: which take a quarter of the descriptors that the process may have.
 GENERATION_S = 1.0

@@ -14,8 +14,6 @@ from tinkerfs.cache.block_writer import TRAILER_BYTES, is_intact
 from tinkerfs.cache.eviction import CacheFileInfo, hold_alone, remove_folder, scan_cache
 from tinkerfs.safe_open import open_regular
 
-__all__ = ["CorruptBlock", "CachedFile", "cached_files", "clear", "verify"]
-
 
 @dataclass(frozen=True, slots=True)
 class CachedFile:

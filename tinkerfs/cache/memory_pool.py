@@ -11,8 +11,6 @@ from collections import OrderedDict
 
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 
-__all__ = ["BlockMemoryPool", "Key"]
-
 #: Of which file, and which block of it.
 Key = tuple[str, int]
 

@@ -21,8 +21,6 @@ from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import Expiry, Priority, RequestContext
 from tinkerfs.telemetry import Telemetry
 
-__all__ = ["Loader", "MetadataCache", "CachePolicy"]
-
 T = TypeVar("T")
 
 #: How long a failure that says nothing about the thing is remembered, seconds: long enough that a

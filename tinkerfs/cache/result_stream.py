@@ -8,8 +8,6 @@ from typing import Any
 
 from tinkerfs.context import RequestContext
 
-__all__ = ["ResultStream"]
-
 
 class ResultStream:
     """Values by key, in the order they came, each key once. Thread-safe; one thread adds."""

@@ -19,8 +19,6 @@ from pathlib import Path
 from tinkerfs import errors
 from tinkerfs.safe_open import is_regular, open_regular
 
-__all__ = ["MetadataStore"]
-
 log = logging.getLogger(__name__)
 
 #: Bumped when the tables change; an older or newer file is made anew.

@@ -2,10 +2,8 @@
 
 from msgspec.structs import replace
 
-from tinkerfs.api import models
+from tinkerfs.api import models, raw_json
 from tinkerfs.catalog.listings import CheckpointListing, RunListing, kind_and_name
-
-__all__ = ["apply_to_run", "run_with_listed_last", "apply_to_runs"]
 
 
 def apply_to_run(run: models.TrainingRun, listing: CheckpointListing) -> models.TrainingRun:
@@ -19,7 +17,7 @@ def apply_to_run(run: models.TrainingRun, listing: CheckpointListing) -> models.
         b'"%s":%s' % (name.encode(), b"null" if last is None else last.raw)
         for name, last in now.items()
     )
-    raw = models.merge_objects(run.raw, b"{" + b",".join(fields) + b"}")
+    raw = raw_json.merge_objects(run.raw, b"{" + b",".join(fields) + b"}")
     return replace(run, raw=raw, **now)
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tinkerfs import errors
-from tinkerfs.api import models
+from tinkerfs.api import models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.result_stream import ResultStream
@@ -36,8 +36,6 @@ from tinkerfs.concurrency import run_concurrently
 from tinkerfs.context import BACKGROUND_CONTEXT, Priority, RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.tinker_path import KINDS, TinkerPath
-
-__all__ = ["Catalog"]
 
 log = logging.getLogger(__name__)
 
@@ -376,7 +374,7 @@ class Catalog:
         return models.TrainingRun(
             run_id=run_id,
             last_request_time_ns=max((t for t in times if t is not None), default=None),
-            raw=models.with_fields(b"{}", training_run_id=run_id),
+            raw=raw_json.with_fields(b"{}", training_run_id=run_id),
         )
 
     def _has_run_records(self) -> bool:

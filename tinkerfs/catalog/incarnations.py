@@ -9,8 +9,6 @@ import threading
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.name_encoding import compound_key
 
-__all__ = ["Incarnations"]
-
 
 class Incarnations:
     """The number of each checkpoint's name, across mounts. Thread-safe.

@@ -11,20 +11,9 @@ from typing import Self
 import msgspec
 from msgspec.structs import replace
 
-from tinkerfs.api import models
+from tinkerfs.api import models, raw_json
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
-
-__all__ = [
-    "UNKNOWN_MODEL",
-    "Checkpoint",
-    "CheckpointListing",
-    "RunListing",
-    "AccountListing",
-    "checkpoints_of",
-    "reuse_known_record",
-    "kind_and_name",
-]
 
 
 class Checkpoint(msgspec.Struct, frozen=True, gc=False):
@@ -55,7 +44,7 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
         record = models.Checkpoint.of(
             f"{path.kind}/{path.name}",
             tinker_path=str(path),
-            raw=models.with_fields(
+            raw=raw_json.with_fields(
                 b"{}", checkpoint_id=f"{path.kind}/{path.name}", tinker_path=str(path)
             ),
         )

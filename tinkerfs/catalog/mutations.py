@@ -12,7 +12,7 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.api import models
+from tinkerfs.api import models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.api.transport import Recheck
 from tinkerfs.cache.metadata import MetadataCache
@@ -25,8 +25,6 @@ from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import RequestContext
 from tinkerfs.telemetry import Telemetry, rfc3339
-
-__all__ = ["Mutations"]
 
 L = TypeVar("L", CheckpointListing, AccountListing)
 
@@ -88,7 +86,7 @@ class Mutations:
                 return "was so already"
             request = self._client.publish if wanted else self._client.unpublish
             request(checkpoint.ref, self._recheck(checkpoint, is_made))
-            raw = models.with_fields(checkpoint.record.raw, public=wanted)
+            raw = raw_json.with_fields(checkpoint.record.raw, public=wanted)
             record = replace(checkpoint.record, is_public=wanted).with_raw(raw)
             self._update_cached_listings(checkpoint, record)
             return None
@@ -191,7 +189,7 @@ class Mutations:
     def _expiring_in(self, checkpoint: Checkpoint, ttl_s: int | None) -> models.Checkpoint:
         """Return a checkpoint's record with an expiry that has just been set."""
         expires_at_s = None if ttl_s is None else math.floor(self._clock.now()) + ttl_s
-        raw = models.with_fields(
+        raw = raw_json.with_fields(
             checkpoint.record.raw,
             expires_at=None if expires_at_s is None else rfc3339(expires_at_s),
         )

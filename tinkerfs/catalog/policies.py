@@ -6,8 +6,6 @@ from tinkerfs import errors
 from tinkerfs.api.capabilities import UNSUPPORTED_TTL_S
 from tinkerfs.cache.metadata import CachePolicy
 
-__all__ = ["CachePolicies"]
-
 #: Absence is remembered this long at most, seconds; never longer than the TTL.
 NEGATIVE_TTL_S = 5.0
 

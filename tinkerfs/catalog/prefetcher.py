@@ -26,16 +26,6 @@ from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, RunListing
 from tinkerfs.clock import Clock
 from tinkerfs.context import Priority
 
-__all__ = [
-    "Key",
-    "TraversalOrder",
-    "OrderIndex",
-    "PrefetchItem",
-    "Traversal",
-    "TraversalPrefetcher",
-    "in_order",
-]
-
 #: What is to be asked ahead: the listing of a run, by its id, or a checkpoint's weights info.
 PrefetchItem = str | Checkpoint
 #: What names it: the run's id, or the checkpoint's key.

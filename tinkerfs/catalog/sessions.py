@@ -3,13 +3,11 @@
 from functools import partial
 
 from tinkerfs import errors
-from tinkerfs.api import models
+from tinkerfs.api import models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.context import Priority, RequestContext
-
-__all__ = ["Sessions"]
 
 
 class Sessions:
@@ -83,5 +81,5 @@ class Sessions:
 
 def _bare(session_id: str) -> models.SessionSummary:
     """Return what is known of a session that no search told of."""
-    raw = models.with_fields(b"{}", session_id=session_id)
+    raw = raw_json.with_fields(b"{}", session_id=session_id)
     return models.SessionSummary(session_id=session_id, raw=raw)

@@ -37,8 +37,6 @@ from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import TTL_RANGE_S
 
-__all__ = ["Trash", "TrashRecord", "TrashState"]
-
 log = logging.getLogger(__name__)
 
 #: How often the store is checked for changes by other processes, seconds.

@@ -9,8 +9,6 @@ from tinkerfs.catalog.listings import Checkpoint
 from tinkerfs.catalog.trash import Trash
 from tinkerfs.context import RequestContext
 
-__all__ = ["TrashReader"]
-
 
 class TrashReader:
     """Finds the checkpoints in the trash in the listings of their runs.

@@ -23,8 +23,6 @@ from tinkerfs.catalog.listings import AccountListing, CheckpointListing, RunList
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 
-__all__ = ["ListingSnapshots"]
-
 T = TypeVar("T")
 
 #: What is kept is written this long after it came, seconds, with all that comes meanwhile.

@@ -9,8 +9,6 @@ from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.context import Priority, RequestContext
 from tinkerfs.name_encoding import compound_key
 
-__all__ = ["MAX_WEIGHTS_INFO_ENTRIES", "WeightsInfoCache"]
-
 #: Kept in memory, 1 kB each; all are kept on disk.
 MAX_WEIGHTS_INFO_ENTRIES = 16_384
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from tinkerfs.cli.transfers import Location
     from tinkerfs.config import Settings
 
-__all__ = ["cache", "clear", "info", "verify"]
-
 _PATH_HELP = (
     "PATH is a tinker path, tinker://<run>/<kind>/<name> or tinker://<run>, or a path below a"
     " mount, whose cache is used then; without it all is meant. A file of a checkpoint means all"

@@ -13,8 +13,6 @@ from typing import Final
 from tinkerfs import config
 from tinkerfs.config import OPTIONS
 
-__all__ = ["daemon_command", "daemon_environment"]
-
 #: Variables that hold one path, read by tinkerfs or by a library of its own.
 _PATH_VARIABLES: Final = (
     *(option.env_var for option in OPTIONS if option.is_path),

@@ -4,8 +4,6 @@ import click
 
 from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
 
-__all__ = ["demo"]
-
 _FLAGS = (
     "read_only",
     "allow_other",

@@ -6,8 +6,6 @@ know goes to standard error.
 
 import click
 
-__all__ = ["demo_server"]
-
 _PROFILES = ("official", "official-0.36", "skyrl", "hatchery")
 
 

@@ -21,11 +21,6 @@ from tinkerfs.printable import printable
 if TYPE_CHECKING:
     from tinkerfs.config import Settings
 
-__all__ = [
-    "CheckResult",
-    "doctor",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:

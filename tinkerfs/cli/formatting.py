@@ -1,7 +1,5 @@
 """How commands say sizes and spans of time."""
 
-__all__ = ["format_size", "format_duration"]
-
 
 def format_size(size_bytes: float) -> str:
     """Return a number of bytes as people say it: 0 B, 12.3 MiB, 4.0 GiB."""

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tinkerfs.weights.destination import Destination
     from tinkerfs.weights.exported_file import ExportedFile
 
-__all__ = ["get"]
-
 _HOW_TO_GO_ON = "what came is kept beside; the same command goes on from there"
 
 

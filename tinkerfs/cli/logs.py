@@ -8,8 +8,6 @@ from tinkerfs import errors
 from tinkerfs.errors import StartupError
 from tinkerfs.printable import printable
 
-__all__ = ["set_up"]
-
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 #: They tell of every request, in words that hold signed URLs.

@@ -16,12 +16,6 @@ from tinkerfs import __version__
 from tinkerfs.errors import TinkerfsError
 from tinkerfs.printable import printable
 
-__all__ = [
-    "LazyGroup",
-    "cli",
-    "main",
-]
-
 #: Command -> its module, the object in it, and its line in the help (tested to be its own).
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "mount": ("mount", "mount", "Mount the account on a folder."),

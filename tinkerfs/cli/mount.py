@@ -4,8 +4,6 @@ import click
 
 from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
 
-__all__ = ["mount"]
-
 
 @click.command(short_help="Mount the account on a folder.")
 @mountpoint_argument()

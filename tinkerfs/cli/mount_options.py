@@ -9,8 +9,6 @@ import difflib
 from collections.abc import Iterable
 from typing import Final
 
-__all__ = ["explain_unknown", "is_ignored"]
-
 #: What mount(8), fstab and systemd say about any file system: it is theirs to act upon, not ours.
 _OF_MOUNT: Final = """
     defaults rw auto noauto user nouser users owner group nofail _netdev _rnetdev dev nodev suid

@@ -12,12 +12,6 @@ if TYPE_CHECKING:
     from tinkerfs.api.client import Client
     from tinkerfs.fuse.daemonize import ReadinessNotifier
 
-__all__ = [
-    "FOREGROUND",
-    "run_foreground",
-    "start_in_background",
-]
-
 log = logging.getLogger(__name__)
 
 #: How long a mount waits to hear that the key is right, before it comes up without knowing.

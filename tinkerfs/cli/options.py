@@ -16,8 +16,6 @@ from tinkerfs.config import OPTIONS, Option, Settings
 from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
-__all__ = ["as_arguments", "mountpoint_argument", "resolve", "settings_options"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 #: The system's own file, for mounts that root makes at boot.

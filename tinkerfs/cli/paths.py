@@ -10,8 +10,6 @@ from tinkerfs.errors import StartupError
 if TYPE_CHECKING:
     from tinkerfs.fuse.mount_table import Mount
 
-__all__ = ["path", "url"]
-
 _SCHEME = "tinker://"
 
 

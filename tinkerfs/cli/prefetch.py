@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tinkerfs.vfs.weights_nodes import WeightsRef
     from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["prefetch"]
-
 _HOW_TO_GO_ON = "what came is kept; the same command goes on from there"
 
 

@@ -22,8 +22,6 @@ from tinkerfs.telemetry import Telemetry
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["Item", "Progress"]
-
 T = TypeVar("T")
 
 #: How often the line is written, seconds; and over how much time the rate is taken.

@@ -14,8 +14,6 @@ from tinkerfs.printable import printable
 if TYPE_CHECKING:
     from tinkerfs.fuse.mount_table import Mount
 
-__all__ = ["status"]
-
 
 @click.command(short_help="Show what mounts do, and what they wait for.")
 @mountpoint_argument(required=False)

@@ -24,24 +24,6 @@ if TYPE_CHECKING:
     from tinkerfs.weights.file import WeightsFile
     from tinkerfs.weights.reader import MemberListing
 
-__all__ = [
-    "Failure",
-    "Location",
-    "OpenCheckpoint",
-    "complete_path",
-    "exit_with_failures",
-    "resolve_weights",
-    "name_of",
-    "open_checkpoints",
-    "open_account",
-    "parse_location",
-    "selected",
-    "settings_of",
-    "exit_on_signal",
-    "failures_to_json",
-    "transfer_options",
-]
-
 T = TypeVar("T")
 
 _SCHEME = "tinker://"

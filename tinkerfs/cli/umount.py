@@ -12,8 +12,6 @@ from tinkerfs.printable import printable
 if TYPE_CHECKING:
     from tinkerfs.fuse.mount_table import MountUser
 
-__all__ = ["umount"]
-
 #: After the mount is gone from the tree: how long its daemon has to end.
 _DAEMON_TIMEOUT_S: Final = 5.0
 #: With --force it goes on for who held the mount, for as long as they like: no use waiting long.

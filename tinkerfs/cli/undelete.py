@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from tinkerfs.cli.transfers import Location
 
-__all__ = ["undelete"]
-
 T = TypeVar("T")
 
 #: The longest wait for a mount, seconds: it may list the run, then make the call.

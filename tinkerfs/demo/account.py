@@ -17,8 +17,6 @@ from typing import Any
 
 from tinkerfs.demo.sample_data import BASE_MODELS, Catalogue, Checkpoint, Run, Session
 
-__all__ = ["Account"]
-
 _RUNS_PER_SESSION = 2
 
 _KEPT_RUNS = 4096

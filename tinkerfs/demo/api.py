@@ -23,8 +23,6 @@ from tinkerfs.demo.request_log import Entry
 from tinkerfs.demo.sample_data import BASE_MODELS, Checkpoint, Run
 from tinkerfs.demo.store import Store
 
-__all__ = ["Api", "Behaviour"]
-
 _CHECKPOINT = "training_runs/{run}/checkpoints/{ckpt}"
 _ROUTES = (
     ("GET", "training_runs", "GET training_runs"),

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from tinkerfs.demo.content import Concat, Content, Data, GzipStored, Noise
 
-__all__ = ["MIN_SIZE_BYTES", "Adapter", "adapter_files", "gzipped", "tar_of"]
-
 _CONFIG_BYTES = 1024
 MIN_SIZE_BYTES = 4096
 """The smallest size that the files can add up to."""

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
-__all__ = ["CHUNK_BYTES", "Concat", "Content", "Data", "GzipStored", "Noise", "iter_chunks"]
-
 CHUNK_BYTES = 256 * 1024
 """How much is made at a time: enough for speed, little enough for 200 readers at once."""
 

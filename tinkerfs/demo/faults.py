@@ -15,12 +15,6 @@ from typing import Any
 
 from tinkerfs.demo.request_log import Entry
 
-__all__ = [
-    "FaultPlan",
-    "Rule",
-    "pause",
-]
-
 _POLL_S = 0.1
 
 

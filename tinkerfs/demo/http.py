@@ -25,8 +25,6 @@ from tinkerfs.demo.content import Content, Data, iter_chunks
 from tinkerfs.demo.faults import FaultPlan, Rule, pause
 from tinkerfs.demo.request_log import Entry, Journal
 
-__all__ = ["Handler", "Listener", "Origin", "Reply", "error_reply", "json_reply"]
-
 _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 1 << 20

@@ -9,8 +9,6 @@ from tinkerfs.demo.profiles import KIND_TYPES, IdForm, Profile
 from tinkerfs.demo.request_log import Entry
 from tinkerfs.demo.sample_data import Checkpoint, Run
 
-__all__ = ["Lookup", "Refusal"]
-
 
 class Refusal(Exception):
     """A request gets an error for an answer.

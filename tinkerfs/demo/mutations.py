@@ -11,8 +11,6 @@ from tinkerfs.demo.profiles import Profile
 from tinkerfs.demo.request_log import Entry
 from tinkerfs.demo.sample_data import Checkpoint
 
-__all__ = ["TTL_RANGE_S", "Changes"]
-
 TTL_RANGE_S = (3600, 315_360_000)
 """The shortest and the longest time to live that is accepted: an hour, ten years."""
 

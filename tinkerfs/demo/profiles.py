@@ -8,13 +8,6 @@ service through its SDK, SkyRL's `skyrl/tinker/api.py` 0.4.0, hatchery-core's `t
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = [
-    "KIND_TYPES",
-    "PROFILES",
-    "IdForm",
-    "Profile",
-]
-
 KIND_TYPES = {
     "weights": "training",
     "sampler_weights": "sampler",

@@ -2,8 +2,6 @@
 
 import re
 
-__all__ = ["UnsatisfiableRange", "parse_range"]
-
 _SPEC = re.compile(r"(\d*)-(\d*)", re.ASCII)
 
 

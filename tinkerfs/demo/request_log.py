@@ -10,8 +10,6 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Entry", "Journal"]
-
 _SECRET_HEADERS = frozenset({"x-api-key", "authorization", "cookie"})
 
 

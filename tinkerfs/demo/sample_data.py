@@ -11,8 +11,6 @@ from typing import Any
 
 from tinkerfs.demo.content import Content
 
-__all__ = ["BASE_MODELS", "REFERENCE_TIME_S", "Catalogue", "Checkpoint", "Run", "Session"]
-
 REFERENCE_TIME_S = 1_767_268_800.0
 """The newest moment of a catalogue that is not told another: 2026-01-01T12:00:00Z."""
 

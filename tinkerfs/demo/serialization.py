@@ -7,17 +7,6 @@ from typing import Any
 from tinkerfs.demo.profiles import KIND_TYPES, Profile
 from tinkerfs.demo.sample_data import Checkpoint, Run, Session
 
-__all__ = [
-    "checkpoint_json",
-    "cursor_json",
-    "run_json",
-    "session_json",
-    "session_summary_json",
-    "time_json",
-    "tinker_path",
-    "weights_info_json",
-]
-
 Json = dict[str, Any]
 
 

@@ -21,8 +21,6 @@ from tinkerfs.demo.sample_data import Catalogue
 from tinkerfs.demo.signing import Signer
 from tinkerfs.demo.store import Store
 
-__all__ = ["DEMO_KEY", "DemoServer"]
-
 DEMO_KEY = "tml-demo-key"
 """The key that a demo server takes when it is told no other."""
 

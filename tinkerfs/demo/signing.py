@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from urllib.parse import quote, urlencode
 
-__all__ = ["Signer"]
-
 
 class Signer:
     """Makes and checks signed URLs. Thread-safe.

@@ -20,8 +20,6 @@ from tinkerfs.demo.request_log import Entry
 from tinkerfs.demo.sample_data import Checkpoint, Run
 from tinkerfs.demo.signing import Signer
 
-__all__ = ["Store"]
-
 _KEPT_ARCHIVES = 32
 
 

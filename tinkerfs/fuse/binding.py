@@ -27,14 +27,6 @@ from tinkerfs.fuse.worker_pool import SessionWorkers
 if TYPE_CHECKING:
     from tinkerfs.fuse.operations import Operations
 
-__all__ = [
-    "BINDINGS",
-    "Binding",
-    "Library",
-    "find_library",
-    "load_binding",
-]
-
 log = logging.getLogger(__name__)
 
 #: What `TINKERFS_FUSE_BINDING` may say, in the order that `auto` tries them, and the libfuse each

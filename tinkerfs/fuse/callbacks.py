@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from tinkerfs.fuse.operations import OpenDirectory, OpenFile, Operations
     from tinkerfs.vfs.directory_cache import CachedDirectory
 
-__all__ = ["build_callbacks", "make_stat_packer", "override_callbacks"]
-
 #: Of a readdir: the kernel wants attributes (libfuse's fuse.h, enum fuse_readdir_flags).
 _READDIR_PLUS: Final = 1
 #: Of one entry: its attributes are all there (fuse.h, enum fuse_fill_dir_flags).

@@ -6,8 +6,6 @@ from typing import Final
 
 from tinkerfs.context import Caller
 
-__all__ = ["Callers"]
-
 #: A shell moves a new process to its group before that runs its program.
 _LIFETIME_S: Final = 1.0
 #: Maximum number of callers; all are evicted when it is exceeded.

@@ -12,8 +12,6 @@ from typing import Final
 
 from tinkerfs.errors import StartupError
 
-__all__ = ["ReadinessNotifier", "start_in_background"]
-
 #: Names the inherited descriptor of the pipe.
 VARIABLE: Final = "TINKERFS_READY_FD"
 

@@ -8,8 +8,6 @@ for no more resident memory; 16 MiB kept in place of 4 took as long, for 10 MB m
 
 import ctypes
 
-__all__ = ["tune_malloc"]
-
 #: As malloc.h of glibc numbers them; mallopt(3) says what they do.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 

@@ -17,25 +17,6 @@ from typing import Final, Literal
 
 from tinkerfs import errors
 
-__all__ = [
-    "FSTYPE",
-    "MountUser",
-    "Mount",
-    "canonical_mountpoint",
-    "find_daemon_pids",
-    "find_mount",
-    "fusermount",
-    "find_mount_users",
-    "is_running",
-    "list_mounts",
-    "check_health",
-    "read_file",
-    "tinkerfs_mounts",
-    "unmount",
-    "wait_until",
-    "write_file",
-]
-
 FSTYPE: Final = "fuse.tinkerfs"
 
 _MNT_DETACH: Final = 2

@@ -33,15 +33,6 @@ if TYPE_CHECKING:
     from tinkerfs.vfs.directory_stream import DirectoryStream
     from tinkerfs.vfs.filesystem import FileSystem
 
-__all__ = [
-    "LOOKUP_TIMEOUT_S",
-    "OpenFile",
-    "OpenDirectory",
-    "Operations",
-    "RequestInfo",
-    "XattrOperations",
-]
-
 log = logging.getLogger(__name__)
 
 #: A name that is looked up holds up the other new names of its directory (the kernel's rule).

@@ -11,14 +11,6 @@ from typing import Final
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 
-__all__ = [
-    "check_allow_other",
-    "check_device",
-    "check_fusermount",
-    "may_be_apparmor",
-    "prepare_mountpoint",
-]
-
 _DEVICE: Final = "/dev/fuse"
 _CONFIGURATION: Final = "/etc/fuse.conf"
 _MTAB: Final = "/etc/mtab"

@@ -12,8 +12,6 @@ import msgspec
 
 from tinkerfs.context import Validity
 
-__all__ = ["ReplyCache"]
-
 #: A path is asked about again when it was among so many before, or twice as many.
 _ASKED = 32_768
 

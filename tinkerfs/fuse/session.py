@@ -28,8 +28,6 @@ from tinkerfs.fuse.operations import LOOKUP_TIMEOUT_S, Operations, XattrOperatio
 if TYPE_CHECKING:
     from tinkerfs.vfs.filesystem import FileSystem
 
-__all__ = ["raise_fd_limit", "block_signals", "serve", "stop_signals", "is_stop_pending"]
-
 log = logging.getLogger(__name__)
 
 _STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -3,8 +3,6 @@
 import threading
 from typing import Final
 
-__all__ = ["StatCallers"]
-
 #: Processes that look at files at a time.
 _MAX_LOOKERS: Final = 64
 

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["SessionWorkers"]
-
 #: Threads that always take requests. They take turns, and each time come back to a processor that
 #: has done other work: `ls -lR` took 0.73 s with one, 0.77, 0.85 with three. But not all that takes
 #: time says so, and two copy at a time.

@@ -15,15 +15,6 @@ from tinkerfs.config import TTL_RANGE_S, parse_duration_s
 if TYPE_CHECKING:
     from tinkerfs.vfs.schema import NodeContext
 
-__all__ = [
-    "parse_expiry_s",
-    "parse_flag",
-    "store_expires_at",
-    "store_published",
-    "store_refresh",
-    "store_trashed_expires_at",
-]
-
 _YES = frozenset(("1", "true", "yes", "on"))
 _NO = frozenset(("0", "false", "no", "off"))
 

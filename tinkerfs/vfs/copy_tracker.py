@@ -23,8 +23,6 @@ from typing import Final
 from tinkerfs.clock import Clock
 from tinkerfs.context import Caller
 
-__all__ = ["COPIED_FILES", "COPIED_LINKS", "CopyTracker"]
-
 #: What every checkpoint directory has, and every copy of one reads.
 COPIED_FILES: Final = ("info.json", "published", "expires_at", "tinker_path")
 COPIED_LINKS: Final = ("archive_url", "files", "archive.tar", "tensors.json")

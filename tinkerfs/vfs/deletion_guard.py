@@ -18,8 +18,6 @@ from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, RemovalTracker
 from tinkerfs.vfs.resolver import Node, is_checkpoint
 from tinkerfs.vfs.schema import ControlFile, RemovalPolicy
 
-__all__ = ["DeletionGuard"]
-
 _FILES, _LINKS = frozenset(COPIED_FILES), frozenset(COPIED_LINKS)
 #: All checkpoint directories stand below one of this name; see `layout.py`.
 _ABOVE = "/checkpoints/"

@@ -16,8 +16,6 @@ from tinkerfs.vfs.node import Entry
 from tinkerfs.vfs.resolver import Node
 from tinkerfs.vfs.schema import Backend
 
-__all__ = ["CachedDirectory", "DirectoryCache"]
-
 #: So many entries are kept before all are forgotten, 290 bytes each, and 500 once they are ready:
 #: those of 1,000 runs x 10.
 _MAX_ENTRIES = 98_304

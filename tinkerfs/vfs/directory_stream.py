@@ -11,8 +11,6 @@ from tinkerfs.vfs.node import Entry
 if TYPE_CHECKING:
     from tinkerfs.vfs.directory_cache import CachedDirectory
 
-__all__ = ["DirectoryStream"]
-
 #: So many entries are made at a time: as many as come with a page of the API, so that no wait for
 #: the next one holds up those.
 _AT_ONCE = 100

@@ -9,22 +9,6 @@ from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import render
 from tinkerfs.vfs.schema import NodeContext
 
-__all__ = [
-    "checkpoint_ns",
-    "checkpoint_path",
-    "checkpoint_xattrs",
-    "find_run",
-    "list_runs",
-    "mtime_or_mount_time",
-    "newest_ns",
-    "newest_run_ns",
-    "path_for_tinker_path",
-    "run_ns",
-    "run_path",
-    "run_xattrs",
-    "stored_bytes",
-]
-
 
 def run_path(run_id: str) -> str:
     """Return the path of a training run from the mount's root."""

@@ -38,8 +38,6 @@ from tinkerfs.vfs.schema import (
     Symlink,
 )
 
-__all__ = ["FileSystem"]
-
 _FOLDER_MODE = stat.S_IFDIR | 0o755
 _LINK_MODE = stat.S_IFLNK | 0o777
 _WRITE_BITS = 0o222

@@ -13,8 +13,6 @@ from tinkerfs.context import Validity
 from tinkerfs.vfs.resolver import Node
 from tinkerfs.vfs.schema import NodeContext
 
-__all__ = ["GeneratedFileCache"]
-
 #: So much is kept before all is forgotten: of some 10,000 files.
 _MAX_BYTES = 16 << 20
 

@@ -9,8 +9,6 @@ from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["JournalHandle", "GeneratedFileHandle", "PageCacheTracker", "WeightsHandle"]
-
 #: So many paths are remembered as in the kernel's page cache before all are forgotten.
 _MAX_KEPT = 4096
 

@@ -6,8 +6,6 @@ Whoever caches such a size must forget it before it is read by (`Handle.told_at`
 import time
 from collections.abc import Callable
 
-__all__ = ["SETTLED_S", "SizeHintTracker"]
-
 #: Maximum number of paths; those whose bound no kernel can cache any more are removed beyond it.
 _MAX_TOLD = 4096
 _TOLD_S = 10.0

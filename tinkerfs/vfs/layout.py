@@ -25,9 +25,6 @@ from tinkerfs.vfs.schema import (
     Symlink,
 )
 
-__all__ = ["ROOT", "render_layout_docs"]
-
-
 # What the rows ask, in the order of the table.
 
 

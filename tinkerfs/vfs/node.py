@@ -11,17 +11,6 @@ import msgspec
 
 from tinkerfs.context import RequestContext
 
-__all__ = [
-    "DOT_ENTRY_COUNT",
-    "FOLDER_RANK",
-    "Attr",
-    "Entry",
-    "Handle",
-    "StatFs",
-    "dot_entries",
-    "inode_for_path",
-]
-
 #: Bytes of one block of `st_blocks`, whatever a file system's own blocks are (stat(2)).
 _BLOCK_BYTES: Final = 512
 

@@ -1,7 +1,5 @@
 """The text of the mount's own README.md."""
 
-__all__ = ["TEXT"]
-
 TEXT = b"""\
 # Your Tinker training runs and checkpoints, as files
 

@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-__all__ = ["DELETE_HINT", "HOW_TO_MOVE", "RemovalTracker"]
-
 #: How long what was unlinked stays hidden, and a refused process group is refused, seconds.
 WINDOW_S = 60.0
 

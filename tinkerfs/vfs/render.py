@@ -5,17 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from tinkerfs.api import models
-
-__all__ = [
-    "checkpoint_info",
-    "json_file",
-    "json_values",
-    "line",
-    "rfc3339_ns",
-    "run_info",
-    "session_info",
-]
+from tinkerfs.api import models, raw_json
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -57,12 +47,12 @@ def checkpoint_info(record: models.Checkpoint, weights_info: bytes | None) -> by
     """Return a checkpoint's info.json: the weights info, and over it the listing's record."""
     if weights_info is None:
         return json_file(record.raw)
-    return json_file(models.merge_objects(weights_info, record.raw))
+    return json_file(raw_json.merge_objects(weights_info, record.raw))
 
 
 def session_info(found: models.SessionSummary, session: models.Session) -> bytes:
     """Return a session's info.json: what the listing told, and over it the session's record."""
-    return json_file(models.merge_objects(found.raw, session.raw))
+    return json_file(raw_json.merge_objects(found.raw, session.raw))
 
 
 def rfc3339_ns(time_ns: int) -> str:

@@ -23,8 +23,6 @@ from tinkerfs.vfs.schema import (
     Symlink,
 )
 
-__all__ = ["Node", "PathResolver", "is_checkpoint"]
-
 #: So many folders are kept before all are forgotten, some 400 bytes each: a walk comes to each
 #: once, and then to what is in it.
 _MAX_KEPT = 16_384

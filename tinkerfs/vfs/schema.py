@@ -27,19 +27,6 @@ from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
 
-__all__ = [
-    "ControlFile",
-    "DynamicEntries",
-    "GeneratedFile",
-    "Directory",
-    "Symlink",
-    "Backend",
-    "RemovalPolicy",
-    "NodeSpec",
-    "NodeContext",
-    "ContentFile",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Backend:

@@ -19,8 +19,6 @@ from tinkerfs.vfs.schema import (
     Symlink,
 )
 
-__all__ = ["trash_directory", "trash_paths"]
-
 _PLACE = "/.tinkerfs/trash"
 
 

@@ -12,17 +12,6 @@ from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import entities, render, weights_nodes
 from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, NodeContext, Symlink
 
-__all__ = [
-    "CHECKPOINTS",
-    "EXPIRING",
-    "MODELS",
-    "PUBLISHED",
-    "SAMPLERS",
-    "SERVED_KINDS",
-    "SESSIONS",
-    "adapters",
-]
-
 # Checkpoints.
 
 

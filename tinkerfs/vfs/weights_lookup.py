@@ -15,8 +15,6 @@ from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.schema import Directory
 from tinkerfs.vfs.weights_nodes import WeightsRef
 
-__all__ = ["resolve_weights", "iter_weights"]
-
 #: What holds links to all there is, by one listing: where every run would take one of its own.
 _ALL = {"/": "/checkpoints", "/runs": "/checkpoints"}
 

@@ -21,8 +21,6 @@ from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.tar_index import Member
 
-__all__ = ["ADAPTER", "FILES", "LINKS", "VERSION", "WeightsRef", "adapter_path", "weights_ref"]
-
 #: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
 LONGEST_URL_BYTES = 16_384
 #: What an archive may have beyond what the server stores: headers, padding, other files.

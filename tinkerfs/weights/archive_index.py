@@ -30,17 +30,6 @@ from tinkerfs.weights.tar_index import Member, Segment, read_members, sanitize_m
 from tinkerfs.weights.transfer import OVERLAP_BYTES
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
-__all__ = [
-    "PROBE_BYTES",
-    "Index",
-    "archive_index",
-    "block_key",
-    "decode_index",
-    "encode_index",
-    "external_index",
-    "find_member",
-]
-
 #: The first request, and the least of those after it: most headers of an archive come with it.
 PROBE_BYTES = 256 << 10
 WINDOW_BYTES = 64 << 10

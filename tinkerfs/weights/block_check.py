@@ -13,8 +13,6 @@ from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.etags import SAMPLE_BYTES, Sample, sample_of
 from tinkerfs.weights.transfer import OVERLAP_BYTES
 
-__all__ = ["BlockCheck"]
-
 
 class BlockCheck:
     """Checks the blocks of one file.

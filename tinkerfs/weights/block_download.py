@@ -14,8 +14,6 @@ from tinkerfs.cache.block_cache import BlockFile
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.weights.connections import READ_BYTES
 
-__all__ = ["BlockDownload", "CacheWriteLost", "block_digest"]
-
 
 class CacheWriteLost(OSError):
     """EIO: what was written of a block can neither be kept nor read again; it must come anew."""

@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-__all__ = ["BLOCK_BYTES", "block_range", "group_consecutive", "split_by_block"]
-
 #: What is fetched, checked and kept at a time: at 100 MB/s and 50 ms to the store 16 of them at a
 #: time hide the latency, and one is soon there.
 BLOCK_BYTES = 4 << 20

@@ -17,8 +17,6 @@ from tinkerfs.weights.retry import TransferInterrupted
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import ConnectionPools, Response
 
-__all__ = ["STORE_ENDPOINT", "READ_BYTES", "ObjectStoreClient"]
-
 #: How messages and counters call a request to the store.
 STORE_ENDPOINT = "GET store"
 

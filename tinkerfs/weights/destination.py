@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from tinkerfs import errors
 from tinkerfs.safe_open import open_directory, open_regular
 
-__all__ = ["PARTIAL_PATTERN", "Destination"]
-
 _RECORD = ".tinkerfs-get"
 _MAX_RECORD_BYTES = 64 << 20
 

@@ -4,8 +4,6 @@ import hashlib
 import threading
 from typing import NamedTuple
 
-__all__ = ["SAMPLE_BYTES", "EtagAliases", "Sample", "sample_of"]
-
 #: What is compared of a file to find out whether two ETags name the same bytes.
 SAMPLE_BYTES = 4096
 

@@ -25,8 +25,6 @@ from tinkerfs.safe_open import open_regular
 from tinkerfs.weights.destination import PARTIAL_PATTERN, Destination
 from tinkerfs.weights.file import WeightsFile
 
-__all__ = ["ExportedFile"]
-
 #: Read and written at a time.
 _PIECE_BYTES = 1 << 20
 

@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
-__all__ = ["ExtractedTree", "Refused"]
-
 T = TypeVar("T")
 
 #: The longest path and the longest chain of links that Linux follows (path_resolution(7)), bytes.

@@ -15,8 +15,6 @@ from tinkerfs.weights.tar_index import Member, Segment
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["WeightsFile"]
-
 
 class WeightsFile:
     """One open file. Thread-safe; reads are positional; a context manager.

@@ -10,8 +10,6 @@ from tinkerfs.weights.etags import Sample
 from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.transfer import Transfer
 
-__all__ = ["GZIP_MAGIC", "GzipTransfer", "GzipSource", "inflated"]
-
 #: How a gzip file begins (RFC 1952, 2.3.1).
 GZIP_MAGIC = b"\x1f\x8b"
 

@@ -6,8 +6,6 @@ from typing import Protocol, Self
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.etags import Sample
 
-__all__ = ["ByteStream", "BlockSource"]
-
 
 class ByteStream(Protocol):
     """Bytes on their way, in order: `Transfer`, or it unpacked."""

@@ -20,8 +20,6 @@ from tinkerfs.weights.connections import READ_BYTES, STORE_ENDPOINT, ObjectStore
 from tinkerfs.weights.retry import TransferInterrupted
 from tinkerfs.weights.store_connection import StaleConnection, TlsSocket, use_deadlines
 
-__all__ = ["ConnectionPools", "Response"]
-
 CONNECT_TIMEOUT_S = 5.0
 
 #: A transfer that moves less than this in `timeout_s` is as good as dead, bytes a second.

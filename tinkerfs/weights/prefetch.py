@@ -10,8 +10,6 @@ from tinkerfs.weights.block_math import BLOCK_BYTES, group_consecutive
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.readahead import MAX_READAHEAD_BYTES, READAHEAD_CONCURRENCY
 
-__all__ = ["Landed", "prefetch", "required_cache_bytes"]
-
 #: Requests under way at a time, of all files together, and the most blocks of one: as many as for a
 #: reader who reads on and on.
 _REQUESTS = READAHEAD_CONCURRENCY

@@ -6,8 +6,6 @@ from tinkerfs.weights.range_source import RangeSource, UrlProvider
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
-__all__ = ["empty_archive", "has_version", "read_archive_version", "read_range"]
-
 
 def _read_version(client: ObjectStoreClient, address: UrlProvider) -> Version:
     """Return which version of a file the store has.

@@ -25,8 +25,6 @@ from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import Response
 
-__all__ = ["UrlProvider", "RangeSource"]
-
 MAX_REDIRECTS = 5
 
 #: How often the servers of a store are asked for a sample until the one responds that is meant.

@@ -49,8 +49,6 @@ from tinkerfs.weights.tar_index import Member, Segment
 from tinkerfs.weights.url_cache import SignedUrlCache, UrlProvider
 from tinkerfs.weights.version import Version
 
-__all__ = ["MEMORY_BYTES", "MemberListing", "WeightsReader"]
-
 T = TypeVar("T")
 
 #: The bound on the memory that all open files take together.

@@ -27,8 +27,6 @@ from tinkerfs.weights.block_math import BLOCK_BYTES, block_range, group_consecut
 from tinkerfs.weights.origin import BlockSource, ByteStream
 from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
 
-__all__ = ["RemoteFile"]
-
 #: Requests of one file at a time; fetching ahead leaves some to those who wait.
 CONNECTIONS = 24
 

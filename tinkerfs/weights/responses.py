@@ -12,8 +12,6 @@ from tinkerfs.weights.version import UNKNOWN_BYTES
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import Response
 
-__all__ = ["Part", "part_of", "size_of_unsatisfied", "unusable"]
-
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})", re.IGNORECASE)
 _LENGTH = re.compile(r"\d{1,18}", re.ASCII)

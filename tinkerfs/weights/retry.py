@@ -10,8 +10,6 @@ import time
 
 from tinkerfs.errors import ApiError, ProtocolError
 
-__all__ = ["TransferInterrupted", "RetryBudget"]
-
 #: Responses that cannot be used, in a row without `PROGRESS_BYTES` in between, that end it; and
 #: stalls, which take `timeout_s` each.
 MAX_UNUSABLE = 8

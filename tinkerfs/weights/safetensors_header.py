@@ -11,14 +11,6 @@ from typing import Any
 
 import msgspec
 
-__all__ = [
-    "LENGTH_BYTES",
-    "MAX_HEADER_BYTES",
-    "header_length",
-    "tensor_end_offsets",
-    "tensors_json",
-]
-
 #: The file starts with the length of its header in so many bytes.
 LENGTH_BYTES = 8
 

@@ -20,8 +20,6 @@ import urllib3
 
 from tinkerfs import network
 
-__all__ = ["StaleConnection", "TlsSocket", "use_deadlines"]
-
 #: A connection that was silent for longer is tried for `PROBE_S` only, seconds.
 IDLE_S = 1.0
 PROBE_S = 2.0

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from tinkerfs.api.client import CheckpointRef
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.name_encoding import compound_key
-
-__all__ = ["CheckpointVersion"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,6 @@ import msgspec
 
 from tinkerfs.weights.extracted_tree import ExtractedTree, Refused
 
-__all__ = ["HeaderFile", "Member", "Segment", "sanitize_member_name", "read_members"]
-
 #: Bounds on what the headers of one archive may be.
 MAX_MEMBERS = 200_000
 MAX_HEADER_BYTES = 256 << 20

@@ -16,8 +16,6 @@ from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import Response
 
-__all__ = ["OVERLAP_BYTES", "Answer", "Transfer"]
-
 #: What is asked for again where a transfer is resumed, to see that it is of the same version.
 OVERLAP_BYTES = 4096
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinkerfs import errors
-from tinkerfs.api.client import CheckpointRef, Client
+from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.api.client import Client
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
@@ -23,8 +24,6 @@ from tinkerfs.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
-
-__all__ = ["UrlProvider", "SignedUrlCache"]
 
 #: A URL is not handed out within this time of its expiry, seconds, or a tenth of its life.
 EXPIRY_MARGIN_S = 60.0

@@ -2,8 +2,6 @@
 
 import msgspec
 
-__all__ = ["UNKNOWN_BYTES", "Version"]
-
 #: The length of a file whose store states none, until all of it has been received.
 UNKNOWN_BYTES = -1
 

@@ -7,7 +7,7 @@ import pytest
 from tests.support.clocks import FakeTime
 from tests.unit.api.conftest import http
 from tinkerfs import errors
-from tinkerfs.api.client import CheckpointRef
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.demo.profiles import PROFILES
 

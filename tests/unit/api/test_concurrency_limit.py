@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.clocks import FakeTime
 from tinkerfs import errors
 from tinkerfs.api import endpoints
-from tinkerfs.api.client import CheckpointRef
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.concurrency_limit import ConcurrencyLimiter
 from tinkerfs.context import DEMAND, Priority
 

@@ -19,7 +19,7 @@ from tests.support.hostile import (
 )
 from tinkerfs import errors, network
 from tinkerfs.api import network_backend
-from tinkerfs.api.client import CheckpointRef
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 
 RUNS = "GET training_runs"
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.server import demo_server  # noqa: F401
-from tinkerfs.api.client import CheckpointRef, Client
+from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.store import MetadataStore

@@ -17,7 +17,7 @@ READER = """
 import sys
 from pathlib import Path
 from tests.unit.weights.conftest import weights_in
-from tinkerfs.api.client import CheckpointRef
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.context import IN_PROCESS
 from tinkerfs.weights.subject import Subject
 folder, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]

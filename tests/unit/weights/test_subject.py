@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinkerfs import name_encoding
-from tinkerfs.api.client import CheckpointRef
+from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.weights.archive_index import block_key
 from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.version import Version

@@ -8,7 +8,8 @@ import pytest
 from tests.support.hostile import HostileServer, close, drip, genuine, hold, response
 from tests.support.mount import wait_until
 from tinkerfs import errors
-from tinkerfs.api.client import CheckpointRef, Client
+from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.context import BACKGROUND_CONTEXT
