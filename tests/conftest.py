@@ -27,9 +27,13 @@ settings.load_profile("ci" if os.environ.get("CI") else "home")
 # `kill -USR1` of a run that hangs tells where every thread stands.
 faulthandler.register(signal.SIGUSR1, all_threads=True)
 
-# A run in the background of a shell ignores Ctrl-C, and so would all that the tests start.
+# A run in the background of a shell ignores SIGINT, and one under nohup SIGHUP. Mounts and commands
+# that the tests start would inherit that, and a signal that was ignored stays ignored.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+for ignored in (signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL)
 
 _announced = pytest.StashKey[list[str]]()
 
