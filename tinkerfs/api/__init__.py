@@ -1,1 +1,1 @@
-"""The Tinker API over HTTP: no paths, no cache. Importing this package does not import httpx."""
+"""Client of the Tinker API over HTTP, without file paths or caches."""

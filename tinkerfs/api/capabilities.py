@@ -1,7 +1,8 @@
-"""What a server has turned out to lack, so that it is asked for it again rarely.
+"""Capability cache: remembers which endpoints a server does not implement.
 
-SkyRL has neither publish nor delete, hatchery no list of runs, and a newer official service no
-archives. Without this, a walk over 500 checkpoints asks 500 times for what is not there.
+SkyRL has neither publish nor delete, hatchery has no list of runs, and a newer official service has
+no archives. Without this cache a walk over 500 checkpoints sends 500 requests to a missing
+endpoint.
 """
 
 import threading
@@ -12,27 +13,27 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-#: What a server lacks it is not asked for again for this long, seconds.
+#: An unsupported endpoint is not requested again for this long, seconds.
 UNSUPPORTED_TTL_S = 600.0
-#: One refusal may be about the one checkpoint that was asked about: it has a name that the server
-#: does not take, or its archive is lost. As many in a row without a success are about all.
+#: Consecutive refusals after which a capability counts as unsupported. A single refusal may concern
+#: only one checkpoint: the server rejects its name, or its archive is lost.
 UNSUPPORTED_THRESHOLD = 3
 
 
 @dataclass(slots=True)
 class _State:
-    """What is known of one thing that servers may lack; guarded by the lock of `Lacks`."""
+    """State of one capability; guarded by the lock of `CapabilityCache`."""
 
     refusals: int = 0
-    last: errors.ApiError | None = None
-    asked_at: float = 0.0
+    last_refusal: errors.ApiError | None = None
+    refused_at: float = 0.0
     is_supported: bool = False
 
 
 class CapabilityCache:
-    """What one server lacks. Thread-safe.
+    """Unsupported capabilities of one server. Thread-safe.
 
-    What has worked once is there, whatever is said of it later.
+    A capability that has worked once is never considered unsupported.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -43,38 +44,38 @@ class CapabilityCache:
     @contextmanager
     def guard(
         self,
-        what: Hashable,
+        capability: Hashable,
         refusal: type[errors.ApiError] = errors.UnsupportedEndpoint,
         *,
-        refusals: int = UNSUPPORTED_THRESHOLD,
+        threshold: int = UNSUPPORTED_THRESHOLD,
     ) -> Iterator[None]:
-        """Let a call through where its answer is not known yet, and learn from how it ends.
+        """Run a request unless its capability is unsupported, and record its outcome.
 
         Args:
-            what: names what the server may lack.
-            refusal: the failure that says so.
-            refusals: how many of them in a row are about more than what was asked for.
+            capability: any key, such as the label of an endpoint.
+            refusal: the error by which the server reports a missing capability.
+            threshold: consecutive refusals after which the capability counts as unsupported.
 
         Raises:
-            ApiError: the last refusal, told again.
+            ApiError: a copy of the last refusal, without a request.
         """
         with self._lock:
-            state = self._states.setdefault(what, _State())
-            is_fresh = self._clock.monotonic() < state.asked_at + UNSUPPORTED_TTL_S
-            if state.last is not None and state.refusals >= refusals and is_fresh:
-                raise state.last.as_local()
+            state = self._states.setdefault(capability, _State())
+            is_fresh = self._clock.monotonic() < state.refused_at + UNSUPPORTED_TTL_S
+            if state.last_refusal is not None and state.refusals >= threshold and is_fresh:
+                raise state.last_refusal.as_local()
         try:
             yield
         except refusal as error:
             with self._lock:
                 if not state.is_supported:
-                    state.refusals, state.last = state.refusals + 1, error
-                    state.asked_at = self._clock.monotonic()
+                    state.refusals, state.last_refusal = state.refusals + 1, error
+                    state.refused_at = self._clock.monotonic()
             raise
         with self._lock:
-            state.refusals, state.last, state.is_supported = 0, None, True
+            state.refusals, state.last_refusal, state.is_supported = 0, None, True
 
     def reset(self) -> None:
-        """Ask for everything anew."""
+        """Forget all capabilities, so that every endpoint is requested again."""
         with self._lock:
             self._states.clear()

@@ -1,8 +1,8 @@
-"""How a checkpoint is named in a URL.
+"""Forms of a checkpoint id in URLs.
 
-Servers differ in the id that their URLs take: `<kind>/<name>`, or the bare `<name>` that they
-list; SkyRL wants the one to delete and the other for an archive. So the form that the tinker path
-gives is tried, then the listed one, and what worked is remembered for each operation.
+Servers accept different forms: `<kind>/<name>`, or the bare `<name>` of their listing. SkyRL needs
+one form to delete a checkpoint and the other form for its archive. So the form of the tinker path
+is tried first and the listed form second. The accepted form is remembered per endpoint.
 """
 
 import threading
@@ -17,13 +17,12 @@ from tinkerfs.api.endpoints import Endpoint
 
 T = TypeVar("T")
 
-#: What a server answers to a checkpoint id in the form that it does not take: FastAPI's routers,
-#: and the official service's handlers.
-_WRONG_FORM = frozenset({400, 404, 405, 422})
+#: Statuses for an id in an unsupported form, from FastAPI's router or the official service.
+_WRONG_FORM_STATUSES = frozenset({400, 404, 405, 422})
 
 
 class IdForm(Enum):
-    """Which of a checkpoint's ids a URL takes."""
+    """Form of a checkpoint id: from the tinker path or from the listing."""
 
     PATH = "path"
     LISTED = "listed"
@@ -31,15 +30,15 @@ class IdForm(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRef:
-    """A checkpoint as an endpoint is asked about it.
+    """Identifies a checkpoint in requests.
 
     Attributes:
-        run_id: the training run.
-        path_id: `<kind>/<name>`, as the tinker path has it.
-        listed_id: the id as the listing gave it.
-        is_known: whether a listing has just shown it, so that "not there" speaks of the endpoint.
-        is_shared: whether another checkpoint of the run is listed under the same bare id.
-        is_foreign: whether the run is known to be another account's.
+        path_id: `<kind>/<name>`, as in the tinker path.
+        listed_id: the id in the listing.
+        exists: whether a recent listing includes the checkpoint. A "not found" response then refers
+            to the endpoint.
+        has_ambiguous_id: whether another checkpoint of the run is listed with the same bare id.
+        is_foreign: whether the run is known to belong to another account.
     """
 
     run_id: str
@@ -50,7 +49,7 @@ class CheckpointRef:
     is_foreign: bool = False
 
     def is_of(self, tinker_path: str | None, checkpoint_id: str | None) -> bool:
-        """Return whether a listed checkpoint is this one, by its tinker path or its id."""
+        """Return whether a listed tinker path or id identifies this checkpoint."""
         return (tinker_path or "").endswith(f"/{self.path_id}") or (
             checkpoint_id == self.listed_id and not self.has_ambiguous_id
         )
@@ -59,88 +58,81 @@ class CheckpointRef:
 def candidate_ids(
     ref: CheckpointRef, endpoint: Endpoint, last_accepted: IdForm | None
 ) -> list[tuple[IdForm, str]]:
-    """Return the forms of an id to try, in order; none for an empty id.
+    """Return the id forms to try, in order; an empty list for an empty id.
 
-    What is deleted, published or read must be the right one of two checkpoints with one bare id.
-    Therefore:
+    Two checkpoints may have the same bare id, and a request must not reach the wrong one:
 
-    - A shared bare id goes into no change, and into a look only for a sampler checkpoint: SkyRL,
-      where names are shared, takes bare ids for archives, and has archives of these alone.
-    - Once a change worked with `<kind>/<name>`, "not there" is the truth, and the bare id may be
-      another checkpoint's by now: it is not tried.
+    - An ambiguous bare id is never used for a change. It is used for a GET only of a sampler
+      checkpoint: SkyRL has ambiguous ids, uses them for archives, and has only sampler archives.
+    - After a change succeeded with `<kind>/<name>`, a "not found" response is trusted. The bare id
+      is not tried, because it may identify another checkpoint by now.
 
-    Args:
-        ref: the checkpoint.
-        endpoint: what is asked of it.
-        last_accepted: the form that this endpoint took last, None before any worked.
+    `last_accepted` is the form that the endpoint accepted last, None if it has accepted none.
     """
-    is_look = endpoint.method == "GET"
+    is_read = endpoint.method == "GET"
     forms = [(IdForm.PATH, ref.path_id)] if ref.path_id else []
     if not ref.listed_id or ref.listed_id == ref.path_id:
         return forms
-    if ref.has_ambiguous_id and not (is_look and ref.path_id.startswith("sampler_weights/")):
+    if ref.has_ambiguous_id and not (is_read and ref.path_id.startswith("sampler_weights/")):
         return forms
-    if forms and last_accepted is IdForm.PATH and not is_look:
+    if forms and last_accepted is IdForm.PATH and not is_read:
         return forms
     forms.append((IdForm.LISTED, ref.listed_id))
     return forms[::-1] if last_accepted is IdForm.LISTED else forms
 
 
 class IdFormCache:
-    """The form of a checkpoint's id that each endpoint of one server took last. Thread-safe."""
+    """Remembers the last accepted id form of each endpoint of a server. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._worked: dict[str, IdForm] = {}  # guarded by _lock
+        self._last_accepted: dict[str, IdForm] = {}  # guarded by _lock
 
     def try_forms(self, endpoint: Endpoint, ref: CheckpointRef, send: Callable[[str], T]) -> T:
-        """Ask something of a checkpoint, in the form of its id that the server takes.
+        """Send a request with each form of the checkpoint's id until one is accepted.
 
-        Args:
-            endpoint: what is asked of it.
-            ref: the checkpoint.
-            send: asks with an id in one form.
+        `send` sends the request with the given id.
 
         Raises:
-            ApiError: what was met; of two forms, what says more.
+            ApiError: the request failed. If both forms failed, the error of the endpoint's handler
+                takes precedence over an unsupported endpoint.
         """
-        failure: errors.ApiError = errors.NotFound(
-            "an empty id names nothing", endpoint=endpoint.label
-        )
+        failure: errors.ApiError = errors.NotFound("empty id", endpoint=endpoint.label)
         with self._lock:
-            worked = self._worked.get(endpoint.label)
-        for number, (form, checkpoint_id) in enumerate(candidate_ids(ref, endpoint, worked)):
+            last_accepted = self._last_accepted.get(endpoint.label)
+        candidates = candidate_ids(ref, endpoint, last_accepted)
+        for index, (form, checkpoint_id) in enumerate(candidates):
             try:
-                answer = send(checkpoint_id)
+                response = send(checkpoint_id)
             except errors.ApiError as error:
-                if error.status not in _WRONG_FORM:
+                if error.status not in _WRONG_FORM_STATUSES:
                     raise
-                # A handler's words say more than a router's.
-                if number == 0 or isinstance(failure, errors.UnsupportedEndpoint):
+                # The error of a handler is more specific than that of a router.
+                if index == 0 or isinstance(failure, errors.UnsupportedEndpoint):
                     failure = error
             else:
                 with self._lock:
-                    self._worked[endpoint.label] = form
-                return answer
+                    self._last_accepted[endpoint.label] = form
+                return response
         raise failure
 
 
 def id_segment(endpoint: Endpoint, text: str) -> str:
-    """Return an id as one segment of a URL path.
+    """Encode an id as one segment of a URL path.
 
     Raises:
-        NotFound: it is empty, and the URL would be another endpoint's.
+        NotFound: the id is empty, so that the URL would address another endpoint.
     """
     if not text:
-        raise errors.NotFound("an empty id names nothing", endpoint=endpoint.label)
+        raise errors.NotFound("empty id", endpoint=endpoint.label)
     return quote_segment(text)
 
 
 def quote_segment(text: str) -> str:
-    """Return `text` as one segment of a URL path (RFC 3986, 3.3); `:` stays as it is.
+    """Percent-encode a segment of a URL path (RFC 3986, 3.3), except `:`.
 
-    A name's bytes that are no UTF-8 (surrogate escapes) are encoded as those bytes. Dots are
-    encoded where the whole segment is `.` or `..`, which clients and proxies would resolve.
+    Surrogate escapes are encoded as the non-UTF-8 bytes that they represent. The segments `.` and
+    `..` are encoded, because clients and proxies would resolve them.
     """
     if text in (".", ".."):
         return "%2E" * len(text)
@@ -152,6 +144,6 @@ def quote_segment(text: str) -> str:
 
 
 def id_path(checkpoint_id: str) -> str:
-    """Return a checkpoint id in a URL path: the slash after the kind stays, others are encoded."""
+    """Encode a checkpoint id for a URL path, except the slash after its kind."""
     kind, slash, name = checkpoint_id.partition("/")
     return quote_segment(kind) + slash + quote_segment(name) if slash else quote_segment(kind)

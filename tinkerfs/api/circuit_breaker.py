@@ -1,7 +1,8 @@
-"""Circuit breaker: while an endpoint is out, calls of it fail at once and one probe looks for it.
+"""Circuit breakers: requests to a failing endpoint fail at once, except probes.
 
-Without it each file of a walk waits out its own time-out: 30 s a file with a server that hangs. An
-endpoint has a breaker of its own, because one that answers 500 says nothing about the others.
+Without a breaker each file of a walk waits for its own timeout: 30 s per file while the server
+hangs. Each endpoint has its own breaker, because a status 500 of one endpoint says nothing about
+the others.
 """
 
 import threading
@@ -12,16 +13,16 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-#: So many failures in a row, with all their retries, and the endpoint counts as out.
+#: Consecutive failed requests, each with all its retries, after which the breaker opens.
 FAILURE_THRESHOLD = 3
-#: Where not even a connection or an answer was had, each took the whole time-out.
+#: The same if the last request got no response: each one took the whole timeout.
 NO_RESPONSE_THRESHOLD = 2
-#: Between two probes, seconds: recovery is noticed within this, a probe's bound, and a moment.
+#: Delay between two probes of an open breaker, seconds.
 PROBE_INTERVAL_S = 1.0
-#: A probe is given up after this long, seconds, or twice the slowest success where that is more.
+#: Timeout of a probe, seconds; twice the slowest success if that is longer.
 PROBE_TIMEOUT_S = 2.0
 
-#: What says that a server is out. To be asked too often (429) is no outage: it says when to return.
+#: Errors that count as failures. A 429 does not: the server works, and says when to retry.
 _TRIPPING_ERRORS = (
     errors.ServerError,
     errors.ConnectionFailed,
@@ -29,29 +30,27 @@ _TRIPPING_ERRORS = (
     errors.UntrustedCertificate,
     errors.ProtocolError,
 )
-_WITHOUT_ANSWER = (errors.ConnectionFailed, errors.RequestTimeout)
+_NO_RESPONSE_ERRORS = (errors.ConnectionFailed, errors.RequestTimeout)
 
 
 @dataclass(slots=True)
 class _State:
-    """What is known of one endpoint; guarded by the lock of the breakers."""
+    """State of the breaker of one endpoint; guarded by the lock of `CircuitBreakers`."""
 
     failures: int = 0
-    last: errors.ApiError | None = None
+    last_error: errors.ApiError | None = None
     slowest_s: float = 0.0
     is_half_open: bool = False
-    next_probe: float = 0.0
+    next_probe_at: float = 0.0
 
     @property
     def is_open(self) -> bool:
-        enough = (
-            NO_RESPONSE_THRESHOLD if isinstance(self.last, _WITHOUT_ANSWER) else FAILURE_THRESHOLD
-        )
-        return self.failures >= enough
+        has_no_response = isinstance(self.last_error, _NO_RESPONSE_ERRORS)
+        return self.failures >= (NO_RESPONSE_THRESHOLD if has_no_response else FAILURE_THRESHOLD)
 
 
 class CircuitBreakers:
-    """One breaker for each endpoint, by its label. Thread-safe."""
+    """One circuit breaker per endpoint label. Thread-safe."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -59,60 +58,66 @@ class CircuitBreakers:
         self._states: dict[str, _State] = {}  # guarded by _lock
 
     def reset(self) -> None:
-        """Take every endpoint for well."""
+        """Close all breakers."""
         with self._lock:
             self._states.clear()
 
     @contextmanager
-    def guard(self, label: str, deadline: float, *, is_build: bool = False) -> Iterator[float]:
-        """Let one call through, and learn from how it ends.
+    def guard(
+        self, label: str, deadline: float, *, is_long_running: bool = False
+    ) -> Iterator[float]:
+        """Run a request unless its endpoint's breaker is open, and record the outcome.
 
         Args:
-            label: the endpoint.
-            deadline: when the call would give up, on the monotonic clock.
-            is_build: whether the server may hold its response while it makes something. A time-out
-                says nothing of the endpoint then, and a probe has the time that others have.
+            label: label of the endpoint.
+            deadline: of the request, on the monotonic clock.
+            is_long_running: whether the server may delay its response for minutes. A timeout is
+                then not counted as a failure, and a probe keeps the whole deadline.
 
         Yields:
-            when to give up: sooner, where the call is the probe of an endpoint that is out.
+            The deadline of the request; an earlier one if the request is a probe.
 
         Raises:
-            ApiError: the last failure, told again: the endpoint is out, and somebody probes it
-                already or has just now.
+            ApiError: a copy of the last error, without a request. The breaker is open, and a probe
+                is in flight or was sent less than `PROBE_INTERVAL_S` ago.
         """
-        started = self._clock.monotonic()
+        started_at = self._clock.monotonic()
         with self._lock:
             state = self._states.setdefault(label, _State())
             is_probe = state.is_open
-            if is_probe and is_build:
-                if started < state.next_probe:
-                    assert state.last is not None
-                    raise state.last.as_local()
-                state.next_probe = started + PROBE_INTERVAL_S
+            if is_probe and is_long_running:
+                if started_at < state.next_probe_at:
+                    assert state.last_error is not None
+                    raise state.last_error.as_local()
+                state.next_probe_at = started_at + PROBE_INTERVAL_S
             elif is_probe:
-                if state.is_half_open or started < state.next_probe:
-                    assert state.last is not None
-                    raise state.last.as_local()
+                if state.is_half_open or started_at < state.next_probe_at:
+                    assert state.last_error is not None
+                    raise state.last_error.as_local()
                 state.is_half_open = True
-                patience_s = max(PROBE_TIMEOUT_S, 2 * state.slowest_s)
-                deadline = min(deadline, started + patience_s)
+                timeout_s = max(PROBE_TIMEOUT_S, 2 * state.slowest_s)
+                deadline = min(deadline, started_at + timeout_s)
         failure: errors.ApiError | None = None
-        is_news = True
+        is_outcome = True
         try:
             yield deadline
         except errors.ApiError as error:
             failure = error if isinstance(error, _TRIPPING_ERRORS) else None
-            # Of what is remembered nobody was asked: it was not its turn.
-            is_held = is_build and isinstance(error, errors.RequestTimeout) and not error.is_unsent
-            is_news = not (error.is_local or is_held)
+            # A local error says nothing about the endpoint: no request was sent.
+            is_delayed = (
+                is_long_running
+                and isinstance(error, errors.RequestTimeout)
+                and not error.request_not_sent
+            )
+            is_outcome = not (error.is_local or is_delayed)
             raise
         finally:
             with self._lock:
                 now = self._clock.monotonic()
-                if is_probe and not is_build:
-                    state.is_half_open, state.next_probe = False, now + PROBE_INTERVAL_S
-                if is_news and failure is None:
-                    state.failures, state.last, state.next_probe = 0, None, 0.0
-                    state.slowest_s = max(state.slowest_s, now - started)
-                elif is_news:
-                    state.failures, state.last = state.failures + 1, failure
+                if is_probe and not is_long_running:
+                    state.is_half_open, state.next_probe_at = False, now + PROBE_INTERVAL_S
+                if is_outcome and failure is None:
+                    state.failures, state.last_error, state.next_probe_at = 0, None, 0.0
+                    state.slowest_s = max(state.slowest_s, now - started_at)
+                elif is_outcome:
+                    state.failures, state.last_error = state.failures + 1, failure

@@ -1,8 +1,10 @@
-"""The Tinker API, one method per endpoint. Raises `errors.ApiError` kinds and nothing else.
+"""Client of the Tinker API: one method per endpoint.
 
-Used by the catalogue and by what reads weights. It knows no file paths and keeps no answers. What
-it learns is about the server alone: which URL form of a checkpoint id it takes, which endpoints are
-out, and what it does not have.
+Used by the catalog and by the weight readers. The client has no file paths and no response cache.
+It remembers only properties of the server: which form of a checkpoint id it accepts in a URL, which
+endpoints are failing, and which endpoints it does not implement.
+
+Every method raises subclasses of `errors.ApiError` and nothing else.
 """
 
 import copy
@@ -41,27 +43,25 @@ from tinkerfs.telemetry import Telemetry
 
 T = TypeVar("T")
 
-#: The most sessions that one search may return (Tinker SDK 0.36, sessions/search).
-_MOST_FOUND = 200
+#: Maximum page size of a session search (Tinker SDK 0.36, sessions/search).
+_MAX_SEARCH_PAGE_SIZE = 200
 
 
 class Client:
-    """A client of one server's API. Thread-safe.
+    """Sends requests to the API of one server. Thread-safe.
 
-    Every method may take up to `timeout_s` for each HTTP request that it needs, retries included,
-    and raises an `errors.ApiError` when that is over. Nothing is connected before the first call.
+    A method blocks for at most `timeout_s` per HTTP request, retries included. After that it raises
+    an `errors.ApiError`. The first request opens the first connection.
 
     Args:
-        base_url: where the API is, http or https, perhaps with a path.
-        credentials: where the key comes from.
-        telemetry: counts every HTTP request.
-        concurrency: the most requests at once, but those for archives, which may take minutes.
-        timeout_s: bound on one request with all its retries, seconds.
-        backoff_s: the first wait between retries, seconds; it doubles up to 20 times as much.
-        clock: `now` for expiries and dates, `monotonic` for bounds.
+        base_url: http or https URL of the API, optionally with a path.
+        concurrency: maximum number of requests in flight. Archive requests are not counted, because
+            they may take minutes.
+        timeout_s: timeout of one request including its retries, seconds.
+        backoff_s: first delay between retries, seconds. It doubles up to 20 times this value.
 
     Raises:
-        SetupError: the URL, or a proxy's in the environment, cannot be used.
+        StartupError: the URL or a proxy URL in the environment is invalid.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Client:
         self._base_url = base_url.rstrip("/")
         self._clock = clock
         self._concurrency = concurrency
-        self._interest = DEMAND
+        self._priority = DEMAND
         self._transport = Transport(
             base_url,
             credentials,
@@ -89,28 +89,28 @@ class Client:
             clock=clock,
         )
         self._breakers = CircuitBreakers(clock)
-        self._lacks = CapabilityCache(clock)
-        self._forms = IdFormCache()
-        self._unreadable = pagination.SkippedRecordReporter()
+        self._capabilities = CapabilityCache(clock)
+        self._id_forms = IdFormCache()
+        self._skipped = pagination.SkippedRecordReporter()
 
     @property
     def base_url(self) -> str:
-        """Where the API is, without a slash at its end."""
+        """URL of the API without a trailing slash."""
         return self._base_url
 
     def with_priority(self, priority: Priority) -> Self:
-        """Return this client for work that is, or is not, waited for: who waits goes first."""
+        """Return a client that shares everything but sends its requests with `priority`."""
         client = copy.copy(self)
-        client._interest = priority
+        client._priority = priority
         return client
 
     def reset(self) -> None:
-        """Ask the server again where it was out a moment ago, and for what it did not have."""
+        """Close all circuit breakers and forget unsupported endpoints."""
         self._breakers.reset()
-        self._lacks.reset()
+        self._capabilities.reset()
 
     def close(self) -> None:
-        """Close every connection; later calls fail as Unreachable."""
+        """Close every connection; later requests raise ConnectionFailed."""
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -124,58 +124,41 @@ class Client:
     # Training runs
 
     def list_training_runs(self, limit: int = 100, offset: int = 0) -> Page[TrainingRun]:
-        """Return one page of the user's own runs.
-
-        Raises:
-            ApiError: it cannot be had; EndpointMissing where the server lists no runs.
-        """
+        """Return one page of the user's own training runs."""
         return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset)
 
     def all_training_runs(
         self, on_page: Callable[[tuple[TrainingRun, ...]], None] = lambda _runs: None
     ) -> tuple[TrainingRun, ...]:
-        """Return every run of the user: ceil(runs / page) calls, those after the first at once.
+        """Return all training runs of the user.
+
+        Sends one request per page. The pages after the first are requested in parallel, and one
+        failed page fails the listing.
 
         Args:
-            on_page: told the runs of each page as it comes, as `paging.read_all` does.
-
-        Raises:
-            ApiError: as `list_training_runs`; one page that fails fails all.
+            on_page: receives the runs of each page as it arrives, see `fetch_all_pages`.
         """
         return self._all(self.list_training_runs, lambda run: run.run_id, on_page)
 
     def training_run(self, run_id: str) -> TrainingRun:
-        """Return one run: the user's own, or a public one.
-
-        Raises:
-            ApiError: it cannot be had; NotFound where there is none.
-        """
+        """Return a training run that the user owns or that is public."""
         path = f"training_runs/{id_segment(endpoints.RUN, run_id)}?access_scope=accessible"
         return self._fetch_one(Request(endpoints.RUN, path), parsing.parse_training_run)
 
     # Checkpoints
 
-    def list_checkpoints(self, run_id: str, *, is_known: bool = False) -> tuple[Checkpoint, ...]:
-        """Return every checkpoint of a run; the server does not page them.
+    def list_checkpoints(self, run_id: str, *, exists: bool = False) -> tuple[Checkpoint, ...]:
+        """Return all checkpoints of a run; this endpoint has no pages.
 
-        Args:
-            run_id: the run.
-            is_known: whether the run is known to exist.
-
-        Raises:
-            ApiError: they cannot be had; NotFound where there is no such run.
+        If the run is known to exist (`exists`), a 404 means that the server lacks the endpoint.
         """
         path = f"training_runs/{id_segment(endpoints.RUN_CHECKPOINTS, run_id)}/checkpoints"
-        request = Request(endpoints.RUN_CHECKPOINTS, path, exists=is_known)
+        request = Request(endpoints.RUN_CHECKPOINTS, path, exists=exists)
         page = self._fetch_one(request, parsing.parse_checkpoints)
-        return self._unreadable.report(endpoints.RUN_CHECKPOINTS.label, page).items
+        return self._skipped.report(endpoints.RUN_CHECKPOINTS.label, page).items
 
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> Page[Checkpoint]:
-        """Return one page of the checkpoints of all the user's runs, newest first.
-
-        Raises:
-            ApiError: it cannot be had; EndpointMissing where the server has no such listing.
-        """
+        """Return one page of the checkpoints of all the user's runs, newest first."""
         return self._list(endpoints.USER_CHECKPOINTS, parsing.parse_checkpoints, limit, offset)
 
     def all_user_checkpoints(
@@ -183,14 +166,13 @@ class Client:
         dedupe: Callable[[Checkpoint], Checkpoint] = lambda record: record,
         on_page: Callable[[tuple[Checkpoint, ...]], None] = lambda _records: None,
     ) -> tuple[Checkpoint, ...]:
-        """Return every checkpoint of the user, newest first: ceil(checkpoints / page) calls.
+        """Return all checkpoints of the user, newest first.
+
+        Sends one request per page, in parallel after the first. One failed page fails the listing.
 
         Args:
-            dedupe: returns the equal of a record that is kept already, or the record itself.
-            on_page: told the records of each page as it comes, as `paging.read_all` does.
-
-        Raises:
-            ApiError: as `list_user_checkpoints`; one page that fails fails all.
+            dedupe: returns an equal record that is already in memory, or its argument.
+            on_page: receives the records of each page as it arrives, see `fetch_all_pages`.
         """
 
         def fetch(limit: int, offset: int) -> Page[Checkpoint]:
@@ -198,126 +180,101 @@ class Client:
 
         return self._all(fetch, lambda record: record.identity, on_page)
 
-    def weights_info(self, tinker_path: str, *, is_known: bool = False) -> WeightsInfo:
-        """Return what the weights behind a tinker path are.
+    def weights_info(self, tinker_path: str, *, exists: bool = False) -> WeightsInfo:
+        """Return the base model and LoRA parameters of a checkpoint's weights.
 
         Args:
             tinker_path: `tinker://...`.
-            is_known: whether the checkpoint is known to exist.
-
-        Raises:
-            ApiError: it cannot be had; NotFound, or BadRequest where the server tells nothing of
-                this kind of checkpoint.
+            exists: whether the checkpoint is known to exist. Repeated BadRequests then mean that
+                the server does not support this kind of checkpoint.
         """
         body = raw_json.dumps({"tinker_path": tinker_path})
-        request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, str(uuid.uuid4()), is_known)
-        kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL tells of `weights` alone
-        what = (endpoints.WEIGHTS_INFO.label, kind)
-        # Of a path that somebody made up, a refusal speaks of the path.
-        with self._lacks.guard(what, errors.BadRequest) if is_known else nullcontext():
+        request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, str(uuid.uuid4()), exists)
+        kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL supports only `weights`
+        capability = (endpoints.WEIGHTS_INFO.label, kind)
+        # If the path may be invalid, a BadRequest is about the path and not about the server.
+        with self._capabilities.guard(capability, errors.BadRequest) if exists else nullcontext():
             return self._fetch_one(request, parsing.parse_weights_info)
 
     def archive(self, ref: CheckpointRef, hold_s: float = 0.0) -> SignedUrl:
-        """Return a signed URL of the checkpoint's archive; the server may have to build it first.
+        """Return a signed URL of the checkpoint's archive.
 
-        The redirect is read, never followed: the key belongs to the API's origin alone.
-
-        Args:
-            ref: the checkpoint.
-            hold_s: how long the server may hold its response while it builds, seconds.
+        The server may have to build the archive first, and may delay its response for `hold_s`
+        seconds. The redirect is never followed, because the API key may be sent only to
+        the origin of the API.
 
         Raises:
-            ApiError: it cannot be had; NotReady while the server builds it, with `retry_after_s`
-                where it says; EndpointMissing where the server gives no archives, or none of
-                this kind of checkpoint.
+            ResourceNotReady: the server is still building the archive. `retry_after_s` is set if
+                the server sent a delay.
+            ApiError: the request failed. UnsupportedEndpoint means that the server provides no
+                archives, or none of this kind of checkpoint.
         """
         request = Request(endpoints.ARCHIVE, "/archive", hold_s=hold_s)
         return self._checkpoint_request(
-            request, ref, lambda answer: signed_urls.archive_url(answer, self._clock.now())
+            request, ref, lambda response: signed_urls.archive_url(response, self._clock.now())
         )
 
     def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
-        """Return a signed URL for each file of an external checkpoint, and when they expire.
+        """Return signed URLs for an external checkpoint's files, and their expiry.
 
-        The URLs are secrets. The file names are the server's, unchecked. The expiry is in seconds
-        since 1970.
-
-        Raises:
-            ApiError: they cannot be had; EndpointMissing where the server has no such thing.
+        The URLs are secrets. The file names are not validated. The expiry is in seconds since 1970.
         """
         request = Request(endpoints.EXTERNAL_URLS, "/external_weights_urls")
         return self._checkpoint_request(
-            request, ref, lambda answer: signed_urls.external_urls(answer, self._clock.now())
+            request, ref, lambda response: signed_urls.external_urls(response, self._clock.now())
         )
 
-    # Changes of a checkpoint. One that may have arrived is sent again only after a `recheck`.
+    # Changes of a checkpoint. A change that the server may have received is retried only if
+    # `recheck` permits it.
 
     def publish(self, ref: CheckpointRef, recheck: Recheck | None = None) -> None:
-        """Let everybody read the checkpoint; that it is public already is success.
-
-        Raises:
-            ApiError: it cannot be done.
-        """
+        """Publish the checkpoint; succeed if it is already public."""
         key = str(uuid.uuid4())
         self._change(Request(endpoints.PUBLISH, "/publish", None, key, recheck=recheck), ref)
 
     def unpublish(self, ref: CheckpointRef, recheck: Recheck | None = None) -> None:
-        """Let only its owner read the checkpoint; that it is private already is success.
-
-        Raises:
-            ApiError: it cannot be done.
-        """
+        """Make the checkpoint private; succeed if it is already private."""
         self._change(Request(endpoints.UNPUBLISH, "/publish", recheck=recheck), ref)
 
     def set_ttl(
         self, ref: CheckpointRef, ttl_seconds: int | None, recheck: Recheck | None = None
     ) -> None:
-        """Let the server delete the checkpoint after a while, or never.
+        """Set the time after which the server deletes the checkpoint.
 
-        Args:
-            ref: the checkpoint.
-            ttl_seconds: seconds from now, 3600 to 315360000; None for never.
-            recheck: as of the others.
+        `ttl_seconds` is counted from now, 3600 to 315360000; None disables the expiry.
 
         Raises:
-            ApiError: it cannot be done; BadRequest out of range.
+            BadRequest: `ttl_seconds` is out of range.
+            ApiError: the request failed.
         """
         body = raw_json.dumps({"ttl_seconds": ttl_seconds})
         self._change(Request(endpoints.TTL, "/ttl", body, recheck=recheck), ref)
 
     def delete(self, ref: CheckpointRef, recheck: Recheck | None = None) -> None:
-        """Delete the checkpoint for ever.
+        """Delete the checkpoint permanently.
 
         Raises:
-            ApiError: it cannot be done; NotFound where it is gone already; NotReady or Conflict
-                while it is being written.
+            NotFound: the checkpoint does not exist any more.
+            ResourceNotReady, Conflict: the checkpoint is still being written.
+            ApiError: the request failed.
         """
         self._change(Request(endpoints.DELETE, "", recheck=recheck), ref)
 
     # Sessions and samplers
 
     def list_sessions(self, limit: int = 100, offset: int = 0) -> Page[str]:
-        """Return one page of the ids of the user's sessions.
-
-        Raises:
-            ApiError: it cannot be had; EndpointMissing where the server has no sessions.
-        """
+        """Return one page of the ids of the user's sessions."""
         return self._list(endpoints.SESSIONS, parsing.parse_session_ids, limit, offset)
 
     def all_sessions(self) -> tuple[str, ...]:
-        """Return the ids of all the user's sessions, page after page: there is no count of them.
+        """Return the ids of all sessions of the user.
 
-        Raises:
-            ApiError: as `list_sessions`; one page that fails fails all.
+        Pages are requested one after the other, because the server sends no total count.
         """
         return self._all(self.list_sessions, lambda session_id: session_id)
 
     def session(self, session_id: str) -> Session:
-        """Return one session's record.
-
-        Raises:
-            ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
-        """
+        """Return the record of one session."""
         path = f"sessions/{id_segment(endpoints.SESSION, session_id)}?access_scope=accessible"
         return self._fetch_one(
             Request(endpoints.SESSION, path), lambda body: parsing.parse_session(session_id, body)
@@ -331,16 +288,13 @@ class Client:
         limit: int = 100,
         cursor: object = None,
     ) -> SessionSearchPage:
-        """Return one page of the sessions that match.
+        """Return one page of the sessions that match all criteria.
 
         Args:
-            display_name: what the name must hold.
-            statuses: one of which it must have; empty for any.
-            limit: how many at once, 1 to 200.
-            cursor: `next_cursor` of the page before.
-
-        Raises:
-            ApiError: it cannot be had; EndpointMissing where the server has no search.
+            display_name: substring of the session's name; None for any name.
+            statuses: accepted statuses; empty for any status.
+            limit: page size, 1 to 200.
+            cursor: `next_cursor` of the previous page; None for the first page.
         """
         query: dict[str, object] = {"limit": limit}
         if display_name is not None:
@@ -354,21 +308,13 @@ class Client:
         return self._fetch_one(request, parsing.parse_found_sessions)
 
     def all_found_sessions(self) -> tuple[SessionSummary, ...]:
-        """Return every session of the user as the search tells of it: a call for 200 of them.
-
-        Raises:
-            ApiError: as `search_sessions`; one page that fails fails all.
-        """
+        """Return summaries of all sessions of the user, one request per 200 sessions."""
         return pagination.read_all_found(
-            lambda cursor: self.search_sessions(limit=_MOST_FOUND, cursor=cursor)
+            lambda cursor: self.search_sessions(limit=_MAX_SEARCH_PAGE_SIZE, cursor=cursor)
         )
 
     def sampler(self, sampler_id: str) -> Sampler:
-        """Return one sampler's record.
-
-        Raises:
-            ApiError: it cannot be had; NotFound, or EndpointMissing where that can be told.
-        """
+        """Return the record of one sampler."""
         path = f"samplers/{id_segment(endpoints.SAMPLER, sampler_id)}"
         return self._fetch_one(
             Request(endpoints.SAMPLER, path), lambda body: parsing.parse_sampler(sampler_id, body)
@@ -377,48 +323,42 @@ class Client:
     # The server
 
     def capabilities(self) -> Capabilities:
-        """Return what the server offers.
-
-        Raises:
-            ApiError: it cannot be had.
-        """
+        """Return the base models that the server offers."""
         request = Request(endpoints.CAPABILITIES, "get_server_capabilities")
         return self._fetch_one(request, parsing.parse_capabilities)
 
     def health(self) -> str:
-        """Return what the server says of itself, "ok" in general; works without a key.
-
-        Raises:
-            ApiError: it does not answer, or not as the API does.
-        """
+        """Return the server's health status, usually "ok"; works without an API key."""
         request = Request(endpoints.HEALTH, "healthz", needs_key=False)
         _, fields = self._fetch_one(request, raw_json.parse_object)
         return errors.redact(str(fields.get("status", "")))
 
     def whoami(self) -> bytes:
-        """Return what the server tells of the key, as JSON; nothing of it is secret.
+        """Return the server's record of the API key as JSON without secrets.
 
         Raises:
-            ApiError: it cannot be had; Unauthorized where the key is no good; EndpointMissing where
-                the server does not tell.
+            Unauthorized: the server rejected the key.
+            ApiError: the request failed.
         """
         raw, _ = self._fetch_one(Request(endpoints.WHOAMI, "auth/apikey/me"), raw_json.parse_object)
         return raw
 
-    # What all of them share
+    # Shared by all endpoints
 
     def _fetch_one(self, request: Request, parse: Callable[[bytes], T]) -> T:
         endpoint = request.endpoint
-        refusals = 1 if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED_THRESHOLD
-        asking = self._lacks.guard(endpoint.label, refusals=refusals)
-        with asking, self._guarded(request) as deadline:
-            answer = self._transport.send(request, deadline, self._interest)
-            return self._parsed(endpoint, answer, lambda answer: parse(answer.body))
+        threshold = 1 if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED_THRESHOLD
+        capability_guard = self._capabilities.guard(endpoint.label, threshold=threshold)
+        with capability_guard, self._circuit_breaker(request) as deadline:
+            response = self._transport.send(request, deadline, self._priority)
+            return self._parse(endpoint, response, lambda response: parse(response.body))
 
-    def _guarded(self, request: Request) -> AbstractContextManager[float]:
-        """Return the breaker of a request's endpoint; it yields when to give up."""
+    def _circuit_breaker(self, request: Request) -> AbstractContextManager[float]:
+        """Return the breaker of the request's endpoint; it yields the request's deadline."""
         endpoint, deadline = request.endpoint, self._transport.deadline(request.hold_s)
-        return self._breakers.guard(endpoint.label, deadline, is_build=endpoint.is_long_running)
+        return self._breakers.guard(
+            endpoint.label, deadline, is_long_running=endpoint.is_long_running
+        )
 
     def _list(
         self,
@@ -430,7 +370,7 @@ class Client:
         query = urlencode({"limit": limit, "offset": offset})
         path = endpoint.label.partition(" ")[2]
         page = self._fetch_one(Request(endpoint, f"{path}?{query}"), parse)
-        return self._unreadable.report(endpoint.label, page)
+        return self._skipped.report(endpoint.label, page)
 
     def _all(
         self,
@@ -440,48 +380,45 @@ class Client:
     ) -> tuple[T, ...]:
         return pagination.fetch_all_pages(fetch, key, on_page=on_page, workers=self._concurrency)
 
-    def _parsed(self, endpoint: Endpoint, answer: Response, parse: Callable[[Response], T]) -> T:
+    def _parse(self, endpoint: Endpoint, response: Response, parse: Callable[[Response], T]) -> T:
         try:
-            return parse(answer)
+            return parse(response)
         except errors.ProtocolError as error:
-            host = urlsplit(answer.url).hostname
+            host = urlsplit(response.url).hostname
             raise errors.ProtocolError(
-                f"{error.message} (from {host})", endpoint=endpoint.label, status=answer.status
+                f"{error.message} (from {host})", endpoint=endpoint.label, status=response.status
             ) from None
 
     def _change(self, request: Request, ref: CheckpointRef) -> None:
         self._checkpoint_request(
-            request, ref, lambda answer: parsing.check_change_response(answer.body)
+            request, ref, lambda response: parsing.check_change_response(response.body)
         )
 
     def _checkpoint_request(
         self, request: Request, ref: CheckpointRef, parse: Callable[[Response], T]
     ) -> T:
-        """Ask something of a checkpoint, in the form of its id that the server takes.
+        """Send a request about a checkpoint, with the id form that the server accepts.
 
-        Args:
-            request: what to ask; its path is what follows the checkpoint's id.
-            ref: the checkpoint.
-            parse: reads a success.
-
-        Raises:
-            ApiError: what was met; of two forms, what says more.
+        The request's `path` is appended to the URL path of the checkpoint.
         """
         endpoint = request.endpoint
         run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
-        kind = ref.path_id.partition("/")[0]  # SkyRL has archives of sampler checkpoints alone
-        # Nor does what is refused of another account's checkpoints speak of one's own.
-        what = (endpoint.label, kind, ref.run_id if ref.is_foreign else None)
-        with self._lacks.guard(what), self._guarded(request) as deadline:
+        kind = ref.path_id.partition("/")[0]  # SkyRL has archives only of sampler checkpoints
+        # Refusals for another account's checkpoints say nothing about the user's own.
+        capability = (endpoint.label, kind, ref.run_id if ref.is_foreign else None)
+        with (
+            self._capabilities.guard(capability),
+            self._circuit_breaker(request) as deadline,
+        ):
 
-            def ask(checkpoint_id: str) -> T:
+            def send(checkpoint_id: str) -> T:
                 path = f"{run}/{id_path(checkpoint_id)}{request.path}"
-                whole = dataclasses.replace(request, path=path, exists=ref.exists)
-                answer = self._transport.send(whole, deadline, self._interest)
-                return self._parsed(endpoint, answer, parse)
+                complete = dataclasses.replace(request, path=path, exists=ref.exists)
+                response = self._transport.send(complete, deadline, self._priority)
+                return self._parse(endpoint, response, parse)
 
             try:
-                return self._forms.try_forms(endpoint, ref, ask)
+                return self._id_forms.try_forms(endpoint, ref, send)
             except errors.NotFound as error:
                 if not (ref.exists and endpoint.method == "GET" and self._is_listed(ref)):
                     raise
@@ -492,9 +429,9 @@ class Client:
                 raise withheld(error, is_foreign=True) from None
 
     def _is_listed(self, ref: CheckpointRef) -> bool:
-        """Tell whether a checkpoint that an endpoint does not find is there all the same."""
+        """Return whether the run's listing includes the checkpoint."""
         try:
             listed = self.list_checkpoints(ref.run_id)
         except errors.ApiError:
             return False
-        return any(ref.is_of(each.tinker_path, each.checkpoint_id) for each in listed)
+        return any(ref.is_of(record.tinker_path, record.checkpoint_id) for record in listed)

@@ -1,16 +1,15 @@
-"""Budget: how many calls of the API one mount makes at once, and whose turn it is.
+"""Concurrency limiter of the API requests of one mount.
 
-The one gate that every call passes, so that a mount is polite however many ask through it. Who
-waits goes before what is only guessed that somebody will want; what the server says of the pace
-holds for all. Thread-safe; knows nothing of HTTP but statuses.
+Every API request acquires a permit here. Thread-safe; of HTTP the limiter knows only statuses.
 
-- Never more than `limit` calls at once, fewer after a 429: half, and one more after every few
-  answers without one. Fewer as well, down to half, while the server only queues them (`pace.py`).
-- While a `Retry-After` runs no call is begun.
-- Guesses leave a turn for who waits, and an endpoint that was not seen to answer meanwhile leaves
-  one for the others: a turn is held until an answer, or the call's own time-out.
-- Builds of archives take no turn: the server may take minutes for one, 64 may be waited for at a
-  time, and how many are started is bounded by `weights/url_cache.py`. They heed a `Retry-After`.
+- After a 429 the limit is halved. Then it grows by one after `SUCCESSES_PER_INCREASE` successes per
+  permit (AIMD). `latency_gradient` lowers it further, down to half, while the server queues.
+- No request starts while a Retry-After is in effect.
+- Demand requests take precedence over prefetches, which always leave one permit free.
+- An endpoint that has not responded recently also leaves one permit free for the other endpoints,
+  because a request holds its permit until it gets a response or times out.
+- Archive requests need no permit, because they may take minutes. They obey a Retry-After, and
+  `weights/url_cache.py` limits their rate.
 """
 
 import threading
@@ -24,171 +23,176 @@ from tinkerfs.api.latency_gradient import LatencyGradient
 from tinkerfs.clock import Clock
 from tinkerfs.context import Priority
 
-#: After so many answers for each call that is allowed at once, one more is.
+#: The limit grows by one after this number of successes per permit.
 SUCCESSES_PER_INCREASE = 2
 
-#: The longest that a server's wish to be left alone is taken at its word, seconds.
+#: Maximum pause after a Retry-After, seconds; a longer one is shortened to this.
 MAX_RETRY_AFTER_S = 3600.0
 
-#: How often who waits for a turn looks whether a pause is over, seconds; the first in the row looks
-#: for all, and the others whether they have become the first.
-_LOOK_S, _LOOK_AGAIN_S = 0.02, 0.25
+#: How often the first waiting request checks whether a pause has ended, and how often the others
+#: check whether they have become the first, seconds.
+_FIRST_POLL_S, _OTHER_POLL_S = 0.02, 0.25
 
 
 @dataclass(slots=True, eq=False)
 class Permit:
-    """One call's turn.
+    """Permit of one request.
 
     Attributes:
-        endpoint: what is asked.
-        interest: whether somebody waits for the answer.
-        number: grows from turn to turn.
-        status: of the answer, once it is there.
-        retry_after_s: how long the server asked to wait, seconds; None where it did not.
-        granted: set when it may begin.
-        is_full: whether then, with this call, as many were under way as guesses may be.
-        began: when, on the monotonic clock.
+        seq: sequence number of the permit.
+        status: status of the response; the holder sets it.
+        retry_after_s: delay that the server requested, seconds; the holder sets it.
+        granted: set when the request may start.
+        was_saturated: whether all permits available to prefetches were in use when this one was
+            granted, this one included.
+        started_at: start of the request, on the monotonic clock.
     """
 
     endpoint: Endpoint
-    interest: Priority
-    number: int
+    priority: Priority
+    seq: int
     status: int | None = None
     retry_after_s: float | None = None
     granted: threading.Event = field(default_factory=threading.Event)
     was_saturated: bool = False
-    began: float = 0.0
+    started_at: float = 0.0
 
 
 class ConcurrencyLimiter:
-    """The turns of one mount's calls.
+    """Grants permits for the API requests of one mount. Thread-safe.
 
     Args:
-        limit: the most calls at once, 1 or more.
-        clock: whose `monotonic` bounds and pauses run by.
+        limit: maximum number of requests in flight, 1 or more.
     """
 
     def __init__(self, limit: int, clock: Clock) -> None:
-        self._limit = limit
+        self._max_limit = limit
         self._clock = clock
         self._lock = threading.Lock()
         # All guarded by _lock.
-        self._allowed = limit  # as far as 429s say
-        self._pace = LatencyGradient(limit)
-        self._answers = 0  # since `_allowed` changed
-        self._number = 0
-        self._last_decrease_seq = (
-            0  # the newest turn when `_allowed` was halved: older 429s say the same
-        )
+        self._aimd_limit = limit
+        self._gradient = LatencyGradient(limit)
+        self._successes = 0  # since `_aimd_limit` changed
+        self._seq = 0
+        #: Newest permit at the time of the last decrease. A 429 of an older permit belongs to the
+        #: same burst, and does not decrease the limit again.
+        self._last_decrease_seq = 0
         self._paused_until = float("-inf")
         self._pause_status = 0
         self._running: set[Permit] = set()
-        self._waiting: dict[Permit, None] = {}
-        #: Endpoints that answer while theirs are all turns but one.
+        self._queue: dict[Permit, None] = {}
+        #: Endpoints that responded while their requests held all permits but one.
         self._responsive_endpoints: set[str] = set()
 
     @property
     def limit(self) -> int:
-        """How many calls there may be at once now."""
+        """The current maximum number of requests in flight."""
         with self._lock:
-            return self._allowed_now
+            return self._current_limit
 
     @contextmanager
     def acquire(self, endpoint: Endpoint, deadline: float, priority: Priority) -> Iterator[Permit]:
-        """Wait for a turn, and hold it while the body runs; the body tells it the answer's status.
+        """Wait for a permit and hold it in the body.
 
-        Args:
-            endpoint: what is asked.
-            deadline: when to give up, on the monotonic clock.
-            priority: whether somebody waits for the answer.
+        The body sets the response's status on the permit. The deadline is on the monotonic clock.
+        If the priority is promoted while the request waits, it becomes a demand request.
 
         Raises:
-            ApiError: there is no turn in time, without a call: RateLimited or ServerError while the
-                server wants to be left alone for longer, else TimedOut.
+            ApiError: no permit was granted before the deadline. RateLimited or ServerError if a
+                Retry-After lasts longer, otherwise RequestTimeout. No request was sent.
         """
         if not priority.is_demand:
             priority.on_promoted = self._redispatch
         with self._lock:
-            self._number += 1
-            turn = Permit(endpoint, priority, self._number)
-            self._waiting[turn] = None
+            self._seq += 1
+            permit = Permit(endpoint, priority, self._seq)
+            self._queue[permit] = None
             self._dispatch()
         try:
-            self._wait(turn, deadline)
-            turn.began = self._clock.monotonic()
-            yield turn
+            self._wait(permit, deadline)
+            permit.started_at = self._clock.monotonic()
+            yield permit
         finally:
             with self._lock:
-                self._waiting.pop(turn, None)
-                self._running.discard(turn)
-                if not self._count(turn.endpoint.label):
-                    self._responsive_endpoints.discard(turn.endpoint.label)
-                if turn.status is not None:
-                    self._learn(turn, turn.status)
-                    if turn.status < 400 and not turn.endpoint.is_long_running:
-                        label, ended = turn.endpoint.label, self._clock.monotonic()
-                        self._pace.record(label, turn.began, ended, is_full=turn.was_saturated)
+                self._queue.pop(permit, None)
+                self._running.discard(permit)
+                if not self._count(endpoint.label):
+                    self._responsive_endpoints.discard(endpoint.label)
+                if permit.status is not None:
+                    self._record_status(permit, permit.status)
+                    if permit.status < 400 and not endpoint.is_long_running:
+                        self._gradient.record(
+                            endpoint.label,
+                            permit.started_at,
+                            self._clock.monotonic(),
+                            was_saturated=permit.was_saturated,
+                        )
                 self._dispatch()
 
     def _redispatch(self) -> None:
-        """See who may have a turn: a guess is none any more, so that another may run."""
+        """Grant permits after a prefetch has been promoted to a demand request."""
         with self._lock:
             self._dispatch()
 
-    def _wait(self, turn: Permit, deadline: float) -> None:
-        while not turn.granted.is_set():
+    def _wait(self, permit: Permit, deadline: float) -> None:
+        while not permit.granted.is_set():
             with self._lock:
                 self._dispatch()
                 now = self._clock.monotonic()
                 pause_s = self._paused_until - now
-                if not turn.granted.is_set() and (now >= deadline or now + pause_s >= deadline):
-                    raise self._rejection_error(turn, max(pause_s, 0.0)).as_local()
-                is_first = next(iter(self._waiting), None) is turn
-            turn.granted.wait(min(deadline - now, _LOOK_S if is_first else _LOOK_AGAIN_S))
+                is_too_late = now >= deadline or now + pause_s >= deadline
+                if not permit.granted.is_set() and is_too_late:
+                    raise self._rejection_error(permit, max(pause_s, 0.0)).as_local()
+                is_first = next(iter(self._queue), None) is permit
+            permit.granted.wait(min(deadline - now, _FIRST_POLL_S if is_first else _OTHER_POLL_S))
 
-    def _rejection_error(self, turn: Permit, pause_s: float) -> errors.ApiError:
+    def _rejection_error(self, permit: Permit, pause_s: float) -> errors.ApiError:
+        label = permit.endpoint.label
         if pause_s:
             kind = errors.RateLimited if self._pause_status == 429 else errors.ServerError
-            words = f"the server asked for no calls for another {pause_s:.0f} s"
-            return kind(words, endpoint=turn.endpoint.label, status=self._pause_status)
-        words = f"not asked in time: {len(self._running)} other calls go on (--concurrency)"
-        return errors.RequestTimeout(words, endpoint=turn.endpoint.label)
+            message = f"the server asked for no requests for another {pause_s:.0f} s"
+            return kind(message, endpoint=label, status=self._pause_status)
+        return errors.RequestTimeout(
+            f"request not started in time: {len(self._running)} other requests are in flight"
+            " (hint: raise --concurrency)",
+            endpoint=label,
+        )
 
     def _dispatch(self) -> None:
-        """Give out the turns that are free; the caller holds the lock."""
+        """Grant all available permits; the caller holds the lock."""
         now = self._clock.monotonic()
         if now < self._paused_until:
             return
-        while self._waiting and (turn := self._next()) is not None:
-            del self._waiting[turn]
-            if not turn.endpoint.is_long_running:
-                self._running.add(turn)
-                turn.was_saturated = len(self._running) >= max(self._limit_minus_reserved, 2)
-            turn.granted.set()
+        while self._queue and (permit := self._next()) is not None:
+            del self._queue[permit]
+            if not permit.endpoint.is_long_running:
+                self._running.add(permit)
+                permit.was_saturated = len(self._running) >= max(self._limit_minus_reserved, 2)
+            permit.granted.set()
 
     def _next(self) -> Permit | None:
-        """Return whose turn it is, None where nobody may have one."""
-        is_full = len(self._running) >= self._allowed_now
-        guesses = sum(not turn.interest.is_demand for turn in self._running)
-        guess = None
-        for turn in self._waiting:
-            if turn.endpoint.is_long_running:
-                return turn
-            if is_full or not self._has_room(turn.endpoint.label):
+        """Return the next permit to grant, None if no queued request may start."""
+        is_full = len(self._running) >= self._current_limit
+        prefetches = sum(not permit.priority.is_demand for permit in self._running)
+        first_prefetch = None
+        for permit in self._queue:
+            if permit.endpoint.is_long_running:
+                return permit
+            if is_full or not self._has_room(permit.endpoint.label):
                 continue
-            if turn.interest.is_demand:
-                return turn
-            if guess is None and guesses < self._limit_minus_reserved:
-                guess = turn
-        return guess
+            if permit.priority.is_demand:
+                return permit
+            if first_prefetch is None and prefetches < self._limit_minus_reserved:
+                first_prefetch = permit
+        return first_prefetch
 
     @property
-    def _allowed_now(self) -> int:
-        return min(self._allowed, self._pace.allowed)
+    def _current_limit(self) -> int:
+        return min(self._aimd_limit, self._gradient.limit)
 
     @property
     def _limit_minus_reserved(self) -> int:
-        return max(self._allowed_now - 1, 1)
+        return max(self._current_limit - 1, 1)
 
     def _has_room(self, label: str) -> bool:
         return (
@@ -196,28 +200,28 @@ class ConcurrencyLimiter:
         )
 
     def _count(self, label: str) -> int:
-        return sum(turn.endpoint.label == label for turn in self._running)
+        return sum(permit.endpoint.label == label for permit in self._running)
 
-    def _learn(self, turn: Permit, status: int) -> None:
-        """Take note of what an answer says of the pace; the caller holds the lock."""
-        if self._count(turn.endpoint.label) >= self._limit_minus_reserved - 1:
-            self._responsive_endpoints.add(turn.endpoint.label)
-        wait_s = turn.retry_after_s
+    def _record_status(self, permit: Permit, status: int) -> None:
+        """Adjust the limit and the pause to a response; the caller holds the lock."""
+        if self._count(permit.endpoint.label) >= self._limit_minus_reserved - 1:
+            self._responsive_endpoints.add(permit.endpoint.label)
+        retry_after_s = permit.retry_after_s
         is_pause = status == 429 or (
-            status == 503 and status not in turn.endpoint.non_retryable_statuses
+            status == 503 and status not in permit.endpoint.non_retryable_statuses
         )
-        if is_pause and wait_s is not None:
-            until = self._clock.monotonic() + min(wait_s, MAX_RETRY_AFTER_S)
+        if is_pause and retry_after_s is not None:
+            until = self._clock.monotonic() + min(retry_after_s, MAX_RETRY_AFTER_S)
             if until > self._paused_until:
                 self._paused_until, self._pause_status = until, status
         if status == 429:
-            if turn.number > self._last_decrease_seq:
-                self._allowed = max(self._allowed // 2, 1)
-                self._last_decrease_seq, self._answers = self._number, 0
+            if permit.seq > self._last_decrease_seq:
+                self._aimd_limit = max(self._aimd_limit // 2, 1)
+                self._last_decrease_seq, self._successes = self._seq, 0
         elif status < 500:
-            self._answers += 1
+            self._successes += 1
             if (
-                self._allowed < self._limit
-                and self._answers >= SUCCESSES_PER_INCREASE * self._allowed
+                self._aimd_limit < self._max_limit
+                and self._successes >= SUCCESSES_PER_INCREASE * self._aimd_limit
             ):
-                self._allowed, self._answers = self._allowed + 1, 0
+                self._aimd_limit, self._successes = self._aimd_limit + 1, 0

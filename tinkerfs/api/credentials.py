@@ -1,13 +1,12 @@
-"""Where the key comes from, and what happens when it is refused.
+"""Source of the API key, its renewal, and backoff after a rejected key. No HTTP.
 
-    TINKER_API_KEY  ->  TINKER_CREDENTIAL_CMD  ->  the login that `tinker auth login` stored
+    TINKER_API_KEY  ->  TINKER_CREDENTIAL_CMD  ->  the login stored by `tinker auth login`
 
-The first that is set is the source, as in the Tinker SDK. A command's output and a stored login can
-change while the mount lives; both are read again when they must be, and never once per call. After
-a key was refused twice, calls are answered from memory for a while (5 s, doubling to 5 min), so
-that a wrong key is not one call per `stat`.
+The first one that is set is the source, as in the Tinker SDK. The output of a command and a stored
+login can change during a mount. They are read again when necessary, but never once per request.
 
-Knows nothing of HTTP. No key is in any message, repr or log.
+After a key was rejected twice, requests fail locally for a while (5 s, doubling to 5 min), so that
+a wrong key does not cost one request per `stat`. No message, repr or log contains a key.
 """
 
 import base64
@@ -33,25 +32,25 @@ from tinkerfs.telemetry import rfc3339
 
 log = logging.getLogger(__name__)
 
-#: How long the credential command may take, seconds.
+#: Timeout of the credential command, seconds.
 COMMAND_TIMEOUT_S = 30.0
 
 #: A token is renewed this long before it expires, seconds.
 RENEW_BEFORE_S = 60.0
 
-#: How long calls are answered from memory after a refusal, seconds.
+#: How long requests fail locally after a rejected key, seconds.
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 5.0, 300.0
 
-#: How often the stored login is looked at for a change, seconds.
-LOOK_EVERY_S = 1.0
+#: Interval at which the stored login is checked for changes, seconds.
+CHECK_INTERVAL_S = 1.0
 
 _MAX_BYTES = 1 << 20
 
-#: A process that serves a mount blocks the signals that end it, and what it starts inherits that:
-#: a `timeout 5 ...` in the command would end nothing. Between fork and exec no Python may run
-#: (other threads hold locks), and an exec keeps the mask, so a small program goes in between. It
-#: undoes what Python ignores, too.
-_WITH_ALL_SIGNALS = (
+#: Program that unblocks all signals before it executes the credential command. A mount process
+#: blocks termination signals, and child processes inherit the mask: `timeout 5 ...` in the command
+#: would have no effect. No Python code may run between fork and exec, because other threads may
+#: hold locks. The program also restores the signals that Python ignores.
+_UNBLOCK_SIGNALS = (
     "import os, signal, sys\n"
     "signal.pthread_sigmask(signal.SIG_SETMASK, ())\n"
     "signal.signal(signal.SIGPIPE, signal.SIG_DFL)\n"
@@ -63,35 +62,37 @@ API_KEY = "TINKER_API_KEY"
 COMMAND = "TINKER_CREDENTIAL_CMD"
 STORED = "~/.tinker/credentials.json"
 
-_CURE = f"set {API_KEY} or {COMMAND}, or run `tinker auth login`"
+_HINT = f"(hint: set {API_KEY} or {COMMAND}, or run `tinker auth login`)"
+_LOGIN_HINT = "(hint: run `tinker auth login` again)"
+_COMMAND_HINT = "(hint: run it in a terminal to see why)"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _Key:
-    """A key that was read.
+    """A key and its expiry.
 
     Attributes:
         text: the key itself.
-        expires_at_s: its `exp`, seconds since 1970; None for a key that does not expire, or that
-            has by our clock.
-        doubt: what a refusal of it means where it has expired by our clock; empty otherwise.
+        expires_at_s: its `exp`, seconds since 1970. None if the key does not expire, or if it has
+            expired by the local clock.
+        expired_message: probable reason of a rejection if the key has expired by the local clock;
+            empty otherwise.
     """
 
     text: str
     expires_at_s: float | None
-    doubt: str = ""
+    expired_message: str = ""
 
 
 class Credentials:
-    """The key of one mount, from wherever it comes. Thread-safe.
+    """Provides the API key of one mount. Thread-safe.
 
-    Nothing is read before the first `get`. One thread reads the source, the others wait for it.
+    The first `get` reads the source. Only one thread reads it at a time, and others wait.
 
     Args:
-        environ: the environment; it is taken as unchanging.
-        home: the home folder; None for the environment's.
-        clock: whose `now` tokens expire by, and whose `monotonic` back-offs run by.
-        command_timeout_s: bound on the credential command, seconds.
+        environ: environment variables, assumed to be constant; None for `os.environ`.
+        home: home directory; None for `$HOME`.
+        command_timeout_s: timeout of the credential command, seconds.
     """
 
     def __init__(
@@ -110,36 +111,37 @@ class Credentials:
         self._path = os.path.join(home, ".tinker", "credentials.json")
         self._clock = clock
         self._command_timeout_s = command_timeout_s
-        #: Held while the source is read; taken before _lock, never across HTTP.
-        self._reading = threading.Lock()
+        #: Held while the source is read; acquired before _lock, never held during a request.
+        self._read_lock = threading.Lock()
         self._lock = threading.Lock()
         # All guarded by _lock.
         self._key: _Key | None = None
         self._renew_at_s: float | None = None
-        #: What the stored login's file looked like when it was read, and whether it changed since.
+        #: Version of the stored login when it was read, and whether the file has changed since.
         self._version: tuple[int, ...] | None = None
         self._has_changed = False
-        self._look_at = 0.0
-        #: A token that has expired by our clock, and by the API's as well: it is not sent again.
+        self._next_check_at = 0.0
+        #: A token that the API rejected after it had expired by the local clock; not sent again.
         self._expired: str | None = None
         self._already_reloaded = False
         self._failure: TinkerfsError | None = None
-        #: Whether that was the API's word; and whether one caller tries the key again meanwhile.
-        self._is_refused = False
+        #: Whether the API rejected the key, and whether one request is retrying it.
+        self._is_rejected = False
         self._is_retrying = False
         self._backoff_s = 0.0
         self._backoff_until = 0.0
         self._process: subprocess.Popen[bytes] | None = None
-        #: Guarded by _reading.
+        self._closings = 0  # how often `close` was called
+        #: Guarded by _read_lock.
         self._warned_version: tuple[int, ...] | None = None
 
     def __repr__(self) -> str:
-        """Tell only where the key comes from."""
+        """Return a string with the source but without the key."""
         return f"Credentials(source={self.source!r})"
 
     @property
     def source(self) -> str:
-        """Where the key comes from, for people; never the key."""
+        """Name of the key's source for messages."""
         if self._variable:
             return API_KEY
         return COMMAND if self._command else STORED
@@ -149,27 +151,25 @@ class Credentials:
         return not self._variable and not self._command
 
     def get(self) -> str:
-        """Return the key to send now.
-
-        May take as long as the credential command does.
+        """Return the current key; may run the credential command.
 
         Raises:
-            SetupError: there is no key, or it cannot be read; the message names the cure.
-            Unauthorized: the key was refused, and is not tried again, or not yet.
+            StartupError: the key is missing or cannot be read; the message has a hint.
+            Unauthorized: the key was rejected, and the backoff has not ended.
         """
         with self._lock:
-            key = self._usable()
+            key = self._cached_key()
         if key is not None:
             return key
-        with self._reading:
+        with self._read_lock:
             with self._lock:
-                key = self._usable()
-            return key if key is not None else self._read_now()
+                key = self._cached_key()
+            return key if key is not None else self._reload()
 
     def fingerprint(self) -> str | None:
-        """Return what tells this key from others, a digest; None while there is none that is good.
+        """Return a digest that identifies the key; None without a valid key.
 
-        Never waits: the source is not read, `get` does that.
+        Does not block, because it never reads the source.
         """
         with self._lock:
             if self._key is None or self._failure is not None:
@@ -177,83 +177,83 @@ class Credentials:
             return hashlib.sha256(b"tinkerfs\n" + self._key.text.encode()).hexdigest()
 
     def on_unauthorized(self, key: str, error: Unauthorized) -> bool:
-        """Take note that the API refused `key` with a 401; return whether to try once more.
+        """Handle a 401 for `key`; return whether to send the request again.
 
-        The source is read again once. Where it has no other key, or that was refused too, `get`
-        raises a copy of `error` for a while. The message of `error` gets what we know of the key.
+        The source is read once more. If it has no other key, or that key is rejected, too, `get`
+        raises a copy of `error` during the backoff.
 
         Args:
             key: the key that was sent.
-            error: what the caller was told, for those who ask meanwhile.
+            error: error of the request. If the key has expired by the local clock, that is added to
+                its message.
         """
-        with self._reading:
+        with self._read_lock:
             with self._lock:
                 if self._key is None or self._key.text != key:
-                    return self._failure is None  # somebody else has dealt with it
+                    return self._failure is None  # another thread has handled it
                 if self._failure is not None and not self._is_retrying:
                     return False
-                if self._key.doubt:
+                if self._key.expired_message:
                     self._expired = key
-                    error.message = f"{error.message} ({self._key.doubt})"
+                    error.message = f"{error.message}; {self._key.expired_message}"
                 self._is_retrying = False
-                was_reread, self._already_reloaded = self._already_reloaded, True
-            if not was_reread:
+                was_reloaded, self._already_reloaded = self._already_reloaded, True
+            if not was_reloaded:
                 try:
                     fresh = self._read_source()
                 except TinkerfsError:
                     fresh = None
                 if fresh is not None and fresh.text != key:
                     with self._lock:
-                        self._keep(fresh)
+                        self._set_key(fresh)
                     return True
             with self._lock:
                 self._back_off(error)
-                self._is_refused = True
+                self._is_rejected = True
             return False
 
     def on_authorized(self, key: str) -> None:
-        """Take note that the API took `key`: what was held against earlier ones is forgotten."""
+        """Record that the API accepted `key`, and reset the backoff."""
         with self._lock:
             if self._already_reloaded and self._key is not None and self._key.text == key:
                 self._failure = None
-                self._is_refused = False
+                self._is_rejected = False
                 self._is_retrying = False
                 self._already_reloaded = False
                 self._backoff_s = 0.0
 
     def close(self) -> None:
-        """End the credential command, if it runs just now: nobody waits for its key any more."""
+        """Kill a running credential command."""
         with self._lock:
+            self._closings += 1
             if self._process is not None:
                 _kill(self._process)
 
-    def _usable(self) -> str | None:
-        """Return the key if it may be sent as it is, None if the source must be read (locked).
+    def _cached_key(self) -> str | None:
+        """Return the cached key, None if the source must be read; _lock is held.
 
         Raises:
-            SetupError: remembered, see `get`.
-            Unauthorized: remembered, see `get`.
+            StartupError, Unauthorized: the last failure, during the backoff.
         """
         now = self._clock.monotonic()
-        if self._is_stored and now >= self._look_at:
-            self._look_at = now + LOOK_EVERY_S
+        if self._is_stored and now >= self._next_check_at:
+            self._next_check_at = now + CHECK_INTERVAL_S
             self._has_changed = self._has_changed or _version_of(self._path) != self._version
         if self._failure is not None:
             if self._has_changed or now >= self._backoff_until:
                 return None
-            raise _again(self._failure)
+            raise _copy_of_error(self._failure)
         if self._key is None or self._has_changed:
             return None
         if self._renew_at_s is not None and self._clock.now() >= self._renew_at_s:
             return None
         return self._key.text
 
-    def _read_now(self) -> str:
-        """Read the source and return its key (_reading held).
+    def _reload(self) -> str:
+        """Read the source and return its key; _read_lock is held.
 
         Raises:
-            SetupError: see `get`.
-            Unauthorized: see `get`.
+            StartupError, Unauthorized: see `get`.
         """
         with self._lock:
             old = self._key
@@ -268,78 +268,82 @@ class Credentials:
                     and not self._is_stored
                     and _is_unexpired(old, now_s)
                 ):
-                    # The command failed, and the token that it gave last time is still good.
+                    # The command failed, but the previous token is still valid.
                     self._renew_at_s = min(now_s + FIRST_BACKOFF_S, old.expires_at_s or now_s)
                     return old.text
                 self._back_off(error)
                 raise
         with self._lock:
-            if self._is_refused and old is not None and fresh.text == old.text:
-                # One caller tries the same key again; the others go on being answered from memory.
+            if self._is_rejected and old is not None and fresh.text == old.text:
+                # One request retries the same key; the others still fail locally.
                 self._backoff_until = self._clock.monotonic() + self._backoff_s
                 self._is_retrying = True
             else:
-                # What a refusal cost so far is forgotten only once a key is accepted: a command may
-                # print another wrong token each time.
+                # The backoff is reset only by an accepted key, because a command may print a
+                # different wrong token each time.
                 self._failure = None
-                self._backoff_s = self._backoff_s if self._is_refused else 0.0
-            self._keep(fresh)
+                self._backoff_s = self._backoff_s if self._is_rejected else 0.0
+            self._set_key(fresh)
             return fresh.text
 
-    def _keep(self, key: _Key) -> None:
-        """Use `key` from now on; renew a token a minute before its end, a shorter one halfway."""
+    def _set_key(self, key: _Key) -> None:
+        """Set the key and the time of its renewal.
+
+        A token is renewed a minute before it expires, or after half of a short lifetime.
+        """
         self._key = key
         if key.expires_at_s is None:
-            is_renewed = bool(key.doubt and self._command)
+            is_renewed = bool(key.expired_message and self._command)
             self._renew_at_s = self._clock.now() + RENEW_BEFORE_S if is_renewed else None
             return
-        left_s = key.expires_at_s - self._clock.now()
-        wait_s = left_s if self._variable else max(left_s - RENEW_BEFORE_S, left_s / 2)
-        self._renew_at_s = self._clock.now() + wait_s
+        lifetime_s = key.expires_at_s - self._clock.now()
+        delay_s = lifetime_s if self._variable else max(lifetime_s - RENEW_BEFORE_S, lifetime_s / 2)
+        self._renew_at_s = self._clock.now() + delay_s
 
     def _back_off(self, error: TinkerfsError) -> None:
-        """Answer from memory for a while, twice as long as the last time."""
+        """Fail locally with `error`, for twice as long as the last time."""
         self._backoff_s = min(max(self._backoff_s * 2, FIRST_BACKOFF_S), LAST_BACKOFF_S)
         self._backoff_until = self._clock.monotonic() + self._backoff_s
         self._failure = error
 
     def _read_source(self) -> _Key:
-        """Read the source, whatever it is, and check the key.
+        """Read the source and validate the key.
 
         Raises:
-            SetupError: there is no key, or none that can be sent.
-            Unauthorized: it has expired by the API's clock too.
+            StartupError: the key is missing or malformed.
+            Unauthorized: the API has already rejected the key as expired.
         """
         if self._variable:
-            text, cure = self._variable, f"set {API_KEY} to a valid key"
+            text, hint = self._variable, f"(hint: set {API_KEY} to a valid key)"
         elif self._command:
-            text, cure = self._run_command(), f"make {COMMAND} print a valid key"
+            text, hint = self._run_command(), f"(hint: make {COMMAND} print a valid key)"
         else:
-            text = self._read_stored()
-            cure = "run `tinker auth login` again"
+            text, hint = self._read_stored(), _LOGIN_HINT
         if not text.isascii() or not text.isprintable() or " " in text:
-            raise StartupError(f"the key of {self.source} has characters that no key has: {cure}")
+            raise StartupError(f"the key of {self.source} contains invalid characters {hint}")
         expires_at_s = _expiry_of(text)
         if expires_at_s is None or expires_at_s > self._clock.now():
             return _Key(text, expires_at_s)
-        # Our clock may be wrong, and the API's word is the one that counts: it is sent once.
-        doubt = f"the token of {self.source} expired at {_time_words(expires_at_s)}: {cure}"
+        # The local clock may be wrong: the API decides, so the token is sent once.
+        message = f"the token of {self.source} expired at {_format_time(expires_at_s)} {hint}"
         with self._lock:
             if text == self._expired:
-                raise Unauthorized(doubt)
-        return _Key(text, None, doubt)
+                raise Unauthorized(message)
+        return _Key(text, None, message)
 
     def _run_command(self) -> str:
-        """Return what the credential command prints.
+        """Run the credential command and return its output.
 
         Raises:
-            SetupError: it fails, takes too long, or prints nothing.
+            StartupError: the command fails, times out, or prints nothing.
         """
+        with self._lock:
+            closings = self._closings
         try:
-            # A shell command by its contract (Tinker SDK), written by the user. Its standard
-            # error may tell secrets, so nobody sees it. A session of its own, so that all it
-            # started can be ended. In the folder where a mount runs, so that a relative path fails
-            # when the mount is made, and not when its token ends.
+            # The user's shell command, as specified by the Tinker SDK. Its standard error may
+            # contain secrets, and is discarded. A new session allows to kill all its processes. It
+            # runs in the working directory of a mount, so that a relative path fails when the mount
+            # starts and not when the token expires.
             process = subprocess.Popen(  # noqa: S603
                 _shell(self._command),
                 stdin=subprocess.DEVNULL,
@@ -350,90 +354,88 @@ class Credentials:
                 env=self._environ,
             )
         except (OSError, ValueError) as error:
-            raise StartupError(f"{COMMAND} cannot be run ({error}): correct it") from None
+            raise StartupError(f"{COMMAND} cannot be run: {error} (hint: correct it)") from None
         with process:
             with self._lock:
                 self._process = process
+                if self._closings != closings:  # `close` came while the command was starting
+                    _kill(process)
             try:
                 output = _read_bounded(process, self._command_timeout_s)
                 process.wait(timeout=1.0)
             except (TimeoutError, subprocess.TimeoutExpired):
                 _kill(process)
                 raise StartupError(
-                    f"{COMMAND} did not end within {self._command_timeout_s:g} s: "
-                    "run it in a terminal to see why"
+                    f"{COMMAND} did not end within {self._command_timeout_s:g} s {_COMMAND_HINT}"
                 ) from None
             finally:
                 with self._lock:
                     self._process = None
         if process.returncode != 0:
-            raise StartupError(
-                f"{COMMAND} failed with status {process.returncode}: "
-                "run it in a terminal to see why"
-            )
+            raise StartupError(f"{COMMAND} failed with status {process.returncode} {_COMMAND_HINT}")
         text = output.decode("utf-8", "replace").strip()
         if not text:
-            raise StartupError(f"{COMMAND} printed nothing: run it in a terminal to see why")
+            raise StartupError(f"{COMMAND} printed nothing {_COMMAND_HINT}")
         return text
 
     def _read_stored(self) -> str:
-        """Return the key that `tinker auth login` stored.
+        """Return the key stored by `tinker auth login`.
 
         Raises:
-            SetupError: there is none.
+            StartupError: the stored login is missing, unreadable or damaged.
         """
         with self._lock:
-            # Before it is read: a change meanwhile is seen at the next look.
+            # Before the file is read, so that the next check detects a change during the read.
             self._version = _version_of(self._path)
             self._has_changed = False
         try:
             fd = open_regular(self._path, os.O_RDONLY, follow_symlinks=True)
         except FileNotFoundError:
-            raise StartupError(f"no API key: {_CURE}") from None
+            raise StartupError(f"no API key {_HINT}") from None
         except OSError as error:
-            raise StartupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
+            raise StartupError(f"{STORED} cannot be read: {error.strerror} {_HINT}") from None
         with open(fd, "rb") as file:
             status = os.fstat(fd)
             try:
                 content = file.read(_MAX_BYTES)
             except OSError as error:
-                raise StartupError(f"{STORED} cannot be read ({error.strerror}): {_CURE}") from None
+                raise StartupError(f"{STORED} cannot be read: {error.strerror} {_HINT}") from None
         if status.st_mode & 0o077 and self._warned_version != _version(status):
             self._warned_version = _version(status)
-            log.warning("%s can be read by other users: chmod 600 %s", STORED, STORED)
+            log.warning("%s can be read by other users (hint: chmod 600 %s)", STORED, STORED)
         try:
             stored = json.loads(content)
         except (ValueError, RecursionError):
-            raise StartupError(f"{STORED} is damaged: run `tinker auth login` again") from None
+            raise StartupError(f"{STORED} is damaged {_LOGIN_HINT}") from None
         fields = stored if isinstance(stored, dict) else {}
         name, keys = fields.get("default"), fields.get("keys")
         entry = keys.get(name) if isinstance(keys, dict) and isinstance(name, str) else None
         key = entry.get("key") if isinstance(entry, dict) else None
         if not isinstance(key, str) or not key.strip():
-            raise StartupError(f"{STORED} has no default key: {_CURE}")
+            raise StartupError(f"{STORED} has no default key {_HINT}")
         return key.strip()
 
 
 def _shell(command: str) -> list[str]:
-    """Return the arguments that run a shell command with no signal blocked."""
+    """Return the arguments that run a shell command with all signals unblocked."""
     shell = ["/bin/sh", "-c", command]
     if not signal.pthread_sigmask(signal.SIG_BLOCK, ()) or not sys.executable:
         return shell
-    return [sys.executable, "-I", "-S", "-c", _WITH_ALL_SIGNALS, *shell]
+    return [sys.executable, "-I", "-S", "-c", _UNBLOCK_SIGNALS, *shell]
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End a command and all that it started in its session."""
-    if process.returncode is None:  # else its number may be another's by now
+    """Kill a command and all processes of its session."""
+    if process.returncode is None:  # otherwise its pid may have been reused
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def _read_bounded(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes:
-    """Return the standard output of a process up to its end.
+    """Return the standard output of a process.
 
     Raises:
-        TimeoutError: the end, or a mebibyte, did not come in time; a key is no such stream.
+        TimeoutError: the output did not end in time, or it exceeds `_MAX_BYTES`.
     """
     assert process.stdout is not None
     deadline = time.monotonic() + timeout_s
@@ -441,17 +443,17 @@ def _read_bounded(process: "subprocess.Popen[bytes]", timeout_s: float) -> bytes
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)
     while len(output) < _MAX_BYTES:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0 or not poll.poll(left_s * 1000):
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0 or not poll.poll(remaining_s * 1000):
             break
-        piece = os.read(process.stdout.fileno(), 65536)
-        if not piece:
+        chunk = os.read(process.stdout.fileno(), 65536)
+        if not chunk:
             return bytes(output)
-        output += piece
+        output += chunk
     raise TimeoutError
 
 
-def _again(error: TinkerfsError) -> TinkerfsError:
+def _copy_of_error(error: TinkerfsError) -> TinkerfsError:
     return error.as_local() if isinstance(error, ApiError) else type(error)(*error.args)
 
 
@@ -471,7 +473,7 @@ def _version_of(path: str) -> tuple[int, ...] | None:
 
 
 def _expiry_of(key: str) -> float | None:
-    """Return the `exp` of a JWT (RFC 7519, 4.1.4), None for a key that is none or has none."""
+    """Return the `exp` of a JWT (RFC 7519, 4.1.4); None without one."""
     parts = key.split(".")
     if len(parts) != 3 or not key.startswith("eyJ"):
         return None
@@ -486,8 +488,8 @@ def _expiry_of(key: str) -> float | None:
     return float(expiry) if abs(expiry) < 1e15 else None
 
 
-def _time_words(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     try:
         return rfc3339(seconds)
     except (ValueError, OverflowError):
-        return "an impossible time"
+        return "an invalid time"

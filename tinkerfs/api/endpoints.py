@@ -1,38 +1,39 @@
-"""The endpoints of the API, as a table: what each is called, and what its statuses mean (pure)."""
+"""Table of the API endpoints and the meaning of their statuses. Pure."""
 
 from dataclasses import dataclass
 from enum import Enum
 
 
 class Scope(Enum):
-    """What a missing answer of an endpoint can speak of."""
+    """What a "not found" response of an endpoint can refer to."""
 
-    #: It lists or tells of the whole account, so that nothing but itself can be missing.
+    #: The endpoint concerns the whole account, so that only the endpoint can be missing.
     ACCOUNT = "account"
-    #: It names a thing by id, and some servers lack it.
-    OPTIONAL_RESOURCE = "optional thing"
-    #: It names a thing by id, and every server has it.
-    RESOURCE = "thing"
-    #: It does something with a checkpoint that a listing told, and some servers lack it.
-    OPTIONAL_ACTION = "optional deed"
+    #: The endpoint addresses a resource by id, and some servers lack the endpoint.
+    OPTIONAL_RESOURCE = "optional resource"
+    #: The endpoint addresses a resource by id, and every server has the endpoint.
+    RESOURCE = "resource"
+    #: The endpoint acts on a listed checkpoint, and some servers lack the endpoint.
+    OPTIONAL_ACTION = "optional action"
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One endpoint of the API, as far as failures and retries are concerned.
+    """Properties of an endpoint that control error mapping and retries.
 
     Attributes:
-        label: method and path template, which names it in counters and messages.
-        scope: what a missing answer speaks of.
-        successes: statuses from 300 on that are no failure: "already so", an expected redirect.
-        states: statuses that tell a state of the thing: not retried, since asking again at once
-            tells the same.
-        is_change: whether it changes something, so that a request that may have arrived is never
-            sent again without a look at what it would change now.
-        is_removal: whether it removes something, so that "not there" is what was wanted where an
-            earlier try may have done it.
-        is_build: whether the server makes something before it answers, which may take minutes: no
-            other call has to wait for it to end.
+        label: method and path template, used in counters and error messages.
+        scope: what a "not found" response refers to.
+        success_statuses: statuses of 300 or more that mean success, such as an expected redirect or
+            "already in this state".
+        non_retryable_statuses: statuses that report a state of the resource. They are not retried,
+            because an immediate retry gets the same status.
+        is_change: whether the request has a side effect. A change that the server may have received
+            is retried only after a recheck.
+        is_delete: whether the request deletes a resource. "Not found" then means success if an
+            earlier attempt may have succeeded.
+        is_long_running: whether the server may work for minutes before it responds. Such a request
+            needs no permit, so that it delays no other request.
     """
 
     label: str
@@ -45,13 +46,13 @@ class Endpoint:
 
     @property
     def method(self) -> str:
-        """The HTTP method."""
+        """The HTTP method of the endpoint."""
         return self.label.partition(" ")[0]
 
 
-#: The archive is told by a redirect, which is read and not followed.
+#: Redirect statuses. The archive endpoint returns its URL in a redirect, which is not followed.
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_ALREADY_SO = frozenset({409})
+_ALREADY_DONE = frozenset({409})
 _CHECKPOINT = "training_runs/{run}/checkpoints/{checkpoint}"
 
 RUNS = Endpoint("GET training_runs", Scope.ACCOUNT)
@@ -70,13 +71,13 @@ EXTERNAL_URLS = Endpoint(f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIO
 PUBLISH = Endpoint(
     f"POST {_CHECKPOINT}/publish",
     Scope.OPTIONAL_ACTION,
-    success_statuses=_ALREADY_SO,
+    success_statuses=_ALREADY_DONE,
     is_change=True,
 )
 UNPUBLISH = Endpoint(
     f"DELETE {_CHECKPOINT}/publish",
     Scope.OPTIONAL_ACTION,
-    success_statuses=_ALREADY_SO,
+    success_statuses=_ALREADY_DONE,
     is_change=True,
 )
 TTL = Endpoint(f"PUT {_CHECKPOINT}/ttl", Scope.OPTIONAL_ACTION, is_change=True)

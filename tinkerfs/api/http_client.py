@@ -1,7 +1,7 @@
-"""HTTP client of the API: one request, one response, or the reason why there is none.
+"""HTTP client of the API: sends a request once and returns its response.
 
-The one place where the client is built: its connections, proxies and certificates. Retries and the
-key are the business of `transport`, what a status means that of `failures`.
+Connections, proxies and certificates are configured here. `transport` adds the API key and retries,
+and `error_mapping` interprets the status.
 """
 
 import logging
@@ -23,31 +23,32 @@ from tinkerfs.telemetry import Telemetry
 
 CONNECT_TIMEOUT_S = 5.0
 
-#: How many bytes that are not of the body a response may have, and how many more for each byte of
-#: the body: chunks of a byte each would keep a processor busy until the deadline.
+#: Maximum number of bytes of a response besides its body: a constant, and a number per body byte.
+#: Without it chunks of one byte each would keep a processor busy until the deadline.
 MAX_OVERHEAD_BYTES, MAX_OVERHEAD_RATIO = 64 << 10, 1
 
-#: How much of the body of an error is read at least, bytes.
+#: The body of an error response is read up to this size, bytes.
 MAX_ERROR_BYTES = 1 << 20
 
-#: The content codings that are decoded. One at a time: of three over each other, 288 bytes are 3 GB
-#: before any bound on the decoded body can apply (RFC 9110, 8.4 allows any number).
+#: Supported content codings. Stacked codings (RFC 9110, 8.4) are rejected: 288 bytes under three
+#: codings decode to 3 GB before the limit on the decoded body applies.
 _CODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
-#: How httpcore and h11 tell a connection that ended too early from a response that is not HTTP;
-#: both are RemoteProtocolError.
-_CUT_WORDS = ("Server disconnected", "peer closed connection")
+#: Prefixes by which httpcore and h11 distinguish a connection that ended early from a response that
+#: is not HTTP. Both are a RemoteProtocolError.
+_CONNECTION_CLOSED_MESSAGES = ("Server disconnected", "peer closed connection")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Response:
-    """A response; a Location is a secret, so no repr.
+    """A complete HTTP response.
+
+    It has no repr, because a Location header is a secret.
 
     Attributes:
-        status: of HTTP.
-        headers: names in any case.
-        body: all of it, decoded from its content coding.
-        url: what was asked.
+        headers: lookups ignore the case of header names.
+        body: the whole body, with its content coding removed.
+        url: URL of the request.
     """
 
     status: int
@@ -57,19 +58,21 @@ class Response:
 
 
 class ExchangeError(Exception):
-    """There is no whole response.
+    """A request for which no complete response was received.
 
     Attributes:
-        error: what the caller gets if no other try succeeds.
-        is_unsent: whether the request never arrived.
-        is_final: whether another try would end the same.
+        error: error for the caller if no other attempt succeeds.
+        request_not_sent: whether the request never reached the server.
+        is_final: whether a retry would fail in the same way.
     """
 
-    def __init__(self, error: ApiError, *, is_unsent: bool = False, is_final: bool = False) -> None:
+    def __init__(
+        self, error: ApiError, *, request_not_sent: bool = False, is_final: bool = False
+    ) -> None:
         super().__init__(str(error))
-        error.is_unsent = is_unsent
+        error.request_not_sent = request_not_sent
         self.error = error
-        self.is_unsent = is_unsent
+        self.request_not_sent = request_not_sent
         self.is_final = is_final
 
 
@@ -77,19 +80,19 @@ class HttpClient:
     """Sends requests to one API. Thread-safe.
 
     Args:
-        root: URL that all paths are appended to, with a slash at its end.
-        telemetry: counts every request, and bytes.
-        max_idle: how many idle connections are kept open.
-        max_body_bytes: the largest body that is read, decoded.
+        root: base URL of all paths, with a trailing slash.
+        max_idle: maximum number of idle connections.
+        max_body_bytes: maximum size of a decoded response body.
 
     Raises:
-        SetupError: the URL, or a proxy or bundle that the environment names, cannot be used.
+        StartupError: the URL is invalid, or the environment names an invalid proxy or certificate
+            bundle.
     """
 
     def __init__(
         self, root: str, telemetry: Telemetry, *, max_idle: int, max_body_bytes: int
     ) -> None:
-        # Both log URLs, and httpcore headers as well: a Location is a secret.
+        # httpx logs URLs and httpcore logs headers: a Location header is a secret.
         for name in ("httpx", "httpcore"):
             logger = logging.getLogger(name)
             if logger.level < logging.WARNING:
@@ -99,16 +102,16 @@ class HttpClient:
         self._telemetry = telemetry
         self._max_body_bytes = max_body_bytes
         self._backend = Backend()
-        #: None for direct connections; shown without its login.
+        #: None for direct connections. Its string form has no login.
         self._proxy = proxies.proxy_for(root)
         try:
             httpx.URL(root)
         except httpx.InvalidURL:
-            raise StartupError("the API's URL cannot be used: correct --base-url") from None
+            raise StartupError("invalid URL of the API (hint: correct --base-url)") from None
         self._http = httpx.Client(
-            trust_env=False,  # httpx reads less of the environment than `proxies` and `tls` do
+            trust_env=False,  # `proxies` and `tls` support more variables than httpx
             follow_redirects=False,
-            transport=_PoolTransport(self._backend, self._proxy, _context(root), max_idle),
+            transport=_PoolTransport(self._backend, self._proxy, _ssl_context(root), max_idle),
             headers={
                 "Accept": "application/json",
                 "Accept-Encoding": "gzip",
@@ -117,7 +120,7 @@ class HttpClient:
         )
 
     def close(self) -> None:
-        """Close every connection; requests in flight end as Unreachable."""
+        """Close every connection; requests in flight raise ConnectionFailed."""
         self._http.close()
 
     def send(
@@ -130,20 +133,20 @@ class HttpClient:
         *,
         may_repeat: bool,
     ) -> Response:
-        """Send a request once, and return its response whatever the status.
+        """Send a request once and return its response of any status.
 
         Args:
-            label: of the endpoint; begins with the method.
-            path: below the root, percent-encoded, with its query.
-            headers: besides the usual ones.
-            body: JSON to send; None for no body.
-            timeout_s: bound on the whole exchange, seconds.
-            may_repeat: whether the request may be sent again.
+            label: label of the endpoint; starts with the method.
+            path: percent-encoded path and query, relative to the root.
+            headers: in addition to the default headers.
+            body: JSON; None for no body.
+            timeout_s: timeout of the whole exchange, seconds.
+            may_repeat: whether the request may be retried.
 
         Raises:
-            ExchangeError: there is no whole response.
+            ExchangeError: no complete response was received.
         """
-        outcome, began = "failed", time.monotonic()
+        outcome, started_at = "failed", time.monotonic()
         with self._backend.exchange(timeout_s, may_repeat=may_repeat) as exchange:
             try:
                 with self._http.stream(
@@ -155,7 +158,7 @@ class HttpClient:
                 ) as response:
                     exchange.is_head = False
                     if may_repeat:
-                        self._backend.observe(time.monotonic() - began)
+                        self._backend.observe(time.monotonic() - started_at)
                     self._check_order(exchange, label)
                     try:
                         content = self._read(response, exchange, label)
@@ -169,27 +172,27 @@ class HttpClient:
                 outcome = _outcome_label(error.error)
                 raise
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, RuntimeError) as error:
-                failure = self._failure_of(error, label, timeout_s, exchange)
+                failure = self._map_error(error, label, timeout_s, exchange)
                 outcome = _outcome_label(failure.error)
                 raise failure from None
             finally:
                 self._telemetry.record_request(label, outcome)
 
     def _check_order(self, exchange: Exchange, label: str) -> None:
-        """Refuse a response that was left over of the one before, which was longer than it said.
+        """Reject surplus bytes of the previous response on the same connection.
 
         Raises:
-            ExchangeError: it is one.
+            ExchangeError: the response was received before the request was sent.
         """
         if not exchange.head_bytes:
             message = f"{self._host} sent a response before the request"
             raise ExchangeError(errors.ConnectionFailed(message, endpoint=label))
 
     def _read(self, response: httpx.Response, exchange: Exchange, label: str) -> bytes:
-        """Return the whole body, decoded."""
+        """Return the whole body with its content coding removed."""
         coding = response.headers.get("content-encoding", "").strip().lower()
         if coding not in _CODINGS:
-            message = f"{self._host} sent a content coding that is not decoded: {coding}"
+            message = f"{self._host} sent an unsupported content coding: {coding}"
             raise _final(errors.ProtocolError(errors.redact(message), endpoint=label))
         body = bytearray()
         for chunk in response.iter_bytes():
@@ -197,52 +200,53 @@ class HttpClient:
             body_bytes = response.num_bytes_downloaded
             allowed_bytes = MAX_OVERHEAD_BYTES + (1 + MAX_OVERHEAD_RATIO) * body_bytes
             if exchange.received_bytes - exchange.head_bytes > allowed_bytes:
-                message = f"{self._host} sent little but the framing of chunks"
+                message = f"{self._host} sent mostly chunk framing"
                 raise _final(errors.ProtocolError(message, endpoint=label))
             if response.status_code >= 400 and len(body) > MAX_ERROR_BYTES:
-                break  # what it says is said by now; its connection is closed
+                break  # the message is complete by now; the connection is closed
             if len(body) > self._max_body_bytes:
                 message = f"{self._host} sent more than {self._max_body_bytes >> 20} MiB"
                 raise _final(errors.ProtocolError(message, endpoint=label))
         return bytes(body)
 
-    def _failure_of(
+    def _map_error(
         self, error: Exception, label: str, timeout_s: float, exchange: Exchange
     ) -> ExchangeError:
-        """Return what it means that there is no response."""
+        """Map an error of httpx to the error of this exchange."""
         host = self._host
-        words = errors.redact(str(error)) or type(error).__name__
+        reason = errors.redact(str(error)) or type(error).__name__
         if exchange.is_connection_dead:
             message = f"{host} did not respond on an idle connection"
             return ExchangeError(errors.ConnectionFailed(message, endpoint=label))
-        refusal = tls.describe_refusal(error, host)
-        if refusal is not None:
-            untrusted = errors.UntrustedCertificate(refusal, endpoint=label)
-            return ExchangeError(untrusted, is_unsent=True, is_final=True)
+        certificate_error = tls.describe_refusal(error, host)
+        if certificate_error is not None:
+            untrusted = errors.UntrustedCertificate(certificate_error, endpoint=label)
+            return ExchangeError(untrusted, request_not_sent=True, is_final=True)
         if isinstance(error, httpx.ConnectTimeout):
             failure: ApiError = errors.RequestTimeout(
                 f"no connection to {host} in time", endpoint=label
             )
-            return ExchangeError(failure, is_unsent=True)
+            return ExchangeError(failure, request_not_sent=True)
         if isinstance(error, httpx.TimeoutException):
             message = f"no response from {host} within {round(timeout_s, 1):g} s"
             return ExchangeError(errors.RequestTimeout(message, endpoint=label))
         if isinstance(error, httpx.ConnectError | httpx.ProxyError):
-            way = "" if self._proxy is None else f" through {self._proxy}"
+            route = "" if self._proxy is None else f" through {self._proxy}"
             failure = errors.ConnectionFailed(
-                f"no connection to {host}{way}: {words}", endpoint=label
+                f"no connection to {host}{route}: {reason}", endpoint=label
             )
-            return ExchangeError(failure, is_unsent=True)
+            return ExchangeError(failure, request_not_sent=True)
         if self._http.is_closed:
             return _final(errors.ConnectionFailed("the client is closed", endpoint=label))
         if isinstance(error, httpx.NetworkError) or (
-            isinstance(error, httpx.RemoteProtocolError) and words.startswith(_CUT_WORDS)
+            isinstance(error, httpx.RemoteProtocolError)
+            and reason.startswith(_CONNECTION_CLOSED_MESSAGES)
         ):
             return ExchangeError(
-                errors.ConnectionFailed(f"{host} broke off: {words}", endpoint=label)
+                errors.ConnectionFailed(f"{host} broke off: {reason}", endpoint=label)
             )
-        # What is left over of a response before this one says nothing of this request.
-        not_http = errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=label)
+        # On a reused connection the bytes may be surplus of the previous response.
+        not_http = errors.ProtocolError(f"no HTTP from {host}: {reason}", endpoint=label)
         return ExchangeError(not_http, is_final=not exchange.is_reused)
 
     def __enter__(self) -> Self:
@@ -264,15 +268,15 @@ def _outcome_label(error: ApiError) -> str:
     return "unreachable" if isinstance(error, errors.ConnectionFailed) else "not understood"
 
 
-def _context(root: str) -> ssl.SSLContext:
-    """Return what verifies the server; without TLS no bundle is read: that takes 0.05 s."""
+def _ssl_context(root: str) -> ssl.SSLContext:
+    """Return the TLS context of a URL, without certificates for http."""
     if root.startswith("https:"):
         return tls.trusting_context()
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class _PoolTransport(httpx.BaseTransport):
-    """Connections of httpcore with a network backend of our own, which httpx does not pass on."""
+    """Transport of httpx with a custom network backend."""
 
     def __init__(
         self,
@@ -304,9 +308,9 @@ class _PoolTransport(httpx.BaseTransport):
             self._pool = httpcore.HTTPProxy(**options, proxy_ssl_context=secured)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, and return its response with the body still to come."""
+        """Send a request and return its response before the body is received."""
         assert isinstance(request.stream, httpx.SyncByteStream)
-        with _translated():
+        with _map_httpcore_errors():
             response = self._pool.handle_request(
                 httpcore.Request(
                     method=request.method,
@@ -329,21 +333,21 @@ class _PoolTransport(httpx.BaseTransport):
 
 
 class _Body(httpx.SyncByteStream):
-    """The body of a response, as it arrives."""
+    """Streams the body of a response."""
 
     def __init__(self, response: httpcore.Response) -> None:
         self._response = response
 
     def __iter__(self) -> Iterator[bytes]:
-        with _translated():
+        with _map_httpcore_errors():
             yield from self._response.iter_stream()
 
     def close(self) -> None:
         self._response.close()
 
 
-#: Errors of httpcore and those of httpx, which bear the same names; the most specific first.
-_ERRORS = tuple(
+#: Errors of httpcore and the httpx errors of the same names, the most specific first.
+_HTTPX_ERRORS = tuple(
     (getattr(httpcore, name), getattr(httpx, name))
     for name in (
         "ConnectTimeout",
@@ -365,14 +369,14 @@ _ERRORS = tuple(
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    """Raise an error of httpcore as httpx does."""
+def _map_httpcore_errors() -> Iterator[None]:
+    """Raise errors of httpcore as the corresponding errors of httpx."""
     try:
         yield
     except Exception as error:
-        for theirs, ours in _ERRORS:
-            if isinstance(error, theirs):
-                raise ours(str(error)) from error
+        for httpcore_error, httpx_error in _HTTPX_ERRORS:
+            if isinstance(error, httpcore_error):
+                raise httpx_error(str(error)) from error
         raise
 
 

@@ -1,89 +1,96 @@
-"""Pace: whether a server answers sooner when it is asked less at once.
+"""Latency gradient: lowers the concurrency limit while a server queues requests.
 
-A server that has no room for all calls of a mount queues them: more of them at once bring nothing,
-and make who waits wait longer. That shows in how long answers take; but so do a network that became
-slower, and answers that differ. So it is tried: when the answers of two windows on end took over
-twice as long as the quickest had, half as many guesses are allowed. Where calls queued, each takes
-half as long then, and as many are answered as before. Where they did not nothing is gained, and all
-are allowed again. Knows nothing of HTTP and no clock.
+If a server queues the requests of a mount, more concurrency does not raise the throughput, but it
+delays demand requests. Queueing raises the latency. A slower network and varying response times
+raise it as well.
+
+An experiment distinguishes these causes. After two consecutive slow windows the limit for
+prefetches is halved. If requests were queued, their latency falls at the same throughput, and the
+lower limit stays. If not, the full limit is restored.
+
+Pure: uses neither HTTP nor a clock.
 """
 
 import math
 
-#: Answers of a window, for each call of the limit: enough to tell halves from chance.
-ANSWERS_IN_WINDOW = 4
+#: Responses per window and permit of the limit: enough to distinguish a halved latency from noise.
+RESPONSES_PER_WINDOW = 4
 
-#: So many times the quickest answer is slow: half as many calls then still keep a queue busy.
-SLOW = 2.0
+#: A mean latency above this multiple of the lowest one is slow. Half as many requests then still
+#: keep the queue busy.
+SLOW_RATIO = 2.0
 
-#: What halving has to make of how long answers take: some 0.6 where they queued (one call that is
-#: waited for is always among them), 1 where they did not.
+#: Halving must reduce the latency to this fraction, or the limit is restored. Expected are 0.6 with
+#: a queue, because a demand request is always in flight as well, and 1 without.
 MIN_IMPROVEMENT = 0.75
 
-#: After halving in vain it is not tried again for so long, seconds.
+#: Delay after a halving without improvement before the next one, seconds.
 COOLDOWN_S = 60.0
 
-#: What is quicker than this counts as this, seconds: nobody notices, and threads' turns take that.
-QUICK_S = 0.01
+#: Lower latencies count as this one, seconds: below it thread scheduling dominates.
+MIN_LATENCY_S = 0.01
 
 
 class LatencyGradient:
-    """How many calls at once the times of answers speak for; not thread-safe.
+    """Derives a concurrency limit from response latencies. Not thread-safe.
 
     Attributes:
-        allowed: how many, the limit or as few as one more than half of it.
+        limit: current limit, between half of the maximum plus one and the maximum.
 
     Args:
-        limit: the most calls at once, 1 or more.
+        limit: maximum number of requests in flight, 1 or more.
     """
 
     def __init__(self, limit: int) -> None:
-        self.allowed = limit
-        self._limit = limit
-        # Guesses leave one turn for who waits: with that one, half as many of them.
-        self._half = min(limit // 2 + 1, limit)
-        #: How long the quickest answer of each endpoint took, seconds.
-        self._quickest: dict[str, float] = {}
-        self._was_slow = False  # in the last window
-        self._slow_before = math.inf  # when all were allowed
-        self._rests_until = -math.inf
-        self._begin(-math.inf)
+        self.limit = limit
+        self._max_limit = limit
+        # One permit is reserved for demand requests: this limit halves the number of prefetches.
+        self._halved_limit = min(limit // 2 + 1, limit)
+        #: Lowest latency of each endpoint, seconds.
+        self._lowest_s: dict[str, float] = {}
+        self._was_slow = False  # in the previous window
+        self._full_limit_ratio = math.inf  # of the last window before the limit was halved
+        self._cooldown_until = -math.inf
+        self._start_window(-math.inf)
 
-    def _begin(self, now: float) -> None:
-        """Begin a window: calls from before it were among as many as were allowed then."""
-        self._began, self._answers, self._logs = now, 0, 0.0
+    def _start_window(self, now: float) -> None:
+        """Start a window; requests that started earlier ran under the previous limit."""
+        self._window_started_at, self._responses, self._log_ratio_sum = now, 0, 0.0
 
-    def record(self, label: str, began: float, ended: float, *, is_full: bool) -> None:
-        """Take note of an answer.
+    def record(
+        self, label: str, started_at: float, ended_at: float, *, was_saturated: bool
+    ) -> None:
+        """Record the latency of a response and adjust the limit at the end of a window.
 
         Args:
-            label: the endpoint's.
-            began: when the call began, on the monotonic clock.
-            ended: when its answer was there.
-            is_full: whether it was among as many as are allowed.
+            label: label of the endpoint.
+            started_at: start of the request, on the monotonic clock.
+            ended_at: arrival of the response, on the monotonic clock.
+            was_saturated: whether the request ran at the concurrency limit.
         """
-        took_s = max(ended - began, QUICK_S)
-        quickest_s = self._quickest[label] = min(took_s, self._quickest.get(label, took_s))
-        if not is_full or began < self._began:
+        latency_s = max(ended_at - started_at, MIN_LATENCY_S)
+        lowest_s = self._lowest_s[label] = min(latency_s, self._lowest_s.get(label, latency_s))
+        if not was_saturated or started_at < self._window_started_at:
             return
-        # The mean of logarithms: one answer that takes a hundred times as long moves it little.
-        self._answers, self._logs = self._answers + 1, self._logs + math.log(took_s / quickest_s)
-        if self._answers >= ANSWERS_IN_WINDOW * self._limit:
-            self._judge(math.exp(self._logs / self._answers), ended)
-            self._begin(ended)
+        # A geometric mean, because a single outlier hardly changes it.
+        self._responses += 1
+        self._log_ratio_sum += math.log(latency_s / lowest_s)
+        if self._responses >= RESPONSES_PER_WINDOW * self._max_limit:
+            self._adjust_limit(math.exp(self._log_ratio_sum / self._responses), ended_at)
+            self._start_window(ended_at)
 
-    def _judge(self, slow: float, now: float) -> None:
-        """Decide by how many times the quickest answer those of a window took, in the mean."""
-        was_slow, self._was_slow = self._was_slow, slow > SLOW
-        if slow <= SLOW:
-            self.allowed = min(self.allowed + 1, self._limit)
-        elif self.allowed == self._limit:
-            # In the first slow window the queue may only have begun to grow.
-            if was_slow and now >= self._rests_until:
-                self._slow_before, self.allowed = slow, self._half
-        elif self.allowed > self._half:
-            self.allowed = self._half
-        elif slow > MIN_IMPROVEMENT * self._slow_before:
-            self.allowed, self._rests_until = self._limit, now + COOLDOWN_S
-            # It may be that nothing is that quick any more; what is, will tell so again.
-            self._quickest = {label: 2 * took_s for label, took_s in self._quickest.items()}
+    def _adjust_limit(self, ratio: float, now: float) -> None:
+        """Adjust the limit to a window's mean ratio of the latency to the lowest latency."""
+        was_slow, self._was_slow = self._was_slow, ratio > SLOW_RATIO
+        if ratio <= SLOW_RATIO:
+            self.limit = min(self.limit + 1, self._max_limit)
+        elif self.limit == self._max_limit:
+            # In the first slow window the queue may still be growing.
+            if was_slow and now >= self._cooldown_until:
+                self._full_limit_ratio, self.limit = ratio, self._halved_limit
+        elif self.limit > self._halved_limit:
+            self.limit = self._halved_limit
+        elif ratio > MIN_IMPROVEMENT * self._full_limit_ratio:
+            self.limit, self._cooldown_until = self._max_limit, now + COOLDOWN_S
+            # The network may have become slower: let the lowest latencies rise.
+            self._lowest_s = {label: 2 * lowest_s for label, lowest_s in self._lowest_s.items()}

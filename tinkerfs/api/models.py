@@ -1,8 +1,8 @@
-"""What the API tells, as frozen values (pure).
+"""Records of the API as immutable values. Pure.
 
-Each record tells its own JSON bytes as `raw`: unknown fields are shown as the server wrote them,
-and 100,000 records stay small (no dicts, no text twice). Everything here is immutable, so threads
-may share it. `parsing` makes these of answers.
+`parsing` creates the records from responses. Each record provides its original JSON as `raw`, so
+that unknown fields are shown unchanged. The representation is compact, because an account may have
+100,000 records. All values may be shared by threads.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ T = TypeVar("T")
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One checkpoint's record, made by `of`.
+    """Record of a checkpoint; create it with `from_fields`.
 
-    What many records say is kept once for all of them, and no text twice: of 100,000, an id and a
-    tinker path each would be 18 MB.
+    Records share equal strings, and no record stores a string twice: the ids and tinker paths of
+    100,000 checkpoints would need 18 MB each.
 
     Attributes:
-        kind: what its id has before the first slash, None where it has none.
-        name: the rest of its id.
-        checkpoint_type: "training", "sampler", "external", or anything newer.
-        time_ns: when it was saved, nanoseconds since 1970.
-        path_start: its tinker path, but for the id at its end.
-        path_has_id: whether an id is at its end.
-        size_bytes: what the server stores, 0 or more.
-        is_public: whether it is published.
-        expires_at_ns: when the server will delete it, nanoseconds since 1970; None for never.
-        outline: the record's own JSON, but for what the above says.
+        kind: part of the id before the first slash; None without a slash.
+        name: part of the id after the first slash; the whole id without a slash.
+        checkpoint_type: "training", "sampler", "external" or a newer type.
+        time_ns: when the checkpoint was saved, nanoseconds since 1970.
+        path_prefix: the tinker path without the checkpoint id at its end.
+        path_has_id: whether the tinker path ends with the checkpoint id.
+        size_bytes: size on the server, 0 or more.
+        expires_at_ns: when the server deletes the checkpoint, nanoseconds since 1970; None without
+            an expiry.
+        json_template: the record's JSON with placeholders for the values above.
     """
 
     kind: str | None
@@ -49,7 +49,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     json_template: str | bytes = b"{}"
 
     @classmethod
-    def of(
+    def from_fields(
         cls,
         checkpoint_id: str,
         *,
@@ -61,83 +61,84 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         is_public: bool = False,
         expires_at_ns: int | None = None,
     ) -> Self:
-        """Make a record of what it tells."""
+        """Create a record from its parsed fields and its JSON."""
         kind, slash, name = checkpoint_id.partition("/")
         if not slash:
             name = checkpoint_id
-        path_start, path_has_id = tinker_path, False
+        path_prefix, path_has_id = tinker_path, False
         if tinker_path is not None and tinker_path.endswith("/" + checkpoint_id):
-            path_start, path_has_id = intern(tinker_path[: -len(checkpoint_id)]), True
+            path_prefix, path_has_id = intern(tinker_path[: -len(checkpoint_id)]), True
         return cls(
             kind=intern(kind) if slash else None,
             name=name,
             checkpoint_type=intern(checkpoint_type) if checkpoint_type is not None else None,
             time_ns=time_ns,
-            path_prefix=path_start,
+            path_prefix=path_prefix,
             path_has_id=path_has_id,
             size_bytes=size_bytes,
             is_public=is_public,
             expires_at_ns=expires_at_ns,
             json_template=to_template(
-                raw, *_texts(path_start, time_ns, expires_at_ns, name, size_bytes)
+                raw, *_template_values(path_prefix, time_ns, expires_at_ns, name, size_bytes)
             ),
         )
 
     def with_raw(self, raw: bytes) -> Self:
-        """Return the same record with another JSON of its own."""
-        return msgspec.structs.replace(self, json_template=to_template(raw, *self._texts()))
+        """Return a copy of the record with different JSON."""
+        template = to_template(raw, *self._template_values())
+        return msgspec.structs.replace(self, json_template=template)
 
     @property
     def raw(self) -> bytes:
-        """The record's own JSON."""
-        return fill_template(self.json_template, *self._texts())
+        """The record's original JSON."""
+        return fill_template(self.json_template, *self._template_values())
 
-    def _texts(self) -> tuple[str | None, ...]:
-        return _texts(
+    def _template_values(self) -> tuple[str | None, ...]:
+        return _template_values(
             self.path_prefix, self.time_ns, self.expires_at_ns, self.name, self.size_bytes
         )
 
     @property
     def checkpoint_id(self) -> str:
-        """The id as the server lists it, `<kind>/<name>` or bare `<name>`."""
+        """The id as in the server's listing: `<kind>/<name>` or `<name>`."""
         return self.name if self.kind is None else f"{self.kind}/{self.name}"
 
     @property
     def tinker_path(self) -> str | None:
-        """`tinker://<run>/<kind>/<name>`, unchecked."""
+        """The tinker path `tinker://<run>/<kind>/<name>`, not validated."""
         if self.path_prefix is None or not self.path_has_id:
             return self.path_prefix
         return self.path_prefix + self.checkpoint_id
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What tells it from those of all runs: bare ids repeat. Made of texts that are kept."""
+        """Key that is unique among all runs, unlike ids without a kind."""
         if self.path_prefix is None:
             return (self.kind, self.name, self.checkpoint_type, self.time_ns)
         return (self.path_prefix, self.path_has_id, self.kind, self.name)
 
 
-def _texts(
-    path_start: str | None,
+def _template_values(
+    path_prefix: str | None,
     time_ns: int | None,
     expires_at_ns: int | None,
     name: str,
     size_bytes: int | None,
 ) -> tuple[str | None, ...]:
-    """Return what few records say alike, as servers write it, the shortest last."""
+    """Return the values that a template replaces, as in the JSON, the shortest last."""
     return (
-        path_start,
+        path_prefix,
         None if time_ns is None else canonical_timestamp(time_ns),
         None if expires_at_ns is None else canonical_timestamp(expires_at_ns),
-        f'{name}"',  # it ends its text, and "1" stands in many others
+        f'{name}"',  # with the closing quote, because a name such as "1" occurs in other values
         None if size_bytes is None else str(size_bytes),
     )
 
 
 class TrainingRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One training run's record; times in nanoseconds since 1970, `raw` its own JSON.
+    """Record of a training run; times are in nanoseconds since 1970.
 
-    The last checkpoints' JSON is in the run's, and not once more in theirs.
+    `raw` includes the JSON of the last checkpoints; their own `raw` is empty.
     """
 
     run_id: str
@@ -151,7 +152,7 @@ class TrainingRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class WeightsInfo(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What the weights of a checkpoint are."""
+    """Base model and LoRA parameters of a checkpoint's weights."""
 
     base_model: str | None = None
     lora_rank: int | None = None
@@ -160,7 +161,7 @@ class WeightsInfo(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
-    """One session's record."""
+    """Record of a session."""
 
     session_id: str
     training_run_ids: tuple[str, ...] = ()
@@ -169,7 +170,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionSummary(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One session as the search tells it."""
+    """Record of a session in a search result."""
 
     session_id: str
     display_name: str | None = None
@@ -178,7 +179,7 @@ class SessionSummary(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Sampler(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One sampler's record; `model_path` is the tinker path that it serves, if any."""
+    """Record of a sampler; `model_path` is the tinker path that it serves, if any."""
 
     sampler_id: str
     base_model: str | None = None
@@ -187,7 +188,7 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server offers: the names of its base models, and the whole answer."""
+    """Names of the base models that the server offers."""
 
     models: tuple[str, ...] = ()
     raw: bytes
@@ -195,10 +196,9 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class SignedUrl:
-    """A URL that anyone may read until it expires: a secret, so its repr does not tell it.
+    """A signed http or https URL. It is a secret, so its repr omits it.
 
     Attributes:
-        url: http or https.
         expires_at_s: seconds since 1970.
     """
 
@@ -206,7 +206,7 @@ class SignedUrl:
     expires_at_s: float
 
     def __repr__(self) -> str:
-        """Tell only when it expires."""
+        """Return a string with the expiry but without the URL."""
         return f"SignedUrl(<secret>, expires_at_s={self.expires_at_s!r})"
 
 
@@ -215,10 +215,10 @@ class Page(Generic[T]):
     """One page of a listing.
 
     Attributes:
-        items: the records that could be read.
-        total_count: how many there are in all, by the server's word, which may be stale.
-        limit: the page size that the server says it used.
-        received: how many records came, those that could not be read included.
+        items: the valid records.
+        total_count: number of all records according to the server, which may be stale.
+        limit: page size according to the server.
+        received: number of records on the page, including invalid ones.
     """
 
     items: tuple[T, ...]
@@ -227,13 +227,13 @@ class Page(Generic[T]):
     received: int = 0
 
     def mapped(self, change: Callable[[T], T]) -> "Page[T]":
-        """Return the page with other records in place of its own."""
+        """Return a copy of the page with `change` applied to each record."""
         return replace(self, items=tuple(map(change, self.items)))
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSearchPage:
-    """One page of a search; `next_cursor`, any JSON, asks for the next one; None at the end."""
+    """One page of a search; `next_cursor` is any JSON value, None on the last page."""
 
     items: tuple[SessionSummary, ...]
     next_cursor: object = None

@@ -1,12 +1,12 @@
-"""Network backend of the API's HTTP client: one deadline for a whole exchange.
+"""Network backend of the API's HTTP client: one deadline per exchange.
 
-HTTP libraries bound each read by itself, so a response that arrives a byte a second, or begins with
-endless interim responses (1xx), holds its request for good. Here every connect, handshake, write
-and read of a request ends at the request's own deadline.
+HTTP libraries apply a timeout to each read. A response that arrives byte by byte, or that starts
+with endless interim responses (1xx), would block its request forever. Here every connect,
+handshake, write and read of an exchange ends at the deadline of the exchange.
 
-A connection that has been idle may be dead without a sign: after a suspend, or when a NAT or a VPN
-has forgotten it. The first response on it is awaited for a short time only. A request that must
-not be sent twice uses no such connection at all.
+An idle connection may be dead without notice: after a suspend, or if a NAT or VPN dropped it. The
+first response on such a connection has a short timeout. A request that must not be sent twice never
+uses such a connection.
 """
 
 import contextlib
@@ -26,31 +26,31 @@ from tinkerfs import network
 if TYPE_CHECKING:
     from urllib3.util.ssltransport import SSLTransport
 
-#: A connection is suspect after this time without use, seconds.
+#: A connection is suspect after this idle time, seconds.
 IDLE_S = 5.0
-#: How long a response on a suspect connection is awaited, seconds; at least twice as long as the
-#: slowest one took lately, so that a slow server does not get its requests twice.
+#: Minimum timeout of the first response on a suspect connection, seconds. It is at least twice the
+#: latency of the slowest recent response, so that no request is sent twice to a slow server.
 IDLE_RESPONSE_TIMEOUT_S = 2.0
-#: Idle connections are dropped after this time, seconds: a walk that pauses goes on without eight
-#: new ones. The usual balancers drop one after 60 s; one dropped sooner is noticed by using it.
+#: Idle connections are closed after this time, seconds, so that a walk can pause without
+#: reconnecting. Most load balancers close them after 60 s.
 KEEPALIVE_S = 55.0
-#: The most bytes before the end of a response's headers, interim responses included.
+#: Maximum size of a response's headers including interim responses, bytes.
 MAX_HEAD_BYTES = 256 << 10
 
 
 @dataclass(slots=True, eq=False)
 class Exchange:
-    """One request and its response, on the thread that sends it.
+    """One request and its response, used by the thread that sends the request.
 
     Attributes:
-        deadline: when it ends, on `time.monotonic`.
-        may_repeat: whether it may be sent again, so that a suspect connection may be tried.
-        is_head: whether the response's headers are still awaited.
-        head_bytes: received until then.
-        received_bytes: in all.
-        is_connection_dead: set when a suspect connection did not respond.
-        is_reused: whether its connection served another exchange before.
-        opened: the connections that were made for it.
+        deadline: on `time.monotonic`.
+        may_repeat: whether the request may be sent again. If not, it uses no suspect connection.
+        is_head: whether the headers of the response have not been received yet.
+        head_bytes: bytes received before the end of the headers.
+        received_bytes: all bytes received.
+        is_connection_dead: whether a suspect connection did not respond.
+        is_reused: whether the connection served another exchange before.
+        opened: connections that were opened for the exchange.
     """
 
     deadline: float
@@ -62,48 +62,48 @@ class Exchange:
     is_reused: bool = False
     opened: "list[_Stream]" = field(default_factory=list)
 
-    def left_s(self, timeout_s: float | None = None) -> float:
-        """Return how long the next step may take, seconds.
+    def remaining_s(self, timeout_s: float | None = None) -> float:
+        """Return the timeout of the next network operation, seconds.
 
         Raises:
-            TimeoutError: no time is left.
+            TimeoutError: the deadline has passed.
         """
-        left_s = self.deadline - time.monotonic()
-        if left_s <= 0:
+        remaining_s = self.deadline - time.monotonic()
+        if remaining_s <= 0:
             raise TimeoutError("timed out")
-        return left_s if timeout_s is None else min(left_s, timeout_s)
+        return remaining_s if timeout_s is None else min(remaining_s, timeout_s)
 
 
 class Backend(httpcore.NetworkBackend):
-    """Connections whose steps end at the deadline of the exchange they serve. Thread-safe."""
+    """Opens connections that obey the deadline of the current exchange. Thread-safe."""
 
     def __init__(self) -> None:
         self._local = threading.local()
-        #: Connections that were last used before are dropped, on the clock of `_now`.
+        #: Connections that were last used before this instant of `_now` are closed.
         self.trusted_since = float("-inf")
         self._slowest_s = 0.0
 
     def observe(self, response_s: float) -> None:
-        """Learn how long the server took to respond to a request that may be sent again."""
+        """Record the latency of a response to a request that may be sent again."""
         self._slowest_s = max(response_s, self._slowest_s * 0.9)
 
     @property
     def idle_response_timeout_s(self) -> float:
-        """How long a response on a suspect connection is awaited, seconds."""
+        """Timeout of the first response on a suspect connection, seconds."""
         return max(IDLE_RESPONSE_TIMEOUT_S, 2 * self._slowest_s)
 
     @property
     def current(self) -> Exchange | None:
-        """The exchange of the calling thread, None while it has none."""
+        """The exchange of the calling thread, None outside an exchange."""
         exchange: Exchange | None = getattr(self._local, "exchange", None)
         return exchange
 
     @contextlib.contextmanager
     def exchange(self, timeout_s: float, *, may_repeat: bool) -> Iterator[Exchange]:
-        """Bound all that the calling thread does with connections in the body.
+        """Apply one deadline to all network operations of the calling thread in the body.
 
         Args:
-            timeout_s: how long it may take in all, seconds.
+            timeout_s: time until the deadline, seconds.
             may_repeat: whether the request may be sent again.
         """
         exchange = Exchange(time.monotonic() + timeout_s, may_repeat)
@@ -111,13 +111,13 @@ class Backend(httpcore.NetworkBackend):
         try:
             yield exchange
         except BaseException:
-            # httpcore leaves a connection open on which a proxy refused or did not respond.
+            # httpcore does not close a connection if a proxy rejects it or does not respond.
             for stream in exchange.opened:
                 stream.close()
             raise
         finally:
             self._local.exchange = None
-            exchange.opened.clear()  # they refer to the exchange
+            exchange.opened.clear()  # breaks a reference cycle
 
     def connect_tcp(
         self,
@@ -127,28 +127,28 @@ class Backend(httpcore.NetworkBackend):
         local_address: str | None = None,  # noqa: ARG002
         socket_options: Iterable[Any] | None = None,  # noqa: ARG002
     ) -> "_Stream":
-        """Connect, as `httpcore.NetworkBackend`; options and the local address stay the usual."""
-        with _translated(httpcore.ConnectTimeout, httpcore.ConnectError):
-            deadline = time.monotonic() + self.left_s(timeout)
+        """Open a TCP connection; socket options and the local address are ignored."""
+        with _map_socket_errors(httpcore.ConnectTimeout, httpcore.ConnectError):
+            deadline = time.monotonic() + self.remaining_s(timeout)
             return _Stream(self, network.connect(host, port, deadline))
 
-    def left_s(self, timeout_s: float | None) -> float:
-        """Return how long the next step of the calling thread may take, seconds.
+    def remaining_s(self, timeout_s: float | None) -> float:
+        """Return the timeout of the calling thread's next network operation, seconds.
 
         Raises:
-            TimeoutError: no time is left.
+            TimeoutError: the deadline of the exchange has passed.
         """
         exchange = self.current
         if exchange is not None:
-            return exchange.left_s(timeout_s)
+            return exchange.remaining_s(timeout_s)
         return 30.0 if timeout_s is None else timeout_s
 
 
 class _TimedSocket:
-    """A socket whose every call ends at the deadline of the exchange it serves.
+    """A socket with calls that obey the deadline of the current exchange.
 
     Attributes:
-        timeout_s: bound on each call besides, seconds.
+        timeout_s: additional timeout of each call, seconds.
     """
 
     def __init__(self, backend: Backend, sock: socket.socket) -> None:
@@ -157,22 +157,21 @@ class _TimedSocket:
         self._sock = sock
 
     def recv(self, size: int) -> bytes:
-        self._sock.settimeout(self._backend.left_s(self.timeout_s))
+        self._sock.settimeout(self._backend.remaining_s(self.timeout_s))
         return self._sock.recv(size)
 
     def sendall(self, data: bytes) -> None:
-        # One bound on all of it (socket.sendall), and so is that on a handshake of TLS.
-        self._sock.settimeout(self._backend.left_s(self.timeout_s))
+        # `socket.sendall` applies the timeout to the whole buffer, like a TLS handshake.
+        self._sock.settimeout(self._backend.remaining_s(self.timeout_s))
         self._sock.sendall(data)
 
 
 class _Stream(httpcore.NetworkStream):
-    """One connection; used by one thread at a time.
+    """One connection, used by one thread at a time.
 
     Args:
-        backend: whose it is.
-        sock: plain, or of TLS.
-        inner: makes TLS within the TLS of a proxy from the socket of it; None for none.
+        sock: plain or TLS socket.
+        inner: wraps the socket for TLS inside the TLS of a proxy; None for a single layer.
     """
 
     def __init__(
@@ -184,7 +183,7 @@ class _Stream(httpcore.NetworkStream):
         self._backend = backend
         self._sock = sock
         self._timed = _TimedSocket(backend, sock)
-        # SSLTransport calls `recv` and `sendall` of what it is given, and nothing else.
+        # SSLTransport uses only the methods `recv` and `sendall` of its socket.
         self._inner = None if inner is None else inner(cast("socket.socket", self._timed))
         self._used_at = _now()
         self._is_suspect = False
@@ -193,18 +192,18 @@ class _Stream(httpcore.NetworkStream):
             backend.current.opened.append(self)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return what has arrived, after waiting for some of it."""
+        """Wait for data and return it."""
         exchange = self._backend.current
-        end = self._inner or self._timed
-        with _translated(httpcore.ReadTimeout, httpcore.ReadError):
-            left_s = self._backend.left_s(timeout)
+        sock = self._inner or self._timed
+        with _map_socket_errors(httpcore.ReadTimeout, httpcore.ReadError):
+            remaining_s = self._backend.remaining_s(timeout)
             idle_timeout_s = self._backend.idle_response_timeout_s
-            is_cut_short = self._is_suspect and left_s > idle_timeout_s
-            self._timed.timeout_s = idle_timeout_s if is_cut_short else timeout
+            is_shortened = self._is_suspect and remaining_s > idle_timeout_s
+            self._timed.timeout_s = idle_timeout_s if is_shortened else timeout
             try:
-                data = cast("bytes", end.recv(max_bytes))
+                data = cast("bytes", sock.recv(max_bytes))
             except TimeoutError:
-                if is_cut_short and exchange is not None:
+                if is_shortened and exchange is not None:
                     exchange.is_connection_dead = True
                     self._backend.trusted_since = _now() - IDLE_S
                 raise
@@ -220,21 +219,21 @@ class _Stream(httpcore.NetworkStream):
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Send all of a buffer."""
+        """Send the whole buffer."""
         exchange = self._backend.current
         if exchange is not None and exchange is not self._last:
             exchange.is_reused, self._last = self._last is not None, exchange
             self._is_suspect = exchange.is_reused and self._idle_s >= IDLE_S
         self._used_at = _now()
-        end = self._inner or self._timed
-        with _translated(httpcore.WriteTimeout, httpcore.WriteError):
+        sock = self._inner or self._timed
+        with _map_socket_errors(httpcore.WriteTimeout, httpcore.WriteError):
             self._timed.timeout_s = timeout
-            end.sendall(buffer)
+            sock.sendall(buffer)
 
     def close(self) -> None:
-        """End the connection, and a read of it on another thread."""
+        """Close the connection and end a pending read on another thread."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)  # close(2) alone wakes no reader
+            self._sock.shutdown(socket.SHUT_RDWR)  # close(2) alone does not wake a reader
         self._sock.close()
 
     def start_tls(
@@ -243,11 +242,11 @@ class _Stream(httpcore.NetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> "_Stream":
-        """Return the same connection with TLS."""
-        with _translated(httpcore.ConnectTimeout, httpcore.ConnectError):
+        """Start TLS on the connection and return its new stream."""
+        with _map_socket_errors(httpcore.ConnectTimeout, httpcore.ConnectError):
             try:
                 if isinstance(self._sock, ssl.SSLSocket):
-                    # Through a proxy that is itself spoken to in TLS; imported for that alone.
+                    # TLS through an https proxy, the only use of this import.
                     from urllib3.util.ssltransport import SSLTransport
 
                     return _Stream(
@@ -255,7 +254,7 @@ class _Stream(httpcore.NetworkStream):
                         self._sock,
                         lambda sock: SSLTransport(sock, ssl_context, server_hostname),
                     )
-                self._sock.settimeout(self._backend.left_s(timeout))
+                self._sock.settimeout(self._backend.remaining_s(timeout))
                 secured = ssl_context.wrap_socket(self._sock, server_hostname=server_hostname)
                 return _Stream(self._backend, secured)
             except BaseException:
@@ -263,9 +262,9 @@ class _Stream(httpcore.NetworkStream):
                 raise
 
     def get_extra_info(self, info: str) -> Any:
-        """Return what httpcore asks of a connection, None for what it does not need."""
-        if info == "is_readable":  # of an idle one: whether it must not be used
-            return self._is_unfit() or _is_readable(self._sock)
+        """Return a property of the connection to httpcore, None if unsupported."""
+        if info == "is_readable":  # httpcore then discards an idle connection
+            return self._is_unusable() or _is_readable(self._sock)
         if info == "ssl_object":
             return self._inner or (self._sock if isinstance(self._sock, ssl.SSLSocket) else None)
         return self._sock if info == "socket" else None
@@ -274,22 +273,25 @@ class _Stream(httpcore.NetworkStream):
     def _idle_s(self) -> float:
         return _now() - self._used_at
 
-    def _is_unfit(self) -> bool:
-        """Return whether an idle connection must not serve the calling thread."""
+    def _is_unusable(self) -> bool:
+        """Return whether the calling thread must not use this idle connection."""
         exchange = self._backend.current
-        may_try = exchange is None or exchange.may_repeat
+        may_use_suspect = exchange is None or exchange.may_repeat
         return self._used_at < self._backend.trusted_since or self._idle_s >= (
-            KEEPALIVE_S if may_try else IDLE_S
+            KEEPALIVE_S if may_use_suspect else IDLE_S
         )
 
 
 def _now() -> float:
-    # A suspend counts as idle time, which `time.monotonic` leaves out (clock_gettime(2)).
+    # A suspend counts as idle time, unlike on `time.monotonic` (clock_gettime(2)).
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _is_readable(sock: socket.socket) -> bool:
-    """Return whether something has arrived, which on an idle connection is its end."""
+    """Return whether a socket is readable or closed.
+
+    An idle connection becomes readable when its peer closes it.
+    """
     if sock.fileno() < 0:
         return True
     poll = select.poll()
@@ -298,11 +300,13 @@ def _is_readable(sock: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def _translated(timed_out: type[Exception], failed: type[Exception]) -> Iterator[None]:
-    """Raise an error of a socket as httpcore does."""
+def _map_socket_errors(
+    timeout_error: type[Exception], other_error: type[Exception]
+) -> Iterator[None]:
+    """Raise errors of a socket as the given errors of httpcore."""
     try:
         yield
     except TimeoutError as error:
-        raise timed_out(error) from error
+        raise timeout_error(error) from error
     except OSError as error:
-        raise failed(error) from error
+        raise other_error(error) from error

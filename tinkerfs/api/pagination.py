@@ -1,8 +1,9 @@
-"""Reads every page of a listing: the first alone, the others at once. Knows nothing of HTTP.
+"""Fetches all pages of a listing, in parallel after the first. No HTTP.
 
-The server's words about a listing are hints: `limit` may be clamped in silence, `total_count` may
-be stale, zero or missing, and records move between pages while these are read. What came is what
-counts: the first page's length is the step, an empty page is the end, ids tell records apart.
+The server's metadata is only a hint: `limit` may be clamped silently, `total_count` may be stale,
+zero or missing, and records may move between pages during the listing. Therefore the length of the
+first page is the step between offsets, an empty page ends the listing, and records are deduplicated
+by their ids.
 """
 
 import logging
@@ -16,13 +17,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: How many records a page is asked for.
+#: Number of records to request per page.
 PAGE_SIZE = 100
 
-#: How often a listing is read again because it changed while it was read.
-MAX_REREADS = 2
+#: Maximum number of times that a listing is fetched again because it changed in between.
+MAX_REFETCHES = 2
 
-#: A server that never sends an empty page is not followed for ever.
+#: Maximum number of pages, for a server that never sends an empty page.
 MAX_PAGES = 10_000
 
 
@@ -36,32 +37,33 @@ def fetch_all_pages(
 ) -> tuple[T, ...]:
     """Return every record of a listing once, in the server's order.
 
-    Costs ceil(records / page) calls where the server keeps its word and nothing changes meanwhile.
-    Thread-safe; `fetch` is called from several threads at once.
+    Sends one request per page if the server's metadata is correct and the listing does not change.
+    Thread-safe; calls `fetch` from several threads.
 
     Args:
-        fetch: reads the page of (limit, offset).
-        key: a record's id.
-        on_page: told the records of each page, in the server's order, before the next ones have come:
-            every record of the outcome, and it may be one twice, or one that is gone by the end.
-        workers: how many pages to ask for at once.
-        page_size: how many records to ask for at once.
+        fetch: returns the page for (limit, offset).
+        key: returns the id of a record.
+        on_page: receives the records of each page, in the server's order, before later pages have
+            arrived. It receives every returned record. It may also receive a record twice, or a
+            record that is deleted in between.
+        workers: maximum number of pages in flight.
+        page_size: number of records to request per page.
 
     Raises:
-        Exception: what `fetch` raised: a listing is whole or it fails.
+        Exception: an error of `fetch`. A listing is complete or fails.
     """
     listing = _Listing(fetch, key, on_page, workers, page_size)
-    listing.read()
-    for _ in range(MAX_REREADS):
-        if listing.is_whole():
+    listing.fetch_pages()
+    for _ in range(MAX_REFETCHES):
+        if listing.is_complete():
             break
         if not listing.has_changed():
-            if not listing.read_front_again():
+            if not listing.refetch_front():
                 break
             continue
         fresh = _Listing(fetch, key, on_page, workers, page_size)
-        fresh.read()
-        if not fresh.is_whole():
+        fresh.fetch_pages()
+        if not fresh.is_complete():
             fresh.merge_missing(listing)
         listing = fresh
     return listing.items()
@@ -71,10 +73,7 @@ def read_all_found(search: Callable[[object], SessionSearchPage]) -> tuple[Sessi
     """Return every session of a search once, in the server's order.
 
     Args:
-        search: reads the page at a cursor; None for the first one.
-
-    Raises:
-        Exception: what `search` raised: a listing is whole or it fails.
+        search: returns the page at a cursor; None is the cursor of the first page.
     """
     found: dict[str, SessionSummary] = {}
     cursor: object = None
@@ -83,14 +82,14 @@ def read_all_found(search: Callable[[object], SessionSearchPage]) -> tuple[Sessi
         before = len(found)
         for session in page.items:
             found.setdefault(session.session_id, session)
-        # A cursor that leads to nothing new would lead round in circles.
+        # A page without new sessions may be part of an endless cycle of cursors.
         if page.next_cursor is None or len(found) == before:
             return tuple(found.values())
         cursor = page.next_cursor
 
 
 class _Listing(Generic[T]):
-    """One pass through a listing; used by one thread, only `_Wave` has others."""
+    """One pass through a listing. Not thread-safe."""
 
     def __init__(
         self,
@@ -102,58 +101,58 @@ class _Listing(Generic[T]):
     ) -> None:
         self._fetch = fetch
         self._key = key
-        self._came = on_page
+        self._on_page = on_page
         self._workers = workers
         self._page_size = page_size
         self._step = 0
-        self._union: dict[Hashable, T] = {}
+        self._records: dict[Hashable, T] = {}
         self._received = 0
-        self._unreadable = 0
+        self._skipped = 0
         self._totals: set[int] = set()
         self._total = 0
 
     def items(self) -> tuple[T, ...]:
-        return tuple(self._union.values())
+        return tuple(self._records.values())
 
     def merge_missing(self, other: "_Listing[T]") -> None:
-        for key, item in other._union.items():
-            self._union.setdefault(key, item)
+        for key, item in other._records.items():
+            self._records.setdefault(key, item)
 
     def has_changed(self) -> bool:
-        """Tell whether the server's count changed between pages: records came or went."""
+        """Return whether the server's count differed between pages."""
         return len(self._totals) > 1
 
-    def is_whole(self) -> bool:
-        """Tell whether nothing is missing, as far as can be told.
+    def is_complete(self) -> bool:
+        """Return whether no record seems to be missing.
 
-        Fewer records than promised, and none twice, is a wrong count; fewer because some came
-        twice means that others were pushed or pulled from page to page, and one slipped through.
+        If fewer records than the server's count were received, and none twice, the count is wrong.
+        If some were received twice, records moved between pages, and others may have been missed.
         """
         if self.has_changed():
             return False
-        known = len(self._union) + self._unreadable
-        return known >= self._total or self._received < self._total
+        distinct = len(self._records) + self._skipped
+        return distinct >= self._total or self._received < self._total
 
-    def read(self) -> None:
-        """Read the first page, then what it promises, then on where the promise is no good."""
+    def fetch_pages(self) -> None:
+        """Fetch the first page, the pages within its count, and any pages beyond it."""
         first = self._fetch(self._page_size, 0)
-        self._take(first)
+        self._add(first)
         self._step = first.received
         if not self._step:
             return
         last, offset = first, self._step
         if self._total > offset:
             end = min(self._total, self._step * MAX_PAGES)
-            wave = _ParallelPages(self._fetch, self._page_size, self._step, end)
-            for page in wave.read(self._workers):
-                self._take(page)
+            pages = _ParallelPages(self._fetch, self._page_size, self._step, end)
+            for page in pages.fetch_all(self._workers):
+                self._add(page)
                 last, offset = page, offset + self._step
         for _ in range(MAX_PAGES):
             if self._is_end(first, last, offset):
                 break
             last = self._fetch(self._page_size, offset)
             offset += self._step
-            if not self._take(last):  # a server that does not know `offset`
+            if not self._add(last):  # the server ignores `offset`
                 break
 
     def _is_end(self, first: Page[T], last: Page[T], offset: int) -> bool:
@@ -161,49 +160,49 @@ class _Listing(Generic[T]):
             return True
         if self._total >= self._received:
             return offset >= self._total
-        # The count is missing, or less than what came: only a short page tells the end. Where the
-        # server does not name its page size, a first page shorter than asked may be a clamped one.
+        # The count is missing or too low: only a short page marks the end. If the server does not
+        # report its page size, a short first page may be clamped.
         if last is first:
             is_short = first.limit is not None and first.received < first.limit
-            return is_short and not self._total  # a count below what came: nothing it says counts
+            return is_short and not self._total  # with a wrong count, `limit` may be wrong, too
         return last.received < self._step
 
-    def read_front_again(self) -> bool:
-        """Read from the first page until one brings nothing new; tell whether any did.
+    def refetch_front(self) -> bool:
+        """Refetch pages until one has no new record; return whether any record was new.
 
-        A run that is used moves to the front, and pushes all that it passed one place back.
+        A run that is used moves to the front of the listing, and the runs that it passes move back.
         """
-        has_found = False
+        has_new_records = False
         for offset in range(0, self._total, self._step):
-            before = self._received, self._unreadable
-            is_new = self._take(self._fetch(self._page_size, offset))
-            self._received, self._unreadable = before
+            before = self._received, self._skipped
+            is_new = self._add(self._fetch(self._page_size, offset))
+            self._received, self._skipped = before
             if not is_new:
                 break
-            has_found = True
-            if self.is_whole():
+            has_new_records = True
+            if self.is_complete():
                 break
-        return has_found
+        return has_new_records
 
-    def _take(self, page: Page[T]) -> bool:
-        """Add a page's records; tell whether any of them is new."""
-        self._came(page.items)
-        before = len(self._union)
+    def _add(self, page: Page[T]) -> bool:
+        """Add the records of a page; return whether any of them is new."""
+        self._on_page(page.items)
+        before = len(self._records)
         for item in page.items:
-            self._union.setdefault(self._key(item), item)
+            self._records.setdefault(self._key(item), item)
         self._received += page.received
-        self._unreadable += page.received - len(page.items)
+        self._skipped += page.received - len(page.items)
         if page.received and page.total_count:  # SkyRL's count is 0 past the end
             self._totals.add(page.total_count)
             self._total = page.total_count
-        return len(self._union) > before
+        return len(self._records) > before
 
 
 class _ParallelPages(Generic[T]):
-    """Pages at known offsets, read by a few threads of its own.
+    """Fetches the pages at known offsets with worker threads.
 
-    Daemon threads: a process that ends does not wait for a listing. The first failure, or an empty
-    page, keeps further pages from being asked for.
+    The threads are daemons, so that a process can exit during a listing. After the first error or
+    empty page no further page is requested.
     """
 
     def __init__(
@@ -213,18 +212,18 @@ class _ParallelPages(Generic[T]):
         self._page_size = page_size
         self._step = step
         self._end = end
-        self._come = threading.Condition()
-        # All guarded by _come.
+        self._page_arrived = threading.Condition()
+        # All guarded by _page_arrived.
         self._next = step
-        self._is_over = False
+        self._is_finished = False
         self._pages: dict[int, Page[T]] = {}
         self._error: BaseException | None = None
 
-    def read(self, workers: int) -> Iterator[Page[T]]:
-        """Yield the pages in their order as they come, up to the first empty one, included.
+    def fetch_all(self, workers: int) -> Iterator[Page[T]]:
+        """Yield the pages in order as they arrive, up to and including an empty one.
 
         Raises:
-            Exception: the first that a page raised.
+            Exception: the first error of `fetch`.
         """
         count = min(workers, -(-(self._end - self._step) // self._step))
         for n in range(count):
@@ -236,54 +235,54 @@ class _ParallelPages(Generic[T]):
                 if not page.received:
                     return
         finally:
-            with self._come:
-                self._is_over = True
+            with self._page_arrived:
+                self._is_finished = True
 
     def _page(self, offset: int) -> Page[T]:
-        """Wait for a page; it was asked for if no earlier one was empty."""
-        with self._come:
-            self._come.wait_for(lambda: self._error is not None or offset in self._pages)
+        """Wait for the page at `offset`; all earlier pages must be non-empty."""
+        with self._page_arrived:
+            self._page_arrived.wait_for(lambda: self._error is not None or offset in self._pages)
             if self._error is not None and offset not in self._pages:
                 raise self._error
             return self._pages.pop(offset)
 
     def _work(self) -> None:
         while True:
-            with self._come:
+            with self._page_arrived:
                 offset = self._next
-                if self._is_over or offset >= self._end:
+                if self._is_finished or offset >= self._end:
                     return
                 self._next += self._step
             try:
                 page = self._fetch(self._page_size, offset)
-            except BaseException as error:  # noqa: BLE001  (raised by `read`, in the caller)
-                with self._come:
+            except BaseException as error:  # noqa: BLE001  (`fetch_all` raises it in the caller)
+                with self._page_arrived:
                     self._error = self._error or error
-                    self._is_over = True
-                    self._come.notify()
+                    self._is_finished = True
+                    self._page_arrived.notify()
                 return
-            with self._come:
+            with self._page_arrived:
                 self._pages[offset] = page
-                self._is_over = self._is_over or not page.received
-                self._come.notify()
+                self._is_finished = self._is_finished or not page.received
+                self._page_arrived.notify()
 
 
 class SkippedRecordReporter:
-    """How many records of each listing could not be read: told once, and when there are more."""
+    """Logs the number of invalid records of each listing, once and whenever it grows."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._most: dict[str, int] = {}  # guarded by _lock
+        self._max_skipped: dict[str, int] = {}  # guarded by _lock
 
     def report(self, listing: str, page: Page[T]) -> Page[T]:
-        """Return a page; log how many of its records are left out."""
+        """Log the number of skipped records of a page and return the page."""
         count = page.received - len(page.items)
         with self._lock:
-            before = self._most.get(listing, 0)
-            self._most[listing] = max(count, before)
+            before = self._max_skipped.get(listing, 0)
+            self._max_skipped[listing] = max(count, before)
         if count > before:
             log.warning(
-                "%s: %d of %d records could not be read and are left out",
+                "%s: skipped %d of %d records that could not be parsed",
                 listing,
                 count,
                 page.received,

@@ -1,9 +1,10 @@
-"""Answers of the API into values: tolerant of new, missing, null and wrong fields (pure).
+"""Parses API responses; tolerates new, missing, null and invalid fields. Pure.
 
-A field of the wrong type costs that field, a bad record costs itself, and only an answer that holds
-no list, or is no JSON, is a ProtocolError. Two ways lead through a listing. The common one lets
-msgspec check and build (4 us a checkpoint); a record that it refuses goes through `json.loads` and
-one `isinstance` per field.
+An invalid field is omitted, and an invalid record is skipped. Only a response that is not JSON, or
+that lacks its list, raises a ProtocolError.
+
+msgspec decodes valid records. A record that msgspec rejects is decoded by `json.loads`, with a type
+check per field.
 """
 
 from collections.abc import Callable
@@ -26,13 +27,13 @@ from tinkerfs.api.models import (
 )
 from tinkerfs.api.raw_json import (
     DECODE_ERRORS,
-    checked_object,
     decode_list,
     decode_object,
     dumps,
     is_json,
     loads,
     loads_object,
+    normalize_object,
     parse_object,
 )
 from tinkerfs.api.timestamps import parse_time_ns
@@ -40,7 +41,7 @@ from tinkerfs.errors import ProtocolError
 
 T = TypeVar("T")
 
-# What msgspec checks on the common way.
+# Records as msgspec validates them.
 
 
 class _WireCheckpoint(msgspec.Struct, gc=False):
@@ -68,19 +69,19 @@ _decode_run = msgspec.json.Decoder(_WireRun).decode
 
 _INT64_MAX = 2**63 - 1
 
-#: A run's last checkpoints have no JSON of their own: it is part of their run's.
-_IN_ITS_RUN = b"{}"
+#: JSON of a run's last checkpoints; the run's JSON includes their records.
+_NO_JSON = b"{}"
 
 
 def parse_checkpoint(raw: bytes) -> Checkpoint | None:
-    """Read one checkpoint's JSON; None where it is no record or has no id."""
+    """Parse the JSON of a checkpoint; return None for a record without an id."""
     try:
         wire = _decode_checkpoint(raw)
     except DECODE_ERRORS:
-        return _checkpoint_of(loads_object(raw), raw)
+        return _checkpoint_from_fields(loads_object(raw), raw)
     if not wire.checkpoint_id:
         return None
-    return Checkpoint.of(
+    return Checkpoint.from_fields(
         wire.checkpoint_id,
         checkpoint_type=wire.checkpoint_type,
         time_ns=parse_time_ns(wire.time),
@@ -92,10 +93,10 @@ def parse_checkpoint(raw: bytes) -> Checkpoint | None:
     )
 
 
-def _checkpoint_of(fields: dict[str, Any] | None, raw: bytes) -> Checkpoint | None:
+def _checkpoint_from_fields(fields: dict[str, Any] | None, raw: bytes) -> Checkpoint | None:
     if fields is None or not (checkpoint_id := _text(fields, "checkpoint_id")):
         return None
-    return Checkpoint.of(
+    return Checkpoint.from_fields(
         checkpoint_id,
         checkpoint_type=_text(fields, "checkpoint_type"),
         time_ns=parse_time_ns(fields.get("time")),
@@ -111,109 +112,109 @@ def _parse_run(raw: bytes) -> TrainingRun | None:
     try:
         wire = _decode_run(raw)
     except DECODE_ERRORS:
-        return _run_of(loads_object(raw), raw)
+        return _run_from_fields(loads_object(raw), raw)
     if not wire.training_run_id:
         return None
     return TrainingRun(
         run_id=wire.training_run_id,
-        base_model=_kept_once(wire.base_model),
+        base_model=_interned(wire.base_model),
         lora_rank=_size(wire.lora_rank),
         is_lora=wire.is_lora,
         last_request_time_ns=parse_time_ns(wire.last_request_time),
-        last_checkpoint=_nested(wire.last_checkpoint),
-        last_sampler_checkpoint=_nested(wire.last_sampler_checkpoint),
+        last_checkpoint=_parse_nested(wire.last_checkpoint),
+        last_sampler_checkpoint=_parse_nested(wire.last_sampler_checkpoint),
         raw=raw,
     )
 
 
-def _nested(value: msgspec.Raw) -> Checkpoint | None:
+def _parse_nested(value: msgspec.Raw) -> Checkpoint | None:
     raw = bytes(value)
     record = None if raw == b"null" else parse_checkpoint(raw)
-    return None if record is None else replace(record, json_template=_IN_ITS_RUN)
+    return None if record is None else replace(record, json_template=_NO_JSON)
 
 
-def _run_of(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
+def _run_from_fields(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
     if fields is None or not (run_id := _text(fields, "training_run_id")):
         return None
     return TrainingRun(
         run_id=run_id,
-        base_model=_kept_once(_text(fields, "base_model")),
+        base_model=_interned(_text(fields, "base_model")),
         lora_rank=_size(fields.get("lora_rank")),
-        is_lora=_truth(fields, "is_lora"),
+        is_lora=_boolean(fields, "is_lora"),
         last_request_time_ns=parse_time_ns(fields.get("last_request_time")),
-        last_checkpoint=_nested_checkpoint(fields.get("last_checkpoint")),
-        last_sampler_checkpoint=_nested_checkpoint(fields.get("last_sampler_checkpoint")),
+        last_checkpoint=_nested_from_fields(fields.get("last_checkpoint")),
+        last_sampler_checkpoint=_nested_from_fields(fields.get("last_sampler_checkpoint")),
         raw=raw,
     )
 
 
-def _nested_checkpoint(value: object) -> Checkpoint | None:
-    return _checkpoint_of(value, _IN_ITS_RUN) if isinstance(value, dict) else None
+def _nested_from_fields(value: object) -> Checkpoint | None:
+    return _checkpoint_from_fields(value, _NO_JSON) if isinstance(value, dict) else None
 
 
-def _kept_once(text: str | None) -> str | None:
-    """Return one and the same object for equal texts: few values for many records."""
+def _interned(text: str | None) -> str | None:
+    """Return a shared object for equal strings, because many records are alike."""
     return None if text is None else intern(text)
 
 
 def parse_training_run(body: bytes) -> TrainingRun:
-    """Read the answer that is one training run.
+    """Parse the response of the training run endpoint.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: the response is not a training run.
     """
-    raw = checked_object(body)
+    raw = normalize_object(body)
     run = _parse_run(raw)
     if run is None:
-        raise ProtocolError("the answer is not a training run: training_run_id is missing")
+        raise ProtocolError("the response is not a training run: training_run_id is missing")
     return run
 
 
 def parse_training_runs(body: bytes) -> Page[TrainingRun]:
-    """Read a page of training runs.
+    """Parse a page of training runs.
 
     Raises:
-        ProtocolError: it is not JSON, or has no list.
+        ProtocolError: the response is not JSON or has no list of runs.
     """
     return _page(body, "training_runs", _parse_run)
 
 
 def parse_checkpoints(body: bytes) -> Page[Checkpoint]:
-    """Read a listing of checkpoints.
+    """Parse a page of checkpoints.
 
     Raises:
-        ProtocolError: it is not JSON, or has no list.
+        ProtocolError: the response is not JSON or has no list of checkpoints.
     """
     return _page(body, "checkpoints", parse_checkpoint)
 
 
 def parse_session_ids(body: bytes) -> Page[str]:
-    """Read a page of session ids.
+    """Parse a page of session ids.
 
     Raises:
-        ProtocolError: it is not JSON, or has no list.
+        ProtocolError: the response is not JSON or has no list of sessions.
     """
     return _page(body, "sessions", _session_id)
 
 
 def _session_id(raw: bytes) -> str | None:
     value = loads(raw)
-    if isinstance(value, dict):  # SDK 0.36's search tells records; take their ids here as well
+    if isinstance(value, dict):  # a record, as in the session search of SDK 0.36
         value = value.get("session_id")
     return value if isinstance(value, str) and value else None
 
 
 def parse_found_sessions(body: bytes) -> SessionSearchPage:
-    """Read a page of a session search.
+    """Parse a page of a session search.
 
     Raises:
-        ProtocolError: it is not JSON, or has no list.
+        ProtocolError: the response is not JSON or has no list of sessions.
     """
-    page = _page(body, "sessions", _found_session)
+    page = _page(body, "sessions", _session_summary)
     return SessionSearchPage(page.items, (loads_object(body) or {}).get("next_cursor"))
 
 
-def _found_session(raw: bytes) -> SessionSummary | None:
+def _session_summary(raw: bytes) -> SessionSummary | None:
     fields = loads_object(raw)
     if fields is None or not (session_id := _text(fields, "session_id")):
         return None
@@ -226,25 +227,25 @@ def _found_session(raw: bytes) -> SessionSummary | None:
 
 
 def parse_weights_info(body: bytes) -> WeightsInfo:
-    """Read the answer that tells what weights are.
+    """Parse the response of the weights info endpoint.
 
     Raises:
-        ProtocolError: it is not a JSON object.
+        ProtocolError: the response is not a JSON object.
     """
     raw, fields = parse_object(body)
     return WeightsInfo(
         base_model=_text(fields, "base_model"),
         lora_rank=_size(fields.get("lora_rank")),
-        is_lora=_truth(fields, "is_lora"),
+        is_lora=_boolean(fields, "is_lora"),
         raw=raw,
     )
 
 
 def parse_session(session_id: str, body: bytes) -> Session:
-    """Read one session's record, which does not repeat its id.
+    """Parse the record of a session, which does not include the session's id.
 
     Raises:
-        ProtocolError: it is not a JSON object.
+        ProtocolError: the response is not a JSON object.
     """
     raw, fields = parse_object(body)
     return Session(
@@ -256,10 +257,10 @@ def parse_session(session_id: str, body: bytes) -> Session:
 
 
 def parse_sampler(sampler_id: str, body: bytes) -> Sampler:
-    """Read one sampler's record.
+    """Parse the record of a sampler.
 
     Raises:
-        ProtocolError: it is not a JSON object.
+        ProtocolError: the response is not a JSON object.
     """
     raw, fields = parse_object(body)
     return Sampler(
@@ -271,10 +272,10 @@ def parse_sampler(sampler_id: str, body: bytes) -> Sampler:
 
 
 def parse_capabilities(body: bytes) -> Capabilities:
-    """Read what the server offers.
+    """Parse the response of the server capabilities endpoint.
 
     Raises:
-        ProtocolError: it is not a JSON object.
+        ProtocolError: the response is not a JSON object.
     """
     raw, fields = parse_object(body)
     listed = fields.get("supported_models")
@@ -287,19 +288,19 @@ def parse_capabilities(body: bytes) -> Capabilities:
 
 
 def check_change_response(body: bytes) -> None:
-    """Check that a change's response with status 2xx comes from the API: it is empty or JSON.
+    """Check that a successful response to a change was sent by the API.
 
-    A captive portal answers 200 with a page of HTML, and nothing was changed.
+    A captive portal sends status 200 and an HTML page although nothing was changed.
 
     Raises:
-        ProtocolError: it is not.
+        ProtocolError: the body is neither empty nor JSON.
     """
     if body.strip() and not is_json(body):
         raise ProtocolError("the response to a change is neither empty nor JSON")
 
 
 def _page(body: bytes, name: str, parse: Callable[[bytes], T | None]) -> Page[T]:
-    """Read a listing: the records under `name`, and what its cursor tells."""
+    """Parse a listing: the records under `name` and the counts in its cursor."""
     try:
         top = decode_object(body)
         listed = top.get(name)
@@ -309,17 +310,17 @@ def _page(body: bytes, name: str, parse: Callable[[bytes], T | None]) -> Page[T]
     except DECODE_ERRORS:
         fields = loads_object(body)
         if fields is None:
-            raise ProtocolError("the answer is not a JSON object") from None
+            raise ProtocolError("the response is not a JSON object") from None
         found = fields.get(name, ...)
-        # A null list is an empty one: servers written in Go say so.
+        # A null list is empty: servers written in Go encode it so.
         is_listed = found is None or isinstance(found, list)
         records = [dumps(item) for item in found] if isinstance(found, list) else []
         cursor = fields.get("cursor")
     if not is_listed:
-        raise ProtocolError(f"the answer has no list of {name}")
+        raise ProtocolError(f"the response has no list of {name}")
     items = tuple(item for raw in records if (item := parse(raw)) is not None)
-    known = cursor if isinstance(cursor, dict) else {}
-    return Page(items, _size(known.get("total_count")), _size(known.get("limit")), len(records))
+    counts = cursor if isinstance(cursor, dict) else {}
+    return Page(items, _size(counts.get("total_count")), _size(counts.get("limit")), len(records))
 
 
 def _text(fields: dict[str, Any], name: str) -> str | None:
@@ -331,7 +332,7 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(v for v in value if isinstance(v, str) and v) if isinstance(value, list) else ()
 
 
-def _truth(fields: dict[str, Any], name: str) -> bool | None:
+def _boolean(fields: dict[str, Any], name: str) -> bool | None:
     value = fields.get(name)
     return value if isinstance(value, bool) else None
 

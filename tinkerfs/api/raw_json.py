@@ -1,8 +1,7 @@
-"""JSON text of servers: read tolerantly, changed without touching what is not meant (pure).
+"""Tolerant JSON decoding, and changes of JSON that keep all other bytes. Pure.
 
-msgspec is quick and exact, but refuses a whole text for one lone surrogate in a string, which a
-name that is no UTF-8 brings in, and for one NaN, which Python servers write. What it refuses goes
-through `json.loads`.
+msgspec is fast and strict. It rejects a whole document for one lone surrogate (from a non-UTF-8
+name) or for one NaN (written by Python servers). Such documents are decoded by `json.loads`.
 """
 
 import json
@@ -13,7 +12,7 @@ import msgspec
 
 from tinkerfs.errors import ProtocolError
 
-#: What msgspec raises for a text that it refuses; deep nesting is a RecursionError.
+#: Errors that msgspec raises for rejected documents; deep nesting raises a RecursionError.
 DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 _decode_top = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -21,44 +20,44 @@ _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 def decode_object(body: bytes) -> dict[str, msgspec.Raw]:
-    """Return the top-level fields of a JSON object, each as its own bytes.
+    """Return the top-level fields of a JSON object as raw JSON.
 
     Raises:
-        REFUSALS: it is none, or one that only `loads` may read.
+        DECODE_ERRORS: the body is not a JSON object that msgspec accepts.
     """
     if not body.isascii():
-        body.decode("utf-8")  # msgspec skips bytes that are no UTF-8 unseen
+        body.decode("utf-8")  # msgspec does not report non-UTF-8 bytes
     return _decode_top(body)
 
 
 def decode_list(raw: msgspec.Raw) -> list[bytes]:
-    """Return the items of a JSON array, each as its own bytes.
+    """Return the items of a JSON array as raw JSON.
 
     Raises:
-        REFUSALS: it is none.
+        DECODE_ERRORS: the value is not a JSON array.
     """
     return [bytes(item) for item in _decode_list(raw)]
 
 
 def parse_object(body: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Return an answer that is one JSON object: its bytes, valid JSON in UTF-8, and its fields.
+    """Return a JSON object as valid UTF-8 JSON and as a dict.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: the body is not a JSON object.
     """
-    raw = checked_object(body)
+    raw = normalize_object(body)
     fields = loads_object(raw)
     if fields is None:
-        raise ProtocolError("the answer is not a JSON object")
+        raise ProtocolError("the response is not a JSON object")
     return raw, fields
 
 
 def with_fields(raw: bytes, **changes: object) -> bytes:
-    """Return a JSON object with some top-level fields set; the values of others keep their bytes.
+    """Set top-level fields of a JSON object; all other values keep their bytes.
 
     Raises:
         ProtocolError: `raw` is not a JSON object.
-        TypeError: a value cannot be JSON.
+        TypeError: a value cannot be encoded as JSON.
     """
     fields = _raw_fields(raw)
     for name, value in changes.items():
@@ -67,10 +66,10 @@ def with_fields(raw: bytes, **changes: object) -> bytes:
 
 
 def merge_objects(first: bytes, second: bytes) -> bytes:
-    """Return the fields of two JSON objects in one; the second wins, values keep their bytes.
+    """Merge two JSON objects; fields of the second win, and values keep their bytes.
 
     Raises:
-        ProtocolError: one of them is not a JSON object.
+        ProtocolError: an argument is not a JSON object.
     """
     return _joined(_raw_fields(first) | _raw_fields(second))
 
@@ -85,28 +84,28 @@ def _raw_fields(raw: bytes) -> dict[str, msgspec.Raw]:
     except DECODE_ERRORS:
         fields = loads_object(raw)
         if fields is None:
-            raise ProtocolError("the answer is not a JSON object") from None
+            raise ProtocolError("the response is not a JSON object") from None
         return {name: msgspec.Raw(dumps(value)) for name, value in fields.items()}
 
 
-def checked_object(body: bytes) -> bytes:
-    """Return the body where it is a JSON object in UTF-8, else the same object written as one.
+def normalize_object(body: bytes) -> bytes:
+    """Return a JSON object as valid UTF-8 JSON, unchanged if it already is.
 
     Raises:
-        ProtocolError: it is no JSON object at all.
+        ProtocolError: the body is not a JSON object.
     """
     try:
         decode_object(body)
     except DECODE_ERRORS:
         fields = loads_object(body)
         if fields is None:
-            raise ProtocolError("the answer is not a JSON object") from None
+            raise ProtocolError("the response is not a JSON object") from None
         return dumps(fields)
     return body
 
 
 def is_json(body: bytes) -> bool:
-    """Return whether `body` is JSON, as Python reads it: any value."""
+    """Return whether `body` is any JSON value that Python accepts."""
     try:
         json.loads(body)
     except (ValueError, RecursionError):
@@ -115,16 +114,16 @@ def is_json(body: bytes) -> bool:
 
 
 def loads_object(raw: bytes) -> dict[str, Any] | None:
-    """Read a JSON object as `loads` does; None where it is none."""
+    """Decode a JSON object like `loads`; return None for anything else."""
     value = loads(raw)
     return value if isinstance(value, dict) else None
 
 
 def loads(raw: bytes) -> Any:
-    """Read JSON as Python does, more tolerant than msgspec; None where even that fails.
+    """Decode JSON more tolerantly than msgspec; return None if that fails, too.
 
-    Bytes that are no UTF-8 become surrogate escapes (PEP 383), as they travel in file names; NaN,
-    infinities and numbers too long to be read become null.
+    Non-UTF-8 bytes become surrogate escapes (PEP 383), as in file names. NaN, infinities and
+    integers of 100 or more digits become None.
     """
     try:
         text = raw.decode("utf-8-sig", "surrogateescape")
@@ -147,5 +146,5 @@ def _int(text: str) -> int | None:
 
 
 def dumps(value: object) -> bytes:
-    """Write JSON in ASCII, so that a lone surrogate stays an escape, which JSON readers take."""
+    """Encode a value as ASCII JSON, which keeps lone surrogates as escapes."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")

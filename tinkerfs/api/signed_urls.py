@@ -1,6 +1,6 @@
-"""Signed URLs in the answers that hold them (pure).
+"""Extracts signed URLs from responses. Pure.
 
-A signed URL is a bearer secret: no message here tells one.
+A signed URL is a bearer secret, so no error message contains one.
 """
 
 from urllib.parse import urljoin, urlsplit
@@ -12,57 +12,59 @@ from tinkerfs.api.raw_json import parse_object
 from tinkerfs.api.timestamps import parse_http_date_s, parse_time_ns
 from tinkerfs.errors import ProtocolError
 
-#: How long a signed URL is taken to be good where the server does not say, seconds.
+#: Assumed lifetime of a signed URL without an expiry, seconds.
 LIFETIME_S = 15 * 60.0
 
 
-def archive_url(answer: Response, now_s: float) -> SignedUrl:
-    """Return where an archive is: a redirect's Location, or the `url` of an object.
+def archive_url(response: Response, now_s: float) -> SignedUrl:
+    """Return the archive's URL from a redirect's Location or a JSON object's `url`.
 
     Args:
-        answer: the archive endpoint's.
+        response: response of the archive endpoint.
         now_s: seconds since 1970.
 
     Raises:
-        ProtocolError: it tells no such place.
+        ProtocolError: the response has no valid URL.
     """
-    if answer.status in REDIRECTS:
-        place = answer.headers.get("location")
-        expires_at_s = parse_http_date_s(answer.headers.get("expires", ""))
-        return SignedUrl(_checked(_joined(answer.url, place)), _expiry(expires_at_s, now_s))
-    _, fields = parse_object(answer.body)
-    return SignedUrl(_checked(fields.get("url")), _expiry(_seconds(fields.get("expires")), now_s))
+    if response.status in REDIRECTS:
+        location = response.headers.get("location")
+        expires_at_s = parse_http_date_s(response.headers.get("expires", ""))
+        url = _validate(_resolve(response.url, location))
+        return SignedUrl(url, _expiry_s(expires_at_s, now_s))
+    _, fields = parse_object(response.body)
+    url = _validate(fields.get("url"))
+    return SignedUrl(url, _expiry_s(_seconds(fields.get("expires")), now_s))
 
 
-def external_urls(answer: Response, now_s: float) -> tuple[dict[str, str], float]:
-    """Return a signed URL for each file of an external checkpoint, and when they expire.
+def external_urls(response: Response, now_s: float) -> tuple[dict[str, str], float]:
+    """Return signed URLs for an external checkpoint's files, and their expiry.
 
     Args:
-        answer: the external weights endpoint's.
-        now_s: seconds since 1970, as is the expiry.
+        response: response of the external weights endpoint.
+        now_s: seconds since 1970, like the expiry.
 
     Raises:
-        ProtocolError: it has no such list, or one of them is no URL: a file that is left out in
-            silence is worse than no file.
+        ProtocolError: the response has no `urls`, or an invalid URL. An error is better than a
+            silently missing file.
     """
-    _, fields = parse_object(answer.body)
+    _, fields = parse_object(response.body)
     urls = fields.get("urls")
     if not isinstance(urls, dict):
-        raise ProtocolError("the answer has no urls")
+        raise ProtocolError("the response has no urls")
     return (
-        {name: _checked(url) for name, url in urls.items()},
-        _expiry(_seconds(fields.get("expires")), now_s),
+        {name: _validate(url) for name, url in urls.items()},
+        _expiry_s(_seconds(fields.get("expires")), now_s),
     )
 
 
-def _joined(asked: str, place: str | None) -> str | None:
+def _resolve(base_url: str, location: str | None) -> str | None:
     try:
-        return urljoin(asked, place) if place else None
+        return urljoin(base_url, location) if location else None
     except ValueError:
         return None
 
 
-def _checked(url: object) -> str:
+def _validate(url: object) -> str:
     try:
         if isinstance(url, str) and url.isprintable() and " " not in url:
             parts = urlsplit(url)
@@ -70,12 +72,14 @@ def _checked(url: object) -> str:
                 return url
     except ValueError:
         pass
-    raise ProtocolError("the answer has no http or https URL to read from")
+    raise ProtocolError("the response has no http or https URL to read from")
 
 
-def _expiry(told_s: float | None, now_s: float) -> float:
-    """Return when a URL expires; a time that has passed is another's clock, or a plain `0`."""
-    return told_s if told_s is not None and told_s > now_s else now_s + LIFETIME_S
+def _expiry_s(expires_at_s: float | None, now_s: float) -> float:
+    """Return the expiry, or a default if it is missing, 0 or past due to clock skew."""
+    if expires_at_s is not None and expires_at_s > now_s:
+        return expires_at_s
+    return now_s + LIFETIME_S
 
 
 def _seconds(value: object) -> float | None:

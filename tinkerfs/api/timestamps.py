@@ -1,7 +1,7 @@
-"""Times as servers write them, read tolerantly (pure).
+"""Tolerant parsing of timestamps in API responses. Pure.
 
-Records carry ISO 8601 or Unix seconds; headers carry RFC 9110 dates and delays. What cannot be read
-is None: a time that is wrong costs that field and nothing else.
+Records contain ISO 8601 strings or Unix seconds. Headers contain RFC 9110 dates and delays. An
+invalid value is parsed as None, so that the rest of its record stays usable.
 """
 
 import math
@@ -16,25 +16,25 @@ _ISO = re.compile(
     r"\s*(?:([Zz]|UTC|GMT)|([+-])(\d\d)(?::?(\d\d))?)?)?\s*",
     re.ASCII,
 )
-#: Longer text is not read: `_ISO` tries each way to share out a run of spaces.
+#: Longer strings are rejected, because `_ISO` backtracks over runs of spaces.
 _MAX_LENGTH = 100
 _EPOCH = datetime(1970, 1, 1)
 _EPOCH_DAY = date(1970, 1, 1).toordinal()
-#: Up to whole seconds, and up to microseconds.
-_USUAL_LENGTHS = (19, 26)
+#: Lengths of canonical timestamps with whole seconds and with microseconds.
+_CANONICAL_LENGTHS = (19, 26)
 _NS = 1_000_000_000
 
-#: What fits 64 signed bits of nanoseconds (years 1677 to 2262): SQLite keeps no more. A time
-#: outside is None, as is the year 9999 that some servers write for "never".
-_LEAST_NS, _MOST_NS = -(2**63), 2**63 - 1
+#: Range of signed 64-bit nanoseconds (years 1677 to 2262), as SQLite stores them. Other times are
+#: parsed as None, such as the year 9999 that some servers use for "never".
+_MIN_NS, _MAX_NS = -(2**63), 2**63 - 1
 
 
 def parse_time_ns(value: object) -> int | None:
-    """Return a record's time in nanoseconds since 1970 (UTC), None where it is none.
+    """Parse a record's timestamp to nanoseconds since 1970; return None if invalid.
 
     Args:
-        value: ISO 8601 text with `Z`, an offset or no zone (UTC then), with or without fractions
-            (kept to the nanosecond); or Unix seconds, whole or not.
+        value: Unix seconds as an int or float, or an ISO 8601 string. Without a zone the string is
+            in UTC. Fractions are exact to the nanosecond.
     """
     if isinstance(value, str):
         ns = _iso_ns(value)
@@ -43,18 +43,18 @@ def parse_time_ns(value: object) -> int | None:
     elif isinstance(value, int):
         ns = value * _NS
     elif math.isfinite(value):
-        # Apart, because a float near 1.7e18 has steps of 256 ns.
+        # Separately, because the resolution of a float near 1.7e18 is 256 ns.
         whole = math.floor(value)
         ns = whole * _NS + round((value - whole) * _NS)
     else:
         return None
-    return ns if ns is not None and _LEAST_NS <= ns <= _MOST_NS else None
+    return ns if ns is not None and _MIN_NS <= ns <= _MAX_NS else None
 
 
 def canonical_timestamp(time_ns: int) -> str:
-    """Return a time (nanoseconds since 1970) as most servers write it, but for its zone.
+    """Format nanoseconds since 1970 as most servers do, but without a zone.
 
-    That is ISO 8601 in UTC, with six digits of a second where it is no whole one.
+    The format is ISO 8601 in UTC, with six decimals unless the second is whole.
     """
     seconds, fraction_ns = divmod(time_ns, _NS)
     when = _EPOCH + timedelta(0, seconds, fraction_ns // 1000)
@@ -63,13 +63,13 @@ def canonical_timestamp(time_ns: int) -> str:
 
 
 def _iso_ns(text: str) -> int | None:
-    return _usual_ns(text) or _any_iso_ns(text)
+    return _canonical_ns(text) or _any_iso_ns(text)
 
 
-def _usual_ns(text: str) -> int | None:
-    """Read what `usual_text` writes, in a fifth of the time that any other ISO 8601 takes."""
+def _canonical_ns(text: str) -> int | None:
+    """Parse the format of `canonical_timestamp`, faster than `_any_iso_ns`."""
     text = text.removesuffix("Z")
-    if len(text) not in _USUAL_LENGTHS or text[11:13] == "24":  # to some Pythons, tomorrow
+    if len(text) not in _CANONICAL_LENGTHS or text[11:13] == "24":  # some Pythons accept hour 24
         return None
     if text[7::3][:4] != "-T::" or text[19:20] not in {"", ".", ","}:
         return None
@@ -107,7 +107,7 @@ def _any_iso_ns(text: str) -> int | None:
 
 
 def parse_http_date_s(text: str) -> float | None:
-    """Return an HTTP date (RFC 9110, 5.6.7) in seconds since 1970, None where it is none."""
+    """Parse an HTTP date (RFC 9110, 5.6.7) to seconds since 1970; None if invalid."""
     try:
         when = parsedate_to_datetime(text[:_MAX_LENGTH])
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
@@ -116,24 +116,22 @@ def parse_http_date_s(text: str) -> float | None:
 
 
 def parse_retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
-    """Return how long the server asks to wait, seconds (0 or more), None where it does not say.
+    """Return the delay that a response requests in seconds (>= 0), None without one.
 
-    Args:
-        headers: the answer's headers; `retry-after-ms` goes before `Retry-After`, which is a number
-            of seconds or an HTTP date (Tinker SDK; RFC 9110, 10.2.3).
-        now_s: seconds since 1970, against which a date is taken.
+    `retry-after-ms` (Tinker SDK) takes precedence over `Retry-After` (RFC 9110, 10.2.3), which is a
+    number of seconds or an HTTP date. `now_s` is the current time in seconds since 1970.
     """
     for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         text = headers.get(name)
         if text is None:
             continue
         try:
-            wait_s = float(text) * unit_s
+            delay_s = float(text) * unit_s
         except ValueError:
-            then_s = parse_http_date_s(text) if name == "retry-after" else None
-            if then_s is not None:
-                return max(then_s - now_s, 0.0)
+            date_s = parse_http_date_s(text) if name == "retry-after" else None
+            if date_s is not None:
+                return max(date_s - now_s, 0.0)
             continue
-        if math.isfinite(wait_s) and wait_s >= 0:
-            return wait_s
+        if math.isfinite(delay_s) and delay_s >= 0:
+            return delay_s
     return None

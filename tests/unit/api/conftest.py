@@ -1,4 +1,4 @@
-"""Clients of demo servers, and of servers that answer with given bytes."""
+"""Fixtures: clients of demo servers and of servers that send given bytes."""
 
 from contextlib import ExitStack
 
@@ -12,7 +12,7 @@ from tinkerfs.telemetry import Telemetry
 
 
 def http(status, body=b"", *headers):
-    """Return the bytes of a response after which the connection ends."""
+    """Return the bytes of a response that closes its connection."""
     return response(status, body, "Connection: close", *headers)
 
 
@@ -23,7 +23,7 @@ def telemetry():
 
 @pytest.fixture
 def client_of(telemetry, tmp_path, monkeypatch):
-    """A factory of clients of any server, which wait next to nothing between tries."""
+    """A factory of clients of any server, with minimal delays between attempts."""
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     with ExitStack() as stack:
@@ -43,13 +43,13 @@ def client_of(telemetry, tmp_path, monkeypatch):
 
 @pytest.fixture
 def client(client_of, server):  # noqa: F811
-    """A client of the demo server of this test."""
+    """A client of the test's demo server."""
     return client_of(server)
 
 
 @pytest.fixture
 def bytes_of():
-    """A factory of servers that send the given responses in order, the last one over and over."""
+    """A factory of servers that send the given responses in order and repeat the last one."""
     with ExitStack() as stack:
 
         def make(*responses):

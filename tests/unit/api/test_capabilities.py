@@ -1,4 +1,4 @@
-"""What a server lacks: learnt of refusals, asked for again rarely."""
+"""The capability cache learns from refusals and forgets after a TTL."""
 
 import pytest
 
@@ -8,71 +8,71 @@ from tinkerfs.api.capabilities import UNSUPPORTED_THRESHOLD, UNSUPPORTED_TTL_S, 
 
 
 @pytest.fixture
-def hands():
+def time():
     return FakeTime()
 
 
 @pytest.fixture
-def lacks(hands):
-    return CapabilityCache(hands.clock)
+def cache(time):
+    return CapabilityCache(time.clock)
 
 
-def ask(lacks, error=None, what="it", refusal=errors.UnsupportedEndpoint, **options):
-    """Ask once; return whether the server was asked, and what failure the caller got."""
-    asked, failure = False, None
+def request(cache, error=None, capability="x", refusal=errors.UnsupportedEndpoint, **options):
+    """Return whether a request was sent, and the class of the error that was raised."""
+    is_sent, failure = False, None
     try:
-        with lacks.guard(what, refusal, **options):
-            asked = True
+        with cache.guard(capability, refusal, **options):
+            is_sent = True
             if error is not None:
                 raise error
     except errors.ApiError as raised:
         failure = raised
-    assert asked or failure.is_local
-    return asked, failure and type(failure)
+    assert is_sent or failure.is_local
+    return is_sent, failure and type(failure)
 
 
 MISSING = errors.UnsupportedEndpoint("Not Found")
 
 
-def test_after_so_many_refusals_in_a_row_nobody_is_asked_for_a_while(lacks, hands):
+def test_guard_after_threshold_refusals_fails_locally_until_ttl(cache, time):
     for _ in range(UNSUPPORTED_THRESHOLD):
-        assert ask(lacks, MISSING) == (True, errors.UnsupportedEndpoint)
+        assert request(cache, MISSING) == (True, errors.UnsupportedEndpoint)
     for _ in range(5):
-        assert ask(lacks) == (False, errors.UnsupportedEndpoint)
-    assert ask(lacks, what="another") == (True, None)
-    hands.advance(UNSUPPORTED_TTL_S - 1)
-    assert ask(lacks) == (False, errors.UnsupportedEndpoint)
-    hands.advance(2)
-    assert ask(lacks, MISSING) == (True, errors.UnsupportedEndpoint)
-    assert ask(lacks) == (False, errors.UnsupportedEndpoint)
-    hands.advance(UNSUPPORTED_TTL_S + 1)
-    assert ask(lacks) == (True, None)
+        assert request(cache) == (False, errors.UnsupportedEndpoint)
+    assert request(cache, capability="another") == (True, None)
+    time.advance(UNSUPPORTED_TTL_S - 1)
+    assert request(cache) == (False, errors.UnsupportedEndpoint)
+    time.advance(2)
+    assert request(cache, MISSING) == (True, errors.UnsupportedEndpoint)
+    assert request(cache) == (False, errors.UnsupportedEndpoint)
+    time.advance(UNSUPPORTED_TTL_S + 1)
+    assert request(cache) == (True, None)
 
 
-def test_one_refusal_is_enough_where_it_can_be_about_nothing_else(lacks):
-    assert ask(lacks, MISSING, refusals=1) == (True, errors.UnsupportedEndpoint)
-    assert ask(lacks, refusals=1) == (False, errors.UnsupportedEndpoint)
+def test_guard_with_threshold_one_fails_after_one_refusal(cache):
+    assert request(cache, MISSING, threshold=1) == (True, errors.UnsupportedEndpoint)
+    assert request(cache, threshold=1) == (False, errors.UnsupportedEndpoint)
 
 
-def test_what_has_worked_is_there_whatever_is_said_later(lacks):
+def test_guard_after_success_never_becomes_unsupported(cache):
     for _ in range(UNSUPPORTED_THRESHOLD - 1):
-        ask(lacks, MISSING)
-    assert ask(lacks) == (True, None)
+        request(cache, MISSING)
+    assert request(cache) == (True, None)
     for _ in range(UNSUPPORTED_THRESHOLD * 2):
-        assert ask(lacks, MISSING) == (True, errors.UnsupportedEndpoint)
+        assert request(cache, MISSING) == (True, errors.UnsupportedEndpoint)
 
 
-def test_other_failures_say_nothing_of_it(lacks):
+def test_guard_ignores_other_errors(cache):
     for _ in range(UNSUPPORTED_THRESHOLD * 2):
-        assert ask(lacks, errors.ServerError("down")) == (True, errors.ServerError)
-        assert ask(lacks, errors.BadRequest("odd name")) == (True, errors.BadRequest)
+        assert request(cache, errors.ServerError("down")) == (True, errors.ServerError)
+        assert request(cache, errors.BadRequest("odd name")) == (True, errors.BadRequest)
     for _ in range(UNSUPPORTED_THRESHOLD):
-        ask(lacks, errors.BadRequest("no"), "kind", errors.BadRequest)
-    assert ask(lacks, None, "kind", errors.BadRequest) == (False, errors.BadRequest)
+        request(cache, errors.BadRequest("no"), "kind", errors.BadRequest)
+    assert request(cache, None, "kind", errors.BadRequest) == (False, errors.BadRequest)
 
 
-def test_it_can_be_forgotten(lacks):
+def test_reset_forgets_unsupported_capability(cache):
     for _ in range(UNSUPPORTED_THRESHOLD):
-        ask(lacks, MISSING)
-    lacks.reset()
-    assert ask(lacks) == (True, None)
+        request(cache, MISSING)
+    cache.reset()
+    assert request(cache) == (True, None)

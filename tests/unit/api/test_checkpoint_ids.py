@@ -6,12 +6,12 @@ from tinkerfs.api.checkpoint_ids import CheckpointRef, IdForm, candidate_ids, id
 PATH, LISTED = IdForm.PATH, IdForm.LISTED
 
 
-def ref(path_id="weights/0001", listed_id="0001", *, is_shared=False):
-    return CheckpointRef("r", path_id, listed_id, exists=True, has_ambiguous_id=is_shared)
+def ref(path_id="weights/0001", listed_id="0001", *, is_ambiguous=False):
+    return CheckpointRef("r", path_id, listed_id, exists=True, has_ambiguous_id=is_ambiguous)
 
 
 @pytest.mark.parametrize(
-    ("one", "endpoint", "worked", "forms"),
+    ("one", "endpoint", "last_accepted", "forms"),
     [
         (ref(), endpoints.ARCHIVE, None, [PATH, LISTED]),
         (ref(), endpoints.DELETE, None, [PATH, LISTED]),
@@ -20,17 +20,17 @@ def ref(path_id="weights/0001", listed_id="0001", *, is_shared=False):
         (ref(), endpoints.ARCHIVE, PATH, [PATH, LISTED]),
         (ref(), endpoints.DELETE, PATH, [PATH]),
         (ref(listed_id="weights/0001"), endpoints.DELETE, LISTED, [PATH]),
-        (ref(is_shared=True), endpoints.DELETE, LISTED, [PATH]),
-        (ref(is_shared=True), endpoints.ARCHIVE, LISTED, [PATH]),
-        (ref("sampler_weights/1", "1", is_shared=True), endpoints.ARCHIVE, None, [PATH, LISTED]),
-        (ref("sampler_weights/1", "1", is_shared=True), endpoints.DELETE, None, [PATH]),
+        (ref(is_ambiguous=True), endpoints.DELETE, LISTED, [PATH]),
+        (ref(is_ambiguous=True), endpoints.ARCHIVE, LISTED, [PATH]),
+        (ref("sampler_weights/1", "1", is_ambiguous=True), endpoints.ARCHIVE, None, [PATH, LISTED]),
+        (ref("sampler_weights/1", "1", is_ambiguous=True), endpoints.DELETE, None, [PATH]),
         (ref(path_id=""), endpoints.DELETE, PATH, [LISTED]),
         (ref(listed_id=""), endpoints.DELETE, None, [PATH]),
         (ref("", ""), endpoints.DELETE, None, []),
     ],
 )
-def test_which_forms_are_tried(one, endpoint, worked, forms):
-    assert [form for form, _ in candidate_ids(one, endpoint, worked)] == forms
+def test_candidate_ids_returns_forms_in_order(one, endpoint, last_accepted, forms):
+    assert [form for form, _ in candidate_ids(one, endpoint, last_accepted)] == forms
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_which_forms_are_tried(one, endpoint, worked, forms):
         ("\n", "%0A"),
     ],
 )
-def test_one_segment(text, encoded):
+def test_quote_segment_encodes_text(text, encoded):
     assert quote_segment(text) == encoded
 
 
@@ -61,5 +61,5 @@ def test_one_segment(text, encoded):
         ("../..", "%2E%2E/%2E%2E"),
     ],
 )
-def test_an_id_keeps_its_first_slash(text, encoded):
+def test_id_path_keeps_first_slash(text, encoded):
     assert id_path(text) == encoded

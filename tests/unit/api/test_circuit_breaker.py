@@ -18,7 +18,7 @@ def breakers(time):
 
 
 def attempt(breakers, error=None, label="GET x", during=lambda: None):
-    """Make a call that ends so; return when it would have given up, or what was raised."""
+    """Send a request that raises `error`; return its deadline or the error."""
     try:
         with breakers.guard(label, NEVER) as deadline:
             during()
@@ -29,7 +29,7 @@ def attempt(breakers, error=None, label="GET x", during=lambda: None):
     return deadline
 
 
-def break_it(breakers, error=None, count=3):
+def fail_repeatedly(breakers, error=None, count=3):
     for _ in range(count):
         assert not attempt(breakers, error or errors.ServerError("500")).is_local
 
@@ -43,85 +43,85 @@ def break_it(breakers, error=None, count=3):
         (errors.RequestTimeout("hangs"), 2),
     ],
 )
-def test_after_repeated_failures_calls_fail_at_once_with_the_last_one(breakers, error, count):
-    break_it(breakers, error, count)
-    assert not attempt(breakers, error).is_local  # the first probe comes at once
-    refused = attempt(breakers)
-    assert refused.is_local
-    assert (type(refused), refused.message) == (type(error), error.message)
+def test_guard_after_repeated_failures_raises_last_error_locally(breakers, error, count):
+    fail_repeatedly(breakers, error, count)
+    assert not attempt(breakers, error).is_local  # the first probe is sent at once
+    local_error = attempt(breakers)
+    assert local_error.is_local
+    assert (type(local_error), local_error.message) == (type(error), error.message)
 
 
 @pytest.mark.parametrize(
     "error", [errors.NotFound("no"), errors.RateLimited("slowly"), errors.Unauthorized("key")]
 )
-def test_an_answer_is_no_outage(breakers, error):
-    break_it(breakers, error, 10)
+def test_guard_non_tripping_errors_keep_breaker_closed(breakers, error):
+    fail_repeatedly(breakers, error, 10)
 
 
-def test_what_was_not_asked_says_nothing_of_the_endpoint(breakers, time):
+def test_guard_ignores_local_errors(breakers, time):
     for _ in range(5):
-        assert attempt(breakers, errors.RequestTimeout("not its turn").as_local()).is_local
+        assert attempt(breakers, errors.RequestTimeout("no permit").as_local()).is_local
     assert attempt(breakers) == NEVER
-    break_it(breakers, count=3)
-    attempt(breakers, errors.RequestTimeout("not its turn").as_local())
+    fail_repeatedly(breakers, count=3)
+    attempt(breakers, errors.RequestTimeout("no permit").as_local())
     time.advance(1.01)
     assert isinstance(attempt(breakers, errors.ServerError("500")), errors.ServerError)
     assert attempt(breakers).is_local
 
 
-def test_one_success_closes_it(breakers):
-    break_it(breakers, count=2)
+def test_guard_success_resets_failure_count(breakers):
+    fail_repeatedly(breakers, count=2)
     assert attempt(breakers) == NEVER
-    break_it(breakers, count=3)
+    fail_repeatedly(breakers, count=3)
 
 
-def test_an_endpoint_says_nothing_of_another(breakers):
-    break_it(breakers, count=4)
+def test_guard_keeps_breakers_of_endpoints_separate(breakers):
+    fail_repeatedly(breakers, count=4)
     assert attempt(breakers).is_local
     assert attempt(breakers, label="GET y") == NEVER
 
 
-def test_who_refreshes_asks_again_at_once(breakers):
-    break_it(breakers, count=4)
+def test_reset_closes_open_breaker(breakers):
+    fail_repeatedly(breakers, count=4)
     assert attempt(breakers).is_local
     breakers.reset()
     assert attempt(breakers) == NEVER
 
 
-def test_one_probe_at_a_time_and_one_a_second(breakers, time):
-    break_it(breakers)
-    seen = []
+def test_guard_open_allows_one_probe_per_interval(breakers, time):
+    fail_repeatedly(breakers)
+    errors_during_probe = []
 
-    def meanwhile():
+    def during_probe():
         time.advance(10)
-        seen.append(attempt(breakers))
+        errors_during_probe.append(attempt(breakers))
 
-    assert not attempt(breakers, errors.ServerError("still"), during=meanwhile).is_local
-    assert seen[0].is_local
+    assert not attempt(breakers, errors.ServerError("still"), during=during_probe).is_local
+    assert errors_during_probe[0].is_local
     assert attempt(breakers).is_local
     time.advance(1.01)
     assert isinstance(attempt(breakers), float)
     assert attempt(breakers) == NEVER
 
 
-def test_a_probe_is_given_up_soon_but_not_before_a_success_would_come(breakers, time):
+def test_probe_timeout_is_twice_the_slowest_success(breakers, time):
     hangs = errors.RequestTimeout("hangs")
-    break_it(breakers, hangs, 2)
+    fail_repeatedly(breakers, hangs, 2)
     started = time.clock.monotonic()
     ended = attempt(breakers, during=lambda: time.advance(1.5))
     assert ended == pytest.approx(started + 2)
-    break_it(breakers, hangs, 2)
+    fail_repeatedly(breakers, hangs, 2)
     started = time.clock.monotonic()
     assert attempt(breakers) == pytest.approx(started + 3)
 
 
-# --- builds --------------------------------------------------------------------------------------
+# --- long-running requests -----------------------------------------------------------------------
 
 
-def build(breakers, time, error=None, takes_s=0.0):
-    """Make a call of an endpoint that builds; return when it would give up, or what was raised."""
+def attempt_build(breakers, time, error=None, takes_s=0.0):
+    """Send a long-running request that raises `error`; return its deadline or the error."""
     try:
-        with breakers.guard("GET archive", NEVER, is_build=True) as deadline:
+        with breakers.guard("GET archive", NEVER, is_long_running=True) as deadline:
             time.advance(takes_s)
             if error is not None:
                 raise error
@@ -130,33 +130,35 @@ def build(breakers, time, error=None, takes_s=0.0):
     return deadline
 
 
-def test_build_that_times_out_says_nothing_of_its_endpoint(breakers, time):
+def test_long_running_timeout_keeps_breaker_closed(breakers, time):
     for _ in range(5):
-        assert not build(breakers, time, errors.RequestTimeout("held"), takes_s=40).is_local
-    assert build(breakers, time) == NEVER
+        assert not attempt_build(
+            breakers, time, errors.RequestTimeout("delayed"), takes_s=40
+        ).is_local
+    assert attempt_build(breakers, time) == NEVER
 
 
-def test_build_without_connection_counts_as_failed(breakers, time):
+def test_long_running_unsent_timeout_opens_breaker(breakers, time):
     for _ in range(3):
-        unconnected = errors.RequestTimeout("no connection")
-        unconnected.is_unsent = True
-        assert not build(breakers, time, unconnected).is_local
-    assert build(breakers, time).is_local
+        unsent = errors.RequestTimeout("no connection")
+        unsent.request_not_sent = True
+        assert not attempt_build(breakers, time, unsent).is_local
+    assert attempt_build(breakers, time).is_local
 
 
-def test_build_that_is_a_probe_has_all_its_time(breakers, time):
+def test_long_running_probe_keeps_whole_deadline(breakers, time):
     for _ in range(3):
-        build(breakers, time, errors.ServerError("500"))
+        attempt_build(breakers, time, errors.ServerError("500"))
     time.advance(1)
-    assert build(breakers, time, takes_s=40) == NEVER
-    assert build(breakers, time) == NEVER
+    assert attempt_build(breakers, time, takes_s=40) == NEVER
+    assert attempt_build(breakers, time) == NEVER
 
 
-def test_build_that_is_a_probe_leaves_the_next_one_to_others(breakers, time):
+def test_long_running_probe_does_not_block_next_probe(breakers, time):
     for _ in range(3):
-        build(breakers, time, errors.ServerError("500"))
+        attempt_build(breakers, time, errors.ServerError("500"))
     time.advance(1)
-    with breakers.guard("GET archive", NEVER, is_build=True):
-        assert build(breakers, time).is_local
+    with breakers.guard("GET archive", NEVER, is_long_running=True):
+        assert attempt_build(breakers, time).is_local
         time.advance(1)
-        assert build(breakers, time) == NEVER
+        assert attempt_build(breakers, time) == NEVER

@@ -1,4 +1,4 @@
-"""Every endpoint, against the embedded server in the manner of each known server."""
+"""Every endpoint of the client, against the embedded server with the profile of each server."""
 
 import dataclasses
 
@@ -15,9 +15,9 @@ ARCHIVE = "GET archive"
 DELETE = "DELETE checkpoint"
 
 
-def ref_of(run_id, checkpoint, *, is_known=True):
+def ref_of(run_id, checkpoint, *, exists=True):
     _, _, rest = checkpoint.tinker_path.removeprefix("tinker://").partition("/")
-    return CheckpointRef(run_id, rest, checkpoint.checkpoint_id, is_known)
+    return CheckpointRef(run_id, rest, checkpoint.checkpoint_id, exists)
 
 
 def first_run(server):
@@ -31,56 +31,56 @@ def run_id(server):
 
 @pytest.fixture
 def refs(client, run_id):
-    """The run's checkpoints by kind: the first of each."""
+    """The first checkpoint of each type in the run."""
     found = {}
     for checkpoint in client.list_checkpoints(run_id):
         found.setdefault(checkpoint.checkpoint_type, ref_of(run_id, checkpoint))
     return found
 
 
-# --- looking -------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("runs", "calls"), [(0, 1), (1, 1), (100, 1), (101, 2), (1000, 10)])
-def test_listing_runs_costs_a_call_a_page(demo_server, client_of, runs, calls):
+@pytest.mark.parametrize(("runs", "requests"), [(0, 1), (1, 1), (100, 1), (101, 2), (1000, 10)])
+def test_all_training_runs_sends_one_request_per_page(demo_server, client_of, runs, requests):
     server = demo_server(runs=runs, checkpoints=1)
     found = client_of(server).all_training_runs()
     assert [run.run_id for run in found] == [run.id for run in server.account.runs()]
-    assert server.journal.count("GET training_runs") == calls
+    assert server.journal.count("GET training_runs") == requests
 
 
-def test_a_listing_in_which_runs_move(demo_server, client_of):
+def test_all_training_runs_with_moving_runs_is_complete(demo_server, client_of):
     server = demo_server(runs=250, checkpoints=1)
     ids = {run.id for run in server.account.runs()}
 
-    def move(answer):
-        answer["training_runs"] = answer["training_runs"][1:] + answer["training_runs"][:1]
-        return answer
+    def move(body):
+        body["training_runs"] = body["training_runs"][1:] + body["training_runs"][:1]
+        return body
 
     server.faults.add("GET training_runs", edit=move)
     assert {run.run_id for run in client_of(server).all_training_runs()} == ids
 
 
-def test_a_page_that_fails_fails_the_listing(demo_server, client_of):
+def test_listing_with_failing_page_fails(demo_server, client_of):
     server = demo_server(runs=300, checkpoints=1)
     server.faults.add("GET training_runs", status=400, when=lambda e: e.query["offset"] == "200")
     with pytest.raises(errors.BadRequest):
         client_of(server).all_training_runs()
 
 
-def test_a_record_that_cannot_be_read_is_told(server, client, expect_warnings):
-    expect_warnings("GET training_runs: 1 of 10 records could not be read")
+def test_listing_with_invalid_record_warns_once(server, client, expect_warnings):
+    expect_warnings("GET training_runs: skipped 1 of 10 records that could not be parsed")
 
-    def spoil(answer):
-        answer["training_runs"][3] = {"training_run_id": 5}
-        return answer
+    def invalidate(body):
+        body["training_runs"][3] = {"training_run_id": 5}
+        return body
 
-    server.faults.add("GET training_runs", edit=spoil, times=2)
+    server.faults.add("GET training_runs", edit=invalidate, times=2)
     assert [len(client.all_training_runs()) for _ in range(2)] == [9, 9]
     assert server.journal.count("GET training_runs") == 2
 
 
-def test_one_run(server, client, run_id):
+def test_training_run_returns_record_or_raises_not_found(server, client, run_id):
     run = client.training_run(run_id)
     assert run.run_id == run_id
     assert run.base_model
@@ -91,7 +91,7 @@ def test_one_run(server, client, run_id):
     assert server.journal.count("GET training_runs") == 0
 
 
-def test_a_public_run_of_somebody_else(demo_server, client_of):
+def test_training_run_of_other_account_is_returned(demo_server, client_of):
     server = demo_server(foreign_runs=1)
     client = client_of(server)
     own = {run.run_id for run in client.all_training_runs()}
@@ -100,7 +100,7 @@ def test_a_public_run_of_somebody_else(demo_server, client_of):
     assert client.training_run(foreign).run_id == foreign
 
 
-def test_checkpoints(server, client, run_id):
+def test_list_checkpoints_returns_all_of_run(server, client, run_id):
     listed = client.list_checkpoints(run_id)
     assert len(listed) == 5
     user = client.all_user_checkpoints()
@@ -111,7 +111,7 @@ def test_checkpoints(server, client, run_id):
         client.list_checkpoints("no:such:run")
 
 
-def test_weights_info(client, run_id):
+def test_weights_info_returns_record_or_raises(client, run_id):
     path = client.list_checkpoints(run_id)[0].tinker_path
     info = client.weights_info(path)
     assert info.base_model
@@ -122,7 +122,7 @@ def test_weights_info(client, run_id):
         client.weights_info("nonsense")
 
 
-def test_sessions_and_samplers(demo_server, client_of):
+def test_sessions_and_samplers_are_returned(demo_server, client_of):
     server = demo_server(runs=450, checkpoints=2)
     client = client_of(server)
     ids = client.all_sessions()
@@ -141,7 +141,7 @@ def test_sessions_and_samplers(demo_server, client_of):
         client.sampler("no:sample:1")
 
 
-def test_a_silent_clamp_of_sessions_loses_none(demo_server, client_of):
+def test_all_sessions_with_clamped_pages_is_complete(demo_server, client_of):
     server = demo_server(runs=100, checkpoints=1)
     client = client_of(server)
     ids = client.all_sessions()
@@ -150,16 +150,16 @@ def test_a_silent_clamp_of_sessions_loses_none(demo_server, client_of):
     assert len(ids) > 20
 
 
-def test_the_server_itself(client):
+def test_health_capabilities_and_whoami_are_returned(client):
     assert client.health() == "ok"
     assert "Qwen/Qwen3-8B" in client.capabilities().models
     assert b"key_id" in client.whoami()
 
 
-# --- changing ------------------------------------------------------------------------------------
+# --- changes -------------------------------------------------------------------------------------
 
 
-def test_publishing_twice_is_success(client, refs, run_id):
+def test_publish_twice_succeeds(client, refs, run_id):
     ref = refs["training"]
     for _ in range(2):
         client.publish(ref)
@@ -170,14 +170,14 @@ def test_publishing_twice_is_success(client, refs, run_id):
 
 
 @pytest.mark.parametrize("endpoint", ["POST publish", "DELETE publish"])
-def test_409_says_already_so(server, client, refs, endpoint):
+def test_publish_with_status_409_succeeds(server, client, refs, endpoint):
     server.faults.add(endpoint, status=409, body={"detail": "already"})
     change = client.publish if endpoint.startswith("POST") else client.unpublish
     change(refs["training"])
     assert server.journal.count(endpoint) == 1
 
 
-def test_ttl(client, refs, run_id):
+def test_set_ttl_sets_and_clears_expiry(client, refs, run_id):
     ref = refs["sampler"]
     client.set_ttl(ref, 3600)
     expiries = {c.checkpoint_id: c.expires_at_ns for c in client.list_checkpoints(run_id)}
@@ -189,7 +189,7 @@ def test_ttl(client, refs, run_id):
         client.set_ttl(ref, 60)
 
 
-def test_delete(client, refs, run_id):
+def test_delete_twice_raises_not_found(client, refs, run_id):
     client.delete(refs["training"])
     assert len(client.list_checkpoints(run_id)) == 4
     with pytest.raises(errors.NotFound):
@@ -199,17 +199,17 @@ def test_delete(client, refs, run_id):
 @pytest.mark.parametrize(
     ("status", "kind"), [(409, errors.Conflict), (425, errors.ResourceNotReady)]
 )
-def test_a_checkpoint_that_is_being_written_is_not_asked_twice(server, client, refs, status, kind):
+def test_delete_of_incomplete_checkpoint_is_not_retried(server, client, refs, status, kind):
     server.faults.add(DELETE, status=status, times=None)
     with pytest.raises(kind):
         client.delete(refs["training"])
     assert server.journal.count(DELETE) == 1
 
 
-LOSSES = [{"refuse": True}, {"reset": True}, {"status": 502}]
+FAULTS = [{"refuse": True}, {"reset": True}, {"status": 502}]
 
 
-@pytest.mark.parametrize("fault", LOSSES)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_change_without_recheck_is_sent_once(server, client, refs, fault):
     ref = refs["training"]
     server.faults.add(DELETE, **fault)
@@ -218,13 +218,13 @@ def test_change_without_recheck_is_sent_once(server, client, refs, fault):
     assert server.journal.count(DELETE) == 1
 
 
-@pytest.mark.parametrize("fault", LOSSES)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_change_is_rechecked_before_each_retry(server, client, refs, run_id, fault):
     ref, seen = refs["training"], []
     server.faults.add(DELETE, times=2, **fault)
 
-    def recheck(failure, may_be_done):
-        seen.append((type(failure), may_be_done, server.journal.count(DELETE)))
+    def recheck(failure, may_have_succeeded):
+        seen.append((type(failure), may_have_succeeded, server.journal.count(DELETE)))
         return False
 
     client.delete(ref, recheck)
@@ -233,16 +233,16 @@ def test_change_is_rechecked_before_each_retry(server, client, refs, run_id, fau
     assert len(client.list_checkpoints(run_id)) == 4
 
 
-def test_change_that_a_recheck_finds_made_is_not_sent(server, client, refs):
+def test_change_found_made_by_recheck_is_not_retried(server, client, refs):
     server.faults.add(DELETE, status=503)
-    client.delete(refs["training"], lambda _failure, _may_be_done: True)
+    client.delete(refs["training"], lambda _failure, _may_have_succeeded: True)
     assert server.journal.count(DELETE) == 1
 
 
-def test_change_that_a_recheck_forbids_fails_with_its_error(server, client, refs):
+def test_change_forbidden_by_recheck_raises_its_error(server, client, refs):
     server.faults.add(DELETE, status=503)
 
-    def recheck(_failure, _may_be_done):
+    def recheck(_failure, _may_have_succeeded):
         raise errors.Conflict("saved again")
 
     with pytest.raises(errors.Conflict, match="saved again"):
@@ -251,35 +251,37 @@ def test_change_that_a_recheck_forbids_fails_with_its_error(server, client, refs
 
 
 @pytest.mark.parametrize("status", [408, 429])
-def test_change_that_was_refused_cannot_be_done(server, client, refs, status):
+def test_recheck_after_refusal_excludes_success(server, client, refs, status):
     seen = []
     server.faults.add(DELETE, status=status)
-    client.delete(refs["training"], lambda _failure, may_be_done: seen.append(may_be_done))
+    client.delete(
+        refs["training"], lambda _failure, may_have_succeeded: seen.append(may_have_succeeded)
+    )
     assert seen == [False]
 
 
-@pytest.mark.parametrize("fault", LOSSES)
-def test_delete_still_listed_but_gone_counts_as_done(server, client, refs, run_id, fault):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_delete_retry_with_status_404_succeeds(server, client, refs, run_id, fault):
     ref = refs["training"]
     server.faults.add(
         DELETE, call=lambda: server.account.delete_checkpoint(run_id, ref.path_id), **fault
     )
-    # As a listing that lags says: it is there.
-    client.delete(ref, lambda _failure, _may_be_done: False)
+    # The recheck sees a stale listing that still includes the checkpoint.
+    client.delete(ref, lambda _failure, _may_have_succeeded: False)
     assert [e.status for e in server.journal.entries(DELETE)][-1] == 404
 
 
-def test_publish_keeps_its_idempotency_key_over_retries(server, client, refs):
+def test_publish_retries_use_same_idempotency_key(server, client, refs):
     server.faults.add("POST publish", status=503, times=2)
     for _ in range(2):
-        client.publish(refs["training"], lambda _failure, _may_be_done: False)
+        client.publish(refs["training"], lambda _failure, _may_have_succeeded: False)
     keys = [e.headers["x-idempotency-key"] for e in server.journal.entries("POST publish")]
     assert len(keys) == 4
     assert len(set(keys[:3])) == 1
     assert len(set(keys)) == 2
 
 
-def test_portal_in_place_of_a_change_teaches_no_id_form(demo_server, client_of):
+def test_change_with_portal_page_records_no_id_form(demo_server, client_of):
     server = demo_server(profile="hatchery")
     client, run_id = client_of(server), first_run(server)
     ref = ref_of(run_id, client.list_checkpoints(run_id)[0])
@@ -290,7 +292,7 @@ def test_portal_in_place_of_a_change_teaches_no_id_form(demo_server, client_of):
     assert len(client.list_checkpoints(run_id)) == 4
 
 
-def test_an_empty_id_never_becomes_another_endpoint(server, client):
+def test_empty_id_raises_not_found_without_request(server, client):
     for ref in (CheckpointRef("", "weights/1", "1"), CheckpointRef("r", "", "")):
         for change in (client.delete, client.publish, client.archive):
             with pytest.raises(errors.NotFound):
@@ -301,20 +303,20 @@ def test_an_empty_id_never_becomes_another_endpoint(server, client):
 # --- archives and external weights ---------------------------------------------------------------
 
 
-def test_an_archive_is_a_redirect_that_is_not_followed(server, client, refs):
+def test_archive_redirect_is_not_followed(server, client, refs):
     signed = client.archive(refs["training"])
     assert signed.url.startswith(server.store_url)
     assert server.journal.count("store") == 0
     assert 800 < signed.expires_at_s - SYSTEM_CLOCK.now() <= 900
 
 
-def test_an_archive_in_an_object(server, client, refs):
-    server.behaviour.archive_answer = "json"
+def test_archive_with_json_response_returns_url(server, client, refs):
+    server.behaviour.archive_response = "json"
     signed = client.archive(refs["training"])
     assert signed.url.startswith(server.store_url)
 
 
-def answers(bytes_of, client_of, *scripts, clock=None):
+def start(bytes_of, client_of, *scripts, clock=None):
     server = bytes_of(*scripts)
     options = {} if clock is None else {"clock": clock}
     return server, client_of(server, **options)
@@ -333,10 +335,10 @@ REF = CheckpointRef("r", "weights/1", "weights/1", exists=True)
         (("Expires: soon",), 900),
     ],
 )
-def test_when_a_redirect_expires(bytes_of, client_of, headers, lifetime_s):
+def test_archive_redirect_expiry_is_parsed(bytes_of, client_of, headers, lifetime_s):
     time = FakeTime()
     script = http(302, b"", "Location: https://store/x?sig=1", *headers)
-    _, client = answers(bytes_of, client_of, script, clock=time.clock)
+    _, client = start(bytes_of, client_of, script, clock=time.clock)
     signed = client.archive(REF)
     assert signed.url == "https://store/x?sig=1"
     assert signed.expires_at_s == time.now + lifetime_s
@@ -352,8 +354,8 @@ def test_when_a_redirect_expires(bytes_of, client_of, headers, lifetime_s):
         ),
     ],
 )
-def test_a_relative_place(bytes_of, client_of, script, url):
-    server, client = answers(bytes_of, client_of, script)
+def test_archive_relative_location_is_resolved(bytes_of, client_of, script, url):
+    server, client = start(bytes_of, client_of, script)
     assert client.archive(REF).url == server.base_url + url
 
 
@@ -370,8 +372,8 @@ def test_a_relative_place(bytes_of, client_of, script, url):
         http(200, b"[]"),
     ],
 )
-def test_what_is_no_place(bytes_of, client_of, script):
-    server, client = answers(bytes_of, client_of, script)
+def test_archive_with_invalid_url_raises_protocol_error(bytes_of, client_of, script):
+    server, client = start(bytes_of, client_of, script)
     with pytest.raises(errors.ProtocolError) as caught:
         client.archive(REF)
     assert "sig" not in str(caught.value)
@@ -379,7 +381,7 @@ def test_what_is_no_place(bytes_of, client_of, script):
 
 
 @pytest.mark.parametrize("status", [425, 503])
-def test_an_archive_that_is_being_built_is_not_waited_for_here(server, client, refs, status):
+def test_archive_not_ready_is_not_retried(server, client, refs, status):
     server.faults.add(ARCHIVE, status=status, headers={"Retry-After": "2.5"})
     with pytest.raises(errors.ResourceNotReady) as caught:
         client.archive(refs["training"])
@@ -387,7 +389,7 @@ def test_an_archive_that_is_being_built_is_not_waited_for_here(server, client, r
     assert server.journal.count(ARCHIVE) == 1
 
 
-def test_external_weights(client, refs):
+def test_external_weights_urls_returns_url_per_file(client, refs):
     urls, expires_at_s = client.external_weights_urls(refs["external"])
     assert "adapter_config.json" in urls
     assert all(url.startswith("http://") for url in urls.values())
@@ -398,14 +400,14 @@ def test_external_weights(client, refs):
     "body",
     [b"{}", b'{"urls": []}', b'{"urls": {"a": null}}', b'{"urls": {"a": "file:///x?sig=1"}}'],
 )
-def test_external_weights_are_whole_or_fail(bytes_of, client_of, body):
-    _, client = answers(bytes_of, client_of, http(200, body))
+def test_external_weights_urls_with_invalid_url_fails(bytes_of, client_of, body):
+    _, client = start(bytes_of, client_of, http(200, body))
     with pytest.raises(errors.ProtocolError):
         client.external_weights_urls(REF)
 
 
-#: Whatever is asked: of each endpoint that is not a change.
-QUESTIONS = {
+#: A request to each endpoint that is not a change.
+READS = {
     "GET training_runs": lambda client: client.list_training_runs(),
     "GET training_runs/{run}": lambda client: client.training_run("r"),
     "GET training_runs/{run}/checkpoints": lambda client: client.list_checkpoints("r"),
@@ -430,36 +432,36 @@ PORTALS = {
 
 
 @pytest.mark.parametrize("portal", PORTALS)
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_portal_in_place_of_an_answer_is_not_believed(bytes_of, client_of, question, portal):
-    server, client = answers(bytes_of, client_of, PORTALS[portal])
+@pytest.mark.parametrize("read", READS)
+def test_portal_page_raises_protocol_error(bytes_of, client_of, read, portal):
+    server, client = start(bytes_of, client_of, PORTALS[portal])
     with pytest.raises(errors.ProtocolError):
-        QUESTIONS[question](client)
+        READS[read](client)
     assert len(server.received) == 1
 
 
 @pytest.mark.parametrize("portal", [each for each in PORTALS if each != "redirect"])
-def test_portal_in_place_of_an_archive_is_not_believed(bytes_of, client_of, portal):
-    server, client = answers(bytes_of, client_of, PORTALS[portal])
+def test_archive_with_portal_page_raises_protocol_error(bytes_of, client_of, portal):
+    server, client = start(bytes_of, client_of, PORTALS[portal])
     with pytest.raises(errors.ProtocolError):
         client.archive(REF)
     assert len(server.received) == 1
 
 
-# --- servers that differ -------------------------------------------------------------------------
+# --- profiles of servers -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [404, 405, 410, 501])
-@pytest.mark.parametrize("is_known", [True, False])
-def test_a_dropped_endpoint_is_not_a_gone_checkpoint(server, client, status, is_known):
+@pytest.mark.parametrize("exists", [True, False])
+def test_missing_archive_of_listed_checkpoint_is_unsupported(server, client, status, exists):
     server.faults.add(ARCHIVE, status=status, body={"detail": "Not Found"})
-    ref = CheckpointRef("r", "weights/1", "weights/1", is_known)
-    is_missing = is_known or status in (405, 501)
+    ref = CheckpointRef("r", "weights/1", "weights/1", exists)
+    is_missing = exists or status in (405, 501)
     with pytest.raises(errors.UnsupportedEndpoint if is_missing else errors.NotFound):
         client.archive(ref)
 
 
-def test_official_after_the_archive_was_dropped(demo_server, client_of):
+def test_official_without_archive_endpoint_raises_unsupported(demo_server, client_of):
     server = demo_server(profile="official-0.36")
     client = client_of(server)
     run_id = first_run(server)
@@ -471,44 +473,44 @@ def test_official_after_the_archive_was_dropped(demo_server, client_of):
         client.delete(ref)
 
 
-def test_skyrl(demo_server, client_of):
+def test_skyrl_profile_id_forms_and_missing_endpoints(demo_server, client_of):
     server = demo_server(profile="skyrl", runs=120)
     client = client_of(server)
     assert len(client.all_training_runs()) == 120
-    for look in (client.all_user_checkpoints, client.all_sessions, client.whoami):
+    for read in (client.all_user_checkpoints, client.all_sessions, client.whoami):
         with pytest.raises(errors.UnsupportedEndpoint):
-            look()
+            read()
     run_id = first_run(server)
     by_type = {}
     for checkpoint in client.list_checkpoints(run_id):
         by_type.setdefault(checkpoint.checkpoint_type, ref_of(run_id, checkpoint))
     sampler = by_type["sampler"]
     assert sampler.listed_id != sampler.path_id
-    # The first time both forms are tried, then only the one that it takes.
+    # Both forms are tried the first time, and then only the accepted one.
     for count in (2, 3):
         assert client.archive(sampler).url.startswith(server.base_url)
         assert server.journal.count(ARCHIVE) == count
     for change in (client.publish, lambda ref: client.set_ttl(ref, 3600)):
         with pytest.raises(errors.UnsupportedEndpoint):
             change(sampler)
-    with pytest.raises(errors.BadRequest):  # of its deletion, whose route takes any path
+    with pytest.raises(errors.BadRequest):  # the route of delete matches any path
         client.unpublish(sampler)
     assert sampler.path_id in {c.id for c in server.account.run(run_id).checkpoints}
-    # Deleting takes the other form.
+    # Delete requires the other form.
     client.delete(sampler)
     assert server.journal.count(DELETE) == 1
 
 
-def test_a_bare_id_of_two_checkpoints_reads_and_deletes_neither_for_the_other(
-    demo_server, client_of
-):
+def test_ambiguous_id_never_reaches_other_checkpoint(demo_server, client_of):
     server = demo_server(profile="skyrl")
     client = client_of(server)
     run_id = first_run(server)
     ids = [c.checkpoint_id for c in client.list_checkpoints(run_id)]
-    shared = next(name for name in ids if ids.count(name) == 2)
+    ambiguous_id = next(name for name in ids if ids.count(name) == 2)
     training, sampler = (
-        CheckpointRef(run_id, f"{kind}/{shared}", shared, exists=True, has_ambiguous_id=True)
+        CheckpointRef(
+            run_id, f"{kind}/{ambiguous_id}", ambiguous_id, exists=True, has_ambiguous_id=True
+        )
         for kind in ("weights", "sampler_weights")
     )
     client.archive(sampler)
@@ -517,11 +519,11 @@ def test_a_bare_id_of_two_checkpoints_reads_and_deletes_neither_for_the_other(
     client.delete(training)
     with pytest.raises(errors.NotFound):
         client.delete(training)
-    left = [c.tinker_path for c in client.list_checkpoints(run_id)]
-    assert any(path.endswith(f"/sampler_weights/{shared}") for path in left)
+    remaining = [c.tinker_path for c in client.list_checkpoints(run_id)]
+    assert any(path.endswith(f"/sampler_weights/{ambiguous_id}") for path in remaining)
 
 
-def test_a_server_is_asked_rarely_for_what_it_lacks(demo_server, client_of):
+def test_unsupported_endpoints_are_requested_rarely(demo_server, client_of):
     server = demo_server(profile="skyrl", runs=1, checkpoints=0)
     client, run_id = client_of(server), first_run(server)
     for kind in ("weights", "sampler_weights"):
@@ -537,20 +539,20 @@ def test_a_server_is_asked_rarely_for_what_it_lacks(demo_server, client_of):
         if is_sampler:
             client.archive(ref)
         else:
-            with pytest.raises(errors.UnsupportedEndpoint, match="listed all the same"):
+            with pytest.raises(errors.UnsupportedEndpoint, match="but it is listed"):
                 client.archive(ref)
     for checkpoint in checkpoints:
         if "sampler" in checkpoint.tinker_path:
             with pytest.raises(errors.BadRequest):
-                client.weights_info(checkpoint.tinker_path, is_known=True)
+                client.weights_info(checkpoint.tinker_path, exists=True)
         else:
-            client.weights_info(checkpoint.tinker_path, is_known=True)
-    # Of each kind three, in both forms of the id: the others are answered from memory.
+            client.weights_info(checkpoint.tinker_path, exists=True)
+    # Three of each kind in both forms of the id; the others fail locally.
     assert server.journal.count("POST publish") == server.journal.count("PUT ttl") == 12
     refused = [e for e in server.journal.entries("POST weights_info") if e.status == 400]
     assert len(refused) == 3
     archives = [entry.status for entry in server.journal.entries(ARCHIVE)]
-    # Three in either form, and one form of the first sampler checkpoint.
+    # Three in both forms, and one form of the first sampler checkpoint.
     assert (archives.count(405), archives.count(404)) == (3 + 1, 3)
     client.reset()
     with pytest.raises(errors.UnsupportedEndpoint):
@@ -558,7 +560,7 @@ def test_a_server_is_asked_rarely_for_what_it_lacks(demo_server, client_of):
     assert server.journal.count("POST publish") == 14
 
 
-def test_deleting_where_nothing_can_be_deleted(demo_server, client_of):
+def test_delete_without_endpoint_raises_unsupported(demo_server, client_of):
     profile = PROFILES["skyrl"]
     profile = dataclasses.replace(profile, missing=profile.missing | {DELETE})
     server = demo_server(profile=profile)
@@ -567,7 +569,7 @@ def test_deleting_where_nothing_can_be_deleted(demo_server, client_of):
         client.delete(ref_of(run_id, client.list_checkpoints(run_id)[0]))
 
 
-def test_an_archive_of_what_is_gone_is_not_there(server, client):
+def test_archive_of_deleted_checkpoint_raises_not_found(server, client):
     run_id = first_run(server)
     ref = ref_of(run_id, client.list_checkpoints(run_id)[0])
     server.account.delete_checkpoint(run_id, ref.path_id)
@@ -575,12 +577,12 @@ def test_an_archive_of_what_is_gone_is_not_there(server, client):
         client.archive(ref)
 
 
-def test_hatchery(demo_server, client_of):
+def test_hatchery_profile_id_forms_and_missing_endpoints(demo_server, client_of):
     server = demo_server(profile="hatchery")
     client = client_of(server)
-    for look in (client.all_training_runs, client.all_user_checkpoints, client.all_sessions):
+    for read in (client.all_training_runs, client.all_user_checkpoints, client.all_sessions):
         with pytest.raises(errors.UnsupportedEndpoint):
-            look()
+            read()
     run_id = first_run(server)
     first, second, *_ = (ref_of(run_id, c) for c in client.list_checkpoints(run_id))
     with pytest.raises(errors.UnsupportedEndpoint):
@@ -593,14 +595,14 @@ def test_hatchery(demo_server, client_of):
     assert statuses[1:] == [200, 200]
 
 
-def test_of_two_refusals_the_handlers_words_are_told(bytes_of, client_of):
+def test_try_forms_raises_error_of_handler_over_router(bytes_of, client_of):
     ref = CheckpointRef("r", "weights/1", "1", exists=True)
     router = http(404, b'{"detail":"Not Found"}')
     handler = http(404, b'{"detail":"Checkpoint 1 not found"}')
     for scripts in ((router, handler), (handler, router)):
-        _, client = answers(bytes_of, client_of, *scripts)
+        _, client = start(bytes_of, client_of, *scripts)
         with pytest.raises(errors.NotFound, match="Checkpoint 1"):
             client.archive(ref)
-    _, client = answers(bytes_of, client_of, router, http(503))
+    _, client = start(bytes_of, client_of, router, http(503))
     with pytest.raises(errors.ResourceNotReady):
         client.archive(ref)

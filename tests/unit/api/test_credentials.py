@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -19,12 +20,12 @@ def jwt(expires_at_s, mark="x"):
     return "eyJhbGciOiJub25lIn0." + base64.urlsafe_b64encode(claims).decode().rstrip("=") + ".sig"
 
 
-def refused():
+def rejection():
     return Unauthorized("no such key", endpoint="GET x", status=401)
 
 
 class Login:
-    """A stored login in a home of its own."""
+    """A stored login in a temporary home directory."""
 
     def __init__(self, home):
         self.home = home
@@ -36,18 +37,18 @@ class Login:
         keys = {"a": {"type": "manual", "key": key, "name": "n"}}
         self.path.write_text(text or json.dumps({"version": 1, "default": "a", "keys": keys}))
         self.path.chmod(mode)
-        # Two changes within one tick of the file system's clock are still two.
+        # Distinct mtimes, even within one tick of the file system's clock.
         self._changes += 1
         os.utime(self.path, ns=(0, self._changes * 10**9))
 
 
 class Command:
-    """A credential command that counts how often it ran."""
+    """A credential command that counts its runs."""
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.output = folder / "output"
-        self.runs = folder / "runs"
+    def __init__(self, directory):
+        self.directory = directory
+        self.output = directory / "output"
+        self.runs = directory / "runs"
         self.line = f"echo x >> {self.runs}; cat {self.output}; echo secret-words >&2"
 
     @property
@@ -79,10 +80,10 @@ def make(tmp_path, time):
     return make
 
 
-# --- where it comes from -------------------------------------------------------------------------
+# --- sources -------------------------------------------------------------------------------------
 
 
-def test_the_first_source_that_is_set(make, login, command):
+def test_get_uses_first_source_that_is_set(make, login, command):
     login.store("tml-stored")
     command.output.write_text("tml-command")
     both = make(TINKER_API_KEY=" tml-variable\n", TINKER_CREDENTIAL_CMD=command.line)
@@ -94,14 +95,14 @@ def test_the_first_source_that_is_set(make, login, command):
     assert (none.get(), none.source) == ("tml-stored", "~/.tinker/credentials.json")
 
 
-def test_nothing_shows_the_key(make):
+def test_repr_hides_key(make):
     credentials = make(TINKER_API_KEY="tml-secret")
     credentials.get()
     assert "secret" not in repr(credentials)
     assert "secret" not in repr(credentials._key)
 
 
-def test_no_key_at_all_names_the_cure(make):
+def test_get_without_key_raises_error_with_hint(make):
     with pytest.raises(StartupError, match=r"TINKER_API_KEY.*tinker auth login"):
         make().get()
 
@@ -122,46 +123,46 @@ def test_no_key_at_all_names_the_cure(make):
         '{"default": ["a"], "keys": {"a": 1}}',
     ],
 )
-def test_a_login_without_a_default_key(make, login, text):
+def test_get_with_damaged_login_raises_startup_error(make, login, text):
     login.store(text=text or " ")
     with pytest.raises(StartupError, match="tinker auth login"):
         make().get()
 
 
-def test_a_login_that_is_no_file(make, login):
+def test_get_with_login_that_is_not_a_file_raises(make, login):
     os.mkfifo(login.path)
     with pytest.raises(StartupError, match="not a regular file"):
         make().get()
 
 
-def test_a_login_that_others_may_read_is_told_once(make, login, expect_warnings, caplog):
+def test_login_readable_by_others_warns_once(make, login, expect_warnings, caplog):
     expect_warnings("can be read by other users")
     login.store("tml-stored", mode=0o640)
     credentials = make()
     credentials.get()
-    credentials.on_unauthorized("tml-stored", refused())
+    credentials.on_unauthorized("tml-stored", rejection())
     assert caplog.text.count("chmod 600") == 1
     assert "tml-stored" not in caplog.text
 
 
 @pytest.mark.parametrize("key", ["tml-\x01a", "tml-é", "tml-a b", "tml-a\nX-Other: b", "tml-\x7f"])
-def test_a_key_that_no_header_takes(make, key):
-    with pytest.raises(StartupError, match="characters that no key has") as caught:
+def test_get_with_invalid_characters_raises_startup_error(make, key):
+    with pytest.raises(StartupError, match="contains invalid characters") as caught:
         make(TINKER_API_KEY=key).get()
     assert key not in str(caught.value)
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- credential command --------------------------------------------------------------------------
 
 
-def test_a_command_runs_once(make, command):
+def test_command_runs_once(make, command):
     command.output.write_text("  tml-command \n")
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
     assert [credentials.get() for _ in range(3)] == ["tml-command"] * 3
     assert command.count == 1
 
 
-def test_many_threads_run_it_once(make, command):
+def test_command_runs_once_for_concurrent_threads(make, command):
     command.output.write_text("tml-command")
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
     barrier, found = threading.Barrier(16), []
@@ -180,7 +181,7 @@ def test_many_threads_run_it_once(make, command):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("echo tml-half; echo secret-words >&2; exit 3", "status 3"),
         ("true", "printed nothing"),
@@ -188,8 +189,8 @@ def test_many_threads_run_it_once(make, command):
         ("kill -9 $$", "status -9"),
     ],
 )
-def test_a_command_that_fails_tells_no_secrets(make, capfd, line, words):
-    with pytest.raises(StartupError, match=words) as caught:
+def test_failed_command_error_hides_secrets(make, capfd, line, message):
+    with pytest.raises(StartupError, match=message) as caught:
         make(TINKER_CREDENTIAL_CMD=line).get()
     assert "secret" not in str(caught.value)
     assert "tml-half" not in str(caught.value)
@@ -197,7 +198,7 @@ def test_a_command_that_fails_tells_no_secrets(make, capfd, line, words):
 
 
 @pytest.mark.parametrize("line", ["sleep 60", "sleep 60 & echo tml-a", "yes"])
-def test_a_command_that_does_not_end_is_ended(tmp_path, line):
+def test_command_timeout_raises_startup_error(tmp_path, line):
     credentials = Credentials(
         {"PATH": os.environ["PATH"], "TINKER_CREDENTIAL_CMD": line},
         home=str(tmp_path),
@@ -207,31 +208,31 @@ def test_a_command_that_does_not_end_is_ended(tmp_path, line):
         credentials.get()
 
 
-def test_a_command_runs_where_a_mount_does(make):
+def test_command_runs_in_root_directory(make):
     assert make(TINKER_CREDENTIAL_CMD="pwd").get() == "/"
 
 
 @pytest.fixture
 def blocked():
-    """Blocks signals, as a process that serves a mount does."""
+    """Block signals like a mount process."""
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def test_a_command_inherits_no_blocked_or_ignored_signal(make, blocked):
+def test_command_inherits_no_blocked_or_ignored_signal(make, blocked):
     line = "sed -n 's/^Sig\\(Blk\\|Ign\\):[[:space:]]*/\\1=/p' /proc/self/status | paste -sd,"
     ours = Path("/proc/self/status").read_text()
     ignored = int(re.search(r"^SigIgn:\s*(\w+)$", ours, re.MULTILINE)[1], 16)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python itself ignores
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python itself
         ignored &= ~(1 << (number - 1))
     assert make(TINKER_CREDENTIAL_CMD=line).get() == f"Blk={0:016x},Ign={ignored:016x}"
-    # The words of the command reach the shell as they are.
+    # The shell receives the command unchanged.
     assert make(TINKER_CREDENTIAL_CMD='printf %s "tml-a\'b$((1 + 1))"').get() == "tml-a'b2"
 
 
-def test_a_command_that_takes_too_long_is_dead_and_so_is_what_it_started(tmp_path, blocked):
+def test_command_timeout_kills_command_and_its_children(tmp_path, blocked):
     pids = tmp_path / "pids"
     line = f"trap '' TERM INT; sleep 60 & echo $$ $! > {pids}; wait"
     environ = {"PATH": os.environ["PATH"], "TINKER_CREDENTIAL_CMD": line}
@@ -243,7 +244,26 @@ def test_a_command_that_takes_too_long_is_dead_and_so_is_what_it_started(tmp_pat
     assert mount_table.wait_until(lambda: not mount_table.is_running(child), 5)
 
 
-def test_a_failing_command_is_not_run_for_every_call(make, command, time):
+def test_close_while_command_starts_kills_it(tmp_path, monkeypatch):
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "TINKER_CREDENTIAL_CMD": "sleep 60",
+    }
+    credentials = Credentials(environ)
+    popen = subprocess.Popen
+
+    def start(*arguments, **options):
+        process = popen(*arguments, **options)
+        credentials.close()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(StartupError, match="status -9"):
+        credentials.get()
+
+
+def test_failed_command_is_not_run_for_every_request(make, command, time):
     credentials = make(TINKER_CREDENTIAL_CMD=command.line + "; exit 1")
     for _ in range(5):
         with pytest.raises(StartupError):
@@ -255,7 +275,7 @@ def test_a_failing_command_is_not_run_for_every_call(make, command, time):
     assert command.count == 2
 
 
-def test_it_recovers_once_the_command_does(make, command, time):
+def test_get_recovers_after_command_recovers(make, command, time):
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
     with pytest.raises(StartupError):
         credentials.get()
@@ -265,10 +285,10 @@ def test_it_recovers_once_the_command_does(make, command, time):
     assert command.count == 2
 
 
-# --- tokens that expire --------------------------------------------------------------------------
+# --- expiry of tokens ----------------------------------------------------------------------------
 
 
-def test_a_token_is_renewed_a_minute_before_its_end(make, command, time):
+def test_token_is_renewed_a_minute_before_expiry(make, command, time):
     first, second = jwt(time.now + 600, "1"), jwt(time.now + 1200, "2")
     command.output.write_text(first)
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
@@ -281,7 +301,7 @@ def test_a_token_is_renewed_a_minute_before_its_end(make, command, time):
     assert command.count == 2
 
 
-def test_a_short_lived_token_is_not_renewed_for_every_call(make, command, time):
+def test_short_lived_token_is_renewed_after_half_its_life(make, command, time):
     command.output.write_text(jwt(time.now + 40))
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
     for _ in range(5):
@@ -292,12 +312,12 @@ def test_a_short_lived_token_is_not_renewed_for_every_call(make, command, time):
     assert command.count == 2
 
 
-def test_a_good_token_is_kept_while_the_command_fails(make, command, time):
+def test_valid_token_is_used_while_command_fails(make, command, time):
     token = jwt(time.now + 600)
     command.output.write_text(token)
-    credentials = make(TINKER_CREDENTIAL_CMD=f"{command.line} && test ! -e {command.folder}/off")
+    credentials = make(TINKER_CREDENTIAL_CMD=f"{command.line} && test ! -e {command.directory}/off")
     credentials.get()
-    (command.folder / "off").touch()
+    (command.directory / "off").touch()
     time.advance(550)
     assert [credentials.get() for _ in range(3)] == [token] * 3
     assert command.count == 2
@@ -308,7 +328,7 @@ def test_a_good_token_is_kept_while_the_command_fails(make, command, time):
 
 @pytest.fixture(params=["TINKER_API_KEY", "TINKER_CREDENTIAL_CMD", "a login"])
 def expired(request, make, login, time):
-    """Credentials with a token that has expired by our clock, the token, and the source's name."""
+    """Credentials with a token expired by the local clock, the token, and the source's name."""
     token = jwt(time.now - 1)
     if request.param == "a login":
         login.store(token)
@@ -317,13 +337,13 @@ def expired(request, make, login, time):
     return make(**{request.param: value}), token, request.param
 
 
-def test_token_expired_by_our_clock_is_sent_once(expired, time):
+def test_token_expired_by_local_clock_is_sent_once(expired, time):
     credentials, token, source = expired
     assert credentials.get() == token
-    refusal = Unauthorized("invalid token", status=401)
-    assert not credentials.on_unauthorized(token, refusal)
-    assert "invalid token (the token of " in refusal.message
-    assert f"{source} expired at 2027-01-15" in refusal.message
+    error = Unauthorized("invalid token", status=401)
+    assert not credentials.on_unauthorized(token, error)
+    assert "invalid token; the token of " in error.message
+    assert f"{source} expired at 2027-01-15" in error.message
     for _ in range(3):
         with pytest.raises(Unauthorized, match="expired at 2027-01-15") as caught:
             credentials.get()
@@ -331,7 +351,7 @@ def test_token_expired_by_our_clock_is_sent_once(expired, time):
         time.advance(600)
 
 
-def test_token_expired_by_our_clock_alone_goes_on(expired, time):
+def test_token_expired_by_local_clock_but_accepted_stays(expired, time):
     credentials, token, _ = expired
     for _ in range(3):
         assert credentials.get() == token
@@ -339,7 +359,7 @@ def test_token_expired_by_our_clock_alone_goes_on(expired, time):
         time.advance(600)
 
 
-def test_token_expired_by_our_clock_gives_way_to_another(make, command, time):
+def test_token_expired_by_local_clock_is_replaced(make, command, time):
     first, second = jwt(time.now - 600, "1"), jwt(time.now + 600, "2")
     command.output.write_text(first)
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
@@ -350,7 +370,7 @@ def test_token_expired_by_our_clock_gives_way_to_another(make, command, time):
     assert credentials.get() == second
 
 
-def test_a_token_in_the_environment_expires(make, time):
+def test_token_in_environment_expires(make, time):
     token = jwt(time.now + 30)
     credentials = make(TINKER_API_KEY=token)
     assert credentials.get() == token
@@ -364,14 +384,14 @@ def test_a_token_in_the_environment_expires(make, time):
 @pytest.mark.parametrize(
     "token", ["eyJ.x.y", "eyJ.eyJ.sig", "eyJ." + "A" * 5 + ".s", "eyJ.bnVsbA.s", "eyJhYmM"]
 )
-def test_what_only_looks_like_a_token_is_a_key(make, token):
+def test_key_resembling_a_jwt_is_used(make, token):
     assert make(TINKER_API_KEY=token).get() == token
 
 
-# --- when it is refused --------------------------------------------------------------------------
+# --- rejected keys -------------------------------------------------------------------------------
 
 
-def test_a_rotated_login_is_taken_without_a_refusal(make, login, time):
+def test_rotated_login_is_used_without_rejection(make, login, time):
     login.store("tml-old")
     credentials = make()
     assert credentials.get() == "tml-old"
@@ -380,76 +400,76 @@ def test_a_rotated_login_is_taken_without_a_refusal(make, login, time):
     assert credentials.get() == "tml-new"
 
 
-def test_a_refused_key_is_read_again_once(make, login):
+def test_rejected_key_is_reloaded_once(make, login):
     login.store("tml-old")
     credentials = make()
     credentials.get()
     login.store("tml-new")
-    assert credentials.on_unauthorized("tml-old", refused())
+    assert credentials.on_unauthorized("tml-old", rejection())
     assert credentials.get() == "tml-new"
 
 
-def test_a_late_refusal_of_an_old_key_changes_nothing(make, login):
+def test_late_rejection_of_old_key_is_ignored(make, login):
     login.store("tml-old")
     credentials = make()
     credentials.get()
     login.store("tml-new")
-    assert credentials.on_unauthorized("tml-old", refused())
-    assert credentials.on_unauthorized("tml-old", refused())
+    assert credentials.on_unauthorized("tml-old", rejection())
+    assert credentials.on_unauthorized("tml-old", rejection())
     assert credentials.get() == "tml-new"
 
 
-def waits(credentials, time):
-    """Return how long `get` answers from memory, seconds, and the key that it gives then."""
-    span = 0
+def wait_for_backoff(credentials, time):
+    """Return the time until `get` stops failing, seconds, and the key that it returns then."""
+    elapsed_s = 0
     while True:
         try:
-            return span, credentials.get()
+            return elapsed_s, credentials.get()
         except Unauthorized:
             time.advance(1)
-            span += 1
+            elapsed_s += 1
 
 
-def test_back_off_doubles_to_five_minutes_and_lets_one_call_through(make, time):
+def test_backoff_doubles_and_allows_one_retry(make, time):
     credentials = make(TINKER_API_KEY="tml-wrong")
-    key, spans = credentials.get(), []
+    key, backoffs_s = credentials.get(), []
     for _ in range(9):
-        assert not credentials.on_unauthorized(key, refused())
+        assert not credentials.on_unauthorized(key, rejection())
         with pytest.raises(Unauthorized, match="no such key") as caught:
             credentials.get()
         assert caught.value.is_local
-        span, key = waits(credentials, time)
+        backoff_s, key = wait_for_backoff(credentials, time)
         with pytest.raises(Unauthorized):
-            credentials.get()  # the others wait for the outcome of the one
-        spans.append(span)
-    assert spans == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+            credentials.get()  # one request retries the key, and others still fail
+        backoffs_s.append(backoff_s)
+    assert backoffs_s == [5, 10, 20, 40, 80, 160, 300, 300, 300]
 
 
-def test_refusals_of_calls_that_were_under_way_count_once(make, time):
+def test_rejections_of_requests_in_flight_count_once(make, time):
     credentials = make(TINKER_API_KEY="tml-wrong")
     credentials.get()
     for _ in range(8):
-        assert not credentials.on_unauthorized("tml-wrong", refused())
-    assert waits(credentials, time)[0] == 5
+        assert not credentials.on_unauthorized("tml-wrong", rejection())
+    assert wait_for_backoff(credentials, time)[0] == 5
 
 
-def test_an_accepted_key_is_forgiven(make, time):
+def test_accepted_key_resets_backoff(make, time):
     credentials = make(TINKER_API_KEY="tml-key")
     credentials.get()
-    credentials.on_unauthorized("tml-key", refused())
+    credentials.on_unauthorized("tml-key", rejection())
     time.advance(5)
     credentials.on_authorized(credentials.get())
     assert [credentials.get() for _ in range(3)] == ["tml-key"] * 3
-    credentials.on_unauthorized("tml-key", refused())
+    credentials.on_unauthorized("tml-key", rejection())
     time.advance(5)
     assert credentials.get() == "tml-key"
 
 
-def test_a_new_login_ends_the_back_off(make, login, time):
+def test_new_login_ends_backoff(make, login, time):
     login.store("tml-wrong")
     credentials = make()
     credentials.get()
-    assert not credentials.on_unauthorized("tml-wrong", refused())
+    assert not credentials.on_unauthorized("tml-wrong", rejection())
     time.advance(2)
     with pytest.raises(Unauthorized):
         credentials.get()
@@ -460,11 +480,11 @@ def test_a_new_login_ends_the_back_off(make, login, time):
     assert credentials.get() == "tml-right"
 
 
-def test_the_command_runs_once_a_back_off(make, command, time):
+def test_command_runs_once_per_backoff(make, command, time):
     command.output.write_text("tml-wrong")
     credentials = make(TINKER_CREDENTIAL_CMD=command.line)
     credentials.get()
-    assert not credentials.on_unauthorized("tml-wrong", refused())
+    assert not credentials.on_unauthorized("tml-wrong", rejection())
     assert command.count == 2
     for _ in range(4):
         time.advance(1)
@@ -477,18 +497,18 @@ def test_the_command_runs_once_a_back_off(make, command, time):
     assert command.count == 3
 
 
-def test_a_command_that_prints_another_wrong_key_each_time_backs_off_too(make, command, time):
+def test_command_with_changing_wrong_keys_backs_off(make, command, time):
     credentials = make(TINKER_CREDENTIAL_CMD=f"date >> {command.runs}; wc -c < {command.runs}")
-    key, spans = credentials.get(), []
+    key, backoffs_s = credentials.get(), []
     for _ in range(4):
-        while credentials.on_unauthorized(key, refused()):
+        while credentials.on_unauthorized(key, rejection()):
             key = credentials.get()
-        span, key = waits(credentials, time)
-        spans.append(span)
-    assert spans == [5, 10, 20, 40]
+        backoff_s, key = wait_for_backoff(credentials, time)
+        backoffs_s.append(backoff_s)
+    assert backoffs_s == [5, 10, 20, 40]
 
 
-def test_a_login_that_vanishes_and_comes_back(make, login, time):
+def test_login_deleted_and_restored_is_used_again(make, login, time):
     login.store("tml-stored")
     credentials = make()
     credentials.get()

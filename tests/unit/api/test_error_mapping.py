@@ -33,40 +33,40 @@ SPECIFIC = [
 
 
 @pytest.mark.parametrize(("content_type", "body"), GENERIC)
-def test_a_router_speaks(content_type, body):
+def test_is_generic_router_body_returns_true(content_type, body):
     assert is_generic(content_type, body)
 
 
 @pytest.mark.parametrize(("content_type", "body"), SPECIFIC)
-def test_a_handler_speaks(content_type, body):
+def test_is_generic_handler_body_returns_false(content_type, body):
     assert not is_generic(content_type, body)
 
 
-MISSING, NOT_FOUND = errors.UnsupportedEndpoint, errors.NotFound
+UNSUPPORTED, NOT_FOUND = errors.UnsupportedEndpoint, errors.NotFound
 
 
 @pytest.mark.parametrize(
-    ("status", "scope", "generic", "known", "kind"),
+    ("status", "scope", "is_generic_body", "exists", "kind"),
     [
-        (405, Scope.RESOURCE, False, False, MISSING),
-        (501, Scope.OPTIONAL_ACTION, False, False, MISSING),
-        (404, Scope.ACCOUNT, True, False, MISSING),
+        (405, Scope.RESOURCE, False, False, UNSUPPORTED),
+        (501, Scope.OPTIONAL_ACTION, False, False, UNSUPPORTED),
+        (404, Scope.ACCOUNT, True, False, UNSUPPORTED),
         (404, Scope.ACCOUNT, False, False, NOT_FOUND),
-        (410, Scope.ACCOUNT, False, False, MISSING),
-        (404, Scope.OPTIONAL_RESOURCE, True, False, MISSING),
+        (410, Scope.ACCOUNT, False, False, UNSUPPORTED),
+        (404, Scope.OPTIONAL_RESOURCE, True, False, UNSUPPORTED),
         (404, Scope.OPTIONAL_RESOURCE, False, False, NOT_FOUND),
         (410, Scope.OPTIONAL_RESOURCE, True, False, NOT_FOUND),
-        (404, Scope.OPTIONAL_ACTION, True, True, MISSING),
+        (404, Scope.OPTIONAL_ACTION, True, True, UNSUPPORTED),
         (404, Scope.OPTIONAL_ACTION, True, False, NOT_FOUND),
         (404, Scope.OPTIONAL_ACTION, False, True, NOT_FOUND),
-        (410, Scope.OPTIONAL_ACTION, False, True, MISSING),
+        (410, Scope.OPTIONAL_ACTION, False, True, UNSUPPORTED),
         (410, Scope.OPTIONAL_ACTION, False, False, NOT_FOUND),
         (404, Scope.RESOURCE, True, True, NOT_FOUND),
         (410, Scope.RESOURCE, True, True, NOT_FOUND),
     ],
 )
-def test_what_is_missing(status, scope, generic, known, kind):
-    assert classify_missing(status, scope, is_generic_body=generic, is_known=known) is kind
+def test_classify_missing_returns_error_class(status, scope, is_generic_body, exists, kind):
+    assert classify_missing(status, scope, is_generic_body=is_generic_body, exists=exists) is kind
 
 
 @pytest.mark.parametrize(
@@ -92,18 +92,18 @@ def test_what_is_missing(status, scope, generic, known, kind):
         (endpoints.TTL, 409, errors.Conflict),
     ],
 )
-def test_what_a_status_is(endpoint, status, kind):
+def test_error_from_response_maps_status(endpoint, status, kind):
     headers = {"retry-after": "7", "content-type": JSON}
     error = error_from_response(
-        endpoint, status, headers, b'{"detail":"words"}', host="api.example", now_s=0.0
+        endpoint, status, headers, b'{"detail":"busy"}', host="api.example", now_s=0.0
     )
     assert type(error) is kind
     assert (error.endpoint, error.status, error.retry_after_s) == (endpoint.label, status, 7.0)
-    assert error.message in ("words", "unexpected redirect by api.example") or status == 999
+    assert error.message in ("busy", "unexpected redirect by api.example") or status == 999
 
 
 @pytest.mark.parametrize(
-    ("content_type", "body", "words"),
+    ("content_type", "body", "message"),
     [
         (JSON, b'{"detail": "no\\n way"}', "no way"),
         (JSON, b'{"error": "no"}', "no"),
@@ -113,35 +113,35 @@ def test_what_a_status_is(endpoint, status, kind):
         ("text/plain", b"no way", "no way"),
         ("text/html", b"<html><head><title> Bad\nGateway </title></head>x</html>", "Bad Gateway"),
         ("text/html", b"<body><script>x()</script><p>No &amp; <b>never</b></p>", "No & never"),
-        ("text/html", b"", "the proxy in front of the API got no answer"),
-        ("", b"", "the proxy in front of the API got no answer"),
-        (JSON, b"{}", "the proxy in front of the API got no answer"),
+        ("text/html", b"", "the proxy in front of the API got no response"),
+        ("", b"", "the proxy in front of the API got no response"),
+        (JSON, b"{}", "the proxy in front of the API got no response"),
         (JSON, b'{"code": 5}', '{"code": 5}'),
         ("", b"\xff\xfe\x00", "\ufffd\ufffd\\x00"),
     ],
 )
-def test_the_servers_own_words(content_type, body, words):
-    assert error_message(502, content_type, body) == words
+def test_error_message_returns_server_message(content_type, body, message):
+    assert error_message(502, content_type, body) == message
 
 
-def test_validation_errors_name_the_field():
+def test_error_message_of_validation_error_names_field():
     detail = [
         {"loc": ["body", "ttl_seconds"], "msg": "must be more", "type": "value_error"},
         {"msg": "and less"},
     ]
-    words = error_message(422, JSON, json.dumps({"detail": detail}).encode())
-    assert words == "body.ttl_seconds: must be more; and less"
+    message = error_message(422, JSON, json.dumps({"detail": detail}).encode())
+    assert message == "body.ttl_seconds: must be more; and less"
 
 
-def test_words_hold_no_secrets_and_no_pages():
-    words = error_message(400, JSON, b'{"detail": "key tml-abc https://s/x?sig=1 ' + b"y" * 9999)
-    assert "tml-abc" not in words
-    assert "sig" not in words
-    assert len(words) <= 500
+def test_error_message_is_redacted_and_short():
+    message = error_message(400, JSON, b'{"detail": "key tml-abc https://s/x?sig=1 ' + b"y" * 9999)
+    assert "tml-abc" not in message
+    assert "sig" not in message
+    assert len(message) <= 500
 
 
-#: Pages and messages that expressions with a choice may take quadratic time for.
-SLOW = {
+#: Pages and messages for which backtracking expressions take quadratic time.
+SLOW_PAGES = {
     "tags": b"<" * 20_000,
     "titles": b"<title>" * 3_000,
     "unclosed titles": b"<title " * 3_000,
@@ -152,7 +152,7 @@ SLOW = {
     "closed by another": b"<script></style>" * 1_250,
     "references": b"<p>" + b"&#" * 10_000,
 }
-SLOW_WORDS = {
+SLOW_MESSAGES = {
     "punctuation": b"error" + b"!" * 19_000 + b"x",
     "numbers": b"404" + b"!" * 19_000 + b"x",
     "routes": b"no route matches " * 1_100,
@@ -164,18 +164,20 @@ SLOW_WORDS = {
 }
 
 
-@pytest.mark.parametrize("body", [*SLOW.values(), *SLOW_WORDS.values()], ids=[*SLOW, *SLOW_WORDS])
-def test_error_of_any_text_is_read_in_linear_time(body):
-    """Sixty times, because quadratic time was up to 2 s each: more than a test may take."""
+@pytest.mark.parametrize(
+    "body", [*SLOW_PAGES.values(), *SLOW_MESSAGES.values()], ids=[*SLOW_PAGES, *SLOW_MESSAGES]
+)
+def test_error_message_takes_linear_time(body):
+    """Repeat enough times for quadratic time to exceed the test's timeout."""
     bodies = (b"<html>" + body, json.dumps({"detail": body.decode()}).encode())
     for _ in range(60):
-        for each in bodies:
-            assert error_message(502, "", each)
-            is_generic("", each)
+        for error_body in bodies:
+            assert error_message(502, "", error_body)
+            is_generic("", error_body)
 
 
 @pytest.mark.parametrize(
-    ("page", "words"),
+    ("page", "text"),
     [
         (b"<html>a<!-- b <p> --> c", "a c"),
         (b"<html><head>x</head>a<HEAD>b</head >c", "a c"),
@@ -187,11 +189,11 @@ def test_error_of_any_text_is_read_in_linear_time(body):
         (b"<html>&lt;a&#62; &#" + b"9" * 5_000 + b"; b &#x" + b"9" * 5_000 + b";", "<a> b"),
     ],
 )
-def test_page_gives_its_visible_text(page, words):
-    assert error_message(500, "", page).rstrip("\ufffd ") == words
+def test_error_message_of_page_is_visible_text(page, text):
+    assert error_message(500, "", page).rstrip("\ufffd ") == text
 
 
-def test_words_deep_within_an_error_are_ignored():
+def test_error_message_ignores_deeply_nested_text():
     detail: object = "here"
     for _ in range(900):
         detail = [detail]

@@ -1,4 +1,4 @@
-"""Responses that no HTTP library would send: each gives what the API means, or an ApiError."""
+"""Malformed and unusual responses are parsed correctly or raise an ApiError."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ def server():
 
 
 def edited(change):
-    """A script that sends what `change` makes of the true body."""
+    """A script that applies `change` to the body of the genuine response."""
     return (genuine(lambda _head, body: (change(body), close)),)
 
 
@@ -50,11 +50,11 @@ def with_field(body, text):
     return b'{"odd": ' + text + b", " + body[1:]
 
 
-#: What means the same as the genuine response.
-MEANS_THE_SAME = {
+#: Unusual responses that are equivalent to the genuine response.
+UNUSUAL_RESPONSES = {
     "chunks": chunked,
-    "chunks beside a length": lambda b: chunked(b, length=7),
-    "chunks beside a larger length": lambda b: chunked(b, length=10**9),
+    "chunks and a length": lambda b: chunked(b, length=7),
+    "chunks and a larger length": lambda b: chunked(b, length=10**9),
     "chunk extensions": lambda b: chunked(b, extension=b';a="b"'),
     "trailers": lambda b: chunked(b, trailer=b"X: y\r\nContent-Length: 1\r\n"),
     "chunked in capitals": lambda b: chunked(b, te=b"Chunked"),
@@ -96,10 +96,10 @@ MEANS_THE_SAME = {
 }
 
 
-@pytest.mark.parametrize("case", MEANS_THE_SAME)
-@pytest.mark.expect_warnings("could not be read")
-def test_response_of_odd_form_means_the_same(server, client_of, case):
-    server.on(RUNS, *edited(MEANS_THE_SAME[case]), times=None)
+@pytest.mark.parametrize("case", UNUSUAL_RESPONSES)
+@pytest.mark.expect_warnings("could not be parsed")
+def test_unusual_response_is_parsed(server, client_of, case):
+    server.on(RUNS, *edited(UNUSUAL_RESPONSES[case]), times=None)
     runs = client_of(server).all_training_runs()
     assert {run.run_id for run in runs} == set(server.account.run_ids)
 
@@ -117,9 +117,9 @@ def lines(*each):
     return raw(sized(b'{"training_runs": []}', *each))
 
 
-#: What must be an error: steps, and which.
-IS_AN_ERROR = {
-    # Broken off: asked for again, ten times in all.
+#: Responses that raise an error: their steps and the error class.
+HOSTILE_RESPONSES = {
+    # Closed early: retried, ten attempts in all.
     "no response": ((close,), UNREACHABLE),
     "reset": ((reset,), UNREACHABLE),
     "reset in the body": ((genuine(lambda h, b: (h + b[:9], reset)),), UNREACHABLE),
@@ -135,7 +135,7 @@ IS_AN_ERROR = {
         edited(lambda b: head(b"Content-Length: 1%s" % (b"0" * 15))),
         UNREACHABLE,
     ),
-    # Framing that cannot be trusted.
+    # Ambiguous or invalid framing.
     "a length too small": (edited(lambda b: head(b"Content-Length: 9") + b), PROTOCOL),
     "two lengths": (edited(lambda b: sized(b, b"Content-Length: 9")), PROTOCOL),
     "two lengths in a list": (edited(lambda b: head(b"Content-Length: 9, 10") + b), PROTOCOL),
@@ -158,11 +158,11 @@ IS_AN_ERROR = {
         )
         for value in (b"zz", b"-2", b"+2", b"0x2", b"", b" 2", b"f" * 40, b"2" * 200_000)
     },
-    "a chunk longer than told": (
+    "a chunk longer than its size": (
         raw(head(b"Transfer-Encoding: chunked") + b"1\r\n{}\r\n0\r\n\r\n"),
         PROTOCOL,
     ),
-    # Heads that are none.
+    # Invalid heads.
     **{
         f"status line {value[:20]!r}": (raw(value + b"\r\n\r\n"), PROTOCOL)
         for value in (
@@ -196,9 +196,9 @@ IS_AN_ERROR = {
         )
     },
     "300 KB of headers": (lines(*[b"X-%d: %s" % (n, b"x" * 3000) for n in range(100)]), PROTOCOL),
-    "interim responses for ever": ((endless(b"HTTP/1.1 102 X\r\n\r\n" * 99),), PROTOCOL),
+    "endless interim responses": ((endless(b"HTTP/1.1 102 X\r\n\r\n" * 99),), PROTOCOL),
     "101": (raw(b"HTTP/1.1 101 X\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"), PROTOCOL),
-    # Bodies that are none.
+    # Invalid bodies.
     **{
         f"body {value[:16]!r} of {len(value)}": (raw(sized(value)), PROTOCOL)
         for value in (
@@ -222,8 +222,8 @@ IS_AN_ERROR = {
             b'{"training_runs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         )
     },
-    "gzip that is none": (raw(sized(b"abc", b"Content-Encoding: gzip")), PROTOCOL),
-    "gzip cut off": (
+    "invalid gzip": (raw(sized(b"abc", b"Content-Encoding: gzip")), PROTOCOL),
+    "truncated gzip": (
         raw(sized(gzip.compress(b'{"training_runs": []}')[:20], b"Content-Encoding: gzip")),
         PROTOCOL,
     ),
@@ -236,7 +236,7 @@ IS_AN_ERROR = {
         ),
         PROTOCOL,
     ),
-    "a coding over two headers": (
+    "a coding in two headers": (
         raw(sized(b"{}", b"Content-Encoding: gzip", b"Content-Encoding: gzip")),
         PROTOCOL,
     ),
@@ -250,8 +250,8 @@ IS_AN_ERROR = {
         for status in (300, 301, 302, 303, 304, 305, 307, 308, 399)
     },
     **{
-        f"redirect to {place!r}": (raw(response(302, b"", f"Location: {place}")), PROTOCOL)
-        for place in (
+        f"redirect to {location!r}": (raw(response(302, b"", f"Location: {location}")), PROTOCOL)
+        for location in (
             "",
             "file:///etc/passwd",
             "//[",
@@ -261,7 +261,7 @@ IS_AN_ERROR = {
             "x" * 9999,
         )
     },
-    # Statuses that are none of HTTP, or that we know nothing of.
+    # Invalid and unknown statuses.
     "status 600": (raw(response(600)), PROTOCOL),
     "status 999": (raw(response(999)), PROTOCOL),
     "status 418": (raw(response(418)), errors.ClientError),
@@ -269,9 +269,9 @@ IS_AN_ERROR = {
 }
 
 
-@pytest.mark.parametrize("case", IS_AN_ERROR)
-def test_hostile_response_is_an_error_of_its_kind(server, client_of, case):
-    steps, kind = IS_AN_ERROR[case]
+@pytest.mark.parametrize("case", HOSTILE_RESPONSES)
+def test_hostile_response_raises_error_of_its_class(server, client_of, case):
+    steps, kind = HOSTILE_RESPONSES[case]
     server.on(RUNS, *steps, times=None)
     with pytest.raises(kind) as caught:
         client_of(server, key="tml-secret").all_training_runs()
@@ -285,7 +285,7 @@ def test_hostile_response_is_an_error_of_its_kind(server, client_of, case):
     assert {request.header("x-api-key")[0] for request in server.received} == {b"tml-secret"}
 
 
-# --- what is left over ---------------------------------------------------------------------------
+# --- surplus bytes -------------------------------------------------------------------------------
 
 SURPLUS = {
     "bytes": b"surplus",
@@ -299,7 +299,7 @@ SURPLUS = {
 
 @pytest.mark.parametrize("surplus", SURPLUS)
 @pytest.mark.parametrize("form", [sized, chunked])
-def test_surplus_of_a_response_spoils_no_other(server, client_of, surplus, form):
+def test_surplus_bytes_do_not_affect_next_response(server, client_of, surplus, form):
     server.on(RUNS, genuine(lambda _head, body: (form(body) + SURPLUS[surplus],)))
     client = client_of(server)
     for _ in range(3):
@@ -307,11 +307,11 @@ def test_surplus_of_a_response_spoils_no_other(server, client_of, surplus, form)
         assert {run.run_id for run in runs} == set(server.account.run_ids)
 
 
-def test_redirect_is_not_followed_with_the_key(server, client_of):
+def test_redirect_with_key_is_not_followed(server, client_of):
     with HostileServer(runs=1) as other:
         for status in (301, 302, 303, 307, 308):
-            place = f"Location: {other.base_url}/api/v1/training_runs"
-            server.on(RUNS, response(status, b"", place))
+            location = f"Location: {other.base_url}/api/v1/training_runs"
+            server.on(RUNS, response(status, b"", location))
             with pytest.raises(errors.ProtocolError):
                 client_of(server).all_training_runs()
         assert other.received == []
@@ -350,7 +350,7 @@ NAMES = (
 
 
 def every_field(value):
-    """An object in which every field of the API has one value, lists of such objects included."""
+    """An object with one value for every field of the API, also in its lists of records."""
     inner = b"{" + b",".join(b'"%s":%s' % (name, value) for name in NAMES) + b"}"
     listed = b",".join(b'"%s":[%s,%s]' % (name, value, inner) for name in NAMES[:3])
     return b"{" + listed + b"," + inner[1:]
@@ -383,8 +383,8 @@ ODD_HEADERS = (
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.expect_warnings("could not be read")
-def test_odd_value_in_any_field_raises_nothing_but_api_errors(server, client_of, call):
+@pytest.mark.expect_warnings("could not be parsed")
+def test_unusual_field_value_raises_only_api_errors(server, client_of, call):
     client = client_of(server, timeout_s=2.0)
     bodies = [every_field(value) for value in ODD_VALUES]
     odd = [response(200, body) for body in bodies]

@@ -1,4 +1,4 @@
-"""One exchange: its deadline, what a response may cost, idle connections, and many addresses."""
+"""The HTTP client: deadlines, response limits, idle connections, multiple addresses."""
 
 import contextlib
 import gzip
@@ -40,7 +40,7 @@ def ref_of(server):
 
 # --- the deadline --------------------------------------------------------------------------------
 
-#: Responses that never end, each read of which ends soon.
+#: Endless responses with a short delay before each read.
 TRICKLES = {
     "status line": (endless(b"H", 0.02),),
     "headers": (OK, endless(b"X-A: b\r\n", 0.02)),
@@ -55,7 +55,7 @@ TRICKLES = {
 
 
 @pytest.mark.parametrize("trickle", TRICKLES)
-def test_exchange_that_trickles_ends_at_its_deadline(hostile, client_of, trickle):
+def test_trickling_response_ends_at_deadline(hostile, client_of, trickle):
     hostile.on(RUNS, *TRICKLES[trickle], times=None)
     client = client_of(hostile, timeout_s=0.3)
     with ThreadPoolExecutor() as pool, pytest.raises(errors.RequestTimeout, match=r"within 0\.3 s"):
@@ -63,7 +63,7 @@ def test_exchange_that_trickles_ends_at_its_deadline(hostile, client_of, trickle
     hostile.journal.wait_until_idle()  # the connection was closed
 
 
-def test_tls_handshake_that_trickles_ends_at_its_deadline(client_of):
+def test_trickling_tls_handshake_ends_at_deadline(client_of):
     record = b"\x16\x03\x03\x40\x00"  # the head of a record of 16 KiB
     with HostileServer(runs=0) as server:
         server.scheme = "https"
@@ -76,14 +76,14 @@ def test_tls_handshake_that_trickles_ends_at_its_deadline(client_of):
             pool.submit(client.all_training_runs).result(20)
 
 
-def test_exchanges_that_trickle_leave_all_turns_free(hostile, client_of):
+def test_trickling_exchanges_release_all_permits(hostile, client_of):
     client = client_of(hostile, timeout_s=0.3, concurrency=4)
     rule = hostile.on(RUNS, OK, endless(b"X-A: b\r\n", 0.02), times=None)
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(client.list_training_runs) for _ in range(8)]
         assert all(isinstance(call.exception(20), errors.RequestTimeout) for call in calls)
     rule.remove()
-    client.reset()  # the breaker
+    client.reset()  # closes the circuit breaker
     assert len(client.all_training_runs()) == 1
 
 
@@ -97,25 +97,25 @@ def test_exchanges_that_trickle_leave_all_turns_free(hostile, client_of):
         (b"H" * 300_000,),
     ],
 )
-def test_flood_before_the_body_is_not_read_on(hostile, client_of, telemetry, flood):
+def test_oversized_head_is_not_read_further(hostile, client_of, telemetry, flood):
     hostile.on(RUNS, *flood)
     with pytest.raises(errors.ProtocolError):
         client_of(hostile, timeout_s=60.0).all_training_runs()
     hostile.journal.wait_until_idle()
-    assert telemetry.snapshot()["calls"] == {RUNS: {"not understood": 1}}
+    assert telemetry.snapshot()["api_requests"] == {RUNS: {"not understood": 1}}
 
 
 @pytest.mark.parametrize("chunk", [b"1\r\n \r\n" * 999, b"1;" + b"x" * 5000 + b"\r\n \r\n"])
 @pytest.mark.parametrize("status", [b"200", b"500"])
-def test_flood_of_tiny_chunks_is_not_read_on(hostile, client_of, chunk, status):
+def test_body_of_tiny_chunks_is_not_read_further(hostile, client_of, chunk, status):
     head = b"HTTP/1.1 " + status + b" X\r\nTransfer-Encoding: chunked\r\n\r\n"
     hostile.on(RUNS, head, endless(chunk))
-    with pytest.raises(errors.ProtocolError, match="framing"):
+    with pytest.raises(errors.ProtocolError, match="chunk framing"):
         client_of(hostile, timeout_s=60.0).all_training_runs()
     hostile.journal.wait_until_idle()
 
 
-def test_body_in_small_chunks_is_read(hostile, client_of):
+def test_body_of_small_chunks_is_read(hostile, client_of):
     def in_chunks(_head, body):
         chunks = b"".join(b"8\r\n%8b\r\n" % body[at : at + 8] for at in range(0, len(body), 8))
         return (b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n",)
@@ -140,14 +140,14 @@ def test_close_ends_an_exchange_in_flight(hostile, client_of):
         assert isinstance(call.exception(20), errors.ConnectionFailed)
 
 
-# --- what a response may cost --------------------------------------------------------------------
+# --- response limits -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [200, 404, 500])
 @pytest.mark.parametrize(
     "coding", ["gzip, gzip, gzip", "gzip, identity", "br", "zstd", "aes128gcm"]
 )
-def test_coding_that_is_not_decoded_is_refused(hostile, client_of, status, coding):
+def test_unsupported_content_coding_raises_protocol_error(hostile, client_of, status, coding):
     bomb = bytes(1 << 20)
     for _ in range(3):
         bomb = gzip.compress(bomb)
@@ -157,13 +157,13 @@ def test_coding_that_is_not_decoded_is_refused(hostile, client_of, status, codin
 
 
 @pytest.mark.parametrize("coding", ["gzip", "GZIP", " gzip "])
-def test_coding_that_was_asked_for_is_decoded(hostile, client_of, coding):
+def test_gzip_content_coding_is_decoded(hostile, client_of, coding):
     hostile.on(RUNS, response(200, gzip.compress(EMPTY), f"Content-Encoding: {coding}"))
     assert client_of(hostile).all_training_runs() == ()
     assert hostile.received[0].header("accept-encoding") == [b"gzip"]
 
 
-def test_error_without_end_is_read_as_far_as_needed(hostile, client_of):
+def test_endless_error_body_is_read_up_to_limit(hostile, client_of):
     head = b"HTTP/1.1 404 X\r\nTransfer-Encoding: chunked\r\nContent-Type: text/plain\r\n\r\n"
     hostile.on(RUNS, head, endless(b"100000\r\n" + b"not here " * 116508 + b"!!!!\r\n"))
     with pytest.raises(errors.NotFound, match="not here not here"):
@@ -175,37 +175,37 @@ def test_error_without_end_is_read_as_far_as_needed(hostile, client_of):
 
 
 @pytest.fixture
-def suspicious(monkeypatch):
-    """Every connection that was used before counts as idle, and has a moment to respond."""
+def all_suspect(monkeypatch):
+    """Treat every reused connection as idle, with a short response timeout."""
     monkeypatch.setattr(network_backend, "IDLE_S", 0.0)
     monkeypatch.setattr(network_backend, "IDLE_RESPONSE_TIMEOUT_S", 0.1)
 
 
-def used(server):
-    """The connections that the requests so far arrived on."""
+def connections_of(server):
+    """The connections of all requests so far."""
     return [request.connection for request in server.received]
 
 
-@pytest.mark.usefixtures("suspicious")
-def test_idle_connection_that_is_dead_costs_a_moment(hostile, client_of, telemetry):
+@pytest.mark.usefixtures("all_suspect")
+def test_dead_idle_connection_fails_after_short_timeout(hostile, client_of, telemetry):
     client = client_of(hostile, timeout_s=60.0, backoff_s=60.0)
     client.all_training_runs()
     hostile.kill_silently()
     assert len(client.all_training_runs()) == 1
-    assert used(hostile) == [1, 1, 2]
-    assert telemetry.snapshot()["calls"] == {RUNS: {"200": 2, "unreachable": 1}}
+    assert connections_of(hostile) == [1, 1, 2]
+    assert telemetry.snapshot()["api_requests"] == {RUNS: {"200": 2, "unreachable": 1}}
 
 
-def test_idle_connection_that_lives_serves_again(hostile, client_of, monkeypatch):
+def test_live_idle_connection_is_reused(hostile, client_of, monkeypatch):
     monkeypatch.setattr(network_backend, "IDLE_S", 0.0)
     client = client_of(hostile)
     for _ in range(3):
         client.all_training_runs()
-    assert used(hostile) == [1, 1, 1]
+    assert connections_of(hostile) == [1, 1, 1]
 
 
-@pytest.mark.usefixtures("suspicious")
-def test_idle_connection_that_is_slow_is_left_for_a_new_one(hostile, client_of):
+@pytest.mark.usefixtures("all_suspect")
+def test_slow_idle_connection_is_replaced(hostile, client_of):
     client = client_of(hostile, timeout_s=60.0)
     client.all_training_runs()
     hostile.on(RUNS, gate := wait(), genuine(), times=2)
@@ -214,20 +214,20 @@ def test_idle_connection_that_is_slow_is_left_for_a_new_one(hostile, client_of):
         assert len(hostile.journal.wait_for(3)) == 3
         gate.release()
         assert len(call.result(20)) == 1
-    assert used(hostile) == [1, 1, 2]
+    assert connections_of(hostile) == [1, 1, 2]
 
 
-@pytest.mark.usefixtures("suspicious")
-def test_idle_connection_of_a_slow_server_is_given_more_time(hostile, client_of):
+@pytest.mark.usefixtures("all_suspect")
+def test_idle_connection_to_slow_server_has_longer_timeout(hostile, client_of):
     hostile.on(RUNS, lambda handler: handler.pause(0.4), genuine(), times=3)
     client = client_of(hostile, timeout_s=60.0)
     for _ in range(3):
         client.all_training_runs()
-    assert used(hostile) == [1, 1, 1]
+    assert connections_of(hostile) == [1, 1, 1]
 
 
-@pytest.mark.usefixtures("suspicious")
-def test_first_dead_connection_condemns_the_other_idle_ones(hostile, client_of):
+@pytest.mark.usefixtures("all_suspect")
+def test_dead_connection_closes_other_idle_connections(hostile, client_of):
     client = client_of(hostile, timeout_s=60.0, concurrency=8)
     hostile.on(RUNS, barrier := wait(), genuine(), times=4)
     with ThreadPoolExecutor() as pool:
@@ -237,42 +237,42 @@ def test_first_dead_connection_condemns_the_other_idle_ones(hostile, client_of):
         assert all(call.result(20).items for call in calls)
     hostile.kill_silently()
     assert len(client.all_training_runs()) == 1
-    assert len(used(hostile)) == 4 + 1 + 1
-    assert used(hostile)[-1] == 5
+    assert len(connections_of(hostile)) == 4 + 1 + 1
+    assert connections_of(hostile)[-1] == 5
 
 
-@pytest.mark.usefixtures("suspicious")
+@pytest.mark.usefixtures("all_suspect")
 def test_change_is_not_sent_on_an_idle_connection(hostile, client_of):
     client = client_of(hostile)
     client.all_training_runs()
     hostile.kill_silently()
     client.publish(ref_of(hostile))
     assert [request.line.partition(" ")[0] for request in hostile.received] == ["GET", "POST"]
-    assert used(hostile) == [1, 2]
+    assert connections_of(hostile) == [1, 2]
 
 
-@pytest.mark.usefixtures("suspicious")
-def test_archive_is_not_asked_for_on_an_idle_connection(hostile, client_of):
+@pytest.mark.usefixtures("all_suspect")
+def test_archive_request_does_not_use_idle_connection(hostile, client_of):
     client = client_of(hostile)
     client.all_training_runs()
     hostile.kill_silently()
     assert client.archive(ref_of(hostile)).url.startswith(hostile.store_url)
-    assert used(hostile) == [1, 2]
+    assert connections_of(hostile) == [1, 2]
 
 
-def test_connection_idle_over_a_suspend_is_not_used(hostile, client_of, monkeypatch):
+def test_connection_idle_during_suspend_is_not_used(hostile, client_of, monkeypatch):
     client = client_of(hostile)
     client.all_training_runs()
-    slept = time.clock_gettime(time.CLOCK_BOOTTIME) + 3600
-    monkeypatch.setattr(network_backend, "_now", lambda: slept)
+    resumed_at = time.clock_gettime(time.CLOCK_BOOTTIME) + 3600
+    monkeypatch.setattr(network_backend, "_now", lambda: resumed_at)
     client.all_training_runs()
-    assert used(hostile) == [1, 2]
+    assert connections_of(hostile) == [1, 2]
 
 
-# --- many addresses ------------------------------------------------------------------------------
+# --- multiple addresses --------------------------------------------------------------------------
 
 
-def test_client_reaches_a_host_whose_first_address_is_silent(hostile, client_of, monkeypatch):
+def test_client_tries_next_address_if_first_is_silent(hostile, client_of, monkeypatch):
     port = int(hostile.base_url.rpartition(":")[2])
     with ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -284,21 +284,19 @@ def test_client_reaches_a_host_whose_first_address_is_silent(hostile, client_of,
         addresses = [full.getsockname(), ("127.0.0.1", port)]
         found = [(socket.AF_INET, address) for address in addresses]
         monkeypatch.setattr(network, "resolve", lambda *_of: found)
-        began = time.monotonic()
+        started_at = time.monotonic()
         assert len(client_of(hostile).all_training_runs()) == 1
-        assert time.monotonic() - began < network.ATTEMPT_DELAY_S + 4
+        assert time.monotonic() - started_at < network.ATTEMPT_DELAY_S + 4
 
 
-def test_threads_have_deadlines_of_their_own(hostile, client_of):
-    """A call that has long to go does not extend one that has not."""
+def test_threads_have_separate_deadlines(hostile, client_of):
+    """A request with a late deadline does not extend one with an early deadline."""
     hostile.on(RUNS, gate := wait(), genuine())
     hostile.on(RUNS, OK, endless(b"X-A: b\r\n", 0.02))
-    patient, hasty = client_of(hostile, timeout_s=60.0), client_of(hostile, timeout_s=0.3)
+    slow, fast = client_of(hostile, timeout_s=60.0), client_of(hostile, timeout_s=0.3)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(patient.all_training_runs)
+        first = pool.submit(slow.all_training_runs)
         gate.wait_for(1)
-        assert isinstance(
-            pool.submit(hasty.list_training_runs).exception(20), errors.RequestTimeout
-        )
+        assert isinstance(pool.submit(fast.list_training_runs).exception(20), errors.RequestTimeout)
         gate.release()
         assert len(first.result(20)) == 1

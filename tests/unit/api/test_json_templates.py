@@ -1,4 +1,4 @@
-"""An outline and its values are the JSON, whatever both hold."""
+"""Templates restore the JSON for any values."""
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -12,11 +12,11 @@ raws = st.text("ab1é", max_size=12).map(str.encode) | st.binary(max_size=12)
 @given(raws, st.lists(texts, max_size=5))
 @example(b"ab", ["a", "\1b", None, "\2"])
 @example(b"a\1", ["a"])
-def test_an_outline_and_its_values_are_the_json(raw, values):
+def test_fill_template_restores_json(raw, values):
     assert fill_template(to_template(raw, *values), *values) == raw
 
 
-def test_what_differs_by_its_values_alone_has_one_outline():
+def test_to_template_shares_template_of_similar_records():
     first = to_template(b'{"id":"x","path":"r/x","size":17}', "r/", "x", None, "17")
     second = to_template(b'{"id":"y","path":"s/y","size":18}', "s/", "y", None, "18")
     assert first is second

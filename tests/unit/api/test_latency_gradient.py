@@ -1,4 +1,4 @@
-"""What times of answers say of a server: walks by a clock that is turned."""
+"""The latency gradient in simulated walks with a fake clock."""
 
 import heapq
 import itertools
@@ -18,21 +18,21 @@ NEVER = 1e9
 LISTING, INFO = endpoints.RUN_CHECKPOINTS, endpoints.WEIGHTS_INFO
 
 
-def answered(budget, status=200, endpoint=LISTING):
-    with budget.acquire(endpoint, NEVER, DEMAND) as turn:
-        turn.status = status
+def complete_request(limiter, status=200, endpoint=LISTING):
+    with limiter.acquire(endpoint, NEVER, DEMAND) as permit:
+        permit.status = status
 
 
 class Walk:
-    """Guesses, as many at once as they may be, at a server with workers, by a clock that is turned.
+    """A simulated walk: as many prefetches as the limiter grants, at a server with workers.
 
     Args:
-        workers: how many calls the server serves at once; the others queue.
-        service: how long it serves the nth call, seconds.
-        network: how long a call and its answer are under way, given the time since the beginning.
-        status: of the nth answer; None for none.
-        endpoint: of the nth call.
-        does_learn: whether what the times of answers say is heeded.
+        workers: number of requests that the server processes at once; it queues the others.
+        service: returns the processing time of the nth request, seconds.
+        network: returns the round-trip time at a time since the start, seconds.
+        status: returns the status of the nth response; None without a response.
+        endpoint: returns the endpoint of the nth request.
+        is_adaptive: whether the limiter uses the latency gradient.
     """
 
     def __init__(
@@ -43,213 +43,215 @@ class Walk:
         status=lambda _n: 200,
         endpoint=lambda _n: INFO,
         limit=8,
-        does_learn=True,
+        is_adaptive=True,
     ):
-        self.time, self.began = FakeTime(), FakeTime().monotonic
-        self.budget = ConcurrencyLimiter(limit, self.time.clock)
-        if not does_learn:
-            self.budget._pace.record = lambda *_args, **_kwargs: None
+        self.time, self.started_at = FakeTime(), FakeTime().monotonic
+        self.limiter = ConcurrencyLimiter(limit, self.time.clock)
+        if not is_adaptive:
+            self.limiter._gradient.record = lambda *_args, **_kwargs: None
         self.service, self.network, self.status, self.endpoint = service, network, status, endpoint
-        self.free = [0.0] * workers
-        self.flying = []
-        self.calls = 0
-        self.allowed = []  # after each answer
+        self.free_at = [0.0] * workers
+        self.in_flight = []
+        self.requests = 0
+        self.limits = []  # after each response
 
-    def run(self, answers):
-        """Go on for some answers; return how long they took, seconds."""
-        began = self.time.monotonic
-        for _ in range(answers):
-            while self.begin(Priority(is_demand=False)):
+    def run(self, responses):
+        """Receive a number of responses; return the elapsed time, seconds."""
+        started_at = self.time.monotonic
+        for _ in range(responses):
+            while self.start(Priority(is_demand=False)):
                 pass
-            self.land()
-        return self.time.monotonic - began
+            self.receive()
+        return self.time.monotonic - started_at
 
-    def look(self):
-        """Make one call that is waited for; return how long it took, seconds."""
-        while self.begin(Priority(is_demand=False)):
+    def measure_demand(self):
+        """Send one demand request; return its latency, seconds."""
+        while self.start(Priority(is_demand=False)):
             pass
-        began, number = self.time.monotonic, self.begin(DEMAND)
-        while self.land() != number:
+        started_at, number = self.time.monotonic, self.start(DEMAND)
+        while self.receive() != number:
             pass
-        return self.time.monotonic - began
+        return self.time.monotonic - started_at
 
-    def begin(self, interest):
-        number, now = self.calls + 1, self.time.monotonic
-        turn = self.budget.acquire(self.endpoint(number), now, interest)
+    def start(self, priority):
+        number, now = self.requests + 1, self.time.monotonic
+        manager = self.limiter.acquire(self.endpoint(number), now, priority)
         try:
-            given = turn.__enter__()
+            permit = manager.__enter__()
         except errors.RequestTimeout:
             return None
-        self.calls = number
-        way_s = self.network(now - self.began) / 2
-        worker = min(range(len(self.free)), key=self.free.__getitem__)
-        self.free[worker] = max(self.free[worker], now + way_s) + self.service(number)
-        heapq.heappush(self.flying, (self.free[worker] + way_s, number, turn, given))
+        self.requests = number
+        one_way_s = self.network(now - self.started_at) / 2
+        worker = min(range(len(self.free_at)), key=self.free_at.__getitem__)
+        self.free_at[worker] = max(self.free_at[worker], now + one_way_s) + self.service(number)
+        arrival = self.free_at[worker] + one_way_s
+        heapq.heappush(self.in_flight, (arrival, number, manager, permit))
         return number
 
-    def land(self):
-        at, number, turn, given = heapq.heappop(self.flying)
-        self.time.advance(max(at - self.time.monotonic, 0.0))
-        given.status = self.status(number)
-        turn.__exit__(None, None, None)
-        self.allowed.append(self.budget.limit)
+    def receive(self):
+        arrival, number, manager, permit = heapq.heappop(self.in_flight)
+        self.time.advance(max(arrival - self.time.monotonic, 0.0))
+        permit.status = self.status(number)
+        manager.__exit__(None, None, None)
+        self.limits.append(self.limiter.limit)
         return number
 
 
-def lognormal(middle_s, spread, seed=1):
-    chance = random.Random(seed)
-    return lambda _n: middle_s * math.exp(chance.gauss(0, spread))
+def lognormal(median_s, spread, seed=1):
+    generator = random.Random(seed)
+    return lambda _n: median_s * math.exp(generator.gauss(0, spread))
 
 
-def both(answers, workers, service, **facts):
-    """Return a walk, and how much longer it took than one that heeds no times."""
-    walk = Walk(workers, service(), **facts)
-    took_s = walk.run(answers)
-    return walk, took_s / Walk(workers, service(), **facts, does_learn=False).run(answers)
+def compare(responses, workers, service, **options):
+    """Return a walk, and the ratio of its duration to that of a walk with a fixed limit."""
+    walk = Walk(workers, service(), **options)
+    elapsed_s = walk.run(responses)
+    fixed = Walk(workers, service(), **options, is_adaptive=False)
+    return walk, elapsed_s / fixed.run(responses)
 
 
 @pytest.mark.parametrize("network_s", [0.0, 0.01])
-def test_at_a_server_that_queues_who_waits_waits_less_and_a_walk_no_longer(network_s):
-    facts = {"service": lambda _n: 0.02, "network": lambda _now: network_s}
-    before, after = Walk(1, **facts, does_learn=False), Walk(1, **facts)
-    took_s = [walk.run(2000) for walk in (before, after)]
-    assert took_s[1] == pytest.approx(took_s[0], rel=0.001)
-    assert before.look() == pytest.approx(8 * 0.02, abs=0.021)
-    assert after.look() <= 5 * 0.02 + 0.001
-    assert set(after.allowed[200:]) == {5}
-    assert min(after.allowed) == 5
+def test_queueing_server_halves_limit_and_demand_latency(network_s):
+    options = {"service": lambda _n: 0.02, "network": lambda _now: network_s}
+    fixed, adaptive = Walk(1, **options, is_adaptive=False), Walk(1, **options)
+    elapsed_s = [walk.run(2000) for walk in (fixed, adaptive)]
+    assert elapsed_s[1] == pytest.approx(elapsed_s[0], rel=0.001)
+    assert fixed.measure_demand() == pytest.approx(8 * 0.02, abs=0.021)
+    assert adaptive.measure_demand() <= 5 * 0.02 + 0.001
+    assert set(adaptive.limits[200:]) == {5}
+    assert min(adaptive.limits) == 5
 
 
-def test_that_holds_as_long_as_the_queue_does_and_no_longer():
+def test_limit_is_restored_after_queueing_ends():
     walk = Walk(1, lambda _n: 0.02)
     assert walk.run(20_000) > 300
-    assert walk.budget.limit == 5
-    walk.free = [0.0] * 99  # the server has got room
+    assert walk.limiter.limit == 5
+    walk.free_at = [0.0] * 99  # the server stops queueing
     walk.run(3 * 32 + 40)
-    assert walk.budget.limit == 8
-    steps = itertools.pairwise(walk.allowed[-200:])
+    assert walk.limiter.limit == 8
+    steps = itertools.pairwise(walk.limits[-200:])
     assert all(after - before in (0, 1) for before, after in steps)
 
 
 @pytest.mark.parametrize("workers", [4, 99])
 @pytest.mark.parametrize("limit", [1, 2, 8])
-def test_a_server_with_room_is_asked_as_much_as_allowed(workers, limit):
-    walk, longer = both(2000, workers, lambda: lambda _n: 0.05, limit=limit)
-    assert set(walk.allowed) == {limit}
-    assert longer == 1
+def test_server_without_queue_keeps_full_limit(workers, limit):
+    walk, slowdown = compare(2000, workers, lambda: lambda _n: 0.05, limit=limit)
+    assert set(walk.limits) == {limit}
+    assert slowdown == 1
 
 
-def test_a_server_that_is_far_away_is_asked_as_much_as_keeps_it_busy():
+def test_distant_server_keeps_full_limit():
     walk = Walk(1, lambda _n: 0.02, network=lambda _now: 0.2)
     walk.run(2000)
-    assert set(walk.allowed) == {8}
+    assert set(walk.limits) == {8}
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("workers", [1, 4, 99])
 @pytest.mark.parametrize("spread", [0.3, 0.5, 1.0, 1.5])
-def test_answers_that_differ_do_not_slow_a_walk(spread, workers, seed):
-    _, longer = both(4000, workers, lambda: lognormal(0.05, spread, seed))
-    assert longer < 1.04
+def test_varying_latency_does_not_slow_walk(spread, workers, seed):
+    _, slowdown = compare(4000, workers, lambda: lognormal(0.05, spread, seed))
+    assert slowdown < 1.04
 
 
-def test_a_few_long_listings_among_short_ones_are_no_queue():
+def test_rare_slow_responses_keep_full_limit():
     def service(number):
         return 2.0 if number % 100 == 0 else 0.05
 
-    walk, longer = both(4000, 99, lambda: service)
-    assert set(walk.allowed) == {8}
-    assert longer == 1
+    walk, slowdown = compare(4000, 99, lambda: service)
+    assert set(walk.limits) == {8}
+    assert slowdown == 1
 
 
-def test_a_few_quick_answers_among_slow_ones_are_no_queue():
+def test_rare_fast_responses_hardly_slow_walk():
     def service(number):
         return 0.01 if number % 50 == 0 else 0.1
 
-    assert both(4000, 99, lambda: service)[1] < 1.01
+    assert compare(4000, 99, lambda: service)[1] < 1.01
 
 
-def test_slow_endpoints_among_quick_ones_are_no_queue():
+def test_slow_endpoint_among_fast_ones_keeps_full_limit():
     def service(number):
         return 0.5 if number // 40 % 2 else 0.02
 
     def endpoint(number):
         return LISTING if number // 40 % 2 else INFO
 
-    walk, _ = both(2000, 99, lambda: service, endpoint=endpoint)
-    assert set(walk.allowed) == {8}
+    walk, _ = compare(2000, 99, lambda: service, endpoint=endpoint)
+    assert set(walk.limits) == {8}
 
 
-def test_first_connections_that_take_long_hide_no_queue():
-    def network(now):  # the first call connects, the second does not, those beside it do
+def test_slow_first_connections_do_not_hide_queue():
+    def network(now):  # the 1st request connects, the 2nd does not, concurrent ones do
         return 0.3 if now < 0.01 or 0.33 < now < 0.35 else 0.0
 
     walk = Walk(1, lambda _n: 0.02, network=network)
     for _ in range(2):
-        walk.begin(DEMAND)
-        walk.land()
+        walk.start(DEMAND)
+        walk.receive()
     walk.run(400)
-    assert walk.budget.limit == 5
+    assert walk.limiter.limit == 5
 
 
-def test_a_network_that_became_slower_costs_a_few_tries_and_no_more():
+def test_slower_network_costs_few_experiments():
     def network(now):
         return 0.02 if now < 10 else 0.2
 
-    walk, longer = both(14_000, 99, lambda: lambda _n: 0.0, network=network)
-    fewer = [number for number, allowed in enumerate(walk.allowed) if allowed < 8]
-    assert 0 < len(fewer) <= 3 * 40
-    assert set(walk.allowed[-500:]) == {8}
-    assert longer < 1.015
+    walk, slowdown = compare(14_000, 99, lambda: lambda _n: 0.0, network=network)
+    lowered = [limit for limit in walk.limits if limit < 8]
+    assert 0 < len(lowered) <= 3 * 40
+    assert set(walk.limits[-500:]) == {8}
+    assert slowdown < 1.015
 
 
-def test_a_queue_that_a_network_took_the_place_of_is_none_any_more():
+def test_slower_network_after_queue_restores_limit():
     walk = Walk(1, lambda _n: 0.02, network=lambda now: 0.5 if now > 20 else 0.0)
     walk.run(1000)
-    assert walk.allowed[-1] == 5
-    walk.free = [0.0] * 99
+    assert walk.limits[-1] == 5
+    walk.free_at = [0.0] * 99
     walk.run(100)
-    assert walk.allowed[-1] == 8
+    assert walk.limits[-1] == 8
 
 
 @pytest.mark.parametrize("status", [404, 500, 503, None])
-def test_failures_tell_nothing_of_the_time_that_answers_take(status):
+def test_failed_requests_are_not_recorded(status):
     walk = Walk(
         99,
         lambda number: 0.001 if number % 2 else 0.1,
         status=lambda number: status if number % 2 else 200,
     )
     walk.run(500)
-    assert set(walk.allowed) == {8}
+    assert set(walk.limits) == {8}
 
 
-def test_builds_of_archives_tell_nothing_of_the_time_that_answers_take():
-    budget = ConcurrencyLimiter(8, FakeTime().clock)
-    answered(budget, endpoint=endpoints.ARCHIVE)
-    answered(budget, endpoint=INFO)
-    assert set(budget._pace._quickest) == {INFO.label}
+def test_archive_requests_are_not_recorded():
+    limiter = ConcurrencyLimiter(8, FakeTime().clock)
+    complete_request(limiter, endpoint=endpoints.ARCHIVE)
+    complete_request(limiter, endpoint=INFO)
+    assert set(limiter._gradient._lowest_s) == {INFO.label}
 
 
-def test_a_429_halves_what_a_queue_left_and_both_grow_back():
+def test_status_429_halves_already_lowered_limit():
     walk = Walk(1, lambda _n: 0.02)
     walk.run(400)
-    assert walk.budget.limit == 5
-    for allowed in (4, 2):
-        answered(walk.budget, 429)
-        assert walk.budget.limit == allowed
+    assert walk.limiter.limit == 5
+    for limit in (4, 2):
+        complete_request(walk.limiter, 429)
+        assert walk.limiter.limit == limit
     walk.run(400)
-    assert walk.budget.limit == 5
+    assert walk.limiter.limit == 5
 
 
-def test_calls_from_before_a_change_tell_nothing_of_it():
-    pace = LatencyGradient(8)
-    pace.record("listing", 0.0, 0.02, is_full=False)
+def test_record_ignores_requests_of_previous_window():
+    gradient = LatencyGradient(8)
+    gradient.record("listing", 0.0, 0.02, was_saturated=False)
     for number in range(64):
-        pace.record("listing", number, number + 0.2, is_full=True)
-    assert pace.allowed == 5
+        gradient.record("listing", number, number + 0.2, was_saturated=True)
+    assert gradient.limit == 5
     for _ in range(64):
-        pace.record("listing", 63.0, 63.4, is_full=True)
-    assert pace.allowed == 5
+        gradient.record("listing", 63.0, 63.4, was_saturated=True)
+    assert gradient.limit == 5
     for number in range(64, 96):
-        pace.record("listing", number, number + 0.2, is_full=True)
-    assert pace.allowed == 8
+        gradient.record("listing", number, number + 0.2, was_saturated=True)
+    assert gradient.limit == 8

@@ -1,4 +1,4 @@
-"""Listings that lie, clamp, and change while they are read, as functions of (limit, offset)."""
+"""Pagination of listings with wrong metadata, clamped pages and concurrent changes."""
 
 import threading
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tinkerfs.api.models import Page
 from tinkerfs.api.pagination import fetch_all_pages
 
-#: Pages at once, unless told otherwise.
+#: Default maximum number of pages in flight.
 WORKERS = 8
 
 
@@ -17,22 +17,22 @@ class Server:
     """A listing of numbers.
 
     Attributes:
-        calls: the offset of each page that was asked for.
-        on_call: called with the number of each call, from 1, before it is answered.
+        offsets: offset of each requested page.
+        on_request: called with the number of each request, from 1, before its response.
     """
 
-    def __init__(self, count, *, clamp=100, total=..., tells_limit=True, ignores_offset=False):
+    def __init__(self, count, *, clamp=100, total=..., has_limit=True, ignores_offset=False):
         self.records = list(range(count))
-        self.clamp, self.total, self.tells_limit = clamp, total, tells_limit
+        self.clamp, self.total, self.has_limit = clamp, total, has_limit
         self.ignores_offset = ignores_offset
-        self.calls = []
-        self.on_call = lambda number: None
+        self.offsets = []
+        self.on_request = lambda number: None
         self._lock = threading.Lock()
 
     def page(self, limit, offset):
         with self._lock:
-            self.calls.append(offset)
-            self.on_call(len(self.calls))
+            self.offsets.append(offset)
+            self.on_request(len(self.offsets))
             offset = 0 if self.ignores_offset else offset
             size = min(limit, self.clamp)
             items = tuple(self.records[offset : offset + size])
@@ -40,7 +40,7 @@ class Server:
             return Page(
                 items,
                 len(self.records) if total is ... else total,
-                size if self.tells_limit else None,
+                size if self.has_limit else None,
                 len(items),
             )
 
@@ -49,12 +49,12 @@ class Server:
 
 
 @pytest.mark.parametrize(
-    ("count", "calls"), [(0, 1), (1, 1), (99, 1), (100, 1), (101, 2), (1000, 10), (1001, 11)]
+    ("count", "pages"), [(0, 1), (1, 1), (99, 1), (100, 1), (101, 2), (1000, 10), (1001, 11)]
 )
-def test_as_many_calls_as_pages(count, calls):
+def test_fetch_all_pages_sends_one_request_per_page(count, pages):
     server = Server(count)
     assert server.read() == list(range(count))
-    assert sorted(server.calls) == [100 * n for n in range(calls)]
+    assert sorted(server.offsets) == [100 * n for n in range(pages)]
 
 
 @given(
@@ -63,95 +63,95 @@ def test_as_many_calls_as_pages(count, calls):
     st.one_of(st.just(...), st.none(), st.integers(0, 1000)),
     st.booleans(),
 )
-def test_nothing_is_lost_whatever_the_server_says(count, clamp, total, tells_limit):
-    # A count that is wrong by whole pages looks like the truth; telling would cost a call always.
+def test_fetch_all_pages_with_wrong_metadata_is_complete(count, clamp, total, has_limit):
+    # A count that is wrong by whole pages cannot be detected without an extra request.
     assume(total in (..., None) or not (0 < total < count and total % min(clamp, 100) == 0))
-    server = Server(count, clamp=clamp, total=total, tells_limit=tells_limit)
+    server = Server(count, clamp=clamp, total=total, has_limit=has_limit)
     assert server.read() == list(range(count))
 
 
 @given(st.integers(0, 450), st.integers(1, 120))
-def test_a_clamp_costs_no_call_too_many(count, clamp):
+def test_fetch_all_pages_with_clamp_sends_no_extra_request(count, clamp):
     server = Server(count, clamp=clamp)
     server.read()
-    assert len(server.calls) == max(-(-count // min(clamp, 100)), 1)
+    assert len(server.offsets) == max(-(-count // min(clamp, 100)), 1)
 
 
-def test_pages_are_read_at_once_but_not_all():
+def test_fetch_all_pages_limits_pages_in_flight():
     server = Server(5000)
     full = threading.Barrier(WORKERS)
-    now, most = 0, 0
+    now, max_in_flight = 0, 0
     lock = threading.Lock()
 
     def page(limit, offset):
-        nonlocal now, most
+        nonlocal now, max_in_flight
         with lock:
             now += 1
-            most = max(most, now)
+            max_in_flight = max(max_in_flight, now)
         if 0 < offset <= 100 * WORKERS:
-            full.wait(10)  # breaks where they come one after the other
+            full.wait(10)  # times out if the pages are fetched one by one
         result = server.page(limit, offset)
         with lock:
             now -= 1
         return result
 
     assert fetch_all_pages(page, lambda n: n) == tuple(range(5000))
-    assert most == WORKERS
-    assert len(server.calls) == 50
+    assert max_in_flight == WORKERS
+    assert len(server.offsets) == 50
 
 
-def test_a_run_that_moves_to_the_front_is_not_lost():
+def test_fetch_all_pages_with_moved_record_is_complete():
     server = Server(1000)
 
     def move(number):
         if number == 2:
             server.records.insert(0, server.records.pop())
 
-    server.on_call = move
+    server.on_request = move
     assert sorted(server.read()) == list(range(1000))
-    assert len(server.calls) <= 12
+    assert len(server.offsets) <= 12
 
 
-def test_a_run_that_is_created_meanwhile_costs_no_other():
+def test_fetch_all_pages_with_created_record_is_complete():
     server = Server(1000)
-    server.on_call = lambda number: server.records.insert(0, 5000) if number == 4 else None
+    server.on_request = lambda number: server.records.insert(0, 5000) if number == 4 else None
     assert sorted(server.read()) == [*range(1000), 5000]
 
 
-def test_a_run_that_is_deleted_meanwhile_costs_no_other():
+def test_fetch_all_pages_with_deleted_record_is_complete():
     server = Server(1000)
-    server.on_call = lambda number: server.records.remove(3) if number == 3 else None
+    server.on_request = lambda number: server.records.remove(3) if number == 3 else None
     assert sorted(server.read()) == sorted(server.records)
 
 
-def test_an_account_that_never_rests_ends_all_the_same():
+def test_fetch_all_pages_with_constant_changes_ends():
     server = Server(300)
-    server.on_call = lambda number: server.records.insert(0, 1000 + number)
+    server.on_request = lambda number: server.records.insert(0, 1000 + number)
     found = server.read()
     assert set(range(300)) <= set(found)
-    assert len(server.calls) < 40
+    assert len(server.offsets) < 40
 
 
-def test_a_count_far_too_large_is_not_believed():
+def test_fetch_all_pages_with_huge_count_stops_at_empty_page():
     server = Server(250, total=10**12)
     assert server.read() == list(range(250))
-    assert len(server.calls) <= 3 + WORKERS
+    assert len(server.offsets) <= 3 + WORKERS
 
 
-def test_a_server_without_offset_is_read_once_more():
+def test_fetch_all_pages_with_ignored_offset_ends():
     server = Server(100, total=None, ignores_offset=True)
     assert server.read() == list(range(100))
-    assert len(server.calls) == 2
+    assert len(server.offsets) == 2
 
 
-def test_skyrl_counts_zero_past_the_end():
+def test_fetch_all_pages_with_zero_count_past_end_is_complete():
     server = Server(200, total=None)
-    server.total = lambda count: count if server.calls[-1] < count else 0
+    server.total = lambda count: count if server.offsets[-1] < count else 0
     assert server.read() == list(range(200))
-    assert len(server.calls) == 2
+    assert len(server.offsets) == 2
 
 
-def test_a_page_that_fails_fails_the_listing():
+def test_listing_with_failing_page_fails():
     server = Server(5000)
 
     def page(limit, offset):
@@ -161,42 +161,42 @@ def test_a_page_that_fails_fails_the_listing():
 
     with pytest.raises(ValueError, match="page 7"):
         fetch_all_pages(page, lambda n: n)
-    assert len(server.calls) < 50
+    assert len(server.offsets) < 50
 
 
-def test_records_that_cannot_be_read_count_as_received():
+def test_fetch_all_pages_counts_skipped_records_as_received():
     server = Server(250)
 
     def page(limit, offset):
-        one = server.page(limit, offset)
-        return Page(one.items[1:], one.total_count, one.limit, one.received)
+        full_page = server.page(limit, offset)
+        return Page(full_page.items[1:], full_page.total_count, full_page.limit, full_page.received)
 
     assert len(fetch_all_pages(page, lambda n: n)) == 247
-    assert len(server.calls) == 3
+    assert len(server.offsets) == 3
 
 
-def test_pages_are_told_in_order_and_before_the_last_has_come():
+def test_on_page_receives_pages_in_order_as_they_arrive():
     server = Server(1000)
-    told, later = [], threading.Event()
+    seen, later = [], threading.Event()
 
     def page(limit, offset):
-        if offset == 200:  # the pages after it come first, and wait for their turn
+        if offset == 200:  # later pages arrive first
             assert later.wait(10)
         if offset == 900:
             later.set()
         return server.page(limit, offset)
 
-    def came(items):
-        told.extend(items)
+    def on_page(items):
+        seen.extend(items)
         if items[0] == 0:
-            assert server.calls == [0]
+            assert server.offsets == [0]
 
-    assert fetch_all_pages(page, lambda n: n, on_page=came) == tuple(range(1000))
-    assert told == list(range(1000))
+    assert fetch_all_pages(page, lambda n: n, on_page=on_page) == tuple(range(1000))
+    assert seen == list(range(1000))
 
 
-def test_what_came_before_a_page_that_fails_was_told():
-    server, told, failing = Server(1000), [], threading.Event()
+def test_on_page_receives_pages_before_failing_page():
+    server, seen, failing = Server(1000), [], threading.Event()
 
     def page(limit, offset):
         if offset == 500:
@@ -204,32 +204,32 @@ def test_what_came_before_a_page_that_fails_was_told():
             raise ValueError("page 5")
         return server.page(limit, offset)
 
-    def came(items):
-        told.extend(items)
+    def on_page(items):
+        seen.extend(items)
         if items[-1] == 499:
             failing.set()
 
     with pytest.raises(ValueError, match="page 5"):
-        fetch_all_pages(page, lambda n: n, on_page=came)
-    assert told == list(range(500))
+        fetch_all_pages(page, lambda n: n, on_page=on_page)
+    assert seen == list(range(500))
 
 
 @given(st.integers(0, 450), st.integers(1, 120), st.integers(1, 20))
-def test_all_that_is_returned_was_told(count, clamp, moved_at):
+def test_on_page_receives_every_returned_record(count, clamp, moved_at):
     server = Server(count, clamp=clamp)
 
     def move(number):
         if number == moved_at and server.records:
             server.records.insert(0, server.records.pop())
 
-    server.on_call = move
-    told = []
-    found = fetch_all_pages(server.page, lambda number: number, on_page=told.extend)
-    assert set(found) == set(told) == set(range(count))
+    server.on_request = move
+    seen = []
+    found = fetch_all_pages(server.page, lambda number: number, on_page=seen.extend)
+    assert set(found) == set(seen) == set(range(count))
 
 
-def test_what_came_is_told_also_where_a_later_page_failed_meanwhile():
-    server, told = Server(1000), []
+def test_on_page_receives_pages_despite_earlier_error():
+    server, seen = Server(1000), []
     served, failed = threading.Semaphore(0), threading.Event()
 
     def page(limit, offset):
@@ -243,32 +243,32 @@ def test_what_came_is_told_also_where_a_later_page_failed_meanwhile():
             served.release()
         return result
 
-    def came(items):
-        told.extend(items)
+    def on_page(items):
+        seen.extend(items)
         if items[0] == 100:
             assert failed.wait(10)
 
     with pytest.raises(ValueError, match="page 5"):
-        fetch_all_pages(page, lambda n: n, on_page=came)
-    assert told == list(range(500))
+        fetch_all_pages(page, lambda n: n, on_page=on_page)
+    assert seen == list(range(500))
 
 
-def test_who_cannot_take_a_page_asks_for_no_more():
-    server, go_on = Server(100_000), threading.Event()
+def test_on_page_error_stops_requests():
+    server, resume = Server(100_000), threading.Event()
 
     def page(limit, offset):
         if offset > 1000:
-            assert go_on.wait(10)
+            assert resume.wait(10)
         return server.page(limit, offset)
 
-    def came(items):
+    def on_page(items):
         if items[0] == 200:
             raise ValueError("no room")
 
     with pytest.raises(ValueError, match="no room"):
-        fetch_all_pages(page, lambda n: n, on_page=came)
-    go_on.set()
+        fetch_all_pages(page, lambda n: n, on_page=on_page)
+    resume.set()
     for thread in threading.enumerate():
         if thread.name.startswith("tinkerfs-page"):
             thread.join(10)
-    assert len(server.calls) <= 11 + WORKERS
+    assert len(server.offsets) <= 11 + WORKERS

@@ -36,18 +36,18 @@ def text_of(value):
     return json.dumps(value).encode()
 
 
-def listing(*records, **more):
-    return text_of({"checkpoints": records, "training_runs": records, **more})
+def listing(*records, **fields):
+    return text_of({"checkpoints": records, "training_runs": records, **fields})
 
 
-def test_a_whole_checkpoint():
+def test_parse_checkpoints_returns_all_fields():
     page = parsing.parse_checkpoints(
         listing(CHECKPOINT, cursor={"offset": 0, "limit": 50, "total_count": 120})
     )
     raw = text_of(CHECKPOINT)
     assert page == Page(
         items=(
-            Checkpoint.of(
+            Checkpoint.from_fields(
                 "weights/0001",
                 checkpoint_type="training",
                 time_ns=1795429230 * 10**9,
@@ -64,7 +64,7 @@ def test_a_whole_checkpoint():
     )
 
 
-def test_a_whole_run():
+def test_parse_training_runs_returns_all_fields():
     (run,) = parsing.parse_training_runs(listing(RUN)).items
     assert (run.run_id, run.base_model, run.lora_rank) == ("r:train:0", "Qwen/Qwen3-8B", 32)
     assert run.is_lora is True
@@ -77,21 +77,26 @@ def test_a_whole_run():
 
 @pytest.mark.parametrize("name", sorted(set(CHECKPOINT) - {"checkpoint_id"}))
 @pytest.mark.parametrize("value", [None, ..., [], {}, "\ud800", -1, 10**30, 1.5, False, "9" * 40])
-def test_a_wrong_field_costs_that_field_alone(name, value):
+def test_parse_checkpoints_omits_only_invalid_field(name, value):
     record = {k: v for k, v in CHECKPOINT.items() if k != name}
     if value is not ...:
         record[name] = value
     page = parsing.parse_checkpoints(listing(record, CHECKPOINT))
     assert [item.checkpoint_id for item in page.items] == ["weights/0001"] * 2
-    whole = page.items[1]
+    valid = page.items[1]
     attributes = {"time": "time_ns", "public": "is_public", "expires_at": "expires_at_ns"}
     fields = {"checkpoint_id", "tinker_path", *Checkpoint.__struct_fields__}
-    for field in fields - {attributes.get(name, name), "outline", "path_start", "path_has_id"}:
-        assert getattr(page.items[0], field) == getattr(whole, field)
+    for field in fields - {
+        attributes.get(name, name),
+        "json_template",
+        "path_prefix",
+        "path_has_id",
+    }:
+        assert getattr(page.items[0], field) == getattr(valid, field)
     assert json.loads(page.items[0].raw) == record
 
 
-def test_json_of_many_records_is_kept_once():
+def test_parse_checkpoints_shares_json_template():
     records = [
         CHECKPOINT
         | {
@@ -109,12 +114,12 @@ def test_json_of_many_records_is_kept_once():
 
 
 @pytest.mark.parametrize("record", [1, None, "x", [], {}, {"checkpoint_id": ""}, {"time": 1}])
-def test_a_bad_record_costs_itself(record):
+def test_parse_checkpoints_skips_invalid_record(record):
     page = parsing.parse_checkpoints(listing(CHECKPOINT, record, CHECKPOINT))
     assert (len(page.items), page.received) == (2, 3)
 
 
-def test_names_that_are_no_utf8_do_not_cost_the_page():
+def test_parse_checkpoints_accepts_non_utf8_names():
     body = listing(CHECKPOINT, CHECKPOINT | {"checkpoint_id": "weights/\udcff"})
     raw_byte = body.replace(b"\\udcff", b"\xff")
     for each in (body, raw_byte):
@@ -125,7 +130,7 @@ def test_names_that_are_no_utf8_do_not_cost_the_page():
             assert parsing.parse_checkpoint(item.raw) == item
 
 
-def test_a_duplicate_key_is_the_last_one():
+def test_parse_checkpoints_uses_last_duplicate_key():
     body = b'{"checkpoints":[{"checkpoint_id":"a","checkpoint_id":"b"}]}'
     assert parsing.parse_checkpoints(body).items[0].checkpoint_id == "b"
 
@@ -144,19 +149,19 @@ def test_a_duplicate_key_is_the_last_one():
         b'{"checkpoints":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
 )
-def test_what_is_no_listing(body):
+def test_parse_checkpoints_of_invalid_body_raises(body):
     with pytest.raises(ProtocolError):
         parsing.parse_checkpoints(body)
 
 
-def test_a_null_list_is_empty_and_a_cursor_is_a_hint():
+def test_parse_checkpoints_accepts_null_list_and_bad_cursor():
     assert parsing.parse_checkpoints(b'{"checkpoints": null, "cursor": null}') == Page(())
     for cursor in ("x", [], {"limit": "a", "total_count": -1}, {"limit": None}):
         assert parsing.parse_checkpoints(listing(CHECKPOINT, cursor=cursor)).total_count is None
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), json_values), st.booleans())
-def test_no_record_crashes_or_changes_its_raw(fields, is_run):
+def test_parse_any_record_preserves_raw(fields, is_run):
     parse = parsing.parse_training_runs if is_run else parsing.parse_checkpoints
     good = RUN | CHECKPOINT
     page = parse(listing(good, good | fields, fields))
@@ -167,7 +172,7 @@ def test_no_record_crashes_or_changes_its_raw(fields, is_run):
 
 
 @given(json_values)
-def test_no_answer_crashes(value):
+def test_parse_any_response_raises_only_protocol_error(value):
     body = text_of(value)
     for parse in (
         parsing.parse_training_run,
@@ -186,7 +191,7 @@ def test_no_answer_crashes(value):
             continue
 
 
-def test_the_small_records():
+def test_parse_small_records_returns_fields():
     info = parsing.parse_weights_info(b'{"base_model":"m","is_lora":true,"lora_rank":"x"}')
     assert (info.base_model, info.is_lora, info.lora_rank) == ("m", True, None)
     session = parsing.parse_session("s", b'{"training_run_ids":["a",1,""],"sampler_ids":null}')
@@ -207,5 +212,5 @@ def test_the_small_records():
         parsing.parse_training_run(b"{}")
 
 
-def test_a_signed_url_shows_nothing():
+def test_signed_url_repr_hides_url():
     assert "sig" not in repr(SignedUrl("https://store/x?sig=1", 3.0))

@@ -20,26 +20,26 @@ def true_ns(instant):
 
 
 @given(instants)
-def test_iso_times_with_any_offset_are_read_exactly(instant):
+def test_parse_time_ns_with_any_offset_is_exact(instant):
     assert parse_time_ns(instant.isoformat()) == true_ns(instant)
 
 
 @given(instants)
-def test_utc_is_written_with_z_or_without_a_zone(instant):
+def test_parse_time_ns_accepts_utc_formats(instant):
     text = instant.astimezone(UTC).replace(tzinfo=None).isoformat()
     assert parse_time_ns(text) == parse_time_ns(text + "Z") == true_ns(instant)
     assert parse_time_ns(text.replace("T", " ") + " UTC") == true_ns(instant)
 
 
 @given(st.integers(-(2**33), 2**33), st.integers(0, 999_999_999))
-def test_fractions_are_kept_to_the_nanosecond(seconds, ns):
+def test_parse_time_ns_keeps_nanoseconds(seconds, ns):
     text = (EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S").rjust(19, "0")
     assert parse_time_ns(f"{text}.{ns:09d}Z") == seconds * 10**9 + ns
     assert parse_time_ns(f"{text},{ns:09d}999Z") == seconds * 10**9 + ns
 
 
 @given(st.integers(-(2**33), 2**33))
-def test_unix_numbers_are_seconds(seconds):
+def test_parse_time_ns_accepts_unix_seconds(seconds):
     assert parse_time_ns(seconds) == seconds * 10**9
     assert parse_time_ns(float(seconds)) == seconds * 10**9
     assert parse_time_ns(seconds + 0.5) == seconds * 10**9 + 500_000_000
@@ -56,7 +56,7 @@ def test_unix_numbers_are_seconds(seconds):
         (" 2026-11-23T10:20:30.5Z ", 1795429230_500_000_000),
     ],
 )
-def test_odd_but_meant(text, ns):
+def test_parse_time_ns_accepts_unusual_formats(text, ns):
     assert parse_time_ns(text) == ns
 
 
@@ -90,26 +90,26 @@ def test_odd_but_meant(text, ns):
         {},
     ],
 )
-def test_what_is_no_time_is_none(value):
+def test_parse_time_ns_of_invalid_value_returns_none(value):
     assert parse_time_ns(value) is None
 
 
 @given(st.text() | st.floats() | st.integers() | st.none() | st.booleans())
-def test_nothing_crashes(value):
+def test_parse_any_value_does_not_raise(value):
     parse_time_ns(value)
     if isinstance(value, str):
         parse_http_date_s(value)
         parse_retry_after_s({"retry-after": value, "retry-after-ms": value}, 0.0)
 
 
-def test_http_dates():
+def test_parse_http_date_s_returns_seconds_or_none():
     assert parse_http_date_s("Mon, 23 Nov 2026 10:20:30 GMT") == 1795429230
     assert parse_http_date_s("0") is None
     assert parse_http_date_s("Mon, 99 Nov 2026 10:20:30 GMT") is None
 
 
 @pytest.mark.parametrize(
-    ("headers", "wait_s"),
+    ("headers", "delay_s"),
     [
         ({}, None),
         ({"retry-after": "3"}, 3.0),
@@ -124,12 +124,12 @@ def test_http_dates():
         ({"retry-after": "soon"}, None),
     ],
 )
-def test_what_the_server_asks_to_wait(headers, wait_s):
-    assert parse_retry_after_s(headers, 1795429230.0) == wait_s
+def test_parse_retry_after_s_returns_delay(headers, delay_s):
+    assert parse_retry_after_s(headers, 1795429230.0) == delay_s
 
 
-def test_time_with_a_long_run_of_spaces_is_not_read():
-    """So long that quadratic time would exceed the time-out of a test."""
+def test_parse_time_ns_rejects_long_strings():
+    """The strings are long enough for quadratic time to exceed the test's timeout."""
     spaces = " " * 300_000
     for text in (f"2024-01-01T00:00:00{spaces}x", f"2024-01-01{spaces}", f"{spaces}2024-01-01"):
         assert parse_time_ns(text) is None

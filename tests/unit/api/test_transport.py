@@ -1,4 +1,4 @@
-"""Retries, bounds, the key, and what is told when there is no answer."""
+"""The transport: retries, timeouts, API keys, and errors without a response."""
 
 import logging
 import os
@@ -30,14 +30,14 @@ RUNS = "GET training_runs"
 EMPTY = b'{"training_runs":[],"cursor":{"total_count":0,"limit":100}}'
 
 
-def calls(telemetry):
-    return telemetry.snapshot()["calls"]
+def requests_of(telemetry):
+    return telemetry.snapshot()["api_requests"]
 
 
 # --- what is sent --------------------------------------------------------------------------------
 
 
-def test_headers(server, client):
+def test_request_headers_are_sent(server, client):
     client.list_training_runs()
     (entry,) = server.journal.entries(RUNS)
     assert entry.api_key == server.api_key
@@ -46,12 +46,12 @@ def test_headers(server, client):
     assert "x-idempotency-key" not in entry.headers
 
 
-def test_what_comes_in_is_counted(bytes_of, client_of, telemetry):
+def test_received_bytes_are_counted(bytes_of, client_of, telemetry):
     client_of(bytes_of(http(200, EMPTY))).list_training_runs()
     assert telemetry.snapshot()["counters"]["bytes_received"] == len(EMPTY)
 
 
-def test_a_post_keeps_its_idempotency_key_over_retries(server, client):
+def test_post_retries_use_same_idempotency_key(server, client):
     server.faults.add("POST weights_info", status=503, times=2)
     run = client.all_training_runs()[0]
     path = run.last_checkpoint.tinker_path
@@ -65,7 +65,7 @@ def test_a_post_keeps_its_idempotency_key_over_retries(server, client):
     assert len(set(keys)) == 2
 
 
-def test_odd_names_arrive_as_they_are(bytes_of, client_of):
+def test_unusual_ids_are_percent_encoded(bytes_of, client_of):
     server = bytes_of(http(404, b'{"detail":"no checkpoint of that name"}'))
     client = client_of(server)
     for run, name in [
@@ -84,7 +84,7 @@ def test_odd_names_arrive_as_they_are(bytes_of, client_of):
 
 @pytest.mark.parametrize("prefix", ["", "/services/tinker-prod"])
 @pytest.mark.parametrize("end", ["", "/"])
-def test_the_base_url_may_have_a_path(demo_server, tmp_path, prefix, end):
+def test_base_url_with_path_is_used(demo_server, tmp_path, prefix, end):
     server = demo_server(prefix=prefix)
     credentials = Credentials(server.environment, home=str(tmp_path))
     with Client(server.base_url + end, credentials, Telemetry()) as client:
@@ -92,7 +92,7 @@ def test_the_base_url_may_have_a_path(demo_server, tmp_path, prefix, end):
         assert client.health() == "ok"
 
 
-def test_a_proxy_of_the_environment_is_used(bytes_of, monkeypatch, tmp_path):
+def test_proxy_of_environment_is_used(bytes_of, monkeypatch, tmp_path):
     proxy = bytes_of(http(200, EMPTY))
     monkeypatch.setenv("http_proxy", proxy.base_url)
     monkeypatch.delenv("no_proxy", raising=False)
@@ -104,7 +104,7 @@ def test_a_proxy_of_the_environment_is_used(bytes_of, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("proxy", ["nonsense://x", "socks4://127.0.0.1:1"])
-def test_a_proxy_that_cannot_be_used_is_told_with_its_cure(monkeypatch, tmp_path, proxy):
+def test_invalid_proxy_raises_error_naming_variable(monkeypatch, tmp_path, proxy):
     monkeypatch.setenv("https_proxy", proxy)
     with pytest.raises(StartupError, match="https_proxy"):
         Client("https://tinker.invalid", Credentials({}, home=str(tmp_path)), Telemetry())
@@ -114,31 +114,31 @@ def test_a_proxy_that_cannot_be_used_is_told_with_its_cure(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 599])
-def test_what_may_pass_is_tried_again(server, client, telemetry, status):
+def test_retryable_status_is_retried(server, client, telemetry, status):
     server.faults.add(RUNS, status=status, times=2)
     assert len(client.all_training_runs()) == 10
-    assert calls(telemetry) == {RUNS: {str(status): 2, "200": 1}}
+    assert requests_of(telemetry) == {RUNS: {str(status): 2, "200": 1}}
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 405, 410, 418, 422, 425, 501])
-def test_what_will_not_pass_is_not(server, client, status):
+def test_non_retryable_status_is_not_retried(server, client, status):
     server.faults.add(RUNS, status=status)
     with pytest.raises(errors.ApiError):
         client.all_training_runs()
     assert server.journal.count(RUNS) == 1
 
 
-@pytest.mark.parametrize(("status", "wish", "count"), [(500, "false", 1), (418, "true", 2)])
-def test_the_server_may_say_otherwise(server, client, status, wish, count):
-    server.faults.add(RUNS, status=status, headers={"x-should-retry": wish})
+@pytest.mark.parametrize(("status", "should_retry", "count"), [(500, "false", 1), (418, "true", 2)])
+def test_should_retry_header_overrides_status(server, client, status, should_retry, count):
+    server.faults.add(RUNS, status=status, headers={"x-should-retry": should_retry})
     try:
         client.all_training_runs()
     except errors.ServerError:
-        assert wish == "false"
+        assert should_retry == "false"
     assert server.journal.count(RUNS) == count
 
 
-def test_ten_tries_at_most(server, client):
+def test_request_has_at_most_ten_attempts(server, client):
     server.faults.add(RUNS, status=500, body={"detail": "out of disk"}, times=None)
     with pytest.raises(errors.ServerError, match="out of disk"):
         client.all_training_runs()
@@ -146,19 +146,19 @@ def test_ten_tries_at_most(server, client):
 
 
 @pytest.mark.parametrize("fault", [{"refuse": True}, {"reset": True}, {"cut_after_bytes": 30}])
-def test_a_lost_answer_is_asked_for_again(server, client, fault):
+def test_lost_connection_is_retried(server, client, fault):
     server.faults.add(RUNS, times=3, **fault)
     assert len(client.all_training_runs()) == 10
     assert server.journal.count(RUNS) == 4
 
 
-def test_an_idle_connection_that_died_costs_no_wait(server, client_of):
+def test_closed_idle_connection_is_retried_without_delay(server, client_of):
     client = client_of(server, backoff_s=60.0)
     client.all_training_runs()
     server.drop_connections()
-    began = real_time.monotonic()
+    started_at = real_time.monotonic()
     client.all_training_runs()
-    assert real_time.monotonic() - began < 5
+    assert real_time.monotonic() - started_at < 5
 
 
 @pytest.mark.parametrize(
@@ -169,69 +169,69 @@ def test_an_idle_connection_that_died_costs_no_wait(server, client_of):
         {"Retry-After": formatdate(0, usegmt=True)},
     ],
 )
-def test_the_server_sets_the_wait(server, client_of, headers):
+def test_retry_after_header_sets_delay(server, client_of, headers):
     client = client_of(server, backoff_s=60.0)
     server.faults.add(RUNS, status=429, headers=headers)
     assert len(client.all_training_runs()) == 10
 
 
-def test_a_wait_beyond_the_bound_is_not_begun(server, client):
+def test_retry_after_beyond_timeout_fails_at_once(server, client):
     server.faults.add(RUNS, status=429, headers={"Retry-After": "60"})
-    began = real_time.monotonic()
+    started_at = real_time.monotonic()
     with pytest.raises(errors.RateLimited) as caught:
         client.all_training_runs()
     assert caught.value.retry_after_s == 60
-    assert real_time.monotonic() - began < 5
+    assert real_time.monotonic() - started_at < 5
 
 
-def test_all_tries_together_are_bounded(server, client_of):
+def test_timeout_limits_all_attempts_together(server, client_of):
     client = client_of(server, timeout_s=0.4)
     rule = server.faults.add(RUNS, hang=True, times=None)
-    began = real_time.monotonic()
+    started_at = real_time.monotonic()
     with pytest.raises(errors.RequestTimeout, match=r"within 0\.4 s"):
         client.all_training_runs()
-    assert real_time.monotonic() - began < 2
+    assert real_time.monotonic() - started_at < 2
     rule.release()
 
 
-def test_an_answer_that_trickles_is_bounded_too(server, client_of):
+def test_timeout_limits_trickling_response(server, client_of):
     client = client_of(server, timeout_s=0.5)
     server.faults.add(RUNS, bytes_per_s=200, times=None)
-    began = real_time.monotonic()
+    started_at = real_time.monotonic()
     with pytest.raises(errors.RequestTimeout):
         client.all_training_runs()
-    assert real_time.monotonic() - began < 3
+    assert real_time.monotonic() - started_at < 3
 
 
-def test_no_retry_log(server, client, caplog):
+def test_retries_are_not_logged(server, client, caplog):
     caplog.set_level(logging.DEBUG)
     server.faults.add(RUNS, status=503, times=2)
     client.all_training_runs()
     assert "stamina" not in {record.name for record in caplog.records}
 
 
-# --- no answer -----------------------------------------------------------------------------------
+# --- no response ---------------------------------------------------------------------------------
 
 
-def test_a_dead_port_fails_fast(server, client_of, telemetry):
+def test_closed_port_fails_fast(server, client_of, telemetry):
     client = client_of(server, timeout_s=30.0)
     server.stop_listening()
-    began = real_time.monotonic()
+    started_at = real_time.monotonic()
     with pytest.raises(errors.ConnectionFailed, match=r"no connection to 127\.0\.0\.1.*refused"):
         client.all_training_runs()
-    assert real_time.monotonic() - began < 2
-    assert calls(telemetry) == {RUNS: {"unreachable": 2}}
+    assert real_time.monotonic() - started_at < 2
+    assert requests_of(telemetry) == {RUNS: {"unreachable": 2}}
     server.resume_listening()
     assert len(client.all_training_runs()) == 10
 
 
-def test_a_name_that_is_none(client_of):
+def test_unknown_host_raises_connection_failed(client_of):
     server = SimpleNamespace(base_url="http://tinker.invalid")
     with pytest.raises(errors.ConnectionFailed, match=r"tinker\.invalid"):
         client_of(server).all_training_runs()
 
 
-def test_cut_off_for_good(server, client):
+def test_connection_closed_repeatedly_raises_connection_failed(server, client):
     server.faults.add(RUNS, refuse=True, times=None)
     with pytest.raises(errors.ConnectionFailed, match="broke off"):
         client.all_training_runs()
@@ -251,7 +251,7 @@ def test_cut_off_for_good(server, client):
         http(304),
     ],
 )
-def test_an_answer_that_is_not_the_apis(bytes_of, client_of, script):
+def test_response_not_of_api_raises_protocol_error(bytes_of, client_of, script):
     server = bytes_of(script)
     with pytest.raises(errors.ProtocolError) as caught:
         client_of(server).all_training_runs()
@@ -262,19 +262,19 @@ def test_an_answer_that_is_not_the_apis(bytes_of, client_of, script):
 
 
 def connections(server):
-    """The peers of a server's open connections."""
+    """The client addresses of a server's open connections."""
     port = f":{server.base_url.rpartition(':')[2].partition('/')[0]}"
     rows = [row.split() for row in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
     local = f":{int(port[1:]):04X}"
     return {row[2] for row in rows if row[1].endswith(local) and row[3] == "01"}
 
 
-def test_a_burst_is_made_on_connections_that_the_one_before_has_opened(demo_server, client_of):
+def test_second_burst_reuses_connections(demo_server, client_of):
     server = demo_server(runs=900, checkpoints=0)
     client = client_of(server, concurrency=8)
     bursts = []
     for _ in range(2):
-        # Seven are under way before any is answered: none waits for another's connection.
+        # Seven requests are in flight before the first response: each needs a connection.
         rule = server.faults.add(RUNS, after=1, times=8, hold_until=7)
         assert len(client.all_training_runs()) == 900
         rule.remove()
@@ -283,7 +283,7 @@ def test_a_burst_is_made_on_connections_that_the_one_before_has_opened(demo_serv
     assert 7 <= len(bursts[1]) <= 8
 
 
-def test_an_answer_without_end_is_refused(server, tmp_path):
+def test_response_over_size_limit_raises_protocol_error(server, tmp_path):
     credentials = Credentials(server.environment, home=str(tmp_path))
     request = Request(endpoints.RUNS, "training_runs")
     with (
@@ -293,7 +293,7 @@ def test_an_answer_without_end_is_refused(server, tmp_path):
             Telemetry(),
             concurrency=1,
             timeout_s=5.0,
-            max_answer_bytes=1000,
+            max_response_bytes=1000,
         ) as transport,
         pytest.raises(errors.ProtocolError, match="sent more than"),
     ):
@@ -301,31 +301,31 @@ def test_an_answer_without_end_is_refused(server, tmp_path):
     assert server.journal.count() == 1
 
 
-def test_closing_ends_a_credential_command(server, tmp_path):
-    told = tmp_path / "pid"
+def test_close_kills_credential_command(server, tmp_path):
+    pid_file = tmp_path / "pid"
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    command = f"echo $$ > {told}.new; mv {told}.new {told}; sleep 60"
+    command = f"echo $$ > {pid_file}.new; mv {pid_file}.new {pid_file}; sleep 60"
     credentials = Credentials(environ | {"TINKER_CREDENTIAL_CMD": command})
     client = Client(server.base_url, credentials, Telemetry())
     with ThreadPoolExecutor() as pool, client:
         call = pool.submit(client.list_training_runs)
-        assert mount_table.wait_until(told.exists, 10)
+        assert mount_table.wait_until(pid_file.exists, 10)
     with pytest.raises(errors.Unauthorized, match="status -9"):
         call.result(10)
-    assert not mount_table.is_running(int(told.read_text()))
+    assert not mount_table.is_running(int(pid_file.read_text()))
     assert server.journal.count() == 0
 
 
-def test_a_closed_client_says_so(server, client):
+def test_closed_client_raises_connection_failed(server, client):
     client.close()
     with pytest.raises(errors.ConnectionFailed, match="closed"):
         client.health()
 
 
-# --- the key -------------------------------------------------------------------------------------
+# --- API keys ------------------------------------------------------------------------------------
 
 
-def test_a_wrong_key_is_not_asked_about_again_and_again(server, client_of):
+def test_wrong_key_is_sent_once_per_backoff(server, client_of):
     time = FakeTime()
     client = client_of(server, key="tml-wrong", clock=time.clock)
     for _ in range(5):
@@ -340,7 +340,7 @@ def test_a_wrong_key_is_not_asked_about_again_and_again(server, client_of):
     assert server.journal.count() == 2
 
 
-def test_a_rotated_key_needs_no_remount(server, client_of, tmp_path):
+def test_rotated_key_is_reloaded(server, client_of, tmp_path):
     key = tmp_path / "key"
     key.write_text("tml-old")
     client = client_of(server, environ={"TINKER_CREDENTIAL_CMD": f"cat {key}"})
@@ -352,7 +352,7 @@ def test_a_rotated_key_needs_no_remount(server, client_of, tmp_path):
     assert [entry.status for entry in server.journal.entries(RUNS)] == [200, 401, 200]
 
 
-def test_change_is_rechecked_before_a_second_key_is_tried(server, client_of, tmp_path):
+def test_change_is_rechecked_before_second_key_is_sent(server, client_of, tmp_path):
     key = tmp_path / "key"
     key.write_text("tml-old")
     client = client_of(server, environ={"TINKER_CREDENTIAL_CMD": f"cat {key}"})
@@ -363,12 +363,14 @@ def test_change_is_rechecked_before_a_second_key_is_tried(server, client_of, tmp
     server.behaviour.api_keys.remove("tml-old")
     key.write_text(server.api_key)
     seen = []
-    client.delete(ref, lambda failure, may_be_done: seen.append((failure.status, may_be_done)))
+    client.delete(
+        ref, lambda failure, may_have_succeeded: seen.append((failure.status, may_have_succeeded))
+    )
     assert seen == [(401, False)]
     assert [entry.status for entry in server.journal.entries("DELETE checkpoint")] == [401, 200]
 
 
-def test_a_second_refusal_ends_it(server, client_of, tmp_path):
+def test_second_rejected_key_is_not_retried(server, client_of, tmp_path):
     counter = tmp_path / "count"
     client = client_of(
         server, environ={"TINKER_CREDENTIAL_CMD": f"echo x >> {counter}; wc -c < {counter}"}
@@ -380,36 +382,36 @@ def test_a_second_refusal_ends_it(server, client_of, tmp_path):
     assert server.journal.count() == 2
 
 
-def test_many_calls_with_a_wrong_key_at_once(server, client_of):
+def test_concurrent_requests_with_wrong_key_fail(server, client_of):
     client = client_of(server, key="tml-wrong")
     outcomes = []
 
-    def ask():
+    def send():
         try:
             client.all_training_runs()
         except errors.Unauthorized as error:
             outcomes.append(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(16)]
+    threads = [threading.Thread(target=send) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(outcomes) == 16
-    client_calls = server.journal.count()
+    requests = server.journal.count()
     with pytest.raises(errors.Unauthorized):
         client.all_training_runs()
-    assert server.journal.count() == client_calls
+    assert server.journal.count() == requests
 
 
-def test_403_is_about_the_thing_not_the_key(server, client):
+def test_status_403_does_not_reject_key(server, client):
     server.faults.add(RUNS, status=403, body={"detail": "not yours"})
     with pytest.raises(errors.Unauthorized, match="not yours"):
         client.all_training_runs()
     assert len(client.all_training_runs()) == 10
 
 
-def test_without_a_key_only_health_is_asked(server, client_of):
+def test_only_health_works_without_key(server, client_of):
     client = client_of(server, environ={})
     with pytest.raises(errors.Unauthorized, match="tinker auth login"):
         client.all_training_runs()
@@ -417,8 +419,8 @@ def test_without_a_key_only_health_is_asked(server, client_of):
     assert client.health() == "ok"
 
 
-def test_the_key_and_the_urls_are_in_no_log(server, client, caplog):
-    # As `logging.basicConfig(level=DEBUG)` of an application would have it.
+def test_logs_contain_no_keys_or_urls(server, client, caplog):
+    # Like `logging.basicConfig(level=DEBUG)` in an application.
     caplog.set_level(logging.DEBUG)
     run = client.all_training_runs()[0]
     checkpoint = client.list_checkpoints(run.run_id)[0]
@@ -431,8 +433,8 @@ def test_the_key_and_the_urls_are_in_no_log(server, client, caplog):
     assert "training_runs" not in caplog.text
 
 
-def test_a_connection_that_is_never_made_is_bounded(client_of):
-    """A listener whose queue is full answers nothing: connecting hangs."""
+def test_timeout_limits_connecting(client_of):
+    """Connecting hangs if the backlog of the listener is full."""
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(8):
@@ -440,14 +442,14 @@ def test_a_connection_that_is_never_made_is_bounded(client_of):
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         server = SimpleNamespace(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}")
-        began = real_time.monotonic()
+        started_at = real_time.monotonic()
         with pytest.raises(errors.RequestTimeout, match="no connection"):
             client_of(server, timeout_s=0.3).health()
-        assert real_time.monotonic() - began < 3
+        assert real_time.monotonic() - started_at < 3
 
 
 @pytest.mark.parametrize("is_accepted", [True, False])
-def test_token_expired_by_our_clock_is_for_the_api_to_judge(server, client_of, is_accepted):
+def test_token_expired_by_local_clock_is_judged_by_api(server, client_of, is_accepted):
     token = jwt(real_time.time() - 3600)
     if is_accepted:
         server.behaviour.api_keys.add(token)
