@@ -1,1 +1,1 @@
-"""Mechanisms that keep what was fetched; they know nothing of Tinker."""
+"""Generic caches for metadata and file blocks; they do not depend on Tinker."""

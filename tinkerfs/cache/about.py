@@ -1,4 +1,4 @@
-"""What a directory of the block cache is of, in its file `about`, for people. Thread-safe."""
+"""The `about` file of a block cache directory: a description for users."""
 
 import os
 import secrets
@@ -7,42 +7,42 @@ from pathlib import Path
 
 from tinkerfs.safe_open import open_regular, read_regular
 
-#: The most that is read of what a directory is of: a server URL, a path and a length.
+#: Maximum number of bytes read: a server URL, a path and a length fit.
 _MAX_ABOUT_BYTES = 64 << 10
 
 
 def write_about(directory: str, content: bytes) -> None:
-    """Write the file beside and rename it: a reader finds all of it or nothing.
+    """Write the `about` file atomically, unless it has that content already.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = f"{directory}/about"
     with suppress(OSError):
         if read_regular(path, len(content) + 1) == content:
             return
-    draft = f"{directory}/.about.{secrets.token_hex(8)}"
+    temporary = f"{directory}/.about.{secrets.token_hex(8)}"
     try:
-        with open(open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(content)
-        os.rename(draft, path)
+        os.rename(temporary, path)
     except OSError:
         with suppress(OSError):
-            os.unlink(draft)
+            os.unlink(temporary)
         raise
 
 
 def read_about(directory: Path) -> tuple[str, int | None]:
-    """Return what a directory is of, and the length of that in bytes if it was known.
+    """Return the description of a directory's file, and its length if known.
 
-    "?" stands for what the directory does not say, or not in words that can be read.
+    The description is "?" if the `about` file is missing, empty or not UTF-8.
     """
     try:
-        told = read_regular(directory / "about", _MAX_ABOUT_BYTES).decode("utf-8", "surrogatepass")
+        text = read_regular(directory / "about", _MAX_ABOUT_BYTES).decode("utf-8", "surrogatepass")
     except (OSError, UnicodeDecodeError):
         return "?", None
-    about, newline, length = told.rpartition("\n")
+    description, newline, length = text.rpartition("\n")
     if not newline:
-        return told or "?", None
+        return text or "?", None
     is_number = length.isascii() and length.isdigit() and len(length) < 20
-    return about or "?", int(length) if is_number else None
+    return description or "?", int(length) if is_number else None

@@ -1,17 +1,18 @@
-"""The block cache on disk: what was fetched once is read from there, by every mount of the user.
+"""Block cache on disk, shared by all mounts of a user.
 
-    blocks/<file>/about      what file it is, for people; on the last line its length, or nothing
-                  lock       byte 0: shared by all that have it open; 1 + n: who fetches block n
-                  <n>        block n, then a checksum of it
-                  .<n>.part  the start of block n, then a checksum of that; goes after some minutes
+    blocks/<file>/about      description of the file; its last line is the length, or empty
+                  lock       byte 0: shared lock of every process that has the file open;
+                             byte 1 + n: lock of the process that downloads block n
+                  <n>        block n, followed by its checksum
+                  .<n>.part  start of block n, followed by its checksum; evicted after some minutes
 
-The folder is its own index: a block is written beside and renamed, so a process that is killed
-leaves no half block under a name, and no second record can disagree. What the disk does to a block
-later its checksum tells, when it is first read by a process. Recency is the access time, set by
-hand (most file systems are mounted `relatime`). Nothing here raises for what the disk does: a block
-that cannot be read or kept is fetched again, and why is told once.
+The directory is its own index, so no second record can disagree with it. A block is written to a
+temporary file and renamed: a killed process leaves no partial block under a block's name. The
+checksum detects later corruption; a process verifies it when it first reads the block. Recency is
+the access time, which is set explicitly, because most file systems are mounted with `relatime`.
 
-All classes are thread-safe.
+No method raises for disk errors. A block that cannot be read or written is downloaded again, and
+the error is reported once. All classes are thread-safe.
 """
 
 import hashlib
@@ -32,133 +33,140 @@ from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.safe_open import is_regular, open_regular
 from tinkerfs.telemetry import Telemetry
 
-#: So many blocks of one file are checked at a time; the kernel asks for parts of one side by side.
-_CHECKS_AT_ONCE = 8
+#: Number of blocks of one file that can be verified at the same time.
+_CONCURRENT_CHECKS = 8
 
-#: The access time of a block is set again when it is this old, seconds.
+#: The access time of a block is updated when it is older than this, seconds.
 _TOUCH_S = 60.0
 
-#: How long somebody who opens a file waits for one who is removing it, seconds.
-_OPEN_PATIENCE_S = 2.0
+#: Wait at most this long for the lock of a file that another process is removing, seconds.
+_OPEN_TIMEOUT_S = 2.0
 
-#: Blocks known to be sound; beyond, all are looked at again.
+#: Maximum number of blocks remembered as verified; the record is cleared beyond it.
 _MAX_VERIFIED = 262_144
 
-#: How old the sum of all blocks may be, seconds.
-_COUNT_S = 5.0
+#: Maximum age of the cache's size on disk, seconds. File managers request the free space with
+#: every directory, and a scan of a large cache takes a noticeable time.
+_USAGE_TTL_S = 5.0
 
 
-#: Nothing is there, and nothing can be made.
+#: Stands for a cache directory that does not exist and cannot be created.
 _NOWHERE = Path("/proc/self/no-cache")
 
 
 class BlockCache:
-    """Blocks of files, on disk.
+    """Caches blocks of files on disk.
 
     Args:
-        folder: where; made, for this user alone, when something is first kept. None keeps nothing.
-        telemetry: told of what goes wrong, and counts.
-        clock: `now` dates uses, `monotonic` spaces attempts.
-        limit_bytes: bound on all blocks together; 0 keeps nothing.
-        floor_bytes: what stays free on the disk.
+        directory: created with mode 0700 when the first block is stored; None disables the cache.
+        telemetry: receives counters and errors.
+        clock: `now` provides access times, `monotonic` spaces scans.
+        max_bytes: bound on the size of the cache; 0 caches nothing.
+        min_free_bytes: minimum free space to leave on the disk.
     """
 
     def __init__(
         self,
-        folder: Path | None,
+        directory: Path | None,
         telemetry: Telemetry,
         clock: Clock = SYSTEM_CLOCK,
         *,
         max_bytes: int,
         min_free_bytes: int,
     ) -> None:
-        max_bytes = max_bytes if folder is not None else 0
-        self.folder = folder or _NOWHERE
-        #: Whether a new block may be kept, and whether locks on it hold and end as they should.
+        max_bytes = max_bytes if directory is not None else 0
+        self.directory = directory or _NOWHERE
+        #: Whether new blocks may be stored.
         self.is_on = max_bytes > 0
-        self.has_locks = self.is_on and can_lock_files(self.folder)
+        #: Whether the file system has locks that end with their process.
+        self.has_locks = self.is_on and can_lock_files(self.directory)
+        self.fd_cache = FdCache()
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
         # Guarded by _lock.
-        bounds = {"limit_bytes": max_bytes, "floor_bytes": min_free_bytes}
-        self._sweeper = Evictor(self.folder, clock, has_locks=self.has_locks, **bounds)
-        self.descriptors = FdCache()
-        self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # looked into without
-        self._told: set[str] = set()
-        self._counted = (float("-inf"), 0)  # when, on the monotonic clock, and the bytes
+        self._evictor = Evictor(
+            self.directory,
+            clock,
+            max_bytes=max_bytes,
+            min_free_bytes=min_free_bytes,
+            has_locks=self.has_locks,
+        )
+        self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # read without _lock
+        self._reported: set[str] = set()
+        self._usage = (float("-inf"), 0)  # time of the scan on the monotonic clock, and bytes
 
-    def open(self, key: str, about: str, length_bytes: int | None = None) -> "BlockFile":
-        """Return the file of `key`, whatever of it is kept; nothing of it goes until it is closed.
+    def open(self, key: str, description: str, length_bytes: int | None = None) -> "BlockFile":
+        """Return the file of `key`. Its blocks are not evicted until it is closed.
 
         Args:
-            key: another one is another file, for ever.
-            about: what people are told that it is.
-            length_bytes: of the whole file, for people too; None where nobody knows.
+            key: identifies the content; another version of a file needs another key.
+            description: text for users.
+            length_bytes: length of the whole file, for users; None if unknown.
         """
         length = "" if length_bytes is None else str(length_bytes)
-        told = f"{about}\n{length}".encode("utf-8", "surrogatepass")
-        return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), told)
+        about = f"{description}\n{length}".encode("utf-8", "surrogatepass")
+        return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), about)
 
     def reserve_space(self, size_bytes: int) -> bool:
-        """Make room for a block, and return whether there is some.
+        """Make room for a block by eviction, and return whether it fits.
 
         Raises:
-            OSError: the folder cannot be read.
+            OSError: the cache directory cannot be read.
         """
         if not self.is_on:
             return False
         with self._lock:
-            is_admitted = self._sweeper.admit(size_bytes)
-            reason = self._sweeper.refusal
-        if not is_admitted:
-            self._telemetry.count("cache_blocks_refused")
-            self.report_once(errors.no_space(str(self.folder), f"no room for a block: {reason}"))
-        return is_admitted
+            is_reserved = self._evictor.reserve(size_bytes)
+            reason = self._evictor.rejection
+        if not is_reserved:
+            self._telemetry.count("block_cache_write_rejections")
+            self.report_once(errors.no_space(str(self.directory), f"no room for a block: {reason}"))
+        return is_reserved
 
-    def kept_bytes(self) -> int:
-        """Return what all blocks take on disk, whoever keeps them; at most 5 s old.
-
-        File managers ask for the free space with every folder, and 25,600 files take 0.15 s.
+    def usage_bytes(self) -> int:
+        """Return the disk usage of the cache, including other processes; at most 5 s old.
 
         Raises:
-            OSError: the folder cannot be read.
+            OSError: the cache directory cannot be read.
         """
         with self._lock:
-            counted_at, size_bytes = self._counted
+            scanned_at, size_bytes = self._usage
         now = self._clock.monotonic()
-        if self.is_on and now - counted_at >= _COUNT_S:
-            size_bytes = sum(kept.size_bytes for kept in scan_cache(self.folder))
+        if self.is_on and now - scanned_at >= _USAGE_TTL_S:
+            size_bytes = sum(file.size_bytes for file in scan_cache(self.directory))
             with self._lock:
-                self._counted = now, size_bytes
+                self._usage = now, size_bytes
         return size_bytes
 
     def report_once(self, error: OSError) -> None:
-        """Tell once that something went wrong that costs only time."""
+        """Report an error that only makes reads slower, once for each errno."""
         name = errors.errno_name(error)
         with self._lock:
-            if name in self._told:
+            if name in self._reported:
                 return
-            self._told.add(name)
-        self._telemetry.record_error(str(self.folder), "cache", error)
+            self._reported.add(name)
+        self._telemetry.record_error(str(self.directory), "cache", error)
 
     def is_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> bool:
-        """Tell whether a block was found sound, and is the same file still."""
+        """Return whether a block was verified and its file is unchanged since."""
         return self._verified.get(block) == signature
 
     def mark_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> None:
-        """Take note that a block is sound."""
+        """Record that the checksum of a block matches."""
         with self._lock:
             if len(self._verified) >= _MAX_VERIFIED:
                 self._verified.clear()
             self._verified[block] = signature
 
     def discard_corrupt(self, path: str) -> None:
-        """Remove a block that is not what was written, and tell."""
-        self._telemetry.count("cache_blocks_bad")
+        """Remove a corrupt block, and report it."""
+        self._telemetry.count("block_cache_corruptions")
         with suppress(OSError):
             os.unlink(path)
-        self.report_once(errors.corrupt(path, "a block on disk was altered; it is fetched again"))
+        self.report_once(
+            errors.corrupt(path, "a block on disk was altered; it is downloaded again")
+        )
 
     def now_ns(self) -> int:
         """Return the time, nanoseconds since 1970."""
@@ -166,42 +174,42 @@ class BlockCache:
 
 
 class BlockFile:
-    """The blocks of one file. Made by `BlockCache.open`; after `close` they may go."""
+    """The cached blocks of one file, which are not evicted until it is closed."""
 
     def __init__(self, cache: BlockCache, digest: "hashlib._Hash", about: bytes) -> None:
         self._cache = cache
         self._name = digest.hexdigest()[:40]
-        self._folder = str(cache.folder / self._name)
+        self._directory = str(cache.directory / self._name)
         self._about = about
         self._lock = threading.Lock()
-        #: Held by who checks a block, one of them for every so many blocks.
-        self._checks = tuple(threading.Lock() for _ in range(_CHECKS_AT_ONCE))
-        # Replaced under _lock where somebody removed the folder; who is claiming a block by the old
-        # ones goes on with those, so all of them stay open until the end.
+        #: Held while a block is verified; each lock serves every nth block.
+        self._checks = tuple(threading.Lock() for _ in range(_CONCURRENT_CHECKS))
+        # Replaced under _lock after another process removed the directory. A thread that holds a
+        # block's lock in the old file continues with that, so all of them stay open until `close`.
         self._locks: ByteRangeLocks | None = None
-        self._held: list[ByteRangeLocks] = []
+        self._open_locks: list[ByteRangeLocks] = []
         with self._lock:
-            if os.path.isdir(self._folder):
+            if os.path.isdir(self._directory):
                 self._try_lock()
 
     def close(self) -> None:
-        """Let its blocks go when others need room. No other method may be called afterwards."""
-        self._cache.descriptors.drop(self._name)
+        """Allow the eviction of the blocks. No other method may be called afterwards."""
+        self._cache.fd_cache.drop(self._name)
         with self._lock:
-            for locks in self._held:
+            for locks in self._open_locks:
                 locks.close()
-            self._held.clear()
+            self._open_locks.clear()
             self._locks = None
 
     def has(self, index: int) -> bool:
-        """Tell whether block `index` is there; whether it is sound turns out when it is read."""
+        """Return whether block `index` is cached; it is verified when it is read."""
         return is_regular(self._path(index))
 
     def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
-        """Return the bytes [start, stop) of block `index`; as `read_into`, None for False."""
+        """Return the bytes [start, stop) of block `index`; None if `read_into` fails."""
         data = bytearray(stop - start)
-        is_there = self.read_into(index, start, memoryview(data), length)
-        return bytes(data) if is_there else None
+        is_read = self.read_into(index, start, memoryview(data), length)
+        return bytes(data) if is_read else None
 
     def read_into(
         self,
@@ -209,23 +217,23 @@ class BlockFile:
         start: int,
         buffer: memoryview,
         length: int,
-        waiting: BlockingSection = nullcontext,
+        blocking: BlockingSection = nullcontext,
     ) -> bool:
-        """Fill `buffer` from block `index`; return whether that is there, and sound.
+        """Fill `buffer` from block `index`; return whether it is cached and intact.
 
         Args:
-            index: which block.
-            start: within the block.
-            buffer: of bytes, not empty, and no longer than what follows `start`; holds anything
-                where the block cannot be had.
-            length: of the whole block.
-            waiting: entered while the disk is waited for.
+            index: block index.
+            start: offset within the block.
+            buffer: not empty, and not longer than the rest of the block; its content is undefined
+                if the method returns False.
+            length: length of the whole block.
+            blocking: entered while the disk is read.
         """
         try:
-            descriptor = self._open_verified(index, length, waiting)
-            if descriptor is None:
+            fd = self._open_verified(index, length, blocking)
+            if fd is None:
                 return False
-            return self._cache.descriptors.read(descriptor, buffer, start, waiting)
+            return self._cache.fd_cache.read(fd, buffer, start, blocking)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -233,78 +241,80 @@ class BlockFile:
             return False
 
     def read_from_open_fd(
-        self, index: int, start: int, buffer: memoryview, waiting: BlockingSection
+        self, index: int, start: int, buffer: memoryview, blocking: BlockingSection
     ) -> bool:
-        """As `read_into`, with a block alone that was read within a second: in half the time."""
-        descriptors = self._cache.descriptors
-        descriptor = descriptors.recent((self._name, index))
-        if descriptor is None:
+        """Do the same as `read_into`, but only for a block that was read within a second.
+
+        This is the fast path: the block is neither opened nor verified again.
+        """
+        fd_cache = self._cache.fd_cache
+        fd = fd_cache.recent((self._name, index))
+        if fd is None:
             return False
         try:
-            return descriptor.is_intact() and descriptors.read(descriptor, buffer, start, waiting)
+            return fd.is_intact() and fd_cache.read(fd, buffer, start, blocking)
         except OSError:
-            return False  # `read_into` will tell
+            return False  # `read_into` will report it
 
     def put(self, index: int, data: bytes) -> bool:
-        """Keep a block; return whether it is on disk now."""
-        draft = self.begin_write(index, len(data))
-        if draft is None:
+        """Store a block; return whether it is on disk."""
+        writer = self.begin_write(index, len(data))
+        if writer is None:
             return False
-        with closing(draft):
+        with closing(writer):
             try:
-                draft.write(data)
+                writer.write(data)
             except OSError as error:
                 self._cache.report_once(error)
                 return False
-            return self.commit(index, draft)
+            return self.commit(index, writer)
 
     def begin_write(self, index: int, length: int) -> BlockWriter | None:
-        """Begin to keep block `index` as it comes, None where there is no room; to be closed."""
+        """Return a writer for block `index`, to be closed; None if it does not fit."""
         try:
             return self._begin(index) if self._cache.reserve_space(length + TRAILER_BYTES) else None
         except OSError as error:
             self._cache.report_once(error)
             return None
 
-    def commit(self, index: int, draft: BlockWriter) -> bool:
-        """Keep a draft that is whole as block `index`; return whether it is on disk now."""
+    def commit(self, index: int, writer: BlockWriter) -> bool:
+        """Store a completely written block; return whether it is on disk."""
         try:
             try:
-                self._commit(index, draft)
-            except FileNotFoundError:  # somebody removed the folder meanwhile
-                with closing(self._begin(index)) as another:
-                    another.write(draft.read_back())
-                    self._commit(index, another)
+                self._commit(index, writer)
+            except FileNotFoundError:  # another process removed the directory
+                with closing(self._begin(index)) as second_writer:
+                    second_writer.write(writer.read_back())
+                    self._commit(index, second_writer)
         except OSError as error:
             self._cache.report_once(error)
             return False
         return True
 
-    def commit_partial(self, index: int, draft: BlockWriter) -> None:
-        """Keep what came of block `index`, which broke off, for who claims the block next."""
-        with suppress(OSError):  # it costs a little more to fetch, no more
-            draft.commit(self._part_path(index), self._cache.now_ns())
+    def commit_partial(self, index: int, writer: BlockWriter) -> None:
+        """Store the start of block `index`, so that the next download can resume."""
+        with suppress(OSError):  # the next download starts at the beginning
+            writer.commit(self._partial_path(index), self._cache.now_ns())
 
     def has_partial(self, index: int) -> bool:
-        """Tell whether the start of block `index` was kept."""
-        return is_regular(self._part_path(index))
+        """Return whether the start of block `index` is stored."""
+        return is_regular(self._partial_path(index))
 
-    def tell(self, error: OSError) -> None:
-        """As of `BlockCache`."""
+    def report(self, error: OSError) -> None:
+        """Report an error that only makes reads slower, once for each errno."""
         self._cache.report_once(error)
 
     def read_partial(self, index: int) -> bytes:
-        """Return the start of block `index` that was kept, empty for none."""
+        """Return the stored start of block `index`, empty if there is none."""
         try:
-            fd = open_regular(self._part_path(index), os.O_RDONLY)
+            fd = open_regular(self._partial_path(index), os.O_RDONLY)
         except OSError:
             return b""
         try:
             size_bytes = os.fstat(fd).st_size - TRAILER_BYTES
-            is_good = is_intact(fd, self._name, index)
-            if is_good:
+            if is_intact(fd, self._name, index):
                 return os.pread(fd, size_bytes, 0)
-            os.unlink(self._part_path(index))
+            os.unlink(self._partial_path(index))
             return b""
         except OSError:
             return b""
@@ -312,9 +322,9 @@ class BlockFile:
             os.close(fd)
 
     def drop_partial(self, index: int) -> None:
-        """Forget the start of block `index`."""
+        """Remove the stored start of block `index`."""
         with suppress(OSError):
-            os.unlink(self._part_path(index))
+            os.unlink(self._partial_path(index))
 
     def drop(self, index: int) -> None:
         """Remove a block."""
@@ -323,69 +333,69 @@ class BlockFile:
 
     @contextmanager
     def lock_block(self, index: int, timeout_s: float) -> Iterator[bool]:
-        """Be the only one, of all processes, to fetch block `index`.
+        """Lock block `index` against downloads by other processes.
 
-        Whoever waited should look whether the block is there now. After `patience_s` seconds the
-        body runs anyhow: two fetches are no harm.
+        The body runs even if the lock is not free within `timeout_s` seconds, because a second
+        download does no harm. The caller should check whether the block is cached by then.
 
         Yields:
-            whether nobody else is known to fetch it; so it is where there are no locks.
+            whether no other process is known to download the block.
         """
         byte, locks = 1 + index, self._locks
-        is_held, is_free = False, True
+        is_locked, is_free = False, True
         try:
             if locks is not None:
-                is_held = is_free = locks.acquire(byte, timeout_s=timeout_s)
+                is_locked = is_free = locks.acquire(byte, timeout_s=timeout_s)
         except OSError as error:
             self._cache.report_once(error)
         try:
             yield is_free
         finally:
-            if is_held and locks is not None:
-                with suppress(OSError):  # closed meanwhile: it is free then
+            if is_locked and locks is not None:
+                with suppress(OSError):  # closed in the meantime, which also released the lock
                     locks.release(byte)
 
     def ensure_directory(self) -> None:
-        """Make its folder and lock, so that other processes see what is fetched."""
+        """Create the directory and the lock file, so that other processes see the locks."""
         with self._lock:
             if self._locks is None:
                 self._try_lock()
 
-    def _open_verified(self, index: int, length: int, waiting: BlockingSection) -> CachedFd | None:
-        """Return a block, open, found sound and said to be used; None where it is not sound.
+    def _open_verified(self, index: int, length: int, blocking: BlockingSection) -> CachedFd | None:
+        """Return an open, verified block and update its access time; None if corrupt.
 
         Raises:
-            OSError: there is none, or it cannot be opened.
+            OSError: the block is not cached, or cannot be opened.
         """
-        key, kept = (self._name, index), self._cache.descriptors
-        descriptor = kept.get(key)
-        status = None if descriptor is None else os.fstat(descriptor.fd)
-        if descriptor is None or status is None or not status.st_nlink:
-            # None yet, or it was removed since, and another may be in its place.
-            descriptor = CachedFd(open_regular(self._path(index), os.O_RDONLY))
-            status = os.fstat(descriptor.fd)
-        if not self._is_sound(descriptor.fd, index, status, length, waiting):
+        key, fd_cache = (self._name, index), self._cache.fd_cache
+        fd = fd_cache.get(key)
+        status = None if fd is None else os.fstat(fd.fd)
+        if fd is None or status is None or not status.st_nlink:
+            # Not open yet, or removed; a removed block may have been stored again.
+            fd = CachedFd(open_regular(self._path(index), os.O_RDONLY))
+            status = os.fstat(fd.fd)
+        if not self._verify(fd.fd, index, status, length, blocking):
             self._cache.discard_corrupt(self._path(index))
             return None
-        descriptor.mark_intact(status)
-        kept.keep(key, descriptor)
+        fd.mark_intact(status)
+        fd_cache.keep(key, fd)
         now_ns = self._cache.now_ns()
         if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
-            os.utime(descriptor.fd, ns=(now_ns, status.st_mtime_ns))
-        return descriptor
+            os.utime(fd.fd, ns=(now_ns, status.st_mtime_ns))
+        return fd
 
-    def _is_sound(
-        self, fd: int, index: int, status: os.stat_result, length: int, waiting: BlockingSection
+    def _verify(
+        self, fd: int, index: int, status: os.stat_result, length: int, blocking: BlockingSection
     ) -> bool:
-        """Tell whether an open block is sound, looking at all of it once however many ask."""
+        """Return whether an open block is intact; concurrent readers share one check."""
         block = (self._name, index)
         signature = (status.st_ino, status.st_mtime_ns, status.st_size)
         if self._cache.is_verified(block, signature):
             return True
-        with waiting(), self._checks[index % len(self._checks)]:
+        with blocking(), self._checks[index % len(self._checks)]:
             if self._cache.is_verified(block, signature):
                 return True
-            # Of another user: put there by the owner of a directory that ours lies in.
+            # The owner of the parent directory could have put a file of another user there.
             is_ours = status.st_uid == os.getuid() and status.st_size == length + TRAILER_BYTES
             if not is_ours or not is_intact(fd, self._name, index):
                 return False
@@ -393,33 +403,33 @@ class BlockFile:
             return True
 
     def _path(self, index: int) -> str:
-        return f"{self._folder}/{index}"
+        return f"{self._directory}/{index}"
 
-    def _part_path(self, index: int) -> str:
-        return f"{self._folder}/.{index}.part"
+    def _partial_path(self, index: int) -> str:
+        return f"{self._directory}/.{index}.part"
 
     def _try_lock(self) -> None:
-        """Make the folder, and hold it open, if possible; the caller holds the lock."""
-        if not self._cache.is_on and not os.path.isdir(self._folder):
+        """Create the directory and lock it if possible; the caller holds `_lock`."""
+        if not self._cache.is_on and not os.path.isdir(self._directory):
             return
         try:
             if self._cache.has_locks:
                 self._locks = self._open_lock()
-                self._held.append(self._locks)
+                self._open_locks.append(self._locks)
             else:
-                _make_private(self._folder)
+                _make_private(self._directory)
         except OSError as error:
             self._cache.report_once(error)
         with suppress(OSError):
-            write_about(self._folder, self._about)
+            write_about(self._directory, self._about)
 
     def _open_lock(self) -> ByteRangeLocks:
         while True:
-            _make_private(self._folder)
-            locks = ByteRangeLocks(_open_replacing(f"{self._folder}/lock"))
+            _make_private(self._directory)
+            locks = ByteRangeLocks(_open_replacing(f"{self._directory}/lock"))
             try:
-                is_held = locks.acquire(0, is_shared=True, timeout_s=_OPEN_PATIENCE_S)
-                if is_held and not locks.is_linked():  # who removed the file has just let go of it
+                is_locked = locks.acquire(0, is_shared=True, timeout_s=_OPEN_TIMEOUT_S)
+                if is_locked and not locks.is_linked():  # another process removed the directory
                     locks.close()
                     continue
             except OSError as error:
@@ -429,38 +439,38 @@ class BlockFile:
 
     def _begin(self, index: int) -> BlockWriter:
         try:
-            return BlockWriter(self._folder, self._name, index)
-        except FileNotFoundError:  # the first block, or somebody removed the folder
+            return BlockWriter(self._directory, self._name, index)
+        except FileNotFoundError:  # the first block, or another process removed the directory
             with self._lock:
                 self._try_lock()
-            return BlockWriter(self._folder, self._name, index)
+            return BlockWriter(self._directory, self._name, index)
 
-    def _commit(self, index: int, draft: BlockWriter) -> None:
-        status = draft.commit(self._path(index), self._cache.now_ns())
+    def _commit(self, index: int, writer: BlockWriter) -> None:
+        status = writer.commit(self._path(index), self._cache.now_ns())
         signature = (status.st_ino, status.st_mtime_ns, status.st_size)
         self._cache.mark_verified((self._name, index), signature)
 
 
 def _open_replacing(path: str) -> int:
-    """Open a lock file for reading and writing, made if absent; remove what is not a file first."""
+    """Open or create a lock file, removing a file of another type that has its name."""
     flags = os.O_RDWR | os.O_CREAT
     try:
         return open_regular(path, flags)
     except OSError:
-        # Left there, it would keep the blocks beside it from being evicted for good.
+        # That file would prevent the eviction of the blocks in its directory.
         if is_regular(path) or not os.path.lexists(path):
             raise
         os.unlink(path)
         return open_regular(path, flags)
 
 
-def _make_private(folder: str) -> None:
-    """Make a folder, and those above it, for this user alone."""
+def _make_private(directory: str) -> None:
+    """Create a directory and its parents with mode 0700."""
     try:
-        os.mkdir(folder, 0o700)
+        os.mkdir(directory, 0o700)
     except FileExistsError:
         pass
     except FileNotFoundError:
-        _make_private(os.path.dirname(folder))
+        _make_private(os.path.dirname(directory))
         with suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
+            os.mkdir(directory, 0o700)

@@ -1,8 +1,8 @@
-"""Locks on single bytes of a file: between processes, and between handles of one process.
+"""Locks on single bytes of a file, between processes and descriptors.
 
-Open file description locks (fcntl(2)): unlike flock(2) one file has as many as it has numbers, and
-unlike POSIX locks they are not lost when another handle of the process is closed. The kernel frees
-them when the handle goes, however the process ends.
+They are open file description locks (fcntl(2)). Unlike flock(2), one file has as many locks as it
+has offsets. Unlike POSIX locks, they are not lost when another descriptor of the process is
+closed. The kernel releases them with the descriptor, however the process ends.
 """
 
 import fcntl
@@ -14,42 +14,42 @@ _POLL_S = 0.02
 
 
 class ByteRangeLocks:
-    """The locks that one handle of a file holds. Thread-safe, as long as no byte has two owners.
+    """The locks of one open file; each byte may be used by one thread at a time.
 
     Args:
-        fd: open for reading and writing; closed by `close`, which frees all locks.
+        fd: open for reading and writing; owned by this object, which closes it.
     """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def acquire(self, byte: int, *, is_shared: bool = False, timeout_s: float = 0.0) -> bool:
-        """Lock a byte, and return whether that was possible within `patience_s` seconds.
+        """Lock a byte; return whether that was possible within `timeout_s` seconds.
 
         Raises:
-            OSError: this file system has no such locks.
+            OSError: the file system does not support these locks.
         """
-        give_up = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         while True:
             try:
                 self._set(fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK, byte)
-            except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: somebody has it
-                if time.monotonic() >= give_up:
+            except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: locked by another one
+                if time.monotonic() >= deadline:
                     return False
                 time.sleep(_POLL_S)
             else:
                 return True
 
     def release(self, byte: int) -> None:
-        """Free a byte."""
+        """Unlock a byte."""
         self._set(fcntl.F_UNLCK, byte)
 
     def is_linked(self) -> bool:
-        """Tell whether the file still has its name."""
+        """Return whether the file still has a name."""
         return os.fstat(self._fd).st_nlink > 0
 
     def close(self) -> None:
-        """Free all bytes."""
+        """Close the file and release all locks."""
         os.close(self._fd)
 
     def _set(self, kind: int, byte: int) -> None:

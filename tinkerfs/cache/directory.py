@@ -1,8 +1,8 @@
-"""Where the cache lies, and whether that place may be used.
+"""Location of the cache directory, and checks of its ownership and permissions.
 
-What is cached is served as true bytes, so no other user may write it: it lies in a directory that
-is the user's own and 0700. Where the directory that was given is another user's or open to others,
-as a volume of a pod is, it lies in a directory of our own within. Thread-safe; keeps no state.
+The content of the cache is trusted, so no other user may write to it: its directory belongs to the
+user and has mode 0700. If the given directory belongs to another user or is writable by others,
+like a volume of a pod, a private subdirectory is used. Thread-safe and stateless.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
-#: File systems of other machines: SQLite's locks are not to be trusted there
+#: Network file systems, on which SQLite's locks are unreliable
 #: (https://www.sqlite.org/howtocorrupt.html, section 2.1).
 _NETWORK_FILE_SYSTEMS = frozenset(
     """
@@ -26,14 +26,14 @@ _HINT = "(hint: choose another with --cache-dir)"
 
 
 class UnusableCacheError(StartupError):
-    """The cache directory cannot be made or written; a mount can do without it."""
+    """The cache directory cannot be created or written; a mount works without it."""
 
 
 def default_cache_dir() -> Path:
-    """Return where the cache lies unless a user says otherwise.
+    """Return the default cache directory.
 
-    The user's own cache directory. Where that lies on a network file system or cannot be written,
-    as under a HOME that is read-only or `/`, it is `/var/tmp/tinkerfs-<uid>`.
+    It is in the user's cache directory. If that is on a network file system or cannot be written,
+    e.g. because HOME is read-only or `/`, it is `/var/tmp/tinkerfs-<uid>`.
     """
     import platformdirs
 
@@ -44,15 +44,16 @@ def default_cache_dir() -> Path:
 
 
 def locate_cache_dir(directory: Path) -> Path:
-    """Return the directory that is used for `directory`: that itself, or our own within.
+    """Return the directory to use: `directory`, or a private subdirectory of it.
 
-    Neither is made here. Whoever may write in `directory` can remove ours, but not write in it.
+    Neither is created. Users with write permission for `directory` can remove the private
+    subdirectory, but cannot write to it.
     """
     try:
         status = directory.stat()
     except OSError:
         return directory
-    if directory == _fallback():  # in a directory of everybody's: it is ours, or another's trap
+    if directory == _fallback():  # in a world-writable directory: ours, or planted by another user
         return directory
     is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
     if is_private or not stat.S_ISDIR(status.st_mode):
@@ -61,24 +62,24 @@ def locate_cache_dir(directory: Path) -> Path:
 
 
 def prepare_cache_dir(directory: Path) -> Path:
-    """Make the directory that is used for `directory`, 0700 if it is new, and return it.
+    """Create the directory to use with mode 0700 unless it exists, and return it.
 
     Raises:
-        UnusableCacheError: it cannot be made or written, or is another user's.
-        SetupError: the path names a link, or something else than a directory.
+        UnusableCacheError: it cannot be created or written, or belongs to another user.
+        StartupError: the path is a symbolic link, or not a directory.
     """
     own = locate_cache_dir(directory)
     try:
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = own.lstat()
         if stat.S_ISLNK(status.st_mode):
-            raise StartupError(f"the cache directory {own} is a link {_HINT}")
+            raise StartupError(f"the cache directory {own} is a symbolic link {_HINT}")
         if status.st_uid != os.getuid():
             raise UnusableCacheError(
                 f"the cache directory {own} belongs to another user (uid {status.st_uid}) {_HINT}"
             )
         if status.st_mode & 0o022:
-            own.chmod(0o700)  # within a directory that has a default ACL
+            own.chmod(0o700)  # the parent directory has a default ACL
         probe = own / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
         os.close(open_regular(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
         probe.unlink()
@@ -92,24 +93,25 @@ def prepare_cache_dir(directory: Path) -> Path:
 
 
 def can_lock_files(directory: Path) -> bool:
-    """Tell whether locks of open file descriptions (fcntl(2)) come and go with them there.
+    """Return whether open file description locks are reliable in a directory.
 
-    On FUSE and virtiofs they may not: the kernel passes each lock on, but not that the description
-    was closed. A lock would then outlive its process, and what it protects would stay for ever.
+    They are the locks of fcntl(2). On FUSE and virtiofs the kernel may forward each lock, but not
+    the close of the description. A lock would outlive its process, and the blocks under it would
+    never be evicted.
     """
     fstype = file_system_of(directory)
     return fstype != "virtiofs" and not fstype.startswith("fuse")
 
 
 def file_system_of(path: Path) -> str:
-    """Return the type of the file system that holds `path` or its nearest parent that exists."""
+    """Return the file system type of `path`, or of its nearest parent that exists."""
     device = os.stat(_nearest(path)).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
+    device_id = f"{os.major(device)}:{os.minor(device)}"
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 fields = line.split()
-                if fields[2] == wanted:
+                if fields[2] == device_id:
                     return fields[fields.index("-") + 1]
     except OSError:
         pass
@@ -125,7 +127,7 @@ def _may_be_written(directory: Path) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    """Return a path, or its nearest parent that exists."""
+    """Return the path itself, or its nearest parent that exists."""
     while not os.path.exists(path) and path != path.parent:
         path = path.parent
     return path

@@ -1,9 +1,9 @@
-"""What the block cache may take on disk, and which blocks go when it is too much.
+"""Bounds of the block cache on disk, and LRU eviction of its blocks.
 
-Every process that uses the folder keeps count of what it adds, and looks at all of it again when
-that is a 32nd of the bound: so processes that know nothing of each other stay within it. Least
-recently used goes first, but nothing of a file that any process has open (byte 0 of its lock).
-Where files cannot be locked what is open may go too: its reader fetches it again.
+Every process that uses the cache counts the bytes that it adds, and scans the whole cache again
+after adding a 32nd of the bound. So independent processes stay within the bound together. Blocks
+of a file that any process has open (byte 0 of its lock file) are never evicted. On file systems
+without locks such blocks may be evicted, and their readers download them again.
 """
 
 import os
@@ -16,31 +16,31 @@ from tinkerfs.cache.byte_locks import ByteRangeLocks
 from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
 
-#: A draft that is so old was left by a process that was killed, seconds.
-_DRAFT_AGE_S = 600.0
+#: A temporary file of this age was left behind by a killed process, seconds.
+_TEMPORARY_FILE_AGE_S = 600.0
 
-#: Where nothing could be removed, nobody looks again so soon, seconds.
-_FULL_AGE_S = 1.0
+#: Minimum time between two scans that could not free enough space, seconds.
+_FULL_RETRY_S = 1.0
 
-#: The share of the bound that is added between two looks.
-_SHARE = 32
+#: A scan is due after this share (one nth) of the bound has been added.
+_SCAN_SHARE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class CacheFileInfo:
-    """One file in a folder of the cache.
+    """One file in a directory of the cache.
 
     Attributes:
-        folder: the name of its folder.
-        path: where it is.
-        index: which block it is; None for a draft.
-        length_bytes: of the file, checksum included.
-        size_bytes: on disk.
-        used_ns: when it was last read, nanoseconds since 1970.
-        fetched_ns: when it was written.
+        directory: name of the directory, without its parents.
+        path: path of the file.
+        index: block index; None for a temporary file or the start of a block.
+        length_bytes: file size, including the checksum.
+        size_bytes: space on disk.
+        last_access_ns: time of the last read, nanoseconds since 1970.
+        fetched_ns: time of the write, nanoseconds since 1970.
     """
 
-    folder: str
+    directory: str
     path: str
     index: int | None
     length_bytes: int
@@ -50,32 +50,34 @@ class CacheFileInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
-    """Whether the blocks of a folder may be removed, and the locks by which that stays so.
+class DirectoryLock:
+    """Whether a directory's blocks may be removed, and the locks that ensure it.
 
     Attributes:
-        is_free: no process has the file open, or there is no way to know.
-        locks: held until `close`; None where there are none.
+        is_free: no process has the file open, or the file system has no locks.
+        locks: held until `close`; None if there are no locks.
     """
 
     is_free: bool
     locks: ByteRangeLocks | None = None
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the locks."""
         if self.locks is not None:
             self.locks.close()
 
 
 class Evictor:
-    """Decides whether there is room for a block, and makes it. Not thread-safe.
+    """Checks whether a block fits into the cache, and evicts others to make room.
+
+    Not thread-safe.
 
     Args:
-        root: the folder of folders.
-        clock: `now` tells the age of drafts, `monotonic` spaces looks in vain.
-        limit_bytes: bound on all of it; 0 keeps nothing.
-        floor_bytes: what stays free on the disk.
-        has_locks: whether locks on files hold there, and end with their process.
+        root: the directory that has one directory for each file.
+        clock: `now` measures the age of temporary files, `monotonic` spaces failed scans.
+        max_bytes: bound on the size of the cache; 0 caches nothing.
+        min_free_bytes: minimum free space to leave on the disk.
+        has_locks: whether the file system has locks that end with their process.
     """
 
     def __init__(
@@ -89,78 +91,78 @@ class Evictor:
     ) -> None:
         self._root = root
         self._clock = clock
-        self._limit_bytes = max_bytes
-        self._floor_bytes = min_free_bytes
+        self._max_bytes = max_bytes
+        self._min_free_bytes = min_free_bytes
         self._has_locks = has_locks
-        #: Why a block was last refused.
-        self.refusal = ""
-        #: What all had when last looked, None before that; and what was added since.
-        self._found_bytes: int | None = None
+        #: Why the last block was rejected.
+        self.rejection = ""
+        #: Size of the cache at the last scan, None before the first; and bytes added since.
+        self._scanned_bytes: int | None = None
         self._added_bytes = 0
         self._retry_after = 0.0
 
-    def admit(self, size_bytes: int) -> bool:
-        """Make room for `size_bytes` more, and return whether there is some.
+    def reserve(self, size_bytes: int) -> bool:
+        """Make room for `size_bytes` more, and return whether they fit.
 
         Raises:
-            OSError: the disk cannot be looked at.
+            OSError: the disk cannot be read.
         """
-        if size_bytes > self._limit_bytes:
-            self.refusal = f"the cache may take {self._limit_bytes} bytes in all"
+        if size_bytes > self._max_bytes:
+            self.rejection = f"the cache is limited to {self._max_bytes} bytes"
             return False
         if self._clock.monotonic() < self._retry_after:
             return False
-        lacking_bytes = self._floor_bytes + size_bytes - free_bytes(self._root)
+        shortfall_bytes = self._min_free_bytes + size_bytes - free_bytes(self._root)
         added_bytes = self._added_bytes + size_bytes
-        is_due = added_bytes > self._limit_bytes // _SHARE
-        if self._found_bytes is None or is_due or self._is_full(size_bytes) or lacking_bytes > 0:
-            self._sweep(size_bytes, lacking_bytes)
+        is_due = self._scanned_bytes is None or added_bytes > self._max_bytes // _SCAN_SHARE
+        if is_due or self._is_full(size_bytes) or shortfall_bytes > 0:
+            self._evict(size_bytes, shortfall_bytes)
         is_full = self._is_full(size_bytes)
-        if is_full or self._floor_bytes + size_bytes > free_bytes(self._root):
-            self._retry_after = self._clock.monotonic() + _FULL_AGE_S
-            self.refusal = (
+        if is_full or self._min_free_bytes + size_bytes > free_bytes(self._root):
+            self._retry_after = self._clock.monotonic() + _FULL_RETRY_S
+            self.rejection = (
                 "the cache is full of open files"
                 if is_full
-                else f"the disk is full, up to {self._floor_bytes >> 20} MiB that stay free"
+                else f"less than {self._min_free_bytes >> 20} MiB would stay free on the disk"
             )
             return False
         self._added_bytes += size_bytes
         return True
 
     def _is_full(self, size_bytes: int) -> bool:
-        return (self._found_bytes or 0) + self._added_bytes + size_bytes > self._limit_bytes
+        return (self._scanned_bytes or 0) + self._added_bytes + size_bytes > self._max_bytes
 
-    def _sweep(self, wanted_bytes: int, lacking_bytes: int) -> None:
-        """Count all, and remove until `wanted_bytes` fit and `lacking_bytes` more are free."""
+    def _evict(self, needed_bytes: int, shortfall_bytes: int) -> None:
+        """Evict until `needed_bytes` fit and `shortfall_bytes` are freed."""
         files = scan_cache(self._root)
         now_ns = int(self._clock.now() * 1e9)
-        # A draft counts as what it will be: it was admitted as that.
-        total_bytes = sum(_counted_bytes(file, wanted_bytes) for file in files)
-        keep_bytes = self._limit_bytes - max(self._limit_bytes // _SHARE, wanted_bytes)
-        goal_bytes = min(keep_bytes, total_bytes - max(lacking_bytes, 0))
-        held: dict[str, Hold] = {}
+        # A temporary file counts as a whole block, because space was reserved for one.
+        total_bytes = sum(_counted_bytes(file, needed_bytes) for file in files)
+        target_bytes = self._max_bytes - max(self._max_bytes // _SCAN_SHARE, needed_bytes)
+        target_bytes = min(target_bytes, total_bytes - max(shortfall_bytes, 0))
+        locks: dict[str, DirectoryLock] = {}
         try:
             for file in sorted(files, key=lambda file: file.last_access_ns):
                 if file.index is None:
-                    is_doomed = now_ns - file.fetched_ns > _DRAFT_AGE_S * 1e9
+                    should_evict = now_ns - file.fetched_ns > _TEMPORARY_FILE_AGE_S * 1e9
                 else:
-                    is_doomed = total_bytes > goal_bytes
-                    if is_doomed and file.folder not in held:
-                        held[file.folder] = self._hold(self._root / file.folder)
-                    is_doomed = is_doomed and held[file.folder].is_free
-                if is_doomed:
+                    should_evict = total_bytes > target_bytes
+                    if should_evict and file.directory not in locks:
+                        locks[file.directory] = self._try_lock(self._root / file.directory)
+                    should_evict = should_evict and locks[file.directory].is_free
+                if should_evict:
                     with suppress(FileNotFoundError):
                         os.unlink(file.path)
-                    total_bytes -= _counted_bytes(file, wanted_bytes)
+                    total_bytes -= _counted_bytes(file, needed_bytes)
         finally:
-            for folder, hold in held.items():
-                if hold.is_free:
-                    remove_folder(self._root / folder)
-                hold.close()
-        self._found_bytes, self._added_bytes = total_bytes, 0
+            for directory, lock in locks.items():
+                if lock.is_free:
+                    remove_directory(self._root / directory)
+                lock.close()
+        self._scanned_bytes, self._added_bytes = total_bytes, 0
 
-    def _hold(self, folder: Path) -> Hold:
-        return hold_alone(folder) if self._has_locks else Hold(is_free=True)
+    def _try_lock(self, directory: Path) -> DirectoryLock:
+        return try_lock_exclusive(directory) if self._has_locks else DirectoryLock(is_free=True)
 
 
 def _counted_bytes(file: CacheFileInfo, block_bytes: int) -> int:
@@ -168,15 +170,15 @@ def _counted_bytes(file: CacheFileInfo, block_bytes: int) -> int:
 
 
 def block_of(name: str) -> int | None:
-    """Return the index of the block that a file name stands for, None for another file."""
+    """Return the block index for a file name, None for a file that is not a block."""
     return int(name) if name.isascii() and name.isdigit() else None
 
 
 def free_bytes(directory: Path) -> int:
-    """Return what is free on the disk that holds a directory, or would hold it once it is made.
+    """Return the free space on the disk of a directory, which need not exist.
 
     Raises:
-        OSError: the disk does not say.
+        OSError: the disk cannot be read.
     """
     while True:
         try:
@@ -188,19 +190,19 @@ def free_bytes(directory: Path) -> int:
 
 
 def scan_cache(root: Path) -> list[CacheFileInfo]:
-    """Return every block and draft; none where there is no such folder.
+    """Return every block and temporary file; empty if there is no directory.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the cache directory cannot be read.
     """
-    kept: list[CacheFileInfo] = []
+    files: list[CacheFileInfo] = []
     try:
-        folders = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
+        names = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
-        return kept
-    for folder in folders:
-        with suppress(FileNotFoundError):  # another process removes as well
-            for entry in os.scandir(root / folder):
+        return files
+    for name in names:
+        with suppress(FileNotFoundError):  # removed by another process
+            for entry in os.scandir(root / name):
                 index = block_of(entry.name)
                 if index is None and not entry.name.startswith("."):
                     continue
@@ -210,40 +212,41 @@ def scan_cache(root: Path) -> list[CacheFileInfo]:
                         continue
                     size_bytes = max(status.st_size, status.st_blocks * 512)
                     times = status.st_atime_ns, status.st_mtime_ns
-                    kept.append(
-                        CacheFileInfo(folder, entry.path, index, status.st_size, size_bytes, *times)
+                    files.append(
+                        CacheFileInfo(name, entry.path, index, status.st_size, size_bytes, *times)
                     )
-    return kept
+    return files
 
 
-def hold_alone(folder: Path) -> Hold:
-    """Return the hold on a folder of the cache; the caller closes it."""
+def try_lock_exclusive(directory: Path) -> DirectoryLock:
+    """Try to lock a cache directory against readers; the caller closes the lock."""
     try:
-        locks = ByteRangeLocks(open_regular(folder / "lock", os.O_RDWR))
-    except FileNotFoundError:  # made where files could not be locked
-        return Hold(is_free=True)
+        locks = ByteRangeLocks(open_regular(directory / "lock", os.O_RDWR))
+    except FileNotFoundError:  # created on a file system without locks
+        return DirectoryLock(is_free=True)
     except OSError:
-        return Hold(is_free=False)
+        return DirectoryLock(is_free=False)
     try:
         if locks.acquire(0):
-            return Hold(is_free=locks.is_linked(), locks=locks)
-    except OSError:  # no locks here: a block that is in use is fetched again
+            return DirectoryLock(is_free=locks.is_linked(), locks=locks)
+    except OSError:  # no locks on this file system: a block in use is downloaded again
         locks.close()
-        return Hold(is_free=True)
+        return DirectoryLock(is_free=True)
     locks.close()
-    return Hold(is_free=False)
+    return DirectoryLock(is_free=False)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder of the cache where no block is left in it; the caller holds it alone.
+def remove_directory(directory: Path) -> None:
+    """Remove a cache directory unless it has blocks; the caller holds its lock.
 
-    The lock goes before the folder: who opens it in between makes both anew.
+    The lock file is removed first, so that a process that opens the file in between creates both
+    again.
     """
     names = set()
     with suppress(OSError):
-        names = set(os.listdir(folder))
+        names = set(os.listdir(directory))
     if names <= {"about", "lock"}:
         with suppress(OSError):
             for name in sorted(names):
-                os.unlink(folder / name)
-            os.rmdir(folder)
+                os.unlink(directory / name)
+            os.rmdir(directory)

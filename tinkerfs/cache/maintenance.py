@@ -1,6 +1,6 @@
-"""What people do with the block cache as a whole: look at it, check it, clear it.
+"""Maintenance of the whole block cache by users: list, verify and clear it.
 
-Works beside mounts that use it: they fetch again what is removed under them.
+Mounts may use the cache at the same time; they download removed blocks again.
 """
 
 import os
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.block_writer import TRAILER_BYTES, is_intact
-from tinkerfs.cache.eviction import CacheFileInfo, hold_alone, remove_folder, scan_cache
+from tinkerfs.cache.eviction import CacheFileInfo, remove_directory, scan_cache, try_lock_exclusive
 from tinkerfs.safe_open import open_regular
 
 
 @dataclass(frozen=True, slots=True)
 class CachedFile:
-    """What is kept of one version of one file.
+    """The cached part of one version of one file.
 
     Attributes:
-        about: what it is, as it was told when it was fetched.
-        length_bytes: of all of it, None where nobody knew.
-        data_bytes: how many of these are in blocks that are kept.
-        size_bytes: on disk.
-        blocks: how many.
-        used_ns: when a block of it was last read, nanoseconds since 1970.
-        fetched_ns: when the first of them was fetched.
-        is_open: whether a mount has it open.
+        description: text for users, recorded when the file was opened.
+        length_bytes: length of the whole file, None if unknown.
+        data_bytes: number of cached bytes of the file.
+        size_bytes: space on disk.
+        blocks: number of cached blocks.
+        last_access_ns: time of the last read of a block, nanoseconds since 1970.
+        fetched_ns: time of the first download of a block, nanoseconds since 1970.
+        is_open: whether a mount has the file open.
     """
 
     description: str
@@ -42,11 +42,11 @@ class CachedFile:
 
 @dataclass(frozen=True, slots=True)
 class CorruptBlock:
-    """A block that was not what was written, and is gone.
+    """A corrupt block that was removed.
 
     Attributes:
-        about: the file, as `CachedFile.about`.
-        index: which block of it.
+        description: of the file, see `CachedFile`.
+        index: block index.
     """
 
     description: str
@@ -54,88 +54,88 @@ class CorruptBlock:
 
 
 def cached_files(root: Path) -> list[CachedFile]:
-    """Return what is kept, the most recently used first.
+    """Return every cached file, the most recently used first.
 
     Raises:
         OSError: the cache cannot be read.
     """
     found = [
         CachedFile(
-            about,
+            description,
             length_bytes,
             sum(max(file.length_bytes - TRAILER_BYTES, 0) for file in _blocks(files)),
             sum(file.size_bytes for file in files),
             len(_blocks(files)),
             max(file.last_access_ns for file in files),
             min(file.fetched_ns for file in files),
-            _is_open(root / folder),
+            _is_open(root / directory),
         )
-        for folder, about, length_bytes, files in _folders(root)
+        for directory, description, length_bytes, files in _directories(root)
     ]
     return sorted(found, key=lambda each: -each.last_access_ns)
 
 
 def verify(root: Path, matches: Callable[[str], bool]) -> tuple[int, list[CorruptBlock]]:
-    """Look at every block, and remove those that are not what was written or cannot be read.
+    """Verify every block, and remove those that are corrupt or unreadable.
 
     Args:
-        root: the folder of the cache.
-        matches: tells of a file, by what it is, whether it is to be looked at.
+        root: directory of the cache.
+        matches: whether to verify a file, by its description.
 
     Returns:
-        how many blocks are sound, and which were not.
+        the number of intact blocks, and the removed blocks.
 
     Raises:
-        OSError: the cache cannot be read, or not changed.
+        OSError: the cache cannot be read or changed.
     """
-    sound, bad = 0, []
-    for folder, about, _, files in _folders(root):
-        for file in sorted(_blocks(files), key=_index_of) if matches(about) else ():
+    intact, corrupt = 0, []
+    for directory, description, _, files in _directories(root):
+        for file in sorted(_blocks(files), key=_index_of) if matches(description) else ():
             try:
-                is_good = _is_good(folder, file)
-            except FileNotFoundError:  # a mount made room
+                is_good = _is_readable_and_intact(directory, file)
+            except FileNotFoundError:  # evicted by a mount
                 continue
             if is_good:
-                sound += 1
+                intact += 1
                 continue
             with suppress(FileNotFoundError):
                 os.unlink(file.path)
-            bad.append(CorruptBlock(about, _index_of(file)))
-    return sound, bad
+            corrupt.append(CorruptBlock(description, _index_of(file)))
+    return intact, corrupt
 
 
 def clear(root: Path, matches: Callable[[str], bool]) -> int:
-    """Remove what is kept, and return how many bytes that frees.
+    """Remove cached files, and return the number of bytes freed.
 
     Args:
-        root: the folder of the cache.
-        matches: tells of a file, by what it is, whether it is to go.
+        root: directory of the cache.
+        matches: whether to remove a file, by its description.
 
     Raises:
-        OSError: the cache cannot be read, or not changed.
+        OSError: the cache cannot be read or changed.
     """
     freed_bytes = 0
-    for folder, about, _, files in _folders(root):
-        if not matches(about):
+    for directory, description, _, files in _directories(root):
+        if not matches(description):
             continue
         for file in files:
             with suppress(FileNotFoundError):
                 os.unlink(file.path)
                 freed_bytes += file.size_bytes
-        hold = hold_alone(root / folder)
-        if hold.is_free:
-            remove_folder(root / folder)
-        hold.close()
+        lock = try_lock_exclusive(root / directory)
+        if lock.is_free:
+            remove_directory(root / directory)
+        lock.close()
     return freed_bytes
 
 
-def _folders(root: Path) -> Iterator[tuple[str, str, int | None, list[CacheFileInfo]]]:
-    """Yield the name of each folder that holds something, what it is of, its length, and all."""
-    by_folder: dict[str, list[CacheFileInfo]] = {}
+def _directories(root: Path) -> Iterator[tuple[str, str, int | None, list[CacheFileInfo]]]:
+    """Yield (name, description, length, files) of each directory that is not empty."""
+    by_directory: dict[str, list[CacheFileInfo]] = {}
     for file in scan_cache(root):
-        by_folder.setdefault(file.folder, []).append(file)
-    for folder, files in by_folder.items():
-        yield folder, *read_about(root / folder), files
+        by_directory.setdefault(file.directory, []).append(file)
+    for directory, files in by_directory.items():
+        yield directory, *read_about(root / directory), files
 
 
 def _blocks(files: list[CacheFileInfo]) -> list[CacheFileInfo]:
@@ -147,26 +147,26 @@ def _index_of(file: CacheFileInfo) -> int:
     return file.index
 
 
-def _is_good(folder: str, file: CacheFileInfo) -> bool:
-    """Tell whether a block can be read, and is what was written.
+def _is_readable_and_intact(directory: str, file: CacheFileInfo) -> bool:
+    """Return whether a block can be read and its checksum matches.
 
     Raises:
-        FileNotFoundError: it is gone.
-        PermissionError: it is somebody else's.
+        FileNotFoundError: the block was removed.
+        PermissionError: the block belongs to another user.
     """
     try:
         fd = open_regular(file.path, os.O_RDONLY)
         try:
-            return is_intact(fd, folder, _index_of(file))
+            return is_intact(fd, directory, _index_of(file))
         finally:
             os.close(fd)
     except (FileNotFoundError, PermissionError):
         raise
-    except OSError:  # the disk cannot read it, or it is no file
+    except OSError:  # the disk cannot read it, or it is not a regular file
         return False
 
 
-def _is_open(folder: Path) -> bool:
-    hold = hold_alone(folder)
-    hold.close()
-    return not hold.is_free
+def _is_open(directory: Path) -> bool:
+    lock = try_lock_exclusive(directory)
+    lock.close()
+    return not lock.is_free

@@ -1,9 +1,9 @@
-"""The one bound on the memory that weights take, and what is kept within it.
+"""Memory pool for blocks of weights, in flight and cached, with one bound.
 
-Room is reserved for what is under way: a piece of what goes to disk, a whole block else. What
-cannot go to disk stays here while there is room; whoever needs room takes that of the least
-recently used, and of what nobody has used yet only in the end: it was fetched ahead, and would have
-to come again.
+A transfer reserves memory before it starts: a chunk if the block is written to disk, otherwise the
+whole block. Blocks that cannot be written to disk stay in the pool while there is room. They are
+evicted in LRU order. Prefetched blocks that have not been read yet are evicted last, because they
+would have to be downloaded again.
 """
 
 import threading
@@ -11,119 +11,120 @@ from collections import OrderedDict
 
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 
-#: Of which file, and which block of it.
+#: File and block index.
 Key = tuple[str, int]
 
-#: What was fetched ahead and is not used for so long is taken to be wanted by nobody, seconds.
-_UNWANTED_S = 10.0
+#: A prefetched block that was not read within this time counts as read, seconds.
+_PREFETCH_TTL_S = 10.0
 
 
 class BlockMemoryPool:
-    """Blocks by key, and room for more. Thread-safe.
+    """Caches blocks in memory, and reserves memory for others. Thread-safe.
 
     Args:
-        limit_bytes: of all blocks kept and all room reserved.
-        clock: `monotonic` tells the age of what is not used.
+        max_bytes: bound on cached and reserved bytes together.
+        clock: `monotonic` measures the age of prefetched blocks.
     """
 
     def __init__(self, max_bytes: int, clock: Clock = SYSTEM_CLOCK) -> None:
-        self._limit_bytes = max_bytes
+        self._max_bytes = max_bytes
         self._clock = clock
         self._changed = threading.Condition()
         # All guarded by _changed.
-        #: With the time that they came, the oldest first.
+        #: Blocks that have not been read, with the time of their arrival, the oldest first.
         self._prefetched: OrderedDict[Key, tuple[float, bytes]] = OrderedDict()
-        self._unused_bytes = 0
+        self._prefetched_bytes = 0
+        #: Blocks that have been read, the least recently used first.
         self._accessed: OrderedDict[Key, bytes] = OrderedDict()
-        self._used_bytes = 0
+        self._accessed_bytes = 0
         self._reserved_bytes = 0
-        self._most_bytes = 0
+        self._peak_bytes = 0
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was ever kept and reserved at one time."""
-        return self._most_bytes
+        """The highest number of bytes that were cached and reserved at the same time."""
+        return self._peak_bytes
 
     def can_prefetch(self, size_bytes: int) -> bool:
-        """Tell whether so much more can be fetched ahead, with half of the bound for the rest."""
+        """Return whether a prefetch fits; prefetches use at most half of the bound."""
         with self._changed:
-            old = self._clock.monotonic() - _UNWANTED_S
-            while self._prefetched and next(iter(self._prefetched.values()))[0] < old:
-                self._use(next(iter(self._prefetched)))
-            ahead_bytes = self._reserved_bytes + self._unused_bytes + size_bytes
-            return ahead_bytes <= self._limit_bytes // 2
+            oldest = self._clock.monotonic() - _PREFETCH_TTL_S
+            while self._prefetched and next(iter(self._prefetched.values()))[0] < oldest:
+                self._mark_accessed(next(iter(self._prefetched)))
+            prefetch_bytes = self._reserved_bytes + self._prefetched_bytes + size_bytes
+            return prefetch_bytes <= self._max_bytes // 2
 
     def reserve(self, size_bytes: int, timeout_s: float) -> bool:
-        """Take room, waiting for it where others have it; return whether it was had in time.
+        """Reserve memory, evicting blocks if needed; return whether it was free in time.
 
-        More than the bound allows is given to one alone.
+        A reservation beyond the bound succeeds when nothing else is reserved.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._fits(size_bytes), timeout_s):
                 return False
             self._reserved_bytes += size_bytes
-            while self._accessed and self._total_bytes() > self._limit_bytes:
-                self._used_bytes -= len(self._accessed.popitem(last=False)[1])
-            while self._prefetched and self._total_bytes() > self._limit_bytes:
-                self._unused_bytes -= len(self._prefetched.popitem(last=False)[1][1])
-            self._most_bytes = max(self._most_bytes, self._total_bytes())
+            while self._accessed and self._total_bytes() > self._max_bytes:
+                self._accessed_bytes -= len(self._accessed.popitem(last=False)[1])
+            while self._prefetched and self._total_bytes() > self._max_bytes:
+                self._prefetched_bytes -= len(self._prefetched.popitem(last=False)[1][1])
+            self._peak_bytes = max(self._peak_bytes, self._total_bytes())
             return True
 
     def release(self, size_bytes: int) -> None:
-        """Give back room."""
+        """Release reserved memory."""
         with self._changed:
             self._reserved_bytes -= size_bytes
             self._changed.notify_all()
 
     def keep(self, key: Key, data: bytes) -> None:
-        """Keep a block; its room, reserved before, is its own until somebody needs it."""
+        """Cache a block in the memory that was reserved for it."""
         with self._changed:
             self._reserved_bytes -= len(data)
-            self._used_bytes -= len(self._accessed.pop(key, b""))
-            self._unused_bytes += len(data) - len(self._prefetched.pop(key, (0.0, b""))[1])
+            self._accessed_bytes -= len(self._accessed.pop(key, b""))
+            self._prefetched_bytes += len(data) - len(self._prefetched.pop(key, (0.0, b""))[1])
             self._prefetched[key] = self._clock.monotonic(), data
             self._changed.notify_all()
 
     def has(self, key: Key) -> bool:
-        """Tell whether a block is kept, which is no use of it."""
+        """Return whether a block is cached, without marking it as read."""
         return key in self._accessed or key in self._prefetched
 
     def get(self, key: Key) -> bytes | None:
-        """Return a block that is kept, for use."""
-        # As ever where blocks go to disk; true of some instant without the lock.
+        """Return a cached block, and mark it as read."""
+        # The usual case if blocks are stored on disk; correct at some instant without the lock.
         if not self._accessed and not self._prefetched:
             return None
         with self._changed:
             if key in self._prefetched:
-                self._use(key)
+                self._mark_accessed(key)
             data = self._accessed.get(key)
             if data is not None:
                 self._accessed.move_to_end(key)
             return data
 
     def demote_prefetched(self, file: str) -> None:
-        """Take note that nobody waits for what was fetched ahead of a file."""
+        """Mark the prefetched blocks of a file as read, because no reader waits for them."""
         with self._changed:
             for key in [key for key in self._prefetched if key[0] == file]:
-                self._use(key)
+                self._mark_accessed(key)
 
     def drop(self, file: str) -> None:
         """Remove every block of a file."""
         with self._changed:
             for key in [key for key in self._prefetched if key[0] == file]:
-                self._unused_bytes -= len(self._prefetched.pop(key)[1])
+                self._prefetched_bytes -= len(self._prefetched.pop(key)[1])
             for key in [key for key in self._accessed if key[0] == file]:
-                self._used_bytes -= len(self._accessed.pop(key))
+                self._accessed_bytes -= len(self._accessed.pop(key))
             self._changed.notify_all()
 
-    def _use(self, key: Key) -> None:
+    def _mark_accessed(self, key: Key) -> None:
         data = self._accessed[key] = self._prefetched[key][1]
         del self._prefetched[key]
-        self._unused_bytes -= len(data)
-        self._used_bytes += len(data)
+        self._prefetched_bytes -= len(data)
+        self._accessed_bytes += len(data)
 
     def _total_bytes(self) -> int:
-        return self._reserved_bytes + self._used_bytes + self._unused_bytes
+        return self._reserved_bytes + self._accessed_bytes + self._prefetched_bytes
 
     def _fits(self, size_bytes: int) -> bool:
-        return not self._reserved_bytes or self._reserved_bytes + size_bytes <= self._limit_bytes
+        return not self._reserved_bytes or self._reserved_bytes + size_bytes <= self._max_bytes

@@ -1,9 +1,9 @@
-"""Metadata cache: TTL, single flight, refresh behind, negative entries, last good answer.
+"""Metadata cache with TTL, single-flight loading and negative entries.
 
-What it saves: a call for each of the thousands of stats that a walk makes. A miss is asked once
-however many wait for it, and its outcome, error included, is everybody's: cachetools' own locking
-lets the waiters of a failing key fail one after the other (measured: 16 waiters, 16 time-outs).
-No lock is held while a value is loaded.
+Concurrent misses for a key share one load and its outcome, including errors, so that a hanging
+server costs one timeout and not one per waiter. A value that was read recently is served once more
+while it is refreshed (stale-while-revalidate). During an outage the last good value is served
+(stale-if-error). No lock is held while a value is loaded. Thread-safe.
 """
 
 import threading
@@ -23,45 +23,45 @@ from tinkerfs.telemetry import Telemetry
 
 T = TypeVar("T")
 
-#: How long a failure that says nothing about the thing is remembered, seconds: long enough that a
-#: walk during an outage makes few calls, short enough that recovery is noticed at once.
+#: TTL of a cached failure that says nothing about the object, seconds. A walk during an outage
+#: sends few requests, and a recovery is still noticed quickly.
 ERROR_TTL_S = 2.0
 
-#: How long somebody who has a last good answer waits for a newer one, seconds.
+#: Wait at most this long for a refresh if a stale value is available, seconds.
 REVALIDATE_WAIT_S = 2.0
 
-#: And how long once the last try to get one, or another of its kind, came to nothing: a server that
-#: is back answers within this, one that hangs does not hold up a walk at each folder again.
+#: The same while refreshes of this kind are failing or timing out, seconds. A server that has
+#: recovered responds within this time; a hanging one does not delay a walk at every directory.
 DEGRADED_WAIT_S = 0.2
 
-#: How long a first answer is waited for before what an earlier mount kept is shown, or what came of
-#: it, seconds: a quick server's own answer is shown, and whole.
+#: Wait for the first response before falling back to the previous mount's snapshot, or to
+#: streaming pages, seconds.
 WARM_START_WAIT_S = 0.25
 
-#: Who goes on using a value meets its end of life without a wait: what was used within this time,
-#: seconds, or a quarter of the TTL where that is less, is served once more and refreshed behind.
+#: A value that was read within this time, seconds, is served once after its expiry while it is
+#: refreshed in the background.
 STALE_WHILE_REVALIDATE_S = 2.0
 
-#: The end of what is no longer so, on the monotonic clock.
-_ENDED = float("-inf")
+#: `Expiry.fresh_until` of a value that was replaced or removed.
+_EXPIRED = float("-inf")
 
-#: Entries kept; a listing is one entry.
+#: Maximum number of entries; a listing is one entry.
 MAX_ENTRIES = 262_144
 
 
 @dataclass(frozen=True, slots=True)
 class CachePolicy:
-    """How long what is loaded serves.
+    """How long the outcomes of a load are cached.
 
     Attributes:
-        ttl_s: a value is fresh this long.
-        stale_s: and serves so long altogether where newer ones cannot be had.
-        negative_ttl_s: absence (an error of `negative`) is remembered this long.
-        negative: the errors that are answers.
+        ttl_s: freshness of a value.
+        stale_if_error_s: a value is served this long after its load while refreshes fail.
+        negative_ttl_s: TTL of a negative entry.
+        negative_errors: the errors that are cached as negative entries.
     """
 
     ttl_s: float
-    stale_s: float
+    stale_if_error_s: float
     negative_ttl_s: float
     negative_errors: tuple[type[errors.ApiError], ...] = (
         errors.NotFound,
@@ -70,31 +70,32 @@ class CachePolicy:
 
     @property
     def revalidate_grace_s(self) -> float:
-        """How long ago somebody may have used a value that is refreshed behind, seconds."""
+        """Maximum time since the last read for stale-while-revalidate, seconds."""
         return min(STALE_WHILE_REVALIDATE_S, self.ttl_s / 4)
 
     def error_ttl_s(self, error: errors.ApiError) -> float:
-        """Return how long a failure is remembered, seconds."""
-        if error.is_local and isinstance(error, errors.UNAVAILABLE_ERRORS):  # it cost nothing
+        """Return how long an error is cached, seconds."""
+        # An error that was raised without a request is cheap to raise again.
+        if error.is_local and isinstance(error, errors.UNAVAILABLE_ERRORS):
             return 0.0
         return self.negative_ttl_s if isinstance(error, self.negative_errors) else ERROR_TTL_S
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """A value with its age, or an error that is remembered; `error` rules while it is fresh.
+    """A cached value, a cached error, or both; a fresh error takes precedence.
 
     Attributes:
-        term: for who rests on it; changed only under the lock, but for when it was used.
-        is_warm: an earlier mount kept the value, and no answer has come in this one.
-        changed_at: when it was seen to become another one, seconds since 1970.
-        is_untold: whether nobody was waiting for the error when it came, and nobody came since.
+        expiry: shared with derived values; changed under the lock, except for `last_used`.
+        is_warm: the value is from an earlier mount, and no response has arrived in this one.
+        last_changed: when the value was seen to change, seconds since 1970.
+        is_unreported: the error has not been raised to any caller yet.
     """
 
     value: Any
     has_value: bool
-    term: Expiry
-    kept_until: float
+    expiry: Expiry
+    stored_until: float
     error: errors.ApiError | None = None
     error_until: float = 0.0
     is_warm: bool = False
@@ -102,7 +103,10 @@ class _Entry:
     is_unreported: bool = False
 
     def take_error(self) -> errors.ApiError:
-        """Return the error to raise, as remembered from the second time on; under the lock."""
+        """Return the error to raise, and mark it as reported; the caller holds the lock.
+
+        Only the first caller gets it as an error of a request; later ones get it as a local one.
+        """
         assert self.error is not None
         error = self.error.as_local()
         error.is_local, self.is_unreported = not self.is_unreported, False
@@ -113,55 +117,49 @@ class _Entry:
 class _InFlightLoad:
     future: "Future[Any]"
     started: float
-    interest: Priority
-    parts: ResultStream
+    priority: Priority
+    stream: ResultStream
 
 
-#: Loads a value; told whether somebody waits for it, now or from some time on.
+#: Loads a value. The priority says whether a caller waits for it, and may be promoted meanwhile.
 Loader = Callable[[Priority], T]
 
 
 class MetadataCache:
-    """Values by key, loaded when asked for. Thread-safe.
+    """Caches values by key and loads them on demand. Thread-safe.
 
     Args:
-        telemetry: counts hits, misses and failures.
-        clock: for ages.
-        max_entries: so many values are kept; the ones that were used least recently go first.
+        max_entries: the least recently used entries are evicted beyond this number.
     """
 
     def __init__(
-        self,
-        telemetry: Telemetry,
-        clock: Clock = SYSTEM_CLOCK,
-        max_entries: int = MAX_ENTRIES,
+        self, telemetry: Telemetry, clock: Clock = SYSTEM_CLOCK, max_entries: int = MAX_ENTRIES
     ) -> None:
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._entries: TLRUCache[Hashable, _Entry] = TLRUCache(
-            max_entries, ttu=lambda _key, entry, _now: entry.kept_until, timer=clock.monotonic
+            max_entries, ttu=lambda _key, entry, _now: entry.stored_until, timer=clock.monotonic
         )
-        self._flights: dict[Hashable, _InFlightLoad] = {}
-        self._epoch = 0
-        self._amendments = 0
-        self._degraded_kinds: set[Hashable] = (
-            set()
-        )  # kinds whose last load failed, or was not waited for
+        self._in_flight: dict[Hashable, _InFlightLoad] = {}
+        self._generation = 0
+        self._local_mutations = 0
+        #: Kinds of key for which the last load failed or exceeded its wait.
+        self._degraded_kinds: set[Hashable] = set()
 
     @property
     def generation(self) -> int:
-        """A number that becomes another one with every kept value that does.
+        """A number that changes whenever a cached value is replaced, added or removed.
 
-        What was made of several of them, peeked at or got, is as it was while this is.
+        A value derived from several cached values is current while the number stays the same.
         """
-        return self._epoch
+        return self._generation
 
     @property
     def local_mutations(self) -> int:
-        """How many times `amend` was called."""
-        return self._amendments
+        """The number of calls of `update`."""
+        return self._local_mutations
 
     def get(
         self,
@@ -171,21 +169,15 @@ class MetadataCache:
         ctx: RequestContext,
         fallback: Callable[[], T | None] | None = None,
     ) -> T:
-        """Return the value of `key`, loading it where no fresh one is kept.
+        """Return the value of `key`, loading it unless a fresh one is cached.
 
-        The call is told how long the value holds.
-
-        Args:
-            key: of what.
-            load: how.
-            policy: for how long it serves.
-            ctx: how to wait.
-            fallback: what an earlier mount kept, which will do while the first answer is on its way;
-                None where only this mount's own will.
+        The value's expiry is recorded in `ctx`. The load runs in another thread. The first item of
+        a tuple key is its kind. `fallback` returns the value that an earlier mount stored; it is
+        used while the first response is in flight, unless only a response will do (None).
 
         Raises:
-            ApiError: what `load` raised, now or while that is remembered.
-            OSError: EINTR or ETIMEDOUT, when this caller's wait ended before the load did.
+            ApiError: the load failed, now or within the TTL of the failure.
+            OSError: EINTR or ETIMEDOUT if the wait ended before the load.
         """
         return self._get(key, load, policy, ctx, fallback)  # type: ignore[no-any-return]
 
@@ -197,11 +189,8 @@ class MetadataCache:
         ctx: RequestContext,
         fallback: Callable[[], T | None] | None = None,
     ) -> T | ResultStream:
-        """Return the value as `get` does, or what comes of the first one where that takes a while.
-
-        Args and errors are those of `get`.
-        """
-        return self._get(key, load, policy, ctx, fallback, in_parts=True)  # type: ignore[no-any-return]
+        """Return the value like `get`, or the stream of a slow first load."""
+        return self._get(key, load, policy, ctx, fallback, may_stream=True)  # type: ignore[no-any-return]
 
     def _get(
         self,
@@ -211,43 +200,43 @@ class MetadataCache:
         ctx: RequestContext,
         fallback: Callable[[], Any] | None,
         *,
-        in_parts: bool = False,
+        may_stream: bool = False,
     ) -> Any:
         with self._lock:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
-            was_used_at = float("-inf")
+            last_used = float("-inf")
             if entry is not None and entry.has_value:
-                was_used_at, entry.term.last_used = entry.term.last_used, now
-                if now < entry.term.fresh_until:
-                    self._telemetry.count("cache_hits")
-                    ctx.depends_on(entry.term)
+                last_used, entry.expiry.last_used = entry.expiry.last_used, now
+                if now < entry.expiry.fresh_until:
+                    self._telemetry.count("metadata_cache_hits")
+                    ctx.depends_on(entry.expiry)
                     return entry.value
             ctx.mark_uncacheable()
             if entry is not None and entry.error is not None and now < entry.error_until:
-                self._telemetry.count("cache_hits")
+                self._telemetry.count("metadata_cache_hits")
                 if not entry.has_value:
                     raise entry.take_error()
-                self._telemetry.count("stale_answers")
+                self._telemetry.count("stale_if_error_hits")
                 return entry.value
-            self._telemetry.count("cache_misses")
+            self._telemetry.count("metadata_cache_misses")
             if entry is not None and entry.is_warm and fallback is None:
-                entry, was_used_at = None, float("-inf")
-            is_in_use = now - was_used_at < policy.revalidate_grace_s
-            flight = self._flights.get(key) or self._start(
+                entry, last_used = None, float("-inf")
+            is_in_use = now - last_used < policy.revalidate_grace_s
+            pending = self._in_flight.get(key) or self._start(
                 key, load, policy, Priority(is_demand=not is_in_use)
             )
-            if is_in_use and now - flight.started < REVALIDATE_WAIT_S:
-                self._telemetry.count("refreshed_behind")
+            if is_in_use and now - pending.started < REVALIDATE_WAIT_S:
+                self._telemetry.count("background_revalidations")
                 return entry.value  # type: ignore[union-attr]
-        flight.interest.promote()
+        pending.priority.promote()
         if entry is None or not entry.has_value:
-            return self._first(key, flight, policy, ctx, fallback, in_parts=in_parts)
+            return self._wait_for_first(key, pending, policy, ctx, fallback, may_stream=may_stream)
         try:
-            is_hopeful = entry.error is None and _kind(key) not in self._degraded_kinds
-            patience_s = REVALIDATE_WAIT_S if is_hopeful else DEGRADED_WAIT_S
-            patience_s = max(patience_s - (now - flight.started), 0.0)
-            return ctx.with_timeout(patience_s).wait_for(flight.future)
+            is_healthy = entry.error is None and _kind(key) not in self._degraded_kinds
+            wait_s = REVALIDATE_WAIT_S if is_healthy else DEGRADED_WAIT_S
+            wait_s = max(wait_s - (now - pending.started), 0.0)
+            return ctx.with_timeout(wait_s).wait_for(pending.future)
         except errors.UNAVAILABLE_ERRORS:
             pass
         except OSError as error:
@@ -255,79 +244,79 @@ class MetadataCache:
                 raise
             with self._lock:
                 self._degraded_kinds.add(_kind(key))
-        self._telemetry.count("stale_answers")
+        self._telemetry.count("stale_if_error_hits")
         return entry.value
 
-    def _first(
+    def _wait_for_first(
         self,
         key: Hashable,
-        flight: _InFlightLoad,
+        pending: _InFlightLoad,
         policy: CachePolicy,
         ctx: RequestContext,
-        kept: Callable[[], Any] | None,
+        fallback: Callable[[], Any] | None,
         *,
-        in_parts: bool,
+        may_stream: bool,
     ) -> Any:
-        """Return the first answer, or what an earlier mount kept, or parts, where it takes long."""
-        if kept is not None or in_parts:
-            patience_s = WARM_START_WAIT_S - (self._clock.monotonic() - flight.started)
+        """Return the first value; if it is slow, the fallback or the partial results."""
+        if fallback is not None or may_stream:
+            wait_s = WARM_START_WAIT_S - (self._clock.monotonic() - pending.started)
             try:
-                return ctx.with_timeout(max(patience_s, 0.0)).wait_for(flight.future)
+                return ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending.future)
             except OSError as error:
                 if not errors.is_timeout(error):
                     raise
-        if kept is not None:
-            value = kept()
+        if fallback is not None:
+            value = fallback()
             if value is not None:
                 with self._lock:
                     now = self._clock.monotonic()
                     before = self._entries.get(key)
-                    if self._flights.get(key) is flight:
-                        if before is not None and before.has_value:  # another reader's
+                    if self._in_flight.get(key) is pending:
+                        if before is not None and before.has_value:  # stored by another reader
                             return before.value
-                        until = now + policy.stale_s
-                        term = Expiry(now, last_used=now)
-                        self._put(key, _Entry(value, True, term, until, is_warm=True))
-                        self._telemetry.count("warm_starts")
+                        until = now + policy.stale_if_error_s
+                        expiry = Expiry(now, last_used=now)
+                        self._put(key, _Entry(value, True, expiry, until, is_warm=True))
+                        self._telemetry.count("warm_start_hits")
                         return value
-        return flight.parts if in_parts else ctx.wait_for(flight.future)
+        return pending.stream if may_stream else ctx.wait_for(pending.future)
 
     def prefetch(self, key: Hashable, load: Loader[T], policy: CachePolicy) -> bool:
-        """Begin to load a value for which nobody waits yet; tell whether that was needed.
+        """Start loading a value without a waiter; return whether a load was started.
 
-        It is not where a fresh value is kept, or absence, or a load is under way.
+        No load is started if a fresh value or negative entry is cached, or a load is in flight.
         """
         with self._lock:
             now = self._clock.monotonic()
             entry = self._entries.get(key)
-            if key in self._flights or (
-                entry is not None and now < max(entry.term.fresh_until, entry.error_until)
+            if key in self._in_flight or (
+                entry is not None and now < max(entry.expiry.fresh_until, entry.error_until)
             ):
                 return False
             self._start(key, load, policy, Priority(is_demand=False))
             return True
 
     def reload(self, key: Hashable, load: Loader[T], policy: CachePolicy, ctx: RequestContext) -> T:
-        """Return the value as `load` gives it from now on, whatever is kept or under way."""
+        """Return the outcome of a new load, even if a fresh value is cached."""
         with self._lock:
-            flight = self._start(key, load, policy, Priority(is_demand=True))
-        return ctx.wait_for(flight.future)  # type: ignore[no-any-return]
+            pending = self._start(key, load, policy, Priority(is_demand=True))
+        return ctx.wait_for(pending.future)  # type: ignore[no-any-return]
 
     def peek_partial(self, key: Hashable, part: Hashable) -> Any:
-        """Return the part of that key of a first value that is on its way; None where none came."""
+        """Return one item of a first load in flight; None if it has not arrived."""
         with self._lock:
-            entry, flight = self._entries.get(key), self._flights.get(key)
+            entry, pending = self._entries.get(key), self._in_flight.get(key)
         is_first = entry is None or not entry.has_value
-        return flight.parts.find(part) if flight is not None and is_first else None
+        return pending.stream.find(part) if pending is not None and is_first else None
 
     def is_warm(self, key: Hashable) -> bool:
-        """Tell whether the value of `key` is what an earlier mount kept."""
+        """Return whether the cached value of `key` is from an earlier mount."""
         with self._lock:
             entry = self._entries.get(key)
             return entry is not None and entry.is_warm
 
     def peek(self, key: Hashable) -> Any:
-        """Return the value that is kept for `key`, fresh or not, None where there is none."""
+        """Return the cached value of `key`, fresh or stale; None if it is not cached."""
         with self._lock:
             entry = self._entries.get(key)
             return entry.value if entry is not None and entry.has_value else None
@@ -335,118 +324,113 @@ class MetadataCache:
     def last_changed(self, key: Hashable) -> float | None:
         """Return when the value of `key` was last seen to change, seconds since 1970.
 
-        None while it is what it was when it was first loaded.
+        None if the value has not changed since its first load.
         """
         with self._lock:
             entry = self._entries.get(key)
             return entry.last_changed if entry is not None else None
 
     def update(self, key: Hashable, change: Callable[[T], T], *, is_authoritative: bool) -> None:
-        """Change the value that is kept, after the thing itself was changed.
+        """Change the cached value, if any, after a change on the server.
 
-        A load that is under way began before the change: its waiters get it, it is not kept.
-
-        Args:
-            key: whose value.
-            change: returns the new value for the old one.
-            is_authoritative: the new value is the truth; else it is asked for again at the next look.
+        The result of a load in flight is returned to its waiters but not cached, because the load
+        was started before the change. Unless the new value is authoritative, the next `get`
+        reloads it.
         """
         with self._lock:
-            self._flights.pop(key, None)
-            self._amendments += 1
+            self._in_flight.pop(key, None)
+            self._local_mutations += 1
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
-                term = replace(entry.term) if is_authoritative else Expiry(self._clock.monotonic())
-                value, now = change(entry.value), self._clock.now()
-                self._put(key, replace(entry, value=value, term=term, last_changed=now))
+                now = self._clock.monotonic()
+                expiry = replace(entry.expiry) if is_authoritative else Expiry(now)
+                value, changed_at = change(entry.value), self._clock.now()
+                self._put(key, replace(entry, value=value, expiry=expiry, last_changed=changed_at))
 
     def expire(self, key: Hashable) -> None:
-        """Let the next `get` ask again: the value may be another one by now.
-
-        A load in flight may have begun before that: its waiters get it, it is not cached.
-        """
+        """Make the next `get` reload the value; a load in flight is not cached."""
         with self._lock:
-            self._flights.pop(key, None)
+            self._in_flight.pop(key, None)
             entry = self._entries.get(key)
             if entry is not None and entry.has_value:
-                self._put(key, replace(entry, term=Expiry(self._clock.monotonic()), error=None))
+                self._put(key, replace(entry, expiry=Expiry(self._clock.monotonic()), error=None))
 
     def put(self, key: Hashable, value: object, policy: CachePolicy) -> None:
-        """Cache a value that came by another way."""
+        """Cache a value that was obtained without `get`."""
         with self._lock:
-            self._flights.pop(key, None)
+            self._in_flight.pop(key, None)
             self._store_value(key, value, self._entries.get(key), policy, is_change=False)
 
     def drop(self, key: Hashable) -> None:
-        """Drop a value; a load in flight is not cached."""
+        """Remove a value; the result of a load in flight is not cached."""
         with self._lock:
-            self._flights.pop(key, None)
+            self._in_flight.pop(key, None)
             entry = self._entries.pop(key, None)
             if entry is not None:
-                entry.term.fresh_until = _ENDED
-                self._epoch += 1
+                entry.expiry.fresh_until = _EXPIRED
+                self._generation += 1
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Remove every value; the results of loads in flight are not cached."""
         with self._lock:
-            self._flights.clear()
+            self._in_flight.clear()
             for entry in self._entries.values():
-                entry.term.fresh_until = _ENDED
+                entry.expiry.fresh_until = _EXPIRED
             self._entries.clear()
             self._degraded_kinds.clear()
-            self._epoch += 1
+            self._generation += 1
 
     def _put(self, key: Hashable, entry: _Entry) -> None:
-        """Keep an entry in place of the one that is there; the caller holds the lock."""
+        """Store an entry and expire the one that it replaces; the caller holds the lock."""
         before = self._entries.get(key)
         if before is not None and before is not entry:
-            before.term.fresh_until = _ENDED  # who rests on it asks again
+            before.expiry.fresh_until = _EXPIRED
         self._entries[key] = entry
-        self._epoch += 1
+        self._generation += 1
 
     def _start(
         self, key: Hashable, load: Loader[T], policy: CachePolicy, priority: Priority
     ) -> _InFlightLoad:
-        """Begin a load; the caller holds the lock."""
-        flight = _InFlightLoad(Future(), self._clock.monotonic(), priority, ResultStream())
-        self._flights[key] = flight
-        priority.on_partial = flight.parts.add
+        """Start a load; the caller holds the lock."""
+        pending = _InFlightLoad(Future(), self._clock.monotonic(), priority, ResultStream())
+        self._in_flight[key] = pending
+        priority.on_partial = pending.stream.add
 
-        def fly() -> T:
+        def run() -> T:
             try:
                 value = load(priority)
             except errors.ApiError as error:
-                self._complete(key, flight, policy, error=error)
+                self._complete(key, pending, policy, error=error)
                 raise
             except BaseException:
-                self._complete(key, flight, policy)
+                self._complete(key, pending, policy)
                 raise
-            before = self.peek(key)  # compared without the lock: a listing may be long
+            before = self.peek(key)  # compared without the lock, because a listing may be long
             is_change = before is not None and before != value
             if before is not None and not is_change:
-                value = before  # one of two that are alike is enough, and all that is made of it
-            self._complete(key, flight, policy, value=(value,), is_change=is_change)
+                value = before  # keep one of two equal values, and all values derived from it
+            self._complete(key, pending, policy, value=(value,), is_change=is_change)
             return value
 
-        flight.future = run_in_thread(fly, f"load {_words(key)}")
-        flight.future.add_done_callback(flight.parts.close)
-        return flight
+        pending.future = run_in_thread(run, f"load {_describe(key)}")
+        pending.future.add_done_callback(pending.stream.close)
+        return pending
 
     def _complete(
         self,
         key: Hashable,
-        flight: _InFlightLoad,
+        pending: _InFlightLoad,
         policy: CachePolicy,
         *,
         value: tuple[Any] | None = None,
         is_change: bool = False,
         error: errors.ApiError | None = None,
     ) -> None:
-        """Keep the outcome of a load, unless a change or a newer load came in between."""
+        """Cache the outcome of a load unless the load was superseded."""
         with self._lock:
-            if self._flights.get(key) is not flight:
+            if self._in_flight.get(key) is not pending:
                 return
-            del self._flights[key]
+            del self._in_flight[key]
             now = self._clock.monotonic()
             entry = self._entries.get(key)
             if value is not None:
@@ -460,19 +444,17 @@ class MetadataCache:
                 self._degraded_kinds.add(_kind(key))
             if is_outage and entry is not None and entry.has_value and not entry.is_warm:
                 entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
-            elif is_outage and not flight.interest.is_demand:
-                return  # a guess that failed: who wants to know asks, and is told
+            elif is_outage and not pending.priority.is_demand:
+                return  # a failed prefetch: the first demand request loads again
             else:
                 until = now + policy.error_ttl_s(error)
-                is_untold = not flight.interest.is_demand
-                entry = _Entry(
-                    None, False, Expiry(now), until, error, until, is_unreported=is_untold
-                )
+                entry = _Entry(None, False, Expiry(now), until, error, until)
+                entry.is_unreported = not pending.priority.is_demand
                 self._put(key, entry)
                 return
         if not error.is_local:
             self._telemetry.record_error(
-                _words(key), "refresh", errors.os_error_from_api(error, "")
+                _describe(key), "refresh", errors.os_error_from_api(error, "")
             )
 
     def _store_value(
@@ -484,27 +466,28 @@ class MetadataCache:
         *,
         is_change: bool,
     ) -> None:
-        """Keep a value that has just come; the caller holds the lock."""
+        """Cache a new value; the caller holds the lock."""
         now = self._clock.monotonic()
         fresh_until = now + policy.ttl_s
-        kept_until = max(fresh_until, now + policy.stale_s)
+        stored_until = max(fresh_until, now + policy.stale_if_error_s)
         if before is not None and before.has_value and before.value is value:
-            before.term.fresh_until, before.kept_until = fresh_until, kept_until
+            before.expiry.fresh_until, before.stored_until = fresh_until, stored_until
             before.error, before.is_warm = None, False
-            self._entries[key] = before  # by its new time; nothing else is another now
+            self._entries[key] = before  # reorders it by its new expiry; the value is unchanged
             return
-        entry = _Entry(value, True, Expiry(fresh_until), kept_until)
+        entry = _Entry(value, True, Expiry(fresh_until), stored_until)
         if before is not None and before.has_value:
-            entry.term.last_used, entry.last_changed = before.term.last_used, before.last_changed
+            entry.expiry.last_used = before.expiry.last_used
+            entry.last_changed = before.last_changed
         if is_change:
             entry.last_changed = self._clock.now()
         self._put(key, entry)
 
 
 def _kind(key: Hashable) -> Hashable:
-    """Return what a key has in common with those that ask the same thing of others."""
+    """Return the part of a key that all requests of the same endpoint have in common."""
     return key[0] if isinstance(key, tuple) else key
 
 
-def _words(key: Hashable) -> str:
+def _describe(key: Hashable) -> str:
     return " ".join(str(part) for part in key) if isinstance(key, tuple) else str(key)

@@ -1,12 +1,13 @@
-"""SQLite store: what is immutable, and listings for a warm start, kept across mounts.
+"""SQLite store of the cache: immutable records, and listings for a warm start.
 
-A table of bytes by (space, key), and one of listings by (account, name) with the time they came.
-Thread-safe; shared by every mount and process that uses the same folder (WAL, busy time-out). It
-saves calls, so it may fail: whatever SQLite says, the caller gets "nothing kept" and the mount goes
-on, told once. Nothing in it is unpickled or executed.
+One table has bytes by (namespace, key). Another has listings by (account, name) with the time of
+their fetch. The store is thread-safe, and shared by every mount and process that uses the same
+directory (WAL mode, busy timeout). It only saves requests, so it may fail: after an SQLite error
+the caller gets "not stored", the error is logged once, and the mount continues. Nothing in the
+store is unpickled or executed.
 
-A third table has durable records, which no API call can restore: a new schema version leaves them
-in place, each is synced to disk when it is written, and a failed write raises.
+A third table has durable records, which cannot be restored from the API. A new schema version
+leaves them in place, each write is synced to disk, and a failed write raises.
 """
 
 import logging
@@ -21,63 +22,63 @@ from tinkerfs.safe_open import is_regular, open_regular
 
 log = logging.getLogger(__name__)
 
-#: Bumped when the tables change; an older or newer file is made anew.
+#: Incremented when the tables change; the records of another version are dropped.
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 2.0
 _FILE_NAME = "metadata.sqlite3"
 
 
-class _Forks:
+class _ForkGuard:
     """Keeps every thread out of SQLite while the process forks. Thread-safe.
 
-    SQLite has mutexes of the whole process. A child that inherits one that is locked waits for
-    ever when it opens a database of its own (https://www.sqlite.org/howtocorrupt.html, 2.6).
+    SQLite has process-wide mutexes. A child that inherits a locked one hangs when it opens a
+    database (https://www.sqlite.org/howtocorrupt.html, 2.6).
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stores: weakref.WeakSet[MetadataStore] = weakref.WeakSet()  # guarded by _lock
-        self._held: list[MetadataStore] = []
+        self._locked: list[MetadataStore] = []
         os.register_at_fork(
             before=self._acquire, after_in_parent=self._release, after_in_child=self._release
         )
 
     def add(self, store: "MetadataStore") -> None:
-        """Hold a store during forks from now on."""
+        """Lock a store during every later fork."""
         with self._lock:
             self._stores.add(store)
 
     def _acquire(self) -> None:
         self._lock.acquire()
-        self._held = list(self._stores)
-        for store in self._held:
+        self._locked = list(self._stores)
+        for store in self._locked:
             store.lock.acquire()
 
     def _release(self) -> None:
-        for store in self._held:
+        for store in self._locked:
             store.lock.release()
-        self._held = []
+        self._locked = []
         self._lock.release()
 
 
-_forks = _Forks()
+_fork_guard = _ForkGuard()
 
 
 class MetadataStore:
-    """Bytes by space and key, on disk. Use as a context manager.
+    """Stores bytes by namespace and key on disk. Use it as a context manager.
 
     Args:
-        folder: where; None keeps nothing.
+        directory: directory of the database; None stores nothing.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._is_on = folder is not None
-        self._path = (folder or Path()) / _FILE_NAME
+    def __init__(self, directory: Path | None) -> None:
+        self._is_on = directory is not None
+        self._path = (directory or Path()) / _FILE_NAME
         self.lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None  # guarded by lock
         self._identity: tuple[int, int] | None = None  # of the open file; guarded by lock
-        self._has_told = False
-        _forks.add(self)
+        self._has_reported = False
+        _fork_guard.add(self)
 
     def __enter__(self) -> "MetadataStore":
         with self.lock:
@@ -86,14 +87,14 @@ class MetadataStore:
             try:
                 try:
                     self._open()
-                except sqlite3.OperationalError:  # locked, full, read-only: the file may be sound
+                except sqlite3.OperationalError:  # locked, full or read-only: may be intact
                     raise
                 except sqlite3.DatabaseError as error:
-                    log.warning("%s is not readable and is made anew: %s", self._path, error)
+                    log.warning("%s is not readable and is created again: %s", self._path, error)
                     self._remove_files()
                     self._open()
             except (sqlite3.Error, OSError) as error:
-                self._tell(error)
+                self._report_once(error)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -103,7 +104,7 @@ class MetadataStore:
                 self._connection = None
 
     def get(self, namespace: str, key: str) -> bytes | None:
-        """Return what is kept, None where nothing is or it cannot be read."""
+        """Return a stored value, None if there is none or it cannot be read."""
         with self.lock:
             if self._connection is None:
                 return None
@@ -112,21 +113,21 @@ class MetadataStore:
                     "SELECT value FROM records WHERE space = ? AND key = ?", (namespace, _blob(key))
                 ).fetchone()
             except sqlite3.Error as error:
-                self._tell(error)
+                self._report_once(error)
                 return None
         return bytes(row[0]) if row is not None else None
 
     def put(self, namespace: str, key: str, value: bytes) -> None:
-        """Keep `value`; a failure is told in the log once and costs only a later call."""
+        """Store a value; a failure is logged once and costs only a later request."""
         sql = "INSERT OR REPLACE INTO records (space, key, value) VALUES (?, ?, ?)"
         self._change(sql, (namespace, _blob(key), value))
 
     def delete(self, namespace: str, key: str) -> None:
-        """Keep nothing under a key any more; a failure is told in the log once."""
+        """Delete a value if there is one; a failure is logged once."""
         self._change("DELETE FROM records WHERE space = ? AND key = ?", (namespace, _blob(key)))
 
     def listing(self, account: str, name: str) -> tuple[float, bytes] | None:
-        """Return when a listing came, seconds since 1970, and its bytes; None for no such."""
+        """Return fetch time (seconds since 1970) and bytes of a listing; None if absent."""
         sql = "SELECT came_at, value FROM listings WHERE account = ? AND name = ?"
         with self.lock:
             if self._connection is None:
@@ -134,25 +135,32 @@ class MetadataStore:
             try:
                 row = self._connection.execute(sql, (account, _blob(name))).fetchone()
             except sqlite3.Error as error:
-                self._tell(error)
+                self._report_once(error)
                 return None
         return (float(row[0]), bytes(row[1])) if row is not None else None
 
-    def put_listing(self, account: str, name: str, came_at: float, value: bytes | None) -> None:
-        """Keep a listing in the place of an older one, or none; a failure is told once."""
+    def put_listing(self, account: str, name: str, fetched_at: float, value: bytes | None) -> None:
+        """Store a listing, or delete it for None; a failure is logged once.
+
+        Args:
+            account: namespace of the listing.
+            name: key of the listing.
+            fetched_at: seconds since 1970.
+            value: replaces an older value.
+        """
         if value is None:
             sql = "DELETE FROM listings WHERE account = ? AND name = ?"
             self._change(sql, (account, _blob(name)))
         else:
             sql = "INSERT OR REPLACE INTO listings VALUES (?, ?, ?, ?)"
-            self._change(sql, (account, _blob(name), came_at, value))
+            self._change(sql, (account, _blob(name), fetched_at, value))
 
     def drop_listings(self, account: str) -> None:
-        """Keep no listing of an account any more; a failure is told once."""
+        """Delete every listing of an account; a failure is logged once."""
         self._change("DELETE FROM listings WHERE account = ?", (account,))
 
     def evict_listings(self, max_bytes: int) -> None:
-        """Let the oldest listings go, so that `limit_bytes` are left; a failure is told once."""
+        """Delete the oldest listings beyond `max_bytes`; a failure is logged once."""
         self._change(
             "DELETE FROM listings WHERE rowid IN (SELECT rowid FROM (SELECT rowid,"
             " SUM(LENGTH(value)) OVER (ORDER BY came_at DESC, rowid) AS sum FROM listings)"
@@ -163,7 +171,7 @@ class MetadataStore:
     # Durable records.
 
     def durable(self, namespace: str) -> dict[str, bytes]:
-        """Return the durable records of a space by key; none where they cannot be read."""
+        """Return the durable records of a namespace by key; empty if they cannot be read."""
         with self.lock:
             if self._connection is None:
                 return {}
@@ -172,7 +180,7 @@ class MetadataStore:
                     "SELECT key, value FROM durable WHERE space = ?", (namespace,)
                 ).fetchall()
             except sqlite3.Error as error:
-                self._tell(error)
+                self._report_once(error)
                 return {}
         return {_text(key): bytes(value) for key, value in rows}
 
@@ -189,7 +197,7 @@ class MetadataStore:
         """Delete a durable record, if there is one.
 
         Raises:
-            OSError: as `put_durable`.
+            OSError: the same as for `put_durable`.
         """
         sql = "DELETE FROM durable WHERE space = ? AND key = ?"
         self._change_durably(sql, (namespace, _blob(key)))
@@ -205,7 +213,7 @@ class MetadataStore:
             try:
                 row = self._connection.execute("PRAGMA data_version").fetchone()
             except sqlite3.Error as error:
-                self._tell(error)
+                self._report_once(error)
                 return None
         return int(row[0])
 
@@ -216,7 +224,7 @@ class MetadataStore:
             if self._connection is None:
                 raise errors.not_stored(f"{self._path} is not open")
             if self._identity is None or self._identity != _identity_of(self._path):
-                # SQLite would write to the file that it has open, which no other process finds.
+                # SQLite would write to its open file, which no other process can find.
                 raise errors.not_stored(f"{self._path} was removed or replaced (hint: mount again)")
             try:
                 self._connection.execute("PRAGMA synchronous=FULL")
@@ -234,10 +242,10 @@ class MetadataStore:
                 with self._connection:
                     self._connection.execute(sql, values)
             except sqlite3.Error as error:
-                self._tell(error)
+                self._report_once(error)
 
     def _open(self) -> None:
-        # SQLite would wait for the other end of a FIFO, with the lock of this store held.
+        # Opening a FIFO would block in SQLite while the lock of this store is held.
         for path in self._files():
             if os.path.lexists(path) and not os.path.islink(path) and not is_regular(path):
                 raise sqlite3.DatabaseError(f"{path} is not a regular file")
@@ -278,10 +286,10 @@ class MetadataStore:
     def _files(self) -> list[Path]:
         return [Path(f"{self._path}{suffix}") for suffix in ("", "-wal", "-shm", "-journal")]
 
-    def _tell(self, error: Exception) -> None:
-        if not self._has_told:
-            self._has_told = True
-            log.warning("%s: %s; the mount goes on without what it keeps", self._path, error)
+    def _report_once(self, error: Exception) -> None:
+        if not self._has_reported:
+            self._has_reported = True
+            log.warning("%s: %s; the mount goes on without this store", self._path, error)
 
 
 def _identity_of(path: Path) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""The block cache: what was put is what is read, whatever becomes of disk and processes."""
+"""The block cache returns what was stored, whatever happens to the disk and to processes."""
 
 import contextlib
 import errno
@@ -34,13 +34,13 @@ def telemetry():
 
 @pytest.fixture
 def cache_of(tmp_path, telemetry):
-    def make(limit_bytes=1 << 30, floor_bytes=0, clock=None, folder="blocks"):
+    def make(max_bytes=1 << 30, min_free_bytes=0, clock=None, name="blocks"):
         more = {} if clock is None else {"clock": clock}
         return BlockCache(
-            tmp_path / folder,
+            tmp_path / name,
             telemetry,
-            max_bytes=limit_bytes,
-            min_free_bytes=floor_bytes,
+            max_bytes=max_bytes,
+            min_free_bytes=min_free_bytes,
             **more,
         )
 
@@ -56,7 +56,7 @@ def whole(file, index, size=BLOCK):
 
 
 def again(file, index):
-    """Return a block that was just read, without a look at anything but its open file."""
+    """Return a block that was just read, through its open descriptor."""
     buffer = memoryview(bytearray(BLOCK))
     is_there = file.read_from_open_fd(index, 0, buffer, contextlib.nullcontext)
     return bytes(buffer) if is_there else None
@@ -65,18 +65,18 @@ def again(file, index):
 def on_disk(cache):
     return sum(
         path.stat().st_size
-        for path in cache.folder.rglob("*")
+        for path in cache.directory.rglob("*")
         if path.is_file() and path.name.isdigit()
     )
 
 
 def put_part(file, index, data):
-    with contextlib.closing(file.begin_write(index, BLOCK)) as draft:
-        draft.write(data)
-        file.commit_partial(index, draft)
+    with contextlib.closing(file.begin_write(index, BLOCK)) as writer:
+        writer.write(data)
+        file.commit_partial(index, writer)
 
 
-def test_what_is_put_is_read_in_any_piece_and_by_the_next_mount(cache_of):
+def test_put_block_is_read_in_part_and_by_the_next_mount(cache_of):
     with contextlib.closing(cache_of().open("key", "about")) as file:
         assert whole(file, 3) is None
         assert file.put(3, block(1))
@@ -88,52 +88,52 @@ def test_what_is_put_is_read_in_any_piece_and_by_the_next_mount(cache_of):
         assert whole(other, 3) is None
 
 
-def test_the_start_of_a_block_is_no_block_and_is_there_for_the_next_mount(cache_of):
+def test_partial_block_is_not_a_block_and_survives_remount(cache_of):
     with contextlib.closing(cache_of().open("key", "about")) as file:
         assert file.read_partial(3) == b""
         file.ensure_directory()
         put_part(file, 3, block(1)[:1000])
         assert (file.has(3), whole(file, 3)) == (False, None)
     with contextlib.closing(cache_of().open("key", "about")) as again:
-        assert again.part(3) == block(1)[:1000]
-        assert again.part(2) == b""
+        assert again.read_partial(3) == block(1)[:1000]
+        assert again.read_partial(2) == b""
         again.drop_partial(3)
-        assert again.part(3) == b""
+        assert again.read_partial(3) == b""
 
 
 @pytest.mark.parametrize("size_bytes", [0, 100, 1039])
-def test_the_start_of_a_block_that_was_altered_is_none(cache_of, size_bytes):
+def test_corrupt_partial_block_is_not_returned(cache_of, size_bytes):
     cache = cache_of()
     with contextlib.closing(cache.open("key", "about")) as file:
         file.ensure_directory()
         put_part(file, 3, block(1)[:1000])
-        [path] = cache.folder.glob("*/.3.part")
+        [path] = cache.directory.glob("*/.3.part")
         os.truncate(path, size_bytes)
         assert file.read_partial(3) == b""
         file.put(3, block(1))
-        os.link(cache.folder / path.parent.name / "3", path.with_name(".4.part"))
-        assert file.read_partial(4) == b"", "nor is a block the start of another"
+        os.link(cache.directory / path.parent.name / "3", path.with_name(".4.part"))
+        assert file.read_partial(4) == b"", "a complete block is not the start of another"
 
 
-def test_a_block_that_many_read_at_once_is_checked_once(cache_of, monkeypatch):
+def test_concurrent_reads_of_a_block_verify_it_once(cache_of, monkeypatch):
     with contextlib.closing(cache_of().open("key", "about")) as file:
         file.put(3, block(1))
-    looks, is_sound = [], block_cache.is_intact
+    checked, is_intact = [], block_cache.is_intact
 
     def slowly(fd, name, index):
-        looks.append(index)
+        checked.append(index)
         time.sleep(0.2)
-        return is_sound(fd, name, index)
+        return is_intact(fd, name, index)
 
-    monkeypatch.setattr(block_cache, "is_sound", slowly)
+    monkeypatch.setattr(block_cache, "is_intact", slowly)
     with contextlib.closing(cache_of().open("key", "about")) as again:
         found = run_concurrently([lambda: whole(again, 3)] * 4, 4, "readers")
         assert [each.result() for each in found] == [block(1)] * 4
-    assert looks == [3]
+    assert checked == [3]
 
 
-def test_it_is_for_its_user_alone(cache_of, tmp_path):
-    cache = cache_of(folder="a/b/blocks")
+def test_cache_files_are_private_to_the_user(cache_of, tmp_path):
+    cache = cache_of(name="a/b/blocks")
     with contextlib.closing(cache.open("key", "about")) as file:
         file.put(0, block(0))
     paths = [*(tmp_path / "a").rglob("*"), tmp_path / "a"]
@@ -142,7 +142,7 @@ def test_it_is_for_its_user_alone(cache_of, tmp_path):
 
 
 def block_path(cache):
-    [path] = [path for path in cache.folder.rglob("*") if path.name.isdigit()]
+    [path] = [path for path in cache.directory.rglob("*") if path.name.isdigit()]
     return path
 
 
@@ -172,7 +172,7 @@ def swap(path):
 
 @pytest.mark.parametrize("spoil", [spoil_byte, truncate, empty, zero, swap])
 @pytest.mark.parametrize("is_remounted", [True, False])
-def test_a_block_that_was_altered_is_never_read(cache_of, telemetry, spoil, is_remounted):
+def test_corrupt_block_is_never_returned(cache_of, telemetry, spoil, is_remounted):
     cache = cache_of()
     file = cache.open("key", "about")
     file.put(0, block(0))
@@ -183,7 +183,7 @@ def test_a_block_that_was_altered_is_never_read(cache_of, telemetry, spoil, is_r
     if is_remounted:
         file.close()
         file = cache_of().open("key", "about")
-    # What was moved away may be open still, and is the same.
+    # A renamed block may still be open, with its content unchanged.
     left = block(0) if spoil is swap and not is_remounted else None
     assert again(file, 0) == left
     assert whole(file, 0) == left
@@ -195,9 +195,9 @@ def test_a_block_that_was_altered_is_never_read(cache_of, telemetry, spoil, is_r
     file.close()
 
 
-def test_the_least_recently_used_go_first_but_nothing_that_is_open(cache_of):
+def test_eviction_is_lru_and_spares_open_files(cache_of):
     clock = FakeTime()
-    cache = cache_of(limit_bytes=8 * (BLOCK + 4 * KIB), clock=clock.clock)
+    cache = cache_of(max_bytes=8 * (BLOCK + 4 * KIB), clock=clock.clock)
     for number in range(6):
         with contextlib.closing(cache.open(f"key {number}", "about")) as file:
             assert file.put(0, block(number))
@@ -209,92 +209,92 @@ def test_the_least_recently_used_go_first_but_nothing_that_is_open(cache_of):
     with contextlib.closing(cache.open("new", "about")) as file:
         for index in range(4):
             assert file.put(index, block(index))
-    kept = set()
+    cached = set()
     for number in range(6):
         with contextlib.closing(cache.open(f"key {number}", "about")) as file:
-            kept |= {number} if file.has(0) else set()
-    assert {0, 1} <= kept
-    assert 2 not in kept
+            cached |= {number} if file.has(0) else set()
+    assert {0, 1} <= cached
+    assert 2 not in cached
     assert whole(opened, 0) == block(0)
     opened.close()
 
 
-def test_it_stays_within_its_bound(cache_of):
+def test_cache_stays_within_its_bound(cache_of):
     limit = 40 * BLOCK
-    caches = [cache_of(limit_bytes=limit) for _ in range(2)]
+    caches = [cache_of(max_bytes=limit) for _ in range(2)]
     for number in range(100):
         with contextlib.closing(caches[number % 2].open(f"key {number // 5}", "about")) as file:
             file.put(number % 5, block(number))
         assert on_disk(caches[0]) <= limit
     assert on_disk(caches[0]) >= limit // 2
-    folders = list(caches[0].folder.iterdir())
-    assert len(folders) <= 9, "folders without a block stay behind"
+    directories = list(caches[0].directory.iterdir())
+    assert len(directories) <= 9, "directories without a block are removed"
 
 
-def test_what_is_on_its_way_counts_as_what_it_will_be(cache_of):
+def test_block_being_written_counts_as_a_whole_block(cache_of):
     limit = 32 * (BLOCK + 4 * KIB)
-    cache = cache_of(limit_bytes=limit)
+    cache = cache_of(max_bytes=limit)
     with contextlib.closing(cache.open("key", "about")) as file:
-        drafts = []
+        writers = []
         for index in range(60):
-            draft = file.begin_write(index, BLOCK)
-            if draft is not None:
-                draft.write(b"x")
-                drafts.append((index, draft))
-        for index, draft in drafts:
-            draft.write(bytes(BLOCK - 1))
-            assert file.commit(index, draft)
-            draft.close()
-        assert 25 <= len(drafts) <= 34
+            writer = file.begin_write(index, BLOCK)
+            if writer is not None:
+                writer.write(b"x")
+                writers.append((index, writer))
+        for index, writer in writers:
+            writer.write(bytes(BLOCK - 1))
+            assert file.commit(index, writer)
+            writer.close()
+        assert 25 <= len(writers) <= 34
     assert on_disk(cache) <= limit
 
 
-def test_what_is_open_may_fill_it_and_then_nothing_more_is_kept(cache_of, telemetry):
-    cache = cache_of(limit_bytes=4 * (BLOCK + 4 * KIB))
+def test_cache_full_of_open_files_rejects_blocks(cache_of, telemetry):
+    cache = cache_of(max_bytes=4 * (BLOCK + 4 * KIB))
     with contextlib.closing(cache.open("key", "about")) as file:
-        kept = [file.put(index, block(index)) for index in range(20)]
-        assert kept[:3] == [True] * 3
-        assert not any(kept[5:])
+        stored = [file.put(index, block(index)) for index in range(20)]
+        assert stored[:3] == [True] * 3
+        assert not any(stored[5:])
         assert whole(file, 0) == block(0)
     assert telemetry.errors_text().count("full of open files") == 1
 
 
-def test_the_floor_of_free_disk_is_kept(cache_of, telemetry):
-    cache = cache_of(floor_bytes=1 << 62)
+def test_minimum_free_disk_space_is_respected(cache_of, telemetry):
+    cache = cache_of(min_free_bytes=1 << 62)
     with contextlib.closing(cache.open("key", "about")) as file:
         assert not file.put(0, block(0))
     assert "ENOSPC" in telemetry.errors_text()
 
 
-def test_room_is_made_where_a_larger_bound_was_before(cache_of):
+def test_smaller_bound_evicts_blocks_of_a_larger_one(cache_of):
     with contextlib.closing(cache_of().open("key", "about")) as file:
         for index in range(10):
             file.put(index, block(index))
-    smaller = cache_of(limit_bytes=4 * (BLOCK + 4 * KIB))
+    smaller = cache_of(max_bytes=4 * (BLOCK + 4 * KIB))
     with contextlib.closing(smaller.open("another", "about")) as file:
         assert file.put(0, block(0))
     assert on_disk(smaller) <= 4 * (BLOCK + 4 * KIB)
 
 
-def test_a_limit_of_0_keeps_nothing(cache_of):
-    cache = cache_of(limit_bytes=0)
+def test_bound_of_0_caches_nothing(cache_of):
+    cache = cache_of(max_bytes=0)
     with contextlib.closing(cache.open("key", "about")) as file:
         assert not file.put(0, block(0))
     assert on_disk(cache) == 0
 
 
-def test_a_folder_that_goes_away_is_made_again(cache_of):
+def test_removed_directory_is_created_again(cache_of):
     cache = cache_of()
     with contextlib.closing(cache.open("key", "about")) as file:
         file.put(0, block(0))
-        subprocess.run(["rm", "-rf", cache.folder], check=True)
+        subprocess.run(["rm", "-rf", cache.directory], check=True)
         assert whole(file, 0) is None
         assert file.put(0, block(0))
         assert whole(file, 0) == block(0)
 
 
-def test_a_folder_that_cannot_be_written_is_told_once(cache_of, telemetry, tmp_path):
-    (tmp_path / "blocks").write_text("no folder")
+def test_unwritable_directory_is_reported_once(cache_of, telemetry, tmp_path):
+    (tmp_path / "blocks").write_text("not a directory")
     with contextlib.closing(cache_of().open("key", "about")) as file:
         for index in range(5):
             assert not file.put(index, block(0))
@@ -302,8 +302,8 @@ def test_a_folder_that_cannot_be_written_is_told_once(cache_of, telemetry, tmp_p
     assert len(telemetry.errors_text().splitlines()) == 1
 
 
-def test_a_disk_that_is_full_keeps_no_half_block(cache_of, telemetry):
-    """ENOSPC in the middle, as RLIMIT_FSIZE gives EFBIG: in a process of its own."""
+def test_full_disk_leaves_no_partial_block(cache_of, telemetry):
+    """RLIMIT_FSIZE makes a write fail with EFBIG, like ENOSPC; set in a subprocess."""
     cache = cache_of()
     code = f"""
 import resource, signal
@@ -314,15 +314,15 @@ from tinkerfs.telemetry import Telemetry
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))
 telemetry = Telemetry()
-cache = BlockCache(Path({str(cache.folder)!r}), telemetry, limit_bytes=1 << 30, floor_bytes=0)
+cache = BlockCache(Path({str(cache.directory)!r}), telemetry, max_bytes=1 << 30, min_free_bytes=0)
 file = cache.open("key", "about")
 assert not file.put(0, bytes({BLOCK}))
-assert file.read(0, 0, 10, {BLOCK}) is None
+assert [file.read(0, 0, 10, {BLOCK})] == [None]
 assert "EFBIG" in telemetry.errors_text()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert [path.name for path in cache.folder.rglob("*") if path.name[0] in ".0123456789"] == [
-        path.name for path in cache.folder.iterdir() if path.name[0] in ".0123456789"
+    assert [path.name for path in cache.directory.rglob("*") if path.name[0] in ".0123456789"] == [
+        path.name for path in cache.directory.iterdir() if path.name[0] in ".0123456789"
     ]
 
 
@@ -332,19 +332,19 @@ from pathlib import Path
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.telemetry import Telemetry
-cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=1 << 30, floor_bytes=0)
+cache = BlockCache(Path(sys.argv[1]), Telemetry(), max_bytes=1 << 30, min_free_bytes=0)
 file = cache.open("key", "about")
-file.prepare()
-with file.claimed(7, 10):
+file.ensure_directory()
+with file.lock_block(7, 10):
     print("claimed", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_block_is_claimed_by_one_process_at_a_time_until_it_dies(cache_of):
+def test_lock_block_excludes_other_processes_until_they_exit(cache_of):
     cache = cache_of()
     other = subprocess.Popen(
-        [sys.executable, "-c", CLAIMER, str(cache.folder)], stdout=subprocess.PIPE
+        [sys.executable, "-c", CLAIMER, str(cache.directory)], stdout=subprocess.PIPE
     )
     file = cache.open("key", "about")
     file.ensure_directory()
@@ -365,13 +365,13 @@ def test_a_block_is_claimed_by_one_process_at_a_time_until_it_dies(cache_of):
         file.close()
 
 
-def test_what_another_process_has_open_stays(cache_of):
+def test_file_open_in_another_process_is_not_evicted(cache_of):
     clock = FakeTime()
-    cache = cache_of(limit_bytes=6 * (BLOCK + 4 * KIB), clock=clock.clock)
+    cache = cache_of(max_bytes=6 * (BLOCK + 4 * KIB), clock=clock.clock)
     with contextlib.closing(cache.open("key", "about")) as file:
         file.put(0, block(0))
     other = subprocess.Popen(
-        [sys.executable, "-c", CLAIMER, str(cache.folder)], stdout=subprocess.PIPE
+        [sys.executable, "-c", CLAIMER, str(cache.directory)], stdout=subprocess.PIPE
     )
     try:
         assert other.stdout.readline() == b"claimed\n"
@@ -393,7 +393,7 @@ from pathlib import Path
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.telemetry import Telemetry
-cache = BlockCache(Path(sys.argv[1]), Telemetry(), limit_bytes=40 * 65536, floor_bytes=0)
+cache = BlockCache(Path(sys.argv[1]), Telemetry(), max_bytes=40 * 65536, min_free_bytes=0)
 print("ready", flush=True)
 number = 0
 while True:
@@ -406,12 +406,12 @@ while True:
 
 
 @pytest.mark.timeout(60)
-def test_processes_that_are_killed_at_any_instant_leave_no_wrong_byte(cache_of):
+def test_killed_processes_leave_no_corrupt_block(cache_of):
     """200 kills: 8 writers at a time live for a few milliseconds each."""
-    cache = cache_of(limit_bytes=40 * BLOCK)
+    cache = cache_of(max_bytes=40 * BLOCK)
     rng, kills, found = random.Random(0), 0, 0
     pids = []
-    # Forked from one process that has imported all: an interpreter takes 0.2 s to start.
+    # Forked from one process that has imported everything, because an interpreter starts slowly.
     code = WRITER.replace(
         'print("ready", flush=True)',
         """import os
@@ -425,7 +425,7 @@ else:
 """,
     )
     nursery = subprocess.Popen(
-        [sys.executable, "-c", code, str(cache.folder)],
+        [sys.executable, "-c", code, str(cache.directory)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -457,31 +457,31 @@ else:
                 assert whole(file, index) == block(number * 100 + index)
 
 
-def test_drafts_that_a_killed_process_left_are_removed_in_time(cache_of):
+def test_old_temporary_file_of_a_killed_process_is_removed(cache_of):
     clock = FakeTime()
     cache = cache_of(clock=clock.clock)
     with contextlib.closing(cache.open("key", "about")) as file:
         file.put(0, block(0))
-        draft = Path(file._folder) / ".1.99.0"
-        draft.write_bytes(b"half")
-        os.utime(draft, (clock.now - 60, clock.now - 60))
+        path = Path(file._directory) / ".1.99.0"
+        path.write_bytes(b"half")
+        os.utime(path, (clock.now - 60, clock.now - 60))
         with contextlib.closing(cache_of(clock=clock.clock).open("other", "about")) as other:
             other.put(0, block(1))
-        assert draft.exists()
-        os.utime(draft, (clock.now - 6000, clock.now - 6000))
+        assert path.exists()
+        os.utime(path, (clock.now - 6000, clock.now - 6000))
         with contextlib.closing(cache_of(clock=clock.clock).open("other", "about")) as other:
             other.put(1, block(1))
-        assert not draft.exists()
+        assert not path.exists()
 
 
 class Blocks(RuleBasedStateMachine):
-    """The cache against a dict: what it has is right, whatever came before."""
+    """Compare the cache with a dict: what it returns is correct."""
 
     def __init__(self):
         super().__init__()
         import tempfile
 
-        self.folder = tempfile.TemporaryDirectory()
+        self.temporary = tempfile.TemporaryDirectory()
         self.model = {}
         self.files = {}
         self.remount()
@@ -492,7 +492,7 @@ class Blocks(RuleBasedStateMachine):
             file.close()
         self.files = {}
         self.cache = BlockCache(
-            Path(self.folder.name) / "blocks", Telemetry(), max_bytes=60 * KIB, min_free_bytes=0
+            Path(self.temporary.name) / "blocks", Telemetry(), max_bytes=60 * KIB, min_free_bytes=0
         )
 
     def file(self, key):
@@ -527,26 +527,26 @@ class Blocks(RuleBasedStateMachine):
     def teardown(self):
         for file in self.files.values():
             file.close()
-        self.folder.cleanup()
+        self.temporary.cleanup()
 
 
 TestBlocks = Blocks.TestCase
 TestBlocks.settings = settings(max_examples=25, stateful_step_count=40)
 
 
-def test_what_is_kept_is_counted_anew_after_a_while(cache_of):
+def test_usage_bytes_is_refreshed_after_5_s(cache_of):
     time = FakeTime()
     cache = cache_of(clock=time.clock)
-    assert cache.kept_bytes() == 0
+    assert cache.usage_bytes() == 0
     with contextlib.closing(cache.open("key", "it")) as file:
         file.put(0, block(0))
     time.advance(4.9)
-    assert cache.kept_bytes() == 0, "the folder is not read again"
+    assert cache.usage_bytes() == 0, "the directory is not scanned again"
     time.advance(0.2)
-    assert BLOCK <= cache.kept_bytes() < 2 * BLOCK
+    assert BLOCK <= cache.usage_bytes() < 2 * BLOCK
 
 
-# --- waits for the disk --------------------------------------------------------------------------
+# --- blocking reads ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -556,7 +556,7 @@ def waits():
 
 @pytest.fixture(params=["read_into", "read_again"])
 def read_of(request, cache_of, monkeypatch, waits):
-    """A read of a sound block of a disk that answers reads that must not wait as it is told."""
+    """A read of a block, with a fake for reads that must not wait for the disk."""
 
     @contextlib.contextmanager
     def waiting():
@@ -565,17 +565,17 @@ def read_of(request, cache_of, monkeypatch, waits):
         waits.append("over")
 
     def make(at_once):
-        preadv, asked, is_first = os.preadv, [], True
+        preadv, offsets, is_first = os.preadv, [], True
 
-        def answering(fd, buffers, offset, flags=0):
+        def fake_preadv(fd, buffers, offset, flags=0):
             if not flags or is_first:
                 return preadv(fd, buffers, offset)
-            asked.append(offset)
+            offsets.append(offset)
             return at_once(lambda: preadv(fd, buffers, offset), buffers)
 
         file = cache_of().open("key", "about")
         file.put(0, block(1))
-        monkeypatch.setattr(os, "preadv", answering)
+        monkeypatch.setattr(os, "preadv", fake_preadv)
         whole(file, 0)
         is_first = False
 
@@ -586,14 +586,14 @@ def read_of(request, cache_of, monkeypatch, waits):
             else:
                 assert file.read_into(0, 50, buffer, BLOCK, waiting)
             assert buffer == block(1)[50:150]
-            return len(asked)
+            return len(offsets)
 
         return read
 
     return make
 
 
-def test_what_is_in_memory_is_no_wait(read_of, waits):
+def test_read_from_the_page_cache_is_not_blocking(read_of, waits):
     read = read_of(lambda read, _buffers: read())
     assert [read(), read()] == [1, 2]
     assert waits == []
@@ -609,13 +609,13 @@ def in_part(read, _buffers):
 
 
 @pytest.mark.parametrize("at_once", [blocked, in_part])
-def test_what_must_come_from_the_disk_is_a_wait(read_of, waits, at_once):
+def test_read_from_the_disk_is_blocking(read_of, waits, at_once):
     read = read_of(at_once)
     assert [read(), read()] == [1, 2]
     assert waits == ["begun", "over"] * 2
 
 
-def test_a_file_system_that_cannot_tell_is_asked_once(read_of, waits):
+def test_nowait_is_tried_once_if_unsupported(read_of, waits):
     def unsupported(_read, _buffers):
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
@@ -626,7 +626,7 @@ def test_a_file_system_that_cannot_tell_is_asked_once(read_of, waits):
     assert waits == []
 
 
-def test_a_block_that_is_looked_into_first_is_a_wait(cache_of, waits):
+def test_verification_of_a_block_is_blocking(cache_of, waits):
     @contextlib.contextmanager
     def waiting():
         waits.append("begun")
@@ -640,7 +640,7 @@ def test_a_block_that_is_looked_into_first_is_a_wait(cache_of, waits):
         assert waits[:1] == ["begun"]
 
 
-def test_what_was_removed_is_not_read_on_and_holds_no_space(cache_of):
+def test_removed_block_is_not_read_and_frees_its_space(cache_of):
     with contextlib.closing(cache_of().open("key", "about")) as file:
         file.put(0, block(1))
         assert whole(file, 0) == block(1)
@@ -656,15 +656,15 @@ def test_what_was_removed_is_not_read_on_and_holds_no_space(cache_of):
 
 
 def file_paths(file):
-    return list(Path(file._folder).iterdir())
+    return list(Path(file._directory).iterdir())
 
 
-#: Every name that a file of the cache has, and what may lie there instead.
+#: Types of file that can replace a file of the cache.
 FOREIGN_KINDS = {"fifo": os.mkfifo, "directory": os.mkdir}
 
 
 def in_time(work):
-    """Return the result of work that must not wait for another process."""
+    """Return the result of work that must not block."""
     return run_in_thread(work, "cache").result(20)
 
 
@@ -675,9 +675,9 @@ def test_cache_with_another_kind_of_file_keeps_serving(cache_of, kind, name):
         file.put(3, block(1))
         put_part(file, 4, block(2)[:1000])
     cache = cache_of()
-    [folder] = cache.folder.iterdir()
-    (folder / name).unlink(missing_ok=True)
-    FOREIGN_KINDS[kind](folder / name)
+    [directory] = cache.directory.iterdir()
+    (directory / name).unlink(missing_ok=True)
+    FOREIGN_KINDS[kind](directory / name)
     with contextlib.closing(in_time(lambda: cache.open("key", "about"))) as file:
         assert file.has(3) == (name != "3"), "what is not a file is not a block"
         assert in_time(lambda: whole(file, 3)) == (None if name == "3" else block(1))
@@ -689,21 +689,21 @@ def test_cache_with_another_kind_of_file_keeps_serving(cache_of, kind, name):
         if kind == "fifo":
             assert in_time(lambda: file.put(3, block(1))), "a block takes its place"
             assert whole(file, 3) == block(1)
-    in_time(lambda: read_about(folder))
+    in_time(lambda: read_about(directory))
 
 
 def test_eviction_with_other_kinds_of_file_stays_in_bound(cache_of):
     first = cache_of()
     with contextlib.closing(first.open("old", "about")) as file:
         file.put(0, block(1))
-    [folder] = first.folder.iterdir()
-    (folder / "7").mkdir()
-    (folder / ".8.part").mkdir()
-    (folder / "\N{SUPERSCRIPT TWO}").write_bytes(b"")
-    os.mkfifo(folder / "9")
-    cache = cache_of(limit_bytes=3 * BLOCK)
+    [directory] = first.directory.iterdir()
+    (directory / "7").mkdir()
+    (directory / ".8.part").mkdir()
+    (directory / "\N{SUPERSCRIPT TWO}").write_bytes(b"")
+    os.mkfifo(directory / "9")
+    cache = cache_of(max_bytes=3 * BLOCK)
     with contextlib.closing(cache.open("new", "about")) as file:
         for index in range(2):
             assert in_time(lambda index=index: file.put(index, block(index)))
     assert on_disk(cache) <= 3 * BLOCK
-    assert not (folder / "0").exists()
+    assert not (directory / "0").exists()

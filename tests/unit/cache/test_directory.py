@@ -1,4 +1,4 @@
-"""Where the cache lies: a directory of the user's own, in whatever place was given."""
+"""The cache directory is private to the user, wherever the given directory is."""
 
 import os
 import stat
@@ -22,20 +22,20 @@ OWN = f"tinkerfs-{os.getuid()}"
 
 
 def test_prepare_cache_dir_that_is_new_makes_it_private(tmp_path):
-    place = prepare_cache_dir(tmp_path / "a" / "b")
-    assert stat.S_IMODE(place.stat().st_mode) == 0o700
-    assert prepare_cache_dir(place) == place == locate_cache_dir(place)
-    assert list(place.iterdir()) == []
+    path = prepare_cache_dir(tmp_path / "a" / "b")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert prepare_cache_dir(path) == path == locate_cache_dir(path)
+    assert list(path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o2775, 0o1777, 0o720])
 def test_prepare_cache_dir_open_to_others_nests_its_own(tmp_path, mode):
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(mode)
-    place = prepare_cache_dir(tmp_path / "open")
-    assert place == tmp_path / "open" / OWN == locate_cache_dir(tmp_path / "open")
-    assert stat.S_IMODE(place.stat().st_mode) & 0o777 == 0o700
-    assert prepare_cache_dir(tmp_path / "open") == place
+    path = prepare_cache_dir(tmp_path / "open")
+    assert path == tmp_path / "open" / OWN == locate_cache_dir(tmp_path / "open")
+    assert stat.S_IMODE(path.stat().st_mode) & 0o777 == 0o700
+    assert prepare_cache_dir(tmp_path / "open") == path
     assert stat.S_IMODE((tmp_path / "open").stat().st_mode) == mode
 
 
@@ -47,11 +47,11 @@ def test_prepare_cache_dir_of_another_user_nests_its_own(tmp_path, needs_root):
         prepare_cache_dir(tmp_path)
 
 
-def test_prepare_cache_dir_with_a_trap_in_it_is_refused(tmp_path):
+def test_prepare_cache_dir_with_planted_subdirectory_fails(tmp_path):
     tmp_path.chmod(0o777)
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / OWN).symlink_to("elsewhere")
-    with pytest.raises(StartupError, match="is a link"):
+    with pytest.raises(StartupError, match="is a symbolic link"):
         prepare_cache_dir(tmp_path)
     (tmp_path / OWN).unlink()
     (tmp_path / OWN).write_text("")
@@ -59,12 +59,12 @@ def test_prepare_cache_dir_with_a_trap_in_it_is_refused(tmp_path):
         prepare_cache_dir(tmp_path)
 
 
-def test_prepare_cache_dir_that_is_no_directory_is_refused(tmp_path):
+def test_prepare_cache_dir_of_a_file_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):
-        with pytest.raises(StartupError, match="--cache-dir") as refusal:
+        with pytest.raises(StartupError, match="--cache-dir") as failure:
             prepare_cache_dir(tmp_path / name)
-        assert not isinstance(refusal.value, UnusableCacheError)
+        assert not isinstance(failure.value, UnusableCacheError)
 
 
 def test_prepare_cache_dir_by_many_threads_succeeds(tmp_path):
@@ -82,7 +82,7 @@ def test_default_cache_dir_on_a_network_is_local(tmp_path, monkeypatch):
 
 
 def test_default_cache_dir_under_home_that_is_root_is_local(needs_root):
-    """As in a pod that runs as some user without a home directory."""
+    """Like in a pod that runs as a user without a home directory."""
     code = "from tinkerfs.cache.directory import default_cache_dir; print(default_cache_dir())"
     rights = ("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search")
     command = (sys.executable, "-c", code)
@@ -97,7 +97,7 @@ def test_default_cache_dir_under_home_that_is_root_is_local(needs_root):
     assert done.stdout == "/var/tmp/tinkerfs-65534\n"
 
 
-def test_default_place_open_to_all_never_nests(tmp_path, monkeypatch):
+def test_world_writable_fallback_is_not_nested(tmp_path, monkeypatch):
     trap = tmp_path / "trap"
     trap.mkdir()
     trap.chmod(0o777)

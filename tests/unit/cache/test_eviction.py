@@ -11,5 +11,5 @@ def test_free_bytes_of_a_missing_directory_is_its_disks(tmp_path, path):
     assert abs(free_bytes(tmp_path / path) - status.f_bavail * status.f_frsize) < 1 << 30
 
 
-def test_kept_files_of_a_missing_directory_are_none(tmp_path):
+def test_scan_of_a_missing_directory_is_empty(tmp_path):
     assert scan_cache(tmp_path / "gone/too") == []

@@ -1,4 +1,4 @@
-"""Descriptors that are kept for the next read."""
+"""Cache of open descriptors for later reads."""
 
 import os
 import resource
@@ -38,51 +38,51 @@ def quick(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_nobody_asks_for_is_closed_soon(opened):
-    kept = FdCache()
-    for _ in range(2):  # the second time by another thread that sweeps
+def test_unused_fd_is_closed_soon(opened):
+    fds = FdCache()
+    for _ in range(2):  # the second time with another sweeper thread
         fd = opened().fd
         assert not is_open(fd)
-        kept.keep(("file", 1), opened())
-        fd = kept.get(("file", 1)).fd
+        fds.keep(("file", 1), opened())
+        fd = fds.get(("file", 1)).fd
         assert is_open(fd)
         wait_until_closed(fd)
-        assert kept.get(("file", 1)) is None
+        assert fds.get(("file", 1)) is None
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_is_kept_again_stays(opened):
-    kept = FdCache()
-    kept.keep(("file", 1), opened())
-    fd = kept.get(("file", 1)).fd
+def test_fd_that_is_kept_repeatedly_stays_open(opened):
+    fds = FdCache()
+    fds.keep(("file", 1), opened())
+    fd = fds.get(("file", 1)).fd
     until = time.monotonic() + 0.4
     while time.monotonic() < until:
-        found = kept.get(("file", 1))
+        found = fds.get(("file", 1))
         assert found.fd == fd
-        kept.keep(("file", 1), found)
+        fds.keep(("file", 1), found)
         del found
         time.sleep(0.01)
     wait_until_closed(fd)
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_was_kept_within_a_generation_is_recent(opened):
-    kept = FdCache()
-    kept.keep(("file", 1), opened())
-    assert kept.recent(("file", 1)) is kept.get(("file", 1))
+def test_fd_is_recent_for_one_generation(opened):
+    fds = FdCache()
+    fds.keep(("file", 1), opened())
+    assert fds.recent(("file", 1)) is fds.get(("file", 1))
     deadline = time.monotonic() + 10
-    while kept.recent(("file", 1)) is not None:
+    while fds.recent(("file", 1)) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def test_it_is_sound_while_it_is_the_file_that_was_found_so(opened, tmp_path):
+def test_fd_is_intact_until_the_file_changes(opened, tmp_path):
     descriptor, path = opened(), tmp_path / "file"
     assert not descriptor.is_intact()
     descriptor.mark_intact(os.fstat(descriptor.fd))
     assert descriptor.is_intact()
     os.utime(path, ns=(0, os.stat(path).st_mtime_ns))
-    assert descriptor.is_intact(), "it was used"
+    assert descriptor.is_intact(), "only the access time changed"
     os.truncate(path, 4)
     assert not descriptor.is_intact()
     descriptor.mark_intact(os.fstat(descriptor.fd))
@@ -93,55 +93,55 @@ def test_it_is_sound_while_it_is_the_file_that_was_found_so(opened, tmp_path):
     assert not descriptor.is_intact()
 
 
-def test_there_is_a_bound(opened, monkeypatch):
+def test_number_of_fds_is_bounded(opened, monkeypatch):
     monkeypatch.setattr(fd_cache, "MAX_FDS", 4)
-    kept = FdCache()
+    fds = FdCache()
     for number in range(20):
-        kept.keep(("file", number), opened())
-    found = [number for number in range(20) if kept.get(("file", number)) is not None]
+        fds.keep(("file", number), opened())
+    found = [number for number in range(20) if fds.get(("file", number)) is not None]
     assert 4 <= len(found) <= 8
     assert max(found) == 19
 
 
-def test_they_are_a_share_of_what_the_process_may_have_open(opened, monkeypatch):
+def test_number_of_fds_is_a_share_of_the_rlimit(opened, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _kind: (64, 64))
-    kept = FdCache()
+    fds = FdCache()
     for number in range(40):
-        kept.keep(("file", number), opened())
-    assert len([n for n in range(40) if kept.get(("file", n)) is not None]) == 16
+        fds.keep(("file", number), opened())
+    assert len([n for n in range(40) if fds.get(("file", n)) is not None]) == 16
 
 
-def test_what_is_kept_again_ages_nothing(opened, monkeypatch):
+def test_keeping_an_fd_again_evicts_no_other(opened, monkeypatch):
     monkeypatch.setattr(fd_cache, "MAX_FDS", 4)
-    kept = FdCache()
+    fds = FdCache()
     for number in range(8):
-        kept.keep(("file", number), opened())
+        fds.keep(("file", number), opened())
     for _ in range(9):
-        kept.keep(("file", 7), kept.get(("file", 7)))
-    assert all(kept.get(("file", number)) is not None for number in range(8))
+        fds.keep(("file", 7), fds.get(("file", 7)))
+    assert all(fds.get(("file", number)) is not None for number in range(8))
 
 
-def test_nothing_is_kept_where_nobody_can_sweep(opened, monkeypatch):
-    def none(*_):
+def test_nothing_is_cached_if_no_thread_can_be_started(opened, monkeypatch):
+    def fail(*_):
         raise RuntimeError("can't start new thread")
 
-    kept = FdCache()
+    fds = FdCache()
     with monkeypatch.context() as patch:
-        patch.setattr(fd_cache, "in_thread", none)
-        kept.keep(("file", 1), opened())
-        assert kept.get(("file", 1)) is None
-    kept.keep(("file", 1), opened())
-    assert kept.get(("file", 1)) is not None
+        patch.setattr(fd_cache, "run_in_thread", fail)
+        fds.keep(("file", 1), opened())
+        assert fds.get(("file", 1)) is None
+    fds.keep(("file", 1), opened())
+    assert fds.get(("file", 1)) is not None
 
 
-def test_those_of_a_file_can_be_let_go_of_but_not_from_under_who_reads(opened):
-    kept = FdCache()
-    kept.keep(("file", 1), opened())
-    kept.keep(("other", 1), opened())
-    reading = kept.get(("file", 1))
-    kept.drop("file")
-    assert kept.get(("file", 1)) is None
-    assert kept.get(("other", 1)) is not None
+def test_drop_of_a_file_keeps_an_fd_in_use_open(opened):
+    fds = FdCache()
+    fds.keep(("file", 1), opened())
+    fds.keep(("other", 1), opened())
+    reading = fds.get(("file", 1))
+    fds.drop("file")
+    assert fds.get(("file", 1)) is None
+    assert fds.get(("other", 1)) is not None
     assert os.pread(reading.fd, 5, 0) == b"bytes"
     fd = reading.fd
     del reading

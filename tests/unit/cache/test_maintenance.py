@@ -1,4 +1,4 @@
-"""The block cache as people see it: what is in it, whether it is sound, and away with it."""
+"""Maintenance of the block cache: list, verify and clear it."""
 
 import contextlib
 import os
@@ -33,14 +33,14 @@ def cache(tmp_path, time):
     return cache
 
 
-def everything(_about):
+def everything(_description):
     return True
 
 
-def test_what_is_kept_is_told_the_latest_first(cache, time):
+def test_cached_files_are_listed_latest_first(cache, time):
     with contextlib.closing(cache.open("one", "tinker://one")) as file:
         file.read(0, 0, 9, 3 * BLOCK)
-        one, two = cached_files(cache.folder)
+        one, two = cached_files(cache.directory)
         assert (one.description, two.description) == ("tinker://one", "tinker://two")
         assert (one.is_open, two.is_open) == (True, False)
         assert (one.blocks, one.last_access_ns) == (3, time.now * 1e9)
@@ -48,37 +48,37 @@ def test_what_is_kept_is_told_the_latest_first(cache, time):
         assert 9 * BLOCK <= one.size_bytes < 10 * BLOCK
 
 
-def test_there_may_be_no_cache(tmp_path):
+def test_missing_cache_is_empty(tmp_path):
     assert cached_files(tmp_path / "none") == []
     assert verify(tmp_path / "none", everything) == (0, [])
     assert clear(tmp_path / "none", everything) == 0
 
 
 def blocks_of(cache, about):
-    [folder] = [each for each in cache.folder.iterdir() if read_about(each)[0] == about]
-    return sorted(path for path in folder.iterdir() if path.name.isdigit())
+    [directory] = [each for each in cache.directory.iterdir() if read_about(each)[0] == about]
+    return sorted(path for path in directory.iterdir() if path.name.isdigit())
 
 
-def test_blocks_that_were_altered_are_told_and_removed(cache):
+def test_verify_reports_and_removes_corrupt_blocks(cache):
     first, second, _ = blocks_of(cache, "tinker://two")
     first.write_bytes(bytes(first.stat().st_size))
     second.unlink()
     second.symlink_to(first)
-    bad = [CorruptBlock("tinker://two", 0), CorruptBlock("tinker://two", 1)]
-    assert verify(cache.folder, lambda about: about.endswith("one")) == (3, [])
-    assert verify(cache.folder, everything) == (4, bad)
-    assert verify(cache.folder, everything) == (4, [])
+    corrupt = [CorruptBlock("tinker://two", 0), CorruptBlock("tinker://two", 1)]
+    assert verify(cache.directory, lambda text: text.endswith("one")) == (3, [])
+    assert verify(cache.directory, everything) == (4, corrupt)
+    assert verify(cache.directory, everything) == (4, [])
 
 
-def test_what_is_kept_is_told_of_the_length_where_that_is_known(cache):
+def test_cached_file_has_its_length_if_known(cache):
     with contextlib.closing(cache.open("three", "tinker://three", 5 * BLOCK)) as file:
         file.put(4, b"x" * BLOCK)
-        with contextlib.closing(file.begin_write(3, BLOCK)) as draft:
-            draft.write(b"y" * 100)
-            file.commit_partial(3, draft)
+        with contextlib.closing(file.begin_write(3, BLOCK)) as writer:
+            writer.write(b"y" * 100)
+            file.commit_partial(3, writer)
     lengths = {
         each.description: (each.data_bytes, each.length_bytes)
-        for each in cached_files(cache.folder)
+        for each in cached_files(cache.directory)
     }
     assert lengths == {
         "tinker://one": (9 * BLOCK, None),
@@ -87,33 +87,33 @@ def test_what_is_kept_is_told_of_the_length_where_that_is_known(cache):
     }
     with contextlib.closing(cache.open("one", "tinker://one", 9 * BLOCK)):
         pass
-    [one] = [each for each in cached_files(cache.folder) if each.description == "tinker://one"]
-    assert one.length_bytes == 9 * BLOCK, "who knows it later says so"
+    [one] = [each for each in cached_files(cache.directory) if each.description == "tinker://one"]
+    assert one.length_bytes == 9 * BLOCK, "a later open records the length"
 
 
 @pytest.mark.parametrize("name", ["a\nb", "a\n5", "\udcff", " /"])
 @pytest.mark.parametrize("length", [None, 7])
-def test_any_name_is_told_as_it_was(cache, name, length):
+def test_any_description_is_read_unchanged(cache, name, length):
     with contextlib.closing(cache.open("new", name, length)) as file:
         file.put(0, b"x")
-    assert (name, length) in [read_about(each) for each in cache.folder.iterdir()]
+    assert (name, length) in [read_about(each) for each in cache.directory.iterdir()]
 
 
-@pytest.mark.parametrize("spoilt", [None, b"", b"\xff\xfe", b"\n7x", b"\n" + b"9" * 5000])
-def test_what_no_longer_says_what_it_is_can_still_be_told_and_cleared(cache, spoilt):
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"\n7x", b"\n" + b"9" * 5000])
+def test_file_without_description_is_listed_and_cleared(cache, content):
     about = blocks_of(cache, "tinker://one")[0].with_name("about")
-    if spoilt is None:
+    if content is None:
         about.unlink()
     else:
-        about.write_bytes(spoilt)
-    [lost] = [each for each in cached_files(cache.folder) if each.description == "?"]
+        about.write_bytes(content)
+    [lost] = [each for each in cached_files(cache.directory) if each.description == "?"]
     assert (lost.blocks, lost.length_bytes) == (3, None)
-    assert clear(cache.folder, lambda about: about == "?") == lost.size_bytes
+    assert clear(cache.directory, lambda text: text == "?") == lost.size_bytes
     with contextlib.closing(cache.open("two", "tinker://two")):
-        assert [each.description for each in cached_files(cache.folder)] == ["tinker://two"]
+        assert [each.description for each in cached_files(cache.directory)] == ["tinker://two"]
 
 
-def test_who_opens_a_file_again_does_not_write_what_it_is_again(cache):
+def test_reopening_a_file_does_not_rewrite_about(cache):
     about = blocks_of(cache, "tinker://one")[0].with_name("about")
     before = os.stat(about)
     with contextlib.closing(cache.open("one", "tinker://one")):
@@ -121,17 +121,17 @@ def test_who_opens_a_file_again_does_not_write_what_it_is_again(cache):
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_what_is_wanted_is_cleared_open_or_not(cache):
+def test_clear_removes_matching_files_even_if_open(cache):
     with contextlib.closing(cache.open("one", "tinker://one")) as file:
-        assert clear(cache.folder, lambda about: about.endswith("one")) >= 9 * BLOCK
+        assert clear(cache.directory, lambda text: text.endswith("one")) >= 9 * BLOCK
         assert file.read(0, 0, 9, 3 * BLOCK) is None
         assert file.put(0, b"x" * BLOCK)
-        assert {each.description for each in cached_files(cache.folder)} == {
+        assert {each.description for each in cached_files(cache.directory)} == {
             "tinker://one",
             "tinker://two",
         }
-    clear(cache.folder, everything)
-    assert list(cache.folder.iterdir()) == []
+    clear(cache.directory, everything)
+    assert list(cache.directory.iterdir()) == []
 
 
 def test_verify_and_clear_with_a_fifo_end(cache):
@@ -139,8 +139,10 @@ def test_verify_and_clear_with_a_fifo_end(cache):
     path.unlink()
     os.mkfifo(path)
     path.with_name("7").mkdir()
-    sound, bad = run_in_thread(lambda: verify(cache.folder, everything), "verify").result(20)
-    assert (sound, bad) == (5, [CorruptBlock("tinker://one", 0)])
+    intact, corrupt = run_in_thread(lambda: verify(cache.directory, everything), "verify").result(
+        20
+    )
+    assert (intact, corrupt) == (5, [CorruptBlock("tinker://one", 0)])
     os.mkfifo(path)
-    run_in_thread(lambda: clear(cache.folder, everything), "clear").result(20)
-    assert cached_files(cache.folder) == []
+    run_in_thread(lambda: clear(cache.directory, everything), "clear").result(20)
+    assert cached_files(cache.directory) == []

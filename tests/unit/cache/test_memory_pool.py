@@ -1,4 +1,4 @@
-"""The bound on memory: never more, and nobody waits for ever."""
+"""The memory pool never exceeds its bound, and no caller waits forever."""
 
 import threading
 
@@ -11,7 +11,7 @@ def fill(memory, file, index):
     memory.keep((file, index), bytes(30))
 
 
-def test_room_is_taken_from_the_least_recently_used():
+def test_reserve_evicts_the_least_recently_used_block():
     memory = BlockMemoryPool(100)
     for index in range(3):
         fill(memory, "file", index)
@@ -22,7 +22,7 @@ def test_room_is_taken_from_the_least_recently_used():
     assert memory.peak_bytes <= 100
 
 
-def test_what_nobody_has_used_yet_goes_last_and_is_no_room_for_more_of_it():
+def test_prefetched_block_is_evicted_last_and_limits_prefetch():
     memory = BlockMemoryPool(100)
     for index in range(3):
         assert memory.can_prefetch(30) == (index < 1)
@@ -33,11 +33,11 @@ def test_what_nobody_has_used_yet_goes_last_and_is_no_room_for_more_of_it():
     assert memory.reserve(40, 0)
     assert [memory.has(("file", index)) for index in range(3)] == [True, False, True]
     assert memory.reserve(50, 0)
-    assert not memory.has(("file", 0)), "room that is needed is had"
+    assert not memory.has(("file", 0)), "a reservation evicts prefetched blocks if needed"
     assert memory.peak_bytes <= 100
 
 
-def test_what_was_fetched_ahead_of_a_file_that_is_closed_is_in_nobodys_way():
+def test_demoted_prefetches_do_not_limit_prefetch():
     memory = BlockMemoryPool(100)
     fill(memory, "one", 0)
     fill(memory, "other", 0)
@@ -47,7 +47,7 @@ def test_what_was_fetched_ahead_of_a_file_that_is_closed_is_in_nobodys_way():
     assert memory.get(("one", 0)) == memory.get(("other", 0)) == bytes(30)
 
 
-def test_what_nobody_uses_for_long_is_in_nobodys_way():
+def test_old_prefetches_do_not_limit_prefetch():
     time = FakeTime()
     memory = BlockMemoryPool(100, time.clock)
     fill(memory, "idle", 0)
@@ -60,7 +60,7 @@ def test_what_nobody_uses_for_long_is_in_nobodys_way():
     assert memory.has(("idle", 0))
 
 
-def test_a_block_that_comes_again_takes_the_place_of_the_one_before():
+def test_block_kept_twice_replaces_the_first():
     memory = BlockMemoryPool(100)
     for _ in range(5):
         fill(memory, "file", 0)
@@ -70,7 +70,7 @@ def test_a_block_that_comes_again_takes_the_place_of_the_one_before():
     assert memory.has(("file", 0))
 
 
-def test_who_finds_no_room_waits_for_it_and_not_for_ever():
+def test_reserve_without_room_waits_until_its_timeout():
     memory = BlockMemoryPool(100)
     assert memory.reserve(80, 0)
     assert not memory.reserve(40, 0.05)
@@ -78,7 +78,7 @@ def test_who_finds_no_room_waits_for_it_and_not_for_ever():
     assert memory.reserve(40, 10)
 
 
-def test_what_is_larger_than_all_is_given_to_one_alone():
+def test_reservation_beyond_the_bound_is_exclusive():
     memory = BlockMemoryPool(10)
     assert memory.reserve(50, 0)
     assert not memory.reserve(1, 0)
@@ -86,7 +86,7 @@ def test_what_is_larger_than_all_is_given_to_one_alone():
     assert memory.reserve(1, 0)
 
 
-def test_half_of_it_is_left_to_those_who_wait():
+def test_prefetch_uses_at_most_half_of_the_bound():
     memory = BlockMemoryPool(100)
     assert memory.can_prefetch(50)
     memory.reserve(30, 0)

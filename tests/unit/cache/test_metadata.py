@@ -18,28 +18,28 @@ from tinkerfs.cache.metadata import (
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext, Validity
 from tinkerfs.telemetry import Telemetry
 
-POLICY = CachePolicy(ttl_s=30, stale_s=3600, negative_ttl_s=5)
+POLICY = CachePolicy(ttl_s=30, stale_if_error_s=3600, negative_ttl_s=5)
 
 
 class Loads:
-    """A load whose answers are set by the test, and counted."""
+    """A loader that counts its calls and returns the `result` that the test sets."""
 
     def __init__(self):
-        self.answer = "one"
+        self.result = "one"
         self.calls = 0
         self.held = threading.Event()
         self.held.set()
         self._lock = threading.Lock()
 
-    def __call__(self, interest):
-        self.interest = interest
+    def __call__(self, priority):
+        self.priority = priority
         with self._lock:
             self.calls += 1
-            answer = self.answer
+            result = self.result
         assert self.held.wait(10)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def cache(time, telemetry):
     return MetadataCache(telemetry, time.clock)
 
 
-def test_of_more_values_than_are_kept_those_go_that_were_used_least_recently(time, telemetry):
+def test_full_cache_evicts_the_least_recently_used_values(time, telemetry):
     cache = MetadataCache(telemetry, time.clock, max_entries=3)
     load = Loads()
     for key in ("a", "b", "c", "a", "d"):
@@ -66,7 +66,7 @@ def test_of_more_values_than_are_kept_those_go_that_were_used_least_recently(tim
     assert [key for key in "abcd" if cache.peek(key) is not None] == ["a", "c", "d"]
 
 
-def test_a_value_is_loaded_once_within_its_ttl(cache, time):
+def test_value_is_loaded_once_within_its_ttl(cache, time):
     load = Loads()
     for _ in range(3):
         assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
@@ -74,20 +74,20 @@ def test_a_value_is_loaded_once_within_its_ttl(cache, time):
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
     assert load.calls == 1
     time.advance(2.2)
-    load.answer = "two"
+    load.result = "two"
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
     assert load.calls == 2
 
 
-def test_what_is_in_use_is_served_while_it_is_refreshed_behind(cache, time, telemetry):
+def test_expired_value_in_use_is_served_while_revalidated(cache, time, telemetry):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(29)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
     time.advance(1.5)
-    load.answer = "two"
+    load.result = "two"
     load.held.clear()
-    for _ in range(3):  # nobody waits, and there is one refresh for all
+    for _ in range(3):  # no caller waits, and all share one refresh
         assert cache.get("k", load, POLICY, RequestContext(timeout_s=5)) == "one"
     load.held.set()
     assert cache.get("k", load, POLICY, RequestContext(timeout_s=5)) in ("one", "two")
@@ -96,35 +96,35 @@ def test_what_is_in_use_is_served_while_it_is_refreshed_behind(cache, time, tele
         assert not deadline.wait(0.01)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
     assert load.calls == 2
-    assert telemetry.snapshot()["counters"]["refreshed_behind"] >= 3
+    assert telemetry.snapshot()["counters"]["background_revalidations"] >= 3
 
 
-def test_what_is_in_use_is_not_served_for_ever(cache, time):
+def test_value_in_use_is_not_served_stale_forever(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(29.9)
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(1)
-    load.answer = "two"
+    load.result = "two"
     load.held.clear()
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
     time.advance(1.5)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
-    time.advance(1.5)  # the refresh takes longer than anybody is asked to bear: it is waited for
+    time.advance(1.5)  # the refresh takes too long, so that the caller waits for it
     load.held.set()
     while cache.peek("k") == "one":
         pass
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
 
 
-def test_without_a_ttl_every_look_is_a_new_one(cache):
-    load, policy = Loads(), CachePolicy(ttl_s=0, stale_s=3600, negative_ttl_s=0)
+def test_get_with_zero_ttl_loads_every_time(cache):
+    load, policy = Loads(), CachePolicy(ttl_s=0, stale_if_error_s=3600, negative_ttl_s=0)
     for number in range(3):
-        load.answer = f"{number}"
+        load.result = f"{number}"
         assert cache.get("k", load, policy, BACKGROUND_CONTEXT) == f"{number}"
 
 
-def test_a_change_has_a_time(cache, time):
+def test_change_of_a_value_sets_last_changed(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     assert cache.last_changed("k") is None
@@ -132,38 +132,38 @@ def test_a_change_has_a_time(cache, time):
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     assert cache.last_changed("k") is None
     time.advance(100)
-    load.answer = "two"
+    load.result = "two"
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     assert cache.last_changed("k") == time.clock.now()
     time.advance(100)
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     assert cache.last_changed("k") == time.clock.now() - 100
-    cache.update("k", str.upper, is_exact=True)
+    cache.update("k", str.upper, is_authoritative=True)
     assert cache.last_changed("k") == time.clock.now()
 
 
-def test_a_failure_that_cost_nothing_is_not_remembered(cache, time):
+def test_local_error_is_not_cached(cache, time):
     load = Loads()
-    load.answer = errors.ConnectionFailed("gone").as_local()
+    load.result = errors.ConnectionFailed("gone").as_local()
     for _ in range(3):
         with pytest.raises(errors.ConnectionFailed):
             cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     assert load.calls == 3
-    load.answer = "back"
+    load.result = "back"
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "back"
 
 
-def test_what_is_asked_for_without_a_wait_is_loaded_once_and_joined(cache):
+def test_prefetch_is_loaded_once_and_joined_by_get(cache):
     load = Loads()
     load.held.clear()
     assert cache.prefetch("k", load, POLICY)
     assert not cache.prefetch("k", load, POLICY)
     while load.calls == 0:
         pass
-    assert not load.interest.is_demand
+    assert not load.priority.is_demand
     waiting = threading.Thread(target=lambda: cache.get("k", load, POLICY, BACKGROUND_CONTEXT))
     waiting.start()
-    while not load.interest.is_demand:
+    while not load.priority.is_demand:
         pass
     load.held.set()
     waiting.join(10)
@@ -171,122 +171,122 @@ def test_what_is_asked_for_without_a_wait_is_loaded_once_and_joined(cache):
     assert load.calls == 1
 
 
-@pytest.mark.parametrize("is_remembered", [False, True])
-def test_a_guess_that_failed_is_asked_again_unless_it_was_an_answer(cache, is_remembered):
+@pytest.mark.parametrize("is_negative", [False, True])
+def test_get_after_failed_prefetch_reloads_unless_not_found(cache, is_negative):
     load = Loads()
-    load.answer = errors.NotFound("no") if is_remembered else errors.ServerError("down")
+    load.result = errors.NotFound("no") if is_negative else errors.ServerError("down")
     load.held.clear()
     cache.prefetch("k", load, POLICY)
-    flight = cache._flights["k"].future
+    future = cache._in_flight["k"].future
     load.held.set()
     with pytest.raises(errors.ApiError):
-        flight.result(10)
-    load.answer = "there"
-    if is_remembered:
+        future.result(10)
+    load.result = "there"
+    if is_negative:
         assert not cache.prefetch("k", load, POLICY)
-        for is_news in (True, False, False):
-            with pytest.raises(errors.NotFound) as told:
+        for is_first in (True, False, False):
+            with pytest.raises(errors.NotFound) as failure:
                 cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
-            assert told.value.is_local != is_news
+            assert failure.value.is_local != is_first
     else:
         assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "there"
 
 
-def test_what_an_earlier_mount_kept_will_do_until_the_first_answer_comes(cache, telemetry):
+def test_fallback_is_served_until_the_first_response(cache, telemetry):
     load = Loads()
     load.held.clear()
     for _ in range(2):
-        assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "kept") == "kept"
+        assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "stored"
     assert cache.is_warm("k")
-    with pytest.raises(TimeoutError):  # for whom only this mount's own will do
+    with pytest.raises(TimeoutError):  # without a fallback
         cache.get("k", load, POLICY, RequestContext(timeout_s=0.05))
-    flight = cache._flights["k"].future
+    future = cache._in_flight["k"].future
     load.held.set()
-    assert flight.result(10) == "one"
+    assert future.result(10) == "one"
     assert not cache.is_warm("k")
-    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "kept") == "one"
+    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "one"
     assert load.calls == 1
-    assert telemetry.counter_value("warm_starts") == 1
+    assert telemetry.counter_value("warm_start_hits") == 1
 
 
-@pytest.mark.parametrize("answer", ["one", errors.Unauthorized("no"), errors.ServerError("down")])
-def test_a_first_answer_that_comes_at_once_is_the_one_that_counts(cache, answer):
+@pytest.mark.parametrize("result", ["one", errors.Unauthorized("no"), errors.ServerError("down")])
+def test_quick_first_load_is_preferred_to_the_fallback(cache, result):
     load = Loads()
-    load.answer = answer
-    if answer == "one":
-        assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "kept") == "one"
+    load.result = result
+    if result == "one":
+        assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "one"
     else:
-        with pytest.raises(type(answer)):
-            cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "kept")
+        with pytest.raises(type(result)):
+            cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored")
     assert not cache.is_warm("k")
 
 
 @pytest.mark.parametrize("kind", [errors.Unauthorized, errors.ServerError])
-def test_what_an_earlier_mount_kept_ends_with_the_first_answer_also_a_failure(cache, kind):
+def test_fallback_is_replaced_by_a_failed_first_load(cache, kind):
     load = Loads()
-    load.answer = kind("no")
+    load.result = kind("no")
     load.held.clear()
-    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "kept") == "kept"
-    flight = cache._flights["k"].future
+    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "stored"
+    future = cache._in_flight["k"].future
     load.held.set()
     with pytest.raises(kind):
-        flight.result(10)
+        future.result(10)
     with pytest.raises(kind):
-        cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "kept")
+        cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored")
 
 
-def test_where_nothing_was_kept_the_first_answer_is_waited_for(cache):
+def test_get_without_fallback_value_waits_for_the_load(cache):
     load = Loads()
     load.held.clear()
     with pytest.raises(TimeoutError):
         cache.get("k", load, POLICY, RequestContext(timeout_s=0.4), lambda: None)
     with pytest.raises(InterruptedError):
-        cache.get("k", load, POLICY, RequestContext(is_cancelled=lambda: True), lambda: "kept")
+        cache.get("k", load, POLICY, RequestContext(is_cancelled=lambda: True), lambda: "stored")
     load.held.set()
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: None) == "one"
     assert load.calls == 1
 
 
-def test_a_refresh_behind_is_a_guess(cache, time):
+def test_background_revalidation_is_not_demand(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
-    assert load.interest.is_demand
+    assert load.priority.is_demand
     time.advance(29)
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(1.5)
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     while load.calls < 2:
         pass
-    assert not load.interest.is_demand
+    assert not load.priority.is_demand
 
 
-@pytest.mark.parametrize("answer", ["value", errors.NotFound("no"), errors.ServerError("down")])
-def test_all_who_wait_share_one_load_and_its_outcome(cache, answer):
+@pytest.mark.parametrize("result", ["value", errors.NotFound("no"), errors.ServerError("down")])
+def test_concurrent_waiters_share_one_load_and_outcome(cache, result):
     load = Loads()
-    load.answer = answer
+    load.result = result
     load.held.clear()
     outcomes = []
 
-    def ask():
+    def get():
         try:
             outcomes.append(cache.get("k", load, POLICY, BACKGROUND_CONTEXT))
         except errors.ApiError as error:
             outcomes.append(type(error))
 
-    threads = [threading.Thread(target=ask) for _ in range(16)]
+    threads = [threading.Thread(target=get) for _ in range(16)]
     for thread in threads:
         thread.start()
     load.held.set()
     for thread in threads:
         thread.join(10)
-    wanted = type(answer) if isinstance(answer, Exception) else answer
-    assert outcomes == [wanted] * 16
+    expected = type(result) if isinstance(result, Exception) else result
+    assert outcomes == [expected] * 16
     assert load.calls == 1
 
 
-def test_absence_is_remembered_for_its_own_time_and_marked_as_remembered(cache, time):
+def test_negative_entry_expires_and_is_marked_local(cache, time):
     load = Loads()
-    load.answer = errors.NotFound("no such run")
+    load.result = errors.NotFound("no such run")
     with pytest.raises(errors.NotFound) as first:
         cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     assert not first.value.is_local
@@ -296,32 +296,32 @@ def test_absence_is_remembered_for_its_own_time_and_marked_as_remembered(cache, 
     assert again.value.is_local
     assert load.calls == 1
     time.advance(0.2)
-    load.answer = "made"
+    load.result = "made"
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "made"
 
 
 @pytest.mark.expect_warnings("refused|down")
-def test_an_outage_serves_the_last_good_answer_and_is_told(cache, time, telemetry):
+def test_outage_serves_the_stale_value_and_is_reported(cache, time, telemetry):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(31)
-    load.answer = errors.ConnectionFailed("refused")
+    load.result = errors.ConnectionFailed("refused")
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
     assert "refused" in telemetry.errors_text()
-    assert telemetry.snapshot()["counters"]["stale_answers"] == 1
+    assert telemetry.snapshot()["counters"]["stale_if_error_hits"] == 1
     calls = load.calls
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
-    assert load.calls == calls, "a failure is remembered for a moment"
+    assert load.calls == calls, "the failure is cached for a moment"
     time.advance(ERROR_TTL_S)
-    load.answer = "two"
+    load.result = "two"
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
 
 
 @pytest.mark.expect_warnings("refused|down")
-def test_the_last_good_answer_has_an_end(cache, time):
+def test_stale_value_is_not_served_after_its_maximum_age(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
-    load.answer = errors.ConnectionFailed("refused")
+    load.result = errors.ConnectionFailed("refused")
     time.advance(3599)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
     time.advance(3)
@@ -330,36 +330,34 @@ def test_the_last_good_answer_has_an_end(cache, time):
 
 
 @pytest.mark.parametrize("kind", [errors.Unauthorized, errors.NotFound])
-def test_an_answer_about_the_thing_itself_replaces_the_last_good_one(cache, time, kind):
+def test_definite_error_replaces_the_stale_value(cache, time, kind):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(31)
-    load.answer = kind("no more")
+    load.result = kind("no more")
     with pytest.raises(kind):
         cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     assert cache.peek("k") is None
 
 
-def test_who_has_a_last_good_answer_does_not_wait_long_for_a_newer_one(cache, time):
+def test_get_with_stale_value_waits_only_briefly(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(31)
     load.held.clear()
-    load.answer = "two"
+    load.result = "two"
     impatient = RequestContext(timeout_s=0.05)
     assert cache.get("k", load, POLICY, impatient) == "one"
     load.held.set()
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) in ("one", "two")
 
 
-def test_what_was_waited_for_in_vain_is_not_waited_for_so_long_at_the_next_key_of_its_kind(
-    cache, time
-):
-    patiences = []
+def test_timeout_shortens_waits_for_other_keys_of_its_kind(cache, time):
+    timeouts = []
 
-    class Noted(RequestContext):
+    class RecordingContext(RequestContext):
         def with_timeout(self, seconds):
-            patiences.append(seconds)
+            timeouts.append(seconds)
             return RequestContext(timeout_s=0.01)
 
     load = Loads()
@@ -368,19 +366,19 @@ def test_what_was_waited_for_in_vain_is_not_waited_for_so_long_at_the_next_key_o
     time.advance(31)
     load.held.clear()
     for key in [("listing", "a"), ("listing", "b"), ("record", "a")]:
-        assert cache.get(key, load, POLICY, Noted()) == "one"
-    assert patiences == [REVALIDATE_WAIT_S, DEGRADED_WAIT_S, REVALIDATE_WAIT_S]
+        assert cache.get(key, load, POLICY, RecordingContext()) == "one"
+    assert timeouts == [REVALIDATE_WAIT_S, DEGRADED_WAIT_S, REVALIDATE_WAIT_S]
     load.held.set()
-    # What has come since says that there is hope again.
+    # A successful load restores the normal wait.
     for key in [("listing", "a"), ("listing", "b"), ("record", "a")]:
         cache.reload(key, load, POLICY, BACKGROUND_CONTEXT)
     time.advance(31)
-    patiences.clear()
-    cache.get(("listing", "b"), load, POLICY, Noted())
-    assert patiences == [REVALIDATE_WAIT_S]
+    timeouts.clear()
+    cache.get(("listing", "b"), load, POLICY, RecordingContext())
+    assert timeouts == [REVALIDATE_WAIT_S]
 
 
-def test_a_wait_without_a_last_good_answer_ends_with_its_bound_or_its_interruption(cache):
+def test_first_wait_ends_with_its_timeout_or_interruption(cache):
     load = Loads()
     load.held.clear()
     with pytest.raises(TimeoutError):
@@ -389,43 +387,43 @@ def test_a_wait_without_a_last_good_answer_ends_with_its_bound_or_its_interrupti
         cache.get("k", load, POLICY, RequestContext(is_cancelled=lambda: True))
     load.held.set()
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
-    assert load.calls == 1, "the load went on, and the next try joined it"
+    assert load.calls == 1, "the load continued, and the next get joined it"
 
 
-def test_a_load_that_began_before_a_change_is_not_kept(cache):
+def test_load_started_before_an_update_is_not_cached(cache):
     old, new = Loads(), Loads()
     cache.get("k", old, POLICY, BACKGROUND_CONTEXT)
     old.held.clear()
-    old.answer = "before the change"
+    old.result = "before the change"
     slow = threading.Thread(target=lambda: cache.reload("k", old, POLICY, BACKGROUND_CONTEXT))
     slow.start()
     while old.calls < 2:
         pass
-    cache.update("k", lambda _value: "after the change", is_exact=True)
+    cache.update("k", lambda _value: "after the change", is_authoritative=True)
     old.held.set()
     slow.join(10)
     assert cache.get("k", new, POLICY, BACKGROUND_CONTEXT) == "after the change"
     assert new.calls == 0
 
 
-def test_an_inexact_amendment_is_asked_for_again(cache):
+def test_get_after_non_authoritative_update_reloads(cache):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
-    cache.update("k", lambda _value: "guess", is_exact=False)
+    cache.update("k", lambda _value: "guess", is_authoritative=False)
     assert cache.peek("k") == "guess"
-    load.answer = "truth"
+    load.result = "truth"
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "truth"
 
 
 @pytest.mark.expect_warnings("down")
-def test_expired_value_is_asked_for_and_serves_an_outage(cache):
+def test_expire_reloads_and_keeps_the_stale_value(cache):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     cache.expire("k")
-    load.answer = errors.ServerError("down")
+    load.result = errors.ServerError("down")
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
     cache.expire("k")
-    load.answer = "two"
+    load.result = "two"
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
     assert load.calls == 3
 
@@ -443,12 +441,12 @@ def test_load_in_flight_when_a_value_expires_is_not_cached(cache):
 
 
 @pytest.mark.expect_warnings("refused|down")
-def test_reload_never_takes_a_kept_answer(cache):
+def test_reload_never_returns_a_cached_value(cache):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
-    load.answer = "two"
+    load.result = "two"
     assert cache.reload("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
-    load.answer = errors.ServerError("down")
+    load.result = errors.ServerError("down")
     with pytest.raises(errors.ServerError):
         cache.reload("k", load, POLICY, BACKGROUND_CONTEXT)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
@@ -482,12 +480,12 @@ class CacheMachine(RuleBasedStateMachine):
             value = self.truth[key]
             self.model[key] = (value, now + POLICY.ttl_s)
         assert (
-            self.cache.get(key, lambda _interest: self.truth[key], POLICY, BACKGROUND_CONTEXT)
+            self.cache.get(key, lambda _priority: self.truth[key], POLICY, BACKGROUND_CONTEXT)
             == value
         )
 
     @rule(key=keys)
-    def amend(self, key):
+    def update(self, key):
         self.cache.update(key, lambda value: value + 100, is_authoritative=True)
         if key in self.model:
             value, until = self.model[key]
@@ -499,7 +497,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.model.clear()
 
     @invariant()
-    def nothing_is_invented(self):
+    def peek_returns_model_values(self):
         for key in "abc":
             assert self.cache.peek(key) in (None, self.model.get(key, (None,))[0])
 
@@ -508,77 +506,79 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-# What rests on kept values.
+# Validity of derived values.
 
 
-def leased(cache, loads, time, policy=POLICY):
-    """Get a value; return the lease that its call was told of."""
-    lease = Validity()
-    cache.get("key", loads, policy, BACKGROUND_CONTEXT.tracking(lease))
-    return lease
+def validity_of_get(cache, loads, time, policy=POLICY):
+    """Get a value, and return the validity that recorded its expiry."""
+    validity = Validity()
+    cache.get("key", loads, policy, BACKGROUND_CONTEXT.tracking(validity))
+    return validity
 
 
-def test_what_rests_on_a_value_holds_while_that_is_fresh(cache, time):
+def test_validity_lasts_while_its_dependency_is_fresh(cache, time):
     loads = Loads()
-    assert leased(cache, loads, time).is_uncacheable, "it has just come: the next look may keep it"
-    lease = leased(cache, loads, time)
+    assert validity_of_get(cache, loads, time).is_uncacheable, (
+        "the value was just loaded, and may change"
+    )
+    validity = validity_of_get(cache, loads, time)
     time.advance(29.9)
-    assert lease.check_and_touch(time.monotonic)
+    assert validity.check_and_touch(time.monotonic)
     time.advance(0.1)
-    assert not lease.check_and_touch(time.monotonic)
+    assert not validity.check_and_touch(time.monotonic)
 
 
-def test_who_rests_on_a_value_keeps_it_in_use(cache, telemetry, time):
+def test_check_of_validity_marks_its_dependency_as_used(cache, telemetry, time):
     loads = Loads()
-    leased(cache, loads, time)
-    lease = leased(cache, loads, time)
+    validity_of_get(cache, loads, time)
+    validity = validity_of_get(cache, loads, time)
     time.advance(29.9)
-    assert lease.check_and_touch(time.monotonic)
+    assert validity.check_and_touch(time.monotonic)
     time.advance(0.2)
-    leased(cache, loads, time)
-    assert telemetry.counter_value("refreshed_behind") == 1
+    validity_of_get(cache, loads, time)
+    assert telemetry.counter_value("background_revalidations") == 1
 
 
-@pytest.mark.parametrize("ending", ["amend", "clear", "reload"])
-def test_what_rests_on_a_value_ends_with_it(cache, time, ending):
+@pytest.mark.parametrize("ending", ["update", "clear", "reload"])
+def test_validity_ends_when_its_dependency_is_replaced(cache, time, ending):
     loads = Loads()
-    leased(cache, loads, time)
-    lease, epoch = leased(cache, loads, time), cache.generation
-    if ending == "amend":
-        cache.update("key", lambda _value: "other", is_exact=True)
+    validity_of_get(cache, loads, time)
+    validity, generation = validity_of_get(cache, loads, time), cache.generation
+    if ending == "update":
+        cache.update("key", lambda _value: "other", is_authoritative=True)
     elif ending == "clear":
         cache.clear()
     else:
-        loads.answer = "other"
+        loads.result = "other"
         cache.reload("key", loads, POLICY, BACKGROUND_CONTEXT)
-    assert not lease.check_and_touch(time.monotonic)
-    assert cache.generation != epoch
+    assert not validity.check_and_touch(time.monotonic)
+    assert cache.generation != generation
 
 
-def test_a_value_that_comes_again_is_the_one_that_was_there(cache, time):
+def test_reload_of_an_equal_value_returns_the_cached_object(cache, time):
     loads = Loads()
-    loads.answer = ["a", "listing"]
+    loads.result = ["a", "listing"]
     first = cache.get("key", loads, POLICY, BACKGROUND_CONTEXT)
-    lease, epoch = leased(cache, loads, time), cache.generation
-    loads.answer = ["a", "listing"]
+    validity, generation = validity_of_get(cache, loads, time), cache.generation
+    loads.result = ["a", "listing"]
     time.advance(20)
     assert cache.reload("key", loads, POLICY, BACKGROUND_CONTEXT) is first
     time.advance(20)
-    assert lease.check_and_touch(time.monotonic), "fresh from when it came again"
-    assert cache.generation == epoch
+    assert validity.check_and_touch(time.monotonic), "fresh since the reload"
+    assert cache.generation == generation
 
 
 @pytest.mark.expect_warnings("key refresh")
-def test_a_stale_answer_is_rested_on_by_nothing(cache, time):
+def test_stale_value_makes_validity_uncacheable(cache, time):
     loads = Loads()
-    leased(cache, loads, time)
+    validity_of_get(cache, loads, time)
     time.advance(31)
-    loads.answer = errors.ConnectionFailed("out")
-    assert leased(cache, loads, time).is_uncacheable
+    loads.result = errors.ConnectionFailed("out")
+    assert validity_of_get(cache, loads, time).is_uncacheable
 
 
-def test_a_lease_goes_on_from_another():
+def test_copy_of_validity_keeps_its_state():
     first = Validity()
     first.mark_uncacheable()
     assert first.copy().is_uncacheable
-    assert Validity().check_and_touch(0.0), "on nothing that could end"
+    assert Validity().check_and_touch(0.0), "it has no dependencies"

@@ -10,7 +10,7 @@ from tinkerfs.cache.store import MetadataStore
 from tinkerfs.concurrency import run_in_thread
 
 
-def test_what_is_put_is_there_in_the_next_mount(tmp_path):
+def test_put_value_is_found_by_the_next_mount(tmp_path):
     with MetadataStore(tmp_path) as store:
         store.put("space", "key\udcff", b"\0bytes")
         store.put("space", "key\udcff", b"newer")
@@ -20,7 +20,7 @@ def test_what_is_put_is_there_in_the_next_mount(tmp_path):
         assert store.get("space", "key") is None
 
 
-def test_two_mounts_share_it(tmp_path):
+def test_two_mounts_share_the_store(tmp_path):
     with MetadataStore(tmp_path) as one, MetadataStore(tmp_path) as other:
         one.put("s", "k", b"v")
         assert other.get("s", "k") == b"v"
@@ -28,26 +28,26 @@ def test_two_mounts_share_it(tmp_path):
         assert one.get("s", "k2") == b"v2"
 
 
-def test_its_file_is_private(tmp_path):
+def test_database_file_is_private(tmp_path):
     with MetadataStore(tmp_path):
         modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {0o600}
 
 
-@pytest.mark.expect_warnings("made anew|goes on without")
+@pytest.mark.expect_warnings("created again|goes on without")
 @pytest.mark.parametrize(
     "garbage", [b"not a database at all" * 100, b"SQLite format 3\0" + b"x" * 4096]
 )
-def test_a_broken_file_is_made_anew_and_told(tmp_path, garbage, caplog):
+def test_corrupt_database_is_created_again_and_logged(tmp_path, garbage, caplog):
     (tmp_path / "metadata.sqlite3").write_bytes(garbage)
     with MetadataStore(tmp_path) as store:
         store.put("s", "k", b"v")
         assert store.get("s", "k") == b"v"
-    assert "made anew" in caplog.text
+    assert "created again" in caplog.text
 
 
-@pytest.mark.expect_warnings("made anew|goes on without")
-def test_a_store_that_cannot_be_opened_keeps_nothing_and_fails_nobody(tmp_path, caplog):
+@pytest.mark.expect_warnings("created again|goes on without")
+def test_store_that_cannot_be_opened_stores_nothing(tmp_path, caplog):
     (tmp_path / "metadata.sqlite3").mkdir()
     with MetadataStore(tmp_path) as store:
         store.put("s", "k", b"v")
@@ -58,7 +58,7 @@ def test_a_store_that_cannot_be_opened_keeps_nothing_and_fails_nobody(tmp_path, 
 # --- durable records -----------------------------------------------------------------------------
 
 
-def test_durable_record_is_there_in_every_process_and_goes(tmp_path):
+def test_durable_record_is_shared_and_can_be_deleted(tmp_path):
     with MetadataStore(tmp_path) as one, MetadataStore(tmp_path) as other:
         version = other.data_version()
         assert other.data_version() == version
@@ -109,7 +109,7 @@ def test_durable_record_that_cannot_be_written_raises(tmp_path, monkeypatch):
         store.put_durable("s", "k", b"v")
 
 
-@pytest.mark.expect_warnings("made anew|goes on without")
+@pytest.mark.expect_warnings("created again|goes on without")
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
 def test_store_with_a_fifo_is_made_again(tmp_path, suffix):
     with MetadataStore(tmp_path) as store:
