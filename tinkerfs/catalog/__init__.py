@@ -1,1 +1,1 @@
-"""Catalogue: a read-through model of the account."""
+"""Cached model of the account: runs, checkpoints, sessions, trash, mutations."""

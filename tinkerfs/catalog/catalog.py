@@ -1,8 +1,8 @@
-"""Catalogue: a read-through model of the account.
+"""Read-through cache of the account's training runs and checkpoints.
 
-The tree asks it for training runs and checkpoints and never sees the cache or the client. Values
-are immutable; every method is thread-safe and waits only through the `Call` it is given. Failures
-are `ApiError`s, or the `OSError`s of a wait that ended early.
+The `vfs` package reads them here and never uses the metadata cache or the API client itself. Values
+are immutable. Every method is thread-safe and waits only through its `RequestContext`. Failed
+requests raise `ApiError`; a cancelled or timed-out wait raises `OSError`.
 """
 
 import logging
@@ -16,7 +16,6 @@ from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.result_stream import ResultStream
 from tinkerfs.cache.store import MetadataStore
-from tinkerfs.catalog.amending import run_with_listed_last
 from tinkerfs.catalog.incarnations import Incarnations
 from tinkerfs.catalog.listings import (
     AccountListing,
@@ -25,6 +24,7 @@ from tinkerfs.catalog.listings import (
     RunListing,
     checkpoints_of,
     reuse_known_record,
+    with_listed_last,
 )
 from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.catalog.prefetcher import Traversal, TraversalPrefetcher
@@ -39,20 +39,20 @@ from tinkerfs.tinker_path import KINDS, TinkerPath
 
 log = logging.getLogger(__name__)
 
-#: What a server says of the checkpoints of somebody else's run that it does not list.
+#: Errors by which servers refuse to list the checkpoints of another user's run.
 _NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.UnsupportedEndpoint)
 
 T = TypeVar("T")
 
-#: A listing that is fresh for less than this, seconds, is not asked for ahead of a walk: it might
-#: have to be asked for again once the walk comes to it.
+#: Minimum TTL of listings for prefetching, seconds. With a shorter TTL a prefetched listing could
+#: expire before the traversal reads it.
 MIN_TTL_FOR_PREFETCH_S = 10.0
-#: How many steps of a walk that need no call are passed over at a time.
+#: Maximum number of already cached items that are skipped each time prefetches are issued.
 _MAX_SKIPPED = 64
 
 
 class Catalog:
-    """The account behind one key at one server."""
+    """The runs and checkpoints of one account on one server."""
 
     def __init__(
         self,
@@ -61,70 +61,60 @@ class Catalog:
         store: MetadataStore,
         telemetry: Telemetry,
         clock: Clock,
-        freshness: CachePolicies,
-        warm: ListingSnapshots,
+        policies: CachePolicies,
+        snapshots: ListingSnapshots,
         trash: Trash,
         concurrency: int,
     ) -> None:
         self._client = client
         self._cache = cache
-        self._infos = WeightsInfoCache(
-            MetadataCache(telemetry, clock, MAX_WEIGHTS_INFO_ENTRIES),
-            store,
-            client.base_url,
-            freshness,
-            self._load_weights_info,
+        infos = MetadataCache(telemetry, clock, MAX_WEIGHTS_INFO_ENTRIES)
+        self._weights_infos = WeightsInfoCache(
+            infos, store, client.base_url, policies, self._load_weights_info
         )
         self.incarnations = Incarnations(store, client.base_url)
-        self._telemetry = telemetry
-        self._clock = clock
-        self._freshness = freshness
-        self._warm = warm
+        self._policies = policies
+        self._snapshots = snapshots
         self._trash = trash
         self._concurrency = concurrency
-        self._walks = TraversalPrefetcher(2 * concurrency, clock)
-        self._supports_run_listing: bool | None = (
-            None  # learnt once; who comes second learns the same
-        )
-
-    # What is there.
+        self._prefetcher = TraversalPrefetcher(2 * concurrency, clock)
+        self._supports_run_listing: bool | None = None  # unknown until the first request
 
     @property
-    def epoch(self) -> int:
-        """A number that becomes another one whenever anything that is known does."""
-        return self._cache.generation + self._trash.epoch
+    def generation(self) -> int:
+        """A number that changes whenever any cached value changes."""
+        return self._cache.generation + self._trash.generation
 
     @property
-    def amendments(self) -> int:
-        """As `MetadataCache.amendments`: of changes that are made through this mount."""
-        return self._cache.local_mutations + self._trash.epoch
+    def local_mutations(self) -> int:
+        """A number that changes with every mutation that is made through this mount."""
+        return self._cache.local_mutations + self._trash.generation
 
     def runs(self, ctx: RequestContext) -> RunListing:
-        """Return the user's training runs; ceil(runs / page) calls when not fresh."""
+        """Return the user's training runs; one request per page if they are not fresh."""
         return self._cache.get(
-            ("runs",), self._load_runs, self._freshness.listing, ctx, self._warm.runs
+            ("runs",), self._load_runs, self._policies.listing, ctx, self._snapshots.runs
         )
 
     def iter_runs(self, ctx: RequestContext) -> Iterator[models.TrainingRun]:
-        """Yield the user's training runs; of a first listing that takes a while, as they come.
+        """Yield the user's training runs; a slow first listing is yielded page by page.
 
-        Raises:
-            ApiError, OSError: as `runs`; also between two runs.
+        A request may fail after some runs have been yielded.
         """
         found = self._cache.get_or_stream(
-            ("runs",), self._load_runs, self._freshness.listing, ctx, self._warm.runs
+            ("runs",), self._load_runs, self._policies.listing, ctx, self._snapshots.runs
         )
         return found.iterate(ctx) if isinstance(found, ResultStream) else iter(found.by_id.values())
 
     def cached_runs(self) -> RunListing | None:
-        """Return the training runs as last listed, without a call."""
+        """Return the cached training runs, fresh or stale, without a request."""
         return self._cache.peek(("runs",))  # type: ignore[no-any-return]
 
     def run(self, run_id: str, ctx: RequestContext) -> models.TrainingRun:
-        """Return one training run: of the listing as far as it has come, else asked for by itself.
+        """Return one training run, from a (partial) listing or by its own request.
 
         Raises:
-            ApiError: NotFound or BadRequest where there is no such run.
+            ApiError: NotFound or BadRequest if the run does not exist.
         """
         return self._with_visible_last(self._run(run_id, ctx), ctx)
 
@@ -134,61 +124,62 @@ class Catalog:
             run = self.runs(ctx).by_id.get(run_id)
         if run is not None:
             return run
-        return self._cache.get(
-            ("run", run_id), partial(self._load_run, run_id), self._freshness.by_name, ctx
-        )
+        load = partial(self._load_run, run_id)
+        return self._cache.get(("run", run_id), load, self._policies.by_name, ctx)
 
     def _with_visible_last(
         self, run: models.TrainingRun, ctx: RequestContext
     ) -> models.TrainingRun:
-        """Return a run whose last checkpoints are not in the trash; one call if one may be."""
+        """Replace a run's last checkpoints that are in the trash; at most one request."""
         if not self._trash.has_run(run.run_id):
             return run
         lasts = [each for each in (run.last_checkpoint, run.last_sampler_checkpoint) if each]
         if not any(self._trash.record(Checkpoint.from_record(run.run_id, each)) for each in lasts):
             return run
         try:
-            return run_with_listed_last(run, self.checkpoints(run.run_id, ctx))
+            return with_listed_last(run, self.checkpoints(run.run_id, ctx))
         except errors.ApiError:
             ctx.mark_uncacheable()
             return run
 
-    # Checkpoints. `MetadataCache` has the listings as the server sent them; all that is returned
-    # is without what is in the trash, unless a method says otherwise.
+    # Checkpoints. The cached listings are as the server sent them. Methods leave out checkpoints in
+    # the trash unless their name or a parameter mentions the trash.
 
     def checkpoints(
         self, run_id: str, ctx: RequestContext, *, require_fresh: bool = False
     ) -> CheckpointListing:
-        """Return the checkpoints of a run; one call when not fresh.
+        """Return the checkpoints of a run; one request if they are not fresh.
 
-        Who looks into one run after the other has those of the next ones asked for behind it. With
-        `is_from_now` what an earlier mount kept will not do.
+        A caller that reads one run after another triggers prefetches of the next runs. With
+        `require_fresh`, a snapshot of an earlier mount is not accepted.
         """
-        return self._trash.visible(run_id, self.listed(run_id, ctx, require_fresh=require_fresh))
+        listing = self.checkpoints_with_trash(run_id, ctx, require_fresh=require_fresh)
+        return self._trash.visible(run_id, listing)
 
-    def listed(
+    def checkpoints_with_trash(
         self, run_id: str, ctx: RequestContext, *, require_fresh: bool = False
     ) -> CheckpointListing:
-        """Return the checkpoints of a run as `checkpoints` does, with what is in the trash."""
+        """Return the checkpoints of a run, as `checkpoints` does, and those in the trash."""
         self._expire_changed()
-        if self._walks.is_ahead(run_id):
-            self._come_to_run(run_id)
-        # What an earlier mount kept may be from before a removal.
-        kept = partial(self._warm.checkpoints, run_id)
+        if self._prefetcher.is_prefetched(run_id):
+            self._on_run_access(run_id)
+        # A snapshot of an earlier mount may predate a removal.
+        snapshot = partial(self._snapshots.checkpoints, run_id)
         return self._cache.get(
             ("checkpoints", run_id),
             partial(self._load_checkpoints, run_id),
-            self._freshness.listing,
+            self._policies.listing,
             ctx,
-            None if require_fresh or self._trash.has_run(run_id) else kept,
+            None if require_fresh or self._trash.has_run(run_id) else snapshot,
         )
 
     def find_in_run(
         self, run_id: str, find: Callable[[CheckpointListing], T | None], ctx: RequestContext
     ) -> T | None:
-        """Return what `find` finds in the listing of a run's checkpoints.
+        """Return the result of `find` for the listing of a run's checkpoints.
 
-        That something is not there is never said on the word of an earlier mount.
+        A snapshot of an earlier mount never proves absence: if `find` returns None for one, it is
+        called again with a fresh listing.
         """
         found = find(self.checkpoints(run_id, ctx))
         if found is None and self._cache.is_warm(("checkpoints", run_id)):
@@ -196,30 +187,36 @@ class Catalog:
         return found
 
     def cached_checkpoints(self, run_id: str) -> CheckpointListing | None:
-        """Return a run's checkpoints as last listed, without a call."""
-        listing = self.known_listing(run_id)
+        """Return a run's cached checkpoints, fresh or stale, without a request."""
+        listing = self.cached_checkpoints_with_trash(run_id)
         return None if listing is None else self._trash.visible(run_id, listing)
 
-    def known_listing(self, run_id: str) -> CheckpointListing | None:
-        """Return a run's checkpoints as last listed, with what is in the trash, without a call."""
+    def cached_checkpoints_with_trash(self, run_id: str) -> CheckpointListing | None:
+        """Return a run's cached checkpoints and those in the trash, without a request."""
         return self._cache.peek(("checkpoints", run_id))  # type: ignore[no-any-return]
 
     def checkpoint(
-        self, run_id: str, kind: str, name: str, ctx: RequestContext, *, with_trashed: bool = False
+        self,
+        run_id: str,
+        kind: str,
+        name: str,
+        ctx: RequestContext,
+        *,
+        include_trashed: bool = False,
     ) -> Checkpoint | None:
-        """Return a checkpoint of a run's listing, else one that is known by its tinker path only.
+        """Return a checkpoint of a run, or None if it does not exist.
 
-        The user's own runs are listed whole: nothing is asked for what those lack. What is in the
-        trash is returned `with_trashed` only.
+        A checkpoint that the run's listing lacks is looked up by its tinker path. The user's own
+        runs are exempt, because their listings are complete.
         """
         own = self.cached_runs()
         is_own = own is not None and run_id in own.by_id
         try:
             found = self.find_in_run(run_id, lambda listing: listing.get(kind, name), ctx)
             if found is None and self._trash.has_run(run_id):
-                trashed = self.listed(run_id, ctx).get(kind, name)
+                trashed = self.checkpoints_with_trash(run_id, ctx).get(kind, name)
                 if trashed is not None and self._trash.is_trashed(trashed):
-                    return trashed if with_trashed else None
+                    return trashed if include_trashed else None
         except _NO_LISTING:
             if is_own:
                 raise
@@ -229,64 +226,69 @@ class Catalog:
         path = TinkerPath(run_id, kind, name)
         load = partial(self._load_unlisted, path)
         key = ("checkpoint", run_id, kind, name)
-        return self._cache.get(key, load, self._freshness.by_name, ctx)
+        return self._cache.get(key, load, self._policies.by_name, ctx)
 
-    def user_checkpoints(self, ctx: RequestContext) -> AccountListing:
-        """Return the checkpoints of all the user's runs; ceil(checkpoints / page) calls.
+    def account_checkpoints(self, ctx: RequestContext) -> AccountListing:
+        """Return the checkpoints of all runs; one request per page if not fresh.
 
-        Of a server that does not list them it is made of the listings of the runs.
+        If the server has no such listing, the listings of all runs are merged.
         """
         self._expire_changed()
         listing = self._cache.get(
-            ("user",), self._load_user, self._freshness.listing, ctx, self._warm_user()
+            ("user",), self._load_account, self._policies.listing, ctx, self._account_snapshot()
         )
-        return self._trash.visible_of_user(listing)
+        return self._trash.visible_in_account(listing)
 
     def iter_account_checkpoints(self, ctx: RequestContext) -> Iterator[Checkpoint]:
-        """Yield the checkpoints of all the user's runs; as they come where `each_run` would."""
+        """Yield the checkpoints of all the user's runs, page by page as `iter_runs` does."""
         self._expire_changed()
         found = self._cache.get_or_stream(
-            ("user",), self._load_user, self._freshness.listing, ctx, self._warm_user()
+            ("user",), self._load_account, self._policies.listing, ctx, self._account_snapshot()
         )
         if isinstance(found, ResultStream):
             return (c for c in found.iterate(ctx) if not self._trash.is_trashed(c))
-        return iter(self._trash.visible_of_user(found).by_key.values())
+        return iter(self._trash.visible_in_account(found).by_key.values())
 
-    def user_checkpoint(self, key: tuple[str, str, str], ctx: RequestContext) -> Checkpoint | None:
-        """Return one of the checkpoints of all the user's runs; not there as in `find`."""
-        coming: Checkpoint | None = self._peek_partial(("user",), key, ctx)
-        if coming is not None:
-            return None if self._trash.is_trashed(coming) else coming
-        found = self.user_checkpoints(ctx).by_key.get(key)
+    def account_checkpoint(
+        self, key: tuple[str, str, str], ctx: RequestContext
+    ) -> Checkpoint | None:
+        """Return one checkpoint of the account's listing, or None if it does not exist.
+
+        As in `find_in_run`, a snapshot of an earlier mount never proves absence.
+        """
+        partial_result: Checkpoint | None = self._peek_partial(("user",), key, ctx)
+        if partial_result is not None:
+            return None if self._trash.is_trashed(partial_result) else partial_result
+        found = self.account_checkpoints(ctx).by_key.get(key)
         if found is None and self._cache.is_warm(("user",)):
-            listing = self._cache.get(("user",), self._load_user, self._freshness.listing, ctx)
-            found = self._trash.visible_of_user(listing).by_key.get(key)
+            listing = self._cache.get(("user",), self._load_account, self._policies.listing, ctx)
+            found = self._trash.visible_in_account(listing).by_key.get(key)
         return found
 
     def cached_account_checkpoints(self) -> AccountListing | None:
-        """Return the checkpoints of all runs as last listed, without a call."""
+        """Return the account's cached checkpoints, fresh or stale, without a request."""
         listing: AccountListing | None = self._cache.peek(("user",))
-        return None if listing is None else self._trash.visible_of_user(listing)
+        return None if listing is None else self._trash.visible_in_account(listing)
 
-    def _warm_user(self) -> Callable[[], AccountListing | None] | None:
-        return None if self._trash.has_any else self._warm.user
+    def _account_snapshot(self) -> Callable[[], AccountListing | None] | None:
+        return None if self._trash.has_any else self._snapshots.account
 
     def _expire_changed(self) -> None:
-        """Have listed again what other processes have moved to the trash or restored."""
+        """Expire the listings of runs that another process trashed or restored."""
         changed = self._trash.take_changed_runs()
         for run_id in changed:
-            self._warm.invalidate_run(run_id)
+            self._snapshots.invalidate_run(run_id)
             self._cache.expire(("checkpoints", run_id))
         if changed:
             self._cache.expire(("user",))
 
     @property
-    def may_list_ahead(self) -> bool:
-        """Whether a listing stays fresh for long enough to be asked for ahead of its reader."""
-        return self._freshness.listing.ttl_s >= MIN_TTL_FOR_PREFETCH_S
+    def may_prefetch_listings(self) -> bool:
+        """Whether the listing TTL is long enough to prefetch listings."""
+        return self._policies.listing.ttl_s >= MIN_TTL_FOR_PREFETCH_S
 
     def find_own_runs(self, ctx: RequestContext) -> None:
-        """Find out which runs are the account's if another key put checkpoints in the trash."""
+        """List the runs if another key's trash records may belong to this account."""
         if self._trash.unknown_run_ids():
             self._trash.add_own_runs(self.runs(ctx).by_id)
 
@@ -296,61 +298,55 @@ class Catalog:
             ctx.mark_uncacheable()
         return found
 
-    # When a listing was seen to change, nanoseconds since 1970; None where it never was.
+    # Times at which this mount saw a listing change, nanoseconds since 1970; None if it never did.
 
     def runs_last_changed_ns(self) -> int | None:
-        """Return when the user's runs were seen to change."""
-        return self._changed_ns(("runs",))
+        """Return when the listing of the user's runs last changed."""
+        return self._last_changed_ns(("runs",))
 
-    def checkpoints_changed_ns(self, run_id: str) -> int | None:
-        """Return when the checkpoints of a run were seen to change."""
-        changed_ns = self._changed_ns(("checkpoints", run_id))
+    def checkpoints_last_changed_ns(self, run_id: str) -> int | None:
+        """Return when the listing of a run's checkpoints last changed."""
+        changed_ns = self._last_changed_ns(("checkpoints", run_id))
         return _latest(changed_ns, self._trash.changed_at_ns(run_id))
 
-    def user_changed_ns(self) -> int | None:
-        """Return when the checkpoints of all runs were seen to change."""
-        return _latest(self._changed_ns(("user",)), self._trash.changed_at_ns())
+    def account_last_changed_ns(self) -> int | None:
+        """Return when the listing of the account's checkpoints last changed."""
+        return _latest(self._last_changed_ns(("user",)), self._trash.changed_at_ns())
 
-    def _changed_ns(self, key: Hashable) -> int | None:
+    def _last_changed_ns(self, key: Hashable) -> int | None:
         changed_at = self._cache.last_changed(key)
         return None if changed_at is None else int(changed_at * 1e9)
 
     def weights_info(self, checkpoint: Checkpoint, ctx: RequestContext) -> bytes:
-        """Return a checkpoint's weights info as JSON; asked for once ever, kept across mounts.
+        """Return a checkpoint's weights info as JSON; one request if it is not cached.
 
-        Who asks for one after the other has the next ones asked for behind it.
+        A caller that reads one checkpoint after another triggers prefetches of the next ones.
         """
-        if self._walks.is_ahead(checkpoint.key):
-            self._come_to_info(checkpoint)
-        return self._infos.get(checkpoint, ctx)
+        if self._prefetcher.is_prefetched(checkpoint.key):
+            self._on_info_access(checkpoint)
+        return self._weights_infos.get(checkpoint, ctx)
 
-    def checkpoints_afresh(self, run_id: str) -> CheckpointListing:
-        """Return the checkpoints of a run as the server lists them now; one call, always.
-
-        What is in the trash is among them.
-
-        Raises:
-            ApiError: the request fails.
-        """
+    def fetch_checkpoints(self, run_id: str) -> CheckpointListing:
+        """Request the checkpoints of a run, bypassing the cache; includes the trash."""
         load = partial(self._load_checkpoints, run_id)
         key = ("checkpoints", run_id)
-        return self._cache.reload(key, load, self._freshness.listing, BACKGROUND_CONTEXT)
+        return self._cache.reload(key, load, self._policies.listing, BACKGROUND_CONTEXT)
 
-    def forget(self, checkpoint: Checkpoint) -> None:
-        """Use nothing that is cached of a deleted checkpoint for what is saved under its name."""
+    def invalidate(self, checkpoint: Checkpoint) -> None:
+        """Discard the cached data of a deleted checkpoint; its name may be used again."""
         self.incarnations.begin(checkpoint.key)
-        self._infos.forget(checkpoint)
+        self._weights_infos.invalidate(checkpoint)
         self._cache.drop(("checkpoint", *checkpoint.key))
 
     def refresh(self) -> None:
-        """Drop every entry; what is immutable stays on disk."""
+        """Discard every cached value, except immutable ones on disk."""
         self._client.reset()
-        self._walks.clear()
-        self._warm.clear()
+        self._prefetcher.clear()
+        self._snapshots.clear()
         self._cache.clear()
-        self._infos.clear()
+        self._weights_infos.clear()
 
-    # Loading; each is told whether somebody waits for it.
+    # Loaders of the metadata cache.
 
     def _load_runs(self, priority: Priority) -> RunListing:
         listing = RunListing.from_runs(
@@ -358,8 +354,8 @@ class Catalog:
                 lambda runs: priority.on_partial((run.run_id, run) for run in runs)
             )
         )
-        self._walks.on_runs_reloaded()
-        self._warm.save_runs(listing)
+        self._prefetcher.on_runs_reloaded()
+        self._snapshots.save_runs(listing)
         return listing
 
     def _load_run(self, run_id: str, priority: Priority) -> models.TrainingRun:
@@ -368,7 +364,7 @@ class Catalog:
         except (errors.NotFound, errors.UnsupportedEndpoint):
             if self._has_run_records():
                 raise
-        # Of such a server a run is what has a listing of checkpoints.
+        # On such a server a run exists if its checkpoints can be listed.
         listing = self.checkpoints(run_id, BACKGROUND_CONTEXT)
         times = (c.record.time_ns for c in listing.all)
         return models.TrainingRun(
@@ -378,9 +374,9 @@ class Catalog:
         )
 
     def _has_run_records(self) -> bool:
-        """Tell whether the server knows runs by themselves: hatchery has neither list nor record.
+        """Return whether the server has run records, which hatchery has not.
 
-        Asked of it at most once, and only where nothing was listed before.
+        Sends at most one successful request, and none if the runs have been listed.
         """
         if self._supports_run_listing is None and self.cached_runs() is None:
             try:
@@ -389,20 +385,21 @@ class Catalog:
             except errors.UnsupportedEndpoint:
                 self._supports_run_listing = False
             except errors.ApiError:
-                pass  # for now: what was said of the run stands
+                pass  # still unknown: the error of the run's own request is reported
         return self._supports_run_listing is not False
 
     def _load_checkpoints(self, run_id: str, priority: Priority) -> CheckpointListing:
         if priority.is_demand:
-            self._come_to_run(run_id)
+            self._on_run_access(run_id)
         client = self._client.with_priority(priority)
-        with self._walks.stop_on_outage(run_id, priority):
+        with self._prefetcher.stop_on_outage(run_id, priority):
             records = client.list_checkpoints(run_id)
-        listing = CheckpointListing.of(run_id, records, known=self.cached_account_checkpoints())
+        known = self.cached_account_checkpoints()
+        listing = CheckpointListing.from_records(run_id, records, known=known)
         self._reconcile_trash(run_id, listing)
-        for walk in self._walks.listed(run_id, self._trash.visible(run_id, listing)):
-            self._issue_prefetches(walk)
-        self._warm.save_checkpoints(run_id, listing)
+        for traversal in self._prefetcher.on_listing(run_id, self._trash.visible(run_id, listing)):
+            self._issue_prefetches(traversal)
+        self._snapshots.save_checkpoints(run_id, listing)
         return listing
 
     def _reconcile_trash(self, run_id: str, listing: CheckpointListing) -> None:
@@ -412,10 +409,10 @@ class Catalog:
         try:
             self.find_own_runs(BACKGROUND_CONTEXT)
         except errors.ApiError as error:
-            log.info("not known whether %s is this account's: %s", run_id, error)
+            log.info("could not determine the owner of run %s: %s", run_id, error)
         self._trash.reconcile(run_id, listing)
 
-    def _load_user(self, priority: Priority) -> AccountListing:
+    def _load_account(self, priority: Priority) -> AccountListing:
         def on_page(records: Sequence[models.Checkpoint]) -> None:
             checkpoints = [c for c in checkpoints_of(records) if c is not None]
             self._trash.add_own_runs(c.run_id for c in checkpoints)
@@ -423,83 +420,76 @@ class Catalog:
 
         try:
             records = self._client.with_priority(priority).all_user_checkpoints(
-                lambda record: reuse_known_record(record, self.cached_checkpoints),
-                on_page,
+                lambda record: reuse_known_record(record, self.cached_checkpoints), on_page
             )
         except errors.UnsupportedEndpoint:
             return self._merge_run_listings()
-        listing = AccountListing.of_records(records)
+        listing = AccountListing.from_records(records)
         if listing.without_run_count:
-            log.warning(
-                "%d checkpoints without a tinker path are left out", listing.without_run_count
-            )
-        self._warm.save_account(listing)
+            log.warning("skipped %d checkpoints without a tinker path", listing.without_run_count)
+        self._snapshots.save_account(listing)
         return listing
 
     def _merge_run_listings(self) -> AccountListing:
         run_ids = list(self.runs(BACKGROUND_CONTEXT).by_id)
-        outcomes = run_concurrently(
-            [partial(self._checkpoints_or_empty, run_id) for run_id in run_ids],
-            self._concurrency,
-            "checkpoints",
-        )
+        loads = [partial(self._checkpoints_or_empty, run_id) for run_id in run_ids]
+        outcomes = run_concurrently(loads, self._concurrency, "checkpoints")
         listings = [outcome.result() for outcome in outcomes]
-        return AccountListing.of(c for listing in listings for c in listing.all)
+        return AccountListing.from_checkpoints(c for listing in listings for c in listing.all)
 
     def _checkpoints_or_empty(self, run_id: str) -> CheckpointListing:
         try:
-            return self.listed(run_id, BACKGROUND_CONTEXT)
-        except errors.NotFound:  # deleted since the runs were listed
+            return self.checkpoints_with_trash(run_id, BACKGROUND_CONTEXT)
+        except errors.NotFound:  # the run was deleted after the runs were listed
             return CheckpointListing(())
 
     def _load_unlisted(self, path: TinkerPath, priority: Priority) -> Checkpoint:
         info = self._client.with_priority(priority).weights_info(str(path))
         checkpoint = Checkpoint.unlisted(path)
-        self._infos.keep(checkpoint, info.raw)
+        self._weights_infos.put(checkpoint, info.raw)
         return checkpoint
 
     def _load_weights_info(self, checkpoint: Checkpoint, priority: Priority) -> bytes:
         if priority.is_demand:
-            self._come_to_info(checkpoint)
+            self._on_info_access(checkpoint)
         client = self._client.with_priority(priority)
-        with self._walks.stop_on_outage(checkpoint.key, priority):
-            return client.weights_info(checkpoint.tinker_path, is_known=True).raw
+        with self._prefetcher.stop_on_outage(checkpoint.key, priority):
+            return client.weights_info(checkpoint.tinker_path, exists=True).raw
 
-    # Asking ahead of walks.
+    # Prefetching for traversals.
 
-    def _come_to_run(self, run_id: str) -> None:
-        self._issue_prefetches(self._walks.on_run_access(run_id, self._runs_ahead()))
+    def _on_run_access(self, run_id: str) -> None:
+        self._issue_prefetches(self._prefetcher.on_run_access(run_id, self._prefetchable_runs()))
 
-    def _come_to_info(self, checkpoint: Checkpoint) -> None:
-        siblings = self.cached_checkpoints(checkpoint.run_id)
-        self._issue_prefetches(self._walks.on_info_access(checkpoint, siblings, self._runs_ahead()))
+    def _on_info_access(self, checkpoint: Checkpoint) -> None:
+        siblings, runs = self.cached_checkpoints(checkpoint.run_id), self._prefetchable_runs()
+        self._issue_prefetches(self._prefetcher.on_info_access(checkpoint, siblings, runs))
 
-    def _runs_ahead(self) -> RunListing | None:
-        """Return the runs that may be asked ahead."""
-        return self.cached_runs() if self.may_list_ahead else None
+    def _prefetchable_runs(self) -> RunListing | None:
+        return self.cached_runs() if self.may_prefetch_listings else None
 
-    def _issue_prefetches(self, walk: Traversal | None) -> None:
-        """Ask for what a walk, if any, asks for next, as far as it has shown that it goes on."""
-        if walk is None:
+    def _issue_prefetches(self, traversal: Traversal | None) -> None:
+        """Start the next prefetches of a traversal, up to its current window."""
+        if traversal is None:
             return
         for _ in range(_MAX_SKIPPED):
-            step = self._walks.next(walk)
-            if step is None:
+            item = self._prefetcher.next(traversal)
+            if item is None:
                 return
-            if isinstance(step, Checkpoint):
-                is_asked = self._infos.ask(step)
+            if isinstance(item, Checkpoint):
+                is_sent = self._weights_infos.prefetch(item)
             else:
-                is_asked = self.ask_listing(step)
-                known = None if is_asked else self.cached_checkpoints(step)
-                if known is not None:
-                    self._walks.listed(step, known)
-            if not is_asked:
-                self._walks.drop(walk, step)
+                is_sent = self.prefetch_listing(item)
+                cached = None if is_sent else self.cached_checkpoints(item)
+                if cached is not None:
+                    self._prefetcher.on_listing(item, cached)
+            if not is_sent:
+                self._prefetcher.drop(traversal, item)
 
-    def ask_listing(self, run_id: str) -> bool:
-        """Start to list a run that no caller waits for yet, if needed; return whether it was."""
+    def prefetch_listing(self, run_id: str) -> bool:
+        """List a run in the background; return False if a listing is cached."""
         load = partial(self._load_checkpoints, run_id)
-        return self._cache.prefetch(("checkpoints", run_id), load, self._freshness.listing)
+        return self._cache.prefetch(("checkpoints", run_id), load, self._policies.listing)
 
 
 def _latest(*times_ns: int | None) -> int | None:

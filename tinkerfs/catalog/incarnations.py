@@ -1,7 +1,7 @@
-"""How often each name of a checkpoint was deleted through mounts of this host.
+"""Count how often each checkpoint name was deleted through mounts on this host.
 
-What is cached under a name's incarnation is never used for a checkpoint that is saved under the
-name after a deletion, even where the server gives both the same record.
+Cached data is stored under the incarnation of its name. A checkpoint that is saved under the name
+after a deletion therefore never uses that data, even if the server's records are identical.
 """
 
 import threading
@@ -11,33 +11,27 @@ from tinkerfs.name_encoding import compound_key
 
 
 class Incarnations:
-    """The number of each checkpoint's name, across mounts. Thread-safe.
+    """Persistent incarnation number of each checkpoint name. Thread-safe.
 
-    Args:
-        store: where the numbers are stored; without it they last as long as the mount.
-        base_url: the server.
+    If the store is not available, the numbers last as long as the mount.
     """
 
     def __init__(self, store: MetadataStore, base_url: str) -> None:
         self._store = store
-        self._space = f"incarnation {base_url}"
+        self._namespace = f"incarnation {base_url}"
         self._lock = threading.Lock()
-        self._begun: dict[tuple[str, str, str], int] = {}  # guarded by _lock
+        self._latest: dict[tuple[str, str, str], int] = {}  # guarded by _lock
 
     def get(self, key: tuple[str, str, str]) -> int:
-        """Return the number of a name's incarnation, 0 for the first one.
-
-        Args:
-            key: run, kind and name.
-        """
-        stored = self._store.get(self._space, compound_key(*key))
+        """Return the current incarnation of a run's kind and name; the first one is 0."""
+        stored = self._store.get(self._namespace, compound_key(*key))
         number = int(stored) if stored is not None and stored.isdigit() else 0
         with self._lock:
-            return max(number, self._begun.get(key, 0))
+            return max(number, self._latest.get(key, 0))
 
     def begin(self, key: tuple[str, str, str]) -> None:
-        """Begin the next incarnation: what had the name was deleted."""
+        """Begin the next incarnation of a name after its checkpoint was deleted."""
         number = self.get(key) + 1
         with self._lock:
-            number = self._begun[key] = max(number, self._begun.get(key, 0) + 1)
-        self._store.put(self._space, compound_key(*key), str(number).encode())
+            number = self._latest[key] = max(number, self._latest.get(key, 0) + 1)
+        self._store.put(self._namespace, compound_key(*key), str(number).encode())

@@ -1,6 +1,7 @@
-"""Checkpoints and listings of them, as the tree sees them (pure).
+"""Immutable checkpoints, and listings of training runs and checkpoints.
 
-Servers list bare ids, ids with a kind, or both; here every checkpoint has a run, a kind and a name.
+Servers list bare checkpoint ids, ids with a kind, or both. Here every checkpoint has a run, a kind
+and a name. All functions are pure.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -17,31 +18,30 @@ from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
 
 
 class Checkpoint(msgspec.Struct, frozen=True, gc=False):
-    """A checkpoint of a run, as a listing told of it.
+    """A checkpoint of a training run, with its record from a listing.
 
     Attributes:
-        run_id: its training run.
-        kind: what the second part of its tinker path is on the official service.
+        kind: the second segment of its tinker path on the official service.
         name: the rest of its id.
-        record: the listing's record.
-        shares_id: another checkpoint of the run is listed under the same bare id.
+        record: its API record.
+        has_ambiguous_id: whether another checkpoint of the run is listed under the same bare id.
     """
 
     run_id: str
     kind: str
     name: str
     record: models.Checkpoint
-    shares_id: bool = False
+    has_ambiguous_id: bool = False
 
     @classmethod
     def from_record(cls, run_id: str, record: models.Checkpoint) -> Self:
-        """Make a checkpoint of a listing's record."""
+        """Return the checkpoint that an API record describes."""
         return cls(run_id, *kind_and_name(record), record)
 
     @classmethod
     def unlisted(cls, path: TinkerPath) -> Self:
-        """Make a checkpoint that no listing tells of: only its path is known."""
-        record = models.Checkpoint.of(
+        """Return a checkpoint that no listing contains, made from its path."""
+        record = models.Checkpoint.from_fields(
             f"{path.kind}/{path.name}",
             tinker_path=str(path),
             raw=raw_json.with_fields(
@@ -52,24 +52,24 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What names it in this account, whatever form the server lists."""
+        """Its run id, kind and name: unique in the account, whatever id the server lists."""
         return (self.run_id, self.kind, self.name)
 
     @property
     def tinker_path(self) -> str:
-        """Its address, as the server wrote it where it did."""
+        """Its tinker path: from the record if present, otherwise built from the key."""
         return self.record.tinker_path or str(TinkerPath(self.run_id, self.kind, self.name))
 
     @property
     def is_dated(self) -> bool:
-        """Whether the record has a time, which another version of the checkpoint has not."""
+        """Whether the record has a creation time, which identifies the version."""
         return self.record.time_ns is not None
 
     @property
     def version(self) -> str:
-        """What changes when a checkpoint is saved again under its name.
+        """A text that changes when the checkpoint is saved again under its name.
 
-        Where the record has no time it may stay the same: see `is_dated`.
+        If the record has no time, the text may stay the same: see `is_dated`.
         """
         if self.record.time_ns is not None:
             return str(self.record.time_ns)
@@ -78,27 +78,27 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def fingerprint(self) -> tuple[str, int | None]:
-        """All that the record shows of the version."""
+        """Every field of the record that depends on the version."""
         return (self.version, self.record.size_bytes)
 
     def may_be(self, other: "Checkpoint") -> bool:
-        """Return whether two records of one name can be of the same version."""
+        """Return whether another record of the name may be of the same version."""
         sizes = {self.record.size_bytes, other.record.size_bytes} - {None}
         return self.record.time_ns == other.record.time_ns and len(sizes) < 2
 
     @property
     def ref(self) -> CheckpointRef:
-        """How the API is asked about it."""
+        """The reference by which API requests identify it."""
         return CheckpointRef(
             run_id=self.run_id,
             path_id=f"{self.kind}/{self.name}",
             listed_id=self.record.checkpoint_id,
             exists=True,
-            has_ambiguous_id=self.shares_id,
+            has_ambiguous_id=self.has_ambiguous_id,
         )
 
 
-#: Stands for the base model of a run that has none.
+#: Replaces the base model of a run without one.
 UNKNOWN_MODEL = "unknown"
 
 
@@ -107,10 +107,10 @@ class RunListing:
     """The user's training runs, in the server's order.
 
     Attributes:
-        by_id: every one of them.
-        by_model: the same by the parts of their base model's name, the first and the rest, which is
-            empty where the name has no slash.
-        newest_ns: when any of them was last asked something; None where none tells.
+        by_id: every run by its id.
+        by_model: every run by the first segment of its base model's name, the rest of that name
+            (empty if it has no slash), and its id.
+        newest_ns: time of the latest request to any run, nanoseconds since 1970; None if unknown.
     """
 
     by_id: dict[str, models.TrainingRun]
@@ -119,11 +119,11 @@ class RunListing:
 
     @classmethod
     def from_runs(cls, runs: Iterable[models.TrainingRun]) -> "RunListing":
-        """Sort runs; of two with the same id the last counts."""
+        """Index runs; the last of several runs with the same id wins."""
         by_id = {run.run_id: run for run in runs}
         by_model: dict[str, dict[str, dict[str, models.TrainingRun]]] = {}
         for run in by_id.values():
-            # A server of one's own may name a model by its folder.
+            # Self-hosted servers may report the path of the model's directory as its name.
             first, _, rest = (run.base_model or UNKNOWN_MODEL).strip("/").partition("/")
             by_model.setdefault(first, {}).setdefault(rest, {})[run.run_id] = run
         return cls(by_id, by_model, _newest_ns(run.last_request_time_ns for run in by_id.values()))
@@ -134,10 +134,11 @@ class CheckpointListing:
     """The checkpoints of one run, in the server's order.
 
     Attributes:
-        all: every one of them.
-        bare: those whose id at the server is a bare name that no other one has, by that name.
-        groups: every one of them by kind, by name; also the kinds whose last checkpoint is gone.
-        newest_ns: when the newest of each group was saved; None where none of it tells.
+        all: every checkpoint.
+        bare: the checkpoints that the server lists under a bare and unique name, by that name.
+        groups: every checkpoint by kind and name; a kind stays after its last checkpoint is gone.
+        newest_ns: creation time of the newest checkpoint by kind, nanoseconds since 1970; None if
+            no record of the kind has a time.
     """
 
     all: tuple[Checkpoint, ...]
@@ -146,33 +147,34 @@ class CheckpointListing:
     newest_ns: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
-    def of(
+    def from_records(
         cls,
         run_id: str,
         records: Iterable[models.Checkpoint],
         kinds: Iterable[str] = (),
         known: "AccountListing | None" = None,
     ) -> "CheckpointListing":
-        """Sort the server's records; of two that are the same checkpoint the first counts.
+        """Index the server's records; the first of several for the same checkpoint wins.
 
         Args:
-            run_id: whose they are.
+            run_id: the run that every record belongs to.
             records: in the server's order.
-            kinds: kinds that group nothing any more.
-            known: another listing of them: a record that says the same in both is kept once.
+            kinds: kinds to include even if they have no checkpoint.
+            known: a listing that already has some of the records. Equal records are shared with it
+                to save memory.
         """
         by_name: dict[tuple[str, str], Checkpoint] = {}
         bare_names: dict[str, int] = {}
         for record in records:
             if known is not None:
-                record = _same(record, known.by_key.get((run_id, *kind_and_name(record))))
+                record = _deduplicated(record, known.by_key.get((run_id, *kind_and_name(record))))
             checkpoint = Checkpoint.from_record(run_id, record)
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
             if first is checkpoint and record.kind is None:
                 bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
         for key, checkpoint in by_name.items():
             if checkpoint.record.kind is None and bare_names[checkpoint.name] > 1:
-                by_name[key] = replace(checkpoint, shares_id=True)
+                by_name[key] = replace(checkpoint, has_ambiguous_id=True)
         bare = {
             name: checkpoint
             for (_, name), checkpoint in by_name.items()
@@ -190,11 +192,11 @@ class CheckpointListing:
         return cls(tuple(by_name.values()), bare, groups, newest_ns)
 
     def get(self, kind: str, name: str) -> Checkpoint | None:
-        """Return a checkpoint by its kind and name."""
+        """Return the checkpoint of a kind and name."""
         return self.groups.get(kind, {}).get(name)
 
     def of_path(self, kind: str) -> dict[str, Checkpoint]:
-        """Return those whose tinker paths have another kind than they are listed under, by name."""
+        """Return the checkpoints, by name, that only their tinker paths assign to a kind."""
         return {
             checkpoint.name: checkpoint
             for checkpoint in self.bare.values()
@@ -203,18 +205,18 @@ class CheckpointListing:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds that group something, and those whose last checkpoint is gone by now."""
+        """Every kind of the listing, including kinds without remaining checkpoints."""
         return tuple(self.groups)
 
     def of_kind(self, kind: str) -> Collection[Checkpoint]:
-        """Return those of a kind."""
+        """Return the checkpoints of a kind."""
         return self.groups.get(kind, {}).values()
 
-    def without(self, left_out: Collection[Checkpoint]) -> "CheckpointListing":
-        """Return the listing without some of its checkpoints; the others are shown as before."""
-        if not left_out:
+    def without(self, excluded: Collection[Checkpoint]) -> "CheckpointListing":
+        """Return the listing without the given checkpoints, otherwise unchanged."""
+        if not excluded:
             return self
-        keys = {checkpoint.key for checkpoint in left_out}
+        keys = {checkpoint.key for checkpoint in excluded}
         groups = {
             kind: {name: c for name, c in group.items() if c.key not in keys}
             for kind, group in self.groups.items()
@@ -233,56 +235,59 @@ class CheckpointListing:
     def with_record(
         self, expected: Checkpoint, record: models.Checkpoint | None
     ) -> "CheckpointListing":
-        """Return the listing with another record for a checkpoint, or after its deletion."""
+        """Return the listing with a checkpoint's record replaced, or removed if None."""
         records = (
             record if checkpoint.key == expected.key else checkpoint.record
             for checkpoint in self.all
         )
         present = (each for each in records if each is not None)
-        return CheckpointListing.of(expected.run_id, present, self.kinds)
+        return CheckpointListing.from_records(expected.run_id, present, self.kinds)
 
 
 @dataclass(frozen=True, slots=True)
 class AccountListing:
-    """The checkpoints of all the user's runs, newest first, by run, kind and name.
+    """The checkpoints of all the user's runs, newest first.
 
     Attributes:
-        by_key: every one of them.
-        nameless: how many records told no run, so that there is no name for them.
+        by_key: every checkpoint by `Checkpoint.key`.
+        without_run_count: number of records that are left out because they name no run.
     """
 
     by_key: dict[tuple[str, str, str], Checkpoint]
     without_run_count: int = 0
 
     @classmethod
-    def of(cls, checkpoints: Iterable[Checkpoint], nameless: int = 0) -> "AccountListing":
-        """Sort checkpoints; of two that are the same the first counts."""
+    def from_checkpoints(
+        cls, checkpoints: Iterable[Checkpoint], without_run_count: int = 0
+    ) -> "AccountListing":
+        """Sort and index checkpoints; the first of several with the same key wins."""
         newest_first = sorted(checkpoints, key=lambda c: c.record.time_ns or 0, reverse=True)
         by_key: dict[tuple[str, str, str], Checkpoint] = {}
         for checkpoint in newest_first:
             by_key.setdefault(checkpoint.key, checkpoint)
-        return cls(by_key, nameless)
+        return cls(by_key, without_run_count)
 
     @classmethod
-    def of_records(cls, records: Iterable[models.Checkpoint]) -> "AccountListing":
-        """Find out of which run each record is: its tinker path tells."""
+    def from_records(cls, records: Iterable[models.Checkpoint]) -> "AccountListing":
+        """Sort and index API records; the run of each is taken from its tinker path."""
         checkpoints = list(checkpoints_of(records))
-        return cls.of((c for c in checkpoints if c is not None), checkpoints.count(None))
+        found = (c for c in checkpoints if c is not None)
+        return cls.from_checkpoints(found, checkpoints.count(None))
 
-    def without(self, left_out: Collection[Checkpoint]) -> "AccountListing":
-        """Return the listing without some of its checkpoints."""
-        if not left_out:
+    def without(self, excluded: Collection[Checkpoint]) -> "AccountListing":
+        """Return the listing without the given checkpoints, otherwise unchanged."""
+        if not excluded:
             return self
         by_key = self.by_key.copy()
-        for checkpoint in left_out:
+        for checkpoint in excluded:
             by_key.pop(checkpoint.key, None)
         return AccountListing(by_key, self.without_run_count)
 
     def with_record(
         self, expected: Checkpoint, record: models.Checkpoint | None
     ) -> "AccountListing":
-        """Return the listing with another record for a checkpoint, or after its deletion."""
-        by_key = self.by_key.copy()  # a record that was changed stands where it stood
+        """Return the listing with a checkpoint's record replaced, or removed if None."""
+        by_key = self.by_key.copy()  # a replaced record keeps its position
         if expected.key in by_key:
             if record is None:
                 del by_key[expected.key]
@@ -296,7 +301,7 @@ def _newest_ns(times_ns: Iterable[int | None]) -> int | None:
 
 
 def checkpoints_of(records: Iterable[models.Checkpoint]) -> "Iterator[Checkpoint | None]":
-    """Make checkpoints of the records of all runs; None of one that does not tell its run."""
+    """Yield the checkpoint of each record, or None if the record names no run."""
     for record in records:
         run_id = _run_id(record)
         yield None if run_id is None else Checkpoint.from_record(run_id, record)
@@ -312,22 +317,22 @@ def _run_id(record: models.Checkpoint) -> str | None:
 def reuse_known_record(
     record: models.Checkpoint, known: Callable[[str], CheckpointListing | None]
 ) -> models.Checkpoint:
-    """Return the record that a listing of the run has already, where it says the same.
+    """Return the equal record of a cached run listing, if any, to save memory.
 
     Args:
-        record: of a listing of all runs.
-        known: returns the listing of a run, if there is one.
+        record: a record of the account's listing.
+        known: returns the cached listing of a run.
     """
     listing = known(_run_id(record) or "")
-    return record if listing is None else _same(record, listing.get(*kind_and_name(record)))
+    return record if listing is None else _deduplicated(record, listing.get(*kind_and_name(record)))
 
 
-def _same(record: models.Checkpoint, known: Checkpoint | None) -> models.Checkpoint:
+def _deduplicated(record: models.Checkpoint, known: Checkpoint | None) -> models.Checkpoint:
     return known.record if known is not None and known.record == record else record
 
 
 def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:
-    """Return what the official service's id of this checkpoint would be made of."""
+    """Return the kind and name that the official service's id of a record would have."""
     if record.kind is not None:
         return record.kind, record.name
     path_kind = _path_kind(record)
@@ -338,8 +343,48 @@ def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:
 
 
 def _path_kind(record: models.Checkpoint) -> str:
-    """Return the second part of a record's tinker path, empty where it has none."""
+    """Return the second segment of a record's tinker path, or an empty string."""
     try:
         return TinkerPath.parse(record.tinker_path or "").kind
     except ValueError:
         return ""
+
+
+def with_listed_last(run: models.TrainingRun, listing: CheckpointListing) -> models.TrainingRun:
+    """Return a run with its last checkpoints replaced if a listing lacks them."""
+    lasts = [each for each in (run.last_checkpoint, run.last_sampler_checkpoint) if each]
+    is_listed = all(listing.get(*kind_and_name(each)) for each in lasts)
+    return run if is_listed else apply_to_run(run, listing)
+
+
+def apply_to_run(run: models.TrainingRun, listing: CheckpointListing) -> models.TrainingRun:
+    """Return a run with its last checkpoints updated from its current listing."""
+    lasts = {
+        "last_checkpoint": run.last_checkpoint,
+        "last_sampler_checkpoint": run.last_sampler_checkpoint,
+    }
+    current = {name: _newest(listing, last) for name, last in lasts.items() if last is not None}
+    fields = (
+        b'"%s":%s' % (name.encode(), b"null" if last is None else last.raw)
+        for name, last in current.items()
+    )
+    raw = raw_json.merge_objects(run.raw, b"{" + b",".join(fields) + b"}")
+    return replace(run, raw=raw, **current)
+
+
+def apply_to_runs(runs: RunListing, run_id: str, listing: CheckpointListing) -> RunListing:
+    """Return the runs with the last checkpoints of one updated from its listing."""
+    run = runs.by_id.get(run_id)
+    if run is None:
+        return runs
+    return RunListing.from_runs({**runs.by_id, run_id: apply_to_run(run, listing)}.values())
+
+
+def _newest(listing: CheckpointListing, last: models.Checkpoint) -> models.Checkpoint | None:
+    """Return the current record of a checkpoint, else the newest one of its kind."""
+    kind, name = kind_and_name(last)
+    current = listing.get(kind, name)
+    if current is not None:
+        return current.record
+    of_kind = [c.record for c in listing.all if c.kind == kind]
+    return max(of_kind, key=lambda record: record.time_ns or 0, default=None)

@@ -1,7 +1,7 @@
-"""Changes of checkpoints: publish, expire, remove, each beside the cached listings that it touches.
+"""Mutate checkpoints: publish, expire, remove, and restore from the trash.
 
-Each change runs on a thread of its own, so that it is not cancelled when its caller leaves;
-`changes` reports how it ended.
+Each mutation runs on its own thread, so that it completes even if its caller is interrupted.
+Afterwards the cached listings are updated, and the outcome is recorded for the file `changes`.
 """
 
 import math
@@ -16,9 +16,14 @@ from tinkerfs.api import models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.api.transport import Recheck
 from tinkerfs.cache.metadata import MetadataCache
-from tinkerfs.catalog.amending import apply_to_run, apply_to_runs
 from tinkerfs.catalog.catalog import Catalog
-from tinkerfs.catalog.listings import AccountListing, Checkpoint, CheckpointListing
+from tinkerfs.catalog.listings import (
+    AccountListing,
+    Checkpoint,
+    CheckpointListing,
+    apply_to_run,
+    apply_to_runs,
+)
 from tinkerfs.catalog.trash import Trash, TrashState
 from tinkerfs.catalog.warm_start import ListingSnapshots
 from tinkerfs.clock import Clock
@@ -28,28 +33,31 @@ from tinkerfs.telemetry import Telemetry, rfc3339
 
 L = TypeVar("L", CheckpointListing, AccountListing)
 
-#: Failures of a change after which the server may have another state than was listed before.
-_IN_DOUBT: tuple[type[errors.ApiError], ...] = (
+#: Errors of a mutation after which the cached listings may differ from the server's state.
+_UNCERTAIN_OUTCOME: tuple[type[errors.ApiError], ...] = (
     *errors.UNAVAILABLE_ERRORS,
     errors.NotFound,
     errors.Conflict,
     errors.ResourceNotReady,
 )
 
+#: Outcome of a mutation that needed no request.
+_UNCHANGED = "no change needed"
+
 
 class Mutations:
-    """Every change of the account. Thread-safe.
+    """Executes the mutations of one account. Thread-safe.
 
-    Failures are `ApiError`s, or the `OSError`s of a wait that ended early.
+    Failed requests raise `ApiError`; a cancelled or timed-out wait raises `OSError`.
 
     Args:
-        client: sends the changes.
-        cache: the catalogue's cached listings, which are amended after a change.
-        warm: the listings on disk, likewise.
-        telemetry: records what was asked for and how it ended.
-        clock: `now` for expiries.
-        catalogue: lists what exists.
-        trash: the records of what was removed.
+        client: sends the requests.
+        cache: the catalog's metadata cache, in which listings are updated after a mutation.
+        snapshots: the listings on disk, which are invalidated by a mutation.
+        telemetry: records each mutation and its outcome.
+        clock: wall-clock time for expiries.
+        catalog: lists the current checkpoints.
+        trash: records of removed checkpoints.
         trash_s: how long a removed checkpoint stays in the trash, seconds; None to delete it.
     """
 
@@ -57,68 +65,67 @@ class Mutations:
         self,
         client: Client,
         cache: MetadataCache,
-        warm: ListingSnapshots,
+        snapshots: ListingSnapshots,
         telemetry: Telemetry,
         clock: Clock,
-        catalogue: Catalog,
+        catalog: Catalog,
         trash: Trash,
         trash_s: float | None,
     ) -> None:
         self._client = client
         self._cache = cache
-        self._warm = warm
+        self._snapshots = snapshots
         self._telemetry = telemetry
         self._clock = clock
-        self._catalogue = catalogue
+        self._catalog = catalog
         self._trash = trash
         self._trash_s = trash_s
 
     def set_published(
-        self, expected: Checkpoint, wanted: bool, path: str, ctx: RequestContext
+        self, expected: Checkpoint, is_public: bool, path: str, ctx: RequestContext
     ) -> None:
-        """Publish or unpublish; nothing is asked for that is so already."""
+        """Publish or unpublish a checkpoint; no request if that is already its state."""
 
-        def is_made(now: Checkpoint | None) -> bool:
-            return now is not None and now.record.is_public == wanted
+        def is_done(current: Checkpoint | None) -> bool:
+            return current is not None and current.record.is_public == is_public
 
         def act(checkpoint: Checkpoint) -> str | None:
-            if checkpoint.record.is_public == wanted:
-                return "was so already"
-            request = self._client.publish if wanted else self._client.unpublish
-            request(checkpoint.ref, self._recheck(checkpoint, is_made))
-            raw = raw_json.with_fields(checkpoint.record.raw, public=wanted)
-            record = replace(checkpoint.record, is_public=wanted).with_raw(raw)
+            if checkpoint.record.is_public == is_public:
+                return _UNCHANGED
+            request = self._client.publish if is_public else self._client.unpublish
+            request(checkpoint.ref, self._recheck(checkpoint, is_done))
+            raw = raw_json.with_fields(checkpoint.record.raw, public=is_public)
+            record = replace(checkpoint.record, is_public=is_public).with_raw(raw)
             self._update_cached_listings(checkpoint, record)
             return None
 
-        self._run_mutation(expected, "publish" if wanted else "unpublish", act, path, ctx)
+        self._run_mutation(expected, "publish" if is_public else "unpublish", act, path, ctx)
 
     def set_ttl(
         self, expected: Checkpoint, ttl_s: int | None, path: str, ctx: RequestContext
     ) -> None:
-        """Let a checkpoint expire `ttl_s` seconds from now, or never."""
+        """Let a checkpoint expire `ttl_s` seconds from now, or never if None."""
 
         def act(checkpoint: Checkpoint) -> None:
-            removed = self._trash.record(checkpoint)
-            if removed is not None:  # it was restored elsewhere; its new expiry is not the trash's
-                self._trash.forget(removed)
-            # Which expiry the server made of the seconds is not known: it is set once more.
-            recheck = self._recheck(checkpoint, lambda _now: False)
+            former_removal = self._trash.record(checkpoint)
+            if former_removal is not None:  # restored by another client
+                self._trash.discard(former_removal)
+            # The expiry that results from the TTL is unknown, so a retry always sends it again.
+            recheck = self._recheck(checkpoint, lambda _current: False)
             self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
-            # The server rounds as it likes: ours serves only until the next look asks it.
-            self._update_cached_listings(
-                checkpoint, self._expiring_in(checkpoint, ttl_s), is_exact=False
-            )
+            # Servers round the expiry, so the next access revalidates the listings.
+            record = self._expiring_in(checkpoint, ttl_s)
+            self._update_cached_listings(checkpoint, record, is_authoritative=False)
 
-        what = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
-        self._run_mutation(expected, what, act, path, ctx)
+        action = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
+        self._run_mutation(expected, action, act, path, ctx)
 
     def remove(self, expected: Checkpoint, path: str, ctx: RequestContext) -> None:
-        """Delete a checkpoint for good, or with `--trash` let it expire and hide it until then.
+        """Delete a checkpoint, or with `--trash` let it expire and hide it until then.
 
         Raises:
-            ApiError: EndpointMissing if it cannot expire; it is not deleted then.
-            OSError: EIO if the record for the trash cannot be written; nothing is changed then.
+            ApiError: UnsupportedEndpoint if the server has no expiries; nothing was removed.
+            OSError: EIO if the trash record could not be written; nothing was removed.
         """
         if self._trash_s is None:
             self._run_mutation(expected, "delete", self._delete, path, ctx)
@@ -127,67 +134,67 @@ class Mutations:
             self._run_mutation(expected, "move to the trash", trash, path, ctx)
 
     def undelete(self, expected: Checkpoint, path: str, ctx: RequestContext) -> None:
-        """Restore a checkpoint from the trash, with the expiry that it had before."""
+        """Restore a checkpoint from the trash, with the expiry before its removal."""
         self._run_mutation(
             expected, "restore from the trash", self._restore, path, ctx, in_trash=True
         )
 
     def _delete(self, checkpoint: Checkpoint) -> None:
-        recheck = self._recheck(checkpoint, lambda now: now is None)
+        recheck = self._recheck(checkpoint, lambda current: current is None)
         try:
             self._client.delete(checkpoint.ref, recheck)
-        except _IN_DOUBT:
-            if not checkpoint.is_dated:  # what is saved next could have the same record
-                self._catalogue.forget(checkpoint)
+        except _UNCERTAIN_OUTCOME:
+            if not checkpoint.is_dated:  # a successor may have an identical record
+                self._catalog.invalidate(checkpoint)
             raise
-        self._catalogue.forget(checkpoint)
+        self._catalog.invalidate(checkpoint)
         self._update_cached_listings(checkpoint, None)
 
     def _move_to_trash(self, checkpoint: Checkpoint, ttl_s: int) -> str:
-        # The record comes first: `Trash` says why.
+        # The record is written before the request: see the docstring of the `trash` module.
         record = self._trash.plan(checkpoint, ttl_s)
         if record.state is TrashState.LISTED:
-            return "done; it expires sooner than in the trash, and that stays"
+            return "done; the earlier expiry stays"
         recheck = self._recheck(checkpoint, self._is_trashed)
         try:
             self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
         except errors.UNAVAILABLE_ERRORS:
-            raise  # it may be done
+            raise  # the request may have succeeded: the record must stay
         except errors.UnsupportedEndpoint as error:
-            self._trash.forget(record)
+            self._trash.discard(record)
             consequence = "--trash needs a server with expiries; nothing was removed"
-            raise error.explained(consequence) from error
+            raise error.with_consequence(consequence) from error
         except errors.ApiError:
-            self._trash.forget(record)
+            self._trash.discard(record)
             raise
         self._trash.mark_set(record)
-        if not checkpoint.is_dated:  # what is saved next could have the same record
-            self._catalogue.forget(checkpoint)
+        if not checkpoint.is_dated:  # a successor may have an identical record
+            self._catalog.invalidate(checkpoint)
         self._update_cached_listings(checkpoint, self._expiring_in(checkpoint, ttl_s))
         return f"done; expires in {ttl_s} s"
 
     def _restore(self, checkpoint: Checkpoint) -> str | None:
         record = self._trash.record(checkpoint)
         if record is None or not record.is_in_effect(checkpoint.record.expires_at_ns):
-            return "was so already"
+            return _UNCHANGED
         if checkpoint.record.expires_at_ns == record.former_expires_at_ns:
-            restored = checkpoint.record  # a nearer expiry stayed as it was
+            restored = checkpoint.record  # the removal left an earlier expiry in place
         else:
             ttl_s = record.former_ttl_s(self._clock.now())
             recheck = self._recheck(
-                checkpoint, lambda now: now is not None and not self._is_trashed(now)
+                checkpoint, lambda current: current is not None and not self._is_trashed(current)
             )
             self._client.set_ttl(checkpoint.ref, ttl_s, recheck)
             restored = self._expiring_in(checkpoint, ttl_s)
-        self._trash.forget(record)
-        self._update_cached_listings(checkpoint, restored, is_exact=False)
+        self._trash.discard(record)
+        self._update_cached_listings(checkpoint, restored, is_authoritative=False)
         return None
 
-    def _is_trashed(self, now: Checkpoint | None) -> bool:
-        return now is not None and self._trash.is_trashed(now)
+    def _is_trashed(self, current: Checkpoint | None) -> bool:
+        return current is not None and self._trash.is_trashed(current)
 
     def _expiring_in(self, checkpoint: Checkpoint, ttl_s: int | None) -> models.Checkpoint:
-        """Return a checkpoint's record with an expiry that has just been set."""
+        """Return a checkpoint's record with the expiry of a TTL that was just set."""
         expires_at_s = None if ttl_s is None else math.floor(self._clock.now()) + ttl_s
         raw = raw_json.with_fields(
             checkpoint.record.raw,
@@ -199,111 +206,124 @@ class Mutations:
     def _run_mutation(
         self,
         expected: Checkpoint,
-        what: str,
+        action: str,
         act: Callable[[Checkpoint], str | None],
         path: str,
         ctx: RequestContext,
         *,
         in_trash: bool = False,
     ) -> None:
-        """Ask the server afresh what is there, then act on it, under the eyes of `changes`."""
-        change = self._telemetry.begin_mutation(path, what, ctx.caller())
+        """List the checkpoint again, then call `act` with it on another thread.
+
+        Args:
+            expected: the checkpoint as the caller last saw it.
+            action: description of the mutation for `changes`.
+            act: sends the mutation; returns its outcome for `changes`, None for "done".
+            path: path of the checkpoint in the mount.
+            ctx: the context of the operation, by which this method waits for the thread.
+            in_trash: whether a checkpoint in the trash is acceptable.
+        """
+        mutation = self._telemetry.begin_mutation(path, action, ctx.caller())
 
         def work() -> None:
             try:
-                checkpoint = self._refetch(expected, in_trash=in_trash)
+                checkpoint = self._refetch_expected(expected, in_trash=in_trash)
                 try:
                     outcome = act(checkpoint)
-                except _IN_DOUBT:
+                except _UNCERTAIN_OUTCOME:
                     self._expire(expected.run_id)
                     raise
             except Exception as error:
-                self._telemetry.end_mutation(change, f"failed: {error}")
+                self._telemetry.end_mutation(mutation, f"failed: {error}")
                 raise
-            self._telemetry.end_mutation(change, outcome or "done")
+            self._telemetry.end_mutation(mutation, outcome or "done")
 
-        future = run_in_thread(work, f"{what} {path}")
+        future = run_in_thread(work, f"{action} {path}")
         try:
             ctx.wait_for(future)
         except OSError as error:
             if not future.done():
-                change.abandoned_with = errors.errno_name(error)
+                mutation.abandoned_with = errors.errno_name(error)
             raise
 
-    def _refetch(self, expected: Checkpoint, *, in_trash: bool) -> Checkpoint:
-        """Return a checkpoint as the server tells of it now."""
-        now = self._listed(expected)
-        if now is None:
-            raise errors.NotFound("the checkpoint is gone by now")
-        if not now.may_be(expected):
-            raise errors.Conflict("the checkpoint was saved again since it was looked at")
-        if not in_trash and self._trash.is_trashed(now):
-            raise errors.NotFound("the checkpoint is in the trash by now")
-        return now
+    def _refetch_expected(self, expected: Checkpoint, *, in_trash: bool) -> Checkpoint:
+        """Return the current checkpoint if it is still the expected version."""
+        current = self._fetch(expected)
+        if current is None:
+            raise errors.NotFound("the checkpoint no longer exists")
+        if not current.may_be(expected):
+            raise errors.Conflict("the checkpoint was saved again in the meantime")
+        if not in_trash and self._trash.is_trashed(current):
+            raise errors.NotFound("the checkpoint is already in the trash")
+        return current
 
-    def _listed(self, expected: Checkpoint) -> Checkpoint | None:
-        return self._catalogue.checkpoints_afresh(expected.run_id).get(expected.kind, expected.name)
+    def _fetch(self, expected: Checkpoint) -> Checkpoint | None:
+        return self._catalog.fetch_checkpoints(expected.run_id).get(expected.kind, expected.name)
 
-    def _recheck(self, sent: Checkpoint, is_made: Callable[[Checkpoint | None], bool]) -> Recheck:
-        """Return what decides whether a change of `sent` may be sent again.
+    def _recheck(self, sent: Checkpoint, is_done: Callable[[Checkpoint | None], bool]) -> Recheck:
+        """Return a function that decides whether a mutation of `sent` may be retried.
 
-        An earlier try may have been done although its response was a failure or was lost, and
-        another checkpoint may have been saved under the name since.
+        The first attempt may have succeeded although its response was an error or was lost. Another
+        checkpoint may have been saved under the name since then.
 
         Args:
-            sent: the checkpoint that the change is about, as last listed.
-            is_made: whether the change is made, from the checkpoint as listed now; None where
-                it is gone.
+            sent: the checkpoint that the mutation applies to, as last listed.
+            is_done: returns whether the mutation has taken effect, given the current checkpoint or
+                None if it is gone.
         """
 
-        def recheck(failure: errors.ApiError, may_be_done: bool) -> bool:
+        def recheck(failure: errors.ApiError, may_have_succeeded: bool) -> bool:
             try:
-                now = self._listed(sent)
+                current = self._fetch(sent)
             except errors.ApiError as error:
-                raise failure from error  # what there is now cannot be known
-            if now is not None and not now.may_be(sent):
+                raise failure from error  # the current state is unknown
+            if current is not None and not current.may_be(sent):
                 raise errors.Conflict(
-                    "the checkpoint was saved again under its name while this change was under "
-                    f"way; the new one was left alone (the first try: {failure})"
+                    "the checkpoint was saved again under its name during this change; "
+                    f"the new one was left alone (first attempt: {failure})"
                 )
-            if is_made(now) and (may_be_done or now is not None):
+            if is_done(current) and (may_have_succeeded or current is not None):
                 return True
-            if now is None:
-                raise errors.NotFound("the checkpoint is gone by now")
-            if may_be_done and not now.is_dated:
-                raise failure  # one that was saved since would look the same
+            if current is None:
+                raise errors.NotFound("the checkpoint no longer exists")
+            if may_have_succeeded and not current.is_dated:
+                raise failure  # a successor would have an identical record
             return False
 
         return recheck
 
     def _expire(self, run_id: str) -> None:
-        """Have listings asked for again: a change that failed may have been made all the same."""
-        self._warm.invalidate_run(run_id)
+        """Expire a run's listings after a failed mutation that may have taken effect."""
+        self._snapshots.invalidate_run(run_id)
         for key in (("checkpoints", run_id), ("user",)):
             self._cache.expire(key)
 
     def _update_cached_listings(
-        self, checkpoint: Checkpoint, record: models.Checkpoint | None, *, is_exact: bool = True
+        self,
+        checkpoint: Checkpoint,
+        record: models.Checkpoint | None,
+        *,
+        is_authoritative: bool = True,
     ) -> None:
-        """Make every listing agree with a change that the server has made.
+        """Apply a mutation that the server has executed to every cached listing.
 
         Args:
-            checkpoint: what was changed.
-            record: as it is now; None where it was deleted.
-            is_exact: the server would tell the same; else it is asked at the next look.
+            checkpoint: the checkpoint before the mutation.
+            record: its record after the mutation; None if it was deleted.
+            is_authoritative: whether the server would return the same record. If not, the next
+                access revalidates the listings.
         """
 
-        def change(listing: L) -> L:
+        def update(listing: L) -> L:
             return listing.with_record(checkpoint, record)
 
         run_id = checkpoint.run_id
-        self._warm.invalidate_run(run_id)
+        self._snapshots.invalidate_run(run_id)
         for key in (("checkpoints", run_id), ("user",)):
-            self._cache.update(key, change, is_authoritative=is_exact)
-        listing = self._catalogue.known_listing(run_id)
+            self._cache.update(key, update, is_authoritative=is_authoritative)
+        listing = self._catalog.cached_checkpoints_with_trash(run_id)
         if listing is None:
             return
-
         self._cache.update(
             ("run", run_id), lambda run: apply_to_run(run, listing), is_authoritative=True
         )

@@ -1,4 +1,4 @@
-"""How long what the server told serves: the one place that says so."""
+"""Cache policies: how long each kind of API response stays fresh."""
 
 from dataclasses import dataclass
 
@@ -6,19 +6,19 @@ from tinkerfs import errors
 from tinkerfs.api.capabilities import UNSUPPORTED_TTL_S
 from tinkerfs.cache.metadata import CachePolicy
 
-#: Absence is remembered this long at most, seconds; never longer than the TTL.
+#: Maximum TTL of negative entries, seconds; a shorter listing TTL applies to them too.
 NEGATIVE_TTL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class CachePolicies:
-    """The policies of one mount.
+    """The cache policies of one mount.
 
     Attributes:
-        listing: listings, and records that change.
-        by_name: what is asked for by name: 400 and 422 also say that there is none.
-        immutable: what never changes; a refusal serves for `REFUSED_TTL_S`.
-        undated: the same of a checkpoint without a time, which may be another one by now.
+        listing: for listings and mutable records.
+        by_name: for single records, where a status of 400 or 422 also means absence.
+        immutable: for values that never change; errors are cached for `UNSUPPORTED_TTL_S`.
+        undated: for such values of a checkpoint without a time, which may have been replaced.
     """
 
     listing: CachePolicy
@@ -28,16 +28,15 @@ class CachePolicies:
 
     @classmethod
     def from_settings(cls, ttl_s: float, stale_s: float) -> "CachePolicies":
-        """Make the policies of a mount's `--ttl` and `--stale`, seconds."""
+        """Return the policies for the values of `--ttl` and `--stale`, in seconds."""
         negative_ttl_s = min(NEGATIVE_TTL_S, ttl_s)
         absence = (errors.NotFound, errors.UnsupportedEndpoint)
-        refusal = (*absence, errors.BadRequest)
+        absence_by_name = (*absence, errors.BadRequest)
+        rejection = (*absence_by_name, errors.ClientError)
         forever = float("inf")
         return cls(
             listing=CachePolicy(ttl_s, stale_s, negative_ttl_s, absence),
-            by_name=CachePolicy(ttl_s, stale_s, negative_ttl_s, refusal),
-            immutable=CachePolicy(
-                forever, forever, UNSUPPORTED_TTL_S, (*refusal, errors.ClientError)
-            ),
-            undated=CachePolicy(ttl_s, stale_s, UNSUPPORTED_TTL_S, (*refusal, errors.ClientError)),
+            by_name=CachePolicy(ttl_s, stale_s, negative_ttl_s, absence_by_name),
+            immutable=CachePolicy(forever, forever, UNSUPPORTED_TTL_S, rejection),
+            undated=CachePolicy(ttl_s, stale_s, UNSUPPORTED_TTL_S, rejection),
         )

@@ -1,4 +1,4 @@
-"""Sessions and samplers of the account: read-through, as `runs` is."""
+"""Read-through cache of the account's sessions and samplers."""
 
 from functools import partial
 
@@ -11,65 +11,67 @@ from tinkerfs.context import Priority, RequestContext
 
 
 class Sessions:
-    """The sessions behind one key at one server. Thread-safe; waits only through a `Call`."""
+    """The sessions and samplers of one account on one server.
 
-    def __init__(self, client: Client, cache: MetadataCache, freshness: CachePolicies) -> None:
+    Thread-safe. Methods wait only through their `RequestContext`.
+    """
+
+    def __init__(self, client: Client, cache: MetadataCache, policies: CachePolicies) -> None:
         self._client = client
         self._cache = cache
-        self._freshness = freshness
+        self._policies = policies
 
     def list_ids(self, ctx: RequestContext) -> dict[str, models.SessionSummary]:
-        """Return the user's sessions by id; a call for each page, none for each session.
+        """Return the user's sessions by id; one request per page if they are not fresh.
 
-        With names and times where the server has a search, else bare ids.
+        The summaries have names and times if the server supports searches, otherwise only ids.
         """
-        return self._cache.get(("sessions",), self._load_listed, self._freshness.listing, ctx)
+        return self._cache.get(("sessions",), self._load_sessions, self._policies.listing, ctx)
 
-    def changed_ns(self) -> int | None:
-        """Return when the sessions were seen to change, nanoseconds since 1970; None if never."""
+    def last_changed_ns(self) -> int | None:
+        """Return when the listing last changed, in Unix nanoseconds; None for never."""
         changed_at = self._cache.last_changed(("sessions",))
         return None if changed_at is None else int(changed_at * 1e9)
 
     def cached(self) -> dict[str, models.SessionSummary]:
-        """Return the sessions as last listed, without a call."""
+        """Return the cached sessions, fresh or stale, without a request."""
         return self._cache.peek(("sessions",)) or {}
 
     def find(self, session_id: str, ctx: RequestContext) -> models.SessionSummary:
-        """Return one session: of the listing where there is one, else asked for by itself.
+        """Return one session, from the cached listing or by its own request.
 
         Raises:
-            ApiError: NotFound, BadRequest or EndpointMissing where there is no such session.
+            ApiError: NotFound, BadRequest or UnsupportedEndpoint if the session does not exist.
         """
         if self.cached() and session_id in self.list_ids(ctx):
             return self.list_ids(ctx)[session_id]
         self.record(session_id, ctx)
-        return _bare(session_id)
+        return _summary_from_id(session_id)
 
     def record(self, session_id: str, ctx: RequestContext) -> models.Session:
-        """Return one session's record; one call when not fresh."""
+        """Return a session's record; one request if it is not fresh."""
         load = partial(self._load_session, session_id)
-        return self._cache.get(("session", session_id), load, self._freshness.by_name, ctx)
+        return self._cache.get(("session", session_id), load, self._policies.by_name, ctx)
 
     def sampler(self, sampler_id: str, ctx: RequestContext) -> models.Sampler:
-        """Return one sampler's record; one call when not fresh."""
+        """Return a sampler's record; one request if it is not fresh."""
         load = partial(self._load_sampler, sampler_id)
-        return self._cache.get(("sampler", sampler_id), load, self._freshness.by_name, ctx)
+        return self._cache.get(("sampler", sampler_id), load, self._policies.by_name, ctx)
 
-    def known_samplers(self) -> list[str]:
-        """Return the samplers of the sessions that were looked into, without a call.
+    def cached_sampler_ids(self) -> list[str]:
+        """Return the samplers of all cached session records, without a request.
 
-        The API lists samplers nowhere else.
+        The API lists samplers only in session records.
         """
         records = (self._cache.peek(("session", session_id)) for session_id in self.cached())
         return [sampler_id for record in records if record for sampler_id in record.sampler_ids]
 
-    def _load_listed(self, priority: Priority) -> dict[str, models.SessionSummary]:
+    def _load_sessions(self, priority: Priority) -> dict[str, models.SessionSummary]:
         client = self._client.with_priority(priority)
         try:
             found = client.all_found_sessions()
         except (errors.UnsupportedEndpoint, errors.BadRequest):
-            ids = client.all_sessions()
-            found = tuple(map(_bare, ids))
+            found = tuple(map(_summary_from_id, client.all_sessions()))
         return {session.session_id: session for session in found}
 
     def _load_session(self, session_id: str, priority: Priority) -> models.Session:
@@ -79,7 +81,7 @@ class Sessions:
         return self._client.with_priority(priority).sampler(sampler_id)
 
 
-def _bare(session_id: str) -> models.SessionSummary:
-    """Return what is known of a session that no search told of."""
+def _summary_from_id(session_id: str) -> models.SessionSummary:
+    """Return the summary of a session of which only the id is known."""
     raw = raw_json.with_fields(b"{}", session_id=session_id)
     return models.SessionSummary(session_id=session_id, raw=raw)

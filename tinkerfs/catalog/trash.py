@@ -1,19 +1,20 @@
-"""Trash: which checkpoints were removed with `--trash`, and what brings them back.
+"""Persistent records of the checkpoints that were removed with `--trash`.
 
-The server knows no trash: a removal only sets an expiry. So a record in the store says which
+Servers have no trash: a removal only sets an expiry. A record in the store therefore states which
 version of a checkpoint was removed, and which expiry it had before. The record alone hides nothing.
 A checkpoint is in the trash if its record exists and the server lists the expiry that the removal
-set, or an earlier one. An expiry that was cleared or put off elsewhere ends it.
+set, or an earlier one. A checkpoint leaves the trash if another client clears or postpones its
+expiry.
 
-Therefore a crash loses nothing, whatever the process was doing. The record is written before the
-request. If the request never arrived, the listed expiry is still the former one, and the checkpoint
-is shown. If it did, the next listing shows the new expiry, and the checkpoint is in the trash.
-Restoring sends the request first and deletes the record second, for the same reason.
+A crash at any time is therefore harmless. The record is written before the request. If the request
+never arrived, the listed expiry is still the former one, and the checkpoint is visible. If it
+arrived, the next listing shows the new expiry, and the checkpoint is in the trash. For the same
+reason, a restoration deletes the record after the request.
 
-Records are stored by server. Each has a digest of the key that removed the checkpoint, never the
-key. Under another key a record counts only for a run that the account owns: keys are rotated.
+Records are stored per server. Each contains a digest of the API key that removed the checkpoint,
+never the key. As keys are rotated, a record of another key counts for runs that the account owns.
 
-Other processes on the host write to the same store; a thread looks for their changes. Thread-safe.
+Other processes on the host write to the same store; a thread polls for their changes.
 """
 
 import hashlib
@@ -39,17 +40,16 @@ from tinkerfs.config import TTL_RANGE_S
 
 log = logging.getLogger(__name__)
 
-#: How often the store is checked for changes by other processes, seconds.
+#: Interval at which the store is polled for changes by other processes, seconds.
 WATCH_INTERVAL_S = 0.5
-#: An expiry up to this much later than that of the trash counts as nearer and stays, seconds.
-NEARER_S = 60
-#: How much later than recorded an expiry may be listed: servers round to seconds.
+#: Maximum lead of a listed expiry over the recorded one, because servers round to seconds.
 _ROUNDING_NS = 2_000_000_000
-#: How far the clocks of host and server may differ for a request whose response was lost.
+#: Maximum difference of the clocks of host and server. A removal leaves an expiry in place that is
+#: at most this much later than its own: the server could compute the same one.
 _MAX_SKEW_NS = 600_000_000_000
-#: A record is not dropped before this time, seconds: the request may still be on its way.
+#: Minimum age of a record before it is discarded, seconds: its request may still be in flight.
 SETTLED_S = 600
-#: A record of what the server no longer lists is dropped this long after the expiry, seconds.
+#: A record of a checkpoint that is not listed is discarded this long after the expiry, seconds.
 _GONE_S = 86_400
 
 _NS = 1_000_000_000
@@ -58,29 +58,24 @@ L = TypeVar("L", CheckpointListing, AccountListing)
 
 
 class TrashState(Enum):
-    """How far a removal came."""
+    """Progress of a removal."""
 
-    #: The request is about to be sent, or was sent and its response was lost.
+    #: The request is about to be sent, or its response was lost.
     PLANNED = "planned"
     #: The server confirmed the expiry; `expires_at_ns` is by the clock of this host.
     SET = "set"
-    #: A listing has shown the expiry; `expires_at_ns` is what it said.
+    #: A listing has shown the expiry; `expires_at_ns` is the listed one.
     LISTED = "listed"
 
 
 class TrashRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One removal of one version of a checkpoint.
+    """Removal of one version of a checkpoint.
 
     Attributes:
-        run_id: its training run.
-        kind: as `Checkpoint.kind`.
-        name: as `Checkpoint.name`.
-        version: as `Checkpoint.version`.
-        account: digest of server and key.
-        state: how far the removal came.
+        account: digest of server and API key.
         removed_at_s: seconds since 1970.
-        expires_at_ns: when the server deletes it, nanoseconds since 1970.
-        former_expires_at_ns: its expiry before the removal; None for never.
+        expires_at_ns: expiry that the removal set, nanoseconds since 1970.
+        former_expires_at_ns: expiry before the removal; None for never.
     """
 
     run_id: str
@@ -95,14 +90,14 @@ class TrashRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Kind, name and version."""
+        """Kind, name and version: unique within a run."""
         return (self.kind, self.name, self.version)
 
     def is_in_effect(self, expires_at_ns: int | None) -> bool:
-        """Return whether a checkpoint with this expiry is in the trash.
+        """Return whether the checkpoint is in the trash, given its listed expiry.
 
         Args:
-            expires_at_ns: as listed, nanoseconds since 1970; None for never.
+            expires_at_ns: nanoseconds since 1970; None for never.
         """
         if expires_at_ns is None:
             return False
@@ -117,34 +112,36 @@ class TrashRecord(msgspec.Struct, frozen=True, kw_only=True):
     def former_ttl_s(self, now_s: float) -> int | None:
         """Return the TTL in seconds that restores the former expiry; None for never.
 
-        The API takes no TTL below an hour: what would expire sooner gets an hour.
+        The API accepts no TTL below an hour, so an earlier expiry becomes an hour.
         """
         if self.former_expires_at_ns is None:
             return None
-        shortest_s, longest_s = TTL_RANGE_S
-        left_s = math.ceil(self.former_expires_at_ns / _NS - now_s)
-        return min(max(left_s, shortest_s), longest_s)
+        min_s, max_s = TTL_RANGE_S
+        remaining_s = math.ceil(self.former_expires_at_ns / _NS - now_s)
+        return min(max(remaining_s, min_s), max_s)
 
 
-class _Visible(msgspec.Struct, frozen=True):
-    """A listing without what was in the trash, and at which epoch."""
+class _VisibleListing(msgspec.Struct, frozen=True):
+    """Cached result of filtering a listing at a generation of the trash."""
 
     listing: CheckpointListing | AccountListing
-    epoch: int
+    generation: int
     visible: CheckpointListing | AccountListing
 
 
 class Trash:
-    """The records of one server in the store. Use as a context manager.
+    """Trash records of one server, and filters for its listings. Thread-safe.
+
+    Use as a context manager, which polls the store for changes by other processes.
 
     Args:
-        store: has the records.
-        base_url: of the server.
-        key_digest: returns a digest of the key in use, None before it is known.
-        clock: `now` for ages.
+        store: stores the records.
+        base_url: the server, which separates the records.
+        key_digest: returns a digest of the current API key; None before it is known.
+        clock: wall-clock time for the ages of records.
 
     Attributes:
-        epoch: changes whenever a record does.
+        generation: a number that changes whenever a record does.
     """
 
     def __init__(
@@ -156,16 +153,16 @@ class Trash:
     ) -> None:
         self._store = store
         self._base_url = base_url
-        self._space = f"trash {base_url}"
+        self._namespace = f"trash {base_url}"
         self._key_digest = key_digest
         self._clock = clock
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        # Changed under _lock, and replaced as a whole; read without it.
-        self.epoch = 0
+        # Replaced as a whole under _lock; read without it.
+        self.generation = 0
         self._changed_at: dict[str, float] = {}
         self._changed_elsewhere: set[str] = set()
-        self._visible: dict[str | None, _Visible] = {}
+        self._visible: dict[str | None, _VisibleListing] = {}
         self._stored_version: int | None = None
         self._by_run: Mapping[str, Mapping[tuple[str, str, str], TrashRecord]] = {}
         # Single operations on a set are atomic.
@@ -173,9 +170,9 @@ class Trash:
         self._own_runs: set[str] = set()
 
     def __enter__(self) -> Self:
-        """Read the records, and begin to look for changes by other processes."""
+        """Read the records, and start to poll for changes by other processes."""
         self.refresh()
-        with self._lock:  # nothing was listed before
+        with self._lock:  # the first reading is not a change
             self._changed_elsewhere, self._changed_at = set(), {}
         run_in_thread(self._watch, "watch the trash")
         return self
@@ -186,31 +183,34 @@ class Trash:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the thread."""
+        """Stop polling for changes by other processes."""
         self._closing.set()
 
-    # What is in it.
+    # Queries.
 
     def changed_at_ns(self, run_id: str | None = None) -> int | None:
-        """Return when records were seen to come or go, nanoseconds since 1970; None for never.
+        """Return when records were last added or removed, or None for never.
 
         Args:
-            run_id: those of one run; None for those of any.
+            run_id: the run to consider; None for all runs.
+
+        Returns:
+            Nanoseconds since 1970.
         """
         times = self._changed_at
         changed_at = max(times.values(), default=None) if run_id is None else times.get(run_id)
         return None if changed_at is None else int(changed_at * _NS)
 
     def run_ids(self) -> list[str]:
-        """Return the runs of this account that have a record, sorted."""
+        """Return the runs with records of this account, sorted."""
         return sorted(run_id for run_id in self._by_run if any(self._of_run(run_id)))
 
     def unknown_run_ids(self) -> set[str]:
-        """Return the runs with records under other keys only, which may be another account's."""
+        """Return the runs with records of other keys only; their owner is unknown."""
         return {run_id for run_id in self._by_run if not any(self._of_run(run_id))}
 
     def add_own_runs(self, run_ids: Iterable[str]) -> None:
-        """Record that the account owns runs, whichever key removed their checkpoints."""
+        """Record runs of the account; trash records of other keys then count for them."""
         unknown = self.unknown_run_ids() if self._by_run else set()
         if unknown and (own := unknown.intersection(run_ids)):
             with self._lock:
@@ -219,64 +219,64 @@ class Trash:
 
     @property
     def has_any(self) -> bool:
-        """Whether there is a record, of this account or not."""
+        """Whether any record exists, of this account or another."""
         return bool(self._by_run)
 
     def has_run(self, run_id: str) -> bool:
-        """Return whether a run has a record, of this account or not."""
+        """Return whether a run has a record, of this account or another."""
         return run_id in self._by_run
 
     def record(self, checkpoint: Checkpoint) -> TrashRecord | None:
-        """Return the record of this version of a checkpoint, None for no such."""
+        """Return the record of this version of a checkpoint, or None."""
         key = (checkpoint.kind, checkpoint.name, checkpoint.version)
         found = self._by_run.get(checkpoint.run_id, {}).get(key)
         return found if found is not None and self._is_ours(found) else None
 
     def is_trashed(self, checkpoint: Checkpoint) -> bool:
-        """Return whether a checkpoint, as the server lists it, is in the trash."""
+        """Return whether a checkpoint with its listed expiry is in the trash."""
         if checkpoint.run_id not in self._by_run:
             return False
         record = self.record(checkpoint)
         return record is not None and record.is_in_effect(checkpoint.record.expires_at_ns)
 
     def of_run(self, run_id: str, listing: CheckpointListing) -> Collection[Checkpoint]:
-        """Return what of a run's listing is in the trash, in no particular order."""
-        named = {(record.kind, record.name) for record in self._of_run(run_id)}
-        found = (listing.get(*each) for each in named)
+        """Return the checkpoints of a run's listing in the trash, in no particular order."""
+        names = {(record.kind, record.name) for record in self._of_run(run_id)}
+        found = (listing.get(*each) for each in names)
         return [c for c in found if c is not None and self.is_trashed(c)]
 
-    # What is left: each listing is filtered here, once for each change of either.
+    # Filters. A filtered listing is cached until the listing or the trash changes.
 
     def visible(self, run_id: str, listing: CheckpointListing) -> CheckpointListing:
-        """Return a run's listing without what is in the trash."""
+        """Return a run's listing without the checkpoints in the trash."""
         if run_id not in self._by_run:
             return listing
         return self._filtered(run_id, listing, lambda: self.of_run(run_id, listing))
 
-    def visible_of_user(self, listing: AccountListing) -> AccountListing:
-        """Return the listing of all runs without what is in the trash."""
+    def visible_in_account(self, listing: AccountListing) -> AccountListing:
+        """Return the account's listing without the checkpoints in the trash."""
         if not self._by_run:
             return listing
-        return self._filtered(None, listing, lambda: self._of_user(listing))
+        return self._filtered(None, listing, lambda: self._in_account(listing))
 
-    def _of_user(self, listing: AccountListing) -> Collection[Checkpoint]:
-        named = {
+    def _in_account(self, listing: AccountListing) -> Collection[Checkpoint]:
+        keys = {
             (record.run_id, record.kind, record.name)
             for run_id in self._by_run
             for record in self._of_run(run_id)
         }
-        found = (listing.by_key.get(each) for each in named)
+        found = (listing.by_key.get(each) for each in keys)
         return [c for c in found if c is not None and self.is_trashed(c)]
 
     def _filtered(
-        self, name: str | None, listing: L, find: Callable[[], Collection[Checkpoint]]
+        self, run_id: str | None, listing: L, find: Callable[[], Collection[Checkpoint]]
     ) -> L:
-        # Two threads that filter one listing at once make the same of it.
-        epoch, before = self.epoch, self._visible.get(name)
-        if before is not None and before.listing is listing and before.epoch == epoch:
-            return before.visible  # type: ignore[return-value]
+        # Threads that filter the same listing concurrently get equal results.
+        generation, cached = self.generation, self._visible.get(run_id)
+        if cached is not None and cached.listing is listing and cached.generation == generation:
+            return cached.visible  # type: ignore[return-value]
         visible = listing.without(find())
-        self._visible[name] = _Visible(listing, epoch, visible)
+        self._visible[run_id] = _VisibleListing(listing, generation, visible)
         return visible
 
     def _of_run(self, run_id: str) -> Iterable[TrashRecord]:
@@ -286,7 +286,7 @@ class Trash:
     def _is_ours(self, record: TrashRecord) -> bool:
         if record.account in self._accounts or record.run_id in self._own_runs:
             return True
-        # One mount is of one account, whatever keys it has had.
+        # All keys that a mount has used belong to one account.
         self._accounts.add(self._account())
         return record.account in self._accounts
 
@@ -294,31 +294,33 @@ class Trash:
         digest = self._key_digest() or ""
         return hashlib.sha256(f"{self._base_url}\n{digest}".encode()).hexdigest()
 
-    # Changes.
+    # Changes of records.
 
     def plan(self, checkpoint: Checkpoint, ttl_s: float) -> TrashRecord:
-        """Write the record of a removal that is about to be made.
+        """Write the record of a removal before its request is sent.
+
+        If the checkpoint expires earlier than that, its expiry stays. The state of the record is
+        then LISTED, and the removal needs no request.
 
         Args:
-            checkpoint: as the server lists it now.
-            ttl_s: how long it stays in the trash. A nearer expiry stays as it is: then the record
-                is LISTED, and the removal is made.
+            checkpoint: the checkpoint as the server lists it now.
+            ttl_s: how long it stays in the trash.
 
         Raises:
-            OSError: EIO if the record is not on disk.
+            OSError: EIO if the record could not be written to disk.
         """
         former_ns, now_s = checkpoint.record.expires_at_ns, self._clock.now()
-        wanted_ns = math.floor(now_s + ttl_s) * _NS
-        stays = former_ns is not None and former_ns <= wanted_ns + NEARER_S * _NS
+        trash_ns = math.floor(now_s + ttl_s) * _NS
+        expiry_stays = former_ns is not None and former_ns <= trash_ns + _MAX_SKEW_NS
         record = TrashRecord(
             run_id=checkpoint.run_id,
             kind=checkpoint.kind,
             name=checkpoint.name,
             version=checkpoint.version,
             account=self._account(),
-            state=TrashState.LISTED if stays else TrashState.PLANNED,
+            state=TrashState.LISTED if expiry_stays else TrashState.PLANNED,
             removed_at_s=now_s,
-            expires_at_ns=former_ns if stays and former_ns is not None else wanted_ns,
+            expires_at_ns=former_ns if expiry_stays and former_ns is not None else trash_ns,
             former_expires_at_ns=former_ns,
         )
         self._write(record)
@@ -327,40 +329,35 @@ class Trash:
     def mark_set(self, record: TrashRecord) -> None:
         """Record that the server confirmed the expiry of a planned removal.
 
-        A failure to write it is not raised: the next listing shows the expiry all the same.
+        A write error is only logged, because the next listing shows the expiry anyway.
         """
         self.refresh()
         if self._find(record) == record:
             self._try(lambda: self._write(replace(record, state=TrashState.SET)))
 
-    def forget(self, record: TrashRecord) -> None:
-        """Delete a record, which does not hide its checkpoint any more.
+    def discard(self, record: TrashRecord) -> None:
+        """Delete a record, so that its checkpoint leaves the trash.
 
-        A failure to delete it is not raised, because the listed expiry shows the same.
+        A write error is only logged, because the listed expiry has the same effect.
         """
         with self._lock:
-            self._try(lambda: self._store.delete_durable(self._space, _name(record)))
-            self._put(record, None)
+            self._try(lambda: self._store.delete_durable(self._namespace, _name(record)))
+            self._replace(record, None)
 
     def reconcile(self, run_id: str, listing: CheckpointListing) -> None:
-        """Bring the records of a run up to date with what the server lists now.
-
-        Args:
-            run_id: the run.
-            listing: its checkpoints, with what is in the trash.
-        """
+        """Update the records of a run from a new listing that includes the trash."""
         self.refresh()
         now_s = self._clock.now()
         for record in list(self._of_run(run_id)):
             checkpoint = listing.get(record.kind, record.name)
             if checkpoint is None or checkpoint.version != record.version:
                 if now_s > record.expires_at_ns / _NS + _GONE_S:
-                    self.forget(record)
+                    self.discard(record)
                 continue
             expires_at_ns = checkpoint.record.expires_at_ns
             if not record.is_in_effect(expires_at_ns):
                 if now_s - record.removed_at_s > SETTLED_S:
-                    self.forget(record)
+                    self.discard(record)
             elif record.state is not TrashState.LISTED and expires_at_ns is not None:
                 listed = replace(record, state=TrashState.LISTED, expires_at_ns=expires_at_ns)
                 self._try(partial(self._write, listed))
@@ -373,7 +370,7 @@ class Trash:
                 return
             self._stored_version = version
             by_run: dict[str, dict[tuple[str, str, str], TrashRecord]] = defaultdict(dict)
-            for value in self._store.durable(self._space).values():
+            for value in self._store.durable(self._namespace).values():
                 record = _parsed(value)
                 if record is not None:
                     by_run[record.run_id][record.key] = record
@@ -384,9 +381,9 @@ class Trash:
                 self._on_change()
 
     def take_changed_runs(self) -> set[str]:
-        """Return the runs whose checkpoints other processes have moved since the last call.
+        """Return, once, the runs with records that other processes have changed.
 
-        What was listed before that may have their former expiry.
+        Older listings of these runs may contain former expiries.
         """
         if not self._changed_elsewhere:
             return set()
@@ -397,15 +394,15 @@ class Trash:
     def _compare(
         self,
         run_id: str,
-        before: Mapping[tuple[str, str, str], TrashRecord],
-        now: Mapping[tuple[str, str, str], TrashRecord],
+        previous: Mapping[tuple[str, str, str], TrashRecord],
+        current: Mapping[tuple[str, str, str], TrashRecord],
     ) -> None:
-        """Record what changed between two readings of a run; the caller holds the lock."""
-        if before.keys() != now.keys():
+        """Record changes of a run between two readings; the caller holds the lock."""
+        if previous.keys() != current.keys():
             self._changed_at[run_id] = self._clock.now()
         elif not any(
-            each.state is TrashState.PLANNED and now[key].state is not TrashState.PLANNED
-            for key, each in before.items()
+            record.state is TrashState.PLANNED and current[key].state is not TrashState.PLANNED
+            for key, record in previous.items()
         ):
             return
         self._changed_elsewhere.add(run_id)
@@ -415,7 +412,7 @@ class Trash:
             self.refresh()
 
     def _try(self, change: Callable[[], None]) -> None:
-        """Change the store where the change only repeats what the server says."""
+        """Change the store and log errors, for changes that a listing can replace."""
         try:
             change()
         except OSError as error:
@@ -427,24 +424,24 @@ class Trash:
     def _write(self, record: TrashRecord) -> None:
         value = json.dumps(msgspec.to_builtins(record)).encode()
         with self._lock:
-            self._store.put_durable(self._space, _name(record), value)
-            self._put(record, record)
+            self._store.put_durable(self._namespace, _name(record), value)
+            self._replace(record, record)
 
-    def _put(self, record: TrashRecord, now: TrashRecord | None) -> None:
-        """Replace a record in memory; the caller holds the lock."""
-        before = self._by_run.get(record.run_id, {})
-        of_run = {key: each for key, each in before.items() if key != record.key}
-        if now is not None:
-            of_run[record.key] = now
-        if of_run.keys() != before.keys():
+    def _replace(self, record: TrashRecord, current: TrashRecord | None) -> None:
+        """Replace or remove a record in memory; the caller holds the lock."""
+        previous = self._by_run.get(record.run_id, {})
+        of_run = {key: each for key, each in previous.items() if key != record.key}
+        if current is not None:
+            of_run[record.key] = current
+        if of_run.keys() != previous.keys():
             self._changed_at[record.run_id] = self._clock.now()
         by_run = {**self._by_run, record.run_id: of_run}
         self._by_run = {run_id: records for run_id, records in by_run.items() if records}
         self._on_change()
 
     def _on_change(self) -> None:
-        """Invalidate what was filtered; the caller holds the lock."""
-        self.epoch += 1
+        """Invalidate the filtered listings; the caller holds the lock."""
+        self.generation += 1
         self._visible = {}
 
 
@@ -456,4 +453,4 @@ def _parsed(value: bytes) -> TrashRecord | None:
     try:
         return msgspec.convert(json.loads(value), TrashRecord)
     except (ValueError, RecursionError, msgspec.ValidationError):
-        return None  # of another version of tinkerfs
+        return None  # written by another version of tinkerfs

@@ -1,4 +1,4 @@
-"""What is in the trash now, as the server lists it. Thread-safe."""
+"""Lists the checkpoints that are in the trash. Thread-safe."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -11,59 +11,51 @@ from tinkerfs.context import RequestContext
 
 
 class TrashReader:
-    """Finds the checkpoints in the trash in the listings of their runs.
+    """Finds trashed checkpoints by matching trash records with run listings.
 
     Args:
-        catalogue: has the listings.
-        trash: has the records.
-        concurrency: how many runs are listed ahead of the caller.
+        catalog: provides the listings.
+        trash: provides the records.
+        concurrency: number of run listings to prefetch.
     """
 
-    def __init__(self, catalogue: Catalog, trash: Trash, concurrency: int) -> None:
-        self._catalogue = catalogue
+    def __init__(self, catalog: Catalog, trash: Trash, concurrency: int) -> None:
+        self._catalog = catalog
         self._trash = trash
         self._concurrency = concurrency
 
     def checkpoints(self, ctx: RequestContext) -> Iterator[Checkpoint]:
-        """Yield what is in the trash; one call for each run with any, some at once.
+        """Yield the checkpoints in the trash; one request per run with trash records.
 
         Raises:
-            ApiError, OSError: a run cannot be listed; also between two checkpoints.
+            ApiError, OSError: a listing failed, possibly after some checkpoints were yielded.
         """
-        self._catalogue.find_own_runs(ctx)
+        self._catalog.find_own_runs(ctx)
         run_ids = self._trash.run_ids()
-        ahead = iter(run_ids if self._catalogue.may_list_ahead else ())
-        for first in islice(ahead, self._concurrency):
-            self._catalogue.ask_listing(first)
+        prefetches = iter(run_ids if self._catalog.may_prefetch_listings else ())
+        for first in islice(prefetches, self._concurrency):
+            self._catalog.prefetch_listing(first)
         for run_id in run_ids:
-            for another in islice(ahead, 1):
-                self._catalogue.ask_listing(another)
+            for another in islice(prefetches, 1):
+                self._catalog.prefetch_listing(another)
             try:
-                listing = self._catalogue.listed(run_id, ctx)
+                listing = self._catalog.checkpoints_with_trash(run_id, ctx)
             except errors.NOT_FOUND_ERRORS:  # the run is gone
                 continue
             yield from self._trash.of_run(run_id, listing)
 
     def checkpoint(self, key: tuple[str, str, str], ctx: RequestContext) -> Checkpoint | None:
-        """Return a checkpoint that is in the trash, None for no such; one call when not fresh.
-
-        Args:
-            key: as `Checkpoint.key`.
-            ctx: how to wait.
-
-        Raises:
-            ApiError, OSError: its run cannot be listed.
-        """
+        """Return the trashed checkpoint with a `Checkpoint.key`, or None if absent."""
         run_id, kind, name = key
         if not self._trash.has_run(run_id):
             return None
-        self._catalogue.find_own_runs(ctx)
+        self._catalog.find_own_runs(ctx)
         try:
-            found = self._catalogue.listed(run_id, ctx).get(kind, name)
+            found = self._catalog.checkpoints_with_trash(run_id, ctx).get(kind, name)
         except errors.NOT_FOUND_ERRORS:
             return None
         return found if found is not None and self._trash.is_trashed(found) else None
 
-    def changed_ns(self) -> int | None:
-        """Return when something was seen to enter or leave the trash."""
+    def last_changed_ns(self) -> int | None:
+        """Return when the trash last changed, in Unix nanoseconds; None for never."""
         return self._trash.changed_at_ns()

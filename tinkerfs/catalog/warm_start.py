@@ -1,9 +1,9 @@
-"""Warm start: the listings as an earlier mount of the account saw them, until a better one comes.
+"""Snapshots of listings, with which the next mount of the account starts warm.
 
-Used by the catalogue, which shows them only while the server's own answer to the same question is
-on its way and has not come within a moment. They lie in the store as the records' own JSON, packed,
-under the server and a digest of the key, so that nobody sees another account's; they are written
-behind. What this mount wrote it never reads: only what was kept before it began. Thread-safe.
+The metadata cache serves a snapshot only if the server's response to the same request takes longer
+than a moment. A snapshot is the compressed JSON of the records. Snapshots are stored per server and
+API key (as a digest), so that accounts never share them. A background thread writes them. A mount
+reads only snapshots that were written before it started.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ from tinkerfs.concurrency import run_in_thread
 
 T = TypeVar("T")
 
-#: What is kept is written this long after it came, seconds, with all that comes meanwhile.
+#: Delay before a snapshot is written, seconds; later snapshots are written with it.
 WRITE_BEHIND_S = 1.0
-#: A listing whose records are longer than this in all is not kept, bytes.
+#: Maximum total size of a listing's records, bytes; larger listings are not stored.
 MAX_LISTING_BYTES = 32 << 20
-#: All that is kept, packed, of all accounts, bytes; the oldest go.
-MAX_KEPT_BYTES = 64 << 20
-#: How long an unmount waits for what is still to be written, seconds.
+#: Maximum compressed size of the snapshots of all accounts, bytes; the oldest are evicted.
+MAX_SNAPSHOT_BYTES = 64 << 20
+#: Maximum time that an unmount waits for pending writes, seconds.
 _FLUSH_TIMEOUT_S = 2.0
-_RECORDS_AT_ONCE = 256
+_RECORDS_PER_CHUNK = 256
 
 
 class _Record(Protocol):
-    """A record of a listing."""
+    """An API record with its JSON."""
 
     @property
     def raw(self) -> bytes: ...
@@ -45,36 +45,44 @@ class _Record(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """A listing to be written: its name in an answer of the API, its records, when it came."""
+    """A listing to be written.
+
+    Attributes:
+        field: field of the API response that contains the records.
+        fetched_at: time of the response, seconds since 1970.
+    """
 
     field: str
     records: tuple[_Record, ...]
-    came_at: float
+    fetched_at: float
 
     def compressed(self) -> bytes | None:
-        """Return an answer with all the records, packed; None where it is too long."""
-        packer, left_bytes = zlib.compressobj(1), MAX_LISTING_BYTES
-        parts = [packer.compress(b'{"%s":[' % self.field.encode())]
-        for start in range(0, len(self.records), _RECORDS_AT_ONCE):
-            some = self.records[start : start + _RECORDS_AT_ONCE]
-            raw = b",".join(record.raw for record in some)
-            left_bytes -= len(raw)
-            if left_bytes < 0:
+        """Return an API response with all records, compressed; None if too large."""
+        compressor, remaining_bytes = zlib.compressobj(1), MAX_LISTING_BYTES
+        output = [compressor.compress(b'{"%s":[' % self.field.encode())]
+        for start in range(0, len(self.records), _RECORDS_PER_CHUNK):
+            chunk = self.records[start : start + _RECORDS_PER_CHUNK]
+            raw = b",".join(record.raw for record in chunk)
+            remaining_bytes -= len(raw)
+            if remaining_bytes < 0:
                 return None
-            parts.append(packer.compress((b"," if start else b"") + raw))
-        parts += [packer.compress(b"]}"), packer.flush()]
-        return b"".join(parts)
+            output.append(compressor.compress((b"," if start else b"") + raw))
+        output += [compressor.compress(b"]}"), compressor.flush()]
+        return b"".join(output)
 
 
 class ListingSnapshots:
-    """What earlier mounts of one account kept of its listings. Use as a context manager.
+    """Snapshots of one account's listings. Thread-safe.
+
+    Use as a context manager, which writes pending snapshots on exit. Reading methods return None if
+    there is no snapshot, if it is too old, or if the API key is invalid.
 
     Args:
-        store: where it lies.
-        base_url: the server.
-        credentials: whose key tells the account.
-        clock: whose `now` tells ages.
-        stale_s: what is older, seconds, is not shown.
+        store: stores the snapshots.
+        base_url: the server, which separates the snapshots.
+        credentials: provide the API key, which separates the snapshots.
+        clock: wall-clock time for the ages of snapshots.
+        stale_s: maximum age of a snapshot, seconds.
     """
 
     def __init__(
@@ -96,12 +104,12 @@ class ListingSnapshots:
         self._is_idle = threading.Event()
         self._is_idle.set()
         # Guarded by _lock.
-        self._before = clock.now()
+        self._written_before = clock.now()
         self._pending: dict[tuple[str, str], _Listing | None] = {}
         self._dropped: set[str] = set()
 
     def __enter__(self) -> Self:
-        """Return it itself."""
+        """Return the snapshots themselves."""
         return self
 
     def __exit__(
@@ -110,92 +118,88 @@ class ListingSnapshots:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Write what is still to be written."""
+        """Write pending snapshots."""
         self._closing.set()
         self._is_idle.wait(_FLUSH_TIMEOUT_S)
 
-    # What was kept; None where nothing is, it is too old, or the key is no good.
-
     def runs(self) -> RunListing | None:
-        """Return the user's training runs as they were."""
-        page = self._kept("runs", parsing.parse_training_runs)
+        """Return the snapshot of the user's training runs."""
+        page = self._load("runs", parsing.parse_training_runs)
         return None if page is None else RunListing.from_runs(page.items)
 
     def checkpoints(self, run_id: str) -> CheckpointListing | None:
-        """Return the checkpoints of a run as they were."""
-        page = self._kept(f"checkpoints {run_id}", parsing.parse_checkpoints)
-        return None if page is None else CheckpointListing.of(run_id, page.items)
+        """Return the snapshot of a run's checkpoints."""
+        page = self._load(f"checkpoints {run_id}", parsing.parse_checkpoints)
+        return None if page is None else CheckpointListing.from_records(run_id, page.items)
 
-    def user(self) -> AccountListing | None:
-        """Return the checkpoints of all the user's runs as they were."""
-        page = self._kept("user", parsing.parse_checkpoints)
-        return None if page is None else AccountListing.of_records(page.items)
-
-    # What the server told now.
+    def account(self) -> AccountListing | None:
+        """Return the snapshot of the checkpoints of all the user's runs."""
+        page = self._load("user", parsing.parse_checkpoints)
+        return None if page is None else AccountListing.from_records(page.items)
 
     def save_runs(self, listing: RunListing) -> None:
-        """Keep the user's training runs for the next mount."""
-        self._keep("runs", "training_runs", listing.by_id.values())
+        """Store a snapshot of the user's training runs for the next mount."""
+        self._save("runs", "training_runs", listing.by_id.values())
 
     def save_checkpoints(self, run_id: str, listing: CheckpointListing) -> None:
-        """Keep the checkpoints of a run for the next mount."""
+        """Store a snapshot of a run's checkpoints for the next mount."""
         records = (checkpoint.record for checkpoint in listing.all)
-        self._keep(f"checkpoints {run_id}", "checkpoints", records)
+        self._save(f"checkpoints {run_id}", "checkpoints", records)
 
     def save_account(self, listing: AccountListing) -> None:
-        """Keep the checkpoints of all runs for the next mount."""
+        """Store a snapshot of the checkpoints of all runs for the next mount."""
         records = (checkpoint.record for checkpoint in listing.by_key.values())
-        self._keep("user", "checkpoints", records)
+        self._save("user", "checkpoints", records)
 
     def invalidate_run(self, run_id: str) -> None:
-        """Forget what tells of a run's checkpoints: one of them was changed."""
-        account = self._account()
+        """Delete every snapshot with checkpoints of a run, because one has changed."""
+        account = self._account_digest()
         if account is not None:
             names = ("runs", f"checkpoints {run_id}", "user")
             self._schedule_write({(account, name): None for name in names})
 
     def clear(self) -> None:
-        """Forget everything of this account, and show nothing of it in this mount any more."""
-        account = self._account()
+        """Delete every snapshot of the account; this mount reads none from now on."""
+        account = self._account_digest()
         with self._lock:
-            self._before = float("-inf")
+            self._written_before = float("-inf")
             self._pending.clear()
             if account is not None:
                 self._dropped.add(account)
         self._schedule_write({})
 
-    def _account(self) -> str | None:
+    def _account_digest(self) -> str | None:
         digest = self._credentials.fingerprint()
         if digest is None:
             return None
         return hashlib.sha256(f"{self._base_url}\n{digest}".encode()).hexdigest()
 
-    def _kept(self, name: str, parse: Callable[[bytes], Page[T]]) -> Page[T] | None:
-        account = self._account()
+    def _load(self, name: str, parse: Callable[[bytes], Page[T]]) -> Page[T] | None:
+        account = self._account_digest()
         row = None if account is None else self._store.listing(account, name)
         if row is None:
             return None
-        kept_at, packed = row
-        if not self._clock.now() - self._stale_s <= kept_at < self._before:
+        fetched_at, compressed = row
+        if not self._clock.now() - self._stale_s <= fetched_at < self._written_before:
             return None
         try:
-            return parse(zlib.decompress(packed))
-        except (zlib.error, errors.ApiError):  # of another version of tinkerfs
+            return parse(zlib.decompress(compressed))
+        except (zlib.error, errors.ApiError):  # written by another version of tinkerfs
             return None
 
-    def _keep(self, name: str, field: str, records: Iterable[_Record]) -> None:
-        account = self._account()
+    def _save(self, name: str, field: str, records: Iterable[_Record]) -> None:
+        account = self._account_digest()
         if account is not None:
             listing = _Listing(field, tuple(records), self._clock.now())
             self._schedule_write({(account, name): listing})
 
     def _schedule_write(self, changes: Mapping[tuple[str, str], _Listing | None]) -> None:
-        """Have changes written behind."""
+        """Schedule changes to be written by a background thread."""
         with self._lock:
             self._pending.update(changes)
             if self._is_idle.is_set() and (self._pending or self._dropped):
                 self._is_idle.clear()
-                run_in_thread(self._write, "keep listings")
+                run_in_thread(self._write, "write listing snapshots")
 
     def _write(self) -> None:
         try:
@@ -210,9 +214,9 @@ class ListingSnapshots:
                 for account in dropped:
                     self._store.drop_listings(account)
                 for (account, name), listing in pending.items():
-                    packed = None if listing is None else listing.compressed()
-                    came_at = 0.0 if listing is None else listing.came_at
-                    self._store.put_listing(account, name, came_at, packed)
-                self._store.evict_listings(MAX_KEPT_BYTES)
+                    compressed = None if listing is None else listing.compressed()
+                    fetched_at = 0.0 if listing is None else listing.fetched_at
+                    self._store.put_listing(account, name, fetched_at, compressed)
+                self._store.evict_listings(MAX_SNAPSHOT_BYTES)
         finally:
             self._is_idle.set()

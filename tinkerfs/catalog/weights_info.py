@@ -1,4 +1,4 @@
-"""Weights infos: JSON that never changes, asked for once of each version. Thread-safe."""
+"""Persistent cache of weights infos, immutable JSON descriptions of checkpoints."""
 
 from collections.abc import Callable
 
@@ -9,22 +9,22 @@ from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.context import Priority, RequestContext
 from tinkerfs.name_encoding import compound_key
 
-#: Kept in memory, 1 kB each; all are kept on disk.
+#: Maximum number of entries in memory, 1 kB each; the number on disk is unlimited.
 MAX_WEIGHTS_INFO_ENTRIES = 16_384
 
 
 class WeightsInfoCache:
-    """The weights infos of checkpoints, by tinker path and version, across mounts.
+    """Weights infos by tinker path and version, in memory and on disk. Thread-safe.
 
-    Of a record without a time the version cannot be known: its info is fresh for as long as a
-    listing, and not kept on disk.
+    A checkpoint record without a time does not identify the version. Its weights info has the TTL
+    of a listing and is not stored on disk.
 
     Args:
-        cache: those in memory, and the calls under way.
-        store: those on disk.
-        base_url: the server.
-        freshness: for how long one serves, and a refusal.
-        load: asks for one.
+        cache: in-memory cache, also of errors and requests in flight.
+        store: cache on disk.
+        base_url: the server, which separates the entries on disk.
+        policies: TTLs of values and errors.
+        load: requests the weights info of a checkpoint.
     """
 
     def __init__(
@@ -32,65 +32,65 @@ class WeightsInfoCache:
         cache: MetadataCache,
         store: MetadataStore,
         base_url: str,
-        freshness: CachePolicies,
+        policies: CachePolicies,
         load: Callable[[Checkpoint, Priority], bytes],
     ) -> None:
         self._cache = cache
         self._store = store
-        self._space = f"weights_info {base_url}"
-        self._freshness = freshness
+        self._namespace = f"weights_info {base_url}"
+        self._policies = policies
         self._load = load
 
     def get(self, checkpoint: Checkpoint, ctx: RequestContext) -> bytes:
-        """Return one, asking for it where it is not known.
+        """Return a checkpoint's weights info; one request if it is not cached.
 
         Raises:
-            ApiError: what `load` raised, now or while that is remembered.
-            OSError: EINTR or ETIMEDOUT, when the wait ended early.
+            ApiError: the error of `load`, which may be cached.
+            OSError: EINTR or ETIMEDOUT if the wait was cancelled or timed out.
         """
-        known = self._known(checkpoint)
-        if known is not None:
-            return known
-        load, policy = self._loading(checkpoint), self._policy(checkpoint)
+        cached = self._cached(checkpoint)
+        if cached is not None:
+            return cached
+        load, policy = self._loader(checkpoint), self._policy(checkpoint)
         return self._cache.get(_key(checkpoint), load, policy, ctx)
 
-    def ask(self, checkpoint: Checkpoint) -> bool:
-        """Begin to ask for one that nobody waits for yet; tell whether that was needed."""
-        return self._known(checkpoint) is None and self._cache.prefetch(
-            _key(checkpoint), self._loading(checkpoint), self._policy(checkpoint)
+    def prefetch(self, checkpoint: Checkpoint) -> bool:
+        """Request a weights info in the background; return False if it is cached."""
+        return self._cached(checkpoint) is None and self._cache.prefetch(
+            _key(checkpoint), self._loader(checkpoint), self._policy(checkpoint)
         )
 
-    def keep(self, checkpoint: Checkpoint, info: bytes) -> None:
-        """Keep one that came by another way."""
+    def put(self, checkpoint: Checkpoint, info: bytes) -> None:
+        """Cache a weights info that was received by another request."""
         if checkpoint.is_dated:
-            self._store.put(self._space, _name(checkpoint), info)
+            self._store.put(self._namespace, _name(checkpoint), info)
         else:
-            self._cache.put(_key(checkpoint), info, self._freshness.undated)
+            self._cache.put(_key(checkpoint), info, self._policies.undated)
 
-    def forget(self, checkpoint: Checkpoint) -> None:
-        """Drop one, in memory and on disk: its checkpoint was deleted."""
+    def invalidate(self, checkpoint: Checkpoint) -> None:
+        """Discard the weights info of a deleted checkpoint, in memory and on disk."""
         self._cache.drop(_key(checkpoint))
-        self._store.delete(self._space, _name(checkpoint))
+        self._store.delete(self._namespace, _name(checkpoint))
 
     def clear(self) -> None:
-        """Drop what is in memory."""
+        """Discard every weights info in memory."""
         self._cache.clear()
 
-    def _known(self, checkpoint: Checkpoint) -> bytes | None:
-        """Return one that never changes and was told before, without a call."""
+    def _cached(self, checkpoint: Checkpoint) -> bytes | None:
+        """Return a cached weights info if the version is certain, without a request."""
         if not checkpoint.is_dated:
             return None
-        kept: bytes | None = self._cache.peek(_key(checkpoint))
-        return kept or self._store.get(self._space, _name(checkpoint))
+        in_memory: bytes | None = self._cache.peek(_key(checkpoint))
+        return in_memory or self._store.get(self._namespace, _name(checkpoint))
 
     def _policy(self, checkpoint: Checkpoint) -> CachePolicy:
-        return self._freshness.immutable if checkpoint.is_dated else self._freshness.undated
+        return self._policies.immutable if checkpoint.is_dated else self._policies.undated
 
-    def _loading(self, checkpoint: Checkpoint) -> Loader[bytes]:
+    def _loader(self, checkpoint: Checkpoint) -> Loader[bytes]:
         def load(priority: Priority) -> bytes:
             info = self._load(checkpoint, priority)
             if checkpoint.is_dated:
-                self._store.put(self._space, _name(checkpoint), info)
+                self._store.put(self._namespace, _name(checkpoint), info)
             return info
 
         return load

@@ -1,14 +1,17 @@
-"""A server of the Tinker API's contract, with a sample account, made of the standard library.
+"""Demo server of the Tinker API, which uses only the standard library.
 
-`tinkerfs demo` mounts on it, and the tests of everything else run against it: real sockets, signed
-URLs on a second origin, a journal of the requests, faults on demand. It knows nothing of the rest
-of the package, so that what it promises and what the client believes cannot agree by accident.
+`tinkerfs demo` mounts it, and the tests of all other packages run against it. It has a sample
+account, real sockets, signed URLs on a second origin, a log of the requests, and injected faults.
+It imports nothing else of tinkerfs, so that client and server cannot share a misunderstanding of
+the API.
 
-    server      DemoServer: the two origins, started and stopped together
-    api, store  what the two origins answer
-    http        requests and answers over a socket, and the faults on their way
-    account     the records, and how they change      catalogue  how they are made up
-    wire        records as JSON                       profiles   how known servers differ
-    archive     checkpoints as files and tars         content    bytes computed where they are read
-    faults, journal, ranges, signing
+    server      DemoServer: both origins, started and stopped together
+    api, store  the apps of the two origins: routes and responses
+    http        HTTP over sockets, and fault injection
+    account     mutable records of the account     sample_data    generated records
+    lookup      lookups of runs and checkpoints    mutations      handlers that change checkpoints
+    profiles    differences of known servers       serialization  records as JSON
+    archive     checkpoints as files and tars      content        bytes computed on read
+    faults      the fault plan                     request_log    the log of requests
+    ranges      Range headers                      signing        signed URLs
 """

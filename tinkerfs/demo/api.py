@@ -1,6 +1,6 @@
-"""The API's origin: which endpoint a request is for, and the answer of each.
+"""The API's origin: routes and handlers of every endpoint.
 
-The endpoints are the table of the wire contract. Errors are worded as the services word them.
+The routes are those of the API contract. Error messages imitate those of the real services.
 """
 
 import base64
@@ -16,10 +16,10 @@ from typing import Any, Literal
 from tinkerfs.demo import serialization
 from tinkerfs.demo.account import Account
 from tinkerfs.demo.http import Reply, error_reply, json_reply
-from tinkerfs.demo.lookup import Lookup, Refusal
-from tinkerfs.demo.mutations import Changes
+from tinkerfs.demo.lookup import HttpError, Lookup
+from tinkerfs.demo.mutations import Mutations
 from tinkerfs.demo.profiles import Profile
-from tinkerfs.demo.request_log import Entry
+from tinkerfs.demo.request_log import RequestRecord
 from tinkerfs.demo.sample_data import BASE_MODELS, Checkpoint, Run
 from tinkerfs.demo.store import Store
 
@@ -52,46 +52,46 @@ _ROUTES = (
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """`{ckpt}` takes slashes, as a checkpoint id has one; every other name is one segment."""
-    named = template.replace("{ckpt}", r"(?P<ckpt>.+)")
-    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", named), re.DOTALL)
+    """Compile a route; `{ckpt}` matches slashes, other names match one segment."""
+    pattern = template.replace("{ckpt}", r"(?P<ckpt>.+)")
+    return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", pattern), re.DOTALL)
 
 
 _PATTERNS = [(method, _pattern(template), endpoint) for method, template, endpoint in _ROUTES]
 _OPEN = frozenset({"GET healthz", "GET download"})
-"""Endpoints that need no key."""
+"""Endpoints that require no API key."""
 
 
 @dataclass(slots=True)
 class Behaviour:
-    """What an API does apart from its profile; may be changed while it serves.
+    """Options of an API besides its profile, which may be changed while it runs.
 
     Attributes:
-        api_keys: The keys that it knows.
-        accepts_jwt: Whether any JWT that has not expired will do as well.
-        archive_answer: Whether the archive's URL comes as a redirect or in JSON.
-        tells_expiry: Whether that redirect has an `Expires` header.
-        building_status: What it answers while an archive is being built: 503 or 425.
-        retry_after: The `Retry-After` header of that answer; None for none.
+        api_keys: The valid API keys.
+        accepts_jwt: Whether any unexpired JWT is valid too.
+        archive_response: Whether an archive's URL is sent as a redirect or as JSON.
+        sends_expiry: Whether that redirect has an `Expires` header.
+        building_status: Status while an archive is being built: 503 or 425.
+        retry_after: `Retry-After` header of that response; None to omit it.
     """
 
     api_keys: set[str]
     accepts_jwt: bool = True
-    archive_answer: Literal["redirect", "json"] = "redirect"
-    tells_expiry: bool = True
+    archive_response: Literal["redirect", "json"] = "redirect"
+    sends_expiry: bool = True
     building_status: int = 503
     retry_after: str | None = "1"
 
 
 class Api:
-    """Answers requests to the API. Thread-safe.
+    """App of the API. Thread-safe.
 
     Args:
-        account: What there is.
-        profile: Which server this is.
-        behaviour: The rest of its manners.
-        store: Where the files are.
-        prefix: Path before `/api/v1`, empty or with a slash in front.
+        account: The records.
+        profile: The known server to behave as.
+        behaviour: Further options.
+        store: Signs URLs of archives and files.
+        prefix: Path before `/api/v1`, either empty or with a leading slash.
         clock: Returns Unix time.
     """
 
@@ -111,18 +111,18 @@ class Api:
         self._store, self._clock = store, clock
         self._root = f"{prefix}/api/v1/"
         self._lookup = Lookup(account, profile)
-        changes = Changes(account, profile, self._lookup, clock)
-        self._handlers: dict[str, Callable[[Entry, dict[str, str]], Reply]] = {
+        mutations = Mutations(account, profile, self._lookup, clock)
+        self._handlers: dict[str, Callable[[RequestRecord, dict[str, str]], Reply]] = {
             "GET training_runs": self._list_runs,
             "GET training_runs/{run}": self._get_run,
             "GET training_runs/{run}/checkpoints": self._list_run_checkpoints,
             "GET archive": self._archive,
             "GET download": self._download,
             "GET external_weights_urls": self._external_urls,
-            "POST publish": changes.publish,
-            "DELETE publish": changes.unpublish,
-            "PUT ttl": changes.set_ttl,
-            "DELETE checkpoint": changes.delete,
+            "POST publish": mutations.publish,
+            "DELETE publish": mutations.unpublish,
+            "PUT ttl": mutations.set_ttl,
+            "DELETE checkpoint": mutations.delete,
             "GET checkpoints": self._list_checkpoints,
             "POST weights_info": self._weights_info,
             "GET sessions": self._list_sessions,
@@ -131,42 +131,42 @@ class Api:
             "GET sessions/{session}": self._get_session,
             "GET samplers/{sampler}": self._get_sampler,
             "GET get_server_capabilities": self._capabilities,
-            "GET healthz": lambda _entry, _args: json_reply({"status": "ok"}),
-            "POST client/config": lambda _entry, _args: json_reply({}),
-            "POST client/dynamic_config": lambda _entry, _args: json_reply({}),
-            "POST telemetry": lambda _entry, _args: json_reply({"status": "accepted"}),
+            "GET healthz": lambda _record, _args: json_reply({"status": "ok"}),
+            "POST client/config": lambda _record, _args: json_reply({}),
+            "POST client/dynamic_config": lambda _record, _args: json_reply({}),
+            "POST telemetry": lambda _record, _args: json_reply({"status": "accepted"}),
             "GET auth/apikey/me": self._key,
         }
 
     def endpoint(self, method: str, path: str) -> str:
-        """Return the name of the endpoint that a request is for, `?` if of none."""
+        """Return the endpoint of a request, `?` if the path is unknown."""
         return self._route(method, path)[0]
 
-    def answer(self, entry: Entry) -> Reply:
-        """Answer a request."""
-        if self._profile.requires_key and entry.endpoint not in _OPEN:
-            if entry.api_key is None:
+    def respond(self, record: RequestRecord) -> Reply:
+        """Return the response to a request."""
+        if self._profile.requires_key and record.endpoint not in _OPEN:
+            if record.api_key is None:
                 return error_reply(401, "Missing API key")
-            if not self._knows(entry.api_key):
+            if not self._is_valid(record.api_key):
                 return error_reply(401, "Invalid API key")
-        endpoint, args = self._route(entry.method, entry.path)
+        endpoint, args = self._route(record.method, record.path)
         if endpoint == "?":
             others = ("GET", "POST", "PUT", "DELETE")
-            is_path = any(self._route(method, entry.path)[0] != "?" for method in others)
+            is_path = any(self._route(method, record.path)[0] != "?" for method in others)
             return error_reply(405 if is_path else 404)
         if endpoint in self._profile.missing:
             return self._missing(endpoint, args)
         try:
             with self._account.lock:
-                return self._handlers[endpoint](entry, args)
-        except Refusal as refusal:
-            return error_reply(refusal.status, refusal.detail, refusal.headers)
+                return self._handlers[endpoint](record, args)
+        except HttpError as error:
+            return error_reply(error.status, error.detail, error.headers)
 
     def _missing(self, endpoint: str, args: dict[str, str]) -> Reply:
-        """Refuse what this server has no route for, as its framework does."""
+        """Return the error of this server's framework for an unknown route."""
         if "ckpt" not in args or not self._profile.has_open_delete_route:
             return error_reply(404)
-        if endpoint == "DELETE publish":  # its deletion of a checkpoint of that name
+        if endpoint == "DELETE publish":  # matches the route that deletes a checkpoint
             return error_reply(422, "Invalid checkpoint_id")
         return error_reply(405)
 
@@ -178,7 +178,7 @@ class Api:
                     return endpoint, match.groupdict()
         return "?", {}
 
-    def _knows(self, key: str) -> bool:
+    def _is_valid(self, key: str) -> bool:
         if key in self._behaviour.api_keys:
             return True
         if not self._behaviour.accepts_jwt or not key.startswith("eyJ"):
@@ -192,38 +192,38 @@ class Api:
 
     # Listings
 
-    def _list_runs(self, entry: Entry, _args: dict[str, str]) -> Reply:
-        offset, limit = self._page(entry, 20)
+    def _list_runs(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+        offset, limit = self._page(record, 20)
         runs = [
             serialization.run_json(run, self._profile) for run in self._account.runs(offset, limit)
         ]
         cursor = serialization.cursor_json(offset, limit, self._account.run_count, self._profile)
         return json_reply({"training_runs": runs, "cursor": cursor})
 
-    def _list_run_checkpoints(self, _entry: Entry, args: dict[str, str]) -> Reply:
+    def _list_run_checkpoints(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
         run = self._lookup.run(args["run"])
         found = [c for c in run.checkpoints if self._lookup.may_list(run, c)]
         records = [serialization.checkpoint_json(run.id, c, self._profile) for c in found]
         cursor = serialization.cursor_json(0, len(records), len(records), self._profile)
         return json_reply({"checkpoints": records, "cursor": cursor})
 
-    def _list_checkpoints(self, entry: Entry, _args: dict[str, str]) -> Reply:
-        offset, limit = self._page(entry, 100)
+    def _list_checkpoints(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+        offset, limit = self._page(record, 100)
         page = self._account.checkpoints(offset, limit)
         records = [serialization.checkpoint_json(run.id, c, self._profile) for run, c in page]
         total_count = self._account.checkpoint_count
         cursor = serialization.cursor_json(offset, limit, total_count, self._profile)
         return json_reply({"checkpoints": records, "cursor": cursor})
 
-    def _list_sessions(self, entry: Entry, _args: dict[str, str]) -> Reply:
-        return json_reply({"sessions": self._account.session_ids(*self._page(entry, 20))})
+    def _list_sessions(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+        return json_reply({"sessions": self._account.session_ids(*self._page(record, 20))})
 
-    def _search_sessions(self, entry: Entry, _args: dict[str, str]) -> Reply:
-        query = self._lookup.body(entry)
+    def _search_sessions(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+        query = self._lookup.body(record)
         limit = query.get("limit", 50)
         if not isinstance(limit, int) or not 1 <= limit <= 200:
-            raise Refusal(422, [{"loc": ["body", "limit"], "msg": "must be from 1 to 200"}])
-        words = str(query.get("display_name") or "").lower().split()
+            raise HttpError(422, [{"loc": ["body", "limit"], "msg": "must be from 1 to 200"}])
+        terms = str(query.get("display_name") or "").lower().split()
         after = (query.get("cursor") or {}).get("last_session_id")
         ids = self._account.session_ids()
         if after in ids:
@@ -231,7 +231,8 @@ class Api:
         found: list[dict[str, Any]] = []
         for session_id in ids:
             session = self._account.session(session_id)
-            if session is None or not all(w in (session.display_name or "").lower() for w in words):
+            name = "" if session is None else (session.display_name or "").lower()
+            if session is None or not all(term in name for term in terms):
                 continue
             runs = [run for run in map(self._account.run, session.run_ids) if run is not None]
             found.append(serialization.session_summary_json(session, runs, self._profile))
@@ -247,49 +248,49 @@ class Api:
             }
         return json_reply({"sessions": page, "next_cursor": cursor})
 
-    def _page(self, entry: Entry, default_limit: int) -> tuple[int, int]:
-        offset = self._lookup.number(entry, "offset", 0)
-        limit = self._lookup.number(entry, "limit", default_limit)
+    def _page(self, record: RequestRecord, default_limit: int) -> tuple[int, int]:
+        offset = self._lookup.number(record, "offset", 0)
+        limit = self._lookup.number(record, "limit", default_limit)
         return offset, limit if self._profile.page_max is None else min(
             limit, self._profile.page_max
         )
 
     # Single records
 
-    def _get_run(self, _entry: Entry, args: dict[str, str]) -> Reply:
+    def _get_run(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
         return json_reply(serialization.run_json(self._lookup.run(args["run"]), self._profile))
 
-    def _weights_info(self, entry: Entry, _args: dict[str, str]) -> Reply:
-        run, _checkpoint = self._lookup.by_tinker_path(self._lookup.body(entry).get("tinker_path"))
+    def _weights_info(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+        run, _checkpoint = self._lookup.by_tinker_path(self._lookup.body(record).get("tinker_path"))
         return json_reply(serialization.weights_info_json(run))
 
-    def _get_session(self, _entry: Entry, args: dict[str, str]) -> Reply:
+    def _get_session(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
         session = self._account.session(args["session"])
         if session is None:
-            raise Refusal(404, f"Session {args['session']} not found")
+            raise HttpError(404, f"Session {args['session']} not found")
         return json_reply(serialization.session_json(session))
 
-    def _trace(self, entry: Entry, args: dict[str, str]) -> Reply:
-        self._get_session(entry, args)
+    def _trace(self, record: RequestRecord, args: dict[str, str]) -> Reply:
+        self._get_session(record, args)
         return json_reply({"status": "ready", "url": self._store.sign_trace(args["session"])})
 
-    def _get_sampler(self, _entry: Entry, args: dict[str, str]) -> Reply:
+    def _get_sampler(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
         sampler_id = args["sampler"]
         sampler = self._account.sampler(sampler_id)
         if sampler is None:
-            raise Refusal(404, f"Sampler {sampler_id} not found")
+            raise HttpError(404, f"Sampler {sampler_id} not found")
         base_model, path = sampler
         record = {"sampler_id": sampler_id, "base_model": base_model, "model_path": path}
         return json_reply(record)
 
-    def _capabilities(self, _entry: Entry, _args: dict[str, str]) -> Reply:
+    def _capabilities(self, _record: RequestRecord, _args: dict[str, str]) -> Reply:
         models = [
             {"model_name": name, "max_context_length": 32768, "trainable": True, "sampleable": True}
             for name in BASE_MODELS
         ]
         return json_reply({"supported_models": models})
 
-    def _key(self, _entry: Entry, _args: dict[str, str]) -> Reply:
+    def _key(self, _record: RequestRecord, _args: dict[str, str]) -> Reply:
         organisation = {"id": "demo-org", "name": "Demo"}
         user = {"id": "demo-user", "name": "Demo user", "email": "demo@example.com"}
         details = {"org_details": organisation, "user_details": user}
@@ -297,7 +298,7 @@ class Api:
 
     # Files
 
-    def _archive(self, _entry: Entry, args: dict[str, str]) -> Reply:
+    def _archive(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
         run, checkpoint = self._ready(args)
         if self._profile.serves_archives_itself:
             bare = checkpoint.name if self._profile.archive_ids == "name" else checkpoint.id
@@ -305,16 +306,16 @@ class Api:
             url, expires_s = f"{base}/download", self._clock() + 7200
         else:
             url, expires_s = self._store.sign_archive(run, checkpoint)
-        if self._behaviour.archive_answer == "json":
+        if self._behaviour.archive_response == "json":
             return json_reply(
                 {"url": url, "expires": serialization.time_json(expires_s, self._profile)}
             )
         headers = {"Location": url}
-        if self._behaviour.tells_expiry:
+        if self._behaviour.sends_expiry:
             headers["Expires"] = formatdate(expires_s, usegmt=True)
         return Reply(HTTPStatus.FOUND, headers)
 
-    def _download(self, _entry: Entry, args: dict[str, str]) -> Reply:
+    def _download(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
         run, checkpoint = self._ready(args)
         content = self._store.archive(run, checkpoint)
         name = f"{run.id}_{checkpoint.name}.tar.gz"
@@ -324,29 +325,29 @@ class Api:
         }
         return Reply(HTTPStatus.OK, headers, content)
 
-    def _external_urls(self, _entry: Entry, args: dict[str, str]) -> Reply:
+    def _external_urls(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
         run, checkpoint = self._lookup.checkpoint(
             args["run"], args["ckpt"], "kind/name", self._profile.kinds
         )
         if checkpoint.kind != "external_weights":
-            raise Refusal(400, f"{checkpoint.id} is not an external weights checkpoint")
+            raise HttpError(400, f"{checkpoint.id} is not an external weights checkpoint")
         urls, expires_s = self._store.sign_files(run, checkpoint)
         return json_reply(
             {"urls": urls, "expires": serialization.time_json(expires_s, self._profile)}
         )
 
     def _ready(self, args: dict[str, str]) -> tuple[Run, Checkpoint]:
-        """Return a checkpoint whose archive exists, or refuse as the server does till then."""
+        """Return a checkpoint if its archive is ready; otherwise fail as the server does."""
         profile = self._profile
         run, checkpoint = self._lookup.checkpoint(
             args["run"], args["ckpt"], profile.archive_ids, profile.archive_kinds
         )
         if checkpoint.is_pending:
-            raise Refusal(425, "Checkpoint is still being created")
+            raise HttpError(425, "Checkpoint is still being created")
         if checkpoint.building_polls != 0:
             if checkpoint.building_polls is not None:
                 checkpoint.building_polls -= 1
             behaviour = self._behaviour
             headers = {"Retry-After": behaviour.retry_after} if behaviour.retry_after else {}
-            raise Refusal(behaviour.building_status, "Archive is being created", headers)
+            raise HttpError(behaviour.building_status, "Archive is being created", headers)
         return run, checkpoint

@@ -1,7 +1,7 @@
-"""What a checkpoint is made of: the files of a PEFT adapter, and the tar of them.
+"""Generated checkpoint files (a PEFT adapter), and tar archives of them.
 
-Sizes follow from the record alone: the files of a checkpoint add up to its `size_bytes`, and the
-same record has the same bytes in every process.
+The content is determined by the checkpoint's record: the files have a total size of `size_bytes`,
+and are identical in every process.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from tinkerfs.demo.content import Concat, Content, Data, GzipStored, Noise
 
 _CONFIG_BYTES = 1024
 MIN_SIZE_BYTES = 4096
-"""The smallest size that the files can add up to."""
+"""Minimum total size of the files."""
 
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 _LAYERS = 4
@@ -22,13 +22,12 @@ _LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What the files of one checkpoint depend on.
+    """Parameters that determine the files of a checkpoint.
 
     Attributes:
-        base_model: The name of the base model.
         lora_rank: Rank of the adapter, at least 1.
-        size_bytes: What all files add up to, `MIN_SIZE_BYTES` or more (less is taken as that).
-        identity: Any text; another one gives other weights.
+        size_bytes: Total size of the files; values below `MIN_SIZE_BYTES` are raised to it.
+        identity: Seed of the weights, any text.
     """
 
     base_model: str
@@ -38,7 +37,7 @@ class Adapter:
 
 
 def adapter_files(adapter: Adapter) -> dict[str, Content]:
-    """Return the files by name, in the order of the archive."""
+    """Return the files of an adapter by name, in the order of the archive."""
     size_bytes = max(adapter.size_bytes, MIN_SIZE_BYTES)
     return {
         "adapter_config.json": Data(_config(adapter)),
@@ -48,7 +47,7 @@ def adapter_files(adapter: Adapter) -> dict[str, Content]:
 
 
 def tar_of(files: Mapping[str, Content], mtime_s: int) -> Content:
-    """Return the tar of some files, all dated `mtime_s` (Unix time)."""
+    """Return a tar archive of files that were all modified at `mtime_s` (Unix time)."""
     parts: list[Content] = []
     for name, content in files.items():
         member = tarfile.TarInfo(name)
@@ -61,7 +60,7 @@ def tar_of(files: Mapping[str, Content], mtime_s: int) -> Content:
 
 
 def gzipped(content: Content) -> Content:
-    """Return the gzip form of a content (level 0, as SkyRL stores its archives)."""
+    """Return the content in gzip format, uncompressed as SkyRL stores its archives."""
     return GzipStored(content)
 
 
@@ -82,10 +81,15 @@ def _config(adapter: Adapter) -> bytes:
 
 
 def _safetensors(adapter: Adapter, size_bytes: int) -> Content:
-    """The file format of https://huggingface.co/docs/safetensors, exactly `size_bytes` long."""
+    """Return a file in safetensors format that is exactly `size_bytes` long.
+
+    The format: https://huggingface.co/docs/safetensors
+    """
     matrices = 2 * len(_PROJECTIONS) * _LAYERS
     rank = adapter.lora_rank
-    if size_bytes < 64 * matrices + 4 * rank * matrices * 2:  # too small for headers of them all
+    if (
+        size_bytes < 64 * matrices + 4 * rank * matrices * 2
+    ):  # too small for a header with all of them
         matrices = 2
         rank = min(rank, 8)
     hidden = size_bytes // (4 * rank * matrices)
@@ -95,7 +99,7 @@ def _safetensors(adapter: Adapter, size_bytes: int) -> Content:
         hidden -= -(-excess // (4 * rank * matrices))
         header = _header(matrices, rank, hidden)
     data_bytes = 4 * rank * matrices * hidden
-    # What does not divide evenly is white space after the header, which the format allows.
+    # The remainder is white space after the header, which the format allows.
     header = header.ljust(size_bytes - 8 - data_bytes)
     digest = hashlib.blake2b(adapter.identity.encode(), digest_size=8).digest()
     prefix = len(header).to_bytes(8, "little") + header

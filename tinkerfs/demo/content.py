@@ -1,7 +1,7 @@
-"""Bytes that are computed where they are read, so that nothing large is ever held.
+"""Immutable byte sequences that are computed on read and need no memory.
 
-An archive of many gigabytes is described by a few objects here, and any range of it costs only
-that range. All classes are immutable, and so safe to share between threads.
+A few objects describe an archive of many gigabytes, and reading a range computes only that range.
+All classes are immutable and therefore thread-safe.
 """
 
 import bisect
@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Protocol
 
 CHUNK_BYTES = 256 * 1024
-"""How much is made at a time: enough for speed, little enough for 200 readers at once."""
+"""Size of the chunks that are sent: large enough for speed, small enough for 200 readers."""
 
 
 class Content(Protocol):
@@ -23,14 +23,14 @@ class Content(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """The length."""
+        """The length in bytes."""
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes `[start, stop)`, with `0 <= start <= stop <= size_bytes`."""
 
 
 def iter_chunks(content: Content, start: int, stop: int) -> Iterator[bytes]:
-    """Yield the bytes `[start, stop)` in pieces of at most `CHUNK_BYTES`."""
+    """Yield the bytes `[start, stop)` in chunks of at most `CHUNK_BYTES`."""
     while start < stop:
         end = min(stop, start + CHUNK_BYTES)
         yield content.read(start, end)
@@ -39,13 +39,13 @@ def iter_chunks(content: Content, start: int, stop: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """Bytes as they are."""
+    """Bytes in memory."""
 
     data: bytes
 
     @property
     def size_bytes(self) -> int:
-        """The length."""
+        """The length in bytes."""
         return len(self.data)
 
     def read(self, start: int, stop: int) -> bytes:
@@ -53,8 +53,8 @@ class Data:
         return self.data[start:stop]
 
 
-# An odd number of float32 values: blocks of any power of two start at different places of the
-# pattern, so a reader that mixes up two blocks gets different bytes, and a test sees it.
+# An odd number of float32 values, so that blocks of any power of two start at different offsets in
+# the pattern. A reader that confuses two blocks therefore gets different bytes.
 _PATTERN_BYTES = 4 * 262_147
 
 
@@ -62,18 +62,18 @@ _PATTERN_BYTES = 4 * 262_147
 def _pattern() -> bytes:
     rng = random.Random("tinkerfs demo weights")
     pattern = bytearray(rng.randbytes(_PATTERN_BYTES))
-    # Sign and high exponent bits of little-endian float32: all values are small and finite.
+    # Set sign and high exponent bits of little-endian float32, for small and finite values.
     pattern[3::4] = bytes(rng.choices((0x3C, 0xBC), k=_PATTERN_BYTES // 4))
     return bytes(pattern)
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Pseudo-random float32 values; those of two phases are the same sequence, shifted.
+    """Pseudo-random float32 values from one fixed and infinite sequence.
 
     Attributes:
-        size_bytes: The length.
-        phase: Where in the sequence it starts, any number of values.
+        size_bytes: The length in bytes.
+        phase: Index of the first value in the sequence.
     """
 
     size_bytes: int
@@ -92,7 +92,7 @@ class Noise:
 
 
 class Concat:
-    """Parts one after another."""
+    """Concatenation of several contents."""
 
     __slots__ = ("_ends", "_parts", "size_bytes")
 
@@ -103,16 +103,16 @@ class Concat:
 
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes `[start, stop)`."""
-        pieces: list[bytes] = []
+        chunks: list[bytes] = []
         index = bisect.bisect_right(self._ends, start)
         while start < stop:
             part, end = self._parts[index], self._ends[index]
             begin = end - part.size_bytes
             until = min(stop, end)
-            pieces.append(part.read(start - begin, until - begin))
+            chunks.append(part.read(start - begin, until - begin))
             start = until
             index += 1
-        return b"".join(pieces)
+        return b"".join(chunks)
 
 
 _GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff"
@@ -120,9 +120,9 @@ _STORED_BYTES = 0xFFFF
 
 
 class GzipStored:
-    """The gzip form (RFC 1952) of a content, at level 0: stored blocks, so of known length.
+    """A content in gzip format (RFC 1952) with stored blocks, so of known length.
 
-    The checksum at the end is computed when it is first read, and takes one pass over the content.
+    The trailing checksum is computed when it is first read, in one pass over the content.
     """
 
     __slots__ = ("__dict__", "_blocks", "_content", "size_bytes")
@@ -136,21 +136,21 @@ class GzipStored:
         """Return the bytes `[start, stop)`."""
         head, step = len(_GZIP_HEADER), _STORED_BYTES + 5
         body_end = self.size_bytes - 8
-        pieces: list[bytes] = [_GZIP_HEADER[start:stop]] if start < head else []
+        chunks: list[bytes] = [_GZIP_HEADER[start:stop]] if start < head else []
         at = max(start, head)
         while at < min(stop, body_end):
             index = (at - head) // step
             begin = head + index * step
             block = self._block(index)
-            pieces.append(block[at - begin : stop - begin])
+            chunks.append(block[at - begin : stop - begin])
             at = begin + len(block)
         if stop > body_end:
             trailer = struct.pack("<II", self._crc, self._content.size_bytes & 0xFFFFFFFF)
-            pieces.append(trailer[max(0, start - body_end) : stop - body_end])
-        return b"".join(pieces)
+            chunks.append(trailer[max(0, start - body_end) : stop - body_end])
+        return b"".join(chunks)
 
     def _block(self, index: int) -> bytes:
-        """The stored block of RFC 1951, section 3.2.4."""
+        """Return a stored block (RFC 1951, section 3.2.4)."""
         begin = index * _STORED_BYTES
         data = self._content.read(begin, min(begin + _STORED_BYTES, self._content.size_bytes))
         is_last = index == self._blocks - 1

@@ -1,10 +1,10 @@
-"""The fault plan: what shall go wrong, where, and how often.
+"""The fault plan: rules that inject faults into responses.
 
     server.faults.add("GET training_runs", status=503, times=2, headers={"Retry-After": "0"})
     rule = server.faults.add("GET archive", hang=True, times=None)
     rule.wait_for(64); ...; rule.release()
 
-A request is subject to the first rule that matches and has turns left. Thread-safe throughout.
+The first matching rule with remaining turns applies to a request. All classes are thread-safe.
 """
 
 import re
@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tinkerfs.demo.request_log import Entry
+from tinkerfs.demo.request_log import RequestRecord
 
 _POLL_S = 0.1
 
 
-class Rule:
-    """One fault. Made by `FaultPlan.add`, which tells what the arguments mean."""
+class FaultRule:
+    """A fault for some requests; `FaultPlan.add` documents the arguments."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Rule:
         *,
         times: int | None = 1,
         after: int = 0,
-        when: Callable[[Entry], bool] | None = None,
+        when: Callable[[RequestRecord], bool] | None = None,
         call: Callable[[], object] | None = None,
         latency_s: float = 0.0,
         hang: bool = False,
@@ -64,36 +64,36 @@ class Rule:
         )
         self.cut_after_bytes, self.stall_after_bytes = cut_after_bytes, stall_after_bytes
         self.bytes_per_s, self.ignore_range, self.flip_byte = bytes_per_s, ignore_range, flip_byte
-        # What is held waits for the event, so that an arrival does not wake all that came before.
+        # Held requests wait for this event and not for _changed, which every new request notifies.
         self._released = threading.Event()
         self._changed = threading.Condition()
-        # All below guarded by _changed.
+        # Guarded by _changed.
         self._seen = 0
         self._applied = 0
         self._waiting = 0
         self._is_removed = False
 
     @property
-    def replaces_answer(self) -> bool:
-        """Whether the answer is the rule's own: the request has no effect on the account."""
-        own = (self.status, self.body, self.redirect_to)
-        return self.html or any(value is not None for value in own)
+    def replaces_response(self) -> bool:
+        """Whether the rule supplies the response, so that the request has no effect."""
+        sources = (self.status, self.body, self.redirect_to)
+        return self.html or any(value is not None for value in sources)
 
     @property
     def applied(self) -> int:
-        """How many requests it was applied to."""
+        """The number of requests that it was applied to."""
         return self._applied
 
     @property
     def waiting(self) -> int:
-        """How many requests are held by it now."""
+        """The number of requests that it is holding."""
         return self._waiting
 
     def wait_for(self, count: int, timeout_s: float = 10.0) -> None:
-        """Wait until this many requests are held by it at one time.
+        """Wait until the rule holds `count` requests at the same time.
 
         Raises:
-            TimeoutError: They did not come in time.
+            TimeoutError: Fewer requests were held within the timeout.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._waiting >= count, timeout_s):
@@ -101,17 +101,17 @@ class Rule:
                 raise TimeoutError(msg)
 
     def release(self) -> None:
-        """Let go of what it holds, now and from now on."""
+        """Release all held requests; later ones are not held."""
         self._released.set()
 
     def remove(self) -> None:
-        """Let go of what it holds, and apply to no further request."""
+        """Release all held requests, and stop to apply."""
         self._is_removed = True
         self.release()
 
-    def take(self, entry: Entry) -> bool:
-        """Use up a turn for a request, if it matches and one is left."""
-        if not entry.matches(self.endpoint) or (self.when is not None and not self.when(entry)):
+    def take(self, record: RequestRecord) -> bool:
+        """Use one turn for a request; return False if it does not match or none is left."""
+        if not record.matches(self.endpoint) or (self.when is not None and not self.when(record)):
             return False
         with self._changed:
             if self._is_removed:
@@ -124,14 +124,11 @@ class Rule:
             return True
 
     def hold(self, is_over: Callable[[], bool]) -> bool:
-        """Hold the calling thread until released.
+        """Hold the calling thread until released; return False if aborted.
 
         Args:
-            is_over: Asked now and then; True ends the wait, as the client is gone or the server
-                closes.
-
-        Returns:
-            Whether it was released.
+            is_over: Polled; returns True to abort, because the client has disconnected or the
+                server is closing.
         """
         with self._changed:
             self._waiting += 1
@@ -149,71 +146,74 @@ class Rule:
 
 
 class FaultPlan:
-    """The rules of one server, in the order they were added."""
+    """The fault rules of one server, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rules: tuple[Rule, ...] = ()  # replaced, never changed; guarded by _lock
+        self._rules: tuple[FaultRule, ...] = ()  # replaced, never changed; guarded by _lock
 
-    def add(self, endpoint: str | re.Pattern[str], **effects: Any) -> Rule:
+    def add(self, endpoint: str | re.Pattern[str], **effects: Any) -> FaultRule:
         """Add a rule.
 
         Args:
-            endpoint: Which requests: a name as in the journal (`GET training_runs`), `api`,
+            endpoint: The requests: an endpoint as in the request log (`GET training_runs`), `api`,
                 `store`, `*`, or a pattern for `<method> <path>`.
-            **effects: When it applies:
+            **effects: Conditions:
 
-                - `times`: to how many requests (1); None for all.
-                - `after`: how many matching ones go free before (0).
-                - `when`: a function of the journal's `Entry`, for anything else.
+                - `times`: maximum number of requests (1); None for all.
+                - `after`: number of matching requests to skip first (0).
+                - `when`: a predicate of the `RequestRecord`.
 
-                Before there is an answer, in this order:
+                Before the response, in this order:
 
-                - `call`: a function called first, to change the account between two pages, say.
                 - `latency_s`: a delay.
-                - `hang`: held until `release()`, and then answered as if nothing had been.
-                - `hold_until`: held until so many are held at once (a barrier).
-                - `refuse`: the connection is closed without an answer. `reset`: by RST.
+                - `call`: a function to call, for instance to change the account between two pages.
+                - `hang`: hold the request until `release()`, then respond normally.
+                - `hold_until`: hold requests until this number of them is held (a barrier).
+                - `refuse`: close the connection without a response. `reset`: close it with RST.
 
-                Another answer:
+                Replacement of the response:
 
-                - `status`, `body` (JSON unless bytes or text), `headers`; `redirect_to`: a URL
-                  (302 without a `status`); `html`: a page as proxies send (502 without one).
+                - `status`, `body` (JSON unless bytes or text), `headers`.
+                - `redirect_to`: a URL (default status 302).
+                - `html`: an HTML error page like those of proxies (default status 502).
 
-                The true answer, spoilt:
+                Changes of the app's response:
 
-                - `headers` alone: set on it; None removes one.
-                - `half_json`: its first half, with a length that agrees.
-                - `edit`: a function from its JSON to other JSON.
-                - `total_count`: a number, or a function of the true one. `cursor`: `null` or
-                  `missing`. `page_max`: at most so many records, whatever the cursor says.
-                - `cut_after_bytes`: of the body, then the connection closes.
-                - `stall_after_bytes`: then held until `release()`. `bytes_per_s`: sent slowly.
-                - `ignore_range`: as if no Range had been asked. `flip_byte`: the byte at this
-                  offset of the body as sent is another one.
+                - `headers` alone: headers to set; None removes one.
+                - `half_json`: send the first half of the body, with a matching length.
+                - `edit`: a function that maps the JSON body to another.
+                - `total_count`: a number, or a function of the original one.
+                - `cursor`: `null` or `missing`.
+                - `page_max`: maximum number of records, which the cursor does not reflect.
+                - `cut_after_bytes`: close the connection after this part of the body.
+                - `stall_after_bytes`: hold the request there until `release()`.
+                - `bytes_per_s`: limit of the transfer rate.
+                - `ignore_range`: ignore a Range header.
+                - `flip_byte`: offset of a byte of the sent body to invert.
         """
-        rule = Rule(endpoint, **effects)
+        rule = FaultRule(endpoint, **effects)
         with self._lock:
             self._rules = (*self._rules, rule)
         return rule
 
     def clear(self) -> None:
-        """Remove all rules; what they held goes on."""
+        """Remove all rules and release the requests that they hold."""
         with self._lock:
             rules, self._rules = self._rules, ()
         for rule in rules:
             rule.remove()
 
-    def take(self, entry: Entry) -> Rule | None:
-        """Return the rule that applies to a request, using up one turn of it."""
-        return next((rule for rule in self._rules if rule.take(entry)), None)
+    def take(self, record: RequestRecord) -> FaultRule | None:
+        """Return the rule that applies to a request, and use one turn of it."""
+        return next((rule for rule in self._rules if rule.take(record)), None)
 
 
 def pause(seconds: float, is_over: Callable[[], bool]) -> bool:
-    """Wait, and return whether the time passed before `is_over`."""
+    """Sleep; return False if `is_over` returned True before the end."""
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
+    while (remaining_s := end - time.monotonic()) > 0:
         if is_over():
             return False
-        time.sleep(min(left, _POLL_S))
+        time.sleep(min(remaining_s, _POLL_S))
     return True

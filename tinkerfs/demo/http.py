@@ -1,7 +1,7 @@
-"""Requests and answers over a socket, and the faults on their way.
+"""HTTP/1.1 server with a request log and fault injection.
 
-An `Origin` decides what a request means; this module reads it, keeps the journal, applies the fault
-plan, and writes the answer. One thread per connection, HTTP/1.1 with keep-alive.
+This module reads requests, logs them, gets responses from an `App`, applies the fault plan, and
+writes the responses. Each connection has its own thread and may be kept alive.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tinkerfs.demo.content import Content, Data, iter_chunks
-from tinkerfs.demo.faults import FaultPlan, Rule, pause
-from tinkerfs.demo.request_log import Entry, Journal
+from tinkerfs.demo.faults import FaultPlan, FaultRule, pause
+from tinkerfs.demo.request_log import RequestLog, RequestRecord
 
 _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 1 << 20
-_NO_RULE = Rule("*")
+_NO_FAULT = FaultRule("*")
 _NOTHING = Data(b"")
 _PROXY_PAGE = "<html>\n<head><title>502 Bad Gateway</title></head>\n<body>nginx</body>\n</html>\n"
 
 
 @dataclass(slots=True)
 class Reply:
-    """An answer: `[start, stop)` of a content."""
+    """An HTTP response; its body is the range `[start, stop)` of a content."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
@@ -45,18 +45,18 @@ class Reply:
 
     @property
     def length(self) -> int:
-        """Length of the body."""
+        """Length of the body in bytes."""
         return (self.content.size_bytes if self.stop is None else self.stop) - self.start
 
 
 def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
-    """Return an answer of JSON."""
+    """Return a response with a JSON body."""
     body = json.dumps(value, separators=(",", ":")).encode()
     return Reply(status, {"Content-Type": "application/json", **(headers or {})}, Data(body))
 
 
 def error_reply(status: int, detail: Any = None, headers: Mapping[str, str] | None = None) -> Reply:
-    """Return an error as the API words it; without a detail, as its framework does."""
+    """Return an API error; without a detail, the error of the API's framework."""
     return json_reply({"detail": detail or _phrase(status)}, status, headers)
 
 
@@ -64,16 +64,16 @@ def _phrase(status: int) -> str:
     return next((known.phrase for known in HTTPStatus if known == status), "Unknown")
 
 
-class Origin(Protocol):
-    """One of the two servers, as seen from the socket."""
+class App(Protocol):
+    """The application behind one origin, as seen by the HTTP server."""
 
     name: str
 
     def endpoint(self, method: str, path: str) -> str:
-        """Return the name of the endpoint that a request is for, `?` if of none."""
+        """Return the endpoint of a request, `?` if the path is unknown."""
 
-    def answer(self, entry: Entry) -> Reply:
-        """Answer a request. Called from many threads at once."""
+    def respond(self, record: RequestRecord) -> Reply:
+        """Return the response to a request; called by many threads concurrently."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: there is a journal."""
+        """Log nothing, because requests are in the request log."""
 
     def _serve(self) -> None:
         listener = self.server
@@ -97,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(target.path, errors="surrogateescape")
         headers = {name.lower(): value for name, value in self.headers.items()}
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        entry = Entry(
+        record = RequestRecord(
             origin=listener.origin.name,
             method=self.command,
             path=path,
@@ -107,23 +107,23 @@ class Handler(BaseHTTPRequestHandler):
             api_key=headers.get("x-api-key") or bearer or None,
             body=self._read_body(headers.get("content-length", "0")),
         )
-        listener.journal.begin(entry)
+        listener.journal.begin(record)
         try:
-            self.exchange(entry, listener.faults.take(entry) or _NO_RULE)
+            self.exchange(record, listener.faults.take(record) or _NO_FAULT)
         finally:
-            listener.journal.end(entry)
+            listener.journal.end(record)
 
     def _read_body(self, length: str) -> bytes:
         is_chunked = "transfer-encoding" in self.headers
         if not is_chunked and length.isdecimal() and int(length) <= _MAX_BODY_BYTES:
             return self.rfile.read(int(length))
-        self.close_connection = True  # where the next request begins is not known
+        self.close_connection = True  # the start of the next request is unknown
         return b""
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
 
-    def exchange(self, entry: Entry, rule: Rule) -> None:
-        """Send the response to a request that is in the journal, spoilt as a rule says."""
+    def exchange(self, record: RequestRecord, rule: FaultRule) -> None:
+        """Send the response to a logged request, with the fault of a rule."""
         if not pause(rule.latency_s, self.is_over):
             return self.abort()
         due_s = time.monotonic() + self.server.latency_s()
@@ -134,16 +134,18 @@ class Handler(BaseHTTPRequestHandler):
         if rule.refuse or rule.reset:
             pause(due_s - time.monotonic(), self.is_over)
             return self.abort(reset=rule.reset)
-        entry.is_range_hidden = rule.ignore_range
-        reply = _own_answer(rule) if rule.replaces_answer else self.server.origin.answer(entry)
+        record.is_range_hidden = rule.ignore_range
+        reply = (
+            _own_response(rule) if rule.replaces_response else self.server.origin.respond(record)
+        )
         _corrupt_response(reply, rule)
-        # What making the answer took is part of the delay: who measures counts on that.
+        # The latency includes the processing time, on which benchmarks rely.
         if not pause(due_s - time.monotonic(), self.is_over):
             return self.abort()
-        entry.status = reply.status
-        return self._send(entry, reply, rule)
+        record.status = reply.status
+        return self._send(record, reply, rule)
 
-    def _send(self, entry: Entry, reply: Reply, rule: Rule) -> None:
+    def _send(self, record: RequestRecord, reply: Reply, rule: FaultRule) -> None:
         headers = {
             "Date": formatdate(usegmt=True),
             "Server": "tinkerfs-demo",
@@ -160,13 +162,13 @@ class Handler(BaseHTTPRequestHandler):
         lines = [f"HTTP/1.1 {reply.status} {_phrase(reply.status)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if entry.method == "HEAD" or not reply.length:
+        if record.method == "HEAD" or not reply.length:
             self.wfile.write(head)
             return
-        self._send_body(entry, reply, rule, head)
+        self._send_body(record, reply, rule, head)
 
-    def _send_body(self, entry: Entry, reply: Reply, rule: Rule, head: bytes) -> None:
-        """Send the head in one packet with the first of the body, then the rest."""
+    def _send_body(self, record: RequestRecord, reply: Reply, rule: FaultRule, head: bytes) -> None:
+        """Send the head in one packet with the first chunk, then the rest."""
         stop = reply.start + reply.length
         if 0 in (rule.cut_after_bytes, rule.stall_after_bytes):
             self.wfile.write(head)
@@ -174,16 +176,15 @@ class Handler(BaseHTTPRequestHandler):
             if rule.cut_after_bytes == 0 or not rule.hold(self.is_over):
                 return self.abort()
         for chunk in iter_chunks(reply.content, reply.start, stop):
-            pieces = _pieces(chunk, entry.sent_bytes, rule)
-            for piece in pieces:
-                if rule.bytes_per_s and not pause(len(piece) / rule.bytes_per_s, self.is_over):
+            for part in _split_chunk(chunk, record.sent_bytes, rule):
+                if rule.bytes_per_s and not pause(len(part) / rule.bytes_per_s, self.is_over):
                     return self.abort()
-                self.wfile.write(head + piece)
-                entry.sent_bytes += len(piece)
+                self.wfile.write(head + part)
+                record.sent_bytes += len(part)
                 head = b""
-                if entry.sent_bytes == rule.cut_after_bytes:
+                if record.sent_bytes == rule.cut_after_bytes:
                     return self.abort()
-                if entry.sent_bytes == rule.stall_after_bytes and not rule.hold(self.is_over):
+                if record.sent_bytes == rule.stall_after_bytes and not rule.hold(self.is_over):
                     return self.abort()
         return None
 
@@ -191,9 +192,9 @@ class Handler(BaseHTTPRequestHandler):
         """Close the connection after this request, with an RST if `reset`."""
         self.close_connection = True
         if reset:
-            # SO_LINGER of 0 makes close(2) send RST; the listener must not send FIN before.
+            # With SO_LINGER of 0, close(2) sends RST, unless the listener has sent FIN before.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.server.forget(self.connection)
+            self.server.detach(self.connection)
 
     def is_over(self) -> bool:
         """Return whether the server is closing or the client has closed its end."""
@@ -210,29 +211,29 @@ class Listener(ThreadingHTTPServer):
     """A listening socket with its connections.
 
     Args:
-        address: Host and port; port 0 for any.
-        origin: What answers.
-        journal: Where requests are recorded.
-        faults: What goes wrong.
-        latency_s: Returns how long after a request its answer begins at the earliest; what it
-            asks for is done at once.
-        is_closing: Tells whether waits are to end.
+        address: Host and port; port 0 for a free one.
+        origin: The app that responds.
+        journal: The log of requests.
+        faults: The fault plan.
+        latency_s: Returns the minimum time from a request to its response. The effect of the
+            request is not delayed.
+        is_closing: Returns whether waiting requests should be aborted.
     """
 
-    #: What serves a connection.
+    #: The class that serves a connection.
     handler_class: type[Handler] = Handler
 
     daemon_threads = True
     block_on_close = False
     request_queue_size = 1024
-    # The port is taken again while old connections linger.
+    # Allow to bind the port again while old connections are in TIME_WAIT.
     allow_reuse_address = True
 
     def __init__(
         self,
         address: tuple[str, int],
-        origin: Origin,
-        journal: Journal,
+        origin: App,
+        journal: RequestLog,
         faults: FaultPlan,
         latency_s: Callable[[], float],
         is_closing: Callable[[], bool],
@@ -252,7 +253,7 @@ class Listener(ThreadingHTTPServer):
         self._thread.start()
 
     def server_bind(self) -> None:
-        """Bind, without the name look-up of the base class, which may take seconds."""
+        """Bind without the DNS lookup of the base class, which may take seconds."""
         if self.allow_reuse_address:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
@@ -260,7 +261,7 @@ class Listener(ThreadingHTTPServer):
         self.server_address = (self.server_name, self.server_port)
 
     def is_closing(self) -> bool:
-        """Whether waits of its requests are to end."""
+        """Return whether waiting requests should be aborted."""
         return self._is_stopped or self._is_server_closing()
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -270,26 +271,26 @@ class Listener(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """End a connection: in order if it is known, else (after `forget`) at once."""
+        """Close a connection, without a shutdown if it was detached."""
         with self._lock:
-            is_known = request in self._connections
+            is_attached = request in self._connections
             self._connections.discard(request)
-        if is_known:
+        if is_attached:
             super().shutdown_request(request)
         else:
             self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        """Log what is a mistake of this module: clients that went away never come here."""
+        """Log an internal error; disconnected clients are handled elsewhere."""
         _log.exception("%s request failed", self.origin.name)
 
-    def forget(self, request: socket.socket) -> None:
-        """Let a connection be closed without a word."""
+    def detach(self, request: socket.socket) -> None:
+        """Exempt a connection from the shutdown that sends FIN."""
         with self._lock:
             self._connections.discard(request)
 
     def drop_connections(self) -> None:
-        """End all connections, whatever they are doing."""
+        """Close all connections, idle or not."""
         with self._lock:
             connections = list(self._connections)
         for connection in connections:
@@ -297,15 +298,15 @@ class Listener(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
-        """Stop listening and end all connections. Returns at once."""
+        """Stop listening and close all connections, without waiting for them."""
         self._is_stopped = True
         self.shutdown()
         self.server_close()
         self.drop_connections()
 
 
-def _own_answer(rule: Rule) -> Reply:
-    """The answer that a rule gives instead of the origin."""
+def _own_response(rule: FaultRule) -> Reply:
+    """Return the response that a rule supplies in place of the app."""
     if rule.redirect_to is not None:
         return Reply(rule.status or HTTPStatus.FOUND, {"Location": rule.redirect_to})
     if rule.html:
@@ -321,8 +322,8 @@ def _own_answer(rule: Rule) -> Reply:
     return error_reply(status) if body is None else json_reply(body, status)
 
 
-def _corrupt_response(reply: Reply, rule: Rule) -> None:
-    """Change a true answer as a rule says."""
+def _corrupt_response(reply: Reply, rule: FaultRule) -> None:
+    """Apply the changes of a rule to a response of the app."""
     edits: list[Callable[[Any], Any]] = []
     if rule.page_max is not None:
         edits.append(lambda value: _with_page(value, rule.page_max or 0))
@@ -343,7 +344,7 @@ def _with_page(value: Any, page_max: int) -> Any:
     return {k: v[:page_max] if isinstance(v, list) else v for k, v in value.items()}
 
 
-def _with_cursor(value: Any, rule: Rule) -> Any:
+def _with_cursor(value: Any, rule: FaultRule) -> Any:
     cursor = value.get("cursor")
     if rule.cursor == "missing":
         value.pop("cursor", None)
@@ -355,11 +356,11 @@ def _with_cursor(value: Any, rule: Rule) -> Any:
     return value
 
 
-def _pieces(chunk: bytes, offset: int, rule: Rule) -> list[bytes]:
-    """Cut a chunk of a body, at `offset` of it, where a rule wants to do something."""
+def _split_chunk(chunk: bytes, offset: int, rule: FaultRule) -> list[bytes]:
+    """Split the chunk at `offset` of a body where a rule takes effect."""
     if rule.flip_byte is not None and offset <= rule.flip_byte < offset + len(chunk):
-        at = rule.flip_byte - offset
-        chunk = chunk[:at] + bytes([chunk[at] ^ 0xFF]) + chunk[at + 1 :]
+        index = rule.flip_byte - offset
+        chunk = chunk[:index] + bytes([chunk[index] ^ 0xFF]) + chunk[index + 1 :]
     marks = {0, len(chunk)}
     for mark in (rule.cut_after_bytes, rule.stall_after_bytes):
         if mark is not None and offset < mark < offset + len(chunk):

@@ -1,8 +1,7 @@
-"""How the known servers of the API differ, as data.
+"""Profiles of the known API servers: how they differ, as data.
 
-The handlers ask a profile for facts and never for its name. Facts as observed: the official
-service through its SDK, SkyRL's `skyrl/tinker/api.py` 0.4.0, hatchery-core's `tinker_compat.py`
-0.3.0.
+Handlers depend on the attributes of a profile and never on its name. Sources: the official service
+through its SDK, SkyRL's `skyrl/tinker/api.py` 0.4.0, and hatchery-core's `tinker_compat.py` 0.3.0.
 """
 
 from dataclasses import dataclass
@@ -22,35 +21,35 @@ IdForm = Literal["kind/name", "name"]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What one server does.
+    """The behaviour of one server.
 
     Attributes:
-        name: What the command line calls it.
-        requires_key: Whether requests without a valid key are refused.
-        missing: Endpoints that are answered with 404 `{"detail": "Not Found"}`.
-        kinds: The kinds of checkpoint it knows.
+        name: Its name on the command line.
+        requires_key: Whether requests without a valid key are rejected.
+        missing: Unsupported endpoints: the response is 404 `{"detail": "Not Found"}`.
+        kinds: The kinds of checkpoints that it supports.
         listed_ids: The form of `checkpoint_id` in listings.
-        archive_ids: The form that the archive's URL takes.
-        change_ids: The form that publish, TTL and delete take; the other one is refused.
-        refuses_with: Status of that refusal: 400 said by a handler, 404 of a missing route.
-        has_open_delete_route: Whether the route of deletions takes any path below a run's
-            checkpoints, so that the framework answers 405 to other methods there.
-        is_delete_blind: Whether deleting what is not there succeeds.
+        archive_ids: The form of the checkpoint id in archive URLs.
+        change_ids: The form in the URLs of publish, TTL and delete; the other is rejected.
+        rejection_status: Status of that rejection: 400 of a handler, or 404 of the framework.
+        has_open_delete_route: Whether the delete route matches any path below a run's
+            checkpoints, so that the framework rejects other methods there with 405.
+        is_delete_blind: Whether deleting an absent checkpoint succeeds.
         flat_paths: Whether tinker paths read `tinker://<run>/checkpoints/<name>`.
         shares_names: Whether a run's training and sampler checkpoints may have the same name.
-        times: How times are written: with `Z`, without a zone, or as Unix numbers.
+        times: Format of times: with `Z`, without a zone, or as Unix numbers.
         forgets_times: Whether the times of some checkpoints are null.
-        omitted: Fields that its records do not have.
+        omitted: Fields that its records lack.
         nulls: Fields of its records that are always null.
-        owner: What `model_owner` says, when not the account's own name.
-        weights_info_kinds: Kinds that `weights_info` takes; others are 400.
+        owner: Value of `model_owner`; None for the account's name.
+        weights_info_kinds: Kinds that `weights_info` supports; the status for others is 400.
         archive_kinds: Kinds that have an archive.
-        archive_form: What the archive is.
-        serves_archives_itself: Whether archives come from the API's own origin, without a
-            signature, and then without Range and ETag.
-        page_max: The largest page, silently applied; None for no bound.
+        archive_form: Format of archives.
+        serves_archives_itself: Whether the API's origin serves archives, without signature, Range
+            and ETag.
+        page_max: Maximum page size, to which limits are silently reduced; None if unbounded.
         is_total_zero_past_end: Whether `total_count` is 0 on a page past the end.
-        change_status: Status of a change that succeeded.
+        change_status: Status of a successful mutation.
     """
 
     name: str
@@ -60,7 +59,7 @@ class Profile:
     listed_ids: IdForm = "kind/name"
     archive_ids: IdForm = "kind/name"
     change_ids: IdForm = "kind/name"
-    refuses_with: int = 400
+    rejection_status: int = 400
     has_open_delete_route: bool = False
     is_delete_blind: bool = False
     flat_paths: bool = False
@@ -132,7 +131,7 @@ PROFILES: dict[str, Profile] = {
             kinds=frozenset({"weights", "sampler_weights"}),
             listed_ids="name",
             change_ids="name",
-            refuses_with=404,
+            rejection_status=404,
             is_delete_blind=True,
             flat_paths=True,
             shares_names=False,

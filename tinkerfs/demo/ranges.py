@@ -1,4 +1,4 @@
-"""Range requests as RFC 9110, section 14, defines them for bytes. Pure functions."""
+"""Parser of Range headers for byte ranges (RFC 9110, section 14)."""
 
 import re
 
@@ -6,22 +6,18 @@ _SPEC = re.compile(r"(\d*)-(\d*)", re.ASCII)
 
 
 class UnsatisfiableRange(Exception):
-    """No byte of what is there was asked for: the answer is 416."""
+    """The range contains no byte of the content: the response status is 416."""
 
 
 def parse_range(header: str, size_bytes: int) -> tuple[int, int] | None:
-    """Return the bytes `[start, stop)` that a `Range` header asks for.
-
-    Args:
-        header: The header's value.
-        size_bytes: Length of what is asked, 0 or more.
+    """Return the bytes `[start, stop)` that a `Range` header requests.
 
     Returns:
-        The range, cut to what is there; None where the header is to be ignored and everything
-        sent: another unit, several ranges, no valid syntax, or the tail of nothing.
+        The range, truncated to the content. None if the server should ignore the header: another
+        unit, several ranges, invalid syntax, or a suffix of empty content.
 
     Raises:
-        UnsatisfiableRange: The range lies past the end, or is `-0`.
+        UnsatisfiableRange: The range starts at or after the end, or is `-0`.
     """
     unit, _, specs = header.partition("=")
     match = _SPEC.fullmatch(specs.strip())

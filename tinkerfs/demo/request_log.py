@@ -1,6 +1,6 @@
-"""The journal: every request that reached a demo server, and how it ended.
+"""Log of the requests that a demo server has received.
 
-Tests assert caching by counting here, not by looking inside the client. Thread-safe throughout.
+Tests count requests here to verify caching without access to the client's state.
 """
 
 import re
@@ -14,23 +14,23 @@ _SECRET_HEADERS = frozenset({"x-api-key", "authorization", "cookie"})
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
-    """One request. What is known only at its end is None until then.
+class RequestRecord:
+    """One request and its response.
 
     Attributes:
         origin: `api` or `store`.
-        method: In capitals.
-        path: Decoded, with the prefix of the base URL.
-        query: The last value of each key.
-        endpoint: The template it matched, such as `GET training_runs/{run}`; `?` for none.
-        headers: By lower-case name, without secrets.
-        api_key: What came as `X-API-Key`, or as a bearer token.
-        body: Of the request.
-        start_s: When it arrived, on the monotonic clock.
-        end_s: When its answer was sent, or given up.
-        status: Of the answer; None when it got none.
-        sent_bytes: How much of the answer's body was handed to the socket.
-        is_range_hidden: Whether a fault made its range go unheeded.
+        method: HTTP method, upper case.
+        path: Decoded path, including the prefix of the base URL.
+        query: The last value of each query parameter.
+        endpoint: The matched route, such as `GET training_runs/{run}`; `?` if unknown.
+        headers: Headers by lower-case name, without secrets.
+        api_key: Value of `X-API-Key`, or the bearer token.
+        body: Body of the request.
+        start_s: Monotonic time of arrival.
+        end_s: Monotonic time when the response was sent or aborted; None before.
+        status: Status of the response; None if it has none.
+        sent_bytes: Number of bytes of the response body that were written to the socket.
+        is_range_hidden: Whether a fault makes the app ignore the Range header.
     """
 
     origin: str
@@ -49,87 +49,87 @@ class Entry:
 
     @property
     def had_key(self) -> bool:
-        """Whether it carried a credential."""
+        """Whether the request had an API key."""
         return self.api_key is not None
 
     @property
     def range(self) -> str | None:
-        """Its `Range` header."""
+        """The `Range` header, or None."""
         return self.headers.get("range")
 
     @property
     def user_agent(self) -> str | None:
-        """Its `User-Agent` header."""
+        """The `User-Agent` header, or None."""
         return self.headers.get("user-agent")
 
     def matches(self, endpoint: str | re.Pattern[str]) -> bool:
-        """Tell whether it is of an endpoint.
+        """Return whether the request matches an endpoint.
 
         Args:
-            endpoint: The name of an endpoint; `api` or `store` for any of an origin; `*` for any;
-                a compiled pattern is searched for in `<method> <path>`.
+            endpoint: An endpoint; `api` or `store` for all endpoints of an origin; `*` for all; or
+                a compiled pattern to search for in `<method> <path>`.
         """
         if isinstance(endpoint, re.Pattern):
             return endpoint.search(f"{self.method} {self.path}") is not None
         return endpoint in ("*", self.origin, self.endpoint)
 
 
-class Journal:
-    """The requests of both origins, in order of arrival.
+class RequestLog:
+    """The requests to both origins, in order of arrival. Thread-safe.
 
     Args:
-        capacity: How many are kept; the oldest go first.
+        capacity: Maximum number of requests; the oldest are discarded.
     """
 
     def __init__(self, capacity: int = 200_000) -> None:
         self._changed = threading.Condition()
-        # All below guarded by _changed.
-        self._entries: deque[Entry] = deque(maxlen=capacity)
+        # Guarded by _changed.
+        self._entries: deque[RequestRecord] = deque(maxlen=capacity)
         self._in_flight: Counter[str] = Counter()
         self._max_in_flight: Counter[str] = Counter()
 
-    def entries(self, endpoint: str | re.Pattern[str] = "*") -> list[Entry]:
-        """Return the requests of an endpoint (see `Entry.matches`), oldest first."""
+    def entries(self, endpoint: str | re.Pattern[str] = "*") -> list[RequestRecord]:
+        """Return the requests that match an endpoint, oldest first."""
         with self._changed:
-            return [entry for entry in self._entries if entry.matches(endpoint)]
+            return [record for record in self._entries if record.matches(endpoint)]
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[RequestRecord]:
         return iter(self.entries())
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def count(self, endpoint: str | re.Pattern[str] | None = None) -> int:
-        """Return how many requests there were: of one endpoint, or in all."""
+        """Return the number of requests, in total or to one endpoint."""
         return len(self.entries("*" if endpoint is None else endpoint))
 
     def endpoints(self) -> Counter[str]:
-        """Return how many requests there were of each endpoint."""
-        return Counter(entry.endpoint for entry in self.entries())
+        """Return the number of requests by endpoint."""
+        return Counter(record.endpoint for record in self.entries())
 
     def clear(self) -> None:
-        """Forget what was, also the maxima; requests in flight stay counted as such."""
+        """Discard all requests and maxima; requests in flight are still counted."""
         with self._changed:
             self._entries.clear()
             self._max_in_flight = Counter(self._in_flight)
 
     def wait_for(
         self, count: int, endpoint: str | re.Pattern[str] = "*", timeout_s: float = 10.0
-    ) -> list[Entry]:
-        """Wait until this many requests of an endpoint have arrived, and return them.
+    ) -> list[RequestRecord]:
+        """Wait until `count` requests to an endpoint have arrived; return them.
 
         Raises:
-            TimeoutError: They did not come in time.
+            TimeoutError: Fewer requests arrived within the timeout.
         """
         with self._changed:
-            found: list[Entry] = []
+            found: list[RequestRecord] = []
 
-            def have_come() -> bool:
-                found[:] = [entry for entry in self._entries if entry.matches(endpoint)]
+            def have_arrived() -> bool:
+                found[:] = [record for record in self._entries if record.matches(endpoint)]
                 return len(found) >= count
 
-            if not self._changed.wait_for(have_come, timeout_s):
-                msg = f"{len(found)} of {count} requests of {endpoint} came in {timeout_s} s"
+            if not self._changed.wait_for(have_arrived, timeout_s):
+                msg = f"{len(found)} of {count} requests to {endpoint} arrived in {timeout_s} s"
                 raise TimeoutError(msg)
             return found
 
@@ -137,7 +137,7 @@ class Journal:
         """Wait until no request is in flight.
 
         Raises:
-            TimeoutError: Some still are.
+            TimeoutError: Some requests are still in flight.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._in_flight["*"], timeout_s):
@@ -145,31 +145,31 @@ class Journal:
                 raise TimeoutError(msg)
 
     def in_flight(self, endpoint: str = "*") -> int:
-        """Return how many requests of an endpoint (`*`: of any) have no answer yet."""
+        """Return the number of requests in flight to an endpoint, `*` for all."""
         with self._changed:
             return self._in_flight[endpoint]
 
     def max_in_flight(self, endpoint: str = "*") -> int:
-        """Return the largest number of requests that were in flight at one time."""
+        """Return the largest number of concurrent requests so far."""
         with self._changed:
             return self._max_in_flight[endpoint]
 
-    def begin(self, entry: Entry) -> None:
+    def begin(self, record: RequestRecord) -> None:
         """Record that a request arrived."""
-        entry.start_s = time.monotonic()
-        for name in _SECRET_HEADERS & entry.headers.keys():
-            del entry.headers[name]
+        record.start_s = time.monotonic()
+        for name in _SECRET_HEADERS & record.headers.keys():
+            del record.headers[name]
         with self._changed:
-            self._entries.append(entry)
-            for key in ("*", entry.endpoint):
+            self._entries.append(record)
+            for key in ("*", record.endpoint):
                 self._in_flight[key] += 1
                 self._max_in_flight[key] = max(self._max_in_flight[key], self._in_flight[key])
             self._changed.notify_all()
 
-    def end(self, entry: Entry) -> None:
-        """Record that a request is over, answered or not."""
+    def end(self, record: RequestRecord) -> None:
+        """Record that a request was completed or aborted."""
         with self._changed:
-            entry.end_s = time.monotonic()
-            for key in ("*", entry.endpoint):
+            record.end_s = time.monotonic()
+            for key in ("*", record.endpoint):
                 self._in_flight[key] -= 1
             self._changed.notify_all()

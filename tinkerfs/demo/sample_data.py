@@ -1,7 +1,7 @@
-"""The records of a sample account, made up from a seed: the same in every process.
+"""Generated records of a sample account, identical in every process.
 
-Each record depends on its index alone, so an account of 100,000 checkpoints starts at once and
-makes only what is asked for. Pure functions and plain data; `account` keeps and changes them.
+Each record depends only on the seed and its index. An account with 100,000 checkpoints therefore
+starts at once, and generates only the requested records. `Account` stores changes of records.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from typing import Any
 from tinkerfs.demo.content import Content
 
 REFERENCE_TIME_S = 1_767_268_800.0
-"""The newest moment of a catalogue that is not told another: 2026-01-01T12:00:00Z."""
+"""Default time of the latest activity in a sample account: 2026-01-01T12:00:00Z."""
 
-_FAR_S = 2_208_988_800.0  # 2040-01-01: an expiry of the fixed catalogue that no test outlives
+_FAR_S = 2_208_988_800.0  # 2040-01-01: base of expiries with the default reference time
 _DAY_S = 86_400.0
 _HOUR_S = 3600.0
 
@@ -26,28 +26,29 @@ BASE_MODELS = (
     "openai/gpt-oss-20b",
     "deepseek-ai/DeepSeek-V3.1",
 )
-_OWNERS = "demo-user"
+_OWNER = "demo-user"
 _PROJECTS = ("math-rl", "chat-sft", "tool-use", "distill")
 
 
 @dataclass(slots=True)
 class Checkpoint:
-    """One checkpoint, to be read and changed under the account's lock.
+    """One checkpoint, to be accessed under the account's lock.
 
     Attributes:
-        kind: `weights`, `sampler_weights` or `external_weights`; any other is served too.
-        name: The last part of its tinker path.
-        time_s: When it was saved, Unix time; None where the server does not say.
-        size_bytes: What its files add up to; None hides it from listings.
-        is_public: Whether anybody may read it.
-        expires_at_s: Unix time, or None for never.
-        user_metadata: What the user attached.
-        is_pending: Whether it is still being written: unlisted on SkyRL, 425 on its archive.
-        building_polls: How many more times its archive is "being built"; None for until changed.
-        archive: Served instead of the archive that its record implies.
-        files: Served instead of the files that its record implies (external weights).
-        generation: Part of what its bytes and its ETag depend on: raise it to save it anew.
-        extra: Further fields of the wire's record.
+        kind: `weights`, `sampler_weights` or `external_weights`; other kinds are served too.
+        name: The last segment of its tinker path.
+        time_s: Creation time, Unix time; None if the server does not report it.
+        size_bytes: Total size of its files; None to omit it from listings.
+        is_public: Whether all users may read it.
+        expires_at_s: Expiry, Unix time; None for never.
+        user_metadata: Metadata set by the user.
+        is_pending: Whether it is being created: unlisted on SkyRL, 425 for its archive.
+        building_polls: Remaining requests during which its archive is "being built"; None for
+            unlimited.
+        archive: Replaces the generated archive.
+        files: Replace the generated files of external weights.
+        generation: Increment it to change the content and ETag, as a new save does.
+        extra: Additional fields of the API record.
     """
 
     kind: str
@@ -72,7 +73,10 @@ class Checkpoint:
 
 @dataclass(slots=True)
 class Run:
-    """One training run with its checkpoints, oldest first; changed under the account's lock."""
+    """One training run with its checkpoints, oldest first.
+
+    Access it under the account's lock.
+    """
 
     id: str
     base_model: str
@@ -85,21 +89,21 @@ class Run:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def newest(self, kind: str) -> Checkpoint | None:
-        """Return the checkpoint of a kind that was saved last."""
+        """Return the newest checkpoint of a kind, or None."""
         return next((c for c in reversed(self.checkpoints) if c.kind == kind), None)
 
 
 @dataclass(slots=True)
 class Session:
-    """One session: who trained and sampled what together.
+    """One session: a group of training runs and samplers.
 
     Attributes:
         id: Opaque token.
-        created_at_s: Unix time.
-        run_ids: Training runs.
-        samplers: Of each sampler's id: its base model, and the tinker path that it serves or None.
-        display_name: What a person calls it.
-        user_metadata: What the user attached.
+        created_at_s: Creation time, Unix time.
+        run_ids: The ids of its training runs.
+        samplers: Base model and tinker path (or None) by sampler id.
+        display_name: Name set by the user.
+        user_metadata: Metadata set by the user.
     """
 
     id: str
@@ -111,18 +115,18 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
-    """What a sample account is made of.
+class SampleData:
+    """Generator of a sample account's records.
 
     Attributes:
         runs: Number of training runs, 0 or more.
-        checkpoints: Number of checkpoints of each.
-        seed: Another seed gives other ids, names and numbers.
-        reference_time_s: Everything happened before it; None for a fixed time in the past.
-        kinds: The kinds of checkpoint to make.
-        shares_names: Whether checkpoints of different kinds may have one name.
-        forgets_times: Whether every fourth checkpoint has no time.
-        size_bytes: Of every checkpoint; None for various, 0.3 to 5 MB.
+        checkpoints: Number of checkpoints per run.
+        seed: Seed of all ids, names and numbers.
+        reference_time_s: Time of the latest activity; None for a constant in the past.
+        kinds: The kinds of checkpoints to generate.
+        shares_names: Whether checkpoints of different kinds may have the same name.
+        forgets_times: Whether every fourth checkpoint lacks a time.
+        size_bytes: Size of every checkpoint; None for various sizes of 0.3 to 5 MB.
     """
 
     runs: int
@@ -135,20 +139,23 @@ class Catalogue:
     size_bytes: int | None = None
 
     def run_ids(self) -> list[str]:
-        """Return the ids of all runs, in order of `last_request_time`, newest first."""
+        """Return the ids of all runs, most recently used first."""
         return [self.run_id(index) for index in range(self.runs)]
 
     def run_id(self, index: int) -> str:
-        """Return the id of the run of an index."""
+        """Return the id of the run at an index."""
         return f"{self._uuid('run', index)}:train:0"
 
     def index_at(self, time_s: float) -> int:
-        """Return the index in `[0, runs]` before which all is newer than a time, after it older."""
+        """Return the index of the run with checkpoints around a time, in `[0, runs]`.
+
+        Checkpoints of earlier runs are newer than the time, those of later runs are older.
+        """
         index = (self._newest_s - time_s) // _HOUR_S
         return int(min(max(index, 0), self.runs))
 
     def run(self, index: int) -> Run:
-        """Make up the run of an index in `[0, runs)`; negative ones belong to somebody else."""
+        """Generate the run at an index; negative indices are other users' runs."""
         rng = random.Random(f"{self.seed}/run/{index}")
         last_s = self._newest_s - abs(index) * _HOUR_S - rng.randrange(300)
         rank = rng.choice((8, 16, 32, 64))
@@ -157,7 +164,7 @@ class Catalogue:
         return Run(
             id=self.run_id(index),
             base_model=rng.choice(BASE_MODELS),
-            owner=_OWNERS if is_own else "somebody-else",
+            owner=_OWNER if is_own else "somebody-else",
             lora_rank=rank,
             last_request_time_s=last_s,
             checkpoints=self._checkpoints(rng, index, last_s),
@@ -165,18 +172,18 @@ class Catalogue:
         )
 
     def foreign_run(self, number: int) -> Run:
-        """Make up a run of somebody else, with every second checkpoint public."""
+        """Generate a run of another user, with every second checkpoint public."""
         run = self.run(-1 - number)
         for position, checkpoint in enumerate(run.checkpoints):
             checkpoint.is_public = position % 2 == 0
         return run
 
     def session_id(self, number: int) -> str:
-        """Return the id of a session, of which there is one for every two runs."""
+        """Return the id of a session; each has two runs."""
         return self._uuid("session", number)
 
     def session(self, number: int, runs: list[Run]) -> Session:
-        """Make up a session over given runs."""
+        """Generate a session with the given runs."""
         session_id = self.session_id(number)
         samplers: dict[str, tuple[str, str | None]] = {}
         for run in runs:
@@ -199,10 +206,10 @@ class Catalogue:
         return now_s - 600
 
     def _checkpoints(self, rng: random.Random, index: int, last_s: float) -> list[Checkpoint]:
-        # All lie within the hour before the run's last request, and so after those of the next
-        # run: newest first over the account is simply run by run.
+        # All times are within the hour before the run's last request, and therefore after those of
+        # the next run. The checkpoints of the account, newest first, are thus ordered by run.
         step_s = 2900.0 / (self.checkpoints + 1)
-        made: list[Checkpoint] = []
+        checkpoints: list[Checkpoint] = []
         for number in range(self.checkpoints):
             kind = "weights" if number % 2 == 0 else "sampler_weights"
             name = f"{number // 2 + 1 if self.shares_names else number + 1:04d}"
@@ -212,29 +219,29 @@ class Catalogue:
                 kind, name = "external_weights", "export"
             time_s = last_s - (self.checkpoints - number) * step_s
             time_s = round(time_s, 6) if number % 3 else float(round(time_s))
-            is_forgotten = self.forgets_times and number % 4 == 3
-            made.append(
+            has_no_time = self.forgets_times and number % 4 == 3
+            checkpoints.append(
                 Checkpoint(
                     kind=kind,
                     name=name,
-                    time_s=None if is_forgotten else time_s,
+                    time_s=None if has_no_time else time_s,
                     size_bytes=self._size(rng),
                     is_public=rng.random() < 0.125,
                     expires_at_s=self._expiry(rng),
                     user_metadata={"step": str(100 * (number + 1))} if number % 4 == 1 else None,
                 )
             )
-        return made
+        return checkpoints
 
     def _size(self, rng: random.Random) -> int:
         size_bytes = 8 * rng.randrange(40_000, 600_000)
         return size_bytes if self.size_bytes is None else self.size_bytes
 
     def _expiry(self, rng: random.Random) -> float | None:
-        is_kept, wait_s = rng.random() >= 0.2, rng.randrange(1, 60) * _DAY_S
-        if is_kept:
+        is_permanent, ttl_s = rng.random() >= 0.2, rng.randrange(1, 60) * _DAY_S
+        if is_permanent:
             return None
-        return wait_s + (_FAR_S if self.reference_time_s is None else self.reference_time_s)
+        return ttl_s + (_FAR_S if self.reference_time_s is None else self.reference_time_s)
 
     def _uuid(self, what: str, index: int) -> str:
         text = f"{self.seed}/{what}/{index}".encode()

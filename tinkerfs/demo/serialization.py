@@ -1,4 +1,4 @@
-"""The account's records as the API's JSON, in the dialect of a profile."""
+"""Serialize the account's records to API JSON, in the dialect of a profile."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ Json = dict[str, Any]
 
 
 def time_json(time_s: float | None, profile: Profile) -> str | float | None:
-    """Return a Unix time as the profile writes it."""
+    """Return a Unix time in the profile's format."""
     if time_s is None or profile.times == "unix":
         return time_s
     text = datetime.fromtimestamp(time_s, UTC).isoformat().removesuffix("+00:00")
@@ -57,7 +57,7 @@ def run_json(run: Run, profile: Profile) -> Json:
 
 
 def weights_info_json(run: Run) -> Json:
-    """Return what is known of the weights of any checkpoint of a run."""
+    """Return the weights info of any checkpoint of a run."""
     return {
         "base_model": run.base_model,
         "is_lora": True,
@@ -80,13 +80,7 @@ def session_json(session: Session) -> Json:
 
 
 def session_summary_json(session: Session, runs: Sequence[Run], profile: Profile) -> Json:
-    """Return a session as a search finds it.
-
-    Args:
-        session: The session.
-        runs: Those of its runs that still exist.
-        profile: The dialect.
-    """
+    """Return a session as a search result; `runs` are its remaining runs."""
     sizes = [checkpoint.size_bytes or 0 for run in runs for checkpoint in run.checkpoints]
     return {
         "session_id": session.id,

@@ -1,4 +1,4 @@
-"""A demo server: both origins, started and stopped together.
+"""Demo server: both origins, started and stopped together.
 
 with DemoServer(runs=3) as server:
     httpx.get(f"{server.base_url}/api/v1/training_runs", headers={"X-API-Key": server.api_key})
@@ -14,54 +14,54 @@ from tinkerfs.demo.account import Account
 from tinkerfs.demo.api import Api, Behaviour
 from tinkerfs.demo.content import Content
 from tinkerfs.demo.faults import FaultPlan
-from tinkerfs.demo.http import Listener, Origin
+from tinkerfs.demo.http import App, Listener
 from tinkerfs.demo.profiles import PROFILES, Profile
-from tinkerfs.demo.request_log import Journal
-from tinkerfs.demo.sample_data import Catalogue
+from tinkerfs.demo.request_log import RequestLog
+from tinkerfs.demo.sample_data import SampleData
 from tinkerfs.demo.signing import Signer
 from tinkerfs.demo.store import Store
 
 DEMO_KEY = "tml-demo-key"
-"""The key that a demo server takes when it is told no other."""
+"""The API key that a demo server accepts by default."""
 
 
 class DemoServer:
-    """A server of the Tinker API on this machine, with a sample account.
+    """A local server of the Tinker API with a sample account.
 
-    Everything that tests may want to look at or to change is an attribute, and stays the same
-    object from construction to the end. All methods are thread-safe.
+    The attributes let tests inspect and change the server; each stays the same object for the
+    lifetime of the server. All methods are thread-safe.
 
-    A subclass may listen in another way: `listener_class` makes the listeners, `scheme` begins
-    every URL.
+    Subclasses may replace the transport: `listener_class` creates the listeners, and `scheme` is
+    the scheme of every URL.
 
     Args:
         runs: Number of training runs.
         checkpoints: Number of checkpoints of each run.
-        profile: Which known server it behaves as: a name of `PROFILES`, or one's own.
-        seed: Another seed gives another account.
+        profile: The known server to behave as: a name in `PROFILES`, or a custom profile.
+        seed: Seed of the sample account.
         host: Address to listen on.
-        port: Port of the API; 0 for any. The store's is always any.
-        faults: What goes wrong; nothing by default.
+        port: Port of the API; 0 for a free one. The store always uses a free one.
+        faults: The fault plan; empty by default.
         prefix: Path of the base URL, such as `/services/tinker-prod`.
-        api_key: The key that is taken, `tml-...`.
-        latency_s: How long after a request its answer begins at the earliest, the store's too.
-        clock: Returns Unix time: for expiries.
-        reference_time_s: Unix time of the account's newest moment; None for one in the past that
-            is always the same; `time.time()` for a lively demo.
-        size_bytes: Of every checkpoint; None for various, 0.3 to 5 MB.
-        foreign_runs: Number of public runs of somebody else: resolved by id, not listed.
-        building_polls: How often every archive is "being built" before it is there.
-        signed_url_lifetime_s: How long signed URLs are good for.
-        **behaviour: Further attributes of `Behaviour`: `archive_answer`, `tells_expiry`,
+        api_key: The accepted API key, `tml-...`.
+        latency_s: Minimum time from a request to its response, at both origins.
+        clock: Returns Unix time, by which URLs and checkpoints expire.
+        reference_time_s: Unix time of the account's latest activity; None for a constant in the
+            past. Pass `time.time()` for a realistic demo.
+        size_bytes: Size of every checkpoint; None for various sizes of 0.3 to 5 MB.
+        foreign_runs: Number of public runs of other users, which are found by id but not listed.
+        building_polls: Number of requests for each archive during which it is "being built".
+        signed_url_lifetime_s: Lifetime of signed URLs.
+        **behaviour: Further attributes of `Behaviour`: `archive_response`, `sends_expiry`,
             `building_status`, `retry_after`, `accepts_jwt`.
 
     Attributes:
-        account: What there is; changes show at once.
-        behaviour: Manners that may be changed while it serves.
-        journal: The requests so far.
-        faults: What shall go wrong.
-        signer: Of the signed URLs: `lifetime_s`, `revoke_all()`.
-        latency_s: May be changed while it serves.
+        account: The records; changes take effect at once.
+        behaviour: Options that may be changed while the server runs.
+        journal: The log of requests.
+        faults: The fault plan.
+        signer: Signs URLs; its `lifetime_s` may be changed.
+        latency_s: May be changed while the server runs.
     """
 
     listener_class: Callable[..., Listener] = Listener
@@ -90,10 +90,10 @@ class DemoServer:
     ) -> None:
         self.profile = PROFILES[profile] if isinstance(profile, str) else profile
         self.api_key, self.latency_s = api_key, latency_s
-        self.journal, self.faults = Journal(), faults or FaultPlan()
+        self.journal, self.faults = RequestLog(), faults or FaultPlan()
         self.signer = Signer(clock, signed_url_lifetime_s)
         self.behaviour = Behaviour(api_keys={api_key}, **behaviour)
-        catalogue = Catalogue(
+        sample = SampleData(
             runs=runs,
             checkpoints=checkpoints,
             seed=seed,
@@ -104,7 +104,7 @@ class DemoServer:
             size_bytes=size_bytes,
         )
         self.account = Account(
-            catalogue, clock, foreign_runs=foreign_runs, building_polls=building_polls
+            sample, clock, foreign_runs=foreign_runs, building_polls=building_polls
         )
         self._host, self._prefix = host, prefix.rstrip("/")
         self._store = Store(self.account, self.profile, self.signer)
@@ -113,21 +113,21 @@ class DemoServer:
         )
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        # Guarded by _lock. The ports, once known, are kept over stop_listening().
+        # Guarded by _lock. The ports stay the same after stop_listening().
         self._ports = {"api": port, "store": 0}
         self._listeners: dict[str, Listener] = {}
 
     def start(self) -> Self:
-        """Listen and serve; return the server itself.
+        """Start to listen and serve; return the server itself.
 
         Raises:
-            OSError: The address cannot be had.
+            OSError: The address is not available.
         """
         self.resume_listening()
         return self
 
     def close(self) -> None:
-        """End everything at once, also requests that hang. May be called again."""
+        """Stop at once, even with hanging requests. May be called again."""
         self._closing.set()
         self.stop_listening()
 
@@ -139,48 +139,48 @@ class DemoServer:
 
     @property
     def base_url(self) -> str:
-        """What `TINKER_BASE_URL` is to be, without a slash at the end."""
+        """The value for `TINKER_BASE_URL`, without a trailing slash."""
         return f"{self._origin('api')}{self._prefix}"
 
     @property
     def store_url(self) -> str:
-        """The origin of the signed URLs."""
+        """The origin of signed URLs: scheme, host and port."""
         return self._origin("store")
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that make any client of the API use this server."""
+        """The environment variables that point API clients to this server."""
         return {"TINKER_BASE_URL": self.base_url, "TINKER_API_KEY": self.api_key}
 
     def files(self, run_id: str, checkpoint_id: str) -> dict[str, Content]:
-        """Return the true files of a checkpoint by name, for comparison.
+        """Return the expected files of a checkpoint by name.
 
         Raises:
-            KeyError: There is no such checkpoint.
+            KeyError: The checkpoint does not exist.
         """
         return self._store.files(*self.account.find(run_id, checkpoint_id))
 
     def archive(self, run_id: str, checkpoint_id: str) -> Content:
-        """Return the true archive of a checkpoint, for comparison.
+        """Return the expected archive of a checkpoint.
 
         Raises:
-            KeyError: There is no such checkpoint.
+            KeyError: The checkpoint does not exist.
         """
         return self._store.archive(*self.account.find(run_id, checkpoint_id))
 
     def archive_url(self, run_id: str, checkpoint_id: str) -> str:
-        """Return a fresh signed URL of a checkpoint's archive, without a request.
+        """Return a new signed URL of a checkpoint's archive, without a request.
 
         Raises:
-            KeyError: There is no such checkpoint.
+            KeyError: The checkpoint does not exist.
         """
         return self._store.sign_archive(*self.account.find(run_id, checkpoint_id))[0]
 
     def stop_listening(self, *origins: str) -> None:
-        """Refuse connections from now on, and end those that are open.
+        """Refuse new connections and close the open ones.
 
         Args:
-            *origins: `api`, `store`; both by default.
+            *origins: `api` or `store`; both by default.
         """
         with self._lock:
             for name in origins or ("api", "store"):
@@ -189,30 +189,30 @@ class DemoServer:
                     listener.stop()
 
     def resume_listening(self) -> None:
-        """Serve again, on the same ports as before.
+        """Listen again on the same ports as before.
 
         Raises:
-            OSError: Somebody else has taken a port meanwhile.
+            OSError: Another process has taken a port.
         """
         with self._lock:
-            served: tuple[Origin, ...] = (self._store, self._api)
-            for origin in served:
-                if origin.name not in self._listeners:
-                    listener = self._listen(origin)
-                    self._ports[origin.name] = listener.server_port
-                    self._listeners[origin.name] = listener
+            apps: tuple[App, ...] = (self._store, self._api)
+            for app in apps:
+                if app.name not in self._listeners:
+                    listener = self._listen(app)
+                    self._ports[app.name] = listener.server_port
+                    self._listeners[app.name] = listener
         self._store.base_url, self._api.base_url = self.store_url, self.base_url
 
     def drop_connections(self) -> None:
-        """End all open connections, idle or not; new ones are served."""
+        """Close all open connections, idle or not; new ones are accepted."""
         with self._lock:
             for listener in self._listeners.values():
                 listener.drop_connections()
 
-    def _listen(self, origin: Origin) -> Listener:
+    def _listen(self, app: App) -> Listener:
         return self.listener_class(
-            (self._host, self._ports[origin.name]),
-            origin,
+            (self._host, self._ports[app.name]),
+            app,
             self.journal,
             self.faults,
             latency_s=lambda: self.latency_s,

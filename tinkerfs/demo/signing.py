@@ -1,4 +1,4 @@
-"""Signed URLs: whoever holds one may read one object until it expires."""
+"""Signed URLs, which allow anyone to read one object until they expire."""
 
 import hashlib
 import hmac
@@ -14,7 +14,7 @@ class Signer:
 
     Args:
         clock: Returns Unix time.
-        lifetime_s: How long a URL is good for. May be changed at any time, for URLs made later.
+        lifetime_s: Lifetime of new URLs. May be changed at any time.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time, lifetime_s: float = 900.0) -> None:
@@ -25,7 +25,7 @@ class Signer:
         self._revoked_before = 0
 
     def sign(self, origin: str, path: str) -> tuple[str, float]:
-        """Return a URL for a path, no two alike, and when it expires (Unix time).
+        """Return a new unique URL for a path, and its expiry (Unix time).
 
         Args:
             origin: Scheme, host and port.
@@ -36,8 +36,8 @@ class Signer:
         query = urlencode(fields | {"X-Signature": self._signature(path, fields)})
         return f"{origin}{quote(path)}?{query}", expires_s
 
-    def refusal(self, path: str, query: Mapping[str, str]) -> str | None:
-        """Say why a request with this path and query is not let in; None for a good one."""
+    def rejection_reason(self, path: str, query: Mapping[str, str]) -> str | None:
+        """Return the S3 error code for a request; None if its signature is valid."""
         fields = {key: query.get(key, "") for key in ("X-Id", "X-Expires")}
         expected = self._signature(path, fields)
         if not hmac.compare_digest(expected, query.get("X-Signature", "")):
@@ -49,7 +49,7 @@ class Signer:
         return None
 
     def revoke_all(self) -> None:
-        """Refuse every URL made so far, although its time is not over."""
+        """Reject every URL created so far, even before its expiry."""
         self._revoked_before = next(self._numbers) + 1
 
     def _signature(self, path: str, fields: Mapping[str, str]) -> str:

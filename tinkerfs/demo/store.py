@@ -1,7 +1,7 @@
-"""The object store: the second origin, which serves files by signed URL, with Range.
+"""The object store: the second origin, which serves files by signed URL.
 
-It answers as S3 and its like do: 206 with Content-Range, ETag and If-Range, 403 once a URL has
-expired. It never wants the API's key; the journal tells whether one was sent.
+It responds like S3: 206 with Content-Range, ETag, If-Range, and 403 for expired URLs. It ignores
+API keys; the request log shows whether a client sent one.
 """
 
 import hashlib
@@ -16,37 +16,31 @@ from tinkerfs.demo.content import Content, Data
 from tinkerfs.demo.http import Reply
 from tinkerfs.demo.profiles import Profile
 from tinkerfs.demo.ranges import UnsatisfiableRange, parse_range
-from tinkerfs.demo.request_log import Entry
+from tinkerfs.demo.request_log import RequestRecord
 from tinkerfs.demo.sample_data import Checkpoint, Run
 from tinkerfs.demo.signing import Signer
 
-_KEPT_ARCHIVES = 32
+_MAX_CACHED_ARCHIVES = 32
 
 
 class Store:
-    """Answers requests for files. Thread-safe.
-
-    Args:
-        account: Whose checkpoints they are.
-        profile: Which server this is.
-        signer: Makes and checks the URLs.
-    """
+    """App of the object store. Thread-safe."""
 
     name = "store"
 
     def __init__(self, account: Account, profile: Profile, signer: Signer) -> None:
         self.base_url = ""
         self._account, self._profile, self._signer = account, profile, signer
-        # Kept for the checksum that a gzip archive computes once; guarded by the account's lock.
+        # Cached because a gzip archive computes its checksum once; guarded by the account's lock.
         self._archives: OrderedDict[tuple[str, str, int, int | None], Content] = OrderedDict()
 
     def sign_archive(self, run: Run, checkpoint: Checkpoint) -> tuple[str, float]:
-        """Return a URL of a checkpoint's archive, and when it expires (Unix time)."""
+        """Return a signed URL of a checkpoint's archive, and its expiry (Unix time)."""
         path = f"/archives/{run.id}/{checkpoint.id}/archive.tar"
         return self._signer.sign(self.base_url, path)
 
     def sign_files(self, run: Run, checkpoint: Checkpoint) -> tuple[dict[str, str], float]:
-        """Return a URL for each file of a checkpoint, and when the first one expires."""
+        """Return a signed URL of each file of a checkpoint, and the earliest expiry."""
         signed = {
             name: self._signer.sign(self.base_url, f"/files/{run.id}/{checkpoint.id}/{name}")
             for name in self.files(run, checkpoint)
@@ -55,7 +49,7 @@ class Store:
         return urls, min((expires_s for _, expires_s in signed.values()), default=0.0)
 
     def sign_trace(self, session_id: str) -> str:
-        """Return a URL of a session's trace."""
+        """Return a signed URL of a session's trace."""
         return self._signer.sign(self.base_url, f"/traces/{session_id}")[0]
 
     def files(self, run: Run, checkpoint: Checkpoint) -> dict[str, Content]:
@@ -78,32 +72,32 @@ class Store:
                 if self._profile.archive_form == "gzip":
                     content = gzipped(content)
             self._archives[key] = content
-            if len(self._archives) > _KEPT_ARCHIVES:
+            if len(self._archives) > _MAX_CACHED_ARCHIVES:
                 self._archives.popitem(last=False)
             return content
 
     def endpoint(self, method: str, path: str) -> str:
-        """Return `GET store/` and `archive`, `file` or `trace`, the same with HEAD, or `?`."""
+        """Return the endpoint, such as `GET store/archive`; `?` if the path is unknown."""
         kind = {"archives": "archive", "files": "file", "traces": "trace"}.get(path.split("/")[1])
         return f"{method} store/{kind}" if kind and method in ("GET", "HEAD") else "?"
 
-    def answer(self, entry: Entry) -> Reply:
-        """Answer a request for a file."""
-        if entry.endpoint == "?":
-            return _error(405 if entry.method != "GET" else 404, "MethodNotAllowed")
-        refusal = self._signer.refusal(entry.path, entry.query)
-        if refusal is not None:
-            return _error(403, refusal)
+    def respond(self, record: RequestRecord) -> Reply:
+        """Return the response to a request for a file."""
+        if record.endpoint == "?":
+            return _error(405 if record.method != "GET" else 404, "MethodNotAllowed")
+        error = self._signer.rejection_reason(record.path, record.query)
+        if error is not None:
+            return _error(403, error)
         with self._account.lock:
-            found = self._find(entry.path)
+            found = self._find(record.path)
         if found is None:
             return _error(404, "NoSuchKey")
-        return _serve(entry, *found)
+        return _serve(record, *found)
 
     def _find(self, path: str) -> tuple[Content, str, float] | None:
-        """Return a file, its ETag and its time."""
+        """Return the content, ETag and modification time of an object."""
         if path.startswith("/traces/"):
-            return Data(b"\x0a\x00"), '"trace"', 0.0  # one empty packet of a Perfetto trace
+            return Data(b"\x0a\x00"), '"trace"', 0.0  # a Perfetto trace with one empty packet
         _, what, run_id, kind, bare, *rest = path.split("/")
         run = self._account.run(run_id)
         checkpoint = self._account.checkpoint(run_id, f"{kind}/{bare}")
@@ -120,8 +114,8 @@ class Store:
         return content, f'"{digest.hexdigest()}"', checkpoint.time_s or 0.0
 
 
-def _serve(entry: Entry, content: Content, etag: str, time_s: float) -> Reply:
-    """Answer as RFC 9110 says, sections 13 and 14."""
+def _serve(record: RequestRecord, content: Content, etag: str, time_s: float) -> Reply:
+    """Return the response to a conditional or range request (RFC 9110, 13 and 14)."""
     modified = formatdate(time_s, usegmt=True)
     size_bytes = content.size_bytes
     headers = {
@@ -130,23 +124,23 @@ def _serve(entry: Entry, content: Content, etag: str, time_s: float) -> Reply:
         "ETag": etag,
         "Last-Modified": modified,
     }
-    if "if-match" in entry.headers and entry.headers["if-match"] not in ("*", etag):
+    if "if-match" in record.headers and record.headers["if-match"] not in ("*", etag):
         return _error(412, "PreconditionFailed")
-    if entry.headers.get("if-none-match") == etag:
+    if record.headers.get("if-none-match") == etag:
         return Reply(HTTPStatus.NOT_MODIFIED, headers)
     reply = Reply(HTTPStatus.OK, headers, content)
-    is_unchanged = entry.headers.get("if-range", etag) in (etag, modified)
-    if entry.range is None or entry.is_range_hidden or entry.method != "GET" or not is_unchanged:
+    is_unchanged = record.headers.get("if-range", etag) in (etag, modified)
+    if record.range is None or record.is_range_hidden or record.method != "GET" or not is_unchanged:
         return reply
     try:
-        asked = parse_range(entry.range, size_bytes)
+        byte_range = parse_range(record.range, size_bytes)
     except UnsatisfiableRange:
-        refused = _error(416, "InvalidRange")
-        refused.headers["Content-Range"] = f"bytes */{size_bytes}"
-        return refused
-    if asked is not None:
-        reply.status, (reply.start, reply.stop) = HTTPStatus.PARTIAL_CONTENT, asked
-        headers["Content-Range"] = f"bytes {asked[0]}-{asked[1] - 1}/{size_bytes}"
+        unsatisfiable = _error(416, "InvalidRange")
+        unsatisfiable.headers["Content-Range"] = f"bytes */{size_bytes}"
+        return unsatisfiable
+    if byte_range is not None:
+        reply.status, (reply.start, reply.stop) = HTTPStatus.PARTIAL_CONTENT, byte_range
+        headers["Content-Range"] = f"bytes {byte_range[0]}-{byte_range[1] - 1}/{size_bytes}"
     return reply
 
 

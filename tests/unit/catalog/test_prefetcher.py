@@ -1,7 +1,9 @@
-"""Walks over made-up accounts: recognised late enough, followed, and nothing asked twice."""
+"""Prefetches for traversals of generated accounts, without duplicate requests."""
+
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.support.clocks import FakeTime
@@ -10,7 +12,7 @@ from tinkerfs.api import models
 from tinkerfs.catalog import prefetcher
 from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, RunListing
 from tinkerfs.catalog.prefetcher import (
-    WALK_WINDOW_S,
+    TRAVERSAL_TIMEOUT_S,
     OrderIndex,
     TraversalOrder,
     TraversalPrefetcher,
@@ -18,81 +20,83 @@ from tinkerfs.catalog.prefetcher import (
 )
 from tinkerfs.context import Priority
 
-MOST = 16
+MAX_WINDOW = 16
 
 
 class Account:
-    """Runs with checkpoints, and somebody who goes through them; what is asked ahead comes late.
+    """An account and a client process that traverses it; prefetches complete late.
 
     Attributes:
-        asked: every call, in order, whoever made it.
-        ahead: how many of these were asked ahead.
+        requested: the keys of all requests in order, prefetches included.
+        prefetch_count: number of prefetches.
+        max_outstanding: largest number of outstanding prefetches of a traversal.
     """
 
-    def __init__(self, runs, most=MOST):
+    def __init__(self, runs, max_window=MAX_WINDOW):
         self.runs = RunListing.from_runs(
             models.TrainingRun(run_id=run_id, raw=b"{}") for run_id in runs
         )
         self.listings = {
-            run_id: CheckpointListing.of(
-                run_id, (models.Checkpoint.of(checkpoint_id=name, raw=b"{}") for name in names)
+            run_id: CheckpointListing.from_records(
+                run_id,
+                (models.Checkpoint.from_fields(checkpoint_id=name, raw=b"{}") for name in names),
             )
             for run_id, names in runs.items()
         }
         self.time = FakeTime()
-        self.walks = TraversalPrefetcher(most, self.time.clock)
-        self.asked, self.ahead = [], 0
-        self.most_ahead = 0
-        self._under_way = []
+        self.prefetcher = TraversalPrefetcher(max_window, self.time.clock)
+        self.requested, self.prefetch_count = [], 0
+        self.max_outstanding = 0
+        self._in_flight = []
 
-    def look_into(self, run_id):
-        if self.walks.is_ahead(run_id):
-            self._go(self.walks.on_run_access(run_id, self.runs))
-        if run_id not in self.asked:
-            self._go(self.walks.on_run_access(run_id, self.runs))
-            self._ask(run_id)
-        self._come(run_id)
+    def list_run(self, run_id):
+        if self.prefetcher.is_prefetched(run_id):
+            self._prefetch(self.prefetcher.on_run_access(run_id, self.runs))
+        if run_id not in self.requested:
+            self._prefetch(self.prefetcher.on_run_access(run_id, self.runs))
+            self._request(run_id)
+        self._complete(run_id)
         return self.listings[run_id]
 
     def read_info(self, checkpoint, knows_siblings=True):
         siblings = self.listings[checkpoint.run_id] if knows_siblings else None
-        if self.walks.is_ahead(checkpoint.key) or checkpoint.key not in self.asked:
-            self._go(self.walks.on_info_access(checkpoint, siblings, self.runs))
-        if checkpoint.key not in self.asked:
-            self._ask(checkpoint.key)
-        self._come(checkpoint.key)
+        if self.prefetcher.is_prefetched(checkpoint.key) or checkpoint.key not in self.requested:
+            self._prefetch(self.prefetcher.on_info_access(checkpoint, siblings, self.runs))
+        if checkpoint.key not in self.requested:
+            self._request(checkpoint.key)
+        self._complete(checkpoint.key)
 
-    def walk(self, order, *, infos=True):
-        places = OrderIndex(self.runs.by_id)
-        for at in range(len(places)):
-            listing = self.look_into(places.name(order, at))
+    def traverse(self, order, *, infos=True):
+        index = OrderIndex(self.runs.by_id)
+        for position in range(len(index)):
+            listing = self.list_run(index.name(order, position))
             for checkpoint in in_order(listing, order) if infos else ():
                 self.read_info(checkpoint)
 
-    def _ask(self, key):
-        assert key not in self.asked
-        self.asked.append(key)
-        self._under_way.append(key)
+    def _request(self, key):
+        assert key not in self.requested
+        self.requested.append(key)
+        self._in_flight.append(key)
 
-    def _come(self, key):
-        """Let everything come that was asked for up to a key."""
-        while key in self._under_way:
-            come = self._under_way.pop(0)
-            if isinstance(come, str):
-                for walk in self.walks.listed(come, self.listings[come]):
-                    self._go(walk)
+    def _complete(self, key):
+        """Complete every request up to the one with a key."""
+        while key in self._in_flight:
+            completed = self._in_flight.pop(0)
+            if isinstance(completed, str):
+                for traversal in self.prefetcher.on_listing(completed, self.listings[completed]):
+                    self._prefetch(traversal)
 
-    def _go(self, walk):
-        while walk is not None and (step := self.walks.next(walk)) is not None:
-            key = step if isinstance(step, str) else step.key
-            if key not in self.asked:
-                self._ask(key)
-                self.ahead += 1
-                self.most_ahead = max(self.most_ahead, len(walk.outstanding))
+    def _prefetch(self, traversal):
+        while traversal is not None and (item := self.prefetcher.next(traversal)) is not None:
+            key = item if isinstance(item, str) else item.key
+            if key not in self.requested:
+                self._request(key)
+                self.prefetch_count += 1
+                self.max_outstanding = max(self.max_outstanding, len(traversal.outstanding))
                 continue
-            if isinstance(step, str) and step not in self._under_way:
-                self.walks.listed(step, self.listings[step])
-            self.walks.drop(walk, step)
+            if isinstance(item, str) and item not in self._in_flight:
+                self.prefetcher.on_listing(item, self.listings[item])
+            self.prefetcher.drop(traversal, item)
 
 
 def numbered(runs, checkpoints=3):
@@ -101,7 +105,7 @@ def numbered(runs, checkpoints=3):
 
 
 def shuffled(runs):
-    """The same, listed in an order in which no two stand beside each other that do by name."""
+    """Return the runs in an order in which no neighbours are neighbours by name."""
     names = sorted(runs)
     return {name: runs[name] for name in names[::2] + names[1::2]}
 
@@ -120,188 +124,198 @@ ACCOUNTS = st.dictionaries(
 
 
 @given(ACCOUNTS, st.sampled_from(list(TraversalOrder)), st.booleans(), st.integers(2, 20))
-def test_a_whole_walk_asks_for_everything_once_and_never_far_ahead(runs, order, infos, most):
-    account = Account(runs, most)
-    account.walk(order, infos=infos)
+def test_traversal_requests_all_once_and_stays_within_its_window(runs, order, infos, max_window):
+    account = Account(runs, max_window)
+    account.traverse(order, infos=infos)
     wanted = {*account.runs.by_id}
     if infos:
         wanted |= {c.key for listing in account.listings.values() for c in in_order(listing, order)}
-    assert set(account.asked) == wanted
-    assert len(account.asked) == len(wanted)
-    assert account.most_ahead <= 2 * most
+    assert set(account.requested) == wanted
+    assert len(account.requested) == len(wanted)
+    assert account.max_outstanding <= 2 * max_window
 
 
 @given(ACCOUNTS, st.data())
-def test_looks_in_any_order_ask_for_nothing_that_is_not_there_and_nothing_twice(runs, data):
+def test_accesses_in_any_order_request_existing_keys_only_once(runs, data):
     account = Account(runs)
     every = [c for listing in account.listings.values() for c in listing.all]
-    looks = st.sampled_from([*runs, *every]) if runs else st.nothing()
-    for look in data.draw(st.lists(looks, max_size=30)) if runs else ():
-        if isinstance(look, str):
-            account.look_into(look)
+    accesses = st.sampled_from([*runs, *every]) if runs else st.nothing()
+    for access in data.draw(st.lists(accesses, max_size=30)) if runs else ():
+        if isinstance(access, str):
+            account.list_run(access)
         else:
-            account.read_info(look)
-        account.time.advance(data.draw(st.sampled_from([0, 1, WALK_WINDOW_S + 1])))
-    assert set(account.asked) <= {*runs, *(c.key for c in every)}
+            account.read_info(access)
+        account.time.advance(data.draw(st.sampled_from([0, 1, TRAVERSAL_TIMEOUT_S + 1])))
+    assert set(account.requested) <= {*runs, *(c.key for c in every)}
 
 
 @given(ACCOUNTS, st.sampled_from(list(TraversalOrder)))
-def test_places(runs, order):
-    places = OrderIndex(runs)
-    row = [places.name(order, place) for place in range(len(places))]
+def test_order_index_converts_between_names_and_positions(runs, order):
+    index = OrderIndex(runs)
+    names = [index.name(order, position) for position in range(len(index))]
     wanted = sorted(runs) if order.is_by_name else list(runs)
-    assert row == (wanted[::-1] if order.is_backwards else wanted)
-    assert [places.place(order, name) for name in row] == list(range(len(row)))
-    assert places.place(order, "absent") is None
+    assert names == (wanted[::-1] if order.is_backwards else wanted)
+    assert [index.position(order, name) for name in names] == list(range(len(names)))
+    assert index.position(order, "absent") is None
 
 
 @pytest.mark.parametrize("order", list(TraversalOrder))
-def test_one_run_is_no_walk_and_the_second_beside_it_is(order):
+def test_run_access_prefetches_from_the_second_adjacent_run_on(order):
     account = Account(shuffled(numbered(40)))
-    places = OrderIndex(account.runs.by_id)
-    account.look_into(places.name(order, 5))
-    account.look_into(places.name(order, 5))
-    assert account.ahead == 0
-    account.look_into(places.name(order, 6))
-    assert account.asked[1:5] == [places.name(order, at) for at in range(7, 11)]
+    index = OrderIndex(account.runs.by_id)
+    account.list_run(index.name(order, 5))
+    account.list_run(index.name(order, 5))
+    assert account.prefetch_count == 0
+    account.list_run(index.name(order, 6))
+    assert account.requested[1:5] == [index.name(order, position) for position in range(7, 11)]
 
 
-def test_runs_that_are_not_beside_each_other_are_no_walk():
+def test_run_access_to_distant_runs_prefetches_nothing():
     account = Account(numbered(40))
     for run_id in ("r005", "r010", "r012", "r020"):
-        account.look_into(run_id)
-    assert account.ahead == 0
+        account.list_run(run_id)
+    assert account.prefetch_count == 0
 
 
-def test_runs_beside_each_other_at_long_intervals_are_no_walk():
+def test_run_access_at_long_intervals_prefetches_nothing():
     account = Account(numbered(40))
     for number in range(5):
-        account.look_into(f"r{number:03}")
-        account.time.advance(WALK_WINDOW_S + 0.1)
-    assert account.ahead == 0
+        account.list_run(f"r{number:03}")
+        account.time.advance(TRAVERSAL_TIMEOUT_S + 0.1)
+    assert account.prefetch_count == 0
 
 
-def test_more_is_asked_ahead_only_as_the_walk_goes_on():
+def test_run_access_widens_the_window_with_correct_predictions():
     account = Account(numbered(100))
-    ahead = []
+    outstanding = []
     for number in range(8):
-        account.look_into(f"r{number:03}")
-        ahead.append(len(account.asked) - number - 1)
-    assert ahead == [0, 4, 8, MOST, MOST, MOST, MOST, MOST]
+        account.list_run(f"r{number:03}")
+        outstanding.append(len(account.requested) - number - 1)
+    assert outstanding == [0, 4, 8, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW]
 
 
-def test_a_walk_for_weights_infos_has_them_asked_from_the_first_of_the_next_run():
+def test_info_access_in_two_runs_prefetches_infos_of_the_next():
     account = Account(numbered(10, checkpoints=4))
     for run_id in ("r000", "r001"):
-        for checkpoint in in_order(account.look_into(run_id), TraversalOrder.BY_NAME):
+        for checkpoint in in_order(account.list_run(run_id), TraversalOrder.BY_NAME):
             account.read_info(checkpoint)
-    assert ("r002", "weights", "0") in account.asked
-    assert "r003" in account.asked
+    assert ("r002", "weights", "0") in account.requested
+    assert "r003" in account.requested
 
 
-def test_the_first_weights_info_has_a_few_asked_ahead_and_the_next_ones_more():
+def test_info_access_prefetches_a_few_siblings_then_more():
     account = Account(numbered(1, checkpoints=100))
-    row = in_order(account.look_into("r000"), TraversalOrder.BY_NAME)
-    ahead = []
+    ordered = in_order(account.list_run("r000"), TraversalOrder.BY_NAME)
+    outstanding = []
     for number in range(3, 8):
-        account.read_info(row[number])
-        ahead.append(account.ahead - (number - 3))
-    assert ahead == [4, 8, MOST, MOST, MOST]
-    assert set(account.asked[1:]) == {each.key for each in row[3 : 8 + MOST]}
+        account.read_info(ordered[number])
+        outstanding.append(account.prefetch_count - (number - 3))
+    assert outstanding == [4, 8, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW]
+    assert set(account.requested[1:]) == {each.key for each in ordered[3 : 8 + MAX_WINDOW]}
 
 
 @pytest.mark.parametrize("order", list(TraversalOrder))
-def test_the_second_weights_info_tells_the_order(order):
-    # Listed in steps of eight: what stands beside a name in one order does not in the other.
+def test_info_access_twice_reveals_the_order(order):
+    # Listed in steps of eight: neighbours in one order are not neighbours in the other.
     names = [f"weights/{n:02}" for n in sorted(range(40), key=lambda n: n % 8)]
     account = Account({"r000": names})
-    row = in_order(account.look_into("r000"), order)
-    account.read_info(row[20])
-    guessed = list(account.asked)
-    account.read_info(row[21])
-    coming = [each.key for each in row[22:] if each.key not in guessed]
-    asked = [key for key in account.asked[len(guessed) :] if key != row[21].key]
-    assert asked == coming[: len(asked)]
-    assert len(asked) >= 4
+    ordered = in_order(account.list_run("r000"), order)
+    account.read_info(ordered[20])
+    guessed = list(account.requested)
+    account.read_info(ordered[21])
+    next_keys = [each.key for each in ordered[22:] if each.key not in guessed]
+    requested = [key for key in account.requested[len(guessed) :] if key != ordered[21].key]
+    assert requested == next_keys[: len(requested)]
+    assert len(requested) >= 4
 
 
-def test_who_has_no_order_is_not_asked_for_one_again_and_again(monkeypatch):
+def test_info_access_without_order_stops_searching_for_one(monkeypatch):
     account = Account(numbered(1, checkpoints=400))
-    row = in_order(account.look_into("r000"), TraversalOrder.BY_NAME)
-    sought = []
-    monkeypatch.setattr(prefetcher, "_are_next", lambda *args: sought.append(args) or False)
+    ordered = in_order(account.list_run("r000"), TraversalOrder.BY_NAME)
+    searches = []
+    monkeypatch.setattr(prefetcher, "_are_next", lambda *args: searches.append(args) or False)
     for number in range(400):
-        account.read_info(row[number * 37 % 400])
-    assert len(sought) <= 10 * len(TraversalOrder)
+        account.read_info(ordered[number * 37 % 400])
+    assert len(searches) <= 10 * len(TraversalOrder)
 
 
-def test_who_asks_for_one_weights_info_of_a_run_and_no_more_has_four_others_asked():
+def test_info_access_once_prefetches_four_siblings_only():
     account = Account(numbered(1, checkpoints=100))
-    account.read_info(in_order(account.look_into("r000"), TraversalOrder.BY_NAME)[50])
+    account.read_info(in_order(account.list_run("r000"), TraversalOrder.BY_NAME)[50])
     for _ in range(3):
-        account._come(account.asked[-1])
-        account.time.advance(WALK_WINDOW_S)
-    assert account.ahead == 4
+        account._complete(account.requested[-1])
+        account.time.advance(TRAVERSAL_TIMEOUT_S)
+    assert account.prefetch_count == 4
 
 
 @given(st.permutations(range(12)))
-def test_who_asks_for_infos_in_no_order_soon_has_all_of_them_asked(numbers):
+def test_info_access_without_order_soon_prefetches_all(numbers):
     account = Account(numbered(1, checkpoints=12))
-    row = in_order(account.look_into("r000"), TraversalOrder.LISTED)
+    listing = account.list_run("r000")
+    ordered = in_order(listing, TraversalOrder.LISTED)
+    keys = [ordered[number].key for number in numbers[:6]]
+    # Neighbours in an order suggest a traversal, which starts with a small window.
+    assume(
+        not any(
+            prefetcher._are_next(listing, order, *pair)
+            for order in TraversalOrder
+            for pair in pairwise(keys)
+        )
+    )
     for number in numbers[:6]:
-        account.read_info(row[number])
-    assert len(account.asked) == 13
+        account.read_info(ordered[number])
+    assert len(account.requested) == 13
 
 
-def test_a_walk_in_another_order_than_it_seemed_is_followed_from_its_third_run():
-    # Two stand beside each other in both orders.
+def test_traversal_in_another_order_is_recognised_at_run_three():
+    # The first two runs are neighbours in both orders.
     names = ["r000", "r001", *(f"r{n:03}" for n in range(2, 40, 2))]
     names += [f"r{n:03}" for n in range(3, 40, 2)]
     account = Account(dict.fromkeys(names, ()))
-    account.walk(TraversalOrder.BY_NAME)
-    assert len(account.asked) == len(names)
-    assert account.ahead > len(names) / 2
+    account.traverse(TraversalOrder.BY_NAME)
+    assert len(account.requested) == len(names)
+    assert account.prefetch_count > len(names) / 2
 
 
-def test_two_who_walk_at_a_time_are_both_followed():
+def test_two_concurrent_traversals_are_both_prefetched():
     account = Account(numbered(200))
     for number in range(20):
-        account.look_into(f"r{number:03}")
-        account.look_into(f"r{100 + number:03}")
-    assert {"r020", "r030", "r120", "r130"} <= set(account.asked)
+        account.list_run(f"r{number:03}")
+        account.list_run(f"r{100 + number:03}")
+    assert {"r020", "r030", "r120", "r130"} <= set(account.requested)
 
 
-def test_who_stops_is_asked_nothing_ahead_any_more():
+def test_traversal_that_stops_is_not_prefetched():
     account = Account(numbered(40))
-    account.look_into("r000")
-    account.look_into("r001")
-    account.time.advance(WALK_WINDOW_S + 0.1)
-    (run_id,) = [r for r in account.asked if account.walks.is_ahead(r)][:1]
-    asked = list(account.asked)
-    account._come(asked[-1])
-    assert account.asked == asked
-    account.look_into("r030")
-    assert not account.walks.is_ahead(run_id)
+    account.list_run("r000")
+    account.list_run("r001")
+    account.time.advance(TRAVERSAL_TIMEOUT_S + 0.1)
+    (run_id,) = [r for r in account.requested if account.prefetcher.is_prefetched(r)][:1]
+    requested = list(account.requested)
+    account._complete(requested[-1])
+    assert account.requested == requested
+    account.list_run("r030")
+    assert not account.prefetcher.is_prefetched(run_id)
 
 
-@pytest.mark.parametrize("is_awaited", [False, True])
-def test_an_outage_ends_asking_ahead_unless_somebody_waits(is_awaited):
+@pytest.mark.parametrize("is_demand", [False, True])
+def test_stop_on_outage_ends_the_traversal_of_a_prefetch(is_demand):
     account = Account(numbered(40))
-    account.look_into("r000")
-    account.look_into("r001")
-    assert account.walks.is_ahead("r003")
+    account.list_run("r000")
+    account.list_run("r001")
+    assert account.prefetcher.is_prefetched("r003")
     with (
         pytest.raises(errors.ServerError),
-        account.walks.stop_on_outage("r002", Priority(is_demand=is_awaited)),
+        account.prefetcher.stop_on_outage("r002", Priority(is_demand=is_demand)),
     ):
         raise errors.ServerError("down")
-    assert account.walks.is_ahead("r003") == is_awaited
+    assert account.prefetcher.is_prefetched("r003") == is_demand
 
 
-def test_unknown_runs_and_siblings_are_no_walk():
-    walks = TraversalPrefetcher(MOST, FakeTime().clock)
+def test_access_to_unknown_runs_and_siblings_starts_no_traversal():
+    empty = TraversalPrefetcher(MAX_WINDOW, FakeTime().clock)
     for number in range(3):
-        assert walks.on_run_access(f"r{number}", None) is None
-        record = models.Checkpoint.of(checkpoint_id=f"weights/{number}", raw=b"{}")
-        assert walks.on_info_access(Checkpoint.from_record("r", record), None, None) is None
-    walks.clear()
+        assert empty.on_run_access(f"r{number}", None) is None
+        record = models.Checkpoint.from_fields(checkpoint_id=f"weights/{number}", raw=b"{}")
+        assert empty.on_info_access(Checkpoint.from_record("r", record), None, None) is None
+    empty.clear()

@@ -1,4 +1,4 @@
-"""What a new mount shows of the last one's listings, and when it does not."""
+"""Listing snapshots: when a mount serves the listings of an earlier mount."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def runs(*run_ids):
 
 def checkpoints(run_id, *names):
     records = (
-        models.Checkpoint.of(
+        models.Checkpoint.from_fields(
             checkpoint_id=name,
             tinker_path=f"tinker://{run_id}/{name}",
             raw=json.dumps(
@@ -46,143 +46,145 @@ def checkpoints(run_id, *names):
         )
         for name in names
     )
-    return CheckpointListing.of(run_id, records)
+    return CheckpointListing.from_records(run_id, records)
 
 
 @contextmanager
-def warm(folder, time, *, key="tml-one", url=URL):
-    """What is kept, as a mount has it that begins a second after the one before."""
+def snapshots_of(directory, time, *, key="tml-one", url=URL):
+    """Yield the snapshots for a mount that starts a second after the previous one."""
     time.advance(1)
-    credentials = Credentials({"TINKER_API_KEY": key}, home=str(folder), clock=time.clock)
+    credentials = Credentials({"TINKER_API_KEY": key}, home=str(directory), clock=time.clock)
     credentials.get()
     with (
-        MetadataStore(folder) as store,
-        ListingSnapshots(store, url, credentials, time.clock, stale_s=DAY_S) as kept,
+        MetadataStore(directory) as store,
+        ListingSnapshots(store, url, credentials, time.clock, stale_s=DAY_S) as snapshots,
     ):
-        yield kept
+        yield snapshots
 
 
-# --- what is kept --------------------------------------------------------------------------------
+# --- snapshots -----------------------------------------------------------------------------------
 
 
-def test_listings_are_there_in_the_next_mount_as_the_server_told_them(tmp_path, time):
+def test_snapshots_in_the_next_mount_equal_the_listings(tmp_path, time):
     listing = checkpoints("r1", "weights/1", "sampler_weights/1")
-    user = AccountListing.of(listing.all)
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() is None
-        kept.save_runs(runs("r1", "r2"))
-        kept.save_checkpoints("r1", listing)
-        kept.save_account(user)
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() == runs("r1", "r2")
-        assert kept.checkpoints("r1") == listing
-        assert kept.checkpoints("r2") is None
-        assert kept.user() == user
+    user = AccountListing.from_checkpoints(listing.all)
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() is None
+        snapshots.save_runs(runs("r1", "r2"))
+        snapshots.save_checkpoints("r1", listing)
+        snapshots.save_account(user)
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() == runs("r1", "r2")
+        assert snapshots.checkpoints("r1") == listing
+        assert snapshots.checkpoints("r2") is None
+        assert snapshots.account() == user
 
 
-def test_a_long_listing_is_kept_whole(tmp_path, time):
+def test_snapshot_of_a_long_listing_is_complete(tmp_path, time):
     many = runs(*(f"run-{n}" for n in range(1000)))
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(many)
-        kept.save_checkpoints("empty", checkpoints("empty"))
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() == many
-        assert kept.checkpoints("empty") == checkpoints("empty")
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(many)
+        snapshots.save_checkpoints("empty", checkpoints("empty"))
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() == many
+        assert snapshots.checkpoints("empty") == checkpoints("empty")
 
 
-def test_another_key_or_server_never_sees_them_and_the_key_is_nowhere(tmp_path, time):
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(runs("r1"))
-    with warm(tmp_path, time, key="tml-other") as kept:
-        assert kept.runs() is None
-    with warm(tmp_path, time, url="http://other.invalid") as kept:
-        assert kept.runs() is None
+def test_snapshots_are_separate_by_key_and_server(tmp_path, time):
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(runs("r1"))
+    with snapshots_of(tmp_path, time, key="tml-other") as snapshots:
+        assert snapshots.runs() is None
+    with snapshots_of(tmp_path, time, url="http://other.invalid") as snapshots:
+        assert snapshots.runs() is None
     for path in tmp_path.iterdir():
         assert b"tml-one" not in path.read_bytes()
 
 
-def test_a_refused_key_sees_nothing(tmp_path, time):
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(runs("r1"))
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() is not None
-        kept._credentials.on_unauthorized("tml-one", errors.Unauthorized("revoked", status=401))
-        assert kept.runs() is None
+def test_snapshots_with_an_unauthorized_key_are_not_served(tmp_path, time):
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(runs("r1"))
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() is not None
+        snapshots._credentials.on_unauthorized(
+            "tml-one", errors.Unauthorized("revoked", status=401)
+        )
+        assert snapshots.runs() is None
 
 
-def test_what_is_older_than_the_last_good_answer_may_be_is_not_shown(tmp_path, time):
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(runs("r1"))
+def test_snapshots_older_than_the_stale_limit_are_not_served(tmp_path, time):
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(runs("r1"))
     time.advance(DAY_S - 2)
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() is not None
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() is not None
     time.advance(2)
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() is None
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() is None
 
 
-def test_a_mount_is_never_shown_what_itself_or_a_later_one_wrote(tmp_path, time):
-    with warm(tmp_path, time) as early, warm(tmp_path, time) as late:
+def test_snapshots_of_a_later_start_are_not_served(tmp_path, time):
+    with snapshots_of(tmp_path, time) as early, snapshots_of(tmp_path, time) as late:
         late.save_runs(runs("r1"))
         late.__exit__(None, None, None)
         assert early.runs() is None
         assert late.runs() is None
 
 
-def test_a_change_takes_what_tells_of_its_run(tmp_path, time):
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(runs("r1"))
+def test_invalidate_run_deletes_the_snapshots_with_its_data(tmp_path, time):
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(runs("r1"))
         for run_id in ("r1", "r2"):
-            kept.save_checkpoints(run_id, checkpoints(run_id, "weights/1"))
-        kept.changed("r1")
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() is None
-        assert kept.checkpoints("r1") is None
-        assert kept.checkpoints("r2") is not None
+            snapshots.save_checkpoints(run_id, checkpoints(run_id, "weights/1"))
+        snapshots.invalidate_run("r1")
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() is None
+        assert snapshots.checkpoints("r1") is None
+        assert snapshots.checkpoints("r2") is not None
 
 
-def test_after_a_refresh_nothing_is_shown_and_nothing_is_left_of_the_account(tmp_path, time):
+def test_clear_deletes_every_snapshot_of_the_account_only(tmp_path, time):
     for key in ("tml-one", "tml-other"):
-        with warm(tmp_path, time, key=key) as kept:
-            kept.save_runs(runs(key))
-    with warm(tmp_path, time) as kept:
-        kept.forget()
-        assert kept.runs() is None
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() is None
-    with warm(tmp_path, time, key="tml-other") as kept:
-        assert kept.runs() == runs("tml-other")
+        with snapshots_of(tmp_path, time, key=key) as snapshots:
+            snapshots.save_runs(runs(key))
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.clear()
+        assert snapshots.runs() is None
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() is None
+    with snapshots_of(tmp_path, time, key="tml-other") as snapshots:
+        assert snapshots.runs() == runs("tml-other")
 
 
-def test_what_cannot_be_read_any_more_is_not_there(tmp_path, time):
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(runs("r1"))
+def test_malformed_snapshots_are_not_served(tmp_path, time):
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(runs("r1"))
     for garbage in (b"no zlib", module.zlib.compress(b"no JSON"), module.zlib.compress(b"{}")):
-        with warm(tmp_path, time) as kept:
-            kept._store.put_listing(kept._account(), "runs", time.now - 1, garbage)
-            assert kept.runs() is None
+        with snapshots_of(tmp_path, time) as snapshots:
+            snapshots._store.put_listing(snapshots._account_digest(), "runs", time.now - 1, garbage)
+            assert snapshots.runs() is None
 
 
-def test_all_that_is_kept_is_bounded_and_the_oldest_go(tmp_path, time):
+def test_evict_listings_evicts_the_oldest(tmp_path, time):
     with MetadataStore(tmp_path) as store:
         for number in range(10):
             store.put_listing("account", f"{number}", float(number), b"x" * 100)
         store.evict_listings(350)
-        kept = [number for number in range(10) if store.listing("account", f"{number}")]
-    assert kept == [7, 8, 9]
+        snapshots = [number for number in range(10) if store.listing("account", f"{number}")]
+    assert snapshots == [7, 8, 9]
 
 
-def test_a_listing_that_is_too_long_is_not_kept_nor_the_one_before(tmp_path, time, monkeypatch):
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(runs("r1"))
+def test_too_large_listing_deletes_the_previous_snapshot(tmp_path, time, monkeypatch):
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(runs("r1"))
     monkeypatch.setattr(module, "MAX_LISTING_BYTES", 100)
-    with warm(tmp_path, time) as kept:
-        kept.save_runs(runs("r1" * 100))
-    with warm(tmp_path, time) as kept:
-        assert kept.runs() is None
+    with snapshots_of(tmp_path, time) as snapshots:
+        snapshots.save_runs(runs("r1" * 100))
+    with snapshots_of(tmp_path, time) as snapshots:
+        assert snapshots.runs() is None
 
 
-# --- what a mount makes of it --------------------------------------------------------------------
+# --- mounts --------------------------------------------------------------------------------------
 
 
 def counters(driver):
@@ -191,7 +193,7 @@ def counters(driver):
 
 @pytest.fixture
 def mount(server, tmp_path, time):  # noqa: F811
-    """A factory of mounts of the server's account in process, one after the other."""
+    """Return a factory of consecutive in-process mounts of the server's account."""
 
     @contextmanager
     def make():
@@ -202,22 +204,22 @@ def mount(server, tmp_path, time):  # noqa: F811
     return make
 
 
-def test_a_slow_server_s_listings_are_shown_at_once_and_refreshed_behind(server, mount):  # noqa: F811
+def test_slow_server_serves_snapshots_and_revalidates(server, mount):  # noqa: F811
     run_id = server.account.run_ids[0]
     with mount() as driver:
         before = driver.listdir("runs")
         group = f"runs/{run_id}/checkpoints/weights"
         names = driver.listdir(group)
-        assert "warm_starts" not in counters(driver)
+        assert "warm_start_hits" not in counters(driver)
     added = server.account.add_run().id
     server.account.add_checkpoint(run_id, "weights/new")
     server.journal.clear()
     with mount() as driver:
-        held = server.faults.add(RUNS, hang=True), server.faults.add(LISTING, hang=True)
+        hung = server.faults.add(RUNS, hang=True), server.faults.add(LISTING, hang=True)
         assert driver.listdir("runs") == before
         assert driver.listdir(group) == names
-        assert counters(driver)["warm_starts"] == 2
-        for rule in held:
+        assert counters(driver)["warm_start_hits"] == 2
+        for rule in hung:
             rule.wait_for(1)
             rule.release()
         while added not in driver.listdir("runs") or "new" not in driver.listdir(group):
@@ -225,19 +227,19 @@ def test_a_slow_server_s_listings_are_shown_at_once_and_refreshed_behind(server,
         assert server.journal.count(RUNS) == server.journal.count(LISTING) == 1
 
 
-def test_a_quick_server_s_own_answer_is_shown(server, mount):  # noqa: F811
+def test_fast_server_serves_its_own_response(server, mount):  # noqa: F811
     with mount() as driver:
         driver.listdir("runs")
     added = server.account.add_run().id
     with mount() as driver:
         assert added in driver.listdir("runs")
-        assert "warm_starts" not in counters(driver)
+        assert "warm_start_hits" not in counters(driver)
 
 
 @pytest.mark.parametrize(
-    "place", ["runs/{run}/checkpoints/weights/new", "checkpoints/{run}@weights@new"]
+    "path", ["runs/{run}/checkpoints/weights/new", "checkpoints/{run}@weights@new"]
 )
-def test_that_something_is_not_there_is_never_said_of_what_was_kept(server, mount, place):  # noqa: F811
+def test_snapshots_never_prove_absence(server, mount, path):  # noqa: F811
     run_id = server.account.run_ids[0]
     with mount() as driver:
         driver.listdir("runs")
@@ -246,34 +248,34 @@ def test_that_something_is_not_there_is_never_said_of_what_was_kept(server, moun
     server.account.add_checkpoint(run_id, "weights/new")
     with mount() as driver, ThreadPoolExecutor(1) as pool:
         driver.listdir("runs")
-        held = (
+        hung = (
             server.faults.add(LISTING, hang=True),
             server.faults.add("GET checkpoints", hang=True),
         )
         driver.listdir(f"runs/{run_id}/checkpoints/weights")
         driver.listdir("checkpoints")
-        assert counters(driver)["warm_starts"] == 2
-        look = pool.submit(driver.stat, place.format(run=run_id))
-        for rule in held:
+        assert counters(driver)["warm_start_hits"] == 2
+        stat = pool.submit(driver.stat, path.format(run=run_id))
+        for rule in hung:
             rule.release()
-        assert look.result(10)
+        assert stat.result(10)
 
 
 @pytest.mark.expect_warnings("EHOSTUNREACH")
-def test_an_outage_is_told_as_without_it(server, mount):  # noqa: F811
+def test_outage_with_a_snapshot_is_reported(server, mount):  # noqa: F811
     with mount() as driver:
         driver.listdir("runs")
     with mount() as driver:
         server.stop_listening("api")
         outcomes = set()
-        while "EHOSTUNREACH" not in outcomes:  # it may be shown until that is known
+        while "EHOSTUNREACH" not in outcomes:  # a snapshot may be served until then
             outcomes.add(str(outcome_of(lambda: driver.listdir("runs"))))
         assert outcome_of(lambda: driver.listdir("runs")) == "EHOSTUNREACH"
         server.resume_listening()
 
 
 @pytest.mark.expect_warnings("EACCES")
-def test_a_key_that_is_refused_shows_nothing(server, mount):  # noqa: F811
+def test_unauthorized_key_with_a_snapshot_raises(server, mount):  # noqa: F811
     with mount() as driver:
         driver.listdir("runs")
     server.behaviour.api_keys.clear()
@@ -281,16 +283,18 @@ def test_a_key_that_is_refused_shows_nothing(server, mount):  # noqa: F811
         assert outcome_of(lambda: driver.listdir("runs")) == "EACCES"
 
 
-def test_what_this_mount_deleted_is_not_kept_for_the_next(server, mount, tmp_path, time):  # noqa: F811
+def test_deleted_checkpoint_is_absent_from_the_next_snapshot(server, mount, tmp_path, time):  # noqa: F811
     run_id = server.account.run_ids[0]
     server.account.add_checkpoint(run_id, "weights/gone")
-    place = f"runs/{run_id}/checkpoints/weights/gone"
-    for is_there in (True, False):
+    path = f"runs/{run_id}/checkpoints/weights/gone"
+    for exists in (True, False):
         with mount() as driver:
             driver.listdir("runs")
-            driver.stat(place)
-            if not is_there:
-                assert driver.remove(f"rmtree {place}") == ["OK"]
-        with warm(tmp_path / "cache", time, key=server.api_key, url=server.base_url) as kept:
-            listing = kept.checkpoints(run_id)
-            assert (listing is not None and listing.get("weights", "gone") is not None) == is_there
+            driver.stat(path)
+            if not exists:
+                assert driver.remove(f"rmtree {path}") == ["OK"]
+        with snapshots_of(
+            tmp_path / "cache", time, key=server.api_key, url=server.base_url
+        ) as snapshots:
+            listing = snapshots.checkpoints(run_id)
+            assert (listing is not None and listing.get("weights", "gone") is not None) == exists

@@ -4,11 +4,11 @@ import time
 import pytest
 
 from tinkerfs.demo.account import Account
-from tinkerfs.demo.sample_data import REFERENCE_TIME_S, Catalogue, Session
+from tinkerfs.demo.sample_data import REFERENCE_TIME_S, SampleData, Session
 
 
 def account(**fields):
-    return Account(Catalogue(**({"runs": 6, "checkpoints": 5} | fields)), lambda: 1_900_000_000.0)
+    return Account(SampleData(**({"runs": 6, "checkpoints": 5} | fields)), lambda: 1_900_000_000.0)
 
 
 def everything(found):
@@ -17,16 +17,16 @@ def everything(found):
     ]
 
 
-def test_the_same_seed_gives_the_same_account():
+def test_account_is_determined_by_its_seed():
     assert everything(account()) == everything(account())
     assert everything(account()) != everything(account(seed=1))
 
 
-def test_more_runs_leave_the_first_ones_as_they_are():
+def test_account_with_more_runs_has_the_same_first_runs():
     assert account(runs=6).run_ids == account(runs=60).run_ids[:6]
 
 
-def test_times_are_in_order_and_in_the_past():
+def test_times_are_ordered_and_in_the_past():
     found = account(runs=50)
     times = [run.last_request_time_s for run in found.runs()]
     assert times == sorted(times, reverse=True)
@@ -39,7 +39,7 @@ def test_times_are_in_order_and_in_the_past():
     assert newest_first == sorted(newest_first, reverse=True)
 
 
-def test_times_of_now():
+def test_reference_time_of_now_dates_records_to_now():
     found = account(reference_time_s=time.time())
     assert time.time() - 3600 < found.runs()[0].last_request_time_s < time.time()
     expiries = [c.expires_at_s for _, c in found.checkpoints() if c.expires_at_s]
@@ -54,7 +54,7 @@ def test_ids_are_unique():
     assert len(set(paths)) == len(paths) == 6000
 
 
-def test_every_page_is_a_slice_of_the_whole():
+def test_checkpoints_of_a_page_are_a_slice_of_all():
     found = account()
     whole = found.checkpoints()
     assert len(whole) == found.checkpoint_count == 30
@@ -63,7 +63,7 @@ def test_every_page_is_a_slice_of_the_whole():
             assert found.checkpoints(offset, limit) == whole[offset : offset + limit]
 
 
-def test_a_large_account_makes_only_what_is_asked():
+def test_large_account_generates_only_requested_records():
     found = account(runs=100_000, checkpoints=10)
     assert len(found.checkpoints(999_950, 100)) == 50
     assert len(found.session_ids(49_990, 20)) == 10
@@ -72,10 +72,10 @@ def test_a_large_account_makes_only_what_is_asked():
     found.delete_checkpoint(found.run_ids[900], "weights/0001")
     assert found.checkpoint_count == 1_000_000
     assert len(found.checkpoints(500_000, 100)) == 100
-    assert len(found._made_runs) < 30
+    assert len(found._cached_runs) < 30
 
 
-def test_what_is_added_comes_first():
+def test_added_records_are_listed_first():
     found = account()
     run = found.add_run(base_model="own/model")
     checkpoint = found.add_checkpoint(found.run_ids[3], "weights/new", is_public=True)
@@ -89,7 +89,7 @@ def test_what_is_added_comes_first():
         found.find(run.id, "weights/none")
 
 
-def test_saving_again_takes_the_place_of_the_former():
+def test_add_checkpoint_with_an_existing_id_replaces_it():
     found = account()
     run_id = found.run_ids[0]
     again = found.add_checkpoint(run_id, "weights/0001")
@@ -98,7 +98,7 @@ def test_saving_again_takes_the_place_of_the_former():
     assert found.checkpoint_count == 30
 
 
-def test_deleting_and_removing():
+def test_delete_checkpoint_and_remove_run_remove_records():
     found = account()
     run_id = found.run_ids[2]
     assert found.delete_checkpoint(run_id, "weights/0001")
@@ -110,7 +110,7 @@ def test_deleting_and_removing():
     assert found.checkpoint_count == len(found.checkpoints()) == 25
 
 
-def test_changes_show_in_every_page_and_leave_them_in_order():
+def test_checkpoints_after_changes_are_ordered_in_every_page():
     found = account(runs=12, checkpoints=4)
     ids, newest_s = found.run_ids, found.runs()[0].last_request_time_s
     found.touch(ids[10])
@@ -136,19 +136,19 @@ def test_changes_show_in_every_page_and_leave_them_in_order():
         assert found.checkpoints(offset, 5) == whole[offset : offset + 5]
 
 
-def test_what_was_changed_is_kept_whatever_is_looked_at_meanwhile():
+def test_changed_records_are_never_evicted():
     found = account(runs=5000, checkpoints=1)
     resized, deleted = found.run_ids[2], found.run_ids[3]
     found.run(resized).checkpoints[0].size_bytes = 7
     found.delete_checkpoint(deleted, "weights/0001")
     assert len(found.runs()) == 5000
-    assert len(found._made_runs) < 5000
+    assert len(found._cached_runs) < 5000
     assert found.run(resized).checkpoints[0].size_bytes == 7
     assert not found.run(deleted).checkpoints
     assert found.checkpoint_count == 4999
 
 
-def test_touching_moves_a_run_to_the_front():
+def test_touch_moves_a_run_to_the_front():
     found = account()
     last = found.run_ids[-1]
     found.touch(last)
@@ -156,7 +156,7 @@ def test_touching_moves_a_run_to_the_front():
     assert found.run(last).last_request_time_s == 1_900_000_000.0
 
 
-def test_sessions_of_ones_own():
+def test_add_session_adds_a_session_and_its_samplers():
     found = account()
     session = Session("s", 1.0, ["r"], {"s:sample:0": ("m", None)})
     found.add_session(session)
@@ -166,13 +166,13 @@ def test_sessions_of_ones_own():
     assert found.sampler("s:sample:1") is None
 
 
-def test_an_odd_number_of_runs_has_a_session_for_the_last():
+def test_session_of_the_last_odd_run_has_one_run():
     found = account(runs=5)
     *_, last = found.session_ids()
     assert found.session(last).run_ids == found.run_ids[4:]
 
 
-def test_an_empty_account():
+def test_empty_account_lists_nothing():
     found = account(runs=0)
     assert (found.runs(), found.checkpoints(), found.session_ids()) == ([], [], [])
     assert account(checkpoints=0).checkpoints() == []

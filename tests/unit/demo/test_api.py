@@ -21,15 +21,15 @@ def run_id(server):
 # Keys
 
 
-def test_without_a_key_nothing_but_health_is_told(server, web):
+def test_request_without_a_key_fails_except_for_health(server, web):
     base = f"{server.base_url}/api/v1"
     for path in ("training_runs", "checkpoints", "sessions", "auth/apikey/me", "nothing"):
-        answer = web.get(f"{base}/{path}")
-        assert (answer.status_code, answer.json()) == (401, {"detail": "Missing API key"})
+        response = web.get(f"{base}/{path}")
+        assert (response.status_code, response.json()) == (401, {"detail": "Missing API key"})
     assert web.get(f"{base}/healthz").json() == {"status": "ok"}
 
 
-def test_keys_come_and_go(server, web):
+def test_api_keys_can_be_added_and_removed(server, web):
     url = f"{server.base_url}/api/v1/auth/apikey/me"
     assert web.get(url, headers={"X-API-Key": server.api_key}).json()["name"] == "demo"
     assert web.get(url, headers={"Authorization": f"Bearer {server.api_key}"}).is_success
@@ -39,7 +39,7 @@ def test_keys_come_and_go(server, web):
     assert web.get(url, headers={"X-API-Key": server.api_key}).status_code == 401
 
 
-def test_a_jwt_is_taken_until_it_expires(server, web):
+def test_jwt_is_valid_until_it_expires(server, web):
     url = f"{server.base_url}/api/v1/training_runs"
     good, old = jwt(time.time() + 60), jwt(time.time() - 60)
     assert web.get(url, headers={"X-API-Key": good}).is_success
@@ -53,7 +53,7 @@ def test_a_jwt_is_taken_until_it_expires(server, web):
 # Listings
 
 
-def test_pages_of_runs(demo_server):
+def test_list_runs_returns_pages(demo_server):
     server = demo_server(runs=250, checkpoints=1)
     with api_client(server) as api:
         first = api.get("training_runs").json()
@@ -78,10 +78,10 @@ def test_pages_of_runs(demo_server):
 
 
 @pytest.mark.parametrize("query", [{"limit": "-1"}, {"offset": "x"}, {"limit": "1.5"}])
-def test_what_is_no_number_is_refused(api, query):
-    answer = api.get("training_runs", params=query)
-    assert answer.status_code == 422
-    assert answer.json()["detail"][0]["loc"] == ["query", *query]
+def test_malformed_number_is_rejected(api, query):
+    response = api.get("training_runs", params=query)
+    assert response.status_code == 422
+    assert response.json()["detail"][0]["loc"] == ["query", *query]
 
 
 def test_unknown_parameters_are_ignored(api):
@@ -89,7 +89,7 @@ def test_unknown_parameters_are_ignored(api):
     assert len(api.get("training_runs", params=query).json()["training_runs"]) == 10
 
 
-def test_checkpoints_of_all_runs_newest_first(demo_server):
+def test_list_checkpoints_of_all_runs_is_newest_first(demo_server):
     server = demo_server(runs=30, checkpoints=7)
     with api_client(server) as api:
         found = []
@@ -107,16 +107,16 @@ def test_checkpoints_of_all_runs_newest_first(demo_server):
     assert any(c["expires_at"] for c in found)
 
 
-def test_the_checkpoints_of_a_run(api, server, run_id):
-    answer = api.get(f"training_runs/{run_id}/checkpoints").json()
-    ids = [c["checkpoint_id"] for c in answer["checkpoints"]]
+def test_list_run_checkpoints_returns_every_checkpoint(api, server, run_id):
+    response = api.get(f"training_runs/{run_id}/checkpoints").json()
+    ids = [c["checkpoint_id"] for c in response["checkpoints"]]
     assert ids == [c.id for c in server.account.run(run_id).checkpoints]
     assert ids[0] == "weights/0001"
-    assert answer["checkpoints"][0]["tinker_path"] == f"tinker://{run_id}/weights/0001"
+    assert response["checkpoints"][0]["tinker_path"] == f"tinker://{run_id}/weights/0001"
     assert api.get("training_runs/none/checkpoints").status_code == 404
 
 
-def test_a_run(api, server, run_id):
+def test_get_run_returns_its_record(api, server, run_id):
     record = api.get(f"training_runs/{run_id}").json()
     run = server.account.run(run_id)
     assert record["base_model"] == run.base_model
@@ -124,11 +124,11 @@ def test_a_run(api, server, run_id):
     assert record["last_sampler_checkpoint"]["checkpoint_id"] == run.newest("sampler_weights").id
     escaped = api.get(f"training_runs/{run_id.replace(':', '%3A')}")
     assert escaped.json() == record
-    answer = api.get("training_runs/none")
-    assert (answer.status_code, "none" in answer.json()["detail"]) == (404, True)
+    response = api.get("training_runs/none")
+    assert (response.status_code, "none" in response.json()["detail"]) == (404, True)
 
 
-def test_runs_of_somebody_else(api, server, web):
+def test_foreign_runs_are_found_by_id_only(api, server, web):
     (foreign, _) = server.account.foreign_run_ids
     assert api.get(f"training_runs/{foreign}").json()["model_owner"] == "somebody-else"
     listed = api.get("training_runs", params={"limit": 100}).json()["training_runs"]
@@ -150,7 +150,7 @@ def test_runs_of_somebody_else(api, server, web):
 # Single records
 
 
-def test_weights_info(api, server, run_id):
+def test_weights_info_returns_base_model_and_rank(api, server, run_id):
     run = server.account.run(run_id)
     for checkpoint in run.checkpoints:
         path = f"tinker://{run_id}/{checkpoint.id}"
@@ -169,11 +169,11 @@ def test_weights_info(api, server, run_id):
         ([], 422),
     ],
 )
-def test_weights_info_of_bad_paths(api, body, status):
+def test_weights_info_of_a_bad_path_fails(api, body, status):
     assert api.post("weights_info", json=body).status_code == status
 
 
-def test_sessions_and_samplers(api, server):
+def test_sessions_and_samplers_are_linked(api, server):
     ids = api.get("sessions", params={"limit": 3}).json()
     assert ids == {"sessions": server.account.session_ids()[:3]}
     session = api.get(f"sessions/{ids['sessions'][0]}").json()
@@ -187,7 +187,7 @@ def test_sessions_and_samplers(api, server):
         assert api.get(path).status_code == 404
 
 
-def test_searching_sessions(api, server):
+def test_search_sessions_filters_and_pages(api, server):
     found, cursor = [], None
     while True:
         page = api.post("sessions/search", json={"limit": 2, "cursor": cursor}).json()
@@ -202,7 +202,7 @@ def test_searching_sessions(api, server):
     assert all("chat" in session["display_name"] for session in named)
 
 
-def test_small_endpoints(api, server, web):
+def test_other_endpoints_respond(api, server, web):
     assert api.post("client/config", json={"sdk_version": "1"}).json() == {}
     assert api.post("client/dynamic_config").json() == {}
     assert api.post("telemetry", json={"events": []}).json() == {"status": "accepted"}
@@ -214,15 +214,15 @@ def test_small_endpoints(api, server, web):
     assert web.get(trace["url"]).is_success
 
 
-def test_unknown_paths_and_methods(api, server, web):
+def test_unknown_paths_and_methods_fail(api, server, web):
     assert api.get("nothing").json() == {"detail": "Not Found"}
-    answer = api.put("training_runs")
-    assert (answer.status_code, answer.json()) == (405, {"detail": "Method Not Allowed"})
+    response = api.put("training_runs")
+    assert (response.status_code, response.json()) == (405, {"detail": "Method Not Allowed"})
     key = {"X-API-Key": server.api_key}
     assert web.get(f"{server.base_url}/elsewhere", headers=key).status_code == 404
 
 
-def test_a_base_url_with_a_path(demo_server, web):
+def test_base_url_with_a_path_is_supported(demo_server, web):
     server = demo_server(prefix="/services/tinker-prod/")
     assert server.base_url.endswith("/services/tinker-prod")
     key = {"X-API-Key": server.api_key}
@@ -231,10 +231,10 @@ def test_a_base_url_with_a_path(demo_server, web):
     assert web.get(f"{root}/api/v1/training_runs", headers=key).status_code == 404
 
 
-# Changes
+# Mutations
 
 
-def test_publish_and_unpublish(api, server, run_id):
+def test_publish_and_unpublish_change_visibility(api, server, run_id):
     checkpoint = server.account.checkpoint(run_id, "weights/0001")
     checkpoint.is_public = False
     url = f"training_runs/{run_id}/checkpoints/weights/0001/publish"
@@ -261,7 +261,7 @@ def test_publish_and_unpublish(api, server, run_id):
         (True, 422),
     ],
 )
-def test_time_to_live(demo_server, ttl_s, status):
+def test_set_ttl_sets_the_expiry_within_its_range(demo_server, ttl_s, status):
     server = demo_server(clock=lambda: 1_800_000_000.0)
     checkpoint = server.account.run(server.account.run_ids[0]).checkpoints[0]
     checkpoint.expires_at_s = 5.0
@@ -274,7 +274,7 @@ def test_time_to_live(demo_server, ttl_s, status):
     assert checkpoint.expires_at_s == expected
 
 
-def test_delete(api, server, run_id):
+def test_delete_removes_a_checkpoint(api, server, run_id):
     url = f"training_runs/{run_id}/checkpoints"
     before = server.account.checkpoint_count
     assert api.delete(f"{url}/weights/0001").is_success
@@ -287,7 +287,7 @@ def test_delete(api, server, run_id):
     assert api.get("checkpoints").json()["cursor"]["total_count"] == before - 1
 
 
-def test_nothing_is_deleted_while_it_is_written(api, server, run_id):
+def test_delete_of_a_pending_checkpoint_fails(api, server, run_id):
     server.account.checkpoint(run_id, "weights/0001").is_pending = True
     assert api.delete(f"training_runs/{run_id}/checkpoints/weights/0001").status_code == 425
     assert api.get(f"training_runs/{run_id}/checkpoints/weights/0001/archive").status_code == 425
@@ -296,65 +296,65 @@ def test_nothing_is_deleted_while_it_is_written(api, server, run_id):
 # Archives
 
 
-def test_an_archive_by_redirect(api, server, run_id):
-    answer = api.get(f"training_runs/{run_id}/checkpoints/weights/0001/archive")
-    assert answer.status_code == 302
-    assert answer.headers["location"].startswith(f"{server.store_url}/")
-    expires = email.utils.parsedate_to_datetime(answer.headers["expires"]).timestamp()
+def test_archive_is_sent_as_a_redirect(api, server, run_id):
+    response = api.get(f"training_runs/{run_id}/checkpoints/weights/0001/archive")
+    assert response.status_code == 302
+    assert response.headers["location"].startswith(f"{server.store_url}/")
+    expires = email.utils.parsedate_to_datetime(response.headers["expires"]).timestamp()
     assert 890 < expires - time.time() <= 900
-    server.behaviour.tells_expiry = False
-    answer = api.get(f"training_runs/{run_id}/checkpoints/weights/0001/archive")
-    assert "expires" not in answer.headers
+    server.behaviour.sends_expiry = False
+    response = api.get(f"training_runs/{run_id}/checkpoints/weights/0001/archive")
+    assert "expires" not in response.headers
 
 
-def test_an_archive_in_json(api, server, run_id, web):
-    server.behaviour.archive_answer = "json"
-    answer = api.get(f"training_runs/{run_id}/checkpoints/weights/0001/archive")
-    assert answer.status_code == 200
-    assert answer.json()["expires"].endswith("Z")
-    assert web.get(answer.json()["url"]).is_success
+def test_archive_is_sent_as_json(api, server, run_id, web):
+    server.behaviour.archive_response = "json"
+    response = api.get(f"training_runs/{run_id}/checkpoints/weights/0001/archive")
+    assert response.status_code == 200
+    assert response.json()["expires"].endswith("Z")
+    assert web.get(response.json()["url"]).is_success
 
 
-def test_no_two_signed_urls_are_alike(api, run_id):
+def test_signed_urls_are_unique(api, run_id):
     url = f"training_runs/{run_id}/checkpoints/weights/0001/archive"
     assert len({api.get(url).headers["location"] for _ in range(5)}) == 5
 
 
-def test_an_archive_is_built_for_so_many_polls(demo_server):
+def test_archive_is_built_for_the_configured_polls(demo_server):
     server = demo_server(building_polls=2, retry_after="0")
     with api_client(server) as api:
         url = f"training_runs/{server.account.run_ids[0]}/checkpoints/weights/0001/archive"
-        answers = [api.get(url) for _ in range(4)]
-    assert [answer.status_code for answer in answers] == [503, 503, 302, 302]
-    assert answers[0].headers["retry-after"] == "0"
-    assert answers[0].json() == {"detail": "Archive is being created"}
+        responses = [api.get(url) for _ in range(4)]
+    assert [response.status_code for response in responses] == [503, 503, 302, 302]
+    assert responses[0].headers["retry-after"] == "0"
+    assert responses[0].json() == {"detail": "Archive is being created"}
 
 
-def test_an_archive_is_built_until_released(api, server, run_id):
+def test_archive_without_poll_limit_is_built_until_changed(api, server, run_id):
     server.behaviour.building_status, server.behaviour.retry_after = 425, None
     checkpoint = server.account.checkpoint(run_id, "weights/0001")
     checkpoint.building_polls = None
     url = f"training_runs/{run_id}/checkpoints/weights/0001/archive"
-    answers = [api.get(url) for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [425, 425, 425]
-    assert "retry-after" not in answers[0].headers
+    responses = [api.get(url) for _ in range(3)]
+    assert [response.status_code for response in responses] == [425, 425, 425]
+    assert "retry-after" not in responses[0].headers
     checkpoint.building_polls = 0
     assert api.get(url).status_code == 302
 
 
-def test_archives_that_are_not(api, run_id):
+def test_archive_of_an_absent_checkpoint_fails(api, run_id):
     url = f"training_runs/{run_id}/checkpoints"
     assert api.get(f"{url}/weights/none/archive").status_code == 404
     assert api.get(f"{url}/0001/archive").status_code == 400
     assert api.get(f"{url}/external_weights/export/archive").status_code == 404
 
 
-def test_external_weights(api, server, run_id, web):
+def test_external_weights_urls_serve_the_files(api, server, run_id, web):
     url = f"training_runs/{run_id}/checkpoints/external_weights/export/external_weights_urls"
-    answer = api.get(url).json()
+    response = api.get(url).json()
     files = server.files(run_id, "external_weights/export")
-    assert list(answer["urls"]) == list(files)
-    for name, file_url in answer["urls"].items():
+    assert list(response["urls"]) == list(files)
+    for name, file_url in response["urls"].items():
         assert web.get(file_url).content == files[name].read(0, files[name].size_bytes)
     checkpoint = server.account.checkpoint(run_id, "external_weights/export")
     assert sum(content.size_bytes for content in files.values()) == checkpoint.size_bytes

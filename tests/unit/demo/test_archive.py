@@ -23,7 +23,7 @@ def whole(content):
 
 
 @given(adapters)
-def test_files_add_up_to_the_size_told(adapter):
+def test_files_have_the_total_size_of_the_record(adapter):
     assert sum(c.size_bytes for c in adapter_files(adapter).values()) == adapter.size_bytes
 
 
@@ -50,7 +50,7 @@ def test_values_are_small_and_finite(adapter):
 
 
 @given(adapters)
-def test_the_tar_is_a_tar(adapter):
+def test_tar_of_is_readable_by_tarfile(adapter):
     files = adapter_files(adapter)
     with tarfile.open(fileobj=io.BytesIO(whole(tar_of(files, 1_700_000_000)))) as archive:
         assert archive.getnames() == list(files)
@@ -60,37 +60,37 @@ def test_the_tar_is_a_tar(adapter):
 
 
 @given(adapters, st.data())
-def test_a_range_of_the_tar_is_a_slice_of_it(adapter, data):
+def test_tar_range_is_a_slice_of_the_whole(adapter, data):
     content = tar_of(adapter_files(adapter), 0)
     start = data.draw(st.integers(0, content.size_bytes))
     stop = data.draw(st.integers(start, content.size_bytes))
     assert content.read(start, stop) == whole(content)[start:stop]
 
 
-def test_the_configuration_tells_model_and_rank():
+def test_config_contains_model_and_rank():
     files = adapter_files(Adapter("Qwen/Qwen3-8B", 16, 100_000, "x"))
     config = json.loads(whole(files["adapter_config.json"]))
     assert (config["base_model_name_or_path"], config["r"]) == ("Qwen/Qwen3-8B", 16)
     assert config["peft_type"] == "LORA"
 
 
-def test_other_identities_have_other_weights_of_the_same_size():
+def test_other_identity_has_other_weights_of_the_same_size():
     first, second = (
-        whole(adapter_files(Adapter("m", 8, 50_000, who))["adapter_model.safetensors"])
-        for who in ("a", "b")
+        whole(adapter_files(Adapter("m", 8, 50_000, identity))["adapter_model.safetensors"])
+        for identity in ("a", "b")
     )
     assert len(first) == len(second)
     assert first[-1000:] != second[-1000:]
 
 
-def test_any_part_of_a_huge_archive_is_made_at_once():
+def test_huge_archive_is_read_at_any_offset_at_once():
     content = tar_of(adapter_files(Adapter("m", 64, 40 << 30, "huge")), 0)
     assert content.size_bytes > 40 << 30
     assert len(content.read(39 << 30, (39 << 30) + 4096)) == 4096
     assert content.read(content.size_bytes - 1024, content.size_bytes) == bytes(1024)
 
 
-def test_the_gzip_form_opens_as_a_tar():
+def test_gzipped_archive_is_readable_by_tarfile():
     content = gzipped(tar_of(adapter_files(Adapter("m", 8, 300_000, "x")), 0))
     with tarfile.open(fileobj=io.BytesIO(whole(content)), mode="r:gz") as archive:
         assert "adapter_model.safetensors" in archive.getnames()

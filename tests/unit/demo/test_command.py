@@ -30,20 +30,22 @@ def start(*args):
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_two_lines_that_a_shell_can_eval(end):
+def test_demo_server_prints_two_lines_for_eval(end):
     with start("--runs", "3", "--checkpoints", "2", "--prefix", "/p") as process:
         lines = [process.stdout.readline(), process.stdout.readline()]
         url = re.fullmatch(r"export TINKER_BASE_URL=(http://127\.0\.0\.1:\d+/p)\n", lines[0])[1]
         key = re.fullmatch(r"export TINKER_API_KEY=(tml-\S+)\n", lines[1])[1]
-        answer = httpx.get(f"{url}/api/v1/checkpoints", headers={"X-API-Key": key}, trust_env=False)
-        assert len(answer.json()["checkpoints"]) == 6
+        response = httpx.get(
+            f"{url}/api/v1/checkpoints", headers={"X-API-Key": key}, trust_env=False
+        )
+        assert len(response.json()["checkpoints"]) == 6
         process.send_signal(end)
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (0, "")
     assert "Ctrl-C" in err
 
 
-def test_demo_server_with_sigint_ignored_goes_on():
+def test_demo_server_with_sigint_ignored_continues():
     with subprocess.Popen(
         ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *COMMAND],
         stdout=subprocess.PIPE,
@@ -59,7 +61,7 @@ def test_demo_server_with_sigint_ignored_goes_on():
     assert not masks["SigBlk"] & bit, "sigwait would take it"
 
 
-def test_a_port_that_is_taken():
+def test_demo_server_on_a_used_port_fails():
     with start() as first:
         url = first.stdout.readline().partition("=")[2].strip()
         with start("--port", url.rpartition(":")[2]) as second:
@@ -71,7 +73,7 @@ def test_a_port_that_is_taken():
     assert len(err.splitlines()) == 1
 
 
-def test_every_profile_can_be_chosen():
+def test_profile_option_accepts_every_profile():
     option = next(option for option in demo_server.params if option.name == "profile")
     assert list(option.type.choices) == list(PROFILES)
 
@@ -81,6 +83,6 @@ def test_help_is_laid_out():
     assert "\n      tinkerfs demo-server > demo.env &\n" in text
 
 
-def test_importing_it_imports_no_server():
+def test_import_of_the_command_imports_no_server():
     code = "import sys, tinkerfs.cli.demo_server; assert 'http.server' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

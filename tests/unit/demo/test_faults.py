@@ -15,21 +15,21 @@ def pool():
         yield pool
 
 
-def test_so_many_times_and_then_no_more(api, server):
+def test_rule_applies_the_given_number_of_times(api, server):
     rule = server.faults.add(RUNS, status=503, times=2, headers={"Retry-After": "0"})
-    answers = [api.get("training_runs") for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [503, 503, 200]
-    assert answers[0].headers["retry-after"] == "0"
-    assert answers[0].json() == {"detail": "Service Unavailable"}
+    responses = [api.get("training_runs") for _ in range(3)]
+    assert [response.status_code for response in responses] == [503, 503, 200]
+    assert responses[0].headers["retry-after"] == "0"
+    assert responses[0].json() == {"detail": "Service Unavailable"}
     assert rule.applied == 2
 
 
-def test_once_by_default(api, server):
+def test_rule_applies_once_by_default(api, server):
     server.faults.add(RUNS, status=500)
     assert [api.get("training_runs").status_code for _ in range(2)] == [500, 200]
 
 
-def test_after_some(api, server):
+def test_rule_with_after_skips_the_first_requests(api, server):
     server.faults.add(RUNS, status=429, after=2, times=None)
     statuses = [api.get("training_runs").status_code for _ in range(5)]
     assert statuses == [200, 200, 429, 429, 429]
@@ -37,7 +37,7 @@ def test_after_some(api, server):
     assert api.get("training_runs").is_success
 
 
-def test_one_rule_after_another(api, server):
+def test_rules_apply_one_after_another(api, server):
     server.faults.add(RUNS, status=500)
     server.faults.add(RUNS, status=502)
     assert [api.get("training_runs").status_code for _ in range(3)] == [500, 502, 200]
@@ -53,13 +53,13 @@ def test_one_rule_after_another(api, server):
         ("store", None, "training_runs"),
     ],
 )
-def test_where(api, server, endpoint, hits, misses):
+def test_rule_applies_to_matching_endpoints(api, server, endpoint, hits, misses):
     server.faults.add(endpoint, status=500, times=None)
     assert hits is None or api.get(hits).status_code == 500
     assert misses is None or api.get(misses).status_code == 200
 
 
-def test_when(api, server):
+def test_rule_with_when_applies_if_the_predicate_holds(api, server):
     server.faults.add(RUNS, status=500, times=None, when=lambda e: e.query.get("offset") == "2")
     statuses = [
         api.get("training_runs", params={"offset": offset}).status_code for offset in (0, 2, 4)
@@ -76,14 +76,14 @@ def test_when(api, server):
         (b"", None, ""),
     ],
 )
-def test_bodies(api, server, body, content_type, text):
+def test_rule_with_body_replaces_the_body(api, server, body, content_type, text):
     server.faults.add(RUNS, status=400, body=body)
-    answer = api.get("training_runs")
-    assert (answer.status_code, answer.text) == (400, text)
-    assert answer.headers.get("content-type") == content_type
+    response = api.get("training_runs")
+    assert (response.status_code, response.text) == (400, text)
+    assert response.headers.get("content-type") == content_type
 
 
-def test_a_change_that_fails_changes_nothing(api, server):
+def test_rule_with_status_prevents_the_mutation(api, server):
     run_id = server.account.run_ids[0]
     server.faults.add("DELETE checkpoint", status=500)
     url = f"training_runs/{run_id}/checkpoints/weights/0001"
@@ -92,7 +92,7 @@ def test_a_change_that_fails_changes_nothing(api, server):
     assert api.delete(url).is_success
 
 
-def test_a_change_whose_answer_is_lost_has_happened(api, server):
+def test_rule_that_loses_the_response_allows_the_mutation(api, server):
     run_id = server.account.run_ids[0]
     server.faults.add("DELETE checkpoint", cut_after_bytes=0)
     with pytest.raises(httpx.RemoteProtocolError):
@@ -100,7 +100,7 @@ def test_a_change_whose_answer_is_lost_has_happened(api, server):
     assert server.account.checkpoint(run_id, "weights/0001") is None
 
 
-def test_html(api, server):
+def test_rule_with_html_sends_a_proxy_page(api, server):
     server.faults.add(RUNS, html=True)
     server.faults.add(RUNS, html=True, status=200)
     first, second = api.get("training_runs"), api.get("training_runs")
@@ -109,17 +109,17 @@ def test_html(api, server):
     assert "<html>" in first.text
 
 
-def test_half_json(api, server):
+def test_rule_with_half_json_truncates_the_body(api, server):
     whole = api.get("training_runs").text
     server.faults.add(RUNS, half_json=True)
-    answer = api.get("training_runs")
-    assert answer.status_code == 200
-    assert whole.startswith(answer.text)
+    response = api.get("training_runs")
+    assert response.status_code == 200
+    assert whole.startswith(response.text)
     with pytest.raises(ValueError):  # noqa: PT011 - any decoder's
-        answer.json()
+        response.json()
 
 
-def test_redirects(api, server, demo_server):
+def test_rule_with_redirect_to_redirects(api, server, demo_server):
     other = demo_server()
     server.faults.add(RUNS, redirect_to=f"{other.base_url}/x")
     server.faults.add(RUNS, redirect_to="/elsewhere", status=307)
@@ -128,16 +128,16 @@ def test_redirects(api, server, demo_server):
     assert (second.status_code, second.headers["location"]) == (307, "/elsewhere")
 
 
-def test_headers_of_the_true_answer(api, server):
+def test_rule_with_headers_changes_the_headers(api, server):
     server.faults.add(RUNS, headers={"content-type": None, "X-More": "1", "SERVER": "nginx"})
-    answer = api.get("training_runs")
-    assert len(answer.json()["training_runs"]) == 10
-    assert "content-type" not in answer.headers
-    assert answer.headers["x-more"] == "1"
-    assert answer.headers.get_list("server") == ["nginx"]
+    response = api.get("training_runs")
+    assert len(response.json()["training_runs"]) == 10
+    assert "content-type" not in response.headers
+    assert response.headers["x-more"] == "1"
+    assert response.headers.get_list("server") == ["nginx"]
 
 
-def test_latency(api, server):
+def test_rule_with_latency_delays_the_response(api, server):
     server.faults.add(RUNS, latency_s=0.2)
     start = time.monotonic()
     api.get("training_runs")
@@ -148,7 +148,7 @@ def test_latency(api, server):
     assert time.monotonic() - start >= 0.1
 
 
-def test_hang_until_released(api, server, pool):
+def test_rule_with_hang_holds_until_released(api, server, pool):
     rule = server.faults.add(RUNS, hang=True, times=None)
     waiting = [pool.submit(api.get, "training_runs") for _ in range(5)]
     rule.wait_for(5)
@@ -163,7 +163,7 @@ def test_hang_until_released(api, server, pool):
     assert server.journal.max_in_flight(RUNS) == 5
 
 
-def test_hang_then_fail(api, server, pool):
+def test_rule_with_hang_and_status_fails_when_released(api, server, pool):
     rule = server.faults.add(RUNS, hang=True, status=503)
     waiting = pool.submit(api.get, "training_runs")
     rule.wait_for(1)
@@ -171,7 +171,7 @@ def test_hang_then_fail(api, server, pool):
     assert waiting.result(5).status_code == 503
 
 
-def test_a_client_that_gives_up_is_let_go(api, server):
+def test_rule_with_hang_releases_a_disconnected_client(api, server):
     rule = server.faults.add(RUNS, hang=True)
     with pytest.raises(httpx.ReadTimeout):
         api.get("training_runs", timeout=0.1)
@@ -181,7 +181,7 @@ def test_a_client_that_gives_up_is_let_go(api, server):
     assert (entry.status, entry.end_s is None) == (None, False)
 
 
-def test_a_barrier(api, server, pool):
+def test_rule_with_hold_until_releases_all_together(api, server, pool):
     server.faults.add(RUNS, hold_until=4, times=4)
     first = [pool.submit(api.get, "training_runs") for _ in range(3)]
     server.journal.wait_for(3, RUNS)
@@ -190,13 +190,13 @@ def test_a_barrier(api, server, pool):
     assert all(future.result(5).is_success for future in first)
 
 
-def test_waiting_for_what_does_not_come(server):
+def test_wait_for_without_requests_times_out(server):
     rule = server.faults.add(RUNS, hang=True)
     with pytest.raises(TimeoutError, match="0 of 1"):
         rule.wait_for(1, timeout_s=0.01)
 
 
-def test_refused_and_reset(api, server):
+def test_rule_with_refuse_or_reset_closes_the_connection(api, server):
     server.faults.add(RUNS, refuse=True)
     with pytest.raises(httpx.RemoteProtocolError):
         api.get("training_runs")
@@ -216,19 +216,19 @@ def archive(server):
 
 
 @pytest.mark.parametrize("cut", [0, 1, 300_000, 1_000_000])
-def test_cut_bodies(server, web, archive, cut):
+def test_rule_with_cut_after_bytes_truncates_the_body(server, web, archive, cut):
     url, whole = archive
     server.faults.add("GET store/archive", cut_after_bytes=cut)
     received = []
-    with web.stream("GET", url) as answer:
-        assert answer.headers["content-length"] == str(len(whole))
+    with web.stream("GET", url) as response:
+        assert response.headers["content-length"] == str(len(whole))
         with pytest.raises(httpx.RemoteProtocolError):
-            received.extend(answer.iter_raw())
+            received.extend(response.iter_raw())
     assert b"".join(received) == whole[:cut]
     assert server.journal.entries("GET store/archive")[0].sent_bytes == cut
 
 
-def test_a_stalled_body_goes_on_when_released(server, web, archive, pool):
+def test_rule_with_stall_after_bytes_continues_when_released(server, web, archive, pool):
     url, whole = archive
     rule = server.faults.add("GET store/archive", stall_after_bytes=100_000)
     waiting = pool.submit(web.get, url)
@@ -238,7 +238,7 @@ def test_a_stalled_body_goes_on_when_released(server, web, archive, pool):
     assert waiting.result(5).content == whole
 
 
-def test_a_slow_body(server, web, archive):
+def test_rule_with_bytes_per_s_limits_the_rate(server, web, archive):
     url, whole = archive
     server.faults.add("GET store/archive", bytes_per_s=100_000)
     start = time.monotonic()
@@ -246,29 +246,29 @@ def test_a_slow_body(server, web, archive):
     assert time.monotonic() - start > 0.25
 
 
-def test_a_range_that_is_not_heeded(server, web, archive):
+def test_rule_with_ignore_range_sends_everything(server, web, archive):
     url, whole = archive
     server.faults.add("GET store/archive", ignore_range=True)
-    answer = web.get(url, headers={"Range": "bytes=5-9"})
-    assert (answer.status_code, answer.content) == (200, whole)
+    response = web.get(url, headers={"Range": "bytes=5-9"})
+    assert (response.status_code, response.content) == (200, whole)
     assert server.journal.entries("store")[0].range == "bytes=5-9"
 
 
-def test_a_flipped_byte(server, web, archive):
+def test_rule_with_flip_byte_inverts_one_byte(server, web, archive):
     url, whole = archive
     server.faults.add("GET store/archive", flip_byte=300_001)
     body = web.get(url).content
     assert [i for i, (a, b) in enumerate(zip(whole, body, strict=True)) if a != b] == [300_001]
 
 
-def test_lies_about_the_total(api, server):
+def test_rule_with_total_count_changes_the_cursor(api, server):
     server.faults.add(RUNS, total_count=3)
     server.faults.add(RUNS, total_count=lambda n: n + 5)
     totals = [api.get("training_runs").json()["cursor"]["total_count"] for _ in range(3)]
     assert totals == [3, 15, 10]
 
 
-def test_cursors_that_are_not_there(api, server):
+def test_rule_with_cursor_removes_the_cursor(api, server):
     server.faults.add(RUNS, cursor="null")
     server.faults.add(RUNS, cursor="missing")
     first, second = (api.get("training_runs").json() for _ in range(2))
@@ -277,18 +277,18 @@ def test_cursors_that_are_not_there(api, server):
     assert len(second["training_runs"]) == 10
 
 
-def test_pages_shorter_than_told(api, server):
+def test_rule_with_page_max_shortens_pages(api, server):
     server.faults.add(RUNS, page_max=3)
     page = api.get("training_runs").json()
     assert (len(page["training_runs"]), page["cursor"]["limit"]) == (3, 20)
 
 
-def test_any_other_edit(api, server):
+def test_rule_with_edit_maps_the_body(api, server):
     server.faults.add(RUNS, edit=lambda value: value["training_runs"])
     assert isinstance(api.get("training_runs").json(), list)
 
 
-def test_a_run_that_moves_between_pages(api, server):
+def test_rule_with_call_moves_a_run_between_pages(api, server):
     before = server.account.run_ids
     server.faults.add(RUNS, call=lambda: server.account.touch(before[-1]), after=1)
     first = api.get("training_runs", params={"limit": 5}).json()["training_runs"]
@@ -298,7 +298,7 @@ def test_a_run_that_moves_between_pages(api, server):
     assert before[-1] not in ids
 
 
-def test_closing_ends_what_hangs_at_once(demo_server):
+def test_close_aborts_hanging_requests_at_once(demo_server):
     server = demo_server()
     rule = server.faults.add("*", hang=True, times=None)
     address = server.base_url.removeprefix("http://").split(":")

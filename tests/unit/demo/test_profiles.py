@@ -26,16 +26,16 @@ def at(demo_server):
         client.__exit__(None, None, None)
 
 
-def test_profiles_name_endpoints_that_exist():
+def test_profiles_refer_to_existing_endpoints():
     names = {name for _, _, name in _ROUTES}
     for profile in PROFILES.values():
         assert profile.missing <= names, profile.name
 
 
-def test_newer_official_has_no_archives(at):
+def test_official_036_has_no_archives(at):
     _, api, run = at("official-0.36")
-    answer = api.get(f"{run}/checkpoints/weights/0001/archive")
-    assert (answer.status_code, answer.json()) == (404, NOT_FOUND)
+    response = api.get(f"{run}/checkpoints/weights/0001/archive")
+    assert (response.status_code, response.json()) == (404, NOT_FOUND)
     missing = api.get(f"{run}/checkpoints/weights/none/archive").json()
     assert missing == NOT_FOUND
     urls = api.get(f"{run}/checkpoints/external_weights/export/external_weights_urls")
@@ -43,7 +43,7 @@ def test_newer_official_has_no_archives(at):
     assert api.post(f"{run}/checkpoints/sampler_weights/0001/publish").is_success
 
 
-def test_skyrl_records(at):
+def test_skyrl_records_have_its_dialect(at):
     _, api, run = at("skyrl")
     record = api.get(run).json()
     assert (record["last_checkpoint"], record["last_sampler_checkpoint"]) == (None, None)
@@ -56,13 +56,13 @@ def test_skyrl_records(at):
     assert "/weights/0001" in first["tinker_path"]
 
 
-def test_skyrl_needs_no_key_and_lacks_endpoints(at, web):
+def test_skyrl_requires_no_key_and_lacks_endpoints(at, web):
     server, api, run = at("skyrl")
     assert web.get(f"{server.base_url}/api/v1/training_runs").is_success
     for path in ("checkpoints", "sessions", "sessions/x"):
-        answer = api.get(path)
-        assert (answer.status_code, answer.json()) == (404, NOT_FOUND), path
-    # Below a run's checkpoints its route of deletions takes any path.
+        response = api.get(path)
+        assert (response.status_code, response.json()) == (404, NOT_FOUND), path
+    # Its delete route matches any path below a run's checkpoints.
     for method, path, status in (
         ("POST", "weights/0001/publish", 405),
         ("DELETE", "weights/0001/publish", 422),
@@ -73,7 +73,7 @@ def test_skyrl_needs_no_key_and_lacks_endpoints(at, web):
     assert server.account.checkpoint(server.account.run_ids[0], "weights/0001") is not None
 
 
-def test_skyrl_pages(at):
+def test_skyrl_has_unbounded_pages(at):
     _, api, _ = at("skyrl", runs=150, checkpoints=1)
     page = api.get("training_runs", params={"limit": 1000}).json()
     assert (len(page["training_runs"]), page["cursor"]["total_count"]) == (150, 150)
@@ -81,7 +81,7 @@ def test_skyrl_pages(at):
     assert (past["training_runs"], past["cursor"]["total_count"]) == ([], 0)
 
 
-def test_skyrl_weights_info_of_training_checkpoints_only(at):
+def test_skyrl_has_weights_info_of_training_checkpoints_only(at):
     server, api, _ = at("skyrl")
     run_id = server.account.run_ids[0]
 
@@ -92,12 +92,12 @@ def test_skyrl_weights_info_of_training_checkpoints_only(at):
     assert (ask("weights"), ask("sampler_weights"), ask("external_weights")) == (200, 400, 400)
 
 
-def test_skyrl_archives(at, web):
+def test_skyrl_serves_archives_itself(at, web):
     server, api, run = at("skyrl", prefix="/p")
-    answer = api.get(f"{run}/checkpoints/0001/archive")
-    assert answer.headers["location"].startswith(f"{server.base_url}/api/v1/training_runs/")
-    assert "expires" in answer.headers
-    body = web.get(answer.headers["location"], headers={"Range": "bytes=0-9"})
+    response = api.get(f"{run}/checkpoints/0001/archive")
+    assert response.headers["location"].startswith(f"{server.base_url}/api/v1/training_runs/")
+    assert "expires" in response.headers
+    body = web.get(response.headers["location"], headers={"Range": "bytes=0-9"})
     assert body.status_code == 200
     assert "etag" not in body.headers
     assert "accept-ranges" not in body.headers
@@ -105,7 +105,7 @@ def test_skyrl_archives(at, web):
     assert body.content[:2] == b"\x1f\x8b"
     with tarfile.open(fileobj=io.BytesIO(body.content), mode="r:gz") as archive:
         assert "adapter_config.json" in archive.getnames()
-    # The route takes one segment, and sampler checkpoints alone have archives.
+    # The route matches one segment, and only sampler checkpoints have archives.
     assert api.get(f"{run}/checkpoints/sampler_weights/0001/archive").status_code == 405
     assert api.get(f"{run}/checkpoints/0002/archive").status_code == 404
     server.account.checkpoint(server.account.run_ids[0], "sampler_weights/0001").is_pending = True
@@ -127,11 +127,11 @@ def test_skyrl_deletes_by_kind_and_name(at):
     assert server.account.checkpoint(run_id, "sampler_weights/0001") is not None
 
 
-def test_hatchery(at):
+def test_hatchery_has_its_endpoints_and_dialect(at):
     server, api, run = at("hatchery")
     for path in ("training_runs", run, "sessions", f"{run}/checkpoints/0001/archive"):
-        answer = api.get(path)
-        assert (answer.status_code, answer.json()) == (404, NOT_FOUND), path
+        response = api.get(path)
+        assert (response.status_code, response.json()) == (404, NOT_FOUND), path
     listed = api.get(f"{run}/checkpoints").json()["checkpoints"]
     run_id = server.account.run_ids[0]
     assert [c["checkpoint_id"] for c in listed] == ["0001", "0002", "0003", "0004", "0005"]
@@ -155,9 +155,9 @@ def test_hatchery_deletes_by_bare_name_and_blindly(at):
     assert api.delete(f"{run}/checkpoints/0001").json() == {"deleted": True}
 
 
-def test_a_profile_of_ones_own(at):
+def test_custom_profile_is_supported(at):
     profile = replace(PROFILES["official"], name="odd", page_max=7, change_status=204)
     _, api, run = at(profile)
     assert len(api.get("training_runs").json()["training_runs"]) == 7
-    answer = api.delete(f"{run}/checkpoints/weights/0001")
-    assert (answer.status_code, answer.content) == (204, b"")
+    response = api.delete(f"{run}/checkpoints/weights/0001")
+    assert (response.status_code, response.content) == (204, b"")

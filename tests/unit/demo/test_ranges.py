@@ -31,17 +31,17 @@ from tinkerfs.demo.ranges import UnsatisfiableRange, parse_range
         ("items=0-1", None),
     ],
 )
-def test_examples_and_nonsense(header, expected):
+def test_parse_range_of_examples_and_malformed_headers(header, expected):
     assert parse_range(header, 1000) == expected
 
 
 @pytest.mark.parametrize("header", ["bytes=1000-", "bytes=1000-1001", "bytes=-0"])
-def test_nothing_of_it_is_there(header):
+def test_parse_range_past_the_end_raises(header):
     with pytest.raises(UnsatisfiableRange):
         parse_range(header, 1000)
 
 
-def test_of_nothing():
+def test_parse_range_of_empty_content():
     assert parse_range("bytes=-5", 0) is None
     for header in ("bytes=0-", "bytes=0-0", "bytes=-0"):
         with pytest.raises(UnsatisfiableRange):
@@ -49,7 +49,7 @@ def test_of_nothing():
 
 
 @given(st.integers(0, 50), st.integers(0, 60), st.integers(0, 60))
-def test_agrees_with_slicing(size, first, last):
+def test_parse_range_agrees_with_slicing(size, first, last):
     data = bytes(range(size))
     try:
         found = parse_range(f"bytes={first}-{last}", size)

@@ -3,15 +3,15 @@ import threading
 
 import pytest
 
-from tinkerfs.demo.request_log import Entry, Journal
+from tinkerfs.demo.request_log import RequestLog, RequestRecord
 
 
-def entry(endpoint="GET training_runs", origin="api", **fields):
+def record(endpoint="GET training_runs", origin="api", **fields):
     method, _, path = endpoint.partition(" ")
-    return Entry(origin, method, f"/{path}", {}, endpoint, fields.pop("headers", {}), None)
+    return RequestRecord(origin, method, f"/{path}", {}, endpoint, fields.pop("headers", {}), None)
 
 
-def test_what_a_request_leaves(api, server):
+def test_record_contains_request_and_response(api, server):
     api.get("training_runs", params={"limit": 3}, headers={"User-Agent": "me/1"})
     server.journal.wait_until_idle()
     (found,) = server.journal
@@ -22,25 +22,25 @@ def test_what_a_request_leaves(api, server):
     assert found.sent_bytes > 100
 
 
-def test_bodies_are_kept(api, server):
+def test_record_contains_the_body(api, server):
     api.post("weights_info", json={"tinker_path": "x"}, headers={"X-Idempotency-Key": "1"})
     (found,) = server.journal.entries("POST weights_info")
     assert found.body == b'{"tinker_path":"x"}'
     assert found.headers["x-idempotency-key"] == "1"
 
 
-def test_secrets_are_not_among_the_headers(api, server):
+def test_record_headers_exclude_secrets(api, server):
     api.get("healthz", headers={"Authorization": "Bearer x", "Cookie": "y"})
     (found,) = server.journal
     assert not {"x-api-key", "authorization", "cookie"} & found.headers.keys()
     assert server.api_key not in repr(found)
 
 
-def test_counting():
-    journal = Journal()
+def test_count_filters_by_endpoint():
+    journal = RequestLog()
     for name in ("GET training_runs", "GET training_runs", "GET checkpoints"):
-        journal.begin(entry(name))
-    journal.begin(entry("GET store/archive", origin="store"))
+        journal.begin(record(name))
+    journal.begin(record("GET store/archive", origin="store"))
     assert (journal.count(), len(journal), journal.count("GET training_runs")) == (4, 4, 2)
     assert (journal.count("api"), journal.count("store")) == (3, 1)
     assert journal.count(re.compile("^GET /train")) == 2
@@ -54,9 +54,9 @@ def test_counting():
     assert journal.max_in_flight() == journal.in_flight() == 4
 
 
-def test_how_many_at_one_time():
-    journal = Journal()
-    first, second, third = entry(), entry(), entry("GET checkpoints")
+def test_max_in_flight_counts_concurrent_requests():
+    journal = RequestLog()
+    first, second, third = record(), record(), record("GET checkpoints")
     journal.begin(first)
     journal.begin(second)
     journal.end(first)
@@ -73,24 +73,24 @@ def test_how_many_at_one_time():
     assert journal.max_in_flight() == 0
 
 
-def test_waiting():
-    journal = Journal()
+def test_wait_for_waits_for_requests():
+    journal = RequestLog()
     with pytest.raises(TimeoutError, match="0 of 2 requests"):
         journal.wait_for(2, timeout_s=0.01)
-    timer = threading.Timer(0.05, lambda: [journal.begin(entry()) for _ in range(2)])
+    timer = threading.Timer(0.05, lambda: [journal.begin(record()) for _ in range(2)])
     timer.start()
     assert len(journal.wait_for(2, "GET training_runs")) == 2
     timer.join()
 
 
-def test_the_oldest_go_when_it_is_full():
-    journal = Journal(capacity=3)
-    entries = [entry() for _ in range(5)]
+def test_full_log_discards_the_oldest_requests():
+    journal = RequestLog(capacity=3)
+    entries = [record() for _ in range(5)]
     for each in entries:
         journal.begin(each)
     assert list(journal) == entries[2:]
 
 
-def test_unknown_requests_are_told(api, server):
+def test_unknown_requests_are_recorded(api, server):
     api.get("nothing")
     assert server.journal.endpoints() == {"?": 1}

@@ -16,7 +16,7 @@ def port_of(url):
     return int(url.rpartition(":")[2])
 
 
-def test_two_origins(server):
+def test_server_has_two_origins(server):
     assert server.base_url.startswith("http://127.0.0.1:")
     assert port_of(server.base_url) != port_of(server.store_url)
     assert server.api_key.startswith("tml-")
@@ -26,7 +26,7 @@ def test_two_origins(server):
     }
 
 
-def test_connections_are_kept(api, server):
+def test_connections_are_persistent(api, server):
     with socket.create_connection(("127.0.0.1", port_of(server.base_url))) as client:
         request = f"GET /api/v1/training_runs HTTP/1.1\r\nX-API-Key: {server.api_key}\r\n\r\n"
         for _ in range(3):
@@ -40,7 +40,7 @@ def test_connections_are_kept(api, server):
                 body += client.recv(65536)
 
 
-def test_an_answer_on_a_kept_connection_is_quick(api):
+def test_response_on_a_persistent_connection_is_fast(api):
     api.get("healthz")
     times = []
     for _ in range(20):
@@ -51,7 +51,7 @@ def test_an_answer_on_a_kept_connection_is_quick(api):
     assert min(times) < 0.03
 
 
-def test_200_clients_at_once(server):
+def test_server_serves_200_concurrent_clients(server):
     rule = server.faults.add("GET training_runs", hold_until=200, times=200)
     address = ("127.0.0.1", port_of(server.base_url))
     request = f"GET /api/v1/training_runs HTTP/1.1\r\nX-API-Key: {server.api_key}\r\n\r\n"
@@ -66,7 +66,7 @@ def test_200_clients_at_once(server):
         assert server.journal.max_in_flight() == 200
 
 
-def test_refusing_connections_and_serving_again(api, server, web):
+def test_stop_and_resume_listening(api, server, web):
     url, store_url = server.base_url, server.archive_url(server.account.run_ids[0], "weights/0001")
     assert api.get("healthz").is_success
     server.stop_listening()
@@ -85,7 +85,7 @@ def test_refusing_connections_and_serving_again(api, server, web):
         web.get(store_url)
 
 
-def test_what_hangs_ends_when_it_stops_listening(api, server):
+def test_stop_listening_aborts_hanging_requests(api, server):
     rule = server.faults.add("GET healthz", hang=True)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(api.get, "healthz")
@@ -95,21 +95,21 @@ def test_what_hangs_ends_when_it_stops_listening(api, server):
             waiting.result(5)
 
 
-def test_dropping_connections(api, server):
+def test_drop_connections_closes_idle_connections(api, server):
     assert api.get("healthz").is_success
     server.drop_connections()
     time.sleep(0.05)
     assert api.get("healthz").is_success
 
 
-def test_closing_twice_and_before_starting():
+def test_close_twice_and_before_start_is_allowed():
     DemoServer(runs=1).close()
     server = DemoServer(runs=1).start()
     server.close()
     server.close()
 
 
-def test_closing_leaves_no_thread():
+def test_close_ends_every_thread():
     before = threading.active_count()
     with DemoServer(runs=1) as server, api_client(server) as api:
         api.get("healthz")
@@ -119,19 +119,19 @@ def test_closing_leaves_no_thread():
     assert threading.active_count() <= before
 
 
-def test_a_port_that_is_taken(server):
+def test_start_on_a_used_port_raises(server):
     with pytest.raises(OSError, match="in use"):
         DemoServer(runs=1, port=port_of(server.base_url)).start()
 
 
-def test_a_port_of_ones_choice():
+def test_start_on_a_given_port_uses_it():
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with DemoServer(runs=1, port=port) as server:
         assert server.base_url == f"http://127.0.0.1:{port}"
 
 
-def test_a_plan_of_ones_own(demo_server):
+def test_custom_fault_plan_is_used(demo_server):
     faults = FaultPlan()
     faults.add("api", status=500)
     server = demo_server(faults=faults)
@@ -140,14 +140,14 @@ def test_a_plan_of_ones_own(demo_server):
         assert [api.get("healthz").status_code for _ in range(2)] == [500, 200]
 
 
-def test_unknown_profiles_and_options():
+def test_unknown_profiles_and_options_raise():
     with pytest.raises(KeyError):
         DemoServer(profile="nothing")
     with pytest.raises(TypeError):
         DemoServer(colour="blue")
 
 
-def test_nonsense_on_the_socket_harms_nobody(api, server):
+def test_malformed_requests_do_not_affect_others(api, server):
     for request in (b"\r\n\r\n", b"x" * 70_000, b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", port_of(server.base_url))) as client:
             client.sendall(request)

@@ -20,17 +20,17 @@ def url(server):
 BODY = bytes(range(250)) * 4
 
 
-def test_the_whole(web, url):
-    answer = web.get(url)
-    assert (answer.status_code, answer.content) == (200, BODY)
-    assert answer.headers["accept-ranges"] == "bytes"
-    assert answer.headers["content-length"] == "1000"
-    assert answer.headers["etag"].startswith('"')
-    assert "last-modified" in answer.headers
+def test_get_returns_the_whole_file(web, url):
+    response = web.get(url)
+    assert (response.status_code, response.content) == (200, BODY)
+    assert response.headers["accept-ranges"] == "bytes"
+    assert response.headers["content-length"] == "1000"
+    assert response.headers["etag"].startswith('"')
+    assert "last-modified" in response.headers
 
 
 @pytest.mark.parametrize(
-    ("asked", "told", "body"),
+    ("header", "content_range", "body"),
     [
         ("bytes=0-", "bytes 0-999/1000", BODY),
         ("bytes=0-0", "bytes 0-0/1000", BODY[:1]),
@@ -40,29 +40,29 @@ def test_the_whole(web, url):
         ("bytes=-2000", "bytes 0-999/1000", BODY),
     ],
 )
-def test_a_range(web, url, asked, told, body):
-    answer = web.get(url, headers={"Range": asked})
-    assert (answer.status_code, answer.headers["content-range"]) == (206, told)
-    assert answer.content == body
-    assert answer.headers["content-length"] == str(len(body))
+def test_get_with_a_range_returns_it(web, url, header, content_range, body):
+    response = web.get(url, headers={"Range": header})
+    assert (response.status_code, response.headers["content-range"]) == (206, content_range)
+    assert response.content == body
+    assert response.headers["content-length"] == str(len(body))
 
 
-@pytest.mark.parametrize("asked", ["bytes=0-1,5-6", "lines=1-2", "bytes=x", "bytes=9-1"])
-def test_a_range_to_ignore(web, url, asked):
-    answer = web.get(url, headers={"Range": asked})
-    assert (answer.status_code, answer.content) == (200, BODY)
-    assert "content-range" not in answer.headers
+@pytest.mark.parametrize("header", ["bytes=0-1,5-6", "lines=1-2", "bytes=x", "bytes=9-1"])
+def test_get_with_an_invalid_range_returns_everything(web, url, header):
+    response = web.get(url, headers={"Range": header})
+    assert (response.status_code, response.content) == (200, BODY)
+    assert "content-range" not in response.headers
 
 
-@pytest.mark.parametrize("asked", ["bytes=1000-", "bytes=5000-6000", "bytes=-0"])
-def test_a_range_past_the_end(web, url, asked):
-    answer = web.get(url, headers={"Range": asked})
-    assert (answer.status_code, answer.headers["content-range"]) == (416, "bytes */1000")
-    # The connection is in order: the next request on it is answered.
+@pytest.mark.parametrize("header", ["bytes=1000-", "bytes=5000-6000", "bytes=-0"])
+def test_get_with_a_range_past_the_end_fails(web, url, header):
+    response = web.get(url, headers={"Range": header})
+    assert (response.status_code, response.headers["content-range"]) == (416, "bytes */1000")
+    # The connection stays usable: the next request on it succeeds.
     assert web.get(url, headers={"Range": "bytes=1-1"}).content == BODY[1:2]
 
 
-def test_if_range(web, url):
+def test_get_with_if_range_compares_validators(web, url):
     first = web.get(url)
     for validator, status in (
         (first.headers["etag"], 206),
@@ -70,35 +70,35 @@ def test_if_range(web, url):
         ('"another"', 200),
         ("Thu, 01 Jan 1970 00:00:00 GMT", 200),
     ):
-        answer = web.get(url, headers={"Range": "bytes=0-9", "If-Range": validator})
-        assert answer.status_code == status, validator
+        response = web.get(url, headers={"Range": "bytes=0-9", "If-Range": validator})
+        assert response.status_code == status, validator
 
 
-def test_preconditions(web, url):
+def test_get_with_preconditions_checks_the_etag(web, url):
     etag = web.get(url).headers["etag"]
     assert web.get(url, headers={"If-None-Match": etag}).status_code == 304
     assert web.get(url, headers={"If-Match": '"another"'}).status_code == 412
     assert web.get(url, headers={"If-Match": etag}).status_code == 200
 
 
-def test_head(web, url):
-    answer = web.head(url, headers={"Range": "bytes=0-9"})
-    assert (answer.status_code, answer.content) == (200, b"")
-    assert answer.headers["content-length"] == "1000"
+def test_head_returns_headers_only(web, url):
+    response = web.head(url, headers={"Range": "bytes=0-9"})
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == "1000"
 
 
-def test_an_empty_file(web, server):
+def test_get_of_an_empty_file_ignores_ranges(web, server):
     run_id = server.account.run_ids[0]
     server.account.add_checkpoint(run_id, "weights/empty", archive=Data(b""))
     url = server.archive_url(run_id, "weights/empty")
     assert web.get(url).content == b""
     assert web.head(url).headers["content-length"] == "0"
     assert web.get(url, headers={"Range": "bytes=-5"}).status_code == 200
-    answer = web.get(url, headers={"Range": "bytes=0-"})
-    assert (answer.status_code, answer.headers["content-range"]) == (416, "bytes */0")
+    response = web.get(url, headers={"Range": "bytes=0-"})
+    assert (response.status_code, response.headers["content-range"]) == (416, "bytes */0")
 
 
-def test_other_methods_and_paths(web, server, url):
+def test_other_methods_and_paths_fail(web, server, url):
     assert web.put(url).status_code == 405
     assert web.get(f"{server.store_url}/nothing").status_code == 404
     assert web.get(f"{server.store_url}/").status_code == 404
@@ -106,17 +106,17 @@ def test_other_methods_and_paths(web, server, url):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 @given(st.data())
-def test_ranges_of_a_true_archive_are_slices_of_it(web, server, data):
+def test_archive_range_is_a_slice_of_the_whole(web, server, data):
     run_id = server.account.run_ids[1]
     url = server.archive_url(run_id, "weights/0001")
     whole = web.get(url).content
     start = data.draw(st.integers(0, len(whole) - 1))
     last = data.draw(st.integers(start, len(whole) - 1))
-    answer = web.get(url, headers={"Range": f"bytes={start}-{last}"})
-    assert answer.content == whole[start : last + 1]
+    response = web.get(url, headers={"Range": f"bytes={start}-{last}"})
+    assert response.content == whole[start : last + 1]
 
 
-def test_the_archive_holds_what_the_record_tells(web, server):
+def test_archive_contains_the_files_of_the_record(web, server):
     for run, checkpoint in server.account.checkpoints():
         if checkpoint.kind == "external_weights":
             continue
@@ -126,20 +126,20 @@ def test_the_archive_holds_what_the_record_tells(web, server):
             assert {m.mtime for m in archive} == {int(checkpoint.time_s)}
 
 
-def test_urls_expire(demo_server, web):
+def test_signed_urls_expire(demo_server, web):
     now = [1_800_000_000.0]
     server = demo_server(clock=lambda: now[0], signed_url_lifetime_s=60)
     url = server.archive_url(server.account.run_ids[0], "weights/0001")
     now[0] += 59.9
     assert web.get(url).status_code == 200
     now[0] += 0.1
-    answer = web.get(url)
-    assert (answer.status_code, "ExpiredToken" in answer.text) == (403, True)
+    response = web.get(url)
+    assert (response.status_code, "ExpiredToken" in response.text) == (403, True)
     server.signer.lifetime_s = 0
     assert web.get(server.archive_url(server.account.run_ids[0], "weights/0001")).is_error
 
 
-def test_urls_can_be_revoked(server, web, url):
+def test_signed_urls_can_be_revoked(server, web, url):
     assert web.get(url).status_code == 200
     server.signer.revoke_all()
     assert web.get(url).status_code == 403
@@ -147,7 +147,7 @@ def test_urls_can_be_revoked(server, web, url):
     assert web.get(server.archive_url(run_id, "weights/tiny")).status_code == 200
 
 
-def test_a_signature_is_for_one_path_and_time(web, url):
+def test_signature_is_valid_for_one_path_and_expiry(web, url):
     for altered in (
         url.replace("weights/tiny", "weights/0001"),
         url.replace("X-Expires=", "X-Expires=9"),
@@ -158,12 +158,12 @@ def test_a_signature_is_for_one_path_and_time(web, url):
         assert web.get(altered).status_code == 403, altered
 
 
-def test_a_deleted_checkpoint_has_no_archive(server, web, url):
+def test_deleted_checkpoint_has_no_archive(server, web, url):
     server.account.delete_checkpoint(server.account.run_ids[0], "weights/tiny")
     assert web.get(url).status_code == 404
 
 
-def test_saved_again_it_has_another_etag_and_other_bytes(server, web):
+def test_saved_again_checkpoint_has_another_etag_and_content(server, web):
     run_id = server.account.run_ids[0]
     server.account.add_checkpoint(run_id, "weights/again")
     first = web.get(server.archive_url(run_id, "weights/again"))
@@ -173,7 +173,7 @@ def test_saved_again_it_has_another_etag_and_other_bytes(server, web):
     assert first.content != second.content
 
 
-def test_the_store_needs_no_key_and_tells_if_it_got_one(server, web, url):
+def test_store_ignores_keys_and_logs_them(server, web, url):
     web.get(url)
     assert not any(entry.had_key for entry in server.journal.entries("store"))
     web.get(url, headers={"X-API-Key": server.api_key})

@@ -1,4 +1,4 @@
-"""What a mount shows while the server wants to be left alone."""
+"""Reads of a mount while a Retry-After is in effect."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tinkerfs.fuse import mount_table
 
 
 @pytest.mark.expect_warnings("EBUSY|429")
-def test_while_a_retry_after_runs_what_is_known_is_shown_and_the_rest_is_busy_without_a_call(
+def test_retry_after_serves_stale_values_and_sends_no_requests(
     server,  # noqa: F811
     tmp_path,
 ):
@@ -32,5 +32,5 @@ def test_while_a_retry_after_runs_what_is_known_is_shown_and_the_rest_is_busy_wi
         time.advance(71)
         assert driver.listdir(f"runs/{other}/checkpoints")
         assert driver.listdir("runs") == runs
-        # On a busy machine what is known is shown first, and the call made behind it.
+        # On a slow machine stale values are served first and revalidated in the background.
         assert mount_table.wait_until(lambda: server.journal.count() == 3, 10)
