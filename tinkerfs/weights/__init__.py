@@ -1,1 +1,1 @@
-"""The bytes of a checkpoint: archives and the signed URLs that lead to them."""
+"""The weights of checkpoints: signed URLs, archives, and reads of their members."""

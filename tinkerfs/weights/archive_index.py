@@ -1,8 +1,9 @@
-"""What is in a checkpoint's archive, or among its external weights: found out once, kept on disk.
+"""Index an archive or external weights: the members, and where their bytes are.
 
-A plain tar takes two small range requests: one for its start, one for what follows the weights.
-What has to come whole, because it is packed or its store heeds no ranges, is unpacked, read and
-kept by blocks in one pass. Nothing of it is used before the end is reached and the checksum agrees.
+A plain tar needs two small range requests: one for its start, and one for the headers after the
+weights. A gzip archive, and any archive of a store without range support, is downloaded completely.
+That single pass reads the headers and stores the blocks. Its result is used only after the end has
+been reached and the checksum is correct. The caller caches the index on disk.
 """
 
 import itertools
@@ -21,40 +22,41 @@ from tinkerfs.weights.block_download import block_digest
 from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.connections import ObjectStoreClient
 from tinkerfs.weights.etags import Sample, sample_of
-from tinkerfs.weights.extracted_tree import ExtractedTree, Refused
+from tinkerfs.weights.extracted_tree import ExtractedTree, MemberRejected
 from tinkerfs.weights.gzip_stream import GZIP_MAGIC, inflated
 from tinkerfs.weights.probe import empty_archive
-from tinkerfs.weights.range_source import RangeSource, UrlProvider
+from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.tar_index import Member, Segment, read_members, sanitize_member_name
 from tinkerfs.weights.transfer import OVERLAP_BYTES
+from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
-#: The first request, and the least of those after it: most headers of an archive come with it.
+#: Size of the first request, which contains most headers, and minimum size of the others.
 PROBE_BYTES = 256 << 10
 WINDOW_BYTES = 64 << 10
 
-#: Files of external weights that are asked about at a time, and at most.
+#: Maximum numbers of concurrent requests for external weights, and of their files.
 CONNECTIONS = 8
 MAX_FILES = 10_000
 
-#: A damaged archive is looked at once more: it may have been altered on the way.
+#: Number of attempts to index an archive, because a corrupt one may have been altered in transit.
 TRIES = 2
 
 
 class Index(msgspec.Struct, frozen=True):
-    """What one version of a checkpoint's weights holds.
+    """The members of one version of a checkpoint's weights.
 
     Attributes:
-        form: a plain tar, a packed one, or a file each.
-        version: of the archive; of files nothing.
-        plain_bytes: of the archive, unpacked.
-        members: every file that is shown, sorted by name.
-        left_out: what is not shown, and why.
-        digests: of each block of a packed archive, unpacked, and of one that has to come whole from
-            a store whose validators do not tell versions apart.
-        versions: of each file by name, where there is no archive.
-        sample: of the archive's bytes; None if they were not seen.
+        form: "tar" and "gzip" are archives; "files" are external weights.
+        version: of the archive; meaningless for external weights.
+        uncompressed_bytes: length of the uncompressed archive.
+        members: all readable files, sorted by name.
+        skipped: a line for each member that is not readable, with the reason.
+        digests: of all blocks of a gzip archive, and of a tar that was downloaded completely from a
+            store whose validators do not distinguish all versions.
+        versions: of each file of external weights, by name.
+        sample: of the archive's bytes; None if they were not downloaded.
     """
 
     form: Literal["tar", "gzip", "files"]
@@ -68,20 +70,20 @@ class Index(msgspec.Struct, frozen=True):
 
 
 def encode_index(index: Index) -> bytes:
-    """Return an index as `decode_index` reads it."""
+    """Serialize an index for `decode_index`."""
     stored = replace(
         index,
-        members=tuple(replace(each, name=_stored_name(each.name)) for each in index.members),
-        versions={_stored_name(name): version for name, version in index.versions.items()},
+        members=tuple(replace(each, name=_encode_name(each.name)) for each in index.members),
+        versions={_encode_name(name): version for name, version in index.versions.items()},
     )
     return msgspec.msgpack.encode(stored)
 
 
 def decode_index(data: bytes) -> Index:
-    """Return the index that was encoded.
+    """Deserialize an index.
 
     Raises:
-        ValueError: it is damaged, or of another version of tinkerfs.
+        ValueError: the data is corrupt, or of another version of tinkerfs.
     """
     try:
         stored = msgspec.msgpack.decode(data, type=Index)
@@ -89,16 +91,16 @@ def decode_index(data: bytes) -> Index:
         raise ValueError(str(error)) from None
     return replace(
         stored,
-        members=tuple(replace(each, name=_given_name(each.name)) for each in stored.members),
-        versions={_given_name(name): version for name, version in stored.versions.items()},
+        members=tuple(replace(each, name=_decode_name(each.name)) for each in stored.members),
+        versions={_decode_name(name): version for name, version in stored.versions.items()},
     )
 
 
-#: Begins a stored name of non-UTF-8 bytes, which MessagePack refuses in a string. No name has it.
+#: Prefix of stored names of non-UTF-8 bytes, which MessagePack rejects. No name contains it.
 _ESCAPE = "\0"
 
 
-def _stored_name(name: str) -> str:
+def _encode_name(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -106,165 +108,161 @@ def _stored_name(name: str) -> str:
     return name
 
 
-def _given_name(stored: str) -> str:
+def _decode_name(stored: str) -> str:
     if not stored.startswith(_ESCAPE):
         return stored
     return stored.removeprefix(_ESCAPE).encode("latin-1").decode("utf-8", "surrogatepass")
 
 
 def find_member(index: Index, name: str, path: str) -> Member:
-    """Return a member by its name.
+    """Return the member with a name.
 
     Raises:
-        OSError: ENOENT, of `path`.
+        OSError: ENOENT of `path`, if there is no such member.
     """
-    at = bisect_left(index.members, name, key=lambda member: member.name)
-    if at == len(index.members) or index.members[at].name != name:
+    position = bisect_left(index.members, name, key=lambda member: member.name)
+    if position == len(index.members) or index.members[position].name != name:
         raise errors.not_found(path)
-    return index.members[at]
+    return index.members[position]
 
 
-def block_key(identity: str, version: Version, what: str) -> str:
-    """Return what the blocks of one version of one file are kept under.
+def block_key(cache_key: str, version: Version, kind: str) -> str:
+    """Return the block cache key of one version of a file.
 
-    Args:
-        identity: the checkpoint and its version, on its server.
-        version: what the store says.
-        what: "archive", "unpacked", or the name of a file after a slash.
+    `cache_key` identifies the checkpoint version. `kind` is "archive", "unpacked", or a slash and
+    the name of a file of external weights.
     """
-    # The same before all of a file was received and after, where its store states no length.
+    # An unstated length is left out, so that the key is the same before and after the download.
     size_bytes = version.size_bytes if version.has_length else None
-    return compound_key(identity, size_bytes, version.etag, version.last_modified, what)
+    return compound_key(cache_key, size_bytes, version.etag, version.last_modified, kind)
 
 
 def archive_index(
-    client: ObjectStoreClient, address: UrlProvider, cache: BlockCache, identity: str, about: str
+    client: ObjectStoreClient,
+    url_provider: UrlProvider,
+    cache: BlockCache,
+    cache_key: str,
+    description: str,
 ) -> Index:
-    """Find out what an archive holds.
+    """Index an archive, and cache the blocks that are downloaded for that.
 
-    Args:
-        client: the connections.
-        address: where the archive is.
-        cache: takes what comes by the way.
-        identity: the checkpoint and its version, on its server.
-        about: what people are told that the checkpoint is.
+    `cache_key` identifies the checkpoint version; `description` names it in the block cache.
 
     Raises:
-        ApiError: it cannot be had.
-        OSError: EIO when it is no sound archive.
+        ApiError: the download fails.
+        OSError: EIO if the archive is corrupt.
     """
-    patience, number = RetryBudget(client.timeout_s), 0
+    retry_budget, number = RetryBudget(client.timeout_s), 0
     while True:
         try:
-            return _archive_index(client, address, cache, identity, about)
-        except TransferInterrupted as lost:
-            patience.backoff_or_raise(lost)
+            return _archive_index(client, url_provider, cache, cache_key, description)
+        except TransferInterrupted as interruption:
+            retry_budget.backoff_or_raise(interruption)
         except ValueError as error:
             number += 1
             if number == TRIES:
-                raise errors.corrupt(address.path, str(error)) from None
+                raise errors.corrupt(url_provider.path, str(error)) from None
         except OSError as error:
-            # It was replaced while its headers were read: nothing of it was given out yet.
+            # The archive was replaced while it was indexed. Nothing of it has been used yet.
             number += 1
             if number == TRIES or not errors.is_stale(error):
                 raise
 
 
 def _archive_index(
-    client: ObjectStoreClient, address: UrlProvider, cache: BlockCache, identity: str, about: str
+    client: ObjectStoreClient,
+    url_provider: UrlProvider,
+    cache: BlockCache,
+    cache_key: str,
+    description: str,
 ) -> Index:
-    with RangeSource(client, address, None).open(0, PROBE_BYTES) as transfer:
+    with RangeSource(client, url_provider, None).open(0, PROBE_BYTES) as transfer:
         version, sample = transfer.version, None
         if transfer.is_full_body:
-            pieces = iter(transfer)
-            first = next(pieces, b"")
-            while len(first) < len(GZIP_MAGIC) and (more := next(pieces, b"")):
+            chunks = iter(transfer)
+            first = next(chunks, b"")
+            while len(first) < len(GZIP_MAGIC) and (more := next(chunks, b"")):
                 first += more
-            rest: Iterable[bytes] = itertools.chain([first], pieces)
+            rest: Iterable[bytes] = itertools.chain([first], chunks)
         else:
             first = b"".join(transfer)
             sample = sample_of(0, first)
-            source = RangeSource(client, address, version, sample)
-            rest = _on(first, source, version)
+            source = RangeSource(client, url_provider, version, sample)
+            rest = _full_stream(first, source, version)
         if not first:
             raise empty_archive()
         if first.startswith(GZIP_MAGIC):
-            key = block_key(identity, version, "unpacked")
-            disk = cache.open(key, f"{about} unpacked")
-            index = _in_one_pass("gzip", inflated(rest), version, disk)
+            key = block_key(cache_key, version, "unpacked")
+            disk = cache.open(key, f"{description} unpacked")
+            index = _index_full_stream("gzip", inflated(rest), version, disk)
             return replace(index, version=transfer.version, sample=sample)
         if transfer.is_full_body or version.size_bytes <= len(first):
-            key = block_key(identity, version, "archive")
+            key = block_key(cache_key, version, "archive")
             size_bytes = version.size_bytes if version.has_length else None
-            disk = cache.open(key, f"{about} archive", size_bytes)
-            index = _in_one_pass("tar", rest, version, disk)
+            disk = cache.open(key, f"{description} archive", size_bytes)
+            index = _index_full_stream("tar", rest, version, disk)
             return replace(index, version=transfer.version)
-    members, left_out = read_members(_RangeReader(source, version, first))
+    members, skipped = read_members(_RangeReader(source, version, first))
     size_bytes = version.size_bytes
-    return Index("tar", version, size_bytes, _sorted(members), left_out, sample=sample)
+    return Index("tar", version, size_bytes, _sorted(members), skipped, sample=sample)
 
 
 def external_index(
     client: ObjectStoreClient,
     names: Iterable[str],
-    address_of: Callable[[str], UrlProvider],
+    url_provider_of: Callable[[str], UrlProvider],
     mtime_ns: int,
 ) -> Index:
-    """Find out how long each file of external weights is: one small request each, side by side.
-
-    Args:
-        client: the connections.
-        names: as the server tells them.
-        address_of: where one of them is.
-        mtime_ns: of all of them, nanoseconds since 1970.
+    """Index external weights: get the length of each file by one small request.
 
     Raises:
-        ApiError: one of them cannot be had.
-        OSError: EIO when there are too many.
+        ApiError: a request fails.
+        OSError: EIO if there are too many files.
     """
-    good, left_out = _shown(names, address_of("").path)
+    valid, skipped = _split_valid_names(names, url_provider_of("").path)
 
-    def look_at(name: str) -> Callable[[], Version]:
-        def look() -> Version:
-            with RangeSource(client, address_of(name), None).open(0, 1) as transfer:
+    def prober(name: str) -> Callable[[], Version]:
+        def probe_file() -> Version:
+            with RangeSource(client, url_provider_of(name), None).open(0, 1) as transfer:
                 if not transfer.is_full_body or transfer.version.size_bytes == UNKNOWN_BYTES:
-                    for _ in transfer:  # to the end, so that the connection serves again
+                    for _ in transfer:  # to the end, so that the connection can be reused
                         pass
                 return transfer.version
 
-        return look
+        return probe_file
 
-    flights = run_concurrently([look_at(name) for name in good], CONNECTIONS, "external weights")
-    versions = {name: flight.result() for name, flight in zip(good, flights, strict=True)}
+    futures = run_concurrently([prober(name) for name in valid], CONNECTIONS, "external weights")
+    versions = {name: future.result() for name, future in zip(valid, futures, strict=True)}
     members = tuple(
-        _whole(name, version.size_bytes, mtime_ns) for name, version in versions.items()
+        _one_segment_member(name, version.size_bytes, mtime_ns)
+        for name, version in versions.items()
     )
-    return Index("files", Version(0), 0, members, tuple(left_out), (), versions)
+    return Index("files", Version(0), 0, members, tuple(skipped), (), versions)
 
 
-def _shown(names: Iterable[str], path: str) -> tuple[list[str], list[str]]:
-    """Return the names that can be files of one directory, sorted, and the others with reasons."""
+def _split_valid_names(names: Iterable[str], path: str) -> tuple[list[str], list[str]]:
+    """Return the valid names, sorted, and a line with the reason for each other."""
     tree: ExtractedTree[str] = ExtractedTree(2 * MAX_FILES)
-    good, left_out = [], []
+    valid, skipped = [], []
     try:
         for name in sorted(names):
             if sanitize_member_name(name) != name:
-                left_out.append(f"{name!r}: not a file name within the directory")
+                skipped.append(f"{name!r}: not a file name within the directory")
                 continue
             try:
                 tree.add_file(name, name)
-            except Refused as refused:
-                left_out.append(f"{name!r}: {refused}")
+            except MemberRejected as rejected:
+                skipped.append(f"{name!r}: {rejected}")
             else:
-                good.append(name)
+                valid.append(name)
     except ValueError as error:
         raise errors.corrupt(path, str(error)) from None
-    if len(good) > MAX_FILES:
+    if len(valid) > MAX_FILES:
         raise errors.corrupt(path, f"more than {MAX_FILES} files")
-    return good, left_out
+    return valid, skipped
 
 
-def _whole(name: str, size_bytes: int, mtime_ns: int) -> Member:
+def _one_segment_member(name: str, size_bytes: int, mtime_ns: int) -> Member:
     return Member(name, size_bytes, mtime_ns, (Segment(0, size_bytes, 0),) if size_bytes else ())
 
 
@@ -272,28 +270,28 @@ def _sorted(members: Iterable[Member]) -> tuple[Member, ...]:
     return tuple(sorted(members, key=lambda member: member.name))
 
 
-def _on(first: bytes, source: RangeSource, version: Version) -> Iterator[bytes]:
-    """Yield the start of a file, and all that follows."""
+def _full_stream(first: bytes, source: RangeSource, version: Version) -> Iterator[bytes]:
+    """Yield the start of a file, and then the rest."""
     yield first
     if len(first) < version.size_bytes:
         before = b"" if version.is_exact else first[-OVERLAP_BYTES:]
         with source.open(len(first), version.size_bytes, before) as transfer:
             if transfer.is_full_body:
-                raise ValueError("the store heeds ranges now and then")
+                raise ValueError("the store supports range requests only sometimes")
             yield from transfer
 
 
-def _in_one_pass(
-    form: Literal["tar", "gzip"], pieces: Iterable[bytes], version: Version, disk: BlockFile
+def _index_full_stream(
+    form: Literal["tar", "gzip"], chunks: Iterable[bytes], version: Version, disk: BlockFile
 ) -> Index:
-    """Read the headers of what comes, to its end, and keep it by blocks.
+    """Read the headers of a stream to its end, and store the stream by blocks.
 
     Raises:
-        ValueError: it is no sound archive; then nothing of it is kept.
+        ValueError: the archive is corrupt; its blocks are then removed.
     """
-    stream = _SpoolingReader(pieces, disk)
+    stream = _SpoolingReader(chunks, disk)
     try:
-        members, left_out = read_members(stream)
+        members, skipped = read_members(stream)
         stream.drain()
     except BaseException:
         for index in range(len(stream.digests)):
@@ -302,13 +300,14 @@ def _in_one_pass(
     finally:
         disk.close()
     digests = () if form == "tar" and version.is_exact else tuple(stream.digests)
-    return Index(form, version, stream.end, _sorted(members), left_out, digests)
+    return Index(form, version, stream.end, _sorted(members), skipped, digests)
 
 
 class _RangeReader:
-    """The headers of a file by range requests. One thread's.
+    """Reads the headers of a file by range requests. Not thread-safe.
 
-    Where one window follows the last the next one is twice as large: members are small there.
+    After two adjacent windows the next window is twice as large, because the members there are
+    small.
     """
 
     def __init__(self, source: RangeSource, version: Version, first: bytes) -> None:
@@ -316,97 +315,97 @@ class _RangeReader:
         self._size_bytes = version.size_bytes
         self._start, self._window = 0, first
         self._window_bytes = WINDOW_BYTES
-        self._at = 0
+        self._offset = 0
 
     def tell(self) -> int:
-        return self._at
+        return self._offset
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         assert whence == 0
-        self._at = offset
+        self._offset = offset
         return offset
 
     def read(self, size: int, /) -> bytes:
-        stop = min(self._at + size, self._size_bytes)
-        if stop <= self._at:
+        stop = min(self._offset + size, self._size_bytes)
+        if stop <= self._offset:
             return b""
-        if not self._start <= self._at <= stop <= self._start + len(self._window):
+        if not self._start <= self._offset <= stop <= self._start + len(self._window):
             self._fetch(stop)
-        data = self._window[self._at - self._start : stop - self._start]
-        self._at = stop
+        data = self._window[self._offset - self._start : stop - self._start]
+        self._offset = stop
         return data
 
     def _fetch(self, stop: int) -> None:
-        gap_bytes = self._at - self._start - len(self._window)
+        gap_bytes = self._offset - self._start - len(self._window)
         is_near = gap_bytes < 2 * self._window_bytes
         self._window_bytes = min(2 * self._window_bytes, BLOCK_BYTES) if is_near else WINDOW_BYTES
-        end = min(max(stop, self._at + self._window_bytes), self._size_bytes)
+        end = min(max(stop, self._offset + self._window_bytes), self._size_bytes)
         follows = gap_bytes == 0 and not self._source.is_exact
         before = self._window[-OVERLAP_BYTES:] if follows else b""
-        with self._source.open(self._at, end, before) as transfer:
+        with self._source.open(self._offset, end, before) as transfer:
             if transfer.is_full_body:
-                raise ValueError("the store heeds ranges now and then")
-            self._start, self._window = self._at, b"".join(transfer)
+                raise ValueError("the store supports range requests only sometimes")
+            self._start, self._window = self._offset, b"".join(transfer)
 
 
 class _SpoolingReader:
-    """What comes by, as a file that is read forward, and kept by blocks. One thread's."""
+    """Reads a stream forward as a file, and stores it by blocks. Not thread-safe."""
 
-    #: What stays behind the place that is read.
-    _BEHIND_BYTES = 4096
+    #: Number of bytes before the offset that remain readable.
+    _LOOKBACK_BYTES = 4096
 
-    def __init__(self, pieces: Iterable[bytes], disk: BlockFile) -> None:
-        self._pieces = iter(pieces)
+    def __init__(self, chunks: Iterable[bytes], disk: BlockFile) -> None:
+        self._chunks = iter(chunks)
         self._disk = disk
         self._start, self._window = 0, bytearray()
         self._block = bytearray()
-        self._at = 0
-        #: How much came.
+        self._offset = 0
+        #: Number of bytes received.
         self.end = 0
-        #: Of each block that came whole, or last.
+        #: Of each stored block; only the last one may be shorter than the others.
         self.digests: list[bytes] = []
 
     def tell(self) -> int:
-        return self._at
+        return self._offset
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         if whence or offset < self._start:
-            raise ValueError("the headers of the archive lead backwards")
-        self._at = offset
+            raise ValueError("the headers of the archive point backwards")
+        self._offset = offset
         return offset
 
     def read(self, size: int, /) -> bytes:
-        stop = self._at + size
+        stop = self._offset + size
         while self.end < stop and self._pull():
             pass
-        data = bytes(self._window[self._at - self._start : stop - self._start])
-        self._at += len(data)
+        data = bytes(self._window[self._offset - self._start : stop - self._start])
+        self._offset += len(data)
         return data
 
     def drain(self) -> None:
-        """Take all that is left."""
-        self._at = 1 << 62
+        """Read the rest of the stream, and store the last block."""
+        self._offset = 1 << 62
         while self._pull():
             pass
         if self._block:
-            self._keep()
+            self._store_block()
 
     def _pull(self) -> bool:
-        piece = next(self._pieces, None)
-        if piece is None:
+        chunk = next(self._chunks, None)
+        if chunk is None:
             return False
-        self.end += len(piece)
-        self._window += piece
-        surplus = min(self._at - self._BEHIND_BYTES, self.end) - self._start
+        self.end += len(chunk)
+        self._window += chunk
+        surplus = min(self._offset - self._LOOKBACK_BYTES, self.end) - self._start
         if surplus > 0:
             del self._window[:surplus]
             self._start += surplus
-        self._block += piece
+        self._block += chunk
         while len(self._block) >= BLOCK_BYTES:
-            self._keep()
+            self._store_block()
         return True
 
-    def _keep(self) -> None:
+    def _store_block(self) -> None:
         block = bytes(self._block[:BLOCK_BYTES])
         del self._block[:BLOCK_BYTES]
         self._disk.put(len(self.digests), block)

@@ -1,8 +1,8 @@
-"""Whether the blocks of a file are all of one version, where its ETag does not tell.
+"""Verify that all blocks of a file without a strong ETag are of one version.
 
-A store without strong ETags may have another version of a file from one request to the next, with
-the same length. What is cached and what arrives are then held against each other, and against the
-digests of the pass that found out what the file holds. Thread-safe.
+A store without strong ETags may serve another version of the same length at any request. Cached and
+received bytes are therefore compared with each other and with the digests of the pass that indexed
+the archive. Thread-safe.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,13 @@ from tinkerfs.weights.transfer import OVERLAP_BYTES
 
 
 class BlockCheck:
-    """Checks the blocks of one file.
+    """Verifies the blocks of one file.
 
     Args:
-        disk: the blocks that are cached.
+        disk: the cached blocks.
         peek: returns the bytes [start, stop) if they are cached.
-        size_bytes: length of the file.
-        digests: of every block, if known.
-        is_needed: whether the store's validators do not tell versions apart.
+        digests: of all blocks; empty if unknown.
+        is_needed: whether the store's validators do not distinguish all versions.
     """
 
     def __init__(
@@ -39,17 +38,17 @@ class BlockCheck:
         self._peek = peek
         self._size_bytes = size_bytes
         self._digests = digests
-        #: Cached blocks that have the digest that they must have.
-        self._proven: set[int] = set()
+        #: Cached blocks with a verified digest.
+        self._verified: set[int] = set()
 
     @property
-    def looks_at_cached(self) -> bool:
-        """Whether `is_proven` has to be asked of a cached block."""
+    def verifies_cached(self) -> bool:
+        """Whether cached blocks must pass `verify_block`."""
         return self.is_needed and bool(self._digests)
 
-    def is_proven(self, index: int) -> bool:
-        """Return whether the block on disk is of this version; remove it if it is not."""
-        if not self.looks_at_cached or index in self._proven:
+    def verify_block(self, index: int) -> bool:
+        """Return whether the block on disk is of this version; otherwise remove it."""
+        if not self.verifies_cached or index in self._verified:
             return True
         length = self._length(index)
         data = self._disk.read(index, 0, length, length)
@@ -58,35 +57,33 @@ class BlockCheck:
         if block_digest(data) != self._digests[index]:
             self._disk.drop(index)
             return False
-        self._proven.add(index)
+        self._verified.add(index)
         return True
 
     def expected_digest(self, index: int) -> bytes:
-        """Return the digest that a block must have when it arrives, empty for any."""
+        """Return the digest that an arriving block must have; empty if any is valid."""
         if self._digests:
             return self._digests[index]
         if not self.is_needed:
             return b""
-        # The store sends all of the file, and part of it is cached.
+        # The store sends the whole file, and some of its blocks are cached.
         length = self._length(index)
         cached = self._disk.read(index, 0, length, length)
         return b"" if cached is None else block_digest(cached)
 
-    def before(self, start: int, part: bytes) -> bytes:
-        """Return what must come before `start`, as far as it is known.
+    def before(self, start: int, partial: bytes) -> bytes:
+        """Return known bytes that precede `start`, to be requested again and compared.
 
-        Args:
-            start: where a request begins otherwise.
-            part: what is known right before that; empty for nothing.
+        `partial` holds the bytes of an incomplete block that ends at `start`; empty for none.
         """
         if not self.is_needed or not start:
             return b""
-        if part:
-            return part[-OVERLAP_BYTES:]
+        if partial:
+            return partial[-OVERLAP_BYTES:]
         return self._peek(max(start - OVERLAP_BYTES, 0), start) or b""
 
     def sample(self) -> Sample | None:
-        """Return a sample of what is cached, None for none."""
+        """Return a sample of the cached bytes, None if there is none."""
         for start in range(0, self._size_bytes, BLOCK_BYTES // 2):
             data = self._peek(start, min(start + SAMPLE_BYTES, self._size_bytes))
             sample = None if data is None else sample_of(start, data)
@@ -95,8 +92,8 @@ class BlockCheck:
         return None
 
     def drop_all(self) -> None:
-        """Remove every cached block: they are of another version than the store has."""
-        self._proven.clear()
+        """Remove all cached blocks, which are of another version than the store's file."""
+        self._verified.clear()
         for index in range(-(-self._size_bytes // BLOCK_BYTES)):
             self._disk.drop(index)
             self._disk.drop_partial(index)

@@ -1,9 +1,7 @@
-"""One block of a file as it comes: on disk where that takes it, else in memory.
+"""Store a block while it is downloaded: on disk if possible, else in memory.
 
-What comes is written down piece by piece. To gather a block first, and write it then, makes the
-processor touch 4 MiB of cold memory three times more, by each of 16 connections: 1 GB at 50 ms and
-100 MB/s a connection took a bare downloader of Python 2.0 s of the kernel's time and 0.7 s of its
-own; piece by piece 0.8 and 0.5 s.
+Each chunk is written as soon as it arrives. Collecting the whole block first would move 4 MiB
+through the processor's caches several more times, for each of the concurrent downloads.
 """
 
 import hashlib
@@ -16,27 +14,26 @@ from tinkerfs.weights.connections import READ_BYTES
 
 
 class CacheWriteLost(OSError):
-    """EIO: what was written of a block can neither be kept nor read again; it must come anew."""
+    """EIO: a partly written block is lost and must be downloaded again."""
 
 
 class BlockDownload:
-    """A block on its way. One thread's; to be closed, whatever came of it.
+    """A block that is being downloaded. Not thread-safe; close it in any case.
 
     Args:
         key: of the file.
-        index: which block.
-        length: of it.
-        disk: where it is kept.
-        memory: where it is kept otherwise, and the bound on what is under way.
-        patience_s: how long to wait for room in memory.
-        digest: what it must have, as of `digest_of`; empty where nobody knows.
-        uses_disk: whether the disk is tried.
+        length: of the block.
+        disk: the disk cache of the file's blocks.
+        memory: the pool for blocks that the disk does not take; it also bounds write buffers.
+        timeout_s: how long to wait for free memory.
+        digest: the expected `block_digest`; empty if unknown.
+        uses_disk: whether the block may be stored on disk.
 
     Raises:
-        TimedOut: there was no room.
+        RequestTimeout: no memory became free.
 
     Attributes:
-        lacking_bytes: what has not come yet.
+        remaining_bytes: number of bytes that have not arrived yet.
     """
 
     def __init__(
@@ -46,7 +43,7 @@ class BlockDownload:
         length: int,
         disk: BlockFile,
         memory: BlockMemoryPool,
-        patience_s: float,
+        timeout_s: float,
         *,
         digest: bytes = b"",
         uses_disk: bool = True,
@@ -55,102 +52,102 @@ class BlockDownload:
         self._key, self._index, self._length = key, index, length
         self._disk = disk
         self._memory = memory
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._digest = digest
         self._sha256 = hashlib.sha256()
-        self._pieces: list[bytes] = []
-        self._is_lost = False
-        self._room_bytes = 0
-        self._draft = disk.begin_write(index, length) if uses_disk else None
+        self._chunks: list[bytes] = []
+        self._is_unreadable = False
+        self._reserved_bytes = 0
+        self._writer = disk.begin_write(index, length) if uses_disk else None
         try:
-            self._reserve(length if self._draft is None else min(READ_BYTES, length))
+            self._reserve(length if self._writer is None else min(READ_BYTES, length))
         except errors.RequestTimeout:
             self.close()
             raise
 
-    def feed(self, piece: memoryview) -> memoryview:
-        """Take what belongs to the block from the start of a piece, and return the rest.
+    def feed(self, chunk: memoryview) -> memoryview:
+        """Store the bytes of a chunk that belong to the block, and return the rest.
 
         Raises:
-            TimedOut: the disk took no more, and there was no room in memory.
+            RequestTimeout: the disk failed, and no memory became free.
         """
-        taken, rest = piece[: self.remaining_bytes], piece[self.remaining_bytes :]
+        own, rest = chunk[: self.remaining_bytes], chunk[self.remaining_bytes :]
         if self._digest:
-            self._sha256.update(taken)
-        if self._draft is not None:
+            self._sha256.update(own)
+        if self._writer is not None:
             try:
-                self._draft.write(taken)
+                self._writer.write(own)
             except OSError as error:
                 self._spill_to_memory(error)
-        if self._draft is None and not self._is_lost:
-            self._pieces.append(bytes(taken))
-        self.remaining_bytes -= len(taken)
+        if self._writer is None and not self._is_unreadable:
+            self._chunks.append(bytes(own))
+        self.remaining_bytes -= len(own)
         return rest
 
-    def is_sound(self) -> bool:
-        """Tell whether it has its digest, when it is whole."""
-        return not self._digest or _cut(self._sha256) == self._digest
+    def is_intact(self) -> bool:
+        """Return whether a complete block has the expected digest."""
+        return not self._digest or _truncated_digest(self._sha256) == self._digest
 
-    def keep(self) -> bytes | None:
-        """Keep it, which is whole, and return it where that is in memory; None: it is on disk.
+    def commit(self) -> bytes | None:
+        """Store a complete block; return it if it is in memory, None if it is on disk.
 
         Raises:
-            TimedOut: as `add`.
-            DiskLost: as it says; what comes behind the block is as good as ever.
+            RequestTimeout: as `feed`.
+            CacheWriteLost: the block is lost; the blocks after it are not affected.
         """
-        if self._draft is not None:
-            if self._disk.commit(self._index, self._draft):
+        if self._writer is not None:
+            if self._disk.commit(self._index, self._writer):
                 return None
             self._spill_to_memory(None)
-        if self._is_lost:
-            lost = errors.corrupt("", "the disk of the cache lost a block on its way there")
-            raise CacheWriteLost(lost.errno, lost.strerror)
-        data = b"".join(self._pieces)
+        if self._is_unreadable:
+            error = errors.corrupt("", "the disk of the cache has lost a block that was written")
+            raise CacheWriteLost(error.errno, error.strerror)
+        data = b"".join(self._chunks)
         self._memory.keep((self._key, self._index), data)
-        self._room_bytes = 0
+        self._reserved_bytes = 0
         return data
 
-    def keep_part(self) -> None:
-        """Keep what came, for who asks for the block next; where it is in memory it is lost."""
-        if self._draft is not None and self.remaining_bytes < self._length:
-            self._disk.commit_partial(self._index, self._draft)
+    def commit_partial(self) -> None:
+        """Store an incomplete block for the next download; in memory it would be lost."""
+        if self._writer is not None and self.remaining_bytes < self._length:
+            self._disk.commit_partial(self._index, self._writer)
 
     def close(self) -> None:
-        """Let go of what was not kept."""
-        draft, self._draft = self._draft, None
-        if draft is not None:
-            draft.close()
+        """Free the resources; an uncommitted block is discarded."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         self._release()
 
     def _spill_to_memory(self, error: OSError | None) -> None:
-        """Take what is written down so far into memory, since the disk does not keep it."""
-        draft, self._draft = self._draft, None
-        assert draft is not None
+        """Continue in memory after the disk has failed; read back what was written."""
+        writer, self._writer = self._writer, None
+        assert writer is not None
         if error is not None:
-            self._disk.tell(error)
-        with closing(draft):
+            self._disk.report(error)
+        with closing(writer):
             self._release()
             self._reserve(self._length)
             try:
-                self._pieces.append(draft.read_back())
+                self._chunks.append(writer.read_back())
             except OSError as failure:
-                self._disk.tell(failure)
-                self._is_lost = True
+                self._disk.report(failure)
+                self._is_unreadable = True
 
     def _release(self) -> None:
-        self._memory.release(self._room_bytes)
-        self._room_bytes = 0
+        self._memory.release(self._reserved_bytes)
+        self._reserved_bytes = 0
 
     def _reserve(self, size_bytes: int) -> None:
-        if not self._memory.reserve(size_bytes, self._patience_s):
-            raise errors.RequestTimeout("no memory was free for a block in time")
-        self._room_bytes = size_bytes
+        if not self._memory.reserve(size_bytes, self._timeout_s):
+            raise errors.RequestTimeout("no memory became free for a block in time")
+        self._reserved_bytes = size_bytes
 
 
 def block_digest(block: bytes) -> bytes:
-    """Return what tells a block from any other."""
-    return _cut(hashlib.sha256(block))
+    """Return a digest that identifies the content of a block."""
+    return _truncated_digest(hashlib.sha256(block))
 
 
-def _cut(sha256: "hashlib._Hash") -> bytes:
+def _truncated_digest(sha256: "hashlib._Hash") -> bytes:
     return sha256.digest()[:16]

@@ -1,22 +1,22 @@
-"""A file as blocks: which of them hold what (pure)."""
+"""Map byte ranges of a file to blocks (pure)."""
 
 from collections.abc import Iterable, Iterator
 
-#: What is fetched, checked and kept at a time: at 100 MB/s and 50 ms to the store 16 of them at a
-#: time hide the latency, and one is soon there.
+#: Unit of downloads, checksums and caching. Sixteen concurrent requests of this size hide the
+#: latency of a typical store, and a single one still completes soon.
 BLOCK_BYTES = 4 << 20
 
 
 def block_range(start: int, stop: int) -> range:
-    """Return the blocks that hold the bytes [start, stop)."""
+    """Return the indexes of the blocks that contain the bytes [start, stop)."""
     return range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES) if stop > start else 0)
 
 
-def group_consecutive(blocks: Iterable[int], most: int) -> Iterator[range]:
-    """Yield some blocks again, those that follow one another together, up to `most`."""
+def group_consecutive(blocks: Iterable[int], max_blocks: int) -> Iterator[range]:
+    """Yield runs of consecutive blocks, each at most `max_blocks` long."""
     run = range(0)
     for index in blocks:
-        if run and (index != run.stop or len(run) == most):
+        if run and (index != run.stop or len(run) == max_blocks):
             yield run
             run = range(0)
         run = range(run.start if run else index, index + 1)
@@ -25,9 +25,9 @@ def group_consecutive(blocks: Iterable[int], most: int) -> Iterator[range]:
 
 
 def split_by_block(buffer: memoryview, start: int) -> Iterator[tuple[memoryview, int, int]]:
-    """Yield the parts of a buffer for what is at `start`: of which block, and where in that."""
+    """Yield (view, block index, offset in the block) for a buffer at `start`."""
     index, first = divmod(start, BLOCK_BYTES)
     while buffer:
-        part = buffer[: BLOCK_BYTES - first]
-        yield part, index, first
-        buffer, index, first = buffer[len(part) :], index + 1, 0
+        view = buffer[: BLOCK_BYTES - first]
+        yield view, index, first
+        buffer, index, first = buffer[len(view) :], index + 1, 0

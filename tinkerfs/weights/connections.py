@@ -1,7 +1,7 @@
-"""Connections to object stores: one GET at a time of each, its body as it comes.
+"""HTTP client for object stores: GET requests with streamed bodies.
 
-What makes them is in `pools`, and comes when the first is wanted: so a mount starts 0.08 s sooner.
-No URL is in any message or log: they are secrets.
+The connections are made in `pools`, which is imported at the first request, so that a mount starts
+faster. Messages and logs contain no URL, because signed URLs are secrets.
 """
 
 import threading
@@ -17,25 +17,25 @@ from tinkerfs.weights.retry import TransferInterrupted
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import ConnectionPools, Response
 
-#: How messages and counters call a request to the store.
+#: The name of a request to a store in messages and counters.
 STORE_ENDPOINT = "GET store"
 
-#: How much is read at a time at the most: each piece costs a turn with the interpreter's one lock.
+#: Maximum size of a read. Smaller reads would contend more for the interpreter lock.
 READ_BYTES = 1 << 20
 
-#: Idle connections are kept for so long after the last request, seconds: of one that a sleep or
-#: another network has cut off nothing tells but a time-out.
+#: Idle connections are closed this long after the last request, seconds. After a suspend or a
+#: network change only a timeout would show that they are dead.
 MAX_IDLE_S = 15.0
 
 
 class ObjectStoreClient:
-    """Connections to object stores. Thread-safe; a context manager.
+    """HTTP client for object stores. Thread-safe; a context manager.
 
-    The proxies of the environment are used, and the certificates that the API's client trusts.
+    It uses the proxies of the environment, and trusts the same certificates as the API client.
 
     Args:
         telemetry: counts requests and bytes.
-        timeout_s: how long a transfer may stand still, seconds.
+        timeout_s: how long a transfer may make no progress, seconds.
     """
 
     def __init__(self, telemetry: Telemetry, *, timeout_s: float) -> None:
@@ -47,19 +47,19 @@ class ObjectStoreClient:
         self._pools: ConnectionPools | None = None  # made under _lock
 
     def get(self, url: str, headers: Mapping[str, str]) -> "Response":
-        """Ask for a URL, and return the answer whatever its status; no redirect is followed.
+        """Send a request; return the response whatever its status. Follow no redirect.
 
         Raises:
-            Lost: there is none.
-            Unreachable: after `stop`, or where the proxy or the certificates to trust that the
-                environment names cannot be used.
-            UntrustedCertificate: the store's certificate is refused.
-            ProtocolError: the URL is none of HTTP.
+            TransferInterrupted: there is no response.
+            ConnectionFailed: the client was stopped, or a proxy or certificate file of the
+                environment cannot be used.
+            UntrustedCertificate: the store's certificate is rejected.
+            ProtocolError: the URL is invalid.
         """
         try:
-            pools = self._made()
-        except (OSError, ImportError) as error:  # tinkerfs was removed, or is another
-            message = f"HTTP cannot be set up ({errors.redact(str(error))}): mount again"
+            pools = self._get_pools()
+        except (OSError, ImportError) as error:  # tinkerfs was removed or upgraded
+            message = f"HTTP cannot be set up: {errors.redact(str(error))} (hint: mount again)"
             raise errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT) from None
         self.raise_if_stopped()
         if time.monotonic() - self._used_at > MAX_IDLE_S:
@@ -71,20 +71,20 @@ class ObjectStoreClient:
             raise errors.ConnectionFailed(str(error), endpoint=STORE_ENDPOINT) from None
 
     def stop(self) -> None:
-        """End each transfer at its next piece, as Unreachable, and begin no other."""
+        """End all transfers at their next chunk with ConnectionFailed, and start no more."""
         self._stopping.set()
 
     def raise_if_stopped(self) -> None:
-        """Go on.
+        """Raise an error if the client was stopped.
 
         Raises:
-            Unreachable: after `stop`.
+            ConnectionFailed: `stop` has been called.
         """
         if self._stopping.is_set():
-            raise errors.ConnectionFailed("it was stopped here", endpoint=STORE_ENDPOINT)
+            raise errors.ConnectionFailed("the client was stopped", endpoint=STORE_ENDPOINT)
 
     def close(self) -> None:
-        """Close every idle connection, and each other one with its transfer; begin no other."""
+        """Stop the client and close all connections, those in use after their transfer."""
         self.stop()
         with self._lock:
             if self._pools is not None:
@@ -95,21 +95,21 @@ class ObjectStoreClient:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close."""
+        """Close the client."""
         self.close()
 
     def touch(self) -> None:
-        """Take note that a connection has just served; for `Response`."""
+        """Record that a connection was used just now; called by `Response`."""
         self._used_at = time.monotonic()
 
     def stall_error(self, host: str) -> TransferInterrupted:
-        """Return what it means that next to nothing came for `timeout_s`."""
+        """Return the error that a transfer made almost no progress for `timeout_s`."""
         message = f"{host} sent next to nothing for {self.timeout_s:g} s"
         return TransferInterrupted(
             errors.RequestTimeout(message, endpoint=STORE_ENDPOINT), is_stall=True
         )
 
-    def _made(self) -> "ConnectionPools":
+    def _get_pools(self) -> "ConnectionPools":
         with self._lock:
             if self._pools is None:
                 from tinkerfs.weights.pools import ConnectionPools

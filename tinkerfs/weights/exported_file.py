@@ -1,13 +1,13 @@
-"""Copies of weights in ordinary directories: written beside, renamed when whole, resumed.
+"""Export weights to files in ordinary directories; resume interrupted exports.
 
-    <directory>/.<name>.<digest>.partial   the start of the file; the digest names its version
-    <directory>/<name>                     the whole file, never less
-    <directory>/.tinkerfs-get              the record of such files and their versions, JSON lines
+    <directory>/.<name>.<digest>.partial   the start of the file; the digest identifies its version
+    <directory>/<name>                     the complete file
+    <directory>/.tinkerfs-get              the record of exported files (JSON lines)
 
-So a file under its own name is whole, and which version of which file it is can be read later from
-its record, its length and its time: a checkpoint's files have the same names and lengths as those
-of the next one. A partial file holds only what was written in order from the start. What a file
-system lacks (locks, modes, times, flushes) is done without.
+A partial file is written in order, and renamed when it is complete. A file under its own name is
+therefore always complete. Files of consecutive checkpoints often have the same name and length, so
+the record, together with length and mtime, identifies the version of a file. Operations that a file
+system does not support (locks, modes, times, flushes) are skipped.
 """
 
 import fcntl
@@ -25,10 +25,10 @@ from tinkerfs.safe_open import open_regular
 from tinkerfs.weights.destination import PARTIAL_PATTERN, Destination
 from tinkerfs.weights.file import WeightsFile
 
-#: Read and written at a time.
-_PIECE_BYTES = 1 << 20
+#: Size of a read and a write.
+_CHUNK_BYTES = 1 << 20
 
-#: What of a long name a partial file's has; a file name has 255 bytes at most.
+#: Maximum length of the name in that of a partial file; file names have at most 255 bytes.
 _MAX_NAME_BYTES = 220
 
 _DIGEST_CHARACTERS = 16
@@ -36,13 +36,13 @@ _DIGEST_CHARACTERS = 16
 
 @dataclass(frozen=True, slots=True)
 class ExportedFile:
-    """A file that is to be made of weights. For one thread at a time.
+    """A file that weights are exported to. Not thread-safe.
 
     Attributes:
-        destination: the directory that has the record.
-        name: the relative path in it.
-        file: the content; open.
-        what: tells it from other files of the same version of the same weights.
+        destination: the directory with the record.
+        name: the path relative to the destination.
+        file: the open content.
+        what: distinguishes files of the same version of the same weights.
     """
 
     destination: Destination
@@ -52,11 +52,11 @@ class ExportedFile:
 
     @property
     def path(self) -> str:
-        """The path of the whole file, for messages."""
+        """The path of the complete file, for messages."""
         return os.path.join(self.destination.path, *self._parts)
 
     def exists(self) -> bool:
-        """Return whether something has its name, whatever that is.
+        """Return whether a directory entry with its name exists, whatever its type.
 
         Raises:
             OSError: as `Destination.status`.
@@ -64,12 +64,12 @@ class ExportedFile:
         return self.destination.status(self._parts) is not None
 
     def is_directory(self) -> bool:
-        """Return whether a directory has its name; as `is_taken`."""
+        """Return whether its name is that of a directory; see `exists`."""
         status = self.destination.status(self._parts)
         return status is not None and stat.S_ISDIR(status.st_mode)
 
     def is_complete(self) -> bool:
-        """Return whether this very version was copied before, and is as it was then."""
+        """Return whether this version was exported and has not been modified since."""
         with suppress(OSError):
             status = self.destination.status(self._parts)
             if status is not None and status.st_size == self.file.size_bytes:
@@ -78,7 +78,7 @@ class ExportedFile:
         return False
 
     def resumable_bytes(self) -> int:
-        """Return how much of it was written before and will not be fetched again."""
+        """Return how many bytes an interrupted export of this version has written."""
         with suppress(OSError):
             status = self.destination.status((*self._parts[:-1], self._partial))
             if status is not None and status.st_size <= self.file.size_bytes:
@@ -86,46 +86,43 @@ class ExportedFile:
         return 0
 
     def copy(self, mode: int, ctx: RequestContext) -> Iterator[int]:
-        """Write what is missing of it, and rename it when it is whole.
+        """Append the missing bytes to the partial file; rename it when it is complete.
 
-        What has its name is replaced. When it breaks off, for whatever reason, what came stays.
-
-        Args:
-            mode: the permission bits in the end.
-            ctx: how long to wait, and on whose behalf.
+        An existing file with the name is replaced and gets the permission bits `mode`. After an
+        error or interruption the partial file stays.
 
         Yields:
-            how many bytes more are written, as they are.
+            the number of bytes of each write.
 
         Raises:
-            ApiError: the bytes are unavailable.
-            OSError: as `WeightsFile.read`; EBUSY when another process is at it; ENOTDIR where a
-                symbolic link stands for a directory; what the disk says.
+            ApiError: the download fails.
+            OSError: as `WeightsFile.read`; EBUSY if another process writes the file; ENOTDIR if a
+                parent directory is a symbolic link; errors of the disk.
         """
-        with self.destination.opened(self._parts[:-1], is_made=True) as directory_fd:
+        with self.destination.open_subdirectory(self._parts[:-1], create=True) as directory_fd:
             self._remove_others(directory_fd)
-            partial = self._on_disk(self._partial)
+            partial = self._os_name(self._partial)
             descriptor = self.destination.open_private(partial, directory_fd)
             try:
                 self._lock(descriptor, partial, directory_fd)
-                yield from self._fill(descriptor, ctx)
-                _try(lambda: os.fchmod(descriptor, mode), errors.is_attribute_refused)
+                yield from self._write_missing(descriptor, ctx)
+                _ignoring(lambda: os.fchmod(descriptor, mode), errors.is_attribute_refused)
                 times_ns = (self.file.mtime_ns, self.file.mtime_ns)
-                _try(lambda: os.utime(descriptor, ns=times_ns), errors.is_attribute_refused)
-                _try(lambda: os.fsync(descriptor), errors.is_unsupported)
-                name = self._on_disk(self._parts[-1])
+                _ignoring(lambda: os.utime(descriptor, ns=times_ns), errors.is_attribute_refused)
+                _ignoring(lambda: os.fsync(descriptor), errors.is_unsupported)
+                name = self._os_name(self._parts[-1])
                 self.destination.require_unused(name, directory_fd)
-                made = os.fstat(descriptor)
-                self.destination.record(self.name, self._digest, made)
+                written = os.fstat(descriptor)
+                self.destination.record(self.name, self._digest, written)
                 self.destination.rename(partial, name, directory_fd, descriptor)
             except OSError as error:
                 error.filename = self.path
                 raise
             finally:
                 os.close(descriptor)
-            # Where times cannot be set, closing may set one.
+            # On a file system that cannot set times, closing the file may set its mtime.
             status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
-            if os.path.samestat(made, status):
+            if os.path.samestat(written, status):
                 self.destination.record(self.name, self._digest, status)
 
     @property
@@ -138,41 +135,40 @@ class ExportedFile:
 
     @property
     def _partial(self) -> str:
-        """The name of the partial file: another one for each user."""
+        """The name of the partial file, which differs for each user."""
         name = self._parts[-1].encode("utf-8", "surrogateescape")
         start = name[:_MAX_NAME_BYTES].decode("utf-8", "surrogateescape")
         return f".{start}.{_digest(f'{self._digest} {os.geteuid()}')}.partial"
 
     @staticmethod
-    def _on_disk(name: str) -> str:
+    def _os_name(name: str) -> str:
         return os.fsdecode(name.encode("utf-8", "surrogateescape"))
 
-    def _fill(self, descriptor: int, ctx: RequestContext) -> Iterator[int]:
-        """Write what is missing at the end of the partial file."""
-        at = os.fstat(descriptor).st_size
-        if at > self.file.size_bytes:
+    def _write_missing(self, descriptor: int, ctx: RequestContext) -> Iterator[int]:
+        """Append the missing bytes to the partial file."""
+        offset = os.fstat(descriptor).st_size
+        if offset > self.file.size_bytes:
             os.ftruncate(descriptor, 0)
-            at = 0
-        buffer = memoryview(bytearray(_PIECE_BYTES))
-        while at < self.file.size_bytes:
-            size_bytes = self.file.read_into(buffer, at, ctx)
+            offset = 0
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        while offset < self.file.size_bytes:
+            size_bytes = self.file.read_into(buffer, offset, ctx)
             if not size_bytes:
-                raise errors.corrupt(self.path, "it is shorter than it was")
-            rest, offset = buffer[:size_bytes], at
+                raise errors.corrupt(self.path, "the file is shorter than before")
+            rest = buffer[:size_bytes]
             while rest:
-                written = os.pwrite(descriptor, rest, offset)
-                rest, offset = rest[written:], offset + written
-            at += size_bytes
+                written_bytes = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[written_bytes:], offset + written_bytes
             yield size_bytes
 
     def _lock(self, descriptor: int, partial: str, directory_fd: int) -> None:
-        """Be the only one to write it; another process may have just renamed it.
+        """Lock the partial file, unless another process has just renamed it.
 
         Raises:
             OSError: EBUSY.
         """
         try:
-            _try(
+            _ignoring(
                 lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB),
                 errors.is_unsupported,
             )
@@ -184,12 +180,12 @@ class ExportedFile:
             raise errors.busy(self.path, "another process is writing it")
 
     def _remove_others(self, directory_fd: int) -> None:
-        """Remove this user's partial files of other versions, unless a process writes them."""
-        own = self._partial
-        start = self._on_disk(own[: -len(_digest("")) - len(".partial")])
+        """Remove this user's unlocked partial files of other versions."""
+        own_name = self._partial
+        start = self._os_name(own_name[: -len(_digest("")) - len(".partial")])
         pattern = re.compile(f"{re.escape(start)}{PARTIAL_PATTERN}", re.DOTALL)
         for name in os.listdir(directory_fd):
-            if name == self._on_disk(own) or not pattern.fullmatch(name):
+            if name == self._os_name(own_name) or not pattern.fullmatch(name):
                 continue
             with suppress(OSError):
                 descriptor = open_regular(name, os.O_RDWR, dir_fd=directory_fd)
@@ -205,8 +201,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARACTERS]
 
 
-def _try(operation: Callable[[], object], is_missing: Callable[[OSError], bool]) -> None:
-    """Do something, unless the file system cannot."""
+def _ignoring(operation: Callable[[], object], is_missing: Callable[[OSError], bool]) -> None:
+    """Run an operation; ignore its error if the file system does not support it."""
     try:
         operation()
     except OSError as error:

@@ -1,10 +1,10 @@
-"""What tar(1) leaves on disk once it has extracted some members, without a disk (pure).
+"""Compute what tar(1) leaves on disk after it has extracted some members (pure).
 
-A tar is a program rather than a table: each member acts on what the members before it left. A hard
-link names what its target is at that moment, and keeps it when that name is used again. A member
-below a symbolic link lands in the directory that the link leads to. GNU tar 1.34 is the reference
-(https://www.gnu.org/software/tar/manual/), with its rule that a symbolic link with `..` or an
-absolute target is made last, so that no member lands behind it.
+A tar is a program rather than a table: each member acts on the result of those before it. A hard
+link refers to the file that its target names at that moment, even if that name is reused later.
+A member below a symbolic link is extracted into the directory that the link leads to. The reference
+is GNU tar 1.34 (https://www.gnu.org/software/tar/manual/). It creates a symbolic link with `..` or
+an absolute target last, so that no member is extracted through it.
 """
 
 from collections import deque
@@ -13,49 +13,49 @@ from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
-#: The longest path and the longest chain of links that Linux follows (path_resolution(7)), bytes.
+#: Longest path in bytes, and longest chain of links, on Linux (path_resolution(7)).
 MAX_PATH_BYTES = 4095
 MAX_LINK_STEPS = 40
 
 
-class Refused(Exception):
-    """Why one member is not extracted; the others are."""
+class MemberRejected(Exception):
+    """The reason why one member is skipped; it does not affect the others."""
 
 
 class _Directory:
-    """A directory: its entries by name, and the one above, which is itself for the root."""
+    """A directory: its entries by name, and its parent; the root is its own parent."""
 
-    __slots__ = ("above", "entries")
+    __slots__ = ("entries", "parent")
 
-    def __init__(self, above: "_Directory | None") -> None:
-        self.above = above or self
+    def __init__(self, parent: "_Directory | None") -> None:
+        self.parent = parent or self
         self.entries: dict[str, object] = {}
 
 
 class _Link(NamedTuple):
-    """A symbolic link, and its target as the archive has it."""
+    """A symbolic link, with its target as stored in the archive."""
 
     target: str
 
     @property
     def is_made_last(self) -> bool:
-        """Whether tar(1) holds it back until every member is extracted."""
+        """Whether tar(1) creates the link only after all members are extracted."""
         return self.target.startswith("/") or ".." in self.target.split("/")
 
 
 class _Special:
-    """A device, a pipe or the like."""
+    """A device, a pipe or a similar file."""
 
     __slots__ = ()
 
 
 class ExtractedTree(Generic[T]):
-    """Files, directories and links by path, as members are added in order. Not thread-safe.
+    """Files, directories and links that members leave on disk. Not thread-safe.
 
-    Names are relative paths without `..`; a file is whatever stands for it.
+    Names are relative paths without `..`. A file is any object of the caller.
 
     Args:
-        max_names: bound on names, the directories that members imply among them.
+        max_names: maximum number of names, including directories that members imply.
     """
 
     def __init__(self, max_names: int) -> None:
@@ -67,46 +67,46 @@ class ExtractedTree(Generic[T]):
         """Extract a file.
 
         Raises:
-            Refused: tar(1) cannot make it.
+            MemberRejected: tar(1) cannot create it.
             ValueError: there are too many names.
         """
-        self._put(*self._place(name), file)
+        self._insert(*self._resolve_parent(name), file)
 
     def add_directory(self, name: str) -> None:
-        """Extract a directory; as `add_file`."""
-        above, last = self._place(name)
-        if not isinstance(above.entries.get(last), _Directory):
-            self._put(above, last, _Directory(above))
+        """Extract a directory; see `add_file`."""
+        parent, last = self._resolve_parent(name)
+        if not isinstance(parent.entries.get(last), _Directory):
+            self._insert(parent, last, _Directory(parent))
 
     def add_symlink(self, name: str, target: str) -> None:
-        """Extract a symbolic link; as `add_file`."""
-        self._put(*self._place(name), _Link(target))
+        """Extract a symbolic link; see `add_file`."""
+        self._insert(*self._resolve_parent(name), _Link(target))
 
     def add_special(self, name: str) -> None:
-        """Extract a device, a pipe or the like; as `add_file`."""
-        self._put(*self._place(name), _Special())
+        """Extract a device, a pipe or a similar file; see `add_file`."""
+        self._insert(*self._resolve_parent(name), _Special())
 
     def add_hard_link(self, name: str, target: str) -> None:
-        """Extract another name for what a path names now; as `add_file`.
+        """Extract another name of the file that `target` names now; see `add_file`.
 
-        What has the name goes, as with tar(1), also where the target turns out to be a directory.
+        As in tar(1), an existing entry with that name is removed even if the target is a directory.
         """
-        above, last = self._place(name)
-        node = self._find(self._root, target, follows_last=False, is_final=False)
+        parent, last = self._resolve_parent(name)
+        node = self._find(self._root, target, follows_last=False, is_complete=False)
         if node is None:
-            raise Refused("a link to what the archive did not have before it")
-        if above.entries.get(last) is not node:
-            self._put(above, last, node)
+            raise MemberRejected("a link to a file that does not precede it in the archive")
+        if parent.entries.get(last) is not node:
+            self._insert(parent, last, node)
             if isinstance(node, _Directory):
-                del above.entries[last]
+                del parent.entries[last]
                 self._count -= 1
         if isinstance(node, _Directory | _Special):
-            raise Refused("a link to what is not a file")
+            raise MemberRejected("a link to something other than a file")
 
     def files(self) -> Iterator[tuple[str, T | None]]:
-        """Yield the path of each file and link in the end, and the file that it leads to.
+        """Yield the final path of each file and link, with the file that it leads to.
 
-        None stands for a link that leads to no file of the tree.
+        A link that leads to no file of the tree has None instead.
         """
         pending: list[tuple[str, _Directory]] = [("", self._root)]
         while pending:
@@ -115,52 +115,49 @@ class ExtractedTree(Generic[T]):
                 if isinstance(node, _Directory):
                     pending.append((f"{prefix}{name}/", node))
                 elif isinstance(node, _Link):
-                    found = self._find(directory, node.target, follows_last=True, is_final=True)
+                    found = self._find(directory, node.target, follows_last=True, is_complete=True)
                     is_file = not isinstance(found, _Directory | _Special)
                     yield f"{prefix}{name}", found if is_file else None  # type: ignore[misc]
                 elif not isinstance(node, _Special):
                     yield f"{prefix}{name}", node  # type: ignore[misc]
 
-    def _put(self, above: _Directory, name: str, node: object) -> None:
-        """Put a node into a directory, in place of what has its name there."""
-        before = above.entries.pop(name, None)
-        if isinstance(before, _Directory) and before.entries:
-            above.entries[name] = before
-            raise Refused("a file and a directory at once")
-        self._count += before is None
+    def _insert(self, parent: _Directory, name: str, node: object) -> None:
+        """Put a node into a directory; it replaces an entry of the same name."""
+        previous = parent.entries.pop(name, None)
+        if isinstance(previous, _Directory) and previous.entries:
+            parent.entries[name] = previous
+            raise MemberRejected("a file and a directory at once")
+        self._count += previous is None
         if self._count > self._max_names:
             raise ValueError(f"more than {self._max_names} names")
-        above.entries[name] = node
+        parent.entries[name] = node
 
-    def _place(self, name: str) -> tuple[_Directory, str]:
-        """Return where a member's name leads; the directories above it are made."""
+    def _resolve_parent(self, name: str) -> tuple[_Directory, str]:
+        """Return the directory of a member, created if missing, and its last name."""
         if len(name.encode("utf-8", "surrogatepass")) > MAX_PATH_BYTES:
-            raise Refused("its name is too long")
-        *above, last = name.split("/")
+            raise MemberRejected("its name is too long")
+        *parents, last = name.split("/")
         directory = self._root
-        for part in above:
+        for part in parents:
             node = directory.entries.get(part)
             if node is None:
                 node = _Directory(directory)
-                self._put(directory, part, node)
+                self._insert(directory, part, node)
             elif isinstance(node, _Link):
-                node = self._find(directory, part, follows_last=True, is_final=False)
+                node = self._find(directory, part, follows_last=True, is_complete=False)
             if not isinstance(node, _Directory):
-                raise Refused("below what is not a directory")
+                raise MemberRejected("its parent is not a directory")
             directory = node
         return directory, last
 
     @staticmethod
     def _find(
-        directory: _Directory, path: str, *, follows_last: bool, is_final: bool
+        directory: _Directory, path: str, *, follows_last: bool, is_complete: bool
     ) -> object | None:
-        """Return what a path leads to from a directory, None where there is nothing.
+        """Resolve a path from a directory; return None if it does not exist.
 
-        Args:
-            directory: where the path begins.
-            path: as a link has it; an absolute one leads nowhere.
-            follows_last: whether a link at the end is followed too.
-            is_final: whether every member is extracted, and so the links that tar(1) makes last.
+        With `follows_last`, a link at the end is followed too. With `is_complete`, all members are
+        extracted, including the links that tar(1) creates last. An absolute path leads nowhere.
         """
         node: object = directory
         if path.startswith("/"):
@@ -173,21 +170,21 @@ class ExtractedTree(Generic[T]):
             if part in ("", "."):
                 continue
             if part == "..":
-                if node.above is node:
+                if node.parent is node:
                     return None
-                node = node.above
+                node = node.parent
                 continue
-            below = node.entries.get(part)
-            if below is None:
+            child = node.entries.get(part)
+            if child is None:
                 return None
-            if not isinstance(below, _Link) or not (rest or follows_last):
-                node = below
+            if not isinstance(child, _Link) or not (rest or follows_last):
+                node = child
                 continue
             steps += 1
-            target = below.target
+            target = child.target
             if steps > MAX_LINK_STEPS or target.startswith("/"):
                 return None
-            if below.is_made_last and not is_final:
+            if child.is_made_last and not is_complete:
                 return None
             rest.extendleft(reversed(target.split("/")))
         return node

@@ -1,4 +1,4 @@
-"""One open file of weights: positional reads, put together from where its bytes are."""
+"""Positional reads of an open file of weights, mapped to archive segments."""
 
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -17,15 +17,14 @@ if TYPE_CHECKING:
 
 
 class WeightsFile:
-    """One open file. Thread-safe; reads are positional; a context manager.
+    """An open file of weights. Thread-safe; reads are positional; a context manager.
 
     Args:
-        file: holds its bytes, in use; released by `close`.
-        member: where they are in it.
+        file: holds the bytes; already acquired, released by `close`.
+        member: the segments of `file` that make up this file.
 
     Attributes:
-        key: another version of the file has another one.
-        size_bytes: its length.
+        key: unique for a file and its version.
         mtime_ns: nanoseconds since 1970.
     """
 
@@ -35,72 +34,72 @@ class WeightsFile:
         self.mtime_ns = member.mtime_ns
         self._file = file
         self._segments = member.segments
-        #: As all but sparse files are, which spares the walk over pieces.
-        self._is_in_one_piece = (
+        #: True for all but sparse files; their reads skip the segment lookup.
+        self._is_contiguous = (
             len(member.segments) == 1
             and member.segments[0].offset == 0
             and member.segments[0].length == member.size_bytes
         )
-        self._ahead = ReadaheadState(member.size_bytes)
+        self._readahead = ReadaheadState(member.size_bytes)
 
     def __enter__(self) -> Self:
         """Return the file itself."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close."""
+        """Close the file."""
         self.close()
 
     def close(self) -> None:
-        """Let go of it; to be called once, and no other method after."""
+        """Release the file. Call it once; no other method may be called afterwards."""
         self._file.release()
 
     def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
-        """Return the bytes of [offset, offset + size); as `read_into`."""
+        """Return the bytes of [offset, offset + size); see `read_into`."""
         data = bytearray(max(min(size, self.size_bytes - offset), 0))
         self.read_into(memoryview(data), offset, ctx)
         return bytes(data)
 
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """Fill `buffer` with the bytes from `offset` on, and return how many there are.
+        """Fill `buffer` with the bytes at `offset`; return how many were read.
 
-        Args:
-            buffer: of bytes; not used once this has returned.
-            offset: in the file; fewer bytes than asked for come only at its end.
-            ctx: tells when to give up.
+        Fewer bytes than requested are read only at the end of the file. The buffer is not used
+        after the return. `ctx` cancels the wait.
 
         Raises:
-            ApiError: they cannot be had.
-            OSError: ESTALE when the checkpoint or its archive is gone or another one; EIO when it
-                is damaged; EINTR when the caller gave up; as `Archives.url`.
+            ApiError: the download fails.
+            OSError: ESTALE if the archive has changed or is gone; EIO if it is corrupt; EINTR if
+                the caller was interrupted; see also `SignedUrlCache.url`.
         """
         size = min(len(buffer), self.size_bytes - offset)
         if size <= 0:
             return 0
-        ahead = self._ahead.on_read(offset, size)
-        if ahead.start < ahead.stop:  # before the wait for these, so that it comes meanwhile
-            self._fetch_ahead(ahead)
+        plan = self._readahead.on_read(offset, size)
+        if plan.start < plan.stop:  # before the wait for the demand read, so that both overlap
+            self._fetch_ahead(plan)
         if size < len(buffer):
             buffer = buffer[:size]
         self._fill(buffer, offset, ctx)
-        if self._ahead.needs_tensor_offsets():
+        if self._readahead.needs_tensor_offsets():
             self._load_tensor_offsets()
         return size
 
     def peek(self, start: int, stop: int) -> bytes | None:
-        """Return the bytes [start, stop) where they are all there, without any request."""
-        pieces = []
-        for piece in self._segments_in(start, stop):
+        """Return the bytes [start, stop) if all are cached, else None; send no request."""
+        parts = []
+        for segment in self._segments_in(start, stop):
             data = (
-                bytes(piece.length) if piece.archive_offset < 0 else self._file.peek(*_span(piece))
+                bytes(segment.length)
+                if segment.archive_offset < 0
+                else self._file.peek(*_span(segment))
             )
             if data is None:
                 return None
-            pieces.append(data)
-        return b"".join(pieces)
+            parts.append(data)
+        return b"".join(parts)
 
     def blocks(self) -> dict[int, int]:
-        """Return how many of its bytes each of its blocks holds; holes are in none."""
+        """Return how many bytes of the file each block holds; holes are in no block."""
         found: dict[int, int] = {}
         for segment in self._segments:
             start, stop = _span(segment)
@@ -111,45 +110,45 @@ class WeightsFile:
         return found
 
     def block_bytes(self, block: int) -> int:
-        """Return the length of a block, whatever it holds."""
+        """Return the length of a block, including bytes of other members."""
         return self._file.block_bytes(block)
 
-    def kept_bytes(self) -> int:
-        """Return how many of its bytes are on disk; holes always are."""
+    def cached_bytes(self) -> int:
+        """Return how many bytes are on disk; holes count as on disk."""
         return self.size_bytes - sum(
-            held for index, held in self.blocks().items() if not self.is_cached(index)
+            held_bytes for index, held_bytes in self.blocks().items() if not self.is_cached(index)
         )
 
     def is_cached(self, block: int) -> bool:
-        """Tell whether a block is on disk, without any request."""
+        """Return whether a block is on disk; send no request."""
         return self._file.is_on_disk(block)
 
     def prepare(self, ctx: RequestContext) -> None:
-        """Have what a fetch needs, waiting for the archive to be built.
+        """Get a signed URL for later fetches; wait until the archive is built.
 
         Raises:
-            ApiError: it is not to be had.
-            OSError: ESTALE when the checkpoint is gone; as `Archives.url`.
+            ApiError: the request fails.
+            OSError: ESTALE if the checkpoint is gone; see also `SignedUrlCache.url`.
         """
         self._file.prepare(ctx)
 
     def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
-        """Begin to fetch a block, or join who does; as `RemoteFile.fetch`."""
+        """Start to download a block, or join its download; see `RemoteFile.fetch`."""
         return self._file.fetch(block, ctx, count)
 
     def _fill(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
-        if self._is_in_one_piece:
+        if self._is_contiguous:
             self._file.read_into(buffer, self._segments[0].archive_offset + start, ctx)
             return
-        for piece in self._segments_in(start, start + len(buffer)):
-            part = buffer[piece.offset - start :][: piece.length]
-            if piece.archive_offset < 0:
-                part[:] = bytes(piece.length)
+        for segment in self._segments_in(start, start + len(buffer)):
+            view = buffer[segment.offset - start :][: segment.length]
+            if segment.archive_offset < 0:
+                view[:] = bytes(segment.length)
             else:
-                self._file.read_into(part, piece.archive_offset, ctx)
+                self._file.read_into(view, segment.archive_offset, ctx)
 
     def _load_tensor_offsets(self) -> None:
-        """Look for a header of tensors in what is there: who wants one of them has just read it."""
+        """Read the tensor offsets from the header, if it is cached."""
         prefix = self.peek(0, LENGTH_BYTES)
         if prefix is None:
             return
@@ -157,37 +156,37 @@ class WeightsFile:
             stop = LENGTH_BYTES + header_length(prefix, self.size_bytes)
             header = self.peek(LENGTH_BYTES, stop)
             if header is not None:
-                self._ahead.set_tensor_offsets(tensor_end_offsets(header, self.size_bytes))
+                self._readahead.set_tensor_offsets(tensor_end_offsets(header, self.size_bytes))
         except ValueError:
-            self._ahead.set_tensor_offsets(())
+            self._readahead.set_tensor_offsets(())
 
-    def _fetch_ahead(self, ahead: ReadaheadPlan) -> None:
-        for piece in self._segments_in(ahead.start, ahead.stop):
-            if piece.archive_offset < 0:
+    def _fetch_ahead(self, plan: ReadaheadPlan) -> None:
+        for segment in self._segments_in(plan.start, plan.stop):
+            if segment.archive_offset < 0:
                 continue
-            begin, end = _span(piece)
-            reached = self._file.fetch_ahead(begin, end, ahead.request_bytes)
-            self._ahead.mark_fetched(piece.offset + reached - begin)
+            begin, end = _span(segment)
+            reached = self._file.fetch_ahead(begin, end, plan.request_bytes)
+            self._readahead.mark_fetched(segment.offset + reached - begin)
             if reached < end:
                 return
 
     def _segments_in(self, start: int, stop: int) -> Iterator[Segment]:
-        """Yield where the bytes [start, stop) are, in order; a hole is at -1."""
-        at = start
+        """Yield the segments of [start, stop) in order; a hole has archive offset -1."""
+        offset = start
         first = bisect_right(self._segments, start, key=lambda each: each.offset + each.length)
         for segment in islice(self._segments, first, None):
             if segment.offset >= stop:
                 break
-            if segment.offset > at:
-                yield Segment(at, segment.offset - at, -1)
-                at = segment.offset
-            skipped = at - segment.offset
-            length = min(segment.length - skipped, stop - at)
-            yield Segment(at, length, segment.archive_offset + skipped)
-            at += length
-        if at < stop:
-            yield Segment(at, stop - at, -1)
+            if segment.offset > offset:
+                yield Segment(offset, segment.offset - offset, -1)
+                offset = segment.offset
+            skipped = offset - segment.offset
+            length = min(segment.length - skipped, stop - offset)
+            yield Segment(offset, length, segment.archive_offset + skipped)
+            offset += length
+        if offset < stop:
+            yield Segment(offset, stop - offset, -1)
 
 
-def _span(piece: Segment) -> tuple[int, int]:
-    return piece.archive_offset, piece.archive_offset + piece.length
+def _span(segment: Segment) -> tuple[int, int]:
+    return segment.archive_offset, segment.archive_offset + segment.length

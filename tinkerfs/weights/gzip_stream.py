@@ -1,4 +1,4 @@
-"""Gzip, unpacked on the way: what is packed has no random access, so all of it comes."""
+"""Decompress a gzip file of a store, always from its start (no random access)."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -10,107 +10,104 @@ from tinkerfs.weights.etags import Sample
 from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.transfer import Transfer
 
-#: How a gzip file begins (RFC 1952, 2.3.1).
+#: The first bytes of a gzip file (RFC 1952, 2.3.1).
 GZIP_MAGIC = b"\x1f\x8b"
 
-#: At most so much is unpacked at a time, bytes: a few packed ones can be a thousand times as many.
+#: Maximum output of one decompression step: few compressed bytes may expand a thousandfold.
 _STEP_BYTES = 1 << 20
 
 
-def inflated(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield what gzip members, one after another, unpack to.
+def inflated(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Decompress consecutive gzip members.
 
     Raises:
-        ValueError: they are damaged, end early, or do not have their checksum; what came before
-            is not to be trusted either.
+        ValueError: the data is corrupt or truncated; what was yielded before is invalid too.
     """
     decoder = zlib.decompressobj(wbits=31)
-    for piece in pieces:
-        packed = piece
-        while packed:
+    for chunk in chunks:
+        compressed = chunk
+        while compressed:
             if decoder.eof:
-                if not packed.strip(b"\0"):  # padding, which gzip(1) takes as well
+                if not compressed.strip(b"\0"):  # padding, which gzip(1) accepts as well
                     break
                 decoder = zlib.decompressobj(wbits=31)
             try:
-                plain = decoder.decompress(packed, _STEP_BYTES)
+                data = decoder.decompress(compressed, _STEP_BYTES)
             except zlib.error as error:
                 raise ValueError(f"the archive is damaged: {error}") from None
-            packed = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
-            if plain:
-                yield plain
+            compressed = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
+            if data:
+                yield data
     if not decoder.eof:
         raise ValueError("the archive is damaged: it ends early")
 
 
 class GzipSource:
-    """A packed file as if it were plain: always all of it, from its start. Thread-safe.
+    """A gzip file that is read decompressed and always completely. Thread-safe.
 
     Args:
-        source: the packed file.
-        packed_bytes: its length.
-        plain_bytes: what it unpacks to.
+        source: the compressed file.
         path: for messages.
     """
 
-    def __init__(self, source: RangeSource, packed_bytes: int, plain_bytes: int, path: str) -> None:
+    def __init__(
+        self, source: RangeSource, compressed_bytes: int, uncompressed_bytes: int, path: str
+    ) -> None:
         self._source = source
-        self._packed_bytes = packed_bytes
-        self._plain_bytes = plain_bytes
+        self._compressed_bytes = compressed_bytes
+        self._uncompressed_bytes = uncompressed_bytes
         self._path = path
 
     def prepare(self, ctx: RequestContext) -> None:
-        """Have a URL at hand; as `Source.prepare`."""
+        """Get a signed URL; see `RangeSource.prepare`."""
         self._source.prepare(ctx)
 
     def is_ready(self) -> bool:
-        """Tell whether there is a URL at hand."""
+        """Return whether a signed URL is cached."""
         return self._source.is_ready()
 
     @property
     def is_exact(self) -> bool:
-        """As `Source.is_exact`."""
+        """Whether every other version of the file has another ETag."""
         return self._source.is_exact
 
     def use_samples(self, find: Callable[[], Sample | None]) -> None:
-        """Do nothing: what is cached is not what the store has."""
+        """Do nothing, because the cached bytes are decompressed and the store's are not."""
 
     def stale(self, reason: str) -> OSError:
-        """As `Source.stale`."""
+        """Mark the file as changed, and return the error ESTALE."""
         return self._source.stale(reason)
 
     def open(self, _start: int, _stop: int, _before: bytes = b"") -> "GzipTransfer":
-        """Ask for all of it.
+        """Request the whole file, whatever the range.
 
         Raises:
-            ApiError, OSError: as `Source.open`.
+            ApiError, OSError: as `RangeSource.open`.
         """
-        transfer = self._source.open(0, self._packed_bytes)
-        return GzipTransfer(transfer, self._plain_bytes, self._path)
+        transfer = self._source.open(0, self._compressed_bytes)
+        return GzipTransfer(transfer, self._uncompressed_bytes, self._path)
 
 
 class GzipTransfer:
-    """A packed file on its way. One thread's; a context manager.
+    """A gzip file that is being downloaded. Not thread-safe; a context manager.
 
     Attributes:
-        start: 0.
-        stop: what it unpacks to.
-        is_whole: True.
+        stop: length of the decompressed file.
     """
 
     is_full_body = True
     start = 0
 
-    def __init__(self, transfer: Transfer, plain_bytes: int, path: str) -> None:
-        self.stop = plain_bytes
+    def __init__(self, transfer: Transfer, uncompressed_bytes: int, path: str) -> None:
+        self.stop = uncompressed_bytes
         self._transfer = transfer
         self._path = path
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield it unpacked.
+        """Yield the decompressed bytes.
 
         Raises:
-            ApiError, OSError: as `Transfer`; EIO for what is damaged.
+            ApiError, OSError: as `Transfer`; EIO if the file is corrupt.
         """
         try:
             yield from inflated(self._transfer)
@@ -118,7 +115,7 @@ class GzipTransfer:
             raise errors.corrupt(self._path, str(error)) from None
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._transfer.close()
 
     def __enter__(self) -> Self:
@@ -126,5 +123,5 @@ class GzipTransfer:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Let go of the connection."""
+        """Close the transfer."""
         self.close()

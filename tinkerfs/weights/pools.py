@@ -1,9 +1,7 @@
-"""Pools of connections to object stores, and what comes from them.
+"""Pools of HTTP connections to object stores, and their responses.
 
-The only module of this package that imports an HTTP library. It is urllib3, not httpx as for the
-API: of a body httpx makes five copies, urllib3 two. 1 GB in blocks of 4 MiB by 8 connections, from
-a store on the same machine of two cores, checked and written down: 1.2 s of user time and 410 MB/s
-by httpx, 0.7 s and 760 MB/s by urllib3. No URL is in any message or log: they are secrets.
+This module and `store_connection` import urllib3. It copies a body less often than httpx, which
+the API client uses. Messages and logs contain no URL, because signed URLs are secrets.
 """
 
 import logging
@@ -22,53 +20,53 @@ from tinkerfs.weights.store_connection import StaleConnection, TlsSocket, use_de
 
 CONNECT_TIMEOUT_S = 5.0
 
-#: A transfer that moves less than this in `timeout_s` is as good as dead, bytes a second.
+#: A transfer with a lower rate over `timeout_s` counts as stalled, bytes per second.
 MIN_BYTES_PER_S = 1024
 
-#: Idle connections to one store that are kept.
+#: Maximum number of idle connections per store.
 MAX_IDLE = 32
 
-#: How often one request is sent again because an idle connection was dead.
+#: Maximum number of attempts to send a request on idle connections that turn out to be dead.
 _MAX_STALE = 3
 
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"tinkerfs/{__version__}"}
 
 
 class ConnectionPools:
-    """The ways to stores: the direct one, and those through proxies. Thread-safe.
+    """Pools for direct connections and for each proxy. Thread-safe.
 
     Args:
-        client: whose they are: what bounds transfers, counts them and ends them.
+        client: provides timeouts and telemetry, and stops transfers.
     """
 
     def __init__(self, client: ObjectStoreClient) -> None:
         for name in ("connection", "connectionpool", "response"):
-            logger = logging.getLogger(f"urllib3.{name}")  # it logs URLs, in warnings too
+            logger = logging.getLogger(f"urllib3.{name}")  # its warnings contain URLs
             if logger.level < logging.ERROR:
                 logger.setLevel(logging.ERROR)
         self._client = client
         timeout_s = client.timeout_s
         self._timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, timeout_s), read=timeout_s)
         self._lock = threading.Lock()
-        self._ways: dict[proxies.Proxy | None, urllib3.PoolManager] = {}  # made under _lock
+        self._managers: dict[proxies.Proxy | None, urllib3.PoolManager] = {}  # made under _lock
 
     def get(self, url: str, headers: Mapping[str, str]) -> "Response":
-        """As `StoreClient.get`."""
+        """Send a request; see `ObjectStoreClient.get`."""
         for _ in range(_MAX_STALE):
             try:
                 return self._get(url, headers)
             except StaleConnection:
-                self.drop_idle()  # what put an end to one did so to all of them
+                self.drop_idle()  # the others are probably dead too
         host = urlsplit(url).hostname
         raise TransferInterrupted(
-            errors.ConnectionFailed(f"{host} ends every connection", endpoint=STORE_ENDPOINT)
+            errors.ConnectionFailed(f"{host} closes every connection", endpoint=STORE_ENDPOINT)
         )
 
     def _get(self, url: str, headers: Mapping[str, str]) -> "Response":
         """Send one request.
 
         Raises:
-            StaleConnection: an idle connection was tried, and is dead.
+            StaleConnection: the idle connection that was used is dead.
         """
         host, outcome, proxy = "the store", "failed", None
         try:
@@ -94,74 +92,73 @@ class ConnectionPools:
         return Response(self._client, raw, host)
 
     def drop_idle(self) -> None:
-        """Close every idle connection, and each other one with its transfer."""
+        """Close idle connections; close connections in use after their transfer."""
         with self._lock:
-            ways = list(self._ways.values())
-        for pools in ways:
-            pools.clear()
+            managers = list(self._managers.values())
+        for manager in managers:
+            manager.clear()
 
     def _pool_for(self, proxy: proxies.Proxy | None) -> urllib3.PoolManager:
-        """Return the way to stores through a proxy, None for the direct one.
+        """Return the pools for a proxy; None stands for direct connections.
 
         Raises:
-            SetupError: the certificates to trust cannot be read.
+            StartupError: the trusted certificates cannot be read.
         """
         with self._lock:
-            if proxy not in self._ways:
-                way = _made_way(proxy)
-                use_deadlines(way)
-                self._ways[proxy] = way
-            return self._ways[proxy]
+            if proxy not in self._managers:
+                manager = _make_manager(proxy)
+                use_deadlines(manager)
+                self._managers[proxy] = manager
+            return self._managers[proxy]
 
     def _map_urllib3_error(
         self, error: Exception, host: str, proxy: proxies.Proxy | None
     ) -> TransferInterrupted:
-        """Return what it means that there is no answer.
+        """Return the error of a failed attempt as an exception of tinkerfs.
 
         Raises:
-            UntrustedCertificate: the store's certificate, or the proxy's, is refused.
-            ProtocolError: nor will there be one.
+            UntrustedCertificate: the certificate of the store or the proxy is rejected.
+            ProtocolError: a retry would fail too.
         """
-        refusal = tls.describe_refusal(error, host)
-        if refusal is not None:
-            raise errors.UntrustedCertificate(refusal, endpoint=STORE_ENDPOINT)
-        words = _words_of(error)
+        rejection = tls.describe_refusal(error, host)
+        if rejection is not None:
+            raise errors.UntrustedCertificate(rejection, endpoint=STORE_ENDPOINT)
+        detail = _detail_text(error)
         if isinstance(error, urllib3.exceptions.ReadTimeoutError):
             return self._client.stall_error(host)
-        if isinstance(error, urllib3.exceptions.InvalidHeader):  # two lengths that differ
+        if isinstance(error, urllib3.exceptions.InvalidHeader):  # two different lengths
             return TransferInterrupted(
-                errors.ProtocolError(f"no HTTP from {host}: {words}", endpoint=STORE_ENDPOINT)
+                errors.ProtocolError(f"no HTTP from {host}: {detail}", endpoint=STORE_ENDPOINT)
             )
         if isinstance(error, urllib3.exceptions.ProtocolError):
             return TransferInterrupted(
-                errors.ConnectionFailed(f"{host} broke off: {words}", endpoint=STORE_ENDPOINT)
+                errors.ConnectionFailed(f"{host} broke off: {detail}", endpoint=STORE_ENDPOINT)
             )
         if isinstance(error, urllib3.exceptions.ConnectTimeoutError) and not isinstance(
             error, urllib3.exceptions.NewConnectionError
         ):
             message = f"no connection to {host} in time"
             return TransferInterrupted(errors.RequestTimeout(message, endpoint=STORE_ENDPOINT))
-        unconnected = (
+        connect_errors = (
             urllib3.exceptions.NewConnectionError,
             urllib3.exceptions.ProxyError,
             urllib3.exceptions.SSLError,
         )
-        if isinstance(error, unconnected):
-            way = "" if proxy is None else f" through {proxy}"
-            message = f"no connection to {host}{way}: {words}"
+        if isinstance(error, connect_errors):
+            route = "" if proxy is None else f" through {proxy}"
+            message = f"no connection to {host}{route}: {detail}"
             return TransferInterrupted(errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT))
         raise errors.ProtocolError(
-            f"no HTTP from {host}: {words}", endpoint=STORE_ENDPOINT
+            f"no HTTP from {host}: {detail}", endpoint=STORE_ENDPOINT
         ) from None
 
 
 class Response:
-    """An answer: its head, and its body on the way. One thread's.
+    """A response with its head; the body is streamed. Not thread-safe.
 
     Attributes:
-        status: of HTTP.
-        headers: names in any case.
-        host: who answered, for messages.
+        headers: by case-insensitive name.
+        host: for messages.
     """
 
     def __init__(self, client: ObjectStoreClient, raw: urllib3.BaseHTTPResponse, host: str) -> None:
@@ -171,45 +168,45 @@ class Response:
         self._client = client
         self._raw = raw
 
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the body as it comes. Read to its end, its connection serves again.
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the body as it arrives. After its end the connection can be reused.
 
         Raises:
-            Lost: it broke off, or hardly moves.
-            Unreachable: the client was stopped.
+            TransferInterrupted: the body broke off, or made almost no progress.
+            ConnectionFailed: the client was stopped.
         """
         client = self._client
         window_end, window_bytes = time.monotonic() + client.timeout_s, 0
         try:
-            while piece := self._raw.read1(READ_BYTES):
-                window_bytes += len(piece)
-                client.telemetry.count("bytes_received", len(piece))
+            while chunk := self._raw.read1(READ_BYTES):
+                window_bytes += len(chunk)
+                client.telemetry.count("bytes_received", len(chunk))
                 now = time.monotonic()
                 if now >= window_end:
                     if window_bytes < MIN_BYTES_PER_S * client.timeout_s:
                         raise client.stall_error(self.host)
                     window_end, window_bytes = now + client.timeout_s, 0
-                yield piece
+                yield chunk
                 client.raise_if_stopped()
         except urllib3.exceptions.ReadTimeoutError:
             raise client.stall_error(self.host) from None
         except urllib3.exceptions.HTTPError as error:
-            message = f"{self.host} broke off: {_words_of(error)}"
+            message = f"{self.host} broke off: {_detail_text(error)}"
             raise TransferInterrupted(
                 errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT)
             ) from None
         client.touch()
 
     def close(self) -> None:
-        """Let go of the connection; it ends where the body was not read to its end."""
+        """Release the connection; close it unless the body was read to its end."""
         self._raw.close()
 
 
-def _made_way(proxy: proxies.Proxy | None) -> urllib3.PoolManager:
-    """Return the pools of a way.
+def _make_manager(proxy: proxies.Proxy | None) -> urllib3.PoolManager:
+    """Return new pools for a proxy; None stands for direct connections.
 
     Raises:
-        SetupError: the certificates to trust cannot be read.
+        StartupError: the trusted certificates cannot be read.
     """
     context = tls.trusting_context()
     context.sslsocket_class = TlsSocket
@@ -233,10 +230,10 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-def _words_of(error: BaseException) -> str:
-    """Return what the innermost error says; those around it say only where it was met."""
+def _detail_text(error: BaseException) -> str:
+    """Return the message of the innermost error; the outer ones add nothing useful."""
     error = _innermost(error)
     if isinstance(error, urllib3.exceptions.HTTPError) and error.__cause__ is not None:
         error = error.__cause__
-    words = getattr(error, "strerror", None) or str(error)
-    return errors.redact(words) or type(error).__name__
+    detail = getattr(error, "strerror", None) or str(error)
+    return errors.redact(detail) or type(error).__name__

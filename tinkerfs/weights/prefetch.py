@@ -1,8 +1,9 @@
-"""Weights into the block cache: several requests at a time, over any number of files, each once."""
+"""Download files of weights into the block cache by concurrent requests."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from itertools import chain
 
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
@@ -10,25 +11,24 @@ from tinkerfs.weights.block_math import BLOCK_BYTES, group_consecutive
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.readahead import MAX_READAHEAD_BYTES, READAHEAD_CONCURRENCY
 
-#: Requests under way at a time, of all files together, and the most blocks of one: as many as for a
-#: reader who reads on and on.
-_REQUESTS = READAHEAD_CONCURRENCY
-_BLOCKS_OF_ONE = MAX_READAHEAD_BYTES // READAHEAD_CONCURRENCY // BLOCK_BYTES
+#: Maximum number of concurrent requests, and of blocks per request: as for sequential readahead.
+_MAX_REQUESTS = READAHEAD_CONCURRENCY
+_MAX_BLOCKS_PER_REQUEST = MAX_READAHEAD_BYTES // READAHEAD_CONCURRENCY // BLOCK_BYTES
 
-#: What a block takes on disk beyond its bytes, at most: its checksum, in a page of its own.
-_BESIDE_BYTES = 4096
+#: Maximum disk usage of a block beyond its bytes: its checksum takes a page of its own.
+_OVERHEAD_BYTES = 4096
 
-_REFUSED = "the block cache does not take it: its disk is full, or it is full of open files"
+_CACHE_REJECTED = "the block cache cannot take it: its disk is full, or it is full of open files"
 
 
 @dataclass(frozen=True, slots=True)
-class Landed:
-    """What came of a block.
+class BlockResult:
+    """The result of one block.
 
     Attributes:
-        number: of which file.
-        size_bytes: how many more of the file's bytes are on disk now.
-        error: why they are not; nothing more of that file is fetched then.
+        number: index of the file in the sequence given to `prefetch`.
+        size_bytes: number of the file's bytes that are newly on disk.
+        error: why the block is not on disk; the rest of that file is then skipped.
     """
 
     number: int
@@ -37,68 +37,70 @@ class Landed:
 
 
 def required_cache_bytes(files: Sequence[WeightsFile]) -> int:
-    """Return what some files take in the cache, at most, once all of them are in it."""
+    """Return the maximum disk usage of some files once all of them are cached."""
     blocks = {
         (file.key, block): file.block_bytes(block) for file in files for block in file.blocks()
     }
-    return sum(size_bytes + _BESIDE_BYTES for size_bytes in blocks.values())
+    return sum(size_bytes + _OVERHEAD_BYTES for size_bytes in blocks.values())
 
 
-def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[Landed]:
-    """Fetch what is not on disk, and tell of each block that was not when it is.
+def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[BlockResult]:
+    """Download all blocks that are not on disk; yield the result of each one.
 
-    For one thread, whose wait for a block nothing ends but the block; to be left alone, it is run
-    on a thread of its own. What was begun when the iterator is dropped goes on.
-
-    Args:
-        files: open, in the order in which they are fetched.
-        ctx: waits where an archive must be built first.
+    The files are downloaded in the given order. `ctx` bounds only the waits for archive builds. The
+    waits for blocks cannot be interrupted, so callers that may be cancelled run it on a thread of
+    its own. Downloads in flight continue after the iterator is closed.
     """
-    # Who waits for a block: which file, which block, how many bytes of the file, by which request.
-    flying: dict[Future[bytes | None], list[tuple[int, int, int, int]]] = {}
+    # The waiters of each block: file number, block index, bytes of the file, request number.
+    in_flight: dict[Future[bytes | None], list[tuple[int, int, int, int]]] = {}
     failed: set[int] = set()
 
-    def landed() -> Iterator[Landed]:
-        done, _ = wait(flying, return_when=FIRST_COMPLETED)
-        for flight in done:
-            for number, block, size_bytes, _request in flying.pop(flight):
-                error = flight.exception()
+    def completed() -> Iterator[BlockResult]:
+        done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
+        for future in done:
+            for number, block, size_bytes, _request in in_flight.pop(future):
+                error = future.exception()
                 if error is None and not files[number].is_cached(block):
-                    error = errors.no_space("", _REFUSED)
+                    error = errors.no_space("", _CACHE_REJECTED)
                 if error is None:
-                    yield Landed(number, size_bytes)
+                    yield BlockResult(number, size_bytes)
                 elif number not in failed:
                     failed.add(number)
                     assert isinstance(error, Exception)
-                    yield Landed(number, 0, error)
+                    yield BlockResult(number, 0, error)
 
     missing = [
-        {block: held for block, held in file.blocks().items() if not file.is_cached(block)}
+        {
+            block: held_bytes
+            for block, held_bytes in file.blocks().items()
+            if not file.is_cached(block)
+        }
         for file in files
     ]
-    # Of few blocks each has a request of its own.
-    several = min(max(sum(map(len, missing)) // _REQUESTS, 1), _BLOCKS_OF_ONE)
+    # A small number of blocks is spread over all requests.
+    count = sum(map(len, missing))
+    blocks_per_request = min(max(count // _MAX_REQUESTS, 1), _MAX_BLOCKS_PER_REQUEST)
     requests = [
         (number, run)
         for number, blocks in enumerate(missing)
-        for run in group_consecutive(blocks, several)
+        for run in group_consecutive(blocks, blocks_per_request)
     ]
     for request, (number, run) in enumerate(requests):
-        while len({each[-1] for waiting in flying.values() for each in waiting}) >= _REQUESTS:
-            yield from landed()
+        while len({each[-1] for each in chain(*in_flight.values())}) >= _MAX_REQUESTS:
+            yield from completed()
         for block in run:
             file, size_bytes = files[number], missing[number][block]
             if number in failed:
                 break
-            if file.is_cached(block):  # it came with another file, or to another process
-                yield Landed(number, size_bytes)
+            if file.is_cached(block):  # another file or another process has stored it
+                yield BlockResult(number, size_bytes)
                 continue
             try:
-                flight = file.fetch(block, ctx, run.stop - block)
+                future = file.fetch(block, ctx, run.stop - block)
             except (errors.ApiError, OSError) as error:
                 failed.add(number)
-                yield Landed(number, 0, error)
+                yield BlockResult(number, 0, error)
                 break
-            flying.setdefault(flight, []).append((number, block, size_bytes, request))
-    while flying:
-        yield from landed()
+            in_flight.setdefault(future, []).append((number, block, size_bytes, request))
+    while in_flight:
+        yield from completed()

@@ -1,64 +1,65 @@
-"""Questions to an object store that take one request each."""
+"""Small requests to an object store: the version of a file, and a range of it."""
 
 from tinkerfs import errors
 from tinkerfs.weights.connections import STORE_ENDPOINT, ObjectStoreClient
-from tinkerfs.weights.range_source import RangeSource, UrlProvider
+from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
+from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 
-def _read_version(client: ObjectStoreClient, address: UrlProvider) -> Version:
-    """Return which version of a file the store has.
+def _read_version(client: ObjectStoreClient, url_provider: UrlProvider) -> Version:
+    """Return the current version of a file.
 
     Raises:
         ApiError: the request fails.
     """
-    with RangeSource(client, address, None).open(0, 1) as transfer:
+    with RangeSource(client, url_provider, None).open(0, 1) as transfer:
         if transfer.version.size_bytes == UNKNOWN_BYTES:
-            for _ in transfer:  # its end shows its length
+            for _ in transfer:  # to the end, which reveals the length
                 pass
         return transfer.version
 
 
-def read_archive_version(client: ObjectStoreClient, address: UrlProvider) -> Version:
-    """Return which version of an archive the store has, waiting while it is empty.
+def read_archive_version(client: ObjectStoreClient, url_provider: UrlProvider) -> Version:
+    """Return the current version of an archive; wait while it is empty.
 
     Raises:
         ApiError: the request fails, or the archive stays empty.
     """
-    patience = RetryBudget(client.timeout_s)
-    while not (version := _read_version(client, address)).size_bytes:
-        patience.backoff_or_raise(empty_archive())
+    retry_budget = RetryBudget(client.timeout_s)
+    while not (version := _read_version(client, url_provider)).size_bytes:
+        retry_budget.backoff_or_raise(empty_archive())
     return version
 
 
 def empty_archive() -> TransferInterrupted:
-    """Return the failure that an archive is an empty file, which no archive is."""
-    words = "the store has an empty file in place of the archive, which may not be written yet"
-    return TransferInterrupted(errors.ServerError(words, endpoint=STORE_ENDPOINT))
+    """Return the error of an empty archive, which the server may still be writing."""
+    message = "the store has an empty file in place of the archive, which may not be written yet"
+    return TransferInterrupted(errors.ServerError(message, endpoint=STORE_ENDPOINT))
 
 
-def has_version(client: ObjectStoreClient, address: UrlProvider, version: Version) -> bool:
-    """Return whether the store has a version of a file, as far as its validators tell.
+def has_version(client: ObjectStoreClient, url_provider: UrlProvider, version: Version) -> bool:
+    """Return whether the store has a version, according to its validators.
 
     Raises:
         ApiError: the request fails.
     """
-    now = _read_version(client, address)
+    now = _read_version(client, url_provider)
     return _comparable(now) == _comparable(version)
 
 
 def _comparable(version: Version) -> tuple[int, str, str]:
-    # Some stores and proxies mark the ETag of the same bytes as weak now and then.
+    # Some stores and proxies mark the ETag of the same bytes as weak from time to time.
     return version.size_bytes, version.etag.removeprefix("W/"), version.last_modified
 
 
 def read_range(source: RangeSource, start: int, stop: int) -> bytes | None:
-    """Return the bytes [start, stop) of a file, None where the store ignores ranges.
+    """Return the bytes [start, stop) of a file, None if the store ignores ranges.
 
     Raises:
         ApiError: the request fails.
-        OSError: ESTALE where the store has another version.
+        OSError: ESTALE if the store has another version.
     """
     with source.open(start, stop) as transfer:
         return None if transfer.is_full_body else b"".join(transfer)

@@ -1,13 +1,14 @@
-"""Bytes of one file of an object store, by signed URL: asked for in ranges, checked, resumed.
+"""Read ranges of one file of an object store, by signed URL.
 
-Closed ranges are asked for (shared caches split open ones badly), without the API's key. Each
-response is held against the request and against what is known of the file, so a response that lies
-is an error and never bytes. No URL, and no redirect's target, is in any message: they are secrets.
+Requests name closed ranges, because shared caches handle open ones badly, and never carry the API
+key. Each response is validated against the request and the known version of the file, so that an
+invalid response is an error and never wrong bytes. Messages contain no URL and no redirect target,
+because both are secrets.
 """
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
 from tinkerfs import errors
@@ -17,9 +18,15 @@ from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.errors import ApiError
 from tinkerfs.weights.connections import STORE_ENDPOINT, ObjectStoreClient
 from tinkerfs.weights.etags import SAMPLE_BYTES, EtagAliases, Sample, sample_of
-from tinkerfs.weights.responses import Part, part_of, size_of_unsatisfied, unusable
+from tinkerfs.weights.responses import (
+    ContentRange,
+    invalid_response,
+    parse_content_range,
+    unsatisfied_size,
+)
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
-from tinkerfs.weights.transfer import Answer, Transfer
+from tinkerfs.weights.transfer import RangeResponse, Transfer
+from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
@@ -27,63 +34,37 @@ if TYPE_CHECKING:
 
 MAX_REDIRECTS = 5
 
-#: How often the servers of a store are asked for a sample until the one responds that is meant.
+#: Maximum number of sample requests, until the store's server with the expected ETag responds.
 MAX_PROBES = 6
 
-#: A store's ways to say that a URL has expired: S3 403 and 400, others 401; 404 and 410 as well
-#: where an archive was built anew elsewhere.
-_REFUSALS = frozenset({400, 401, 403, 404, 410})
-_RETRIED = frozenset({408, 425, 429})
+#: Statuses of an expired URL: S3 sends 403 or 400, other stores 401. After the archive was built
+#: again elsewhere, stores send 404 or 410.
+_URL_REJECTED = frozenset({400, 401, 403, 404, 410})
+_RETRIABLE = frozenset({408, 425, 429})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
-class UrlProvider(Protocol):
-    """Where a file is."""
-
-    @property
-    def path(self) -> str:
-        """The file that a user asked for, for messages."""
-        ...
-
-    def url(self, ctx: RequestContext) -> SignedUrl:
-        """Return a URL that is good for some time yet."""
-        ...
-
-    def is_known(self) -> bool:
-        """Tell whether `url` has one at hand."""
-        ...
-
-    def mark_changed(self) -> None:
-        """Take note that the store has another file there than was known."""
-        ...
-
-    def invalidate(self, url: SignedUrl) -> None:
-        """Take note that the store lets nobody in with this URL."""
-        ...
-
-
 class RangeSource:
-    """One file of a store. Thread-safe.
+    """One file of an object store. Thread-safe.
 
     Args:
-        client: the connections.
-        address: where the file is.
-        version: what it must be; None before that is known.
-        sample: of its bytes; None for none.
-        is_plain: nothing was derived from its content yet, such as where its members are.
+        url_provider: returns the signed URL of the file.
+        version: the expected version; None if it is not known yet.
+        sample: of the file's bytes; None if there is none.
+        is_plain: nothing has been derived from the content yet, such as member offsets.
     """
 
     def __init__(
         self,
         client: ObjectStoreClient,
-        address: UrlProvider,
+        url_provider: UrlProvider,
         version: Version | None,
         sample: Sample | None = None,
         *,
         is_plain: bool = False,
     ) -> None:
         self._client = client
-        self._address = address
+        self._url_provider = url_provider
         self._version = version
         self._is_plain = is_plain
         self._etags = EtagAliases("" if version is None else version.etag, sample)
@@ -91,106 +72,99 @@ class RangeSource:
 
     @property
     def is_exact(self) -> bool:
-        """Whether any other version of the file is told by its ETag."""
+        """Whether every other version of the file has another ETag."""
         return self._version is not None and self._version.is_exact
 
     def use_samples(self, find: Callable[[], Sample | None]) -> None:
-        """Let bytes that were cached of this version prove that another ETag names the same.
+        """Set the function that returns a sample of the cached bytes of this version.
 
-        Args:
-            find: returns some of them, None for none.
+        The sample proves whether another ETag names the same bytes.
         """
         self._find_sample = find
 
     def record_sample(self, start: int, data: bytes) -> None:
-        """Remember bytes that were received, for the same use."""
+        """Store a sample of received bytes, unless there is one already."""
         if self._etags.sample is None:
             self._etags.sample = sample_of(start, data)
 
     def open(self, start: int, stop: int, before: bytes = b"") -> Transfer:
-        """Ask for the bytes [start, stop), and return them as they come.
+        """Request the bytes [start, stop), and return the transfer.
 
-        A store that heeds no ranges sends the whole file instead: see `Transfer.is_whole`.
-
-        Args:
-            start: where to begin.
-            stop: more than `start`; beyond the file's end only where no version is known.
-            before: what is known to be right before `start`, asked for again to see that it is
-                still so; empty for nothing.
+        `stop` may exceed the file's end only while the version is unknown. `before` holds the known
+        bytes that precede `start`. They are requested again and compared, to detect a change.
+        If the store does not support range requests, the whole file arrives: see
+        `Transfer.is_full_body`.
 
         Raises:
-            ApiError: there is no usable answer, after all tries.
-            OSError: ESTALE when the file is another one now, or gone.
+            ApiError: all attempts fail.
+            OSError: ESTALE if the file has changed or is gone.
         """
-        patience = RetryBudget(self._client.timeout_s)
-        answer = self.send(start - len(before), stop, patience)
-        return Transfer(self, answer, start, stop, patience, before)
+        retry_budget = RetryBudget(self._client.timeout_s)
+        response = self.send(start - len(before), stop, retry_budget)
+        return Transfer(self, response, start, stop, retry_budget, before)
 
     def prepare(self, ctx: RequestContext) -> None:
-        """Have a URL at hand, so that a fetch on another thread need not wait for the archive.
-
-        Args:
-            ctx: who wants it, and how long that one waits.
+        """Get a signed URL, so that a download on another thread need not wait for it.
 
         Raises:
-            ApiError: none is to be had.
-            OSError: ESTALE when the file is gone; as `Archives.url`.
+            ApiError: the request fails.
+            OSError: ESTALE if the file is gone; see also `SignedUrlCache.url`.
         """
         self._url(ctx)
 
     def is_ready(self) -> bool:
-        """Tell whether there is a URL at hand."""
-        return self._address.is_known()
+        """Return whether a signed URL is cached."""
+        return self._url_provider.has_url()
 
-    def send(self, start: int, stop: int, patience: RetryBudget) -> Answer:
-        """Ask until there is an answer that holds `start`; for `Transfer`.
+    def send(self, start: int, stop: int, retry_budget: RetryBudget) -> RangeResponse:
+        """Send requests until a response contains `start`; called by `Transfer`.
 
         Raises:
             ApiError, OSError: as `open`.
         """
-        refused: ApiError | None = None
+        rejected: ApiError | None = None
         while True:
             url = self._url(BACKGROUND_CONTEXT)
             try:
-                answer = self._ask(url, start, stop)
-            except _UrlRejected as refusal:
-                self._address.invalidate(url)
-                if refused is not None:
-                    raise refused from None
-                refused = refusal.error
-            except _WithoutCondition:
+                response = self._send_once(url, start, stop)
+            except _UrlRejected as rejection:
+                self._url_provider.invalidate(url)
+                if rejected is not None:
+                    raise rejected from None
+                rejected = rejection.error
+            except _RetryWithoutIfRange:
                 pass
-            except TransferInterrupted as lost:
-                patience.backoff_or_raise(lost)
+            except TransferInterrupted as interruption:
+                retry_budget.backoff_or_raise(interruption)
             else:
                 if self._version is None:
-                    # What resumes this transfer is of the same version.
-                    self._version = answer.version
-                    self._etags = EtagAliases(answer.version.etag)
+                    # A resumed transfer must be of the same version.
+                    self._version = response.version
+                    self._etags = EtagAliases(response.version.etag)
                 self._etags.mark_in_use()
-                return answer
+                return response
 
     def stale(self, reason: str) -> OSError:
-        """Return the error that the file is another one now; what is known of it is dropped."""
-        self._address.mark_changed()
-        return errors.stale(self._address.path, reason)
+        """Mark the file as changed, and return the error ESTALE."""
+        self._url_provider.mark_changed()
+        return errors.stale(self._url_provider.path, reason)
 
     def _url(self, ctx: RequestContext) -> SignedUrl:
         try:
-            return self._address.url(ctx)
+            return self._url_provider.url(ctx)
         except (errors.NotFound, errors.UnsupportedEndpoint) as error:
             if self._version is None:
                 raise
-            raise self.stale(f"it is gone: {error}") from error
+            raise self.stale(f"the file is gone: {error}") from error
 
-    def _ask(self, signed: SignedUrl, start: int, stop: int) -> Answer:
+    def _send_once(self, signed: SignedUrl, start: int, stop: int) -> RangeResponse:
         """Send one request.
 
         Raises:
-            _Refused: the URL is no good.
-            _WithoutCondition: it is to be sent again, without `If-Range`.
-            Lost: there is no usable answer; another try may have one.
-            ApiError: nor would another.
+            _UrlRejected: the URL has expired.
+            _RetryWithoutIfRange: the request must be sent again, without `If-Range`.
+            TransferInterrupted: there is no valid response; a retry may get one.
+            ApiError: a retry would fail too.
             OSError: ESTALE.
         """
         headers = {"Range": f"bytes={start}-{stop - 1}"}
@@ -199,20 +173,20 @@ class RangeSource:
             headers["If-Range"] = self._version.validator
         response = self._get(signed.url, headers)
         try:
-            answer = self._checked(response, start, stop)
+            validated = self._validate(response, start, stop)
         except BaseException:
             response.close()
             raise
-        if answer.part.is_whole and self._etags.is_mixed and not is_mixed:
+        if validated.content_range.is_full_body and self._etags.is_mixed and not is_mixed:
             response.close()
-            raise _WithoutCondition  # it is whole because another server's ETag was named
-        return answer
+            raise _RetryWithoutIfRange  # If-Range named the ETag of another server of the store
+        return validated
 
     def _get(self, url: str, headers: dict[str, str]) -> "Response":
-        """Send a request, and follow its redirects within the time of one.
+        """Send a request, and follow redirects within the timeout of one request.
 
         Raises:
-            Lost, ApiError: as `_ask`.
+            TransferInterrupted, ApiError: as `_send_once`.
         """
         began = time.monotonic()
         for _ in range(MAX_REDIRECTS):
@@ -222,81 +196,84 @@ class RangeSource:
             response.close()
             if time.monotonic() - began > self._client.timeout_s:
                 raise self._client.stall_error(_host(url))
-            url = _redirected(url, response.headers.get("location", ""))
-        raise errors.ProtocolError(f"{_host(url)} redirects on and on", endpoint=STORE_ENDPOINT)
+            url = _redirect_target(url, response.headers.get("location", ""))
+        raise errors.ProtocolError(f"too many redirects from {_host(url)}", endpoint=STORE_ENDPOINT)
 
-    def _checked(self, response: "Response", start: int, stop: int) -> Answer:
-        """Return what a response is, as far as its head tells.
+    def _validate(self, response: "Response", start: int, stop: int) -> RangeResponse:
+        """Validate the head of a response; return it with its range and version.
 
         Raises:
-            _Refused, Lost, ApiError, OSError: as `_ask`.
+            _UrlRejected, TransferInterrupted, ApiError, OSError: as `_send_once`.
         """
         status, host = response.status, response.host
         if status == 200 and "html" in response.headers.get("content-type", "").lower():
-            words = f"{host} sent a page of HTML, as a captive portal does"
-            raise _UrlRejected(errors.ProtocolError(words, endpoint=STORE_ENDPOINT, status=status))
+            message = f"{host} sent a page of HTML, as a captive portal does"
+            raise _UrlRejected(
+                errors.ProtocolError(message, endpoint=STORE_ENDPOINT, status=status)
+            )
         if status in (200, 206):
             size_bytes = None if self._version is None else self._version.size_bytes
             if size_bytes == UNKNOWN_BYTES:
                 size_bytes = None
-            part = part_of(response, start, stop, size_bytes)
-            version = self._same(response, part)
-            if size_bytes is not None and max(part.stop, start) > size_bytes:
-                raise unusable(response, "it is longer than the file")
-            return Answer(response, part, version)
+            content_range = parse_content_range(response, start, stop, size_bytes)
+            version = self._matching_version(response, content_range)
+            if size_bytes is not None and max(content_range.stop, start) > size_bytes:
+                raise invalid_response(response, "its range exceeds the file")
+            return RangeResponse(response, content_range, version)
         if status == 416:
             return self._empty(response, start)
-        words = f"{host} answered {status}"
-        if status in _REFUSALS:
+        message = f"{host} responded with status {status}"
+        if status in _URL_REJECTED:
             kind: type[ApiError] = errors.ClientError
             if status in (401, 403):
                 kind = errors.Unauthorized
-            raise _UrlRejected(kind(words, endpoint=STORE_ENDPOINT, status=status))
-        if status in _RETRIED or status >= 500:
+            raise _UrlRejected(kind(message, endpoint=STORE_ENDPOINT, status=status))
+        if status in _RETRIABLE or status >= 500:
             kind = errors.RateLimited if status == 429 else errors.ServerError
             wait_s = parse_retry_after_s(response.headers, time.time())
             raise TransferInterrupted(
-                kind(words, endpoint=STORE_ENDPOINT, status=status), wait_s=wait_s
+                kind(message, endpoint=STORE_ENDPOINT, status=status), wait_s=wait_s
             )
-        raise errors.ClientError(words, endpoint=STORE_ENDPOINT, status=status)
+        raise errors.ClientError(message, endpoint=STORE_ENDPOINT, status=status)
 
-    def _same(self, response: "Response", part: Part) -> Version:
-        """Return the version that a response is of.
+    def _matching_version(self, response: "Response", content_range: ContentRange) -> Version:
+        """Return the version of a response, which must be the expected one.
 
         Raises:
-            OSError: ESTALE: not the one that is meant.
-            Lost: that cannot be told.
+            OSError: ESTALE: the response is of another version.
+            TransferInterrupted: the version of the response cannot be determined.
         """
         etag = response.headers.get("etag", "").strip()
         modified = response.headers.get("last-modified", "").strip()
         known = self._version
         if known is None:
-            if part.total_bytes is not None:
-                return Version(part.total_bytes, etag, modified)
-            if not part.is_whole:
-                raise unusable(response, "it does not say how long the file is")
+            if content_range.total_bytes is not None:
+                return Version(content_range.total_bytes, etag, modified)
+            if not content_range.is_full_body:
+                raise invalid_response(response, "it does not state how long the file is")
             return Version(UNKNOWN_BYTES, etag, modified, has_length=False)
-        # An ETag that appears where there was none is another version's too.
+        # An ETag that appears where there was none also means another version.
         given, expected = etag, known.etag
         if not given and not expected:
             given, expected = modified, known.last_modified
         if expected and not given:
-            raise unusable(response, "it does not say which version of the file it is")
-        is_other_size = known.has_length and part.total_bytes not in (None, known.size_bytes)
+            raise invalid_response(response, "it does not state the version of the file")
+        total_bytes = content_range.total_bytes
+        is_other_size = known.has_length and total_bytes not in (None, known.size_bytes)
         is_same = given == expected
         if known.etag and not is_same:
             is_same = not is_other_size and self._is_alias(response, etag, modified)
         if not is_same or (is_other_size and not expected):
-            raise self.stale("the store has another version of it now")
+            raise self.stale("the store has another version now")
         if is_other_size:
-            raise unusable(response, "it is of another length than the file")
+            raise invalid_response(response, "it states another length than that of the file")
         return known
 
     def _is_alias(self, response: "Response", etag: str, modified: str) -> bool:
-        """Return whether another ETag names the bytes that are meant.
+        """Return whether another ETag names the same bytes.
 
         Raises:
-            Lost: that cannot be told yet, or not now.
+            TransferInterrupted: this cannot be determined now.
         """
         known = self._version
         if self._etags.has(etag):
@@ -306,16 +283,16 @@ class RangeSource:
         sample = self._etags.sample or self._find_sample()
         if sample is not None:
             return self._has_sample(etag, sample)
-        if self._etags.is_in_use:  # there is a sample as soon as the first bytes are received
-            raise unusable(response, "its ETag is another one")
-        # Nothing is known of the bytes, so nothing can be spliced; the date speaks for them.
-        return bool(modified) and self._is_plain and self._etags.take_first(etag)
+        if self._etags.is_in_use:  # the first received bytes will provide a sample
+            raise invalid_response(response, "it has another ETag")
+        # No bytes were received or used yet, so versions cannot mix; the date is proof enough.
+        return bool(modified) and self._is_plain and self._etags.adopt_if_unused(etag)
 
     def _has_sample(self, etag: str, sample: Sample) -> bool:
-        """Return whether a server that names an ETag has the bytes that are known.
+        """Return whether a server of the store with this ETag sends the sampled bytes.
 
         Raises:
-            Lost, ApiError: as `_ask`.
+            TransferInterrupted, ApiError: as `_send_once`.
         """
         start, stop = sample.start, sample.start + SAMPLE_BYTES
         size_bytes = None if self._version is None else self._version.size_bytes
@@ -325,12 +302,13 @@ class RangeSource:
             try:
                 if response.status != 206:
                     return False
-                part = part_of(response, start, stop, size_bytes)
-                if not sample.is_of(b"".join(Answer(response, part, Version(0)).pieces())):
+                content_range = parse_content_range(response, start, stop, size_bytes)
+                body = RangeResponse(response, content_range, Version(0)).chunks()
+                if not sample.is_of(b"".join(body)):
                     return False
             finally:
                 response.close()
-            # A response without an ETag speaks for no server.
+            # A response without an ETag proves nothing about any server.
             found = response.headers.get("etag", "").strip()
             if found:
                 self._etags.add(found)
@@ -338,46 +316,46 @@ class RangeSource:
                 return True
         return False
 
-    def _empty(self, response: "Response", start: int) -> Answer:
-        """Return what 416 means where it is the truth: an empty file, asked about."""
-        size_bytes = size_of_unsatisfied(response)
+    def _empty(self, response: "Response", start: int) -> RangeResponse:
+        """Return an empty file's response if status 416 means that, else raise an error."""
+        size_bytes = unsatisfied_size(response)
         if self._version is None and size_bytes == 0 and start == 0:
             etag = response.headers.get("etag", "").strip()
             version = Version(0, etag, response.headers.get("last-modified", "").strip())
-            return Answer(response, Part(0, 0, 0, is_whole=False), version)
+            return RangeResponse(response, ContentRange(0, 0, 0, is_full_body=False), version)
         if self._version is not None and size_bytes not in (None, self._version.size_bytes):
-            raise self.stale("the store has another version of it now")
-        raise unusable(response, "it has no such part, it says")
+            raise self.stale("the store has another version now")
+        raise invalid_response(response, "it rejects the requested range")
 
 
-class _WithoutCondition(Exception):
-    """The request is to be sent again without `If-Range`."""
+class _RetryWithoutIfRange(Exception):
+    """The request must be sent again without `If-Range`."""
 
 
 class _UrlRejected(Exception):
-    """The store does not take the URL (any more)."""
+    """The store rejects the signed URL, which may have expired."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-def _redirected(url: str, place: str) -> str:
-    """Return where a redirect leads.
+def _redirect_target(url: str, location: str) -> str:
+    """Return the absolute URL that a redirect leads to.
 
     Raises:
-        ProtocolError: nowhere, or where bytes would be less safe.
+        ProtocolError: the URL is invalid, or a downgrade from HTTPS.
     """
     try:
-        target = urljoin(url, place)
+        target = urljoin(url, location)
         parts = urlsplit(target)
-        is_worse = urlsplit(url).scheme == "https" and parts.scheme != "https"
-        if place and parts.scheme in ("http", "https") and parts.hostname and not is_worse:
+        is_downgrade = urlsplit(url).scheme == "https" and parts.scheme != "https"
+        if location and parts.scheme in ("http", "https") and parts.hostname and not is_downgrade:
             return target
     except ValueError:
         pass
     raise errors.ProtocolError(
-        f"{_host(url)} redirects to where nothing is read from", endpoint=STORE_ENDPOINT
+        f"{_host(url)} redirects to an invalid or insecure URL", endpoint=STORE_ENDPOINT
     )
 
 

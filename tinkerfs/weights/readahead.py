@@ -1,11 +1,11 @@
-"""What to fetch before it is asked for, guessed from the reads of one open file (pure).
+"""Predict what to prefetch from the reads of one open file (pure).
 
-The kernel sends the reads of one program through several threads, 128 KiB or so each, partly out of
-order. So a read continues a run when it is near the run's end, whichever side; and as much as a run
-has read it is worth to fetch ahead: a header costs nothing more, and a jump starts at nothing
-again. Who reads on behind what a header takes wants all of it: then all connections are soon busy.
-Who jumped into a file of tensors may want one of them: nothing beyond its end is fetched ahead
-before the run has left it behind.
+The kernel sends the reads of one program from several threads, about 128 KiB each and slightly out
+of order. A read near the end of the current run therefore continues it. The readahead window is as
+long as the run: a short header costs nothing more, and a seek starts again with an empty window.
+A run from the file's start that is longer than a header will probably read the whole file, so its
+window grows faster. After a seek into a file of tensors, nothing beyond the current tensor is
+prefetched until the run has left it.
 """
 
 import threading
@@ -14,38 +14,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-#: Requests ahead at a time. Measured through a mount at 50 ms latency and 40 MB/s a connection: 8
-#: gave 171 MB/s, 16 and a quicker start 268 to 297, curl with 8 ranges 295.
+#: Maximum number of concurrent prefetch requests per file.
 READAHEAD_CONCURRENCY = 16
 
-#: The furthest that is fetched ahead, spread over so many requests: 8 MiB each hide 50 ms of
-#: latency better than 4 MiB, and cost both ends half as many requests.
+#: Maximum length of the readahead window. Each of the concurrent requests then has 8 MiB.
 MAX_READAHEAD_BYTES = 128 << 20
 
-#: A run from a file's start that is longer than this is no header's, and is worth so much more.
+#: A longer run from the file's start is not a header; its window is multiplied by the factor.
 HEADER_BYTES = 4 << 20
 _WHOLE_FILE_FACTOR = 4
 
-#: How far from a run's end a read may be and still continue it: the kernel's threads are apart. It
-#: is also how far the kernel's own read-ahead makes a run begin before a tensor, or end behind it.
+#: Maximum distance of a read from the end of the run that it continues. The kernel's threads are
+#: that far apart, and its own readahead makes a run begin before a tensor or end after it.
 SEEK_TOLERANCE_BYTES = 2 << 20
 
-#: A file up to this size is fetched whole at its second sequential read.
+#: A file up to this size is prefetched whole at its second sequential read.
 SMALL_FILE_BYTES = 64 << 20
 
-#: As many jumps of one length make a stride.
-_STRIDE_JUMPS = 2
+#: Number of seeks of equal length that make a stride.
+_MIN_STRIDE_SEEKS = 2
 
 
 class ReadaheadPlan(NamedTuple):
-    """What to fetch ahead: [start, stop), empty for nothing; so much by a request."""
+    """The range [start, stop) to prefetch, and the size of one request."""
 
     start: int
     stop: int
     request_bytes: int
 
 
-_NOTHING = ReadaheadPlan(0, 0, 0)
+_NO_PLAN = ReadaheadPlan(0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -55,40 +53,36 @@ class _SequentialRun:
 
     @property
     def is_from_start(self) -> bool:
-        """Whether it began where a file does: that is a header, or all of it."""
+        """Whether the run began at the file's start, for a header or the whole file."""
         return self.start <= SEEK_TOLERANCE_BYTES
 
 
 class ReadaheadState:
-    """The reads of one handle so far. Thread-safe.
-
-    Args:
-        size_bytes: of the file.
-    """
+    """Tracks the reads of one open file. Thread-safe."""
 
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
         self._lock = threading.Lock()
         # All guarded by _lock.
         self._run = _SequentialRun(0, 0)
-        self._reached = 0
-        self._jump_bytes = 0
-        self._jumps = 0
-        self._ends: Sequence[int] | None = None
+        self._fetched_until = 0
+        self._seek_bytes = 0
+        self._equal_seeks = 0
+        self._tensor_ends: Sequence[int] | None = None
 
     def needs_tensor_offsets(self) -> bool:
-        """Tell whether it matters now where the tensors of the file end, and is not known."""
-        # Without the lock: true of some instant, and asked at each read.
+        """Return whether tensor offsets are unknown and would matter for this run."""
+        # Without the lock, because it runs at each read and a stale result is harmless.
         is_large = self._size_bytes > SMALL_FILE_BYTES
-        return self._ends is None and is_large and not self._run.is_from_start
+        return self._tensor_ends is None and is_large and not self._run.is_from_start
 
-    def set_tensor_offsets(self, ends: Sequence[int]) -> None:
-        """Take note of where the tensors of the file end, in order; empty for a file of none."""
+    def set_tensor_offsets(self, tensor_ends: Sequence[int]) -> None:
+        """Set the end offsets of the tensors, sorted; empty for a file without tensors."""
         with self._lock:
-            self._ends = ends
+            self._tensor_ends = tensor_ends
 
     def on_read(self, offset: int, size: int) -> ReadaheadPlan:
-        """Take note of a read, and return what to fetch ahead."""
+        """Record a read, and return what to prefetch."""
         with self._lock:
             end = min(offset + size, self._size_bytes)
             run = self._run
@@ -105,40 +99,42 @@ class ReadaheadState:
             request_bytes = ahead_bytes // READAHEAD_CONCURRENCY
             last = min(self._size_bytes, self._tensor_end(run))
             stop = min(run.end + ahead_bytes, last)
-            start = max(run.end, self._reached)
-            # As much as a request is for, and what is left at the end.
+            start = max(run.end, self._fetched_until)
+            # Wait until the range fills a request, except at the end.
             is_enough = stop - start >= request_bytes or stop == last
             return (
                 ReadaheadPlan(start, stop, request_bytes)
                 if start < stop and is_enough
-                else _NOTHING
+                else _NO_PLAN
             )
 
     def mark_fetched(self, stop: int) -> None:
-        """Take note that all up to `stop` is there or under way: it is not wanted again."""
+        """Record that everything up to `stop` is cached or in flight."""
         with self._lock:
             if stop > self._run.end:
-                self._reached = stop
+                self._fetched_until = stop
 
     def _tensor_end(self, run: _SequentialRun) -> int:
-        """Return the end of the tensor that a run began in, while it may be all that is read."""
-        if self._ends and not run.is_from_start:
-            at = bisect_left(self._ends, run.start + SEEK_TOLERANCE_BYTES)
-            if at < len(self._ends) and run.end < self._ends[at] + SEEK_TOLERANCE_BYTES:
-                return self._ends[at]
+        """Return where the run will probably end: at the end of its tensor or file."""
+        if self._tensor_ends and not run.is_from_start:
+            index = bisect_left(self._tensor_ends, run.start + SEEK_TOLERANCE_BYTES)
+            if index < len(self._tensor_ends):
+                tensor_end = self._tensor_ends[index]
+                if run.end < tensor_end + SEEK_TOLERANCE_BYTES:
+                    return tensor_end
         return self._size_bytes
 
     def _on_seek(self, offset: int, end: int) -> ReadaheadPlan:
-        """Start another run; of jumps of one length, fetch where the next one leads."""
+        """Start a new run; after a stride of equal seeks, prefetch the next target."""
         run = self._run
-        jump_bytes, run_bytes = offset - run.start, run.end - run.start
-        is_stride = abs(jump_bytes - self._jump_bytes) <= run_bytes
-        self._jumps = self._jumps + 1 if is_stride else 1
-        self._jump_bytes = jump_bytes
+        seek_bytes, run_bytes = offset - run.start, run.end - run.start
+        is_stride = abs(seek_bytes - self._seek_bytes) <= run_bytes
+        self._equal_seeks = self._equal_seeks + 1 if is_stride else 1
+        self._seek_bytes = seek_bytes
         run.start, run.end = offset, end
-        self._reached = 0
-        if self._jumps < _STRIDE_JUMPS or jump_bytes <= 0:
-            return _NOTHING
-        begin = offset + jump_bytes
+        self._fetched_until = 0
+        if self._equal_seeks < _MIN_STRIDE_SEEKS or seek_bytes <= 0:
+            return _NO_PLAN
+        begin = offset + seek_bytes
         stop = begin + min(max(run_bytes, end - offset), MAX_READAHEAD_BYTES)
         return ReadaheadPlan(min(begin, self._size_bytes), min(stop, self._size_bytes), 0)

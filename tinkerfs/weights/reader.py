@@ -1,9 +1,10 @@
-"""The weights of checkpoints as files: members, positional reads, what their headers tell.
+"""Read the weights of checkpoints: list and open members, describe tensors.
 
-What the tree asks for bytes. Nothing is fetched before somebody reads it, and what was once found
-out or fetched is kept on disk: a later mount lists a checkpoint without a call. The thread that
-asks waits for work on other threads; the wait for an archive that is being built is its own, so
-that its process group is held to the burst and it can give up. Thread-safe.
+The filesystem tree and the commands use it for everything below `files/`, `archive.tar` and
+`tensors.json`. Nothing is downloaded before a read needs it. Indexes, versions and blocks are
+cached on disk, so a later mount lists a checkpoint without a request. Requests run on other
+threads. The calling thread itself waits for an archive build, so that the build counts against
+the rate limit of its process group and the wait can be interrupted. Thread-safe.
 """
 
 import threading
@@ -35,60 +36,58 @@ from tinkerfs.weights.archive_index import (
     external_index,
     find_member,
 )
+from tinkerfs.weights.block_source import BlockSource
+from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.connections import ObjectStoreClient
 from tinkerfs.weights.etags import Sample
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.gzip_stream import GzipSource
-from tinkerfs.weights.origin import BlockSource
 from tinkerfs.weights.probe import has_version, read_archive_version, read_range
 from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.remote_file import RemoteFile
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensors_json
-from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.tar_index import Member, Segment
 from tinkerfs.weights.url_cache import SignedUrlCache, UrlProvider
 from tinkerfs.weights.version import Version
 
 T = TypeVar("T")
 
-#: The bound on the memory that all open files take together.
+#: Memory bound for the blocks of all open files together.
 MEMORY_BYTES = 256 << 20
 
-#: How long transfers have to keep what came of a block when all ends, seconds.
+#: Time for transfers to store a partly downloaded block when the reader is closed, seconds.
 STOPPING_S = 0.3
 
-#: Indexes kept in memory; one of 1,000 members takes 0.3 MB.
+#: Maximum number of indexes in memory. An index of 1,000 members takes 0.3 MB.
 MAX_INDEXES = 64
 
-#: The spaces of the store, with the version of what is in them.
+#: Namespaces of the metadata store. The number is the version of the stored format.
 _INDEXES, _VERSIONS, _TENSORS = "weights index 2", "weights version 1", "weights tensors 1"
 
 
 @dataclass(frozen=True, slots=True)
 class MemberListing:
-    """What `files/` shows: members by name, and what is left out and why, a line each."""
+    """The content of `files/`: members by name, and a line per skipped member."""
 
     members: dict[str, Member]
     skipped: tuple[str, ...]
 
 
 class WeightsReader:
-    """The weights of every checkpoint. Thread-safe; a context manager.
+    """Read the weights of all checkpoints. Thread-safe; a context manager.
 
     Args:
-        archives: the signed URLs.
-        store: keeps indexes across mounts.
-        cache: keeps blocks across mounts.
-        telemetry: told of what is left out, and counts.
-        timeout_s: how long a transfer may stand still, seconds.
-        url_age_s: how old a URL may be, seconds, that tells which version of an undated checkpoint
-            there is.
-        memory_bytes: bound on blocks in memory, of all open files together.
+        store: caches indexes and versions across mounts.
+        cache: caches blocks across mounts.
+        telemetry: records skipped members and counts cache hits.
+        timeout_s: how long a transfer may make no progress, seconds.
+        url_age_s: maximum age of a signed URL that revalidates an undated checkpoint, seconds.
+        memory_bytes: memory bound for the blocks of all open files together.
     """
 
     def __init__(
         self,
-        archives: SignedUrlCache,
+        url_cache: SignedUrlCache,
         store: MetadataStore,
         cache: BlockCache,
         telemetry: Telemetry,
@@ -97,7 +96,7 @@ class WeightsReader:
         url_age_s: float = 0.0,
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
-        self._archives = archives
+        self._url_cache = url_cache
         self._store = store
         self._cache = cache
         self._telemetry = telemetry
@@ -105,17 +104,17 @@ class WeightsReader:
         self._url_age_s = url_age_s
         self._client = ObjectStoreClient(telemetry, timeout_s=timeout_s)
         self.memory = BlockMemoryPool(memory_bytes)
-        self._lock = threading.RLock()  # a flight that failed at once lands within it
+        self._lock = threading.RLock()  # reentrant: a future that is already done runs its callback
         # All guarded by _lock.
         self._indexes: OrderedDict[str, Future[Index]] = OrderedDict()
         self._files: weakref.WeakValueDictionary[str, RemoteFile] = weakref.WeakValueDictionary()
 
     def __enter__(self) -> Self:
-        """Return the weights themselves."""
+        """Return the reader itself."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Close every connection to a store; reads under way fail, what came of them is kept."""
+        """Close all connections. Reads in progress fail; what they received is cached."""
         self._client.stop()
         deadline = time.monotonic() + STOPPING_S
         while any(not file.is_idle() for file in list(self._files.values())):
@@ -124,155 +123,146 @@ class WeightsReader:
             time.sleep(0.01)
         self._client.close()
 
-    def cached_files(self, subject: CheckpointVersion) -> MemberListing | None:
-        """Return the members where they are known without any request."""
-        index = self._known(subject)
+    def cached_files(self, checkpoint: CheckpointVersion) -> MemberListing | None:
+        """Return the members if the index is cached; send no request."""
+        index = self._cached_index(checkpoint)
         return None if index is None else _listing(index)
 
     def files(
-        self, subject: CheckpointVersion, ctx: RequestContext, *, is_open: bool = True
+        self, checkpoint: CheckpointVersion, ctx: RequestContext, *, is_open: bool = True
     ) -> MemberListing:
-        """Return the members, waiting for the archive to be built.
+        """Return the members of a checkpoint; wait until its archive is built.
 
-        Args:
-            subject: of which checkpoint.
-            ctx: how long to wait, and on whose behalf.
-            is_open: whether to make sure first that what is cached is of the right version.
+        With `is_open`, cached members are revalidated first.
 
         Raises:
-            ApiError: they cannot be had.
-            OSError: EIO when the archive is damaged; as `Archives.url`.
+            ApiError: the request fails.
+            OSError: EIO if the archive is corrupt; see also `SignedUrlCache.url`.
         """
         if is_open:
-            self._revalidate(subject, ctx)
-        return _listing(self._index(subject, ctx))
+            self._revalidate(checkpoint, ctx)
+        return _listing(self._index(checkpoint, ctx))
 
-    def open(self, subject: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
-        """Open a member.
-
-        Args:
-            subject: of which checkpoint.
-            name: as `Listing.members` has it.
-            ctx: how long to wait, and on whose behalf.
+    def open(self, checkpoint: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
+        """Open a member by its name in `MemberListing.members`.
 
         Raises:
-            ApiError, OSError: as `files`; ENOENT where there is no such member.
+            ApiError, OSError: as `files`; ENOENT if the member does not exist.
         """
-        self._revalidate(subject, ctx, name)
-        return self._open(subject, name, ctx)
+        self._revalidate(checkpoint, ctx, name)
+        return self._open(checkpoint, name, ctx)
 
-    def _open(self, subject: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
-        index = self._index(subject, ctx)
-        member = find_member(index, name, subject.path)
-        return WeightsFile(self._remote(subject, index, name), member)
+    def _open(self, checkpoint: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
+        index = self._index(checkpoint, ctx)
+        member = find_member(index, name, checkpoint.path)
+        return WeightsFile(self._remote_file(checkpoint, index, name), member)
 
-    def archive_bytes(self, subject: CheckpointVersion) -> int | None:
-        """Return the length of the archive where it is known without any request."""
-        version = self._known_version(subject)
+    def archive_bytes(self, checkpoint: CheckpointVersion) -> int | None:
+        """Return the length of the archive if it is cached; send no request."""
+        version = self._cached_version(checkpoint)
         return None if version is None else version.size_bytes
 
-    def open_archive(self, subject: CheckpointVersion, ctx: RequestContext) -> WeightsFile:
-        """Open the archive itself, as the store has it.
+    def open_archive(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> WeightsFile:
+        """Open the archive itself, with the bytes that the store has.
 
         Raises:
-            ApiError: it cannot be had.
-            OSError: as `Archives.url`.
+            ApiError, OSError: as `files`.
         """
-        self._revalidate(subject, ctx)
-        version = self._known_version(subject)
+        self._revalidate(checkpoint, ctx)
+        version = self._cached_version(checkpoint)
         if version is None:
-            address = self._address(subject)
-            address.url(ctx)
+            url_provider = self._url_provider(checkpoint)
+            url_provider.url(ctx)
             version = _run_and_wait(
-                ctx, lambda: read_archive_version(self._client, address), f"size of {subject.path}"
+                ctx,
+                lambda: read_archive_version(self._client, url_provider),
+                f"size of {checkpoint.path}",
             )
-            self._store.put(_VERSIONS, subject.cache_key, msgspec.json.encode(version))
+            self._store.put(_VERSIONS, checkpoint.cache_key, msgspec.json.encode(version))
         size_bytes = version.size_bytes
         segments = (Segment(0, size_bytes, 0),) if size_bytes else ()
-        member = Member("", size_bytes, subject.mtime_ns, segments)
-        index = self._known(subject)
+        member = Member("", size_bytes, checkpoint.mtime_ns, segments)
+        index = self._cached_index(checkpoint)
         digests = index.digests if index is not None and index.form == "tar" else ()
         sample = None if index is None else index.sample
-        source = self._source(subject, version, sample=sample)
-        file = self._shared(subject, version, "archive", size_bytes, source, digests)
+        source = self._source(checkpoint, version, sample=sample)
+        file = self._shared_file(checkpoint, version, "archive", size_bytes, source, digests)
         return WeightsFile(file, member)
 
-    def cached_tensors(self, subject: CheckpointVersion) -> bytes | None:
-        """Return `tensors.json` where it is known without any request."""
-        return self._store.get(_TENSORS, subject.cache_key)
+    def cached_tensors(self, checkpoint: CheckpointVersion) -> bytes | None:
+        """Return `tensors.json` if it is cached; send no request."""
+        return self._store.get(_TENSORS, checkpoint.cache_key)
 
-    def tensors(self, subject: CheckpointVersion, ctx: RequestContext) -> bytes:
-        """Return the tensors of all safetensors files as JSON, sorted by name, from their headers.
+    def tensors(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> bytes:
+        """Return `tensors.json`: the tensors of all safetensors files, sorted by name.
 
-        Takes two range requests a file at most, beyond those for `files`.
+        Sends at most two range requests per file, in addition to those of `files`.
 
         Raises:
-            ApiError, OSError: as `files`; EIO where a header is damaged or larger than is read.
+            ApiError, OSError: as `files`; EIO if a header is corrupt or too large.
         """
-        self._revalidate(subject, ctx)
-        known = self.cached_tensors(subject)
-        if known is not None:
-            return known
-        index = self._index(subject, ctx)
+        self._revalidate(checkpoint, ctx)
+        cached = self.cached_tensors(checkpoint)
+        if cached is not None:
+            return cached
+        index = self._index(checkpoint, ctx)
         members = [each for each in index.members if each.name.endswith(".safetensors")]
         headers: dict[str, tuple[bytes, int]] = {}
         try:
             for member in members:
-                header = self._header(subject, index, member, ctx)
+                header = self._header(checkpoint, index, member, ctx)
                 headers[member.name] = (header, member.size_bytes)
-            made = tensors_json(headers)
+            document = tensors_json(headers)
         except ValueError as error:
-            raise errors.corrupt(subject.path, str(error)) from None
-        self._store.put(_TENSORS, subject.cache_key, made)
-        return made
+            raise errors.corrupt(checkpoint.path, str(error)) from None
+        self._store.put(_TENSORS, checkpoint.cache_key, document)
+        return document
 
-    def cached_bytes(self, subject: CheckpointVersion, name: str) -> int:
-        """Return how many bytes of a member are on disk; 0 where that takes a request to tell."""
-        index = self._known(subject)
+    def cached_bytes(self, checkpoint: CheckpointVersion, name: str) -> int:
+        """Return how many bytes of a member are on disk, 0 if the index is not cached."""
+        index = self._cached_index(checkpoint)
         if index is None:
             return 0
-        member = find_member(index, name, subject.path)
-        with WeightsFile(self._remote(subject, index, name), member) as file:
-            return file.kept_bytes()
+        member = find_member(index, name, checkpoint.path)
+        with WeightsFile(self._remote_file(checkpoint, index, name), member) as file:
+            return file.cached_bytes()
 
-    def kept_bytes(self) -> int:
-        """Return what all that is kept takes on disk, whoever keeps it there.
+    def usage_bytes(self) -> int:
+        """Return the disk usage of the whole block cache.
 
         Raises:
-            OSError: the folder cannot be read.
+            OSError: the cache directory cannot be read.
         """
-        return self._cache.kept_bytes()
+        return self._cache.usage_bytes()
 
-    def invalidate(self, subject: CheckpointVersion) -> None:
-        """Take note that the weights are others now: the next look asks the store again."""
+    def invalidate(self, checkpoint: CheckpointVersion) -> None:
+        """Drop the cached index, version and tensors, because the weights have changed."""
         with self._lock:
-            self._indexes.pop(subject.cache_key, None)
-        for space in (_INDEXES, _VERSIONS, _TENSORS):
-            self._store.delete(space, subject.cache_key)
+            self._indexes.pop(checkpoint.cache_key, None)
+        for namespace in (_INDEXES, _VERSIONS, _TENSORS):
+            self._store.delete(namespace, checkpoint.cache_key)
 
-    def _revalidate(self, subject: CheckpointVersion, ctx: RequestContext, name: str = "") -> None:
-        """Forget what is cached of undated weights that the store has another version of by now.
+    def _revalidate(
+        self, checkpoint: CheckpointVersion, ctx: RequestContext, name: str = ""
+    ) -> None:
+        """Invalidate cached undated weights if the store has another version.
 
-        Where the store cannot be asked, what is cached serves. Other weights are known by their
-        record.
-
-        Args:
-            subject: of which checkpoint.
-            ctx: how long to wait, and on whose behalf.
-            name: which file of external weights; empty for all.
+        If the store cannot be reached, the cached version stays valid. Dated weights need no
+        request, because another version has another cache key. `name` is a file of external
+        weights; empty for all files.
 
         Raises:
-            ApiError: NotFound where the server has no such weights any more.
-            OSError: EINTR when the caller gave up.
+            ApiError: NotFound if the server no longer has the weights.
+            OSError: EINTR if the caller was interrupted.
         """
-        if subject.is_dated or self._is_loading(subject):
+        if checkpoint.is_dated or self._is_loading(checkpoint):
             return
-        self._archives.expire(subject.key, self._url_age_s, is_external=subject.is_external)
+        self._url_cache.expire(checkpoint.key, self._url_age_s, is_external=checkpoint.is_external)
         try:
-            if not self._is_current(subject, ctx, name):
-                self.invalidate(subject)
+            if not self._is_current(checkpoint, ctx, name):
+                self.invalidate(checkpoint)
         except errors.NotFound:
-            self.invalidate(subject)
+            self.invalidate(checkpoint)
             raise
         except errors.ApiError:
             pass
@@ -280,159 +270,165 @@ class WeightsReader:
             if errors.is_interruption(error):
                 raise
 
-    def _is_loading(self, subject: CheckpointVersion) -> bool:
+    def _is_loading(self, checkpoint: CheckpointVersion) -> bool:
         with self._lock:
-            flight = self._indexes.get(subject.cache_key)
-        return flight is not None and not flight.done()
+            future = self._indexes.get(checkpoint.cache_key)
+        return future is not None and not future.done()
 
-    def _is_current(self, subject: CheckpointVersion, ctx: RequestContext, name: str) -> bool:
-        """Return whether the store has the version that is known; False where none is."""
-        index = self._known(subject)
+    def _is_current(self, checkpoint: CheckpointVersion, ctx: RequestContext, name: str) -> bool:
+        """Return whether the store has the cached version; False if no version is cached."""
+        index = self._cached_index(checkpoint)
         if index is not None and index.form == "files":
-            version = index.versions.get(name)  # of all of them the index is made once more
+            version = index.versions.get(name)  # None for all files: they are indexed again
         else:
-            version, name = self._known_version(subject), ""
+            version, name = self._cached_version(checkpoint), ""
         if version is None:
             return False
-        address = self._address(subject, name)
-        address.url(ctx)
+        url_provider = self._url_provider(checkpoint, name)
+        url_provider.url(ctx)
         return _run_and_wait(
-            ctx, lambda: has_version(self._client, address, version), f"version of {name}"
+            ctx, lambda: has_version(self._client, url_provider, version), f"version of {name}"
         )
 
     # Indexes
 
-    def _known(self, subject: CheckpointVersion) -> Index | None:
-        identity = subject.cache_key
-        if self._archives.pop_changed(subject.key):
-            self.invalidate(subject)
+    def _cached_index(self, checkpoint: CheckpointVersion) -> Index | None:
+        cache_key = checkpoint.cache_key
+        if self._url_cache.pop_changed(checkpoint.key):
+            self.invalidate(checkpoint)
         with self._lock:
-            flight = self._indexes.get(identity)
-            if flight is not None:
-                self._indexes.move_to_end(identity)
-                return flight.result() if flight.done() and not flight.exception() else None
-        raw = self._store.get(_INDEXES, identity)
+            future = self._indexes.get(cache_key)
+            if future is not None:
+                self._indexes.move_to_end(cache_key)
+                return future.result() if future.done() and not future.exception() else None
+        raw = self._store.get(_INDEXES, cache_key)
         if raw is None:
             return None
         try:
             index = decode_index(raw)
         except ValueError:
             return None
-        flight = Future[Index]()
-        flight.set_result(index)
+        future = Future[Index]()
+        future.set_result(index)
         with self._lock:
-            self._keep(identity, flight)
+            self._store_index(cache_key, future)
         return index
 
-    def _keep(self, identity: str, flight: "Future[Index]") -> None:
-        self._indexes[identity] = flight
+    def _store_index(self, cache_key: str, future: "Future[Index]") -> None:
+        self._indexes[cache_key] = future
         if len(self._indexes) > MAX_INDEXES:
             self._indexes.popitem(last=False)
 
-    def _index(self, subject: CheckpointVersion, ctx: RequestContext) -> Index:
-        known = self._known(subject)
-        if known is not None:
-            return known
-        identity = subject.cache_key
+    def _index(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> Index:
+        cached = self._cached_index(checkpoint)
+        if cached is not None:
+            return cached
+        cache_key = checkpoint.cache_key
         with self._lock:
-            flight = self._indexes.get(identity)
-        if flight is None:
-            load = self._loader(subject, ctx)
+            future = self._indexes.get(cache_key)
+        if future is None:
+            load = self._loader(checkpoint, ctx)
             with self._lock:
-                flight = self._indexes.get(identity)
-                if flight is None:
-                    flight = run_in_thread(load, f"index of {subject.path}")
-                    self._keep(identity, flight)
-                    flight.add_done_callback(lambda done: self._landed(identity, done))
-        return ctx.wait_for(flight)
+                future = self._indexes.get(cache_key)
+                if future is None:
+                    future = run_in_thread(load, f"index of {checkpoint.path}")
+                    self._store_index(cache_key, future)
+                    future.add_done_callback(lambda done: self._on_index_done(cache_key, done))
+        return ctx.wait_for(future)
 
-    def _landed(self, identity: str, flight: "Future[Index]") -> None:
-        """Keep no failure: the next one to ask tries again."""
-        if flight.exception() is not None:
+    def _on_index_done(self, cache_key: str, future: "Future[Index]") -> None:
+        """Drop a failed load, so that the next caller retries."""
+        if future.exception() is not None:
             with self._lock:
-                if self._indexes.get(identity) is flight:
-                    del self._indexes[identity]
+                if self._indexes.get(cache_key) is future:
+                    del self._indexes[cache_key]
 
-    def _loader(self, subject: CheckpointVersion, ctx: RequestContext) -> Callable[[], Index]:
-        """Return what finds out the index, once there is a URL: that wait is the caller's."""
-        address = self._address(subject)
-        if subject.is_external:
-            names = tuple(self._archives.external_urls(subject.key, subject.ref, subject.path, ctx))
+    def _loader(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> Callable[[], Index]:
+        """Get a URL on the calling thread; return the function that loads the index."""
+        url_provider = self._url_provider(checkpoint)
+        if checkpoint.is_external:
+            names = tuple(
+                self._url_cache.external_urls(checkpoint.key, checkpoint.ref, checkpoint.path, ctx)
+            )
         else:
             names = ()
-            address.url(ctx)
+            url_provider.url(ctx)
 
         def load() -> Index:
-            if subject.is_external:
+            if checkpoint.is_external:
                 index = external_index(
                     self._client,
                     names,
-                    lambda name: self._address(subject, name),
-                    subject.mtime_ns,
+                    lambda name: self._url_provider(checkpoint, name),
+                    checkpoint.mtime_ns,
                 )
             else:
                 index = archive_index(
-                    self._client, address, self._cache, subject.cache_key, subject.about
+                    self._client, url_provider, self._cache, checkpoint.cache_key, checkpoint.about
                 )
             for line in index.skipped:
-                left_out = errors.corrupt(subject.path, f"left out: {line}")
-                self._telemetry.record_error(subject.path, "index", left_out)
-            self._store.put(_INDEXES, subject.cache_key, encode_index(index))
+                error = errors.corrupt(checkpoint.path, f"left out: {line}")
+                self._telemetry.record_error(checkpoint.path, "index", error)
+            self._store.put(_INDEXES, checkpoint.cache_key, encode_index(index))
             return index
 
         return load
 
     # Files
 
-    def _address(self, subject: CheckpointVersion, name: str = "") -> UrlProvider:
-        return UrlProvider(self._archives, subject.key, subject.ref, subject.path, name)
+    def _url_provider(self, checkpoint: CheckpointVersion, name: str = "") -> UrlProvider:
+        return UrlProvider(self._url_cache, checkpoint.key, checkpoint.ref, checkpoint.path, name)
 
     def _source(
         self,
-        subject: CheckpointVersion,
+        checkpoint: CheckpointVersion,
         version: Version,
         name: str = "",
         sample: Sample | None = None,
     ) -> RangeSource:
-        address = self._address(subject, name)
-        # Of a file of external weights nothing is known but its length.
-        return RangeSource(self._client, address, version, sample, is_plain=bool(name))
+        url_provider = self._url_provider(checkpoint, name)
+        # Only the length of a file of external weights is derived from its content.
+        return RangeSource(self._client, url_provider, version, sample, is_plain=bool(name))
 
-    def _remote(self, subject: CheckpointVersion, index: Index, name: str) -> RemoteFile:
-        """Return the file that holds a member's bytes, in use."""
+    def _remote_file(self, checkpoint: CheckpointVersion, index: Index, name: str) -> RemoteFile:
+        """Return the acquired file that holds the bytes of a member."""
         if index.form == "files":
             version = index.versions[name]
-            source = self._source(subject, version, name)
-            return self._shared(subject, version, f"/{name}", version.size_bytes, source)
-        version, plain_bytes = index.version, index.uncompressed_bytes
-        source = self._source(subject, version, sample=index.sample)
+            source = self._source(checkpoint, version, name)
+            return self._shared_file(checkpoint, version, f"/{name}", version.size_bytes, source)
+        version, uncompressed_bytes = index.version, index.uncompressed_bytes
+        source = self._source(checkpoint, version, sample=index.sample)
         if index.form == "tar":
             digests = index.digests
-            return self._shared(subject, version, "archive", plain_bytes, source, digests)
-        unpacked = GzipSource(source, version.size_bytes, plain_bytes, subject.path)
-        return self._shared(subject, version, "unpacked", plain_bytes, unpacked, index.digests)
+            return self._shared_file(
+                checkpoint, version, "archive", uncompressed_bytes, source, digests
+            )
+        gzip_source = GzipSource(source, version.size_bytes, uncompressed_bytes, checkpoint.path)
+        return self._shared_file(
+            checkpoint, version, "unpacked", uncompressed_bytes, gzip_source, index.digests
+        )
 
-    def _shared(
+    def _shared_file(
         self,
-        subject: CheckpointVersion,
+        checkpoint: CheckpointVersion,
         version: Version,
-        what: str,
+        kind: str,
         size_bytes: int,
-        origin: BlockSource,
+        source: BlockSource,
         digests: tuple[bytes, ...] = (),
     ) -> RemoteFile:
-        """Return the one file of a key, in use."""
-        key = block_key(subject.cache_key, version, what)
+        """Return the acquired file of a version; all handles share it."""
+        key = block_key(checkpoint.cache_key, version, kind)
         with self._lock:
             file = self._files.get(key)
             if file is not None and file.acquire():
                 return file
             file = RemoteFile(
                 key,
-                subject.path,
+                checkpoint.path,
                 size_bytes,
-                origin,
-                self._cache.open(key, f"{subject.about} {what}", size_bytes),
+                source,
+                self._cache.open(key, f"{checkpoint.about} {kind}", size_bytes),
                 self.memory,
                 self._telemetry,
                 timeout_s=self._timeout_s,
@@ -442,36 +438,35 @@ class WeightsReader:
             self._files[key] = file
             return file
 
-    def _known_version(self, subject: CheckpointVersion) -> Version | None:
-        index = self._known(subject)
+    def _cached_version(self, checkpoint: CheckpointVersion) -> Version | None:
+        index = self._cached_index(checkpoint)
         if index is not None:
             return None if index.form == "files" else index.version
-        raw = self._store.get(_VERSIONS, subject.cache_key)
+        raw = self._store.get(_VERSIONS, checkpoint.cache_key)
         try:
             return None if raw is None else msgspec.json.decode(raw, type=Version)
         except msgspec.MsgspecError:
             return None
 
     def _header(
-        self, subject: CheckpointVersion, index: Index, member: Member, ctx: RequestContext
+        self, checkpoint: CheckpointVersion, index: Index, member: Member, ctx: RequestContext
     ) -> bytes:
-        """Return the header of a safetensors file, without its length.
+        """Return the header of a safetensors file, without its length prefix.
 
         Raises:
-            ValueError: it is none.
-            ApiError, OSError: it cannot be read.
+            ValueError: the file is not a safetensors file.
         """
-        with self._open(subject, member.name, ctx) as file:
+        with self._open(checkpoint, member.name, ctx) as file:
             first_bytes = min(PROBE_BYTES, member.size_bytes)
-            start = self._read_range(subject, index, member, file, 0, first_bytes, ctx)
+            start = self._read_range(checkpoint, index, member, file, 0, first_bytes, ctx)
             stop = LENGTH_BYTES + header_length(start[:LENGTH_BYTES], member.size_bytes)
             if stop > len(start):
-                start += self._read_range(subject, index, member, file, len(start), stop, ctx)
+                start += self._read_range(checkpoint, index, member, file, len(start), stop, ctx)
         return start[LENGTH_BYTES:stop]
 
     def _read_range(
         self,
-        subject: CheckpointVersion,
+        checkpoint: CheckpointVersion,
         index: Index,
         member: Member,
         file: WeightsFile,
@@ -479,22 +474,22 @@ class WeightsReader:
         stop: int,
         ctx: RequestContext,
     ) -> bytes:
-        """Return [start, stop) of a member: kept, or by one request, or else by its blocks."""
+        """Return [start, stop) of a member: from the cache, by one request, or by blocks."""
         found = file.peek(start, stop)
         if found is None and index.form != "gzip" and len(member.segments) == 1:
             name, version = "", index.version
             if index.form == "files":
                 name, version = member.name, index.versions[member.name]
-            source = self._source(subject, version, name)
+            source = self._source(checkpoint, version, name)
             source.prepare(ctx)
-            place = member.segments[0].archive_offset
-            work = partial(read_range, source, place + start, place + stop)
-            found = _run_and_wait(ctx, work, f"header of {subject.path}")
+            archive_offset = member.segments[0].archive_offset
+            work = partial(read_range, source, archive_offset + start, archive_offset + stop)
+            found = _run_and_wait(ctx, work, f"header of {checkpoint.path}")
         return file.read(stop - start, start, ctx) if found is None else found
 
 
 def _run_and_wait(ctx: RequestContext, work: Callable[[], T], name: str) -> T:
-    """Return what `work`, which has bounds of its own, comes to on another thread."""
+    """Run `work`, which has its own timeout, on another thread; return its result."""
     return ctx.wait_for(run_in_thread(work, name))
 
 

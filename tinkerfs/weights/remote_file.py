@@ -1,10 +1,10 @@
-"""One file of a store as blocks: from memory, from disk, else fetched, once however many ask.
+"""One version of a remote file, read in blocks.
 
-Blocks are fetched on threads of their own, by range requests: of one block, or of two in a row
-ahead of who reads on and on; who waits for one only waits. A store that heeds no ranges, and an
-archive that is packed, come whole: one such pass hands every block to whoever waits for it, and to
-the cache, while the file is open. Other processes that share the cache are waited for by its locks.
-Thread-safe.
+A block is looked up in memory, then in the disk cache, and otherwise downloaded. Concurrent readers
+of a block share one download, also across processes that share the cache (byte-range locks).
+Downloads run on threads of their own, by range requests of one or two blocks; readers only wait.
+A store without range support and a gzip archive send the whole file. One full scan of that body
+serves all waiting readers and fills the cache, as long as the file is open. Thread-safe.
 """
 
 import threading
@@ -24,31 +24,29 @@ from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.block_check import BlockCheck
 from tinkerfs.weights.block_download import BlockDownload, CacheWriteLost
 from tinkerfs.weights.block_math import BLOCK_BYTES, block_range, group_consecutive, split_by_block
-from tinkerfs.weights.origin import BlockSource, ByteStream
+from tinkerfs.weights.block_source import BlockSource, ByteStream
 from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
 
-#: Requests of one file at a time; fetching ahead leaves some to those who wait.
+#: Concurrent requests per file. Prefetches leave some of them to demand reads.
 CONNECTIONS = 24
 
-#: How often a block is fetched for one who waits for it and finds it gone from the disk by then.
-_FETCHES = 3
+#: Maximum number of downloads of a block for one reader, if it keeps disappearing from the disk.
+_MAX_FETCHES = 3
 
 
 class RemoteFile:
-    """The bytes of one version of one file. Thread-safe; used from `acquire` to `release`.
+    """One version of a file, usable from `acquire` to `release`. Thread-safe.
 
-    What it holds is let go with the last use, those of its own fetches included.
+    Each download counts as a use too. The last `release` frees memory and closes `disk`.
 
     Args:
-        key: another file or version has another one.
-        path: the file that a user asked for, for messages.
-        size_bytes: its length.
-        origin: where it comes from.
-        disk: where its blocks are kept; closed with the last `release`.
-        memory: where they are otherwise, within its bound.
-        telemetry: counts hits and misses.
-        timeout_s: how long to wait for room, or for another process.
-        digests: what each block must be; empty where nobody knows.
+        key: unique for a file and its version.
+        path: the path that a user requested, for messages.
+        source: downloads bytes of the file.
+        disk: the disk cache of the file's blocks; owned.
+        memory: the pool for blocks that the disk cache does not take.
+        timeout_s: how long to wait for free memory, or for another process.
+        digests: of each block; empty if unknown.
     """
 
     def __init__(
@@ -56,7 +54,7 @@ class RemoteFile:
         key: str,
         path: str,
         size_bytes: int,
-        origin: BlockSource,
+        source: BlockSource,
         disk: BlockFile,
         memory: BlockMemoryPool,
         telemetry: Telemetry,
@@ -67,33 +65,33 @@ class RemoteFile:
         self.size_bytes = size_bytes
         self.key = key
         self._path = path
-        self._origin = origin
+        self._source = source
         self._disk = disk
         self._memory = memory
         self._telemetry = telemetry
         self._timeout_s = timeout_s
-        is_needed = not origin.is_exact
+        is_needed = not source.is_exact
         self._check = BlockCheck(disk, self.peek, size_bytes, digests=digests, is_needed=is_needed)
-        origin.use_samples(self._check.sample)
+        source.use_samples(self._check.sample)
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
         self._lock = threading.RLock()
         # All guarded by _lock.
         self._users = 0
         self._is_closed = False
-        #: By block: in the end it is told where that is in memory, None where it is on disk.
+        #: By block index. The result is the block, or None if it is on disk.
         self._in_flight: dict[int, Future[bytes | None]] = {}
         self._requests = 0
-        #: The next block of the pass under way, None where there is none.
+        #: Index of the next block of the running full scan, None if there is none.
         self._scan_position: int | None = None
-        #: The flights that are left to the pass.
+        #: Blocks in flight that the full scan will deliver.
         self._left_to_scan: set[int] = set()
-        #: Blocks that went from the disk as they came: the cache was cleared in that instant, or
-        #: its disk is bad. They are kept in memory.
+        #: Blocks that disappeared from the disk while they were stored: the cache was cleared in
+        #: that instant, or its disk is faulty. They stay in memory.
         self._memory_only: set[int] = set()
         self._stale_error: OSError | None = None
 
     def acquire(self) -> bool:
-        """Begin a use, and return whether that can be: not once it is closed or stale."""
+        """Begin a use; return False if the file is closed or stale."""
         with self._lock:
             if self._is_closed or self._stale_error is not None:
                 return False
@@ -101,146 +99,139 @@ class RemoteFile:
             return True
 
     def release(self) -> None:
-        """End a use."""
+        """End a use of the file; close it after the last one."""
         with self._lock:
             self._users -= 1
             is_last = self._is_closed = not self._users
         if is_last:
             self._memory.demote_prefetched(self.key)
             if self._stale_error is not None and self._check.is_needed:
-                self._drop_blocks()  # those too that arrived after it was found out
+                self._drop_blocks()  # also blocks that arrived after the change was detected
             self._disk.close()
 
     def read_into(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
-        """Fill `buffer` with the bytes from `start` on, which lie within the file.
+        """Fill `buffer`, which is not empty, with bytes at `start`, all within the file.
 
-        Args:
-            buffer: of bytes, not empty.
-            start: of the first byte.
-            ctx: tells when to give up. The wait has no bound of its own: a fetch has, and a slow
-                one that moves goes on.
+        `ctx` cancels the wait. Its timeout is ignored: each download has its own, and a slow
+        download that makes progress is not aborted.
 
         Raises:
-            ApiError: they cannot be had.
-            OSError: ESTALE when the file is another one now, or gone; EIO when it is damaged; EINTR
-                when the caller gave up; as `Archives.url` where an archive must be built first.
+            ApiError: the download fails.
+            OSError: ESTALE if the file has changed or is gone; EIO if it is corrupt; EINTR if the
+                caller was interrupted; see also `SignedUrlCache.url`.
         """
         if self._stale_error is not None:
             raise errors.stale(self._path, self._stale_error.strerror or "")
         index, first = divmod(start, BLOCK_BYTES)
-        is_in_one = first + len(buffer) <= BLOCK_BYTES
-        is_in_one = is_in_one and not self._check.looks_at_cached
-        if is_in_one and self._disk.read_from_open_fd(index, first, buffer, ctx.blocking):
-            self._telemetry.count("block_hits")
+        is_one_block = first + len(buffer) <= BLOCK_BYTES
+        is_one_block = is_one_block and not self._check.verifies_cached
+        if is_one_block and self._disk.read_from_open_fd(index, first, buffer, ctx.blocking):
+            self._telemetry.count("block_cache_hits")
             return
         missing: list[tuple[memoryview, int, int, Future[bytes | None]]] = []
-        for part, index, first in split_by_block(buffer, start):
-            is_kept = self._fill(part, index, first, ctx)
-            self._telemetry.count("block_hits" if is_kept else "block_misses")
-            if not is_kept:
-                missing.append(
-                    (part, index, first, self._ensure_download(range(index, index + 1), ctx))
-                )
+        for view, index, first in split_by_block(buffer, start):
+            is_cached = self._fill(view, index, first, ctx)
+            self._telemetry.count("block_cache_hits" if is_cached else "block_cache_misses")
+            if not is_cached:
+                future = self._ensure_download(range(index, index + 1), ctx)
+                missing.append((view, index, first, future))
         if missing:
-            patient = replace(ctx, timeout_s=None)
-            for part, index, first, flight in missing:
-                self._fill_from(flight, part, index, first, patient)
+            unbounded = replace(ctx, timeout_s=None)
+            for view, index, first, future in missing:
+                self._fill_from(future, view, index, first, unbounded)
 
     def peek(self, start: int, stop: int) -> bytes | None:
-        """Return the bytes [start, stop) where they are all in memory or on disk."""
+        """Return the bytes [start, stop) if all are in memory or on disk, else None."""
         data = bytearray(stop - start)
-        parts = split_by_block(memoryview(data), start)
-        is_kept = all(self._fill(*part, BACKGROUND_CONTEXT) for part in parts)
-        return bytes(data) if is_kept else None
+        views = split_by_block(memoryview(data), start)
+        is_cached = all(self._fill(*view, BACKGROUND_CONTEXT) for view in views)
+        return bytes(data) if is_cached else None
 
     def fetch_ahead(self, start: int, stop: int, request_bytes: int) -> int:
-        """Begin to fetch what of [start, stop) is not there, as far as there is room now.
+        """Start to prefetch the missing blocks of [start, stop), as far as memory allows.
 
-        Args:
-            start: where to begin.
-            stop: behind the last byte.
-            request_bytes: what a request is for; a block at least.
+        One request is for `request_bytes`, but at least for a block.
 
         Returns:
-            up to where it is there or under way.
+            the offset up to which everything is cached or in flight.
         """
-        missing = (index for index in block_range(start, stop) if not self._is_there(index))
+        missing = (
+            index for index in block_range(start, stop) if not self._is_cached_or_in_flight(index)
+        )
         for run in group_consecutive(missing, max(request_bytes // BLOCK_BYTES, 1)):
             if not self._start_prefetch(run):
                 return max(start, run.start * BLOCK_BYTES)
         return stop
 
     def is_idle(self) -> bool:
-        """Tell whether nothing is being fetched."""
+        """Return whether no download is in flight."""
         with self._lock:
             return not self._in_flight
 
     def prepare(self, ctx: RequestContext) -> None:
-        """Have a URL at hand, waiting for the archive to be built.
+        """Get a signed URL; wait until the archive is built.
 
         Raises:
-            ApiError: none is to be had.
-            OSError: ESTALE when the file is gone; as `Archives.url`.
+            ApiError: the request fails.
+            OSError: ESTALE if the file is gone; see also `SignedUrlCache.url`.
         """
-        self._origin.prepare(ctx)
+        self._source.prepare(ctx)
 
     def is_on_disk(self, index: int) -> bool:
-        """Tell whether a block is kept; whether it is sound turns out when it is read."""
+        """Return whether a block is on disk; it is verified only when it is read."""
         return self._disk.has(index)
 
     def fetch(self, index: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
-        """Begin to fetch a block, or join who does; one that is on disk is not fetched.
+        """Return the future of a block; start its download unless cached or in flight.
 
-        Args:
-            index: which block.
-            ctx: waits where the archive must be built first; for nothing else.
-            count: of blocks, this one and what follows, that one request may be for.
+        One request may cover `count` blocks from this one on. `ctx` bounds the wait for an archive
+        build, which is the only wait of this method.
 
         Raises:
-            ApiError, OSError: as `prepare`; what else goes wrong is the future's.
+            ApiError, OSError: as `prepare`. Errors of the download are raised by the future.
         """
         return self._ensure_download(range(index, index + count), ctx)
 
     def block_bytes(self, index: int) -> int:
-        """Return the length of a block."""
+        """Return the length of a block; the last one may be shorter."""
         return min(BLOCK_BYTES, self.size_bytes - index * BLOCK_BYTES)
 
     def _drop_blocks(self) -> None:
-        """Remove what is cached: the next version may have the same key."""
+        """Remove all cached blocks, because the next version may have the same key."""
         self._check.drop_all()
         self._memory.drop(self.key)
 
     def _is_cached(self, index: int) -> bool:
         return self._memory.has((self.key, index)) or self._disk.has(index)
 
-    def _is_there(self, index: int) -> bool:
-        """Tell whether a block is there or under way."""
+    def _is_cached_or_in_flight(self, index: int) -> bool:
+        """Return whether a block is cached or in flight."""
         return index in self._in_flight or self._is_cached(index)
 
     def _fill(self, buffer: memoryview, index: int, first: int, ctx: RequestContext) -> bool:
-        """Fill a buffer from a block, if that is in memory or on disk."""
+        """Fill a buffer from a block in memory or on disk; return whether it is there."""
         data = self._memory.get((self.key, index))
         if data is not None:
             buffer[:] = memoryview(data)[first : first + len(buffer)]
             return True
         length = self.block_bytes(index)
-        is_there = self._disk.read_into(index, first, buffer, length, ctx.blocking)
-        return is_there and self._check.is_proven(index)
+        is_on_disk = self._disk.read_into(index, first, buffer, length, ctx.blocking)
+        return is_on_disk and self._check.verify_block(index)
 
     def _fill_from(
         self,
-        flight: "Future[bytes | None]",
+        future: "Future[bytes | None]",
         buffer: memoryview,
         index: int,
         first: int,
         ctx: RequestContext,
     ) -> None:
-        """Fill a buffer from a block that is under way."""
-        for _ in range(_FETCHES):
+        """Fill a buffer from a block in flight."""
+        for _ in range(_MAX_FETCHES):
             try:
-                data = ctx.wait_for(flight)
+                data = ctx.wait_for(future)
                 if data is not None:
-                    self._memory.get((self.key, index))  # it is used
+                    self._memory.get((self.key, index))  # mark it used
                     buffer[:] = memoryview(data)[first : first + len(buffer)]
                     return
                 if self._fill(buffer, index, first, ctx):
@@ -249,82 +240,84 @@ class RemoteFile:
                 pass
             with self._lock:
                 self._memory_only.add(index)
-            flight = self._ensure_download(range(index, index + 1), ctx)
-        raise errors.corrupt(self._path, "what is fetched of it is lost on the disk of the cache")
+            future = self._ensure_download(range(index, index + 1), ctx)
+        raise errors.corrupt(self._path, "the disk of the cache loses what is downloaded of it")
 
     def _ensure_download(self, run: range, ctx: RequestContext) -> "Future[bytes | None]":
-        """Return the flight of the first of some blocks, which somebody waits for."""
+        """Return the future of the first block of a run; start its download if necessary."""
         with self._lock:
-            flight = self._in_flight.get(run[0])
-        if flight is None:
-            self._origin.prepare(ctx)
-            flight = self._start_download(run)
-        return flight
+            future = self._in_flight.get(run[0])
+        if future is None:
+            self._source.prepare(ctx)
+            future = self._start_download(run)
+        return future
 
     def _start_prefetch(self, run: range) -> bool:
-        """Begin to fetch blocks that nobody waits for, if there is room; return whether it was."""
+        """Start to prefetch a run of blocks if resources allow; return whether."""
         is_busy = self._requests >= READAHEAD_CONCURRENCY
-        # Nobody waits for an archive to be built, or is counted as asking, for a guess.
-        if is_busy or not self._memory.can_prefetch(BLOCK_BYTES) or not self._origin.is_ready():
+        # A speculative request must not trigger an archive build or count against its rate limit.
+        if is_busy or not self._memory.can_prefetch(BLOCK_BYTES) or not self._source.is_ready():
             return False
         self._start_download(run)
         return True
 
     def _start_download(self, run: range) -> "Future[bytes | None]":
-        """Begin to fetch blocks in a row, up to one under way; return the flight of the first."""
+        """Download a run up to the next block in flight; return the first future."""
         with self._lock:
-            flight = self._in_flight.get(run[0])
-            if flight is not None:
-                return flight
+            future = self._in_flight.get(run[0])
+            if future is not None:
+                return future
             stop = next((index for index in run if index in self._in_flight), run.stop)
-            flights = {index: Future[bytes | None]() for index in range(run.start, stop)}
-            self._in_flight |= flights
+            futures = {index: Future[bytes | None]() for index in range(run.start, stop)}
+            self._in_flight |= futures
             if self._scan_position is not None and run[0] >= self._scan_position:
-                self._left_to_scan |= flights.keys()
-                return flights[run[0]]
+                self._left_to_scan |= futures.keys()
+                return futures[run[0]]
             self._users += 1
             self._requests += 1
         name = f"block {run[0]} of {self._path}"
         try:
-            run_in_thread(lambda: self._run_download(flights), name)
-        except BaseException as error:  # there can be no more threads
-            self._end(flights, error)
+            run_in_thread(lambda: self._run_download(futures), name)
+        except BaseException as error:  # no thread can be started
+            self._end_request(futures, error)
             raise
-        return flights[run[0]]
+        return futures[run[0]]
 
-    def _run_download(self, flights: "dict[int, Future[bytes | None]]") -> None:
-        """Fetch blocks in a row; runs on a thread of its own."""
+    def _run_download(self, futures: "dict[int, Future[bytes | None]]") -> None:
+        """Download a run of blocks; runs on its own thread."""
         error: BaseException | None = None
         try:
             with self._connections:
-                self._fetch(flights)
-        except BaseException as failure:  # noqa: BLE001  (it belongs to whoever waits)
+                self._fetch(futures)
+        except BaseException as failure:  # noqa: BLE001  (the waiting readers raise it)
             error = failure
-        self._end(flights, error)
+        self._end_request(futures, error)
 
-    def _end(self, flights: "dict[int, Future[bytes | None]]", error: BaseException | None) -> None:
-        """Tell who waits still that nothing comes, but for what is left to a pass."""
+    def _end_request(
+        self, futures: "dict[int, Future[bytes | None]]", error: BaseException | None
+    ) -> None:
+        """Fail the blocks that were not delivered, except those left to a full scan."""
         with self._lock:
             self._requests -= 1
-            left = {i: each for i, each in flights.items() if i not in self._left_to_scan}
-        self._failed(left, error or self._too_short())
+            left = {i: future for i, future in futures.items() if i not in self._left_to_scan}
+        self._fail(left, error or self._too_short())
         self.release()
 
-    def _fetch(self, flights: "dict[int, Future[bytes | None]]") -> None:
-        """Fetch blocks in a row: by one request, but for those that another process is at."""
+    def _fetch(self, futures: "dict[int, Future[bytes | None]]") -> None:
+        """Download a run by one request, split where another process downloads a block."""
         self._disk.ensure_directory()
-        run = range(min(flights), max(flights) + 1)
+        run = range(min(futures), max(futures) + 1)
         claims: dict[int, ExitStack] = {}
         try:
             while run:
                 first, stop = run[0], run[0] + 1
                 self._claim(first, claims, self._timeout_s)
                 data = self._memory.get((self.key, first))
-                is_left = self._in_flight.get(first) is flights[first]  # none that a pass took
-                if is_left and (data is not None or self._is_sound_on_disk(first)):
-                    # It came between the look and the launch, or another process had it.
-                    self._landed(first, data)
-                elif is_left:
+                is_pending = self._in_flight.get(first) is futures[first]  # not delivered by a scan
+                if is_pending and (data is not None or self._is_intact_on_disk(first)):
+                    # It arrived since the cache lookup, or another process has stored it.
+                    self._resolve(first, data)
+                elif is_pending:
                     while stop < run.stop and self._try_claim_next(stop, claims):
                         stop += 1
                     self._request(range(first, stop), claims)
@@ -335,64 +328,66 @@ class RemoteFile:
             for claim in claims.values():
                 claim.close()
 
-    def _claim(self, index: int, claims: dict[int, ExitStack], patience_s: float) -> bool:
+    def _claim(self, index: int, claims: dict[int, ExitStack], timeout_s: float) -> bool:
         claims[index] = ExitStack()
-        return claims[index].enter_context(self._disk.lock_block(index, patience_s))
+        return claims[index].enter_context(self._disk.lock_block(index, timeout_s))
 
-    def _is_sound_on_disk(self, index: int) -> bool:
-        a_byte = memoryview(bytearray(1))
+    def _is_intact_on_disk(self, index: int) -> bool:
+        probe = memoryview(bytearray(1))
         length = self.block_bytes(index)
-        is_there = index not in self._memory_only and self._disk.read_into(index, 0, a_byte, length)
-        return is_there and self._check.is_proven(index)
+        is_on_disk = index not in self._memory_only and self._disk.read_into(
+            index, 0, probe, length
+        )
+        return is_on_disk and self._check.verify_block(index)
 
     def _try_claim_next(self, index: int, claims: dict[int, ExitStack]) -> bool:
-        """Claim a block that follows in the same request, if nothing of it is there, or comes."""
+        """Lock the next block for the same request; return whether it is still needed."""
         is_claimed = self._claim(index, claims, 0.0)
         return is_claimed and not self._disk.has(index) and not self._disk.has_partial(index)
 
     def _request(self, run: range, claims: dict[int, ExitStack]) -> None:
-        """Fetch blocks in a row; the claim of each ends when it is there."""
+        """Download a run by one request; unlock each block once it is stored."""
         begin, stop = run[0] * BLOCK_BYTES, run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])
-        part = self._disk.read_partial(run[0])
-        part = part if len(part) < self.block_bytes(run[0]) else b""
-        before = self._check.before(begin + len(part), part)
-        with self._origin.open(begin + len(part), stop, before) as transfer:
+        partial = self._disk.read_partial(run[0])
+        partial = partial if len(partial) < self.block_bytes(run[0]) else b""
+        before = self._check.before(begin + len(partial), partial)
+        with self._source.open(begin + len(partial), stop, before) as transfer:
             if not transfer.is_full_body:
-                pieces = chain([part], transfer) if part else transfer
-                for index, arrival in self._arrivals(pieces, run[0]):
-                    self._commit_block(index, arrival)
+                chunks = chain([partial], transfer) if partial else transfer
+                for index, download in self._downloads(chunks, run[0]):
+                    self._commit_block(index, download)
                     claims.pop(index).close()
-                    if part:
+                    if partial:
                         self._disk.drop_partial(index)
-                        part = b""
+                        partial = b""
                 return
             with self._lock:
-                is_pass = self._scan_position is None
-                place = self._scan_position = self._scan_position or 0
-                self._left_to_scan |= {index for index in run if index >= place}
-            if is_pass:
+                is_first_scan = self._scan_position is None
+                position = self._scan_position = self._scan_position or 0
+                self._left_to_scan |= {index for index in run if index >= position}
+            if is_first_scan:
                 self._full_scan(transfer, None)
-            elif run[0] < place:
-                self._full_scan(transfer, range(run[0], min(run.stop, place)))
+            elif run[0] < position:
+                self._full_scan(transfer, range(run[0], min(run.stop, position)))
 
     def _full_scan(self, transfer: ByteStream, only: range | None) -> None:
-        """Take the blocks of a file that comes whole: all while it is used, or some alone."""
+        """Store blocks of a full body: all while the file is in use, or just `only`."""
         error: BaseException | None = None
         first = 0 if only is None else only[0]
-        pieces = _skip_bytes(transfer, first * BLOCK_BYTES)
+        chunks = _skip_bytes(transfer, first * BLOCK_BYTES)
         try:
-            for index, arrival in self._arrivals(pieces, first, keeps_part=False):
+            for index, download in self._downloads(chunks, first, keeps_partial=False):
                 if only is None:
                     with self._lock:
                         self._scan_position = index + 1
-                self._commit_block(index, arrival)
+                self._commit_block(index, download)
                 with self._lock:
                     if only is None:
                         self._left_to_scan.discard(index)
-                        is_over = self._users <= 1 and not self._in_flight
+                        is_done = self._users <= 1 and not self._in_flight
                     else:
-                        is_over = index == only[-1]
-                if is_over:
+                        is_done = index == only[-1]
+                if is_done:
                     return
         except BaseException as failure:
             error = failure
@@ -410,37 +405,37 @@ class RemoteFile:
             }
             self._left_to_scan.clear()
         if left:
-            self._failed(left, error or self._too_short())
+            self._fail(left, error or self._too_short())
 
     def _too_short(self) -> OSError:
         return errors.corrupt(self._path, "it is shorter than it was")
 
-    def _arrivals(
-        self, pieces: Iterable[bytes], index: int, *, keeps_part: bool = True
+    def _downloads(
+        self, chunks: Iterable[bytes], index: int, *, keeps_partial: bool = True
     ) -> Iterator[tuple[int, BlockDownload]]:
-        """Yield the blocks that come, from `index` on, when they are whole.
+        """Yield each completed block with its index, starting at `index`.
 
-        Where it breaks off within a block, the start of that is kept, if so wanted.
+        If the chunks end within a block, its start is stored on disk (`keeps_partial`).
         """
-        arrival: BlockDownload | None = None
+        download: BlockDownload | None = None
         try:
-            for piece in pieces:
-                rest = memoryview(piece)
+            for chunk in chunks:
+                rest = memoryview(chunk)
                 while rest:
-                    if arrival is None:
-                        arrival = self._arrival(index)
-                    rest = arrival.feed(rest)
-                    if not arrival.remaining_bytes:
-                        yield index, arrival
-                        arrival.close()
-                        arrival, index = None, index + 1
+                    if download is None:
+                        download = self._start_block(index)
+                    rest = download.feed(rest)
+                    if not download.remaining_bytes:
+                        yield index, download
+                        download.close()
+                        download, index = None, index + 1
         finally:
-            if arrival is not None:
-                if keeps_part and arrival.remaining_bytes:
-                    arrival.keep_part()
-                arrival.close()
+            if download is not None:
+                if keeps_partial and download.remaining_bytes:
+                    download.commit_partial()
+                download.close()
 
-    def _arrival(self, index: int) -> BlockDownload:
+    def _start_block(self, index: int) -> BlockDownload:
         length = self.block_bytes(index)
         if length <= 0:
             raise errors.corrupt(self._path, "it is longer than it was")
@@ -455,44 +450,44 @@ class RemoteFile:
             uses_disk=index not in self._memory_only,
         )
 
-    def _commit_block(self, index: int, arrival: BlockDownload) -> None:
-        """Keep a block, and tell those who wait."""
-        if not arrival.is_sound():
+    def _commit_block(self, index: int, download: BlockDownload) -> None:
+        """Store a completed block, and wake the waiting readers."""
+        if not download.is_intact():
             if self._check.is_needed:
-                raise self._origin.stale("the store has another version of it now")
+                raise self._source.stale("the store has another version of it now")
             raise errors.corrupt(self._path, f"block {index} is not what it was")
-        self._telemetry.count("blocks_fetched")
+        self._telemetry.count("blocks_downloaded")
         try:
-            block = arrival.keep()
-        except CacheWriteLost as lost:
-            flight = self._in_flight.get(index)
-            self._failed({} if flight is None else {index: flight}, lost)
+            block = download.commit()
+        except CacheWriteLost as error:
+            future = self._in_flight.get(index)
+            self._fail({} if future is None else {index: future}, error)
         else:
-            self._landed(index, block)
+            self._resolve(index, block)
 
-    def _landed(self, index: int, block: bytes | None) -> None:
+    def _resolve(self, index: int, block: bytes | None) -> None:
         with self._lock:
-            flight = self._in_flight.pop(index, None)
-        if flight is not None:
-            flight.set_result(block)
+            future = self._in_flight.pop(index, None)
+        if future is not None:
+            future.set_result(block)
 
-    def _failed(self, flights: "dict[int, Future[bytes | None]]", error: BaseException) -> None:
+    def _fail(self, futures: "dict[int, Future[bytes | None]]", error: BaseException) -> None:
         with self._lock:
             if isinstance(error, OSError) and errors.is_stale(error):
                 self._stale_error = error
                 if self._check.is_needed:
                     self._drop_blocks()
-            mine = [index for index, each in flights.items() if self._in_flight.get(index) is each]
-            for index in mine:
+            failed = [i for i, future in futures.items() if self._in_flight.get(i) is future]
+            for index in failed:
                 del self._in_flight[index]
-        for index in mine:
-            flights[index].set_exception(error)
+        for index in failed:
+            futures[index].set_exception(error)
 
 
-def _skip_bytes(pieces: Iterable[bytes], skipped_bytes: int) -> Iterator[bytes]:
-    """Yield what follows so many bytes."""
-    for piece in pieces:
-        rest = piece[skipped_bytes:]
-        skipped_bytes -= len(piece) - len(rest)
+def _skip_bytes(chunks: Iterable[bytes], skipped_bytes: int) -> Iterator[bytes]:
+    """Yield the chunks without the first `skipped_bytes` bytes."""
+    for chunk in chunks:
+        rest = chunk[skipped_bytes:]
+        skipped_bytes -= len(chunk) - len(rest)
         if rest:
             yield rest

@@ -1,8 +1,8 @@
-"""How long a transfer is tried again: from the last progress on, and never without a bound.
+"""Retry budget of one transfer.
 
-A store that refuses connections, whose name cannot be resolved, or that fails, is asked again until
-`timeout_s` has passed without progress: a short outage fails no file operation. A slow store that
-moves is left alone.
+Failures and time are counted since the last `PROGRESS_BYTES` of progress. So a slow transfer that
+makes progress is never aborted, a short outage fails no file operation, and a dead store is
+reported within `timeout_s`.
 """
 
 import random
@@ -10,23 +10,23 @@ import time
 
 from tinkerfs.errors import ApiError, ProtocolError
 
-#: Responses that cannot be used, in a row without `PROGRESS_BYTES` in between, that end it; and
-#: stalls, which take `timeout_s` each.
+#: Maximum numbers of invalid responses and of stalls since the last progress. Each stall takes
+#: `timeout_s`.
 MAX_UNUSABLE = 8
 MAX_STALLS = 2
 PROGRESS_BYTES = 64 << 10
 
-#: Waits between tries, seconds: the first, and the longest.
+#: First and longest wait between retries, seconds.
 BACKOFF_S = (0.1, 5.0)
 
 
 class TransferInterrupted(Exception):
-    """No usable answer, or not all of it.
+    """A request got no valid response, or the response broke off.
 
     Attributes:
-        error: what is told if that stays so.
-        wait_s: how long the store wants to be left alone.
-        is_stall: it took `timeout_s` to find out.
+        error: raised if the retry budget is exhausted.
+        wait_s: the store's Retry-After, seconds; None if it sent none.
+        is_stall: whether the transfer made no progress for `timeout_s`.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class TransferInterrupted(Exception):
 
 
 class RetryBudget:
-    """How long one transfer is tried again, from its last progress on. One thread's.
+    """Retry budget of one transfer, reset by progress. Not thread-safe.
 
     Args:
-        timeout_s: bound on the time without progress, stalls left out, seconds.
+        timeout_s: maximum time without progress, not counting stalls, seconds.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -54,38 +54,38 @@ class RetryBudget:
         self._reset()
 
     def _reset(self) -> None:
-        self._failures = self._stalls = self._unusable = self._gained_bytes = 0
-        self._since = time.monotonic()
+        self._failures = self._stalls = self._unusable = self._progress_bytes = 0
+        self._last_progress = time.monotonic()
 
     def record_progress(self, size_bytes: int) -> None:
-        """Take note of bytes that came."""
-        self._gained_bytes += size_bytes
-        if self._gained_bytes >= PROGRESS_BYTES:
+        """Record received bytes; reset the budget after `PROGRESS_BYTES` of them."""
+        self._progress_bytes += size_bytes
+        if self._progress_bytes >= PROGRESS_BYTES:
             self._reset()
 
-    def backoff_or_raise(self, lost: TransferInterrupted) -> None:
-        """Wait before the next try.
+    def backoff_or_raise(self, interruption: TransferInterrupted) -> None:
+        """Wait before the next attempt, or raise the error if the budget is exhausted.
 
         Raises:
-            ApiError: there is to be none.
+            ApiError: the error of the interruption.
         """
         self._failures += 1
-        self._stalls += lost.is_stall
-        self._unusable += isinstance(lost.error, ProtocolError)
+        self._stalls += interruption.is_stall
+        self._unusable += isinstance(interruption.error, ProtocolError)
         first_s, longest_s = BACKOFF_S
-        spent_s = time.monotonic() - self._since - self._stalls * self._timeout_s
+        spent_s = time.monotonic() - self._last_progress - self._stalls * self._timeout_s
         left_s = self._timeout_s - spent_s
         wait_s = 0.0
-        if lost.wait_s is not None:
-            wait_s = lost.wait_s
+        if interruption.wait_s is not None:
+            wait_s = interruption.wait_s
         elif self._failures > 1:
             wait_s = min(first_s * 2.0 ** min(self._failures, 16), longest_s)
-            wait_s = min(wait_s * random.uniform(0.75, 1), left_s)  # a last try at the very end
+            wait_s = min(wait_s * random.uniform(0.75, 1), left_s)  # a last attempt at the deadline
         if (
             self._unusable >= MAX_UNUSABLE
             or self._stalls >= MAX_STALLS
             or left_s <= 0
             or wait_s > left_s
         ):
-            raise lost.error
+            raise interruption.error
         time.sleep(wait_s)

@@ -1,8 +1,8 @@
-"""`tensors.json` from the header of a safetensors file (pure).
+"""Make `tensors.json` from the headers of safetensors files (pure).
 
-The format: https://huggingface.co/docs/safetensors#format. Eight bytes tell the header's length,
-the header is JSON. Tensors are shown in the order of their names, a line each, so that `diff` of
-two checkpoints tells what differs.
+The format is described at https://huggingface.co/docs/safetensors#format. A file begins with eight
+bytes for the length of its header, which is JSON. `tensors.json` has one line per tensor, sorted by
+name, so that `diff` shows which tensors of two checkpoints differ.
 """
 
 import json
@@ -11,14 +11,14 @@ from typing import Any
 
 import msgspec
 
-#: The file starts with the length of its header in so many bytes.
+#: Size of the length prefix of the header.
 LENGTH_BYTES = 8
 
-#: The largest header that is read: 100 times that of an adapter of 1,000 tensors. (The format's
-#: own bound is 100 MB.)
+#: Maximum size of a header, 100 times that of an adapter with 1,000 tensors. The format itself
+#: allows 100 MB.
 MAX_HEADER_BYTES = 16 << 20
 
-#: Bits of one value. (safetensors, src/tensor.rs)
+#: Bits per value (safetensors, src/tensor.rs).
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
     **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -37,32 +37,24 @@ class _Tensor(msgspec.Struct):
 
 
 def header_length(prefix: bytes, size_bytes: int) -> int:
-    """Return the length of the header.
-
-    Args:
-        prefix: the first `LENGTH_BYTES` bytes of the file.
-        size_bytes: of the file.
+    """Return the length of the header, given the length prefix and the file size.
 
     Raises:
-        ValueError: this is no safetensors file, or its header is larger than is read.
+        ValueError: the file is not a safetensors file, or its header is too large.
     """
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if len(prefix) < LENGTH_BYTES or LENGTH_BYTES + length > size_bytes:
         raise ValueError("not a safetensors file: its header would be longer than the file")
     if length > MAX_HEADER_BYTES:
-        raise ValueError(f"its header of {length} bytes is larger than is read")
+        raise ValueError(f"its header of {length} bytes is too large")
     return length
 
 
 def tensor_end_offsets(header: bytes, size_bytes: int) -> list[int]:
-    """Return where the tensors of a safetensors file end, in order.
-
-    Args:
-        header: without its length.
-        size_bytes: of the file.
+    """Return the end offsets of the tensors in a file, sorted.
 
     Raises:
-        ValueError: the header is not what the format says.
+        ValueError: the header is invalid.
     """
     start = LENGTH_BYTES + len(header)
     entries = _entries("it", header)
@@ -75,10 +67,10 @@ def tensors_json(headers: "dict[str, tuple[bytes, int]]") -> bytes:
     """Return the tensors of some safetensors files as JSON, sorted by name.
 
     Args:
-        headers: of each file by its name: the header without its length, and the file's size.
+        headers: by file name, the header without its length prefix, and the file size.
 
     Raises:
-        ValueError: a header is not what the format says.
+        ValueError: a header is invalid.
     """
     tensors: dict[str, dict[str, object]] = {}
     metadata: dict[str, object] = {}
@@ -90,8 +82,8 @@ def tensors_json(headers: "dict[str, tuple[bytes, int]]") -> bytes:
                 continue
             tensor = _tensor(file, name, value, data_bytes)
             begin, end = tensor.data_offsets
-            shown = {"dtype": tensor.dtype, "shape": tensor.shape, "bytes": end - begin}
-            tensors[name] = shown if len(headers) == 1 else {**shown, "file": file}
+            entry = {"dtype": tensor.dtype, "shape": tensor.shape, "bytes": end - begin}
+            tensors[name] = entry if len(headers) == 1 else {**entry, "file": file}
     lines = [f"    {_json(name)}: {_json(tensors[name])}" for name in sorted(tensors)]
     body = ",\n".join(lines)
     total_bytes = sum(int(str(each["bytes"])) for each in tensors.values())
@@ -106,7 +98,7 @@ def _entries(file: str, header: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(header, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file}: its header is no JSON object: {error}") from None
+        raise ValueError(f"{file}: its header is not a JSON object: {error}") from None
 
 
 def _tensor(file: str, name: str, value: object, data_bytes: int) -> _Tensor:
@@ -116,15 +108,15 @@ def _tensor(file: str, name: str, value: object, data_bytes: int) -> _Tensor:
         raise ValueError(f"{file}: tensor {name!r}: {error}") from None
     begin, end = tensor.data_offsets
     if not 0 <= begin <= end <= data_bytes or min(tensor.shape, default=0) < 0:
-        raise ValueError(f"{file}: tensor {name!r} lies outside of the file")
+        raise ValueError(f"{file}: tensor {name!r} is outside of the file")
     bits = _BITS.get(tensor.dtype)
     if bits is not None and prod(tensor.shape) * bits != (end - begin) * 8:
-        raise ValueError(f"{file}: tensor {name!r} has not the length that its shape needs")
+        raise ValueError(f"{file}: the length of tensor {name!r} does not match its shape")
     return tensor
 
 
 def _json(value: object) -> str:
     try:
         return msgspec.json.encode(value, order="sorted").decode()
-    except UnicodeEncodeError:  # a name of non-UTF-8 bytes: as Python's `os.listdir` has it
+    except UnicodeEncodeError:  # a name of non-UTF-8 bytes, with surrogates as in `os.listdir`
         return json.dumps(value, sort_keys=True)

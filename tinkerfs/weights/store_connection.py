@@ -1,9 +1,9 @@
-"""Connections of urllib3 whose every wait for a store ends by a deadline.
+"""urllib3 connections with a deadline for every wait.
 
-A time-out of a socket bounds one wait for more bytes, so a store that sends a byte a second holds
-a thread for ever. Here the time-out bounds the head of a response as a whole, and the wait for each
-further part of its body. A connection that was idle is tried for a short time only, because a
-suspended host, a NAT or a VPN forgets connections without closing them.
+A socket timeout bounds one wait for more bytes, so a store that sends a byte per second would block
+a thread forever. Here the timeout bounds the whole head of a response, and the wait for each
+further chunk of its body. An idle connection gets only a short time for its first byte, because
+a suspended host, a NAT or a VPN may have dropped it without closing it.
 """
 
 import http.client
@@ -20,45 +20,40 @@ import urllib3
 
 from tinkerfs import network
 
-#: A connection that was silent for longer is tried for `PROBE_S` only, seconds.
+#: A connection that was silent for longer must send its first byte within `PROBE_S`, seconds.
 IDLE_S = 1.0
 PROBE_S = 2.0
 
-#: The most 1xx responses before a response (RFC 9110, 15.2), and lines after a chunked body.
+#: Maximum number of 1xx responses (RFC 9110, 15.2), and of trailer lines after a chunked body.
 MAX_INTERIM = 32
 MAX_TRAILERS = 100
 
-#: A chunk's size and extensions (RFC 9112, 7.1); `int` would take a sign and underscores too.
+#: A chunk size and extensions (RFC 9112, 7.1); `int` would also accept signs and underscores.
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r?\n")
 _MAX_LINE_BYTES = 4096
 
-#: What a record of TLS holds at the most (RFC 8446, 5.1).
+#: Maximum size of a TLS record (RFC 8446, 5.1).
 _RECORD_BYTES = 16 << 10
 
 
 class StaleConnection(ConnectionError):
-    """An idle connection is dead: it ended, or stayed silent, without a byte of a response."""
+    """An idle connection is dead: no byte of a response arrived."""
 
 
-class _Bounded(socket.socket):
-    """What both kinds of sockets have in common. One thread's.
+class _DeadlineSocket(socket.socket):
+    """A socket with a common deadline of its reads. Not thread-safe.
 
     Attributes:
-        heard_at: when bytes were last received, on the clock that runs on while the host is
-            suspended; None before the first.
+        last_received_at: when bytes were last received, on a clock that includes suspend; None if
+            none were received yet.
     """
 
-    heard_at: float | None = None
+    last_received_at: float | None = None
     _deadline = math.inf
     _first_deadline: float | None = None
 
-    def limit(self, timeout_s: float, first_timeout_s: float | None = None) -> None:
-        """Bound all reads from now on together.
-
-        Args:
-            timeout_s: for all of them, seconds.
-            first_timeout_s: for the first byte.
-        """
+    def set_deadline(self, timeout_s: float, first_timeout_s: float | None = None) -> None:
+        """Set the deadline of the following reads, and optionally of their first byte."""
         now = time.monotonic()
         self._deadline, self._first_deadline = now + timeout_s, None
         if first_timeout_s is not None:
@@ -67,7 +62,7 @@ class _Bounded(socket.socket):
             self.settimeout(timeout_s)
 
     def _receive(self, receive: Callable[..., int], buffer: Any, *more: int) -> int:
-        """Read by `receive` within the deadline.
+        """Call `receive` within the deadline.
 
         Raises:
             TimeoutError: the deadline has passed.
@@ -77,84 +72,89 @@ class _Bounded(socket.socket):
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError("timed out")
-        # To set a time-out is a system call: not for each of the reads that take no time.
+        # Setting a timeout is a system call, so it is skipped if little time has passed.
         if timeout_s is None or left_s < 0.9 * timeout_s:
             self.settimeout(None if left_s == math.inf else left_s)
         received_bytes = receive(buffer, *more)
         if not received_bytes:
             return 0
-        self.heard_at = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.last_received_at = time.clock_gettime(time.CLOCK_BOOTTIME)
         if self._first_deadline is not None:
             self._first_deadline = None
             self.settimeout(max(self._deadline - time.monotonic(), 0.001))
         return received_bytes
 
 
-class _PlainSocket(_Bounded):
+class _PlainSocket(_DeadlineSocket):
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         return self._receive(super().recv_into, buffer, nbytes, flags)
 
 
-class TlsSocket(ssl.SSLSocket, _Bounded):
-    """TLS that hands out all that was received, not one record of 16 KiB at a time."""
+class TlsSocket(ssl.SSLSocket, _DeadlineSocket):
+    """A TLS socket that reads all available bytes, not one record at a time."""
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
-        """Read once, and on while there is more without a wait."""
+        """Read once, and then whatever is available without waiting."""
         view = memoryview(buffer).cast("B")
         want_bytes = nbytes or len(view)
-        have = self._receive(super().recv_into, view, want_bytes, flags)
-        if want_bytes <= _RECORD_BYTES or not have:
-            return have
+        received_bytes = self._receive(super().recv_into, view, want_bytes, flags)
+        if want_bytes <= _RECORD_BYTES or not received_bytes:
+            return received_bytes
         timeout_s = self.gettimeout()
         try:
             self.settimeout(0)
-            while have < want_bytes and (got := super().recv_into(view[have:want_bytes])):
-                have += got
-        except OSError:  # nothing yet (ssl.SSLWantReadError); or it broke, and the next read ends
+            while received_bytes < want_bytes and (
+                more_bytes := super().recv_into(view[received_bytes:want_bytes])
+            ):
+                received_bytes += more_bytes
+        except OSError:  # nothing available (ssl.SSLWantReadError), or raised by the next read
             pass
         finally:
             self.settimeout(timeout_s)
-        return have
+        return received_bytes
 
 
 class _Response(http.client.HTTPResponse):
-    """A response that is read within deadlines, by a stricter reading of RFC 9112."""
+    """A response that is read within deadlines, and parsed more strictly (RFC 9112)."""
 
     def __init__(self, sock: Any, *args: Any, **options: Any) -> None:
         super().__init__(sock, *args, **options)
         self._timeout_s = sock.gettimeout() or math.inf
-        # urllib3 puts TLS within TLS into an object of its own.
-        found = sock if isinstance(sock, _Bounded) else getattr(sock, "socket", None)
-        self._socket = found if isinstance(found, _Bounded) else None
+        # urllib3 wraps TLS within TLS into another object.
+        match = sock if isinstance(sock, _DeadlineSocket) else getattr(sock, "socket", None)
+        self._socket = match if isinstance(match, _DeadlineSocket) else None
 
-    def send(self) -> None:
+    def begin(self) -> None:
         """Read the head.
 
         Raises:
-            StaleConnection: the connection has served before, and is dead.
+            StaleConnection: the connection has been used before, and is dead.
         """
         sock = self._socket
         if sock is None or self._timeout_s == math.inf:
             super().begin()
             return
-        heard_at, probe_s = sock.heard_at, None
-        if heard_at is not None and time.clock_gettime(time.CLOCK_BOOTTIME) - heard_at > IDLE_S:
+        last_received_at, probe_s = sock.last_received_at, None
+        if (
+            last_received_at is not None
+            and time.clock_gettime(time.CLOCK_BOOTTIME) - last_received_at > IDLE_S
+        ):
             probe_s = min(PROBE_S, self._timeout_s)
-        sock.limit(self._timeout_s, probe_s)
+        sock.set_deadline(self._timeout_s, probe_s)
         try:
             super().begin()
         except OSError as error:
-            if heard_at is None or sock.heard_at != heard_at:
+            if last_received_at is None or sock.last_received_at != last_received_at:
                 raise
             raise StaleConnection(f"an idle connection is dead: {error}") from error
 
     def read1(self, n: int = -1) -> bytes:
-        """Read what is there of the body, waiting for the first of it."""
+        """Return what is available of the body; wait for the first byte."""
         if self._socket is not None and self._timeout_s != math.inf:
-            self._socket.limit(self._timeout_s)
+            self._socket.set_deadline(self._timeout_s)
         return super().read1(n)
 
-    # http.client has no public place for the following.
+    # http.client has no public methods for the following.
 
     def _read_status(self) -> tuple[str, int, str]:
         for _ in range(MAX_INTERIM):
@@ -162,57 +162,57 @@ class _Response(http.client.HTTPResponse):
             if not 100 <= status < 200 or status == http.HTTPStatus.SWITCHING_PROTOCOLS:
                 return version, status, reason
             http.client.parse_headers(self.fp)
-        raise http.client.HTTPException("interim responses without end")
+        raise http.client.HTTPException("endless interim responses")
 
     def _read_next_chunk_size(self) -> int:
-        found = _CHUNK_LINE.fullmatch(self.fp.readline(_MAX_LINE_BYTES))
-        if found is None:
+        match = _CHUNK_LINE.fullmatch(self.fp.readline(_MAX_LINE_BYTES))
+        if match is None:
             raise ValueError("not the size of a chunk")
-        return int(found[1], 16)
+        return int(match[1], 16)
 
     def _read_and_discard_trailer(self) -> None:
         for _ in range(MAX_TRAILERS):
             if self.fp.readline(_MAX_LINE_BYTES) in (b"\r\n", b"\n", b""):
                 return
-        raise http.client.HTTPException("trailers without end")
+        raise http.client.HTTPException("endless trailers")
 
 
 class _Connection(urllib3.connection.HTTPConnection):
     response_class = _Response
 
     def _new_conn(self) -> socket.socket:
-        made = super()._new_conn()
-        timeout_s = made.gettimeout()
-        bounded = _PlainSocket(made.family, made.type, made.proto, fileno=made.detach())
+        sock = super()._new_conn()
+        timeout_s = sock.gettimeout()
+        bounded = _PlainSocket(sock.family, sock.type, sock.proto, fileno=sock.detach())
         bounded.settimeout(timeout_s)
-        if timeout_s is not None:  # for what a proxy has to say first
-            bounded.limit(timeout_s)
+        if timeout_s is not None:  # for the proxy's response to CONNECT
+            bounded.set_deadline(timeout_s)
         return bounded
 
 
-class _Dialling(_Connection):
-    """A connection that tries the addresses of a host side by side."""
+class _DialingConnection(_Connection):
+    """A connection that tries the addresses of a host concurrently."""
 
     def _new_conn(self) -> socket.socket:
         timeout_s = cast("float", self.timeout)
         deadline = time.monotonic() + timeout_s
         try:
-            made = network.connect(self._dns_host, self.port or self.default_port, deadline)
+            sock = network.connect(self._dns_host, self.port or self.default_port, deadline)
         except socket.gaierror as error:
             raise urllib3.exceptions.NameResolutionError(self.host, self, error) from error
         except TimeoutError as error:
             raise urllib3.exceptions.ConnectTimeoutError(self, "timed out") from error
         except OSError as error:
             raise urllib3.exceptions.NewConnectionError(self, str(error)) from error
-        bounded = _PlainSocket(made.family, made.type, made.proto, fileno=made.detach())
-        bounded.limit(timeout_s)
+        bounded = _PlainSocket(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        bounded.set_deadline(timeout_s)
         return bounded
 
 
 def use_deadlines(manager: urllib3.PoolManager) -> None:
-    """Let every connection that a manager makes from now on keep to deadlines.
+    """Make all new connections of a manager use deadlines.
 
-    The certificates' context of the manager has `TlsSocket` as its `sslsocket_class`.
+    The SSL context of the manager must have `TlsSocket` as its `sslsocket_class`.
     """
     manager.pool_classes_by_scheme = {
         scheme: _with_deadlines(pool) for scheme, pool in manager.pool_classes_by_scheme.items()
@@ -224,7 +224,9 @@ def _with_deadlines(
     pool: type[urllib3.HTTPConnectionPool],
 ) -> type[urllib3.HTTPConnectionPool]:
     connection: Any = pool.ConnectionCls
-    # What reaches a proxy in a way of its own (SOCKS) connects by itself.
+    # Connections with their own way to a proxy (SOCKS) also connect in their own way.
     is_plain = connection._new_conn is urllib3.connection.HTTPConnection._new_conn
-    bounded = type(connection.__name__, (_Dialling if is_plain else _Connection, connection), {})
+    bounded = type(
+        connection.__name__, (_DialingConnection if is_plain else _Connection, connection), {}
+    )
     return type(pool.__name__, (pool,), {"ConnectionCls": bounded})

@@ -1,4 +1,4 @@
-"""Bytes of a file of an object store on their way: resumed when they break off, never spliced."""
+"""Transfer bytes of a remote file in order; resume it, never mix versions."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,21 +9,21 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.weights.connections import STORE_ENDPOINT
-from tinkerfs.weights.responses import Part, unusable
+from tinkerfs.weights.responses import ContentRange, invalid_response
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
     from tinkerfs.weights.pools import Response
 
-#: What is asked for again where a transfer is resumed, to see that it is of the same version.
+#: Bytes that a resumed transfer requests again, to verify that the version is the same.
 OVERLAP_BYTES = 4096
 
 _WITHOUT_END = 1 << 62
 
 
 class _Source(Protocol):
-    def send(self, start: int, stop: int, patience: RetryBudget) -> "Answer": ...
+    def send(self, start: int, stop: int, retry_budget: RetryBudget) -> "RangeResponse": ...
 
     def stale(self, reason: str) -> OSError: ...
 
@@ -31,149 +31,146 @@ class _Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """A usable response, which part of the file it holds, and of which version that is."""
+class RangeResponse:
+    """A valid response, with the range and the version of the file that it contains."""
 
-    response: "Response"
-    part: Part
+    http: "Response"
+    content_range: ContentRange
     version: Version
 
-    def pieces(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes]:
         """Yield the body.
 
-        The last piece is yielded when the end of the body was received, and not before.
+        The last chunk is yielded only after the end of the body has been received.
 
         Raises:
-            Lost: it breaks off, or is longer or shorter than the head says.
+            TransferInterrupted: the body breaks off, or has another length than stated.
         """
-        offset, stop = self.part.start, self.part.stop
-        pieces = self.response.pieces()
-        for piece in pieces:
-            offset += len(piece)
+        offset, stop = self.content_range.start, self.content_range.stop
+        chunks = self.http.chunks()
+        for chunk in chunks:
+            offset += len(chunk)
             is_last = stop != UNKNOWN_BYTES and offset >= stop
-            if is_last and (offset > stop or next(pieces, None) is not None):
-                raise unusable(self.response, "it is longer than it says")
-            yield piece
+            if is_last and (offset > stop or next(chunks, None) is not None):
+                raise invalid_response(self.http, "its body is longer than stated")
+            yield chunk
         if offset < stop:
             raise TransferInterrupted(
-                errors.ConnectionFailed("the store sent too little", endpoint=STORE_ENDPOINT)
+                errors.ConnectionFailed("the store sent too few bytes", endpoint=STORE_ENDPOINT)
             )
 
 
 class Transfer:
-    """Bytes of a file on their way, in order. One thread's; a context manager.
+    """Bytes of a file, in order as they arrive. Not thread-safe; a context manager.
 
     Args:
-        source: asked for the rest when a response breaks off.
-        answer: the first response; begins `before` earlier than `start`.
-        start: first byte that is wanted.
-        stop: after the last byte that is wanted.
-        patience: for the tries of this transfer.
-        before: what is known to be right before `start`.
+        source: sends the request for the rest after an interruption.
+        response: the first response; it begins `len(before)` bytes before `start`.
+        before: the known bytes that precede `start`.
 
     Attributes:
-        start: of the first byte that comes.
-        stop: after the last one; far beyond the file's end while its length is unknown.
-        version: of the file; with its length from the end of the transfer on at the latest.
-        is_whole: whether the store heeds no ranges, so that the whole file comes.
+        start: offset of the first byte.
+        stop: offset after the last byte; far beyond the file's end while its length is unknown.
+        version: of the file; it includes the length at the end of the transfer.
+        is_full_body: whether the store does not support range requests and sends the whole file.
     """
 
     def __init__(
         self,
         source: _Source,
-        answer: Answer,
+        response: RangeResponse,
         start: int,
         stop: int,
-        patience: RetryBudget,
+        retry_budget: RetryBudget,
         before: bytes = b"",
     ) -> None:
-        self.version = answer.version
-        self.is_full_body = answer.part.is_whole
+        self.version = response.version
+        self.is_full_body = response.content_range.is_full_body
         size_bytes = self.version.size_bytes
         end = _WITHOUT_END if size_bytes == UNKNOWN_BYTES else size_bytes
         self.start = 0 if self.is_full_body else start
         self.stop = end if self.is_full_body else min(stop, end)
         self._source = source
-        self._answer = answer
-        self._patience = patience
-        # A strong ETag tells versions apart. Without one only the bytes themselves do.
-        self._is_held_against = not self.version.is_exact
+        self._response = response
+        self._retry_budget = retry_budget
+        # A strong ETag distinguishes versions. Without one, only the bytes themselves do.
+        self._verifies_overlap = not self.version.is_exact
         self._tail = b"" if self.is_full_body else before
-        self._digest = hashlib.sha256() if self.is_full_body and self._is_held_against else None
+        self._digest = hashlib.sha256() if self.is_full_body and self._verifies_overlap else None
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the bytes, [start, stop) in all.
+        """Yield the bytes [start, stop).
 
         Raises:
-            ApiError: they do not come, after all tries.
-            OSError: ESTALE when the file is another one now, or gone.
+            ApiError: all attempts fail.
+            OSError: ESTALE if the file has changed or is gone.
         """
-        at = self.start
-        while at < self.stop:
+        offset = self.start
+        while offset < self.stop:
             try:
-                for piece in self._pieces(at):
-                    fresh = piece[: self.stop - at]
-                    if at == self.start:
-                        self._source.record_sample(at, fresh)
-                    at += len(fresh)
+                for chunk in self._chunks(offset):
+                    fresh = chunk[: self.stop - offset]
+                    if offset == self.start:
+                        self._source.record_sample(offset, fresh)
+                    offset += len(fresh)
                     self._record(fresh)
-                    self._patience.record_progress(len(fresh))
+                    self._retry_budget.record_progress(len(fresh))
                     yield fresh
-                    # A response is read to its end: only then does its connection serve again.
-                    if at == self.stop < self._answer.part.stop:
+                    # The body is read to its end, because only then its connection is reused.
+                    if offset == self.stop < self._response.content_range.stop:
                         break
                 if self.stop == _WITHOUT_END:
-                    self.stop = at
-                    self.version = replace(self.version, size_bytes=at)
-            except TransferInterrupted as lost:
-                if at < self.stop:
-                    self._patience.backoff_or_raise(lost)
+                    self.stop = offset
+                    self.version = replace(self.version, size_bytes=offset)
+            except TransferInterrupted as interruption:
+                if offset < self.stop:
+                    self._retry_budget.backoff_or_raise(interruption)
             finally:
-                self._answer.response.close()
-            if at < self.stop:
-                start = at - len(self._tail)
-                self._answer = self._source.send(start, self.stop, self._patience)
+                self._response.http.close()
+            if offset < self.stop:
+                start = offset - len(self._tail)
+                self._response = self._source.send(start, self.stop, self._retry_budget)
 
-    def _pieces(self, at: int) -> Iterator[bytes]:
-        """Yield what the response brings from `at` on.
+    def _chunks(self, resume_offset: int) -> Iterator[bytes]:
+        """Yield the bytes from `resume_offset` on; verify those before it.
 
         Raises:
-            Lost: as `Answer.pieces`.
-            OSError: ESTALE: what it brings before that is not what came before.
+            TransferInterrupted: as `RangeResponse.chunks`.
+            OSError: ESTALE if the bytes before the offset differ from those received before.
         """
-        offset = self._answer.part.start
-        # Of a file that comes whole again all is compared, else the tail of what came before.
+        offset = self._response.content_range.start
+        # If the whole file arrives again, all of it is compared; otherwise only the overlap.
         digest = self._digest if offset == 0 else None
-        again, tail = hashlib.sha256(), b""
-        for received in self._answer.pieces():
-            old = received[: max(at - offset, 0)]
+        repeated, tail = hashlib.sha256(), b""
+        for received in self._response.chunks():
+            old = received[: max(resume_offset - offset, 0)]
             offset += len(received)
-            if old and self._is_held_against:
+            if old and self._verifies_overlap:
                 tail = (tail + old[-OVERLAP_BYTES:])[-OVERLAP_BYTES:]
                 if digest is not None:
-                    again.update(old)
-                if offset >= at and not (
+                    repeated.update(old)
+                if offset >= resume_offset and not (
                     tail.endswith(self._tail)
-                    and (digest is None or digest.digest() == again.digest())
+                    and (digest is None or digest.digest() == repeated.digest())
                 ):
-                    raise self._source.stale("the store has another version of it now")
+                    raise self._source.stale("the store has another version now")
             if len(received) > len(old):
                 yield received[len(old) :]
 
-    def _record(self, piece: bytes) -> None:
-        if self._is_held_against:
-            self._tail = (self._tail + piece[-OVERLAP_BYTES:])[-OVERLAP_BYTES:]
+    def _record(self, chunk: bytes) -> None:
+        if self._verifies_overlap:
+            self._tail = (self._tail + chunk[-OVERLAP_BYTES:])[-OVERLAP_BYTES:]
         if self._digest is not None:
-            self._digest.update(piece)
+            self._digest.update(chunk)
 
     def close(self) -> None:
-        """Let go of the connection."""
-        self._answer.response.close()
+        """Close the connection, unless the body has been read to its end."""
+        self._response.http.close()
 
     def __enter__(self) -> Self:
         """Return the transfer itself."""
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Let go of the connection."""
+        """Close the transfer."""
         self.close()

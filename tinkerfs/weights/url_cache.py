@@ -1,10 +1,11 @@
-"""Archives: the signed URLs of a checkpoint, shared by all who ask, fresh when handed out.
+"""Cache the signed URLs of checkpoints, and build each archive once.
 
-The server builds an archive when its URL is first asked for, which costs it something and can take
-minutes. So one build is waited for however many ask, a reader that gives up does not abandon it, a
-URL serves until shortly before it expires, and one process group starts only so many in a minute: a
-walk that follows links would otherwise ask for every archive of the account. The URLs of external
-weights, one a file, come all at once; nothing is built for them. Thread-safe.
+The server builds an archive at the first request for its URL, which is expensive and may take
+minutes. Concurrent callers therefore share one build, and a build continues after a caller is
+interrupted. A URL is reused until shortly before it expires. Each process group may start only
+a few builds a minute, because a walk that follows links would otherwise build every archive of
+the account. Files of external weights have one URL each; the server lists all of them in one
+response and builds nothing. Thread-safe.
 """
 
 import threading
@@ -25,42 +26,41 @@ from tinkerfs.telemetry import Telemetry
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-#: A URL is not handed out within this time of its expiry, seconds, or a tenth of its life.
+#: A URL is not returned within this time of its expiry, seconds, or a tenth of its lifetime.
 EXPIRY_MARGIN_S = 60.0
-#: Between two questions whether an archive is ready, where the server names no time: from, to.
+#: First and longest wait between polls of an unfinished archive without a Retry-After, seconds.
 POLL_S = (1.0, 15.0)
-#: Between two tries while the API is unreachable in the middle of a transfer: from, to.
+#: First and longest wait between retries while the API is unreachable during a transfer, seconds.
 OUTAGE_POLL_S = (0.25, 2.0)
-#: Within which `burst` builds may be started.
+#: Length of the window in which a process group may start `burst` builds.
 RATE_LIMIT_WINDOW_S = 60.0
 
 
-#: The name of an archive among the URLs of a checkpoint; files of external weights have their own.
+#: The name of the archive in `_CachedUrls.urls`; files of external weights have their own names.
 _ARCHIVE = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _CachedUrls:
-    """The URLs of one checkpoint by name, and how long they are handed out; all secrets."""
+    """The URLs of one checkpoint by name, and when they were requested; all secrets."""
 
     urls: Mapping[str, SignedUrl]
-    good_until: float
-    asked_at: float
+    valid_until: float
+    requested_at: float
 
 
 class SignedUrlCache:
-    """The signed URLs of checkpoints.
+    """Signed URLs of archives and of external weights, by checkpoint.
 
     Args:
-        client: asks for them.
-        telemetry: shows what is waited for.
-        clock: `now` for expiries, `monotonic` for bounds.
-        timeout_s: bound on the wait for an archive, seconds.
-        outage_timeout_s: how long an unreachable API is waited for in the middle of a transfer,
-            seconds: where there was a URL of the archive before. At a first look it fails at once.
-        burst: how many builds one process group may start within `BURST_WINDOW_S`; 0 for any.
-        is_one_transfer: whether all that is asked for belongs to one transfer, which is in progress
-            once there was any URL.
+        telemetry: tracks the pending builds.
+        clock: `now` for expiries, `monotonic` for timeouts.
+        timeout_s: maximum time for an archive build, seconds.
+        outage_timeout_s: how long to retry while the API is unreachable during a transfer, seconds.
+            A transfer is in progress if the archive had a URL before. Otherwise the request fails
+            at once.
+        burst: maximum number of builds per process group in `RATE_LIMIT_WINDOW_S`; 0 for no limit.
+        is_one_transfer: treat all requests as one transfer, in progress since its first URL.
     """
 
     def __init__(
@@ -81,137 +81,133 @@ class SignedUrlCache:
         self._clock = clock
         self._timeout_s = timeout_s
         self._burst = burst
-        self._lock = threading.RLock()  # a flight that failed at once lands within it
+        self._lock = threading.RLock()  # reentrant: a future that is already done runs its callback
         # Guarded by _lock.
-        self._grants: dict[Hashable, _CachedUrls] = {}
-        self._flights: dict[Hashable, Future[_CachedUrls]] = {}
+        self._entries: dict[Hashable, _CachedUrls] = {}
+        self._in_flight: dict[Hashable, Future[_CachedUrls]] = {}
         self._started: dict[int, deque[float]] = {}
-        #: Archives that were built for this mount: a new URL of one costs the server nothing.
+        #: Archives that were built before: a new URL costs the server nothing.
         self._built: set[Hashable] = set()
         self._changed: set[Hashable] = set()
 
-    def known(self, key: Hashable) -> SignedUrl | None:
-        """Return a URL of an archive that is still good, without a call."""
+    def cached_url(self, key: Hashable) -> SignedUrl | None:
+        """Return a valid cached URL of an archive, None if absent; send no request."""
         with self._lock:
-            grant = self._known((key, False))
-        return None if grant is None else grant.urls[_ARCHIVE]
+            entry = self._cached((key, False))
+        return None if entry is None else entry.urls[_ARCHIVE]
 
     def has_urls(self, key: Hashable, *, is_external: bool) -> bool:
-        """Tell whether there are URLs that are still good."""
+        """Return whether valid URLs are cached."""
         with self._lock:
-            return self._known((key, is_external)) is not None
+            return self._cached((key, is_external)) is not None
 
     def url(self, key: Hashable, ref: CheckpointRef, path: str, ctx: RequestContext) -> SignedUrl:
-        """Return a URL that is good for some time yet, waiting for the archive to be built.
+        """Return a valid URL of an archive; wait until the archive is built.
 
-        Args:
-            key: the checkpoint and its version.
-            ref: how the API is asked for it.
-            path: the file on whose behalf it is asked, for messages.
-            ctx: whose process group may start a build, and how long to wait.
+        The rate limit applies to the process group of `ctx`; `path` is for messages.
 
         Raises:
-            ApiError: what the server said in the end; NotReady never.
-            OSError: ETIMEDOUT when it was not built in time, EBUSY when this process group has
-                started too many builds, EINTR when the caller gave up.
+            ApiError: the last error of the server, but never ResourceNotReady.
+            OSError: ETIMEDOUT if the archive was not built in time; EBUSY if the process group has
+                started too many builds; EINTR if the caller was interrupted.
         """
 
-        def ask(hold_s: float) -> _CachedUrls:
+        def request(hold_s: float) -> _CachedUrls:
             url = self._client.archive(ref, hold_s)
             return self._cache_entry({_ARCHIVE: url.url}, url.expires_at_s)
 
-        return self._grant((key, False), ask, path, ctx).urls[_ARCHIVE]
+        return self._get_or_build((key, False), request, path, ctx).urls[_ARCHIVE]
 
     def external_urls(
         self, key: Hashable, ref: CheckpointRef, path: str, ctx: RequestContext
     ) -> Mapping[str, SignedUrl]:
-        """Return a URL for each file of external weights, good for some time yet.
+        """Return a valid URL for each file of external weights, by file name.
 
         Raises:
-            ApiError, OSError: as `url`, but EBUSY.
+            ApiError, OSError: as `url`, except EBUSY.
         """
 
-        def ask(_hold_s: float) -> _CachedUrls:
+        def request(_hold_s: float) -> _CachedUrls:
             return self._cache_entry(*self._client.external_weights_urls(ref))
 
-        return self._grant((key, True), ask, path, ctx).urls
+        return self._get_or_build((key, True), request, path, ctx).urls
 
     def invalidate(self, key: Hashable, url: SignedUrl, *, is_external: bool = False) -> None:
-        """Take note that the store lets nobody in with a URL: the next one to ask gets another."""
+        """Drop a URL that the store has rejected; the next caller requests another."""
         with self._lock:
-            grant = self._grants.get((key, is_external))
-            if grant is not None and url in grant.urls.values():
-                del self._grants[key, is_external]
+            entry = self._entries.get((key, is_external))
+            if entry is not None and url in entry.urls.values():
+                del self._entries[key, is_external]
 
     def expire(self, key: Hashable, age_s: float, *, is_external: bool = False) -> None:
-        """Drop a URL that is older than this, seconds: it may be another version's by now."""
+        """Drop URLs older than `age_s`, which may lead to a previous version."""
         with self._lock:
-            grant = self._grants.get((key, is_external))
-            if grant is not None and self._clock.now() - grant.asked_at >= age_s:
-                del self._grants[key, is_external]
+            entry = self._entries.get((key, is_external))
+            if entry is not None and self._clock.now() - entry.requested_at >= age_s:
+                del self._entries[key, is_external]
 
     def mark_changed(self, key: Hashable) -> None:
-        """Take note that the store has other weights for a checkpoint than were known."""
+        """Record that the store has other weights of a checkpoint than those cached."""
         with self._lock:
             self._changed.add(key)
 
     def pop_changed(self, key: Hashable) -> bool:
-        """Tell, once, whether `changed` was called for a checkpoint."""
+        """Return whether `mark_changed` was called, and reset the mark."""
         with self._lock:
             is_changed = key in self._changed
             self._changed.discard(key)
             return is_changed
 
-    def forget(self) -> None:
-        """Drop every URL that is kept; builds under way go on."""
+    def clear(self) -> None:
+        """Drop all URLs; builds in progress continue."""
         with self._lock:
-            self._grants.clear()
+            self._entries.clear()
 
-    def _grant(
+    def _get_or_build(
         self,
         key: tuple[Hashable, bool],
-        ask: Callable[[float], _CachedUrls],
+        request: Callable[[float], _CachedUrls],
         path: str,
         ctx: RequestContext,
     ) -> _CachedUrls:
         is_external = key[1]
         with self._lock:
-            known = self._known(key)
-            if known is not None:
-                return known
-            flight = self._flights.get(key)
-            if flight is None:
+            cached = self._cached(key)
+            if cached is not None:
+                return cached
+            future = self._in_flight.get(key)
+            if future is None:
                 if not is_external and key not in self._built:
                     self._check_rate_limit(ctx.caller().pgid, path)
-                flight = run_in_thread(lambda: self._build(key, ask, path), f"archive {path}")
-                self._flights[key] = flight
-                flight.add_done_callback(lambda _done: self._landed(key))
-        return ctx.with_timeout(self._timeout_s).wait_for(flight)
+                future = run_in_thread(lambda: self._build(key, request, path), f"archive {path}")
+                self._in_flight[key] = future
+                future.add_done_callback(lambda _done: self._on_build_done(key))
+        return ctx.with_timeout(self._timeout_s).wait_for(future)
 
-    def _known(self, key: Hashable) -> _CachedUrls | None:
-        grant = self._grants.get(key)
-        if grant is not None and self._clock.now() >= grant.good_until:
-            del self._grants[key]
+    def _cached(self, key: Hashable) -> _CachedUrls | None:
+        entry = self._entries.get(key)
+        if entry is not None and self._clock.now() >= entry.valid_until:
+            del self._entries[key]
             return None
-        return grant
+        return entry
 
     def _cache_entry(self, urls: Mapping[str, str], expires_at_s: float) -> _CachedUrls:
         margin_s = min(EXPIRY_MARGIN_S, max(expires_at_s - self._clock.now(), 0.0) / 10)
         signed = {name: SignedUrl(url, expires_at_s) for name, url in urls.items()}
         return _CachedUrls(signed, expires_at_s - margin_s, self._clock.now())
 
-    def _landed(self, key: Hashable) -> None:
+    def _on_build_done(self, key: Hashable) -> None:
         with self._lock:
-            self._flights.pop(key, None)
+            self._in_flight.pop(key, None)
 
-    def _check_rate_limit(self, group: int, path: str) -> None:
-        """Let a process group start a build, or refuse; the caller holds the lock."""
+    def _check_rate_limit(self, pgid: int, path: str) -> None:
+        """Record a build of a process group, or raise EBUSY; the caller holds the lock."""
         if not self._burst:
             return
         now = self._clock.monotonic()
         for other in [g for g, s in self._started.items() if now - s[-1] >= RATE_LIMIT_WINDOW_S]:
             del self._started[other]
-        started = self._started.setdefault(group, deque(maxlen=self._burst))
+        started = self._started.setdefault(pgid, deque(maxlen=self._burst))
         if len(started) == self._burst and now - started[0] < RATE_LIMIT_WINDOW_S:
             raise errors.burst_exceeded(
                 path,
@@ -222,101 +218,100 @@ class SignedUrlCache:
             )
         started.append(now)
 
-    def _build(self, key: Hashable, ask: Callable[[float], _CachedUrls], path: str) -> _CachedUrls:
-        """Ask until the archive is there; runs on a thread of its own.
+    def _build(
+        self, key: Hashable, request: Callable[[float], _CachedUrls], path: str
+    ) -> _CachedUrls:
+        """Request the URLs until the archive is built; runs on its own thread.
 
-        Args:
-            key: of the grant.
-            ask: asks once; takes how long the server may hold its response, seconds.
-            path: for messages.
+        `request` sends one request; its argument is how long the server may hold the response.
         """
         began = self._clock.monotonic()
-        pause_s, longest_s = POLL_S
-        outage_pauses, outage_began = _doubling(*OUTAGE_POLL_S), None
+        poll_s, max_poll_s = POLL_S
+        outage_waits, outage_began = _doubling_waits(*OUTAGE_POLL_S), None
         with self._telemetry.track_pending(f"archive {path}"):
             while True:
                 try:
-                    grant = ask(self._timeout_s - (self._clock.monotonic() - began))
+                    entry = request(self._timeout_s - (self._clock.monotonic() - began))
                     break
                 except (errors.ConnectionFailed, errors.RequestTimeout) as error:
                     now = self._clock.monotonic()
                     outage_began = now if outage_began is None else outage_began
-                    wait_s = next(outage_pauses)
+                    wait_s = next(outage_waits)
                     is_over = now + wait_s - outage_began > self._outage_timeout_s
-                    if is_over or not self._is_blip(key, error):
+                    if is_over or not self._is_transient(key, error):
                         raise
                 except errors.ResourceNotReady as error:
-                    outage_pauses, outage_began = _doubling(*OUTAGE_POLL_S), None
-                    wait_s = error.retry_after_s if error.retry_after_s is not None else pause_s
-                    pause_s = min(pause_s * 2, longest_s)
+                    outage_waits, outage_began = _doubling_waits(*OUTAGE_POLL_S), None
+                    wait_s = error.retry_after_s if error.retry_after_s is not None else poll_s
+                    poll_s = min(poll_s * 2, max_poll_s)
                     waited_s = self._clock.monotonic() - began
                     if waited_s + wait_s > self._timeout_s:
                         raise errors.RequestTimeout(
                             f"the archive was not built within {self._timeout_s:g} s "
-                            f"(--archive-timeout); the server's last word: {error.message}",
+                            f"(--archive-timeout); the server's last response: {error.message}",
                             endpoint=error.endpoint,
                             status=error.status,
                         ) from None
                 threading.Event().wait(max(wait_s, 0.02))
         with self._lock:
-            self._grants[key] = grant
+            self._entries[key] = entry
             self._built.add(key)
-        return grant
+        return entry
 
-    def _is_blip(self, key: Hashable, error: errors.ApiError) -> bool:
-        """Return whether a failure may pass, and is in the middle of a transfer."""
+    def _is_transient(self, key: Hashable, error: errors.ApiError) -> bool:
+        """Return whether a failure may be transient and occurred during a transfer."""
         with self._lock:
             is_transfer = key in self._built or (self._is_one_transfer and bool(self._built))
-        return is_transfer and (isinstance(error, errors.ConnectionFailed) or error.is_unsent)
+        return is_transfer and (
+            isinstance(error, errors.ConnectionFailed) or error.request_not_sent
+        )
 
 
-def _doubling(first_s: float, longest_s: float) -> Iterator[float]:
+def _doubling_waits(first_s: float, max_s: float) -> Iterator[float]:
     wait_s = first_s
     while True:
         yield wait_s
-        wait_s = min(wait_s * 2, longest_s)
+        wait_s = min(wait_s * 2, max_s)
 
 
 @dataclass(frozen=True, slots=True)
 class UrlProvider:
-    """Where one file of a checkpoint is, now and after its URL has expired. Thread-safe.
+    """Provides and renews the signed URL of a file of a checkpoint. Thread-safe.
 
     Attributes:
-        archives: who keeps the URLs.
         key: the checkpoint and its version.
-        ref: how the API is asked for it.
         path: for messages.
-        name: which file of external weights; empty for the archive.
+        name: a file of external weights; empty for the archive.
     """
 
-    archives: SignedUrlCache
+    url_cache: SignedUrlCache
     key: Hashable
     ref: CheckpointRef
     path: str
     name: str = _ARCHIVE
 
     def url(self, ctx: RequestContext = BACKGROUND_CONTEXT) -> SignedUrl:
-        """Return a URL that is good for some time yet.
+        """Return a valid URL.
 
         Raises:
-            ApiError: what the server said; NotFound where it has no such file any more.
-            OSError: as `Archives.url`.
+            ApiError: the request fails; NotFound if the server no longer lists the file.
+            OSError: as `SignedUrlCache.url`.
         """
         if not self.name:
-            return self.archives.url(self.key, self.ref, self.path, ctx)
-        urls = self.archives.external_urls(self.key, self.ref, self.path, ctx)
+            return self.url_cache.url(self.key, self.ref, self.path, ctx)
+        urls = self.url_cache.external_urls(self.key, self.ref, self.path, ctx)
         if self.name not in urls:
-            raise errors.NotFound(f"the server tells of no {self.name!r} any more")
+            raise errors.NotFound(f"the server no longer lists {self.name!r}")
         return urls[self.name]
 
-    def is_known(self) -> bool:
-        """Tell whether `url` has one at hand."""
-        return self.archives.has_urls(self.key, is_external=bool(self.name))
+    def has_url(self) -> bool:
+        """Return whether a valid URL is cached."""
+        return self.url_cache.has_urls(self.key, is_external=bool(self.name))
 
     def mark_changed(self) -> None:
-        """Take note that the store has another file there than was known."""
-        self.archives.mark_changed(self.key)
+        """Record that the store has another version of the file than that cached."""
+        self.url_cache.mark_changed(self.key)
 
     def invalidate(self, url: SignedUrl) -> None:
-        """Take note that the store lets nobody in with this URL."""
-        self.archives.invalidate(self.key, url, is_external=bool(self.name))
+        """Drop a URL that the store has rejected."""
+        self.url_cache.invalidate(self.key, url, is_external=bool(self.name))

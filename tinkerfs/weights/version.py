@@ -1,18 +1,18 @@
-"""Which version of a file of an object store bytes are of (pure)."""
+"""The version of a remote file: its length and validators (pure)."""
 
 import msgspec
 
-#: The length of a file whose store states none, until all of it has been received.
+#: The length of a file until the download is complete, if the store does not state it.
 UNKNOWN_BYTES = -1
 
 
 class Version(msgspec.Struct, frozen=True):
-    """What tells one content of a file from another: its length, and the store's validators.
+    """Distinguishes contents of a file by its length and the store's validators.
 
     Attributes:
-        size_bytes: of the file; `UNKNOWN_BYTES` for now.
-        etag: as it was received; empty if absent.
-        last_modified: as it was received; empty if absent.
+        size_bytes: length of the file; `UNKNOWN_BYTES` if not known yet.
+        etag: as received; empty if absent.
+        last_modified: as received; empty if absent.
         has_length: whether the store states the length of the file.
     """
 
@@ -23,10 +23,10 @@ class Version(msgspec.Struct, frozen=True):
 
     @property
     def validator(self) -> str:
-        """What `If-Range` takes (RFC 9110, 13.1.5): a strong ETag, else a date; empty for none."""
+        """The value of `If-Range` (RFC 9110, 13.1.5): strong ETag, date or empty."""
         return self.etag if self.is_exact else self.last_modified
 
     @property
     def is_exact(self) -> bool:
-        """Whether any two versions differ in it: a strong ETag does, a date has whole seconds."""
+        """Whether the version has a strong ETag; dates have a resolution of one second."""
         return bool(self.etag) and not self.etag.startswith("W/")

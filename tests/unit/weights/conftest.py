@@ -1,4 +1,4 @@
-"""Weights of a demo server's checkpoints, with everything behind them, without a mount."""
+"""Fixtures: the weights of a demo server's checkpoints, without a mount."""
 
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -13,8 +13,8 @@ from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.reader import WeightsReader
-from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.url_cache import SignedUrlCache
 
 
@@ -26,13 +26,20 @@ def _no_proxy(monkeypatch):
 
 @contextmanager
 def weights_in(
-    folder, base_url, api_key, *, limit_bytes=1 << 34, timeout_s=10.0, clock=SYSTEM_CLOCK, **options
+    directory,
+    base_url,
+    api_key,
+    *,
+    limit_bytes=1 << 34,
+    timeout_s=10.0,
+    clock=SYSTEM_CLOCK,
+    **options,
 ):
-    """The weights behind a server, as one mount has them."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Open a weights reader of a server with its caches, as a mount has them."""
+    directory.mkdir(mode=0o700, exist_ok=True)
     telemetry = Telemetry()
-    credentials = Credentials({"TINKER_API_KEY": api_key}, home=str(folder), clock=clock)
-    cache = BlockCache(folder / "blocks", telemetry, max_bytes=limit_bytes, min_free_bytes=0)
+    credentials = Credentials({"TINKER_API_KEY": api_key}, home=str(directory), clock=clock)
+    cache = BlockCache(directory / "blocks", telemetry, max_bytes=limit_bytes, min_free_bytes=0)
     bounds = {"timeout_s": timeout_s}
     with Client(base_url, credentials, telemetry, clock=clock, **bounds) as client:
         burst = options.pop("burst", 0)
@@ -40,7 +47,7 @@ def weights_in(
             client, telemetry, clock, burst=burst, outage_timeout_s=timeout_s, **bounds
         )
         with (
-            MetadataStore(folder) as store,
+            MetadataStore(directory) as store,
             WeightsReader(archives, store, cache, telemetry, **bounds, **options) as weights,
         ):
             yield SimpleNamespace(weights=weights, telemetry=telemetry, cache=cache, store=store)
@@ -48,19 +55,19 @@ def weights_in(
 
 @pytest.fixture
 def weights_of(tmp_path):
-    """A factory of mounts of a server, which share a cache; each call is another one."""
+    """Return a factory of readers of a server, which share a disk cache."""
     with ExitStack() as stack:
 
         def make(server, **options):
-            folder = tmp_path / "cache"
-            mount = weights_in(folder, server.base_url, server.api_key, **options)
+            directory = tmp_path / "cache"
+            mount = weights_in(directory, server.base_url, server.api_key, **options)
             return stack.enter_context(mount)
 
         yield make
 
 
 def subject_of(server, kind="weights", *, run=0, number=0):
-    """Return a checkpoint of a server as weights are asked for, and its two ids."""
+    """Return a checkpoint of a server as a `CheckpointVersion`."""
     run = list(server.account.runs())[run]
     found = [each for each in run.checkpoints if each.id.startswith(f"{kind}/")]
     checkpoint = found[number]
@@ -70,6 +77,6 @@ def subject_of(server, kind="weights", *, run=0, number=0):
 
 
 def truth(server, subject, name):
-    """Return the bytes that a member must have."""
+    """Return the expected bytes of a member."""
     content = server.files(subject.ref.run_id, subject.ref.path_id)[name]
     return content.read(0, content.size_bytes)

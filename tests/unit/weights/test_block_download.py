@@ -1,4 +1,4 @@
-"""Blocks on their way to disk: written as they come, whatever the disk does, several a request."""
+"""Block downloads: written as they arrive, with failing disks, several blocks per request."""
 
 import errno
 import os
@@ -30,12 +30,12 @@ ARCHIVE = "GET store/archive"
 
 def read(mount, subject):
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
-        places = range(0, file.size_bytes, MIB)
-        return b"".join(file.read(MIB, offset, BACKGROUND_CONTEXT) for offset in places)
+        offsets = range(0, file.size_bytes, MIB)
+        return b"".join(file.read(MIB, offset, BACKGROUND_CONTEXT) for offset in offsets)
 
 
-def asked(server):
-    """Return the ranges that were asked for, in blocks, and how many bytes were sent."""
+def requested(server):
+    """Return the requested ranges, in blocks, and how many bytes were sent."""
     server.journal.wait_until_idle()
     entries = server.journal.entries(ARCHIVE)
     ranges = [re.fullmatch(r"bytes=(\d+)-(\d+)", entry.range).groups() for entry in entries]
@@ -45,7 +45,7 @@ def asked(server):
 
 @pytest.fixture
 def opened(demo_server, weights_of):
-    """A server with one file of 30 MiB, and a mount that knows it and has nothing of it."""
+    """A server with one file of 30 MiB, and a reader that has its index but no block."""
     server = demo_server(runs=1, size_bytes=30 * MIB)
     subject, mount = subject_of(server), weights_of(server)
     mount.weights.files(subject, BACKGROUND_CONTEXT)
@@ -54,14 +54,14 @@ def opened(demo_server, weights_of):
 
 
 def failing(method, at, error):
-    """Return a method of drafts that fails at its call number `at` of each draft."""
+    """Return a writer method that fails from call number `at` on, counted per writer."""
     calls = {}
 
-    def wrapped(draft, *arguments):
-        calls[draft] = calls.get(draft, 0) + 1
-        if calls[draft] > at:
+    def wrapped(writer, *arguments):
+        calls[writer] = calls.get(writer, 0) + 1
+        if calls[writer] > at:
             raise OSError(error, os.strerror(error))
-        return method(draft, *arguments)
+        return method(writer, *arguments)
 
     return wrapped
 
@@ -69,54 +69,54 @@ def failing(method, at, error):
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 @pytest.mark.expect_warnings("telemetry")
-def test_what_the_disk_no_longer_takes_goes_on_in_memory(opened, monkeypatch, at, error):
+def test_download_with_failing_disk_continues_in_memory(opened, monkeypatch, at, error):
     server, subject, mount = opened
     monkeypatch.setattr(BlockWriter, "write", failing(BlockWriter.write, at, error))
     assert read(mount, subject) == truth(server, subject, NAME)
-    assert asked(server)[1] < 31 * MIB, "nothing was fetched again"
+    assert requested(server)[1] < 31 * MIB, "nothing was downloaded again"
     assert errno.errorcode[error] in mount.telemetry.errors_text()
-    assert not [path for path in mount.cache.folder.rglob(".*") if path.is_file()]
+    assert not [path for path in mount.cache.directory.rglob(".*") if path.is_file()]
 
 
 @pytest.mark.expect_warnings("telemetry")
-def test_what_the_disk_neither_takes_nor_gives_back_is_fetched_again(opened, monkeypatch):
+def test_download_with_unreadable_disk_is_repeated(opened, monkeypatch):
     server, subject, mount = opened
     monkeypatch.setattr(BlockWriter, "write", failing(BlockWriter.write, 1, errno.EIO))
     monkeypatch.setattr(BlockWriter, "read_back", failing(BlockWriter.read_back, 0, errno.EIO))
     assert read(mount, subject) == truth(server, subject, NAME)
-    assert asked(server)[1] < 3 * 31 * MIB
+    assert requested(server)[1] < 3 * 31 * MIB
 
 
 @pytest.mark.expect_warnings("telemetry")
-def test_a_block_that_cannot_get_its_name_is_in_memory(opened, monkeypatch):
+def test_block_that_cannot_be_renamed_is_kept_in_memory(opened, monkeypatch):
     server, subject, mount = opened
     monkeypatch.setattr(BlockWriter, "commit", failing(BlockWriter.commit, 0, errno.EROFS))
     assert read(mount, subject) == truth(server, subject, NAME)
-    assert asked(server)[1] < 31 * MIB
-    assert not [path for path in mount.cache.folder.rglob("*") if path.name.isdigit()]
+    assert requested(server)[1] < 31 * MIB
+    assert not [path for path in mount.cache.directory.rglob("*") if path.name.isdigit()]
 
 
-def test_a_block_that_goes_from_the_disk_as_it_lands_is_fetched_into_memory(opened, monkeypatch):
+def test_block_removed_during_commit_is_downloaded_to_memory(opened, monkeypatch):
     server, subject, mount = opened
     keep = BlockFile.commit
 
-    def lost(file, index, draft):
-        is_kept = keep(file, index, draft)
+    def lost(file, index, writer):
+        is_stored = keep(file, index, writer)
         file.drop(index)
-        return is_kept
+        return is_stored
 
     monkeypatch.setattr(BlockFile, "commit", lost)
     assert read(mount, subject) == truth(server, subject, NAME)
-    assert asked(server)[1] < 3 * 31 * MIB
+    assert requested(server)[1] < 3 * 31 * MIB
 
 
-def test_what_is_far_ahead_is_asked_for_two_blocks_at_a_time(demo_server, weights_of):
+def test_sequential_read_requests_two_blocks_at_a_time(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=300 * MIB, latency_s=0.02)
     subject, mount = subject_of(server), weights_of(server)
     mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     assert read(mount, subject) == truth(server, subject, NAME)
-    ranges, sent_bytes = asked(server)
+    ranges, sent_bytes = requested(server)
     lengths = [stop - start for start, stop in ranges]
     assert max(lengths) == 2
     assert len(ranges) < 0.8 * 300 * MIB / BLOCK_BYTES
@@ -125,36 +125,36 @@ def test_what_is_far_ahead_is_asked_for_two_blocks_at_a_time(demo_server, weight
 
 @contextmanager
 def another_process(mount):
-    """Open the same file of the cache as another process has it."""
-    cache = BlockCache(mount.cache.folder, Telemetry(), max_bytes=1 << 34, min_free_bytes=0)
-    [folder] = [path for path in cache.folder.iterdir() if (path / "lock").exists()]
+    """Open the same file of the cache as another process would."""
+    cache = BlockCache(mount.cache.directory, Telemetry(), max_bytes=1 << 34, min_free_bytes=0)
+    [directory] = [path for path in cache.directory.iterdir() if (path / "lock").exists()]
     with closing(cache.open("?", "?")) as file:
-        file._name, file._folder = folder.name, str(folder)
+        file._name, file._directory = directory.name, str(directory)
         file.ensure_directory()
         yield file
 
 
-def test_a_request_ends_before_a_block_that_another_process_is_at(opened):
+def test_request_ends_before_block_locked_by_another_process(opened):
     server, subject, mount = opened
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         remote = file._file
-        assert file.read(9, 0, BACKGROUND_CONTEXT)  # so that there is a folder
+        assert file.read(9, 0, BACKGROUND_CONTEXT)  # so that the directory exists
         server.journal.clear()
         with another_process(mount) as other:
             data = truth(server, subject, NAME)[: 5 * BLOCK_BYTES]
             with other.lock_block(3, 0.0) as is_mine:
                 assert is_mine
                 remote.fetch_ahead(2 * BLOCK_BYTES, 4 * BLOCK_BYTES, 2 * BLOCK_BYTES)
-                flight = remote.fetch(3, BACKGROUND_CONTEXT)
+                future = remote.fetch(3, BACKGROUND_CONTEXT)
                 remote.fetch(2, BACKGROUND_CONTEXT).result(10)
-                assert not flight.done()
-                offset = file._segments[0].place
+                assert not future.done()
+                offset = file._segments[0].archive_offset
                 other.put(3, data[3 * BLOCK_BYTES - offset :][:BLOCK_BYTES])
-            assert flight.result(10) is None
-    assert asked(server)[0] == [(2, 3)]
+            assert future.result(10) is None
+    assert requested(server)[0] == [(2, 3)]
 
 
-def test_a_request_ends_before_a_block_whose_start_is_there(opened):
+def test_request_ends_before_partly_downloaded_block(opened):
     server, subject, mount = opened
     server.faults.add("store", cut_after_bytes=MIB, times=1)
     server.faults.add("store", status=500, times=8)
@@ -166,31 +166,31 @@ def test_a_request_ends_before_a_block_whose_start_is_there(opened):
         remote.fetch_ahead(2 * BLOCK_BYTES, 4 * BLOCK_BYTES, 2 * BLOCK_BYTES)
         remote.fetch(3, BACKGROUND_CONTEXT).result(10)
         remote.fetch(2, BACKGROUND_CONTEXT).result(10)
-    assert asked(server)[0] == [(2, 3), (3.25, 4)]
+    assert requested(server)[0] == [(2, 3), (3.25, 4)]
 
 
-def test_a_block_under_way_is_not_part_of_another_request(opened):
+def test_block_in_flight_is_not_requested_again(opened):
     server, subject, mount = opened
     server.faults.add("store", hang=True, when=lambda entry: "=12582912-" in entry.range)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         remote = file._file
-        flight = remote.fetch(3, BACKGROUND_CONTEXT)
+        future = remote.fetch(3, BACKGROUND_CONTEXT)
         reached = remote.fetch_ahead(BLOCK_BYTES, 6 * BLOCK_BYTES, 2 * BLOCK_BYTES)
         assert reached == 6 * BLOCK_BYTES
         for index in (1, 2, 4, 5):
             remote.fetch(index, BACKGROUND_CONTEXT).result(10)
         server.faults.clear()
-        flight.result(10)
-    assert asked(server)[0] == [(1, 3), (3, 4), (4, 6)]
+        future.result(10)
+    assert requested(server)[0] == [(1, 3), (3, 4), (4, 6)]
 
 
 @pytest.mark.expect_warnings("telemetry")
-def test_a_draft_is_closed_once_whatever_closing_says(opened, monkeypatch):
-    """EDQUOT of a `close` (NFS): the number is free by then, and may be another file's."""
+def test_block_writer_is_closed_once_even_if_close_fails(opened, monkeypatch):
+    """A failed close(2) frees the descriptor (EDQUOT on NFS), so it must not be closed again."""
     server, subject, mount = opened
     closed, close = [], os.close
 
-    def failing_once(fd):
+    def fail_first_close(fd):
         close(fd)
         closed.append(fd)
         if len(closed) == 1:
@@ -199,17 +199,17 @@ def test_a_draft_is_closed_once_whatever_closing_says(opened, monkeypatch):
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         remote = file._file
         remote.fetch(0, BACKGROUND_CONTEXT).result(10)
-        monkeypatch.setattr(block_writer, "os", Stand(os, close=failing_once))
-        flights = [remote.fetch(1, BACKGROUND_CONTEXT, 2), remote.fetch(2, BACKGROUND_CONTEXT)]
-        assert [flight.exception(10) for flight in flights] == [None, None]
+        monkeypatch.setattr(block_writer, "os", ModuleProxy(os, close=fail_first_close))
+        futures = [remote.fetch(1, BACKGROUND_CONTEXT, 2), remote.fetch(2, BACKGROUND_CONTEXT)]
+        assert [future.exception(10) for future in futures] == [None, None]
     assert closed
     eventually(lambda: not mount.weights.memory._reserved_bytes)
     monkeypatch.undo()
     assert read(mount, subject) == truth(server, subject, NAME)
 
 
-class Stand:
-    """A module with some functions of its own."""
+class ModuleProxy:
+    """A module with some functions replaced."""
 
     def __init__(self, module, **own):
         self._module = module
@@ -219,24 +219,24 @@ class Stand:
         return getattr(self._module, name)
 
 
-def test_what_could_not_be_begun_ahead_is_told_even_if_it_could_a_moment_later(opened):
+def test_fetch_ahead_stops_at_first_block_not_started(opened):
     _server, subject, mount = opened
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
-        remote, begun, answers = file._file, [], iter([True, False])
+        remote, started, results = file._file, [], iter([True, False])
 
-        def launch(run):
-            if not next(answers, True):
+        def start(run):
+            if not next(results, True):
                 return False
-            begun.extend(run)
+            started.extend(run)
             return True
 
-        remote._start_prefetch = launch
+        remote._start_prefetch = start
         reached = remote.fetch_ahead(0, 7 * BLOCK_BYTES, BLOCK_BYTES)
-    assert begun == [0]
+    assert started == [0]
     assert reached == BLOCK_BYTES
 
 
-def test_a_block_is_nobody_s_claim_once_it_is_there(opened):
+def test_block_lock_is_released_once_block_is_stored(opened):
     server, subject, mount = opened
     server.faults.add("store", stall_after_bytes=BLOCK_BYTES + MIB, times=1)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
@@ -252,30 +252,30 @@ def test_a_block_is_nobody_s_claim_once_it_is_there(opened):
 
 
 @pytest.mark.expect_warnings("telemetry")
-def test_a_pass_goes_on_to_the_disk_behind_a_block_that_was_lost(opened, monkeypatch):
+def test_full_scan_continues_on_disk_after_lost_block(opened, monkeypatch):
     server, subject, mount = opened
     server.faults.add("store", ignore_range=True, times=None)
     calls, write = [], BlockWriter.write
 
-    def once(draft, data):
-        calls.append(draft)
+    def once(writer, data):
+        calls.append(writer)
         if len(calls) == 2:
             raise OSError(errno.EIO, "x")
-        return write(draft, data)
+        return write(writer, data)
 
     monkeypatch.setattr(BlockWriter, "write", once)
     monkeypatch.setattr(BlockWriter, "read_back", failing(BlockWriter.read_back, 0, errno.EIO))
     assert read(mount, subject) == truth(server, subject, NAME)
-    kept = {path.name for path in mount.cache.folder.rglob("*") if path.name.isdigit()}
-    assert len(kept) >= 7
+    stored = {path.name for path in mount.cache.directory.rglob("*") if path.name.isdigit()}
+    assert len(stored) >= 7
 
 
-def test_where_there_can_be_no_thread_nobody_waits_for_ever(opened, monkeypatch):
+def test_fetch_without_a_free_thread_fails_and_recovers(opened, monkeypatch):
     _server, subject, mount = opened
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         remote = file._file
         with monkeypatch.context() as patch:
-            patch.setattr(remote_module, "in_thread", no_thread)
+            patch.setattr(remote_module, "run_in_thread", no_thread)
             with pytest.raises(RuntimeError):
                 remote.fetch(0, BACKGROUND_CONTEXT)
         assert remote.fetch(0, BACKGROUND_CONTEXT).result(10) is None
@@ -287,7 +287,7 @@ def no_thread(*_arguments):
     raise RuntimeError("can't start new thread")
 
 
-def test_what_was_waited_for_in_memory_is_used(demo_server, weights_of):
+def test_block_in_memory_is_marked_used_after_a_wait(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=250 * MIB)
     subject, mount = subject_of(server), weights_of(server, limit_bytes=0)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
@@ -298,31 +298,31 @@ def test_what_was_waited_for_in_memory_is_used(demo_server, weights_of):
 
 @pytest.mark.expect_warnings("telemetry")
 @pytest.mark.parametrize("ignores_range", [False, True])
-def test_many_readers_of_a_bad_disk_and_a_bad_store_get_the_right_bytes(
+def test_concurrent_reads_with_bad_disk_and_store_are_correct(
     demo_server, weights_of, monkeypatch, ignores_range
 ):
-    """Writes that stop halfway, drafts that cannot be read, cuts, and a cache that is deleted."""
+    """Writes fail halfway, files are unreadable, bodies are cut, and the cache is deleted."""
     server = demo_server(runs=1, size_bytes=40 * MIB)
     subject, mount = subject_of(server), weights_of(server, memory_bytes=24 * MIB)
     expected, rng = truth(server, subject, NAME), random.Random(1)
     write, commit, written = BlockWriter.write, BlockWriter.commit, BlockWriter.read_back
 
-    def half_write(draft, data):
+    def half_write(writer, data):
         if rng.random() < 0.1:
-            write(draft, data[: len(data) // 2])
-            draft._size_bytes -= len(data) // 2
+            write(writer, data[: len(data) // 2])
+            writer._size_bytes -= len(data) // 2
             raise OSError(errno.ENOSPC, "x")
-        write(draft, data)
+        write(writer, data)
 
-    def no_commit(draft, *arguments):
+    def no_commit(writer, *arguments):
         if rng.random() < 0.1:
             raise OSError(rng.choice([errno.EIO, errno.ENOENT]), "x")
-        return commit(draft, *arguments)
+        return commit(writer, *arguments)
 
-    def not_written(draft):
+    def not_written(writer):
         if rng.random() < 0.05:
             raise OSError(errno.EIO, "x")
-        return written(draft)
+        return written(writer)
 
     monkeypatch.setattr(BlockWriter, "write", half_write)
     monkeypatch.setattr(BlockWriter, "commit", no_commit)
@@ -336,33 +336,33 @@ def test_many_readers_of_a_bad_disk_and_a_bad_store_get_the_right_bytes(
         )
     give_up, wrong = time.monotonic() + 4, []
 
-    def reads(number):
-        places = random.Random(number)
+    def read_randomly(number):
+        offsets = random.Random(number)
         while time.monotonic() < give_up:
             with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
                 for _ in range(10):
-                    at, size = places.randrange(39 * MIB), places.choice([10, 200_000, 5 * MIB])
+                    at, size = offsets.randrange(39 * MIB), offsets.choice([10, 200_000, 5 * MIB])
                     if file.read(size, at, BACKGROUND_CONTEXT) != expected[at : at + size]:
                         wrong.append((at, size))
             if number == 0:
-                shutil.rmtree(mount.cache.folder, ignore_errors=True)
+                shutil.rmtree(mount.cache.directory, ignore_errors=True)
         return True
 
-    done = run_concurrently([partial(reads, number) for number in range(6)], 6, "readers")
+    done = run_concurrently([partial(read_randomly, number) for number in range(6)], 6, "readers")
     assert [each.result() for each in done] == [True] * 6
     assert not wrong
     eventually(lambda: not mount.weights.memory._reserved_bytes)
-    eventually(lambda: not [p for p in mount.cache.folder.rglob(".*") if p.suffix != ".part"])
+    eventually(lambda: not [p for p in mount.cache.directory.rglob(".*") if p.suffix != ".part"])
 
 
-def eventually(holds, patience_s=10.0):
-    give_up = time.monotonic() + patience_s
+def eventually(holds, timeout_s=10.0):
+    give_up = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < give_up
         time.sleep(0.05)
 
 
-def test_prefetching_has_so_many_requests_under_way_and_no_more(demo_server, weights_of):
+def test_prefetch_bounds_concurrent_requests(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=300 * MIB, latency_s=0.05)
     subject, mount = subject_of(server), weights_of(server)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
@@ -374,7 +374,7 @@ def test_prefetching_has_so_many_requests_under_way_and_no_more(demo_server, wei
         assert not [each.error for each in prefetch([file], BACKGROUND_CONTEXT) if each.error]
     server.journal.wait_until_idle()
     entries = server.journal.entries(ARCHIVE)
-    most = max(sum(b.start_s <= a.start_s < b.end_s for b in entries) for a in entries)
+    max_concurrent = max(sum(b.start_s <= a.start_s < b.end_s for b in entries) for a in entries)
     assert len(entries) == 35
-    # The server takes a request for over a moment after its last byte was received.
-    assert most <= READAHEAD_CONCURRENCY + 4
+    # The server counts a request as active for a moment after its last byte was received.
+    assert max_concurrent <= READAHEAD_CONCURRENCY + 4

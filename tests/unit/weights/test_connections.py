@@ -1,4 +1,4 @@
-"""Connections to a store: what is read at a time, TLS, proxies, and what is told of failures."""
+"""Connections to a store: sizes of reads, TLS, proxies, and reports of failures."""
 
 import array
 import base64
@@ -24,11 +24,11 @@ from tinkerfs.weights.connections import ObjectStoreClient
 from tinkerfs.weights.retry import TransferInterrupted
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
-BODY = bytes(100 << 10)  # several records of TLS, less than a socket holds
+BODY = bytes(100 << 10)  # several TLS records, less than a socket buffer
 
-#: What a record of TLS 1.3 holds at the most, and what it takes beside that (RFC 8446, 5.2).
+#: Maximum size of a TLS 1.3 record, and its overhead (RFC 8446, 5.2).
 RECORD_BYTES, RECORD_OVERHEAD_BYTES = 16 << 10, 22
-#: A key and a certificate of this machine's name, for tests alone.
+#: A key and a certificate for localhost, only for tests.
 IDENTITY = Path(__file__).parents[2] / "support/localhost.pem"
 SECRET = "X-Amz-Signature=c0ffee"
 
@@ -49,7 +49,7 @@ def client():
 
 @contextmanager
 def served(serve, *, is_secured=False, count=1):
-    """Serve some connections; yields the address, a signed URL there, and those accepted."""
+    """Serve some connections; yield the address, a signed URL there, and the connections."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(IDENTITY)
     accepted = []
@@ -77,52 +77,52 @@ def served(serve, *, is_secured=False, count=1):
             thread.join(10)
 
 
-def answering(connection):
-    """Answer each request with the body."""
-    with suppress(ConnectionResetError):  # who leaves in the middle of an answer
+def send_bodies(connection):
+    """Send the body in response to each request."""
+    with suppress(ConnectionResetError):  # the client may close during a response
         while connection.recv(65536):
             connection.sendall(HEAD % len(BODY) + BODY)
 
 
-def wait_until_there(sock, length):
-    """Return once so many bytes lie in a socket."""
+def wait_until_received(sock, length):
+    """Wait until `length` bytes are in a socket buffer."""
     deadline = time.monotonic() + 10
-    there = array.array("i", [0])
-    while there[0] < length:
+    available = array.array("i", [0])
+    while available[0] < length:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-        fcntl.ioctl(sock.fileno(), termios.FIONREAD, there)
+        fcntl.ioctl(sock.fileno(), termios.FIONREAD, available)
 
 
-def got(client, url):
-    return b"".join(client.get(url, {}).pieces())
+def fetch(client, url):
+    return b"".join(client.get(url, {}).chunks())
 
 
 @pytest.mark.parametrize("is_secured", [False, True])
-def test_what_has_come_is_read_at_once_in_each_answer_of_a_connection(client, is_secured):
-    taken = threading.Semaphore(0)
+def test_available_bytes_are_read_at_once(client, is_secured):
+    head_is_read = threading.Semaphore(0)
 
     def serve(connection):
         while connection.recv(65536):
             connection.sendall(HEAD % len(BODY))
-            assert taken.acquire(timeout=10)
+            assert head_is_read.acquire(timeout=10)
             connection.sendall(BODY)
 
-    there_bytes = len(BODY)
+    available_bytes = len(BODY)
     if is_secured:
-        there_bytes += -(-len(BODY) // RECORD_BYTES) * RECORD_OVERHEAD_BYTES
+        available_bytes += -(-len(BODY) // RECORD_BYTES) * RECORD_OVERHEAD_BYTES
     with served(serve, is_secured=is_secured) as (_, url, accepted):
         for _ in range(3):
             response = client.get(url, {})
-            taken.release()
-            wait_until_there(response._raw.connection.sock, there_bytes)
-            assert list(response.pieces()) == [BODY]
+            head_is_read.release()
+            wait_until_received(response._raw.connection.sock, available_bytes)
+            assert list(response.chunks()) == [BODY]
         assert len(accepted) == 1
-        del response  # it keeps the connection from being closed
+        del response  # it would keep the connection open
         client.close()
 
 
-def test_what_comes_late_over_tls_is_waited_for(client):
+def test_body_that_arrives_late_over_tls_is_awaited(client):
     def serve(connection):
         connection.recv(65536)
         connection.sendall(HEAD % len(BODY))
@@ -131,12 +131,12 @@ def test_what_comes_late_over_tls_is_waited_for(client):
             connection.sendall(BODY[start : start + RECORD_BYTES])
 
     with served(serve, is_secured=True) as (_, url, _):
-        assert got(client, url) == BODY
+        assert fetch(client, url) == BODY
 
 
 @pytest.mark.parametrize("is_secured", [False, True])
 @pytest.mark.parametrize("start", [b"", HEAD % len(BODY), HEAD % len(BODY) + BODY[:1000]])
-def test_what_stands_still_ends_by_the_timeout(is_secured, start):
+def test_stalled_response_ends_by_the_timeout(is_secured, start):
     gone = threading.Event()
 
     def serve(connection):
@@ -150,15 +150,15 @@ def test_what_stands_still_ends_by_the_timeout(is_secured, start):
     ):
         with pytest.raises(
             TransferInterrupted, match=r"localhost sent next to nothing for 0\.2 s"
-        ) as told:
-            got(client, url)
-        assert told.value.is_stall
+        ) as raised:
+            fetch(client, url)
+        assert raised.value.is_stall
         gone.set()
 
 
 @pytest.mark.parametrize("is_secured", [False, True])
 @pytest.mark.parametrize("is_reset", [False, True])
-def test_what_breaks_off_is_told(client, is_secured, is_reset):
+def test_broken_response_raises_connection_failed(client, is_secured, is_reset):
     head_is_read = threading.Event()
 
     def serve(connection):
@@ -173,25 +173,25 @@ def test_what_breaks_off_is_told(client, is_secured, is_reset):
     with served(serve, is_secured=is_secured) as (_, url, _):
         response = client.get(url, {})
         head_is_read.set()
-        with pytest.raises(TransferInterrupted, match="localhost broke off: ") as told:
-            list(response.pieces())
-        assert isinstance(told.value.error, errors.ConnectionFailed)
+        with pytest.raises(TransferInterrupted, match="localhost broke off: ") as raised:
+            list(response.chunks())
+        assert isinstance(raised.value.error, errors.ConnectionFailed)
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("http://127.0.0.1:1/a", "no connection to 127.0.0.1: Connection refused"),
         ("http://store.invalid/a", "no connection to store.invalid: "),
     ],
 )
-def test_a_store_that_is_not_there_is_told(client, url, words):
-    with pytest.raises(TransferInterrupted, match=words) as told:
+def test_unreachable_store_is_reported_without_the_url(client, url, message):
+    with pytest.raises(TransferInterrupted, match=message) as raised:
         client.get(f"{url}?{SECRET}", {})
-    assert "c0ffee" not in str(told.value)
+    assert "c0ffee" not in str(raised.value)
 
 
-def test_a_certificate_that_nobody_trusts_is_told_as_that(environment):
+def test_untrusted_certificate_is_reported(environment):
     environment.delenv("SSL_CERT_FILE")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(IDENTITY)
@@ -212,32 +212,32 @@ def test_a_certificate_that_nobody_trusts_is_told_as_that(environment):
         thread.join(10)
 
 
-def test_what_is_no_http_is_told_without_the_url(client):
+def test_invalid_http_is_reported_without_the_url(client):
     def serve(connection):
         connection.recv(65536)
         connection.sendall(b"nonsense\r\n\r\n")
 
     with (
         served(serve) as (_, url, _),
-        pytest.raises(TransferInterrupted, match="broke off: nonsense") as told,
+        pytest.raises(TransferInterrupted, match="broke off: nonsense") as raised,
     ):
         client.get(url, {})
-    assert "c0ffee" not in str(told.value)
+    assert "c0ffee" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     "url", ["http://[::1/a?c0ffee", "ftp://h/a?c0ffee", "http://a\u2100b/c0ffee"]
 )
-def test_a_url_of_nothing_is_refused_without_being_told(client, url):
-    with pytest.raises(errors.ProtocolError, match="no HTTP from") as told:
+def test_invalid_url_is_rejected_without_showing_it(client, url):
+    with pytest.raises(errors.ProtocolError, match="no HTTP from") as raised:
         client.get(url, {})
-    assert "c0ffee" not in str(told.value)
+    assert "c0ffee" not in str(raised.value)
 
 
 def test_no_url_is_logged(client, caplog):
     caplog.set_level(logging.DEBUG)
-    with served(answering) as (_, url, _):
-        got(client, url)
+    with served(send_bodies) as (_, url, _):
+        fetch(client, url)
         with pytest.raises(TransferInterrupted):
             client.get(f"http://127.0.0.1:1/a?{SECRET}", {})
         client.close()
@@ -246,24 +246,24 @@ def test_no_url_is_logged(client, caplog):
     assert "c0ffee" not in caplog.text
 
 
-def test_idle_connections_serve_again_for_a_while_only(client, monkeypatch):
-    with served(answering, count=2) as (_, url, accepted):
+def test_idle_connections_are_reused_for_limited_time(client, monkeypatch):
+    with served(send_bodies, count=2) as (_, url, accepted):
         for _ in range(3):
-            assert got(client, url) == BODY
+            assert fetch(client, url) == BODY
         assert len(accepted) == 1
         monkeypatch.setattr(connections, "MAX_IDLE_S", 0.01)
         time.sleep(0.02)
-        assert got(client, url) == BODY
+        assert fetch(client, url) == BODY
         assert len(accepted) == 2
         client.close()
 
 
-def test_who_is_stopped_begins_nothing_and_ends_at_the_next_piece(client):
-    with served(answering) as (_, url, _):
+def test_stopped_client_ends_transfers_and_sends_nothing(client):
+    with served(send_bodies) as (_, url, _):
         response = client.get(url, {})
         client.stop()
         with pytest.raises(errors.ConnectionFailed, match="stopped"):
-            list(response.pieces())
+            list(response.chunks())
         response.close()
     with pytest.raises(errors.ConnectionFailed, match="stopped"):
         client.get(url, {})
@@ -279,7 +279,7 @@ def request_of(connection):
     return data
 
 
-def test_a_proxy_of_the_environment_is_asked_with_its_login(environment):
+def test_proxy_of_the_environment_is_used_with_its_login(environment):
     requests = []
 
     def proxy(connection):
@@ -289,24 +289,24 @@ def test_a_proxy_of_the_environment_is_asked_with_its_login(environment):
     with served(proxy) as (address, _, _):
         environment.setenv("http_proxy", f"http://us%40er:pass@{address}")
         with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
-            assert got(client, f"http://store.invalid/a?{SECRET}") == b"ok"
+            assert fetch(client, f"http://store.invalid/a?{SECRET}") == b"ok"
     line, *headers = requests[0].decode().split("\r\n")
     assert line == f"GET http://store.invalid/a?{SECRET} HTTP/1.1"
     login = base64.b64encode(b"us@er:pass").decode()
     assert f"proxy-authorization: basic {login}".lower() in [each.lower() for each in headers]
 
 
-def test_a_proxy_that_is_not_there_is_told_without_its_login(environment):
+def test_unreachable_proxy_is_reported_without_its_login(environment):
     environment.setenv("all_proxy", "http://me:c0ffee@127.0.0.1:1")
     with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
         with pytest.raises(
             TransferInterrupted, match=r"no connection to store\.invalid through .*: .*refused"
-        ) as told:
+        ) as raised:
             client.get("http://store.invalid/a", {})
-        assert "c0ffee" not in str(told.value)
+        assert "c0ffee" not in str(raised.value)
 
 
-def test_certificates_that_cannot_be_read_are_told(environment, tmp_path):
+def test_unreadable_certificate_file_is_reported(environment, tmp_path):
     environment.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
     with (
         ObjectStoreClient(Telemetry(), timeout_s=3) as client,
@@ -315,7 +315,7 @@ def test_certificates_that_cannot_be_read_are_told(environment, tmp_path):
         client.get("https://127.0.0.1:1/", {})
 
 
-def test_a_mount_starts_without_what_fetches_weights():
+def test_app_import_does_not_import_urllib3():
     script = "import sys, tinkerfs.app; print('urllib3' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
@@ -323,23 +323,23 @@ def test_a_mount_starts_without_what_fetches_weights():
     assert done.stdout == "False\n"
 
 
-def test_nothing_is_asked_once_it_is_closed_also_while_the_first_is_got_ready(monkeypatch):
-    made = ObjectStoreClient._made
+def test_client_closed_during_setup_sends_no_request(monkeypatch):
+    made = ObjectStoreClient._get_pools
 
-    def closed_meanwhile(client):
+    def close_during_setup(client):
         pools = made(client)
         client.close()
         return pools
 
-    monkeypatch.setattr(ObjectStoreClient, "_made", closed_meanwhile)
+    monkeypatch.setattr(ObjectStoreClient, "_get_pools", close_during_setup)
     telemetry = Telemetry()
     client = ObjectStoreClient(telemetry, timeout_s=3)
     with pytest.raises(errors.ConnectionFailed, match="stopped"):
         client.get("http://127.0.0.1:1/", {})
-    assert telemetry.snapshot()["calls"] == {}
+    assert telemetry.snapshot()["api_requests"] == {}
 
 
-def test_what_fetches_weights_and_is_gone_by_then_is_told(monkeypatch):
+def test_missing_pools_module_is_reported_with_a_hint(monkeypatch):
     monkeypatch.setitem(sys.modules, "tinkerfs.weights.pools", None)
     with (
         ObjectStoreClient(Telemetry(), timeout_s=3) as client,

@@ -1,4 +1,4 @@
-"""Copies into directories that others write to, and onto file systems that lack something."""
+"""Exports to directories that other users can write to, and to limited file systems."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ ZEROS = bytes(len(DATA))
 
 @dataclass
 class File:
-    """Stands for weights that are there."""
+    """Fake weights with all bytes available."""
 
     data: bytes = DATA
     key: str = "version 1"
@@ -30,52 +30,52 @@ class File:
     def size_bytes(self):
         return len(self.data)
 
-    def read_into(self, buffer, offset, call):
-        assert call is BACKGROUND_CONTEXT
-        piece = self.data[offset : offset + len(buffer)]
-        buffer[: len(piece)] = piece
-        self.read_bytes += len(piece)
-        return len(piece)
+    def read_into(self, buffer, offset, ctx):
+        assert ctx is BACKGROUND_CONTEXT
+        chunk = self.data[offset : offset + len(buffer)]
+        buffer[: len(chunk)] = chunk
+        self.read_bytes += len(chunk)
+        return len(chunk)
 
 
-def target(folder, name="file", destination=None, **fields):
-    return ExportedFile(destination or Destination(str(folder)), name, File(**fields), name)
+def target(directory, name="file", destination=None, **fields):
+    return ExportedFile(destination or Destination(str(directory)), name, File(**fields), name)
 
 
-def copy(folder, name="file", **fields):
-    """Copy; return how many bytes were read for it."""
-    made = target(folder, name, **fields)
+def copy(directory, name="file", **fields):
+    """Copy a file; return how many bytes were read for it."""
+    made = target(directory, name, **fields)
     for _ in made.copy(0o644, BACKGROUND_CONTEXT):
         pass
     return made.file.read_bytes
 
 
-def partial(folder, name="file", **fields):
-    """The name of the partial file, from a copy that was broken off after 1 MiB."""
-    next(target(folder, name, **fields).copy(0o644, BACKGROUND_CONTEXT))
-    [found] = (folder / name).parent.glob(".*.partial")
+def partial(directory, name="file", **fields):
+    """Return the path of the partial file of a copy that was interrupted after 1 MiB."""
+    next(target(directory, name, **fields).copy(0o644, BACKGROUND_CONTEXT))
+    [found] = (directory / name).parent.glob(".*.partial")
     return found
 
 
 def within(seconds, work):
-    """Do something on a thread that may wait for ever, and return whether it ended."""
+    """Run a function that may block on a thread; return whether it ended in time."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
     return not thread.is_alive()
 
 
-def test_copy_goes_on_in_its_partial_file(tmp_path):
-    begun = partial(tmp_path)
-    assert begun.stat().st_size == 1 << 20
+def test_copy_resumes_its_partial_file(tmp_path):
+    partial_path = partial(tmp_path)
+    assert partial_path.stat().st_size == 1 << 20
     assert target(tmp_path).resumable_bytes() == 1 << 20
     assert copy(tmp_path) == len(DATA) - (1 << 20)
     assert (tmp_path / "file").read_bytes() == DATA
-    assert target(tmp_path).is_whole()
+    assert target(tmp_path).is_complete()
     assert sorted(os.listdir(tmp_path)) == [".tinkerfs-get", "file"]
 
 
-def plant(path, data=ZEROS, mode=0o600):
+def write_file(path, data=ZEROS, mode=0o600):
     path.unlink(missing_ok=True)
     path.write_bytes(data)
     path.chmod(mode)
@@ -87,11 +87,11 @@ def chown(path):
 
 
 def owned_by_another(path, _elsewhere):
-    chown(plant(path))
+    chown(write_file(path))
 
 
 def writable_by_others(path, _elsewhere):
-    plant(path, mode=0o666)
+    write_file(path, mode=0o666)
 
 
 def linked_twice(path, elsewhere):
@@ -110,24 +110,24 @@ def a_fifo(path, _elsewhere):
 
 
 @pytest.mark.parametrize(
-    "plant_at", [owned_by_another, writable_by_others, linked_twice, a_symlink, a_fifo]
+    "prepare", [owned_by_another, writable_by_others, linked_twice, a_symlink, a_fifo]
 )
-def test_partial_of_another_origin_is_not_used(tmp_path, needs_root, plant_at):
-    folder, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    folder.mkdir()
+def test_untrusted_partial_is_not_used(tmp_path, needs_root, prepare):
+    directory, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    directory.mkdir()
     elsewhere.write_bytes(ZEROS)
-    plant_at(partial(folder), elsewhere)
-    assert within(10, lambda: copy(folder))
-    assert (folder / "file").read_bytes() == DATA
+    prepare(partial(directory), elsewhere)
+    assert within(10, lambda: copy(directory))
+    assert (directory / "file").read_bytes() == DATA
     assert elsewhere.read_bytes() == ZEROS
-    assert (folder / "file").stat().st_nlink == 1
-    assert sorted(os.listdir(folder)) == [".tinkerfs-get", "file"]
+    assert (directory / "file").stat().st_nlink == 1
+    assert sorted(os.listdir(directory)) == [".tinkerfs-get", "file"]
 
 
 def test_partial_that_is_a_directory_is_an_error(tmp_path):
-    begun = partial(tmp_path)
-    begun.unlink()
-    begun.mkdir()
+    partial_path = partial(tmp_path)
+    partial_path.unlink()
+    partial_path.mkdir()
     with pytest.raises(OSError) as raised:  # noqa: PT011  (the kernel's words)
         copy(tmp_path)
     assert raised.value.errno == errno.EISDIR
@@ -135,16 +135,16 @@ def test_partial_that_is_a_directory_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["sub/file", "sub/deep/file"])
 def test_symlink_for_a_directory_is_not_followed(tmp_path, name):
-    folder, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    for each in (folder, elsewhere, elsewhere / "deep"):
+    directory, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for each in (directory, elsewhere, elsewhere / "deep"):
         each.mkdir()
-    (folder / "sub").symlink_to(elsewhere)
+    (directory / "sub").symlink_to(elsewhere)
     (elsewhere / name.removeprefix("sub/")).write_bytes(b"mine")
     with pytest.raises(NotADirectoryError):
-        target(folder, name).exists()
+        target(directory, name).exists()
     with pytest.raises(NotADirectoryError, match="'sub' is not a directory, or is a symbolic"):
-        copy(folder, name)
-    assert not target(folder, name).is_whole()
+        copy(directory, name)
+    assert not target(directory, name).is_complete()
     assert (elsewhere / name.removeprefix("sub/")).read_bytes() == b"mine"
     assert len(list(elsewhere.rglob("*"))) == 2
 
@@ -159,13 +159,13 @@ def test_symlink_for_the_file_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "symlink", "directory", "stranger"])
-def test_record_of_another_origin_is_not_used(tmp_path, needs_root, kind):
-    folder, record = tmp_path / "out", tmp_path / "out" / ".tinkerfs-get"
-    copy(folder)
-    told = record.read_bytes()
+def test_untrusted_record_is_not_used(tmp_path, needs_root, kind):
+    directory, record = tmp_path / "out", tmp_path / "out" / ".tinkerfs-get"
+    copy(directory)
+    recorded = record.read_bytes()
     record.unlink()
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_bytes(told)
+    elsewhere.write_bytes(recorded)
     if kind == "fifo":
         os.mkfifo(record)
     elif kind == "symlink":
@@ -173,36 +173,36 @@ def test_record_of_another_origin_is_not_used(tmp_path, needs_root, kind):
     elif kind == "directory":
         record.mkdir()
     else:
-        chown(plant(record, told))
+        chown(write_file(record, recorded))
     whole = []
-    assert within(10, lambda: whole.append(target(folder).is_whole()))
+    assert within(10, lambda: whole.append(target(directory).is_complete()))
     assert whole == [False]
-    assert within(10, lambda: copy(folder, "other"))
-    assert (folder / "other").read_bytes() == DATA
-    assert elsewhere.read_bytes() == told
-    assert kind != "stranger" or record.read_bytes() == told
+    assert within(10, lambda: copy(directory, "other"))
+    assert (directory / "other").read_bytes() == DATA
+    assert elsewhere.read_bytes() == recorded
+    assert kind != "stranger" or record.read_bytes() == recorded
 
 
-def test_file_of_another_origin_is_not_whole(tmp_path, needs_root):
+def test_file_of_another_owner_is_not_complete(tmp_path, needs_root):
     copy(tmp_path)
     file = tmp_path / "file"
-    plant(file, mode=0o644)
+    write_file(file, mode=0o644)
     os.utime(file, ns=(MTIME_NS, MTIME_NS))
-    assert target(tmp_path).is_whole(), "what it rests on: length, time and record"
+    assert target(tmp_path).is_complete(), "length, time and record agree"
     chown(file)
-    assert not target(tmp_path).is_whole()
+    assert not target(tmp_path).is_complete()
 
 
-def test_exchanged_partial_is_an_error(tmp_path):
+def test_replaced_partial_is_an_error(tmp_path):
     steps = target(tmp_path).copy(0o644, BACKGROUND_CONTEXT)
     next(steps)
-    [begun] = tmp_path.glob(".*.partial")
-    plant(begun)
-    with pytest.raises(OSError, match="exchanged"):
+    [partial_path] = tmp_path.glob(".*.partial")
+    write_file(partial_path)
+    with pytest.raises(OSError, match="replaced"):
         list(steps)
 
 
-def test_partials_of_others_stay(tmp_path, needs_root):
+def test_partials_of_other_users_are_not_removed(tmp_path, needs_root):
     other = partial(tmp_path, key="version 0")
     chown(other)
     copy(tmp_path)

@@ -1,4 +1,4 @@
-"""Whatever network and store do: the right bytes or an error, in bounded time; no wrong byte."""
+"""Faults of network and store: correct bytes or an error, in bounded time."""
 
 import random
 import threading
@@ -19,23 +19,23 @@ pytestmark = pytest.mark.expect_warnings(r"telemetry")
 
 
 def sequential(file):
-    data, at = bytearray(), 0
-    while piece := file.read(128 * 1024, at, BACKGROUND_CONTEXT):
-        data += piece
-        at += len(piece)
+    data, offset = bytearray(), 0
+    while chunk := file.read(128 * 1024, offset, BACKGROUND_CONTEXT):
+        data += chunk
+        offset += len(chunk)
     return [(0, bytes(data))]
 
 
 def scattered(file):
-    """4 threads that read anywhere, each as far as it comes."""
+    """Read at random offsets from 4 threads."""
     found, failures = [], []
 
     def run(seed):
         rng = random.Random(seed)
         try:
             for _ in range(8):
-                at = rng.randrange(file.size_bytes)
-                found.append((at, file.read(200_000, at, BACKGROUND_CONTEXT)))
+                offset = rng.randrange(file.size_bytes)
+                found.append((offset, file.read(200_000, offset, BACKGROUND_CONTEXT)))
         except (errors.ApiError, OSError) as error:
             failures.append(error)
 
@@ -50,7 +50,7 @@ def scattered(file):
 
 
 def attempt(work):
-    """Return what came of it, and its failure."""
+    """Return the result of a function, or its error; the other one of the pair is empty."""
     try:
         return work(), None
     except (errors.ApiError, OSError) as error:
@@ -58,21 +58,21 @@ def attempt(work):
 
 
 def check(found, expected):
-    for at, data in found:
-        assert data == expected[at : at + len(data)]
+    for offset, data in found:
+        assert data == expected[offset : offset + len(data)]
     assert found
 
 
 @pytest.mark.parametrize(("read", "times"), [(sequential, 1), (scattered, 1), (sequential, None)])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_server, weights_of):
+def test_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=9 * MIB)
     subject = subject_of(server)
     expected = truth(server, subject, NAME)
     mount = weights_of(server, timeout_s=TIMEOUT_S)
-    spoil, outcome = FAULTS[fault]
+    inject, outcome = FAULTS[fault]
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
-        spoil(server, times=times)
+        inject(server, times=times)
         began = time.monotonic()
         found, error = attempt(lambda: read(file))
         if error is None:
@@ -89,7 +89,9 @@ def test_a_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_serv
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("times", [1, None])
-def test_a_fault_of_the_index_is_told_or_made_good(fault, times, demo_server, weights_of):
+def test_fault_during_indexing_gives_an_error_or_the_right_list(
+    fault, times, demo_server, weights_of
+):
     server = demo_server(runs=1, size_bytes=MIB)
     subject = subject_of(server)
     mount = weights_of(server, timeout_s=TIMEOUT_S)
@@ -110,7 +112,7 @@ def test_a_fault_of_the_index_is_told_or_made_good(fault, times, demo_server, we
     if error is None:
         check(found, expected)
         return
-    assert "ETag" in fault, "an ETag that was not there before is another version's"
+    assert "ETag" in fault, "an ETag that appears means another version"
     assert errors.is_stale(error)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         check(sequential(file), expected)

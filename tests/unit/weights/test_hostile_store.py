@@ -1,4 +1,4 @@
-"""A store that lies, or has another version from one request to the next: never a wrong byte."""
+"""Stores with invalid responses, and with versions that change: never a wrong byte."""
 
 import itertools
 import re
@@ -29,7 +29,7 @@ def server():
 
 
 def edited(change, *, has_ranges=True):
-    """Respond with the genuine response, changed; without ranges with the whole file."""
+    """Send the genuine response, edited; without ranges, that for the whole file."""
 
     def step(handler):
         handler.entry.is_range_hidden = not has_ranges
@@ -48,14 +48,14 @@ def without(head, *names):
 
 
 def with_headers(head, *lines):
-    """Return a head with headers, in place of those of the same names."""
+    """Return a head with headers, which replace those of the same names."""
     names = [line.partition(":")[0] for line in lines]
     start = without(head, *names).removesuffix(b"\r\n\r\n")
     return start + "".join(f"\r\n{line}" for line in lines).encode() + b"\r\n\r\n"
 
 
 def short(head):
-    """Return a head whose Content-Range ends after 1000 bytes."""
+    """Return a head with a Content-Range that ends after 1000 bytes."""
     return re.sub(
         rb"(Content-Range: bytes )(\d+)-\d+",
         lambda found: b"%s%s-%d" % (found[1], found[2], int(found[2]) + 999),
@@ -64,10 +64,10 @@ def short(head):
 
 
 def in_chunks(head, body, *lines):
-    """Return a response in chunks, without a length unless a line has one."""
+    """Return a chunked response, without a length unless one of the lines states it."""
     chunks = b"".join(
-        b"%x\r\n%s\r\n" % (len(piece), piece)
-        for piece in (body[at : at + 100_000] for at in range(0, len(body), 100_000))
+        b"%x\r\n%s\r\n" % (len(chunk), chunk)
+        for chunk in (body[at : at + 100_000] for at in range(0, len(body), 100_000))
     )
     head = without(head, "Content-Length")
     return with_headers(head, "Transfer-Encoding: chunked", *lines) + chunks + b"0\r\n\r\n"
@@ -85,7 +85,7 @@ def expected_of(server):
     return truth(server, subject_of(server), NAME)
 
 
-LIES = {
+INVALID = {
     "a body longer than its Content-Range": lambda head, body: (in_chunks(short(head), body),),
     "surplus after a true Content-Range": lambda head, body: (in_chunks(head, body + b"x"),),
     "a whole part of surplus": lambda head, body: (in_chunks(head, body + body),),
@@ -129,43 +129,43 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_read_of_a_response_that_lies_once_is_right(server, weights_of, lie):
+@pytest.mark.parametrize("case", INVALID)
+def test_read_of_a_response_invalid_once_is_correct(server, weights_of, case):
     mount = weights_of(server, timeout_s=10)
     with open_in(mount, server) as file:
-        server.on("store", edited(LIES[lie]), times=1)
+        server.on("store", edited(INVALID[case]), times=1)
         try:
             found = read(file)
-        except errors.ClientError:  # which no other try makes good
-            assert lie == "101"
+        except errors.ClientError:  # the only case that is not retried
+            assert case == "101"
             found = read(file)
         assert found == expected_of(server)
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_read_of_a_response_that_always_lies_fails(server, weights_of, lie, monkeypatch):
+@pytest.mark.parametrize("case", INVALID)
+def test_read_of_a_response_always_invalid_fails(server, weights_of, case, monkeypatch):
     monkeypatch.setattr("tinkerfs.weights.retry.BACKOFF_S", (0.001, 0.01))
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     with open_in(mount, server) as file:
-        rule = server.on("store", edited(LIES[lie]), times=None)
+        rule = server.on("store", edited(INVALID[case]), times=None)
         with pytest.raises((errors.ApiError, OSError)):
             file.read(MIB, 5 * MIB, BACKGROUND_CONTEXT)
         rule.remove()
-        assert read(file) == expected_of(server), "nothing of it was cached"
+        assert read(file) == expected_of(server), "nothing invalid was cached"
 
 
 @pytest.mark.parametrize("length", ["1", "99999999999"])
-def test_read_beside_chunks_ignores_content_length(server, weights_of, length):
+def test_read_of_a_chunked_body_ignores_content_length(server, weights_of, length):
     mount = weights_of(server, timeout_s=10)
     edit = edited(lambda head, body: (in_chunks(head, body, f"Content-Length: {length}"),))
     with open_in(mount, server) as file:
         server.on("store", edit, times=None)
         server.journal.clear()
         assert read(file) == expected_of(server)
-        assert server.journal.count("GET store/archive") <= 3, "each response was usable"
+        assert server.journal.count("GET store/archive") <= 3, "each response was valid"
 
 
-HOLDING = {
+STALLING = {
     "head": [drip(b"HTTP/1.1 206 Partial\r\n" * 99)],
     "interim responses": [drip(b"HTTP/1.1 100 Continue\r\n\r\n" * 99)],
     "chunk size": [b"HTTP/1.1 206 P\r\nTransfer-Encoding: chunked\r\n\r\n", drip(b"0" * 999)],
@@ -173,11 +173,11 @@ HOLDING = {
 }
 
 
-@pytest.mark.parametrize("how", HOLDING)
-def test_read_of_a_store_that_holds_on_ends_in_time(server, weights_of, how):
+@pytest.mark.parametrize("case", STALLING)
+def test_read_of_a_stalling_store_ends_in_time(server, weights_of, case):
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     with open_in(mount, server) as file:
-        rule = server.on("store", *HOLDING[how], times=None)
+        rule = server.on("store", *STALLING[case], times=None)
         began = time.monotonic()
         with pytest.raises((errors.RequestTimeout, errors.ConnectionFailed, errors.ProtocolError)):
             file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
@@ -185,10 +185,10 @@ def test_read_of_a_store_that_holds_on_ends_in_time(server, weights_of, how):
         rule.remove()
         began = time.monotonic()
         assert file.read(9, 5 * MIB, BACKGROUND_CONTEXT) == expected_of(server)[5 * MIB :][:9]
-        assert time.monotonic() - began < 10 * TIMEOUT_S, "no one joins what is dead"
+        assert time.monotonic() - began < 10 * TIMEOUT_S, "no reader joins the dead request"
 
 
-def test_read_rides_out_a_name_that_is_unknown_for_a_moment(server, weights_of):
+def test_read_survives_a_short_dns_failure(server, weights_of):
     mount = weights_of(server, timeout_s=20)
     away = b"HTTP/1.1 302 Found\r\nLocation: http://nothing.invalid/\r\nContent-Length: 0\r\n\r\n"
     with open_in(mount, server) as file:
@@ -196,35 +196,35 @@ def test_read_rides_out_a_name_that_is_unknown_for_a_moment(server, weights_of):
         assert read(file) == expected_of(server)
 
 
-def test_read_rides_out_a_store_that_refuses_for_a_moment(server, weights_of):
+def test_read_survives_a_short_store_outage(server, weights_of):
     mount = weights_of(server, timeout_s=20)
     with open_in(mount, server) as file:
         server.stop_listening("store")
         server.drop_connections()
         reading = run_in_thread(lambda: read(file), "reader")
         refused = mount.telemetry
-        while refused.snapshot()["calls"]["GET store"].get("failed", 0) < 4:
+        while refused.snapshot()["api_requests"]["GET store"].get("failed", 0) < 4:
             time.sleep(0.01)
         server.resume_listening()
         assert reading.result(30) == expected_of(server)
 
 
-def test_read_rides_out_an_api_that_refuses_for_a_moment(server, weights_of):
+def test_read_survives_a_short_api_outage(server, weights_of):
     mount = weights_of(server, timeout_s=20)
     with open_in(mount, server) as file:
-        mount.weights._archives.forget()  # as where a URL expired
+        mount.weights._url_cache.clear()  # as if the URL had expired
         server.stop_listening("api", "store")
         server.drop_connections()
-        calls = mount.telemetry.snapshot()["calls_total"]
+        calls = mount.telemetry.snapshot()["api_requests_total"]
         reading = run_in_thread(lambda: read(file), "reader")
-        while mount.telemetry.snapshot()["calls_total"] < calls + 5:
+        while mount.telemetry.snapshot()["api_requests_total"] < calls + 5:
             assert not reading.done(), reading.exception()
             time.sleep(0.01)
         server.resume_listening()
         assert reading.result(30) == expected_of(server)
 
 
-def test_read_of_a_store_that_stays_away_fails_in_time(server, weights_of):
+def test_read_of_an_unreachable_store_fails_in_time(server, weights_of):
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     with open_in(mount, server) as file:
         server.stop_listening("store")
@@ -242,7 +242,7 @@ VALIDATORS = ("ETag", "Last-Modified")
 
 
 def bare(head, body):
-    """A response without validators."""
+    """Remove the validators of a response."""
     return (without(head, *VALIDATORS) + body,)
 
 
@@ -266,7 +266,7 @@ def read_or_stale(file):
 
 
 def read_in_the_end(mount, server, file=None):
-    """Read in an open file; after ESTALE in one that is opened then. Never a wrong byte.
+    """Read an open file; after ESTALE, read it again after reopening it. Check the bytes.
 
     Returns:
         whether it was stale first.
@@ -283,7 +283,7 @@ def read_in_the_end(mount, server, file=None):
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_pass_resumed_in_another_version_starts_again(server, weights_of, is_chunked):
+def test_full_scan_resumed_in_another_version_restarts(server, weights_of, is_chunked):
     def cut(head, body):
         save_again(server)
         head = without(head, *VALIDATORS)
@@ -293,16 +293,16 @@ def test_pass_resumed_in_another_version_starts_again(server, weights_of, is_chu
     server.on("store", edited(cut, has_ranges=False), times=1)
     server.on("store", edited(bare, has_ranges=False), times=None)
     mount = weights_of(server, timeout_s=10)
-    assert not read_in_the_end(mount, server), "nothing of the first version was given out"
+    assert not read_in_the_end(mount, server), "no byte of the first version was returned"
 
 
 @pytest.mark.parametrize("has_cache", [False, True])
-def test_pass_over_blocks_of_another_version_is_stale(server, weights_of, has_cache):
+def test_full_scan_over_blocks_of_another_version_is_stale(server, weights_of, has_cache):
     server.on("store", edited(bare, has_ranges=False), times=None)
     mount = weights_of(server, timeout_s=10, limit_bytes=(1 << 30) * has_cache)
     with open_in(mount, server) as file:
         for index in (0, 2):
-            for path in mount.cache.folder.glob(f"*/{index}"):
+            for path in mount.cache.directory.glob(f"*/{index}"):
                 path.unlink()
         save_again(server)
         assert read_in_the_end(mount, server, file)
@@ -311,14 +311,14 @@ def test_pass_over_blocks_of_another_version_is_stale(server, weights_of, has_ca
 def test_blocks_of_another_version_on_disk_are_fetched_again(server, weights_of):
     server.on("store", edited(bare, has_ranges=False), times=None)
     with open_in(weights_of(server), server) as file:
-        old = {path: path.read_bytes() for path in weights_of(server).cache.folder.glob("*/1")}
+        old = {path: path.read_bytes() for path in weights_of(server).cache.directory.glob("*/1")}
         assert old
         assert read(file) == expected_of(server)
     save_again(server)
     mount = weights_of(server)
-    mount.weights.forget(subject_of(server))
+    mount.weights.invalidate(subject_of(server))
     with open_in(mount, server) as file:
-        for path, data in old.items():  # as where the cache refused a newer block
+        for path, data in old.items():  # as if the cache had rejected a newer block
             path.write_bytes(data)
         assert read(file) == expected_of(server)
 
@@ -358,7 +358,7 @@ def test_part_of_a_block_of_another_version_is_stale(server, weights_of):
         failing = server.on("store", b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", times=None)
         with pytest.raises(errors.ServerError):
             file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
-        assert list(mount.cache.folder.glob("*/.*.part"))
+        assert list(mount.cache.directory.glob("*/.*.part"))
         failing.remove()
         server.on("store", edited(bare), times=None)
         save_again(server)
@@ -377,7 +377,7 @@ def test_etag_that_appears_is_another_version(server, weights_of):
         assert read_in_the_end(mount, server, file)
 
 
-def test_etag_that_is_weak_now_and_then_is_the_same(server, weights_of):
+def test_etag_that_is_weak_at_times_is_the_same(server, weights_of):
     is_weak = itertools.cycle([False, True])
 
     def toggle(head, body):
@@ -390,14 +390,14 @@ def test_etag_that_is_weak_now_and_then_is_the_same(server, weights_of):
 
 
 def by_edge(count, save=lambda edge: None):
-    """Responses of servers that take turns, and each give an ETag of their own."""
+    """Send responses of several servers in turn, each with its own ETag."""
     edges = itertools.cycle(range(count))
 
     def step(handler):
         edge = next(edges)
         save(edge)
-        asked = handler.entry.headers.get("if-range")
-        handler.entry.is_range_hidden = asked is not None and asked != f'"edge {edge}"'
+        if_range = handler.entry.headers.get("if-range")
+        handler.entry.is_range_hidden = if_range is not None and if_range != f'"edge {edge}"'
         handler.entry.headers.pop("if-range", None)
         genuine(lambda head, body: (with_headers(head, f'ETag: "edge {edge}"') + body,))(handler)
 
@@ -409,11 +409,11 @@ def test_etags_that_differ_by_server_are_the_same_version(server, weights_of, co
     server.on("store", by_edge(count), times=None)
     mount = weights_of(server, timeout_s=10)
     assert not read_in_the_end(mount, server)
-    for path in mount.cache.folder.glob("*/[0-9]*"):
+    for path in mount.cache.directory.glob("*/[0-9]*"):
         path.unlink()
-    assert not read_in_the_end(weights_of(server, timeout_s=10), server), "without a cached byte"
+    assert not read_in_the_end(weights_of(server, timeout_s=10), server), "without cached bytes"
     received = mount.telemetry.snapshot()["counters"]["bytes_received"]
-    assert received < 1.2 * SIZE_BYTES, "no part costs the whole file"
+    assert received < 1.2 * SIZE_BYTES, "no range costs the whole file"
 
 
 def test_etags_that_differ_by_server_and_version_are_stale(server, weights_of):
@@ -430,7 +430,7 @@ def test_etags_that_differ_by_server_and_version_are_stale(server, weights_of):
     server.on("store", by_edge(2, save), times=None)
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     for _ in range(4):
-        # The index fails too where none of them counts.
+        # Indexing fails too if it meets both versions.
         with suppress(errors.ProtocolError, OSError), open_in(mount, server) as file:
             assert read_or_stale(file) in (*versions, None)
 
@@ -438,26 +438,26 @@ def test_etags_that_differ_by_server_and_version_are_stale(server, weights_of):
 # --- no length -----------------------------------------------------------------------------------
 
 
-def lengthless(head, body):
+def without_length(head, body):
     return (in_chunks(head, body),)
 
 
 def test_archive_in_chunks_without_a_length_is_read(server, weights_of):
     cut = edited(lambda head, body: (in_chunks(head, body)[: 5 * MIB], reset), has_ranges=False)
     server.on("store", cut, times=1)
-    server.on("store", edited(lengthless, has_ranges=False), times=None)
+    server.on("store", edited(without_length, has_ranges=False), times=None)
     mount = weights_of(server, timeout_s=10)
     assert not read_in_the_end(mount, server)
     requests = server.journal.count("GET store/archive")
-    assert requests == 2, "what the index took is cached"
-    for path in mount.cache.folder.glob("*/[0-9]*"):
+    assert requests == 2, "what indexing downloaded is cached"
+    for path in mount.cache.directory.glob("*/[0-9]*"):
         path.unlink()
     assert not read_in_the_end(mount, server)
-    assert server.journal.count("GET store/archive") <= requests + 3, "one for each block"
+    assert server.journal.count("GET store/archive") <= requests + 3, "one per block"
 
 
 def test_archive_tar_in_chunks_without_a_length_is_read(server, weights_of):
-    server.on("store", edited(lengthless, has_ranges=False), times=None)
+    server.on("store", edited(without_length, has_ranges=False), times=None)
     subject = subject_of(server)
     archive = server.archive(subject.ref.run_id, subject.ref.path_id)
     with weights_of(server, timeout_s=10).weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
@@ -465,8 +465,8 @@ def test_archive_tar_in_chunks_without_a_length_is_read(server, weights_of):
         assert read(file) == archive.read(0, archive.size_bytes)
 
 
-def test_archive_that_ends_with_the_connection_is_refused(server, weights_of):
-    """Whether all of it came cannot be told."""
+def test_archive_that_ends_with_the_connection_is_rejected(server, weights_of):
+    """Nothing shows whether such a body is complete."""
     cut = edited(
         lambda head, body: (without(head, "Content-Length") + body, close), has_ranges=False
     )
@@ -477,7 +477,7 @@ def test_archive_that_ends_with_the_connection_is_refused(server, weights_of):
 
 
 def test_external_files_in_chunks_without_a_length_are_read(server, weights_of):
-    server.on("store", edited(lengthless, has_ranges=False), times=None)
+    server.on("store", edited(without_length, has_ranges=False), times=None)
     subject = subject_of(server, "external_weights")
     mount = weights_of(server, timeout_s=10)
     members = mount.weights.files(subject, BACKGROUND_CONTEXT).members
@@ -489,9 +489,9 @@ def test_external_files_in_chunks_without_a_length_are_read(server, weights_of):
 
 def test_redirect_to_another_origin_carries_no_key(server, weights_of):
     with HostileServer(runs=1) as other:
-        place = f"{other.store_url}/elsewhere?X-Signature=c0ffee"
+        location = f"{other.store_url}/elsewhere?X-Signature=c0ffee"
         server.on(
-            "store", f"HTTP/1.1 307 X\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode()
+            "store", f"HTTP/1.1 307 X\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
         )
         mount = weights_of(server, timeout_s=10)
         assert not read_in_the_end(mount, server)

@@ -1,4 +1,4 @@
-"""Mounts that share a cache: one fetch of a block among them, and a killed one harms nobody."""
+"""Mounts that share a cache: one download per block, and no damage by killed processes."""
 
 import os
 import random
@@ -18,24 +18,24 @@ import sys
 from pathlib import Path
 from tests.unit.weights.conftest import weights_in
 from tinkerfs.api.checkpoint_ids import CheckpointRef
-from tinkerfs.context import IN_PROCESS
-from tinkerfs.weights.subject import Subject
-folder, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]
-ref = CheckpointRef(run, checkpoint, checkpoint, is_known=True)
-subject = Subject(base_url, (run, checkpoint, float(time_s)), ref, "/x", 0)
-with weights_in(Path(folder), base_url, api_key) as mount:
-    with mount.weights.open(subject, "adapter_model.safetensors", IN_PROCESS) as file:
+from tinkerfs.context import BACKGROUND_CONTEXT
+from tinkerfs.weights.checkpoint_version import CheckpointVersion
+directory, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]
+ref = CheckpointRef(run, checkpoint, checkpoint, exists=True)
+subject = CheckpointVersion(base_url, (run, checkpoint, float(time_s)), ref, "/x", 0)
+with weights_in(Path(directory), base_url, api_key) as mount:
+    with mount.weights.open(subject, "adapter_model.safetensors", BACKGROUND_CONTEXT) as file:
         print("open", flush=True)
         sys.stdin.readline()
         data, at = bytearray(), 0
-        while piece := file.read(131072, len(data), IN_PROCESS):
-            data += piece
+        while chunk := file.read(131072, len(data), BACKGROUND_CONTEXT):
+            data += chunk
         sys.stdout.buffer.write(data)
 """
 
 
-def reader(server, folder, subject):
-    arguments = [str(each) for each in (folder, server.base_url, server.api_key, *subject.key)]
+def reader(server, directory, subject):
+    arguments = [str(each) for each in (directory, server.base_url, server.api_key, *subject.key)]
     return subprocess.Popen(
         [sys.executable, "-c", READER, *arguments],
         stdin=subprocess.PIPE,
@@ -60,7 +60,7 @@ def test_processes_fetch_each_block_once_between_them(demo_server, tmp_path):
     assert len(ranges) == len(set(ranges)) == 6
 
 
-def test_readers_that_are_killed_leave_no_wrong_byte(demo_server, tmp_path, weights_of):
+def test_killed_readers_leave_only_valid_blocks(demo_server, tmp_path, weights_of):
     server = demo_server(runs=1, size_bytes=40 * MIB)
     subject, rng = subject_of(server), random.Random(0)
     expected = truth(server, subject, NAME)
@@ -73,8 +73,8 @@ def test_readers_that_are_killed_leave_no_wrong_byte(demo_server, tmp_path, weig
         os.kill(killed.pid, signal.SIGKILL)
         killed.communicate()
     mount = weights_of(server)
-    kept = mount.weights.cached_bytes(subject, NAME)
+    cached_bytes = mount.weights.cached_bytes(subject, NAME)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         assert file.read(len(expected), 0, BACKGROUND_CONTEXT) == expected
-    assert kept > 0
+    assert cached_bytes > 0
     assert "altered" not in mount.telemetry.errors_text()

@@ -1,4 +1,4 @@
-"""The weights of checkpoints as files: what is shown, what it costs, what is kept."""
+"""The weights reader: what is listed, how many requests it takes, what is cached."""
 
 import dataclasses
 import json
@@ -27,16 +27,16 @@ NAME = "adapter_model.safetensors"
 ARCHIVE, URL = "GET store/archive", "GET archive"
 
 
-def whole(file, step=MIB):
+def read_all(file, step=MIB):
     data = bytearray()
-    while piece := file.read(step, len(data), BACKGROUND_CONTEXT):
-        data += piece
+    while chunk := file.read(step, len(data), BACKGROUND_CONTEXT):
+        data += chunk
     return bytes(data)
 
 
 def read(mount, subject, name=NAME):
     with mount.weights.open(subject, name, BACKGROUND_CONTEXT) as file:
-        return whole(file)
+        return read_all(file)
 
 
 def checkpoint_of(server, subject):
@@ -59,7 +59,7 @@ def small(demo_server):
     return demo_server(runs=1, size_bytes=20 * MIB)
 
 
-def test_the_index_of_a_plain_tar_takes_two_requests_once_for_all_mounts(demo_server, weights_of):
+def test_index_of_plain_tar_takes_two_requests_for_all_mounts(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=1 << 30)
     subject, mount = subject_of(server), weights_of(server)
     assert mount.weights.cached_files(subject) is None
@@ -71,15 +71,15 @@ def test_the_index_of_a_plain_tar_takes_two_requests_once_for_all_mounts(demo_se
     assert sent_bytes(server) < MIB
     later = weights_of(server)
     assert later.weights.cached_files(subject) == later.weights.files(subject, BACKGROUND_CONTEXT)
-    assert later.weights.archive_bytes(subject) == server.archive(*ids(subject)).size_bytes
+    assert later.weights.archive_bytes(subject) == server.archive(*ids_of(subject)).size_bytes
     assert server.journal.endpoints() == {URL: 1, ARCHIVE: 2}
 
 
-def ids(subject):
+def ids_of(subject):
     return subject.ref.run_id, subject.ref.path_id
 
 
-def test_the_header_of_a_large_file_costs_little(demo_server, weights_of):
+def test_header_of_large_file_costs_few_bytes(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=5 << 30)
     subject, mount = subject_of(server), weights_of(server)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
@@ -90,9 +90,7 @@ def test_the_header_of_a_large_file_costs_little(demo_server, weights_of):
 
 
 @pytest.mark.parametrize("is_remounted", [False, True])
-def test_one_tensor_of_a_large_file_costs_little_more_than_itself(
-    demo_server, weights_of, is_remounted
-):
+def test_tensor_of_large_file_costs_at_most_two_blocks_more(demo_server, weights_of, is_remounted):
     server = demo_server(runs=1, size_bytes=1_000_000_000)
     subject, mount = subject_of(server), weights_of(server)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
@@ -106,11 +104,11 @@ def test_one_tensor_of_a_large_file_costs_little_more_than_itself(
             for offset in range(begin, end, 256 * 1024):
                 reader.read(min(256 * 1024, end - offset), 8 + length + offset, BACKGROUND_CONTEXT)
     assert end - begin > 40_000_000
-    # It begins within a block, and ends within one.
+    # The tensor begins and ends within a block.
     assert end - begin <= sent_bytes(server) <= end - begin + 2 * BLOCK_BYTES
 
 
-def test_what_was_read_once_is_fetched_by_no_later_mount(small, weights_of):
+def test_later_mount_reads_from_the_cache(small, weights_of):
     subject = subject_of(small)
     mount = weights_of(small)
     assert read(mount, subject) == truth(small, subject, NAME)
@@ -120,26 +118,26 @@ def test_what_was_read_once_is_fetched_by_no_later_mount(small, weights_of):
     small.journal.clear()
     later = weights_of(small)
     assert later.weights.cached_bytes(subject, NAME) == len(truth(small, subject, NAME))
-    for name in small.files(*ids(subject)):
+    for name in small.files(*ids_of(subject)):
         assert read(later, subject, name) == truth(small, subject, name)
     assert small.journal.count() == 0
 
 
-def test_the_archive_itself_is_a_file(small, weights_of):
+def test_archive_can_be_read_as_a_file(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     assert mount.weights.archive_bytes(subject) is None
     with mount.weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
-        assert file.size_bytes == small.archive(*ids(subject)).size_bytes
-        assert whole(file) == small.archive(*ids(subject)).read(0, file.size_bytes)
+        assert file.size_bytes == small.archive(*ids_of(subject)).size_bytes
+        assert read_all(file) == small.archive(*ids_of(subject)).read(0, file.size_bytes)
     count = small.journal.count(ARCHIVE)
     assert weights_of(small).weights.archive_bytes(subject) == file.size_bytes
     assert read(mount, subject) == truth(small, subject, NAME)
-    assert small.journal.count(ARCHIVE) == count + 2  # the index: the blocks are there
+    assert small.journal.count(ARCHIVE) == count + 2  # only the index, as the blocks are cached
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(reads=st.lists(st.tuples(st.integers(0, 21 * MIB), st.integers(1, 6 * MIB)), max_size=6))
-def test_every_read_is_a_slice(reads, module_mount):
+def test_any_read_returns_a_slice_of_the_file(reads, module_mount):
     file, expected = module_mount
     for offset, size in reads:
         assert file.read(size, offset, BACKGROUND_CONTEXT) == expected[offset : offset + size]
@@ -152,23 +150,23 @@ def module_mount(small, weights_of):
         yield file, truth(small, subject, NAME)
 
 
-# Sources that are not a plain tar with ranges
+# Sources other than a plain tar with ranges
 
 
-def test_a_packed_archive_is_fetched_once_in_sequence(gzip_server, weights_of):
+def test_gzip_archive_is_downloaded_once(gzip_server, weights_of):
     subject, mount = subject_of(gzip_server), weights_of(gzip_server)
     mount.weights.files(subject, BACKGROUND_CONTEXT)
-    packed = gzip_server.archive(*ids(subject)).size_bytes
-    assert sent_bytes(gzip_server) <= packed
+    archive = gzip_server.archive(*ids_of(subject)).size_bytes
+    assert sent_bytes(gzip_server) <= archive
     gzip_server.journal.clear()
-    for name in gzip_server.files(*ids(subject)):
+    for name in gzip_server.files(*ids_of(subject)):
         assert read(weights_of(gzip_server), subject, name) == truth(gzip_server, subject, name)
     assert gzip_server.journal.count() == 0
     with mount.weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
-        assert whole(file) == gzip_server.archive(*ids(subject)).read(0, packed)
+        assert read_all(file) == gzip_server.archive(*ids_of(subject)).read(0, archive)
 
 
-def test_a_packed_archive_that_left_the_cache_is_fetched_again(gzip_server, weights_of):
+def test_gzip_archive_not_cached_is_downloaded_again(gzip_server, weights_of):
     subject, mount = subject_of(gzip_server), weights_of(gzip_server, limit_bytes=0)
     mount.weights.files(subject, BACKGROUND_CONTEXT)
     gzip_server.journal.clear()
@@ -176,7 +174,7 @@ def test_a_packed_archive_that_left_the_cache_is_fetched_again(gzip_server, weig
     assert 1 <= gzip_server.journal.count(ARCHIVE) <= 3
 
 
-def test_a_packed_archive_that_was_altered_on_the_way_is_fetched_again(gzip_server, weights_of):
+def test_gzip_archive_altered_once_is_downloaded_again(gzip_server, weights_of):
     subject, mount = subject_of(gzip_server), weights_of(gzip_server)
     gzip_server.faults.add("store", flip_byte=9_000_000, when=is_large)
     assert read(mount, subject) == truth(gzip_server, subject, NAME)
@@ -187,7 +185,7 @@ def is_large(entry):
     return int(last) - int(first) > 10 * MIB
 
 
-def test_a_packed_archive_that_is_always_altered_is_an_error(gzip_server, weights_of):
+def test_gzip_archive_always_altered_is_an_error(gzip_server, weights_of):
     subject, mount = subject_of(gzip_server), weights_of(gzip_server)
     rule = gzip_server.faults.add("store", flip_byte=9_000_000, when=is_large, times=None)
     with pytest.raises(OSError, match="damaged") as caught:
@@ -195,27 +193,27 @@ def test_a_packed_archive_that_is_always_altered_is_an_error(gzip_server, weight
     assert errors.errno_name(caught.value) == "EIO"
     rule.remove()
     assert read(mount, subject) == truth(gzip_server, subject, NAME)
-    # Later passes are held against what the first one was.
-    subprocess.run(["rm", "-rf", mount.cache.folder], check=True)
+    # Later passes are compared with the digests of the first one.
+    subprocess.run(["rm", "-rf", mount.cache.directory], check=True)
     gzip_server.faults.add("store", flip_byte=9_000_000, when=is_large, times=None)
     with pytest.raises(OSError, match=r"damaged|not what it was"):
         read(weights_of(gzip_server), subject)
 
 
-def test_a_store_without_ranges_is_read_in_one_pass(small, weights_of):
+def test_store_without_ranges_is_read_in_one_pass(small, weights_of):
     small.faults.add("store", ignore_range=True, times=None)
     subject, mount = subject_of(small), weights_of(small)
     mount.weights.files(subject, BACKGROUND_CONTEXT)
     assert small.journal.count(ARCHIVE) == 1
     assert read(mount, subject) == truth(small, subject, NAME)
     assert small.journal.count(ARCHIVE) == 1
-    subprocess.run(["rm", "-rf", mount.cache.folder], check=True)
+    subprocess.run(["rm", "-rf", mount.cache.directory], check=True)
     small.journal.clear()
     assert read(weights_of(small), subject) == truth(small, subject, NAME)
     assert sent_bytes(small) < 3 * 21 * MIB
 
 
-def test_without_ranges_and_without_a_cache_all_is_right_still(small, weights_of):
+def test_store_without_ranges_is_read_without_a_cache(small, weights_of):
     small.faults.add("store", ignore_range=True, times=None)
     subject, mount = subject_of(small), weights_of(small, limit_bytes=0, memory_bytes=8 * MIB)
     expected = truth(small, subject, NAME)
@@ -225,7 +223,7 @@ def test_without_ranges_and_without_a_cache_all_is_right_still(small, weights_of
 
 
 @pytest.mark.parametrize("profile", ["skyrl"])
-def test_other_servers_archives_are_read(profile, demo_server, weights_of):
+def test_archives_of_other_servers_are_read(profile, demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=9 * MIB, profile=profile)
     subject = subject_of(server, "sampler_weights")
     bare = subject.ref.path_id.rpartition("/")[2]
@@ -234,13 +232,13 @@ def test_other_servers_archives_are_read(profile, demo_server, weights_of):
     assert read(mount, subject) == truth(server, subject, NAME)
 
 
-def test_external_weights_are_a_file_each(demo_server, weights_of):
+def test_external_weights_are_listed_as_files(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=9 * MIB)
     subject, mount = subject_of(server, "external_weights"), weights_of(server)
     checkpoint = checkpoint_of(server, subject)
     large = random.Random(0).randbytes(9 * MIB)
     checkpoint.files = {
-        "folder/deep/a.age": Data(b"secret"),
+        "directory/deep/a.age": Data(b"secret"),
         "b.safetensors": Data(large),
         "empty": Data(b""),
         "../outside": Data(b"no"),
@@ -248,7 +246,7 @@ def test_external_weights_are_a_file_each(demo_server, weights_of):
     }
     listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
     sizes = {name: member.size_bytes for name, member in listing.members.items()}
-    assert sizes == {"b.safetensors": 9 * MIB, "empty": 0, "folder/deep/a.age": 6}
+    assert sizes == {"b.safetensors": 9 * MIB, "empty": 0, "directory/deep/a.age": 6}
     assert len(listing.skipped) == 2
     assert "left out" in mount.telemetry.errors_text()
     for name in sizes:
@@ -264,31 +262,31 @@ def test_external_weights_are_a_file_each(demo_server, weights_of):
 # Members of every kind
 
 
-def mounted(server, weights_of, packed):
+def mounted(server, weights_of, archive):
     subject = subject_of(server)
-    checkpoint_of(server, subject).archive = Data(packed)
+    checkpoint_of(server, subject).archive = Data(archive)
     return subject, weights_of(server)
 
 
-def test_every_member_of_a_real_tar_is_what_tar_says(tmp_path, demo_server, weights_of):
-    folder, rng = tmp_path / "files", random.Random(0)
-    (folder / "sub").mkdir(parents=True)
-    with (folder / "sparse").open("wb") as file:
+def test_members_of_a_real_tar_have_the_original_bytes(tmp_path, demo_server, weights_of):
+    directory, rng = tmp_path / "files", random.Random(0)
+    (directory / "sub").mkdir(parents=True)
+    with (directory / "sparse").open("wb") as file:
         file.truncate(10 * MIB)
         for _ in range(20):
             file.seek(rng.randrange(9 * MIB))
             file.write(rng.randbytes(70_000))
-    (folder / ("n" * 200)).write_bytes(b"long")
-    (folder / "sub" / "large").write_bytes(rng.randbytes(5 * MIB))
-    (folder / "hard").hardlink_to(folder / "sub" / "large")
-    (folder / "link").symlink_to("sub/large")
-    command = ["tar", "--sparse", "--format=posix", "-C", folder, "-c", "."]
-    packed = subprocess.run(command, capture_output=True, check=True).stdout
-    subject, mount = mounted(demo_server(runs=1), weights_of, packed)
+    (directory / ("n" * 200)).write_bytes(b"long")
+    (directory / "sub" / "large").write_bytes(rng.randbytes(5 * MIB))
+    (directory / "hard").hardlink_to(directory / "sub" / "large")
+    (directory / "link").symlink_to("sub/large")
+    command = ["tar", "--sparse", "--format=posix", "-C", directory, "-c", "."]
+    archive = subprocess.run(command, capture_output=True, check=True).stdout
+    subject, mount = mounted(demo_server(runs=1), weights_of, archive)
     members = mount.weights.files(subject, BACKGROUND_CONTEXT).members
     assert set(members) == {"sparse", "n" * 200, "sub/large", "hard", "link"}
     for name in members:
-        expected = (folder / name).read_bytes()
+        expected = (directory / name).read_bytes()
         assert read(mount, subject, name) == expected
         with mount.weights.open(subject, name, BACKGROUND_CONTEXT) as file:
             for _ in range(20):
@@ -306,9 +304,9 @@ def test_thousands_of_members_take_few_requests(demo_server, weights_of):
     assert read(mount, subject, "shard/2999") == files[2999][1]
 
 
-def test_what_is_unsafe_is_left_out_and_told(demo_server, weights_of):
-    packed = tar_of(("../up", b"1"), (special("d", tarfile.CHRTYPE), None), ("good", b"2"))
-    subject, mount = mounted(demo_server(runs=1), weights_of, packed)
+def test_unsafe_members_are_skipped_and_reported(demo_server, weights_of):
+    archive = tar_of(("../up", b"1"), (special("d", tarfile.CHRTYPE), None), ("good", b"2"))
+    subject, mount = mounted(demo_server(runs=1), weights_of, archive)
     listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
     assert (set(listing.members), len(listing.skipped)) == ({"good"}, 2)
     assert "'../up'" in mount.telemetry.errors_text()
@@ -317,9 +315,9 @@ def test_what_is_unsafe_is_left_out_and_told(demo_server, weights_of):
 
 
 @pytest.mark.parametrize("cut", [100, 3000, 19_700])
-def test_a_tar_that_ends_early_is_an_error(cut, demo_server, weights_of):
-    packed = tar_of(("a", b"x" * 9000), ("b", b"y" * 9000))
-    subject, mount = mounted(demo_server(runs=1), weights_of, packed[:cut])
+def test_truncated_tar_is_an_error(cut, demo_server, weights_of):
+    archive = tar_of(("a", b"x" * 9000), ("b", b"y" * 9000))
+    subject, mount = mounted(demo_server(runs=1), weights_of, archive[:cut])
     with pytest.raises(OSError, match=r".") as caught:
         mount.weights.files(subject, BACKGROUND_CONTEXT)
     assert errors.errno_name(caught.value) == "EIO"
@@ -328,18 +326,18 @@ def test_a_tar_that_ends_early_is_an_error(cut, demo_server, weights_of):
 # Headers
 
 
-def test_the_tensors_come_from_the_header_alone(demo_server, weights_of):
+def test_tensors_are_read_from_the_header_alone(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=1 << 30)
     subject, mount = subject_of(server), weights_of(server)
     mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
     assert mount.weights.cached_tensors(subject) is None
-    told = json.loads(mount.weights.tensors(subject, BACKGROUND_CONTEXT))
-    content = server.files(*ids(subject))[NAME]
+    document = json.loads(mount.weights.tensors(subject, BACKGROUND_CONTEXT))
+    content = server.files(*ids_of(subject))[NAME]
     length = int.from_bytes(content.read(0, 8), "little")
     header = json.loads(content.read(8, 8 + length))
     del header["__metadata__"]
-    assert {name: each["shape"] for name, each in told["tensors"].items()} == {
+    assert {name: each["shape"] for name, each in document["tensors"].items()} == {
         name: each["shape"] for name, each in header.items()
     }
     assert server.journal.count(ARCHIVE) == 1
@@ -347,7 +345,7 @@ def test_the_tensors_come_from_the_header_alone(demo_server, weights_of):
     assert weights_of(server).weights.cached_tensors(subject) is not None
 
 
-def test_a_long_header_takes_two_requests(demo_server, weights_of):
+def test_long_header_takes_two_requests(demo_server, weights_of):
     tensors = {
         f"layers.{number}.lora_A.weight": {
             "dtype": "U8",
@@ -362,22 +360,22 @@ def test_a_long_header_takes_two_requests(demo_server, weights_of):
     subject, mount = mounted(server, weights_of, tar_of((NAME, data)))
     mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
-    told = json.loads(mount.weights.tensors(subject, BACKGROUND_CONTEXT))
-    assert told["tensors_count"] == 60_000
+    document = json.loads(mount.weights.tensors(subject, BACKGROUND_CONTEXT))
+    assert document["tensors_count"] == 60_000
     assert server.journal.count(ARCHIVE) == 2
 
 
-def test_a_header_that_lies_is_an_error(demo_server, weights_of):
-    packed = tar_of((NAME, b"\xff" * 100))
-    subject, mount = mounted(demo_server(runs=1), weights_of, packed)
+def test_invalid_safetensors_header_is_an_error(demo_server, weights_of):
+    archive = tar_of((NAME, b"\xff" * 100))
+    subject, mount = mounted(demo_server(runs=1), weights_of, archive)
     with pytest.raises(OSError, match="not a safetensors file"):
         mount.weights.tensors(subject, BACKGROUND_CONTEXT)
 
 
-# Many at once
+# Concurrency
 
 
-def side_by_side(count, work):
+def run_concurrently(count, work):
     results = [None] * count
 
     def run(number):
@@ -394,7 +392,7 @@ def side_by_side(count, work):
     return results
 
 
-def test_one_fetch_a_block_however_many_read(small, weights_of):
+def test_concurrent_readers_download_each_block_once(small, weights_of):
     small.latency_s = 0.02
     subject = subject_of(small)
     mounts = [weights_of(small) for _ in range(2)]
@@ -402,25 +400,25 @@ def test_one_fetch_a_block_however_many_read(small, weights_of):
     for mount in mounts:
         mount.weights.files(subject, BACKGROUND_CONTEXT)
     small.journal.clear()
-    found = side_by_side(32, lambda number: read(mounts[number % 2], subject))
+    found = run_concurrently(32, lambda number: read(mounts[number % 2], subject))
     assert all(data == expected for data in found)
     ranges = [entry.range for entry in small.journal.entries(ARCHIVE)]
     assert len(ranges) == len(set(ranges)) == 6
 
 
-def test_a_url_is_renewed_once_for_all_readers(demo_server, weights_of):
+def test_rejected_url_is_renewed_once_for_all_readers(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=60 * MIB)
     subject, mount = subject_of(server), weights_of(server, burst=1)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         server.signer.revoke_all()
         server.latency_s = 0.02
-        found = side_by_side(12, lambda n: file.read(9, n * BLOCK_BYTES, BACKGROUND_CONTEXT))
+        found = run_concurrently(12, lambda n: file.read(9, n * BLOCK_BYTES, BACKGROUND_CONTEXT))
     expected = truth(server, subject, NAME)
     assert found == [expected[n * BLOCK_BYTES :][:9] for n in range(12)]
     assert server.journal.count(URL) == 2
 
 
-def test_a_url_is_renewed_before_it_expires(demo_server, weights_of):
+def test_url_is_renewed_before_it_expires(demo_server, weights_of):
     time = FakeTime()
     server = demo_server(runs=1, size_bytes=20 * MIB, clock=time.clock.now)
     subject, mount = subject_of(server), weights_of(server, clock=time.clock)
@@ -431,7 +429,7 @@ def test_a_url_is_renewed_before_it_expires(demo_server, weights_of):
     assert server.journal.count(URL) == 2
 
 
-def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(small, weights_of):
+def test_changed_archive_is_stale_until_reopened(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     old = truth(small, subject, NAME)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
@@ -439,7 +437,7 @@ def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(sma
         checkpoint_of(small, subject).generation += 1
         new = truth(small, subject, NAME)
         assert new != old
-        for offset in (18 * MIB, 0):  # what is kept as well, from then on
+        for offset in (18 * MIB, 0):  # from then on also for cached bytes
             with pytest.raises(OSError, match="another version") as caught:
                 file.read(9, offset, BACKGROUND_CONTEXT)
             assert errors.is_stale(caught.value)
@@ -447,17 +445,17 @@ def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(sma
     assert read(weights_of(small), subject) == new
 
 
-def test_a_checkpoint_that_is_deleted_while_open_is_stale(small, weights_of):
+def test_checkpoint_deleted_while_open_is_stale(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
-        small.account.find(*ids(subject))[0].checkpoints.clear()
+        small.account.find(*ids_of(subject))[0].checkpoints.clear()
         with pytest.raises(OSError, match="gone") as caught:
             file.read(9, 9 * MIB, BACKGROUND_CONTEXT)
     assert errors.is_stale(caught.value)
 
 
 @pytest.mark.expect_warnings("telemetry")
-def test_reads_that_wait_hold_up_nothing_and_end_when_interrupted(small, weights_of):
+def test_waiting_reads_block_nothing_and_are_interruptible(small, weights_of):
     subject, other = subject_of(small), subject_of(small, "sampler_weights")
     mount = weights_of(small, timeout_s=30)
     assert read(mount, subject) == truth(small, subject, NAME)
@@ -492,7 +490,7 @@ def test_reads_that_wait_hold_up_nothing_and_end_when_interrupted(small, weights
     assert read(mount, other) == truth(small, other, NAME)
 
 
-def test_nothing_is_fetched_ahead_where_that_would_build_an_archive(demo_server, weights_of):
+def test_readahead_never_triggers_an_archive_build(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=20 * MIB)
     subject = subject_of(server)
     with weights_of(server).weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
@@ -502,19 +500,19 @@ def test_nothing_is_fetched_ahead_where_that_would_build_an_archive(demo_server,
         for offset in range(0, 2 * MIB, 256 * 1024):
             file.read(256 * 1024, offset, BACKGROUND_CONTEXT)
         assert server.journal.count() == 0
-        assert whole(file) == truth(server, subject, NAME)
+        assert read_all(file) == truth(server, subject, NAME)
     assert server.journal.count(URL) == 1
 
 
-def test_an_archive_being_built_is_waited_for_once(demo_server, weights_of):
+def test_archive_build_is_shared_by_concurrent_callers(demo_server, weights_of):
     server = demo_server(runs=1, building_polls=2, retry_after="0")
     subject, mount = subject_of(server), weights_of(server)
-    found = side_by_side(8, lambda _: mount.weights.files(subject, BACKGROUND_CONTEXT))
+    found = run_concurrently(8, lambda _: mount.weights.files(subject, BACKGROUND_CONTEXT))
     assert all(each == found[0] for each in found)
     assert server.journal.count(URL) == 3
 
 
-def test_a_walk_may_start_so_many_builds_and_renewals_are_none(demo_server, weights_of):
+def test_rate_limit_counts_builds_but_not_renewals(demo_server, weights_of):
     server = demo_server(runs=1)
     first, second = subject_of(server), subject_of(server, number=1)
     mount = weights_of(server, burst=1)
@@ -528,36 +526,36 @@ def test_a_walk_may_start_so_many_builds_and_renewals_are_none(demo_server, weig
 # The cache
 
 
-def test_memory_is_bounded_over_all_open_files(demo_server, weights_of):
+def test_memory_of_all_open_files_is_bounded(demo_server, weights_of):
     server = demo_server(runs=2, size_bytes=40 * MIB)
     mount = weights_of(server, limit_bytes=0, memory_bytes=24 * MIB)
     subjects = [subject_of(server, run=run) for run in (0, 1)]
-    found = side_by_side(4, lambda n: read(mount, subjects[n % 2]))
+    found = run_concurrently(4, lambda n: read(mount, subjects[n % 2]))
     assert all(data == truth(server, subjects[n % 2], NAME) for n, data in enumerate(found))
     assert mount.weights.memory.peak_bytes <= 24 * MIB
 
 
-def test_a_cache_that_goes_or_is_altered_while_files_are_open_is_fetched_again(small, weights_of):
+def test_cache_removed_or_altered_while_open_is_refilled(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     expected = truth(small, subject, NAME)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
-        assert whole(file) == expected
-        for path in mount.cache.folder.rglob("*"):
+        assert read_all(file) == expected
+        for path in mount.cache.directory.rglob("*"):
             if path.name.isdigit():
                 path.write_bytes(bytes(path.stat().st_size))
-        assert whole(file) == expected
-        subprocess.run(["rm", "-rf", mount.cache.folder], check=True)
-        assert whole(file) == expected
-        mount.cache.folder.parent.chmod(0o500)
-        subprocess.run(["rm", "-rf", mount.cache.folder], check=False)
-        assert whole(file) == expected
-        mount.cache.folder.parent.chmod(0o700)
+        assert read_all(file) == expected
+        subprocess.run(["rm", "-rf", mount.cache.directory], check=True)
+        assert read_all(file) == expected
+        mount.cache.directory.parent.chmod(0o500)
+        subprocess.run(["rm", "-rf", mount.cache.directory], check=False)
+        assert read_all(file) == expected
+        mount.cache.directory.parent.chmod(0o700)
 
 
-def test_an_index_that_cannot_be_read_is_made_again(small, weights_of):
+def test_corrupt_index_is_rebuilt(small, weights_of):
     subject, mount = subject_of(small), weights_of(small)
     listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
-    mount.store.put("weights index 2", subject.identity, b"\xc1nonsense")
+    mount.store.put("weights index 2", subject.cache_key, b"\xc1nonsense")
     assert weights_of(small).weights.files(subject, BACKGROUND_CONTEXT) == listing
 
 
@@ -570,7 +568,7 @@ def test_no_secret_is_logged(small, weights_of, caplog):
     assert "X-Signature" not in json.dumps(mount.telemetry.snapshot())
 
 
-def test_what_if_range_takes():
+def test_validator_prefers_a_strong_etag():
     assert Version(1, '"strong"', "date").validator == '"strong"'
     assert Version(1, 'W/"weak"', "date").validator == "date"
     assert Version(1).validator == ""

@@ -1,4 +1,4 @@
-"""`tensors.json`: what a header says, in a stable order, and never more than it may."""
+"""`tensors.json`: the content of headers in a stable order, within bounds."""
 
 import json
 import struct
@@ -24,34 +24,36 @@ def f32(begin, *shape):
     return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, begin + count]}
 
 
-def made(**files):
-    shown = {name.replace("_", "."): (head, 8 + len(head) + 4096) for name, head in files.items()}
-    return tensors_json(shown)
+def render(**files):
+    headers = {name.replace("_", "."): (head, 8 + len(head) + 4096) for name, head in files.items()}
+    return tensors_json(headers)
 
 
-def test_tensors_are_told_in_the_order_of_their_names_a_line_each():
-    one = made(a=header(b=f32(0, 2, 3), a=f32(24, 4), __metadata__={"format": "pt"}))
-    two = made(a=header(__metadata__={"format": "pt"}, a=f32(24, 4), b=f32(0, 2, 3)))
+def test_tensors_json_has_sorted_tensors_one_per_line():
+    one = render(a=header(b=f32(0, 2, 3), a=f32(24, 4), __metadata__={"format": "pt"}))
+    two = render(a=header(__metadata__={"format": "pt"}, a=f32(24, 4), b=f32(0, 2, 3)))
     assert one == two
-    told = json.loads(one)
-    assert told["tensors"] == {
+    document = json.loads(one)
+    assert document["tensors"] == {
         "a": {"dtype": "F32", "shape": [4], "bytes": 16},
         "b": {"dtype": "F32", "shape": [2, 3], "bytes": 24},
     }
-    assert list(told["tensors"]) == ["a", "b"]
-    assert (told["tensors_bytes"], told["metadata"]) == (40, {"a": {"format": "pt"}})
+    assert list(document["tensors"]) == ["a", "b"]
+    assert (document["tensors_bytes"], document["metadata"]) == (40, {"a": {"format": "pt"}})
     assert sum('"shape"' in line for line in one.decode().splitlines()) == 2
 
 
-def test_of_several_files_each_tensor_tells_its_own():
-    told = json.loads(made(x_safetensors=header(t=f32(0, 1)), y_safetensors=header(u=f32(0, 1))))
-    assert {name: each["file"] for name, each in told["tensors"].items()} == {
+def test_tensors_json_of_several_files_names_the_file():
+    document = json.loads(
+        render(x_safetensors=header(t=f32(0, 1)), y_safetensors=header(u=f32(0, 1)))
+    )
+    assert {name: each["file"] for name, each in document["tensors"].items()} == {
         "t": "x.safetensors",
         "u": "y.safetensors",
     }
 
 
-def test_of_none_there_are_none():
+def test_tensors_json_of_no_file_is_empty():
     assert json.loads(tensors_json({}))["tensors"] == {}
 
 
@@ -71,12 +73,12 @@ def test_of_none_there_are_none():
         header(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}),
     ],
 )
-def test_a_header_that_lies_is_told(head):
+def test_tensors_json_of_invalid_header_is_an_error(head):
     with pytest.raises(ValueError, match="a:"):
-        made(a=head)
+        render(a=head)
 
 
-def test_where_tensors_end_in_the_file():
+def test_tensor_end_offsets_are_sorted_and_checked():
     head = header(b=f32(16, 2, 3), a=f32(0, 4), __metadata__={"format": "pt"})
     start = 8 + len(head)
     assert tensor_end_offsets(head, start + 40) == [start + 16, start + 40]
@@ -85,12 +87,12 @@ def test_where_tensors_end_in_the_file():
         tensor_end_offsets(head, start + 39)
 
 
-def test_a_dtype_that_is_not_known_is_shown():
+def test_tensors_json_shows_an_unknown_dtype():
     head = header(a={"dtype": "F3", "shape": [8], "data_offsets": [0, 3]})
-    assert json.loads(made(a=head))["tensors"]["a"]["bytes"] == 3
+    assert json.loads(render(a=head))["tensors"]["a"]["bytes"] == 3
 
 
-def test_the_length_of_a_header_is_bounded():
+def test_header_length_is_bounded():
     assert header_length(struct.pack("<Q", 5), 100) == 5
     for length, size in ((93, 100), (1 << 63, 1 << 40), (MAX_HEADER_BYTES + 1, 1 << 40)):
         with pytest.raises(ValueError, match="header"):

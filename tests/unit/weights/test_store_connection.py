@@ -1,4 +1,4 @@
-"""Deadlines of connections to a store: nothing holds a thread, no dead connection costs much."""
+"""Deadlines of store connections: no thread blocks forever, dead connections cost little."""
 
 import time
 
@@ -13,7 +13,7 @@ from tinkerfs.weights.connections import ObjectStoreClient
 from tinkerfs.weights.retry import TransferInterrupted
 
 TIMEOUT_S = 0.4
-#: Of one request on a busy machine; without a deadline each of these lasts for ever.
+#: Of one request on a busy machine; without a deadline each of these would last forever.
 BOUND_S = 10 * TIMEOUT_S
 
 BODY = b"abcdefgh" * 1000
@@ -44,11 +44,11 @@ def url_of(server):
 
 
 def fetch(client, server):
-    with_body = client.get(url_of(server), {})
+    reply = client.get(url_of(server), {})
     try:
-        return b"".join(with_body.pieces())
+        return b"".join(reply.chunks())
     finally:
-        with_body.close()
+        reply.close()
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def fetch(client, server):
 def test_get_of_a_dripping_response_ends_by_the_timeout(client, server, steps):
     server.on("store", *steps)
     began = time.monotonic()
-    with pytest.raises(TransferInterrupted, match=r"next to nothing for 0\.4 s") as lost:
+    with pytest.raises(TransferInterrupted, match=r"next to nothing for 0\.4 s") as interruption:
         fetch(client, server)
-    assert isinstance(lost.value.error, errors.RequestTimeout)
+    assert isinstance(interruption.value.error, errors.RequestTimeout)
     assert time.monotonic() - began < BOUND_S
 
 
@@ -137,14 +137,14 @@ def test_get_on_an_idle_connection_waits_for_a_slow_response(server, monkeypatch
     server.on("store", *slow, times=None)
     with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
         assert fetch(client, server) == BODY
-        assert fetch(client, server) == BODY, "a new connection has all of the time-out"
+        assert fetch(client, server) == BODY, "a new connection has the full timeout"
 
 
-def test_get_where_the_first_address_is_dead_connects_to_the_next(monkeypatch):
+def test_get_with_dead_first_address_connects_to_the_next(monkeypatch):
     with HostileServer(runs=1) as server:
         port = int(server.store_url.rpartition(":")[2])
         v4, v6 = 2, 10  # AF_INET, AF_INET6
-        dead = (v6, ("100::1", port, 0, 0))  # RFC 6666: discarded, where there is a route at all
+        dead = (v6, ("100::1", port, 0, 0))  # RFC 6666: packets are discarded, if there is a route
         monkeypatch.setattr(network, "resolve", lambda *_: [dead, (v4, ("127.0.0.1", port))])
         server.on("store", response(200, BODY))
         with ObjectStoreClient(Telemetry(), timeout_s=60) as client:

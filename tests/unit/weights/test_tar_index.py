@@ -1,4 +1,4 @@
-"""The members of a tar: as the standard library and tar(1) see them, and never unbounded."""
+"""The tar index: the same members as tarfile and tar(1) see, and bounded reads."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from tinkerfs.weights.tar_index import read_members
 
 
 def tar_of(*members, form=tarfile.PAX_FORMAT, **options):
-    """Return a tar of (name, bytes) pairs, or of whole TarInfos with bytes."""
+    """Return a tar of (name, bytes) pairs, or of (TarInfo, bytes) pairs."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=form, **options) as tar:
         for name, data in members:
@@ -35,16 +35,16 @@ def special(name, kind, target=""):
 def bytes_of(packed, member):
     data = bytearray(member.size_bytes)
     for segment in member.segments:
-        piece = packed[segment.archive_offset : segment.archive_offset + segment.length]
-        assert len(piece) == segment.length
-        data[segment.offset : segment.offset + segment.length] = piece
+        chunk = packed[segment.archive_offset : segment.archive_offset + segment.length]
+        assert len(chunk) == segment.length
+        data[segment.offset : segment.offset + segment.length] = chunk
     return bytes(data)
 
 
 def read(packed):
-    """Return the members' bytes by name, and what was left out."""
-    members, left_out = read_members(io.BytesIO(packed))
-    return {member.name: bytes_of(packed, member) for member in members}, list(left_out)
+    """Return the members' bytes by name, and the lines of the skipped members."""
+    members, skipped = read_members(io.BytesIO(packed))
+    return {member.name: bytes_of(packed, member) for member in members}, list(skipped)
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=160)
@@ -60,11 +60,11 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size
     ),
     st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
 )
-def test_it_reads_what_was_packed(files, form):
+def test_read_members_returns_what_was_packed(files, form):
     assert read(tar_of(*files.items(), form=form)) == (files, [])
 
 
-def test_names_of_many_folders_bytes_that_are_no_utf8_and_times_are_kept():
+def test_deep_and_non_utf8_names_and_times_are_preserved():
     deep = "/".join(["folder" * 20] * 30) + "/file"
     odd = b"caf\xe9".decode("utf-8", "surrogateescape")
     info = tarfile.TarInfo(odd)
@@ -83,10 +83,10 @@ def test_sparse_files_have_their_holes(tmp_path, form, version):
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(size)
         for _ in range(40):
-            at, piece = rng.randrange(size - 5000), rng.randbytes(rng.randrange(1, 5000))
+            at, chunk = rng.randrange(size - 5000), rng.randbytes(rng.randrange(1, 5000))
             file.seek(at)
-            file.write(piece)
-            data[at : at + len(piece)] = piece
+            file.write(chunk)
+            data[at : at + len(chunk)] = chunk
     (tmp_path / "after").write_bytes(b"after")
     options = [f"--format={form}"] + ([f"--sparse-version={version}"] if form == "posix" else [])
     command = ["tar", "--sparse", *options, "-C", tmp_path, "-c", "sparse", "after"]
@@ -95,26 +95,26 @@ def test_sparse_files_have_their_holes(tmp_path, form, version):
     assert read(packed) == ({"sparse": bytes(data), "after": b"after"}, [])
 
 
-def test_links_within_are_what_they_lead_to(tmp_path):
+def test_links_within_the_archive_are_resolved(tmp_path):
     (tmp_path / "a").write_bytes(b"first")
     os.link(tmp_path / "a", tmp_path / "hard")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "up").symlink_to("../a")
     (tmp_path / "b" / "again").symlink_to("./up")
-    names = ["b/again", "b/up", "a", "hard"]  # the links come before what they lead to
+    names = ["b/again", "b/up", "a", "hard"]  # the links precede their targets
     command = ["tar", "-C", tmp_path, "-c", *names]
     packed = subprocess.run(command, capture_output=True, check=True).stdout
     assert read(packed) == (dict.fromkeys(["a", "hard", "b/up", "b/again"], b"first"), [])
 
 
-def test_of_two_members_with_one_name_the_last_counts_and_a_hard_link_means_the_one_before():
+def test_last_member_of_a_name_wins_but_hard_links_keep_theirs():
     packed = tar_of(
         ("x", b"old"), (special("was", tarfile.LNKTYPE, "x"), None), ("x", b"new"), ("./x", b"last")
     )
     assert read(packed) == ({"was": b"old", "x": b"last"}, [])
 
 
-def test_what_is_unsafe_is_left_out_and_told():
+def test_unsafe_members_are_skipped_with_a_reason():
     packed = tar_of(
         ("/etc/passwd", b"1"),
         ("../up", b"2"),
@@ -128,17 +128,17 @@ def test_what_is_unsafe_is_left_out_and_told():
         (special("device", tarfile.CHRTYPE), None),
         (special("pipe", tarfile.FIFOTYPE), None),
         (special("folder", tarfile.DIRTYPE), None),
-        (special("", tarfile.DIRTYPE), None),  # as SkyRL packs the folder itself
+        (special("", tarfile.DIRTYPE), None),  # SkyRL packs the directory itself
         ("both", b"5"),
         ("both/inner", b"6"),
         ("good", b"7"),
     )
-    files, left_out = read(packed)
+    files, skipped = read(packed)
     assert files == {"both": b"5", "good": b"7"}
-    assert len(left_out) == 12
+    assert len(skipped) == 12
 
 
-def test_the_end_of_a_tar_must_be_there():
+def test_tar_without_its_end_is_an_error():
     packed = tar_of(("a", b"x" * 700), ("b", b"y" * 700), form=tarfile.GNU_FORMAT)
     end = 2 * (512 + 1024)
     for length in (end, end + 512, end + 1024):
@@ -148,7 +148,7 @@ def test_the_end_of_a_tar_must_be_there():
             read(packed[:length])
 
 
-def test_a_header_that_is_none_is_no_end():
+def test_corrupt_header_is_not_taken_for_the_end():
     packed = bytearray(tar_of(("a", b"x"), ("b", b"y"), form=tarfile.GNU_FORMAT))
     packed[1024 + 10] ^= 1
     with pytest.raises(ValueError, match="neither a header nor its end"):
@@ -156,7 +156,7 @@ def test_a_header_that_is_none_is_no_end():
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>no</html>" * 100, os.urandom(5000), bytes(10240)])
-def test_what_is_no_tar_is_told(data):
+def test_other_data_than_a_tar_is_an_error(data):
     with pytest.raises(ValueError, match=r"."):
         read(data)
 
@@ -168,10 +168,10 @@ def header(name, size, kind=b"0", form=tarfile.GNU_FORMAT):
 
 
 class Endless(io.RawIOBase):
-    """One block over and over, and how much of it was read."""
+    """A file that repeats one block endlessly and counts the bytes read."""
 
     def __init__(self, block):
-        self.block, self.at, self.taken = block, 0, 0
+        self.block, self.at, self.read_bytes = block, 0, 0
 
     def tell(self):
         return self.at
@@ -181,8 +181,8 @@ class Endless(io.RawIOBase):
         return offset
 
     def read(self, size):
-        assert size < 2 << 20, "read into memory what no archive has"
-        self.taken += size
+        assert size < 2 << 20, "a read larger than any genuine header"
+        self.read_bytes += size
         self.at += size
         return (self.block * (size // 512 + 2))[:size]
 
@@ -201,28 +201,28 @@ class Endless(io.RawIOBase):
     ],
     ids=range(8),
 )
-def test_headers_that_never_end_are_given_up(block, monkeypatch):
+def test_endless_headers_are_an_error(block, monkeypatch):
     monkeypatch.setattr(tar_index, "MAX_MEMBERS", 2000)
     monkeypatch.setattr(tar_index, "MAX_HEADER_BYTES", 4 << 20)
     endless = Endless(block)
     with pytest.raises(ValueError, match=r"."):
         read_members(endless)
-    assert endless.taken < 16 << 20
+    assert endless.read_bytes < 16 << 20
 
 
-def test_a_size_beyond_the_archive_is_told():
+def test_size_beyond_the_archive_is_an_error():
     with pytest.raises(ValueError, match=r"damaged|end"):
         read(header("file", 1 << 40) + b"x" * 2048)
 
 
-@pytest.mark.parametrize("pieces", ["600,10,0,10", "0,10,5,10", "990,20", "0,-5"])
-def test_sparse_pieces_that_lie_are_told(pieces):
+@pytest.mark.parametrize("extents", ["600,10,0,10", "0,10,5,10", "990,20", "0,-5"])
+def test_invalid_sparse_extents_are_an_error(extents):
     info = tarfile.TarInfo("sparse")
-    info.pax_headers = {"GNU.sparse.map": pieces, "GNU.sparse.size": "1000"}
+    info.pax_headers = {"GNU.sparse.map": extents, "GNU.sparse.size": "1000"}
     with pytest.raises(ValueError, match=r"."):
         read(tar_of((info, b"x" * 20)))
 
 
-def test_thousands_of_members_are_read():
+def test_thousands_of_members_are_listed():
     files = {f"shard/{number:05}": str(number).encode() for number in range(5000)}
     assert read(tar_of(*files.items(), form=tarfile.GNU_FORMAT)) == (files, [])

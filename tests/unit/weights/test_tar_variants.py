@@ -1,4 +1,4 @@
-"""The members of odd tars: what tar(1) extracts, it shows."""
+"""Unusual tars: the index lists what tar(1) extracts."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tests.support.tar_variants import (
     LARGE_BYTES,
     REFUSED,
     VARIANTS,
-    folder,
+    directory,
     header,
     large,
     link,
@@ -28,17 +28,17 @@ from tinkerfs.weights import tar_index
 from tinkerfs.weights.tar_index import read_members
 
 
-def extracted(packed, folder):
-    """What tar(1) makes of a tar: the files' bytes by path, links followed within the folder."""
-    command = ["tar", "--extract", "--file=-", "--no-same-owner", "-C", folder]
+def extracted(packed, target):
+    """Extract with tar(1); return the bytes by path, with links followed in the directory."""
+    command = ["tar", "--extract", "--file=-", "--no-same-owner", "-C", target]
     subprocess.run(command, input=packed, capture_output=True, check=False)
     found = {}
-    for above, _, names in os.walk(os.fsencode(folder)):
+    for parent, _, names in os.walk(os.fsencode(target)):
         for name in names:
-            path = os.path.join(above, name)
+            path = os.path.join(parent, name)
             if os.path.isfile(path):
                 with open(path, "rb") as file:
-                    found[os.path.relpath(path, os.fsencode(folder))] = file.read()
+                    found[os.path.relpath(path, os.fsencode(target))] = file.read()
     return found
 
 
@@ -51,7 +51,7 @@ def test_tar_variant_is_read_as_by_tar(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [*DAMAGED, *REFUSED])
-def test_tar_damaged_is_refused(name):
+def test_tar_damaged_is_rejected(name):
     with pytest.raises(ValueError, match=r"."):
         read({**DAMAGED, **REFUSED}[name])
 
@@ -62,7 +62,7 @@ STEPS = st.one_of(
     st.builds(member, st.sampled_from(NAMES), st.sampled_from([b"", b"1", b"22", b"333"])),
     st.builds(symlink, st.sampled_from(NAMES), st.sampled_from(TARGETS)),
     st.builds(link, st.sampled_from(NAMES), st.sampled_from(TARGETS)),
-    st.builds(folder, st.sampled_from(NAMES)),
+    st.builds(directory, st.sampled_from(NAMES)),
     st.builds(lambda name: header(name, 0, b"6"), st.sampled_from(NAMES)),
 )
 
@@ -78,12 +78,12 @@ def test_tar_of_any_members_is_read_as_by_tar(steps):
 
 def test_tar_times_are_those_of_headers():
     packed = VARIANTS["pax mtime"]
-    times_ns = {each.name: each.mtime_ns for each in read_members(_Opened(Data(packed)))[0]}
+    times_ns = {each.name: each.mtime_ns for each in read_members(_ContentFile(Data(packed)))[0]}
     assert times_ns["a"] == 1_234_567_890_250_000_000
 
 
-class _Opened:
-    """A content as an open file; counts what is read."""
+class _ContentFile:
+    """A content as an open file that counts the bytes read."""
 
     def __init__(self, content):
         self.content, self.at, self.read_bytes = content, 0, 0
@@ -108,7 +108,7 @@ class _Opened:
 @pytest.mark.parametrize("has_end", [True, False], ids=["with its end", "without"])
 def test_tar_of_9_gib_is_read_by_headers(form, has_end):
     content = large(form, has_end=has_end)
-    file = _Opened(content)
+    file = _ContentFile(content)
     members = {each.name: each for each in read_members(file)[0]}
     assert {name: each.size_bytes for name, each in members.items()} == {
         "large": LARGE_BYTES,
@@ -119,12 +119,12 @@ def test_tar_of_9_gib_is_read_by_headers(form, has_end):
     assert file.read_bytes < 16_384
 
 
-def test_tar_of_9_gib_cut_within_is_refused():
+def test_tar_of_9_gib_truncated_is_rejected():
     content = large("pax")
-    cut = Concat([Noise(LARGE_BYTES // 2, 1)])
-    assert cut.size_bytes < content.size_bytes
+    half = Concat([Noise(LARGE_BYTES // 2, 1)])
+    assert half.size_bytes < content.size_bytes
     with pytest.raises(ValueError, match="damaged"):
-        read_members(_Opened(Concat([Data(content.read(0, 1536)), cut])))
+        read_members(_ContentFile(Concat([Data(content.read(0, 1536)), half])))
 
 
 def test_tar_names_are_bounded_with_what_they_imply(monkeypatch):
@@ -136,14 +136,14 @@ def test_tar_names_are_bounded_with_what_they_imply(monkeypatch):
         read(packed)
 
 
-def test_tar_name_longer_than_a_path_is_left_out():
+def test_tar_name_longer_than_a_path_is_skipped():
     packed = pax((b"path", b"d/" * 2500 + b"x")) + member(b"x") + member(b"z", b"1") + END
-    files, left_out = read(packed)
+    files, skipped = read(packed)
     assert files == {"z": b"1"}
-    assert "too long" in left_out[0]
+    assert "too long" in skipped[0]
 
 
-def test_tar_links_out_are_left_out_and_hold_nothing():
+def test_tar_links_out_are_skipped_and_hold_nothing():
     packed = (
         header(b"d", 0, b"2", b"../elsewhere")
         + member(b"d/f", b"caught")
@@ -153,6 +153,6 @@ def test_tar_links_out_are_left_out_and_hold_nothing():
         + member(b"z", b"1")
         + END
     )
-    files, left_out = read(packed)
+    files, skipped = read(packed)
     assert files == {"z": b"1"}
-    assert len(left_out) == 5
+    assert len(skipped) == 5

@@ -1,4 +1,4 @@
-"""Versions of checkpoints, as weights are asked for."""
+"""Identify the version of a checkpoint for reads of its weights."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from tinkerfs.name_encoding import compound_key
 
 @dataclass(frozen=True, slots=True)
 class CheckpointVersion:
-    """One version of a checkpoint, as its weights are asked for.
+    """One version of a checkpoint.
 
     Attributes:
         server: the API's base URL.
-        key: what tells the checkpoint from others of the server, and its version from others.
-        ref: how the API is asked for it.
-        path: the file on whose behalf, for messages.
-        mtime_ns: of files that have no time of their own, nanoseconds since 1970.
-        is_dated: whether another version has another key, because its record has a time.
+        key: identifies the checkpoint on the server, and its version.
+        ref: identifies the checkpoint in API requests.
+        path: the path that a user requested, for messages.
+        mtime_ns: of files without a time of their own, nanoseconds since 1970.
+        is_dated: whether each version has its own key, because its record contains a time.
     """
 
     server: str
@@ -28,15 +28,15 @@ class CheckpointVersion:
 
     @property
     def cache_key(self) -> str:
-        """The same text for the same version of the same checkpoint, and no other, on this host."""
+        """A text that is unique on this host for the checkpoint and its version."""
         return compound_key(self.server, *self.key)
 
     @property
     def is_external(self) -> bool:
-        """Whether it is a file each, and no archive."""
+        """Whether the weights are external: separate files and not an archive."""
         return self.ref.path_id.startswith("external_weights/")
 
     @property
     def about(self) -> str:
-        """What it is, for people."""
+        """The `tinker://` path of the checkpoint, for users."""
         return f"tinker://{self.ref.run_id}/{self.ref.path_id or self.ref.listed_id}"

@@ -1,4 +1,4 @@
-"""What the weights of one version of a checkpoint are cached under."""
+"""Cache keys of checkpoint versions and of their blocks."""
 
 import pytest
 from hypothesis import example, given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tinkerfs import name_encoding
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.weights.archive_index import block_key
-from tinkerfs.weights.subject import CheckpointVersion
+from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.version import Version
 
 texts = st.text(st.sampled_from('\n "\\,[]/ab1\ud800\udcffé'), max_size=6)
@@ -15,7 +15,7 @@ keys = st.lists(texts, min_size=4, max_size=4).map(tuple)
 REF = CheckpointRef("", "", "")
 
 
-def identity(server, key):
+def cache_key_of(server, key):
     return CheckpointVersion(server, key, REF, "", 0).cache_key
 
 
@@ -23,10 +23,10 @@ def identity(server, key):
 @example("s", ("a\nweights\nb", "weights", "c", "1"), "s", ("a", "weights", "b\nweights\nc", "1"))
 @example("s", ("a", "b", "c", "1\n2"), "s", ("a", "b", "c\n1", "2"))
 @example("s\na", ("b", "c", "d", "e"), "s", ("a\nb", "c", "d", "e"))
-def test_identity_of_two_subjects_is_shared_only_by_equals(server, key, other_server, other_key):
+def test_cache_key_is_shared_only_by_equal_versions(server, key, other_server, other_key):
     is_same = (server, key) == (other_server, other_key)
-    assert (identity(server, key) == identity(other_server, other_key)) is is_same
-    assert identity(server, key) == identity(server, key)
+    assert (cache_key_of(server, key) == cache_key_of(other_server, other_key)) is is_same
+    assert cache_key_of(server, key) == cache_key_of(server, key)
 
 
 versions = st.builds(Version, st.integers(0, 12), texts, texts)
@@ -35,9 +35,11 @@ versions = st.builds(Version, st.integers(0, 12), texts, texts)
 @given(texts, versions, texts, texts, versions, texts)
 @example("i", Version(1, "a b", ""), "x", "i", Version(1, "a", "b"), "x")
 @example("i", Version(1, "a", "b\nc"), "x", "i", Version(1, "a", "b"), "c\nx")
-def test_block_key_is_shared_only_by_equals(one, version, what, other, other_version, other_what):
-    is_same = (one, version, what) == (other, other_version, other_what)
-    assert (block_key(one, version, what) == block_key(other, other_version, other_what)) is is_same
+def test_block_key_is_shared_only_by_equal_arguments(
+    one, version, kind, other, other_version, other_kind
+):
+    is_same = (one, version, kind) == (other, other_version, other_kind)
+    assert (block_key(one, version, kind) == block_key(other, other_version, other_kind)) is is_same
 
 
 part = st.one_of(texts, st.integers(-2, 99), st.none())
@@ -47,7 +49,7 @@ part = st.one_of(texts, st.integers(-2, 99), st.none())
 @example(["1"], [1])
 @example([None], ["null"])
 @example(["a", "b"], ["a\nb"])
-def test_compound_key_is_shared_only_by_equals(parts, others):
+def test_compound_key_is_shared_only_by_equal_parts(parts, others):
     assert (name_encoding.compound_key(*parts) == name_encoding.compound_key(*others)) is (
         parts == others
     )

@@ -1,4 +1,4 @@
-"""What blocks are fetched from: a file of a store, or one that is unpacked on the way."""
+"""Protocols of the sources from which blocks are downloaded."""
 
 from collections.abc import Callable, Iterator
 from typing import Protocol, Self
@@ -8,50 +8,50 @@ from tinkerfs.weights.etags import Sample
 
 
 class ByteStream(Protocol):
-    """Bytes on their way, in order: `Transfer`, or it unpacked."""
+    """The bytes of a file, in order as they arrive: a `Transfer` or a `GzipTransfer`."""
 
     @property
     def is_full_body(self) -> bool:
-        """Whether all of the file comes, whatever was asked for."""
+        """Whether the whole file arrives, whatever range was requested."""
         ...
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield them."""
+        """Yield chunks of bytes."""
         ...
 
     def __enter__(self) -> Self:
-        """Return the same."""
+        """Return the stream itself."""
         ...
 
     def __exit__(self, *exc: object) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         ...
 
 
 class BlockSource(Protocol):
-    """Where a file comes from: a `Source`, or it unpacked."""
+    """A remote file: a `RangeSource` or a `GzipSource`."""
 
     def prepare(self, ctx: RequestContext) -> None:
-        """Have at hand what `open` needs, as long as it takes."""
+        """Get what `open` needs; wait until the archive is built."""
         ...
 
     def is_ready(self) -> bool:
-        """Tell whether `open` has what it needs."""
+        """Return whether `open` has what it needs."""
         ...
 
     @property
     def is_exact(self) -> bool:
-        """Whether the store's validator tells any other version of the file."""
+        """Whether every other version of the file has another ETag."""
         ...
 
     def use_samples(self, find: Callable[[], Sample | None]) -> None:
-        """Let cached bytes prove what a validator does not: as `Source.use_samples`."""
+        """Set the function that returns a sample of cached bytes; see `RangeSource`."""
         ...
 
     def stale(self, reason: str) -> OSError:
-        """Return the error that the file is another one now."""
+        """Mark the file as changed, and return the error ESTALE."""
         ...
 
     def open(self, start: int, stop: int, before: bytes = b"") -> ByteStream:
-        """Ask for [start, stop), which follows `before`."""
+        """Request the bytes [start, stop), which follow the known bytes `before`."""
         ...
