@@ -1,9 +1,10 @@
-"""The faces of the file system, each over an account of its own that one module's tests share.
+"""Fixtures of the conformance suite, which runs with all drivers and servers.
 
-A face is a driver over a server: every driver over the official service, the other servers in
-process, and through the kernel the one of them that differs most. Every test is for every face but
-where a mark says whom it is about: `served("PUT ttl")`, those who have these endpoints;
-`where(profile=...)`, those of whose profile that function is true.
+A *variant* is a driver and a server profile: every driver with the official service, every other
+profile in process, and the profile that differs most also through the kernel. Every test runs with
+every variant, unless a marker restricts it: `served("PUT ttl")` requires endpoints, and
+`where(profile=...)` requires that a predicate of the profile is true. The tests of a module share
+one account per variant.
 """
 
 import time
@@ -17,42 +18,42 @@ from tests.support.drivers import BINDINGS, KINDS, opened
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.demo.server import DemoServer
 
-_FACES = [
+_VARIANTS = [
     *((kind, "official") for kind in KINDS),
     *(("process", profile) for profile in PROFILES if profile != "official"),
     ("mfusepy3", "skyrl"),
 ]
-_ALL = [
+_PARAMS = [
     pytest.param(
         (kind, profile),
         id=kind if profile == "official" else f"{kind}-{profile}",
         marks=pytest.mark.kernel if kind in BINDINGS else (),
     )
-    for kind, profile in _FACES
+    for kind, profile in _VARIANTS
 ]
 
 
 def pytest_configure(config):
-    """Register the markers that are made here."""
+    """Register the markers of this suite."""
     for line in (
-        "served(*endpoints): about the servers that have these endpoints",
-        "where(profile): about the servers of whose profile this is true, a function of it",
+        "served(*endpoints): only for servers with these endpoints",
+        "where(profile): only for servers for which this predicate of the profile is true",
     ):
         config.addinivalue_line("markers", line)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave each test out for the faces that it is not about."""
-    meant = [item for item in items if _is_meant(item)]
-    config.hook.pytest_deselected(items=[item for item in items if not _is_meant(item)])
-    items[:] = meant
+    """Deselect tests for the variants that their markers exclude."""
+    selected = [item for item in items if _applies(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not _applies(item)])
+    items[:] = selected
 
 
-def _is_meant(item):
+def _applies(item):
     callspec = getattr(item, "callspec", None)
-    if callspec is None or "face" not in callspec.params:
+    if callspec is None or "variant" not in callspec.params:
         return True
-    profile = PROFILES[callspec.params["face"][1]]
+    profile = PROFILES[callspec.params["variant"][1]]
     endpoints = {name for mark in item.iter_markers("served") for name in mark.args}
     predicates = [mark.kwargs["profile"] for mark in item.iter_markers("where")]
     return not endpoints & profile.missing and all(is_true(profile) for is_true in predicates)
@@ -60,7 +61,7 @@ def _is_meant(item):
 
 @dataclass
 class World:
-    """A server, and a driver over its account."""
+    """A server, and a driver with its account."""
 
     server: DemoServer
     driver: object
@@ -77,35 +78,35 @@ class World:
     def serves(self, endpoint):
         return endpoint not in self.profile.missing
 
-    def group(self, run, kind="weights"):
-        """The folder that lists a run's checkpoints of a kind."""
+    def kind_directory(self, run, kind="weights"):
+        """Return the directory of a run's checkpoints of one kind."""
         return f"{run}/checkpoints/{kind}"
 
-    def places(self, run):
-        """The folder of each checkpoint that a run's listing shows."""
-        folder = f"{run}/checkpoints"
-        for kind in self.driver.listdir(folder):
+    def checkpoint_dirs(self, run):
+        """Yield the directory of every listed checkpoint of a run."""
+        directory = f"{run}/checkpoints"
+        for kind in self.driver.listdir(directory):
             yield from (
-                f"{folder}/{kind}/{name}" for name in self.driver.listdir(f"{folder}/{kind}")
+                f"{directory}/{kind}/{name}" for name in self.driver.listdir(f"{directory}/{kind}")
             )
 
-    def walk(self, folder=""):
-        """Every name below a folder, links not followed; runs also where none are listed."""
-        names = self.driver.listdir(folder)
-        if folder == "runs" and not self.serves("GET training_runs"):
+    def walk(self, directory=""):
+        """Yield path and status below a directory, including unlisted runs."""
+        names = self.driver.listdir(directory)
+        if directory == "runs" and not self.serves("GET training_runs"):
             names = self.server.account.run_ids
         for name in names:
-            path = f"{folder}/{name}" if folder else name
+            path = f"{directory}/{name}" if directory else name
             status = self.driver.stat(path)
             yield path, status
-            if status.is_folder:
+            if status.is_directory:
                 yield from self.walk(path)
 
     def refresh(self):
         self.driver.write(".tinkerfs/refresh", b"1")
 
     def new_run(self, *names, **fields):
-        """Add a run with checkpoints `<kind>/<name>`; return its folder."""
+        """Add a run with checkpoints `<kind>/<name>`, and return its directory."""
         run = self.server.account.add_run(**fields)
         for name in names:
             self.server.account.add_checkpoint(run.id, name)
@@ -120,7 +121,7 @@ class World:
         return self.driver.read(".tinkerfs/changes").decode()
 
     def eventually(self, condition):
-        """Wait until the kernel's own second has passed, at most; others need none."""
+        """Wait for a condition until the kernel's attribute cache has expired."""
         deadline = time.monotonic() + (2.5 if self.is_kernel else 0.0)
         while not condition():
             if time.monotonic() > deadline:
@@ -129,32 +130,32 @@ class World:
         return True
 
 
-@pytest.fixture(scope="module", params=_ALL)
-def face(request):
-    """The kind of a driver, and the name of a server's profile."""
+@pytest.fixture(scope="module", params=_PARAMS)
+def variant(request):
+    """The kind of the driver, and the name of the server profile."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
-def _announce_what_the_server_lacks(request, expect_warnings):
-    """Expect what is told of a server that is not the official one."""
-    if "face" in request.fixturenames and request.getfixturevalue("face")[1] != "official":
+def _expect_missing_endpoint_warnings(request, expect_warnings):
+    """Expect warnings about missing endpoints, except from the official server."""
+    if "variant" in request.fixturenames and request.getfixturevalue("variant")[1] != "official":
         expect_warnings("EOPNOTSUPP this server has no such endpoint", "weights info EINVAL")
 
 
 @pytest.fixture(scope="module")
-def make_world(face, tmp_path_factory):
-    """A factory of worlds: the arguments of `DemoServer`, and `settings` of the file system."""
-    kind, profile = face
+def make_world(variant, tmp_path_factory):
+    """Return a factory that takes arguments of `DemoServer`, and `settings`."""
+    kind, profile = variant
     with ExitStack() as stack:
 
         def make(settings=None, **options):
-            hands = None if kind in BINDINGS else FakeTime()
-            clock = hands.clock.now if hands else time.time
+            fake_time = None if kind in BINDINGS else FakeTime()
+            clock = fake_time.clock.now if fake_time else time.time
             server = stack.enter_context(DemoServer(profile=profile, clock=clock, **options))
-            folder = tmp_path_factory.mktemp(kind)
+            directory = tmp_path_factory.mktemp(kind)
             driver = stack.enter_context(
-                opened(kind, server, folder, time=hands, **(settings or {}))
+                opened(kind, server, directory, time=fake_time, **(settings or {}))
             )
             return World(server, driver, kind)
 
@@ -163,5 +164,5 @@ def make_world(face, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(make_world):
-    """An account of 3 runs with 5 checkpoints each."""
+    """An account with 3 runs of 5 checkpoints each."""
     return make_world(runs=3, checkpoints=5)

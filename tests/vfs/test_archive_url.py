@@ -1,4 +1,4 @@
-"""archive_url: asked for when opened and never before, built once, kept while it is good."""
+"""Tests of archive_url: requested by open(), built once, cached until it expires."""
 
 import threading
 import urllib.request
@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.drivers import outcome_of
 
-# Sampler checkpoints: of others SkyRL has no archive.
+# The tests use sampler checkpoints, because SkyRL has no archives of other kinds.
 pytestmark = pytest.mark.served("GET archive")
 
 signed = pytest.mark.where(profile=lambda profile: not profile.serves_archives_itself)
@@ -15,25 +15,25 @@ signed = pytest.mark.where(profile=lambda profile: not profile.serves_archives_i
 
 @pytest.fixture(scope="module")
 def world(make_world):
-    """An account; these tests are one process group, and start many builds."""
-    return make_world(runs=1, checkpoints=1, settings={"archive_burst": 0})
+    """An account without a build limit, because the tests are one process group."""
+    return make_world(runs=1, checkpoints=1, settings={"archive_build_limit": 0})
 
 
 def archives(world):
-    asked = world.server.journal.entries("GET archive")
-    # These two are answers to a wrong form of the id.
-    return sum(entry.status not in (404, 405) for entry in asked)
+    requests = world.server.journal.entries("GET archive")
+    # Requests with a wrong form of the id get these two statuses.
+    return sum(entry.status not in (404, 405) for entry in requests)
 
 
-@pytest.mark.parametrize("answer", ["redirect", "json"])
-def test_it_holds_a_signed_url_of_the_whole_archive_and_a_newline(world, answer):
-    world.server.behaviour.archive_answer = answer
+@pytest.mark.parametrize("kind", ["redirect", "json"])
+def test_archive_url_is_a_signed_url_and_a_newline(world, kind):
+    world.server.behaviour.archive_response = kind
     run = world.new_run("sampler_weights/1")
     run_id = run.partition("/")[2]
     try:
         text = world.driver.read(f"{run}/checkpoints/sampler_weights/1/archive_url").decode()
     finally:
-        world.server.behaviour.archive_answer = "redirect"
+        world.server.behaviour.archive_response = "redirect"
     origins = (f"{world.server.store_url}/archives/", f"{world.server.base_url}/api/v1/")
     assert text.startswith(origins[world.profile.serves_archives_itself])
     assert text.count("\n") == 1
@@ -45,30 +45,30 @@ def test_it_holds_a_signed_url_of_the_whole_archive_and_a_newline(world, answer)
     assert data == truth.read(0, truth.size_bytes)
 
 
-def test_looking_never_asks_for_it(world):
+def test_archive_url_is_not_requested_by_metadata_operations(world):
     run = world.new_run("sampler_weights/1", "sampler_weights/2")
     for name in ("1", "2"):
-        place = f"{run}/checkpoints/sampler_weights/{name}"
-        world.driver.listdir(place)
-        link = world.driver.readlink(f"{place}/archive_url")
-        assert world.driver.stat(f"{place}/{link}").size >= 4096
-        shown = world.driver.listdir(f"{place}/{link.rpartition('/')[0]}")
+        checkpoint_dir = f"{run}/checkpoints/sampler_weights/{name}"
+        world.driver.listdir(checkpoint_dir)
+        link = world.driver.readlink(f"{checkpoint_dir}/archive_url")
+        assert world.driver.stat(f"{checkpoint_dir}/{link}").size >= 4096
+        shown = world.driver.listdir(f"{checkpoint_dir}/{link.rpartition('/')[0]}")
         assert shown == ["archive_url", "files", "archive.tar", "tensors.json"]
     assert archives(world) == 0
 
 
-def test_the_size_is_exact_once_it_is_known(world):
+def test_archive_url_size_is_exact_after_a_read(world):
     run = world.new_run("sampler_weights/1")
     path = f"{run}/checkpoints/sampler_weights/1/archive_url"
     link = f"{run}/checkpoints/sampler_weights/1/{world.driver.readlink(path)}"
-    told = world.driver.stat(link).size
+    hint = world.driver.stat(link).size
     data = world.driver.read(path)
-    assert told >= len(data)
+    assert hint >= len(data)
     assert world.eventually(lambda: world.driver.stat(link).size == len(data))
 
 
 @signed
-def test_it_is_kept_while_it_is_good_and_asked_for_anew_before_it_is_not(world):
+def test_archive_url_is_cached_until_shortly_before_it_expires(world):
     run = world.new_run("sampler_weights/1")
     path = f"{run}/checkpoints/sampler_weights/1/archive_url"
     first = world.driver.read(path)
@@ -86,7 +86,7 @@ def test_it_is_kept_while_it_is_good_and_asked_for_anew_before_it_is_not(world):
 
 
 @signed
-def test_a_checkpoint_that_is_saved_again_has_another(world):
+def test_archive_url_of_a_checkpoint_saved_again_differs(world):
     run = world.new_run("sampler_weights/1")
     path = f"{run}/checkpoints/sampler_weights/1/archive_url"
     link, first = world.driver.readlink(path), world.driver.read(path)
@@ -99,7 +99,7 @@ def test_a_checkpoint_that_is_saved_again_has_another(world):
 
 
 @pytest.mark.parametrize("status", [503, 425])
-def test_one_build_is_waited_for_however_many_read(world, status):
+def test_concurrent_reads_share_one_archive_build(world, status):
     run = world.new_run()
     world.server.account.add_checkpoint(
         run.partition("/")[2], "sampler_weights/1", building_polls=2
@@ -126,10 +126,10 @@ def test_one_build_is_waited_for_however_many_read(world, status):
         world.server.behaviour.building_status, world.server.behaviour.retry_after = 503, "1"
     assert len(read) == 6
     assert len(set(read)) == 1
-    assert archives(world) == 3  # twice "being built", once there
+    assert archives(world) == 3  # two responses "being built", and the archive
 
 
-def test_what_is_being_built_is_told(world):
+def test_archive_being_built_is_listed_in_stats(world):
     run = world.new_run("sampler_weights/1")
     path = f"{run}/checkpoints/sampler_weights/1/archive_url"
     fault = world.server.faults.add("GET archive", hang=True)
@@ -142,12 +142,12 @@ def test_what_is_being_built_is_told(world):
         fault.release()
         reader.join(10)
     assert not reader.is_alive()
-    assert '"waiting": []' in world.driver.read(".tinkerfs/stats.json").decode()
+    assert '"pending": []' in world.driver.read(".tinkerfs/stats.json").decode()
 
 
 @pytest.mark.expect_warnings("archive_url read E")
 @pytest.mark.parametrize(("status", "name"), [(403, "EACCES"), (404, "EOPNOTSUPP"), (500, "EIO")])
-def test_an_archive_that_cannot_be_had_fails_and_can_be_tried_again(world, status, name):
+def test_failed_archive_request_can_be_repeated(world, status, name):
     run = world.new_run("sampler_weights/1")
     path = f"{run}/checkpoints/sampler_weights/1/archive_url"
     world.server.faults.add(
@@ -162,7 +162,7 @@ def test_an_archive_that_cannot_be_had_fails_and_can_be_tried_again(world, statu
 
 
 @signed
-def test_no_url_and_no_key_is_told_anywhere(world):
+def test_control_files_contain_neither_urls_nor_the_key(world):
     run = world.new_run("sampler_weights/1")
     url = world.driver.read(f"{run}/checkpoints/sampler_weights/1/archive_url").decode().strip()
     signature = url.partition("X-Signature=")[2]
@@ -173,27 +173,27 @@ def test_no_url_and_no_key_is_told_anywhere(world):
         assert world.server.api_key not in text
 
 
-def test_the_key_is_sent_to_the_api_alone(world):
+def test_key_is_sent_only_to_the_api(world):
     assert all(entry.had_key for entry in world.server.journal.entries("api"))
     assert not any(entry.had_key for entry in world.server.journal.entries("store"))
 
 
-def test_one_process_group_starts_so_many_builds_a_minute(make_world):
-    world = make_world(runs=0, settings={"archive_burst": 3})
+def test_archive_builds_of_a_process_group_are_rate_limited(make_world):
+    world = make_world(runs=0, settings={"archive_build_limit": 3})
     run = world.new_run(*(f"sampler_weights/{n}" for n in range(6)))
     paths = [f"{run}/checkpoints/sampler_weights/{n}/archive_url" for n in range(6)]
     outcomes = [outcome_of(lambda path=path: world.driver.read(path)) for path in paths]
     assert outcomes == ["OK"] * 3 + ["EBUSY"] * 3
     assert archives(world) == 3
     assert "this looks like a walk that follows links" in world.errors()
-    assert outcome_of(lambda: world.driver.read(paths[0])) == "OK"  # what is known is no build
+    assert outcome_of(lambda: world.driver.read(paths[0])) == "OK"  # a cached URL needs no build
     if not world.is_kernel:
         world.driver.time.advance(61)
         assert outcome_of(lambda: world.driver.read(paths[4])) == "OK"
 
 
 @pytest.mark.expect_warnings("archive_url read ETIMEDOUT")
-def test_an_archive_that_is_never_built_is_etimedout_and_not_abandoned(make_world):
+def test_archive_build_continues_after_etimedout(make_world):
     world = make_world(runs=0, settings={"archive_timeout_s": 0.5}, retry_after="0.1")
     run = world.new_run()
     checkpoint = world.server.account.add_checkpoint(

@@ -1,4 +1,4 @@
-"""What looking costs: calls counted at the server."""
+"""Tests of the number of API requests that metadata operations send."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests.support.account import api_calls, checkpoint_ids
 
 
 @pytest.mark.served("GET training_runs")
-def test_a_thousand_runs_are_ten_calls_and_none_when_warm(make_world):
+def test_listing_1000_runs_takes_ten_requests_once(make_world):
     world = make_world(runs=1000, checkpoints=0, latency_s=0.02)
     assert len(world.driver.listdir("runs")) == 1000
     assert api_calls(world.server) == {"GET training_runs": 10}
@@ -22,14 +22,14 @@ def test_a_thousand_runs_are_ten_calls_and_none_when_warm(make_world):
 
 
 @pytest.mark.served("GET training_runs")
-def test_listing_everything_is_one_call_a_run_and_no_weights_info(make_world):
+def test_listing_everything_takes_one_request_per_run(make_world):
     world = make_world(runs=10, checkpoints=4)
     found = set()
     for run_id in world.driver.listdir("runs"):
         world.driver.listdir(f"runs/{run_id}")
-        for place in world.places(f"runs/{run_id}"):
-            assert "info.json" in world.driver.listdir(place)
-            path = world.driver.read(f"{place}/tinker_path").decode()
+        for checkpoint_dir in world.checkpoint_dirs(f"runs/{run_id}"):
+            assert "info.json" in world.driver.listdir(checkpoint_dir)
+            path = world.driver.read(f"{checkpoint_dir}/tinker_path").decode()
             found.add(path.strip().removeprefix("tinker://"))
     assert found == checkpoint_ids(world.server)
     assert api_calls(world.server) == {
@@ -39,18 +39,18 @@ def test_listing_everything_is_one_call_a_run_and_no_weights_info(make_world):
 
 
 @pytest.mark.served("GET training_runs/{run}")
-def test_a_run_asked_for_by_name_is_one_call(world):
+def test_lookup_of_a_run_takes_one_request(world):
     run_id = world.server.account.run_ids[0]
     world.refresh()
     world.server.journal.clear()
     for _ in range(3):
-        assert world.driver.stat(f"runs/{run_id}").is_folder
+        assert world.driver.stat(f"runs/{run_id}").is_directory
         assert world.driver.read(f"runs/{run_id}/info.json")
     assert api_calls(world.server) == {"GET training_runs/{run}": 1}
 
 
 @pytest.mark.served("GET training_runs/{run}")
-def test_a_name_that_is_not_there_is_asked_for_once(world):
+def test_lookup_of_an_absent_run_takes_one_request(world):
     from tests.support.drivers import outcome_of
 
     world.driver.listdir("runs")
@@ -61,7 +61,7 @@ def test_a_name_that_is_not_there_is_asked_for_once(world):
 
 
 @pytest.mark.served("GET training_runs")
-def test_every_page_is_followed_whatever_the_server_says_of_it(world):
+def test_listing_follows_every_page_despite_wrong_totals(world):
     account = world.server.account
     added = [account.add_run().id for _ in range(30)]
     try:
@@ -84,7 +84,7 @@ def test_every_page_is_followed_whatever_the_server_says_of_it(world):
 
 
 @pytest.mark.served("GET training_runs")
-def test_a_run_that_moves_between_pages_is_listed_once_and_none_is_missed(world):
+def test_run_that_moves_between_pages_is_listed_once(world):
     account = world.server.account
     added = [account.add_run().id for _ in range(25)]
     try:
@@ -106,44 +106,44 @@ LISTING, INFO = "GET training_runs/{run}/checkpoints", "POST weights_info"
 
 @pytest.mark.served("GET training_runs")
 @pytest.mark.parametrize("is_sorted", [True, False])
-def test_a_walk_is_asked_ahead_of_side_by_side_and_costs_no_call_more(make_world, is_sorted):
+def test_tree_walk_prefetches_without_extra_requests(make_world, is_sorted):
     world = make_world(runs=24, checkpoints=3, latency_s=0.02)
     runs = world.driver.listdir("runs")
     for run_id in sorted(runs) if is_sorted else runs:
-        for place in world.places(f"runs/{run_id}"):
-            assert json.loads(world.driver.read(f"{place}/info.json"))
+        for checkpoint_dir in world.checkpoint_dirs(f"runs/{run_id}"):
+            assert json.loads(world.driver.read(f"{checkpoint_dir}/info.json"))
     world.server.journal.wait_until_idle()
-    asked = {entry.body for entry in world.server.journal.entries(INFO)}
+    requests = {entry.body for entry in world.server.journal.entries(INFO)}
     calls = api_calls(world.server)
     assert calls[LISTING] == 24
-    assert calls[INFO] == len(asked)
+    assert calls[INFO] == len(requests)
     if world.profile.kinds <= world.profile.weights_info_kinds:
         assert calls[INFO] == len(checkpoint_ids(world.server))
     assert 4 < world.server.journal.max_in_flight() <= 8
 
 
 @pytest.mark.served("GET training_runs")
-def test_a_look_at_some_runs_is_no_walk(make_world):
+def test_reading_separate_runs_does_not_prefetch(make_world):
     world = make_world(runs=24, checkpoints=2)
     listed = world.driver.listdir("runs")
-    apart = []  # no two of them beside each other, as listed or by name
+    separate = []  # no two runs are adjacent, in listing order or by name
     for run_id in listed:
         rows = (listed, sorted(listed))
-        if all(abs(row.index(run_id) - row.index(other)) > 1 for row in rows for other in apart):
-            apart.append(run_id)
-    for run_id in apart[:4]:
-        for place in world.places(f"runs/{run_id}"):
-            world.driver.listdir(place)
+        if all(abs(row.index(run_id) - row.index(other)) > 1 for row in rows for other in separate):
+            separate.append(run_id)
+    for run_id in separate[:4]:
+        for checkpoint_dir in world.checkpoint_dirs(f"runs/{run_id}"):
+            world.driver.listdir(checkpoint_dir)
     world.server.journal.wait_until_idle()
     assert api_calls(world.server)[LISTING] == 4
 
 
 @pytest.mark.served("GET training_runs")
-def test_where_listings_are_fresh_for_no_time_none_is_asked_for_ahead(make_world):
+def test_short_ttl_disables_prefetching(make_world):
     world = make_world(runs=12, checkpoints=1, settings={"ttl_s": 1.0})
     runs = sorted(world.driver.listdir("runs"))
     for run_id in runs[:4]:
-        list(world.places(f"runs/{run_id}"))
+        list(world.checkpoint_dirs(f"runs/{run_id}"))
     world.server.journal.wait_until_idle()
     paths = {entry.path for entry in world.server.journal.entries(LISTING)}
     assert len(paths) == 4
@@ -151,11 +151,11 @@ def test_where_listings_are_fresh_for_no_time_none_is_asked_for_ahead(make_world
 
 @pytest.mark.served("GET training_runs")
 @pytest.mark.where(profile=lambda profile: profile.name == "official")
-def test_no_more_calls_at_once_than_the_option_says(make_world):
+def test_concurrent_requests_are_limited_by_the_option(make_world):
     world = make_world(runs=24, checkpoints=3, latency_s=0.01, settings={"concurrency": 3})
     for run_id in sorted(world.driver.listdir("runs")):
-        for place in world.places(f"runs/{run_id}"):
-            world.driver.read(f"{place}/info.json")
+        for checkpoint_dir in world.checkpoint_dirs(f"runs/{run_id}"):
+            world.driver.read(f"{checkpoint_dir}/info.json")
     world.server.journal.wait_until_idle()
     assert world.server.journal.max_in_flight() == 3
     assert world.server.journal.count() == 1 + 24 + 72

@@ -1,4 +1,4 @@
-"""What the API says, and the errno that a caller gets: the rows of docs/errors.md."""
+"""Tests of API failures and their errno, as in docs/troubleshooting.md."""
 
 import pytest
 
@@ -6,10 +6,10 @@ from tests.support.drivers import outcome_of
 
 pytestmark = pytest.mark.expect_warnings(".")
 
-DETAIL = {"detail": "the server's own words"}
+DETAIL = {"detail": "the message of the server"}
 NO_RETRY = {"x-should-retry": "false"}
 
-#: Of a listing; (what the server does, errno).
+#: (behaviour of the server, errno of a listing).
 LISTING = [
     ({"status": 403, "body": DETAIL}, "EACCES"),
     ({"status": 404, "body": {"detail": "Run not found"}}, "ENOENT"),
@@ -37,7 +37,7 @@ def world(make_world):
 
 @pytest.mark.served("GET training_runs/{run}")
 @pytest.mark.parametrize(("effects", "name"), LISTING, ids=lambda value: str(value)[:40])
-def test_a_listing_that_fails(world, effects, name):
+def test_failed_listing_has_the_documented_errno(world, effects, name):
     run = world.new_run("weights/1")
     headers = effects.get("headers", {}) | (NO_RETRY if "status" in effects else {})
     fault = world.server.faults.add(
@@ -46,18 +46,18 @@ def test_a_listing_that_fails(world, effects, name):
     try:
         assert outcome_of(lambda: world.driver.listdir(f"{run}/checkpoints")) == name
         if effects.get("body") is DETAIL:
-            assert "the server's own words" in world.errors()
-        told = [line for line in world.errors().splitlines() if f"{run}/checkpoints" in line]
-        assert f"\tlist\t{name}\t" in told[-1]
-        assert "GET training_runs/{run}/checkpoints" in told[-1]
+            assert "the message of the server" in world.errors()
+        reported = [line for line in world.errors().splitlines() if f"{run}/checkpoints" in line]
+        assert f"\tlist\t{name}\t" in reported[-1]
+        assert "GET training_runs/{run}/checkpoints" in reported[-1]
     finally:
         fault.remove()
     world.refresh()
-    assert world.driver.listdir(world.group(run)) == ["1"]
+    assert world.driver.listdir(world.kind_directory(run)) == ["1"]
 
 
 @pytest.mark.parametrize("status", [400, 404, 410, 422])
-def test_a_lookup_of_what_is_not_there(world, status):
+def test_lookup_of_an_absent_run_is_enoent(world, status):
     fault = world.server.faults.add(
         "GET training_runs/{run}", times=None, status=status, body=DETAIL
     )
@@ -69,7 +69,7 @@ def test_a_lookup_of_what_is_not_there(world, status):
 
 @pytest.mark.served("GET archive")
 @pytest.mark.parametrize("status", [404, 405, 410, 501])
-def test_an_endpoint_that_the_server_does_not_have(world, status):
+def test_missing_endpoint_is_eopnotsupp(world, status):
     run = world.new_run("weights/1")
     fault = world.server.faults.add(
         "GET archive",
@@ -87,7 +87,7 @@ def test_an_endpoint_that_the_server_does_not_have(world, status):
 
 
 @pytest.mark.served("GET training_runs/{run}")
-def test_no_answer_in_time_is_etimedout(world):
+def test_request_timeout_is_etimedout(world):
     run = world.new_run("weights/1")
     fault = world.server.faults.add("GET training_runs/{run}/checkpoints", hang=True, times=None)
     try:
@@ -97,14 +97,14 @@ def test_no_answer_in_time_is_etimedout(world):
 
 
 @pytest.mark.served("GET training_runs")
-def test_nobody_there_is_ehostunreach_and_the_last_good_answer_serves_where_there_is_one(world):
+def test_unreachable_server_is_ehostunreach_unless_cached(world):
     known = world.new_run("weights/1")
     unknown = world.server.account.add_run().id
-    assert world.driver.listdir(world.group(known)) == ["1"]
+    assert world.driver.listdir(world.kind_directory(known)) == ["1"]
     world.driver.listdir("runs")
     world.server.stop_listening("api")
     try:
-        assert world.driver.listdir(world.group(known)) == ["1"]
+        assert world.driver.listdir(world.kind_directory(known)) == ["1"]
         assert outcome_of(lambda: world.driver.stat("runs/unknown")) == "EHOSTUNREACH"
         assert outcome_of(lambda: world.driver.listdir(f"runs/{unknown}/checkpoints")) == (
             "EHOSTUNREACH"
@@ -117,7 +117,7 @@ def test_nobody_there_is_ehostunreach_and_the_last_good_answer_serves_where_ther
         world.refresh()
 
 
-def test_no_failure_tells_the_key(world):
+def test_errors_file_does_not_contain_the_key(world):
     fault = world.server.faults.add(
         "GET training_runs",
         status=500,
@@ -136,7 +136,7 @@ def test_no_failure_tells_the_key(world):
 
 
 @pytest.mark.where(profile=lambda profile: profile.requires_key)
-def test_a_key_that_is_refused_is_eacces_and_not_tried_again_for_every_stat(make_world):
+def test_refused_key_is_eacces_and_rarely_retried(make_world):
     world = make_world(runs=3, checkpoints=1)
     world.server.behaviour.api_keys.clear()
     for run_id in world.server.account.run_ids * 3:

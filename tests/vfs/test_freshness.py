@@ -1,4 +1,4 @@
-"""How old an answer may be, and who is asked how often."""
+"""Tests of cache expiry: the age of cached metadata, and the number of requests."""
 
 import threading
 import time
@@ -11,45 +11,45 @@ RUN_CHECKPOINTS = "GET training_runs/{run}/checkpoints"
 
 
 @pytest.fixture(scope="module")
-def turned(world):
-    """A world whose clock the test turns, None where it is the machine's."""
+def simulated(world):
+    """A world with a fake clock; None for a mount, which uses the real clock."""
     return None if world.is_kernel else world
 
 
-def test_what_was_listed_is_fresh_for_its_ttl(turned):
-    if turned is None:
+def test_listing_is_fresh_for_its_ttl(simulated):
+    if simulated is None:
         return
-    run = turned.new_run("weights/1")
-    listed = turned.driver.listdir(turned.pgid(run))
-    turned.server.account.add_checkpoint(run.partition("/")[2], "weights/2")
-    turned.driver.time.advance(29)
-    assert turned.driver.listdir(turned.pgid(run)) == listed
-    assert turned.server.journal.count(RUN_CHECKPOINTS) == 1
-    turned.driver.time.advance(2)
-    assert turned.driver.listdir(turned.pgid(run)) == ["1", "2"]
-    assert turned.server.journal.count(RUN_CHECKPOINTS) == 2
+    run = simulated.new_run("weights/1")
+    listed = simulated.driver.listdir(simulated.kind_directory(run))
+    simulated.server.account.add_checkpoint(run.partition("/")[2], "weights/2")
+    simulated.driver.time.advance(29)
+    assert simulated.driver.listdir(simulated.kind_directory(run)) == listed
+    assert simulated.server.journal.count(RUN_CHECKPOINTS) == 1
+    simulated.driver.time.advance(2)
+    assert simulated.driver.listdir(simulated.kind_directory(run)) == ["1", "2"]
+    assert simulated.server.journal.count(RUN_CHECKPOINTS) == 2
 
 
 @pytest.mark.served("GET training_runs/{run}")
-def test_absence_is_remembered_for_a_shorter_time(turned):
-    if turned is None:
+def test_negative_entry_expires_before_the_ttl(simulated):
+    if simulated is None:
         return
-    turned.driver.listdir("runs")
-    assert outcome_of(lambda: turned.driver.stat("runs/later")) == "ENOENT"
-    turned.server.account.add_run("later")
-    assert outcome_of(lambda: turned.driver.stat("runs/later")) == "ENOENT"
-    turned.driver.time.advance(6)
-    assert turned.driver.stat("runs/later").is_folder
-    turned.server.account.remove_run("later")
+    simulated.driver.listdir("runs")
+    assert outcome_of(lambda: simulated.driver.stat("runs/later")) == "ENOENT"
+    simulated.server.account.add_run("later")
+    assert outcome_of(lambda: simulated.driver.stat("runs/later")) == "ENOENT"
+    simulated.driver.time.advance(6)
+    assert simulated.driver.stat("runs/later").is_directory
+    simulated.server.account.remove_run("later")
 
 
 @pytest.mark.expect_warnings("refresh E", "(list|stat) EIO")
-def test_in_an_outage_the_last_good_answer_serves_for_a_day(turned):
-    if turned is None:
+def test_stale_listing_is_served_for_a_day_during_an_outage(simulated):
+    if simulated is None:
         return
-    run = turned.new_run("weights/1")
-    listed = turned.driver.listdir(turned.pgid(run))
-    fault = turned.server.faults.add(
+    run = simulated.new_run("weights/1")
+    listed = simulated.driver.listdir(simulated.kind_directory(run))
+    fault = simulated.server.faults.add(
         "api",
         times=None,
         status=503,
@@ -57,68 +57,68 @@ def test_in_an_outage_the_last_good_answer_serves_for_a_day(turned):
         headers={"x-should-retry": "false"},
     )
     try:
-        turned.driver.time.advance(31)
-        assert turned.driver.listdir(turned.pgid(run)) == listed
-        assert "down for repairs" in turned.errors()
-        assert '"stale_answers": ' in turned.driver.read(".tinkerfs/stats.json").decode()
-        turned.driver.time.advance(23 * 3600)
-        assert turned.driver.listdir(turned.pgid(run)) == listed
-        turned.driver.time.advance(2 * 3600)
-        assert outcome_of(lambda: turned.driver.listdir(f"{run}/checkpoints")) == "EIO"
+        simulated.driver.time.advance(31)
+        assert simulated.driver.listdir(simulated.kind_directory(run)) == listed
+        assert "down for repairs" in simulated.errors()
+        assert '"stale_if_error_hits": ' in simulated.driver.read(".tinkerfs/stats.json").decode()
+        simulated.driver.time.advance(23 * 3600)
+        assert simulated.driver.listdir(simulated.kind_directory(run)) == listed
+        simulated.driver.time.advance(2 * 3600)
+        assert outcome_of(lambda: simulated.driver.listdir(f"{run}/checkpoints")) == "EIO"
     finally:
         fault.remove()
-    turned.driver.time.advance(3)
-    assert turned.driver.listdir(turned.pgid(run)) == listed
+    simulated.driver.time.advance(3)
+    assert simulated.driver.listdir(simulated.kind_directory(run)) == listed
 
 
 @pytest.mark.expect_warnings("refresh E")
-def test_during_an_outage_a_walk_makes_few_calls(turned):
-    if turned is None:
+def test_tree_walk_during_an_outage_sends_few_requests(simulated):
+    if simulated is None:
         return
-    run = turned.new_run("weights/1")
-    turned.driver.listdir(turned.pgid(run))
-    fault = turned.server.faults.add(
+    run = simulated.new_run("weights/1")
+    simulated.driver.listdir(simulated.kind_directory(run))
+    fault = simulated.server.faults.add(
         RUN_CHECKPOINTS, times=None, status=500, headers={"x-should-retry": "false"}
     )
-    turned.driver.time.advance(31)
+    simulated.driver.time.advance(31)
     for _ in range(50):
-        turned.driver.listdir(turned.pgid(run))
+        simulated.driver.listdir(simulated.kind_directory(run))
     fault.remove()
     assert fault.applied == 1
 
 
-def test_refresh_drops_everything_now(world):
+def test_refresh_invalidates_all_listings(world):
     run = world.new_run("weights/1")
-    assert world.driver.listdir(world.group(run)) == ["1"]
+    assert world.driver.listdir(world.kind_directory(run)) == ["1"]
     world.server.account.add_checkpoint(run.partition("/")[2], "weights/2")
-    assert world.driver.listdir(world.group(run)) == ["1"]
+    assert world.driver.listdir(world.kind_directory(run)) == ["1"]
     world.driver.write(".tinkerfs/refresh", b"now\n")
-    assert world.driver.listdir(world.group(run)) == ["1", "2"]
-    assert world.driver.stat(f"{run}/checkpoints/weights/2").is_folder
+    assert world.driver.listdir(world.kind_directory(run)) == ["1", "2"]
+    assert world.driver.stat(f"{run}/checkpoints/weights/2").is_directory
 
 
-def test_a_zero_ttl_asks_every_time(make_world):
+def test_zero_ttl_sends_a_request_every_time(make_world):
     world = make_world(runs=1, checkpoints=1, settings={"ttl_s": 0.0})
-    folder = f"runs/{world.server.account.run_ids[0]}/checkpoints"
+    directory = f"runs/{world.server.account.run_ids[0]}/checkpoints"
     for _ in range(3):
-        world.driver.listdir(folder)
+        world.driver.listdir(directory)
     assert world.server.journal.count(RUN_CHECKPOINTS) >= 3
 
 
 @pytest.mark.served("GET training_runs/{run}")
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.expect_warnings("list EIO")
-def test_sixteen_who_want_one_listing_make_one_call_and_share_what_comes_of_it(world, status):
+def test_concurrent_listings_share_one_request_and_its_outcome(world, status):
     run = world.new_run("weights/1")
     world.driver.stat(run)
     effects = {} if status == 200 else {"status": 500, "headers": {"x-should-retry": "false"}}
     hold = world.server.faults.add(RUN_CHECKPOINTS, hang=True, times=None, **effects)
     outcomes = []
 
-    def ask():
+    def list_once():
         outcomes.append(outcome_of(lambda: world.driver.listdir(f"{run}/checkpoints")))
 
-    threads = [threading.Thread(target=ask) for _ in range(16)]
+    threads = [threading.Thread(target=list_once) for _ in range(16)]
     try:
         for thread in threads:
             thread.start()
@@ -129,49 +129,49 @@ def test_sixteen_who_want_one_listing_make_one_call_and_share_what_comes_of_it(w
             thread.join(20)
         hold.remove()
     assert outcomes == ["OK" if status == 200 else "EIO"] * 16
-    # Who comes after a failure that is remembered for two seconds asks nobody either.
+    # A failure is cached for two seconds, so late threads send no request either.
     assert world.server.journal.count(RUN_CHECKPOINTS) == 1
 
 
-def test_who_changes_something_sees_it_everywhere_at_once(world):
+def test_own_change_is_visible_immediately(world):
     run = world.new_run("weights/1", "weights/2")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
     world.driver.listdir("runs")
     if world.serves("POST publish"):
-        for word, flag in ((b"1", b"1\n"), (b"0", b"0\n")):
-            world.driver.write(f"{place}/published", word)
-            assert world.driver.read(f"{place}/published") == flag
-    world.driver.remove(f"rmtree {place}")
-    assert world.driver.listdir(world.group(run)) == ["2"]
+        for value, content in ((b"1", b"1\n"), (b"0", b"0\n")):
+            world.driver.write(f"{checkpoint_dir}/published", value)
+            assert world.driver.read(f"{checkpoint_dir}/published") == content
+    world.driver.remove(f"rmtree {checkpoint_dir}")
+    assert world.driver.listdir(world.kind_directory(run)) == ["2"]
     assert world.server.journal.count("GET training_runs") <= 2
 
 
 @pytest.mark.served("GET training_runs")
-def test_a_folder_s_time_changes_when_its_content_does(make_world):
+def test_directory_mtime_changes_with_its_entries(make_world):
     world = make_world(runs=1, checkpoints=1, settings={"ttl_s": 0.05})
     run = world.new_run("weights/1", "weights/2")
     run_id = run.removeprefix("runs/")
-    folders = ["checkpoints", f"{run}/checkpoints", world.group(run)]
+    directories = ["checkpoints", f"{run}/checkpoints", world.kind_directory(run)]
 
     def times():
         if world.is_kernel:
             time.sleep(0.06)
         else:
             world.driver.time.advance(1)
-        for folder in folders:
-            world.driver.listdir(folder)
-        return [world.driver.stat(folder).mtime_ns for folder in folders]
+        for directory in directories:
+            world.driver.listdir(directory)
+        return [world.driver.stat(directory).mtime_ns for directory in directories]
 
-    def seen_after(change):
+    def is_visible_after(change):
         before = times()
         change()
         return world.eventually(
             lambda: all(new > old for new, old in zip(times(), before, strict=True))
         )
 
-    assert seen_after(lambda: world.server.account.add_checkpoint(run_id, "weights/3"))
-    assert seen_after(lambda: world.server.account.delete_checkpoint(run_id, "weights/1"))
-    folders[:] = ["runs", "models"]
-    assert seen_after(lambda: world.server.account.remove_run(run_id))
+    assert is_visible_after(lambda: world.server.account.add_checkpoint(run_id, "weights/3"))
+    assert is_visible_after(lambda: world.server.account.delete_checkpoint(run_id, "weights/1"))
+    directories[:] = ["runs", "models"]
+    assert is_visible_after(lambda: world.server.account.remove_run(run_id))
     steady = times()
     assert times() == steady

@@ -1,4 +1,4 @@
-"""info.json: what it holds, and what it costs."""
+"""Tests of info.json: its content, and the number of requests."""
 
 import json
 
@@ -14,7 +14,7 @@ def record_of(world, run, checkpoint_id):
 
 
 @pytest.mark.served("GET training_runs/{run}")
-def test_a_run_s_info_is_the_record_whole_indented_and_ended(world):
+def test_run_info_is_the_complete_indented_record(world):
     run = world.new_run(
         "weights/1", extra={"colour": "red", "nested": {"deep": [1, 2.50]}, "big": 2**70}
     )
@@ -26,7 +26,7 @@ def test_a_run_s_info_is_the_record_whole_indented_and_ended(world):
     assert "1180591620717411303424" in text
 
 
-def test_a_checkpoint_s_info_is_weights_info_and_record_in_one(world):
+def test_checkpoint_info_merges_weights_info_and_record(world):
     run = world.new_run()
     world.server.account.add_checkpoint(
         run.partition("/")[2], "weights/1", extra={"loss": 0.125, "tags": ["a", None]}
@@ -45,27 +45,27 @@ def test_a_checkpoint_s_info_is_weights_info_and_record_in_one(world):
     assert text.endswith("\n}\n")
 
 
-def test_unknown_fields_of_the_weights_info_are_kept(world):
+def test_checkpoint_info_preserves_unknown_fields(world):
     run = world.new_run("weights/1")
     world.server.faults.add("POST weights_info", edit=lambda info: info | {"new_in_2031": [1]})
     info = json.loads(world.driver.read(f"{run}/checkpoints/weights/1/info.json"))
     assert info["new_in_2031"] == [1]
 
 
-def test_one_weights_info_call_for_each_checkpoint_ever(world):
+def test_weights_info_is_requested_once_per_checkpoint(world):
     names = [f"weights/{n}" for n in range(12)]
     run = world.new_run(*names)
     for _ in range(3):
         for name in names:
-            place = f"{run}/checkpoints/{name}"
-            assert json.loads(world.driver.read(f"{place}/info.json"))["base_model"]
-            assert world.driver.stat(f"{place}/info.json").size > 100
+            checkpoint_dir = f"{run}/checkpoints/{name}"
+            assert json.loads(world.driver.read(f"{checkpoint_dir}/info.json"))["base_model"]
+            assert world.driver.stat(f"{checkpoint_dir}/info.json").size > 100
         world.server.journal.wait_until_idle()
         world.refresh()
     assert world.server.journal.count("POST weights_info") == len(names)
 
 
-def test_siblings_are_asked_for_side_by_side(world):
+def test_weights_infos_of_siblings_are_prefetched(world):
     names = [f"weights/{n}" for n in range(10)]
     run = world.new_run(*names)
     world.server.faults.add("POST weights_info", times=None, latency_s=0.05)
@@ -80,7 +80,7 @@ def test_siblings_are_asked_for_side_by_side(world):
 
 @pytest.mark.where(profile=lambda profile: not profile.flat_paths)
 @pytest.mark.expect_warnings("weights info EINVAL")
-def test_a_refused_weights_info_costs_that_checkpoint_its_weights_info_and_nothing_else(world):
+def test_refused_weights_info_affects_one_checkpoint_only(world):
     run = world.new_run("weights/1", "sampler_weights/1", "weights/2")
     world.server.faults.add(
         "POST weights_info",
@@ -96,21 +96,21 @@ def test_a_refused_weights_info_costs_that_checkpoint_its_weights_info_and_nothi
         }
         assert infos["sampler_weights/1"] == record_of(world, run, "sampler_weights/1")
         assert infos["weights/1"]["lora_rank"] == infos["weights/2"]["lora_rank"] == 32
-        told = [line for line in world.errors().splitlines() if f"{run}/" in line]
-        assert len(told) == 1
-        assert f"/{run}/checkpoints/sampler_weights/1/info.json" in told[0]
-        assert "only weights paths are taken here" in told[0]
-        asked = world.server.journal.count("POST weights_info")
-        for _ in range(3):  # the refusal is remembered, and told once
+        reported = [line for line in world.errors().splitlines() if f"{run}/" in line]
+        assert len(reported) == 1
+        assert f"/{run}/checkpoints/sampler_weights/1/info.json" in reported[0]
+        assert "only weights paths are taken here" in reported[0]
+        requests = world.server.journal.count("POST weights_info")
+        for _ in range(3):  # the refusal is cached, and reported once
             world.driver.read(f"{run}/checkpoints/sampler_weights/1/info.json")
-        assert world.server.journal.count("POST weights_info") == asked
+        assert world.server.journal.count("POST weights_info") == requests
         assert len([line for line in world.errors().splitlines() if f"{run}/" in line]) == 1
     finally:
         world.server.faults.clear()
 
 
 @pytest.mark.expect_warnings("weights info EIO")
-def test_after_a_failing_weights_info_the_next_look_has_it(world):
+def test_failed_weights_info_is_requested_again(world):
     run = world.new_run("weights/1")
     path = f"{run}/checkpoints/weights/1/info.json"
     fault = world.server.faults.add(
@@ -122,7 +122,7 @@ def test_after_a_failing_weights_info_the_next_look_has_it(world):
     assert json.loads(world.driver.read(path))["base_model"]
 
 
-def test_a_checkpoint_saved_again_under_its_name_is_asked_for_anew(world):
+def test_weights_info_of_a_checkpoint_saved_again_is_reloaded(world):
     run = world.new_run("weights/1")
     path = f"{run}/checkpoints/weights/1/info.json"
     before = json.loads(world.driver.read(path))
@@ -137,33 +137,33 @@ def test_a_checkpoint_saved_again_under_its_name_is_asked_for_anew(world):
 
 
 @pytest.mark.where(profile=lambda profile: profile.kinds <= profile.weights_info_kinds)
-def test_a_second_mount_asks_for_no_weights_info(face, tmp_path):
+def test_second_mount_requests_no_weights_info(variant, tmp_path):
     from tests.support.drivers import opened
     from tinkerfs.demo.server import DemoServer
 
-    kind, profile = face
+    kind, profile = variant
     with DemoServer(runs=2, checkpoints=5, profile=profile) as server:
         for _ in range(2):
             with opened(kind, server, tmp_path) as driver:
                 for run in server.account.runs():
                     for checkpoint in run.checkpoints:
-                        place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
-                        assert json.loads(driver.read(f"{place}/info.json"))["is_lora"]
-        # One without a time may be another one by now.
+                        checkpoint_dir = f"runs/{run.id}/checkpoints/{checkpoint.id}"
+                        assert json.loads(driver.read(f"{checkpoint_dir}/info.json"))["is_lora"]
+        # A checkpoint without a time may have been saved again.
         undated = sum(c.time_s is None for run in server.account.runs() for c in run.checkpoints)
         assert server.journal.count("POST weights_info") == 10 + undated
         assert server.journal.count("GET training_runs/{run}/checkpoints") == 4
 
 
 @pytest.mark.where(profile=lambda profile: "expires_at" not in profile.omitted)
-def test_the_expiry_and_the_flag_read_as_the_record_says(world):
+def test_expires_at_and_published_match_the_record(world):
     run_id = world.new_run().partition("/")[2]
     add = world.server.account.add_checkpoint
     add(run_id, "weights/1", is_public=True, expires_at_s=1_900_000_000.25)
     add(run_id, "weights/2")
     world.refresh()
-    place = f"runs/{run_id}/checkpoints/weights"
-    assert world.driver.read(f"{place}/1/expires_at") == b"2030-03-17T17:46:40.25Z\n"
-    assert world.driver.read(f"{place}/1/published") == b"1\n"
-    assert world.driver.read(f"{place}/2/expires_at") == b"never\n"
-    assert world.driver.read(f"{place}/2/published") == b"0\n"
+    checkpoint_dir = f"runs/{run_id}/checkpoints/weights"
+    assert world.driver.read(f"{checkpoint_dir}/1/expires_at") == b"2030-03-17T17:46:40.25Z\n"
+    assert world.driver.read(f"{checkpoint_dir}/1/published") == b"1\n"
+    assert world.driver.read(f"{checkpoint_dir}/2/expires_at") == b"never\n"
+    assert world.driver.read(f"{checkpoint_dir}/2/published") == b"0\n"

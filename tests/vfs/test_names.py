@@ -1,4 +1,4 @@
-"""Names from the server: listed, resolved and read, whatever they are made of."""
+"""Tests of unusual names: they are listed, resolved and read."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.support.account import HOSTILE_NAMES, can_be_listed
 from tests.support.drivers import outcome_of
 from tinkerfs import name_encoding
 
-# The server takes no weights info of a name with a slash, which is told.
+# The server refuses weights infos of names with a slash, which is reported.
 pytestmark = pytest.mark.expect_warnings("weights info EINVAL")
 
 
@@ -25,13 +25,13 @@ def hostile_names(world):
 
 @pytest.fixture(scope="module")
 def hostile(world, hostile_names):
-    """A run whose checkpoints have every hostile name."""
+    """A run with a checkpoint for every hostile name."""
     return world.new_run(*(f"weights/{name}" for name in hostile_names))
 
 
 def test_hostile_checkpoints_are_listed_resolved_and_read(world, hostile, hostile_names):
-    folder = world.group(hostile)
-    listed = world.driver.listdir(folder)
+    directory = world.kind_directory(hostile)
+    listed = world.driver.listdir(directory)
     assert len(set(listed)) == len(hostile_names)
     run_id = hostile.partition("/")[2]
     read = set()
@@ -39,22 +39,22 @@ def test_hostile_checkpoints_are_listed_resolved_and_read(world, hostile, hostil
         assert "/" not in name
         assert name not in (".", "..")
         assert len(file_name_bytes(name)) <= 255
-        place = f"{folder}/{name}"
-        assert world.driver.stat(place).is_folder
-        info = json.loads(world.driver.read(f"{place}/info.json"))
+        checkpoint_dir = f"{directory}/{name}"
+        assert world.driver.stat(checkpoint_dir).is_directory
+        info = json.loads(world.driver.read(f"{checkpoint_dir}/info.json"))
         server_name = info["checkpoint_id"].removeprefix("weights/")
         assert name_encoding.encode(server_name) == name
         read.add(server_name)
-        told = world.driver.read(f"{place}/tinker_path")
-        assert told.startswith(f"tinker://{run_id}/".encode())
-        assert world.driver.read(f"{place}/published") == b"0\n"
-        target = world.driver.readlink(f"{place}/archive_url")
-        assert world.driver.stat(f"{place}/{target}").permissions == 0o400
+        text = world.driver.read(f"{checkpoint_dir}/tinker_path")
+        assert text.startswith(f"tinker://{run_id}/".encode())
+        assert world.driver.read(f"{checkpoint_dir}/published") == b"0\n"
+        target = world.driver.readlink(f"{checkpoint_dir}/archive_url")
+        assert world.driver.stat(f"{checkpoint_dir}/{target}").permissions == 0o400
     assert read == set(hostile_names)
 
 
-def test_a_name_that_is_one_as_it_stands_is_shown_as_it_stands(world, hostile):
-    listed = world.driver.listdir(world.group(hostile))
+def test_valid_file_names_are_not_encoded(world, hostile):
+    listed = world.driver.listdir(world.kind_directory(hostile))
     for name in ("new\nline", " ", "-rf", "*", "$(touch x)", "100%", "x" * 255):
         assert name in listed
     assert {"%2E%2E", "%2E", "%252F", "%25~", "nul%00nul"} <= set(listed)
@@ -62,19 +62,19 @@ def test_a_name_that_is_one_as_it_stands_is_shown_as_it_stands(world, hostile):
     assert "\udcff\udcfe" in listed
 
 
-def test_hostile_checkpoints_can_be_published_and_deleted_where_the_server_takes_the_name(world):
+def test_hostile_checkpoints_can_be_published_and_deleted(world):
     good = ["-rf", "new\nline", " ", "*", "100%", "%2F", "\udcff\udcfe", "x" * 300]
     run = world.new_run(*(f"weights/{name}" for name in good))
     server_run = world.server.account.run(run.partition("/")[2])
     for name in good:
-        place = f"{run}/checkpoints/weights/{name_encoding.encode(name)}"
-        if name != "\udcff\udcfe":  # the demo server takes a URL's bytes for UTF-8
+        checkpoint_dir = f"{run}/checkpoints/weights/{name_encoding.encode(name)}"
+        if name != "\udcff\udcfe":  # the demo server decodes URLs as UTF-8
             if world.serves("POST publish"):
-                world.driver.write(f"{place}/published", b"1\n")
+                world.driver.write(f"{checkpoint_dir}/published", b"1\n")
                 checkpoint = world.server.account.checkpoint(server_run.id, f"weights/{name}")
                 assert checkpoint.is_public, name
-                assert world.driver.read(f"{place}/published") == b"1\n"
-            assert world.driver.remove(f"rmtree {place}") == ["OK"], name
+                assert world.driver.read(f"{checkpoint_dir}/published") == b"1\n"
+            assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"], name
     assert len(server_run.checkpoints) == 1
 
 
@@ -98,7 +98,7 @@ def test_hostile_runs_are_listed_and_resolve(world):
 
 
 @pytest.mark.parametrize("name", ["%41", "a%2fb", "%2e%2e", "%7E", "%25", "x" * 250 + "%~"])
-def test_what_encodes_no_name_is_not_there(world, name):
+def test_name_that_encodes_nothing_is_enoent(world, name):
     run = world.new_run("weights/A", "weights/a/b", "weights/~")
     assert outcome_of(lambda: world.driver.stat(f"{run}/checkpoints/weights/{name}")) == "ENOENT"
 
@@ -112,18 +112,18 @@ def test_what_encodes_no_name_is_not_there(world, name):
         unique=True,
     )
 )
-def test_any_names_are_told_apart_and_found(world, given_names):
+def test_any_names_are_distinct_and_resolve(world, given_names):
     if world.is_kernel:
         given_names = given_names[:3]
     given_names = [name for name in given_names if can_be_listed(world.profile, name)]
     run = world.new_run(*(f"weights/{name}" for name in given_names))
     try:
-        folder = world.group(run)
-        listed = world.driver.listdir(folder)
+        directory = world.kind_directory(run)
+        listed = world.driver.listdir(directory)
         assert sorted(listed) == sorted({name_encoding.encode(name) for name in given_names})
         assert len(listed) == len(given_names)
         for name in listed:
-            record = json.loads(world.driver.read(f"{folder}/{name}/info.json"))
+            record = json.loads(world.driver.read(f"{directory}/{name}/info.json"))
             assert name_encoding.encode(record["checkpoint_id"].removeprefix("weights/")) == name
     finally:
         world.server.account.remove_run(run.partition("/")[2])

@@ -1,4 +1,4 @@
-"""What differs between servers: bare ids, other tinker paths, and what they lack."""
+"""Tests of server differences: bare ids, other tinker paths, missing endpoints."""
 
 import json
 
@@ -11,12 +11,12 @@ from tinkerfs.demo.profiles import KIND_TYPES
 from tinkerfs.demo.sample_data import Session
 
 lists_bare_ids = pytest.mark.where(profile=lambda profile: profile.listed_ids == "name")
-#: Of hatchery: it knows runs by their checkpoints only.
+#: True for hatchery, which knows runs only by their checkpoints.
 lists_no_runs = pytest.mark.where(profile=lambda profile: "GET training_runs" in profile.missing)
 
 
-def told_path(world, run, checkpoint_id):
-    """What `tinker_path` reads of a checkpoint."""
+def tinker_path_text(world, run, checkpoint_id):
+    """Return the expected content of `tinker_path`."""
     run_id = run.partition("/")[2]
     checkpoint = world.server.account.checkpoint(run_id, checkpoint_id)
     return f"{serialization.tinker_path(run_id, checkpoint, world.profile)}\n"
@@ -27,40 +27,45 @@ def told_path(world, run, checkpoint_id):
 
 def test_checkpoints_are_listed_by_kind_and_name(world):
     for run in world.server.account.runs():
-        places = [place.partition("/checkpoints/")[2] for place in world.places(f"runs/{run.id}")]
-        assert sorted(places) == sorted(checkpoint.id for checkpoint in run.checkpoints)
+        checkpoint_dirs = [
+            checkpoint_dir.partition("/checkpoints/")[2]
+            for checkpoint_dir in world.checkpoint_dirs(f"runs/{run.id}")
+        ]
+        assert sorted(checkpoint_dirs) == sorted(checkpoint.id for checkpoint in run.checkpoints)
         for checkpoint in run.checkpoints:
-            told = told_path(world, f"runs/{run.id}", checkpoint.id)
-            place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
-            assert world.driver.read(f"{place}/tinker_path").decode() == told
+            text = tinker_path_text(world, f"runs/{run.id}", checkpoint.id)
+            checkpoint_dir = f"runs/{run.id}/checkpoints/{checkpoint.id}"
+            assert world.driver.read(f"{checkpoint_dir}/tinker_path").decode() == text
 
 
 def test_checkpoint_resolves_by_its_tinker_path(world):
     for run in world.server.account.runs():
         for checkpoint in run.checkpoints:
-            told = told_path(world, f"runs/{run.id}", checkpoint.id)
-            _, _, rest = told.strip().removeprefix("tinker://").partition("/")
-            place = f"runs/{run.id}/checkpoints/{rest}"
-            assert world.driver.read(f"{place}/tinker_path").decode() == told
+            text = tinker_path_text(world, f"runs/{run.id}", checkpoint.id)
+            _, _, rest = text.strip().removeprefix("tinker://").partition("/")
+            checkpoint_dir = f"runs/{run.id}/checkpoints/{rest}"
+            assert world.driver.read(f"{checkpoint_dir}/tinker_path").decode() == text
 
 
 @lists_bare_ids
 def test_bare_id_of_one_checkpoint_is_an_unlisted_link(world):
     run = world.new_run("weights/a", "sampler_weights/b", "weights/sampler_weights")
-    folder = f"{run}/checkpoints"
-    assert world.driver.readlink(f"{folder}/a") == "weights/a"
-    assert world.driver.readlink(f"{folder}/b") == "sampler_weights/b"
-    assert world.driver.stat(f"{folder}/sampler_weights").is_folder, "a kind's name is the kind"
-    assert set(world.driver.listdir(folder)) == {"weights", "sampler_weights"}
-    for name, place in (("a", "weights/a"), ("b", "sampler_weights/b")):
-        told = told_path(world, run, place)
-        assert world.driver.read(f"{folder}/{name}/tinker_path").decode() == told
-        content = world.driver.readlink(f"{folder}/{name}/archive_url")
-        assert f"/.content/{run[5:]}/{place}/" in content
+    directory = f"{run}/checkpoints"
+    assert world.driver.readlink(f"{directory}/a") == "weights/a"
+    assert world.driver.readlink(f"{directory}/b") == "sampler_weights/b"
+    assert world.driver.stat(f"{directory}/sampler_weights").is_directory, (
+        "a kind's name is the kind"
+    )
+    assert set(world.driver.listdir(directory)) == {"weights", "sampler_weights"}
+    for name, checkpoint_dir in (("a", "weights/a"), ("b", "sampler_weights/b")):
+        text = tinker_path_text(world, run, checkpoint_dir)
+        assert world.driver.read(f"{directory}/{name}/tinker_path").decode() == text
+        content = world.driver.readlink(f"{directory}/{name}/archive_url")
+        assert f"/.content/{run[5:]}/{checkpoint_dir}/" in content
     if world.profile.shares_names:
         world.server.account.add_checkpoint(run[5:], "weights/b")
         world.refresh()
-        assert outcome_of(lambda: world.driver.readlink(f"{folder}/b")) == "ENOENT"
+        assert outcome_of(lambda: world.driver.readlink(f"{directory}/b")) == "ENOENT"
 
 
 @pytest.mark.where(profile=lambda profile: profile.listed_ids == "kind/name")
@@ -69,49 +74,57 @@ def test_bare_name_is_enoent_where_ids_have_kinds(world):
     assert outcome_of(lambda: world.driver.stat(f"{run}/checkpoints/a")) == "ENOENT"
 
 
-def test_names_that_are_shared_or_called_like_a_kind_are_told_apart(world):
+def test_ambiguous_checkpoint_names_are_distinct(world):
     ids = ["weights/weights", "weights/x", "sampler_weights/only"]
     ids += ["sampler_weights/x"] * world.profile.shares_names
     run = world.new_run(*ids)
-    told = sorted(world.driver.read(f"{p}/tinker_path").decode() for p in world.places(run))
-    assert told == sorted(told_path(world, run, checkpoint_id) for checkpoint_id in ids)
+    text = sorted(
+        world.driver.read(f"{p}/tinker_path").decode() for p in world.checkpoint_dirs(run)
+    )
+    assert text == sorted(tinker_path_text(world, run, checkpoint_id) for checkpoint_id in ids)
     for checkpoint_id in ids:
         path = f"{run}/checkpoints/{checkpoint_id}/tinker_path"
-        assert world.driver.read(path).decode() == told_path(world, run, checkpoint_id)
+        assert world.driver.read(path).decode() == tinker_path_text(world, run, checkpoint_id)
     if world.profile.shares_names:
         assert world.driver.remove(f"rmtree {run}/checkpoints/weights/x") == ["OK"]
-        left = {c.id for c in world.server.account.run(run.partition("/")[2]).checkpoints}
-        assert left == set(ids) - {"weights/x"}
+        remaining = {c.id for c in world.server.account.run(run.partition("/")[2]).checkpoints}
+        assert remaining == set(ids) - {"weights/x"}
 
 
 @lists_bare_ids
 def test_removing_a_bare_id_removes_nothing(world):
     run = world.new_run("weights/a", "weights/b", "sampler_weights/c")
-    folder = f"{run}/checkpoints"
-    assert world.driver.remove(f"unlink {folder}/a", f"rmtree {folder}/weights/b") == ["EPERM"] * 2
-    assert world.driver.remove(f"rmdir {folder}/a") == ["ENOTDIR"]
-    assert f"/{folder}/a\tunlink\tEPERM\tonly checkpoints can be removed" in world.errors()
-    assert world.driver.remove(f"rmtree {folder}/weights/b") == ["OK"]
-    left = {c.id for c in world.server.account.run(run[5:]).checkpoints}
-    assert left == {"weights/a", "sampler_weights/c"}
-    assert sorted(world.driver.listdir(folder)) == ["sampler_weights", "weights"]
+    directory = f"{run}/checkpoints"
+    assert (
+        world.driver.remove(f"unlink {directory}/a", f"rmtree {directory}/weights/b")
+        == ["EPERM"] * 2
+    )
+    assert world.driver.remove(f"rmdir {directory}/a") == ["ENOTDIR"]
+    assert f"/{directory}/a\tunlink\tEPERM\tonly checkpoints can be removed" in world.errors()
+    assert world.driver.remove(f"rmtree {directory}/weights/b") == ["OK"]
+    remaining = {c.id for c in world.server.account.run(run[5:]).checkpoints}
+    assert remaining == {"weights/a", "sampler_weights/c"}
+    assert sorted(world.driver.listdir(directory)) == ["sampler_weights", "weights"]
 
 
-def test_the_form_of_an_id_that_worked_is_remembered(make_world):
+def test_accepted_id_form_is_remembered(make_world):
     world = make_world(runs=0)
     run = world.new_run(*(f"sampler_weights/{n}" for n in range(6)))
-    places = [f"{run}/checkpoints/sampler_weights/{n}" for n in range(6)]
+    checkpoint_dirs = [f"{run}/checkpoints/sampler_weights/{n}" for n in range(6)]
     tries_archives = 2 if world.profile.archive_ids == "name" else 1
     if world.serves("GET archive"):
-        for place in places[:3]:
-            world.driver.read(f"{place}/archive_url")
+        for checkpoint_dir in checkpoint_dirs[:3]:
+            world.driver.read(f"{checkpoint_dir}/archive_url")
         assert world.server.journal.count("GET archive") == tries_archives + 2
-    assert world.driver.remove(*(f"rmtree {place}" for place in places)) == ["OK"] * 6
+    assert (
+        world.driver.remove(*(f"rmtree {checkpoint_dir}" for checkpoint_dir in checkpoint_dirs))
+        == ["OK"] * 6
+    )
     tries_changes = 2 if world.profile.change_ids == "name" else 1
     assert world.server.journal.count("DELETE checkpoint") == tries_changes + 5
 
 
-# What a server lacks.
+# Missing endpoints.
 
 
 @pytest.mark.parametrize(
@@ -119,29 +132,27 @@ def test_the_form_of_an_id_that_worked_is_remembered(make_world):
     [("POST publish", "published", b"1"), ("PUT ttl", "expires_at", b"30d")],
 )
 @pytest.mark.where(profile=lambda profile: {"POST publish", "PUT ttl"} <= profile.missing)
-def test_a_change_that_the_server_lacks_is_eopnotsupp_and_asked_for_rarely(
-    world, endpoint, control, value
-):
+def test_unsupported_change_is_eopnotsupp_and_rarely_retried(world, endpoint, control, value):
     run = world.new_run(*(f"weights/{n}" for n in range(8)))
     for _ in range(2):
         for n in range(8):
-            place = f"{run}/checkpoints/weights/{n}"
-            before = world.driver.read(f"{place}/{control}")
-            path = f"{place}/{control}"
+            checkpoint_dir = f"{run}/checkpoints/weights/{n}"
+            before = world.driver.read(f"{checkpoint_dir}/{control}")
+            path = f"{checkpoint_dir}/{control}"
             assert outcome_of(lambda path=path: world.driver.write(path, value)) == "EOPNOTSUPP"
             assert world.driver.read(path) == before
-    told = [line for line in world.errors().splitlines() if f"/{run}/" in line]
-    assert "this server has no such endpoint" in told[0]
-    asked = world.server.journal.count(endpoint)
-    assert 1 <= asked <= 6  # three times, in either form of the id
+    text = [line for line in world.errors().splitlines() if f"/{run}/" in line]
+    assert "this server has no such endpoint" in text[0]
+    requests = world.server.journal.count(endpoint)
+    assert 1 <= requests <= 6  # three times, in both forms of the id
     if not world.is_kernel:
         world.driver.time.advance(601)
         assert outcome_of(lambda: world.driver.write(path, value)) == "EOPNOTSUPP"
-        assert asked < world.server.journal.count(endpoint) <= asked + 2
+        assert requests < world.server.journal.count(endpoint) <= requests + 2
 
 
 @pytest.mark.where(profile=lambda profile: "GET archive" in profile.missing)
-def test_an_archive_that_the_server_lacks_is_eopnotsupp_and_asked_for_rarely(world):
+def test_unsupported_archive_is_eopnotsupp_and_rarely_retried(world):
     run = world.new_run(*(f"weights/{n}" for n in range(6)))
     for n in range(6):
         path = f"{run}/checkpoints/weights/{n}/archive_url"
@@ -152,7 +163,7 @@ def test_an_archive_that_the_server_lacks_is_eopnotsupp_and_asked_for_rarely(wor
 
 
 @pytest.mark.where(profile=lambda profile: profile.archive_kinds == {"sampler_weights"})
-def test_an_archive_of_a_kind_that_has_none_is_eopnotsupp(world):
+def test_archive_of_an_unsupported_kind_is_eopnotsupp(world):
     run = world.new_run("sampler_weights/s", "sampler_weights/both", "weights/both", "weights/w")
     for name in ("weights/w", "weights/both"):
         path = f"{run}/checkpoints/{name}/archive_url"
@@ -164,7 +175,7 @@ def test_an_archive_of_a_kind_that_has_none_is_eopnotsupp(world):
 
 @pytest.mark.served("GET training_runs/{run}")
 @pytest.mark.where(profile=lambda profile: "GET archive" in profile.missing)
-def test_an_archive_endpoint_that_is_gone_reads_otherwise_than_a_checkpoint_that_is(world):
+def test_missing_endpoint_differs_from_a_missing_checkpoint(world):
     run = world.new_run("weights/here", "weights/gone")
     here = f"{run}/checkpoints/weights/here/archive_url"
     gone = f"{run}/checkpoints/weights/gone/archive_url"
@@ -176,25 +187,25 @@ def test_an_archive_endpoint_that_is_gone_reads_otherwise_than_a_checkpoint_that
 
 
 @pytest.mark.where(profile=lambda profile: "weights" in profile.weights_info_kinds != KIND_TYPES)
-def test_weights_infos_of_a_kind_that_has_none_are_asked_for_rarely(make_world):
+def test_weights_info_of_an_unsupported_kind_is_rarely_retried(make_world):
     world = make_world(runs=0)
     kinds = sorted(world.profile.kinds)
     run = world.new_run(*(f"{kind}/{kind}{n}" for kind in kinds for n in range(12)))
-    for place in world.places(run):
-        info = json.loads(world.driver.read(f"{place}/info.json"))
+    for checkpoint_dir in world.checkpoint_dirs(run):
+        info = json.loads(world.driver.read(f"{checkpoint_dir}/info.json"))
         kind = info["checkpoint_id"].rpartition("/")[2].rstrip("0123456789")
         assert ("lora_rank" in info) == (kind in world.profile.weights_info_kinds)
     world.server.journal.wait_until_idle()
-    asked = [entry.status for entry in world.server.journal.entries("POST weights_info")]
+    requests = [entry.status for entry in world.server.journal.entries("POST weights_info")]
     lacking = len(set(kinds) - world.profile.weights_info_kinds)
-    assert asked.count(200) == 12 * (len(kinds) - lacking)
-    # Three of the kind, and those that were under way beside them.
-    assert lacking * 3 <= asked.count(400) <= lacking * (3 + 8)
+    assert requests.count(200) == 12 * (len(kinds) - lacking)
+    # Three requests per kind, and those that were in flight at the same time.
+    assert lacking * 3 <= requests.count(400) <= lacking * (3 + 8)
     assert len([line for line in world.errors().splitlines() if f"/{run}/" in line]) <= 12
 
 
 @pytest.mark.where(profile=lambda profile: "GET sessions" in profile.missing)
-def test_a_server_without_sessions_shows_an_empty_folder_and_says_so(make_world):
+def test_sessions_are_empty_on_a_server_without_sessions(make_world):
     world = make_world(runs=1, checkpoints=1)
     assert world.driver.listdir("sessions") == []
     assert outcome_of(lambda: world.driver.stat("sessions/any")) == "ENOENT"
@@ -214,20 +225,20 @@ def test_a_server_without_sessions_shows_an_empty_folder_and_says_so(make_world)
 
 @pytest.mark.served("GET samplers/{sampler}")
 @pytest.mark.where(profile=lambda profile: "GET sessions" in profile.missing)
-def test_a_sampler_resolves_where_sessions_do_not(world):
+def test_sampler_resolves_on_a_server_without_sessions(world):
     run = world.new_run("sampler_weights/s")
     path = f"tinker://{run[5:]}/sampler_weights/s"
     samplers = {"q:sample:0": ("Qwen/Qwen3-8B", path)}
     world.server.account.add_session(
         Session(id="q", created_at_s=1.7e9, run_ids=[], samplers=samplers, display_name=None)
     )
-    told = world.driver.read("samplers/q:sample:0/checkpoint/tinker_path")
-    assert told.decode() == f"{path}\n"
+    text = world.driver.read("samplers/q:sample:0/checkpoint/tinker_path")
+    assert text.decode() == f"{path}\n"
 
 
 @pytest.mark.served("GET training_runs")
 @pytest.mark.where(profile=lambda profile: "GET checkpoints" in profile.missing)
-def test_views_are_made_of_the_runs_listings_asked_side_by_side(make_world):
+def test_views_combine_the_listings_of_all_runs(make_world):
     world = make_world(runs=40, checkpoints=3, latency_s=0.01)
     for view in ("checkpoints", "published", "expiring", "adapters"):
         world.driver.listdir(view)
@@ -241,7 +252,7 @@ def test_views_are_made_of_the_runs_listings_asked_side_by_side(make_world):
 
 
 @lists_no_runs
-def test_a_server_that_lists_no_runs_shows_an_empty_folder_and_resolves_what_is_asked_for(
+def test_runs_resolve_on_a_server_that_lists_none(
     make_world,
 ):
     world = make_world(runs=2, checkpoints=5)
@@ -250,14 +261,14 @@ def test_a_server_that_lists_no_runs_shows_an_empty_folder_and_resolves_what_is_
     assert world.driver.listdir("models") == []
     assert "EOPNOTSUPP" in world.errors()
     for run in world.server.account.runs():
-        assert world.driver.stat(f"runs/{run.id}").is_folder
+        assert world.driver.stat(f"runs/{run.id}").is_directory
         info = json.loads(world.driver.read(f"runs/{run.id}/info.json"))
         assert info["training_run_id"] == run.id
         listed = world.driver.listdir(f"runs/{run.id}/checkpoints")
         assert set(listed) == {c.kind for c in run.checkpoints}
         for checkpoint in run.checkpoints:
-            place = f"runs/{run.id}/checkpoints/{checkpoint.name}"
-            told = world.driver.read(f"{place}/tinker_path").decode()
-            assert told == f"tinker://{run.id}/checkpoints/{checkpoint.name}\n"
-            assert json.loads(world.driver.read(f"{place}/info.json"))["base_model"]
+            checkpoint_dir = f"runs/{run.id}/checkpoints/{checkpoint.name}"
+            text = world.driver.read(f"{checkpoint_dir}/tinker_path").decode()
+            assert text == f"tinker://{run.id}/checkpoints/{checkpoint.name}\n"
+            assert json.loads(world.driver.read(f"{checkpoint_dir}/info.json"))["base_model"]
     assert outcome_of(lambda: world.driver.stat("runs/nobody")) == "ENOENT"

@@ -1,8 +1,8 @@
-"""Removal by the rules, and what becomes of what was only unlinked."""
+"""Tests of removal: deletion of checkpoints, unlinked files, and denied removals."""
 
 import pytest
 
-from tests.support.account import deletes, tells_last
+from tests.support.account import deletes, lists_last_checkpoints
 
 FILES = [
     "info.json",
@@ -16,38 +16,42 @@ FILES = [
 ]
 
 
-def test_removing_a_checkpoint_s_folder_deletes_it(world):
+def test_rmtree_of_a_checkpoint_deletes_it(world):
     run = world.new_run("weights/1", "weights/2")
-    place = f"{run}/checkpoints/weights/1"
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
-    # Of which the first may have tried the form of the id that the server does not take.
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
+    # The first request may have used a form of the id that the server does not accept.
     assert deletes(world.server) in (1, 2)
-    left = world.server.account.run(run.partition("/")[2]).checkpoints
-    assert [c.id for c in left] == ["weights/2"]
-    assert world.driver.listdir(world.group(run)) == ["2"]
-    assert place in world.changes()
+    remaining = world.server.account.run(run.partition("/")[2]).checkpoints
+    assert [c.id for c in remaining] == ["weights/2"]
+    assert world.driver.listdir(world.kind_directory(run)) == ["2"]
+    assert checkpoint_dir in world.changes()
 
 
-@pytest.mark.where(profile=tells_last)
-def test_every_listing_agrees_at_once(world):
+@pytest.mark.where(profile=lists_last_checkpoints)
+def test_rmtree_updates_every_listing_immediately(world):
     run = world.new_run("weights/1", "weights/2", "sampler_weights/1")
     world.driver.listdir("runs")
     assert world.driver.readlink(f"{run}/latest") == "checkpoints/weights/2"
-    place = f"{run}/checkpoints"
-    assert world.driver.remove(f"rmtree {place}/weights/2") == ["OK"]
+    checkpoints = f"{run}/checkpoints"
+    assert world.driver.remove(f"rmtree {checkpoints}/weights/2") == ["OK"]
     assert world.eventually(
         lambda: world.driver.readlink(f"{run}/latest") == "checkpoints/weights/1"
     )
-    assert world.driver.remove(f"rmtree {place}/weights/1") == ["OK"]
+    assert world.driver.remove(f"rmtree {checkpoints}/weights/1") == ["OK"]
     assert world.driver.listdir(run) == ["info.json", "checkpoints", "latest_sampler"]
-    assert world.driver.listdir(place) == ["sampler_weights"]
+    assert world.driver.listdir(checkpoints) == ["sampler_weights"]
 
 
-def test_by_steps(world):
+def test_rmdir_deletes_after_every_file_was_unlinked(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    steps = [f"rmdir {place}"]
-    steps += [step for name in FILES for step in (f"unlink {place}/{name}", f"rmdir {place}")]
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    steps = [f"rmdir {checkpoint_dir}"]
+    steps += [
+        step
+        for name in FILES
+        for step in (f"unlink {checkpoint_dir}/{name}", f"rmdir {checkpoint_dir}")
+    ]
     steps += [f"rmdir {run}/checkpoints/weights", f"rmdir {run}/checkpoints"]
     outcomes = world.driver.remove(*steps)
     assert outcomes == ["ENOTEMPTY"] + ["OK", "ENOTEMPTY"] * (len(FILES) - 1) + ["OK", "OK"] + [
@@ -67,139 +71,166 @@ def test_by_steps(world):
         "unlink .tinkerfs/errors",
         "unlink .tinkerfs/refresh",
         "unlink {run}/info.json",
-        pytest.param("unlink {run}/latest", marks=pytest.mark.where(profile=tells_last)),
+        pytest.param(
+            "unlink {run}/latest", marks=pytest.mark.where(profile=lists_last_checkpoints)
+        ),
         "rmdir {run}",
         "rmtree {run}",
         pytest.param("rmtree runs", marks=pytest.mark.served("GET training_runs")),
         "rmtree .content",
     ],
 )
-def test_nothing_else_can_be_removed_and_who_tried_may_remove_nothing(world, step):
+def test_other_removals_are_denied_and_block_the_group(world, step):
     run = world.new_run("weights/1", "weights/2")
-    place = f"{run}/checkpoints/weights"
-    steps = [step.format(run=run), f"rmtree {place}/1", f"unlink {place}/2/info.json"]
-    assert world.driver.remove(*steps, f"rmdir {place}/2") == ["EPERM"] * 4
+    weights = f"{run}/checkpoints/weights"
+    steps = [
+        step.format(run=run),
+        f"rmtree {weights}/1",
+        f"unlink {weights}/2/info.json",
+    ]
+    assert world.driver.remove(*steps, f"rmdir {weights}/2") == ["EPERM"] * 4
     assert deletes(world.server) == 0
     assert "EPERM" in world.errors()
-    # Somebody else may.
-    assert world.driver.remove(f"rmtree {place}/1") == ["OK"]
+    # Another process group may remove it.
+    assert world.driver.remove(f"rmtree {weights}/1") == ["OK"]
 
 
-def test_a_full_folder_that_is_no_checkpoint_is_enotempty_and_no_refusal(world):
+def test_rmdir_of_a_nonempty_container_is_enotempty(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints"
-    steps = [f"rmdir {place}", f"rmdir {world.pgid(run)}", f"rmtree {place}"]
+    checkpoints = f"{run}/checkpoints"
+    steps = [
+        f"rmdir {checkpoints}",
+        f"rmdir {world.kind_directory(run)}",
+        f"rmtree {checkpoints}",
+    ]
     assert world.driver.remove(*steps) == ["ENOTEMPTY", "ENOTEMPTY", "OK"]
-    assert world.driver.listdir(place) == []
+    assert world.driver.listdir(checkpoints) == []
 
 
-def test_what_is_not_there_cannot_be_removed(world):
+def test_removal_of_an_absent_name_is_enoent(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights"
-    steps = [f"unlink {place}/1/nothing", f"rmdir {place}/2", f"rmdir {place}/1/info.json"]
+    weights = f"{run}/checkpoints/weights"
+    steps = [
+        f"unlink {weights}/1/nothing",
+        f"rmdir {weights}/2",
+        f"rmdir {weights}/1/info.json",
+    ]
     assert world.driver.remove(*steps) == ["ENOENT", "ENOENT", "ENOTDIR"]
-    assert world.driver.remove(f"unlink {place}/1") in (["EISDIR"], ["EPERM"])
+    assert world.driver.remove(f"unlink {weights}/1") in (["EISDIR"], ["EPERM"])
     assert deletes(world.server) == 0
 
 
 @pytest.mark.expect_warnings("rmdir E")
 @pytest.mark.parametrize(("status", "name"), [(403, "EACCES"), (404, "ENOENT"), (409, "EBUSY")])
-def test_a_refusal_of_the_server_is_told_and_brings_everything_back(world, status, name):
+def test_refused_deletion_is_reported_and_restores_the_files(world, status, name):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
     fault = world.server.faults.add(
         "DELETE checkpoint",
         status=status,
-        body={"detail": "the server's words"},
+        body={"detail": "the message of the server"},
         headers={"x-should-retry": "false"},
         times=None,
     )
     try:
-        assert world.driver.remove(f"rmtree {place}") == [name]
+        assert world.driver.remove(f"rmtree {checkpoint_dir}") == [name]
     finally:
         fault.remove()
-    assert world.driver.listdir(place) == FILES
-    assert "the server's words" in world.changes()
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
+    assert world.driver.listdir(checkpoint_dir) == FILES
+    assert "the message of the server" in world.changes()
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
 
 
-def test_unlinked_names_are_hidden_from_their_group_alone(world):
+def test_unlinked_names_are_hidden_from_one_group_only(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    steps = [f"unlink {place}/info.json", f"unlink {place}/published", f"listdir {place}"]
-    left = [name for name in FILES if name not in ("info.json", "published")]
-    assert world.driver.remove(*steps) == ["OK", "OK", " ".join(left)]
-    if world.driver.kind != "fsspec":  # whose group is this process's own
-        assert world.driver.listdir(place) == FILES
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    steps = [
+        f"unlink {checkpoint_dir}/info.json",
+        f"unlink {checkpoint_dir}/published",
+        f"listdir {checkpoint_dir}",
+    ]
+    remaining = [name for name in FILES if name not in ("info.json", "published")]
+    assert world.driver.remove(*steps) == ["OK", "OK", " ".join(remaining)]
+    if world.driver.kind != "fsspec":  # fsspec uses the process group of this process
+        assert world.driver.listdir(checkpoint_dir) == FILES
     assert deletes(world.server) == 0
 
 
 def test_rmdir_of_what_another_group_emptied_is_enotempty(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    emptied = world.driver.remove(*(f"unlink {place}/{name}" for name in FILES))
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    emptied = world.driver.remove(*(f"unlink {checkpoint_dir}/{name}" for name in FILES))
     assert emptied == ["OK"] * len(FILES)
-    # Of fsspec another remover is the same group, a minute later.
-    assert world.driver.remove(f"rmdir {place}") == ["ENOTEMPTY"]
+    # With fsspec the next removal is by the same group, a minute later.
+    assert world.driver.remove(f"rmdir {checkpoint_dir}") == ["ENOTEMPTY"]
     assert deletes(world.server) == 0
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
 
 
-def test_what_was_unlinked_is_back_after_a_minute(world):
+def test_unlinked_names_are_visible_after_a_minute(world):
     if world.is_kernel:
-        return  # whose clock is the machine's
+        return  # a mount uses the clock of the machine
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    left = " ".join(name for name in FILES if name not in ("info.json", "published"))
-    steps = [f"unlink {place}/info.json", f"unlink {place}/published", f"listdir {place}"]
-    later = ["advance 59", f"listdir {place}", "advance 2", f"listdir {place}"]
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    remaining = " ".join(name for name in FILES if name not in ("info.json", "published"))
+    steps = [
+        f"unlink {checkpoint_dir}/info.json",
+        f"unlink {checkpoint_dir}/published",
+        f"listdir {checkpoint_dir}",
+    ]
+    later = ["advance 59", f"listdir {checkpoint_dir}", "advance 2", f"listdir {checkpoint_dir}"]
     outcomes = world.driver.remove(*steps, *later)
-    assert outcomes == ["OK", "OK", left, "OK", left, "OK", " ".join(FILES)]
+    assert outcomes == ["OK", "OK", remaining, "OK", remaining, "OK", " ".join(FILES)]
     assert deletes(world.server) == 0
 
 
 LINKS = ("archive_url", "files", "archive.tar", "tensors.json")
 
 
-def test_what_copied_a_checkpoint_may_not_remove_it(world):
+def test_group_that_copied_a_checkpoint_cannot_remove_it(world):
     if world.driver.kind == "fsspec":
-        return  # it follows links, and so copies the weights
+        return  # fsspec follows links, so a copy includes the weights
     run = world.new_run("weights/1", "weights/2")
-    place = f"{run}/checkpoints/weights/1"
-    steps = [f"read{'link' * (name in LINKS)} {place}/{name}" for name in FILES]
-    removal = [f"rmtree {place}", f"unlink {place}/files", f"rmdir {place}", f"listdir {place}"]
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    steps = [f"read{'link' * (name in LINKS)} {checkpoint_dir}/{name}" for name in FILES]
+    removal = [
+        f"rmtree {checkpoint_dir}",
+        f"unlink {checkpoint_dir}/files",
+        f"rmdir {checkpoint_dir}",
+        f"listdir {checkpoint_dir}",
+    ]
     outcomes = world.driver.remove(*steps, *removal)
     assert outcomes == ["OK"] * len(FILES) + ["EPERM"] * 3 + [" ".join(FILES)]
     assert "tinkerfs get PATH DEST, then rm -r PATH" in world.errors()
     assert deletes(world.server) == 0
-    # What looked at a part of it may, and so may another group.
-    some = [step for step in steps if "info.json" not in step]
-    assert world.driver.remove(*some, f"rmtree {place}")[-1] == "OK"
+    # A group that read only a part may remove it, and so may another group.
+    partial = [step for step in steps if "info.json" not in step]
+    assert world.driver.remove(*partial, f"rmtree {checkpoint_dir}")[-1] == "OK"
 
 
-def test_what_moves_file_by_file_removes_nothing(world):
+def test_group_that_moves_single_files_removes_nothing(world):
     if world.driver.kind == "fsspec":
         return
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
     steps = [
-        f"{verb} {place}/{name}"
+        f"{verb} {checkpoint_dir}/{name}"
         for name in ("info.json", "published")
         for verb in ("read", "unlink")
     ]
-    assert world.driver.remove(*steps, f"listdir {place}") == [
+    assert world.driver.remove(*steps, f"listdir {checkpoint_dir}") == [
         *["OK", "OK", "OK", "EPERM"],
         " ".join(FILES),
     ]
     assert deletes(world.server) == 0
 
 
-def test_nothing_is_deleted_on_the_word_of_a_stale_entry(world):
+def test_rmtree_reloads_the_listing_before_the_deletion(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    world.driver.listdir(place)
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    world.driver.listdir(checkpoint_dir)
     world.server.journal.clear()
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
-    asked = [entry.endpoint for entry in world.server.journal.entries("api")]
-    deletion = asked.index("DELETE checkpoint")
-    assert "GET training_runs/{run}/checkpoints" in asked[:deletion]
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
+    endpoints = [entry.endpoint for entry in world.server.journal.entries("api")]
+    deletion = endpoints.index("DELETE checkpoint")
+    assert "GET training_runs/{run}/checkpoints" in endpoints[:deletion]

@@ -1,4 +1,4 @@
-"""`--trash`: what is removed expires, is hidden, and comes back."""
+"""Tests of `--trash`: removed checkpoints expire, are hidden, can be restored."""
 
 import json
 import posixpath
@@ -24,12 +24,13 @@ never_expires = pytest.mark.where(profile=lambda profile: TTL in profile.missing
 
 @pytest.fixture(scope="module")
 def world(make_world):
-    """An account whose removed checkpoints stay for 30 days."""
+    """An account with a trash of 30 days."""
     return make_world(settings=SETTINGS, runs=2, checkpoints=3)
 
 
-def link_of(run, checkpoint_id):
-    return f"{TRASH}/{name_encoding.encode_composite((run.partition('/')[2], *checkpoint_id.split('/', 1)))}"
+def trash_link(run, checkpoint_id):
+    key = (run.partition("/")[2], *checkpoint_id.split("/", 1))
+    return f"{TRASH}/{name_encoding.encode_composite(key)}"
 
 
 def stored(world, run, checkpoint_id):
@@ -37,7 +38,7 @@ def stored(world, run, checkpoint_id):
 
 
 def ttls(world):
-    """The TTLs that the server was asked for."""
+    """Return the TTLs of the requests to the server."""
     return [json.loads(entry.body)["ttl_seconds"] for entry in world.server.journal.entries(TTL)]
 
 
@@ -53,40 +54,40 @@ def now_s(world):
 @expires
 def test_rmtree_with_trash_sets_an_expiry_and_hides(world):
     run = world.new_run("weights/1", "weights/2", "sampler_weights/1")
-    for each in ("weights/2", "sampler_weights/1"):
-        stored(world, run, each).is_public = True
+    for saved_id in ("weights/2", "sampler_weights/1"):
+        stored(world, run, saved_id).is_public = True
     world.refresh()
-    name = posixpath.basename(link_of(run, "weights/2"))
-    sampler = posixpath.basename(link_of(run, "sampler_weights/1"))
+    name = posixpath.basename(trash_link(run, "weights/2"))
+    sampler = posixpath.basename(trash_link(run, "sampler_weights/1"))
     views = {"checkpoints": name, "published": name, "adapters": sampler}
     for view, shown in views.items():
         assert shown in world.driver.listdir(view)
-    folder = f"{run}/checkpoints"
-    world.driver.listdir(f"{folder}/weights")
+    directory = f"{run}/checkpoints"
+    world.driver.listdir(f"{directory}/weights")
     before = account_totals(world)
     outcomes = world.driver.remove(
-        f"rmtree {folder}/weights/2", f"rmtree {folder}/sampler_weights/1"
+        f"rmtree {directory}/weights/2", f"rmtree {directory}/sampler_weights/1"
     )
     assert outcomes == ["OK", "OK"]
     assert deletes(world.server) == 0
     assert ttls(world) == [30 * DAY_S] * 2
     assert stored(world, run, "weights/2") is not None
 
-    assert world.driver.listdir(f"{folder}/weights") == ["1"]
-    assert world.driver.listdir(folder) == ["weights"]
+    assert world.driver.listdir(f"{directory}/weights") == ["1"]
+    assert world.driver.listdir(directory) == ["weights"]
     assert world.driver.listdir(run) == ["info.json", "checkpoints", "latest"]
     assert world.eventually(lambda: world.driver.readlink(f"{run}/latest").endswith("weights/1"))
     last = json.loads(world.driver.read(f"{run}/info.json"))["last_checkpoint"]
     assert last["checkpoint_id"] == "weights/1"
     for view in (*views, "expiring"):
         assert not {name, sampler} & set(world.driver.listdir(view))
-        for each in (name, sampler):
+        for entry in (name, sampler):
             assert world.eventually(
-                lambda path=f"{view}/{each}": (
+                lambda path=f"{view}/{entry}": (
                     outcome_of(lambda: world.driver.stat(path)) == "ENOENT"
                 )
             )
-    for path in (f"{folder}/weights/2", f"{folder}/2"):
+    for path in (f"{directory}/weights/2", f"{directory}/2"):
         assert outcome_of(lambda path=path: world.driver.stat(path)) == "ENOENT"
     after = account_totals(world)
     assert after["checkpoints"] == before["checkpoints"] - 2
@@ -99,17 +100,17 @@ def test_rmtree_with_trash_sets_an_expiry_and_hides(world):
 @pytest.mark.served("GET archive")
 def test_trash_link_leads_to_what_was_removed(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    info = json.loads(world.driver.read(f"{place}/info.json"))
-    members = world.driver.listdir(f"{place}/files")
-    data = world.driver.read(f"{place}/files/{members[0]}")
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
-    link = link_of(run, "weights/1")
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    info = json.loads(world.driver.read(f"{checkpoint_dir}/info.json"))
+    members = world.driver.listdir(f"{checkpoint_dir}/files")
+    data = world.driver.read(f"{checkpoint_dir}/files/{members[0]}")
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
+    link = trash_link(run, "weights/1")
     status = world.driver.stat(link)
     assert status.is_link
     assert status.mtime_ns / 1e9 == pytest.approx(now_s(world) + 30 * DAY_S, abs=60)
     target = posixpath.join(TRASH, world.driver.readlink(link))
-    assert world.driver.stat(target).is_folder
+    assert world.driver.stat(target).is_directory
     assert posixpath.basename(target) not in world.driver.listdir(TRASH)
     shown = json.loads(world.driver.read(f"{link}/info.json"))
     assert shown.pop("expires_at") is not None
@@ -122,28 +123,28 @@ def test_trash_link_leads_to_what_was_removed(world):
 
 
 @expires
-@pytest.mark.parametrize("former_s", [None, 60 * DAY_S, 2 * DAY_S])
-def test_never_in_trash_restores_the_former_expiry(world, former_s):
+@pytest.mark.parametrize("previous_s", [None, 60 * DAY_S, 2 * DAY_S])
+def test_never_in_trash_restores_the_previous_expiry(world, previous_s):
     run = world.new_run("weights/1")
     checkpoint = stored(world, run, "weights/1")
-    former = None if former_s is None else int(now_s(world)) + former_s
-    checkpoint.expires_at_s = former
+    previous = None if previous_s is None else int(now_s(world)) + previous_s
+    checkpoint.expires_at_s = previous
     world.refresh()
-    place = f"{run}/checkpoints/weights/1"
-    before = world.driver.read(f"{place}/expires_at")
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
-    # An expiry that is nearer than that of the trash stays as it is.
-    stays = former_s == 2 * DAY_S
-    assert ttls(world) == ([] if stays else [30 * DAY_S])
-    assert world.driver.listdir(world.group(run)) == []
-    world.driver.write(f"{link_of(run, 'weights/1')}/expires_at", b"never\n")
-    assert len(ttls(world)) == (0 if stays else 2)
-    assert checkpoint.expires_at_s == (former and pytest.approx(former, abs=60))
-    assert world.driver.listdir(world.group(run)) == ["1"]
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    before = world.driver.read(f"{checkpoint_dir}/expires_at")
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
+    # An expiry that is earlier than that of the trash is unchanged.
+    is_unchanged = previous_s == 2 * DAY_S
+    assert ttls(world) == ([] if is_unchanged else [30 * DAY_S])
+    assert world.driver.listdir(world.kind_directory(run)) == []
+    world.driver.write(f"{trash_link(run, 'weights/1')}/expires_at", b"never\n")
+    assert len(ttls(world)) == (0 if is_unchanged else 2)
+    assert checkpoint.expires_at_s == (previous and pytest.approx(previous, abs=60))
+    assert world.driver.listdir(world.kind_directory(run)) == ["1"]
     world.refresh()
-    after = world.driver.read(f"{place}/expires_at")
-    assert after == before if former_s is None else after[:4] == before[:4]
-    assert posixpath.basename(link_of(run, "weights/1")) not in world.driver.listdir(TRASH)
+    after = world.driver.read(f"{checkpoint_dir}/expires_at")
+    assert after == before if previous_s is None else after[:4] == before[:4]
+    assert posixpath.basename(trash_link(run, "weights/1")) not in world.driver.listdir(TRASH)
     assert "restore from the trash" in world.changes()
 
 
@@ -161,39 +162,41 @@ def stored_names(world, run):
 
 
 @expires
-def test_rmtree_of_a_checkpoint_saved_again_is_apart(world):
+def test_checkpoint_saved_again_is_independent_of_the_trash(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
     if world.driver.time:
         world.driver.time.advance(1)
     world.server.account.add_checkpoint(run.partition("/")[2], "weights/1")
     world.refresh()
-    assert world.driver.listdir(world.group(run)) == ["1"]
-    assert world.driver.read(f"{place}/expires_at") == b"never\n"
-    name = posixpath.basename(link_of(run, "weights/1"))
+    assert world.driver.listdir(world.kind_directory(run)) == ["1"]
+    assert world.driver.read(f"{checkpoint_dir}/expires_at") == b"never\n"
+    name = posixpath.basename(trash_link(run, "weights/1"))
     assert name not in world.driver.listdir(TRASH)
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
-    assert world.driver.listdir(world.group(run)) == []
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
+    assert world.driver.listdir(world.kind_directory(run)) == []
     assert name in world.driver.listdir(TRASH)
 
 
 @expires
-@pytest.mark.parametrize("end", ["deleted", "cleared"])
-def test_trash_without_what_ended_elsewhere(world, end):
+@pytest.mark.parametrize("ended_by", ["deleted", "cleared"])
+def test_trash_omits_checkpoints_that_changed_elsewhere(world, ended_by):
     run = world.new_run("weights/1")
     assert world.driver.remove(f"rmtree {run}/checkpoints/weights/1") == ["OK"]
     world.refresh()
-    name = posixpath.basename(link_of(run, "weights/1"))
+    name = posixpath.basename(trash_link(run, "weights/1"))
     assert name in world.driver.listdir(TRASH)
-    if end == "deleted":
+    if ended_by == "deleted":
         world.server.account.delete_checkpoint(run.partition("/")[2], "weights/1")
     else:
         stored(world, run, "weights/1").expires_at_s = None
     world.refresh()
     assert name not in world.driver.listdir(TRASH)
     assert outcome_of(lambda: world.driver.read(f"{TRASH}/{name}/tinker_path")) == "ENOENT"
-    assert world.driver.listdir(world.group(run)) == ([] if end == "deleted" else ["1"])
+    assert world.driver.listdir(world.kind_directory(run)) == (
+        [] if ended_by == "deleted" else ["1"]
+    )
 
 
 @expires
@@ -201,31 +204,31 @@ def test_trash_without_what_ended_elsewhere(world, end):
 @pytest.mark.parametrize(
     ("status", "name"), [(403, "EACCES"), (404, "ENOENT"), (409, "EBUSY"), (500, "EIO")]
 )
-def test_rmtree_with_a_refused_expiry_shows_it_again(world, status, name):
+def test_rmtree_with_a_refused_expiry_restores_it(world, status, name):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
     fault = world.server.faults.add(
         TTL,
         status=status,
-        body={"detail": "the server's words"},
+        body={"detail": "the message of the server"},
         headers={"x-should-retry": "false"},
         times=None,
     )
     try:
-        [outcome] = world.driver.remove(f"rmtree {place}")
+        [outcome] = world.driver.remove(f"rmtree {checkpoint_dir}")
     finally:
         fault.remove()
     assert outcome in (name, "EOPNOTSUPP" if status == 404 else name)
-    assert "info.json" in world.driver.listdir(place)
-    assert "the server's words" in world.changes()
-    assert posixpath.basename(link_of(run, "weights/1")) not in world.driver.listdir(TRASH)
+    assert "info.json" in world.driver.listdir(checkpoint_dir)
+    assert "the message of the server" in world.changes()
+    assert posixpath.basename(trash_link(run, "weights/1")) not in world.driver.listdir(TRASH)
     assert deletes(world.server) == 0
-    assert world.driver.remove(f"rmtree {place}") == ["OK"]
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
 
 
 @expires
 @pytest.mark.expect_warnings("rmdir EBUSY")
-def test_rmtree_with_a_lost_response_spares_what_was_saved_since(world):
+def test_rmtree_after_a_lost_response_keeps_a_newer_one(world):
     run = world.new_run("weights/1")
     checkpoint = stored(world, run, "weights/1")
 
@@ -236,12 +239,12 @@ def test_rmtree_with_a_lost_response_spares_what_was_saved_since(world):
     world.server.faults.add(TTL, call=save_again, status=503, headers={"Retry-After": "0"})
     assert world.driver.remove(f"rmtree {run}/checkpoints/weights/1") == ["EBUSY"]
     assert stored(world, run, "weights/1").expires_at_s is None
-    assert world.driver.listdir(world.group(run)) == ["1"]
-    assert posixpath.basename(link_of(run, "weights/1")) not in world.driver.listdir(TRASH)
+    assert world.driver.listdir(world.kind_directory(run)) == ["1"]
+    assert posixpath.basename(trash_link(run, "weights/1")) not in world.driver.listdir(TRASH)
 
 
 @expires
-def test_rmtree_with_a_lost_response_counts_as_done(world):
+def test_rmtree_after_a_lost_response_succeeds(world):
     run = world.new_run("weights/1")
     checkpoint = stored(world, run, "weights/1")
 
@@ -251,16 +254,16 @@ def test_rmtree_with_a_lost_response_counts_as_done(world):
     world.server.faults.add(TTL, call=carry_out, status=503, headers={"Retry-After": "0"})
     assert world.driver.remove(f"rmtree {run}/checkpoints/weights/1") == ["OK"]
     assert len(ttls(world)) == 1
-    assert world.driver.listdir(world.group(run)) == []
-    assert posixpath.basename(link_of(run, "weights/1")) in world.driver.listdir(TRASH)
+    assert world.driver.listdir(world.kind_directory(run)) == []
+    assert posixpath.basename(trash_link(run, "weights/1")) in world.driver.listdir(TRASH)
 
 
 @expires
 @pytest.mark.expect_warnings("write E")
-def test_expires_at_in_trash_takes_never_alone(world):
+def test_expires_at_in_trash_accepts_only_never(world):
     run = world.new_run("weights/1")
     assert world.driver.remove(f"rmtree {run}/checkpoints/weights/1") == ["OK"]
-    control = f"{link_of(run, 'weights/1')}/expires_at"
+    control = f"{trash_link(run, 'weights/1')}/expires_at"
     world.server.journal.clear()
     for text in (b"7d", b"sometimes", b"2030-01-31T12:00:00Z"):
         assert outcome_of(lambda text=text: world.driver.write(control, text)) == "EINVAL"
@@ -272,10 +275,10 @@ def test_expires_at_in_trash_takes_never_alone(world):
 
 @expires
 @pytest.mark.expect_warnings("EPERM")
-def test_removal_of_what_is_in_trash_is_eperm(world):
+def test_removal_in_the_trash_is_eperm(world):
     run = world.new_run("weights/1")
     assert world.driver.remove(f"rmtree {run}/checkpoints/weights/1") == ["OK"]
-    link = link_of(run, "weights/1")
+    link = trash_link(run, "weights/1")
     target = posixpath.join(TRASH, world.driver.readlink(link))
     world.server.journal.clear()
     for step in (f"unlink {link}", f"rmtree {target}", f"rmdir {target}", f"rmtree {TRASH}"):
@@ -285,14 +288,14 @@ def test_removal_of_what_is_in_trash_is_eperm(world):
 
 
 @expires
-def test_trash_costs_a_listing_for_each_run_in_it(make_world):
+def test_trash_takes_one_listing_per_run(make_world):
     world = make_world(settings=SETTINGS, runs=5)
     assert world.driver.listdir(TRASH) == []
     assert world.server.journal.count() == 0
     removed = [world.new_run("weights/1", "weights/2", "weights/3") for _ in range(3)]
     for run in removed:
-        folder = f"{run}/checkpoints/weights"
-        assert world.driver.remove(f"rmtree {folder}/1", f"rmtree {folder}/2") == ["OK", "OK"]
+        directory = f"{run}/checkpoints/weights"
+        assert world.driver.remove(f"rmtree {directory}/1", f"rmtree {directory}/2") == ["OK", "OK"]
     world.refresh()
     world.server.journal.clear()
     listed = world.driver.listdir(TRASH)
@@ -304,24 +307,24 @@ def test_trash_costs_a_listing_for_each_run_in_it(make_world):
 
 
 @expires
-def test_trash_of_odd_names_is_listed_and_restored(world):
-    odd = ["x" * 300, "a@b", "new\nline", "\udcff\udcfe", "HEAD", "ü", "..", "%41"]
-    run = world.new_run(*(f"weights/{name}" for name in odd))
-    folder = f"{run}/checkpoints/weights"
-    steps = [f"rmtree {folder}/{name_encoding.encode(name)}" for name in odd]
-    assert world.driver.remove(*steps) == ["OK"] * len(odd)
-    assert world.driver.listdir(folder) == []
+def test_trash_of_hostile_names_is_listed_and_restored(world):
+    names = ["x" * 300, "a@b", "new\nline", "\udcff\udcfe", "HEAD", "ü", "..", "%41"]
+    run = world.new_run(*(f"weights/{name}" for name in names))
+    directory = f"{run}/checkpoints/weights"
+    steps = [f"rmtree {directory}/{name_encoding.encode(name)}" for name in names]
+    assert world.driver.remove(*steps) == ["OK"] * len(names)
+    assert world.driver.listdir(directory) == []
     listed = [name for name in world.driver.listdir(TRASH) if run.partition("/")[2] in name]
-    assert len(listed) == len(odd)
+    assert len(listed) == len(names)
     for name in listed:
         assert world.driver.read(f"{TRASH}/{name}/tinker_path").startswith(b"tinker://")
         assert world.driver.readlink(f"{TRASH}/{name}/files").startswith("../../../.content/")
         world.driver.write(f"{TRASH}/{name}/expires_at", b"never")
-    assert sorted(world.driver.listdir(folder)) == sorted(map(name_encoding.encode, odd))
+    assert sorted(world.driver.listdir(directory)) == sorted(map(name_encoding.encode, names))
 
 
 @expires
-def test_other_runs_are_shown_as_before(world):
+def test_rmtree_with_trash_does_not_affect_other_runs(world):
     run = world.new_run("weights/1")
     other = f"runs/{new_run(world.server, 'weights/1')}"
     world.refresh()
@@ -334,10 +337,10 @@ def test_other_runs_are_shown_as_before(world):
 @pytest.mark.expect_warnings("rmdir EOPNOTSUPP")
 def test_rmtree_without_expiries_removes_nothing(world):
     run = world.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    # Of one errno with two names, a child process says the one that Python knows.
-    assert world.driver.remove(f"rmtree {place}") in (["EOPNOTSUPP"], ["ENOTSUP"])
+    checkpoint_dir = f"{run}/checkpoints/weights/1"
+    # The errno has two names; a child process reports the one that Python prefers.
+    assert world.driver.remove(f"rmtree {checkpoint_dir}") in (["EOPNOTSUPP"], ["ENOTSUP"])
     assert deletes(world.server) == 0
-    assert "info.json" in world.driver.listdir(place)
+    assert "info.json" in world.driver.listdir(checkpoint_dir)
     assert world.driver.listdir(TRASH) == []
     assert "--trash needs a server with expiries; nothing was removed" in world.errors()

@@ -1,4 +1,4 @@
-"""Checkpoints whose record does not show that they were saved again."""
+"""Tests of undated checkpoints: saving them again does not change the record."""
 
 import io
 import json
@@ -16,33 +16,33 @@ from tinkerfs.demo.server import DemoServer
 WEIGHTS = "adapter_model.safetensors"
 INFO = "POST weights_info"
 NO_VALIDATORS = {"ETag": None, "Last-Modified": None}
-#: What a store may say of its n-th version of a file.
+#: Validators that a store may send for its n-th version of a file.
 VALIDATORS = {
     "etag and date": lambda _number: {},
     "date": lambda number: {"ETag": None, "Last-Modified": formatdate(1e9 + number, usegmt=True)},
     "etag": lambda number: {"ETag": f'"{number}"', "Last-Modified": None},
     "length": lambda _number: NO_VALIDATORS,
 }
-#: More than what a tar is padded by.
+#: More bytes than the padding of a tar file.
 LONGER = 20_000
 
 
-#: One binding: what is shown is decided above the kernel.
-FACES = [
+#: One binding is enough, because the behaviour does not depend on the kernel.
+VARIANTS = [
     ("process", "official"),
     ("fsspec", "official"),
     pytest.param(("mfusepy3", "official"), marks=pytest.mark.kernel),
 ]
 
 
-@pytest.fixture(scope="module", params=FACES, ids=lambda face: face[0])
-def face(request):
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda variant: variant[0])
+def variant(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def world(make_world):
-    return make_world(runs=1, checkpoints=1, settings={"archive_burst": 0})
+    return make_world(runs=1, checkpoints=1, settings={"archive_build_limit": 0})
 
 
 def tensors(name, value):
@@ -52,7 +52,7 @@ def tensors(name, value):
 
 
 def save(server, run_id, number, *, kind="sampler_weights", extra=0, **fields):
-    """Save a checkpoint as its n-th version: `extra` bytes longer; return its files."""
+    """Save version `number` of a checkpoint, `extra` bytes longer; return its files."""
     files = {
         "adapter_config.json": b"{%d}" % number + b" " * extra,
         WEIGHTS: tensors(f"layer-{number}", number),
@@ -66,72 +66,74 @@ def save(server, run_id, number, *, kind="sampler_weights", extra=0, **fields):
     return files
 
 
-def read(driver, place):
-    """All that is shown of a checkpoint's weights."""
-    members = driver.listdir(f"{place}/files")
+def read(driver, checkpoint_dir):
+    """Return the content of a checkpoint's files."""
+    members = driver.listdir(f"{checkpoint_dir}/files")
     for name in members:
-        assert driver.stat(f"{place}/files/{name}").size == len(
-            driver.read(f"{place}/files/{name}")
+        assert driver.stat(f"{checkpoint_dir}/files/{name}").size == len(
+            driver.read(f"{checkpoint_dir}/files/{name}")
         )
-    return {name: driver.read(f"{place}/files/{name}") for name in members}
+    return {name: driver.read(f"{checkpoint_dir}/files/{name}") for name in members}
 
 
-def check(driver, place, number, files, *, has_archive=True):
-    """Check that every path shows one version."""
-    assert read(driver, place) == files
-    assert list(json.loads(driver.read(f"{place}/tensors.json"))["tensors"]) == [f"layer-{number}"]
-    assert json.loads(driver.read(f"{place}/info.json"))["number"] == number
+def check(driver, checkpoint_dir, number, files, *, has_archive=True):
+    """Check that all files show the same version."""
+    assert read(driver, checkpoint_dir) == files
+    assert list(json.loads(driver.read(f"{checkpoint_dir}/tensors.json"))["tensors"]) == [
+        f"layer-{number}"
+    ]
+    assert json.loads(driver.read(f"{checkpoint_dir}/info.json"))["number"] == number
     if has_archive:
-        with tarfile.open(fileobj=io.BytesIO(driver.read(f"{place}/archive.tar"))) as tar:
+        with tarfile.open(fileobj=io.BytesIO(driver.read(f"{checkpoint_dir}/archive.tar"))) as tar:
             assert tar.getnames() == list(files)
 
 
-def place_of(run, kind="sampler_weights"):
+def checkpoint_dir_of(run, kind="sampler_weights"):
     return f"{run}/checkpoints/{kind}/1"
 
 
 @pytest.mark.parametrize("kind", ["sampler_weights", "external_weights"])
 def test_undated_checkpoint_saved_again_shows_the_new_one(world, kind):
     run = world.new_run()
-    place = place_of(run, kind)
+    checkpoint_dir = checkpoint_dir_of(run, kind)
     for number in range(3):
         files = save(world.server, run.partition("/")[2], number, kind=kind)
         world.refresh()
-        check(world.driver, place, number, files, has_archive=kind != "external_weights")
+        check(world.driver, checkpoint_dir, number, files, has_archive=kind != "external_weights")
 
 
 @pytest.mark.parametrize("validators", VALIDATORS)
-def test_open_of_an_undated_checkpoint_asks_which_version_it_is(world, validators):
+def test_open_of_an_undated_checkpoint_checks_its_version(world, validators):
     run = world.new_run()
-    place, run_id = place_of(run), run.partition("/")[2]
+    checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     for number in range(3):
-        # Without validators the length alone tells.
+        # Without validators only the length differs.
         extra = LONGER * number if validators == "length" else 0
         files = save(world.server, run_id, number, extra=extra)
         headers = VALIDATORS[validators](number)
         world.server.faults.add("store", times=None, headers=headers)
-        assert read(world.driver, place) == files
-        header = json.loads(world.driver.read(f"{place}/tensors.json"))
+        assert read(world.driver, checkpoint_dir) == files
+        header = json.loads(world.driver.read(f"{checkpoint_dir}/tensors.json"))
         assert list(header["tensors"]) == [f"layer-{number}"]
 
 
 def test_new_member_of_an_undated_checkpoint_is_found_by_name(world):
     run = world.new_run()
-    place, run_id = place_of(run), run.partition("/")[2]
+    checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     save(world.server, run_id, 0)
-    assert world.driver.read(f"{place}/files/only-0") == b""
+    assert world.driver.read(f"{checkpoint_dir}/files/only-0") == b""
     save(world.server, run_id, 1)
-    assert world.driver.read(f"{place}/files/only-1") == b""
+    assert world.driver.read(f"{checkpoint_dir}/files/only-1") == b""
     assert world.eventually(
-        lambda: outcome_of(lambda: world.driver.stat(f"{place}/files/only-0")) == "ENOENT"
+        lambda: outcome_of(lambda: world.driver.stat(f"{checkpoint_dir}/files/only-0")) == "ENOENT"
     )
 
 
 def test_longer_member_of_an_undated_checkpoint_is_read_whole(world):
     run = world.new_run()
-    place, run_id = place_of(run), run.partition("/")[2]
+    checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     save(world.server, run_id, 0)
-    config = f"{place}/files/adapter_config.json"
+    config = f"{checkpoint_dir}/files/adapter_config.json"
     assert world.driver.read(config) == b"{0}"
     files = save(world.server, run_id, 1, extra=5000)
     assert world.driver.read(config) == files["adapter_config.json"]
@@ -139,14 +141,14 @@ def test_longer_member_of_an_undated_checkpoint_is_read_whole(world):
     assert world.driver.read(config) == files["adapter_config.json"]
 
 
-def test_open_of_an_undated_checkpoint_costs_one_request(world):
+def test_open_of_an_undated_checkpoint_takes_one_request(world):
     run = world.new_run()
-    place = place_of(run)
+    checkpoint_dir = checkpoint_dir_of(run)
     save(world.server, run.partition("/")[2], 0)
-    read(world.driver, place)
+    read(world.driver, checkpoint_dir)
     for _ in range(2):
         world.server.journal.clear()
-        world.driver.read(f"{place}/files/{WEIGHTS}")
+        world.driver.read(f"{checkpoint_dir}/files/{WEIGHTS}")
         opens = 2 if world.kind == "fsspec" else 1
         assert world.server.journal.count("store") == opens
 
@@ -154,62 +156,62 @@ def test_open_of_an_undated_checkpoint_costs_one_request(world):
 @pytest.mark.expect_warnings("EIO|EHOSTUNREACH|ETIMEDOUT")
 def test_undated_checkpoint_in_an_outage_shows_what_is_cached(world):
     run = world.new_run()
-    place = place_of(run)
+    checkpoint_dir = checkpoint_dir_of(run)
     files = save(world.server, run.partition("/")[2], 0)
-    assert read(world.driver, place) == files
+    assert read(world.driver, checkpoint_dir) == files
     world.server.faults.add("store", times=None, status=403)
     world.server.faults.add(
         "GET archive", times=None, status=500, headers={"x-should-retry": "false"}
     )
-    assert read(world.driver, place) == files
+    assert read(world.driver, checkpoint_dir) == files
 
 
 @pytest.mark.parametrize("is_dated", [False, True], ids=["undated", "dated"])
-def test_deletion_forgets_what_was_cached(world, is_dated):
+def test_deletion_invalidates_the_cache(world, is_dated):
     run = world.new_run()
-    place, run_id = place_of(run), run.partition("/")[2]
+    checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     for number in range(3):
-        # Nothing but the deletion tells one version from another.
+        # Only the deletion distinguishes the versions.
         files = save(world.server, run_id, number, time_s=1e9 if is_dated else None)
         world.server.faults.add("store", times=None, headers=NO_VALIDATORS)
         world.refresh()
-        check(world.driver, place, number, files)
-        assert world.driver.remove(f"rmtree {place}") == ["OK"]
+        check(world.driver, checkpoint_dir, number, files)
+        assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
 
 
 @pytest.mark.served("PUT ttl")
-def test_removal_to_the_trash_forgets_what_was_cached(make_world):
+def test_removal_to_the_trash_invalidates_the_cache(make_world):
     world = make_world(runs=0, settings={"trash_s": 86_400.0})
     run = world.new_run()
-    place, run_id = place_of(run), run.partition("/")[2]
+    checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     for number in range(2):
         files = save(world.server, run_id, number)
         world.server.faults.add("store", times=None, headers=NO_VALIDATORS)
         world.refresh()
-        check(world.driver, place, number, files)
-        assert world.driver.remove(f"rmtree {place}") == ["OK"]
+        check(world.driver, checkpoint_dir, number, files)
+        assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
 
 
 def test_dated_checkpoint_of_another_size_is_another_version(world):
     run = world.new_run()
-    place, run_id = place_of(run), run.partition("/")[2]
+    checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     for number in range(2):
         files = save(world.server, run_id, number, time_s=1e9, size_bytes=1000 + number)
         world.refresh()
-        check(world.driver, place, number, files)
+        check(world.driver, checkpoint_dir, number, files)
 
 
-def test_undated_checkpoint_saved_between_mounts_shows_the_new_one(face, tmp_path):
+def test_undated_checkpoint_saved_between_mounts_is_reloaded(variant, tmp_path):
     with DemoServer(runs=0) as server:
         run = server.account.add_run()
-        place = place_of(f"runs/{run.id}")
+        checkpoint_dir = checkpoint_dir_of(f"runs/{run.id}")
         for number in range(2):
             files = save(server, run.id, number)
-            with opened(face[0], server, tmp_path) as driver:
-                check(driver, place, number, files)
+            with opened(variant[0], server, tmp_path) as driver:
+                check(driver, checkpoint_dir, number, files)
 
 
-def test_another_server_behind_the_url_shows_its_own(face, tmp_path):
+def test_another_server_at_the_same_url_shows_its_own(variant, tmp_path):
     port = 0
     for number in range(2):
         with DemoServer(runs=0, port=port) as server:
@@ -217,14 +219,14 @@ def test_another_server_behind_the_url_shows_its_own(face, tmp_path):
             run = server.account.add_run("run")
             files = save(server, run.id, number)
             server.faults.add("store", times=None, headers={"ETag": f'"{number}"'})
-            with opened(face[0], server, tmp_path) as driver:
-                check(driver, place_of(f"runs/{run.id}"), number, files)
+            with opened(variant[0], server, tmp_path) as driver:
+                check(driver, checkpoint_dir_of(f"runs/{run.id}"), number, files)
 
 
-def test_ids_that_join_alike_share_no_bytes(world):
-    # Joined by line breaks, run, kind and name of both would be one text.
+def test_ids_with_equal_joins_do_not_share_blocks(world):
+    # Joined by line breaks, run, kind and name of both would be equal.
     ids = [("a\nsampler_weights\nb", "c"), ("a", "b\nsampler_weights\nc")]
-    places = []
+    checkpoint_dirs = []
     for number, (run_id, name) in enumerate(ids):
         world.server.account.add_run(run_id)
         files = {"adapter_config.json": Data(b"{%d}" % number)}
@@ -232,9 +234,9 @@ def test_ids_that_join_alike_share_no_bytes(world):
             run_id, f"sampler_weights/{name}", time_s=1e9, archive=tar_of(files, 0)
         )
         run, name = name_encoding.encode(run_id), name_encoding.encode(name)
-        places.append(f"runs/{run}/checkpoints/sampler_weights/{name}")
+        checkpoint_dirs.append(f"runs/{run}/checkpoints/sampler_weights/{name}")
     world.server.faults.clear()
     world.server.faults.add("store", times=None, headers=NO_VALIDATORS)
     world.refresh()
-    for number, place in enumerate(places):
-        assert world.driver.read(f"{place}/files/adapter_config.json") == b"{%d}" % number
+    for number, checkpoint_dir in enumerate(checkpoint_dirs):
+        assert world.driver.read(f"{checkpoint_dir}/files/adapter_config.json") == b"{%d}" % number

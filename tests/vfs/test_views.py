@@ -1,4 +1,4 @@
-"""The views: other ways to the same runs and checkpoints, sessions, and what is not listed."""
+"""Tests of the views, of sessions and samplers, and of names that are not listed."""
 
 import json
 import posixpath
@@ -15,37 +15,37 @@ VIEWS = ("checkpoints", "published", "expiring")
 
 
 def target(world, link):
-    """Where a link leads, from the root."""
+    """Return the target of a link from the root."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(link), world.driver.readlink(link)))
 
 
-def place(run_id, checkpoint_id):
+def checkpoint_path(run_id, checkpoint_id):
     kind, _, name = checkpoint_id.partition("/")
-    folder = f"runs/{name_encoding.encode(run_id)}/checkpoints"
-    return f"{folder}/{name_encoding.encode(kind)}/{name_encoding.encode(name)}"
+    directory = f"runs/{name_encoding.encode(run_id)}/checkpoints"
+    return f"{directory}/{name_encoding.encode(kind)}/{name_encoding.encode(name)}"
 
 
-def of_user(world, chosen=lambda _checkpoint: True):
-    """The name and the place of every checkpoint of the user."""
+def user_checkpoints(world, matches=lambda _checkpoint: True):
+    """Return name and path of the matching checkpoints of the user."""
     return {
-        name_encoding.encode_composite((run.id, *checkpoint.id.split("/", 1))): place(
+        name_encoding.encode_composite((run.id, *checkpoint.id.split("/", 1))): checkpoint_path(
             run.id, checkpoint.id
         )
         for run in world.server.account.runs()
         for checkpoint in run.checkpoints
-        if chosen(checkpoint)
+        if matches(checkpoint)
     }
 
 
-#: About the servers that list runs, and tell of a checkpoint whether it is public and expires.
-tells_all = pytest.mark.where(
+#: For servers that list runs, and report whether a checkpoint is public and when it expires.
+has_all_fields = pytest.mark.where(
     profile=lambda profile: (
         not {"public", "expires_at"} & profile.omitted
         and "GET training_runs" not in profile.missing
     )
 )
 
-CHOSEN = {
+MATCHES = {
     "checkpoints": lambda _checkpoint: True,
     "published": lambda checkpoint: checkpoint.is_public,
     "expiring": lambda checkpoint: checkpoint.expires_at_s is not None,
@@ -57,12 +57,12 @@ CHOSEN = {
     "view",
     [
         "checkpoints",
-        pytest.param("published", marks=tells_all),
-        pytest.param("expiring", marks=tells_all),
+        pytest.param("published", marks=has_all_fields),
+        pytest.param("expiring", marks=has_all_fields),
     ],
 )
-def test_a_view_links_to_each_checkpoint_that_it_is_about(world, view):
-    expected = of_user(world, CHOSEN[view])
+def test_view_links_to_every_matching_checkpoint(world, view):
+    expected = user_checkpoints(world, MATCHES[view])
     assert expected
     listed = world.driver.listdir(view)
     assert len(listed) == len(set(listed))
@@ -74,7 +74,7 @@ def test_a_view_links_to_each_checkpoint_that_it_is_about(world, view):
 
 
 @pytest.mark.served("GET training_runs")
-def test_links_are_as_old_as_their_checkpoints_newest_first(world):
+def test_view_is_sorted_by_the_time_of_the_checkpoints(world):
     times = [
         world.driver.stat(f"checkpoints/{n}").mtime_ns for n in world.driver.listdir("checkpoints")
     ]
@@ -83,8 +83,8 @@ def test_links_are_as_old_as_their_checkpoints_newest_first(world):
     assert world.driver.stat("checkpoints").mtime_ns >= times[0]
 
 
-@tells_all
-def test_links_of_expiring_are_as_old_as_the_expiry(world):
+@has_all_fields
+def test_mtime_of_expiring_links_is_the_expiry(world):
     expiries = {
         name_encoding.encode_composite((run.id, *c.id.split("/", 1))): c.expires_at_s
         for run in world.server.account.runs()
@@ -97,7 +97,7 @@ def test_links_of_expiring_are_as_old_as_the_expiry(world):
 
 
 @pytest.mark.served("GET checkpoints")
-def test_a_view_is_made_of_the_user_s_listing_alone(make_world):
+def test_view_requests_only_the_account_listing(make_world):
     world = make_world(runs=30, checkpoints=10)
     for view in VIEWS:
         for name in world.driver.listdir(view):
@@ -106,7 +106,7 @@ def test_a_view_is_made_of_the_user_s_listing_alone(make_world):
 
 
 @pytest.mark.served("GET training_runs")
-def test_runs_by_base_model(world):
+def test_models_contains_the_runs_by_base_model(world):
     world.new_run(base_model="Qwen/Qwen3-8B", run_id="two")
     world.new_run(base_model="plain", run_id="one")
     world.new_run(base_model="/data/models/own", run_id="deep")
@@ -130,7 +130,7 @@ def test_runs_by_base_model(world):
 
 
 @pytest.mark.served("GET sessions")
-def test_sessions_are_listed_without_a_call_for_each(make_world):
+def test_listing_sessions_takes_no_request_per_session(make_world):
     world = make_world(runs=900, checkpoints=0)
     listed = world.driver.listdir("sessions")
     assert listed == world.server.account.session_ids()
@@ -143,20 +143,22 @@ def test_sessions_are_listed_without_a_call_for_each(make_world):
 
 
 @pytest.mark.served("GET sessions")
-def test_a_session(world):
+def test_session_contains_its_runs_and_samplers(world):
     account = world.server.account
     session = account.session(world.driver.listdir("sessions")[0])
-    folder = f"sessions/{session.id}"
-    assert world.driver.listdir(folder) == ["info.json", "runs", "samplers"]
-    info = json.loads(world.driver.read(f"{folder}/info.json"))
+    directory = f"sessions/{session.id}"
+    assert world.driver.listdir(directory) == ["info.json", "runs", "samplers"]
+    info = json.loads(world.driver.read(f"{directory}/info.json"))
     assert info["session_id"] == session.id
     assert info["training_run_ids"] == session.run_ids
     assert info["created_at"]
-    runs = {target(world, f"{folder}/runs/{n}") for n in world.driver.listdir(f"{folder}/runs")}
+    runs = {
+        target(world, f"{directory}/runs/{n}") for n in world.driver.listdir(f"{directory}/runs")
+    }
     assert runs == {f"runs/{run_id}" for run_id in session.run_ids}
-    for sampler_id in world.driver.listdir(f"{folder}/samplers"):
-        assert target(world, f"{folder}/samplers/{sampler_id}") == f"samplers/{sampler_id}"
-        sampler = json.loads(world.driver.read(f"{folder}/samplers/{sampler_id}/info.json"))
+    for sampler_id in world.driver.listdir(f"{directory}/samplers"):
+        assert target(world, f"{directory}/samplers/{sampler_id}") == f"samplers/{sampler_id}"
+        sampler = json.loads(world.driver.read(f"{directory}/samplers/{sampler_id}/info.json"))
         base_model, path = session.samplers[sampler_id]
         assert (sampler["sampler_id"], sampler["base_model"]) == (sampler_id, base_model)
         serves = f"samplers/{sampler_id}/checkpoint"
@@ -168,7 +170,7 @@ def test_a_session(world):
 
 
 @pytest.mark.served("GET samplers/{sampler}")
-def test_a_sampler_without_a_checkpoint_and_one_with_an_old_path(world):
+def test_sampler_without_a_checkpoint_has_no_link(world):
     samplers = {
         "s:sample:0": ("Qwen/Qwen3-8B", None),
         "s:sample:1": ("Qwen/Qwen3-8B", "tinker://some-run/0001"),
@@ -185,11 +187,11 @@ def test_a_sampler_without_a_checkpoint_and_one_with_an_old_path(world):
     assert target(world, "samplers/s:sample:1/checkpoint") == "runs/some-run/checkpoints/0001"
 
 
-# Names that are not listed.
+# Unlisted names.
 
 
-@tells_all
-def test_what_is_not_listed_resolves(world):
+@has_all_fields
+def test_foreign_run_resolves_unlisted(world):
     account = world.server.account
     world.refresh()
     world.driver.listdir("runs")
@@ -197,12 +199,12 @@ def test_what_is_not_listed_resolves(world):
     assert foreign not in world.driver.listdir("runs")
     assert json.loads(world.driver.read(f"runs/{foreign}/info.json"))["training_run_id"] == foreign
     checkpoint = next(c for c in account.run(foreign).checkpoints if c.is_public)
-    path = world.driver.read(f"{place(foreign, checkpoint.id)}/tinker_path")
+    path = world.driver.read(f"{checkpoint_path(foreign, checkpoint.id)}/tinker_path")
     assert path.decode() == f"tinker://{foreign}/{checkpoint.id}\n"
 
 
 @pytest.mark.served("GET training_runs/{run}")
-def test_a_checkpoint_that_no_listing_tells_of_resolves_by_its_path(world):
+def test_unlisted_checkpoint_resolves_by_its_path(world):
     account = world.server.account
     foreign = account.foreign_run_ids[0]
     checkpoint = next(c for c in account.run(foreign).checkpoints if c.is_public)
@@ -210,17 +212,17 @@ def test_a_checkpoint_that_no_listing_tells_of_resolves_by_its_path(world):
         "GET training_runs/{run}/checkpoints", times=None, status=404, body={"detail": "not yours"}
     )
     world.refresh()
-    folder = place(foreign, checkpoint.id)
+    directory = checkpoint_path(foreign, checkpoint.id)
     world.server.journal.clear()
-    info = json.loads(world.driver.read(f"{folder}/info.json"))
+    info = json.loads(world.driver.read(f"{directory}/info.json"))
     assert info["base_model"] == account.run(foreign).base_model
-    assert world.driver.read(f"{folder}/tinker_path").startswith(b"tinker://")
+    assert world.driver.read(f"{directory}/tinker_path").startswith(b"tinker://")
     assert world.server.journal.count("POST weights_info") == 1
     fault.remove()
 
 
 @pytest.mark.served("GET sessions")
-def test_what_never_existed_is_asked_for_once(world):
+def test_lookup_of_an_absent_name_takes_one_request(world):
     world.refresh()
     world.driver.listdir("runs")
     foreign = world.server.account.foreign_run_ids[0]
@@ -246,7 +248,7 @@ def test_what_never_existed_is_asked_for_once(world):
 
 
 @pytest.mark.served("GET training_runs")
-def test_after_a_change_every_view_agrees_at_once(world):
+def test_own_change_is_visible_in_every_view(world):
     run = world.new_run("weights/v1", "weights/v2")
     run_id = run.removeprefix("runs/")
     first, second = (
@@ -273,7 +275,7 @@ def test_after_a_change_every_view_agrees_at_once(world):
 
 
 @pytest.mark.served("GET training_runs")
-def test_nothing_of_a_view_can_be_removed(world):
+def test_removal_in_a_view_is_eperm(world):
     world.server.journal.clear()
     link = world.driver.listdir("checkpoints")[0]
     steps = [f"unlink checkpoints/{link}", "rmdir checkpoints", "rmdir models", "rmdir sessions"]
@@ -289,18 +291,18 @@ def test_nothing_of_a_view_can_be_removed(world):
     assert deletes(world.server) == 0
 
 
-# Odd names.
+# Hostile names.
 
 
 @pytest.mark.served("GET training_runs")
-def test_hostile_names_in_the_views(make_world):
+def test_views_contain_hostile_names(make_world):
     world = make_world(runs=1, checkpoints=1)
     account = world.server.account
-    odd = [n for n in HOSTILE_NAMES if n not in (".", "..") and can_be_listed(world.profile, n)]
-    for number, name in enumerate(odd):
+    names = [n for n in HOSTILE_NAMES if n not in (".", "..") and can_be_listed(world.profile, n)]
+    for number, name in enumerate(names):
         run = account.add_run(f"r{number}@weights", base_model=f"org/{name}")
         account.add_checkpoint(run.id, f"weights/{name}")
-    expected = of_user(world)
+    expected = user_checkpoints(world)
     listed = world.driver.listdir("checkpoints")
     assert {name: target(world, f"checkpoints/{name}") for name in listed} == expected
     for name in listed:
@@ -310,20 +312,20 @@ def test_hostile_names_in_the_views(make_world):
         for model in world.driver.listdir("models/org")
         for run in world.driver.listdir(f"models/org/{model}")
     }
-    assert shown == {f"runs/r{number}@weights" for number, name in enumerate(odd) if name}
+    assert shown == {f"runs/r{number}@weights" for number, name in enumerate(names) if name}
 
 
 @pytest.mark.served("GET checkpoints", "GET sessions")
-@pytest.mark.parametrize("gone", ["GET checkpoints", "POST sessions/search"])
-def test_a_listing_that_the_server_lacks_is_made_of_others(make_world, gone):
+@pytest.mark.parametrize("missing", ["GET checkpoints", "POST sessions/search"])
+def test_missing_listing_is_combined_from_others(make_world, missing):
     world = make_world(runs=12, checkpoints=2, latency_s=0.02)
-    world.server.faults.add(gone, times=None, status=404, body={"detail": "Not Found"})
+    world.server.faults.add(missing, times=None, status=404, body={"detail": "Not Found"})
     for _ in range(2):
         world.refresh() if world.is_kernel else world.driver.time.advance(40)
-        assert set(world.driver.listdir("checkpoints")) == set(of_user(world))
+        assert set(world.driver.listdir("checkpoints")) == set(user_checkpoints(world))
         assert world.driver.listdir("sessions") == world.server.account.session_ids()
     assert world.driver.listdir("published")
-    if gone == "GET checkpoints":
+    if missing == "GET checkpoints":
         assert world.server.journal.max_in_flight("GET training_runs/{run}/checkpoints") > 1
-    if not world.is_kernel:  # a refresh drops what is known of the server, too
-        assert world.server.journal.count(gone) == 1
+    if not world.is_kernel:  # a refresh also resets the capability cache
+        assert world.server.journal.count(missing) == 1

@@ -1,1 +1,1 @@
-"""The file system without a kernel: names, attributes, bytes, removal."""
+"""Virtual file system, independent of FUSE."""

@@ -1,7 +1,7 @@
-"""What may be written to the control files, and what it does.
+"""Values that can be written to control files, and the actions that they trigger.
 
-Each `write` is one whole value: bash, dash, tee and dd see an error of `write`, and lose one of
-`flush` or `close` (measured; docs/semantics.md).
+Each write(2) is one whole value, because bash, dash, tee and dd report an error of write(2) but
+ignore one of close(2) (docs/semantics.md).
 """
 
 import math
@@ -20,92 +20,93 @@ _NO = frozenset(("0", "false", "no", "off"))
 
 
 def parse_flag(text: str, path: str) -> bool:
-    """Read what is written to `published`.
-
-    Raises:
-        OSError: EINVAL for anything else than the eight words.
-    """
-    word = text.strip().lower()
-    if word in _YES:
+    """Parse a value of `published`; raise EINVAL if it is unknown."""
+    value = text.strip().lower()
+    if value in _YES:
         return True
-    if word in _NO:
+    if value in _NO:
         return False
     raise errors.invalid(
-        path, "write 1, true, yes or on to publish; 0, false, no or off to unpublish"
+        path,
+        "invalid value"
+        " (hint: write 1, true, yes or on to publish; 0, false, no or off to unpublish)",
     )
 
 
 def parse_expiry_s(text: str, now: float, path: str) -> int | None:
-    """Read what is written to `expires_at`: whole seconds from now, None for never.
+    """Parse `expires_at`; return whole seconds from now, or None for never.
 
     Raises:
-        OSError: ERANGE for a time that the API does not take, EINVAL for nonsense.
+        OSError: ERANGE for a time that the API does not accept, EINVAL for an unknown format.
     """
-    word = text.strip()
-    if word.lower() == "never":
+    value = text.strip()
+    if value.lower() == "never":
         return None
-    if re.fullmatch(r"-\d+(\.\d*)?", word):
+    if re.fullmatch(r"-\d+(\.\d*)?", value):
         raise _out_of_range(path)
     try:
-        seconds = parse_duration_s(word)
+        seconds = parse_duration_s(value)
     except ValueError:
-        seconds = _seconds_until(word, now, path)
-    shortest, longest = TTL_RANGE_S
-    if not shortest <= seconds < longest + 1:
+        seconds = _seconds_until(value, now, path)
+    min_s, max_s = TTL_RANGE_S
+    if not min_s <= seconds < max_s + 1:
         raise _out_of_range(path)
     return math.floor(seconds)
 
 
-def _seconds_until(word: str, now: float, path: str) -> float:
+def _seconds_until(value: str, now: float, path: str) -> float:
     try:
-        time = datetime.fromisoformat(word.upper())
+        time = datetime.fromisoformat(value.upper())
     except ValueError:
         time = None
-    # RFC 3339 has a date, a time and a zone; fromisoformat also takes less.
-    if time is None or time.tzinfo is None or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d", word):
+    # RFC 3339 requires a date, a time and a zone; fromisoformat accepts less.
+    if time is None or time.tzinfo is None or not re.match(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d", value):
         raise errors.invalid(
             path,
-            "write a number of seconds (3600 to 315360000), a duration such as 12h or 30d, "
-            "an RFC 3339 time such as 2030-01-31T12:00:00Z, or never",
+            "invalid expiry (hint: write a number of seconds (3600 to 315360000), a duration such"
+            " as 12h or 30d, an RFC 3339 time such as 2030-01-31T12:00:00Z, or never)",
         )
     return time.astimezone(UTC).timestamp() - now
 
 
 def _out_of_range(path: str) -> OSError:
-    shortest, longest = TTL_RANGE_S
+    min_s, max_s = TTL_RANGE_S
     return errors.out_of_range(
-        path, f"a checkpoint can expire between {shortest} and {longest} seconds from now"
+        path, f"expiry out of range; it must be between {min_s} and {max_s} seconds from now"
     )
 
 
-def store_published(site: "NodeContext", text: str) -> None:
+def write_published(node: "NodeContext", text: str) -> None:
     """Publish or unpublish the checkpoint."""
     if not text.strip():
         return
-    wanted = parse_flag(text, site.path)
-    site.model.mutations.set_published(site.entity, wanted, site.path, site.call)
+    is_published = parse_flag(text, node.path)
+    node.backend.mutations.set_published(node.entity, is_published, node.path, node.ctx)
 
 
-def store_expires_at(site: "NodeContext", text: str) -> None:
+def write_expires_at(node: "NodeContext", text: str) -> None:
     """Set or clear the checkpoint's expiry."""
     if not text.strip():
         return
-    ttl_s = parse_expiry_s(text, site.model.clock.now(), site.path)
-    site.model.mutations.set_ttl(site.entity, ttl_s, site.path, site.call)
+    ttl_s = parse_expiry_s(text, node.backend.clock.now(), node.path)
+    node.backend.mutations.set_ttl(node.entity, ttl_s, node.path, node.ctx)
 
 
-def store_trashed_expires_at(site: "NodeContext", text: str) -> None:
+def write_trashed_expires_at(node: "NodeContext", text: str) -> None:
     """Restore a checkpoint from the trash, with the expiry that it had before."""
-    word = text.strip().lower()
-    if not word:
+    value = text.strip().lower()
+    if not value:
         return
-    if word != "never":
-        raise errors.invalid(site.path, "write never to restore it with the expiry it had before")
-    site.model.mutations.undelete(site.entity, site.path, site.call)
+    if value != "never":
+        raise errors.invalid(
+            node.path,
+            "invalid value (hint: write never to restore the checkpoint with its previous expiry)",
+        )
+    node.backend.mutations.undelete(node.entity, node.path, node.ctx)
 
 
-def store_refresh(site: "NodeContext", text: str) -> None:
-    """Drop every cached entry."""
+def write_refresh(node: "NodeContext", text: str) -> None:
+    """Invalidate all cached metadata and signed URLs."""
     del text
-    site.model.catalogue.refresh()
-    site.model.archives.forget()
+    node.backend.catalog.refresh()
+    node.backend.archives.clear()

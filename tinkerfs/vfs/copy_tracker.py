@@ -1,17 +1,17 @@
-"""Copy tracker: which process groups copied a checkpoint directory, or write over one.
+"""Copy tracker: detects process groups that copy or overwrite a checkpoint.
 
-A program that moves something off the mount copies it and then removes it. What it copies of a
-checkpoint are four links and four small files, and no weights. Measured with strace and a log of
-the FUSE requests of each tool, three rules separate that from a look:
+A program that moves a directory off the mount copies it and then removes it. The copy of a
+checkpoint directory has four links and four small files, but no weights. Three rules, derived from
+the FUSE requests of common tools, distinguish such a copy from other reads:
 
 1. One process opened every file and read every link: mv, cp -a, tar, rsync, shutil, busybox, mc.
-   `ls -l` reads links alone, and `cat`, `jq` or `grep -r` open files alone.
-2. A group opens a file after it has unlinked another one there: it moves file by file, as Thunar,
-   rclone, and mv of `CHECKPOINT/*` do. Nothing that deletes reads between two removals.
-3. A process opened every file and unlinks one without having listed the directory in between:
-   rclone with four transfers at once. What deletes a directory lists it first.
+   `ls -l` reads only links, and `cat`, `jq` or `grep -r` open only files.
+2. A group opens a file after it has unlinked another one in that directory. Thunar, rclone and mv
+   of `CHECKPOINT/*` move file by file. A deletion does not read between two removals.
+3. A process opened every file and unlinks one without a listing of the directory in between:
+   rclone with four concurrent transfers. A deletion lists the directory first.
 
-GIO opens files with O_NOATIME, and without O_NOFOLLOW, to choose their icons: that is not a copy.
+GIO opens files with O_NOATIME and without O_NOFOLLOW to choose their icons. This is not a copy.
 Thread-safe.
 """
 
@@ -23,44 +23,44 @@ from typing import Final
 from tinkerfs.clock import Clock
 from tinkerfs.context import Caller
 
-#: What every checkpoint directory has, and every copy of one reads.
+#: The names of every checkpoint directory, all of which a copy reads.
 COPIED_FILES: Final = ("info.json", "published", "expires_at", "tinker_path")
 COPIED_LINKS: Final = ("archive_url", "files", "archive.tar", "tensors.json")
-#: Names that a copy alone writes to: the controls are not among them.
+#: The names that only a copy writes to; control files are writable and excluded.
 _READ_ONLY: Final = ("info.json", "tinker_path", *COPIED_LINKS)
 
-#: A copy counts until its group has read nothing of a checkpoint for so long, seconds. A script may
-#: check what it copied before it removes the source.
+#: A copy is remembered until its group has not read a checkpoint directory for this time, seconds.
+#: A script may verify its copy before it removes the source.
 COPY_WINDOW_S: Final = 600.0
-#: A refused write counts for so long, seconds.
+#: A refused write is remembered for this time, seconds.
 WRITE_WINDOW_S: Final = 60.0
 
-#: Maximum number of directories that are followed while they are read, some 350 bytes each.
+#: Maximum number of (process, directory) pairs that are tracked, some 350 bytes each.
 _MAX_READS: Final = 16_384
-#: Maximum number of copied directories of a group; beyond, all directories count as copied.
+#: Maximum number of copied directories of a group; beyond it, all directories count as copied.
 _MAX_COPIES: Final = 65_536
 
-_BITS: Final = {name: 1 << at for at, name in enumerate((*COPIED_FILES, *COPIED_LINKS))}
+_BITS: Final = {name: 1 << bit for bit, name in enumerate((*COPIED_FILES, *COPIED_LINKS))}
 _ALL: Final = (1 << len(_BITS)) - 1
 _ALL_OPENED: Final = (1 << len(COPIED_FILES)) - 1
-#: The directory was listed since a file was last opened there.
+#: This bit is set if the directory was listed after the last open of one of its files.
 _LISTED: Final = 1 << len(_BITS)
 
 
 @dataclass(slots=True)
 class _Read:
-    """What one process read of one directory, as bits, and when last."""
+    """The names that a process read in a directory, as bits, and the last time."""
 
     bits: int
     at: float
 
 
-_NOTHING: Final = _Read(0, 0.0)
+_NO_READ: Final = _Read(0, 0.0)
 
 
 @dataclass(slots=True)
 class _Copies:
-    """The hashes of the directories that a group copied, and when it last read anything."""
+    """Hashes of the directories that a group copied, and the time of its last read."""
 
     at: float
     directories: set[int] = field(default_factory=set)
@@ -68,26 +68,25 @@ class _Copies:
 
 
 class CopyTracker:
-    """Copies of checkpoint directories by process group, and refused writes into them."""
+    """Tracks copies of checkpoint directories and refused writes, by process group."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # All guarded by _lock; of reads the first of a directory the longest ago comes first.
+        # All are guarded by _lock. The order of _reads is that of the first read.
         self._reads: dict[tuple[int, int, int], _Read] = {}
         self._copies: dict[int, _Copies] = {}
         self._writes: dict[tuple[int, Hashable], float] = {}
 
     @property
     def is_idle(self) -> bool:
-        """Whether no process was seen to read anything; takes no lock."""
+        """Whether there are no tracked reads; takes no lock."""
         return not self._reads
 
     def on_read(self, directory: str, name: str, caller: Caller) -> None:
-        """Record that one of COPIED_FILES is opened to be read, or one of COPIED_LINKS is read.
+        """Record that one of COPIED_FILES is opened, or one of COPIED_LINKS is read.
 
-        The kernel asks for a link alike where it follows it. A walk comes by each file and link:
-        this takes 1 us.
+        The kernel's readlink request is the same when it follows the link.
         """
         bits, group = _BITS[name], caller.pgid
         key = (group, caller.process, hash(directory))
@@ -112,41 +111,41 @@ class CopyTracker:
                 self._add_copy(key[2], group, now)
 
     def on_list(self, directory: str, caller: Caller) -> None:
-        """Record that a directory is listed, where the same process read something of it before."""
+        """Record that a directory is listed by a process that has read one of its names."""
         with self._lock:
             read = self._reads.get((caller.pgid, caller.process, hash(directory)))
             if read is not None:
                 read.bits |= _LISTED
 
     def mark_copied(self, directory: str, group: int) -> None:
-        """Record that a group copied a directory, by what else it did there."""
+        """Record that a group copied a directory, as concluded from other requests."""
         with self._lock:
             self._add_copy(hash(directory), group, self._clock.monotonic())
 
     def has_copied(self, directory: str, caller: Caller) -> bool:
-        """Return whether a caller that now removes something in a directory is moving it."""
-        at = hash(directory)
+        """Return whether a caller that removes a name in a directory has copied it."""
+        key = hash(directory)
         with self._lock:
             now = self._clock.monotonic()
-            read = self._reads.get((caller.pgid, caller.process, at), _NOTHING)
+            read = self._reads.get((caller.pgid, caller.process, key), _NO_READ)
             if now - read.at < COPY_WINDOW_S and read.bits & (_ALL_OPENED | _LISTED) == _ALL_OPENED:
                 return True
             copies = self._copies.get(caller.pgid)
             if copies is None or now - copies.at >= COPY_WINDOW_S:
                 return False
-            return copies.is_everything or at in copies.directories
+            return copies.is_everything or key in copies.directories
 
     def forget(self, directory: str) -> None:
-        """Forget the copies of a directory: what it showed is deleted."""
+        """Forget all copies of a directory, because its checkpoint was deleted."""
         with self._lock:
             for copies in self._copies.values():
                 copies.directories.discard(hash(directory))
 
     def on_write_refused(self, key: Hashable, name: str, group: int) -> None:
-        """Record that a group was refused a write to a name of a checkpoint, or a new name there.
+        """Record a denied write, or a denied new name, in a checkpoint directory.
 
-        rsync makes `.info.json.XXXXXX` before it replaces `info.json`. An editor of a control makes
-        names of that control, which do not count.
+        rsync creates `.info.json.XXXXXX` before it replaces `info.json`. Names that contain only
+        the name of a control file are ignored: editors create them.
         """
         if any(own in name for own in _READ_ONLY):
             with self._lock:
@@ -156,7 +155,7 @@ class CopyTracker:
                 self._writes[group, key] = now
 
     def is_written_over(self, key: Hashable, group: int) -> bool:
-        """Return whether a group copies a whole directory onto that of a checkpoint."""
+        """Return whether a group is copying a directory onto a checkpoint directory."""
         with self._lock:
             at = self._writes.get((group, key))
             return at is not None and self._clock.monotonic() - at < WRITE_WINDOW_S
@@ -164,8 +163,8 @@ class CopyTracker:
     def _add_copy(self, directory: int, group: int, now: float) -> None:
         copies = self._copies.get(group)
         if copies is None or now - copies.at >= COPY_WINDOW_S:
-            old = [g for g, c in self._copies.items() if now - c.at >= COPY_WINDOW_S]
-            for other in old:
+            expired = [g for g, c in self._copies.items() if now - c.at >= COPY_WINDOW_S]
+            for other in expired:
                 del self._copies[other]
             copies = self._copies[group] = _Copies(now)
         copies.at = now

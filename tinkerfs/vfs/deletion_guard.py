@@ -1,6 +1,6 @@
-"""Deletion guard: decides whether a process may remove or change what it asks to.
+"""Deletion guard: decides whether a process may remove or write a file.
 
-It joins what was hidden and refused (`removal`) with what each group copied (`copy_tracker`). An
+It combines the tombstones and denials of `removal_tracker` with the copies of `copy_tracker`. An
 adapter that opens a file or reads a link from its own cache calls `on_open` and `on_readlink`.
 Thread-safe.
 """
@@ -14,36 +14,36 @@ from tinkerfs.clock import Clock
 from tinkerfs.config import Settings
 from tinkerfs.context import Caller
 from tinkerfs.vfs.copy_tracker import COPIED_FILES, COPIED_LINKS, CopyTracker
-from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, RemovalTracker
+from tinkerfs.vfs.removal_tracker import MOVE_HINT, RemovalTracker
 from tinkerfs.vfs.resolver import Node, is_checkpoint
 from tinkerfs.vfs.schema import ControlFile, RemovalPolicy
 
 _FILES, _LINKS = frozenset(COPIED_FILES), frozenset(COPIED_LINKS)
-#: All checkpoint directories stand below one of this name; see `layout.py`.
-_ABOVE = "/checkpoints/"
+#: The path of every checkpoint directory contains this; see `layout.py`.
+_CHECKPOINTS = "/checkpoints/"
 
 _WRITTEN_OVER = (
-    "this process group also writes other names of this checkpoint, as a copy of a whole directory"
-    " does; nothing was changed (hint: write this file by itself, from a command of its own)"
+    "this process group also writes other files of this checkpoint, as a copy of a whole directory"
+    " does; nothing was changed (hint: write this file alone, with a command of its own)"
 )
 
 
 class DeletionGuard:
-    """Decisions on removals and writes; every refusal is EPERM, or EROFS on a read-only mount."""
+    """Checks removals and writes; a denial is EPERM, or EROFS on a read-only mount."""
 
     def __init__(self, clock: Clock, settings: Settings) -> None:
         self.removals = RemovalTracker(clock)
         self._copies = CopyTracker(clock)
         self._settings = settings
 
-    # Reads, of which only those of a checkpoint directory's own names cost more than a look.
+    # Reads. Only those of names in a checkpoint directory take more than a string comparison.
 
     def on_open(self, path: str, flags: int, caller: Callable[[], Caller]) -> None:
-        """Record that a file is opened to be read."""
+        """Record that a file is opened for reading."""
         directory, _, name = path.rpartition("/")
-        if name in _FILES and _ABOVE in directory:
+        if name in _FILES and _CHECKPOINTS in directory:
             if flags & (os.O_NOATIME | os.O_NOFOLLOW) == os.O_NOATIME:
-                return  # GIO opens files so to choose their icons
+                return  # GIO opens files like this to choose their icons
             reader = caller()
             self._copies.on_read(directory, name, reader)
             if self.removals.has_tombstones and self.removals.hidden(directory, reader.pgid):
@@ -52,35 +52,41 @@ class DeletionGuard:
     def on_readlink(self, path: str, caller: Callable[[], Caller]) -> None:
         """Record that a symbolic link is read."""
         directory, _, name = path.rpartition("/")
-        if name in _LINKS and _ABOVE in directory:
+        if name in _LINKS and _CHECKPOINTS in directory:
             self._copies.on_read(directory, name, caller())
 
     def on_list(self, path: str, caller: Callable[[], Caller]) -> None:
         """Record that a directory is listed."""
-        if _ABOVE in path and not self._copies.is_idle:
+        if _CHECKPOINTS in path and not self._copies.is_idle:
             self._copies.on_list(path, caller())
 
     # Removals.
 
     def check_removal(self, path: str, caller: Callable[[], Caller]) -> Caller:
-        """Return the caller that removes something, unless its group was refused that lately."""
+        """Return the caller, unless its group was recently denied a removal."""
         if self._settings.read_only:
             raise errors.read_only(path)
         remover = caller()
         self.removals.check(remover.pgid, path)
         return remover
 
-    def unlink(self, node: Node, caller: Caller) -> None:
-        """Hide a file of a checkpoint's directory from its caller's group."""
+    def unlink(self, node: Node, caller: Callable[[], Caller]) -> None:
+        """Hide a file of a checkpoint's directory from the group of the caller."""
         directory = node.parent
         assert directory is not None
-        if not is_checkpoint(directory):
-            raise self.removals.deny(caller.pgid, node.path)
-        self._check_copied(directory, node.path, caller)
-        self.removals.hide(directory.path, node.row.name, caller.pgid)
+        try:
+            remover = self.check_removal(node.path, caller)
+            if not is_checkpoint(directory):
+                raise self.removals.deny(remover.pgid, node.path)
+            self._check_copied(directory, node.path, remover)
+        except PermissionError:
+            # cp unlinks a link before it replaces it, and then writes the control files.
+            self._record_denied_write(node, caller)
+            raise
+        self.removals.hide(directory.path, node.row.name, remover.pgid)
 
     def check_rmdir(self, directory: Node, caller: Caller) -> None:
-        """Refuse to remove a directory that is never removed, or that was copied."""
+        """Deny the removal of a permanent directory, or of one that the group copied."""
         if directory.row.removal is RemovalPolicy.NEVER:
             raise self.removals.deny(caller.pgid, directory.path)
         if is_checkpoint(directory) and self.removals.hidden(directory.path, caller.pgid):
@@ -88,7 +94,7 @@ class DeletionGuard:
 
     @contextmanager
     def deleting(self, directory: Node, caller: Caller) -> Iterator[None]:
-        """Show everything again once a checkpoint is deleted, or is not."""
+        """Make hidden files visible again after a deletion, or after its failure."""
         try:
             yield
         except BaseException:
@@ -99,51 +105,54 @@ class DeletionGuard:
 
     def _check_copied(self, directory: Node, path: str, caller: Caller) -> None:
         if self._copies.has_copied(directory.path, caller):
-            raise self.removals.deny(caller.pgid, path, HOW_TO_MOVE)
+            raise self.removals.deny(caller.pgid, path, MOVE_HINT)
 
     # Writes.
 
     def check_writable(self, node: Node) -> None:
-        """Refuse to change anything but a control."""
+        """Deny changes of files other than control files."""
         if self._settings.read_only:
             raise errors.read_only(node.path)
         if not isinstance(node.row, ControlFile):
             raise errors.not_permitted(
-                node.path, "only published, expires_at and refresh are written to"
+                node.path, "only published, expires_at and refresh are writable"
             )
 
     def check_open_to_write(self, node: Node, caller: Callable[[], Caller]) -> None:
-        """Refuse to open anything but a control to be written."""
+        """Deny opening files other than control files for writing."""
         try:
             self.check_writable(node)
         except OSError:
-            key = _checkpoint_key(node)
-            if key is not None:
-                name = node.path.rpartition("/")[2]
-                self._copies.on_write_refused(key, name, caller().pgid)
+            self._record_denied_write(node, caller)
             raise
 
+    def _record_denied_write(self, node: Node, caller: Callable[[], Caller]) -> None:
+        key = _checkpoint_key(node)
+        if key is not None:
+            name = node.path.rpartition("/")[2]
+            self._copies.on_write_refused(key, name, caller().pgid)
+
     def check_control_write(self, node: Node, caller: Callable[[], Caller]) -> None:
-        """Refuse a value that comes with the copy of a whole directory."""
+        """Deny a write that is part of the copy of a whole directory."""
         key = _checkpoint_key(node)
         if key is not None and self._copies.is_written_over(key, caller().pgid):
             raise errors.not_permitted(node.path, _WRITTEN_OVER)
 
     def refuse_new(self, directory: Node, path: str, caller: Callable[[], Caller]) -> OSError:
-        """Return the refusal of a new name."""
+        """Return the error for creating a name."""
         if is_checkpoint(directory):
             group = caller().pgid
-            # mv and install unlink what they mean to replace: no removal began with that.
+            # mv and install unlink the file that they replace, so this is not a removal.
             self.removals.restore(directory.path, group)
             name = path.rpartition("/")[2]
-            self._copies.on_write_refused(directory.subject.key, name, group)
+            self._copies.on_write_refused(directory.entity.key, name, group)
         return errors.not_permitted(path, "nothing can be created, renamed or linked here")
 
 
 def _checkpoint_key(node: Node) -> object:
-    """Return what names the checkpoint that a file is of, also below `.content`; None for others.
+    """Return the key of the checkpoint that a file belongs to, or None.
 
-    A copy that follows links writes to what they lead to.
+    Files below `.content` count too, because a copy that follows links writes to their targets.
     """
-    subject = node.subject
-    return getattr(getattr(subject, "checkpoint", subject), "key", None)
+    entity = node.entity
+    return getattr(getattr(entity, "checkpoint", entity), "key", None)

@@ -1,7 +1,6 @@
-"""Listings: what folders hold, with the attributes of each entry, made once.
+"""Directory cache: complete listings with the attributes of each entry.
 
-Making them is most of what a walk costs: 45 us for the eight entries of a checkpoint's folder, of
-80 us for all of what is asked about it. Thread-safe.
+Building the entries is the largest part of the cost of a tree walk. Thread-safe.
 """
 
 import threading
@@ -16,33 +15,32 @@ from tinkerfs.vfs.node import Entry
 from tinkerfs.vfs.resolver import Node
 from tinkerfs.vfs.schema import Backend
 
-#: So many entries are kept before all are forgotten, 290 bytes each, and 500 once they are ready:
-#: those of 1,000 runs x 10.
+#: Maximum number of cached entries, enough for 1,000 runs with 10 checkpoints each. The cache is
+#: cleared when it is exceeded. An entry takes 290 bytes, and 500 with its prepared FUSE reply.
 _MAX_ENTRIES = 98_304
 
-
-#: Up to so many names are looked through for one; of more, a dictionary is made.
+#: Maximum number of entries that are searched linearly; larger directories are indexed by name.
 _LINEAR_SEARCH_MAX = 16
 
 
 class CachedDirectory(msgspec.Struct):
-    """What a folder holds, as it was listed.
+    """The complete listing of a directory.
 
     Attributes:
-        entries: all of them, each with its attributes.
-        lease: how long they hold.
-        epoch: the catalogue's, from before they were made.
-        ready: what who hands the entries on made of them; None until then.
+        entries: every entry, with its attributes.
+        validity: how long the entries may be used.
+        generation: the generation of the metadata before the entries were built.
+        ready: readdir replies that the FUSE adapter has prepared from the entries, or None.
     """
 
     entries: tuple[Entry, ...]
-    lease: Validity
-    epoch: int
+    validity: Validity
+    generation: int
     ready: Any = None
     _by_name: dict[str, Entry] | None = None
 
     def entry(self, name: str) -> Entry | None:
-        """Return the entry of that name, the first of several; None where there is none."""
+        """Return the first entry of that name, or None."""
         if len(self.entries) <= _LINEAR_SEARCH_MAX:
             for entry in self.entries:
                 if entry.name == name:
@@ -54,77 +52,77 @@ class CachedDirectory(msgspec.Struct):
 
 
 class DirectoryCache:
-    """The entries of folders, by path."""
+    """Complete listings by path, all of one generation of the metadata."""
 
-    def __init__(self, model: Backend) -> None:
-        self._model = model
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._lock = threading.Lock()
-        # Changed under _lock; looked into without.
-        self._kept: dict[str, CachedDirectory] = {}
-        self._kept_entries = 0
-        self._epoch = 0  # theirs: none of another holds any more
+        # Writes hold _lock; reads do not.
+        self._directories: dict[str, CachedDirectory] = {}
+        self._entry_count = 0
+        self._generation = 0
 
     def get(self, path: str) -> CachedDirectory | None:
-        """Return what a folder holds, as it was made before; None where something has changed."""
-        kept = self._kept.get(path)
+        """Return the cached listing of a directory, or None if it is absent or expired."""
+        cached = self._directories.get(path)
         if (
-            kept is not None
-            and kept.epoch == self._model.catalogue.epoch
-            and kept.lease.check_and_touch(self._model.clock.monotonic())
+            cached is not None
+            and cached.generation == self._backend.catalog.generation
+            and cached.validity.check_and_touch(self._backend.clock.monotonic())
         ):
-            return kept
+            return cached
         return None
 
     def entry(self, path: str, ctx: RequestContext) -> Entry | None:
-        """Return what its folder's listing tells of a path, None where none does.
+        """Return the entry of a path from the cached listing of its directory, or None.
 
-        The call is told how long it holds.
+        The validity of the entry is added to `ctx`.
         """
-        folder, _, name = path.rpartition("/")
-        kept = self.get(folder or "/")
-        entry = None if kept is None else kept.entry(name)
-        if kept is not None and entry is not None:
-            ctx.depends_on_all(kept.lease)
+        parent, _, name = path.rpartition("/")
+        cached = self.get(parent or "/")
+        entry = None if cached is None else cached.entry(name)
+        if cached is not None and entry is not None:
+            ctx.depends_on_all(cached.validity)
         return entry
 
-    def scan(
+    def stream(
         self,
-        folder: Node,
+        directory: Node,
         ctx: RequestContext,
         entries_of: Callable[[Node, RequestContext], Iterator[Entry]],
-        epoch: int,
+        generation: int,
     ) -> DirectoryStream:
-        """Begin to list what a folder holds now; once whole it is kept until something changes.
+        """Return a stream of the current entries, and cache them once all are read.
 
         Args:
-            folder: which.
-            ctx: as in `FileSystem.scandir`.
-            entries_of: makes its entries.
-            epoch: the catalogue's, from before the folder was looked for.
+            directory: the directory to list.
+            ctx: deadline and cancellation of the request.
+            entries_of: builds the entries; may block and may raise OSError.
+            generation: the generation of the metadata before the directory was resolved.
         """
-        lease = Validity() if folder.lease is None else folder.lease.copy()
+        validity = Validity() if directory.validity is None else directory.validity.copy()
 
-        def whole(entries: tuple[Entry, ...]) -> None:
-            # An entry that lacks its attributes gets them as soon as they are known.
-            if not lease.is_uncacheable and all(entry.attr is not None for entry in entries):
-                self._keep(folder.path, CachedDirectory(entries, lease, epoch))
+        def on_complete(entries: tuple[Entry, ...]) -> None:
+            # A listing in which an entry has no attributes yet is built again at the next request.
+            if not validity.is_uncacheable and all(entry.attr is not None for entry in entries):
+                self._store(directory.path, CachedDirectory(entries, validity, generation))
 
         return DirectoryStream(
-            source=lambda: entries_of(folder, ctx.tracking(lease)), on_complete=whole
+            source=lambda: entries_of(directory, ctx.tracking(validity)), on_complete=on_complete
         )
 
-    def _keep(self, path: str, listing: CachedDirectory) -> None:
+    def _store(self, path: str, listing: CachedDirectory) -> None:
         if len(listing.entries) > _MAX_ENTRIES // 4:
             return
         with self._lock:
-            if listing.epoch != self._model.catalogue.epoch:
+            if listing.generation != self._backend.catalog.generation:
                 return
-            before = self._kept.pop(path, None)
-            if before is not None:
-                self._kept_entries -= len(before.entries)
-            is_full = self._kept_entries + len(listing.entries) > _MAX_ENTRIES
-            if is_full or self._epoch != listing.epoch:
-                self._kept.clear()
-                self._kept_entries, self._epoch = 0, listing.epoch
-            self._kept[path] = listing
-            self._kept_entries += len(listing.entries)
+            previous = self._directories.pop(path, None)
+            if previous is not None:
+                self._entry_count -= len(previous.entries)
+            is_full = self._entry_count + len(listing.entries) > _MAX_ENTRIES
+            if is_full or self._generation != listing.generation:
+                self._directories.clear()
+                self._entry_count, self._generation = 0, listing.generation
+            self._directories[path] = listing
+            self._entry_count += len(listing.entries)

@@ -1,4 +1,4 @@
-"""Scans: what an open folder holds, made as it is asked for."""
+"""Streams of directory entries, which are built as they are read."""
 
 import itertools
 import threading
@@ -11,33 +11,31 @@ from tinkerfs.vfs.node import Entry
 if TYPE_CHECKING:
     from tinkerfs.vfs.directory_cache import CachedDirectory
 
-#: So many entries are made at a time: as many as come with a page of the API, so that no wait for
-#: the next one holds up those.
-_AT_ONCE = 100
+#: Number of entries that are built at a time. It is the number of records in one page of the API,
+#: so that these entries do not have to wait for the next page.
+_BATCH_ENTRIES = 100
 
 
 class DirectoryStream:
-    """The entries of a folder, in an order that stays. Thread-safe.
+    """The entries of a directory in a stable order, like readdir(3). Thread-safe.
 
     Args:
-        entries: those that are known already.
-        more: begins to yield the others, in the thread of whoever asks for them; may wait and fail.
-            Begun again where a wait ended early: then what is there already is passed over.
-        whole: called once with all entries.
-        listing: what keeps the entries, if anything does.
-
-    Attributes:
-        listing: the same.
+        entries: the entries that are available from the start.
+        source: returns an iterator over the entries, which runs in the reading thread and may
+            block or raise. After a timeout or an interruption it is called again, and entries
+            that the stream already has are skipped. None if `entries` is complete.
+        on_complete: called once with all entries.
+        listing: the cached listing that the entries come from, or None.
     """
 
     __slots__ = (
-        "_begin",
         "_entries",
         "_error",
-        "_is_told",
+        "_has_raised",
+        "_iterator",
         "_lock",
-        "_more",
-        "_whole",
+        "_on_complete",
+        "_source",
         "listing",
     )
 
@@ -50,70 +48,72 @@ class DirectoryStream:
     ) -> None:
         self.listing = listing
         self._lock = threading.Lock()
-        self._whole = on_complete
-        # Changed under _lock; entries are only ever added while there may be more.
+        self._on_complete = on_complete
+        # Writes hold _lock, reads do not. Entries are only appended while there is an iterator.
         self._entries = entries if source is None else list(entries)
-        self._begin = source
-        self._more = None if source is None else source()
+        self._source = source
+        self._iterator = None if source is None else source()
         self._error: BaseException | None = None
-        self._is_told = False
+        self._has_raised = False
 
-    def read(self, index: int, most: int) -> Sequence[Entry]:
-        """Return up to `most` entries from `index` on: what is there, after a wait if nothing is.
+    def read(self, offset: int, limit: int) -> Sequence[Entry]:
+        """Return up to `limit` entries from `offset` on; block only if none is available.
 
-        Nothing is returned only where `index` is the end, or after the error.
+        The result is empty at the end of the directory, and after an error has been raised.
 
         Raises:
-            OSError: why there is no more, to the caller that has all that came before; once, as
-                some programs read on after an error until the end (Rust's std::fs before 1.64).
+            OSError: the listing failed. It is raised once, after the entries that precede the
+                failure: some programs continue to read after an error (Rust's std::fs before
+                1.64) and have to reach the end.
         """
-        if self._more is not None and index >= len(self._entries):
+        if self._iterator is not None and offset >= len(self._entries):
             with self._lock:
-                while self._more is not None and index >= len(self._entries):
-                    self._fetch_more(_AT_ONCE)
-        if self._error is not None and index >= len(self._entries) and not self._is_told:
-            self._is_told = True
+                while self._iterator is not None and offset >= len(self._entries):
+                    self._fetch_more(_BATCH_ENTRIES)
+        if self._error is not None and offset >= len(self._entries) and not self._has_raised:
+            self._has_raised = True
             raise self._error
-        return self._entries[index : index + most]
+        return self._entries[offset : offset + limit]
 
     def read_all(self) -> tuple[Entry, ...]:
-        """Return every entry, after a wait.
+        """Return every entry; block until all are available.
 
         Raises:
-            OSError: some cannot be had.
+            OSError: the listing failed.
         """
         with self._lock:
-            if self._more is not None:
+            if self._iterator is not None:
                 self._fetch_more(None)
         if self._error is not None:
             raise self._error
         return tuple(self._entries)
 
     def _fetch_more(self, count: int | None) -> None:
-        """Make so many more entries, or all; the caller holds the lock."""
-        assert self._more is not None
+        """Build up to `count` more entries, or all; the caller holds the lock."""
+        assert self._iterator is not None
         assert isinstance(self._entries, list)
-        before = len(self._entries)
+        old_length = len(self._entries)
         try:
-            for entry in itertools.islice(self._more, count):
+            for entry in itertools.islice(self._iterator, count):
                 self._entries.append(entry)
         except OSError as error:
             if not (errors.is_interruption(error) or errors.is_timeout(error)):
-                self._error, self._more = error, None  # in this order: `since` looks without a lock
+                # In this order, because `read` checks both without the lock.
+                self._error, self._iterator = error, None
                 return
-            self._more = self._rest()
-            if count is None or len(self._entries) == before:
+            self._iterator = self._remaining()
+            if count is None or len(self._entries) == old_length:
                 raise
             return
-        except BaseException as error:  # noqa: BLE001  (raised to whoever comes to it)
-            self._error, self._more = error, None
+        except BaseException as error:  # noqa: BLE001  (raised by the next read)
+            self._error, self._iterator = error, None
             return
-        if count is None or len(self._entries) < before + count:
+        if count is None or len(self._entries) < old_length + count:
             self._entries = tuple(self._entries)
-            self._more = None
-            self._whole(self._entries)
+            self._iterator = None
+            self._on_complete(self._entries)
 
-    def _rest(self) -> Iterator[Entry]:
-        assert self._begin is not None
-        had = {entry.name for entry in self._entries}
-        return (entry for entry in self._begin() if entry.name not in had)
+    def _remaining(self) -> Iterator[Entry]:
+        assert self._source is not None
+        names = {entry.name for entry in self._entries}
+        return (entry for entry in self._source() if entry.name not in names)

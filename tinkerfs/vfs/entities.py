@@ -1,4 +1,4 @@
-"""What the rows about runs and checkpoints share: where these stand, and when they changed."""
+"""Paths, modification times and extended attributes of runs and checkpoints."""
 
 from collections.abc import Iterator
 
@@ -16,60 +16,60 @@ def run_path(run_id: str) -> str:
 
 
 def checkpoint_path(checkpoint: Checkpoint) -> str:
-    """Return the path from the mount's root that always leads to a checkpoint."""
+    """Return the canonical path of a checkpoint from the mount's root."""
     kind, name = name_encoding.encode(checkpoint.kind), name_encoding.encode(checkpoint.name)
     return f"{run_path(checkpoint.run_id)}/checkpoints/{kind}/{name}"
 
 
 def path_for_tinker_path(path: TinkerPath) -> str:
-    """Return the path from the mount's root of what a tinker path names."""
-    # Two-part paths of older data have no kind, nor have hatchery's: the bare name resolves.
+    """Return the path from the mount's root for a tinker path."""
+    # Older two-part paths and the paths of hatchery have no kind; the bare name resolves too.
     kind = "" if path.kind in ("", "checkpoints") else f"{name_encoding.encode(path.kind)}/"
     return f"{run_path(path.run_id)}/checkpoints/{kind}{name_encoding.encode(path.name)}"
 
 
-def list_runs(site: NodeContext) -> Iterator[tuple[str, models.TrainingRun]]:
+def list_runs(node: NodeContext) -> Iterator[tuple[str, models.TrainingRun]]:
     """Yield the user's training runs by id."""
-    return ((run.run_id, run) for run in site.model.catalogue.iter_runs(site.call))
+    return ((run.run_id, run) for run in node.backend.catalog.iter_runs(node.ctx))
 
 
-def find_run(site: NodeContext, run_id: str) -> models.TrainingRun | None:
-    """Return a training run, listed or not."""
+def find_run(node: NodeContext, run_id: str) -> models.TrainingRun | None:
+    """Return a training run, which need not be listed, or None."""
     try:
-        return site.model.catalogue.run(run_id, site.call)
+        return node.backend.catalog.run(run_id, node.ctx)
     except errors.NOT_FOUND_ERRORS as error:
         if error.is_local:
             return None
         raise
 
 
-def run_ns(site: NodeContext) -> int:
-    """Return when a training run was last asked something."""
-    time_ns: int | None = site.entity.last_request_time_ns
-    return site.model.started_ns if time_ns is None else time_ns
+def run_ns(node: NodeContext) -> int:
+    """Return the time of the last request to a training run."""
+    time_ns: int | None = node.entity.last_request_time_ns
+    return node.backend.started_ns if time_ns is None else time_ns
 
 
-def newest_run_ns(site: NodeContext) -> int:
-    """Return when any of the user's training runs was, as far as is known without a call."""
-    known = site.model.catalogue.cached_runs()
-    changed_ns = site.model.catalogue.runs_last_changed_ns()
-    return mtime_or_mount_time(site, changed_ns, known.newest_ns if known else None)
+def newest_run_ns(node: NodeContext) -> int:
+    """Return the time of the last request to any run of the user, from the cache."""
+    runs = node.backend.catalog.cached_runs()
+    changed_ns = node.backend.catalog.runs_last_changed_ns()
+    return mtime_or_mount_time(node, changed_ns, runs.newest_ns if runs else None)
 
 
-def checkpoint_ns(site: NodeContext) -> int:
+def checkpoint_ns(node: NodeContext) -> int:
     """Return when a checkpoint was saved."""
-    time_ns: int | None = site.entity.record.time_ns
-    return site.model.started_ns if time_ns is None else time_ns
+    time_ns: int | None = node.entity.record.time_ns
+    return node.backend.started_ns if time_ns is None else time_ns
 
 
-def stored_bytes(site: NodeContext) -> int:
-    """Return what the server stores of a checkpoint, bytes."""
-    return site.entity.record.size_bytes or 0
+def stored_bytes(node: NodeContext) -> int:
+    """Return the number of bytes that the server stores for a checkpoint."""
+    return node.entity.record.size_bytes or 0
 
 
-def run_xattrs(site: NodeContext) -> dict[str, str]:
+def run_xattrs(node: NodeContext) -> dict[str, str]:
     """Return the extended attributes of a training run."""
-    run: models.TrainingRun = site.entity
+    run: models.TrainingRun = node.entity
     return _without_none(
         {
             "tinker.base_model": run.base_model,
@@ -79,10 +79,11 @@ def run_xattrs(site: NodeContext) -> dict[str, str]:
     )
 
 
-def checkpoint_xattrs(site: NodeContext) -> dict[str, str]:
-    """Return the extended attributes of a checkpoint; its run is known, it was on the way."""
-    checkpoint: Checkpoint = site.entity
-    run, record = site.model.catalogue.run(checkpoint.run_id, site.call), checkpoint.record
+def checkpoint_xattrs(node: NodeContext) -> dict[str, str]:
+    """Return the extended attributes of a checkpoint."""
+    checkpoint: Checkpoint = node.entity
+    # Resolving the checkpoint has loaded the run already.
+    run, record = node.backend.catalog.run(checkpoint.run_id, node.ctx), checkpoint.record
     return _without_none(
         {
             "tinker.path": checkpoint.tinker_path,
@@ -101,22 +102,22 @@ def _rfc3339(time_ns: int | None) -> str | None:
 
 
 def _without_none(values: dict[str, str | int | None]) -> dict[str, str]:
-    """Leave out what the server did not tell."""
+    """Return the values as strings, without those that the server did not report."""
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def mtime_or_mount_time(site: NodeContext, *times_ns: int | None) -> int:
-    """Return the latest of the times that are known, and not before the mount was made.
+def mtime_or_mount_time(node: NodeContext, *times_ns: int | None) -> int:
+    """Return the latest of the known times, but not a time before the mount.
 
-    For folders that are not listed to tell their time: what tar finds in one must not change it.
+    It is for directories that stat() does not list: the time must not change when tar reads one.
     """
-    return newest_ns(site, site.model.started_ns, *times_ns)
+    return newest_ns(node, node.backend.started_ns, *times_ns)
 
 
-def newest_ns(site: NodeContext, *times_ns: int | None) -> int:
-    """Return the latest of the times that are known, or when the mount was made.
+def newest_ns(node: NodeContext, *times_ns: int | None) -> int:
+    """Return the latest of the known times, or the time of mounting.
 
-    A folder is as new as what it lists, and at least as new as the last change that was seen in it:
-    so `make`, `rsync -u` and file managers notice that something went.
+    A directory is as new as its newest entry and as the last change that was observed in it. So
+    `make`, `rsync -u` and file managers notice a removed entry.
     """
-    return max((time for time in times_ns if time is not None), default=site.model.started_ns)
+    return max((time for time in times_ns if time is not None), default=node.backend.started_ns)

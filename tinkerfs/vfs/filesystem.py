@@ -1,8 +1,8 @@
-"""FileSystem: the tree behind an interface like `os`, for every adapter.
+"""The file system, with an interface like `os`, for the FUSE and fsspec adapters.
 
-Paths are absolute and normal ("/runs/x"), bytes that are no UTF-8 as surrogate escapes.
-Thread-safe. Every method raises `OSError` with an errno, a sentence and the path; each failure that
-says more than "no such name" also lands in the mount's `errors`.
+Paths are absolute and normalized ("/runs/x"), with non-UTF-8 bytes as surrogate escapes. Every
+method raises `OSError` with an errno, a message and the path. Failures other than a missing name
+are also recorded in the mount's `errors` file. Thread-safe.
 """
 
 import os
@@ -22,137 +22,137 @@ from tinkerfs.vfs.deletion_guard import DeletionGuard
 from tinkerfs.vfs.directory_cache import CachedDirectory, DirectoryCache
 from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.generated_files import GeneratedFileCache
-from tinkerfs.vfs.handles import GeneratedFileHandle, JournalHandle, PageCacheTracker, WeightsHandle
-from tinkerfs.vfs.kernel_cache import SizeHintTracker
+from tinkerfs.vfs.handles import GeneratedFileHandle, JournalHandle, WeightsHandle
+from tinkerfs.vfs.kernel_cache import PageCacheTracker, SizeHintTracker
 from tinkerfs.vfs.layout import ROOT
-from tinkerfs.vfs.node import FOLDER_RANK, Attr, Entry, Handle, StatFs, inode_for_path
-from tinkerfs.vfs.resolver import Node, PathResolver, is_checkpoint
+from tinkerfs.vfs.node import Attr, Entry, Handle, StatFs, relative_target
+from tinkerfs.vfs.resolver import Node, PathResolver, inode_of, is_checkpoint
 from tinkerfs.vfs.schema import (
     Backend,
     ContentFile,
     ControlFile,
     Directory,
+    FileSpec,
     GeneratedFile,
     NodeContext,
     NodeSpec,
     Symlink,
 )
 
-_FOLDER_MODE = stat.S_IFDIR | 0o755
-_LINK_MODE = stat.S_IFLNK | 0o777
+_DIRECTORY_MODE = stat.S_IFDIR | 0o755
+_SYMLINK_MODE = stat.S_IFLNK | 0o777
 _WRITE_BITS = 0o222
 _XATTR_NAMESPACE = "user."
-#: In the order of inode numbers a deletion meets what cannot be removed before and after the
-#: checkpoints of a run, and a copy what cannot be written before the files whose writes act.
-_RANKS = {GeneratedFile: 0, ContentFile: 0, Directory: FOLDER_RANK, Symlink: 2, ControlFile: 3}
-#: As many links as Linux follows in one path (path_resolution(7)).
-_MAX_LINKS = 40
+_XATTR_UNSUPPORTED = "only user.tinker attributes are supported"
+#: Maximum number of symbolic links in one path, as on Linux (path_resolution(7)).
+_MAX_SYMLINKS = 40
 
 
 class FileSystem:
     """The account as files.
 
     Args:
-        model: what the tree shows.
-        cache_dir: the folder whose disk `space` tells of.
+        backend: the services of the mount.
+        cache_dir: the directory of the block cache; `statfs` reports the free space of its disk.
     """
 
-    def __init__(self, model: Backend, cache_dir: Path) -> None:
-        settings = model.settings
-        self._model = model
+    def __init__(self, backend: Backend, cache_dir: Path) -> None:
+        settings = backend.settings
+        self._backend = backend
         self._cache_dir = cache_dir
-        #: Also told of what an adapter does without asking here.
-        self.guard = DeletionGuard(model.clock, model.settings)
-        self._nodes = PathResolver(ROOT, model, self.guard.removals)
-        self._renderings = GeneratedFileCache(model.clock)
-        self._listings = DirectoryCache(model)
+        #: An adapter that serves a request from its own cache reports it to the guard.
+        self.guard = DeletionGuard(backend.clock, backend.settings)
+        self._resolver = PathResolver(ROOT, backend, self.guard.removals)
+        self._generated_files = GeneratedFileCache(backend.clock)
+        self._directories = DirectoryCache(backend)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
-        self._bounds = SizeHintTracker()
-        self._versions = PageCacheTracker()
+        self._size_hints = SizeHintTracker()
+        self._page_caches = PageCacheTracker()
         self._mode_mask = ~(settings.umask | (_WRITE_BITS if settings.read_only else 0))
 
-    # Looking.
+    # Metadata.
 
     @property
-    def epoch(self) -> int:
-        """As `Catalogue.epoch`: to be asked before a look, for `holds`."""
-        return self._model.catalogue.epoch
+    def generation(self) -> int:
+        """The generation of the metadata, to be read before a lookup for `is_valid`."""
+        return self._backend.catalog.generation
 
     @property
     def local_mutations(self) -> int:
-        """A number that becomes another one with each change that is made here."""
-        return self._model.catalogue.amendments + self.guard.removals.hide_count
+        """A counter that every change through this mount increases."""
+        return self._backend.catalog.local_mutations + self.guard.removals.hide_count
 
-    def is_valid(self, lease: Validity, epoch: int) -> bool:
-        """Tell whether what a look told, with this lease since this epoch, holds still."""
+    def is_valid(self, validity: Validity, generation: int) -> bool:
+        """Return whether a result is still valid, and mark its cached values as used."""
         return (
-            epoch == self._model.catalogue.epoch
+            generation == self._backend.catalog.generation
             and not self.guard.removals.has_tombstones
-            and lease.check_and_touch(self._model.clock.monotonic())
+            and validity.check_and_touch(self._backend.clock.monotonic())
         )
 
-    # Of the first four every walk makes thousands: they do without `_telling`, which costs 2 us.
+    # stat, scandir, readlink and open avoid `_reporting_errors`: a tree walk makes thousands of
+    # these calls, and a context manager is measurably slower than `try`.
 
     def stat(self, path: str, ctx: RequestContext) -> Attr:
-        """Return the attributes of a path; links are not followed.
+        """Return the attributes of a path without following symbolic links.
 
-        The call is told how long they hold, or that there is nothing.
+        The validity of the attributes, or of the absence of the path, is added to `ctx`.
         """
-        entry = self._known_entry(path, ctx)
+        entry = self._cached_entry(path, ctx)
         if entry is not None and entry.attr is not None:
             return entry.attr
         try:
-            return self._attr(self._nodes.resolve(path, ctx), ctx)
+            return self._attr(self._resolver.resolve(path, ctx), ctx)
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "stat")
 
     def cached_directory(self, path: str) -> CachedDirectory | None:
-        """Return what a folder holds where that was listed before and holds still."""
-        return None if self.guard.removals.has_tombstones else self._listings.get(path)
+        """Return the cached listing of a directory, or None if it is absent or expired."""
+        return None if self.guard.removals.has_tombstones else self._directories.get(path)
 
-    def _known_entry(self, path: str, ctx: RequestContext) -> Entry | None:
-        return None if self.guard.removals.has_tombstones else self._listings.entry(path, ctx)
+    def _cached_entry(self, path: str, ctx: RequestContext) -> Entry | None:
+        return None if self.guard.removals.has_tombstones else self._directories.entry(path, ctx)
 
     def listdir(self, path: str, ctx: RequestContext) -> tuple[Entry, ...]:
-        """Return what a folder holds, without `.` and `..`, in the table's order."""
+        """Return the entries of a directory in table order, without `.` and `..`."""
         return self.scandir(path, ctx).read_all()
 
     def scandir(self, path: str, ctx: RequestContext) -> DirectoryStream:
-        """Begin to list what a folder holds, without `.` and `..`, in the table's order.
+        """Open a stream of the entries of a directory, without `.` and `..`.
 
-        Where a listing takes the server a while its first part will do; what cannot be listed at
-        all fails here, what breaks off later fails where it does.
+        The call returns as soon as the first page of a long listing has arrived. A failure before
+        that is raised here; a later one is raised by the stream.
         """
         self.guard.on_list(path, ctx.caller)
-        known = self.cached_directory(path)
-        if known is not None:
-            return DirectoryStream(known.entries, listing=known)
-        epoch = self.epoch
+        cached = self.cached_directory(path)
+        if cached is not None:
+            return DirectoryStream(cached.entries, listing=cached)
+        generation = self.generation
         try:
-            folder = self._nodes.resolve(path, ctx)
-            if not isinstance(folder.row, Directory):
+            directory = self._resolver.resolve(path, ctx)
+            if not isinstance(directory.row, Directory):
                 raise errors.not_a_directory(path)
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "list")
         if self.guard.removals.has_tombstones:
-            scan = DirectoryStream(source=lambda: self._entries(folder, ctx))
+            stream = DirectoryStream(source=lambda: self._entries(directory, ctx))
         else:
-            scan = self._listings.scan(folder, ctx, self._entries, epoch)
-        scan.read(0, 1)
-        return scan
+            stream = self._directories.stream(directory, ctx, self._entries, generation)
+        stream.read(0, 1)
+        return stream
 
     def readlink(self, path: str, ctx: RequestContext) -> str:
-        """Return where a symbolic link points, relative to its folder."""
+        """Return the target of a symbolic link, relative to its directory."""
         self.guard.on_readlink(path, ctx.caller)
         return self._readlink(path, ctx)
 
     def _readlink(self, path: str, ctx: RequestContext) -> str:
-        entry = self._known_entry(path, ctx)
+        entry = self._cached_entry(path, ctx)
         if entry is not None and entry.target is not None:
             return entry.target
         try:
-            node = self._nodes.resolve(path, ctx)
+            node = self._resolver.resolve(path, ctx)
             if not isinstance(node.row, Symlink):
                 raise errors.not_a_link(path)
             return self._target(node, ctx)
@@ -160,57 +160,56 @@ class FileSystem:
             self._raise_os_error(error, path, "readlink")
 
     def fstat(self, path: str, handle: Handle, ctx: RequestContext) -> Attr:
-        """Return the attributes of an open file, with its exact length; also of an unlinked one."""
+        """Return the attributes of an open file, also if unlinked, with the exact size."""
         with self._reporting_errors(path, "stat"):
-            attr = self._attr(self._nodes.resolve(path, ctx, include_hidden=True), ctx)
+            attr = self._attr(self._resolver.resolve(path, ctx, include_hidden=True), ctx)
             size_bytes = handle.size_bytes
             return attr if size_bytes is None else replace(attr, size_bytes=size_bytes)
 
     def realpath(self, path: str, ctx: RequestContext) -> str:
-        """Return the path that is meant once every link is followed, as a kernel does."""
-        done, pending, links = "/", [part for part in path.split("/") if part], 0
+        """Return the canonical path, with every symbolic link followed."""
+        resolved, pending, links = "/", [name for name in path.split("/") if name], 0
         while pending:
-            part = pending.pop(0)
-            done = posixpath.normpath(posixpath.join(done, part))
-            if stat.S_ISLNK(self.stat(done, ctx).mode):
+            resolved = posixpath.normpath(posixpath.join(resolved, pending.pop(0)))
+            if stat.S_ISLNK(self.stat(resolved, ctx).mode):
                 links += 1
-                if links > _MAX_LINKS:
+                if links > _MAX_SYMLINKS:
                     raise errors.not_a_link(path)
-                pending = [p for p in self._readlink(done, ctx).split("/") if p] + pending
-                done = posixpath.dirname(done)
-        return done
+                target = self._readlink(resolved, ctx)
+                pending = [name for name in target.split("/") if name] + pending
+                resolved = posixpath.dirname(resolved)
+        return resolved
 
     def resolve(self, path: str, ctx: RequestContext) -> tuple[NodeSpec, NodeContext]:
-        """Return the row of the table that a path stands for, and what it is about there."""
-        with self._reporting_errors(path, "look"):
-            node = self._nodes.resolve(path, ctx)
-            return node.row, self._nodes.context_for(node, ctx)
+        """Return the row of the layout table for a path, and its context."""
+        with self._reporting_errors(path, "lookup"):
+            node = self._resolver.resolve(path, ctx)
+            return node.row, self._resolver.context_for(node, ctx)
 
     def statfs(self) -> StatFs:
-        """Return the block cache's bound, and what is free of it and on its disk.
+        """Return the maximum size of the block cache, and how much of it is free.
 
-        The cache directory may be gone by now: it is made again with the next block.
+        The cache directory may have been deleted; the next block recreates it.
         """
-        total_bytes = self._model.settings.cache_size_bytes
-        left_bytes = max(total_bytes - self._model.weights.kept_bytes(), 0)
+        total_bytes = self._backend.settings.cache_size_bytes
+        left_bytes = max(total_bytes - self._backend.weights.usage_bytes(), 0)
         return StatFs(total_bytes, min(left_bytes, free_bytes(self._cache_dir)))
 
     # Reading and writing.
 
     def open(self, path: str, flags: int, ctx: RequestContext) -> Handle:
-        """Open a file; what is to be read is resolved before this returns.
+        """Open a file and load its content, unless it is read block by block.
 
-        The call is told how long one that is only read gives the same bytes.
+        The validity of the content is added to `ctx`.
 
         Raises:
-            OSError: EPERM for writing what cannot be written, EROFS on a read-only mount,
-                EOPNOTSUPP for a glance at what costs the server something, and what resolving its
-                bytes raises.
+            OSError: EPERM if the file is not writable, EROFS on a read-only mount, EOPNOTSUPP for
+                O_NOATIME on a file whose content needs an archive, or a failure to load it.
         """
         is_for_writing = (flags & os.O_ACCMODE) != os.O_RDONLY
         is_for_reading = (flags & os.O_ACCMODE) != os.O_WRONLY
         try:
-            node = self._nodes.resolve(path, ctx)
+            node = self._resolver.resolve(path, ctx)
             row = node.row
             if isinstance(row, Directory):
                 raise errors.is_a_directory(path)
@@ -219,64 +218,66 @@ class FileSystem:
             if is_for_writing:
                 self.guard.check_open_to_write(node, ctx.caller)
             elif flags & os.O_NOATIME and _has_size_hint(row):
-                # GIO, and so Thunar, Nautilus or `gio info`, opens what has no known ending with
-                # this flag to name its type. No archive is built for an icon; on any errno but
-                # EPERM they go by the name.
-                raise errors.not_supported(path, "not read with O_NOATIME, as file managers look")
+                # GIO (Thunar, Nautilus, `gio info`) opens a file with this flag to guess its type,
+                # if the suffix is unknown. An icon is not worth building an archive; after any
+                # errno but EPERM, GIO uses the name.
+                raise errors.not_supported(
+                    path, "cannot be opened with O_NOATIME, which file managers use for previews"
+                )
             if isinstance(row, ContentFile):
-                return self._open_stream(node, row, ctx)
+                return self._open_content(node, row, ctx)
             if isinstance(row, GeneratedFile) and row.journal is not None:
-                return JournalHandle(path, row.journal(self._nodes.context_for(node, ctx)))
+                return JournalHandle(path, row.journal(self._resolver.context_for(node, ctx)))
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "open")
         try:
             if is_for_reading:
                 self.guard.on_open(path, flags, ctx.caller)
-            data = self._rendering(node, ctx) if is_for_reading else None
+            data = self._render(node, ctx) if is_for_reading else None
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "read")
         return GeneratedFileHandle(
             path,
             data,
-            lambda ctx: self._read_again(path, ctx),
-            (lambda text, ctx: self._store(node, text, ctx)) if is_for_writing else None,
-            direct_io=not self._renderings.may_use_page_cache(node),
-            size_hint_reported_at=self._bounds.reported_at(path),
+            lambda ctx: self._render_path(path, ctx),
+            (lambda text, ctx: self._write_control(node, text, ctx)) if is_for_writing else None,
+            direct_io=not self._generated_files.may_use_page_cache(node),
+            size_hint_reported_at=self._size_hints.reported_at(path),
         )
 
-    def _open_stream(self, node: Node, row: ContentFile, ctx: RequestContext) -> Handle:
+    def _open_content(self, node: Node, row: ContentFile, ctx: RequestContext) -> Handle:
         path = node.path
-        ctx.mark_uncacheable()  # each open of weights holds what it reads from
-        site = self._nodes.context_for(node, ctx)
-        told_bytes = row.size_hint(site)
-        file = row.open(site)
-        if row.is_size_exact is None and file.size_bytes != told_bytes:
-            self._bounds.record(path)  # it was opened as another version than was listed
+        ctx.mark_uncacheable()  # each handle owns the source that it reads from
+        context = self._resolver.context_for(node, ctx)
+        hinted_bytes = row.size_hint(context)
+        file = row.open(context)
+        if row.is_size_exact is None and file.size_bytes != hinted_bytes:
+            self._size_hints.record(path)  # the opened version differs from the listed one
         return WeightsHandle(
             path,
             file,
             lambda error: self._raise_os_error(error, path, "read"),
-            versions=self._versions,
-            size_hint_reported_at=self._bounds.reported_at(path),
+            page_cache=self._page_caches,
+            size_hint_reported_at=self._size_hints.reported_at(path),
         )
 
     def truncate(self, path: str, size: int, ctx: RequestContext) -> None:
-        """Do nothing to a control, whose value only a write changes; refuse anything else."""
+        """Accept truncation of a control file without an effect; refuse other files."""
         del size
         self.setattr(path, ctx)
 
     def setattr(self, path: str, ctx: RequestContext) -> None:
-        """Accept chmod, chown and utimens of a control, changing nothing; refuse anything else."""
+        """Accept chmod, chown and utimens of a control file; refuse other files."""
         with self._reporting_errors(path, "change attributes"):
-            self.guard.check_writable(self._nodes.resolve(path, ctx))
+            self.guard.check_writable(self._resolver.resolve(path, ctx))
 
     def create(self, path: str, ctx: RequestContext) -> None:
-        """Refuse to make, rename or link anything: EPERM, or EROFS on a read-only mount."""
+        """Refuse to create, rename or link: EPERM, or EROFS on a read-only mount."""
         with self._reporting_errors(path, "create"):
-            if self._model.settings.read_only:
+            if self._backend.settings.read_only:
                 raise errors.read_only(path)
-            folder = self._nodes.resolve(posixpath.dirname(path), ctx)
-            raise self.guard.refuse_new(folder, path, ctx.caller)
+            directory = self._resolver.resolve(posixpath.dirname(path), ctx)
+            raise self.guard.refuse_new(directory, path, ctx.caller)
 
     # Extended attributes.
 
@@ -284,11 +285,11 @@ class FileSystem:
         """Return the value of an extended attribute.
 
         Raises:
-            OSError: ENODATA where there is none; EOPNOTSUPP for all but `user.*`: `ls -l` then asks
-                for access lists and security labels once, and not of every file.
+            OSError: ENODATA if the attribute is absent; EOPNOTSUPP outside of `user.*`, after which
+                `ls -l` requests access lists and security labels of no other file.
         """
         if not name.startswith(_XATTR_NAMESPACE):
-            raise errors.not_supported(path, "only user.tinker attributes are kept here")
+            raise errors.not_supported(path, _XATTR_UNSUPPORTED)
         values = self._xattrs(path, ctx)
         try:
             return values[name].encode("utf-8", "surrogateescape")
@@ -302,172 +303,165 @@ class FileSystem:
     def setxattr(self, path: str, name: str) -> None:
         """Refuse to set or remove an attribute: EPERM for `user.*`, else EOPNOTSUPP."""
         if not name.startswith(_XATTR_NAMESPACE):
-            raise errors.not_supported(path, "only user.tinker attributes are kept here")
-        if self._model.settings.read_only:
+            raise errors.not_supported(path, _XATTR_UNSUPPORTED)
+        if self._backend.settings.read_only:
             raise errors.read_only(path)
         with self._reporting_errors(path, "set attribute"):
             raise errors.not_permitted(path, "extended attributes cannot be changed")
 
     def _xattrs(self, path: str, ctx: RequestContext) -> dict[str, str]:
         with self._reporting_errors(path, "attributes"):
-            node = self._nodes.resolve(path, ctx)
+            node = self._resolver.resolve(path, ctx)
             if not isinstance(node.row, Directory | ContentFile) or node.row.xattrs is None:
                 return {}
-            values = node.row.xattrs(self._nodes.context_for(node, ctx))
+            values = node.row.xattrs(self._resolver.context_for(node, ctx))
             return {f"{_XATTR_NAMESPACE}{name}": value for name, value in values.items()}
 
-    # Removing.
+    # Removal.
 
     def unlink(self, path: str, ctx: RequestContext) -> None:
-        """Hide a generated file of a checkpoint's folder; refuse to remove any other."""
+        """Hide a file of a checkpoint's directory from the caller; refuse other files."""
         with self._reporting_errors(path, "unlink"):
-            caller = self.guard.check_removal(path, ctx.caller)
-            node = self._nodes.resolve(path, ctx)
+            node = self._resolver.resolve(path, ctx)
             if isinstance(node.row, Directory):
                 raise errors.is_a_directory(path)
-            self.guard.unlink(node, caller)
+            self.guard.unlink(node, ctx.caller)
 
     def rmdir(self, path: str, ctx: RequestContext) -> None:
-        """Remove the checkpoint whose directory shows no file any more, as `Mutations.remove` does.
+        """Delete the checkpoint of an empty directory, or move it to the trash.
+
+        If the request fails, the files that the caller had unlinked are visible again.
 
         Raises:
-            OSError: ENOTEMPTY while something is left, EPERM for what is no checkpoint, and what
-                the API's delete raises, after which all its files are back.
+            OSError: ENOTEMPTY if the directory is not empty, EPERM if it is not a checkpoint's, or
+                the failure of the request.
         """
         with self._reporting_errors(path, "rmdir"):
             caller = self.guard.check_removal(path, ctx.caller)
-            node = self._nodes.resolve(path, ctx)
+            node = self._resolver.resolve(path, ctx)
             if not isinstance(node.row, Directory):
                 raise errors.not_a_directory(path)
             self.guard.check_rmdir(node, caller)
-            if any(True for _child in self._nodes.children(node, ctx)):
-                raise errors.not_empty(path, "it still shows something; rm -r removes that first")
+            if any(True for _child in self._resolver.children(node, ctx)):
+                raise errors.not_empty(path, "the directory is not empty (hint: rm -r)")
             if is_checkpoint(node):
                 with self.guard.deleting(node, caller):
-                    self._model.mutations.remove(node.subject, path, ctx)
+                    self._backend.mutations.remove(node.entity, path, ctx)
 
-    # Attributes and bytes.
+    # Attributes and content.
 
-    def _entries(self, folder: Node, ctx: RequestContext) -> Iterator[Entry]:
+    def _entries(self, directory: Node, ctx: RequestContext) -> Iterator[Entry]:
         try:
-            mtime_ns = self._mtime_ns(folder, ctx)
-            for name, node in self._nodes.children(folder, ctx):
+            mtime_ns = self._mtime_ns(directory, ctx)
+            for name, node in self._resolver.children(directory, ctx):
                 row = node.row
                 if (
                     isinstance(row, GeneratedFile)
                     and row.is_expensive
-                    and not self._renderings.has(node)
+                    and not self._generated_files.has(node)
                 ):
-                    yield Entry(name, _inode(node), self._file_mode(row), None)
+                    yield Entry(name, inode_of(node), self._file_mode(row), None)
                 else:
                     target = self._target(node, ctx) if isinstance(row, Symlink) else None
                     attr = self._attr(node, ctx, mtime_ns, target)
                     yield Entry(name, attr.ino, attr.mode, attr, target)
         except (errors.ApiError, OSError) as error:
-            self._raise_os_error(error, folder.path, "list")
+            self._raise_os_error(error, directory.path, "list")
 
     def _attr(
         self,
         node: Node,
         ctx: RequestContext,
-        folder_ns: int | None = None,
+        parent_mtime_ns: int | None = None,
         target: str | None = None,
     ) -> Attr:
-        """Return a node's attributes.
-
-        Args:
-            node: whose.
-            ctx: as in all of these.
-            folder_ns: its folder's time, where that is known.
-            target: a link's, where that is known.
-        """
-        row, site = node.row, self._nodes.context_for(node, ctx)
+        # The last two arguments save work if the caller has the values already.
+        row, context = node.row, self._resolver.context_for(node, ctx)
         nlink, size_bytes = 1, 0
         if isinstance(row, Directory):
-            mode = _FOLDER_MODE & self._mode_mask
+            mode = _DIRECTORY_MODE & self._mode_mask
             nlink = row.nlink
-            size_bytes = row.stored_bytes(site) if row.stored_bytes is not None else 0
+            size_bytes = row.stored_bytes(context) if row.stored_bytes is not None else 0
         elif isinstance(row, Symlink):
-            mode = _LINK_MODE
+            mode = _SYMLINK_MODE
             target = self._target(node, ctx) if target is None else target
             size_bytes = len(target.encode("utf-8", "surrogateescape"))
         else:
             mode = self._file_mode(row)
             size_bytes = self._size_bytes(node, row, ctx)
         if row.mtime_ns is not None:
-            mtime_ns = row.mtime_ns(site)
-        elif folder_ns is not None and not isinstance(row, Directory):
-            mtime_ns = folder_ns
+            mtime_ns = row.mtime_ns(context)
+        elif parent_mtime_ns is not None and not isinstance(row, Directory):
+            mtime_ns = parent_mtime_ns
         else:
             mtime_ns = self._mtime_ns(node, ctx)
-        ino = _inode(node)
+        ino = inode_of(node)
         return Attr(mode, size_bytes, mtime_ns, ino, nlink, self._uid, self._gid)
 
-    def _size_bytes(
-        self, node: Node, row: GeneratedFile | ContentFile | ControlFile, ctx: RequestContext
-    ) -> int:
+    def _size_bytes(self, node: Node, row: FileSpec, ctx: RequestContext) -> int:
         if isinstance(row, ControlFile) or row.size_hint is None:
-            return len(self._rendering(node, ctx, is_read=False))
+            return len(self._render(node, ctx, is_read=False))
         ctx.mark_uncacheable()
-        site = self._nodes.context_for(node, ctx)
+        context = self._resolver.context_for(node, ctx)
         if row.is_size_exact is None:
-            return row.size_hint(site)
-        # It may become known, or another, in between: exact is what was so before and after.
-        was_exact = row.is_size_exact(site)
-        size_bytes = row.size_hint(site)
-        if was_exact and row.is_size_exact(site):
-            self._bounds.on_exact(node.path)
+            return row.size_hint(context)
+        # The exact size may become available, or change, between two calls. So the size is exact
+        # only if it was so before and after `size_hint`.
+        was_exact = row.is_size_exact(context)
+        size_bytes = row.size_hint(context)
+        if was_exact and row.is_size_exact(context):
+            self._size_hints.on_exact(node.path)
         else:
-            self._bounds.record(node.path)
+            self._size_hints.record(node.path)
         return size_bytes
 
     def _mtime_ns(self, node: Node, ctx: RequestContext) -> int:
         if node.row.mtime_ns is not None:
-            return int(node.row.mtime_ns(self._nodes.context_for(node, ctx)))
+            return int(node.row.mtime_ns(self._resolver.context_for(node, ctx)))
         if isinstance(node.row, Directory) or node.parent is None:
-            return self._model.started_ns
+            return self._backend.started_ns
         return self._mtime_ns(node.parent, ctx)
 
-    def _file_mode(self, row: GeneratedFile | ContentFile | ControlFile) -> int:
+    def _file_mode(self, row: FileSpec) -> int:
         return stat.S_IFREG | (row.mode & self._mode_mask)
 
     def _target(self, node: Node, ctx: RequestContext) -> str:
         assert isinstance(node.row, Symlink)
-        target = node.row.target(self._nodes.context_for(node, ctx))
+        target = node.row.target(self._resolver.context_for(node, ctx))
         if target is None:
             raise errors.not_found(node.path)
-        return _relative(target, node.path)
+        return relative_target(target, node.path)
 
-    def _rendering(self, node: Node, ctx: RequestContext, *, is_read: bool = True) -> bytes:
-        """Return a file's bytes, made for this node or before.
+    def _render(self, node: Node, ctx: RequestContext, *, is_read: bool = True) -> bytes:
+        """Return the content of a generated file, from the cache if it is valid there.
 
-        What costs nothing to make is not kept for its length alone, which the listing keeps: of
-        100,000 `tinker_path`s that took 38 MB.
+        Content that is cheap to render is not cached if only its length is needed (`is_read` is
+        false), because the directory cache stores the length.
         """
-        row, site = node.row, self._nodes.context_for(node, ctx)
+        row, context = node.row, self._resolver.context_for(node, ctx)
         if isinstance(row, GeneratedFile):
             if row.is_volatile or row.size_hint is not None:
                 ctx.mark_uncacheable()
             elif is_read or row.is_expensive:
-                return self._renderings.get(node, site)
-        return row.render(site)  # type: ignore[no-any-return]
+                return self._generated_files.get(node, context)
+        return row.render(context)  # type: ignore[no-any-return]
 
-    def _read_again(self, path: str, ctx: RequestContext) -> bytes:
-        """Return the bytes of what is there now, also where it was unlinked."""
+    def _render_path(self, path: str, ctx: RequestContext) -> bytes:
+        """Return the current content of a path, which may be unlinked."""
         with self._reporting_errors(path, "read"):
-            return self._rendering(self._nodes.resolve(path, ctx, include_hidden=True), ctx)
+            return self._render(self._resolver.resolve(path, ctx, include_hidden=True), ctx)
 
-    def _store(self, node: Node, text: str, ctx: RequestContext) -> None:
+    def _write_control(self, node: Node, text: str, ctx: RequestContext) -> None:
         assert isinstance(node.row, ControlFile)
         with self._reporting_errors(node.path, "write"):
             self.guard.check_control_write(node, ctx.caller)
-            node.row.store(self._nodes.context_for(node, ctx), text)
+            node.row.on_write(self._resolver.context_for(node, ctx), text)
 
-    # Refusing and telling.
+    # Errors.
 
     @contextmanager
     def _reporting_errors(self, path: str, operation: str) -> Iterator[None]:
-        """Make every failure an OSError with a path, and tell those that are worth it."""
+        """Convert failures in the block as `_raise_os_error` does."""
         try:
             yield
         except (errors.ApiError, OSError) as error:
@@ -476,34 +470,19 @@ class FileSystem:
     def _raise_os_error(
         self, error: errors.ApiError | OSError, path: str, operation: str
     ) -> NoReturn:
-        """Raise a failure as an OSError with a path; tell it where it is worth it."""
+        """Raise a failure as an OSError with a path, and record it unless it is routine."""
         if isinstance(error, errors.ApiError):
             failure = errors.os_error_from_api(error, path)
-            self._model.telemetry.record_error(path, operation, failure)
+            self._backend.telemetry.record_error(path, operation, failure)
             raise failure from error
         if not error.filename:
             error.filename = path
         if errors.should_report(error):
-            self._model.telemetry.record_error(path, operation, error)
+            self._backend.telemetry.record_error(path, operation, error)
         raise error
 
 
-def _has_size_hint(row: GeneratedFile | ContentFile | ControlFile) -> bool:
+def _has_size_hint(row: FileSpec) -> bool:
     if isinstance(row, ContentFile):
         return row.is_size_exact is not None
     return isinstance(row, GeneratedFile) and row.size_hint is not None
-
-
-def _inode(node: Node) -> int:
-    return inode_for_path(node.path, _RANKS[type(node.row)])
-
-
-def _relative(target: str, link: str) -> str:
-    """Return a path from the mount's root as one from the folder of a link, both normal."""
-    ups, common = link.count("/") - 1, 0
-    for index, (mine, theirs) in enumerate(zip(link, target, strict=False)):
-        if mine != theirs:
-            break
-        if mine == "/":
-            common, ups = index, ups - (index > 0)
-    return "../" * ups + target[common + 1 :]

@@ -1,7 +1,6 @@
-"""Renderings: the bytes of small files, made once for each version of what they tell.
+"""Cache of generated files, which are rendered once per version of their entity.
 
-`ls -l` asks for their length and `cat` for their bytes, again and again; making them takes 30 us
-each time. Thread-safe.
+Used by stat(), which needs the length, and by open(). Thread-safe.
 """
 
 from typing import Any
@@ -13,85 +12,90 @@ from tinkerfs.context import Validity
 from tinkerfs.vfs.resolver import Node
 from tinkerfs.vfs.schema import NodeContext
 
-#: So much is kept before all is forgotten: of some 10,000 files.
+#: Size of the cache, which is cleared when it is exceeded: some 10,000 files.
 _MAX_BYTES = 16 << 20
 
-#: What each takes beside its path and its bytes: objects, and a place in a dictionary.
+#: Memory per file in addition to its path and content: objects, and an entry in a dictionary.
 _OVERHEAD_BYTES = 320
 
-#: What the kernel was told of a file's length it forgets within 1 s of when the process that asked
-#: takes the answer, on a busy machine up to 1 s later; and a little for its clock.
+#: The kernel caches the size of a file for 1 s after it has read the reply. On a busy machine it
+#: reads the reply up to 1 s late. The rest is a tolerance for the clock.
 KERNEL_ATTR_EXPIRY_S = 2.05
 
-#: A page of the kernel's cache is all of one version; of several, each may be of another.
+#: Pages of the kernel's page cache may belong to different versions, so a file that may be cached
+#: must fit into one page.
 _PAGE_BYTES = 4096
 
 
-class _Rendering(msgspec.Struct, frozen=True):
-    """Bytes, what they are of, and since when they are these, on the monotonic clock."""
+class _CachedFile(msgspec.Struct, frozen=True):
+    """Content of a file.
+
+    Attributes:
+        made_at: when this content first appeared, on the monotonic clock.
+    """
 
     data: bytes
-    subject: Any
-    lease: Validity
+    entity: Any
+    validity: Validity
     made_at: float
 
 
 class GeneratedFileCache:
-    """The bytes of files, by path and the subject that they were made of."""
+    """The content of generated files, by path and entity."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        # Single operations on a dict are atomic; a sum that two threads got wrong evens out when
-        # all is forgotten.
-        self._kept: dict[str, _Rendering] = {}
-        self._kept_bytes = 0
+        # Single operations on a dict are atomic. Concurrent updates may leave a wrong total, which
+        # is corrected when the cache is cleared.
+        self._files: dict[str, _CachedFile] = {}
+        self._total_bytes = 0
 
-    def get(self, node: Node, site: NodeContext) -> bytes:
-        """Return a file's bytes, those that are kept or new ones."""
+    def get(self, node: Node, context: NodeContext) -> bytes:
+        """Return the content of a file, rendered now unless it is cached."""
         now = self._clock.monotonic()
-        kept = self._kept.get(node.path)
-        if kept is not None and _is_of(kept, node, now):
-            site.call.depends_on_all(kept.lease)
-            return kept.data
-        lease = Validity()
-        of_now = msgspec.structs.replace(site, call=site.call.tracking(lease))
+        cached = self._files.get(node.path)
+        if cached is not None and _is_valid(cached, node, now):
+            context.ctx.depends_on_all(cached.validity)
+            return cached.data
+        validity = Validity()
+        tracking_context = msgspec.structs.replace(context, ctx=context.ctx.tracking(validity))
         try:
-            data: bytes = node.row.render(of_now)
+            data: bytes = node.row.render(tracking_context)
         finally:
-            site.call.depends_on_all(lease)
-        if not lease.is_uncacheable:
-            is_same = kept is not None and kept.data == data
-            made_at = kept.made_at if kept is not None and is_same else now
-            self._keep(node.path, _Rendering(data, node.subject, lease, made_at))
+            context.ctx.depends_on_all(validity)
+        if not validity.is_uncacheable:
+            is_same = cached is not None and cached.data == data
+            made_at = cached.made_at if cached is not None and is_same else now
+            self._store(node.path, _CachedFile(data, node.entity, validity, made_at))
         return data
 
     def has(self, node: Node) -> bool:
-        """Tell whether a file's bytes are known already."""
-        kept = self._kept.get(node.path)
-        return kept is not None and _is_of(kept, node, self._clock.monotonic())
+        """Return whether the content of a file is cached and valid."""
+        cached = self._files.get(node.path)
+        return cached is not None and _is_valid(cached, node, self._clock.monotonic())
 
     def may_use_page_cache(self, node: Node) -> bool:
-        """Tell whether the kernel may keep a file's bytes while it is open.
+        """Return whether the kernel may cache the pages of a file while it is open.
 
-        It reads no further than the length that it was told up to 1 s ago, so that must have been
-        the length of these bytes.
+        The kernel reads up to the size that it has cached, so every size that it may have cached
+        must be the length of the current content.
         """
         now = self._clock.monotonic()
-        kept = self._kept.get(node.path)
+        cached = self._files.get(node.path)
         return (
-            kept is not None
-            and now - kept.made_at > KERNEL_ATTR_EXPIRY_S
-            and len(kept.data) <= _PAGE_BYTES
-            and _is_of(kept, node, now)
+            cached is not None
+            and now - cached.made_at > KERNEL_ATTR_EXPIRY_S
+            and len(cached.data) <= _PAGE_BYTES
+            and _is_valid(cached, node, now)
         )
 
-    def _keep(self, path: str, rendering: _Rendering) -> None:
-        if self._kept_bytes > _MAX_BYTES:
-            self._kept.clear()
-            self._kept_bytes = 0
-        self._kept[path] = rendering
-        self._kept_bytes += len(path) + len(rendering.data) + _OVERHEAD_BYTES
+    def _store(self, path: str, file: _CachedFile) -> None:
+        if self._total_bytes > _MAX_BYTES:
+            self._files.clear()
+            self._total_bytes = 0
+        self._files[path] = file
+        self._total_bytes += len(path) + len(file.data) + _OVERHEAD_BYTES
 
 
-def _is_of(kept: _Rendering, node: Node, now: float) -> bool:
-    return kept.subject is node.subject and kept.lease.check_and_touch(now)
+def _is_valid(cached: _CachedFile, node: Node, now: float) -> bool:
+    return cached.entity is node.entity and cached.validity.check_and_touch(now)

@@ -1,36 +1,31 @@
-"""Open files."""
+"""Handles of open files: generated files, journals and weights."""
 
-import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
+from tinkerfs.vfs.kernel_cache import PageCacheTracker
 from tinkerfs.weights.file import WeightsFile
-
-#: So many paths are remembered as in the kernel's page cache before all are forgotten.
-_MAX_KEPT = 4096
 
 
 class GeneratedFileHandle:
-    """A file whose bytes were made when it was opened; what is written to it acts at once.
-
-    Thread-safe: the bytes are replaced whole.
+    """A file that is rendered at open(); a write acts immediately. Thread-safe.
 
     Args:
-        path: for messages.
-        data: the bytes, None for a file that was not opened to be read.
-        render: makes the bytes anew, after a write.
-        store: acts on what is written; None for a file that was not opened to be written.
-        direct_io: as `Handle.direct_io`: metadata changes behind the kernel's back, and what only
-            open resolves was told too long.
-        told_at: as `Handle.told_at`.
+        path: for error messages.
+        data: the content; None if the file was not opened for reading.
+        render: returns the content after a write.
+        on_write: acts on a written value; None if the file was not opened for writing.
+        direct_io: as `Handle.direct_io`. The content changes without the kernel's knowledge, and
+            stat() may have reported an upper bound as the size.
+        size_hint_reported_at: as `Handle.size_hint_reported_at`.
     """
 
-    __slots__ = ("_data", "_path", "_render", "_store", "direct_io", "size_hint_reported_at")
+    __slots__ = ("_data", "_on_write", "_path", "_render", "direct_io", "size_hint_reported_at")
 
-    #: What the kernel read for another handle may be of another version.
+    #: Pages that another handle has cached may belong to another version.
     keep_cache = False
 
     def __init__(
@@ -38,7 +33,7 @@ class GeneratedFileHandle:
         path: str,
         data: bytes | None,
         render: Callable[[RequestContext], bytes],
-        store: Callable[[str, RequestContext], None] | None,
+        on_write: Callable[[str, RequestContext], None] | None,
         *,
         direct_io: bool,
         size_hint_reported_at: float | None,
@@ -47,11 +42,11 @@ class GeneratedFileHandle:
         self.size_hint_reported_at = size_hint_reported_at
         self._path = path
         self._render = render
-        self._store = store
+        self._on_write = on_write
         self._data = data
 
     def load(self, ctx: RequestContext) -> bytes:
-        """Return the bytes as of when they were first wanted, or last written."""
+        """Return the content, rendered first if there was a write since the last read."""
         data = self._data
         if data is None:
             data = self._data = self._render(ctx)
@@ -59,7 +54,7 @@ class GeneratedFileHandle:
 
     @property
     def size_bytes(self) -> int | None:
-        """The length, None while nothing was read."""
+        """The length; None until the content has been read."""
         return None if self._data is None else len(self._data)
 
     def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
@@ -67,31 +62,31 @@ class GeneratedFileHandle:
         return self.load(ctx)[offset : offset + size]
 
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """Fill a buffer with the bytes from `offset` on, and return how many there are."""
+        """Fill a buffer with the bytes from `offset` on, and return their number."""
         data = self.read(len(buffer), offset, ctx)
         buffer[: len(data)] = data
         return len(data)
 
     def write(self, data: bytes, ctx: RequestContext) -> int:
-        """Act on one whole value, wherever in the file it was written.
+        """Act on one whole value; the offset of the write does not matter.
 
         Raises:
-            OSError: EBADF where the file was not opened to write; what the value's meaning raises.
+            OSError: EBADF if the file was not opened for writing, or the failure of the action.
         """
-        if self._store is None:
+        if self._on_write is None:
             raise errors.bad_handle(self._path, "not opened for writing")
-        self._store(data.decode("utf-8", "replace"), ctx)
+        self._on_write(data.decode("utf-8", "replace"), ctx)
         self._data = None
         return len(data)
 
     def close(self) -> None:
-        """Do nothing: the bytes go with the handle."""
+        """Do nothing: the handle owns only memory."""
 
 
 class JournalHandle:
-    """A journal that is open: what is added to it can be read on. Thread-safe."""
+    """An open journal; reads include lines added after open(). Thread-safe."""
 
-    #: It grows behind the kernel's back.
+    #: The file grows without the kernel's knowledge.
     direct_io = True
     keep_cache = False
     size_hint_reported_at = None
@@ -103,105 +98,60 @@ class JournalHandle:
 
     @property
     def size_bytes(self) -> int:
-        """The length by now."""
+        """The current length."""
         return len(self._journal.text())
 
     def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
-        """Return the bytes of [offset, offset + size) that there are by now."""
+        """Return the current bytes of [offset, offset + size)."""
         del ctx
         return self._journal.read(size, offset)
 
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """Fill a buffer with the bytes from `offset` on, and return how many there are."""
+        """Fill a buffer with the bytes from `offset` on, and return their number."""
         data = self.read(len(buffer), offset, ctx)
         buffer[: len(data)] = data
         return len(data)
 
     def write(self, data: bytes, ctx: RequestContext) -> int:
-        """Refuse.
-
-        Raises:
-            OSError: EBADF.
-        """
+        """Raise EBADF."""
         del data, ctx
         raise errors.bad_handle(self._path, "not opened for writing")
 
     def close(self) -> None:
-        """Let the journal go back to its last lines."""
+        """Release the journal, which then drops its oldest lines."""
         self._journal.close()
 
 
-class PageCacheTracker:
-    """Which versions of its bytes each path is open for, and what the kernel may keep of them.
-
-    The kernel has one page cache a path, whichever handle fills it. Thread-safe.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # All guarded by _lock.
-        self._open: dict[str, list[str]] = {}
-        #: The version that all pages of a path are of.
-        self._kept: dict[str, str] = {}
-
-    def on_open(self, path: str, key: str) -> tuple[bool, bool]:
-        """Take note of an open, and return whether pages may stay, and whether there may be any.
-
-        While somebody has another version open there are none of this one: the other would be
-        given them.
-        """
-        with self._lock:
-            keys = self._open.setdefault(path, [])
-            is_apart = any(other != key for other in keys)
-            keep_cache = not is_apart and self._kept.get(path) == key
-            if is_apart:
-                self._kept.pop(path, None)
-            else:
-                if len(self._kept) >= _MAX_KEPT:  # each costs the kernel pages that it had
-                    self._kept.clear()
-                self._kept[path] = key
-            keys.append(key)
-            return keep_cache, not is_apart
-
-    def on_close(self, path: str, key: str) -> None:
-        """Take note that an open is over."""
-        with self._lock:
-            keys = self._open[path]
-            keys.remove(key)
-            if not keys:
-                del self._open[path]
-
-
 class WeightsHandle:
-    """A file whose bytes come by position. Thread-safe.
+    """An open file of weights. Thread-safe.
 
     Args:
-        path: for messages.
-        file: closed by `close`.
-        fail: raises a failure of a read as an OSError, and tells it.
-        versions: told of this open.
-        told_at: as `Handle.told_at`.
+        path: for error messages.
+        file: owned by the handle, which closes it.
+        raise_os_error: records the failure of a read and raises it as an OSError.
+        page_cache: notified of the open and the close.
+        size_hint_reported_at: as `Handle.size_hint_reported_at`.
     """
 
     def __init__(
         self,
         path: str,
         file: WeightsFile,
-        fail: Callable[[errors.ApiError | OSError], NoReturn],
+        raise_os_error: Callable[[errors.ApiError | OSError], NoReturn],
         *,
-        versions: PageCacheTracker,
+        page_cache: PageCacheTracker,
         size_hint_reported_at: float | None,
     ) -> None:
         self._path = path
         self._file = file
-        self._fail = fail
-        self._versions = versions
-        self.keep_cache, self._may_be_cached = versions.on_open(path, file.key)
+        self._raise_os_error = raise_os_error
+        self._page_cache = page_cache
+        self.keep_cache, self._may_be_cached = page_cache.on_open(path, file.key)
         self.size_hint_reported_at = size_hint_reported_at
 
     @property
     def direct_io(self) -> bool:
-        """Whether the kernel may still go by a size that was a mere bound, or may keep no pages."""
+        """Whether the kernel may have a wrong size, or must not cache pages."""
         return self.size_hint_reported_at is not None or not self._may_be_cached
 
     @property
@@ -214,25 +164,21 @@ class WeightsHandle:
         try:
             return self._file.read(size, offset, ctx)
         except (errors.ApiError, OSError) as error:
-            self._fail(error)
+            self._raise_os_error(error)
 
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """Fill a buffer with the bytes from `offset` on, and return how many there are."""
+        """Fill a buffer with the bytes from `offset` on, and return their number."""
         try:
             return self._file.read_into(buffer, offset, ctx)
         except (errors.ApiError, OSError) as error:
-            self._fail(error)
+            self._raise_os_error(error)
 
     def write(self, data: bytes, ctx: RequestContext) -> int:
-        """Refuse.
-
-        Raises:
-            OSError: EBADF.
-        """
+        """Raise EBADF."""
         del data, ctx
         raise errors.bad_handle(self._path, "not opened for writing")
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._versions.on_close(self._path, self._file.key)
+        """Close the file."""
+        self._page_cache.on_close(self._path, self._file.key)
         self._file.close()

@@ -1,9 +1,9 @@
-"""THE TABLE: which names exist where.
+"""The layout table: every directory, file and link of the mount.
 
-To add a file: write a pure function in `render.py` (or one that asks the model), add a row here,
-run `scripts/docs`. Listing, lookup, attributes and `docs/layout.md` follow from the row. What
-cannot be removed stands first and last in its folder, so that a tool that removes everything meets
-a refusal before it comes to a checkpoint, from whichever end it begins.
+To add a file, write a pure function in `render.py` (or a function that uses the backend), add a row
+here and run `scripts/docs`. Listing, lookup, attributes and `docs/layout.md` are derived from the
+row. The first and the last name of a directory above checkpoints cannot be removed. So a tool that
+removes everything gets an error before it reaches a checkpoint, whichever end it starts from.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +15,7 @@ from tinkerfs.catalog.listings import Checkpoint, CheckpointListing
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import controls, entities, readme, render, trash, views, weights_nodes
 from tinkerfs.vfs.schema import (
+    ContentFile,
     ControlFile,
     Directory,
     DynamicEntries,
@@ -25,180 +26,179 @@ from tinkerfs.vfs.schema import (
     Symlink,
 )
 
-# What the rows ask, in the order of the table.
+# The functions of the rows, in the order of the table.
 
 
-def _latest(site: NodeContext) -> str | None:
-    return _latest_path(site.entity, site.entity.last_checkpoint)
+def _latest(node: NodeContext) -> str | None:
+    return _latest_path(node.entity, node.entity.last_checkpoint)
 
 
-def _latest_sampler(site: NodeContext) -> str | None:
-    return _latest_path(site.entity, site.entity.last_sampler_checkpoint)
+def _latest_sampler(node: NodeContext) -> str | None:
+    return _latest_path(node.entity, node.entity.last_sampler_checkpoint)
 
 
 def _latest_path(run: models.TrainingRun, record: models.Checkpoint | None) -> str | None:
     if record is None:
         return None
-    # `<kind>/<name>` always resolves, so no listing has to tell how the server lists it.
+    # `<kind>/<name>` always resolves, so the form of the server's ids need not be known.
     checkpoint = Checkpoint.from_record(run.run_id, record)
     return entities.checkpoint_path(checkpoint)
 
 
-def _list_kinds(site: NodeContext) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
-    listing = site.model.catalogue.checkpoints(site.entity.run_id, site.call)
+def _list_kinds(node: NodeContext) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
+    listing = node.backend.catalog.checkpoints(node.entity.run_id, node.ctx)
     for kind in listing.kinds:
         if listing.of_kind(kind):
-            yield kind, (site.entity, kind)
+            yield kind, (node.entity, kind)
 
 
-def _find_kind(site: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
-    # The three kinds always resolve, so that `rmdir` finds the folder that it has just emptied.
+def _find_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
+    # The three kinds always resolve, so that `rmdir` finds a directory that has become empty.
     if kind in KINDS:
-        return site.entity, kind
+        return node.entity, kind
 
     def find(listing: CheckpointListing) -> tuple[models.TrainingRun, str] | None:
-        return (site.entity, kind) if kind in listing.kinds else None
+        return (node.entity, kind) if kind in listing.kinds else None
 
-    return site.model.catalogue.find_in_run(site.entity.run_id, find, site.call)
-
-
-def _list_bare(site: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
-    return site.model.catalogue.checkpoints(site.entity.run_id, site.call).bare.items()
+    return node.backend.catalog.find_in_run(node.entity.run_id, find, node.ctx)
 
 
-def _find_bare(site: NodeContext, name: str) -> Checkpoint | None:
-    run_id = site.entity.run_id
-    return site.model.catalogue.find_in_run(
-        run_id, lambda listing: listing.bare.get(name), site.call
+def _list_bare(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+    return node.backend.catalog.checkpoints(node.entity.run_id, node.ctx).bare.items()
+
+
+def _find_bare(node: NodeContext, name: str) -> Checkpoint | None:
+    run_id = node.entity.run_id
+    return node.backend.catalog.find_in_run(
+        run_id, lambda listing: listing.bare.get(name), node.ctx
     )
 
 
-def _find_path_kind(site: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
-    run: models.TrainingRun = site.entity
-    is_known = bool(_of_path(site, run, kind))
-    return (run, kind) if is_known else None
+def _find_path_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
+    run: models.TrainingRun = node.entity
+    return (run, kind) if _of_path(node, run, kind) else None
 
 
-def _list_of_path(site: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
-    return _of_path(site, *site.entity).items()
+def _list_of_path(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+    return _of_path(node, *node.entity).items()
 
 
-def _find_of_path(site: NodeContext, name: str) -> Checkpoint | None:
-    return _of_path(site, *site.entity).get(name)
+def _find_of_path(node: NodeContext, name: str) -> Checkpoint | None:
+    return _of_path(node, *node.entity).get(name)
 
 
-def _of_path(site: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
+def _of_path(node: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
     def find(listing: CheckpointListing) -> dict[str, Checkpoint] | None:
         return listing.of_path(kind) or None
 
-    return site.model.catalogue.find_in_run(run.run_id, find, site.call) or {}
+    return node.backend.catalog.find_in_run(run.run_id, find, node.ctx) or {}
 
 
-def _list_of_kind(site: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
-    run, kind = site.entity
-    for checkpoint in site.model.catalogue.checkpoints(run.run_id, site.call).of_kind(kind):
+def _list_of_kind(node: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
+    run, kind = node.entity
+    for checkpoint in node.backend.catalog.checkpoints(run.run_id, node.ctx).of_kind(kind):
         yield checkpoint.name, checkpoint
 
 
-def _find_of_kind(site: NodeContext, name: str) -> Checkpoint | None:
-    run, kind = site.entity
-    return site.model.catalogue.checkpoint(run.run_id, kind, name, site.call)
+def _find_of_kind(node: NodeContext, name: str) -> Checkpoint | None:
+    run, kind = node.entity
+    return node.backend.catalog.checkpoint(run.run_id, kind, name, node.ctx)
 
 
-# What costs something to read is found in the trash too: its links there lead to it.
+# `.content` includes trashed checkpoints, because their links in the trash lead there.
 
 
-def _list_content(site: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
-    run, wanted = site.entity
-    for checkpoint in site.model.catalogue.listed(run.run_id, site.call).all:
-        if checkpoint.kind == wanted:
+def _list_content(node: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
+    run, kind = node.entity
+    for checkpoint in node.backend.catalog.checkpoints_with_trash(run.run_id, node.ctx).all:
+        if checkpoint.kind == kind:
             yield checkpoint.name, checkpoint
 
 
-def _find_content(site: NodeContext, name: str) -> Checkpoint | None:
-    run, kind = site.entity
-    return site.model.catalogue.checkpoint(run.run_id, kind, name, site.call, with_trashed=True)
+def _find_content(node: NodeContext, name: str) -> Checkpoint | None:
+    run, kind = node.entity
+    return node.backend.catalog.checkpoint(run.run_id, kind, name, node.ctx, include_trashed=True)
 
 
-def _group_ns(site: NodeContext) -> int:
-    run, kind = site.entity
+def _kind_ns(node: NodeContext) -> int:
+    run, kind = node.entity
     try:
-        known = site.model.catalogue.checkpoints(run.run_id, site.call)
-    except errors.ApiError:  # somebody else's, who does not let them be listed
-        known = None
+        listing = node.backend.catalog.checkpoints(run.run_id, node.ctx)
+    except errors.ApiError:  # another user's run: its checkpoints cannot be listed
+        listing = None
     newest_ns = run.last_request_time_ns
-    if known is not None and known.of_kind(kind):
-        newest_ns = known.newest_ns[kind]
-    changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
-    return entities.newest_ns(site, changed_ns, newest_ns)
+    if listing is not None and listing.of_kind(kind):
+        newest_ns = listing.newest_ns[kind]
+    changed_ns = node.backend.catalog.checkpoints_last_changed_ns(run.run_id)
+    return entities.newest_ns(node, changed_ns, newest_ns)
 
 
-def _checkpoints_ns(site: NodeContext) -> int:
-    run: models.TrainingRun = site.entity
-    changed_ns = site.model.catalogue.checkpoints_changed_ns(run.run_id)
-    return entities.newest_ns(site, changed_ns, run.last_request_time_ns)
+def _checkpoints_ns(node: NodeContext) -> int:
+    run: models.TrainingRun = node.entity
+    changed_ns = node.backend.catalog.checkpoints_last_changed_ns(run.run_id)
+    return entities.newest_ns(node, changed_ns, run.last_request_time_ns)
 
 
-def _checkpoint_info(site: NodeContext) -> bytes:
+def _checkpoint_info(node: NodeContext) -> bytes:
     try:
-        info = site.model.catalogue.weights_info(site.entity, site.call)
+        info = node.backend.catalog.weights_info(node.entity, node.ctx)
     except errors.ApiError as error:
-        # It costs this checkpoint its weights info and nothing else; `errors` tells why.
+        # Without the weights info the file still has the record; `errors` has the reason.
         if not error.is_local:
-            site.model.telemetry.record_error(
-                site.path, "weights info", errors.os_error_from_api(error, site.path)
+            node.backend.telemetry.record_error(
+                node.path, "weights info", errors.os_error_from_api(error, node.path)
             )
-        site.call.mark_uncacheable()
+        node.ctx.mark_uncacheable()
         info = None
-    return render.checkpoint_info(site.entity.record, info)
+    return render.checkpoint_info(node.entity.record, info)
 
 
-def _published(site: NodeContext) -> bytes:
-    return render.line("1" if site.entity.record.is_public else "0")
+def _published(node: NodeContext) -> bytes:
+    return render.line("1" if node.entity.record.is_public else "0")
 
 
-def _expires_at(site: NodeContext) -> bytes:
-    expires_at_ns = site.entity.record.expires_at_ns
+def _expires_at(node: NodeContext) -> bytes:
+    expires_at_ns = node.entity.record.expires_at_ns
     return render.line("never" if expires_at_ns is None else render.rfc3339_ns(expires_at_ns))
 
 
-def _list_version(site: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
-    return ((site.entity.version, site.entity),)
+def _list_version(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+    return ((node.entity.version, node.entity),)
 
 
-def _find_version(site: NodeContext, version: str) -> Checkpoint | None:
-    checkpoint: Checkpoint = site.entity
+def _find_version(node: NodeContext, version: str) -> Checkpoint | None:
+    checkpoint: Checkpoint = node.entity
     return checkpoint if version == checkpoint.version else None
 
 
-def _stats(site: NodeContext) -> bytes:
-    model = site.model
-    facts = {
-        "base_url": model.settings.base_url,
-        "cache_dir": model.settings.cache_dir,
-        "cache_size_bytes": model.settings.cache_size_bytes,
-        "account": _known(model.catalogue),
+def _stats(node: NodeContext) -> bytes:
+    backend = node.backend
+    settings = {
+        "base_url": backend.settings.base_url,
+        "cache_dir": backend.settings.cache_dir,
+        "cache_size_bytes": backend.settings.cache_size_bytes,
+        "account": _account_totals(backend.catalog),
     }
-    return render.json_values({**facts, **model.telemetry.snapshot()})
+    return render.json_values({**settings, **backend.telemetry.snapshot()})
 
 
-def _known(catalogue: Catalog) -> dict[str, int]:
-    """Return what the listings so far add up to, without a call; empty before the first."""
-    runs = catalogue.cached_runs()
+def _account_totals(catalog: Catalog) -> dict[str, int]:
+    """Return totals of the cached listings; empty before the first listing."""
+    runs = catalog.cached_runs()
     if runs is None:
         return {}
-    listings = [catalogue.cached_checkpoints(run_id) for run_id in runs.by_id]
-    checkpoints = [c for known in listings if known for c in known.all]
+    listings = [catalog.cached_checkpoints(run_id) for run_id in runs.by_id]
+    checkpoints = [c for listing in listings if listing for c in listing.all]
     return {
         "runs": len(runs.by_id),
-        "runs_listed": sum(known is not None for known in listings),
+        "runs_listed": sum(listing is not None for listing in listings),
         "checkpoints": len(checkpoints),
         "size_bytes": sum(c.record.size_bytes or 0 for c in checkpoints),
     }
 
 
-def _control_file_ns(site: NodeContext) -> int:
-    return int(site.model.clock.now() * 1e9)
+def _control_file_ns(node: NodeContext) -> int:
+    return int(node.backend.clock.now() * 1e9)
 
 
 # The table.
@@ -206,7 +206,7 @@ def _control_file_ns(site: NodeContext) -> int:
 _CHECKPOINT_ROWS: tuple[NodeSpec, ...] = (
     GeneratedFile(
         "info.json",
-        "weights info, merged with the listing's record",
+        "weights info, merged with the checkpoint's record",
         _checkpoint_info,
         mode=0o644,
         is_expensive=True,
@@ -214,20 +214,20 @@ _CHECKPOINT_ROWS: tuple[NodeSpec, ...] = (
     weights_nodes.LINKS["archive_url"],
     ControlFile(
         "published",
-        '"1" or "0"; written to publish or unpublish',
+        '"1" or "0"; write it to publish or unpublish',
         _published,
-        controls.store_published,
+        controls.write_published,
     ),
     ControlFile(
         "expires_at",
-        'RFC 3339 time or "never"; written to set or clear the expiry',
+        'RFC 3339 time or "never"; write it to set or clear the expiry',
         _expires_at,
-        controls.store_expires_at,
+        controls.write_expires_at,
     ),
     GeneratedFile(
         "tinker_path",
         "the tinker:// path and a newline",
-        lambda site: render.line(site.entity.tinker_path),
+        lambda node: render.line(node.entity.tinker_path),
         mode=0o644,
     ),
     weights_nodes.LINKS["files"],
@@ -246,40 +246,41 @@ _CHECKPOINT = Directory(
     entities.checkpoint_xattrs,
 )
 
-#: In the trash nothing is published, and `expires_at` restores.
+#: A trashed checkpoint cannot be published, and its `expires_at` has another meaning.
 _TRASHED_ROWS = tuple(row for row in _CHECKPOINT_ROWS if not isinstance(row, ControlFile))
 
 _ALIAS = Symlink(
     "<name>",
-    "the checkpoint of that name, where the server's ids have no kind; not listed",
-    lambda site: entities.checkpoint_path(site.entity),
+    "the checkpoint of that name, if the server's ids have no kind; not listed",
+    lambda node: entities.checkpoint_path(node.entity),
     mtime_ns=entities.checkpoint_ns,
 )
 
 _CHECKPOINTS = Directory(
     "checkpoints",
-    "the run's checkpoints by kind and name, whatever form the server's ids have",
+    "the run's checkpoints by kind and name, independent of the form of the server's ids",
     (
         DynamicEntries(
             Directory(
                 "<kind>",
-                "those of one kind: weights, sampler_weights, external_weights",
+                "the checkpoints of one kind: weights, sampler_weights, external_weights",
                 (DynamicEntries(_CHECKPOINT, _list_of_kind, _find_of_kind),),
-                _group_ns,
+                _kind_ns,
                 removal=RemovalPolicy.CONTAINER,
             ),
             _list_kinds,
             _find_kind,
         ),
-        # A link, so that a checkpoint has one directory, and removing another name removes nothing.
+        # This is a link, so that a checkpoint has one directory, and the removal of an alias does
+        # not delete the checkpoint.
         DynamicEntries(_ALIAS, _list_bare, _find_bare, False),
         DynamicEntries(
             Directory(
                 "<part>",
-                "what a tinker path has in place of a kind; not listed",
+                "the part of a tinker path in the place of a kind; not listed",
                 (DynamicEntries(_ALIAS, _list_of_path, _find_of_path, False),),
             ),
-            lambda _site: (),  # none is so long that its file name is cut
+            lambda _node: (),  # needed only for truncated names, which do not occur here
             _find_path_kind,
             False,
         ),
@@ -293,13 +294,13 @@ _RUN = Directory(
     "a training run",
     (
         GeneratedFile(
-            "info.json", "the training run's record", lambda site: render.run_info(site.entity)
+            "info.json", "the training run's record", lambda node: render.run_info(node.entity)
         ),
         _CHECKPOINTS,
-        Symlink("latest", "the newest training checkpoint, when the run has one", _latest, True),
+        Symlink("latest", "the newest training checkpoint, if there is one", _latest, True),
         Symlink(
             "latest_sampler",
-            "the newest sampler checkpoint, when there is one",
+            "the newest sampler checkpoint, if there is one",
             _latest_sampler,
             True,
         ),
@@ -314,34 +315,36 @@ def _content(
     version: Directory,
     find_kind: Callable[[NodeContext, str], tuple[models.TrainingRun, str] | None],
 ) -> Directory:
-    """Return a directory of what costs something to read, by version of a checkpoint.
+    """Return a directory of expensive content by run, kind, name and version.
 
-    Nothing in it is listed, so that a walk does not reach it.
+    None of its names is listed, so that a tree walk does not reach the content.
     """
     name = Directory(
-        "<name>", "of a checkpoint", (DynamicEntries(version, _list_version, _find_version, False),)
+        "<name>", "a checkpoint", (DynamicEntries(version, _list_version, _find_version, False),)
     )
     kind = Directory(
-        "<kind>", "of a kind", (DynamicEntries(name, _list_content, _find_content, False),)
+        "<kind>",
+        "a kind of checkpoint",
+        (DynamicEntries(name, _list_content, _find_content, False),),
     )
     run = Directory(
-        "<run_id>", "of a training run", (DynamicEntries(kind, _list_kinds, find_kind, False),)
+        "<run_id>", "a training run", (DynamicEntries(kind, _list_kinds, find_kind, False),)
     )
-    each_run = DynamicEntries(run, entities.list_runs, entities.find_run, False)
-    return Directory(".content", doc, (each_run,))
+    runs = DynamicEntries(run, entities.list_runs, entities.find_run, False)
+    return Directory(".content", doc, (runs,))
 
 
-def _find_served_kind(site: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
-    return _find_kind(site, kind) if kind in views.SERVED_KINDS else None
+def _find_served_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
+    return _find_kind(node, kind) if kind in views.SERVED_KINDS else None
 
 
 _CONTENT = _content(
-    "what costs something to read, reached through the symlinks; lists nothing",
+    "content that needs an archive, reached through the symlinks; its names are not listed",
     weights_nodes.VERSION,
     _find_kind,
 )
 _ADAPTERS = views.adapters(
-    _content("what the links lead to; not listed", weights_nodes.ADAPTER, _find_served_kind)
+    _content("the targets of the links; not listed", weights_nodes.ADAPTER, _find_served_kind)
 )
 
 _TINKERFS = Directory(
@@ -350,7 +353,7 @@ _TINKERFS = Directory(
     (
         GeneratedFile(
             "stats.json",
-            "counters: API calls by endpoint and status, cache hits, errors, uptime",
+            "counters: API requests by endpoint and status, cache hits, errors, uptime",
             _stats,
             is_volatile=True,
             mtime_ns=_control_file_ns,
@@ -358,26 +361,26 @@ _TINKERFS = Directory(
         GeneratedFile(
             "errors",
             "the last 100 failures, newest last",
-            lambda site: site.model.telemetry.errors.text(),
+            lambda node: node.backend.telemetry.errors.text(),
             mode=0o600,
-            journal=lambda site: site.model.telemetry.errors,
+            journal=lambda node: node.backend.telemetry.errors,
             is_volatile=True,
             mtime_ns=_control_file_ns,
         ),
         GeneratedFile(
             "changes",
-            "the last 100 changes asked for through this mount, newest last",
-            lambda site: site.model.telemetry.changes.text(),
+            "the last 100 changes requested through this mount, newest last",
+            lambda node: node.backend.telemetry.changes.text(),
             mode=0o600,
-            journal=lambda site: site.model.telemetry.changes,
+            journal=lambda node: node.backend.telemetry.changes,
             is_volatile=True,
             mtime_ns=_control_file_ns,
         ),
         ControlFile(
             "refresh",
-            "written (anything) to drop every cached entry now",
-            lambda _site: b"",
-            controls.store_refresh,
+            "write anything to invalidate all cached metadata",
+            lambda _node: b"",
+            controls.write_refresh,
         ),
         trash.trash_directory(_TRASHED_ROWS),
     ),
@@ -387,7 +390,7 @@ ROOT = Directory(
     "",
     "the account",
     (
-        GeneratedFile("README.md", "what is here and how to use it", lambda _site: readme.TEXT),
+        GeneratedFile("README.md", "a guide to the mount", lambda _node: readme.TEXT),
         Directory(
             "runs",
             "every training run of the account",
@@ -408,30 +411,42 @@ ROOT = Directory(
 
 
 def render_layout_docs() -> str:
-    """Return `docs/layout.md`, made from the table."""
+    """Return the text of `docs/layout.md`."""
     lines = [
         "# Layout",
         "",
-        "Made from the table in `tinkerfs/vfs/layout.py` by `scripts/docs`; do not edit.",
+        "Generated from the table in `tinkerfs/vfs/layout.py` by `scripts/docs`; do not edit.",
         "",
-        "| path | kind | mode | what |",
+        "| path | kind | mode | description |",
         "|---|---|---|---|",
-        *(_documented(ROOT, "")),
+        *_layout_rows(ROOT, ""),
         "",
-        "A link's permissions are its target's. On a read-only mount nothing shows a write bit.",
+        "The permissions of a symlink are those of its target."
+        " A read-only mount has no write permissions.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _documented(folder: Directory, path: str) -> Iterator[str]:
-    for row in folder.rows:
+_KINDS: dict[type, str] = {
+    GeneratedFile: "file",
+    ContentFile: "weights file",
+    ControlFile: "control file",
+    Symlink: "symlink",
+    Directory: "directory",
+}
+
+
+def _layout_rows(directory: Directory, path: str) -> Iterator[str]:
+    for row in directory.rows:
         node = row.node if isinstance(row, DynamicEntries) else row
-        if node is None:  # the same again
+        if node is None:  # directories of the same kind as this one
             continue
-        where = f"{path}/{node.name}"
-        kind = type(node).__name__.lower()
-        mode = {"folder": "0755", "link": "-"}.get(kind) or f"{node.mode:04o}"  # type: ignore[union-attr]
-        yield f"| `{where}` | {kind} | {mode} | {node.doc} |"
+        child_path = f"{path}/{node.name}"
         if isinstance(node, Directory):
-            yield from _documented(node, where)
+            mode = "0755"
+        else:
+            mode = "-" if isinstance(node, Symlink) else f"{node.mode:04o}"
+        yield f"| `{child_path}` | {_KINDS[type(node)]} | {mode} | {node.doc} |"
+        if isinstance(node, Directory):
+            yield from _layout_rows(node, child_path)

@@ -1,6 +1,6 @@
-"""What the tree gives to its adapters: attributes, entries, handles.
+"""Values that the file system returns: attributes, directory entries, handles.
 
-Plain values and one protocol; nothing here knows the API, HTTP or FUSE.
+This module depends neither on the API client nor on FUSE.
 """
 
 import hashlib
@@ -11,31 +11,31 @@ import msgspec
 
 from tinkerfs.context import RequestContext
 
-#: Bytes of one block of `st_blocks`, whatever a file system's own blocks are (stat(2)).
+#: The unit of `st_blocks`, which does not depend on the file system's block size (stat(2)).
 _BLOCK_BYTES: Final = 512
 
-#: Of a folder's inode number, see `inode`.
-FOLDER_RANK: Final = 1
+#: The rank of directories in `inode_for_path`.
+DIRECTORY_RANK: Final = 1
 _HASH_BITS: Final = ((1 << 61) - 1) & ~(7 << 29)
 
-#: `.` and `..` come before what a folder holds, where they are listed.
+#: Number of entries that precede the children of a directory in a listing: `.` and `..`.
 DOT_ENTRY_COUNT: Final = 2
 
 
-# msgspec's structs: made in 0.2 us where a frozen dataclass of this size takes 1.5 us, without a
-# header for the garbage collector; a walk makes several for each name that it comes to.
+# These are msgspec structs, which are faster to create than frozen dataclasses and are not tracked
+# by the garbage collector. A tree walk creates several of them per name.
 
 
 class Attr(msgspec.Struct, frozen=True, gc=False):
-    """What stat returns.
+    """File attributes, as returned by stat().
 
     Attributes:
         mode: file type and permission bits, as in st_mode.
-        size_bytes: a file's length, an upper bound where only opening can tell; of a checkpoint's
-            directory what the server stores.
+        size_bytes: length of a file, or an upper bound if the length is known only after open();
+            for a checkpoint's directory, the number of bytes that the server stores.
         mtime_ns: nanoseconds since 1970.
         ino: inode number, the same for the same path in every mount.
-        nlink: hard links; 1 for a folder whose subfolders are not counted.
+        nlink: number of hard links; 1 for a directory whose subdirectories are not counted.
         uid: owner.
         gid: group.
     """
@@ -50,23 +50,23 @@ class Attr(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def blocks(self) -> int:
-        """Return the 512-byte units of storage.
+        """Return the storage in units of 512 bytes.
 
-        A file with bytes and without blocks is a hole to tar(1), cp(1) and backup tools: they store
-        zeros. A symbolic link has none, as on ext4, where short targets lie in the inode.
+        tar(1), cp(1) and backup tools treat a non-empty file without blocks as a hole and store
+        zeros. A symbolic link has no blocks, as on ext4, which stores short targets in the inode.
         """
         return 0 if stat.S_ISLNK(self.mode) else -(-self.size_bytes // _BLOCK_BYTES)
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """One name in a listing.
+    """One directory entry.
 
     Attributes:
-        name: the file name; bytes that are no UTF-8 as surrogate escapes.
+        name: file name, with non-UTF-8 bytes as surrogate escapes.
         ino: as `Attr.ino`.
         mode: at least the file type bits.
-        attr: its attributes, None where telling them would cost a call.
-        target: of a symbolic link that has attributes, as `readlink` tells it.
+        attr: None if the attributes are unavailable without a request.
+        target: result of readlink() for a symbolic link that has `attr`.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 
 class StatFs(msgspec.Struct, frozen=True, gc=False):
-    """What df shows, bytes."""
+    """Size and free space of the block cache, as shown by df(1)."""
 
     total_bytes: int
     free_bytes: int
@@ -88,33 +88,34 @@ class Handle(Protocol):
 
     @property
     def direct_io(self) -> bool:
-        """Whether the kernel must neither cache the bytes nor trust the size it was told."""
+        """Whether reads must bypass the kernel's page cache and its cached file size."""
         ...
 
     @property
     def keep_cache(self) -> bool:
-        """Whether the bytes that the kernel has kept of this path are still the same."""
+        """Whether the kernel's cached pages of this path are still valid."""
         ...
 
     @property
     def size_hint_reported_at(self) -> float | None:
-        """When somebody was last told a size that was a mere bound; None where nobody was.
+        """When stat() last reported an upper bound as the size; None if it did not.
 
-        On the machine's monotonic clock. Who remembers that size must forget it before they read.
+        The time is on the machine's monotonic clock. A caller that cached that size must discard
+        it before reading.
         """
         ...
 
     @property
     def size_bytes(self) -> int | None:
-        """The file's exact length, None while nothing was read."""
+        """The exact length of the file; None until the content has been read."""
         ...
 
     def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
-        """Return the bytes of [offset, offset + size); fewer only at the file's end."""
+        """Return the bytes of [offset, offset + size); fewer only at the end of the file."""
         ...
 
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """Fill a buffer of bytes with those from `offset` on, and return how many there are."""
+        """Fill a buffer with the bytes from `offset` on, and return their number."""
         ...
 
     def write(self, data: bytes, ctx: RequestContext) -> int:
@@ -122,12 +123,12 @@ class Handle(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of it; no other method is called after."""
+        """Release the file; no other method may be called afterwards."""
         ...
 
 
 def dot_entries(path: str) -> tuple[Entry, Entry]:
-    """Return the entries `.` and `..` of a folder, without attributes."""
+    """Return the entries `.` and `..` of a directory, without attributes."""
     parent = path.rpartition("/")[0] or "/"
     return (
         Entry(".", inode_for_path(path), stat.S_IFDIR, None),
@@ -135,16 +136,28 @@ def dot_entries(path: str) -> tuple[Entry, Entry]:
     )
 
 
-def inode_for_path(path: str, rank: int = FOLDER_RANK) -> int:
-    """Return the inode number of a path, never 0 or 1 (FUSE's root): 58 bits of a hash, and a rank.
+def inode_for_path(path: str, rank: int = DIRECTORY_RANK) -> int:
+    """Return a stable inode number for a path: a rank and 58 bits of a hash.
 
-    coreutils copies, and GIO lists, a directory in the order of the numbers. GIO compares their
-    lower 32 bits as signed numbers, so the rank stands at the top of these as well.
+    The number is never 0 or 1 (FUSE's root). coreutils copies a directory in the order of inode
+    numbers, and GIO lists it in that order. GIO compares the lower 32 bits as signed numbers, so
+    the rank is also stored at the top of these.
 
     Args:
         path: from the mount's root.
-        rank: 0 to 3; what has a lower one comes first.
+        rank: 0 to 3; a lower rank sorts first.
     """
     digest = hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     number = max(int.from_bytes(digest, "big") & _HASH_BITS, 2)
     return number | rank << 61 | rank << 29
+
+
+def relative_target(target: str, link: str) -> str:
+    """Return a target relative to the directory of a link; both paths are absolute."""
+    levels_up, last_common_slash = link.count("/") - 1, 0
+    for index, (a, b) in enumerate(zip(link, target, strict=False)):
+        if a != b:
+            break
+        if a == "/":
+            last_common_slash, levels_up = index, levels_up - (index > 0)
+    return "../" * levels_up + target[last_common_slash + 1 :]

@@ -6,15 +6,16 @@ TEXT = b"""\
     runs/<run_id>/info.json                          the training run
     runs/<run_id>/latest, latest_sampler             its newest checkpoints
     runs/<run_id>/checkpoints/<kind>/<name>/         one checkpoint:
-        info.json      weights info (base model, LoRA rank ...) and the listing's record
-        archive_url    a fresh signed URL of the archive; made when you read it
+        info.json      weights info (base model, LoRA rank ...) and the checkpoint's record
+        archive_url    a fresh signed URL of the archive; requested when you read it
         published      1 or 0; write 1 to publish, 0 to unpublish
         expires_at     a time or "never"; write 12h, 30d, seconds, an RFC 3339 time, or never
         tinker_path    tinker://<run_id>/<kind>/<name>
-        files/         the weight files; only what you read is fetched
-        archive.tar    the archive as it is stored; tensors.json: what its header tells
+        files/         the weight files; only the blocks that you read are downloaded
+        archive.tar    the archive; tensors.json: name, dtype and shape of its tensors
     checkpoints/, published/, expiring/              the same checkpoints, as links
-    models/, sessions/, samplers/                    runs by base model; who made them
+    models/                                          runs by base model
+    sessions/, samplers/                             sessions with their runs and samplers
     adapters/<run_id>@<kind>@<name>                  the files of each sampler checkpoint
 
 Try:
@@ -24,22 +25,25 @@ Try:
     echo 1 > runs/<run_id>/latest/published
     ls -lh runs/<run_id>/latest_sampler/files/
     curl -o archive.tar "$(cat runs/<run_id>/latest_sampler/archive_url)"
-    tinkerfs prefetch runs/<run_id>/latest_sampler   all of it to the cache, before it is read
-    tinkerfs get runs/<run_id>/latest_sampler DIR    its files copied out
-    rm -r runs/<run_id>/checkpoints/weights/0001     deletes that checkpoint, for good
-    tinkerfs undelete .tinkerfs/trash/<name>         restores it, if mounted with --trash
+    tinkerfs prefetch runs/<run_id>/latest_sampler   download its files to the cache
+    tinkerfs get runs/<run_id>/latest_sampler DIR    copy its files to DIR
+    rm -r runs/<run_id>/checkpoints/weights/0001     delete that checkpoint permanently
+    tinkerfs undelete .tinkerfs/trash/<name>         restore it, if mounted with --trash
 
-Looking is free: ls, find, grep -r and du never ask the server for an archive. Nothing but a
-checkpoint can be removed, and a command that tries (rm -rf of a run, find -delete) is stopped there
-and may remove nothing until it has left off for a minute. mv off the mount copies no weights, so it
-removes nothing either: tinkerfs get, then rm -r. Neither do cp -a, rsync and backup programs copy
-weights: files and archive.tar are links.
+ls, find, grep -r and du are cheap: they never request an archive from the server.
 
-When a command fails, the reason, in the server's own words, is in
+Only checkpoints can be removed. A command that tries to remove anything else (rm -rf of a run,
+find -delete) gets "Operation not permitted" for every removal until it has not tried for a minute.
+
+mv, cp -a, rsync and backup programs do not copy weights off the mount, because files and
+archive.tar are links. So mv off the mount does not remove a checkpoint: use tinkerfs get, then
+rm -r.
+
+When a command fails, the server's error message is in
 
     .tinkerfs/errors        the last 100 failures
-    .tinkerfs/changes       the last 100 changes, who asked for them, and how they ended
-    .tinkerfs/stats.json    calls made, cache hits, what is being waited for
-    .tinkerfs/trash/        what was removed, if mounted with --trash, and is not gone yet
-    .tinkerfs/refresh       write anything to forget everything that is cached
+    .tinkerfs/changes       the last 100 changes, the processes that made them, and the outcomes
+    .tinkerfs/stats.json    API requests, cache hits, pending requests
+    .tinkerfs/trash/        removed checkpoints, if mounted with --trash, until their deletion
+    .tinkerfs/refresh       write anything to invalidate all cached metadata
 """

@@ -1,11 +1,12 @@
-"""Removal: what is hidden until its checkpoint is deleted, and who may remove nothing for now.
+"""Tombstones of unlinked files, and denials of removals by process group.
 
-`rm -r` of a checkpoint unlinks its files and then removes its directory. Unlinking only hides, only
-from the process group that unlinks, and only for a minute: the rmdir is what deletes, and no other
-group comes to find an empty directory. A walk that goes on after a refusal would delete every
-checkpoint that it comes to (measured with rm -rf, find -delete, rmtree(ignore_errors=True), perl,
-busybox: 12 of 12), so a process group that met a refusal may remove nothing until it has left off
-for a minute (0 of 12), and what it had hidden is shown again. Thread-safe.
+`rm -r` of a checkpoint unlinks its files before it removes the directory. Here unlink() only hides
+a file, for one minute and from the process group of the caller. Other groups still see the file.
+rmdir() deletes the checkpoint.
+
+A process group that tries to remove anything else gets EPERM for every removal until it has not
+tried for one minute, and its tombstones are removed. Otherwise `rm -rf`, `find -delete` and similar
+tools would continue past the first error and delete every checkpoint. Thread-safe.
 """
 
 import threading
@@ -15,17 +16,17 @@ from dataclasses import dataclass, field
 from tinkerfs import errors
 from tinkerfs.clock import Clock
 
-#: How long what was unlinked stays hidden, and a refused process group is refused, seconds.
+#: Lifetime of a tombstone, and of the denial of a process group after its last attempt, seconds.
 WINDOW_S = 60.0
 
 DELETE_HINT = (
-    "only checkpoints can be removed, each by its own folder: "
-    "rm -r runs/<run_id>/checkpoints/<kind>/<name>"
+    "only checkpoints can be removed, each by its own directory"
+    " (hint: rm -r runs/<run_id>/checkpoints/<kind>/<name>)"
 )
-HOW_TO_MOVE = (
-    "a copy of a checkpoint directory has its links and small files, not its weights, so what"
-    " copied it does not remove it (hint: tinkerfs get PATH DEST, then rm -r PATH as a command of"
-    " its own)"
+MOVE_HINT = (
+    "a copy of a checkpoint directory has its links and small files, but not its weights, so the"
+    " process group that copied it cannot remove it"
+    " (hint: tinkerfs get PATH DEST, then rm -r PATH as a command of its own)"
 )
 
 
@@ -51,16 +52,16 @@ class RemovalTracker:
         self._tombstones: dict[Hashable, dict[int, _Tombstone]] = {}
         self._refused: dict[int, _Refusal] = {}
         self._hidden_until = 0.0
-        #: How many times something was hidden.
+        #: Number of `hide` calls, which only increases.
         self.hide_count = 0
 
     @property
     def has_tombstones(self) -> bool:
-        """Whether `hidden` is worth asking; takes no lock, which every lookup would wait for."""
+        """Whether any file may be hidden; takes no lock, because every lookup checks it."""
         return bool(self._tombstones) and self._clock.monotonic() < self._hidden_until
 
     def is_hidden_in(self, key: Hashable) -> bool:
-        """Return whether some group has hidden something in a directory; takes no lock."""
+        """Return whether any group has hidden a file in a directory; takes no lock."""
         return key in self._tombstones
 
     def hidden(self, key: Hashable, group: int) -> frozenset[str]:
@@ -71,12 +72,12 @@ class RemovalTracker:
             if tombstone is None:
                 return frozenset()
             if self._clock.monotonic() - tombstone.last >= WINDOW_S:
-                self._show(key, group)
+                self._remove_tombstone(key, group)
                 return frozenset()
             return frozenset(tombstone.names)
 
     def hide(self, key: Hashable, name: str, group: int) -> None:
-        """Unlink a generated file of a checkpoint's folder."""
+        """Hide a file of a directory from a process group."""
         with self._lock:
             tombstone = self._tombstones.setdefault(key, {}).setdefault(group, _Tombstone())
             tombstone.names.add(name)
@@ -85,24 +86,20 @@ class RemovalTracker:
             self.hide_count += 1
 
     def restore(self, key: Hashable, group: int | None = None) -> None:
-        """Show everything again in a directory.
+        """Make all files of a directory visible again.
 
         Args:
             key: the directory.
-            group: to which process group; None for all, once it is deleted.
+            group: the process group for which they are visible; None for all groups.
         """
         with self._lock:
             if group is None:
                 self._tombstones.pop(key, None)
             else:
-                self._show(key, group)
+                self._remove_tombstone(key, group)
 
     def check(self, group: int, path: str) -> None:
-        """Let a process group remove something, unless it met a refusal within the last minute.
-
-        Raises:
-            OSError: EPERM.
-        """
+        """Raise EPERM if a removal of this group was denied within the last minute."""
         with self._lock:
             now = self._clock.monotonic()
             refusal = self._refused.get(group)
@@ -114,22 +111,22 @@ class RemovalTracker:
             self._refused[group] = _Refusal(refusal.hint, now)
         raise errors.not_permitted(
             path,
-            "this process group was refused a removal less than a minute ago, "
-            f"so nothing is removed for it until it leaves off; {refusal.hint}",
+            "this process group was refused a removal less than a minute ago,"
+            f" and is refused every removal until it stops trying; {refusal.hint}",
         )
 
     def deny(self, group: int, path: str, hint: str = DELETE_HINT) -> OSError:
-        """Return the refusal of a removal; record its group, and show what that had hidden."""
+        """Record a denied removal, restore the group's files, and return the error."""
         with self._lock:
             now = self._clock.monotonic()
             for other in [g for g, r in self._refused.items() if now - r.at >= WINDOW_S]:
                 del self._refused[other]
             self._refused[group] = _Refusal(hint, now)
             for key in [key for key, groups in self._tombstones.items() if group in groups]:
-                self._show(key, group)
+                self._remove_tombstone(key, group)
         return errors.not_permitted(path, hint)
 
-    def _show(self, key: Hashable, group: int) -> None:
+    def _remove_tombstone(self, key: Hashable, group: int) -> None:
         tombstones = self._tombstones.get(key, {})
         tombstones.pop(group, None)
         if not tombstones:

@@ -1,8 +1,8 @@
-"""Nodes: paths resolved through the table, and folders' children.
+"""Path resolution: finds the row of the layout table and the entity for a path.
 
-A folder that was resolved is kept as long as everything that it was found by is fresh, and nothing
-else has changed: so the next name in it costs two look-ups in dictionaries, whatever its depth, and
-not a walk from the root. Thread-safe.
+Resolved directories are cached. A cached directory is valid until one of the API responses that it
+was resolved from expires, or until the generation of the metadata changes. Looking up a name in a
+cached directory does not start at the root. Thread-safe.
 """
 
 from collections.abc import Iterator
@@ -12,168 +12,181 @@ import msgspec
 
 from tinkerfs import errors, name_encoding
 from tinkerfs.context import RequestContext, Validity
+from tinkerfs.vfs.node import DIRECTORY_RANK, inode_for_path
 from tinkerfs.vfs.removal_tracker import RemovalTracker
 from tinkerfs.vfs.schema import (
     Backend,
+    ContentFile,
+    ControlFile,
     Directory,
     DynamicEntries,
+    GeneratedFile,
     NodeContext,
     NodeSpec,
     RemovalPolicy,
     Symlink,
 )
 
-#: So many folders are kept before all are forgotten, some 400 bytes each: a walk comes to each
-#: once, and then to what is in it.
-_MAX_KEPT = 16_384
+#: The inode ranks put names that cannot be removed before and after the checkpoints of a run. They
+#: also put read-only files before control files, so that a copy fails before it changes anything.
+_RANKS = {GeneratedFile: 0, ContentFile: 0, Directory: DIRECTORY_RANK, Symlink: 2, ControlFile: 3}
+
+#: Maximum number of cached directories, about 400 bytes each. The cache is cleared when it is full:
+#: a tree walk visits each directory once, followed by its children.
+_MAX_DIRECTORIES = 16_384
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A resolved path: its row of the table, and what it is about.
+    """A resolved path.
 
     Attributes:
-        row: never an `Each`, but one of its nodes.
-        subject: as `Site.subject`.
+        row: the row of the layout table; for a `DynamicEntries` row, its `node`.
+        entity: as `NodeContext.entity`.
         path: from the mount's root.
-        parent: None for the root alone.
-        lease: how long it holds; None for a child that a listing told.
-        epoch: the catalogue's, from before it was looked for.
+        parent: None for the root only.
+        validity: None for a child that came from a listing.
+        generation: the generation of the metadata before the lookup.
     """
 
     row: Any
-    subject: Any
+    entity: Any
     path: str
     parent: "Node | None"
-    lease: Validity | None = None
-    epoch: int = 0
+    validity: Validity | None = None
+    generation: int = 0
 
 
 class PathResolver:
-    """The nodes of one mount.
+    """Resolves paths and lists the children of directories.
 
     Args:
-        root: the root's row.
-        model: what the table's functions may ask.
-        removals: which names are hidden.
+        root: the root row of the layout table.
+        backend: the services that the functions of the table use.
+        removals: knows which names are hidden from which callers.
     """
 
-    def __init__(self, root: Directory, model: Backend, removals: RemovalTracker) -> None:
-        self._model = model
+    def __init__(self, root: Directory, backend: Backend, removals: RemovalTracker) -> None:
+        self._backend = backend
         self._removals = removals
         self._root = Node(root, None, "/", None, Validity())
         # Single operations on a dict are atomic; nodes are frozen.
         self._directory_nodes: dict[str, Node] = {}
 
     def resolve(self, path: str, ctx: RequestContext, *, include_hidden: bool = False) -> Node:
-        """Return the node of a path; the call is told how long that holds, or its absence.
+        """Return the node of a path.
+
+        The validity of the node, or of the absence of the path, is added to `ctx`.
 
         Raises:
-            OSError: ENOENT, ENOTDIR, and what asking the API for a name raises.
+            OSError: ENOENT, ENOTDIR, or the failure of an API request.
         """
         try:
-            node = self._resolved(path, ctx)
+            node = self._resolve(path, ctx)
             if include_hidden or self._is_visible(node, ctx):
                 return node
         except errors.ApiError as error:
             raise errors.os_error_from_api(error, path, is_lookup=True) from error
         raise errors.not_found(path)
 
-    def children(self, folder: Node, ctx: RequestContext) -> Iterator[tuple[str, Node]]:
-        """Yield what is shown in a folder by name, in the table's order.
+    def children(self, directory: Node, ctx: RequestContext) -> Iterator[tuple[str, Node]]:
+        """Yield the visible children of a directory by name, in the order of the table.
 
-        A name is the table's or the record's own text where it can be: kept by many, once.
+        Where possible a name is the string object of the table or of the record, so that cached
+        listings share it.
         """
-        row, path, subject = folder.row, folder.path.rstrip("/"), folder.subject
-        for each in row.rows:
-            if not isinstance(each, DynamicEntries):
-                node = Node(each, subject, f"{path}/{each.name}", folder)
+        row, path, entity = directory.row, directory.path.rstrip("/"), directory.entity
+        for child in row.rows:
+            if not isinstance(child, DynamicEntries):
+                node = Node(child, entity, f"{path}/{child.name}", directory)
                 if self._is_visible(node, ctx):
-                    yield each.name, node
-            elif each.is_listed:
-                for listed, about in self._listed(each, folder, ctx):
-                    name = each.encode(listed)
-                    yield name, Node(each.node or row, about, f"{path}/{name}", folder)
+                    yield child.name, node
+            elif child.is_listed:
+                for server_name, child_entity in self._list(child, directory, ctx):
+                    name = child.encode(server_name)
+                    yield name, Node(child.node or row, child_entity, f"{path}/{name}", directory)
 
     def context_for(self, node: Node, ctx: RequestContext) -> NodeContext:
-        """Return what the functions of a node's row are given."""
-        return NodeContext(self._model, node.subject, node.path, ctx)
+        """Return the argument for the functions of a node's row."""
+        return NodeContext(self._backend, node.entity, node.path, ctx)
 
-    def _resolved(self, path: str, ctx: RequestContext) -> Node:
+    def _resolve(self, path: str, ctx: RequestContext) -> Node:
         if path == "/":
             return self._root
-        kept = self._directory_nodes.get(path)
+        cached = self._directory_nodes.get(path)
         if (
-            kept is not None
-            and kept.epoch == self._model.catalogue.epoch
-            and kept.lease is not None
-            and kept.lease.check_and_touch(self._model.clock.monotonic())
+            cached is not None
+            and cached.generation == self._backend.catalog.generation
+            and cached.validity is not None
+            and cached.validity.check_and_touch(self._backend.clock.monotonic())
         ):
-            ctx.depends_on_all(kept.lease)
-            return kept
-        epoch = self._model.catalogue.epoch
-        above, _, name = path.rpartition("/")
-        folder = self._resolved(above or "/", ctx)
-        if not isinstance(folder.row, Directory):
+            ctx.depends_on_all(cached.validity)
+            return cached
+        generation = self._backend.catalog.generation
+        parent, _, name = path.rpartition("/")
+        directory = self._resolve(parent or "/", ctx)
+        if not isinstance(directory.row, Directory):
             raise errors.not_a_directory(path)
-        if not self._is_visible(folder, ctx):
+        if not self._is_visible(directory, ctx):
             raise errors.not_found(path)
-        assert folder.lease is not None
-        fixed = folder.row.static_children.get(name)
-        if fixed is not None and not isinstance(fixed, Directory):
-            return Node(fixed, folder.subject, path, folder)
-        lease = folder.lease.copy()
-        if fixed is not None:
-            node = Node(fixed, folder.subject, path, folder, lease, epoch)
+        assert directory.validity is not None
+        static = directory.row.static_children.get(name)
+        if static is not None and not isinstance(static, Directory):
+            return Node(static, directory.entity, path, directory)
+        validity = directory.validity.copy()
+        if static is not None:
+            node = Node(static, directory.entity, path, directory, validity, generation)
         else:
             try:
-                row, subject = self._found(folder, name, ctx.tracking(lease), path)
+                row, entity = self._look_up(directory, name, ctx.tracking(validity), path)
             finally:
-                ctx.depends_on_all(lease)
-            node = Node(row, subject, path, folder, lease, epoch)
-        if isinstance(node.row, Directory) and not lease.is_uncacheable:
-            if len(self._directory_nodes) >= _MAX_KEPT:
+                ctx.depends_on_all(validity)
+            node = Node(row, entity, path, directory, validity, generation)
+        if isinstance(node.row, Directory) and not validity.is_uncacheable:
+            if len(self._directory_nodes) >= _MAX_DIRECTORIES:
                 self._directory_nodes.clear()
             self._directory_nodes[path] = node
         return node
 
-    def _found(
-        self, folder: Node, name: str, ctx: RequestContext, path: str
+    def _look_up(
+        self, directory: Node, name: str, ctx: RequestContext, path: str
     ) -> tuple[NodeSpec, Any]:
-        for each in folder.row.dynamic_children:
-            subject = self._find(each, folder, name, ctx)
-            if subject is not None:
-                return each.node or folder.row, subject
+        for row in directory.row.dynamic_children:
+            entity = self._look_up_in(row, directory, name, ctx)
+            if entity is not None:
+                return row.node or directory.row, entity
         raise errors.not_found(path)
 
-    def _find(self, row: DynamicEntries, folder: Node, name: str, ctx: RequestContext) -> Any:
+    def _look_up_in(
+        self, row: DynamicEntries, directory: Node, name: str, ctx: RequestContext
+    ) -> Any:
         if name_encoding.is_probe_name(name):
             return None
-        site = self.context_for(folder, ctx)
+        context = self.context_for(directory, ctx)
         if name_encoding.is_truncated(name):
-            return next((s for n, s in row.list(site) if row.encode(n) == name), None)
+            return next((e for n, e in row.list(context) if row.encode(n) == name), None)
         try:
-            return row.lookup(site, row.decode(name))
-        except ValueError:  # no server name has this file name
+            return row.lookup(context, row.decode(name))
+        except ValueError:  # not the encoding of a server name
             return None
 
-    def _listed(
-        self, row: DynamicEntries, folder: Node, ctx: RequestContext
+    def _list(
+        self, row: DynamicEntries, directory: Node, ctx: RequestContext
     ) -> Iterator[tuple[Any, Any]]:
         is_empty = True
         try:
-            for item in row.list(self.context_for(folder, ctx)):
+            for item in row.list(self.context_for(directory, ctx)):
                 is_empty = False
                 yield item
         except errors.UnsupportedEndpoint as error:
-            # A listing that this server does not have leaves the folder empty, and `ls` working.
+            # If the server does not implement a listing, the directory is empty and `ls` succeeds.
             if not is_empty:
                 raise
             if not error.is_local:
-                failure = errors.os_error_from_api(error, folder.path)
-                self._model.telemetry.record_error(folder.path, "list", failure)
+                failure = errors.os_error_from_api(error, directory.path)
+                self._backend.telemetry.record_error(directory.path, "list", failure)
 
     def _is_visible(self, node: Node, ctx: RequestContext) -> bool:
-        row, folder = node.row, node.parent
+        row, directory = node.row, node.parent
         if (
             isinstance(row, Symlink)
             and row.is_optional
@@ -184,13 +197,18 @@ class PathResolver:
             return True
         ctx.mark_uncacheable()
         return (
-            folder is None
-            or not is_checkpoint(folder)
-            or not self._removals.is_hidden_in(folder.path)
-            or row.name not in self._removals.hidden(folder.path, ctx.caller().pgid)
+            directory is None
+            or not is_checkpoint(directory)
+            or not self._removals.is_hidden_in(directory.path)
+            or row.name not in self._removals.hidden(directory.path, ctx.caller().pgid)
         )
 
 
 def is_checkpoint(node: Node) -> bool:
-    """Tell whether a node is the folder of a checkpoint, which `rm -r` deletes."""
+    """Return whether a node is the directory of a checkpoint, which `rm -r` deletes."""
     return isinstance(node.row, Directory) and node.row.removal is RemovalPolicy.CHECKPOINT
+
+
+def inode_of(node: Node) -> int:
+    """Return the inode number of a node."""
+    return inode_for_path(node.path, _RANKS[type(node.row)])

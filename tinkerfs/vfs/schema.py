@@ -1,9 +1,10 @@
-"""The kinds of row that the layout table is made of.
+"""Row types of the layout table.
 
-A folder is a tuple of rows. A row is a name that is always there (`File`, `Control`, `Link`,
-`Folder`) or an `Each`: one node for every name that the account has. Each folder is about a
-*subject* (nothing, a training run, a checkpoint), which its rows' functions are given. So listing,
-lookup and documentation come from the same row, and a new name is one row and one function.
+A directory is a tuple of rows. A row is either one fixed name (`GeneratedFile`, `ContentFile`,
+`ControlFile`, `Symlink`, `Directory`) or a `DynamicEntries`, which stands for one node per name
+that the account has. Every directory has an *entity*: None, a training run or a checkpoint, for
+example. The functions of its rows receive the entity in a `NodeContext`. Listing, lookup and
+documentation are derived from the same row, so a new name needs one row and one function.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,10 +31,10 @@ from tinkerfs.weights.url_cache import SignedUrlCache
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What the functions of the table may ask."""
+    """The services that the functions of the layout table use."""
 
     settings: Settings
-    catalogue: Catalog
+    catalog: Catalog
     mutations: Mutations
     trash: TrashReader
     sessions: Sessions
@@ -45,39 +46,41 @@ class Backend:
 
 
 class NodeContext(msgspec.Struct, frozen=True):
-    """Where a function of the table is at work: the model, the node's subject, its path, the call.
+    """The argument of every function in the layout table: the node and the request.
 
     Attributes:
-        model: what may be asked.
-        subject: what the folder is about.
-        path: the node's path, for messages.
-        call: how to wait; functions that take no call must not.
+        backend: the services of the mount.
+        entity: what the node represents; a file has the entity of its directory.
+        path: the node's path from the mount's root, for error messages.
+        ctx: deadline and cancellation of the request.
     """
 
-    model: Backend
+    backend: Backend
     entity: Any
     path: str
-    call: RequestContext
+    ctx: RequestContext
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedFile:
-    """A file whose bytes are made of metadata.
+    """A small file that is rendered from metadata.
 
     Attributes:
         name: file name.
         doc: one line for the documentation.
-        render: its bytes; called by `open`, and by `stat` for the length without `told_bytes`.
+        render: returns the content. open() calls it; so does stat(), for the length, unless
+            there is a `size_hint`.
         mode: permission bits.
-        told_bytes: for what only `open` may resolve: the length told without asking anybody, an
-            upper bound above 0.
-        is_exact: whether `told_bytes` is no mere bound; None where nobody is to wait until who
-            was told a bound has forgotten it.
-        is_costly: rendering may take a call of its own, so a listing leaves its attributes out
-            until its bytes are known.
-        is_momentary: it tells of the mount itself, and so something else at every look.
-        journal: what grows while it is open, and is rendered as it is; None for all others.
-        mtime_ns: None for the folder's.
+        size_hint: returns an upper bound of the size, which stat() reports before the file has
+            been opened. Required if only open() may render the content; must be > 0 and must
+            not send a request.
+        is_size_exact: returns whether `size_hint` is currently exact. If it is not, open() waits
+            until the kernel's cached attributes have expired. None disables that wait.
+        is_expensive: rendering may send a request, so readdirplus omits the attributes until
+            the content is cached.
+        is_volatile: the content differs on every read and is never cached.
+        journal: returns the journal that an open file follows as it grows; None for other files.
+        mtime_ns: None to use the modification time of the directory.
     """
 
     name: str
@@ -94,17 +97,17 @@ class GeneratedFile:
 
 @dataclass(frozen=True, slots=True)
 class ContentFile:
-    """A file whose bytes come by position, as weights do.
+    """A file with random-access content, such as weights.
 
     Attributes:
         name: file name.
         doc: one line for the documentation.
-        open: resolves it; may wait for long.
-        told_bytes: the length told without asking anybody, an upper bound above 0.
-        is_exact: whether that is no mere bound; None for always.
+        open: opens the content; may block for minutes while an archive is built.
+        size_hint: returns an upper bound of the size; must be > 0 and must not send a request.
+        is_size_exact: returns whether `size_hint` is currently exact; None if it always is.
         mode: permission bits.
-        mtime_ns: None for the folder's.
-        xattrs: as `Folder.xattrs`.
+        mtime_ns: None to use the modification time of the directory.
+        xattrs: as `Directory.xattrs`.
     """
 
     name: str
@@ -119,12 +122,15 @@ class ContentFile:
 
 @dataclass(frozen=True, slots=True)
 class ControlFile:
-    """A file whose writes act: `store` gets one whole value, and its errors are the write's."""
+    """A file that triggers an action when it is written.
+
+    `on_write` receives one whole value. An error that it raises becomes the error of write(2).
+    """
 
     name: str
     doc: str
     render: Callable[[NodeContext], bytes]
-    store: Callable[[NodeContext, str], None]
+    on_write: Callable[[NodeContext, str], None]
     mode: int = 0o644
     mtime_ns: Callable[[NodeContext], int] | None = None
 
@@ -136,9 +142,9 @@ class Symlink:
     Attributes:
         name: file name.
         doc: one line for the documentation.
-        target: a path from the mount's root; None, where it `is_optional`, for no link.
-        is_optional: not every folder of its kind has it.
-        mtime_ns: None for the folder's.
+        target: returns a path from the mount's root, or None if an optional link is absent.
+        is_optional: some directories of this kind do not have the link.
+        mtime_ns: None to use the modification time of the directory.
     """
 
     name: str
@@ -149,28 +155,29 @@ class Symlink:
 
 
 class RemovalPolicy(Enum):
-    """What removing does to a folder."""
+    """What rmdir and unlink do to a directory and its files."""
 
-    NEVER = "it and what is in it cannot be removed"
-    CONTAINER = "rmdir succeeds once nothing is left in it, and changes nothing"
-    CHECKPOINT = "its files can be hidden by unlink, and rmdir deletes the checkpoint"
+    NEVER = "neither the directory nor its files can be removed"
+    CONTAINER = "rmdir of an empty directory succeeds and changes nothing"
+    CHECKPOINT = "unlink hides a file, and rmdir deletes the checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A folder.
+    """A directory.
 
     Attributes:
         name: file name.
         doc: one line for the documentation.
-        rows: its names, in the order they are listed.
-        mtime_ns: None for when the mount was made.
-        stored_bytes: its size, what the server stores; None for 0.
-        removal: what removing does to it.
-        xattrs: its extended attributes, without their namespace; takes no call of its own.
-        fixed: the rows that are a name, by it.
-        each: the others.
-        nlink: 2 and one for each subfolder, or 1, "not counted", where that would take a call.
+        rows: the children, in listing order.
+        mtime_ns: None to use the time of mounting.
+        stored_bytes: returns the size that the server stores; None for 0.
+        removal: what rmdir and unlink do here.
+        xattrs: returns the extended attributes, without their namespace; must not send a request.
+        static_children: the rows with a fixed name, by name.
+        dynamic_children: the other rows.
+        nlink: 2 plus the number of subdirectories. It is 1 (not counted) for a directory with
+            dynamic children, because counting these would require a request.
     """
 
     name: str
@@ -180,35 +187,34 @@ class Directory:
     stored_bytes: Callable[[NodeContext], int] | None = None
     removal: RemovalPolicy = RemovalPolicy.NEVER
     xattrs: Callable[[NodeContext], dict[str, str]] | None = None
-    static_children: "dict[str, GeneratedFile | ContentFile | ControlFile | Symlink | Directory]" = field(
-        init=False, repr=False
-    )
+    static_children: "dict[str, _StaticSpec]" = field(init=False, repr=False)
     dynamic_children: "tuple[DynamicEntries, ...]" = field(init=False, repr=False)
     nlink: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        fixed = {row.name: row for row in self.rows if not isinstance(row, DynamicEntries)}
-        each = tuple(row for row in self.rows if isinstance(row, DynamicEntries))
-        subfolders = sum(isinstance(row, Directory) for row in self.rows)
-        object.__setattr__(self, "fixed", fixed)
-        object.__setattr__(self, "each", each)
-        object.__setattr__(self, "nlink", 1 if each else 2 + subfolders)
+        static = {row.name: row for row in self.rows if not isinstance(row, DynamicEntries)}
+        dynamic = tuple(row for row in self.rows if isinstance(row, DynamicEntries))
+        subdirectories = sum(isinstance(row, Directory) for row in self.rows)
+        object.__setattr__(self, "static_children", static)
+        object.__setattr__(self, "dynamic_children", dynamic)
+        object.__setattr__(self, "nlink", 1 if dynamic else 2 + subdirectories)
 
 
 @dataclass(frozen=True, slots=True)
 class DynamicEntries:
-    """One `node` for each name of the account.
+    """One node for each name of the account.
 
     Attributes:
-        node: the kind of node; its own name is the pattern shown in the documentation. None for a
-            folder of the same kind as the one that holds it.
-        list: the server's names and their subjects, in order; a file name that had to be cut is
-            looked for in it.
-        find: the subject behind one server name, None where there is none; resolves names that no
-            listing tells as well.
-        is_listed: whether a listing of the folder shows them.
-        encode: a server name to its file name.
-        decode: the way back; ValueError for what no server name is encoded as.
+        node: the row for each name; its own name is the pattern shown in the documentation. None
+            for a directory of the same kind as its parent.
+        list: returns server names and entities, in order. Lookup searches it for a file name
+            that was truncated.
+        lookup: returns the entity of one server name, or None. It also resolves names that
+            `list` does not return.
+        is_listed: whether a directory listing includes these names.
+        encode: converts a server name to a file name.
+        decode: converts a file name to a server name; raises ValueError if no server name is
+            encoded like that.
     """
 
     node: Directory | Symlink | GeneratedFile | ContentFile | None
@@ -219,4 +225,6 @@ class DynamicEntries:
     decode: Callable[[str], Any] = name_encoding.decode
 
 
-NodeSpec = GeneratedFile | ContentFile | ControlFile | Symlink | Directory | DynamicEntries
+FileSpec = GeneratedFile | ContentFile | ControlFile
+_StaticSpec = FileSpec | Symlink | Directory
+NodeSpec = _StaticSpec | DynamicEntries

@@ -1,7 +1,7 @@
-"""`/.tinkerfs/trash`: what was removed with `--trash`, and which path there stands for what.
+"""`/.tinkerfs/trash`: checkpoints that were removed with `--trash`.
 
-A link leads to a directory beside it that no listing shows, because the checkpoint's own path does
-not resolve.
+The target of a link is an unlisted directory in the trash, because the original path of the
+checkpoint does not resolve.
 """
 
 from collections.abc import Iterator
@@ -19,70 +19,70 @@ from tinkerfs.vfs.schema import (
     Symlink,
 )
 
-_PLACE = "/.tinkerfs/trash"
+_TRASH = "/.tinkerfs/trash"
 
 
-def _list_trashed(site: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-    for checkpoint in site.model.trash.checkpoints(site.call):
+def _list_trashed(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+    for checkpoint in node.backend.trash.checkpoints(node.ctx):
         yield checkpoint.key, checkpoint
 
 
-def _find_trashed(site: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+def _find_trashed(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
     if len(parts) != 3:
         return None
     run_id, kind, name = parts
-    return site.model.trash.checkpoint((run_id, kind, name), site.call)
+    return node.backend.trash.checkpoint((run_id, kind, name), node.ctx)
 
 
-def _list_versions(site: NodeContext) -> Iterator[tuple[tuple[str, ...], Checkpoint]]:
-    for checkpoint in site.model.trash.checkpoints(site.call):
+def _list_versions(node: NodeContext) -> Iterator[tuple[tuple[str, ...], Checkpoint]]:
+    for checkpoint in node.backend.trash.checkpoints(node.ctx):
         yield (*checkpoint.key, checkpoint.version), checkpoint
 
 
-def _find_version(site: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
-    found = _find_trashed(site, parts[:3]) if len(parts) == 4 else None
-    return found if found is not None and found.version == parts[3] else None
+def _find_version(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+    checkpoint = _find_trashed(node, parts[:3]) if len(parts) == 4 else None
+    return checkpoint if checkpoint is not None and checkpoint.version == parts[3] else None
 
 
-def _expiry_ns(site: NodeContext) -> int:
-    expires_at_ns: int | None = site.entity.record.expires_at_ns
-    return site.model.started_ns if expires_at_ns is None else expires_at_ns
+def _expiry_ns(node: NodeContext) -> int:
+    expires_at_ns: int | None = node.entity.record.expires_at_ns
+    return node.backend.started_ns if expires_at_ns is None else expires_at_ns
 
 
-def _expires_at(site: NodeContext) -> bytes:
-    return render.line(render.rfc3339_ns(_expiry_ns(site)))
+def _expires_at(node: NodeContext) -> bytes:
+    return render.line(render.rfc3339_ns(_expiry_ns(node)))
 
 
-def _trash_ns(site: NodeContext) -> int:
-    return entities.mtime_or_mount_time(site, site.model.trash.changed_ns())
+def _trash_ns(node: NodeContext) -> int:
+    return entities.mtime_or_mount_time(node, node.backend.trash.last_changed_ns())
 
 
-def _target(site: NodeContext) -> str:
-    checkpoint: Checkpoint = site.entity
-    return f"{_PLACE}/{name_encoding.encode_composite((*checkpoint.key, checkpoint.version))}"
+def _target(node: NodeContext) -> str:
+    checkpoint: Checkpoint = node.entity
+    return f"{_TRASH}/{name_encoding.encode_composite((*checkpoint.key, checkpoint.version))}"
 
 
 def trash_directory(rows: tuple[NodeSpec, ...]) -> Directory:
-    """Return the directory of the trash.
+    """Return the trash directory.
 
     Args:
-        rows: those of a checkpoint's own directory that mean the same in the trash.
+        rows: the rows of a checkpoint's directory that have the same meaning in the trash.
     """
     expires_at = ControlFile(
         "expires_at",
-        'when it will be gone; "never" written restores it with the expiry it had before',
+        'time of the final deletion; write "never" to restore the checkpoint and its expiry',
         _expires_at,
-        controls.store_trashed_expires_at,
+        controls.write_trashed_expires_at,
     )
     link = Symlink(
         "<run_id>@<kind>@<name>",
-        "a removed checkpoint; its time is when it will be gone",
+        "a removed checkpoint; its mtime is the time of the final deletion",
         _target,
         mtime_ns=_expiry_ns,
     )
     checkpoint = Directory(
         "<run_id>@<kind>@<name>@<version>",
-        "where the link leads; not listed",
+        "the target of the link; not listed",
         (*rows, expires_at),
         entities.checkpoint_ns,
         entities.stored_bytes,
@@ -90,7 +90,7 @@ def trash_directory(rows: tuple[NodeSpec, ...]) -> Directory:
     )
     return Directory(
         "trash",
-        "what was removed with --trash and is not gone yet",
+        "checkpoints that were removed with --trash and are not yet deleted",
         (
             DynamicEntries(
                 link,
@@ -114,18 +114,18 @@ def trash_directory(rows: tuple[NodeSpec, ...]) -> Directory:
 
 
 def trash_paths(path: str) -> list[str]:
-    """Return the paths of the links in the trash that a path may stand for (pure).
+    """Return the possible paths in the trash of the checkpoint of a path.
 
-    Several are returned where the path does not say which kind of checkpoint is meant.
+    There are several if the path does not contain the kind of the checkpoint.
 
     Args:
         path: from the mount's root: a link in the trash, a path that a checkpoint had before it was
             removed, or a path below one of these.
 
     Raises:
-        ValueError: it is none of these, or has a part that was shortened to fit.
+        ValueError: the path is of another form, or contains a truncated name.
     """
-    return [f"{_PLACE}/{name}" for name in _link_names(path.strip("/").split("/"))]
+    return [f"{_TRASH}/{name}" for name in _link_names(path.strip("/").split("/"))]
 
 
 def _link_names(parts: list[str]) -> list[str]:
@@ -133,7 +133,7 @@ def _link_names(parts: list[str]) -> list[str]:
         parts = parts[1:]
     match parts:
         case ["trash" | "checkpoints" | "published" | "expiring" | "adapters", name, *_]:
-            if name_encoding.is_truncated(name):  # in all of them alike
+            if name_encoding.is_truncated(name):  # alike in all of these directories
                 return [name]
             key = name_encoding.decode_composite(name)
             if len(key) in (3, 4):  # the fourth part is the version
@@ -142,8 +142,8 @@ def _link_names(parts: list[str]) -> list[str]:
             return [name_encoding.encode_composite(map(name_encoding.decode, (run_id, kind, name)))]
         case ["runs", run_id, "checkpoints", kind, name, *_]:
             run_id, kind, name = map(name_encoding.decode, (run_id, kind, name))
-            # In hatchery's paths `checkpoints` stands where others have the kind.
-            return [name_encoding.encode_composite((run_id, each, name)) for each in _kinds(kind)]
+            # Paths of hatchery have `checkpoints` in the place of the kind.
+            return [name_encoding.encode_composite((run_id, k, name)) for k in _kinds(kind)]
         case ["runs", run_id, "checkpoints", name]:
             run_id, name = name_encoding.decode(run_id), name_encoding.decode(name)
             return [name_encoding.encode_composite((run_id, kind, name)) for kind in KINDS]

@@ -1,6 +1,6 @@
-"""The views: other ways to the same runs and checkpoints, and the sessions that made them.
+"""Views of the account: checkpoints, adapters, models, sessions and samplers.
 
-Each is a folder of symbolic links into `/runs`, so that a walk comes to everything once.
+A view contains symbolic links into `/runs`, so that a tree walk visits everything once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,32 +21,32 @@ def _view(
     shows: Callable[[Checkpoint], bool],
     time_ns: Callable[[NodeContext], int] = entities.checkpoint_ns,
 ) -> Directory:
-    """A folder with a link to each checkpoint of the user that it shows."""
+    """Return a directory with a link to every checkpoint that matches `shows`."""
 
-    def listed(site: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-        for checkpoint in site.model.catalogue.iter_account_checkpoints(site.call):
+    def list_checkpoints(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+        for checkpoint in node.backend.catalog.iter_account_checkpoints(node.ctx):
             if shows(checkpoint):
                 yield checkpoint.key, checkpoint
 
-    def find(site: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+    def find(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
         if len(parts) != 3:
             return None
         run_id, kind, name = parts
-        checkpoint = site.model.catalogue.user_checkpoint((run_id, kind, name), site.call)
+        checkpoint = node.backend.catalog.account_checkpoint((run_id, kind, name), node.ctx)
         return checkpoint if checkpoint is not None and shows(checkpoint) else None
 
-    def view_ns(site: NodeContext) -> int:
-        known = site.model.catalogue.cached_account_checkpoints()
-        newest_first = known.by_key.values() if known else ()
+    def view_ns(node: NodeContext) -> int:
+        listing = node.backend.catalog.cached_account_checkpoints()
+        newest_first = listing.by_key.values() if listing else ()
         times_ns = (c.record.time_ns for c in newest_first if shows(c))
         newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
-        changed_ns = site.model.catalogue.user_changed_ns()
-        return entities.mtime_or_mount_time(site, changed_ns, newest_ns)
+        changed_ns = node.backend.catalog.account_last_changed_ns()
+        return entities.mtime_or_mount_time(node, changed_ns, newest_ns)
 
     link = Symlink(
         "<run_id>@<kind>@<name>",
         "the checkpoint",
-        lambda site: entities.checkpoint_path(site.entity),
+        lambda node: entities.checkpoint_path(node.entity),
         mtime_ns=time_ns,
     )
     return Directory(
@@ -55,7 +55,7 @@ def _view(
         (
             DynamicEntries(
                 link,
-                listed,
+                list_checkpoints,
                 find,
                 True,
                 name_encoding.encode_composite,
@@ -66,41 +66,41 @@ def _view(
     )
 
 
-def _expiry_ns(site: NodeContext) -> int:
-    expires_at_ns: int = site.entity.record.expires_at_ns
+def _expiry_ns(node: NodeContext) -> int:
+    expires_at_ns: int = node.entity.record.expires_at_ns
     return expires_at_ns
 
 
 CHECKPOINTS = _view("checkpoints", "every checkpoint of the user, newest first", lambda _c: True)
-PUBLISHED = _view("published", "the public ones only", lambda c: c.record.is_public)
+PUBLISHED = _view("published", "the public checkpoints of the user", lambda c: c.record.is_public)
 EXPIRING = _view(
     "expiring",
-    "those with an expiry only, which is the links' mtime",
+    "the checkpoints with an expiry, which is the mtime of the link",
     lambda c: c.record.expires_at_ns is not None,
     _expiry_ns,
 )
 
 
-# Adapters: what serving engines take.
+# Adapters: the files that serving engines load.
 
 SERVED_KINDS = ("sampler_weights", "external_weights")
 
 
-def _list_adapters(site: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-    for key, checkpoint in site.model.catalogue.user_checkpoints(site.call).by_key.items():
+def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+    for key, checkpoint in node.backend.catalog.account_checkpoints(node.ctx).by_key.items():
         if checkpoint.kind in SERVED_KINDS:
             yield key, checkpoint
 
 
-def _find_adapter(site: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
     if len(parts) != 3 or parts[1] not in SERVED_KINDS:
         return None
     run_id, kind, name = parts
-    known = site.model.catalogue.cached_account_checkpoints()
-    if known is not None and (run_id, kind, name) in known.by_key:
-        return site.model.catalogue.user_checkpoints(site.call).by_key.get((run_id, kind, name))
+    listing = node.backend.catalog.cached_account_checkpoints()
+    if listing is not None and (run_id, kind, name) in listing.by_key:
+        return node.backend.catalog.account_checkpoints(node.ctx).by_key.get((run_id, kind, name))
     try:
-        return site.model.catalogue.checkpoint(run_id, kind, name, site.call)
+        return node.backend.catalog.checkpoint(run_id, kind, name, node.ctx)
     except errors.NOT_FOUND_ERRORS as error:
         if error.is_local:
             return None
@@ -108,24 +108,24 @@ def _find_adapter(site: NodeContext, parts: tuple[str, ...]) -> Checkpoint | Non
 
 
 def adapters(files: Directory) -> Directory:
-    """Return the view of what serving engines take.
+    """Return the directory of adapters for serving engines.
 
     Args:
-        files: the unlisted directory that its names lead into.
+        files: the unlisted directory that contains the targets of the links.
     """
     link = Symlink(
         "<run_id>@<kind>@<name>",
-        "the checkpoint's files; also of those that are not listed",
-        lambda site: weights_nodes.adapter_path(site.entity),
+        "the checkpoint's files; checkpoints that are not listed resolve too",
+        lambda node: weights_nodes.adapter_path(node.entity),
         mtime_ns=entities.checkpoint_ns,
     )
 
-    def find_files(_site: NodeContext, name: str) -> str | None:
+    def find_files(_node: NodeContext, name: str) -> str | None:
         return name if name == files.name else None
 
     return Directory(
         "adapters",
-        "every sampler and external checkpoint as the folder of files that serving engines take",
+        "every sampler and external checkpoint, as a directory that serving engines load",
         (
             DynamicEntries(
                 link,
@@ -135,53 +135,53 @@ def adapters(files: Directory) -> Directory:
                 name_encoding.encode_composite,
                 name_encoding.decode_composite,
             ),
-            DynamicEntries(files, lambda _site: (), find_files, False),
+            DynamicEntries(files, lambda _node: (), find_files, False),
         ),
         CHECKPOINTS.mtime_ns,
     )
 
 
-# Runs by base model. A subject is an organisation, or that and a model.
+# Runs by base model. The entity is an organisation, or a pair of organisation and model.
 
 
-def _list_orgs(site: NodeContext) -> Iterator[tuple[str, str]]:
-    for org in site.model.catalogue.runs(site.call).by_model:
+def _list_orgs(node: NodeContext) -> Iterator[tuple[str, str]]:
+    for org in node.backend.catalog.runs(node.ctx).by_model:
         yield org, org
 
 
-def _find_org(site: NodeContext, org: str) -> str | None:
-    return org if org in site.model.catalogue.runs(site.call).by_model else None
+def _find_org(node: NodeContext, org: str) -> str | None:
+    return org if org in node.backend.catalog.runs(node.ctx).by_model else None
 
 
-def _list_models(site: NodeContext) -> Iterator[tuple[str, tuple[str, str]]]:
-    for model in site.model.catalogue.runs(site.call).by_model.get(site.entity, ()):
+def _list_models(node: NodeContext) -> Iterator[tuple[str, tuple[str, str]]]:
+    for model in node.backend.catalog.runs(node.ctx).by_model.get(node.entity, ()):
         if model:
-            yield model, (site.entity, model)
+            yield model, (node.entity, model)
 
 
-def _find_model(site: NodeContext, model: str) -> tuple[str, str] | None:
-    models_of_org = site.model.catalogue.runs(site.call).by_model.get(site.entity, {})
-    return (site.entity, model) if model and model in models_of_org else None
+def _find_model(node: NodeContext, model: str) -> tuple[str, str] | None:
+    models_of_org = node.backend.catalog.runs(node.ctx).by_model.get(node.entity, {})
+    return (node.entity, model) if model and model in models_of_org else None
 
 
-def _runs_of_model(site: NodeContext) -> dict[str, models.TrainingRun]:
-    org, model = (site.entity, "") if isinstance(site.entity, str) else site.entity
-    return site.model.catalogue.runs(site.call).by_model.get(org, {}).get(model, {})
+def _runs_of_model(node: NodeContext) -> dict[str, models.TrainingRun]:
+    org, model = (node.entity, "") if isinstance(node.entity, str) else node.entity
+    return node.backend.catalog.runs(node.ctx).by_model.get(org, {}).get(model, {})
 
 
-def _list_runs_of_model(site: NodeContext) -> Iterable[tuple[str, models.TrainingRun]]:
-    return _runs_of_model(site).items()
+def _list_runs_of_model(node: NodeContext) -> Iterable[tuple[str, models.TrainingRun]]:
+    return _runs_of_model(node).items()
 
 
-def _find_run_of_model(site: NodeContext, run_id: str) -> models.TrainingRun | None:
-    return _runs_of_model(site).get(run_id)
+def _find_run_of_model(node: NodeContext, run_id: str) -> models.TrainingRun | None:
+    return _runs_of_model(node).get(run_id)
 
 
 _RUNS_OF_MODEL = DynamicEntries(
     Symlink(
         "<run_id>",
         "a training run of that base model",
-        lambda site: entities.run_path(site.entity.run_id),
+        lambda node: entities.run_path(node.entity.run_id),
         mtime_ns=entities.run_ns,
     ),
     _list_runs_of_model,
@@ -190,7 +190,7 @@ _RUNS_OF_MODEL = DynamicEntries(
 
 MODELS = Directory(
     "models",
-    "the training runs by base model; `Qwen/Qwen3-8B` is two folders",
+    "the training runs by base model; `Qwen/Qwen3-8B` is two directories",
     (
         DynamicEntries(
             Directory(
@@ -198,7 +198,7 @@ MODELS = Directory(
                 "the first part of the base model's name",
                 (
                     DynamicEntries(
-                        Directory("<model>", "the rest of it", (_RUNS_OF_MODEL,)),
+                        Directory("<model>", "the rest of the name", (_RUNS_OF_MODEL,)),
                         _list_models,
                         _find_model,
                     ),
@@ -216,67 +216,67 @@ MODELS = Directory(
 # Sessions and samplers.
 
 
-def _list_sessions(site: NodeContext) -> Iterable[tuple[str, models.SessionSummary]]:
-    return site.model.sessions.list_ids(site.call).items()
+def _list_sessions(node: NodeContext) -> Iterable[tuple[str, models.SessionSummary]]:
+    return node.backend.sessions.list_ids(node.ctx).items()
 
 
-def _find_session(site: NodeContext, session_id: str) -> models.SessionSummary | None:
+def _find_session(node: NodeContext, session_id: str) -> models.SessionSummary | None:
     try:
-        return site.model.sessions.find(session_id, site.call)
+        return node.backend.sessions.find(session_id, node.ctx)
     except errors.NOT_FOUND_ERRORS as error:
         if error.is_local:
             return None
         raise
 
 
-def _session_ns(site: NodeContext) -> int:
-    time_ns: int | None = site.entity.created_at_ns
-    return site.model.started_ns if time_ns is None else time_ns
+def _session_ns(node: NodeContext) -> int:
+    time_ns: int | None = node.entity.created_at_ns
+    return node.backend.started_ns if time_ns is None else time_ns
 
 
-def _session_xattrs(site: NodeContext) -> dict[str, str]:
-    name = site.entity.display_name
+def _session_xattrs(node: NodeContext) -> dict[str, str]:
+    name = node.entity.display_name
     return {} if name is None else {"tinker.display_name": name}
 
 
-def _newest_session_ns(site: NodeContext) -> int:
-    known = site.model.sessions.cached().values()
-    changed_ns = site.model.sessions.changed_ns()
+def _newest_session_ns(node: NodeContext) -> int:
+    sessions = node.backend.sessions.cached().values()
+    changed_ns = node.backend.sessions.last_changed_ns()
     return entities.mtime_or_mount_time(
-        site, changed_ns, *(session.created_at_ns for session in known)
+        node, changed_ns, *(session.created_at_ns for session in sessions)
     )
 
 
-def _session(site: NodeContext) -> models.Session:
-    return site.model.sessions.record(site.entity.session_id, site.call)
+def _session(node: NodeContext) -> models.Session:
+    return node.backend.sessions.record(node.entity.session_id, node.ctx)
 
 
-def _list_session_runs(site: NodeContext) -> Iterator[tuple[str, str]]:
-    for run_id in _session(site).training_run_ids:
+def _list_session_runs(node: NodeContext) -> Iterator[tuple[str, str]]:
+    for run_id in _session(node).training_run_ids:
         yield run_id, run_id
 
 
-def _find_session_run(site: NodeContext, run_id: str) -> str | None:
-    return run_id if run_id in _session(site).training_run_ids else None
+def _find_session_run(node: NodeContext, run_id: str) -> str | None:
+    return run_id if run_id in _session(node).training_run_ids else None
 
 
-def _list_session_samplers(site: NodeContext) -> Iterator[tuple[str, str]]:
-    for sampler_id in _session(site).sampler_ids:
+def _list_session_samplers(node: NodeContext) -> Iterator[tuple[str, str]]:
+    for sampler_id in _session(node).sampler_ids:
         yield sampler_id, sampler_id
 
 
-def _find_session_sampler(site: NodeContext, sampler_id: str) -> str | None:
-    return sampler_id if sampler_id in _session(site).sampler_ids else None
+def _find_session_sampler(node: NodeContext, sampler_id: str) -> str | None:
+    return sampler_id if sampler_id in _session(node).sampler_ids else None
 
 
-def _list_samplers(site: NodeContext) -> Iterator[tuple[str, str]]:
-    for sampler_id in site.model.sessions.known_samplers():
+def _list_samplers(node: NodeContext) -> Iterator[tuple[str, str]]:
+    for sampler_id in node.backend.sessions.cached_sampler_ids():
         yield sampler_id, sampler_id
 
 
-def _find_sampler(site: NodeContext, sampler_id: str) -> str | None:
+def _find_sampler(node: NodeContext, sampler_id: str) -> str | None:
     try:
-        site.model.sessions.sampler(sampler_id, site.call)
+        node.backend.sessions.sampler(sampler_id, node.ctx)
     except errors.NOT_FOUND_ERRORS as error:
         if error.is_local:
             return None
@@ -284,14 +284,14 @@ def _find_sampler(site: NodeContext, sampler_id: str) -> str | None:
     return sampler_id
 
 
-def _sampler(site: NodeContext) -> models.Sampler:
-    return site.model.sessions.sampler(site.entity, site.call)
+def _sampler(node: NodeContext) -> models.Sampler:
+    return node.backend.sessions.sampler(node.entity, node.ctx)
 
 
-def _sampler_checkpoint(site: NodeContext) -> str | None:
+def _sampler_checkpoint(node: NodeContext) -> str | None:
     try:
-        return entities.path_for_tinker_path(TinkerPath.parse(_sampler(site).model_path or ""))
-    except ValueError:  # it serves its base model
+        return entities.path_for_tinker_path(TinkerPath.parse(_sampler(node).model_path or ""))
+    except ValueError:  # the sampler serves its base model
         return None
 
 
@@ -307,18 +307,18 @@ SESSIONS = Directory(
                     GeneratedFile(
                         "info.json",
                         "the session's record",
-                        lambda site: render.session_info(site.entity, _session(site)),
+                        lambda node: render.session_info(node.entity, _session(node)),
                         is_expensive=True,
                     ),
                     Directory(
                         "runs",
-                        "the training runs that it made",
+                        "the training runs of the session",
                         (
                             DynamicEntries(
                                 Symlink(
                                     "<run_id>",
                                     "the training run",
-                                    lambda site: entities.run_path(site.entity),
+                                    lambda node: entities.run_path(node.entity),
                                 ),
                                 _list_session_runs,
                                 _find_session_run,
@@ -328,13 +328,13 @@ SESSIONS = Directory(
                     ),
                     Directory(
                         "samplers",
-                        "the samplers that it made",
+                        "the samplers of the session",
                         (
                             DynamicEntries(
                                 Symlink(
                                     "<sampler_id>",
                                     "the sampler",
-                                    lambda site: f"/samplers/{name_encoding.encode(site.entity)}",
+                                    lambda node: f"/samplers/{name_encoding.encode(node.entity)}",
                                 ),
                                 _list_session_samplers,
                                 _find_session_sampler,
@@ -355,7 +355,7 @@ SESSIONS = Directory(
 
 SAMPLERS = Directory(
     "samplers",
-    "samplers; lists those of the sessions that were looked into, and resolves every other",
+    "samplers; only those of sessions that were listed before are listed, but all resolve",
     (
         DynamicEntries(
             Directory(
@@ -365,12 +365,12 @@ SAMPLERS = Directory(
                     GeneratedFile(
                         "info.json",
                         "the sampler's record",
-                        lambda site: render.json_file(_sampler(site).raw),
+                        lambda node: render.json_file(_sampler(node).raw),
                         is_expensive=True,
                     ),
                     Symlink(
                         "checkpoint",
-                        "the checkpoint that it serves, when it has one",
+                        "the checkpoint that the sampler serves, if it has one",
                         _sampler_checkpoint,
                         True,
                     ),

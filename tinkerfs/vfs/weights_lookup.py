@@ -1,7 +1,7 @@
-"""Whose weights a path names: of one checkpoint, or of all below a folder.
+"""Find the weights of a checkpoint, or of all checkpoints below a directory.
 
-For what acts on weights as such, without a kernel. Nothing here asks for an archive: a name within
-`files/` is left for who knows the members.
+Used by commands that read weights without a mount. No archive is requested: a path within `files/`
+is returned as it is, for the caller to compare with the members.
 """
 
 import posixpath
@@ -15,75 +15,77 @@ from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.schema import Directory
 from tinkerfs.vfs.weights_nodes import WeightsRef
 
-#: What holds links to all there is, by one listing: where every run would take one of its own.
-_ALL = {"/": "/checkpoints", "/runs": "/checkpoints"}
+#: Directories that are replaced by a view with links to the same checkpoints. The view needs one
+#: listing, and the original one listing per run.
+_VIEWS = {"/": "/checkpoints", "/runs": "/checkpoints"}
 
 
 def resolve_weights(filesystem: FileSystem, path: str, ctx: RequestContext) -> WeightsRef | None:
-    """Return the weights that a path names; None where it is a folder of checkpoints or of runs.
+    """Return the weights for a path; None for a directory of checkpoints or of runs.
 
     Args:
-        filesystem: where it is looked up.
-        path: from the root; links are followed.
-        ctx: how long to wait.
+        filesystem: the file system of the path.
+        path: from the root; symbolic links are followed.
+        ctx: deadline and cancellation.
 
     Raises:
-        OSError: ENOENT where there is no such name; EINVAL where it is a file without weights; as
+        OSError: ENOENT if the path does not exist; EINVAL for a file without weights; or as
             `FileSystem.stat`.
     """
-    place, rest = "/", [part for part in path.split("/") if part]
-    while rest:
-        place = filesystem.realpath(posixpath.join(place, rest.pop(0)), ctx)
-        row, site = filesystem.resolve(place, ctx)
-        found = weights_nodes.weights_ref(row, site)
+    resolved, pending = "/", [name for name in path.split("/") if name]
+    while pending:
+        resolved = filesystem.realpath(posixpath.join(resolved, pending.pop(0)), ctx)
+        row, context = filesystem.resolve(resolved, ctx)
+        weights = weights_nodes.weights_ref(row, context)
         if (
             row in (weights_nodes.FILES, weights_nodes.ADAPTER)
-            and found is not None
-            and ".." not in rest
+            and weights is not None
+            and ".." not in pending
         ):
-            return replace(found, member_path="/".join(rest))
-    row, site = filesystem.resolve(place, ctx)
-    found = weights_nodes.weights_ref(row, site)
-    if found is None and not isinstance(row, Directory):
-        raise errors.invalid(path, "it is neither a checkpoint nor weights")
-    return found
+            return replace(weights, member_path="/".join(pending))
+    row, context = filesystem.resolve(resolved, ctx)
+    weights = weights_nodes.weights_ref(row, context)
+    if weights is None and not isinstance(row, Directory):
+        raise errors.invalid(path, "neither a checkpoint nor weights")
+    return weights
 
 
 def iter_weights(filesystem: FileSystem, path: str, ctx: RequestContext) -> list[WeightsRef]:
-    """Return the weights of every checkpoint that a folder holds or links to, each once.
+    """Return the weights of every checkpoint below or linked in a directory, once.
 
     Args:
-        filesystem: where they are looked up.
-        path: from the root; links are followed.
-        ctx: how long to wait for each listing.
+        filesystem: the file system of the path.
+        path: from the root; symbolic links are followed.
+        ctx: cancellation, and a deadline for each listing.
 
     Raises:
         OSError: as `FileSystem.listdir`.
     """
-    first = filesystem.realpath(path, ctx)
+    root = filesystem.realpath(path, ctx)
     found: dict[tuple[str, str, str], WeightsRef] = {}
-    folders, seen = [_ALL.get(first, first)], {first}
+    pending, seen = [_VIEWS.get(root, root)], {root}
 
-    def take(place: str) -> bool:
-        row, site = filesystem.resolve(place, ctx)
-        holding = weights_nodes.weights_ref(row, site)
-        if holding is not None:
-            found.setdefault(holding.checkpoint.key, holding)
-        elif isinstance(row, Directory) and place not in seen:
-            seen.add(place)
-            folders.append(place)
-        return holding is not None
+    def visit(child: str) -> bool:
+        # Adds the weights of a path or queues a directory, and returns whether there were weights.
+        row, context = filesystem.resolve(child, ctx)
+        weights = weights_nodes.weights_ref(row, context)
+        if weights is not None:
+            found.setdefault(weights.checkpoint.key, weights)
+        elif isinstance(row, Directory) and child not in seen:
+            seen.add(child)
+            pending.append(child)
+        return weights is not None
 
-    while folders:
-        folder = folders.pop(0)
-        for entry in filesystem.listdir(folder, ctx):
-            place = posixpath.join(folder, entry.name)
+    while pending:
+        directory = pending.pop(0)
+        for entry in filesystem.listdir(directory, ctx):
+            child = posixpath.join(directory, entry.name)
             if stat.S_ISDIR(entry.mode):
-                take(place)
-            elif stat.S_ISLNK(entry.mode) and not take(place):
+                visit(child)
+            elif stat.S_ISLNK(entry.mode) and not visit(child):
                 try:
-                    take(filesystem.realpath(place, ctx))
-                except OSError as error:  # `latest` may lead to what is gone
+                    visit(filesystem.realpath(child, ctx))
+                except OSError as error:  # the target of `latest` may be deleted
                     if not errors.is_missing(error):
                         raise
     return list(found.values())

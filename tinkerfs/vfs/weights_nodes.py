@@ -1,4 +1,7 @@
-"""What costs the server something to read: a version of a checkpoint, reached through symlinks."""
+"""Rows of `.content`: files of a checkpoint's version that need an archive.
+
+They are reached through the symlinks of a checkpoint's directory, so that tree walks avoid them.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,30 +20,36 @@ from tinkerfs.vfs.schema import (
     NodeSpec,
     Symlink,
 )
+from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.subject import CheckpointVersion
 from tinkerfs.weights.tar_index import Member
 
-#: What `archive_url` is told to be long until it is known: signed URLs are a few hundred bytes.
-LONGEST_URL_BYTES = 16_384
-#: What an archive may have beyond what the server stores: headers, padding, other files.
-TAR_OVERHEAD_BYTES = 64 << 20
-#: And where the server does not tell what it stores.
-LARGEST_ARCHIVE_BYTES = 1 << 40
-#: More than any `tensors.json`: it is read from headers of 100 MB at most.
-LONGEST_TENSORS_BYTES = 256 << 20
+#: Upper bound of the size of `archive_url`; signed URLs have a few hundred bytes.
+_MAX_URL_BYTES = 16_384
+#: Upper bound of the archive's size beyond the stored bytes: headers, padding, other files.
+_MAX_TAR_OVERHEAD_BYTES = 64 << 20
+#: Upper bound of the archive's size if the server does not report the stored bytes.
+_MAX_ARCHIVE_BYTES = 1 << 40
+#: Upper bound of the size of `tensors.json`, which is made from headers of at most 100 MB.
+_MAX_TENSORS_BYTES = 256 << 20
 
 _DOCS = {
     "archive_url": "a fresh signed URL of the archive and a newline; resolved when opened",
     "files": "the weight files; resolved when listed",
-    "archive.tar": "the archive as it is stored; resolved when opened",
+    "archive.tar": "the archive, unmodified; resolved when opened",
     "tensors.json": "name, dtype, shape and bytes of every tensor; resolved when opened",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _MemberRef:
-    """A folder within `files/`, by its path with a slash at the end, or a file there."""
+    """A directory within `files/`, or a file in that directory.
+
+    Attributes:
+        checkpoint: the checkpoint of the archive.
+        prefix: path of the directory within `files/`, with a trailing slash; empty for `files/`.
+        member: the file; None for the directory.
+    """
 
     checkpoint: Checkpoint
     prefix: str
@@ -49,64 +58,62 @@ class _MemberRef:
 
 @dataclass(frozen=True, slots=True)
 class WeightsRef:
-    """Weights that a path names: of one version of a checkpoint.
+    """The weights of one version of a checkpoint.
 
     Attributes:
-        checkpoint: which one.
-        subject: as `Weights` is asked for it.
-        is_archive: the archive as it is stored is meant, not the files in it.
-        inside: of the files, which one or which folder, as a path within `files/`; empty for all.
+        checkpoint: the checkpoint.
+        version: the version, as `WeightsReader` expects it.
+        is_archive: the archive is meant, not the files in it.
+        member_path: path within `files/` of the file or directory that is meant; empty for all.
     """
 
     checkpoint: Checkpoint
-    subject: CheckpointVersion
+    version: CheckpointVersion
     is_archive: bool = False
     member_path: str = ""
 
 
-def weights_ref(row: NodeSpec, site: NodeContext) -> WeightsRef | None:
-    """Return the weights that a node stands for; None where it is about no one checkpoint's.
-
-    Args:
-        row: its row of the table.
-        site: where that is.
-    """
-    about, is_archive = site.entity, isinstance(row, ContentFile)
-    if not (isinstance(about, Checkpoint) and (is_archive or isinstance(row, Directory | Symlink))):
+def weights_ref(row: NodeSpec, node: NodeContext) -> WeightsRef | None:
+    """Return the weights of a node; None if it does not belong to one checkpoint."""
+    entity, is_archive = node.entity, isinstance(row, ContentFile)
+    if not isinstance(entity, Checkpoint):
         return None
-    return WeightsRef(about, _subject(site, about), is_archive)
+    if not is_archive and not isinstance(row, Directory | Symlink):
+        return None
+    return WeightsRef(entity, _version(node, entity), is_archive)
 
 
 def adapter_path(checkpoint: Checkpoint) -> str:
-    """Return the path from the mount's root of a checkpoint's files for serving engines.
+    """Return the path of a checkpoint's files for serving engines from the root.
 
-    It lies within `/adapters`: engines compare real paths, and load from nowhere else.
+    The path is within `/adapters`, because engines compare real paths and refuse to load files from
+    outside of the configured directory.
     """
-    return f"/adapters/.content/{_versioned(checkpoint)}"
+    return f"/adapters/.content/{_version_path(checkpoint)}"
 
 
 def _path(checkpoint: Checkpoint, name: str) -> str:
-    return f"/.content/{_versioned(checkpoint)}/{name}"
+    return f"/.content/{_version_path(checkpoint)}/{name}"
 
 
-def _versioned(checkpoint: Checkpoint) -> str:
+def _version_path(checkpoint: Checkpoint) -> str:
     run_id, kind, name = map(name_encoding.encode, checkpoint.key)
     return f"{run_id}/{kind}/{name}/{checkpoint.version}"
 
 
-def _subject(site: NodeContext, checkpoint: Checkpoint) -> CheckpointVersion:
-    own = site.model.catalogue.cached_runs()
-    is_foreign = own is not None and checkpoint.run_id not in own.by_id
+def _version(node: NodeContext, checkpoint: Checkpoint) -> CheckpointVersion:
+    own_runs = node.backend.catalog.cached_runs()
+    is_foreign = own_runs is not None and checkpoint.run_id not in own_runs.by_id
     return CheckpointVersion(
-        server=site.model.settings.base_url,
+        server=node.backend.settings.base_url,
         key=(
             *checkpoint.key,
             *checkpoint.fingerprint,
-            site.model.catalogue.incarnations.get(checkpoint.key),
+            node.backend.catalog.incarnations.get(checkpoint.key),
         ),
         ref=replace(checkpoint.ref, is_foreign=is_foreign),
-        path=site.path,
-        mtime_ns=checkpoint.record.time_ns or site.model.started_ns,
+        path=node.path,
+        mtime_ns=checkpoint.record.time_ns or node.backend.started_ns,
         is_dated=checkpoint.is_dated,
     )
 
@@ -114,162 +121,161 @@ def _subject(site: NodeContext, checkpoint: Checkpoint) -> CheckpointVersion:
 # archive_url
 
 
-def _archive_url(site: NodeContext) -> bytes:
-    subject = _subject(site, site.entity)
-    if not subject.is_dated:
-        site.model.archives.expire(subject.key, site.model.settings.ttl_s)
-    return render.line(site.model.archives.url(subject.key, subject.ref, site.path, site.call).url)
+def _archive_url(node: NodeContext) -> bytes:
+    version = _version(node, node.entity)
+    if not version.is_dated:
+        node.backend.archives.expire(version.key, node.backend.settings.ttl_s)
+    return render.line(node.backend.archives.url(version.key, version.ref, node.path, node.ctx).url)
 
 
-def _archive_url_bytes(site: NodeContext) -> int:
-    known = site.model.archives.known(_subject(site, site.entity).key)
-    return LONGEST_URL_BYTES if known is None else len(render.line(known.url))
+def _archive_url_bytes(node: NodeContext) -> int:
+    cached = node.backend.archives.cached_url(_version(node, node.entity).key)
+    return _MAX_URL_BYTES if cached is None else len(render.line(cached.url))
 
 
 # archive.tar and tensors.json
 
 
-def _archive_bytes(site: NodeContext) -> int:
-    known = site.model.weights.archive_bytes(_subject(site, site.entity))
-    if known is not None:
-        return known
-    stored_bytes = site.entity.record.size_bytes
-    return LARGEST_ARCHIVE_BYTES if stored_bytes is None else stored_bytes + TAR_OVERHEAD_BYTES
+def _archive_bytes(node: NodeContext) -> int:
+    exact_bytes = node.backend.weights.archive_bytes(_version(node, node.entity))
+    if exact_bytes is not None:
+        return exact_bytes
+    stored_bytes = node.entity.record.size_bytes
+    return _MAX_ARCHIVE_BYTES if stored_bytes is None else stored_bytes + _MAX_TAR_OVERHEAD_BYTES
 
 
-def _has_archive_bytes(site: NodeContext) -> bool:
-    subject = _subject(site, site.entity)
-    # Of an undated one another version may be found when it is opened.
-    return subject.is_dated and site.model.weights.archive_bytes(subject) is not None
+def _has_archive_bytes(node: NodeContext) -> bool:
+    version = _version(node, node.entity)
+    # open() may find another version of an undated checkpoint.
+    return version.is_dated and node.backend.weights.archive_bytes(version) is not None
 
 
-def _open_archive(site: NodeContext) -> WeightsFile:
-    return site.model.weights.open_archive(_subject(site, site.entity), site.call)
+def _open_archive(node: NodeContext) -> WeightsFile:
+    return node.backend.weights.open_archive(_version(node, node.entity), node.ctx)
 
 
-def _tensors(site: NodeContext) -> bytes:
-    return site.model.weights.tensors(_subject(site, site.entity), site.call)
+def _tensors(node: NodeContext) -> bytes:
+    return node.backend.weights.tensors(_version(node, node.entity), node.ctx)
 
 
-def _tensors_bytes(site: NodeContext) -> int:
-    known = site.model.weights.cached_tensors(_subject(site, site.entity))
-    return LONGEST_TENSORS_BYTES if known is None or not site.entity.is_dated else len(known)
+def _tensors_bytes(node: NodeContext) -> int:
+    cached = node.backend.weights.cached_tensors(_version(node, node.entity))
+    return _MAX_TENSORS_BYTES if cached is None or not node.entity.is_dated else len(cached)
 
 
-def _has_tensors(site: NodeContext) -> bool:
-    subject = _subject(site, site.entity)
-    return subject.is_dated and site.model.weights.cached_tensors(subject) is not None
+def _has_tensors(node: NodeContext) -> bool:
+    version = _version(node, node.entity)
+    return version.is_dated and node.backend.weights.cached_tensors(version) is not None
 
 
 # files/
 
-#: What a listing shows before it fails because the burst is exceeded. Python's `glob` and shells
-#: take a listing that fails for the end of what came of it, so that all else would look complete.
-#: The first fails to be stat'ed, for programs that report that alone; the others, to be opened, for
-#: those that leave out what they cannot stat. Patterns filter by their endings.
+#: Entries that precede the error of a listing when the archive burst is exceeded. Shells and the
+#: `glob` module ignore the error of a listing, so without these entries it would look complete.
+#: The first one fails in stat(), for programs that report only that. The others fail in open(), for
+#: programs that skip files without attributes. Their suffixes match common patterns.
 _REFUSAL = "REFUSED-see-.tinkerfs-errors"
 _REFUSALS = tuple(f"{_REFUSAL}{end}" for end in ("", ".json", ".safetensors"))
 
 
-def _list_refusals(site: NodeContext) -> Iterator[tuple[str, str]]:
+def _list_refusals(node: NodeContext) -> Iterator[tuple[str, str]]:
     try:
-        _members(site, _inside(site).checkpoint)
+        _members(node, _member_ref(node).checkpoint)
     except errors.BurstExceeded:
         yield from ((name, name) for name in _REFUSALS)
         raise
 
 
-def _find_refusal(site: NodeContext, name: str) -> str | None:
-    subject = _subject(site, _inside(site).checkpoint)
-    if name not in _REFUSALS or site.model.weights.cached_files(subject) is not None:
+def _find_refusal(node: NodeContext, name: str) -> str | None:
+    version = _version(node, _member_ref(node).checkpoint)
+    if name not in _REFUSALS or node.backend.weights.cached_files(version) is not None:
         return None
     if name == _REFUSAL:
-        _refuse(site)
+        _refuse(node)
     return name
 
 
-def _refuse(site: NodeContext) -> bytes:
+def _refuse(node: NodeContext) -> bytes:
     raise errors.burst_exceeded(
-        site.path, "the directory was not listed (--archive-burst), so this is not all of it"
+        node.path, "the directory was not listed (--archive-burst); its entries are incomplete"
     )
 
 
-def _inside(site: NodeContext) -> _MemberRef:
-    return site.entity if isinstance(site.entity, _MemberRef) else _MemberRef(site.entity, "")
+def _member_ref(node: NodeContext) -> _MemberRef:
+    return node.entity if isinstance(node.entity, _MemberRef) else _MemberRef(node.entity, "")
 
 
 def _members(
-    site: NodeContext, checkpoint: Checkpoint, *, is_open: bool = False
+    node: NodeContext, checkpoint: Checkpoint, *, is_open: bool = False
 ) -> dict[str, Member]:
-    """Return the members, waiting as long as the archive takes to build.
+    """Return the members of the archive, without a deadline for building it.
 
-    A listing waits in opendir, which holds up nothing. A lookup holds up other lookups in this one
-    directory (the kernel's rule), and those need the same archive: a shorter bound would answer
-    none of them sooner, and "timed out" is "no such file" to `os.path.exists`.
+    opendir() delays no other request. A lookup delays other lookups in the same directory, because
+    the kernel serializes them; but these need the same archive, so a deadline would not help them.
+    Besides, `os.path.exists` would treat a timeout as a missing file.
     """
-    site.call.mark_uncacheable()  # an archive may be built anew
-    patient = with_fields(site.call, timeout_s=None)
+    node.ctx.mark_uncacheable()  # the archive may be rebuilt
+    ctx = with_fields(node.ctx, timeout_s=None)
     try:
-        subject = _subject(site, checkpoint)
-        return site.model.weights.files(subject, patient, is_open=is_open).members
+        version = _version(node, checkpoint)
+        return node.backend.weights.files(version, ctx, is_open=is_open).members
     except errors.UnsupportedEndpoint as error:
-        # Of a checkpoint that is there: not an empty folder, nor a name that is not there.
-        raise errors.os_error_from_api(error, site.path) from error
+        # The checkpoint exists, so the directory is not empty and the name not absent.
+        raise errors.os_error_from_api(error, node.path) from error
 
 
-def _list_files(site: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
-    here = _inside(site)
-    for path, member in _members(site, here.checkpoint, is_open=True).items():
-        name = path.removeprefix(here.prefix)
-        if path.startswith(here.prefix) and "/" not in name:
-            yield name, _MemberRef(here.checkpoint, here.prefix, member)
+def _list_files(node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
+    ref = _member_ref(node)
+    for path, member in _members(node, ref.checkpoint, is_open=True).items():
+        name = path.removeprefix(ref.prefix)
+        if path.startswith(ref.prefix) and "/" not in name:
+            yield name, _MemberRef(ref.checkpoint, ref.prefix, member)
 
 
-def _list_folders(site: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
-    here = _inside(site)
-    members = _members(site, here.checkpoint)
-    below = [path for path in members if path.startswith(here.prefix)]
-    rests = (path[len(here.prefix) :] for path in below)
-    for name in dict.fromkeys(rest.partition("/")[0] for rest in rests if "/" in rest):
-        yield name, _MemberRef(here.checkpoint, f"{here.prefix}{name}/")
+def _list_directories(node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
+    ref = _member_ref(node)
+    members = _members(node, ref.checkpoint)
+    relative = (path.removeprefix(ref.prefix) for path in members if path.startswith(ref.prefix))
+    for name in dict.fromkeys(path.partition("/")[0] for path in relative if "/" in path):
+        yield name, _MemberRef(ref.checkpoint, f"{ref.prefix}{name}/")
 
 
-def _find_file(site: NodeContext, name: str) -> _MemberRef | None:
-    here = _inside(site)
-    member = _members(site, here.checkpoint).get(here.prefix + name)
-    if member is None and not here.checkpoint.is_dated:
-        member = _members(site, here.checkpoint, is_open=True).get(here.prefix + name)
-    return None if member is None else _MemberRef(here.checkpoint, here.prefix, member)
+def _find_file(node: NodeContext, name: str) -> _MemberRef | None:
+    ref = _member_ref(node)
+    member = _members(node, ref.checkpoint).get(ref.prefix + name)
+    if member is None and not ref.checkpoint.is_dated:
+        member = _members(node, ref.checkpoint, is_open=True).get(ref.prefix + name)
+    return None if member is None else _MemberRef(ref.checkpoint, ref.prefix, member)
 
 
-def _find_folder(site: NodeContext, name: str) -> _MemberRef | None:
-    here = _inside(site)
-    prefix = f"{here.prefix}{name}/"
-    if not any(path.startswith(prefix) for path in _members(site, here.checkpoint)):
+def _find_directory(node: NodeContext, name: str) -> _MemberRef | None:
+    ref = _member_ref(node)
+    prefix = f"{ref.prefix}{name}/"
+    if not any(path.startswith(prefix) for path in _members(node, ref.checkpoint)):
         return None
-    return _MemberRef(here.checkpoint, prefix)
+    return _MemberRef(ref.checkpoint, prefix)
 
 
-def _open_file(site: NodeContext) -> WeightsFile:
-    inside = _inside(site)
-    subject = _subject(site, inside.checkpoint)
-    return site.model.weights.open(subject, _member(inside).name, site.call)
+def _open_file(node: NodeContext) -> WeightsFile:
+    ref = _member_ref(node)
+    version = _version(node, ref.checkpoint)
+    return node.backend.weights.open(version, _member(ref).name, node.ctx)
 
 
-def _member(inside: _MemberRef) -> Member:
-    assert inside.member is not None
-    return inside.member
+def _member(ref: _MemberRef) -> Member:
+    assert ref.member is not None
+    return ref.member
 
 
-def _cached_bytes(site: NodeContext) -> dict[str, str]:
-    inside = _inside(site)
-    subject = _subject(site, inside.checkpoint)
-    cached = site.model.weights.cached_bytes(subject, _member(inside).name)
+def _cached_bytes(node: NodeContext) -> dict[str, str]:
+    ref = _member_ref(node)
+    version = _version(node, ref.checkpoint)
+    cached = node.backend.weights.cached_bytes(version, _member(ref).name)
     return {"tinkerfs.cached_bytes": str(cached)}
 
 
-def _files_ns(site: NodeContext) -> int:
-    return _subject(site, _inside(site).checkpoint).mtime_ns
+def _files_ns(node: NodeContext) -> int:
+    return _version(node, _member_ref(node).checkpoint).mtime_ns
 
 
 FILES = Directory(
@@ -279,9 +285,9 @@ FILES = Directory(
         DynamicEntries(
             GeneratedFile(
                 f"{_REFUSAL}<ending>",
-                "stands before EBUSY where `--archive-burst` refuses the listing",
+                "precedes the error EBUSY if `--archive-burst` refuses the listing",
                 _refuse,
-                size_hint=lambda _site: 1,  # of an empty file some programs read nothing
+                size_hint=lambda _node: 1,  # some programs do not open an empty file
                 is_expensive=True,
             ),
             _list_refusals,
@@ -290,26 +296,26 @@ FILES = Directory(
         DynamicEntries(
             ContentFile(
                 "<file>",
-                "a weight file, read by ranges",
+                "a weight file; only the ranges that are read are downloaded",
                 _open_file,
-                lambda site: _member(_inside(site)).size_bytes,
-                mtime_ns=lambda site: _member(_inside(site)).mtime_ns,
+                lambda node: _member(_member_ref(node)).size_bytes,
+                mtime_ns=lambda node: _member(_member_ref(node)).mtime_ns,
                 xattrs=_cached_bytes,
             ),
             _list_files,
             _find_file,
         ),
-        DynamicEntries(None, _list_folders, _find_folder),
+        DynamicEntries(None, _list_directories, _find_directory),
     ),
     _files_ns,
 )
 
-#: The same files where serving engines look for them.
+#: The same files, in the place that serving engines load them from.
 ADAPTER = replace(FILES, name="<version>", doc="the files of that version; resolved when listed")
 
 VERSION = Directory(
     "<version>",
-    "as of the time it was saved",
+    "a version of the checkpoint, by the time it was saved",
     (
         GeneratedFile(
             "archive_url",
@@ -339,8 +345,8 @@ VERSION = Directory(
 
 
 def _link(name: str) -> Symlink:
-    return Symlink(name, _DOCS[name], lambda site: _path(site.entity, name))
+    return Symlink(name, _DOCS[name], lambda node: _path(node.entity, name))
 
 
-#: The links to it from the checkpoint's own folder, by name.
+#: The links from a checkpoint's directory to its `VERSION`, by name.
 LINKS = {name: _link(name) for name in _DOCS}

@@ -10,17 +10,17 @@ NOW = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 
 
 @pytest.mark.parametrize("word", ["1", "true", "yes", "on", " ON\n", "\tYes "])
-def test_words_that_publish(word):
+def test_parse_flag_accepts_words_that_publish(word):
     assert parse_flag(word, "/p") is True
 
 
 @pytest.mark.parametrize("word", ["0", "false", "no", "off", "False\n"])
-def test_words_that_unpublish(word):
+def test_parse_flag_accepts_words_that_unpublish(word):
     assert parse_flag(word, "/p") is False
 
 
 @given(st.text())
-def test_anything_else_is_einval(text):
+def test_parse_flag_of_anything_else_is_einval(text):
     if text.strip().lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         with pytest.raises(OSError, match="publish") as caught:
             parse_flag(text, "/p")
@@ -41,7 +41,7 @@ def test_anything_else_is_einval(text):
         ("2027-01-15t10:00:00.9z", 7200),
     ],
 )
-def test_expiries(text, seconds):
+def test_parse_expiry_returns_seconds_from_now(text, seconds):
     assert parse_expiry_s(text, NOW, "/p") == seconds
 
 
@@ -49,7 +49,7 @@ def test_expiries(text, seconds):
     "text",
     ["3599", "315360001", "-5", "59m", "2020-01-01T00:00:00Z", "9999-01-01T00:00:00Z"],
 )
-def test_what_the_api_does_not_take_is_erange(text):
+def test_parse_expiry_outside_the_range_is_erange(text):
     with pytest.raises(OSError, match="between 3600 and 315360000") as caught:
         parse_expiry_s(text, NOW, "/p")
     assert caught.value.errno == errno.ERANGE
@@ -59,7 +59,7 @@ def test_what_the_api_does_not_take_is_erange(text):
     "text",
     ["", "soon", "12 parsecs", "2027-01-16", "2027-01-16T10:00:00", "1e9", "11y0", "nan", "0x10"],
 )
-def test_nonsense_is_einval(text):
+def test_parse_expiry_of_another_format_is_einval(text):
     with pytest.raises(OSError, match="RFC 3339") as caught:
         parse_expiry_s(text, NOW, "/p")
     assert caught.value.errno == errno.EINVAL

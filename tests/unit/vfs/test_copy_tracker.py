@@ -44,42 +44,42 @@ def test_tracked_names_are_those_of_the_table():
     assert {name for name, row in rows.items() if isinstance(row, Symlink)} == set(COPIED_LINKS)
 
 
-def test_a_process_that_read_all_of_a_directory_copied_it(copies):
+def test_process_that_read_every_name_has_copied(copies):
     copy(copies, ONE)
     assert copies.has_copied(ONE, MOVER)
-    assert copies.has_copied(ONE, SIBLING), "rm after cp, in one script"
+    assert copies.has_copied(ONE, SIBLING), "rm after cp in one script"
     assert not copies.has_copied(TWO, MOVER)
     assert not copies.has_copied(ONE, STRANGER)
 
 
 @pytest.mark.parametrize("missing", [*COPIED_FILES, *COPIED_LINKS])
-def test_a_process_that_left_out_a_name_did_not_copy(copies, missing):
+def test_process_that_skipped_a_name_has_not_copied(copies, missing):
     open_files(copies, ONE, MOVER, [name for name in COPIED_FILES if name != missing])
     read_links(copies, ONE, MOVER, [name for name in COPIED_LINKS if name != missing])
     copies.on_list(ONE, MOVER)
     assert not copies.has_copied(ONE, MOVER)
 
 
-def test_two_processes_that_read_half_each_did_not_copy(copies):
+def test_two_processes_that_read_half_each_have_not_copied(copies):
     read_links(copies, ONE, SIBLING)  # ls -l
     open_files(copies, ONE, MOVER)  # grep -r
     copies.on_list(ONE, MOVER)
     assert not copies.has_copied(ONE, Caller(72, 0, 70, 72))
 
 
-def test_a_process_that_opened_all_and_did_not_list_moves_files(copies):
+def test_process_that_opened_all_without_listing_has_copied(copies):
     open_files(copies, ONE, MOVER)
     assert copies.has_copied(ONE, MOVER)
-    assert not copies.has_copied(ONE, SIBLING), "grep -r, and then rm"
+    assert not copies.has_copied(ONE, SIBLING), "grep -r, followed by rm"
     copies.on_list(ONE, MOVER)
-    assert not copies.has_copied(ONE, MOVER), "a script that reads all, and then rmtree"
+    assert not copies.has_copied(ONE, MOVER), "a script that reads all files before rmtree"
     open_files(copies, ONE, MOVER, ["published"])
     assert copies.has_copied(ONE, MOVER)
 
 
-def test_a_copy_counts_until_its_group_has_left_off(copies, time):
+def test_copy_expires_after_the_last_read_of_its_group(copies, time):
     copy(copies, ONE)
-    for _ in range(5):  # a long copy keeps its first directory in mind
+    for _ in range(5):  # the first directory of a long copy is remembered
         time.advance(copy_tracker.COPY_WINDOW_S - 1)
         copies.on_read(TWO, "info.json", SIBLING)
     assert copies.has_copied(ONE, MOVER)
@@ -87,14 +87,14 @@ def test_a_copy_counts_until_its_group_has_left_off(copies, time):
     assert not copies.has_copied(ONE, MOVER)
 
 
-def test_reads_that_are_long_ago_are_no_part_of_a_copy(copies, time):
+def test_expired_reads_are_not_part_of_a_copy(copies, time):
     open_files(copies, ONE, MOVER)
     time.advance(copy_tracker.COPY_WINDOW_S)
     read_links(copies, ONE, MOVER)
     assert not copies.has_copied(ONE, MOVER)
 
 
-def test_a_deleted_directory_is_forgotten(copies):
+def test_forget_removes_copies_of_a_directory(copies):
     copy(copies, ONE)
     copies.forget(ONE)
     assert not copies.has_copied(ONE, SIBLING)
@@ -110,7 +110,7 @@ def test_reads_are_bounded_and_the_oldest_is_evicted(copies, monkeypatch):
     assert not copies.has_copied(ONE, MOVER)
 
 
-def test_more_copies_than_the_bound_refuse_everything(copies, monkeypatch):
+def test_more_copies_than_the_bound_count_as_everything(copies, monkeypatch):
     monkeypatch.setattr(copy_tracker, "_MAX_COPIES", 10)
     for number in range(11):
         copy(copies, f"{TWO}{number}")
@@ -118,7 +118,7 @@ def test_more_copies_than_the_bound_refuse_everything(copies, monkeypatch):
     assert not copies._copies[70].directories
 
 
-def test_a_control_is_written_over_with_its_directory(copies, time):
+def test_refused_write_marks_the_directory_until_it_expires(copies, time):
     copies.on_write_refused("key", "info.json", 70)
     assert copies.is_written_over("key", 70)
     assert not copies.is_written_over("other", 70)
@@ -139,6 +139,6 @@ def test_a_control_is_written_over_with_its_directory(copies, time):
         ("sedXq31aB", False),
     ],
 )
-def test_a_new_name_counts_if_it_is_of_a_read_only_file(copies, name, is_copy):
+def test_refused_new_name_counts_if_a_read_only_file_is_meant(copies, name, is_copy):
     copies.on_write_refused("key", name, 70)
     assert copies.is_written_over("key", 70) is is_copy

@@ -3,7 +3,7 @@ import errno
 import pytest
 
 from tests.support.clocks import FakeTime
-from tinkerfs.vfs.removal_tracker import HOW_TO_MOVE, RemovalTracker
+from tinkerfs.vfs.removal_tracker import MOVE_HINT, RemovalTracker
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def removals(time):
     return RemovalTracker(time.clock)
 
 
-def test_what_was_unlinked_is_back_after_a_minute(removals, time):
+def test_hidden_names_are_visible_after_a_minute(removals, time):
     removals.hide("one", "info.json", 7)
     time.advance(50)
     removals.hide("one", "published", 7)
@@ -29,7 +29,7 @@ def test_what_was_unlinked_is_back_after_a_minute(removals, time):
     assert not removals.is_hidden_in("one")
 
 
-def test_names_unlinked_by_a_group_are_hidden_from_it_alone(removals, time):
+def test_hide_affects_one_process_group_only(removals, time):
     removals.hide("one", "info.json", 7)
     time.advance(30)
     removals.hide("one", "published", 8)
@@ -39,7 +39,7 @@ def test_names_unlinked_by_a_group_are_hidden_from_it_alone(removals, time):
     assert (removals.hidden("one", 7), removals.hidden("one", 8)) == (frozenset(), {"published"})
 
 
-def test_a_delete_that_failed_brings_everything_back(removals):
+def test_restore_makes_hidden_names_visible(removals):
     removals.hide("one", "info.json", 7)
     removals.hide("one", "info.json", 8)
     removals.restore("one", 7)
@@ -50,7 +50,7 @@ def test_a_delete_that_failed_brings_everything_back(removals):
     assert not removals.is_hidden_in("one")
 
 
-def test_a_refusal_shows_all_that_its_group_had_hidden(removals):
+def test_deny_restores_the_names_of_the_group(removals):
     for key in ("one", "two"):
         removals.hide(key, "info.json", 7)
         removals.hide(key, "published", 8)
@@ -60,13 +60,13 @@ def test_a_refusal_shows_all_that_its_group_had_hidden(removals):
         assert removals.hidden(key, 8) == {"published"}
 
 
-def test_every_refusal_of_a_group_gives_the_hint_of_the_first(removals):
-    removals.deny(7, "/runs/r/checkpoints/weights/1/info.json", HOW_TO_MOVE)
+def test_check_after_deny_gives_the_same_hint(removals):
+    removals.deny(7, "/runs/r/checkpoints/weights/1/info.json", MOVE_HINT)
     with pytest.raises(PermissionError, match="tinkerfs get PATH DEST, then rm -r PATH"):
         removals.check(7, "/runs/r/checkpoints/weights/1/published")
 
 
-def test_a_group_that_was_refused_is_refused_until_it_leaves_off_for_a_minute(removals, time):
+def test_check_after_deny_fails_until_a_minute_has_passed(removals, time):
     removals.check(7, "/runs/r/checkpoints/weights/1")
     assert removals.deny(7, "/README.md").errno == errno.EPERM
     for _ in range(5):

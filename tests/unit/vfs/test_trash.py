@@ -1,4 +1,4 @@
-"""Which link in the trash a path stands for."""
+"""Tests of `trash_paths`: the link in the trash for a path."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_trash_paths_of_a_checkpoint_is_its_link(path):
 
 
 @pytest.mark.parametrize("tail", ["0001", "checkpoints/0001"])
-def test_trash_paths_without_a_kind_has_one_of_each(tail):
+def test_trash_paths_without_a_kind_has_one_per_kind(tail):
     links = trash_paths(f"/runs/{RUN}/checkpoints/{tail}")
     assert links == [f"/.tinkerfs/trash/{RUN}@{kind}@0001" for kind in KINDS]
 
@@ -44,10 +44,10 @@ def test_trash_paths_of_odd_names_are_encoded():
     ]
 
 
-def test_trash_paths_of_a_shortened_link_is_itself():
+def test_trash_paths_of_a_truncated_link_is_itself():
     name = name_encoding.encode_composite((RUN, "weights", "x" * 300))
-    for folder in ("checkpoints", ".tinkerfs/trash"):
-        assert trash_paths(f"/{folder}/{name}") == [f"/.tinkerfs/trash/{name}"]
+    for directory in ("checkpoints", ".tinkerfs/trash"):
+        assert trash_paths(f"/{directory}/{name}") == [f"/.tinkerfs/trash/{name}"]
 
 
 @pytest.mark.parametrize(

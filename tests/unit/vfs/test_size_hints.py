@@ -1,0 +1,47 @@
+"""Tests of size hints: stat() records a reported upper bound until it expires."""
+
+import pytest
+
+from tests.support.clocks import FakeTime
+from tests.support.drivers import opened
+from tinkerfs.context import RequestContext
+from tinkerfs.demo.server import DemoServer
+from tinkerfs.vfs.kernel_cache import SETTLED_S, SizeHintTracker
+
+CTX = RequestContext(timeout_s=30.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_bound"),
+    [([None], True), ([None, 9000], True), ([9000, None], True), ([9000], False)],
+)
+def test_stat_records_a_bound_if_the_size_becomes_exact(tmp_path, monkeypatch, sizes, is_bound):
+    # The exact size may become available at any time, through another request.
+    with (
+        DemoServer(runs=1, checkpoints=2) as server,
+        opened("process", server, tmp_path, time=FakeTime()) as driver,
+    ):
+        filesystem = driver.filesystem
+        run = server.account.runs()[0]
+        checkpoint = f"/runs/{run.id}/checkpoints/{run.checkpoints[0].id}"
+        path = filesystem.realpath(f"{checkpoint}/archive.tar", CTX)
+        filesystem._size_hints._reported_at.clear()
+        remaining = iter([*sizes, *sizes[-1:] * 9])
+        weights = filesystem._backend.weights
+        monkeypatch.setattr(type(weights), "archive_bytes", lambda *_args: next(remaining))
+        filesystem.stat(path, CTX)
+        assert (filesystem._size_hints.reported_at(path) is not None) == is_bound
+
+
+def test_on_exact_removes_the_hint_only_after_it_settled():
+    now = [100.0]
+    hints = SizeHintTracker(lambda: now[0])
+    hints.record("/x")
+    now[0] += SETTLED_S - 0.01
+    hints.on_exact("/x")
+    assert hints.reported_at("/x") == 100.0, "a reply with the bound may still arrive"
+    now[0] += 0.02
+    assert hints.reported_at("/x") == 100.0, "the kernel has received no other size"
+    hints.on_exact("/x")
+    assert hints.reported_at("/x") is None
+    hints.on_exact("/x")
