@@ -1,4 +1,4 @@
-"""Real mounts: every test here needs FUSE, and runs under each binding that it asks for."""
+"""Tests of real mounts, which need FUSE; tests with the fixture `binding` run under each one."""
 
 import os
 import sys
@@ -22,34 +22,34 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=BINDINGS)
 def binding(request):
-    """Each combination of binding and libfuse."""
+    """Return each combination of binding and libfuse."""
     return request.param
 
 
 @pytest.fixture
 def mountpoint(tmp_path):
-    """An empty folder; nothing stays mounted on it."""
-    folder = tmp_path / "mnt"
-    folder.mkdir()
-    yield folder
-    force_unmount(str(folder))
+    """Return an empty directory, and unmount it after the test."""
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    yield directory
+    force_unmount(str(directory))
 
 
 @pytest.fixture
 def memory(mountpoint, binding):
-    """The file system in memory, mounted under each binding."""
+    """Mount the in-memory file system under each binding."""
     with memory_mount(mountpoint, binding):
         yield mountpoint
 
 
 @pytest.fixture
 def env(tmp_path, server, binding):
-    """The environment of a user whose account is the demo server's."""
+    """Return the environment of a user with an account at the demo server."""
     home = tmp_path / "home"
     home.mkdir()
-    kept = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     return {
-        **kept,
+        **inherited,
         **server.environment,
         "HOME": str(home),
         "TINKERFS_FUSE_BINDING": binding,
@@ -59,19 +59,19 @@ def env(tmp_path, server, binding):
 
 @pytest.fixture
 def as_installed(env, tmp_path):
-    """Runs a shell script where `tinkerfs` is this one.
+    """Return a function that runs a shell script in which `tinkerfs` is this checkout.
 
-    mount(8) looks for it on a PATH of its own, so a folder of that is replaced, in a mount
-    namespace that nobody else sees; so the mount is made and looked at there.
+    mount(8) searches `tinkerfs` in a PATH of its own. So the script runs in a new mount namespace,
+    in which one directory of that PATH is replaced. The mount is visible only there.
     """
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program = folder / "tinkerfs"
+    directory = tmp_path / "bin"
+    directory.mkdir()
+    program = directory / "tinkerfs"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tinkerfs "$@"\n')
     program.chmod(0o755)
 
     def run_script(script):
-        script = f"set -e; mount --bind {folder} /usr/local/sbin; {script}"
+        script = f"set -e; mount --bind {directory} /usr/local/sbin; {script}"
         return run("unshare", "-m", "sh", "-c", script, env=env)
 
     return run_script

@@ -1,4 +1,4 @@
-"""Adapters as serving engines look for them, on a real mount."""
+"""Adapters on a real mount, accessed as serving engines do."""
 
 import os
 import sys
@@ -10,11 +10,11 @@ from tests.support.mount import tinkerfs
 
 __all__ = ["make_account"]
 
-#: Which names there are and what they cost is the same under each binding.
+#: Names and requests do not depend on the binding.
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-#: What an engine does with each adapter that it is asked for: it refuses what is not within its
-#: directory by real path, then loads it. Prints the errno's name, or how much it read.
+#: An engine's steps for each requested adapter: check that its real path is within the directory,
+#: then load it. Prints the number of bytes read, or the name of the errno.
 ENGINE = """
 import errno, os, sys
 root = os.path.realpath(sys.argv[1])
@@ -33,14 +33,14 @@ BURST = 2
 
 @pytest.fixture
 def adapters(make_account):
-    """An account with six adapters, a burst of two, and their names in `/adapters`."""
-    account = make_account(runs=0, settings={"archive_burst": BURST})
+    """Return an account with six adapters and a burst of two, and their names in `/adapters`."""
+    account = make_account(runs=0, settings={"archive_build_limit": BURST})
     run = account.new_run(*(f"sampler_weights/{n}" for n in range(6)))
     return account, [f"{run[5:]}@sampler_weights@{n}" for n in range(6)]
 
 
-def served(account, names):
-    """What an engine prints that is asked for these adapters by one process."""
+def run_engine(account, names):
+    """Return the output of an engine that loads these adapters in one process."""
     done = account.sh(
         f"exec {sys.executable} -S -E -c '{ENGINE}' adapters {' '.join(names)}",
         shell=("bash", "-c"),
@@ -49,7 +49,7 @@ def served(account, names):
     return done.stdout.split()
 
 
-def test_prefetched_adapters_do_not_count_in_the_burst(adapters, tmp_path):
+def test_prefetched_adapters_do_not_count_towards_burst(adapters, tmp_path):
     account, names = adapters
     fetched, others = names[:3], names[3:]
     env = {
@@ -60,16 +60,16 @@ def test_prefetched_adapters_do_not_count_in_the_burst(adapters, tmp_path):
     paths = [account.path(f"adapters/{name}") for name in fetched]
     done = tinkerfs("prefetch", *paths, env=env)
     assert done.returncode == 0, done.stderr
-    printed = served(account, [*others[:1], *fetched, *others[1:], *fetched])
+    printed = run_engine(account, [*others[:1], *fetched, *others[1:], *fetched])
     sizes = [int(word) for word in printed if word.isdigit()]
     assert len(sizes) == 2 * len(fetched) + BURST
-    assert printed[len(fetched) + BURST] == "EBUSY", "the third that was not fetched before"
+    assert printed[len(fetched) + BURST] == "EBUSY", "the third adapter that was not prefetched"
     [line] = [line for line in account.errors().splitlines() if "\tEBUSY\t" in line]
     assert "a process that opens many adapters" in line
     assert "tinkerfs prefetch" in line
 
 
-def test_looking_at_adapters_starts_no_archive(adapters):
+def test_listing_adapters_requests_no_archive(adapters):
     account, names = adapters
     account.server.journal.clear()
     done = account.sh(
@@ -85,7 +85,7 @@ def test_looking_at_adapters_starts_no_archive(adapters):
     assert "GET archive" not in api_calls(account.server)
 
 
-def test_url_of_an_adapter_is_its_checkpoints(adapters):
+def test_url_of_adapter_is_that_of_its_checkpoint(adapters):
     account, names = adapters
     run_id = account.server.account.run_ids[0]
     for name in (names[0], f"{names[0]}/adapter_config.json"):

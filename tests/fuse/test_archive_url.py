@@ -1,4 +1,4 @@
-"""archive_url on real mounts: with curl, and with every tool that must not ask for it."""
+"""archive_url on real mounts: with curl, and with tools that must not request an archive."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from tests.support.account import account, make_account, needs
 
 __all__ = ["account", "make_account"]
 
-#: What never resolves a link, or only looks at what is behind it.
+#: Scripts that do not follow links, or only stat their targets.
 LOOKS = {
     "ls": "ls -laR .",
     "ls -L": "ls -laL $CK/*/*",
@@ -28,14 +28,14 @@ LOOKS = {
     "file": "test -e $CK/weights/0001/archive_url && test -s $CK/weights/0001/archive_url",
     "readlink": "readlink -f $CK/*/*/archive_url",
     "python": "$PYTHON -c 'import pathlib; [p.stat() for p in pathlib.Path().rglob(\"*\")]'",
-    # As Thunar and Nautilus do for an icon: GIO opens with O_NOATIME what has no known ending.
+    # Thunar and Nautilus do this for an icon: GIO opens a file of unknown type with O_NOATIME.
     "gio": "gio info $CK/weights/0001/archive_url && gio list -l $CK/weights/0001",
     "busybox": "busybox ls -laR . && busybox find .",  # its grep -r follows links
 }
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_looking_asks_for_no_archive(account, name, tmp_path):
+def test_metadata_operations_request_no_archive(account, name, tmp_path):
     needs(tool for tool in ("busybox", "gio", "rsync") if tool in name)
     run = account.server.account.run_ids[0]
     account.server.journal.clear()
@@ -45,28 +45,28 @@ def test_looking_asks_for_no_archive(account, name, tmp_path):
     assert done.returncode == 0, done
     assert account.server.journal.count("GET archive") == 0
     assert account.server.journal.count("store") == 0
-    asked = {e.endpoint for e in account.server.journal.entries("api") if e.method != "GET"}
-    assert asked <= {"POST weights_info", "POST sessions/search"}
+    endpoints = {e.endpoint for e in account.server.journal.entries("api") if e.method != "GET"}
+    assert endpoints <= {"POST weights_info", "POST sessions/search"}
 
 
-def test_a_glance_is_refused_and_a_read_is_not(account):
-    place = f"runs/{account.server.account.run_ids[0]}/checkpoints/weights/0001"
+def test_open_with_noatime_fails_and_plain_open_succeeds(account):
+    checkpoint = f"runs/{account.server.account.run_ids[0]}/checkpoints/weights/0001"
     with pytest.raises(OSError, match="Operation not supported"):
-        os.open(account.path(f"{place}/archive_url"), os.O_RDONLY | os.O_NOATIME)
-    os.close(os.open(account.path(f"{place}/info.json"), os.O_RDONLY | os.O_NOATIME))
-    assert account.sh(f"cat {place}/archive_url").stdout.startswith("http")
+        os.open(account.path(f"{checkpoint}/archive_url"), os.O_RDONLY | os.O_NOATIME)
+    os.close(os.open(account.path(f"{checkpoint}/info.json"), os.O_RDONLY | os.O_NOATIME))
+    assert account.sh(f"cat {checkpoint}/archive_url").stdout.startswith("http")
 
 
-def test_removing_asks_for_no_archive(account):
+def test_removal_requests_no_archive(account):
     run = account.new_run("weights/1")
     assert account.sh(f"rm -r {run}/checkpoints/weights/1").returncode == 0
     assert account.server.journal.count("GET archive") == 0
     account.server.account.remove_run(run.partition("/")[2])
 
 
-@pytest.mark.parametrize("answer", ["redirect", "json"])
-def test_curl_of_it_is_the_whole_tar(account, answer, tmp_path):
-    account.server.behaviour.archive_answer = answer
+@pytest.mark.parametrize("response", ["redirect", "json"])
+def test_curl_of_archive_url_downloads_the_tar(account, response, tmp_path):
+    account.server.behaviour.archive_response = response
     run = account.new_run("sampler_weights/1")
     run_id = run.partition("/")[2]
     fetch = 'curl -sf -o "$1" "$2"'
@@ -74,12 +74,12 @@ def test_curl_of_it_is_the_whole_tar(account, answer, tmp_path):
         code = "import sys, urllib.request as u; u.urlretrieve(sys.argv[2], sys.argv[1])"
         fetch = f'{sys.executable} -c \'{code}\' "$1" "$2"'
     done = account.sh(f'set -- {tmp_path}/tar "$(cat {run}/latest_sampler/archive_url)"; {fetch}')
-    account.server.behaviour.archive_answer = "redirect"
+    account.server.behaviour.archive_response = "redirect"
     assert done.returncode == 0, done
-    truth = account.server.archive(run_id, "sampler_weights/1")
+    expected = account.server.archive(run_id, "sampler_weights/1")
     data = (tmp_path / "tar").read_bytes()
-    assert len(data) == truth.size_bytes
-    assert hashlib.sha256(data).digest() == hashlib.sha256(truth.read(0, len(data))).digest()
+    assert len(data) == expected.size_bytes
+    assert hashlib.sha256(data).digest() == hashlib.sha256(expected.read(0, len(data))).digest()
     listed = account.sh(f"tar tf {tmp_path}/tar").stdout.split()
     assert "adapter_model.safetensors" in listed
     store = account.server.journal.entries("store")
@@ -105,7 +105,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_every_copy_is_the_url_and_nothing_else(account, name, tmp_path):
+def test_copy_of_archive_url_contains_only_the_url(account, name, tmp_path):
     needs(tool for tool in ("busybox", "perl", "rsync") if tool in name)
     run = account.new_run("weights/1")
     url = f"{run}/checkpoints/weights/1/archive_url"
@@ -124,21 +124,21 @@ def test_every_copy_is_the_url_and_nothing_else(account, name, tmp_path):
 @pytest.mark.parametrize(
     "script", ["rsync -L $U $OUT", "tar chf - $U | tar xOf - > $OUT"], ids=["rsync", "tar"]
 )
-def test_what_believes_the_size_it_saw_before_gets_it_whole_or_fails(account, script, tmp_path):
-    # open does not wait here until the kernel has forgotten the size that it was told.
+def test_copy_with_outdated_size_is_complete_or_fails(account, script, tmp_path):
+    # Here open does not wait until the kernel drops the size hint.
     run = account.new_run("weights/1")
     url = f"{run}/checkpoints/weights/1/archive_url"
     out = tmp_path / "out"
-    words = f"set -o pipefail; U={url} OUT={out}\n"
-    assert account.sh(words + script).returncode != 0
+    assignments = f"set -o pipefail; U={url} OUT={out}\n"
+    assert account.sh(assignments + script).returncode != 0
     size = len(account.sh(f"cat {url}").stdout)
     assert account.eventually(lambda: account.path(url).stat().st_size == size)
-    assert account.sh(words + script).returncode == 0
+    assert account.sh(assignments + script).returncode == 0
     assert out.read_text() == account.sh(f"cat {url}").stdout
     account.server.account.remove_run(run.partition("/")[2])
 
 
-def test_readers_of_many_processes_share_one_build(account):
+def test_concurrent_readers_share_one_archive_build(account):
     run = account.new_run()
     account.server.account.add_checkpoint(run.partition("/")[2], "weights/1", building_polls=2)
     account.server.behaviour.retry_after = "0.1"
@@ -152,7 +152,7 @@ def test_readers_of_many_processes_share_one_build(account):
     account.server.account.remove_run(run.partition("/")[2])
 
 
-def test_a_wait_for_an_archive_holds_up_nothing_else(account):
+def test_waiting_for_an_archive_blocks_nothing_else(account):
     run = account.new_run("weights/1", "weights/2")
     fault = account.server.faults.add("GET archive", hang=True, times=None)
     process = account.start("cat", f"{run}/checkpoints/weights/1/archive_url")
@@ -173,7 +173,7 @@ def test_a_wait_for_an_archive_holds_up_nothing_else(account):
     account.server.account.remove_run(run.partition("/")[2])
 
 
-def test_a_walk_that_follows_links_is_stopped_after_eight(make_account):
+def test_link_following_walk_fails_after_eight_archives(make_account):
     account = make_account(runs=0)
     account.new_run(*(f"weights/{n}" for n in range(12)))
     done = account.sh("cat runs/*/checkpoints/*/*/archive_url; true")
@@ -181,11 +181,11 @@ def test_a_walk_that_follows_links_is_stopped_after_eight(make_account):
     assert done.stdout.count("http") == 8
     assert done.stderr.count("Device or resource busy") == 4
     assert "this looks like a walk that follows links" in account.errors()
-    # Another process group may start its own.
+    # Another process group has its own burst.
     assert account.sh("cat runs/*/checkpoints/weights/11/archive_url").returncode == 0
 
 
-def test_it_is_the_owner_s_alone(account):
+def test_archive_url_is_readable_only_by_its_owner(account):
     run = account.server.account.run_ids[0]
     done = account.sh(f"stat -L -c '%a %F' runs/{run}/latest/archive_url")
     assert done.stdout == "400 regular file\n"

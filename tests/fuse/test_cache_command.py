@@ -1,4 +1,4 @@
-"""`tinkerfs cache` beside a mount that uses what it looks at."""
+"""`tinkerfs cache` while a mount uses the same cache."""
 
 import json
 import os
@@ -10,75 +10,73 @@ from tests.support.mount import tinkerfs
 
 __all__ = ["make_account"]
 
-#: The command does not go through the mount, so how libfuse is driven makes no difference.
+#: The command does not use the mount, so the binding makes no difference.
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
 SIZE_BYTES = 9 << 20
 
 
-def test_what_is_cleared_or_spoilt_under_a_mount_is_read_right_again(make_account, tmp_path):
+def test_cleared_or_corrupt_blocks_are_downloaded_again(make_account, tmp_path):
     account = make_account(runs=1, checkpoints=3, size_bytes=SIZE_BYTES, settings={"xattr": True})
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **account.server.environment}
     run_id = account.server.account.run_ids[0]
     names = sorted(os.listdir(account.path(f"runs/{run_id}/checkpoints/sampler_weights")))
     one = account.path(f"runs/{run_id}/checkpoints/sampler_weights/{names[0]}")
     member = one / "files/adapter_model.safetensors"
-    true = member.read_bytes()
+    expected = member.read_bytes()
 
-    def told(command, *words):
-        done = tinkerfs("cache", command, str(one), "--json", *words, env=env)
+    def run_cache(command, *arguments):
+        done = tinkerfs("cache", command, str(one), "--json", *arguments, env=env)
         return done.returncode, json.loads(done.stdout)
 
-    code, report = told("info")
+    code, report = run_cache("info")
     assert code == 0
     [row] = report["checkpoints"]
     assert row["checkpoint"] == f"tinker://{run_id}/sampler_weights/{names[0]}"
-    # Members and what is between them; and on disk a checksum and a rest of a page a block.
-    kept = int(os.getxattr(member, "user.tinkerfs.cached_bytes"))
-    assert kept == len(true)
-    assert kept < row["data_bytes"] == row["length_bytes"] < kept + (1 << 16)
-    assert kept < row["kept_bytes"] < kept + (1 << 20)
+    # data_bytes includes tar headers; on disk, each block has a checksum and a partial page.
+    cached_bytes = int(os.getxattr(member, "user.tinkerfs.cached_bytes"))
+    assert cached_bytes == len(expected)
+    assert cached_bytes < row["data_bytes"] == row["length_bytes"] < cached_bytes + (1 << 16)
+    assert cached_bytes < row["kept_bytes"] < cached_bytes + (1 << 20)
 
     with member.open("rb", buffering=0) as reader:
         reader.read(1)
-        assert told("info")[1]["checkpoints"][0]["is_open"]
+        assert run_cache("info")[1]["checkpoints"][0]["is_open"]
         account.server.journal.clear()
         done = tinkerfs("cache", "clear", str(one), env=env)
         assert (done.returncode, done.stderr) == (0, "")
-        assert told("info")[1]["checkpoints"] == []
-        # Not by the page cache of the kernel, which has all of it.
+        assert run_cache("info")[1]["checkpoints"] == []
+        # Drop the bytes from the page cache of the kernel, which has all of them.
         os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        assert os.pread(reader.fileno(), len(true), 0) == true
+        assert os.pread(reader.fileno(), len(expected), 0) == expected
     account.server.journal.wait_until_idle()
-    assert account.server.journal.entries("store"), "what is gone was fetched again"
+    assert account.server.journal.entries("store"), "the cleared blocks were downloaded again"
 
     [block, *_] = (account.root.parent / "cache/blocks").glob("*/0")
     with block.open("r+b") as file:
         file.write(b"spoilt")
-    code, report = told("verify")
+    code, report = run_cache("verify")
     assert (code, report["bad_blocks"]) == (1, 1)
     bad = {"checkpoint": row["checkpoint"], "file": "archive", "block": 0}
     assert report["bad"] == [bad]
-    assert told("verify")[1]["bad_blocks"] == 0
-    assert member.read_bytes() == true
+    assert run_cache("verify")[1]["bad_blocks"] == 0
+    assert member.read_bytes() == expected
 
 
-def test_a_mount_says_what_its_names_stand_for_without_a_key_and_without_an_archive(
-    make_account, tmp_path
-):
+def test_info_resolves_mount_paths_without_key_or_archive(make_account, tmp_path):
     account = make_account(runs=2, checkpoints=2, size_bytes=5000)
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     runs = [account.path(f"runs/{run_id}") for run_id in account.server.account.run_ids]
     one, other = (f"tinker://{run.name}/sampler_weights/final" for run in runs)
     for run in runs:
         (run / "latest_sampler/files/adapter_config.json").read_bytes()
-    place = runs[0] / "checkpoints/sampler_weights/final"
+    checkpoint = runs[0] / "checkpoints/sampler_weights/final"
     adapter = account.path(f"adapters/{runs[0].name}@sampler_weights@final")
     unread = runs[0] / "latest/files/adapter_model.safetensors"
-    (tmp_path / "link").symlink_to(place)
+    (tmp_path / "link").symlink_to(checkpoint)
     list(account.path("adapters").iterdir())
 
-    def told(path):
+    def run_cache(path):
         done = tinkerfs("cache", "info", "--json", path, env=env)
         assert (done.returncode, done.stderr) == (0, "")
         return {row["checkpoint"] for row in json.loads(done.stdout)["checkpoints"]}
@@ -86,17 +84,22 @@ def test_a_mount_says_what_its_names_stand_for_without_a_key_and_without_an_arch
     account.server.journal.wait_until_idle()
     account.server.journal.clear()
     for path in (
-        *(place, place / "files", place / "files/adapter_config.json", place / "archive.tar"),
-        *(runs[0], runs[0] / "checkpoints", place.parent, runs[0] / "latest_sampler", adapter),
-        *(tmp_path / "link", place / "../../../latest_sampler/info.json"),
+        *(
+            checkpoint,
+            checkpoint / "files",
+            checkpoint / "files/adapter_config.json",
+            checkpoint / "archive.tar",
+        ),
+        *(runs[0], runs[0] / "checkpoints", checkpoint.parent, runs[0] / "latest_sampler", adapter),
+        *(tmp_path / "link", checkpoint / "../../../latest_sampler/info.json"),
     ):
-        assert told(path) == {one}, path
-    assert told(unread) == told(place.parent.with_name("weights")) == set()
-    assert told(account.root) == {one, other}
+        assert run_cache(path) == {one}, path
+    assert run_cache(unread) == run_cache(checkpoint.parent.with_name("weights")) == set()
+    assert run_cache(account.root) == {one, other}
     assert not account.server.journal.count("GET archive")
     assert not account.server.journal.entries("store")
 
-    done = tinkerfs("cache", "clear", place.with_name("nonsense"), env=env)
+    done = tinkerfs("cache", "clear", checkpoint.with_name("nonsense"), env=env)
     assert done.returncode == 1
-    assert done.stderr == f"tinkerfs: {place.with_name('nonsense')}: there is no such file\n"
-    assert told(account.root) == {one, other}
+    assert done.stderr == f"tinkerfs: {checkpoint.with_name('nonsense')}: no such file\n"
+    assert run_cache(account.root) == {one, other}

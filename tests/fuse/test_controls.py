@@ -1,4 +1,4 @@
-"""Controls with the tools that write files: each must see whether the server did it."""
+"""Controls written by common tools, which must report whether the server made the change."""
 
 import signal
 import sys
@@ -10,7 +10,7 @@ from tests.support.account import account, make_account, needs
 
 __all__ = ["account", "make_account"]
 
-#: Scripts that publish, $P being the control.
+#: Scripts that publish; $P is the path of the control.
 PUBLISH = {
     "bash": "echo 1 > $P",
     "bash append": "echo 1 >> $P",
@@ -34,7 +34,7 @@ PUBLISH = {
     "vim": "vi -es -u NONE -c 'set nobackup nowritebackup noswapfile' -c '%s/0/1/' -c 'wq' $P",
 }
 
-#: Editors and copiers that make a new file and rename it: they fail, and say so.
+#: Editors and copiers that create a new file and rename it: they fail with an error.
 REPLACE = {
     "sed -i": "sed -i s/0/1/ $P",
     "mv": "echo 1 > $TMP/one; mv $TMP/one $P",
@@ -45,16 +45,16 @@ REPLACE = {
 }
 TOOLS = ("busybox", "dash", "perl", "rsync", "vi")
 
-#: Whose exit status does not tell: vi -es never does, and Python keeps what it writes until the
-#: file is closed, here by the garbage collector, whose errors it drops. `with` and `raw` tell.
+#: Tools with an exit status that does not report the error. vi -es never does. Python buffers the
+#: data until the garbage collector closes the file, which ignores errors, unlike `with` and `raw`.
 SILENT = {"vim", "python"}
-#: dash has these words for every write that fails.
-OWN_WORDS = {"dash": "I/O error"}
+#: Error messages that do not depend on the errno: dash has one for every failed write.
+OWN_MESSAGES = {"dash": "I/O error"}
 
 
 @pytest.fixture
 def control(account, tmp_path):
-    """The path of the control `published`, the server's checkpoint, and how to run a script."""
+    """Return the path of `published`, the server's checkpoint, and a function to run a script."""
     run = account.new_run("weights/1")
     path = f"{run}/checkpoints/weights/1/published"
     checkpoint = account.server.account.checkpoint(run.partition("/")[2], "weights/1")
@@ -68,7 +68,7 @@ def control(account, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISH)
-def test_what_writes_publishes(account, control, name):
+def test_writing_tool_publishes(account, control, name):
     path, checkpoint, script = control
     done = script(PUBLISH[name])
     assert done.returncode == 0, done
@@ -78,7 +78,7 @@ def test_what_writes_publishes(account, control, name):
 
 
 @pytest.mark.parametrize("name", PUBLISH)
-def test_what_writes_sees_the_server_s_refusal(account, control, name):
+def test_writing_tool_reports_the_server_error(account, control, name):
     path, checkpoint, script = control
     account.server.faults.add(
         "POST publish", times=None, status=403, body={"detail": "not yours to show"}
@@ -86,16 +86,16 @@ def test_what_writes_sees_the_server_s_refusal(account, control, name):
     done = script(PUBLISH[name])
     if name not in SILENT:
         assert done.returncode != 0, done
-        assert OWN_WORDS.get(name, "ermission denied") in done.stderr, done
+        assert OWN_MESSAGES.get(name, "ermission denied") in done.stderr, done
     assert not checkpoint.is_public
     assert account.sh(f"cat {path}").stdout == "0\n"
     assert account.server.journal.count("POST publish") >= 1
-    told = [line for line in account.errors().splitlines() if f"/{path}\twrite\tEACCES" in line]
-    assert "not yours to show" in told[-1]
+    lines = [line for line in account.errors().splitlines() if f"/{path}\twrite\tEACCES" in line]
+    assert "not yours to show" in lines[-1]
 
 
 @pytest.mark.parametrize("name", REPLACE)
-def test_what_replaces_fails_clearly_and_changes_nothing(account, control, name):
+def test_replacing_tool_fails_and_changes_nothing(account, control, name):
     path, checkpoint, script = control
     done = script(REPLACE[name])
     assert done.returncode != 0, done
@@ -103,13 +103,13 @@ def test_what_replaces_fails_clearly_and_changes_nothing(account, control, name)
     assert not checkpoint.is_public
     assert not account.server.journal.count("POST publish")
     assert account.server.journal.count("DELETE checkpoint") == 0
-    assert account.sh(f"cat {path}").stdout == "0\n"  # though some unlink it first
+    assert account.sh(f"cat {path}").stdout == "0\n"  # although some tools unlink it first
 
 
 @pytest.mark.parametrize(
     "text", ["touch $P", "chmod 600 $P", ": > $P", "truncate -s 0 $P", "true >> $P"]
 )
-def test_touching_changes_nothing(account, control, text):
+def test_touch_and_truncate_change_nothing(account, control, text):
     path, checkpoint, script = control
     done = script(text)
     assert done.returncode == 0, done
@@ -119,7 +119,7 @@ def test_touching_changes_nothing(account, control, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "expected"),
     [
         ("echo maybe > $P", "Invalid argument"),
         ("head -c 300000 /dev/zero > $P", "Invalid argument"),
@@ -136,15 +136,15 @@ def test_touching_changes_nothing(account, control, text):
         ("chmod 777 ${P%published}info.json", "Operation not permitted"),
     ],
 )
-def test_the_words_of_a_shell_for_what_is_refused(account, control, text, words):
+def test_shell_reports_errno_of_rejected_change(account, control, text, expected):
     _path, _checkpoint, script = control
     done = script(text)
     assert done.returncode == 1, done
-    assert words in done.stderr
+    assert expected in done.stderr
     assert not {"PUT", "DELETE"} & {e.method for e in account.server.journal.entries("api")}
 
 
-def test_an_expiry_by_the_shell(account, control):
+def test_shell_sets_and_clears_expiry(account, control):
     path, checkpoint, _script = control
     expiry = path.replace("published", "expires_at")
     assert account.sh(f"cat {expiry}").stdout == "never\n"
@@ -158,7 +158,7 @@ def test_an_expiry_by_the_shell(account, control):
     assert checkpoint.expires_at_s is None
 
 
-def test_a_copy_of_a_control_that_has_just_grown_is_whole(account, control, tmp_path):
+def test_copy_of_control_that_has_grown_is_complete(account, control, tmp_path):
     path, _checkpoint, _script = control
     expiry = path.replace("published", "expires_at")
     code = "import shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2])"
@@ -172,17 +172,17 @@ def test_a_copy_of_a_control_that_has_just_grown_is_whole(account, control, tmp_
         assert (tmp_path / name).read_text() == text, name
 
 
-def test_the_flag_of_the_link_is_the_flag(account, control):
+def test_control_behind_link_is_the_same_control(account, control):
     path, checkpoint, _script = control
     run = path.partition("/checkpoints")[0]
     assert account.sh(f"echo 1 > {run}/latest/published").returncode == 0
     assert checkpoint.is_public
     assert account.sh(f"cat {path} {run}/latest/published").stdout == "1\n1\n"
-    shown = account.sh(f"grep -c '\"public\": true' {run}/info.json {run}/latest/info.json").stdout
-    assert [line[-1] for line in shown.splitlines()] == ["1", "1"]
+    output = account.sh(f"grep -c '\"public\": true' {run}/info.json {run}/latest/info.json").stdout
+    assert [line[-1] for line in output.splitlines()] == ["1", "1"]
 
 
-def test_ctrl_c_ends_a_write_that_waits_and_changes_tells_how_it_ended(account, control):
+def test_ctrl_c_interrupts_write_and_changes_records_outcome(account, control):
     path, checkpoint, _script = control
     rule = account.server.faults.add("POST publish", hang=True)
     process = account.start("bash", "-c", f"echo 1 > {path}")
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_a_write_that_waits_and_changes_tells_how_it_ended(account, 
     )
 
 
-def test_two_who_write_at_once_both_hear_the_truth(account, control):
+def test_concurrent_writes_report_their_outcomes(account, control):
     path, checkpoint, _script = control
     done = account.sh(
         f"for n in 1 0 1 0 1 0 1 0; do echo $n > {path} & done; wait; echo 1 > {path}; cat {path}"

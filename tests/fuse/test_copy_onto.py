@@ -1,6 +1,6 @@
-"""A copy of a whole directory onto a checkpoint's changes nothing; a control copied by hand acts.
+"""Copying a directory onto a checkpoint changes nothing, and writing a single control does.
 
-Among the names of a checkpoint directory are two whose writes act: `published` and `expires_at`.
+A checkpoint directory has two controls, files that act when written: `published` and `expires_at`.
 """
 
 import sys
@@ -13,7 +13,7 @@ __all__ = ["account", "make_account"]
 
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-#: $X is published and expires, $Y is not and does not; $OUT is a directory off the mount.
+#: $X is published and expires, $Y does neither; $OUT is a directory outside the mount.
 COPIES = {
     "cp -r of names": "cp -r $X/* $Y/",
     "cp -r of what is in it": "cp -r $X/. $Y/",
@@ -31,6 +31,7 @@ COPIES = {
         "$PYTHON -c 'import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)' $X $Y"
     ),
     "scp": "scp -rq $X/. $Y/",
+    "cp -r after a refused removal": "rm -f README.md; cp -r $X/* $Y/",
     "mv": "cp -a $X $OUT/ && mv -f $OUT/0001/* $Y/",
 }
 
@@ -47,9 +48,9 @@ BY_HAND = {
     "Python": '$PYTHON -c \'import sys; open(sys.argv[1], "w").write("1")\' $Y/published',
     "a script that walks": (
         "$PYTHON -c 'import os, sys\n"
-        "for folder, _, names in os.walk(sys.argv[1]):\n"
-        '    if "published" in names and open(folder + "/published").read() == "0\\n":\n'
-        '        open(folder + "/published", "w").write("1")\' $W2'
+        "for path, _, names in os.walk(sys.argv[1]):\n"
+        '    if "published" in names and open(path + "/published").read() == "0\\n":\n'
+        '        open(path + "/published", "w").write("1")\' $W2'
     ),
     "find and sh": "find $W2 -name published -exec sh -c 'echo 1 > \"$1\"' - {} \\;",
     "after a copy by another command": "setsid -w cp -r $X/* $Y/; echo 1 > $Y/published",
@@ -58,7 +59,7 @@ BY_HAND = {
 
 @pytest.fixture
 def pair(account):
-    """Two runs with a checkpoint each, of which the first one's is published and expires."""
+    """Return two runs with a checkpoint each; the first one is published and expires."""
     runs = [account.new_run("weights/0001") for _ in range(2)]
     ids = [run.partition("/")[2] for run in runs]
     account.sh(f"echo 1 > {runs[0]}/checkpoints/weights/0001/published")
@@ -72,8 +73,8 @@ def pair(account):
 def run_script(account, pair, tmp_path, text):
     needs(tool for tool in ("busybox", "rsync", "scp") if tool in text)
     source, target = (f"{run}/checkpoints/weights" for run in pair)
-    words = f"W2=./{quoted(target)} OUT={quoted(tmp_path)} PYTHON={quoted(sys.executable)}\n"
-    return account.sh(f"X=./{quoted(source)}/0001\n{words}Y=$W2/0001\n{text}")
+    assignments = f"W2=./{quoted(target)} OUT={quoted(tmp_path)} PYTHON={quoted(sys.executable)}\n"
+    return account.sh(f"X=./{quoted(source)}/0001\n{assignments}Y=$W2/0001\n{text}")
 
 
 def state(account, run):
@@ -82,7 +83,7 @@ def state(account, run):
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_a_copy_of_a_directory_changes_no_checkpoint(account, pair, tmp_path, name):
+def test_copy_of_directory_changes_no_checkpoint(account, pair, tmp_path, name):
     done = run_script(account, pair, tmp_path, COPIES[name])
     assert done.returncode != 0, done
     assert [state(account, run) for run in pair] == [(True, True), (False, False)]
@@ -93,7 +94,7 @@ def test_a_copy_of_a_directory_changes_no_checkpoint(account, pair, tmp_path, na
     assert len(listed) == 8
 
 
-def test_a_refused_control_says_why_and_how_it_is_written(account, pair, tmp_path):
+def test_rejected_control_write_reports_reason_and_hint(account, pair, tmp_path):
     done = run_script(account, pair, tmp_path, COPIES["cp -r of names"])
     assert "error writing" in done.stderr
     logged = [line for line in account.errors().splitlines() if pair[1] in line]
@@ -103,7 +104,7 @@ def test_a_refused_control_says_why_and_how_it_is_written(account, pair, tmp_pat
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_a_control_that_is_written_by_hand_acts(account, pair, tmp_path, name):
+def test_control_written_by_itself_takes_effect(account, pair, tmp_path, name):
     done = run_script(account, pair, tmp_path, BY_HAND[name])
     if "another command" not in name:
         assert done.stderr == ""

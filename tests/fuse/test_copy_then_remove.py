@@ -1,7 +1,7 @@
-"""What copies a checkpoint directory off the mount and then removes it deletes nothing.
+"""Removing a checkpoint directory after copying it off the mount deletes nothing.
 
-The copy has the links and the small files, not the weights. What merely looked still deletes. Each
-script runs in a session of its own, as from a shell of its own.
+The copy contains the links and the small files, but not the weights. Removal after a mere listing
+still deletes. Each script runs in a new session, like a command of an interactive shell.
 """
 
 import sys
@@ -17,7 +17,7 @@ one_binding = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=Tru
 
 TOOLS = ("busybox", "gio", "jq", "perl", "rclone", "rsync", "zip")
 
-#: $X is a checkpoint directory, $W and $CK those above it, $OUT a directory off the mount.
+#: $X is a checkpoint directory, $W and $CK are its parents, $OUT is outside the mount.
 MOVES = {
     "mv": "mv $X $OUT/",
     "mv a kind": "mv $W $OUT/",
@@ -77,7 +77,7 @@ def script(run, tmp_path, text):
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_a_copy_then_a_removal_deletes_nothing(account, run, tmp_path, name):
+def test_removal_after_copy_deletes_nothing(account, run, tmp_path, name):
     done = account.sh(script(run, tmp_path, MOVES[name]))
     assert done.returncode != 0, done
     assert deletes(account.server) == 0
@@ -85,7 +85,7 @@ def test_a_copy_then_a_removal_deletes_nothing(account, run, tmp_path, name):
     assert "peration not permitted" in done.stderr or "PermissionError" in done.stderr, done
     logged = [line for line in account.errors().splitlines() if run in line]
     assert any("(hint: tinkerfs get PATH DEST, then rm -r PATH" in line for line in logged)
-    # Nothing stays hidden, and what is meant still deletes.
+    # Nothing stays hidden, and deliberate removal still deletes.
     listed = account.sh(f"ls {run}/checkpoints/weights/0001").stdout.split()
     assert len(listed) == 8
     assert account.sh(f"rm -r {run}/checkpoints/weights/0001").returncode == 0
@@ -130,7 +130,7 @@ LOOKS = {
 
 @one_binding
 @pytest.mark.parametrize("name", LOOKS)
-def test_a_look_then_a_removal_deletes_what_it_names(account, run, tmp_path, name):
+def test_removal_after_listing_deletes_the_checkpoint(account, run, tmp_path, name):
     key = f"KEY={quoted(account.server.api_key)}\n"
     done = account.sh(key + script(run, tmp_path, LOOKS[name]))
     assert done.returncode == 0, done
@@ -139,7 +139,7 @@ def test_a_look_then_a_removal_deletes_what_it_names(account, run, tmp_path, nam
 
 
 @one_binding
-def test_a_copy_by_one_command_lets_another_remove(account, run, tmp_path):
+def test_copy_by_one_command_does_not_affect_another(account, run, tmp_path):
     assert account.sh(script(run, tmp_path, "cp -a $X $OUT/")).returncode == 0
     assert account.sh(script(run, tmp_path, "rm -r $X")).returncode == 0
     assert account.checkpoint_ids(run) == {*NAMES} - {"weights/0001"}
@@ -149,7 +149,7 @@ def test_a_copy_by_one_command_lets_another_remove(account, run, tmp_path):
 @pytest.mark.parametrize(
     "move", ["mv $X $W/0003", "mv $X $W/0002/", "mv $OUT/in $W/", "mv -f $OUT/in/* $X/"]
 )
-def test_a_move_within_or_onto_the_mount_changes_nothing(account, run, tmp_path, move):
+def test_move_within_or_onto_the_mount_changes_nothing(account, run, tmp_path, move):
     (tmp_path / "in").mkdir()
     for name in ("info.json", "published", "files"):
         (tmp_path / "in" / name).write_text("1\n")

@@ -1,4 +1,4 @@
-"""The rows of docs/errors.md, in the words that a shell prints, and in `errors` in the server's."""
+"""The rows of docs/troubleshooting.md: the message in a shell, and the line in `errors`."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ from tests.support.account import account, make_account
 
 __all__ = ["account", "make_account"]
 
-WORDS = {"detail": "the server's own words"}
+BODY = {"detail": "the server's own words"}
 NO_RETRY = {"x-should-retry": "false"}
 
-#: endpoint, what the server does, what is tried, the shell's words, those in `errors`.
+#: Endpoint, effects of the server's fault, script, message in the shell, message in `errors`.
 ROWS = {
     "403 of a listing": (
         "GET training_runs/{run}/checkpoints",
-        {"status": 403, "body": WORDS},
+        {"status": 403, "body": BODY},
         "ls $RUN/checkpoints",
         "Permission denied",
         "403: the server's own words",
@@ -25,41 +25,41 @@ ROWS = {
     "404 of a run": (
         "GET training_runs/{run}",
         {"status": 404, "body": {"detail": "Run not found, says the server"}},
-        "ls runs/nobody-404",
+        "ls runs/unknown-404",
         "No such file or directory",
         "404: Run not found, says the server",
     ),
     "410 of a run": (
         "GET training_runs/{run}",
-        {"status": 410, "body": WORDS},
-        "cat runs/nobody-410/info.json",
+        {"status": 410, "body": BODY},
+        "cat runs/unknown-410/info.json",
         "No such file or directory",
         "410: the server's own words",
     ),
     "400 of a lookup": (
         "GET training_runs/{run}",
-        {"status": 400, "body": WORDS},
-        "stat runs/nobody-400",
+        {"status": 400, "body": BODY},
+        "stat runs/unknown-400",
         "No such file or directory",
         "400: the server's own words",
     ),
     "422 of a lookup": (
         "GET training_runs/{run}",
         {"status": 422, "body": {"detail": [{"loc": ["path"], "msg": "no such id can be"}]}},
-        "stat runs/nobody-422",
+        "stat runs/unknown-422",
         "No such file or directory",
         "no such id can be",
     ),
     "400 of a listing": (
         "GET training_runs/{run}/checkpoints",
-        {"status": 400, "body": WORDS},
+        {"status": 400, "body": BODY},
         "ls $RUN/checkpoints",
         "Invalid argument",
         "400: the server's own words",
     ),
     "418 of a listing": (
         "GET training_runs/{run}/checkpoints",
-        {"status": 418, "body": WORDS},
+        {"status": 418, "body": BODY},
         "ls $RUN/checkpoints",
         "Input/output error",
         "418: the server's own words",
@@ -85,14 +85,14 @@ ROWS = {
         "Operation not supported",
         "this server has no such endpoint",
     ),
-    "404 of the archive of a checkpoint that is listed all the same": (
+    "404 of the archive of a listed checkpoint": (
         "GET archive",
         {"status": 404, "body": {"detail": "Checkpoint not found: no archive"}},
         "cat $RUN/latest/archive_url",
         "Operation not supported",
-        "404: Checkpoint not found: no archive (which is listed all the same)",
+        "404: Checkpoint not found: no archive (but it is listed)",
     ),
-    "404 of publishing where there is no such thing": (
+    "405 of publishing": (
         "POST publish",
         {"status": 405, "body": {"detail": "Method Not Allowed"}},
         "echo 1 > $RUN/latest/published",
@@ -101,35 +101,35 @@ ROWS = {
     ),
     "409 of another change": (
         "PUT ttl",
-        {"status": 409, "body": WORDS},
+        {"status": 409, "body": BODY},
         "echo 30d > $RUN/latest/expires_at",
         "Device or resource busy",
         "409: the server's own words",
     ),
     "425 of a deletion": (
         "DELETE checkpoint",
-        {"status": 425, "body": WORDS},
+        {"status": 425, "body": BODY},
         "rm -r $RUN/checkpoints/weights/1",
         "Device or resource busy",
         "425: the server's own words",
     ),
     "400 of a change": (
         "PUT ttl",
-        {"status": 400, "body": WORDS},
+        {"status": 400, "body": BODY},
         "echo 30d > $RUN/latest/expires_at",
         "Invalid argument",
         "400: the server's own words",
     ),
     "429": (
         "GET training_runs/{run}/checkpoints",
-        {"status": 429, "body": WORDS},
+        {"status": 429, "body": BODY},
         "ls $RUN/checkpoints",
         "Device or resource busy",
         "429: the server's own words",
     ),
     "500": (
         "GET training_runs/{run}/checkpoints",
-        {"status": 500, "body": WORDS},
+        {"status": 500, "body": BODY},
         "ls $RUN/checkpoints",
         "Input/output error",
         "500: the server's own words",
@@ -141,7 +141,7 @@ ROWS = {
         "Input/output error",
         "502",
     ),
-    "no answer in time": (
+    "no response in time": (
         "GET training_runs/{run}/checkpoints",
         {"hang": True},
         "ls $RUN/checkpoints",
@@ -155,14 +155,14 @@ ROWS = {
         "No route to host",
         "",
     ),
-    "no JSON": (
+    "not JSON": (
         "GET training_runs/{run}/checkpoints",
         {"status": 200, "html": True},
         "ls $RUN/checkpoints",
         "Protocol error",
         "",
     ),
-    "half of it": (
+    "truncated JSON": (
         "GET training_runs/{run}/checkpoints",
         {"half_json": True},
         "ls $RUN/checkpoints",
@@ -193,12 +193,14 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def impatient(make_account):
-    return make_account(runs=1, checkpoints=1, settings={"timeout_s": 1.0, "archive_burst": 0})
+    return make_account(
+        runs=1, checkpoints=1, settings={"timeout_s": 1.0, "archive_build_limit": 0}
+    )
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_a_shell_s_words_and_the_server_s(impatient, row):
-    endpoint, effects, script, words, told = ROWS[row]
+def test_row_has_errno_for_shell_and_message_in_errors(impatient, row):
+    endpoint, effects, script, expected, message = ROWS[row]
     run = impatient.new_run("weights/1")
     impatient.sh(f"ls {run}")
     headers = NO_RETRY if "status" in effects else {}
@@ -209,55 +211,55 @@ def test_a_shell_s_words_and_the_server_s(impatient, row):
     finally:
         fault.remove()
     assert done.returncode != 0
-    assert words in done.stderr, done
+    assert expected in done.stderr, done
     lines = impatient.errors().splitlines()[before:]
-    assert any(f"\t{NAMES[words]}\t" in line and told in line for line in lines), lines
+    assert any(f"\t{NAMES[expected]}\t" in line and message in line for line in lines), lines
     assert not any("secret" in line or impatient.server.api_key in line for line in lines)
     assert impatient.sh(f"ls {run}").returncode == 0
 
 
 @pytest.mark.parametrize("status", [409])
-def test_409_of_publishing_is_success(account, status):
+def test_publish_with_409_succeeds(account, status):
     run = account.new_run("weights/1")
     account.server.faults.add("POST publish", status=status, body={"detail": "already public"})
     done = account.sh(f"echo 1 > {run}/latest/published")
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_wrong_key(make_account):
+def test_wrong_key_is_permission_denied(make_account):
     account = make_account(runs=2, checkpoints=1)
     account.server.behaviour.api_keys.clear()
-    done = account.sh("ls runs; ls runs; stat runs/nobody; cat .tinkerfs/errors")
+    done = account.sh("ls runs; ls runs; stat runs/unknown; cat .tinkerfs/errors")
     assert "ls: cannot open directory 'runs': Permission denied" in done.stderr
-    assert "stat: cannot statx 'runs/nobody': Permission denied" in done.stderr
+    assert "stat: cannot statx 'runs/unknown': Permission denied" in done.stderr
     assert "Invalid API key" in done.stdout
     assert account.server.journal.count("api") <= 2
 
 
-def test_nobody_there(make_account):
+def test_unreachable_server_is_no_route_to_host(make_account):
     account = make_account(runs=2, checkpoints=2)
     run, other = (f"runs/{run_id}" for run_id in account.server.account.run_ids)
     known = account.sh(f"ls -R {run}").stdout
     account.server.stop_listening("api")
-    done = account.sh(f"ls {other}/checkpoints; stat runs/nobody; echo 1 > {run}/latest/published")
+    done = account.sh(f"ls {other}/checkpoints; stat runs/unknown; echo 1 > {run}/latest/published")
     assert done.stderr.count("No route to host") == 3, done
-    assert account.sh(f"ls -R {run}").stdout == known  # the last good answer
+    assert account.sh(f"ls -R {run}").stdout == known  # the last known good value
     account.server.resume_listening()
     assert account.eventually(lambda: account.sh(f"ls {other}/checkpoints").returncode == 0)
     assert account.sh(f"echo 1 > {run}/latest/published").returncode == 0
 
 
-def test_an_error_of_a_read_is_an_error_of_python_too(impatient):
+def test_read_error_raises_os_error_in_python(impatient):
     run = impatient.new_run("weights/1")
     fault = impatient.server.faults.add(
-        "GET archive", status=500, times=None, headers=NO_RETRY, body=WORDS
+        "GET archive", status=500, times=None, headers=NO_RETRY, body=BODY
     )
     done = impatient.python(f"print(repr(open('{run}/latest/archive_url').read()))")
     fault.remove()
     assert "OSError: [Errno 5]" in done.stderr
 
 
-def test_ctrl_c_ends_a_waiting_cat(account):
+def test_ctrl_c_interrupts_cat_that_waits_for_archive(account):
     run = account.new_run("weights/1")
     fault = account.server.faults.add("GET archive", hang=True)
     process = account.start("cat", f"{run}/latest/archive_url")
@@ -267,11 +269,11 @@ def test_ctrl_c_ends_a_waiting_cat(account):
     process.communicate(timeout=10)
     assert time.monotonic() - started < 1.0
     fault.release()
-    # The build went on, and serves the next reader.
+    # The build continued, and serves the next reader.
     assert account.sh(f"cat {run}/latest/archive_url").stdout.startswith("http")
     assert account.server.journal.count("GET archive") == 1
 
 
-def test_errors_and_changes_are_for_the_owner_s_eyes(account):
+def test_errors_and_changes_are_readable_only_by_owner(account):
     for name in ("errors", "changes"):
         assert os.stat(account.path(f".tinkerfs/{name}")).st_mode & 0o777 == 0o600

@@ -1,6 +1,6 @@
-"""A real file manager on a real mount: Thunar, on a screen that nobody sees.
+"""A real file manager on a real mount: Thunar, on a virtual screen.
 
-With `TINKERFS_PHOTOGRAPHS` its windows are photographed into that folder, for the documentation.
+If `TINKERFS_PHOTOGRAPHS` is set, screenshots for the documentation are saved in that directory.
 """
 
 import json
@@ -20,15 +20,15 @@ __all__ = ["account", "make_account"]
 
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-#: The newest last, and so in an order of their own.
+#: Oldest first, which is not the order of the names.
 NAMES = ("weights/warm-up", "weights/epoch-1", "weights/final")
 
-#: What the server stores of each; sorted by size they stand in a third order.
+#: Stored size of each checkpoint; the order by size differs from both other orders.
 SIZES_BYTES = (2_000_000, 3_000_000, 1_000_000)
 
 WIDTH, HEIGHT = 900, 420
-#: Where a list has the heads of its columns of times and sizes, and its first row, in a window that
-#: fills the screen.
+#: Positions of the column headers of times and sizes, and of the first row, in a window that fills
+#: the screen.
 HEAD_OF_TIMES, HEAD_OF_SIZES, FIRST_ROW = (820, 113), (660, 113), (260, 140)
 
 READER = """[Desktop Entry]
@@ -44,7 +44,7 @@ text/plain=reader.desktop
 
 
 class Desktop:
-    """A screen without a window manager, and what is pressed on its keyboard."""
+    """A virtual screen without a window manager, with a keyboard and a mouse."""
 
     def __init__(self, home):
         self.home = home
@@ -66,15 +66,15 @@ class Desktop:
             )
         ]
         os.close(writing)
-        with os.fdopen(reading) as told:
-            display = told.readline().strip()
+        with os.fdopen(reading) as pipe:
+            display = pipe.readline().strip()
         assert display, "Xvfb does not start"
         self._environ = {
             **{name: value for name, value in os.environ.items() if not name.startswith("XDG_")},
             "DISPLAY": f":{display}",
             "HOME": str(home),
             "XDG_RUNTIME_DIR": str(home / "run"),
-            # No session bus: the desktop of whoever runs the tests stays out of this.
+            # No session bus, so that the desktop of the developer is not involved.
             "DBUS_SESSION_BUS_ADDRESS": "disabled:",
             "GIO_USE_VFS": "local",
             "NO_AT_BRIDGE": "1",
@@ -82,7 +82,7 @@ class Desktop:
         }
 
     def settle(self, quiet_s=0.5, timeout_s=5.0):
-        """Wait until the screen stands still, or has had time enough: a cursor goes on blinking."""
+        """Wait until the screen is unchanged, or until the timeout, because a cursor may blink."""
         deadline = time.monotonic() + timeout_s
         before, since = b"", time.monotonic()
         while time.monotonic() < min(since + quiet_s, deadline):
@@ -108,23 +108,34 @@ class Desktop:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
 
-    def open(self, folder):
-        """Start the file manager in a folder; return its window."""
-        self._started.append(self._start(["thunar", str(folder)], self._environ))
-        window = self.window(folder.name)
+    def open(self, directory):
+        """Start the file manager in a directory; return its window."""
+        # Thunar exits now and then before it has a window, under load: that is started again.
+        for _ in range(5):
+            process = self._start(["thunar", str(directory)], self._environ)
+            self._started.append(process)
+            mount_table.wait_until(
+                lambda process=process: (
+                    self.windows(f"^{directory.name}") or process.poll() is not None
+                ),
+                60,
+            )
+            if process.poll() is None:
+                break
+        window = self.window(directory.name)
         self.xdotool("windowsize", "--sync", window, WIDTH, HEIGHT)
         self.show_list()
         return window
 
     def show_list(self):
-        """Show a folder as a list, with sizes and times; each one is shown as icons at first."""
+        """Switch from icons, the default, to a list with sizes and times."""
         self.settle()
         self.press("ctrl+2")
         self.settle()
 
-    def xdotool(self, *words):
+    def xdotool(self, *arguments):
         done = subprocess.run(
-            ["xdotool", *map(str, words)],
+            ["xdotool", *map(str, arguments)],
             env=self._environ,
             capture_output=True,
             text=True,
@@ -134,18 +145,18 @@ class Desktop:
         return done.stdout.split()
 
     def windows(self, title=".+"):
-        """Return the visible windows whose title matches."""
+        """Return the visible windows with a matching title."""
         return self.xdotool("search", "--onlyvisible", "--name", title)
 
     def window(self, title, timeout_s=60):
-        """Wait for a window with a title that begins so; give it the keyboard and return it."""
+        """Wait for a window with a title that starts so; focus and return it."""
         found = []
 
-        def is_there():
+        def is_open():
             found[:] = self.windows(f"^{title}")
             return bool(found)
 
-        assert mount_table.wait_until(is_there, timeout_s), (title, self.titles())
+        assert mount_table.wait_until(is_open, timeout_s), (title, self.titles())
         self.xdotool("windowfocus", "--sync", found[-1])
         return found[-1]
 
@@ -155,31 +166,31 @@ class Desktop:
     def press(self, *keys):
         self.xdotool("key", "--clearmodifiers", "--delay", "60", *keys)
 
-    def click(self, place, times=1):
-        self.xdotool("mousemove", "--sync", *place, "click", "--repeat", times, "--delay", 80, 1)
+    def click(self, position, times=1):
+        self.xdotool("mousemove", "--sync", *position, "click", "--repeat", times, "--delay", 80, 1)
         self.settle()
 
     def write(self, text):
         self.xdotool("type", "--delay", "15", text)
 
     def select(self, name):
-        """Select an entry by the beginning of its name."""
+        """Select an entry by a prefix of its name."""
         self.write(name)
         self.settle()
         self.press("Escape")
         self.settle()
 
-    def go(self, folder):
-        """Go to a folder by the location bar."""
+    def go(self, directory):
+        """Go to a directory by the location bar."""
         self.press("ctrl+l")
-        self.write(str(folder))
+        self.write(str(directory))
         self.press("Return")
-        window = self.window(folder.name)
+        window = self.window(directory.name)
         self.show_list()
         return window
 
     def photograph(self, name):
-        """Keep a picture of the screen, where pictures are wanted."""
+        """Save a screenshot, if `TINKERFS_PHOTOGRAPHS` is set."""
         target = os.environ.get("TINKERFS_PHOTOGRAPHS")
         if target:
             picture = Path(target).resolve() / f"{name}.png"
@@ -201,26 +212,26 @@ def desktop(tmp_path):
 
 @pytest.fixture
 def run(account):
-    """The folder of a run whose checkpoints were saved a day apart, the last one first by name."""
+    """Return a run's directory; one checkpoint was saved per day, in reverse name order."""
     newest_s = 1_780_000_000
-    folder = account.new_run()
-    run_id = Path(folder).name
+    directory = account.new_run()
+    run_id = Path(directory).name
     for days, name in enumerate(reversed(NAMES)):
         saved_s = newest_s - 86_400 * days
         size_bytes = SIZES_BYTES[NAMES.index(name)]
         account.server.account.add_checkpoint(run_id, name, time_s=saved_s, size_bytes=size_bytes)
     account.refresh()
     account.server.journal.clear()
-    return account.path(folder)
+    return account.path(directory)
 
 
-def test_browse_sort_by_date_see_properties_and_open_a_file(account, run, desktop):
+def test_browse_sort_show_properties_and_open_a_file(account, run, desktop):
     desktop.open(account.root)
     desktop.go(run / "checkpoints/weights")
     desktop.click(HEAD_OF_TIMES)
     desktop.photograph("file-manager")
     desktop.click(FIRST_ROW, times=2)
-    desktop.window("warm-up -")  # what was saved first
+    desktop.window("warm-up -")  # the oldest checkpoint
     desktop.settle()
     desktop.select("info")
     desktop.press("Return")
@@ -235,22 +246,22 @@ def test_browse_sort_by_date_see_properties_and_open_a_file(account, run, deskto
     desktop.press("Escape")
     account.server.journal.wait_until_idle()
     calls = api_calls(account.server)
-    # As the location is typed, each beginning of it is looked up, and may be a run.
+    # While the location is typed, Thunar looks up each prefix of it, which may be a run.
     assert calls.pop("GET training_runs/{run}") <= len(run.name)
     assert 1 <= calls.pop("POST weights_info") <= len(NAMES)
-    # The listing, and where such a beginning was looked up before it came: has the server any?
+    # The listing, and the lookup of such a prefix before the listing arrived.
     assert 1 <= calls.pop("GET training_runs") <= 2
     assert calls == {"GET training_runs/{run}/checkpoints": 1}
 
 
-def test_size_column_sorts_by_what_is_stored(run, desktop):
+def test_size_column_sorts_by_stored_size(run, desktop):
     desktop.open(run / "checkpoints/weights")
     desktop.click(HEAD_OF_SIZES)
     desktop.click(FIRST_ROW, times=2)
     desktop.window("final -")  # the smallest
 
 
-def test_the_properties_of_a_folder_count_what_is_below_it(account, run, desktop):
+def test_directory_properties_count_its_content(account, run, desktop):
     desktop.open(run / "checkpoints/weights")
     desktop.select("epoch")
     desktop.press("alt+Return")
@@ -261,12 +272,12 @@ def test_the_properties_of_a_folder_count_what_is_below_it(account, run, desktop
     assert calls == {
         "GET training_runs/{run}": 1,
         "GET training_runs/{run}/checkpoints": 1,
-        "POST weights_info": len(NAMES),  # of its siblings behind the first
+        "POST weights_info": len(NAMES),  # for the siblings of the first one
     }
 
 
-def test_delete_a_checkpoint_and_be_refused_a_run(account, run, desktop):
-    # Thunar opens each file and reads each link of what it shows, to choose icons.
+def test_delete_removes_a_checkpoint_and_not_a_run(account, run, desktop):
+    # Thunar opens each visible file and reads each visible link, to choose icons.
     desktop.open(run / "checkpoints/weights/final")
     desktop.select("info")
     desktop.press("alt+Return")
@@ -278,9 +289,9 @@ def test_delete_a_checkpoint_and_be_refused_a_run(account, run, desktop):
     desktop.press("shift+Delete")
     desktop.window("Attention")
     desktop.press("Return")
-    run_folder = f"runs/{run.name}"
+    run_directory = f"runs/{run.name}"
     remaining = {"weights/warm-up", "weights/epoch-1"}
-    assert account.eventually(lambda: account.checkpoint_ids(run_folder) == remaining, 20)
+    assert account.eventually(lambda: account.checkpoint_ids(run_directory) == remaining, 20)
     assert "/weights/final\tdelete\t" in account.changes()
     everything = account.checkpoint_ids()
     desktop.go(account.path("runs"))
@@ -295,9 +306,9 @@ def test_delete_a_checkpoint_and_be_refused_a_run(account, run, desktop):
     desktop.photograph("file-manager-refused")
     assert account.checkpoint_ids() == everything
     *_, last = account.errors().splitlines()
-    first = rf"/{run_folder}/(info\.json|latest)\tunlink\tEPERM\tonly checkpoints can be removed"
+    first = rf"/{run_directory}/(info\.json|latest)\tunlink\tEPERM\tonly checkpoints can be removed"
     assert re.search(first, last)
-    # To skip what is refused, again and again, loses nothing either.
+    # Skipping every rejected removal deletes nothing either.
     for _ in range(12):
         for window in desktop.windows("^Attention"):
             desktop.xdotool("windowfocus", "--sync", window)
@@ -306,7 +317,7 @@ def test_delete_a_checkpoint_and_be_refused_a_run(account, run, desktop):
     assert account.checkpoint_ids() == everything
 
 
-def test_cut_and_paste_of_a_checkpoint_moves_nothing(account, run, desktop):
+def test_cut_and_paste_of_checkpoint_moves_nothing(account, run, desktop):
     target = desktop.home / "target"
     target.mkdir()
     everything = account.checkpoint_ids()
@@ -316,7 +327,7 @@ def test_cut_and_paste_of_a_checkpoint_moves_nothing(account, run, desktop):
     desktop.go(target)
     desktop.press("ctrl+v")
     desktop.window("Attention")
-    for _ in range(10):  # to skip what is refused loses nothing either
+    for _ in range(10):  # skipping every rejected removal deletes nothing either
         for window in desktop.windows("^Attention"):
             desktop.xdotool("windowfocus", "--sync", window)
             desktop.press("alt+s")

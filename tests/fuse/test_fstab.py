@@ -1,6 +1,6 @@
-"""mount(8) with the lines that people have for other FUSE programs, and rights that are missing.
+"""mount(8) with fstab lines of other FUSE programs, and mounts with missing privileges.
 
-None of it depends on the binding, so each test runs under one.
+Nothing here depends on the binding, so each test runs under one.
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 from tests.support.mount import force_unmount, run, tinkerfs
 from tinkerfs.fuse import mount_table
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+AS_OTHER_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_fstab_line_of_another_program_mounts(options, mountpoint, as_installed,
     if "idmap" in options:
         done = as_installed(f"mount -t fuse.tinkerfs tinker {mountpoint} -o {options}")
         assert done.returncode != 0
-        assert "-o idmap: no such option" in done.stderr
+        assert "-o idmap: unknown option" in done.stderr
         options = options.replace("idmap=user,", "")
     done = as_installed(
         f"mount -t fuse.tinkerfs tinker {mountpoint} -o {options};"
@@ -45,22 +45,22 @@ def test_fstab_line_of_another_program_mounts(options, mountpoint, as_installed,
     assert (done.returncode, done.stdout, done.stderr) == (0, "10\n", "")
 
 
-def test_umount_without_the_right_asks_fusermount(mountpoint, env, tmp_path, needs_root):
-    """As in containers whose fusermount3 asks the host, which has the right."""
+def test_umount_without_privilege_calls_fusermount(mountpoint, env, tmp_path, needs_root):
+    """Unmount as in a container with a fusermount3 that forwards the request to the host."""
     assert tinkerfs("mount", mountpoint, env=env).returncode == 0
-    asked = tmp_path / "asked"
-    os.mkfifo(asked)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
     programs = tmp_path / "bin"
     programs.mkdir()
     shim = programs / "fusermount3"
-    shim.write_text(f'#!/bin/sh\necho "$@" > {asked}\nread answer < {asked}\n')
+    shim.write_text(f'#!/bin/sh\necho "$@" > {fifo}\nread status < {fifo}\n')
     shim.chmod(0o755)
-    words = []
+    commands = []
 
     def serve():
-        words.append(asked.read_text())
+        commands.append(fifo.read_text())
         mount_table.unmount(str(mountpoint))
-        asked.write_text("done\n")
+        fifo.write_text("done\n")
 
     host = threading.Thread(target=serve, daemon=True)
     host.start()
@@ -68,11 +68,11 @@ def test_umount_without_the_right_asks_fusermount(mountpoint, env, tmp_path, nee
     done = run("unshare", "-Ur", sys.executable, "-m", "tinkerfs", "umount", mountpoint, env=env)
     host.join(10)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert words == [f"-u -- {mountpoint}\n"]
+    assert commands == [f"-u -- {mountpoint}\n"]
     assert mount_table.find_mount(str(mountpoint)) is None
 
 
-def test_umount_without_any_right_says_so(mountpoint, env, needs_root):
+def test_umount_without_any_privilege_reports_error(mountpoint, env, needs_root):
     assert tinkerfs("mount", mountpoint, env=env).returncode == 0
     done = run("unshare", "-Ur", sys.executable, "-m", "tinkerfs", "umount", mountpoint, env=env)
     assert done.returncode == 1
@@ -84,25 +84,29 @@ def test_umount_without_any_right_says_so(mountpoint, env, needs_root):
 
 
 @pytest.fixture
-def public_folder():
-    """A mountpoint that other users can reach, whatever the modes of the tests' own directories."""
-    folder = Path(tempfile.mkdtemp(prefix="tinkerfs-test-", dir="/tmp"))
-    (folder / "mnt").mkdir()
-    (folder / "home").mkdir()
-    for each in (folder, folder / "mnt", folder / "home"):
+def public_directory():
+    """Return a mountpoint that other users can access, unlike pytest's own directories."""
+    directory = Path(tempfile.mkdtemp(prefix="tinkerfs-test-", dir="/tmp"))
+    (directory / "mnt").mkdir()
+    (directory / "home").mkdir()
+    for each in (directory, directory / "mnt", directory / "home"):
         each.chmod(0o755)
         os.chown(each, 65534, 65534)
-    yield folder / "mnt"
-    force_unmount(str(folder / "mnt"))
-    shutil.rmtree(folder)
+    yield directory / "mnt"
+    force_unmount(str(directory / "mnt"))
+    shutil.rmtree(directory)
 
 
-def test_mount_that_apparmor_refuses_names_it(public_folder, env, tmp_path, needs_root):
-    """With a fusermount3 that fails as one does which AppArmor confines."""
+def test_mount_denied_by_apparmor_names_it(public_directory, env, tmp_path, needs_root):
+    """Mount with a fusermount3 that fails as if AppArmor confined it."""
     shim = tmp_path / "fusermount3"
     shim.write_text('#!/bin/sh\necho "fusermount3: mount failed: Permission denied" >&2\nexit 1\n')
     shim.chmod(0o755)
-    user = [*NOBODY, "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+    user = [
+        *AS_OTHER_USER,
+        "--inh-caps=-all,+dac_read_search",
+        "--ambient-caps=-all,+dac_read_search",
+    ]
     script = f"""
         set -e
         mount -t tmpfs -o mode=755 none /dev
@@ -112,9 +116,9 @@ def test_mount_that_apparmor_refuses_names_it(public_folder, env, tmp_path, need
         mount -t tmpfs none /sys/module
         mkdir -p /sys/module/apparmor/parameters
         echo Y > /sys/module/apparmor/parameters/enabled
-        exec {" ".join(user)} {sys.executable} -m tinkerfs mount {public_folder}
+        exec {" ".join(user)} {sys.executable} -m tinkerfs mount {public_directory}
     """
-    env["HOME"] = str(public_folder.with_name("home"))
+    env["HOME"] = str(public_directory.with_name("home"))
     done = run("unshare", "-m", "sh", "-c", script, env=env)
     assert done.returncode == 1, done
     assert "AppArmor confines fusermount3" in done.stderr

@@ -1,4 +1,4 @@
-"""A mount of a server that sends what no HTTP library would: each operation ends, and recovers."""
+"""A mount of a server with malformed responses: each operation ends, and the mount recovers."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from tests.support.account import api_calls, mounted
 from tests.support.hostile import HostileServer, endless, genuine, hold
 from tests.support.mount import wait_until
-from tests.unit.api.test_hostile_responses import IS_AN_ERROR
+from tests.unit.api.test_hostile_responses import HOSTILE_RESPONSES
 from tinkerfs import errors
 
 pytestmark = pytest.mark.kernel
@@ -18,22 +18,22 @@ pytestmark = pytest.mark.kernel
 OK = b"HTTP/1.1 200 OK\r\n"
 TIMEOUT_S = 1.0
 FINAL = (errors.ProtocolError, errors.ClientError)
-#: The last where a flood takes a busy machine longer than the time-out.
+#: The last one occurs if a flood takes longer than the timeout on a busy machine.
 FAILURES = ("Protocol error", "Input/output error", "Connection timed out")
 
 
 @pytest.fixture(scope="module")
 def mount(tmp_path_factory):
-    """A hostile server and its mount; one binding, because the kernel's side cannot differ."""
+    """Return a hostile server and its mount, under one binding, which makes no difference."""
     with HostileServer(runs=12, checkpoints=1) as server:
-        folder = tmp_path_factory.mktemp("hostile")
-        settings = {"timeout_s": TIMEOUT_S, "ttl_s": 0.0, "stale_s": 0.0}
-        with mounted(server, folder, "mfusepy3", **settings) as root:
+        directory = tmp_path_factory.mktemp("hostile")
+        settings = {"timeout_s": TIMEOUT_S, "ttl_s": 0.0, "stale_if_error_s": 0.0}
+        with mounted(server, directory, "mfusepy3", **settings) as root:
             yield server, root
 
 
 def list_all(paths):
-    """List directories at the same time; return what `ls` says of each."""
+    """List directories concurrently; return the output of each `ls`."""
     started = [
         subprocess.Popen(
             ["ls", path], env={**os.environ, "LC_ALL": "C"}, text=True, stderr=subprocess.PIPE
@@ -52,66 +52,66 @@ def list_all(paths):
     ],
     ids=["headers", "interim responses", "nothing"],
 )
-def test_requests_that_trickle_hold_up_nothing_afterwards(mount, steps):
+def test_trickling_responses_do_not_block_later_requests(mount, steps):
     server, root = mount
     paths = [root / f"runs/{run}/checkpoints" for run in server.account.run_ids]
     server.journal.clear()
     rule = server.on("api", *steps, times=None)
-    said = list_all(paths[:8])
-    assert all("Connection timed out" in each for each in said), said
+    outputs = list_all(paths[:8])
+    assert all("Connection timed out" in each for each in outputs), outputs
     rule.remove()
     wait_until(lambda: list_all(paths) == [""] * 12)
     assert api_calls(server)
 
 
-def test_archives_that_are_held_are_waited_for(mount):
+def test_hanging_archive_requests_are_waited_for(mount):
     server, root = mount
     server.journal.clear()
     server.on("GET archive", lambda handler: handler.pause(3 * TIMEOUT_S), genuine(), times=3)
     runs = list(server.account.runs())[:3]
     paths = [root / f"runs/{run.id}/checkpoints/{run.checkpoints[0].id}/files" for run in runs]
-    said = list_all([f"{path}/" for path in paths])
-    assert said == [""] * 3
+    outputs = list_all([f"{path}/" for path in paths])
+    assert outputs == [""] * 3
     assert server.journal.count("GET archive") == 3
 
 
 def archive_requests(root):
-    """How many archive requests met no server, as the mount counts them."""
-    calls = json.loads((root / ".tinkerfs/stats.json").read_text())["calls"]
+    """Return how many archive requests found no server, as the mount counts them."""
+    calls = json.loads((root / ".tinkerfs/stats.json").read_text())["api_requests"]
     return sum(count.get("unreachable", 0) for name, count in calls.items() if "archive" in name)
 
 
-def test_blip_of_the_api_in_a_read_that_needs_a_new_url_is_ridden_out(mount):
+def test_short_api_outage_does_not_fail_read_needing_new_url(mount):
     server, root = mount
     run = server.account.add_run()
     server.account.add_checkpoint(run.id, "weights/blip", size_bytes=12 << 20)
-    truth = server.archive(run.id, "weights/blip")
+    expected = server.archive(run.id, "weights/blip")
     path = root / f"runs/{run.id}/checkpoints/weights/blip/archive.tar"
     with path.open("rb", buffering=0) as file:
-        assert file.read(4096) == truth.read(0, 4096)
+        assert file.read(4096) == expected.read(0, 4096)
         server.signer.revoke_all()
         server.stop_listening("api")
         with ThreadPoolExecutor() as pool:
             reading = pool.submit(lambda: os.pread(file.fileno(), 4096, 9 << 20))
             wait_until(lambda: archive_requests(root) >= 2)
-            # Meanwhile a look that needs the API fails at once.
+            # Meanwhile a listing that needs the API fails at once.
             assert "No route to host" in list_all([root / "runs/never-seen"])[0]
             server.resume_listening()
-            assert reading.result(20) == truth.read(9 << 20, (9 << 20) + 4096)
+            assert reading.result(20) == expected.read(9 << 20, (9 << 20) + 4096)
 
 
-def test_hostile_responses_fail_a_listing_and_nothing_else(mount):
-    """Those that cost no retry: each fails `ls`, and the next `ls` is right."""
+def test_hostile_response_fails_one_listing_only(mount):
+    """Send each response that causes no retry: one `ls` fails, and the next one succeeds."""
     server, root = mount
-    whole = sorted(os.listdir(root / "runs"))
-    final = {name: steps for name, (steps, kind) in IS_AN_ERROR.items() if kind in FINAL}
+    complete = sorted(os.listdir(root / "runs"))
+    final = {name: steps for name, (steps, kind) in HOSTILE_RESPONSES.items() if kind in FINAL}
     assert len(final) > 90
     for name, steps in final.items():
         rule = server.on("GET training_runs", *steps, times=None)
         (root / ".tinkerfs/refresh").write_bytes(b"1")
-        (said,) = list_all([root / "runs"])
-        assert any(words in said for words in FAILURES), (name, said)
+        (outputs,) = list_all([root / "runs"])
+        assert any(message in outputs for message in FAILURES), (name, outputs)
         rule.remove()
         (root / ".tinkerfs/refresh").write_bytes(b"1")
-        assert sorted(os.listdir(root / "runs")) == whole, name
+        assert sorted(os.listdir(root / "runs")) == complete, name
     assert "c0ffee" not in (root / ".tinkerfs/errors").read_text()

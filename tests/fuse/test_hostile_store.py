@@ -1,4 +1,4 @@
-"""Programs on a real mount whose store holds on, lies, or is away for a moment."""
+"""Programs on a real mount with a store that hangs, sends wrong data, or fails briefly."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.support.readers import READERS, Reader
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
 TIMEOUT_S = 0.5
-#: Of one reader: the kernel asks again, page by page, for what a mapping failed to get.
+#: Time limit of a reader. The kernel repeats failed reads of a mapping, page by page.
 BOUND_S = 60 * TIMEOUT_S
 
 pytestmark = pytest.mark.parametrize("binding", BINDINGS[-1:])
@@ -23,7 +23,7 @@ def server():
 
 
 def new_file(server, root, name):
-    """Add a checkpoint; return its weights' file, which was listed, and true bytes."""
+    """Add a checkpoint and list it; return its weights file and the expected bytes."""
     run_id = new_run(server)
     server.account.add_checkpoint(run_id, f"sampler_weights/{name}", size_bytes=9 * MIB)
     (root / ".tinkerfs/refresh").write_bytes(b"1")
@@ -40,18 +40,20 @@ HOLDING = {
 }
 
 
-def test_readers_of_a_store_that_holds_on_end_in_time(server, binding, tmp_path):
-    with mounted(server, tmp_path / "m", binding, timeout_s=TIMEOUT_S, archive_burst=0) as root:
+def test_readers_of_hanging_store_end_in_time(server, binding, tmp_path):
+    with mounted(
+        server, tmp_path / "m", binding, timeout_s=TIMEOUT_S, archive_build_limit=0
+    ) as root:
         for number, (steps, how) in enumerate(zip(HOLDING.values(), READERS, strict=True)):
             file, expected = new_file(server, root, number)
             rule = server.on("store", *steps, times=None)
             assert not Reader(how, file).ends_with(expected, BOUND_S)
             rule.remove()
-            assert Reader(how, file).ends_with(expected, BOUND_S), "no reader joins what is dead"
+            assert Reader(how, file).ends_with(expected, BOUND_S), "no reader joins a dead download"
 
 
-def test_readers_ride_out_a_store_that_is_away_for_a_moment(server, binding, tmp_path):
-    with mounted(server, tmp_path / "m", binding, archive_burst=0) as root:
+def test_readers_survive_short_store_outage(server, binding, tmp_path):
+    with mounted(server, tmp_path / "m", binding, archive_build_limit=0) as root:
         files = [new_file(server, root, number) for number in range(len(READERS))]
         server.stop_listening("store")
         server.drop_connections()

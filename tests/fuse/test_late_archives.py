@@ -1,4 +1,4 @@
-"""The first open by name of a file whose archive is not built yet: it waits for it."""
+"""The first open by name of a file waits until its archive is built."""
 
 import signal
 import subprocess
@@ -12,14 +12,14 @@ from tests.support.mount import interrupt_after
 
 __all__ = ["make_account"]
 
-#: Who waits is the same under each binding.
+#: The binding makes no difference.
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-#: Much less than the archive takes, and than what is "at once" here.
+#: Timeout of a lookup, seconds; much shorter than the archive build and than "at once" here.
 LOOKUP_TIMEOUT_S = 0.2
 AT_ONCE_S = 2.0
 
-#: As PEFT's `PeftConfig._get_peft_type` and `load_peft_weights` look for an adapter; else the hub.
+#: The steps of PEFT's `PeftConfig._get_peft_type` and `load_peft_weights`; else PEFT uses the hub.
 PEFT = """
 import json, os, sys
 from safetensors import safe_open
@@ -56,29 +56,31 @@ PROGRAMS = {
 @pytest.fixture(scope="module")
 def account(make_account):
     return make_account(
-        runs=1, checkpoints=1, settings={"lookup_timeout_s": LOOKUP_TIMEOUT_S, "archive_burst": 0}
+        runs=1,
+        checkpoints=1,
+        settings={"lookup_timeout_s": LOOKUP_TIMEOUT_S, "archive_build_limit": 0},
     )
 
 
 @pytest.fixture
-def late(account):
-    """A checkpoint's `files/` and the same in /adapters, whose archive is built once it is let."""
+def late_run(account):
+    """Return a run with a checkpoint, and the fault that holds its archive build."""
     run = account.new_run("sampler_weights/late", "sampler_weights/other")
     rule = account.server.faults.add("GET archive", times=None, hang=True)
     yield run, rule
     account.server.faults.clear()
 
 
-def places(account, run):
+def files_of(account, run):
     return {
         "files": account.path(f"{run}/checkpoints/sampler_weights/late/files"),
         "adapters": account.path(f"adapters/{run[5:]}@sampler_weights@late"),
     }
 
 
-def started(program, place):
+def started(program, path):
     return subprocess.Popen(
-        [sys.executable, "-c", program, place],
+        [sys.executable, "-c", program, path],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,8 +88,8 @@ def started(program, place):
     )
 
 
-def waits(process):
-    """Return whether a process is there for longer than a lookup elsewhere may wait."""
+def is_waiting(process):
+    """Return whether a process runs for longer than the timeout of other lookups."""
     try:
         process.wait(5 * LOOKUP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -96,34 +98,34 @@ def waits(process):
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "path"),
     [*((name, "adapters") for name in PROGRAMS), ("os.path.exists", "files")],
 )
-def test_first_open_by_name_waits_for_the_archive(account, late, name, place):
-    run, rule = late
+def test_first_open_by_name_waits_for_the_archive(account, late_run, name, path):
+    run, rule = late_run
     program, expected = PROGRAMS[name]
-    with started(program, places(account, run)[place]) as process:
+    with started(program, files_of(account, run)[path]) as process:
         rule.wait_for(1)
-        assert waits(process), process.communicate()
+        assert is_waiting(process), process.communicate()
         account.server.faults.clear()
-        printed, told = process.communicate(timeout=20)
-    assert (printed, told) == (f"{expected}\n", "")
+        printed, stderr = process.communicate(timeout=20)
+    assert (printed, stderr) == (f"{expected}\n", "")
     assert account.server.journal.count("GET archive") == 1
 
 
-def test_waiting_lookups_hold_up_nothing_else(account, late):
-    run, rule = late
+def test_waiting_lookups_do_not_delay_others(account, late_run):
+    run, rule = late_run
     exists, _ = PROGRAMS["os.path.exists"]
     missing, _ = PROGRAMS["os.path.exists of nothing"]
-    place = places(account, run)["files"]
+    path = files_of(account, run)["files"]
     programs = [exists, exists, missing]
-    processes = [started(program, place) for program in programs]
+    processes = [started(program, path) for program in programs]
     try:
         rule.wait_for(1)
-        assert all(map(waits, processes))
+        assert all(map(is_waiting, processes))
         began = time.monotonic()
         done = account.sh(
-            f"ls -lR {run} && ls -ld {quoted(place)}/ {quoted(place.parent)}/other/files/ "
+            f"ls -lR {run} && ls -ld {quoted(path)}/ {quoted(path.parent)}/other/files/ "
             f"&& cat {run}/checkpoints/*/*/tinker_path && ls {run[:5]}nothing"
         )
         took_s = time.monotonic() - began
@@ -139,12 +141,12 @@ def test_waiting_lookups_hold_up_nothing_else(account, late):
             process.wait(20)
 
 
-def test_ctrl_c_ends_a_lookup_that_waits(account, late):
-    run, rule = late
+def test_ctrl_c_interrupts_a_waiting_lookup(account, late_run):
+    run, rule = late_run
     code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
     code += PROGRAMS["os.path.exists"][0]
-    with started(code, places(account, run)["files"]) as process:
+    with started(code, files_of(account, run)["files"]) as process:
         rule.wait_for(1)
-        assert waits(process)
+        assert is_waiting(process)
         assert interrupt_after(process, 0.0) < AT_ONCE_S
         assert process.returncode == -signal.SIGINT

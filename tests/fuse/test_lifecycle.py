@@ -1,4 +1,4 @@
-"""From `tinkerfs mount` to the end of its process, as a user, a script and fstab see it."""
+"""Life of a mount, from `tinkerfs mount` to the end of its process."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import pytest
 from tests.support.mount import force_unmount, run, tinkerfs, wait_until
 from tinkerfs.fuse import mount_table
 
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+OTHER_UID = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 @pytest.fixture
@@ -28,15 +28,15 @@ def mounted(mountpoint, env):
 
 
 @pytest.fixture
-def public_folder():
-    """A mountpoint that other users can reach: pytest's own folders, and a $TMPDIR, may be 0700."""
-    folder = Path(tempfile.mkdtemp(prefix="tinkerfs-test-", dir="/tmp"))
-    folder.chmod(0o755)
-    mountpoint = folder / "mnt"
+def public_directory():
+    """Return a mountpoint that other users can access; pytest's directories may have mode 0700."""
+    directory = Path(tempfile.mkdtemp(prefix="tinkerfs-test-", dir="/tmp"))
+    directory.chmod(0o755)
+    mountpoint = directory / "mnt"
     mountpoint.mkdir()
     yield mountpoint
     force_unmount(str(mountpoint))
-    shutil.rmtree(folder)
+    shutil.rmtree(directory)
 
 
 def daemon_of(mountpoint):
@@ -44,8 +44,8 @@ def daemon_of(mountpoint):
     return pid
 
 
-def refusal(done):
-    """The one line of a refusal."""
+def error_line(done):
+    """Check that a command failed with one line of output; return the line."""
     assert done.returncode == 1, done
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -53,7 +53,7 @@ def refusal(done):
     return line
 
 
-def test_mount_returns_when_the_mount_answers_and_umount_when_it_is_gone(mounted, env):
+def test_mount_returns_when_ready_and_umount_when_gone(mounted, env):
     assert len(os.listdir(mounted / "runs")) == 10
     pid = daemon_of(mounted)
     done = tinkerfs("umount", mounted, env=env)
@@ -62,7 +62,7 @@ def test_mount_returns_when_the_mount_answers_and_umount_when_it_is_gone(mounted
     assert mount_table.find_mount(str(mounted)) is None
 
 
-def test_the_daemon_lets_go_of_terminal_and_folder(mounted, server, env):
+def test_daemon_detaches_from_terminal_and_directory(mounted, server, env):
     process = f"/proc/{daemon_of(mounted)}"
     assert {os.readlink(f"{process}/fd/{number}") for number in (0, 1, 2)} == {"/dev/null"}
     assert os.readlink(f"{process}/cwd") == "/"
@@ -72,13 +72,13 @@ def test_the_daemon_lets_go_of_terminal_and_folder(mounted, server, env):
     assert b"--foreground" in command
 
 
-def test_capturing_the_output_does_not_wait_for_the_mounts_end(mountpoint, env):
+def test_captured_output_of_mount_ends_with_the_command(mountpoint, env):
     script = f"{sys.executable} -m tinkerfs mount {mountpoint} 2>&1 | cat"
     assert run("sh", "-c", script, env=env, timeout_s=20).returncode == 0
     assert os.path.ismount(mountpoint)
 
 
-def test_ctrl_c_before_the_mount_answers_leaves_nothing(mountpoint, env, server):
+def test_ctrl_c_before_the_mount_is_ready_leaves_nothing(mountpoint, env, server):
     server.faults.add("GET training_runs", hang=True)
     process = subprocess.Popen(
         [sys.executable, "-m", "tinkerfs", "mount", str(mountpoint)],
@@ -114,7 +114,7 @@ def test_signals_unmount_and_exit_0(mountpoint, env, number):
     assert not os.path.ismount(mountpoint)
 
 
-def test_a_signal_ends_a_mount_whose_server_hangs(mounted, env, server):
+def test_signal_ends_mount_with_hanging_server(mounted, env, server):
     server.faults.add("*", hang=True, times=None)
     before = server.journal.count()
     with subprocess.Popen(["ls", mounted / "runs"], stderr=subprocess.PIPE) as waiting:
@@ -130,42 +130,42 @@ def test_a_signal_ends_a_mount_whose_server_hangs(mounted, env, server):
 
 
 @pytest.mark.parametrize("name", ["a b", "-o", "it's\nü", "back\\slash"])
-def test_any_folder_can_be_mounted_on(mountpoint, env, name):
-    folder = mountpoint / name
-    folder.mkdir()
+def test_mountpoint_name_may_have_any_characters(mountpoint, env, name):
+    directory = mountpoint / name
+    directory.mkdir()
     try:
-        assert tinkerfs("mount", folder, env=env).returncode == 0
-        assert len(os.listdir(folder / "runs")) == 10
-        (told,) = json.loads(tinkerfs("status", "--json", folder, env=env).stdout)
-        assert told["mountpoint"] == str(folder)
-        assert tinkerfs("umount", folder, env=env).returncode == 0
-        assert mount_table.find_mount(str(folder)) is None
+        assert tinkerfs("mount", directory, env=env).returncode == 0
+        assert len(os.listdir(directory / "runs")) == 10
+        (report,) = json.loads(tinkerfs("status", "--json", directory, env=env).stdout)
+        assert report["mountpoint"] == str(directory)
+        assert tinkerfs("umount", directory, env=env).returncode == 0
+        assert mount_table.find_mount(str(directory)) is None
     finally:
-        force_unmount(str(folder))
+        force_unmount(str(directory))
 
 
-def test_a_killed_mount_says_so_and_the_next_one_cleans_up(mounted, env):
+def test_killed_mount_is_dead_and_next_mount_replaces_it(mounted, env):
     pid = daemon_of(mounted)
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not mount_table.is_running(pid))
-    told = json.loads(tinkerfs("status", "--json", mounted, env=env).stdout)
-    assert told[0]["state"] == "dead"
+    report = json.loads(tinkerfs("status", "--json", mounted, env=env).stdout)
+    assert report[0]["state"] == "dead"
     done = tinkerfs("mount", mounted, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(os.listdir(mounted / "runs")) == 10
 
 
-def test_umount_cleans_up_after_a_killed_mount(mounted, env):
+def test_umount_removes_a_killed_mount(mounted, env):
     os.kill(daemon_of(mounted), signal.SIGKILL)
     wait_until(lambda: mount_table.check_health(str(mounted)) == "dead")
     assert tinkerfs("umount", mounted, env=env).returncode == 0
     assert mount_table.find_mount(str(mounted)) is None
 
 
-def test_umount_says_who_holds_the_mount(mounted, env):
+def test_umount_names_processes_that_use_the_mount(mounted, env):
     with subprocess.Popen(["sleep", "60"], cwd=mounted) as holder:
         try:
-            line = refusal(tinkerfs("umount", mounted, env=env))
+            line = error_line(tinkerfs("umount", mounted, env=env))
             assert f"sleep[{holder.pid}] (its working directory)" in line
             assert "--force" in line
             assert os.path.ismount(mounted)
@@ -173,8 +173,8 @@ def test_umount_says_who_holds_the_mount(mounted, env):
             forced = tinkerfs("umount", "--force", mounted, env=env)
             assert forced.returncode == 0
             assert forced.stderr == (
-                f"tinkerfs: {mounted} is detached; its process {pid} goes on until it is let go by"
-                f" sleep[{holder.pid}] (its working directory)\n"
+                f"tinkerfs: {mounted} is detached; its daemon {pid} serves"
+                f" sleep[{holder.pid}] (its working directory) until they exit\n"
             )
             assert mount_table.find_mount(str(mounted)) is None
             assert len(os.listdir(f"/proc/{holder.pid}/cwd/runs")) == 10
@@ -183,15 +183,15 @@ def test_umount_says_who_holds_the_mount(mounted, env):
     wait_until(lambda: not mount_table.is_running(pid))
 
 
-def test_umount_force_says_that_a_daemon_does_not_end(mounted, env):
+def test_umount_force_reports_a_daemon_that_does_not_end(mounted, env):
     pid = daemon_of(mounted)
     os.kill(pid, signal.SIGSTOP)
     try:
         done = tinkerfs("umount", "--force", mounted, env=env)
         assert done.returncode == 0
         assert done.stderr == (
-            f"tinkerfs: {mounted} is detached; its process {pid} still runs, for who waits in it or"
-            f" because it hangs: kill -9 {pid}\n"
+            f"tinkerfs: {mounted} is detached; its daemon {pid} still runs: a process is waiting in"
+            f" the mount, or the daemon hangs (hint: kill -9 {pid})\n"
         )
         assert mount_table.find_mount(str(mounted)) is None
     finally:
@@ -199,21 +199,21 @@ def test_umount_force_says_that_a_daemon_does_not_end(mounted, env):
     wait_until(lambda: not mount_table.is_running(pid))
 
 
-def test_status_tells_what_the_mount_does(mounted, env, server):
+def test_status_shows_counters_of_the_mount(mounted, env, server):
     os.listdir(mounted / "runs")
-    (told,) = json.loads(tinkerfs("status", "--json", mounted, env=env).stdout)
-    assert told["mountpoint"] == str(mounted)
-    assert told["state"] == "mounted"
-    assert told["pid"] == daemon_of(mounted)
-    assert told["base_url"] == server.base_url
-    assert told["calls"]["GET training_runs"]["200"] >= 1
+    (report,) = json.loads(tinkerfs("status", "--json", mounted, env=env).stdout)
+    assert report["mountpoint"] == str(mounted)
+    assert report["state"] == "mounted"
+    assert report["pid"] == daemon_of(mounted)
+    assert report["base_url"] == server.base_url
+    assert report["api_requests"]["GET training_runs"]["200"] >= 1
     text = tinkerfs("status", mounted, env=env).stdout
     assert "\x1b" not in text
     for word in (str(mounted), server.base_url, "GET training_runs", "x 200"):
         assert word in text
 
 
-def test_status_does_not_hang_with_the_mount(mounted, env):
+def test_status_of_hanging_mount_does_not_hang(mounted, env):
     pid = daemon_of(mounted)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -221,84 +221,86 @@ def test_status_does_not_hang_with_the_mount(mounted, env):
         done = tinkerfs("status", mounted, env=env, timeout_s=20)
         assert time.monotonic() - started < 10
         assert done.returncode == 1
-        assert "hangs" in done.stdout
+        assert "unresponsive" in done.stdout
     finally:
         os.kill(pid, signal.SIGCONT)
 
 
-# What refuses a mount: one line, with its cure.
+# Errors of `tinkerfs mount`: one line with a hint.
 
 
-def test_no_key(mountpoint, env):
+def test_mount_without_key_fails(mountpoint, env):
     del env["TINKER_API_KEY"]
-    line = refusal(tinkerfs("mount", mountpoint, env=env))
+    line = error_line(tinkerfs("mount", mountpoint, env=env))
     assert "no API key" in line
     assert "TINKER_API_KEY" in line
     assert not os.path.ismount(mountpoint)
 
 
-def test_a_wrong_key(mountpoint, env):
+def test_mount_with_wrong_key_fails(mountpoint, env):
     env["TINKER_API_KEY"] = "tml-wrong-0123456789"
-    line = refusal(tinkerfs("mount", mountpoint, env=env))
-    assert "does not take the key" in line
+    line = error_line(tinkerfs("mount", mountpoint, env=env))
+    assert "rejects the key" in line
     assert "wrong-0123456789" not in line
     assert not os.path.ismount(mountpoint)
 
 
-def test_a_mountpoint_that_cannot_be_one(tmp_path, env):
+def test_mount_on_unusable_mountpoint_fails(tmp_path, env):
     missing = tmp_path / "missing"
-    assert f"mkdir -p {missing}" in refusal(tinkerfs("mount", missing, env=env))
+    assert f"mkdir -p {missing}" in error_line(tinkerfs("mount", missing, env=env))
     file = tmp_path / "file"
     file.touch()
-    assert "is no folder" in refusal(tinkerfs("mount", file, env=env))
-    assert "is not empty" in refusal(tinkerfs("mount", tmp_path, env=env))
+    assert "is not a directory" in error_line(tinkerfs("mount", file, env=env))
+    assert "is not empty" in error_line(tinkerfs("mount", tmp_path, env=env))
 
 
-def test_mounted_already(mounted, env):
-    line = refusal(tinkerfs("mount", mounted, env=env))
-    assert "is mounted there already" in line
+def test_mount_on_mounted_directory_fails(mounted, env):
+    line = error_line(tinkerfs("mount", mounted, env=env))
+    assert "is already mounted on" in line
     assert f"tinkerfs umount {mounted}" in line
 
 
-def test_bad_options(mountpoint, env):
+def test_mount_with_invalid_options_fails(mountpoint, env):
     for arguments, word in (
         (("--base-url", "ftp://x"), "--base-url"),
         (("--ttl", "soon"), "--ttl"),
         (("-o", "nonsense"), "nonsense"),
     ):
-        assert word in refusal(tinkerfs("mount", *arguments, mountpoint, env=env))
+        assert word in error_line(tinkerfs("mount", *arguments, mountpoint, env=env))
 
 
-def test_an_unwritable_cache(mountpoint, tmp_path, env):
+def test_mount_with_unwritable_cache_fails(mountpoint, tmp_path, env):
     (tmp_path / "file").touch()
-    line = refusal(tinkerfs("mount", "--cache-dir", tmp_path / "file/cache", mountpoint, env=env))
+    line = error_line(
+        tinkerfs("mount", "--cache-dir", tmp_path / "file/cache", mountpoint, env=env)
+    )
     assert "--cache-dir" in line
 
 
-def test_no_libfuse(mountpoint, env, tmp_path):
+def test_mount_without_libfuse_fails(mountpoint, env, tmp_path):
     env["FUSE_LIBRARY_PATH"] = str(tmp_path / "libfuse-none.so")
-    assert "FUSE_LIBRARY_PATH" in refusal(tinkerfs("mount", mountpoint, env=env))
+    assert "FUSE_LIBRARY_PATH" in error_line(tinkerfs("mount", mountpoint, env=env))
 
 
-def test_no_device(mountpoint, env, needs_root):
+def test_mount_without_device_fails(mountpoint, env, needs_root):
     script = (
         "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3"
         " && mknod -m 666 /dev/urandom c 1 9"
         f" && exec {sys.executable} -m tinkerfs mount {mountpoint}"
     )
-    line = refusal(run("unshare", "-m", "sh", "-c", script, env=env))
-    assert "there is no /dev/fuse" in line
+    line = error_line(run("unshare", "-m", "sh", "-c", script, env=env))
+    assert "/dev/fuse not found" in line
     assert "--device /dev/fuse" in line
 
 
-def test_a_user_who_is_not_root(public_folder, env, needs_root):
-    """Through fusermount, with a /dev/fuse that is open to all, as distributions have it."""
-    home = public_folder.with_name("home")
-    for folder in (public_folder, home):
-        folder.mkdir(exist_ok=True)
-        os.chown(folder, 65534, 65534)
-    # The capability is for reading this Python, wherever it is installed, and for nothing else.
-    user = [*NOBODY, "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+def test_user_mounts_through_fusermount(public_directory, env, needs_root):
+    """Mount through fusermount, with a /dev/fuse of mode 0666, as distributions configure it."""
+    home = public_directory.with_name("home")
+    for directory in (public_directory, home):
+        directory.mkdir(exist_ok=True)
+        os.chown(directory, 65534, 65534)
+    # The capability is needed only to read this Python, wherever it is installed.
+    user = [*OTHER_UID, "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
     script = """
         set -e
         mount -t tmpfs -o mode=755 none /dev
@@ -313,28 +315,28 @@ def test_a_user_who_is_not_root(public_folder, env, needs_root):
         tinkerfs mount --allow-other / || true
         tinkerfs umount %s
         if grep -q %s /proc/mounts; then exit 8; fi
-    """ % (" ".join(user), sys.executable, *[public_folder] * 5)  # noqa: UP031
+    """ % (" ".join(user), sys.executable, *[public_directory] * 5)  # noqa: UP031
     done = run("unshare", "-m", "sh", "-c", script, env={**env, "HOME": str(home)})
     assert (done.returncode, done.stdout) == (0, "10\n"), done
     (line,) = done.stderr.splitlines()
     assert "user_allow_other" in line
 
 
-def test_a_device_that_may_not_be_used(mountpoint, env, needs_root):
-    # What a container without the right to mount meets; libfuse's own words come along.
+def test_mount_without_privilege_fails(mountpoint, env, needs_root):
+    # Like a container without the privilege to mount; the message includes that of libfuse.
     script = f"exec {sys.executable} -m tinkerfs mount {mountpoint}"
-    line = refusal(run("setpriv", "--bounding-set=-sys_admin", "sh", "-c", script, env=env))
+    line = error_line(run("setpriv", "--bounding-set=-sys_admin", "sh", "-c", script, env=env))
     assert "--cap-add SYS_ADMIN" in line
 
 
-# A server that is not there.
+# Unreachable servers.
 
 
-def test_without_a_network_it_comes_up_and_serves_when_there_is_one(mountpoint, env, server):
+def test_mount_without_network_starts_and_serves_later(mountpoint, env, server):
     server.stop_listening("api")
     done = tinkerfs("mount", "--ttl=0", "--timeout=2", mountpoint, env=env)
     assert done.returncode == 0
-    assert "without an answer from the server" in done.stderr
+    assert "without a response from the server" in done.stderr
     listed = run("ls", mountpoint / "runs")
     assert "No route to host" in listed.stderr
     server.resume_listening()
@@ -342,17 +344,17 @@ def test_without_a_network_it_comes_up_and_serves_when_there_is_one(mountpoint, 
     assert len(os.listdir(mountpoint / "runs")) == 10
 
 
-def test_a_server_that_hangs_delays_a_mount_by_3_s_at_most(mountpoint, env, server):
+def test_hanging_server_delays_mounting_by_3_s_at_most(mountpoint, env, server):
     server.faults.add("GET training_runs", hang=True)
     started = time.monotonic()
     assert tinkerfs("mount", mountpoint, env=env).returncode == 0
     assert time.monotonic() - started < 5
 
 
-# Options that the kernel sees.
+# Options that affect the kernel.
 
 
-def test_read_only(mountpoint, env):
+def test_read_only_mount_rejects_changes(mountpoint, env):
     assert tinkerfs("mount", "--read-only", mountpoint, env=env).returncode == 0
     assert not os.stat(mountpoint).st_mode & 0o222
     refused = run("sh", "-c", f"echo x > {mountpoint}/.tinkerfs/refresh")
@@ -361,7 +363,7 @@ def test_read_only(mountpoint, env):
     assert "Read-only file system" in run("rm", "-r", checkpoint).stderr
 
 
-def test_owner_and_umask(mountpoint, env):
+def test_owner_and_umask_options_set_attributes(mountpoint, env):
     arguments = ("--uid=1234", "--gid=2345", "--umask=077")
     assert tinkerfs("mount", *arguments, mountpoint, env=env).returncode == 0
     status = os.stat(mountpoint / "README.md")
@@ -369,24 +371,26 @@ def test_owner_and_umask(mountpoint, env):
     assert stat.S_IMODE(status.st_mode) == 0o400
 
 
-def test_others_are_let_in_under_true_permissions(public_folder, env, needs_root):
-    assert tinkerfs("mount", public_folder, env=env).returncode == 0
-    assert run(*NOBODY, "ls", public_folder).returncode != 0
-    assert tinkerfs("umount", public_folder, env=env).returncode == 0
+def test_allow_other_enforces_permissions(public_directory, env, needs_root):
+    assert tinkerfs("mount", public_directory, env=env).returncode == 0
+    assert run(*OTHER_UID, "ls", public_directory).returncode != 0
+    assert tinkerfs("umount", public_directory, env=env).returncode == 0
 
-    assert tinkerfs("mount", "--allow-other", public_folder, env=env).returncode == 0
-    assert run(*NOBODY, "cat", public_folder / "README.md").returncode == 0
-    assert "Permission denied" in run(*NOBODY, "cat", public_folder / ".tinkerfs/errors").stderr
-    url = next(public_folder.glob("runs/*/checkpoints/*/*/archive_url"))
-    assert "Permission denied" in run(*NOBODY, "cat", url).stderr
-    assert "Permission denied" in run(*NOBODY, "rmdir", url.parent).stderr
-    assert tinkerfs("umount", public_folder, env=env).returncode == 0
+    assert tinkerfs("mount", "--allow-other", public_directory, env=env).returncode == 0
+    assert run(*OTHER_UID, "cat", public_directory / "README.md").returncode == 0
+    assert (
+        "Permission denied" in run(*OTHER_UID, "cat", public_directory / ".tinkerfs/errors").stderr
+    )
+    url = next(public_directory.glob("runs/*/checkpoints/*/*/archive_url"))
+    assert "Permission denied" in run(*OTHER_UID, "cat", url).stderr
+    assert "Permission denied" in run(*OTHER_UID, "rmdir", url.parent).stderr
+    assert tinkerfs("umount", public_directory, env=env).returncode == 0
 
 
 # mount(8) and fstab.
 
 
-def test_mount_8(mountpoint, as_installed, needs_root):
+def test_mount_8_mounts(mountpoint, as_installed, needs_root):
     options = "ro,allow_other,ttl=5m,uid=1000,_netdev,noauto,x-systemd.automount"
     done = as_installed(
         f"mount -t fuse.tinkerfs tinker {mountpoint} -o {options}; ls {mountpoint}/runs | wc -l;"
@@ -399,7 +403,7 @@ def test_mount_8(mountpoint, as_installed, needs_root):
     assert "allow_other" in line
 
 
-def test_an_fstab_line(mountpoint, as_installed, env, server, tmp_path, needs_root):
+def test_fstab_line_mounts(mountpoint, as_installed, env, server, tmp_path, needs_root):
     fstab = tmp_path / "fstab"
     options = "read_only,allow_other,umask=022,noauto,user,nofail"
     fstab.write_text(f"{server.base_url}  {mountpoint}  fuse.tinkerfs  {options}  0  0\n")
@@ -410,7 +414,7 @@ def test_an_fstab_line(mountpoint, as_installed, env, server, tmp_path, needs_ro
     assert (done.returncode, done.stdout, done.stderr) == (0, "10\n", "")
 
 
-def test_the_log_has_no_key_and_is_ones_own(mountpoint, env, tmp_path, server):
+def test_log_contains_no_key_and_is_private(mountpoint, env, tmp_path, server):
     log = tmp_path / "log"
     arguments = ("--log-level=debug", f"--log-file={log}")
     assert tinkerfs("mount", *arguments, mountpoint, env=env).returncode == 0
@@ -423,7 +427,7 @@ def test_the_log_has_no_key_and_is_ones_own(mountpoint, env, tmp_path, server):
     assert url.partition("?")[2] not in text
 
 
-def test_demo_needs_nothing(mountpoint, tmp_path, binding):
+def test_demo_mounts_without_configuration(mountpoint, tmp_path, binding):
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TINKERFS_FUSE_BINDING": binding}
     command = [sys.executable, "-m", "tinkerfs", "demo", "--runs=3", str(mountpoint)]
     process = subprocess.Popen(
@@ -440,7 +444,7 @@ def test_demo_needs_nothing(mountpoint, tmp_path, binding):
     assert not os.path.ismount(mountpoint)
 
 
-def test_demo_in_the_background(mountpoint, env):
+def test_demo_runs_in_the_background(mountpoint, env):
     assert tinkerfs("demo", "--detach", "--runs=2", mountpoint, env=env).returncode == 0
     assert len(os.listdir(mountpoint / "runs")) == 2
     assert tinkerfs("umount", mountpoint, env=env).returncode == 0

@@ -1,4 +1,4 @@
-"""Odd archives on real mounts: names of any bytes, and 9 GiB."""
+"""Unusual archives on real mounts: non-UTF-8 names, and a file of 9 GiB."""
 
 import json
 import os
@@ -14,14 +14,14 @@ SAFETENSORS = b"\x08\0\0\0\0\0\0\0{}      "
 
 
 def new_files(account, content):
-    """The `files/` of a new checkpoint with this archive, as bytes."""
+    """Return the path of `files/` of a new checkpoint with this archive, as bytes."""
     run = account.new_run("sampler_weights/odd")
     run_id = run.removeprefix("runs/")
     account.server.account.find(run_id, "sampler_weights/odd")[1].archive = content
     return os.fsencode(account.path(f"{run}/checkpoints/sampler_weights/odd/files"))
 
 
-def test_archive_with_non_utf8_names_shows_them(account):
+def test_archive_with_non_utf8_names_lists_them(account):
     packed = (
         member(NAME, b"data")
         + member(b"d\xff/x\xfe.safetensors", SAFETENSORS)
@@ -43,7 +43,7 @@ def test_archive_with_non_utf8_names_shows_them(account):
     assert json.loads(account.path(".tinkerfs/stats.json").read_bytes())["uptime_s"] >= 0
 
 
-def test_file_of_9_gib_is_read_far_behind(account):
+def test_file_of_9_gib_is_readable_at_large_offsets(account):
     content = large("pax", has_end=False)
     path = new_files(account, content) + b"/large"
     names = os.listdir(os.path.dirname(path) + b"/")
@@ -52,5 +52,5 @@ def test_file_of_9_gib_is_read_far_behind(account):
     start = 3 * 512
     with open(path, "rb", buffering=0) as file:
         for at in ((1 << 33) - 1000, LARGE_BYTES - 4096):
-            true = content.read(start + at, start + at + 4096)
-            assert os.pread(file.fileno(), 4096, at) == true
+            expected = content.read(start + at, start + at + 4096)
+            assert os.pread(file.fileno(), 4096, at) == expected

@@ -14,20 +14,20 @@ def mount_of(account):
     return f"--mount={account.root}"
 
 
-def test_a_path_leads_to_its_checkpoint_and_back(account):
+def test_path_and_url_are_inverse(account):
     wanted = account.server.account.runs()[0]
     for checkpoint in wanted.checkpoints:
         tinker_path = f"tinker://{wanted.id}/{checkpoint.id}"
         done = tinkerfs("path", mount_of(account), tinker_path)
         assert (done.returncode, done.stderr) == (0, "")
-        folder = done.stdout.removesuffix("\n")
-        assert (account.root / folder / "tinker_path").read_text() == f"{tinker_path}\n"
+        directory = done.stdout.removesuffix("\n")
+        assert (account.root / directory / "tinker_path").read_text() == f"{tinker_path}\n"
         for below in ("", "/info.json", "/archive_url"):
-            assert tinkerfs("url", folder + below).stdout == f"{tinker_path}\n"
+            assert tinkerfs("url", directory + below).stdout == f"{tinker_path}\n"
     assert account.server.journal.count("GET archive") == 0
 
 
-def test_any_way_to_a_checkpoint_tells_its_path(account):
+def test_url_accepts_every_path_of_a_checkpoint(account):
     view = account.path("checkpoints")
     name = os.listdir(view)[0]
     expected = (view / name / "tinker_path").read_text()
@@ -36,14 +36,14 @@ def test_any_way_to_a_checkpoint_tells_its_path(account):
     assert tinkerfs("url", latest).stdout == (latest / "tinker_path").read_text()
 
 
-def test_a_run(account):
+def test_path_of_run_is_its_directory(account):
     run_id = account.server.account.run_ids[0]
-    folder = account.path(f"runs/{run_id}")
-    assert tinkerfs("path", mount_of(account), f"tinker://{run_id}").stdout == f"{folder}\n"
-    assert tinkerfs("url", folder).stdout == f"tinker://{run_id}\n"
+    directory = account.path(f"runs/{run_id}")
+    assert tinkerfs("path", mount_of(account), f"tinker://{run_id}").stdout == f"{directory}\n"
+    assert tinkerfs("url", directory).stdout == f"tinker://{run_id}\n"
 
 
-def test_odd_names_and_paths_of_older_servers(account):
+def test_path_accepts_odd_names_and_older_forms(account):
     run_id = account.new_run("weights/a b/c%2F\nd").removeprefix("runs/")
     odd = f"tinker://{run_id}/weights/a b/c%2F\nd"
     done = run(
@@ -68,25 +68,25 @@ def venv_path():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
-        (("path", "weights/0001"), "a tinker path starts with tinker://"),
-        (("path", "tinker://"), "a tinker path is"),
-        (("path", "tinker://r/weights/"), "a tinker path is"),
-        (("path", "--mount=/", "tinker://r/weights/1"), "/ is no mount of tinkerfs"),
-        (("url", "/"), "/ is not below a mount"),
+        (("path", "weights/0001"), "a tinker path must start with tinker://"),
+        (("path", "tinker://"), "a tinker path must be"),
+        (("path", "tinker://r/weights/"), "a tinker path must be"),
+        (("path", "--mount=/", "tinker://r/weights/1"), "/ is not a tinkerfs mount"),
+        (("url", "/"), "/ is not below a tinkerfs mount"),
         (("url", "/no/such/thing"), "No such file"),
     ],
 )
-def test_what_is_no_path_is_said_in_a_line(account, arguments, words):
+def test_invalid_path_reports_error_in_one_line(account, arguments, expected):
     done = tinkerfs(*arguments)
     assert done.returncode == 1
-    assert words in done.stderr
+    assert expected in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_is_in_no_checkpoint_has_no_path(account):
+def test_url_of_path_outside_checkpoints_fails(account):
     for path in ("README.md", "runs", ".tinkerfs/errors", ""):
         done = tinkerfs("url", account.root / path)
         assert done.returncode == 1
-        assert "is no checkpoint" in done.stderr
+        assert "is not a checkpoint" in done.stderr

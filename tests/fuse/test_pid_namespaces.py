@@ -1,4 +1,4 @@
-"""Callers from another PID namespace, of which the kernel gives the user alone."""
+"""Callers from another PID namespace, of which the kernel reports only the user."""
 
 import json
 import os
@@ -17,7 +17,7 @@ OWNER = f"setpriv --reuid={OWNER_UID} --regid={OWNER_UID} --clear-groups"
 
 @pytest.fixture
 def account(tmp_path, needs_root):
-    """A mount that is served in a PID namespace of its own, as in a container."""
+    """Return an account with a mount in a separate PID namespace, as in a container."""
     needs(["unshare", "setpriv"])
     mountpoint, cache_dir = tmp_path / "mnt", tmp_path / "cache"
     mountpoint.mkdir()
@@ -43,12 +43,12 @@ def account(tmp_path, needs_root):
             process.stdout.close()
 
 
-def test_users_of_another_namespace_are_refused_apart(account, tmp_path):
+def test_refusals_of_other_pid_namespace_are_per_user(account, tmp_path):
     run = account.new_run(*(f"weights/{number}" for number in range(1, 5)))
     weights = f"{run}/checkpoints/weights"
     assert account.sh(f"rm -r {weights}/1").returncode == 0
-    assert "[0] uid 0\t" in account.changes(), "the kernel gives no process"
-    # What moves is refused, and so is all that its user does; another user, here the owner, is not.
+    assert "[0] uid 0\t" in account.changes(), "the kernel reports no process"
+    # A move is rejected, and so is every removal by its user, but not by the owner.
     assert account.sh(f"mv {weights}/2 {tmp_path}/").returncode == 1
     assert "tinkerfs get PATH DEST" in account.errors()
     assert "Operation not permitted" in account.sh(f"rm -r {weights}/3").stderr

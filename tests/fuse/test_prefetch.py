@@ -1,4 +1,4 @@
-"""`tinkerfs prefetch` and `get` of paths below a mount, and what reading through it costs then."""
+"""`tinkerfs prefetch` and `get` of paths below a mount, and the requests of later reads."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.support.mount import tinkerfs
 
 __all__ = ["make_account"]
 
-#: The commands do not go through the mount, so how libfuse is driven makes no difference.
+#: The commands do not use the mount, so the binding makes no difference.
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
 MIB = 1 << 20
@@ -23,14 +23,14 @@ def account(make_account):
 
 
 def env_of(account, tmp_path):
-    """Another home, and no word on where the server or the mount's cache is, but the key."""
+    """Return an environment with another home and the key, without the server or the cache."""
     key = {"TINKER_API_KEY": account.server.api_key}
     return {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **key}
 
 
-def read_all(account: Account, folder):
-    """Read every file below a folder, links followed; return what each holds."""
-    root = account.path(folder)
+def read_all(account: Account, directory):
+    """Read every file below a directory and follow links; return their contents."""
+    root = account.path(directory)
     paths = [Path(at, name) for at, _, files in os.walk(root) for name in files]
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
@@ -41,7 +41,7 @@ def costly_calls(account):
     return [e for e in entries if e.origin == "store" or e.endpoint == "GET archive"]
 
 
-#: Ways of naming, and the folder of which all can be read then.
+#: Arguments of prefetch, and the directory with the cached files.
 WAYS = {
     "checkpoint": ("{checkpoint}", "{checkpoint}/files/"),
     "files": ("{checkpoint}/files", "{checkpoint}/files/"),
@@ -56,19 +56,19 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_was_prefetched_is_read_without_a_request(make_account, tmp_path, way):
+def test_prefetched_files_are_read_without_requests(make_account, tmp_path, way):
     account = make_account(runs=1, checkpoints=3, size_bytes=SIZE_BYTES)
     run = account.server.account.runs()[0]
     samplers = [each for each in run.checkpoints if each.kind == "sampler_weights"]
     newest = max(samplers, key=lambda each: each.time_s)
-    words = {
+    names = {
         "run": f"runs/{run.id}",
         "checkpoint": f"runs/{run.id}/checkpoints/{newest.id}",
         "name": f"{run.id}@{newest.id.replace('/', '@')}",
     }
-    asked, read = (text.format(**words) for text in WAYS[way])
+    argument, read = (text.format(**names) for text in WAYS[way])
     env = env_of(account, tmp_path)
-    path = account.path(asked)
+    path = account.path(argument)
     assert tinkerfs("prefetch", "--check", path, env=env).returncode == 1
     assert costly_calls(account) == []
     done = tinkerfs("prefetch", path, env=env)
@@ -76,19 +76,19 @@ def test_what_was_prefetched_is_read_without_a_request(make_account, tmp_path, w
     assert tinkerfs("prefetch", "--check", path, env=env).returncode == 0
     account.server.journal.clear()
     found = read_all(account, read)
-    truth = account.server.files(run.id, newest.id)
-    assert found == {name: c.read(0, c.size_bytes) for name, c in truth.items()}
+    expected = account.server.files(run.id, newest.id)
+    assert found == {name: c.read(0, c.size_bytes) for name, c in expected.items()}
     assert costly_calls(account) == []
     assert not (tmp_path / ".cache").exists(), "the mount's cache was used"
 
 
-def test_one_member_and_the_archive(account, tmp_path):
+def test_prefetch_of_one_member_and_of_the_archive(account, tmp_path):
     run = account.server.account.runs()[0]
     checkpoint = f"runs/{run.id}/checkpoints/{run.checkpoints[0].id}"
     env = env_of(account, tmp_path)
     member = account.path(f"{checkpoint}/files/adapter_config.json")
     assert tinkerfs("prefetch", "--check", member, env=env).returncode == 1
-    assert costly_calls(account) == [], "the mount was not made to look, either"
+    assert costly_calls(account) == [], "the mount sent no request either"
     assert tinkerfs("prefetch", member, env=env).returncode == 0
     assert tinkerfs("prefetch", "--check", member, env=env).returncode == 0
     files = account.path(f"{checkpoint}/files")
@@ -98,8 +98,8 @@ def test_one_member_and_the_archive(account, tmp_path):
     for path in (tar, files):
         assert tinkerfs("prefetch", "--check", path, env=env).returncode == 0
     account.server.journal.clear()
-    truth = account.server.archive(run.id, run.checkpoints[0].id)
-    assert tar.read_bytes() == truth.read(0, truth.size_bytes)
+    expected = account.server.archive(run.id, run.checkpoints[0].id)
+    assert tar.read_bytes() == expected.read(0, expected.size_bytes)
     assert costly_calls(account) == []
     for none in ("files/none", "info.json"):
         done = tinkerfs("prefetch", account.path(f"{checkpoint}/{none}"), env=env)
@@ -107,7 +107,7 @@ def test_one_member_and_the_archive(account, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_get_of_a_path_below_a_mount(account, tmp_path):
+def test_get_accepts_path_below_a_mount(account, tmp_path):
     run = account.server.account.runs()[0]
     [first, *_] = run.checkpoints
     env = env_of(account, tmp_path)
@@ -115,8 +115,8 @@ def test_get_of_a_path_below_a_mount(account, tmp_path):
     link.symlink_to(account.path(f"runs/{run.id}/checkpoints"))
     done = tinkerfs("get", link / first.id, tmp_path / "out", env=env)
     assert done.returncode == 0, done.stderr
-    truth = account.server.files(run.id, first.id)
-    for name, content in truth.items():
+    expected = account.server.files(run.id, first.id)
+    for name, content in expected.items():
         assert (tmp_path / "out" / name).read_bytes() == content.read(0, content.size_bytes)
     member = link / first.id / "files" / "adapter_config.json"
     assert tinkerfs("get", member, tmp_path / "one", env=env).returncode == 0
@@ -128,8 +128,8 @@ def test_get_of_a_path_below_a_mount(account, tmp_path):
     assert tar.read_bytes() == archive.read(0, archive.size_bytes)
 
 
-def test_a_refused_walk_is_told_what_to_use(make_account):
-    account = make_account(runs=1, checkpoints=3, settings={"archive_burst": 1})
+def test_rejected_walk_reports_prefetch_as_hint(make_account):
+    account = make_account(runs=1, checkpoints=3, settings={"archive_build_limit": 1})
     run = account.server.account.runs()[0]
     script = f"cd runs/{run.id}/checkpoints && for c in */*; do ls $c/files/; done"
     assert "Device or resource busy" in account.sh(script).stderr

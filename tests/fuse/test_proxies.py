@@ -1,4 +1,4 @@
-"""A mount behind a company's proxy, and behind certificates of its own; one binding will do."""
+"""A mount behind a proxy, and with private certificates, under one binding."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ def binding():
 
 @pytest.fixture
 def secured(env):
-    """A server with TLS, by names that a proxy alone resolves; and the environment for it."""
+    """Return a TLS server, with host names that only a proxy resolves, and its environment."""
     with HostileServer(runs=1, checkpoints=1, tls=tls_context(SUPPORT / "invalid.pem")) as server:
         server._store.base_url = server.store_url.replace("127.0.0.1", "store.invalid")
         url = server.base_url.replace("127.0.0.1", "tinker.invalid")
@@ -52,7 +52,7 @@ def test_mount_behind_a_proxy_serves_runs_and_weights(variable, secured, mountpo
     assert "c0ffee" not in log.read_text()
 
 
-def test_doctor_names_what_is_wrong_with_a_certificate(secured, mountpoint):
+def test_doctor_names_the_fault_of_a_certificate(secured, mountpoint):
     _, env = secured
     with ProxyServer() as proxy:
         env["ALL_PROXY"] = f"socks5://{proxy.address}"
@@ -64,7 +64,7 @@ def test_doctor_names_what_is_wrong_with_a_certificate(secured, mountpoint):
     assert "the network" not in line
 
 
-def test_errors_name_a_certificate_that_is_refused(secured, mountpoint):
+def test_errors_name_a_rejected_certificate(secured, mountpoint):
     _, env = secured
     with ProxyServer() as proxy:
         env["ALL_PROXY"] = f"socks5://{proxy.address}"
@@ -73,12 +73,14 @@ def test_errors_name_a_certificate_that_is_refused(secured, mountpoint):
         assert "certificate of tinker.invalid is refused" in done.stderr
         listed = run("ls", mountpoint / "runs")
         assert "Protocol error" in listed.stderr
-        told = (mountpoint / ".tinkerfs/errors").read_text()
-        assert re.search(r"EPROTO\t.*certificate of tinker\.invalid is refused: self-signed", told)
+        messages = (mountpoint / ".tinkerfs/errors").read_text()
+        assert re.search(
+            r"EPROTO\t.*certificate of tinker\.invalid is refused: self-signed", messages
+        )
         assert tinkerfs("umount", mountpoint, env=env).returncode == 0
 
 
-def test_certificates_of_the_system_are_trusted(secured, needs_root):
+def test_system_certificates_are_trusted(secured, needs_root):
     _, env = secured
     bundle = "/etc/ssl/certs/ca-certificates.crt"
     script = (
@@ -88,10 +90,10 @@ def test_certificates_of_the_system_are_trusted(secured, needs_root):
     with ProxyServer() as proxy:
         env["ALL_PROXY"] = f"socks5://{proxy.address}"
         done = run("unshare", "-m", "sh", "-c", script, env=env)
-    assert "takes the key" in done.stdout, done
+    assert "accepts the key" in done.stdout, done
 
 
-def test_demo_with_a_proxy_of_any_kind_is_mounted(mountpoint, env):
+def test_demo_ignores_proxy_variables(mountpoint, env):
     for value in ("socks5://127.0.0.1:1", "nonsense://x"):
         env |= {"ALL_PROXY": value, "HTTP_PROXY": value, "https_proxy": value}
         done = tinkerfs("demo", "--detach", "--runs=2", mountpoint, env=env)

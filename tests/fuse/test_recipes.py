@@ -1,4 +1,4 @@
-"""Every recipe of docs/recipes.md, run as it stands there, and what the page says of its calls."""
+"""Every recipe of docs/examples.md: its output, and its requests as the page describes them."""
 
 import os
 import re
@@ -16,21 +16,21 @@ __all__ = ["account", "make_account"]
 
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "examples.md"
 RUNS, CHECKPOINTS = 10, 5
 _BLOCK = re.compile(r"^```(bash|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-#: Times that depend on when a recipe is run.
+#: Times that depend on the time of the test.
 _NOW = re.compile(r"^20\d\d-\d\d-\d\d \d\d:\d\d  ", re.MULTILINE)
 
 RUNS_LISTED = {"GET training_runs": 1}
 ALL_LISTED = RUNS_LISTED | {"GET training_runs/{run}/checkpoints": RUNS}
-#: A checkpoint's folder is stat'ed with all that is in it.
+#: A stat of a checkpoint's directory requests the attributes of all its files.
 INFOS = {"POST weights_info": RUNS * CHECKPOINTS + 1}
 
 
 def recipes():
-    """The page's parts by heading: their blocks, as (language, text)."""
+    """Return the sections of the page by heading; each has code blocks as (language, text)."""
     parts = re.split(r"^## (.+)$", PAGE.read_text(), flags=re.MULTILINE)
     before = parts[0]
     return {"": _BLOCK.findall(before)} | {
@@ -44,31 +44,31 @@ PRELUDE = RECIPES[""][0][1]
 
 
 def script_of(heading, number=0):
-    """A recipe's script, and the output that is shown below it, if any."""
+    """Return a recipe's script and its documented output, None if there is none."""
     blocks = RECIPES[heading]
     scripts = [index for index, (language, _) in enumerate(blocks) if language == "bash"]
     at = scripts[number]
-    shown = blocks[at + 1][1] if blocks[at + 1 :] and blocks[at + 1][0] == "text" else None
-    return blocks[at][1], shown
+    output = blocks[at + 1][1] if blocks[at + 1 :] and blocks[at + 1][0] == "text" else None
+    return blocks[at][1], output
 
 
 @pytest.fixture
 def sample(make_account, request):
-    """The sample account, as fresh as the page's; a parameter has settings of the mount."""
+    """Return the sample account of the page; the optional parameter has settings of the mount."""
     settings = getattr(request, "param", None)
     return make_account(settings, runs=RUNS, checkpoints=CHECKPOINTS)
 
 
 @pytest.fixture
-def cook(sample, tmp_path):
-    """Run a recipe's first script, or those up to one; check what it shows; return its calls."""
+def run_recipe(sample, tmp_path):
+    """Return a function that runs scripts of a recipe, checks the output, and counts requests."""
 
-    def run_recipe(heading, number=0, *, status=0):
+    def run_scripts(heading, number=0, *, status=0):
         needs(["jq", "curl"])
         scripts = [script_of(heading, index) for index in range(number + 1)]
-        texts, shown = [text for text, _ in scripts], scripts[-1][1]
-        if shown is not None:
-            shown = "".join(each or "" for _, each in scripts)
+        texts, output = [text for text, _ in scripts], scripts[-1][1]
+        if output is not None:
+            output = "".join(each or "" for _, each in scripts)
         sample.refresh()
         sample.server.journal.clear()
         done = subprocess.run(
@@ -91,44 +91,44 @@ def cook(sample, tmp_path):
         )
         sample.server.journal.wait_until_idle()
         assert (done.returncode, done.stderr) == (status, "")
-        if shown is not None:
-            told, meant = (_NOW.sub("<time>", text) for text in (done.stdout, shown))
-            assert told == meant, f"docs/recipes.md shows another output: {heading}"
+        if output is not None:
+            actual, expected = (_NOW.sub("<time>", text) for text in (done.stdout, output))
+            assert actual == expected, f"the output differs from docs/examples.md: {heading}"
         return done.stdout, api_calls(sample.server)
 
-    return run_recipe
+    return run_scripts
 
 
 def unexpected(calls, allowed):
-    """The calls beyond those allowed."""
+    """Return requests beyond those allowed."""
     return {endpoint: n for endpoint, n in calls.items() if n > allowed.get(endpoint, 0)}
 
 
-def test_the_newest_sampler_checkpoint(sample, cook):
-    shown, calls = cook("The newest sampler checkpoint of a run")
+def test_newest_sampler_checkpoint(sample, run_recipe):
+    output, calls = run_recipe("The newest sampler checkpoint of a run")
     run = sample.server.account.runs()[0]
     newest = max(
         (c for c in run.checkpoints if c.kind == "sampler_weights"), key=lambda c: c.time_s
     )
-    assert shown == f"tinker://{run.id}/{newest.id}\n"
+    assert output == f"tinker://{run.id}/{newest.id}\n"
     allowed = RUNS_LISTED | {"GET training_runs/{run}/checkpoints": 1}
     assert unexpected(calls, allowed) == {}
 
 
-def test_all_over_a_gigabyte(sample, cook):
+def test_checkpoints_over_1_gb(sample, run_recipe):
     run = sample.server.account.runs()[3]
     sample.server.account.add_checkpoint(run.id, "weights/huge", size_bytes=17 << 30)
     sample.server.account.add_checkpoint(run.id, "weights/large", size_bytes=1_100_000_000)
     sample.server.account.add_checkpoint(run.id, "weights/less", size_bytes=990_000_000)
-    shown, calls = cook("All checkpoints over 1 GB")
-    assert [line.split("/")[-1] for line in shown.splitlines()] == ["huge", "large"]
+    output, calls = run_recipe("All checkpoints over 1 GB")
+    assert [line.split("/")[-1] for line in output.splitlines()] == ["huge", "large"]
     assert unexpected(calls, ALL_LISTED | {"POST weights_info": 1000}) == {}
 
 
-def test_publish_every_final(sample, cook):
+def test_publish_every_final(sample, run_recipe):
     runs = sample.server.account.runs()
     were = sum(c.is_public for run in runs for c in run.checkpoints if c.name == "final")
-    _shown, calls = cook("Publish every `final`")
+    _shown, calls = run_recipe("Publish every `final`")
     finals = [c for run in runs for c in run.checkpoints if c.name == "final"]
     assert len(finals) > RUNS
     assert all(c.is_public for c in finals)
@@ -138,72 +138,72 @@ def test_publish_every_final(sample, cook):
 
 
 @pytest.mark.parametrize("sample", [{"trash_s": 30 * 86_400.0}], indirect=True)
-def test_take_back_a_deletion(sample, cook):
-    _shown, calls = cook("Take back a deletion")
+def test_restore_from_trash(sample, run_recipe):
+    _shown, calls = run_recipe("Undo a deletion")
     assert calls["PUT ttl"] == 2
     assert "DELETE checkpoint" not in calls
-    # One before each change, one at first, one after the last.
+    # One listing before each change, one at the start, and one after the last change.
     assert calls["GET training_runs/{run}/checkpoints"] == 4
 
 
-def test_delete_all_but_the_last_three(sample, cook):
+def test_delete_all_but_the_last_three(sample, run_recipe):
     heading = "Delete all but the last three of a run"
     run = sample.server.account.runs()[0]
     before = sorted(run.checkpoints, key=lambda c: c.time_s)
-    names, calls = cook(heading)
+    names, calls = run_recipe(heading)
     assert calls["GET training_runs/{run}/checkpoints"] == 1
     assert len(run.checkpoints) == CHECKPOINTS, "a dry run"
     wanted = [f"runs/{run.id}/checkpoints/{c.id}" for c in reversed(before[:-3])]
     assert names.splitlines() == wanted
-    _names, calls = cook(heading, 1)
+    _names, calls = run_recipe(heading, 1)
     assert sorted(run.checkpoints, key=lambda c: c.time_s) == before[-3:]
     assert calls["DELETE checkpoint"] == CHECKPOINTS - 3
     assert sum(len(run.checkpoints) for run in sample.server.account.runs()) == 48
-    _names, calls = cook(heading, 1)
-    assert "DELETE checkpoint" not in calls, "nothing is left to do"
+    _names, calls = run_recipe(heading, 1)
+    assert "DELETE checkpoint" not in calls, "nothing is left to delete"
 
 
-def test_an_expiry_of_seven_days(sample, cook):
+def test_set_expiry_of_seven_days(sample, run_recipe):
     checkpoints = [c for run in sample.server.account.runs() for c in run.checkpoints]
     had = {id(c): c.expires_at_s for c in checkpoints if c.expires_at_s is not None}
-    _shown, calls = cook("Set an expiry of 7 days on what has none")
+    _shown, calls = run_recipe("Set an expiry of 7 days where there is none")
     for c in checkpoints:
         wanted = had.get(id(c), time.time() + 7 * 86_400)
         assert c.expires_at_s == pytest.approx(wanted, abs=60)
     assert calls["PUT ttl"] == len(checkpoints) - len(had)
 
 
-def test_what_expires_this_week(sample, cook):
+def test_list_checkpoints_that_expire_this_week(sample, run_recipe):
     run = sample.server.account.runs()[0]
     soon = time.time() + 3 * 86_400
     sample.server.account.add_checkpoint(run.id, "weights/soon", expires_at_s=soon)
     sample.server.account.add_checkpoint(run.id, "weights/sooner", expires_at_s=soon - 7200)
     sample.server.account.add_checkpoint(run.id, "weights/later", expires_at_s=soon + 5 * 86_400)
-    shown, calls = cook("What expires this week")
+    output, calls = run_recipe("Checkpoints that expire this week")
     day = time.strftime("%Y-%m-%d %H:%M", time.gmtime(soon))
-    assert [line.split("@")[-1] for line in shown.splitlines()] == ["sooner", "soon"]
-    assert shown.splitlines()[1].startswith(f"{day}  {run.id}@weights@")
+    assert [line.split("@")[-1] for line in output.splitlines()] == ["sooner", "soon"]
+    assert output.splitlines()[1].startswith(f"{day}  {run.id}@weights@")
     assert unexpected(calls, RUNS_LISTED | {"GET checkpoints": 1}) == {}
 
 
-def test_runs_by_base_model(sample, cook):
-    shown, calls = cook("Runs by base model")
-    counts = {name: int(count) for count, name in map(str.split, shown.splitlines())}
+def test_runs_by_base_model(sample, run_recipe):
+    output, calls = run_recipe("Runs by base model")
+    counts = {name: int(count) for count, name in map(str.split, output.splitlines())}
     models = [run.base_model for run in sample.server.account.runs()]
     assert counts == {model: models.count(model) for model in models}
     assert unexpected(calls, RUNS_LISTED) == {}
 
 
-def test_compare_two_runs(cook):
-    shown, calls = cook("Compare the settings of two runs", status=1)
-    assert shown
+def test_compare_two_runs(run_recipe):
+    output, calls = run_recipe("Compare the settings of two runs", status=1)
+    assert output
     assert unexpected(calls, RUNS_LISTED) == {}
 
 
-def test_a_table(sample, cook):
-    shown, calls = cook("A table of rank, size and time")
+def test_table_of_rank_size_and_time(sample, run_recipe):
+    output, calls = run_recipe("A table of rank, size and time")
     run = sample.server.account.runs()[0]
-    table = [line.split("\t") for line in shown.splitlines()]
+    table = [line.split("\t") for line in output.splitlines()]
     assert [row[3] for row in table] == [f"tinker://{run.id}/{c.id}" for c in run.checkpoints]
     assert [int(row[1]) for row in table] == [c.size_bytes for c in run.checkpoints]
     assert {int(row[0]) for row in table} == {run.lora_rank}
@@ -234,16 +234,16 @@ def test_watch_a_live_run(make_account):
         assert watcher.returncode == 0
 
 
-def test_download(sample, cook, tmp_path):
-    _shown, calls = cook("Download a checkpoint")
+def test_download(sample, run_recipe, tmp_path):
+    _shown, calls = run_recipe("Download a checkpoint")
     with tarfile.open(tmp_path / "checkpoint.tar") as archive:
         assert "adapter_model.safetensors" in archive.getnames()
     allowed = {"GET training_runs/{run}/checkpoints": 1, "GET archive": 1}
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 
-def test_a_copy_that_goes_on(sample, cook, tmp_path):
-    _shown, calls = cook("Copy a checkpoint out, and go on where it broke off")
+def test_copy_that_resumes(sample, run_recipe, tmp_path):
+    _shown, calls = run_recipe("Copy a checkpoint, and resume after an interruption")
     assert f"{tmp_path}/adapter/adapter_model.safetensors: " in (tmp_path / "get.log").read_text()
     allowed = {
         "GET training_runs/{run}": 1,
@@ -253,7 +253,7 @@ def test_a_copy_that_goes_on(sample, cook, tmp_path):
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 
-def test_a_copy_with_the_weights(sample, cook, tmp_path):
+def test_copy_with_weights(sample, run_recipe, tmp_path):
     needs(["restic", "rsync"])
     heading = "Keep a copy or a backup with the weights"
     allowed = RUNS_LISTED | {
@@ -261,9 +261,9 @@ def test_a_copy_with_the_weights(sample, cook, tmp_path):
         "GET training_runs/{run}/checkpoints": 1,
         "POST weights_info": CHECKPOINTS,
     }
-    _shown, calls = cook(heading)
+    _shown, calls = run_recipe(heading)
     assert unexpected(calls, allowed) == {}
-    _shown, calls = cook(heading, 2)
+    _shown, calls = run_recipe(heading, 2)
     assert unexpected(calls, allowed | {"GET archive": 1}) == {}
     run = sample.server.account.runs()[0]
     for name, content in sample.server.files(run.id, run.newest("sampler_weights").id).items():
@@ -271,23 +271,23 @@ def test_a_copy_with_the_weights(sample, cook, tmp_path):
         assert copied.read_bytes() == content.read(0, content.size_bytes)
 
 
-def test_a_search_asks_for_no_archive(sample, cook):
+def test_search_requests_no_archive(sample, run_recipe):
     needs(["rg"])
-    _shown, calls = cook("Search without asking for archives")
+    _shown, calls = run_recipe("Search without requesting archives")
     allowed = ALL_LISTED | {"POST weights_info": RUNS * CHECKPOINTS}
     assert unexpected(calls, allowed) == {}
 
 
-def test_a_path_with_colons(sample, cook, tmp_path):
+def test_path_with_colons(sample, run_recipe, tmp_path):
     needs(["make", "rclone"])
-    _shown, calls = cook("Name a path with colons")
+    _shown, calls = run_recipe("Name a path with colons")
     assert (tmp_path / "rclone.log").read_text().count("ERROR") == 0
     allowed = {"GET training_runs/{run}/checkpoints": 1, "GET archive": 1}
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 
-def test_weights_at_hand(sample, cook):
-    _shown, calls = cook("Have the weights at hand before a GPU job starts")
+def test_prefetched_weights(sample, run_recipe):
+    _shown, calls = run_recipe("Prefetch the weights before a GPU job starts")
     allowed = {
         "GET training_runs/{run}": 2,
         "GET training_runs/{run}/checkpoints": 2,
@@ -296,12 +296,12 @@ def test_weights_at_hand(sample, cook):
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 
-def test_storage_by_run(sample, cook):
-    _shown, calls = cook("Storage by run")
+def test_storage_by_run(sample, run_recipe):
+    _shown, calls = run_recipe("Storage by run")
     assert unexpected(calls, ALL_LISTED | {"POST weights_info": RUNS * CHECKPOINTS}) == {}
 
 
 def test_every_recipe_is_run(make_account):
-    told = {heading for heading in RECIPES if heading}
+    actual = {heading for heading in RECIPES if heading}
     source = Path(__file__).read_text()
-    assert {heading for heading in told if f'"{heading}"' not in source} == set()
+    assert {heading for heading in actual if f'"{heading}"' not in source} == set()

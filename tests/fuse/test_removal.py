@@ -1,6 +1,6 @@
-"""An accident deletes nothing, and what is meant deletes what it names: with the tools people use.
+"""Removal with common tools: accidents delete nothing, and deliberate removal its arguments.
 
-Each attempt is made in a session of its own, as from a shell of its own.
+Each attempt runs in a new session, like a command of an interactive shell.
 """
 
 import os
@@ -47,7 +47,7 @@ ACCIDENTS = {
     "busybox rm mount": "busybox rm -rf $MNT",
     "busybox rm runs": "busybox rm -rf $MNT/runs",
     "busybox rm run": "busybox rm -rf $RUN",
-    # Debian's busybox has no `find -delete`; its order is that of -depth.
+    # Debian's busybox has no `find -delete`, which removes in the order of -depth.
     "busybox find -depth -exec": "busybox find $MNT -depth -exec busybox rm -rf {} \\;",
     "busybox find run -depth -exec": "busybox find $RUN -depth -exec busybox rm -rf {} \\;",
     "busybox find -exec": "busybox find $MNT -exec busybox rm -rf {} \\;",
@@ -73,25 +73,27 @@ ACCIDENTS = {
 
 TOOLS = ("busybox", "dash", "git", "perl", "rclone", "rsync")
 
-#: They end well whatever happened, or say so in words alone.
+#: Tools that exit with status 0 even on errors, or report errors only as text.
 SILENT = ("rmtree", "perl", "loop", "-exec", "rmdir")
 
 
 @pytest.fixture(scope="module")
 def spare(make_account):
-    """An account whose checkpoints may go."""
+    """Return an account for tests that delete checkpoints."""
     return make_account(runs=1, checkpoints=2)
 
 
 @pytest.mark.parametrize("name", ACCIDENTS)
-def test_an_accident_deletes_nothing(account, name, tmp_path):
+def test_accidental_removal_deletes_nothing(account, name, tmp_path):
     before = account.checkpoint_ids()
     assert len(before) == CHECKPOINTS
     run = account.path(f"runs/{account.server.account.run_ids[1]}")
     needs(tool for tool in TOOLS if tool in ACCIDENTS[name])
     account.server.journal.clear()
-    words = f"export RUN={quoted(run)} OUT={quoted(tmp_path)} PYTHON={quoted(sys.executable)}\n"
-    done = account.sh(words + ACCIDENTS[name], cwd=tmp_path)
+    assignments = (
+        f"export RUN={quoted(run)} OUT={quoted(tmp_path)} PYTHON={quoted(sys.executable)}\n"
+    )
+    done = account.sh(assignments + ACCIDENTS[name], cwd=tmp_path)
     assert account.checkpoint_ids() == before
     assert deletes(account.server) == 0
     assert {entry.method for entry in account.server.journal.entries("api")} <= {"GET", "POST"}
@@ -102,7 +104,7 @@ def test_an_accident_deletes_nothing(account, name, tmp_path):
 
 @pytest.mark.parametrize("option", ["--delete", "--delete-before", "--delete-delay"])
 def test_rsync_delete_onto_the_mount_deletes_nothing(account, option, tmp_path):
-    # It takes folders before files and the last one first: sessions/, which refuses.
+    # rsync removes directories first, in reverse order: sessions/ is first, and is rejected.
     needs(["rsync"])
     before = account.checkpoint_ids()
     (tmp_path / "empty").mkdir()
@@ -122,16 +124,16 @@ def test_rsync_delete_onto_runs_stops_within_one_run(make_account, tmp_path):
     assert sorted(lost.values()) in ([0, 0, 0], [0, 0, 4]), lost
 
 
-def test_errors_tells_why_and_how_it_is_done_on_purpose(account):
+def test_errors_explain_refusal_and_deliberate_removal(account):
     run = account.server.account.run_ids[0]
     account.sh(f"rm -rf runs/{run}")
-    told = account.errors()
-    assert f"/runs/{run}/info.json\tunlink\tEPERM\tonly checkpoints can be removed" in told
-    assert "this process group was refused a removal less than a minute ago" in told
-    assert "rm -r runs/<run_id>/checkpoints/<kind>/<name>" in told
+    records = account.errors()
+    assert f"/runs/{run}/info.json\tunlink\tEPERM\tonly checkpoints can be removed" in records
+    assert "this process group was refused a removal less than a minute ago" in records
+    assert "rm -r runs/<run_id>/checkpoints/<kind>/<name>" in records
 
 
-def test_after_a_refusal_the_same_script_may_remove_nothing_and_another_everything(spare):
+def test_refusal_blocks_only_its_own_process_group(spare):
     run = spare.new_run("weights/1", "weights/2")
     one, two = f"{run}/checkpoints/weights/1", f"{run}/checkpoints/weights/2"
     done = spare.sh(f"rm -f README.md; rm -r {quoted(one)}")
@@ -195,7 +197,7 @@ DELIBERATE = {
 
 
 @pytest.mark.parametrize("name", DELIBERATE)
-def test_what_is_meant_deletes_just_what_it_names(spare, name):
+def test_deliberate_removal_deletes_only_its_arguments(spare, name):
     run = spare.new_run(*NAMES)
     before = spare.checkpoint_ids()
     script, gone = DELIBERATE[name]
@@ -207,18 +209,18 @@ def test_what_is_meant_deletes_just_what_it_names(spare, name):
     assert before - spare.checkpoint_ids() == {f"{run_id}/{name}" for name in gone}
     assert deletes(spare.server) == len(gone)
     for name in gone:
-        place = spare.path(f"{run}/checkpoints/{name}")
-        assert spare.eventually(lambda place=place: not place.exists())
+        checkpoint = spare.path(f"{run}/checkpoints/{name}")
+        assert spare.eventually(lambda checkpoint=checkpoint: not checkpoint.exists())
     left = set(NAMES) - gone
     for name in left:
         assert (spare.path(run) / "checkpoints" / name / "info.json").stat().st_size
-    told = [line for line in spare.changes().splitlines() if run_id in line]
-    assert len(told) == len(gone)
-    assert all(line.endswith("done") and "\tdelete\t" in line for line in told)
+    records = [line for line in spare.changes().splitlines() if run_id in line]
+    assert len(records) == len(gone)
+    assert all(line.endswith("done") and "\tdelete\t" in line for line in records)
     spare.server.account.remove_run(run_id)
 
 
-def test_latest_follows_a_deletion_at_once(spare):
+def test_latest_link_is_updated_at_once_by_deletion(spare):
     run = spare.new_run("weights/1", "weights/2")
     assert spare.sh(f"readlink {run}/latest").stdout == "checkpoints/weights/2\n"
     assert spare.sh(f"rm -r {run}/checkpoints/weights/2").returncode == 0
@@ -231,18 +233,19 @@ def test_latest_follows_a_deletion_at_once(spare):
     assert spare.sh(f"ls {run}/checkpoints").stdout == ""
 
 
-def test_a_link_is_no_way_to_a_deletion(spare):
+def test_removal_through_a_link_deletes_nothing(spare):
     run = spare.new_run("weights/1")
     done = spare.sh(f"rm -r {run}/latest")
     assert "Operation not permitted" in done.stderr
     assert spare.checkpoint_ids(run) == {"weights/1"}
 
 
-def test_a_bare_rmdir_is_enotempty_and_no_refusal(spare):
+def test_rmdir_of_checkpoint_with_files_raises_enotempty(spare):
     run = spare.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint = f"{run}/checkpoints/weights/1"
     done = spare.sh(
-        f"rmdir {place} {run}/checkpoints/weights {run}/checkpoints; echo $?; rm -r {place}"
+        f"rmdir {checkpoint} {run}/checkpoints/weights {run}/checkpoints; echo $?;"
+        f" rm -r {checkpoint}"
     )
     assert done.stderr.count("Directory not empty") == 3
     assert done.stdout == "1\n"
@@ -252,45 +255,47 @@ def test_a_bare_rmdir_is_enotempty_and_no_refusal(spare):
     assert done.returncode == 0, done.stderr
 
 
-def test_unlinking_alone_only_hides(spare):
+def test_unlink_without_rmdir_only_hides(spare):
     run = spare.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    done = spare.sh(f"rm {place}/info.json; ls {place}; cat {place}/info.json")
+    checkpoint = f"{run}/checkpoints/weights/1"
+    done = spare.sh(f"rm {checkpoint}/info.json; ls {checkpoint}; cat {checkpoint}/info.json")
     assert "info.json" not in done.stdout
     assert "No such file or directory" in done.stderr
-    assert "info.json" in spare.sh(f"ls {place}").stdout, "another group sees all"
-    assert spare.sh(f"cat {place}/tinker_path").stdout.endswith("/weights/1\n")
+    assert "info.json" in spare.sh(f"ls {checkpoint}").stdout, (
+        "another process group sees all files"
+    )
+    assert spare.sh(f"cat {checkpoint}/tinker_path").stdout.endswith("/weights/1\n")
     assert deletes(spare.server) == 0
 
 
 @pytest.mark.parametrize(
     "later", ["find $CK -type d -empty -delete", "rmdir $CK/weights/1", "rmdir -p $CK/weights/1"]
 )
-def test_what_one_command_emptied_another_does_not_delete(spare, later):
+def test_rmdir_by_another_process_group_deletes_nothing(spare, later):
     run = spare.new_run("weights/1", "weights/2")
-    words = f"CK={quoted(run + '/checkpoints')}\n"
-    assert spare.sh(words + "rm $CK/weights/1/*").returncode == 0
-    spare.sh(words + later)
+    assignments = f"CK={quoted(run + '/checkpoints')}\n"
+    assert spare.sh(assignments + "rm $CK/weights/1/*").returncode == 0
+    spare.sh(assignments + later)
     assert deletes(spare.server) == 0
     assert spare.checkpoint_ids(run) == {"weights/1", "weights/2"}
-    assert spare.sh(words + "rm $CK/weights/1/*; rmdir $CK/weights/1").returncode == 0
+    assert spare.sh(assignments + "rm $CK/weights/1/*; rmdir $CK/weights/1").returncode == 0
     assert spare.checkpoint_ids(run) == {"weights/2"}
 
 
-def test_a_file_that_is_open_while_it_is_removed_reads_on(spare):
+def test_open_file_stays_readable_after_removal(spare):
     run = spare.new_run("weights/1")
-    place = spare.path(f"{run}/checkpoints/weights/1")
-    with open(place / "info.json", "rb") as file:
+    checkpoint = spare.path(f"{run}/checkpoints/weights/1")
+    with open(checkpoint / "info.json", "rb") as file:
         first = file.read(10)
-        assert spare.sh(f"rm -r {quoted(place)}").returncode == 0
+        assert spare.sh(f"rm -r {quoted(checkpoint)}").returncode == 0
         assert first + file.read() != b""
         file.seek(0)
         assert b'"base_model"' in file.read()
-    assert not [name for name in place.parent.parent.rglob("*") if "fuse_hidden" in name.name]
+    assert not [name for name in checkpoint.parent.parent.rglob("*") if "fuse_hidden" in name.name]
 
 
 @pytest.mark.parametrize(
-    ("answer", "words", "told"),
+    ("response", "message", "detail"),
     [
         ({"status": 403, "body": {"detail": "ask your administrator"}}, "Permission denied", "ask"),
         ({"status": 409, "body": {"detail": "in use"}}, "Device or resource busy", "in use"),
@@ -302,25 +307,23 @@ def test_a_file_that_is_open_while_it_is_removed_reads_on(spare):
         ({"status": 500, "body": {"detail": "disk on fire"}}, "Input/output error", "fire"),
     ],
 )
-def test_a_delete_that_the_server_refuses_is_seen_and_brings_everything_back(
-    spare, answer, words, told
-):
+def test_rejected_deletion_fails_and_restores_the_files(spare, response, message, detail):
     run = spare.new_run("weights/1", "weights/2")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint = f"{run}/checkpoints/weights/1"
     rule = spare.server.faults.add(
         "DELETE checkpoint",
         times=None,
         when=lambda entry: entry.path.endswith("weights/1"),
         headers={"x-should-retry": "false"},
-        **answer,
+        **response,
     )
     try:
-        done = spare.sh(f"rm -r {place} {run}/checkpoints/weights/2")
+        done = spare.sh(f"rm -r {checkpoint} {run}/checkpoints/weights/2")
         assert done.returncode == 1
-        assert f"cannot remove '{place}': {words}" in done.stderr
-        # A refusal by the server is none of ours: the rest of the command goes on.
+        assert f"cannot remove '{checkpoint}': {message}" in done.stderr
+        # A rejection by the server does not block the rest of the command.
         assert spare.checkpoint_ids(run) == {"weights/1"}
-        assert spare.sh(f"ls {place}").stdout.split() == [
+        assert spare.sh(f"ls {checkpoint}").stdout.split() == [
             "archive.tar",
             "archive_url",
             "expires_at",
@@ -330,81 +333,83 @@ def test_a_delete_that_the_server_refuses_is_seen_and_brings_everything_back(
             "tensors.json",
             "tinker_path",
         ]
-        lines = [line for line in spare.changes().splitlines() if place in line]
+        lines = [line for line in spare.changes().splitlines() if checkpoint in line]
         assert len(lines) == 1
         assert "failed: " in lines[0]
-        assert told in lines[0]
-        assert any(place in line and told in line for line in spare.errors().splitlines())
+        assert detail in lines[0]
+        assert any(checkpoint in line and detail in line for line in spare.errors().splitlines())
     finally:
         rule.remove()
-    assert spare.sh(f"rm -r {place}").returncode == 0
+    assert spare.sh(f"rm -r {checkpoint}").returncode == 0
     assert spare.checkpoint_ids(run) == set()
 
 
-def test_a_checkpoint_that_somebody_else_deleted_meanwhile_is_gone_without_an_accident(spare):
+def test_removal_of_already_deleted_checkpoint_succeeds(spare):
     run = spare.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    spare.sh(f"ls {place}")
+    checkpoint = f"{run}/checkpoints/weights/1"
+    spare.sh(f"ls {checkpoint}")
     spare.server.account.delete_checkpoint(run.partition("/")[2], "weights/1")
-    done = spare.sh(f"rm -r {place}")
+    done = spare.sh(f"rm -r {checkpoint}")
     assert "No such file or directory" in done.stderr
     assert deletes(spare.server) == 0
-    assert spare.eventually(lambda: not spare.path(place).exists())
+    assert spare.eventually(lambda: not spare.path(checkpoint).exists())
 
 
-def test_a_checkpoint_that_was_saved_again_meanwhile_is_not_deleted(spare):
+def test_removal_of_resaved_checkpoint_fails(spare):
     run = spare.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
-    spare.sh(f"ls {place}")
+    checkpoint = f"{run}/checkpoints/weights/1"
+    spare.sh(f"ls {checkpoint}")
     spare.server.account.add_checkpoint(run.partition("/")[2], "weights/1", time_s=time.time() + 9)
-    done = spare.sh(f"rm -r {place}")
+    done = spare.sh(f"rm -r {checkpoint}")
     assert "Device or resource busy" in done.stderr
     assert deletes(spare.server) == 0
     assert "saved again" in spare.changes()
     assert spare.checkpoint_ids(run) == {"weights/1"}
 
 
-def test_an_interrupted_delete_is_told_and_may_have_happened(spare):
+def test_interrupted_deletion_is_recorded_in_changes(spare):
     run = spare.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint = f"{run}/checkpoints/weights/1"
     rule = spare.server.faults.add("DELETE checkpoint", hang=True)
-    process = spare.start("rm", "-r", place)
+    process = spare.start("rm", "-r", checkpoint)
     rule.wait_for(1)
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert time.monotonic() - started < 1.0
     assert process.returncode == -signal.SIGINT
-    lines = [line for line in spare.changes().splitlines() if place in line]
-    assert lines[0].endswith("under way (its caller: EINTR)")
+    lines = [line for line in spare.changes().splitlines() if checkpoint in line]
+    assert lines[0].endswith("in flight (its caller: EINTR)")
     rule.release()
     assert spare.eventually(lambda: "done (its caller: EINTR)" in spare.changes())
     assert spare.checkpoint_ids(run) == set()
     assert "rm[" in lines[0]
 
 
-def test_a_delete_that_takes_too_long_is_told(make_account):
+def test_deletion_that_times_out_is_recorded_in_changes(make_account):
     account = make_account(runs=0, settings={"timeout_s": 1.0})
     run = account.new_run("weights/1")
-    place = f"{run}/checkpoints/weights/1"
+    checkpoint = f"{run}/checkpoints/weights/1"
     rule = account.server.faults.add("DELETE checkpoint", hang=True, times=None)
     try:
-        done = account.sh(f"rm -r {place}")
+        done = account.sh(f"rm -r {checkpoint}")
         assert "Connection timed out" in done.stderr
         assert done.returncode == 1
         assert account.eventually(lambda: "failed: " in account.changes())
-        assert account.sh(f"cat {place}/published").stdout == "0\n"
+        assert account.sh(f"cat {checkpoint}/published").stdout == "0\n"
     finally:
         rule.remove()
 
 
-def test_what_is_deleted_is_gone_also_where_somebody_reads_the_folder_meanwhile(account):
+def test_deleted_name_is_gone_despite_concurrent_listing(account):
     run = account.new_run(*[f"weights/{number}" for number in range(5)])
-    folder = account.path(f"{run}/checkpoints/weights")
-    os.stat(folder / "0/info.json")  # a process that looks at files gets attributes with listings
-    with os.scandir(folder) as entries:
+    directory = account.path(f"{run}/checkpoints/weights")
+    os.stat(
+        directory / "0/info.json"
+    )  # readdirplus includes attributes for a process that called stat() on a file
+    with os.scandir(directory) as entries:
         assert account.sh(f"rm -r {run}/checkpoints/weights/3").returncode == 0
-        assert not (folder / "3").exists()
+        assert not (directory / "3").exists()
         names = [entry.name for entry in entries]
     assert {"0", "1", "2", "4"} <= set(names)
-    assert not (folder / "3").exists()
+    assert not (directory / "3").exists()

@@ -1,6 +1,6 @@
-"""Sizes and blocks as tools believe them: sparse copies, backups, du, and what sorts by size.
+"""Sizes and blocks as tools use them: sparse copies, backups, du, and sorting by size.
 
-One binding is enough: attributes are the same under each, which the conformance suite checks.
+One binding is enough: attributes do not depend on it, which the tests in tests/vfs check.
 """
 
 import os
@@ -16,8 +16,8 @@ __all__ = ["account", "make_account"]
 
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-#: What stores a file with fewer blocks than bytes as a sparse one. `$FROM` is a directory of the
-#: mount; the copy is `$TO` or below it. Those that follow links copy weights too.
+#: Tools that store a file with fewer blocks than bytes as a sparse file. `$FROM` is a directory of
+#: the mount; the copy is `$TO` or below it. Tools that follow links also copy weights.
 COPIERS = {
     "tar -S": "tar cS -C $FROM . | tar x -C $TO",
     "tar -S -h": "tar chS --exclude=archive_url -C $FROM . | tar x -C $TO",
@@ -37,9 +37,9 @@ FOLLOWS_LINKS = re.compile("-h|-rL|-LS|busybox")
 
 
 def contents(root):
-    """The bytes of every regular file below a directory, by path; links are not followed."""
+    """Return the content of every regular file below a directory, by path; follow no links."""
     found = {}
-    for top, _folders, files in os.walk(root):
+    for top, _directories, files in os.walk(root):
         for name in files:
             path = os.path.join(top, name)
             if not os.path.islink(path):
@@ -50,21 +50,21 @@ def contents(root):
 
 @pytest.fixture(scope="module")
 def weights(make_account):
-    """An account of one run whose archives may be read without a limit."""
-    account = make_account(runs=0, settings={"archive_burst": 0})
+    """Return an account of one run, without a limit of archive builds."""
+    account = make_account(runs=0, settings={"archive_build_limit": 0})
     run = account.new_run("weights/0001", "sampler_weights/final")
     return account, run
 
 
 @pytest.mark.parametrize("name", COPIERS)
-def test_sparse_copy_has_every_byte(weights, name, tmp_path):
+def test_sparse_copy_is_complete(weights, name, tmp_path):
     account, run = weights
     needs([name] if name == "restic" else [])
     to = tmp_path / "to"
     to.mkdir()
     source = account.path(run)
-    words = f"FROM={shlex.quote(str(source))} TO={to} OUT={tmp_path}\n"
-    done = account.sh(words + COPIERS[name])
+    assignments = f"FROM={shlex.quote(str(source))} TO={to} OUT={tmp_path}\n"
+    done = account.sh(assignments + COPIERS[name])
     assert (done.returncode, done.stderr) == (0, ""), done
     copied = contents(to)
     expected = contents(source)
@@ -73,30 +73,30 @@ def test_sparse_copy_has_every_byte(weights, name, tmp_path):
         run_id = run.partition("/")[2]
         for checkpoint in ("weights/0001", "sampler_weights/final"):
             for file, content in account.server.files(run_id, checkpoint).items():
-                place = f"checkpoints/{checkpoint}/files/{file}"
-                expected[place] = content.read(0, content.size_bytes)
+                relative = f"checkpoints/{checkpoint}/files/{file}"
+                expected[relative] = content.read(0, content.size_bytes)
             archive = account.server.archive(run_id, checkpoint)
-            place = f"checkpoints/{checkpoint}/archive.tar"
-            expected[place] = archive.read(0, archive.size_bytes)
+            relative = f"checkpoints/{checkpoint}/archive.tar"
+            expected[relative] = archive.read(0, archive.size_bytes)
     assert {path: copied.get(path) == data for path, data in expected.items()} == dict.fromkeys(
         expected, True
     )
 
 
-def test_du_l_counts_the_files_behind_links(weights):
+def test_du_l_counts_files_behind_links(weights):
     account, run = weights
-    place = f"{run}/checkpoints/sampler_weights/final"
+    relative = f"{run}/checkpoints/sampler_weights/final"
     done = account.sh(
-        f"cat {place}/archive.tar {place}/tensors.json {place}/archive_url > /dev/null; "
-        f"du -sL --block-size=1 {place}; du -sL --block-size=1 {place}/files; "
-        f"du -s --block-size=1 {place}"
+        f"cat {relative}/archive.tar {relative}/tensors.json {relative}/archive_url > /dev/null; "
+        f"du -sL --block-size=1 {relative}; du -sL --block-size=1 {relative}/files; "
+        f"du -s --block-size=1 {relative}"
     )
     assert done.returncode == 0, done
     followed, files, stored = (int(line.split()[0]) for line in done.stdout.splitlines())
-    names = os.listdir(account.path(f"{place}/files"))
-    sizes = [account.path(f"{place}/files/{name}").stat().st_size for name in names]
+    names = os.listdir(account.path(f"{relative}/files"))
+    sizes = [account.path(f"{relative}/files/{name}").stat().st_size for name in names]
     assert files == sum(-(-size // 512) * 512 for size in sizes)
-    archive_bytes = account.path(f"{place}/archive.tar").stat().st_size
+    archive_bytes = account.path(f"{relative}/archive.tar").stat().st_size
     assert followed > stored + files + archive_bytes
 
 
@@ -105,7 +105,7 @@ SIZES = {"weights/small": 5_000, "weights/huge": 17 << 30, "weights/large": 1_10
 
 @pytest.fixture(scope="module")
 def sized(account):
-    """The directory of a run's checkpoints of three sizes, the listing's order not that of size."""
+    """Return a directory with checkpoints of three sizes; their names have another order."""
     run = account.new_run()
     run_id = run.partition("/")[2]
     for name, size_bytes in SIZES.items():
@@ -125,13 +125,13 @@ def sized(account):
         ("stat -c '%s %b' {}/small", ["5000 10"]),
     ],
 )
-def test_checkpoint_directories_sort_by_what_is_stored(account, sized, command, expected):
+def test_checkpoint_directories_sort_by_stored_size(account, sized, command, expected):
     done = account.sh(command.format(*[sized] * command.count("{}")))
     assert done.stdout.splitlines() == expected, done
     assert account.server.journal.count("GET archive") == 0
 
 
-def test_df_of_a_removed_cache_directory_has_numbers(make_account):
+def test_df_works_after_cache_directory_is_removed(make_account):
     account = make_account(runs=0)
     run = account.new_run("sampler_weights/final")
     cache = account.root.parent / "cache"
@@ -141,7 +141,7 @@ def test_df_of_a_removed_cache_directory_has_numbers(make_account):
     row = done.stdout.splitlines()[1].split()
     total, used, free = map(int, row[1:4])
     assert total == used + free > 0
-    # What is read then is cached again.
+    # Later reads are cached again.
     read = account.sh(f"cat {run}/checkpoints/sampler_weights/final/files/* > /dev/null")
     assert (read.returncode, read.stderr) == (0, ""), read
     assert (cache / "blocks").is_dir()

@@ -1,4 +1,4 @@
-"""The tools that people look with: right output, and no more calls than looking may cost."""
+"""Tools that list and read: correct output, and no more requests than documented."""
 
 import json
 import os
@@ -16,14 +16,14 @@ RUNS, CHECKPOINTS = 3, 4
 
 @pytest.fixture(scope="module")
 def warm(account):
-    """An account whose weights infos are known."""
+    """Return an account with cached weights infos."""
     account.sh("cat runs/*/checkpoints/*/*/info.json")
     account.server.journal.wait_until_idle()
     return account
 
 
 def calls_of(account, script):
-    """Run a script when all but the weights infos is forgotten; return it and its calls."""
+    """Run a script with only weights infos cached; return the result and the requests."""
     account.refresh()
     account.server.journal.clear()
     done = account.sh(script)
@@ -35,18 +35,18 @@ ALL_LISTED = {"GET training_runs": 1, "GET training_runs/{run}/checkpoints": RUN
 
 
 def on_disk(size_bytes):
-    """What du counts for a size: whole blocks of 512 bytes."""
+    """Return what du counts for a size: whole blocks of 512 bytes."""
     return -(-size_bytes // 512) * 512
 
 
-def generated_bytes(account, folder):
-    """What du counts for the regular files below a directory, links not followed."""
-    walk = os.walk(account.path(folder))
-    paths = [os.path.join(top, name) for top, _folders, files in walk for name in files]
+def generated_bytes(account, directory):
+    """Return what du counts for the regular files below a directory, without following links."""
+    walk = os.walk(account.path(directory))
+    paths = [os.path.join(top, name) for top, _directories, files in walk for name in files]
     return sum(on_disk(os.lstat(path).st_size) for path in paths if not os.path.islink(path))
 
 
-def test_du_counts_what_is_stored_and_generated(warm):
+def test_du_counts_stored_and_generated_bytes(warm):
     done, calls = calls_of(warm, "du -s --block-size=1 runs && du -sh runs")
     checkpoints = [c for run in warm.server.account.runs() for c in run.checkpoints]
     stored = sum(on_disk(checkpoint.size_bytes) for checkpoint in checkpoints)
@@ -58,21 +58,19 @@ def test_du_counts_what_is_stored_and_generated(warm):
     assert calls == ALL_LISTED
 
 
-def test_du_of_one_checkpoint_and_apparent_size(warm, tmp_path):
+def test_du_of_one_checkpoint_has_apparent_size(warm, tmp_path):
     run = warm.server.account.runs()[0]
     checkpoint = run.checkpoints[0]
-    place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
-    done = warm.sh(f"du -s --block-size=1 {place}; du -sb {place}; du -sb {tmp_path}")
+    path = f"runs/{run.id}/checkpoints/{checkpoint.id}"
+    done = warm.sh(f"du -s --block-size=1 {path}; du -sb {path}; du -sb {tmp_path}")
     stored, apparent, empty = (int(line.split()[0]) for line in done.stdout.splitlines())
-    assert stored == on_disk(checkpoint.size_bytes) + generated_bytes(warm, place)
-    sizes = [
-        os.lstat(warm.path(f"{place}/{name}")).st_size for name in os.listdir(warm.path(place))
-    ]
-    # Before coreutils 9.2 the apparent size of a directory counts too.
+    assert stored == on_disk(checkpoint.size_bytes) + generated_bytes(warm, path)
+    sizes = [os.lstat(warm.path(f"{path}/{name}")).st_size for name in os.listdir(warm.path(path))]
+    # Before coreutils 9.2, du also counts the apparent size of directories.
     assert apparent == sum(sizes) + checkpoint.size_bytes * bool(empty)
 
 
-def test_df_answers(warm):
+def test_df_shows_size_without_requests(warm):
     done, calls = calls_of(warm, "df -P . && df -h . && df -i . && stat -f .")
     assert done.returncode == 0, done
     row = done.stdout.splitlines()[1].split()
@@ -82,7 +80,7 @@ def test_df_answers(warm):
     assert calls == {}
 
 
-def test_ls_l_sorts_by_the_account_s_times(warm):
+def test_ls_l_sorts_by_times_of_the_account(warm):
     done, _calls = calls_of(warm, "ls -t runs")
     assert done.stdout.split() == warm.server.account.run_ids
     run = warm.server.account.runs()[0]
@@ -93,7 +91,7 @@ def test_ls_l_sorts_by_the_account_s_times(warm):
     assert done.stdout.split() == [checkpoint.name for checkpoint in by_time]
 
 
-def test_ls_lR_shows_everything_and_costs_the_listings(warm):
+def test_ls_lR_shows_everything_with_listing_requests_only(warm):
     done, calls = calls_of(warm, "ls -lR --time-style=+%s runs")
     assert (done.returncode, done.stderr) == (0, "")
     assert calls == ALL_LISTED
@@ -104,10 +102,10 @@ def test_ls_lR_shows_everything_and_costs_the_listings(warm):
     assert done.stdout.count("-rw-r--r-- 1 ") == RUNS * CHECKPOINTS * 4
     again, calls = warm.sh("ls -lR --time-style=+%s runs"), api_calls(warm.server)
     assert again.stdout == done.stdout
-    assert calls == ALL_LISTED, "the second look is free"
+    assert calls == ALL_LISTED, "the second ls -lR sends no request"
 
 
-def test_a_cold_ls_lR_asks_for_each_weights_info_once(make_account):
+def test_cold_ls_lR_requests_each_weights_info_once(make_account):
     account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
     done, calls = calls_of(account, "ls -lR runs")
     assert done.returncode == 0
@@ -116,7 +114,7 @@ def test_a_cold_ls_lR_asks_for_each_weights_info_once(make_account):
     assert calls == ALL_LISTED
 
 
-def test_a_plain_ls_asks_for_no_weights_info(make_account):
+def test_plain_ls_requests_no_weights_info(make_account):
     account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
     done, calls = calls_of(account, "ls -R runs && ls -a runs/*/checkpoints/*/* && find runs")
     assert done.returncode == 0
@@ -124,7 +122,7 @@ def test_a_plain_ls_asks_for_no_weights_info(make_account):
     assert calls == ALL_LISTED
 
 
-def test_find_ls(warm):
+def test_find_ls_shows_every_entry(warm):
     done, calls = calls_of(warm, "find runs -ls")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
@@ -135,7 +133,7 @@ def test_find_ls(warm):
     assert calls == ALL_LISTED
 
 
-def test_find_by_kind_and_time_and_size(warm):
+def test_find_selects_by_type_time_and_size(warm):
     count = RUNS * CHECKPOINTS
     for script, wanted in {
         "find runs -type l -name archive_url": count,
@@ -151,29 +149,29 @@ def test_find_by_kind_and_time_and_size(warm):
         assert len(done.stdout.splitlines()) == wanted, script
 
 
-def copied(folder, warm):
+def copied(directory, warm):
     """Compare a copy of runs/ with the mount."""
     for run in warm.server.account.runs():
-        assert (folder / run.id / "latest").readlink() == warm.path(
+        assert (directory / run.id / "latest").readlink() == warm.path(
             f"runs/{run.id}/latest"
         ).readlink()
         for checkpoint in run.checkpoints:
-            place = f"{run.id}/checkpoints/{checkpoint.id}"
-            info = json.loads((folder / place / "info.json").read_text())
+            path = f"{run.id}/checkpoints/{checkpoint.id}"
+            info = json.loads((directory / path / "info.json").read_text())
             assert info["checkpoint_id"] == checkpoint.id
             assert info["base_model"] == run.base_model
-            assert (folder / place / "published").read_text() in ("0\n", "1\n")
-            assert (folder / place / "archive_url").is_symlink()
+            assert (directory / path / "published").read_text() in ("0\n", "1\n")
+            assert (directory / path / "archive_url").is_symlink()
             for name in ("info.json", "published", "expires_at", "tinker_path"):
-                mounted = warm.path(f"runs/{place}/{name}")
-                assert (folder / place / name).read_bytes() == mounted.read_bytes(), name
+                mounted = warm.path(f"runs/{path}/{name}")
+                assert (directory / path / name).read_bytes() == mounted.read_bytes(), name
 
 
 COPIES = {
     "cp -r": "cp -r runs $OUT/",
     "cp -a": "cp -a runs $OUT/",
     "rsync -a": "rsync -a runs $OUT/",
-    # Before the first listing the folder's time is not known yet, and tar sees it change.
+    # Before its first listing, the time of a directory is unknown, and tar sees it change.
     "tar": "ls runs > /dev/null; tar cf - runs | tar xf - -C $OUT",
     "cpio of find": "find runs -print0 | tar cf - --no-recursion --null -T - | tar xf - -C $OUT",
     "copytree": "$PYTHON -c 'import shutil; shutil.copytree(\"runs\", \"'$OUT'/runs\", True)'",
@@ -182,7 +180,7 @@ COPIES = {
 
 
 @pytest.mark.parametrize("name", COPIES)
-def test_a_copy_is_whole_and_costs_what_looking_costs(warm, name, tmp_path):
+def test_copy_is_complete_with_listing_requests_only(warm, name, tmp_path):
     needs(tool for tool in ("busybox", "rsync") if tool in name)
     done, calls = calls_of(warm, f"OUT={tmp_path} PYTHON={sys.executable}\n{COPIES[name]}")
     assert (done.returncode, done.stderr) == (0, "")
@@ -190,7 +188,7 @@ def test_a_copy_is_whole_and_costs_what_looking_costs(warm, name, tmp_path):
     copied(tmp_path / "runs", warm)
 
 
-def test_a_second_rsync_has_nothing_to_do(warm, tmp_path):
+def test_second_rsync_copies_nothing(warm, tmp_path):
     needs(["rsync"])
     assert warm.sh(f"rsync -a runs {tmp_path}/").returncode == 0
     done = warm.sh(f"rsync -ai runs {tmp_path}/")
@@ -202,22 +200,22 @@ def test_tar_keeps_times_modes_and_links(warm, tmp_path):
     assert warm.sh(f"tar cf {tmp_path}/t runs").returncode == 0
     with tarfile.open(tmp_path / "t") as archive:
         for checkpoint in run.checkpoints:
-            place = f"runs/{run.id}/checkpoints/{checkpoint.id}"
-            member = archive.getmember(f"{place}/info.json")
+            path = f"runs/{run.id}/checkpoints/{checkpoint.id}"
+            member = archive.getmember(f"{path}/info.json")
             assert member.mtime == int(checkpoint.time_s)
             assert member.mode == 0o644
-            assert archive.getmember(f"{place}/archive_url").issym()
-            assert archive.getmember(place).isdir()
+            assert archive.getmember(f"{path}/archive_url").issym()
+            assert archive.getmember(path).isdir()
 
 
-def test_jq_and_wildcards(warm):
+def test_jq_reads_wildcard_paths(warm):
     needs(["jq"])
     done = warm.sh("jq -r .checkpoint_id runs/*/checkpoints/*/*/info.json | sort")
     wanted = sorted(c.id for run in warm.server.account.runs() for c in run.checkpoints)
     assert sorted(done.stdout.split()) == wanted
 
 
-def test_grep_r_reads_every_file_and_no_archive(warm):
+def test_grep_r_reads_every_file_without_archive_request(warm):
     done, calls = calls_of(
         warm, "grep -rl lora_rank runs | wc -l; grep -rc . .tinkerfs > /dev/null"
     )
@@ -225,7 +223,7 @@ def test_grep_r_reads_every_file_and_no_archive(warm):
     assert calls == ALL_LISTED
 
 
-def test_software_that_looks_around_costs_nothing(warm):
+def test_probes_of_software_send_no_request(warm):
     run = warm.server.account.run_ids[0]
     warm.sh(f"ls -R runs/{run}")
     warm.server.journal.clear()
@@ -238,18 +236,18 @@ def test_software_that_looks_around_costs_nothing(warm):
     assert api_calls(warm.server) == {}
 
 
-def test_rm_r_of_one_costs_a_look_and_the_deletion(warm):
+def test_rm_r_of_checkpoint_sends_few_requests(warm):
     run = warm.new_run("weights/1", "weights/2")
     warm.sh(f"ls -R {run}")
     warm.server.journal.clear()
     assert warm.sh(f"rm -r {run}/checkpoints/weights/1").returncode == 0
     calls = api_calls(warm.server)
-    assert calls.pop("POST weights_info", 0) <= 2, "of what rm looks at, and of its sibling"
+    assert calls.pop("POST weights_info", 0) <= 2, "for the checkpoint and its sibling"
     assert calls == {"GET training_runs/{run}/checkpoints": 1, "DELETE checkpoint": 1}
     warm.server.account.remove_run(run.partition("/")[2])
 
 
-def test_sixteen_readers_of_one_cold_listing_make_one_call(warm):
+def test_sixteen_concurrent_cold_listings_send_one_request(warm):
     run = warm.server.account.run_ids[0]
     warm.sh(f"ls runs/{run}")
     warm.refresh()
@@ -264,7 +262,7 @@ def test_sixteen_readers_of_one_cold_listing_make_one_call(warm):
     assert api_calls(warm.server) == {"GET training_runs/{run}/checkpoints": 1}
 
 
-def test_python_s_own_walks(warm):
+def test_python_walks_find_every_file(warm):
     code = """
 import glob, os, pathlib, stat
 print(len(glob.glob("runs/*/checkpoints/*/*/info.json")))
@@ -281,11 +279,11 @@ with os.scandir("runs") as runs:
     assert found[3] == "True"
 
 
-def test_tar_of_what_was_never_looked_at(make_account):
-    """It looks at a folder's time before and after it lists it."""
+def test_tar_of_cold_directory_succeeds(make_account):
+    """Check tar, which compares the time of a directory before and after listing it."""
     account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
     run = account.server.account.run_ids[0]
-    for folder in (f"runs/{run}/checkpoints/weights", f"runs/{run}", "runs", "sessions"):
+    for directory in (f"runs/{run}/checkpoints/weights", f"runs/{run}", "runs", "sessions"):
         account.refresh()
-        done = account.sh(f"tar cf - {folder} | tar tf - > /dev/null; exit ${{PIPESTATUS[0]}}")
-        assert (done.returncode, done.stderr) == (0, ""), folder
+        done = account.sh(f"tar cf - {directory} | tar tf - > /dev/null; exit ${{PIPESTATUS[0]}}")
+        assert (done.returncode, done.stderr) == (0, ""), directory

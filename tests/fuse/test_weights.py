@@ -1,4 +1,4 @@
-"""Weights on real mounts: what the kernel makes of sizes, pages and mappings; loaders."""
+"""Weights on real mounts: sizes, page cache, mappings and loaders."""
 
 import contextlib
 import gzip
@@ -28,8 +28,8 @@ BIG_BYTES = 40 << 20
 
 @pytest.fixture(scope="module")
 def weights(make_account):
-    """An account whose newest run has a sampler checkpoint of 40 MB."""
-    account = make_account(runs=1, checkpoints=1, settings={"archive_burst": 0})
+    """Return an account; its newest run has a sampler checkpoint of 40 MB."""
+    account = make_account(runs=1, checkpoints=1, settings={"archive_build_limit": 0})
     account.run = account.new_run("sampler_weights/small")
     run_id = account.run.removeprefix("runs/")
     account.server.account.add_checkpoint(run_id, "sampler_weights/big", size_bytes=BIG_BYTES)
@@ -37,7 +37,7 @@ def weights(make_account):
     return account
 
 
-def place_of(weights, name):
+def checkpoint_of(weights, name):
     return weights.path(f"{weights.run}/checkpoints/sampler_weights/{name}")
 
 
@@ -47,7 +47,7 @@ def archive_of(weights, name):
     return archive.read(0, archive.size_bytes)
 
 
-#: A copy of $1 to $2 by each tool.
+#: Scripts that copy $1 to $2 with each tool.
 COPIES = {
     "cp": 'cp "$1" "$2"',
     "cat": 'cat "$1" > "$2"',
@@ -64,8 +64,8 @@ TIMES = 20
 
 
 @pytest.mark.parametrize("tool", COPIES)
-def test_every_byte_and_no_more_right_after_a_stat(weights, tool, tmp_path):
-    """Checkpoints that nobody opened before, all at once: what must be right is the first open."""
+def test_copy_right_after_stat_has_exact_size(weights, tool, tmp_path):
+    """Copy several checkpoints that have not been opened before, concurrently."""
     needs([tool] if tool in ("rsync", "busybox", "gio") else [])
     run_id = weights.run.removeprefix("runs/")
     fresh = [f"{tool}-{number}" for number in range(TIMES)]
@@ -84,25 +84,25 @@ wait"""
     done = weights.sh(script)
     assert (done.returncode, done.stderr) == (0, "")
     for name in fresh:
-        true = {"archive.tar": archive_of(weights, name)}
-        true["tensors.json"] = (place_of(weights, name) / "tensors.json").read_bytes()
-        assert json.loads(true["tensors.json"])["tensors"]
-        for file, data in true.items():
+        contents = {"archive.tar": archive_of(weights, name)}
+        contents["tensors.json"] = (checkpoint_of(weights, name) / "tensors.json").read_bytes()
+        assert json.loads(contents["tensors.json"])["tensors"]
+        for file, data in contents.items():
             expected = f"{hashlib.sha256(data).hexdigest()}  -\n".encode()
             copied = (tmp_path / f"{name}-{file}").read_bytes()
             assert copied == (expected if tool == "sha256sum" else data)
-            assert (place_of(weights, name) / file).stat().st_size == len(data)
-    # Each of the next tools lists the run again.
+            assert (checkpoint_of(weights, name) / file).stat().st_size == len(data)
+    # The next tool lists the run again.
     for name in fresh:
         weights.server.account.delete_checkpoint(run_id, f"sampler_weights/{name}")
 
 
-def test_a_size_told_to_others_during_an_open_is_no_bound_after_it(weights):
+def test_concurrent_stats_during_open_leave_no_size_bound(weights):
     run_id = weights.run.removeprefix("runs/")
     weights.server.account.add_checkpoint(run_id, "sampler_weights/shared")
     weights.refresh()
     weights.server.faults.add("GET archive", latency_s=2.5)
-    file = place_of(weights, "shared") / "archive.tar"
+    file = checkpoint_of(weights, "shared") / "archive.tar"
     opened = threading.Event()
 
     def look():
@@ -120,20 +120,22 @@ def test_a_size_told_to_others_during_an_open_is_no_bound_after_it(weights):
     assert size_bytes == len(archive_of(weights, "shared"))
 
 
-def test_archive_right_after_a_stat_is_mapped_soon(weights):
+def test_archive_is_mappable_soon_after_stat(weights):
     run_id = weights.run.removeprefix("runs/")
     weights.server.account.add_checkpoint(run_id, "sampler_weights/mapped")
     weights.refresh()
-    file = place_of(weights, "mapped") / "archive.tar"
+    file = checkpoint_of(weights, "mapped") / "archive.tar"
     expected = archive_of(weights, "mapped")
     file.stat()
     began = time.monotonic()
-    # In a process of its own: the server, which this one is, has to send the pages.
+    # In a separate process, because the server runs in this one and has to send the pages.
     while not Reader("mmap", file).ends_with(expected):  # ENODEV
-        assert time.monotonic() - began < 8, "the kernel knew the size after 3 s"
+        assert time.monotonic() - began < 8, (
+            "mmap fails until the kernel knows the size, which takes 3 s"
+        )
 
 
-def test_one_tensor_fetches_what_it_touches(make_account):
+def test_reading_one_tensor_downloads_only_its_blocks(make_account):
     account = make_account(runs=1, checkpoints=1)
     run = account.new_run()
     run_id = run.removeprefix("runs/")
@@ -149,8 +151,8 @@ def test_one_tensor_fetches_what_it_touches(make_account):
         tensor = opened.read(last - first)
     assert len(tensor) == last - first
     sent = sum(entry.sent_bytes for entry in account.server.journal.entries("GET store/archive"))
-    # Blocks of 4 MiB: one with the header, one that the tensor begins in and one that it ends in;
-    # the kernel reads ahead into another.
+    # Blocks of 4 MiB: the header, the start and the end of the tensor, and the readahead of the
+    # kernel.
     assert sent <= len(tensor) + (17 << 20) < 1.6 * len(tensor)
     account.server.journal.clear()
     with open(file, "rb") as opened:
@@ -169,104 +171,105 @@ with safetensors.safe_open(sys.argv[1], framework="np") as opened:
 
 
 def test_safetensors_loads_from_the_mount(weights):
-    place = place_of(weights, "small")
-    # A process of its own: it holds Python's lock while it opens, and the server is in this one.
-    done = run(sys.executable, "-c", LOAD, place / "files/adapter_model.safetensors")
+    checkpoint = checkpoint_of(weights, "small")
+    # In a separate process, because it holds the GIL while it opens, and the server runs here.
+    done = run(sys.executable, "-c", LOAD, checkpoint / "files/adapter_model.safetensors")
     assert (done.returncode, done.stderr) == (0, "")
     loaded = dict(line.split() for line in done.stdout.splitlines())
-    told = json.loads((place / "tensors.json").read_text())["tensors"]
+    output = json.loads((checkpoint / "tensors.json").read_text())["tensors"]
     assert loaded
-    assert loaded == {name: str(value["bytes"]) for name, value in told.items()}
+    assert loaded == {name: str(value["bytes"]) for name, value in output.items()}
 
 
-def test_the_kernel_asks_for_1_mib_at_a_time(weights, needs_root):
+def test_kernel_readahead_is_1_mib(weights, needs_root):
     device = os.stat(weights.root).st_dev
     bdi = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
     with open(bdi) as file:
         assert file.read() == "1024\n"
 
 
-def test_a_mapping_reads_the_same(weights):
-    file = place_of(weights, "big") / "files/adapter_model.safetensors"
+def test_mapping_returns_the_same_bytes(weights):
+    file = checkpoint_of(weights, "big") / "files/adapter_model.safetensors"
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert len(mapped) == file.stat().st_size
         assert hashlib.sha256(mapped).digest() == hashlib.sha256(file.read_bytes()).digest()
 
 
-def test_what_vllm_s_resolver_does(weights):
-    """Its steps: a folder by name, adapter_config.json in it, the base model, then the files."""
+def test_steps_of_vllm_resolver_succeed(weights):
+    """Find the directory by name, then read adapter_config.json, the base model and the files."""
     run_id = weights.run.removeprefix("runs/")
-    folder = weights.path(f"adapters/{run_id}@sampler_weights@small")
-    assert os.path.exists(folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    directory = weights.path(f"adapters/{run_id}@sampler_weights@small")
+    assert os.path.exists(directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["base_model_name_or_path"]
-    assert (folder / "adapter_model.safetensors").stat().st_size > 0
+    assert (directory / "adapter_model.safetensors").stat().st_size > 0
 
 
-def test_a_copy_of_files_and_the_archive_hold_the_same(weights, tmp_path):
-    place = place_of(weights, "big")
-    shutil.copytree(place / "files", tmp_path / "files")
+def test_copies_of_files_and_of_archive_are_equal(weights, tmp_path):
+    checkpoint = checkpoint_of(weights, "big")
+    shutil.copytree(checkpoint / "files", tmp_path / "files")
     done = weights.sh(
-        f"tar tf {place}/archive.tar && mkdir {tmp_path}/x"
-        f" && tar xf {place}/archive.tar -C {tmp_path}/x && diff -r {tmp_path}/files {tmp_path}/x"
+        f"tar tf {checkpoint}/archive.tar && mkdir {tmp_path}/x"
+        f" && tar xf {checkpoint}/archive.tar -C {tmp_path}/x"
+        f" && diff -r {tmp_path}/files {tmp_path}/x"
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.split()) == sorted(os.listdir(tmp_path / "files"))
 
 
-def test_what_people_do_with_files_and_the_archive(weights, tmp_path):
-    """cp -r, rsync, sha256sum, tar t and x give what the server has."""
+def test_copy_and_tar_tools_return_what_the_server_has(weights, tmp_path):
+    """Compare cp -r, rsync, sha256sum and tar with the files of the server."""
     run_id = weights.run.removeprefix("runs/")
-    place = place_of(weights, "big")
-    true = {
+    checkpoint = checkpoint_of(weights, "big")
+    contents = {
         name: content.read(0, content.size_bytes)
         for name, content in weights.server.files(run_id, "sampler_weights/big").items()
     }
     for command in (
-        f"cp -r {place}/files/ {tmp_path}/cp",
-        f"rsync -a {place}/files/ {tmp_path}/rsync/",
-        f"mkdir {tmp_path}/tar && tar xf {place}/archive.tar -C {tmp_path}/tar",
+        f"cp -r {checkpoint}/files/ {tmp_path}/cp",
+        f"rsync -a {checkpoint}/files/ {tmp_path}/rsync/",
+        f"mkdir {tmp_path}/tar && tar xf {checkpoint}/archive.tar -C {tmp_path}/tar",
     ):
         assert weights.sh(command).stderr == ""
     for copy in ("cp", "rsync", "tar"):
         found = {path.name: path.read_bytes() for path in (tmp_path / copy).iterdir()}
-        assert found == true
-    told = weights.sh(f"cd {place}/files/ && sha256sum *").stdout
-    assert dict(line.split()[::-1] for line in told.splitlines()) == {
-        name: hashlib.sha256(data).hexdigest() for name, data in true.items()
+        assert found == contents
+    output = weights.sh(f"cd {checkpoint}/files/ && sha256sum *").stdout
+    assert dict(line.split()[::-1] for line in output.splitlines()) == {
+        name: hashlib.sha256(data).hexdigest() for name, data in contents.items()
     }
     listed = [
-        line.split() for line in weights.sh(f"tar tvf {place}/archive.tar").stdout.splitlines()
+        line.split() for line in weights.sh(f"tar tvf {checkpoint}/archive.tar").stdout.splitlines()
     ]
     assert {words[-1]: int(words[2]) for words in listed} == {
-        name: len(data) for name, data in true.items()
+        name: len(data) for name, data in contents.items()
     }
 
 
-def test_df_shows_the_block_cache_and_an_attribute_what_is_kept_of_a_file(make_account):
+def test_df_and_xattr_show_cached_bytes(make_account):
     settings = {"xattr": True, "cache_size_bytes": 1 << 30}
     account = make_account(runs=1, checkpoints=1, settings=settings)
     run = account.new_run("sampler_weights/1")
     file = account.path(f"{run}/checkpoints/sampler_weights/1/files/adapter_model.safetensors")
     before = os.statvfs(account.root)
     assert before.f_blocks * before.f_frsize == 1 << 30
-    kept = "user.tinkerfs.cached_bytes"
+    attribute = "user.tinkerfs.cached_bytes"
     size = len(file.read_bytes())
-    assert account.eventually(lambda: os.getxattr(file, kept) == str(size).encode())
+    assert account.eventually(lambda: os.getxattr(file, attribute) == str(size).encode())
 
     def has_grown():
         after = os.statvfs(account.root)
         return (before.f_bfree - after.f_bfree) * after.f_frsize >= size
 
-    assert account.eventually(has_grown, 20), "the sum is at most 5 s old"
+    assert account.eventually(has_grown, 20), "the sum is updated every 5 s"
 
 
-def test_a_checkpoint_that_was_deleted_reads_no_other_bytes(weights):
+def test_deleted_checkpoint_returns_no_other_bytes(weights):
     run_id = weights.run.removeprefix("runs/")
     weights.server.account.add_checkpoint(run_id, "sampler_weights/gone", size_bytes=BIG_BYTES)
     weights.refresh()
-    file = place_of(weights, "gone") / "files/adapter_model.safetensors"
+    file = checkpoint_of(weights, "gone") / "files/adapter_model.safetensors"
     with open(file, "rb", buffering=0) as opened:
         assert len(opened.read(8)) == 8
         weights.server.account.delete_checkpoint(run_id, "sampler_weights/gone")
@@ -274,24 +277,24 @@ def test_a_checkpoint_that_was_deleted_reads_no_other_bytes(weights):
             opened.readall()
 
 
-def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(weights):
+def test_changed_archive_is_stale_for_open_files_only(weights):
     run_id = weights.run.removeprefix("runs/")
     checkpoint = weights.server.account.add_checkpoint(
         run_id, "sampler_weights/changing", size_bytes=BIG_BYTES
     )
     weights.refresh()
-    file = place_of(weights, "changing") / "files/adapter_model.safetensors"
+    file = checkpoint_of(weights, "changing") / "files/adapter_model.safetensors"
 
-    def truth():
+    def read_expected():
         content = weights.server.files(run_id, "sampler_weights/changing")[file.name]
         return content.read(0, content.size_bytes)
 
-    old = truth()
+    old = read_expected()
     with open(file, "rb", buffering=0) as opened:
         assert opened.read(8) == old[:8]
         checkpoint.generation += 1
         weights.server.signer.revoke_all()
-        new = truth()
+        new = read_expected()
         assert new[:-4096] != old[:-4096]
         with pytest.raises(OSError, match="Stale file handle"):
             os.pread(opened.fileno(), 4096, len(old) - 4096)
@@ -305,21 +308,21 @@ def test_an_archive_that_changed_is_stale_where_it_is_open_and_new_elsewhere(wei
 
 
 @pytest.mark.parametrize("kind", ["cut", "no tar", "a bomb of headers"])
-def test_a_damaged_archive_is_an_error_that_is_told_and_harms_nobody(weights, kind):
+def test_damaged_archive_raises_error_and_affects_no_other(weights, kind):
     run_id = weights.run.removeprefix("runs/")
     name = kind.replace(" ", "-")
     checkpoint = weights.server.account.add_checkpoint(run_id, f"sampler_weights/{name}")
-    true = archive_of(weights, name)
+    contents = archive_of(weights, name)
     chain = tarfile.TarInfo("x")
     chain.type = tarfile.XHDTYPE
     damaged = {
-        "cut": true[: len(true) // 2],
+        "cut": contents[: len(contents) // 2],
         "no tar": b"<html>no</html>" * 1000,
         "a bomb of headers": gzip.compress(chain.tobuf(tarfile.GNU_FORMAT) * 1_000_000),
     }
     checkpoint.archive = Data(damaged[kind])
     weights.refresh()
-    files = place_of(weights, name) / "files"
+    files = checkpoint_of(weights, name) / "files"
     before = resident_kib(weights)
     with pytest.raises(OSError, match="Input/output error"):
         os.listdir(f"{files}/")
@@ -327,15 +330,15 @@ def test_a_damaged_archive_is_an_error_that_is_told_and_harms_nobody(weights, ki
         (files / "adapter_model.safetensors").read_bytes()
     assert any("EIO" in line and name in line for line in weights.errors().splitlines())
     assert resident_kib(weights) - before < 256 << 10
-    assert os.listdir(place_of(weights, "small") / "files")
+    assert os.listdir(checkpoint_of(weights, "small") / "files")
 
 
 def resident_kib(weights):
-    """What the mount's process takes."""
+    """Return the resident memory of the mount's process, KiB."""
     wanted = {b"tests.support.account", os.fsencode(weights.root)}
-    for folder in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if wanted <= set((folder / "cmdline").read_bytes().split(b"\0")):
-                lines = (folder / "status").read_text().splitlines()
+            if wanted <= set((directory / "cmdline").read_bytes().split(b"\0")):
+                lines = (directory / "status").read_text().splitlines()
                 return int(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
     raise LookupError(weights.root)

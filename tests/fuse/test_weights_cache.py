@@ -1,4 +1,4 @@
-"""The block cache under readers on real mounts: full, deleted, altered, shared, killed."""
+"""The block cache of real mounts during reads: full, deleted, corrupt, shared, and killed."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ SLOW_BYTES_PER_S = 20 * MIB
 
 @pytest.fixture
 def weights(demo_server):
-    """A server, the path of its largest file below a mount, and the file's bytes."""
+    """Return a server, the path of its largest file below a mount, and the file's bytes."""
     server = demo_server(runs=1, checkpoints=1)
     run_id = new_run(server)
     server.account.add_checkpoint(run_id, "sampler_weights/1", size_bytes=SIZE_BYTES)
@@ -36,25 +36,25 @@ def weights(demo_server):
 
 
 def forget_pages(file):
-    """Make the kernel ask the mount again for a file's bytes."""
+    """Drop a file from the page cache, so that the kernel reads it from the mount again."""
     with open(file, "rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def blocks_in(folder):
-    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > MIB]
+def blocks_in(directory):
+    return [path for path in directory.rglob("*") if path.is_file() and path.stat().st_size > MIB]
 
 
 @contextmanager
 def reading(file, expected):
-    """One reader of each kind, all at once, that get every byte whatever the block does."""
+    """Run concurrent readers of each kind during the block, and check that they get every byte."""
     readers = [Reader(how, file) for how in READERS]
     yield
     are_right = [reader.ends_with(expected) for reader in readers]
     assert all(are_right)
 
 
-def test_a_full_disk_keeps_nobody_from_reading(weights, binding, tmp_path, needs_root):
+def test_full_disk_does_not_fail_reads(weights, binding, tmp_path, needs_root):
     server, path, expected = weights
     cache = tmp_path / "small"
     cache.mkdir(mode=0o700)
@@ -70,7 +70,7 @@ def test_a_full_disk_keeps_nobody_from_reading(weights, binding, tmp_path, needs
         subprocess.run(["umount", cache], check=True)
 
 
-def test_a_cache_that_is_deleted_under_readers_is_made_again(weights, binding, tmp_path):
+def test_cache_deleted_during_reads_is_recreated(weights, binding, tmp_path):
     server, path, expected = weights
     with mounted(server, tmp_path / "m", binding) as root:
         cache = tmp_path / "m/cache"
@@ -85,7 +85,7 @@ def test_a_cache_that_is_deleted_under_readers_is_made_again(weights, binding, t
         assert read_all(root / path, expected)
 
 
-def test_blocks_that_are_altered_under_a_mount_are_fetched_again(weights, binding, tmp_path):
+def test_corrupt_blocks_are_downloaded_again(weights, binding, tmp_path):
     server, path, expected = weights
     with mounted(server, tmp_path / "m", binding) as root:
         assert (root / path).read_bytes() == expected
@@ -106,7 +106,7 @@ def test_blocks_that_are_altered_under_a_mount_are_fetched_again(weights, bindin
 
 
 @pytest.mark.parametrize("binding", BINDINGS[-1:])
-def test_read_of_blocks_that_are_fifos_fetches_them(weights, binding, tmp_path):
+def test_blocks_replaced_by_fifos_are_downloaded_again(weights, binding, tmp_path):
     server, path, expected = weights
     with mounted(server, tmp_path / "m", binding) as root:
         assert (root / path).read_bytes() == expected
@@ -118,7 +118,7 @@ def test_read_of_blocks_that_are_fifos_fetches_them(weights, binding, tmp_path):
         assert os.listdir(root / "runs")
 
 
-def test_two_mounts_with_one_cache_fetch_each_byte_once_through_faults(weights, binding, tmp_path):
+def test_two_mounts_of_one_cache_download_each_byte_once(weights, binding, tmp_path):
     server, path, expected = weights
     shared = {"cache_dir": str(tmp_path / "one/cache")}
     with (
@@ -129,12 +129,12 @@ def test_two_mounts_with_one_cache_fetch_each_byte_once_through_faults(weights, 
         with reading(one / path, expected), reading(two / path, expected):
             pass
         sent = sum(entry.sent_bytes for entry in server.journal.entries("GET store/archive"))
-        # What was cut is taken up where it broke; index and padding are a block more.
+        # Interrupted downloads are resumed; index and padding are one more block.
         assert sent < 1.3 * SIZE_BYTES
 
 
 @pytest.mark.parametrize("delay_s", [0.05, 0.2, 0.5, 0.9])
-def test_a_mount_that_is_killed_leaves_no_wrong_byte(weights, env, mountpoint, delay_s):
+def test_killed_mount_leaves_no_wrong_byte(weights, env, mountpoint, delay_s):
     server, path, expected = weights
     server.faults.add("store", times=None, bytes_per_s=SLOW_BYTES_PER_S)
     done = tinkerfs("mount", mountpoint, env=env | server.environment)
@@ -155,15 +155,13 @@ def test_a_mount_that_is_killed_leaves_no_wrong_byte(weights, env, mountpoint, d
 
 
 def is_of_all(entry):
-    """Tell whether a request is for more than the first look takes."""
+    """Return whether a request is for more than the first probe reads."""
     first, _, last = (entry.range or "bytes=0-0").removeprefix("bytes=").partition("-")
     return int(last) - int(first) > MIB
 
 
 @pytest.mark.parametrize("binding", BINDINGS[-1:])
-def test_bytes_altered_on_the_way_are_found_where_there_is_a_checksum(
-    demo_server, binding, tmp_path
-):
+def test_bytes_corrupted_in_transit_fail_the_checksum(demo_server, binding, tmp_path):
     packed = dataclasses.replace(PROFILES["official"], archive_form="gzip")
     server = demo_server(runs=1, profile=packed)
     run_id = new_run(server)

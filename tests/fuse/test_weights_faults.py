@@ -1,4 +1,4 @@
-"""Readers on a real mount, whatever network and store do: the right bytes or an error, in time."""
+"""Readers of a real mount get correct bytes or an error in time, despite network faults."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ __all__ = ["account", "make_account"]
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
 TIMEOUT_S = 0.3
-#: Of one reader: the kernel asks again, page by page, for what a mapping failed to get.
+#: Time limit of a reader. The kernel repeats failed reads of a mapping, page by page.
 BOUND_S = 40 * TIMEOUT_S
 
 
 class Campaign:
-    """A mounted account with a new checkpoint for each reader."""
+    """A mounted account, with a new checkpoint for each reader."""
 
     def __init__(self, account):
         self.account = account
@@ -29,7 +29,7 @@ class Campaign:
         self.count = 0
 
     def new_file(self, size_bytes=9 * MIB):
-        """Add a checkpoint and open its files; return its weights' file and true bytes."""
+        """Add a checkpoint and open its files; return its weights file and the expected bytes."""
         self.count += 1
         name = f"sampler_weights/{self.count}"
         self.account.server.account.add_checkpoint(self.run_id, name, size_bytes=size_bytes)
@@ -39,20 +39,20 @@ class Campaign:
         assert file.stat().st_size == content.size_bytes
         return file, content.read(0, content.size_bytes)
 
-    def tells_a_signature(self):
-        """Tell whether anything that people may see of the mount has part of a signed URL."""
+    def exposes_signature(self):
+        """Return whether any visible output of the mount contains part of a signed URL."""
         root = self.account.root
-        shown = [
+        texts = [
             (root / ".tinkerfs/errors").read_bytes(),
             (root / ".tinkerfs/stats.json").read_bytes(),
             (root.parent / "log").read_bytes(),
             *command_lines(root),
         ]
-        return any(b"X-Signature" in text for text in shown)
+        return any(b"X-Signature" in text for text in texts)
 
 
 def command_lines(root):
-    """What `ps` shows of the processes of a mount; tests beside this one have their own."""
+    """Return the command lines of the processes of a mount, as `ps` shows them."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             line = path.read_bytes()
@@ -62,7 +62,7 @@ def command_lines(root):
 
 @pytest.fixture(scope="module")
 def campaign(make_account):
-    settings = {"timeout_s": TIMEOUT_S, "archive_burst": 0}
+    settings = {"timeout_s": TIMEOUT_S, "archive_build_limit": 0}
     campaign = Campaign(make_account(runs=1, checkpoints=1, settings=settings))
     yield campaign
     status = tinkerfs("status", "--json", campaign.account.root)
@@ -71,7 +71,7 @@ def campaign(make_account):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_gives_readers_the_right_bytes_or_an_error(campaign, fault):
+def test_readers_get_right_bytes_or_an_error_despite_fault(campaign, fault):
     server = campaign.account.server
     spoil, outcome = FAULTS[fault]
     for how in READERS:
@@ -80,7 +80,7 @@ def test_a_fault_gives_readers_the_right_bytes_or_an_error(campaign, fault):
         is_right = Reader(how, file).ends_with(expected, BOUND_S)
         server.faults.clear()
         assert is_right or outcome == "any"
-        assert Reader(how, file).ends_with(expected), "the mount serves on"
+        assert Reader(how, file).ends_with(expected), "the mount keeps working"
     files = [campaign.new_file() for _ in READERS]
     spoil(server, times=None)
     readers = [Reader(how, file) for how, (file, _) in zip(READERS, files, strict=True)]
@@ -88,5 +88,5 @@ def test_a_fault_gives_readers_the_right_bytes_or_an_error(campaign, fault):
         reader.ends_with(expected, BOUND_S)
     server.faults.clear()
     for how, (file, expected) in zip(READERS, files, strict=True):
-        assert Reader(how, file).ends_with(expected), "the mount serves on"
-    assert not campaign.tells_a_signature()
+        assert Reader(how, file).ends_with(expected), "the mount keeps working"
+    assert not campaign.exposes_signature()

@@ -1,1 +1,1 @@
-"""Ways into the file system from outside: the kernel (FUSE) and fsspec."""
+"""The kernel's side: FUSE operations, the libfuse binding, and the session of a mount."""

@@ -1,11 +1,11 @@
-"""Which FUSE binding drives which libfuse, and what each of them understands.
+"""FUSE bindings: choose and load a Python binding and a libfuse that work together.
 
-fusepy drives libfuse 2 alone; mfusepy has the same interface and drives 2 and 3. New distributions
-install libfuse 3 only. Both bindings load libfuse when they are *imported*, and raise OSError where
-there is none, so nothing here imports one before `load` is called.
+fusepy supports only libfuse 2; mfusepy has the same interface and supports 2 and 3. New
+distributions install only libfuse 3. Both bindings load libfuse when they are *imported*, and raise
+OSError if there is none. So this module imports a binding only in `load_binding`.
 
-`TINKERFS_FUSE_BINDING` forces a combination (`fusepy`, `mfusepy2`, `mfusepy3`), `FUSE_LIBRARY_PATH`
-a library file.
+`TINKERFS_FUSE_BINDING` forces a combination (`fusepy`, `mfusepy2`, `mfusepy3`), and
+`FUSE_LIBRARY_PATH` forces a library file.
 """
 
 import codecs
@@ -29,31 +29,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: What `TINKERFS_FUSE_BINDING` may say, in the order that `auto` tries them, and the libfuse each
-#: drives. mfusepy with libfuse 2 comes last: it is there for systems where fusepy cannot be built.
+#: Values of `TINKERFS_FUSE_BINDING`, in the order in which `auto` tries them, and their libfuse.
+#: mfusepy with libfuse 2 is last: it is for systems where fusepy cannot be built.
 BINDINGS: dict[str, int] = {"mfusepy3": 3, "fusepy": 2, "mfusepy2": 2}
 
-#: By soname, as the dynamic linker finds them: `ctypes.util.find_library` forks ldconfig or gcc,
-#: finds nothing on musl (cpython#87808) and takes 50 ms.
+#: Sonames for the dynamic linker. `ctypes.util.find_library` is slow, because it runs ldconfig or
+#: gcc, and it finds nothing on musl (cpython#87808).
 _SONAMES = {3: ("libfuse3.so.4", "libfuse3.so.3"), 2: ("libfuse.so.2",)}
 
 _INSTALL = {
     3: "apt install fuse3 | dnf install fuse3 | apk add fuse3",
-    2: "apt install fuse3 libfuse2 (libfuse2t64 on newer ones) | dnf install fuse fuse-libs"
+    2: "apt install fuse3 libfuse2 (newer: libfuse2t64) | dnf install fuse fuse-libs"
     " | apk add fuse",
 }
 
-#: The kernel lets only 12 reads of page cache wait at a time: 64 waiting reads then held up `ls`
-#: for 28 s. `loops.MAX_SPARES` must be more, or waiting reads would take every thread.
+#: Maximum number of page cache reads in flight. With the kernel's default of 12, slow reads block
+#: all other reads. It must be less than `worker_pool.MAX_EXTRA_WORKERS`, or reads could occupy all
+#: workers.
 MAX_BACKGROUND = 200
 
-#: `fuse_version()` of the first libfuse that takes no interruption unless it is told to (3.17):
-#: without `intr` Ctrl-C ended no wait. It then also signals the serving thread, by SIGUSR1, which
-#: `mounting.block_signals` keeps from all threads: only `fuse_interrupted` tells us.
+#: `fuse_version()` of the first libfuse that ignores interrupts without the option `intr` (3.17).
+#: With `intr` it also sends SIGUSR1 to the serving thread. `session.block_signals` blocks that
+#: signal in all threads, so only `fuse_interrupted` reports an interrupt.
 _INTR_SINCE = 317
 
-#: fusepy decodes paths strictly, so that a name that is no UTF-8 ended as EINVAL with a traceback.
-#: It lets its caller name the codec, though not the error handler: hence a codec with one built in.
+#: fusepy decodes paths strictly, so a non-UTF-8 name would fail with EINVAL and a traceback. Its
+#: caller can choose the codec but not the error handler, hence a codec that includes one.
 _CODEC = "tinkerfs_utf_8_surrogateescape"
 
 
@@ -62,8 +63,8 @@ class Library:
     """A libfuse that can be loaded.
 
     Attributes:
-        path: what the dynamic linker takes: a soname or a file.
-        version: as `fuse_version()` tells it: 29, 314, 317.
+        path: a soname, or the path of a file.
+        version: the result of `fuse_version()`, for example 29, 314 or 317.
     """
 
     path: str
@@ -71,59 +72,59 @@ class Library:
 
     @property
     def major(self) -> int:
-        """2 or 3."""
+        """The major version, 2 or 3."""
         return int(str(self.version)[0])
 
     def __str__(self) -> str:
-        """Name it as people do: "libfuse 3.14 (libfuse3.so.3)"."""
+        """Return a name for messages, such as "libfuse 3.14 (libfuse3.so.3)"."""
         digits = str(self.version)
         return f"libfuse {digits[0]}.{digits[1:]} ({self.path})"
 
 
 @dataclass(frozen=True, slots=True)
 class Binding:
-    """One binding, loaded with its library."""
+    """A binding that is loaded with its library."""
 
     name: str
     library: Library
     module: Any
-    loops: SessionWorkers
+    workers: SessionWorkers
 
     def __str__(self) -> str:
-        """Say what drives what."""
+        """Return a name for messages, such as "mfusepy with libfuse 3.14 (libfuse3.so.3)"."""
         return f"{self.name.rstrip('23')} with {self.library}"
 
-    def interrupted(self) -> bool:
-        """Tell whether the request that this thread serves was interrupted by its caller.
+    def is_interrupted(self) -> bool:
+        """Return whether the caller of the request that this thread serves was interrupted.
 
-        To be called in the thread that libfuse calls us in; exported by libfuse 2 and 3.
+        Must be called in the thread that serves the request.
         """
         return bool(self.module._libfuse.fuse_interrupted())
 
     def context(self) -> tuple[int, int, int]:
-        """Return (uid, gid, pid) of who made the request that this thread serves."""
+        """Return (uid, gid, pid) of the caller of the request that this thread serves."""
         uid, gid, pid = self.module.fuse_get_context()
         return uid, gid, pid
 
-    def waiting(self) -> AbstractContextManager[None]:
-        """Return what is entered while a request waits, so that others are served meanwhile."""
-        return self.loops.blocking()
+    def blocking(self) -> AbstractContextManager[None]:
+        """Return a context manager for a blocking section, which frees the worker thread."""
+        return self.workers.blocking()
 
     def mount_options(self, *, read_only: bool, allow_other: bool) -> dict[str, str | bool]:
-        """Return the options that this libfuse takes; it refuses to start over one it does not."""
+        """Return the mount options; libfuse rejects options that its version does not know."""
         options: dict[str, str | bool] = {
-            # /proc/mounts then says fuse.tinkerfs, which `tinkerfs status` and updatedb look for.
+            # The type in /proc/mounts is then fuse.tinkerfs, which `tinkerfs status` looks for.
             "fsname": "tinkerfs",
             "subtype": "tinkerfs",
             "default_permissions": True,
             "nosuid": True,
             "nodev": True,
             "use_ino": True,
-            # Without it, unlinking an open file renames it to .fuse_hidden*: a name to create.
+            # Otherwise libfuse renames an open file to .fuse_hidden* instead of unlinking it.
             "hard_remove": True,
             "entry_timeout": "1",
             "attr_timeout": "1",
-            # What is absent is remembered by us, who also know when it comes to be.
+            # The metadata cache has negative entries, and invalidates them when a name appears.
             "negative_timeout": "0",
         }
         if self.library.major == 2:
@@ -140,25 +141,24 @@ class Binding:
     def run(
         self, operations: "Operations", mountpoint: str, options: Mapping[str, str | bool]
     ) -> None:
-        """Mount and serve until unmounted; returns then.
+        """Mount, and serve until unmounted.
 
-        Always in the foreground: libfuse would fork, and the threads that exist by then are dead
-        after.
+        Always in the foreground, because threads do not survive the fork of libfuse.
 
         Raises:
-            RuntimeError: libfuse could not mount; it has written why to standard error.
+            RuntimeError: libfuse could not mount; it has written the reason to stderr.
         """
-        # The bindings log every failed operation with a traceback at DEBUG; ours says it in a line.
+        # At DEBUG the bindings log failed operations with a traceback; `operations` logs one line.
         logging.getLogger("fuse").setLevel(logging.WARNING)
         callbacks = build_callbacks(operations, self.module, self.library.major)
-        main_of = self.module if self.name != "fusepy" else self.module._libfuse
-        theirs = self.module.fuse_operations, main_of.fuse_main_real
-        self.module.fuse_operations = override_callbacks(theirs[0], callbacks)
-        main_of.fuse_main_real = self.loops.main
+        main_owner = self.module if self.name != "fusepy" else self.module._libfuse
+        originals = self.module.fuse_operations, main_owner.fuse_main_real
+        self.module.fuse_operations = override_callbacks(originals[0], callbacks)
+        main_owner.fuse_main_real = self.workers.main
         try:
             self._run(operations, mountpoint, options)
         finally:
-            self.module.fuse_operations, main_of.fuse_main_real = theirs
+            self.module.fuse_operations, main_owner.fuse_main_real = originals
 
     def _run(
         self, operations: "Operations", mountpoint: str, options: Mapping[str, str | bool]
@@ -181,22 +181,22 @@ class Binding:
 
 
 def _raise_background_limits(module: Any) -> Any:
-    """Return mfusepy's FUSE class for libfuse 3 with room for many reads that wait.
+    """Return a subclass of mfusepy's FUSE class that raises the limits of background reads.
 
-    libfuse 3 dropped the mount options for it; the fields read 0 until they are set here.
+    libfuse 3 has no mount options for them. The fields are 0 until they are set here.
     """
 
-    class WideFUSE(module.FUSE):  # type: ignore[misc]
+    class FUSE(module.FUSE):  # type: ignore[misc]
         def init_fuse_3(self, conn: Any, config: Any) -> None:
             conn.contents.max_background = MAX_BACKGROUND
             conn.contents.congestion_threshold = MAX_BACKGROUND
             super().init_fuse_3(conn, config)
 
-    return WideFUSE
+    return FUSE
 
 
 class _FusepyDispatcher:
-    """The operations as fusepy calls them: by name, through `__call__`, which mfusepy refuses."""
+    """Adapter for fusepy, which calls operations through `__call__`; mfusepy rejects that."""
 
     def __init__(self, operations: "Operations") -> None:
         self._operations = operations
@@ -227,9 +227,9 @@ def _register_codec() -> None:
 
 
 def find_library(major: int) -> Library | None:
-    """Return the libfuse of this major version that can be loaded, if any.
+    """Return a loadable libfuse of a major version, None if there is none.
 
-    A library named by `FUSE_LIBRARY_PATH` is the only candidate.
+    If `FUSE_LIBRARY_PATH` is set, its library is the only candidate.
     """
     forced = os.environ.get("FUSE_LIBRARY_PATH")
     if forced:
@@ -253,15 +253,16 @@ def _probe(path: str) -> Library | None:
 
 
 def load_binding() -> Binding:
-    """Import the binding that fits this system.
+    """Import the first binding that works on this system, or the one that is configured.
 
     Raises:
-        SetupError: there is none; the message names what to install.
+        StartupError: no binding works; the hint names the packages to install.
     """
     wanted = os.environ.get("TINKERFS_FUSE_BINDING") or "auto"
     if wanted != "auto" and wanted not in BINDINGS:
         raise StartupError(
-            f"TINKERFS_FUSE_BINDING is {wanted!r}; it takes auto, {', '.join(sorted(BINDINGS))}"
+            f"unknown TINKERFS_FUSE_BINDING {wanted!r}"
+            f" (choose from auto, {', '.join(sorted(BINDINGS))})"
         )
     failures = []
     for name, major in BINDINGS.items():
@@ -280,20 +281,20 @@ def load_binding() -> Binding:
     forced = os.environ.get("FUSE_LIBRARY_PATH")
     if forced:
         raise StartupError(
-            f"FUSE_LIBRARY_PATH={forced} cannot be used ({'; '.join(failures)}): unset it, or name"
-            " a libfuse 3, or a libfuse 2"
+            f"FUSE_LIBRARY_PATH={forced} cannot be used: {'; '.join(failures)}"
+            " (hint: unset it, or set it to a libfuse 3 or libfuse 2)"
         )
     major = BINDINGS.get(wanted, 3)
     raise StartupError(
-        f"libfuse cannot be used ({'; '.join(dict.fromkeys(failures))}): {_INSTALL[major]}"
+        f"libfuse cannot be used: {'; '.join(dict.fromkeys(failures))} (hint: {_INSTALL[major]})"
     )
 
 
 def _call_without_releasing_gil(module: Any) -> None:
-    """Let a binding ask libfuse for the caller without letting go of the interpreter meanwhile.
+    """Make a binding call `fuse_get_context` without releasing the GIL.
 
-    That takes it nothing. To let go and take hold again costs a switch of threads each time when
-    several processes ask.
+    The call takes next to no time. Releasing the GIL would cause a thread switch for each request
+    while several processes send requests.
     """
     libfuse = module._libfuse
     context = ctypes.PyDLL(libfuse._name, handle=libfuse._handle).fuse_get_context
@@ -305,8 +306,8 @@ _import_lock = threading.Lock()
 
 
 def _import(name: str, library: Library) -> Any:
-    """Import a binding so that it loads just this library."""
-    # Debian names fusepy's module `fusepy`; the package fuse-python also calls its own `fuse`.
+    """Import a binding with this library."""
+    # fusepy's module is named `fusepy` on Debian. The module of fuse-python is named `fuse`, too.
     names = ("fuse", "fusepy") if name == "fusepy" else ("mfusepy",)
     with _import_lock:
         before = os.environ.get("FUSE_LIBRARY_PATH")
@@ -320,11 +321,11 @@ def _import(name: str, library: Library) -> Any:
                     error = error or missing
                     continue
                 if hasattr(module, "FUSE") and hasattr(module, "Operations"):
-                    # A binding that was imported before keeps the library it has. fusepy would lay
-                    # its libfuse 2 structures over libfuse 3 without a word.
+                    # A binding that was imported earlier has its own library, and fusepy would use
+                    # its structures of libfuse 2 with libfuse 3.
                     loaded = int(module._libfuse.fuse_version())
                     if loaded != library.version:
-                        raise ImportError(f"{candidate} is loaded with libfuse {loaded} already")
+                        raise ImportError(f"{candidate} is already loaded with libfuse {loaded}")
                     _call_without_releasing_gil(module)
                     return module
                 error = error or ImportError(f"{candidate} is another package of that name")

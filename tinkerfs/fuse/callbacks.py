@@ -1,17 +1,16 @@
-"""The operations that a walk makes by the thousand, as libfuse calls them.
+"""C callbacks for the operations that a walk calls most, in place of those of the bindings.
 
-The bindings lay out libfuse's structures, find its library, and translate every operation; of the
-nine here they are relieved, because translating costs more than answering. Measured with a file
-system that does nothing, one `stat` took 24-42 us through mfusepy and takes 8-9 us through this:
+The bindings define libfuse's structures, find its library, and translate every operation. For the
+operations here, that translation takes longer than the operation itself. These callbacks avoid it:
 
-- A thread of libfuse's is new to Python at each request: ctypes makes a thread state for it, with a
-  stack of its own mapped from the kernel, and throws both away after. Ours are Python's (`loops`).
-- Arguments come as addresses, not as objects that ctypes makes of each pointer, and attributes go
-  in one copy of a packed structure instead of by a dictionary and fifteen assignments.
-- Listings bring their attributes along on libfuse 3 (readdirplus), which neither binding does: with
-  them `ls -l` of 10,000 entries makes 2 calls of getattr, and not 20,002.
+- Arguments are addresses, and not objects that ctypes creates for each pointer. Attributes are
+  copied as one packed structure, and not field by field from a dictionary.
+- Listings include attributes on libfuse 3 (readdirplus), which neither binding supports. Then
+  `ls -l` of 10,000 entries sends 2 getattr requests, and not 20,002.
+- The session's worker threads are Python threads (`worker_pool`). In a thread of libfuse, ctypes
+  creates and destroys a thread state for each request.
 
-Called from many threads at once, each in one request.
+libfuse calls the callbacks from several threads at once.
 """
 
 import ctypes
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
     from tinkerfs.fuse.operations import OpenDirectory, OpenFile, Operations
     from tinkerfs.vfs.directory_cache import CachedDirectory
 
-#: Of a readdir: the kernel wants attributes (libfuse's fuse.h, enum fuse_readdir_flags).
+#: Flag of readdir: the kernel wants attributes (libfuse's fuse.h, enum fuse_readdir_flags).
 _READDIR_PLUS: Final = 1
-#: Of one entry: its attributes are all there (fuse.h, enum fuse_fill_dir_flags).
+#: Flag of an entry: its attributes are complete (fuse.h, enum fuse_fill_dir_flags).
 _FILL_DIR_PLUS: Final = 2
 
 _INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
@@ -47,21 +46,21 @@ _INT, _PATH, _ADDRESS, _SIZE, _OFFSET = (
     ctypes.c_int64,
 )
 
-#: How many answers are kept: of 500 bytes each, and of 800 bytes beside those of the file.
-_MOST_ATTRIBUTES: Final = 32_768
-_MOST_FILES: Final = 12_288
+#: Maximum numbers of cached replies: 500 bytes each, and 800 bytes plus the open file.
+_MAX_CACHED_STATS: Final = 32_768
+_MAX_CACHED_FILES: Final = 12_288
 
-#: The most entries of a folder that is made ready to be handed on, which takes 144 bytes of each:
-#: short folders share their names' bytes with others, a long one's would be kept for it alone.
-_MOST_READY: Final = 128
+#: Maximum number of entries of a prepared listing, which takes 144 bytes per entry. The names of
+#: short directories are shared with other directories, those of long ones are not.
+_MAX_PREPARED: Final = 128
 
-#: Of memory: it may be written to (CPython's pybuffer.h, PyBUF_WRITE).
+#: Flag of a memoryview: it is writable (CPython's pybuffer.h, PyBUF_WRITE).
 _WRITABLE: Final = 0x200
 
-#: Flags of an open that has more to it than that something is to be read.
+#: Flags of an open that is not a plain open for reading.
 _NOT_PLAIN: Final = os.O_ACCMODE | os.O_NOATIME
 
-#: What attributes a `struct stat` has besides its times, by the name of its field.
+#: Fields of `struct stat` other than times, and the corresponding attributes.
 _FIELDS: Final = {
     "st_ino": "ino",
     "st_mode": "mode",
@@ -72,13 +71,13 @@ _FIELDS: Final = {
     "st_blocks": "blocks",
 }
 _TIMES: Final = ("st_atimespec", "st_mtimespec", "st_ctimespec")
-_NS_OF_A_SECOND: Final = 1_000_000_000
+_NS_PER_S: Final = 1_000_000_000
 
 
 def override_callbacks(structure: Any, callbacks: Mapping[str, Any]) -> Any:
-    """Return a binding's `fuse_operations` that takes `callbacks` in place of the binding's own.
+    """Return a subclass of a binding's `fuse_operations` that contains `callbacks`.
 
-    A binding fills in its structure field by field, and passes it to libfuse.
+    The binding assigns its own callbacks field by field; the subclass replaces them.
     """
     types = {field[0]: field[1] for field in structure._fields_}
     ours = {name: ctypes.cast(callback, types[name]) for name, callback in callbacks.items()}
@@ -87,18 +86,16 @@ def override_callbacks(structure: Any, callbacks: Mapping[str, Any]) -> Any:
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, ours.get(name, value))
 
-    # What libfuse calls must live as long as it may.
-    Callbacks.kept = callbacks
+    # ctypes does not own callbacks, so they must live as long as libfuse may call them.
+    Callbacks.callbacks = callbacks
     return Callbacks
 
 
 def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[str, Any]:
-    """Return the callbacks over `operations`, by the name of libfuse's operation.
+    """Return callbacks that call `operations`, by the name of libfuse's operation.
 
-    Args:
-        operations: their methods raise nothing but `OSError` with an errno.
-        module: the binding, for the layout of libfuse's structures.
-        major: libfuse's version, 2 or 3.
+    `module` is the binding, which defines the layout of libfuse's structures. `major` is libfuse's
+    major version, 2 or 3.
     """
     pack = make_stat_packer(module.c_stat)
     stat_bytes = ctypes.sizeof(module.c_stat)
@@ -107,56 +104,56 @@ def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[s
     fh_at = ctypes.c_uint64.from_address
     memmove = _memmove()
     memory_at = _memory_at()
-    attributes: ReplyCache[_CachedStat] = ReplyCache(operations.holds, _MOST_ATTRIBUTES)
-    files: ReplyCache[OpenFile] = ReplyCache(operations.holds, _MOST_FILES)
+    cached_stats: ReplyCache[_CachedStat] = ReplyCache(operations.is_valid, _MAX_CACHED_STATS)
+    cached_files: ReplyCache[OpenFile] = ReplyCache(operations.is_valid, _MAX_CACHED_FILES)
 
     def fh_of(info: int) -> int:
         return fh_at(info + fh_offset).value
 
     def getattr_(path: bytes | None, buffer: int, info: int | None = None) -> int:
-        answer = None
+        reply = None
         if path is not None and not info:
-            answer = attributes.get(path) or known_attributes(path)
-        if answer is None:
-            answer = look(path, info)
-        elif not answer.is_of_folder:
+            reply = cached_stats.get(path) or stat_from_listing(path)
+        if reply is None:
+            reply = stat_uncached(path, info)
+        elif not reply.is_directory:
             operations.note_file_stat()
-        if answer.errno:
-            return -answer.errno
-        memmove(buffer, answer.packed, stat_bytes)
+        if reply.errno:
+            return -reply.errno
+        memmove(buffer, reply.packed, stat_bytes)
         return 0
 
-    def known_beside(path: bytes) -> "tuple[CachedDirectory | None, Entry | None]":
-        """Return what is known of the folder that a path is in, and of the path, if that holds."""
-        folder, _, name = path.decode("utf-8", "surrogateescape").rpartition("/")
-        known = operations.known(folder or "/")
-        return known, None if known is None else known.entry(name)
+    def cached_sibling(path: bytes) -> "tuple[CachedDirectory | None, Entry | None]":
+        """Return the cached listing of the parent directory, and its entry for the path."""
+        parent, _, name = path.decode("utf-8", "surrogateescape").rpartition("/")
+        listing = operations.cached_directory(parent or "/")
+        return listing, None if listing is None else listing.entry(name)
 
-    def known_attributes(path: bytes) -> _CachedStat | None:
-        known, entry = known_beside(path)
-        if known is None or entry is None or entry.attr is None:
+    def stat_from_listing(path: bytes) -> _CachedStat | None:
+        listing, entry = cached_sibling(path)
+        if listing is None or entry is None or entry.attr is None:
             return None
-        answer = _CachedStat(pack(entry.attr), stat.S_ISDIR(entry.mode))
-        if attributes.seen_recently(path):  # by the path alone it is found in half the time
-            attributes.keep(path, answer, known.lease, known.epoch)
-        return answer
+        reply = _CachedStat(pack(entry.attr), stat.S_ISDIR(entry.mode))
+        if cached_stats.note_and_check(path):  # a hit by path takes half the time of this function
+            cached_stats.put(path, reply, listing.validity, listing.generation)
+        return reply
 
-    def look(path: bytes | None, info: int | None) -> _CachedStat:
-        is_kept = path is not None and not info and attributes.seen_recently(path)
-        lease, epoch = Validity() if is_kept else None, operations.epoch
+    def stat_uncached(path: bytes | None, info: int | None) -> _CachedStat:
+        is_cacheable = path is not None and not info and cached_stats.note_and_check(path)
+        validity, generation = Validity() if is_cacheable else None, operations.generation
         try:
-            attr = operations.getattr(_text(path), fh_of(info) if info else None, lease)
-            answer = _CachedStat(pack(attr), stat.S_ISDIR(attr.mode))
+            attr = operations.getattr(_text(path), fh_of(info) if info else None, validity)
+            reply = _CachedStat(pack(attr), stat.S_ISDIR(attr.mode))
         except OSError as error:
-            answer = _CachedStat(b"", True, -_negative_errno(error))
+            reply = _CachedStat(b"", True, -_negative_errno(error))
             if not errors.is_missing(error):
-                return answer
-        if path is not None and lease is not None:
-            attributes.keep(path, answer, lease, epoch)
-        return answer
+                return reply
+        if path is not None and validity is not None:
+            cached_stats.put(path, reply, validity, generation)
+        return reply
 
     def readlink(path: bytes, buffer: int, size: int) -> int:
-        _known, entry = known_beside(path)
+        _listing, entry = cached_sibling(path)
         target = None if entry is None else entry.target
         decoded = path.decode("utf-8", "surrogateescape")
         if target is not None:
@@ -173,19 +170,20 @@ def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[s
     def open_(path: bytes, info: int) -> int:
         fields = file_info(info)
         is_plain = not fields.flags & _NOT_PLAIN
-        file = files.get(path) if is_plain else None
+        file = cached_files.get(path) if is_plain else None
         if file is not None:
             operations.on_open(file.path)
         else:
-            lease = Validity() if is_plain and files.seen_recently(path) else None
-            epoch = operations.epoch
+            is_cacheable = is_plain and cached_files.note_and_check(path)
+            validity = Validity() if is_cacheable else None
+            generation = operations.generation
             try:
                 text = path.decode("utf-8", "surrogateescape")
-                file = operations.open(text, fields.flags, lease)
+                file = operations.open(text, fields.flags, validity)
             except OSError as error:
                 return _negative_errno(error)
-            if lease is not None and not file.direct_io:
-                files.keep(path, file, lease, epoch)
+            if validity is not None and not file.direct_io:
+                cached_files.put(path, file, validity, generation)
         fields.fh = operations.register_handle(file)
         fields.direct_io, fields.keep_cache = file.direct_io, file.keep_cache
         return 0
@@ -219,11 +217,11 @@ def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[s
         return 0
 
     fill_arguments = (_ADDRESS, _PATH, _ADDRESS, _OFFSET, *([_INT] if major == 3 else []))
-    # Not `CFUNCTYPE`: it lets go of the interpreter around each entry, which takes as long again.
-    # libfuse has two of them.
+    # PYFUNCTYPE and not CFUNCTYPE, which releases the GIL around each call and takes twice as long.
+    # The cache is small: libfuse has two fillers.
     filler_at = functools.lru_cache(8)(ctypes.PYFUNCTYPE(_INT, *fill_arguments))
     plain, plus = ((0,), (_FILL_DIR_PLUS,)) if major == 3 else ((), ())
-    # Most names are in many folders.
+    # Most names occur in many directories.
     encoded = functools.lru_cache(4096)(lambda name: name.encode("utf-8", "surrogateescape"))
 
     def readdir(
@@ -231,27 +229,28 @@ def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[s
     ) -> int:
         fill = filler_at(filler)
         try:
-            folder = operations.open_directory(fh_of(info))
+            directory = operations.open_directory(fh_of(info))
             is_plus = bool(flags & _READDIR_PLUS)
-            # Past the first buffer the kernel wants attributes where the caller looked at some.
-            is_wanted = is_plus and (offset > 0 or operations.wants_attributes())
-            if is_wanted and operations.is_unmodified(folder) and (ready := ready_of(folder)):
-                return hand_on(ready, fill, buffer, offset)
-            entries = operations.readdir(fh_of(info), offset)  # which may wait
+            # Past the first buffer, the kernel asks for attributes only if the caller used some.
+            wants_files = is_plus and (offset > 0 or operations.wants_attributes())
+            if wants_files and operations.is_unmodified(directory):
+                prepared = prepare_listing(directory)
+                if prepared is not None:
+                    return fill_prepared(prepared, fill, buffer, offset)
+            entries = operations.readdir(fh_of(info), offset)  # may block
         except OSError as error:
             return _negative_errno(error)
-        # Of attributes the kernel makes names: of what was deleted meanwhile it must make none.
-        is_plus = is_plus and operations.is_unmodified(folder)
-        is_wanted = is_wanted and is_plus
-        # Offsets that are not 0 make libfuse stop at one full buffer, and ask again from there;
-        # with 0 it would collect everything first, on libfuse 3 without the attributes.
+        # The kernel creates a dentry from attributes, so a listing from before a deletion has none.
+        is_plus = is_plus and operations.is_unmodified(directory)
+        wants_files = wants_files and is_plus
+        # With a nonzero offset, libfuse stops when its buffer is full, and resumes there. With 0 it
+        # would collect all entries first, and libfuse 3 would drop their attributes.
         for index, entry in enumerate(entries, offset + 1):
             rest = plain
-            # An entry without PLUS is looked up by who wants its attributes, and by nobody else:
-            # so a plain `ls` costs nothing that only `ls -l` must pay for. libfuse and the kernel
-            # remember what came with PLUS, 1.2 kB for the files of a checkpoint: those of folders
-            # are sent to everybody, who will mostly go into them, those of files to who wants them.
-            if entry.attr is not None and (is_wanted or (is_plus and stat.S_ISDIR(entry.mode))):
+            # The kernel looks up an entry without PLUS only if a process needs its attributes, so
+            # that a plain `ls` does not pay for them. An entry with PLUS uses memory in the kernel
+            # and in libfuse. Directories always have PLUS, because most callers will enter them.
+            if entry.attr is not None and (wants_files or (is_plus and stat.S_ISDIR(entry.mode))):
                 rest = plus
             if fill(buffer, encoded(entry.name), packed(entry), index, *rest):
                 break
@@ -260,28 +259,30 @@ def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[s
     def packed(entry: Entry) -> bytes:
         return pack(entry.attr or Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0))
 
-    def ready_of(folder: "OpenDirectory") -> _PreparedListing | None:
-        """Return the entries of a short listing that is kept, made ready where they are not.
+    def prepare_listing(directory: "OpenDirectory") -> _PreparedListing | None:
+        """Return the prepared entries of a short cached listing; prepare them on first use.
 
-        Never where each operation is to be logged.
+        None while each operation is logged.
         """
-        listing = None if operations.is_debug_logging else folder.scan.listing
-        if listing is None or len(listing.entries) > _MOST_READY:
+        listing = None if operations.is_debug_logging else directory.stream.listing
+        if listing is None or len(listing.entries) > _MAX_PREPARED:
             return None
         if listing.ready is None:
-            entries = (*dot_entries(folder.path), *listing.entries)
+            entries = (*dot_entries(directory.path), *listing.entries)
             attributes = b"".join(map(packed, entries))
             address = ctypes.cast(ctypes.c_char_p(attributes), _ADDRESS).value
             assert address is not None
             names = tuple(encoded(entry.name) for entry in entries)
             listing.ready = _PreparedListing(names, attributes, address)
-        ready: _PreparedListing = listing.ready
-        return ready
+        prepared: _PreparedListing = listing.ready
+        return prepared
 
-    def hand_on(ready: _PreparedListing, fill: Callable[..., int], buffer: int, offset: int) -> int:
-        address = ready.address + offset * stat_bytes
-        for index, name in enumerate(ready.names[offset:], offset + 1):
-            rest = plus if index > DOT_ENTRY_COUNT else plain  # those have no attributes
+    def fill_prepared(
+        prepared: _PreparedListing, fill: Callable[..., int], buffer: int, offset: int
+    ) -> int:
+        address = prepared.address + offset * stat_bytes
+        for index, name in enumerate(prepared.names[offset:], offset + 1):
+            rest = plus if index > DOT_ENTRY_COUNT else plain  # `.` and `..` have no attributes
             if fill(buffer, name, address, index, *rest):
                 break
             address += stat_bytes
@@ -309,12 +310,11 @@ def build_callbacks(operations: "Operations", module: Any, major: int) -> dict[s
 
 
 class _PreparedListing(msgspec.Struct, frozen=True, gc=False):
-    """What a folder holds, `.` and `..` too, as libfuse copies it: names, and a `struct stat` each.
+    """A directory's entries, including `.` and `..`, in the layout that libfuse copies.
 
     Attributes:
-        names: in order.
-        attributes: one after the other.
-        address: of the first.
+        attributes: the `struct stat` of each name, in the same order.
+        address: memory address of `attributes`.
     """
 
     names: tuple[bytes, ...]
@@ -323,19 +323,17 @@ class _PreparedListing(msgspec.Struct, frozen=True, gc=False):
 
 
 class _CachedStat(msgspec.Struct, frozen=True, gc=False):
-    """What a look at attributes is answered: a `struct stat`, or an errno."""
+    """The reply to a getattr: a packed `struct stat`, or an errno for a negative entry."""
 
     packed: bytes
-    is_of_folder: bool
+    is_directory: bool
     errno: int = 0
 
 
 def _memmove() -> Callable[[int, bytes, int], object]:
-    """Return what copies bytes to an address.
+    """Return a function that copies bytes to an address, without releasing the GIL.
 
-    Not ctypes's own: that lets go of the interpreter meanwhile, and another thread that waits for
-    it takes it, so that this one has to wait in turn. Eight processes at a time took 1.2 times as
-    long by that.
+    `ctypes.memmove` releases it, and then has to wait for it again if another thread has taken it.
     """
     memmove = ctypes.PyDLL(None).memmove
     memmove.argtypes, memmove.restype = (_ADDRESS, _PATH, _SIZE), _ADDRESS
@@ -343,7 +341,7 @@ def _memmove() -> Callable[[int, bytes, int], object]:
 
 
 def _memory_at() -> Callable[[int, int, int], memoryview]:
-    """Return what makes a view of memory of an address, a length and a flag."""
+    """Return a function from an address, a length and a flag to a memoryview."""
     make = ctypes.pythonapi.PyMemoryView_FromMemory
     make.argtypes, make.restype = (_ADDRESS, ctypes.c_ssize_t, _INT), ctypes.py_object
     return make
@@ -363,16 +361,16 @@ def _negative_errno(error: OSError) -> int:
 
 
 def make_stat_packer(structure: Any) -> Callable[[Attr], bytes]:
-    """Return what packs attributes as a `struct stat`, which every system lays out otherwise.
+    """Return a function that packs attributes as a `struct stat`, in the platform's layout.
 
     Args:
-        structure: the binding's, whose times come last, as they do on Linux.
+        structure: the binding's `struct stat`. Its times must be last, as they are on Linux.
     """
-    places = sorted((getattr(structure, name).offset, name) for name in (*_FIELDS, *_TIMES))
-    names = [name for _offset, name in places]
+    offsets = sorted((getattr(structure, name).offset, name) for name in (*_FIELDS, *_TIMES))
+    names = [name for _offset, name in offsets]
     assert sorted(names[-len(_TIMES) :]) == sorted(_TIMES)
     layout, end = "=", 0
-    for offset, name in places:
+    for offset, name in offsets:
         size = getattr(structure, name).size
         code = "qq" if name in _TIMES else {4: "I", 8: "Q"}[size]
         layout += f"{offset - end}x{code}"
@@ -382,7 +380,7 @@ def make_stat_packer(structure: Any) -> Callable[[Attr], bytes]:
     pack = struct.Struct(layout).pack
 
     def packed(attr: Attr) -> bytes:
-        seconds, ns = divmod(attr.mtime_ns, _NS_OF_A_SECOND)
+        seconds, ns = divmod(attr.mtime_ns, _NS_PER_S)
         return pack(*values(attr), seconds, ns, seconds, ns, seconds, ns)
 
     return packed

@@ -1,4 +1,4 @@
-"""Cache of callers: to look up the process and the group of a thread takes 15 us."""
+"""Cache of calling processes, because looking up a caller in /proc takes long."""
 
 import time
 from collections.abc import Callable
@@ -6,14 +6,14 @@ from typing import Final
 
 from tinkerfs.context import Caller
 
-#: A shell moves a new process to its group before that runs its program.
+#: Short, because a shell moves a new process to its process group before the program starts.
 _LIFETIME_S: Final = 1.0
 #: Maximum number of callers; all are evicted when it is exceeded.
 _MAX_CALLERS: Final = 1024
 
 
 class Callers:
-    """The callers of the last second by thread id. Thread-safe.
+    """Calling processes by thread id, cached for one second. Thread-safe.
 
     Args:
         monotonic: the clock, seconds.
@@ -25,11 +25,11 @@ class Callers:
         self._callers: dict[int, tuple[Caller, float]] = {}
 
     def get(self, pid: int, uid: int) -> Caller:
-        """Return the caller that the kernel gives as a thread id and a user id."""
+        """Return the caller with a thread id and a user id as the kernel reports them."""
         now = self._monotonic()
-        known = self._callers.get(pid)
-        if known is not None and now - known[1] < _LIFETIME_S and known[0].uid == uid:
-            return known[0]
+        cached = self._callers.get(pid)
+        if cached is not None and now - cached[1] < _LIFETIME_S and cached[0].uid == uid:
+            return cached[0]
         caller = Caller.from_ids(pid, uid)
         if len(self._callers) >= _MAX_CALLERS:
             self._callers.clear()

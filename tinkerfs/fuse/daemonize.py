@@ -1,8 +1,7 @@
-"""How a mount goes into the background: a second process serves, the first waits for its word.
+"""Start a mount in the background: one process serves it, and its parent waits until it is ready.
 
-libfuse's own way is to fork, and the threads that exist by then are dead after. So the command
-executes itself anew, in a session of its own, and the new process says over a pipe that it is
-ready, or in one line why it will not be.
+libfuse would fork, and threads do not survive a fork. So the command starts itself again in a new
+session. The new process reports over a pipe that the mount is ready, or the reason of a failure.
 """
 
 import os
@@ -12,14 +11,14 @@ from typing import Final
 
 from tinkerfs.errors import StartupError
 
-#: Names the inherited descriptor of the pipe.
+#: Environment variable that contains the inherited file descriptor of the pipe.
 VARIABLE: Final = "TINKERFS_READY_FD"
 
 _READY: Final = b"ready\n"
 
 
 class ReadinessNotifier:
-    """The serving process's end of the pipe; mute where nobody waits."""
+    """The serving process's end of the pipe; does nothing if no parent waits."""
 
     def __init__(self, environ: "os._Environ[str] | dict[str, str]" = os.environ) -> None:
         number = environ.pop(VARIABLE, "")
@@ -29,49 +28,49 @@ class ReadinessNotifier:
 
     @property
     def has_parent(self) -> bool:
-        """Whether another process waits for our word, and shows it."""
+        """Whether a parent process waits, and prints the reason of a failure."""
         return self._fd is not None
 
     def ready(self) -> None:
-        """Say that the mount answers, and let go of the caller's terminal and folder."""
+        """Report that the mount is ready, and detach from the terminal and working directory."""
         if self._fd is None:
             return
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
         os.close(null)
-        self._say(_READY)
+        self._send(_READY)
 
     def failed(self, reason: str) -> None:
-        """Say why there will be no mount."""
-        self._say(b"failed " + reason.encode("utf-8", "backslashreplace"))
+        """Report the reason why mounting failed."""
+        self._send(b"failed " + reason.encode("utf-8", "backslashreplace"))
 
-    def _say(self, message: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         if self._fd is None:
             return
         try:
             os.write(self._fd, message)
         except BrokenPipeError:
-            pass  # whoever waited has given up
+            pass  # the parent no longer waits
         finally:
             os.close(self._fd)
             self._fd = None
 
 
 def start_in_background(command: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
-    """Start a command that serves a mount, and return its process id once it answers.
+    """Start a command that serves a mount; return its process id when the mount is ready.
 
-    The command runs in `/`, so its arguments and its environment may hold no relative path.
-    Ctrl-C while waiting ends it again.
+    The command runs in `/`, so its arguments and environment must not contain relative paths.
+    Ctrl-C while waiting terminates the command.
 
     Raises:
-        SetupError: it will not; in its own words.
+        StartupError: mounting failed; the message is the one that the command reported.
     """
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as pipe:
         try:
-            child = subprocess.Popen(  # noqa: S603  (ourselves)
+            child = subprocess.Popen(  # noqa: S603  (this program)
                 command,
                 env={**(os.environ if environ is None else environ), VARIABLE: str(writer)},
                 pass_fds=(writer,),
@@ -89,12 +88,12 @@ def start_in_background(command: Sequence[str], environ: Mapping[str, str] | Non
             raise
     if message == _READY:
         pid = child.pid
-        child.returncode = 0  # it lives on: no warning about that when the object goes
+        child.returncode = 0  # prevents the ResourceWarning about a process that still runs
         return pid
     status = child.wait()
     if message.startswith(b"failed "):
         raise StartupError(message.removeprefix(b"failed ").decode("utf-8", "replace"))
     raise StartupError(
-        f"the serving process ended with status {status} before the mount answered;"
-        " run it with --foreground to see more"
+        f"the serving process ended with status {status} before the mount was ready"
+        " (hint: run it with --foreground to see more)"
     )

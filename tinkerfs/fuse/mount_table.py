@@ -1,7 +1,7 @@
-"""Mounts as the running system shows them: which there are, whether they answer, how they go.
+"""Mounts of the running system: list, check and unmount them, and find the processes involved.
 
-Nothing here touches a file below a mountpoint in this process: a request to a mount that hangs
-cannot be interrupted, nor its process killed, until it is answered.
+This process never accesses a file below a mountpoint itself. While a mount hangs, a request to it
+cannot be interrupted, and its process cannot be killed.
 """
 
 import ctypes
@@ -22,15 +22,15 @@ FSTYPE: Final = "fuse.tinkerfs"
 _MNT_DETACH: Final = 2
 _UMOUNT_NOFOLLOW: Final = 8
 
-#: How long a mount may take to answer what costs it nothing, before it is said to hang.
+#: Timeout of a request that needs no server, after which a mount counts as unresponsive.
 PROBE_TIMEOUT_S: Final = 2.0
 
-Health = Literal["answers", "dead", "hangs"]
+Health = Literal["responsive", "dead", "unresponsive"]
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of /proc/self/mountinfo."""
+    """A mount, from a line of /proc/self/mountinfo."""
 
     mountpoint: str
     fstype: str
@@ -40,19 +40,19 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class MountUser:
-    """A process that keeps a mount from going: by a file, a working directory, or a mapping."""
+    """A process that keeps a mount busy by an open file, a working directory or a mapping."""
 
     pid: int
     command: str
-    what: str
+    usage: str
 
     def __str__(self) -> str:
-        """Name it as `ps` would, and what it holds."""
-        return f"{self.command}[{self.pid}] ({self.what})"
+        """Return a name for messages, such as "cat[42] (open: /mnt/file)"."""
+        return f"{self.command}[{self.pid}] ({self.usage})"
 
 
 def list_mounts(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
-    """Return all mounts that this process sees, in the order they were made (proc(5))."""
+    """Return all mounts in this process's namespace, oldest first (proc(5))."""
     with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
         lines = file.read().splitlines()
     mounts = []
@@ -65,17 +65,17 @@ def list_mounts(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
 
 
 def _unescape(text: str) -> str:
-    """Undo the kernel's octal escapes of space, tab, newline and backslash."""
+    """Replace the kernel's octal escapes of space, tab, newline and backslash."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
 
 
 def tinkerfs_mounts() -> list[Mount]:
-    """Return the mounts of tinkerfs."""
+    """Return all mounts of tinkerfs."""
     return [mount for mount in list_mounts() if mount.fstype == FSTYPE]
 
 
 def find_mount(mountpoint: str) -> Mount | None:
-    """Return what is mounted at just this path, the uppermost where there are several."""
+    """Return the mount on exactly this path, the topmost of several; None if there is none."""
     found = None
     for mount in list_mounts():
         if mount.mountpoint == mountpoint:
@@ -84,9 +84,9 @@ def find_mount(mountpoint: str) -> Mount | None:
 
 
 def canonical_mountpoint(mountpoint: str) -> str:
-    """Return a mountpoint's path as the kernel shows it, without asking what is mounted there.
+    """Return a mountpoint's path as the kernel shows it, without a request to its mount.
 
-    Its last part is left alone where it is a mount already: the daemon may be dead, or hang.
+    The last component is not resolved if it is already a mount, which may be dead or hang.
     """
     path = os.path.abspath(mountpoint)
     parent, name = os.path.split(path)
@@ -97,8 +97,8 @@ def canonical_mountpoint(mountpoint: str) -> str:
 
 
 def check_health(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Health:
-    """Tell whether a mount answers, is dead (its daemon is gone), or hangs."""
-    # Not stat: the kernel answers that from its cache for a second after the daemon's death.
+    """Return whether a mount is responsive, dead (without a daemon), or unresponsive."""
+    # Not stat, which the kernel serves from its cache for a second after the daemon's death.
     code = (
         "import os, sys\n"
         "try: os.statvfs(sys.argv[1])\n"
@@ -107,50 +107,45 @@ def check_health(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Heal
     )
     numbers = [str(number) for number in errors.DISCONNECTED]
     command = [sys.executable, "-I", "-S", "-c", code, mountpoint, *numbers]
-    answer = _in_a_process(command, timeout_s)
-    if answer is None:
-        return "hangs"
-    return "dead" if answer[0] == 3 else "answers"
+    result = _run_process(command, timeout_s)
+    if result is None:
+        return "unresponsive"
+    return "dead" if result[0] == 3 else "responsive"
 
 
 def read_file(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> bytes | None:
-    """Return a small file of a mount that may hang; None where it cannot be read.
+    """Return the content of a small file of a mount that may hang; None if it cannot be read.
 
     Raises:
-        TimeoutError: no answer in time.
+        TimeoutError: the mount did not reply in time.
     """
-    answer = _in_a_process(["cat", "--", path], timeout_s)
-    if answer is None:
+    result = _run_process(["cat", "--", path], timeout_s)
+    if result is None:
         raise TimeoutError(path)
-    return answer[1] if answer[0] == 0 else None
+    return result[1] if result[0] == 0 else None
 
 
 def write_file(path: str, text: str, *, timeout_s: float) -> None:
-    """Write to a control file of a mount that may hang.
-
-    Args:
-        path: of the file.
-        text: one whole value.
-        timeout_s: the most to wait, seconds.
+    """Write one whole value to a control of a mount that may hang.
 
     Raises:
-        OSError: as open(2) and write(2).
-        TimeoutError: no response in time; the value may be written later.
+        OSError: the error of open(2) or write(2).
+        TimeoutError: the mount did not reply in time; the value may still be written later.
     """
     code = (
         "import os, sys\n"
         "try: os.write(os.open(sys.argv[1], os.O_WRONLY), sys.argv[2].encode())\n"
         "except OSError as error: sys.exit(error.errno)\n"
     )
-    response = _in_a_process([sys.executable, "-I", "-S", "-c", code, path, text], timeout_s)
-    if response is None:
+    result = _run_process([sys.executable, "-I", "-S", "-c", code, path, text], timeout_s)
+    if result is None:
         raise TimeoutError(path)
-    if response[0] != 0:
-        raise errors.os_error_from_errno(response[0], path)
+    if result[0] != 0:
+        raise errors.os_error_from_errno(result[0], path)
 
 
-def _in_a_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | None:
-    """Return (exit status, output), or None when it takes too long; then it is left to itself."""
+def _run_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | None:
+    """Run a command; return (exit status, output), or None after a timeout without waiting."""
     process = subprocess.Popen(  # noqa: S603  (a list, no shell)
         command,
         stdin=subprocess.DEVNULL,
@@ -161,7 +156,7 @@ def _in_a_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | N
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        # A process in an unanswered request dies only when that is answered: no wait for it here.
+        # The process ends only when the mount replies to its request, so do not wait for it.
         process.kill()
         if process.stdout:
             process.stdout.close()
@@ -171,28 +166,27 @@ def _in_a_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | N
 
 
 def fusermount(major: int | None = None) -> str | None:
-    """Return the program that mounts and unmounts for users who are not root.
+    """Return the path of fusermount, which mounts for users other than root; None if missing.
 
-    Args:
-        major: the libfuse that will call it, by a name of its own; None for any.
+    `major` is the major version of the libfuse that will call it, which determines the program's
+    name; None for any version.
     """
     names = {2: ("fusermount",), 3: ("fusermount3",)}.get(major or 0, ("fusermount3", "fusermount"))
     for name in names:
         found = shutil.which(name)
-        if found and os.path.isabs(found):  # PATH may name the directory that we are started in
+        if found and os.path.isabs(found):  # PATH may contain relative directories
             return found
     return None
 
 
 def unmount(mountpoint: str, *, lazy: bool = False) -> None:
-    """Unmount.
+    """Unmount a file system.
 
-    Args:
-        mountpoint: an absolute path without links.
-        lazy: let it vanish from the tree now, and end when the last user lets go.
+    `mountpoint` is an absolute path without symbolic links. A lazy unmount detaches the mount at
+    once, and it ends when no process uses it any more.
 
     Raises:
-        OSError: EBUSY while somebody holds it; EINVAL where nothing is mounted; EPERM.
+        OSError: EBUSY while a process uses the mount; EINVAL if nothing is mounted; EPERM.
     """
     program = fusermount()
     if os.geteuid() == 0:
@@ -201,12 +195,12 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         if libc.umount2(os.fsencode(mountpoint), flags) == 0:
             return
         failure = errors.os_error_from_errno(ctypes.get_errno(), mountpoint)
-        # The root of a user namespace, or of a container, may lack the right. Its fusermount3 may
-        # have it: in some containers that is a program which asks the host to unmount.
+        # In a user namespace or container, root may lack the privilege. fusermount3 may have it: in
+        # some containers it is a program that requests the unmount from the host.
         if program is None or not errors.is_not_permitted(failure):
             raise failure
     if program is None:
-        raise errors.not_permitted(mountpoint, "unmounting needs fusermount3 (package fuse3)")
+        raise errors.not_permitted(mountpoint, "fusermount3 not found (hint: install fuse3)")
     arguments = ["-u", "-z"] if lazy else ["-u"]
     done = subprocess.run(  # noqa: S603  (a list, no shell)
         [program, *arguments, "--", mountpoint],
@@ -217,31 +211,31 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         check=False,
     )
     if done.returncode != 0:
-        words = " ".join(done.stderr.split()) or f"{program} failed"
-        if "busy" in words.lower():
-            raise errors.busy(mountpoint, words)
-        raise errors.not_permitted(mountpoint, words)
+        message = " ".join(done.stderr.split()) or f"{program} failed"
+        if "busy" in message.lower():
+            raise errors.busy(mountpoint, message)
+        raise errors.not_permitted(mountpoint, message)
 
 
 def find_mount_users(mountpoint: str) -> list[MountUser]:
-    """Return the other processes that hold a mount, as far as we may look; one entry each."""
+    """Return the other processes that use a mount, as far as /proc may be read."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
-            what = next(_held_by(f"/proc/{name}", mountpoint), None)
-            if what is not None:
-                found.append(MountUser(int(name), _comm(name), what))
-    return sorted(found, key=lambda holder: holder.pid)
+            usage = next(_usages(f"/proc/{name}", mountpoint), None)
+            if usage is not None:
+                found.append(MountUser(int(name), _comm(name), usage))
+    return sorted(found, key=lambda user: user.pid)
 
 
-def _held_by(process: str, mountpoint: str) -> Iterator[str]:
+def _usages(process: str, mountpoint: str) -> Iterator[str]:
     def is_inside(target: str) -> bool:
         return target == mountpoint or target.startswith(mountpoint.rstrip("/") + "/")
 
-    for link, what in (("cwd", "its working directory"), ("root", "its root")):
+    for link, usage in (("cwd", "its working directory"), ("root", "its root")):
         target = _readlink(f"{process}/{link}")
         if target is not None and is_inside(target):
-            yield what
+            yield usage
     try:
         numbers = os.listdir(f"{process}/fd")
     except OSError:
@@ -261,16 +255,17 @@ def _held_by(process: str, mountpoint: str) -> Iterator[str]:
 
 
 def find_daemon_pids(mount: Mount) -> list[int]:
-    """Return the processes that serve a mount, as far as we may look: by what they hold and say.
+    """Return the processes that serve a mount, as far as /proc may be read.
 
-    The kernel does not tell which process serves a mount, and a mount that hangs cannot be asked.
+    The kernel does not report which process serves a mount, and a mount that hangs cannot either.
+    So daemons are found by their arguments, open files and mount namespace.
     """
     numbers = [name for name in os.listdir("/proc") if name.isdigit()]
     return sorted(int(name) for name in numbers if _serves(f"/proc/{name}", mount))
 
 
 def is_running(pid: int) -> bool:
-    """Tell whether a process still runs; one that only waits to be reaped does not."""
+    """Return whether a process is running; a zombie is not."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             state = file.read().rpartition(b")")[2].split()[0]  # proc(5): the third field
@@ -282,21 +277,21 @@ def is_running(pid: int) -> bool:
 def _serves(process: str, mount: Mount) -> bool:
     try:
         with open(f"{process}/cmdline", "rb") as file:
-            # Each ends in NUL; nothing after the last one, or it would stand for the folder below.
+            # Drop the empty string after the last NUL: joined below it would match the directory.
             arguments = [os.fsdecode(each) for each in file.read().split(b"\0") if each]
         if not any("tinkerfs" in argument for argument in arguments):
             return False
         numbers = os.listdir(f"{process}/fd")
-        # In a container the same path may be another mount.
+        # In another mount namespace the same path may be a different mount.
         if all(each.device != mount.device for each in list_mounts(f"{process}/mountinfo")):
             return False
     except OSError:
         return False
     if not any(_readlink(f"{process}/fd/{number}") == "/dev/fuse" for number in numbers):
         return False
-    folder = _readlink(f"{process}/cwd") or "/"
+    directory = _readlink(f"{process}/cwd") or "/"
     return any(
-        os.path.normpath(os.path.join(folder, argument)) == mount.mountpoint
+        os.path.normpath(os.path.join(directory, argument)) == mount.mountpoint
         for argument in arguments
     )
 
@@ -317,7 +312,7 @@ def _comm(pid: str) -> str:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, *, step_s: float = 0.02) -> bool:
-    """Look every `step_s` whether a condition holds; return whether it did in time."""
+    """Poll a condition every `step_s` seconds; return whether it became true in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() >= deadline:

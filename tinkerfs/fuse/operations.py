@@ -1,13 +1,13 @@
-"""The file system as the operations that libfuse calls; nothing is decided here.
+"""FUSE operations: translate libfuse's requests into `FileSystem` calls.
 
-Those of looking and reading are called through `callbacks`, by handle or path; the others as the
-bindings call them. Both bindings find operations by their name: a method that is misspelt is never
-called, without a word (`tests/unit/fuse/test_operations.py` compares the names with the
-bindings' own). xattr operations stand apart: where they exist, `ls -l` of 10,000 makes 30,000 calls
-of them. There is no flush: the kernel then never sends one, and an error of it would be lost in
-most programs.
+`callbacks` calls the operations that read, by path or by handle; the bindings call the others.
+The bindings look up operations by method name, and silently ignore a name that they do not know.
+So `tests/unit/fuse/test_operations.py` compares the names with those of the bindings.
 
-Thread-safe: libfuse calls from many threads at once.
+The xattr operations are in a subclass: while they exist, `ls -l` sends three requests per entry.
+There is no `flush`: without it the kernel sends no FLUSH, and most programs ignore its errors.
+
+Thread-safe: libfuse calls from several threads at once.
 """
 
 import functools
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: A name that is looked up holds up the other new names of its directory (the kernel's rule).
+#: Deadline of a lookup: the kernel blocks other lookups in the same directory meanwhile.
 LOOKUP_TIMEOUT_S: Final = 5.0
-#: So does a name that is removed.
+#: Deadline of a removal, which blocks the directory too.
 REMOVAL_TIMEOUT_S: Final = 10.0
-#: So may a listing that is being read, once its first part has come.
+#: Deadline of each further page of a listing, once its first page has arrived.
 PAGE_TIMEOUT_S: Final = 10.0
 
-#: So many entries are handed out at a time at the most; one reply takes some 20 to 1,000.
-_MOST_ENTRIES: Final = 256
+#: Maximum number of entries per `readdir` call; one reply of libfuse holds 20 to 1,000 entries.
+_MAX_ENTRIES: Final = 256
 
-#: The kernel keeps attributes for 1 s (`binding.mount_options`); and a little for its clock.
-_FORGOTTEN_S: Final = 1.05
-#: That second begins when the process that asked takes the answer: so much later at most, on a busy
-#: machine, and before it opens what it asked about.
+#: Lifetime of attributes in the kernel: 1 s (`binding.mount_options`), and a margin for its clock.
+_ATTR_EXPIRY_S: Final = 1.05
+#: Maximum delay between the reply to a getattr and the moment when its caller receives it. The
+#: kernel's lifetime starts at that moment, which is late on a busy machine.
 _REPLY_DELAY_S: Final = 1.0
 
 _BLOCK_BYTES: Final = 4096
@@ -60,23 +60,23 @@ Self = TypeVar("Self", bound="Operations")
 
 
 class RequestInfo(Protocol):
-    """What a binding tells of the request that this thread serves."""
+    """Information about the request that the current thread serves, provided by a binding."""
 
-    def interrupted(self) -> bool:
-        """Tell whether its caller was interrupted."""
+    def is_interrupted(self) -> bool:
+        """Return whether the calling process was interrupted."""
         ...
 
     def context(self) -> tuple[int, int, int]:
-        """Return (uid, gid, pid) of its caller."""
+        """Return (uid, gid, pid) of the calling process."""
         ...
 
-    def waiting(self) -> AbstractContextManager[None]:
-        """Return what is entered while it waits, so that others are served meanwhile."""
+    def blocking(self) -> AbstractContextManager[None]:
+        """Return a context manager for a blocking section, which frees the worker thread."""
         ...
 
 
 class OpenFile(NamedTuple):
-    """A file that was opened, and what libfuse is told of that."""
+    """An open file, and the flags that the reply to OPEN carries."""
 
     path: str
     handle: Handle
@@ -85,19 +85,23 @@ class OpenFile(NamedTuple):
 
 
 class OpenDirectory(NamedTuple):
-    """A folder that was opened: what comes of it, and how many changes there had been."""
+    """An open directory.
+
+    Attributes:
+        mutations: `FileSystem.local_mutations` when the directory was opened.
+    """
 
     path: str
-    scan: "DirectoryStream"
-    changes: int
+    stream: "DirectoryStream"
+    mutations: int
 
 
 def _operation(
     method: Callable[Concatenate[Self, P], R],
 ) -> Callable[Concatenate[Self, P], R]:
-    """Log an operation in one line, and let out nothing but an OSError with an errno.
+    """Log an operation in one line, and raise only `OSError`s that have an errno.
 
-    A decorator on each method: mfusepy calls the methods, not `Operations.__call__`.
+    Each method has the decorator, because mfusepy does not call `Operations.__call__`.
     """
     name = method.__name__
 
@@ -112,7 +116,7 @@ def _operation(
                 raise errors.internal_error(error, str(path)) from error
             log.debug("%s %s: %s", name, path, errors.errno_name(error))
             if errors.is_interruption(error) and self.is_stopping:
-                # To EINTR without a signal, cat and Python answer with the same read again.
+                # cat and Python repeat a read that failed with EINTR if no signal arrived.
                 raise errors.disconnected(str(path)) from error
             raise
         except Exception as error:
@@ -129,16 +133,15 @@ class Operations:
     """FUSE operations over a `FileSystem`, for `callbacks` and a binding with `raw_fi=True`.
 
     Args:
-        filesystem: what is served.
-        requests: the binding, for who asks and whether they still wait.
-        timeout_s: bound on every wait that has no bound of its own.
-        lookup_timeout_s: bound on the wait for a name, where no row of the table has its own.
-        stopping: set when the mount goes down: whoever waits then gets ENOTCONN.
-        ready: called once the kernel has been answered for the first time.
+        requests: the binding.
+        timeout_s: deadline of every operation without a deadline of its own.
+        lookup_timeout_s: deadline of a lookup, where the row of the name sets none.
+        stopping: set when the mount is going down; blocked requests then fail with ENOTCONN.
+        ready: called when the kernel's first request has arrived.
     """
 
     use_ns = True
-    #: Without it, libfuse 2 answers ENOENT itself to reads of an open file that was unlinked.
+    #: Without it, libfuse 2 fails reads of an open file that was unlinked, with ENOENT.
     flag_nullpath_ok = 1
 
     def __init__(
@@ -155,22 +158,22 @@ class Operations:
         self._requests = requests
         self._stopping = stopping
         self._ready = ready
-        #: Whether each operation is logged: asked once, and not at each of them.
+        #: Whether each operation is logged. Cached, because every operation checks it.
         self.is_debug_logging = log.isEnabledFor(logging.DEBUG)
-        # What a call says of its caller is asked for in the thread that serves it, where somebody
-        # wants to know: so one of each kind does for all.
+        # All requests share these contexts: the caller is determined on demand, in the thread that
+        # serves the request.
         self._open_ctx = RequestContext(
-            None, self._interrupted, self._caller, blocking=requests.waiting
+            None, self._is_cancelled, self._caller, blocking=requests.blocking
         )
-        self._lookup = self._open_ctx.with_timeout(lookup_timeout_s)
-        self._removal = self._open_ctx.with_timeout(REMOVAL_TIMEOUT_S)
-        self._wait = self._open_ctx.with_timeout(timeout_s)
-        self._listing = replace(self._wait, page_timeout_s=PAGE_TIMEOUT_S)
+        self._lookup_ctx = self._open_ctx.with_timeout(lookup_timeout_s)
+        self._removal_ctx = self._open_ctx.with_timeout(REMOVAL_TIMEOUT_S)
+        self._io_ctx = self._open_ctx.with_timeout(timeout_s)
+        self._listing_ctx = replace(self._io_ctx, page_timeout_s=PAGE_TIMEOUT_S)
         self._numbers = itertools.count(1)
-        # Single operations on a dict are atomic, and a number is used by one file alone.
+        # Single operations on a dict are atomic, and each number belongs to one file.
         self._files: dict[int, OpenFile] = {}
-        self._folders: dict[int, OpenDirectory] = {}
-        self._lookers = StatCallers()
+        self._directories: dict[int, OpenDirectory] = {}
+        self._stat_callers = StatCallers()
         self._callers = Callers()
 
     @property
@@ -178,8 +181,8 @@ class Operations:
         """Whether the mount is going down."""
         return self._stopping.is_set()
 
-    def _interrupted(self) -> bool:
-        return self._stopping.is_set() or self._requests.interrupted()
+    def _is_cancelled(self) -> bool:
+        return self._stopping.is_set() or self._requests.is_interrupted()
 
     def _caller(self) -> Caller:
         uid, _gid, pid = self._requests.context()
@@ -194,18 +197,18 @@ class Operations:
     # The mount itself
 
     def init(self, _path: str) -> None:
-        """Take note that the kernel's first request has come: the mount answers."""
+        """Report that the kernel's first request has arrived, so that the mount is ready."""
         self._ready()
 
     @_operation
     def statfs(self, _path: str) -> dict[str, int]:
-        """Answer df."""
-        space = self._filesystem.statfs()
-        free = space.free_bytes // _BLOCK_BYTES
+        """Return the fields of `struct statvfs`, which df shows."""
+        statfs = self._filesystem.statfs()
+        free = statfs.free_bytes // _BLOCK_BYTES
         return {
             "f_bsize": _BLOCK_BYTES,
             "f_frsize": _BLOCK_BYTES,
-            "f_blocks": space.total_bytes // _BLOCK_BYTES,
+            "f_blocks": statfs.total_bytes // _BLOCK_BYTES,
             "f_bfree": free,
             "f_bavail": free,
             "f_namemax": _NAME_MAX,
@@ -214,148 +217,154 @@ class Operations:
     # Names and attributes
 
     @property
-    def epoch(self) -> int:
-        """As `FileSystem.epoch`."""
-        return self._filesystem.epoch
+    def generation(self) -> int:
+        """Return `FileSystem.generation`."""
+        return self._filesystem.generation
 
-    def holds(self, lease: Validity, epoch: int) -> bool:
-        """As `FileSystem.holds`; never where each operation is to be logged."""
-        return not self.is_debug_logging and self._filesystem.is_valid(lease, epoch)
+    def is_valid(self, validity: Validity, generation: int) -> bool:
+        """Return `FileSystem.is_valid`; always False while each operation is logged."""
+        return not self.is_debug_logging and self._filesystem.is_valid(validity, generation)
 
     @_operation
     def getattr(
-        self, path: str | None, fh: int | None = None, lease: Validity | None = None
+        self, path: str | None, fh: int | None = None, validity: Validity | None = None
     ) -> Attr:
-        """Answer stat and fstat; the latter with the exact size of what was opened.
+        """Return the attributes of a path, or of an open file with its exact size.
 
-        A lease is told how long the answer holds, of a path without a handle.
+        Without a handle, the attributes' dependencies are added to `validity`.
         """
-        # A file that was unlinked while it was open comes without a path: its handle knows.
+        # The kernel sends no path for an open file that was unlinked: the handle has it.
         file = None if fh is None else self._files.get(fh)
         if file is not None:
-            return self._filesystem.fstat(file.path, file.handle, self._lookup)
-        ctx = self._lookup if lease is None else self._lookup.tracking(lease)
+            return self._filesystem.fstat(file.path, file.handle, self._lookup_ctx)
+        ctx = self._lookup_ctx if validity is None else self._lookup_ctx.tracking(validity)
         attr = self._filesystem.stat(_require_path(path), ctx)
         if not stat.S_ISDIR(attr.mode):
             self.note_file_stat()
         return attr
 
     def note_file_stat(self) -> None:
-        """Take note that who asks now asks for attributes of a file, as `ls -l` does."""
-        self._lookers.add(self._requests.context()[2])
+        """Record that the current caller has called stat() on a file, as `ls -l` does."""
+        self._stat_callers.add(self._requests.context()[2])
 
     def wants_attributes(self) -> bool:
-        """Tell whether who asks now has asked for attributes of a file before."""
-        return self._requests.context()[2] in self._lookers
+        """Return whether the current caller has recently called stat() on a file."""
+        return self._requests.context()[2] in self._stat_callers
 
     @_operation
     def readlink(self, path: str) -> str:
-        """Answer readlink."""
-        return self._filesystem.readlink(path, self._lookup)
+        """Return the target of a symbolic link."""
+        return self._filesystem.readlink(path, self._lookup_ctx)
 
     def on_readlink(self, path: str) -> None:
-        """Record that a link is read without `readlink`."""
+        """Report a readlink that was served from a cache to the deletion guard."""
         self._filesystem.guard.on_readlink(path, self._caller)
 
     def on_open(self, path: str) -> None:
-        """Record that a file is opened to be read without `open`."""
+        """Report an open for reading that was served from a cache to the deletion guard."""
         self._filesystem.guard.on_open(path, 0, self._caller)
 
-    def known(self, path: str) -> "CachedDirectory | None":
-        """As `FileSystem.known`; never where each operation is to be logged."""
+    def cached_directory(self, path: str) -> "CachedDirectory | None":
+        """Return `FileSystem.cached_directory`; None while each operation is logged."""
         return None if self.is_debug_logging else self._filesystem.cached_directory(path)
 
     @_operation
     def opendir(self, path: str) -> int:
-        """Fetch the listing, or its beginning: here, where a wait holds up nobody else."""
-        changes = self._filesystem.local_mutations
-        scan = self._filesystem.scandir(path, self._listing)
+        """Open a directory and fetch its first page; return a handle number.
+
+        The kernel locks the directory for READDIR and not for OPENDIR, so the wait belongs here.
+        """
+        mutations = self._filesystem.local_mutations
+        stream = self._filesystem.scandir(path, self._listing_ctx)
         number = next(self._numbers)
-        self._folders[number] = OpenDirectory(path, scan, changes)
+        self._directories[number] = OpenDirectory(path, stream, mutations)
         return number
 
     def open_directory(self, fh: int) -> OpenDirectory:
-        """Return an open folder.
+        """Return an open directory by its handle number.
 
         Raises:
-            OSError: EBADF, there is none.
+            OSError: EBADF, if the handle is not open.
         """
         try:
-            return self._folders[fh]
+            return self._directories[fh]
         except KeyError:
-            raise errors.bad_handle("", "no such open folder") from None
+            raise errors.bad_handle("", "no such open directory") from None
 
     @_operation
     def readdir(self, fh: int, index: int) -> Sequence[Entry]:
-        """Return entries of an open folder from `index` on; none only at its end."""
-        folder = self.open_directory(fh)
-        entries = folder.scan.read(max(index - DOT_ENTRY_COUNT, 0), _MOST_ENTRIES)
-        return (*dot_entries(folder.path)[index:], *entries) if index < DOT_ENTRY_COUNT else entries
+        """Return entries of an open directory from `index` on; empty only at its end."""
+        directory = self.open_directory(fh)
+        entries = directory.stream.read(max(index - DOT_ENTRY_COUNT, 0), _MAX_ENTRIES)
+        if index < DOT_ENTRY_COUNT:
+            return (*dot_entries(directory.path)[index:], *entries)
+        return entries
 
-    def is_unmodified(self, folder: OpenDirectory) -> bool:
-        """Tell whether nothing was changed through this mount since a folder was opened."""
-        return folder.changes == self._filesystem.local_mutations
+    def is_unmodified(self, directory: OpenDirectory) -> bool:
+        """Return whether nothing was changed through this mount since the directory was opened."""
+        return directory.mutations == self._filesystem.local_mutations
 
     @_operation
     def releasedir(self, fh: int) -> None:
-        """Forget a listing."""
-        self._folders.pop(fh, None)
+        """Close a directory."""
+        self._directories.pop(fh, None)
 
     @_operation
     def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:
-        """Do nothing, well: every change was made when it was asked for."""
+        """Succeed without doing anything: every change is synchronous."""
         return 0
 
     # Files
 
     @_operation
-    def open(self, path: str, flags: int, lease: Validity | None = None) -> OpenFile:
-        """Open; the file system itself bounds the wait, longer where an archive is built.
+    def open(self, path: str, flags: int, validity: Validity | None = None) -> OpenFile:
+        """Open a file; the deadline is that of the file system, and longer for an archive build.
 
-        A lease is told how long the same may be handed to whoever opens it to read.
+        The dependencies of the open file are added to `validity`. While it is valid, further opens
+        for reading can share the open file.
         """
-        asked_at = time.monotonic()
-        ctx = self._open_ctx if lease is None else self._open_ctx.tracking(lease)
+        started = time.monotonic()
+        ctx = self._open_ctx if validity is None else self._open_ctx.tracking(validity)
         handle = self._filesystem.open(path, flags, ctx)
         try:
-            _wait_for_attr_expiry(handle, asked_at, self._open_ctx)
+            _wait_for_attr_expiry(handle, started, self._open_ctx)
         except OSError:
             handle.close()
             raise
         return OpenFile(path, handle, handle.direct_io, handle.keep_cache)
 
     def register_handle(self, file: OpenFile) -> int:
-        """Return a number for an open file, good until `release`."""
+        """Return a handle number for an open file, valid until `release`."""
         number = next(self._numbers)
         self._files[number] = file
         return number
 
     @_operation
     def read(self, fh: int, buffer: memoryview, offset: int) -> int:
-        """Read positionally: requests come from several threads and out of order."""
-        return self._file(fh).handle.read_into(buffer, offset, self._wait)
+        """Fill a buffer from `offset` on; return the number of bytes read."""
+        return self._file(fh).handle.read_into(buffer, offset, self._io_ctx)
 
     @_operation
     def write(self, _path: str | None, data: bytes, _offset: int, fi: Any) -> int:
-        """Hand over one whole value. `>>` writes at the old size, so the offset says nothing."""
-        return self._file(fi.fh).handle.write(data, self._wait)
+        """Write one whole value. The offset is ignored, because `>>` writes at the old size."""
+        return self._file(fi.fh).handle.write(data, self._io_ctx)
 
     @_operation
     def truncate(self, path: str | None, length: int, fi: Any = None) -> int:
         """Truncate by path or by handle."""
         if fi is not None and fi.fh in self._files:
             path = self._files[fi.fh].path
-        self._filesystem.truncate(_require_path(path), length, self._wait)
+        self._filesystem.truncate(_require_path(path), length, self._io_ctx)
         return 0
 
     @_operation
     def fsync(self, _path: str | None, _datasync: int, _fi: Any) -> int:
-        """Do nothing, well: every change was made when it was written."""
+        """Succeed without doing anything: every write is synchronous."""
         return 0
 
     @_operation
     def release(self, fh: int) -> None:
-        """Forget an open file."""
+        """Close an open file."""
         file = self._files.pop(fh, None)
         if file is not None:
             file.handle.close()
@@ -365,115 +374,112 @@ class Operations:
     @_operation
     def unlink(self, path: str) -> int:
         """Remove a file."""
-        self._filesystem.unlink(path, self._removal)
+        self._filesystem.unlink(path, self._removal_ctx)
         return 0
 
     @_operation
     def rmdir(self, path: str) -> int:
-        """Remove a folder."""
-        self._filesystem.rmdir(path, self._removal)
+        """Remove a directory."""
+        self._filesystem.rmdir(path, self._removal_ctx)
         return 0
 
     def _set_attributes(self, path: str | None) -> int:
-        self._filesystem.setattr(_require_path(path), self._lookup)
+        self._filesystem.setattr(_require_path(path), self._lookup_ctx)
         return 0
 
     @_operation
     def chmod(self, path: str | None, _mode: int) -> int:
-        """Change no mode: succeeds where that may be said."""
+        """Change no mode; succeed on a control, and fail on any other file."""
         return self._set_attributes(path)
 
     @_operation
     def chown(self, path: str | None, _uid: int, _gid: int) -> int:
-        """Change no owner: succeeds where that may be said."""
+        """Change no owner; succeed on a control, and fail on any other file."""
         return self._set_attributes(path)
 
     @_operation
     def utimens(self, path: str | None, _times: tuple[int, int] | None = None) -> int:
-        """Change no time: succeeds where that may be said."""
+        """Change no time; succeed on a control, and fail on any other file."""
         return self._set_attributes(path)
 
     def _create(self, path: str) -> int:
-        self._filesystem.create(path, self._lookup)
+        self._filesystem.create(path, self._lookup_ctx)
         return 0
 
     @_operation
     def create(self, path: str, _mode: int, _fi: Any = None) -> int:
-        """Refuse a new file."""
+        """Refuse to create a file."""
         return self._create(path)
 
     @_operation
     def mknod(self, path: str, _mode: int, _dev: int) -> int:
-        """Refuse a new node."""
+        """Refuse to create a special file."""
         return self._create(path)
 
     @_operation
     def mkdir(self, path: str, _mode: int) -> int:
-        """Refuse a new folder."""
+        """Refuse to create a directory."""
         return self._create(path)
 
     @_operation
     def symlink(self, path: str, _target: str) -> int:
-        """Refuse a new symbolic link."""
+        """Refuse to create a symbolic link."""
         return self._create(path)
 
     @_operation
     def link(self, path: str, _existing: str) -> int:
-        """Refuse a new hard link."""
+        """Refuse to create a hard link."""
         return self._create(path)
 
     @_operation
     def rename(self, old: str, _new: str) -> int:
-        """Refuse another name."""
+        """Refuse to rename a file or directory."""
         return self._create(old)
 
 
 class XattrOperations(Operations):
-    """The operations and those of extended attributes."""
+    """The operations, including those of extended attributes."""
 
     @_operation
     def getxattr(self, path: str, name: str, _position: int = 0) -> bytes:
-        """Answer getxattr."""
-        return self._filesystem.getxattr(path, name, self._lookup)
+        """Return the value of an extended attribute."""
+        return self._filesystem.getxattr(path, name, self._lookup_ctx)
 
     @_operation
     def listxattr(self, path: str) -> list[str]:
-        """Answer listxattr."""
-        return self._filesystem.listxattr(path, self._lookup)
+        """Return the names of the extended attributes of a path."""
+        return self._filesystem.listxattr(path, self._lookup_ctx)
 
     @_operation
     def setxattr(
         self, path: str, name: str, _value: bytes, _options: int, _position: int = 0
     ) -> int:
-        """Refuse to set an attribute."""
+        """Refuse to set an extended attribute."""
         self._filesystem.setxattr(path, name)
         return 0
 
     @_operation
     def removexattr(self, path: str, name: str) -> int:
-        """Refuse to remove an attribute."""
+        """Refuse to remove an extended attribute."""
         self._filesystem.setxattr(path, name)
         return 0
 
 
-def _wait_for_attr_expiry(handle: Handle, asked_at: float, ctx: RequestContext) -> None:
-    """Return once the kernel has forgotten a size that was a mere bound.
+def _wait_for_attr_expiry(handle: Handle, started: float, ctx: RequestContext) -> None:
+    """Return when the kernel has dropped a size that was only an upper bound.
 
-    So the next fstat asks again, and cp, tar, rsync and the like copy every byte and no more. The
-    kernel's second begins when a process takes its answer, which may be late: of 40 tars at once on
-    2 busy cores two were, by 0.05 s.
+    Then the next fstat reaches this process, and cp, tar and rsync copy the exact number of bytes.
+    The lifetime in the kernel starts when the caller receives the reply, which may be late.
     """
-    if handle.size_hint_reported_at is not None:
-        # While this open waited another process may have been told a bound.
-        taken_at = min(
-            handle.size_hint_reported_at + _REPLY_DELAY_S,
-            max(handle.size_hint_reported_at, asked_at),
-        )
-        ctx.sleep(taken_at + _FORGOTTEN_S - time.monotonic())
+    reported_at = handle.size_hint_reported_at
+    if reported_at is not None:
+        # Another process may have received a bound while this open was waiting.
+        received_at = min(reported_at + _REPLY_DELAY_S, max(reported_at, started))
+        ctx.sleep(received_at + _ATTR_EXPIRY_S - time.monotonic())
 
 
 def _require_path(path: str | None) -> str:
-    """Return the path, or say ENOENT where its file has been unlinked."""
+    """Return the path; raise ENOENT for None, which means that the file was unlinked."""
     if path is None:
         raise errors.not_found("")
     return path

@@ -1,6 +1,6 @@
-"""What must be so before a mount is tried; each refusal is one line with its cure.
+"""Checks before mounting; each failure is one line with a hint.
 
-The same checks serve `tinkerfs mount` and `tinkerfs doctor`.
+`tinkerfs mount` and `tinkerfs doctor` run the same checks.
 """
 
 import os
@@ -12,63 +12,63 @@ from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 
 _DEVICE: Final = "/dev/fuse"
-_CONFIGURATION: Final = "/etc/fuse.conf"
+_FUSE_CONF: Final = "/etc/fuse.conf"
 _MTAB: Final = "/etc/mtab"
-_CONTAINER: Final = (
+_DEVICE_HINT: Final = (
     "start a container with --device /dev/fuse --cap-add SYS_ADMIN; elsewhere: modprobe fuse"
 )
 
 
 def check_device(path: str = _DEVICE) -> None:
-    """Make sure that the kernel's door can be opened.
+    """Check that /dev/fuse can be opened.
 
     Raises:
-        SetupError: it cannot.
+        StartupError: it cannot be opened.
     """
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        raise StartupError(f"there is no {path}: {_CONTAINER}") from None
+        raise StartupError(f"{path} not found (hint: {_DEVICE_HINT})") from None
     except PermissionError:
         raise StartupError(
-            f"{path} may not be opened by you: have root run chmod 666 {path}, as udev does;"
-            f" or {_CONTAINER}"
+            f"permission denied: {path} (hint: as root, chmod 666 {path}, as udev does;"
+            f" or {_DEVICE_HINT})"
         ) from None
     except OSError as error:
-        raise StartupError(f"{path} does not open ({error.strerror}): {_CONTAINER}") from None
+        raise StartupError(f"cannot open {path}: {error.strerror} (hint: {_DEVICE_HINT})") from None
 
 
 def check_fusermount(major: int, *, is_root: bool | None = None) -> None:
-    """Make sure that the program is there, and can work, which mounts for users other than root.
+    """Check that fusermount is installed and can unmount; root does not need it.
 
     Args:
-        major: the libfuse that will call it.
-        is_root: root mounts without it; None to look.
+        major: major version of the libfuse that will call it.
+        is_root: None to check the effective user.
 
     Raises:
-        SetupError: it is not.
+        StartupError: it is missing, or could not unmount.
     """
     if os.geteuid() == 0 if is_root is None else is_root:
         return
     if mount_table.fusermount(major) is None:
         name = "fusermount3" if major == 3 else "fusermount"
         raise StartupError(
-            f"there is no {name}, by which users mount: apt install fuse3 | dnf install fuse3"
-            " | apk add fuse3; or mount as root"
+            f"{name} not found, which mounts for users other than root (hint: apt install fuse3 |"
+            " dnf install fuse3 | apk add fuse3; or mount as root)"
         )
-    # fusermount mounts without it, and then cannot unmount (a root of debootstrap's has none).
+    # fusermount can mount without it, but not unmount. A root made by debootstrap has none.
     if not os.path.exists(_MTAB):
         raise StartupError(
-            f"there is no {_MTAB}, without which users cannot unmount: have root run"
-            f" ln -s /proc/self/mounts {_MTAB}"
+            f"{_MTAB} not found, without which users cannot unmount (hint: as root,"
+            f" ln -s /proc/self/mounts {_MTAB})"
         )
 
 
 def may_be_apparmor(root: str = "/") -> bool:
-    """Tell whether a profile of AppArmor for fusermount3 may be what refuses a mount.
+    """Return whether an AppArmor profile of fusermount3 may deny a mount.
 
-    Ubuntu has one since 24.10. A process that is confined itself, as in a container, is refused by
-    the profile that confines it.
+    Ubuntu has such a profile since 24.10. It does not apply to a process that is itself confined,
+    as in a container: then that process's own profile denies the mount.
     """
     for name in ("apparmor/current", "current"):
         try:
@@ -76,7 +76,7 @@ def may_be_apparmor(root: str = "/") -> bool:
                 if not file.read(32).startswith(b"unconfined"):
                     return False
             break
-        except OSError:  # EINVAL where no security module has the file
+        except OSError:  # EINVAL if no security module provides the file
             continue
     try:
         with open(os.path.join(root, "sys/module/apparmor/parameters/enabled"), "rb") as file:
@@ -85,11 +85,11 @@ def may_be_apparmor(root: str = "/") -> bool:
         return os.path.exists(os.path.join(root, "etc/apparmor.d/fusermount3"))
 
 
-def check_allow_other(path: str = _CONFIGURATION, *, is_root: bool | None = None) -> None:
-    """Make sure that --allow-other is allowed.
+def check_allow_other(path: str = _FUSE_CONF, *, is_root: bool | None = None) -> None:
+    """Check that users other than root may mount with --allow-other.
 
     Raises:
-        SetupError: it is not, for who is not root.
+        StartupError: /etc/fuse.conf does not allow it.
     """
     if os.geteuid() == 0 if is_root is None else is_root:
         return
@@ -100,16 +100,16 @@ def check_allow_other(path: str = _CONFIGURATION, *, is_root: bool | None = None
         is_allowed = None
     if not is_allowed:
         raise StartupError(
-            f"--allow-other is not allowed here: have root write user_allow_other into {path},"
-            " or mount as root"
+            f"--allow-other is not allowed (hint: as root, add user_allow_other to {path},"
+            " or mount as root)"
         )
 
 
 def prepare_mountpoint(mountpoint: str) -> str:
-    """Make sure that a folder can be mounted on, cleaning up after a dead daemon; return its path.
+    """Check that a directory can be mounted on, and remove a dead mount; return its path.
 
     Raises:
-        SetupError: it cannot.
+        StartupError: the directory cannot be mounted on.
     """
     path = mount_table.canonical_mountpoint(mountpoint)
     mount = mount_table.find_mount(path)
@@ -119,31 +119,31 @@ def prepare_mountpoint(mountpoint: str) -> str:
         status = os.stat(path)
         entries = os.scandir(path) if stat.S_ISDIR(status.st_mode) else None
     except FileNotFoundError:
-        raise StartupError(f"{mountpoint} does not exist: mkdir -p {mountpoint}") from None
+        raise StartupError(f"{mountpoint} does not exist (hint: mkdir -p {mountpoint})") from None
     except NotADirectoryError:
-        raise StartupError(f"{mountpoint} is below a file: name a folder") from None
+        raise StartupError(f"{mountpoint} is below a file (hint: use a directory)") from None
     except PermissionError:
         raise StartupError(
-            f"{mountpoint} may not be read by you: name a folder of your own"
+            f"permission denied: {mountpoint} (hint: use a directory of your own)"
         ) from None
     except OSError as error:
         raise StartupError(
-            f"{mountpoint} cannot be mounted on ({error.strerror}): name another folder"
+            f"cannot mount on {mountpoint}: {error.strerror} (hint: use another directory)"
         ) from None
     if entries is None:
-        raise StartupError(f"{mountpoint} is no folder: name an empty folder")
+        raise StartupError(f"{mountpoint} is not a directory (hint: use an empty directory)")
     with entries:
         if next(entries, None) is not None:
             raise StartupError(
-                f"{mountpoint} is not empty, and a mount would hide what is there:"
-                " name an empty folder"
+                f"{mountpoint} is not empty, and a mount would hide its content"
+                " (hint: use an empty directory)"
             )
-    # fusermount's own rule for users: they must be able to write there, and in a sticky folder like
-    # /tmp own it (fuse: util/fusermount.c, check_perm).
+    # The rule of fusermount for users other than root: the directory must be writable, and owned by
+    # the user if it is sticky like /tmp (fuse: util/fusermount.c, check_perm).
     is_sticky_of_others = status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid()
     if os.geteuid() != 0 and (not os.access(path, os.W_OK) or is_sticky_of_others):
         raise StartupError(
-            f"{mountpoint} is not yours: name a folder of your own, or mount as root"
+            f"{mountpoint} is not yours (hint: use a directory of your own, or mount as root)"
         )
     return path
 
@@ -153,7 +153,9 @@ def _remove_stale_mount(path: str, mount: mount_table.Mount) -> None:
     if health == "dead":
         mount_table.unmount(path, lazy=True)
     elif mount.fstype == mount_table.FSTYPE:
-        verb = "hangs" if health == "hangs" else "is mounted"
-        raise StartupError(f"{path}: tinkerfs {verb} there already: tinkerfs umount {path}")
-    elif health == "hangs":
-        raise StartupError(f"{path}: a mount of {mount.fstype} hangs there: name another folder")
+        state = "is already mounted" if health == "responsive" else "is mounted but unresponsive"
+        raise StartupError(f"tinkerfs {state} on {path} (hint: tinkerfs umount {path})")
+    elif health == "unresponsive":
+        raise StartupError(
+            f"an unresponsive mount of {mount.fstype} is on {path} (hint: use another directory)"
+        )

@@ -1,8 +1,7 @@
-"""What looks at paths were answered, by the path as libfuse tells it, for as long as that holds.
+"""Cache of FUSE replies by path, each valid as long as all of its dependencies.
 
-The way through the tree takes a look 3 us, and 8 us where the processor comes to it from other work
-as it does between requests; an answer that is kept 1 us. So it is kept ready to be copied, and a
-path is what came with the request. Thread-safe.
+A cached reply is ready to be copied to libfuse, which saves the path resolution. The key is the
+path as libfuse passes it, in bytes. Thread-safe.
 """
 
 from collections.abc import Callable
@@ -12,62 +11,61 @@ import msgspec
 
 from tinkerfs.context import Validity
 
-#: A path is asked about again when it was among so many before, or twice as many.
-_ASKED = 32_768
+#: Number of paths after which the older half of the remembered paths is forgotten.
+_MAX_GHOSTS = 32_768
 
 T = TypeVar("T")
 
 
-class _Answer(msgspec.Struct, Generic[T], frozen=True):
+class _Reply(msgspec.Struct, Generic[T], frozen=True):
     value: T
-    lease: Validity
-    epoch: int
+    validity: Validity
+    generation: int
 
 
 class ReplyCache(Generic[T]):
-    """Answers of one kind.
+    """Replies of one kind of request.
 
     Args:
-        holds: as `FileSystem.holds`.
-        most: so many are kept before all are forgotten.
+        is_valid: `FileSystem.is_valid`.
+        max_entries: the cache is cleared when it is full.
     """
 
-    def __init__(self, holds: Callable[[Validity, int], bool], most: int) -> None:
-        self._holds = holds
-        self._most = most
-        # Single operations on a dict are atomic; answers are frozen.
-        self._kept: dict[bytes, _Answer[T]] = {}
-        self._asked: set[int] = set()
+    def __init__(self, is_valid: Callable[[Validity, int], bool], max_entries: int) -> None:
+        self._is_valid = is_valid
+        self._max_entries = max_entries
+        # Single operations on a dict are atomic; replies are frozen.
+        self._replies: dict[bytes, _Reply[T]] = {}
+        self._ghosts: set[int] = set()
         self._previous_ghosts: set[int] = set()
 
     def get(self, path: bytes) -> T | None:
-        """Return the answer that was given, None where it may be another one now."""
-        kept = self._kept.get(path)
-        return kept.value if kept is not None and self._holds(kept.lease, kept.epoch) else None
+        """Return the cached reply, None if there is no valid one."""
+        reply = self._replies.get(path)
+        if reply is None or not self._is_valid(reply.validity, reply.generation):
+            return None
+        return reply.value
 
-    def seen_recently(self, path: bytes) -> bool:
-        """Take note that a path is asked about, and tell whether it was a while ago.
+    def note_and_check(self, path: bytes) -> bool:
+        """Record a request for a path; return whether there was another one recently.
 
-        If not, its answer is not worth what it takes to keep it: a walk comes by each path once.
+        Only then its reply is worth caching, because a walk requests each path once. This is the
+        admission filter of a 2Q cache, with hashes in place of paths.
         """
-        name = hash(path)
-        if name in self._asked or name in self._previous_ghosts:
+        key = hash(path)
+        if key in self._ghosts or key in self._previous_ghosts:
             return True
-        if len(self._asked) >= _ASKED:
-            self._previous_ghosts, self._asked = self._asked, set()
-        self._asked.add(name)
+        if len(self._ghosts) >= _MAX_GHOSTS:
+            self._previous_ghosts, self._ghosts = self._ghosts, set()
+        self._ghosts.add(key)
         return False
 
-    def keep(self, path: bytes, value: T, lease: Validity, epoch: int) -> None:
-        """Keep an answer.
+    def put(self, path: bytes, value: T, validity: Validity, generation: int) -> None:
+        """Cache a reply, unless it is uncacheable.
 
-        Args:
-            path: to what.
-            value: what was said.
-            lease: that the look was made with.
-            epoch: `FileSystem.epoch` from before the look.
+        `generation` is `FileSystem.generation` from before the request was served.
         """
-        if not lease.is_uncacheable:
-            if len(self._kept) >= self._most:
-                self._kept.clear()
-            self._kept[path] = _Answer(value, lease, epoch)
+        if not validity.is_uncacheable:
+            if len(self._replies) >= self._max_entries:
+                self._replies.clear()
+            self._replies[path] = _Reply(value, validity, generation)

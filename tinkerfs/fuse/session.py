@@ -1,10 +1,10 @@
-"""One mount, from its first request to its end.
+"""The FUSE session of a mount, from its first request to its end.
 
-The main thread owns the signals and nothing else; libfuse's loop runs in a thread of its own. So a
-signal is acted upon at once, however many requests hang.
+The main thread handles signals and nothing else; libfuse runs in a thread of its own. So a signal
+takes effect at once, even while every request hangs.
 
-A mount is never unmounted because something went wrong inside: an empty folder in its place makes
-`rsync --delete` empty the other side. A dead one says ENOTCONN, and the next mount cleans it up.
+An internal error never unmounts: with an empty directory in place of the mount, `rsync --delete`
+would empty the other side. A dead mount fails with ENOTCONN, and the next mount removes it.
 """
 
 import contextlib
@@ -31,50 +31,51 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: By it the other threads wake the main thread from sigwait.
+#: Signal by which the other threads wake the main thread from sigwait.
 _WAKE: Final = signal.SIGUSR1
 
-#: The most files that a mount can want open: blocks, connections, and what is on its way.
-_OPEN_FILES: Final = 8192
+#: Maximum number of open files that a mount needs: blocks, connections, and downloads in flight.
+_MAX_OPEN_FILES: Final = 8192
 
-#: How far the kernel reads ahead of a program, KiB.
-_READ_AHEAD_KIB: Final = 1024
+#: Readahead of the kernel, KiB.
+_READAHEAD_KIB: Final = 1024
 
-#: After a signal: how long the process may take to end tidily. The promise is 2 s.
+#: Time for a clean exit after a signal. The documented bound is 2 s.
 SHUTDOWN_GRACE_S: Final = 1.5
 
 
 def raise_fd_limit() -> None:
-    """Let the process have as many files open as it may, up to what a mount can want.
+    """Raise the limit of open files towards the hard limit, as far as a mount needs it.
 
-    Usual are 1024, of which blocks that are kept open and connections may take most.
+    The usual limit is 1024. Open blocks and connections may need most of that.
     """
-    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
-    if allowed != resource.RLIM_INFINITY and allowed < wanted:
-        with contextlib.suppress(OSError, ValueError):  # it does with what it has
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the lower limit suffices for most mounts
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def block_signals() -> None:
-    """Keep the signals that end a mount for `serve` to take; call before any thread starts.
+    """Block the signals that end a mount, so that `serve` can wait for them.
 
-    A thread that started earlier would take them with their default action, which is to die.
+    Must be called before any thread starts. An earlier thread would not block them, and their
+    default action would end the process.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals() | {_WAKE})
 
 
 def stop_signals() -> frozenset[signal.Signals]:
-    """Return the signals that end a mount: not those that were ignored when the process started.
+    """Return the signals that end a mount, without those that the process ignores.
 
-    nohup(1) ignores SIGHUP, and a shell without job control SIGINT of what runs in the background.
-    One that is ignored must not be blocked either: sigwait(2) takes a blocked signal all the same.
+    nohup(1) ignores SIGHUP. A shell without job control ignores SIGINT for background commands. An
+    ignored signal must not be blocked either, because sigwait(2) accepts a blocked signal anyway.
     """
     return frozenset(number for number in _STOP if signal.getsignal(number) != signal.SIG_IGN)
 
 
 def is_stop_pending() -> bool:
-    """Tell whether a signal has come that `serve` has not been there to take."""
+    """Return whether a signal that ends a mount has arrived before `serve` was called."""
     return bool(signal.sigpending() & stop_signals())
 
 
@@ -90,68 +91,59 @@ def serve(
     xattr: bool = False,
     ready: Callable[[], None],
 ) -> None:
-    """Mount, serve until a signal or an unmount, and return; the mount is gone then.
+    """Mount, and serve until a signal or an unmount; the mount is gone on return.
 
-    To be called in the main thread, after `block_signals`.
-
-    Args:
-        filesystem: what is served.
-        binding: who talks to the kernel.
-        mountpoint: an absolute path without links.
-        timeout_s: bound on waits.
-        lookup_timeout_s: bound on the wait for a name that no listing has.
-        read_only: the kernel refuses changes.
-        allow_other: the kernel lets other users in.
-        xattr: the operations of extended attributes exist.
-        ready: called once the mount answers.
+    Must be called in the main thread, after `block_signals`. `mountpoint` is an absolute path
+    without symbolic links. `ready` is called when the mount is ready. For the two timeouts see
+    `Operations`.
 
     Raises:
-        SetupError: libfuse cannot mount.
+        StartupError: libfuse cannot mount, or the session failed.
     """
-    loop = _SessionThread()
+    session = _SessionThread()
     operations = (XattrOperations if xattr else Operations)(
         filesystem,
         binding,
         timeout_s=timeout_s,
         lookup_timeout_s=lookup_timeout_s,
-        stopping=loop.stopping,
-        ready=loop.answered,
+        stopping=session.stopping,
+        ready=session.on_first_request,
     )
     options = binding.mount_options(read_only=read_only, allow_other=allow_other)
-    with _captured_stderr() as words:
-        loop.start(lambda: binding.run(operations, mountpoint, options))
-        asked = loop.wait_for_the_kernel()
-        reason = words()
-    if loop.has_ended:
-        raise _refusal(mountpoint, reason, loop.failure)
-    if not asked:
-        # The first answer: everybody else waits for the same.
+    with _captured_stderr() as stderr:
+        session.start(lambda: binding.run(operations, mountpoint, options))
+        is_stopped = session.wait_until_ready()
+        output = stderr()
+    if session.has_ended:
+        raise _mount_error(mountpoint, output, session.failure)
+    if not is_stopped:
+        # Returns once the session serves requests.
         _raise_kernel_readahead(os.stat(mountpoint).st_dev)
         log.info("%s: mounted by %s", mountpoint, binding)
         ready()
-        asked = loop.wait_for_the_end()
-    if asked:
-        log.info("%s: asked to end by %s", mountpoint, loop.stop_signal)
+        is_stopped = session.wait_until_ended()
+    if is_stopped:
+        log.info("%s: received %s, unmounting", mountpoint, session.stop_signal)
         _exit_after_grace_period()
-        loop.stopping.set()
+        session.stopping.set()
         _lazy_unmount(mountpoint)
-        loop.join(SHUTDOWN_GRACE_S / 2)
-    elif loop.failure is not None:
-        raise StartupError(f"{mountpoint}: the mount ended: {loop.failure}")
+        session.join(SHUTDOWN_GRACE_S / 2)
+    elif session.failure is not None:
+        raise StartupError(f"{mountpoint}: the mount failed: {session.failure}")
     else:
         log.info("%s: unmounted", mountpoint)
         _exit_after_grace_period()
-        loop.stopping.set()
+        session.stopping.set()
 
 
 class _SessionThread:
-    """libfuse's loop in its thread, and how the main thread learns what becomes of it."""
+    """The thread that runs libfuse, and its state as the main thread sees it."""
 
     def __init__(self) -> None:
         self.stopping = threading.Event()
         self.failure: BaseException | None = None
         self.stop_signal = ""
-        self._answered = threading.Event()
+        self._is_ready = threading.Event()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -159,29 +151,29 @@ class _SessionThread:
         def work() -> None:
             try:
                 run()
-            except BaseException as error:  # noqa: BLE001  (told by the main thread)
+            except BaseException as error:  # noqa: BLE001  (reported by the main thread)
                 self.failure = error
             self._ended.set()
-            _wake_the_main_thread()
+            _wake_main_thread()
 
         self._thread = threading.Thread(target=work, name="fuse", daemon=True)
         self._thread.start()
 
-    def answered(self) -> None:
-        """Say that the kernel's first request has come; called by libfuse's thread."""
-        self._answered.set()
-        _wake_the_main_thread()
+    def on_first_request(self) -> None:
+        """Record that the kernel's first request has arrived; called in libfuse's thread."""
+        self._is_ready.set()
+        _wake_main_thread()
 
     @property
     def has_ended(self) -> bool:
         return self._ended.is_set()
 
-    def wait_for_the_kernel(self) -> bool:
-        """Wait until the mount answers or the loop has ended; True when a signal came first."""
-        return self._wait(lambda: self._answered.is_set() or self._ended.is_set())
+    def wait_until_ready(self) -> bool:
+        """Wait until the mount is ready or has ended; return True if a signal arrived first."""
+        return self._wait(lambda: self._is_ready.is_set() or self._ended.is_set())
 
-    def wait_for_the_end(self) -> bool:
-        """Wait until the loop has ended; True when a signal came first."""
+    def wait_until_ended(self) -> bool:
+        """Wait until the session has ended; return True if a signal arrived first."""
         return self._wait(self._ended.is_set)
 
     def _wait(self, is_over: Callable[[], bool]) -> bool:
@@ -197,25 +189,21 @@ class _SessionThread:
             self._thread.join(timeout_s)
 
 
-def _wake_the_main_thread() -> None:
+def _wake_main_thread() -> None:
     main = threading.main_thread().ident
     if main is not None:
         signal.pthread_kill(main, _WAKE)
 
 
 def _raise_kernel_readahead(device: int) -> None:
-    """Let the kernel ask for more at a time, where we may: root alone can.
-
-    Each of its reads costs a turn through Python. With 1 MiB ahead instead of its 128 KiB, 1 GB was
-    read from blocks on disk in 0.95 s instead of 1.8 s, and cold in 3.5 s instead of 4.3 s.
-    """
+    """Raise the kernel's readahead, so that it sends fewer and larger reads; only root may."""
     path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
     with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as file:
-        file.write(str(_READ_AHEAD_KIB))
+        file.write(str(_READAHEAD_KIB))
 
 
 def _lazy_unmount(mountpoint: str) -> None:
-    """Take the mount out of the tree, whoever holds it: they are told ENOTCONN."""
+    """Detach the mount, even while processes use it; their requests fail with ENOTCONN."""
     try:
         mount_table.unmount(mountpoint, lazy=True)
     except OSError as error:
@@ -224,62 +212,63 @@ def _lazy_unmount(mountpoint: str) -> None:
 
 
 def _exit_after_grace_period() -> None:
-    """End the process with status 0 soon, if it has not ended itself by then.
+    """Exit with status 0 after the grace period, unless the process has ended by then.
 
-    The interpreter joins all worker threads when it exits, and one of them may sit in a call to a
-    server that does not answer. The mount is gone from the tree by then, and what is kept on disk
-    is written in transactions, so nothing is lost by not waiting for it.
+    The interpreter joins all threads when it exits, and a thread may be blocked in a request to a
+    server that hangs. By then the mount is gone, and the caches on disk are written in
+    transactions. So an exit without waiting loses nothing.
     """
 
-    def end() -> None:
+    def exit_now() -> None:
         logging.shutdown()
         os._exit(0)
 
-    timer = threading.Timer(SHUTDOWN_GRACE_S, end)
+    timer = threading.Timer(SHUTDOWN_GRACE_S, exit_now)
     timer.daemon = True
     timer.start()
 
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """Collect what libfuse writes to descriptor 2, for the one line that a failure becomes."""
+    """Capture what libfuse writes to stderr; yields a function that returns it so far."""
     sys.stderr.flush()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as words:
-        os.dup2(words.fileno(), 2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
 
-        def so_far() -> str:
-            words.seek(0)
-            return words.read().decode("utf-8", "replace")
+        def read_output() -> str:
+            file.seek(0)
+            return file.read().decode("utf-8", "replace")
 
         try:
-            yield so_far
+            yield read_output
         finally:
             os.dup2(saved, 2)
             os.close(saved)
 
 
-#: EACCES of mount(2): fusermount3 has checked the mountpoint, and lacks a right with EPERM.
+#: EACCES of mount(2). fusermount3 has checked the mountpoint by then, and without the privilege to
+#: mount the error would be EPERM.
 _APPARMOR_REFUSAL: Final = re.compile(r"fusermount3?: mount failed: Permission denied")
 
 
-def _refusal(mountpoint: str, words: str, failure: BaseException | None) -> StartupError:
-    """Return why there is no mount: what libfuse wrote, or else what ended its loop."""
-    reason = "; ".join(dict.fromkeys(line.strip() for line in words.splitlines() if line.strip()))
-    # The bindings raise libfuse's mere number.
+def _mount_error(mountpoint: str, output: str, failure: BaseException | None) -> StartupError:
+    """Return an error with the output of libfuse, or else with the exception that ended it."""
+    reason = "; ".join(dict.fromkeys(line.strip() for line in output.splitlines() if line.strip()))
+    # The bindings raise an exception that contains only libfuse's status number.
     if not reason and failure is not None and not isinstance(next(iter(failure.args), None), int):
         reason = f"{type(failure).__name__}: {failure}"
     reason = errors.redact(reason) or "libfuse gave no reason"
-    cure = "see `tinkerfs doctor`"
+    hint = "see tinkerfs doctor"
     if _APPARMOR_REFUSAL.search(reason) and preflight.may_be_apparmor():
-        cure = (
+        hint = (
             "AppArmor confines fusermount3 here: mount below your home directory, /mnt, /media or"
-            " /tmp, or have root allow the place in /etc/apparmor.d/local/fusermount3 and run"
-            " apparmor_parser -r /etc/apparmor.d/fusermount3; dmesg names what was denied"
+            " /tmp, or as root allow the path in /etc/apparmor.d/local/fusermount3 and run"
+            " apparmor_parser -r /etc/apparmor.d/fusermount3; dmesg shows what was denied"
         )
     elif "not permitted" in reason.lower() or "permission denied" in reason.lower():
-        cure = (
-            "mounting needs a right that is missing here; in a container, start it with"
+        hint = (
+            "the privilege to mount is missing; start a container with"
             " --device /dev/fuse --cap-add SYS_ADMIN --security-opt apparmor=unconfined"
         )
-    return StartupError(f"cannot mount on {mountpoint}: {reason}: {cure}")
+    return StartupError(f"cannot mount on {mountpoint}: {reason} (hint: {hint})")

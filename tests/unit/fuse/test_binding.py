@@ -1,4 +1,4 @@
-"""Which binding drives which libfuse, and with which options."""
+"""The choice of binding and libfuse, and the mount options."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ LIBRARIES = {2: Library("libfuse.so.2", 29), 3: Library("libfuse3.so.3", 314)}
 
 @pytest.fixture
 def system(monkeypatch):
-    """A system with the libraries that the test names; nothing is imported."""
+    """A function that loads a binding on a system with some libfuses; it imports nothing."""
 
     def choose(*majors, wanted=None, broken=()):
         def import_(name, library):
@@ -37,7 +37,7 @@ def system(monkeypatch):
     return choose
 
 
-def test_libfuse_3_is_preferred_then_fusepy_then_mfusepy(system):
+def test_auto_prefers_libfuse_3_then_fusepy_then_mfusepy(system):
     assert system(2, 3).name == "mfusepy3"
     assert system(2).name == "fusepy"
     assert system(2, broken=("fusepy",)).name == "mfusepy2"
@@ -45,20 +45,20 @@ def test_libfuse_3_is_preferred_then_fusepy_then_mfusepy(system):
 
 
 @pytest.mark.parametrize("name", binding.BINDINGS)
-def test_a_combination_can_be_forced(system, name):
+def test_environment_variable_forces_a_binding(system, name):
     assert system(2, 3, wanted=name).name == name
 
 
-def test_what_is_missing_is_named_with_its_package(system):
+def test_error_names_missing_library_and_package(system):
     with pytest.raises(StartupError, match=r"no libfuse 3.*no libfuse 2.*apt install fuse3"):
         system()
     with pytest.raises(StartupError, match=r"no libfuse 2.*libfuse2t64"):
         system(3, wanted="fusepy")
-    with pytest.raises(StartupError, match=r"takes auto, fusepy, mfusepy2, mfusepy3"):
+    with pytest.raises(StartupError, match=r"choose from auto, fusepy, mfusepy2, mfusepy3"):
         system(2, 3, wanted="pyfuse3")
 
 
-def test_libraries_are_found_by_soname_and_by_path(monkeypatch):
+def test_find_library_accepts_soname_and_path(monkeypatch):
     found = [each for each in map(binding.find_library, (2, 3)) if each is not None]
     for library in found:
         monkeypatch.setenv("FUSE_LIBRARY_PATH", library.path)
@@ -69,12 +69,12 @@ def test_libraries_are_found_by_soname_and_by_path(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "major", "words"),
+    ("version", "major", "text"),
     [(29, 2, "libfuse 2.9 (x)"), (314, 3, "libfuse 3.14 (x)"), (39, 3, "libfuse 3.9 (x)")],
 )
-def test_versions_are_read_as_libfuse_tells_them(version, major, words):
+def test_library_parses_version_number(version, major, text):
     library = Library("x", version)
-    assert (library.major, str(library)) == (major, words)
+    assert (library.major, str(library)) == (major, text)
 
 
 def options(version, **wanted):
@@ -82,11 +82,11 @@ def options(version, **wanted):
     return Binding("x", Library("x", version), None, None).mount_options(**wanted)
 
 
-def test_options_are_those_that_the_library_takes():
-    # The other library refuses to mount over them.
+def test_mount_options_depend_on_libfuse_version():
+    # A libfuse rejects options that its version does not know.
     assert "max_background" in options(29)
     assert "max_background" not in options(314)
-    assert "intr" in options(317)  # without it, Ctrl-C ends no wait there
+    assert "intr" in options(317)  # without it, Ctrl-C does not interrupt requests
     assert "intr" not in options(314)
     for version in (29, 39, 310, 314, 317):
         assert options(version)["default_permissions"] is True
@@ -101,7 +101,7 @@ def test_options_are_those_that_the_library_takes():
     )
 
 
-def test_no_binding_is_imported_before_it_is_wanted():
+def test_importing_the_package_imports_no_binding():
     code = (
         "import sys\n"
         "import tinkerfs.fuse.binding, tinkerfs.fuse.operations, tinkerfs.fuse.session\n"

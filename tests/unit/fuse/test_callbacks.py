@@ -1,4 +1,4 @@
-"""What libfuse is given: through real callbacks, without a kernel."""
+"""The C callbacks, called as libfuse calls them, without a kernel."""
 
 import ctypes
 import errno
@@ -68,7 +68,7 @@ class OnArm(ctypes.Structure):
 
 
 @pytest.mark.parametrize("structure", [OnX86, OnArm])
-def test_attributes_are_packed_as_the_system_lays_them_out(structure):
+def test_packed_stat_matches_the_platform_layout(structure):
     packed = make_stat_packer(structure)(ATTR)
     assert len(packed) == ctypes.sizeof(structure)
     found = structure.from_buffer_copy(packed)
@@ -81,7 +81,7 @@ def test_attributes_are_packed_as_the_system_lays_them_out(structure):
     assert found.st_dev == found.st_rdev == found.st_blksize == 0
 
 
-def test_a_time_before_1970_is_told():
+def test_stat_packer_supports_times_before_1970():
     time = OnX86.from_buffer_copy(make_stat_packer(OnX86)(Attr(0, 0, -1, 2, 1, 0, 0))).st_mtimespec
     assert (time.tv_sec, time.tv_nsec) == (-1, 999_999_999)
 
@@ -95,8 +95,8 @@ class FileInfo(ctypes.Structure):
     )
 
 
-class Folder:
-    """What libfuse collects of a listing: as many entries at a time as its buffer holds."""
+class Listing:
+    """The entries that libfuse collects, in buffers of limited size."""
 
     def __init__(self, major, room):
         self.found = []
@@ -115,7 +115,7 @@ class Folder:
 
 
 class Libfuse:
-    """Calls the callbacks as libfuse of a version does."""
+    """Calls the callbacks as a major version of libfuse does."""
 
     def __init__(self, major, filesystem=None):
         self.major = major
@@ -132,44 +132,44 @@ class Libfuse:
 
     def stat(self, path, info=None):
         status = OnX86()
-        place = ctypes.addressof(status)
+        address = ctypes.addressof(status)
         if self.major == 3:
-            return self.call["getattr"](path, place, info), status
+            return self.call["getattr"](path, address, info), status
         if info is None:
-            return self.call["getattr"](path, place), status
-        return self.call["fgetattr"](path, place, info), status
+            return self.call["getattr"](path, address), status
+        return self.call["fgetattr"](path, address, info), status
 
     def target(self, path, size=4096):
         buffer = ctypes.create_string_buffer(size)
         status = self.call["readlink"](path, ctypes.addressof(buffer), size)
         return status or buffer.value
 
-    def bytes(self, path, flags=os.O_RDONLY):
-        """What is read of a file, and whether past the kernel's cache; or an errno."""
+    def content(self, path, flags=os.O_RDONLY):
+        """Return the content of a file and whether it has direct_io; or a negative errno."""
         info, buffer = FileInfo(flags=flags), ctypes.create_string_buffer(1 << 16)
-        place = ctypes.addressof(info)
-        status = self.call["open"](path, place)
+        address = ctypes.addressof(info)
+        status = self.call["open"](path, address)
         if status:
             return status
-        length = self.call["read"](path, ctypes.addressof(buffer), len(buffer), 0, place)
-        assert self.call["release"](path, place) == 0
+        length = self.call["read"](path, ctypes.addressof(buffer), len(buffer), 0, address)
+        assert self.call["release"](path, address) == 0
         return buffer.raw[:length], bool(info.direct_io)
 
     def listed(self, path, room, flags):
         info = FileInfo()
         assert self.call["opendir"](path, ctypes.addressof(info)) == 0
-        folder = Folder(self.major, room)
-        filler = ctypes.cast(folder.filler, ctypes.c_void_p)
+        listing = Listing(self.major, room)
+        filler = ctypes.cast(listing.filler, ctypes.c_void_p)
         rest = (flags,) if self.major == 3 else ()
         while True:
-            folder.left, before = room, len(folder.found)
-            place = ctypes.addressof(info)
-            assert self.call["readdir"](None, 0, filler, before, place, *rest) == 0
-            if len(folder.found) == before:
+            listing.left, before = room, len(listing.found)
+            address = ctypes.addressof(info)
+            assert self.call["readdir"](None, 0, filler, before, address, *rest) == 0
+            if len(listing.found) == before:
                 break
         assert self.call["releasedir"](None, ctypes.addressof(info)) == 0
-        assert self.call["readdir"](None, 0, filler, 0, place, *rest) == -errno.EBADF
-        return folder.found
+        assert self.call["readdir"](None, 0, filler, 0, address, *rest) == -errno.EBADF
+        return listing.found
 
 
 @pytest.fixture(params=[2, 3])
@@ -177,7 +177,7 @@ def libfuse(request):
     return Libfuse(request.param)
 
 
-def test_attributes_arrive_by_path_and_by_handle(libfuse):
+def test_getattr_works_by_path_and_by_handle(libfuse):
     status, found = libfuse.stat(b"/hello")
     assert (status, found.st_size, found.st_mtimespec.tv_nsec) == (0, 6, MTIME_NS % 10**9)
     info = FileInfo(flags=os.O_RDONLY)
@@ -189,39 +189,39 @@ def test_attributes_arrive_by_path_and_by_handle(libfuse):
     assert libfuse.stat(b"/\xff")[0] == 0
 
 
-def test_bytes_arrive_by_position(libfuse):
+def test_read_returns_bytes_at_offset(libfuse):
     info = FileInfo(flags=os.O_RDONLY)
-    place = ctypes.addressof(info)
-    assert libfuse.call["open"](b"/cached-1048576", place) == 0
+    address = ctypes.addressof(info)
+    assert libfuse.call["open"](b"/cached-1048576", address) == 0
     assert (info.direct_io, info.keep_cache) == (0, 1)
     buffer = ctypes.create_string_buffer(16)
-    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 250, place) == 8
+    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 250, address) == 8
     assert buffer.raw == bytes([250, 251, 252, 253, 254, 255, 0, 1]) + bytes(8)
-    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 1 << 20, place) == 0
-    assert libfuse.call["release"](None, place) == 0
-    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 0, place) == -errno.EBADF
-    assert libfuse.call["open"](b"/none", place) == -errno.ENOENT
+    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 1 << 20, address) == 0
+    assert libfuse.call["release"](None, address) == 0
+    assert libfuse.call["read"](None, ctypes.addressof(buffer), 8, 0, address) == -errno.EBADF
+    assert libfuse.call["open"](b"/none", address) == -errno.ENOENT
 
 
-def test_a_target_is_cut_to_its_buffer(libfuse):
+def test_readlink_truncates_target_to_buffer(libfuse):
     for size, target in ((20, b"folder/0000"), (7, b"folder"), (12, b"folder/0000")):
         assert libfuse.target(b"/link", size) == target
 
 
-def test_a_look_that_is_made_again_is_answered_once_while_the_answer_holds(libfuse):
+def test_repeated_getattr_is_served_from_reply_cache(libfuse):
     looks = ["/hello", "/none", "/control"]
-    for epoch in (1, 2):
-        libfuse.filesystem.epoch, libfuse.filesystem.stats = epoch, []
+    for generation in (1, 2):
+        libfuse.filesystem.generation, libfuse.filesystem.stats = generation, []
         for _ in range(4):
             assert libfuse.stat(b"/hello")[1].st_size == 6
             assert libfuse.stat(b"/none")[0] == -errno.ENOENT
             libfuse.stat(b"/control")
-        made = 2 if epoch == 1 else 1
+        made = 2 if generation == 1 else 1
         assert libfuse.filesystem.stats == looks * made + ["/control"] * (4 - made)
 
 
-def test_no_answer_by_path_is_that_of_a_handle(libfuse):
-    libfuse.filesystem.epoch = 1
+def test_fstat_is_not_served_from_reply_cache(libfuse):
+    libfuse.filesystem.generation = 1
     for _ in range(3):
         assert libfuse.stat(b"/control")[1].st_size == 2
     info = FileInfo(flags=os.O_RDONLY)
@@ -231,24 +231,24 @@ def test_no_answer_by_path_is_that_of_a_handle(libfuse):
         assert libfuse.stat(path, ctypes.addressof(info))[1].st_size == 6
 
 
-def test_only_what_is_opened_to_be_read_is_opened_once(libfuse, monkeypatch):
+def test_only_plain_opens_for_reading_are_cached(libfuse, monkeypatch):
     opened = []
     monkeypatch.setattr(
         libfuse.filesystem,
         "open",
-        lambda path, flags, call: (
-            opened.append(flags) or MemoryFileSystem.open(libfuse.filesystem, path, flags, call)
+        lambda path, flags, ctx: (
+            opened.append(flags) or MemoryFileSystem.open(libfuse.filesystem, path, flags, ctx)
         ),
     )
-    libfuse.filesystem.epoch = 1
+    libfuse.filesystem.generation = 1
     for flags in (os.O_RDONLY, os.O_RDONLY | os.O_NOATIME):
         for _ in range(4):
-            libfuse.bytes(b"/cached-1048576", flags)
+            libfuse.content(b"/cached-1048576", flags)
     assert opened == [os.O_RDONLY] * 2 + [os.O_RDONLY | os.O_NOATIME] * 4
     opened.clear()
     for _ in range(4):
-        libfuse.bytes(b"/hello")
-    assert opened == [os.O_RDONLY] * 4, "what passes the kernel's cache by may be another next time"
+        libfuse.content(b"/hello")
+    assert opened == [os.O_RDONLY] * 4, "direct_io files are not cached"
     info = FileInfo(flags=os.O_RDWR)
     opened.clear()
     for _ in range(4):
@@ -257,55 +257,57 @@ def test_only_what_is_opened_to_be_read_is_opened_once(libfuse, monkeypatch):
 
 
 def test_cached_opens_and_links_are_reported_to_the_guard(libfuse, monkeypatch):
-    libfuse.filesystem.epoch, heard = 1, []
+    libfuse.filesystem.generation, reported = 1, []
     for name in ("on_open", "on_readlink"):
         monkeypatch.setattr(
-            libfuse.filesystem.guard, name, lambda path, *rest: heard.append((path, rest[-1]().pid))
+            libfuse.filesystem.guard,
+            name,
+            lambda path, *rest: reported.append((path, rest[-1]().pid)),
         )
-    for _ in range(3):  # of which the third is opened without the file system
-        libfuse.bytes(b"/cached-1048576")
+    for _ in range(3):  # the third open is served from the cache
+        libfuse.content(b"/cached-1048576")
     libfuse.listed(b"/many", 1000, 1)
     libfuse.target(b"/many/link")
-    assert heard == [("/cached-1048576", os.getpid()), ("/many/link", os.getpid())]
+    assert reported == [("/cached-1048576", os.getpid()), ("/many/link", os.getpid())]
 
 
-def test_who_is_answered_again_looks_at_files_too(libfuse, monkeypatch):
-    libfuse.filesystem.epoch = 1
+def test_cached_getattr_of_file_notes_the_caller(libfuse, monkeypatch):
+    libfuse.filesystem.generation = 1
     for path in (b"/hello", b"/folder", b"/none") * 2:
         libfuse.stat(path)
-    looked = []
-    monkeypatch.setattr(libfuse.operations, "looked_at_file", lambda: looked.append(1))
+    noted = []
+    monkeypatch.setattr(libfuse.operations, "note_file_stat", lambda: noted.append(1))
     libfuse.stat(b"/folder")
     libfuse.stat(b"/none")
-    assert looked == []
+    assert noted == []
     libfuse.stat(b"/hello")
-    assert looked == [1]
+    assert noted == [1]
 
 
 @pytest.fixture
-def kept(monkeypatch):
-    monkeypatch.setattr(reply_cache, "_ASKED", 5)
-    return reply_cache.ReplyCache(lambda _lease, _epoch: True, most=3)
+def cache(monkeypatch):
+    monkeypatch.setattr(reply_cache, "_MAX_GHOSTS", 5)
+    return reply_cache.ReplyCache(lambda _validity, _generation: True, max_entries=3)
 
 
-def test_answers_are_bounded(kept):
+def test_reply_cache_is_bounded(cache):
     for number in range(20):
-        kept.keep(b"%d" % number, number, Validity(), 1)
-        there = [n for n in range(20) if kept.get(b"%d" % n) is not None]
+        cache.put(b"%d" % number, number, Validity(), 1)
+        there = [n for n in range(20) if cache.get(b"%d" % n) is not None]
         assert len(there) <= 3
         assert there[-1] == number
 
 
-def test_what_a_walk_comes_by_again_and_again_is_not_asked_again(kept):
+def test_reply_cache_admits_only_recent_paths(cache):
     for _ in range(3):
-        assert not any(kept.seen_recently(b"%d" % number) for number in range(20))
-    assert [kept.seen_recently(b"%d" % number) for number in (19, 15, 2)] == [True, True, False]
+        assert not any(cache.note_and_check(b"%d" % number) for number in range(20))
+    assert [cache.note_and_check(b"%d" % number) for number in (19, 15, 2)] == [True, True, False]
 
 
 @pytest.mark.parametrize("major", [2, 3])
 @pytest.mark.parametrize("many", [8, 40])
-def test_what_is_known_of_a_folder_is_told_without_a_look_while_it_holds(many, major, monkeypatch):
-    libfuse = Libfuse(major, MemoryFileSystem(many=many, epoch=1))
+def test_valid_listing_serves_getattr_and_readlink(many, major, monkeypatch):
+    libfuse = Libfuse(major, MemoryFileSystem(many=many, generation=1))
     filesystem = libfuse.filesystem
     first = libfuse.listed(b"/many", 1000, 1)
     again = libfuse.listed(b"/many", 7, 1)
@@ -313,26 +315,26 @@ def test_what_is_known_of_a_folder_is_told_without_a_look_while_it_holds(many, m
         (name, at) for name, _status, at, _plus in again
     ]
     filesystem.stats.clear()
-    looked = []
-    monkeypatch.setattr(libfuse.operations, "note_file_stat", lambda: looked.append(1))
-    monkeypatch.setattr(filesystem, "readlink", lambda _path, _call: "another")
+    noted = []
+    monkeypatch.setattr(libfuse.operations, "note_file_stat", lambda: noted.append(1))
+    monkeypatch.setattr(filesystem, "readlink", lambda _path, _ctx: "another")
     for name in (b"0000", b"%04d" % (many - 1)):
         status, found = libfuse.stat(b"/many/" + name)
         assert (status, found.st_size, found.st_mtimespec.tv_nsec) == (0, 6, MTIME_NS % 10**9)
-    assert looked == [1, 1]
+    assert noted == [1, 1]
     assert libfuse.target(b"/many/link") == b"folder/0000"
     assert libfuse.target(b"/many/link", 7) == b"folder"
     assert filesystem.stats == []
     assert libfuse.stat(b"/many/none")[0] == -errno.ENOENT
     assert libfuse.stat(b"/many/0000/none")[0] == -errno.ENOENT
-    filesystem.epoch, filesystem.stats = 2, []
+    filesystem.generation, filesystem.stats = 2, []
     libfuse.stat(b"/many/0000")
     assert filesystem.stats == ["/many/0000"]
     assert libfuse.target(b"/many/link") == b"another"
 
 
-def test_each_look_is_made_and_logged_where_operations_are_traced(caplog, monkeypatch):
-    libfuse = Libfuse(3, MemoryFileSystem(epoch=1))
+def test_debug_logging_disables_reply_caches(caplog, monkeypatch):
+    libfuse = Libfuse(3, MemoryFileSystem(generation=1))
     monkeypatch.setattr(libfuse.operations, "is_debug_logging", True)
     caplog.set_level("DEBUG")
     for _ in range(3):
@@ -343,11 +345,11 @@ def test_each_look_is_made_and_logged_where_operations_are_traced(caplog, monkey
     for line in ("opendir /many", "getattr /many/0000", "readlink /many/link"):
         assert caplog.messages.count(line) == 3
     readings = [line for line in caplog.messages if line.startswith("readdir ")]
-    assert len(readings) == 6, "each to its end"
+    assert len(readings) == 6, "each listing has two readdir calls"
 
 
 @pytest.mark.parametrize("count", [2, 15, 16, 40])
-def test_of_two_of_one_name_the_first_counts(count):
+def test_duplicate_name_resolves_to_first_entry(count):
     entries = [msgspec.structs.replace(ENTRY, name=f"{n}", target=f"to {n}") for n in range(count)]
     listing = CachedDirectory((msgspec.structs.replace(ENTRY, name="0"), *entries), Validity(), 1)
     assert listing.entry("0").target is None
@@ -356,7 +358,7 @@ def test_of_two_of_one_name_the_first_counts(count):
 
 
 @pytest.mark.parametrize("room", [1, 7, 1000])
-def test_a_listing_is_resumed_where_the_buffer_was_full(libfuse, room):
+def test_readdir_resumes_after_full_buffer(libfuse, room):
     found = libfuse.listed(b"/folder", room, 0)
     names = [name for name, *_rest in found]
     assert names == [b".", b"..", b"costly", *(b"%04d" % i for i in range(50))]
@@ -365,24 +367,26 @@ def test_a_listing_is_resumed_where_the_buffer_was_full(libfuse, room):
     assert {plus for *_rest, plus in found} == {0 if libfuse.major == 3 else None}
 
 
-def test_attributes_come_along_with_folders_and_to_who_looks_at_files():
+def test_readdirplus_includes_wanted_attributes_only():
     libfuse = Libfuse(3)
     of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/", 1000, 1)}
-    assert of[b"folder"][1] == 2, "who lists it will mostly go into it"
+    assert of[b"folder"][1] == 2, "a directory always has attributes"
     assert of[b"hello"][1] == 0
     libfuse.stat(b"/hello")
     of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/", 1000, 1)}
     assert (of[b"hello"][0].st_size, of[b"hello"][1]) == (6, 2)
     of = {name: (status, plus) for name, status, _offset, plus in libfuse.listed(b"/folder", 9, 1)}
-    assert (of[b"costly"][0].st_size, of[b"costly"][1]) == (0, 0), "who wants them looks it up"
+    assert (of[b"costly"][0].st_size, of[b"costly"][1]) == (0, 0), (
+        "expensive attributes are omitted"
+    )
     of = {name: plus for name, _status, _offset, plus in libfuse.listed(b"/", 1000, 0)}
-    assert set(of.values()) == {0}, "the kernel wants none"
+    assert set(of.values()) == {0}, "the kernel requested no attributes"
 
 
 @pytest.mark.parametrize("many", [8, 40, 400])
 @pytest.mark.parametrize("room", [1, 2, 3, 7, 1000])
-def test_what_is_listed_again_is_what_was_listed(many, room):
-    libfuse = Libfuse(3, MemoryFileSystem(many=many, epoch=1))
+def test_prepared_listing_equals_first_listing(many, room):
+    libfuse = Libfuse(3, MemoryFileSystem(many=many, generation=1))
     libfuse.stat(b"/hello")
     first, *others = (
         [
@@ -391,35 +395,35 @@ def test_what_is_listed_again_is_what_was_listed(many, room):
         ]
         for _ in range(4)
     )
-    assert len(first) == many + 3, "and the link"
+    assert len(first) == many + 3, "including `.`, `..` and the link"
     assert [plus for *_rest, plus in first] == [0, 0] + [2] * (len(first) - 2)
     assert others == [first] * 3
     assert (libfuse.filesystem.listings["/many"].ready is None) == (many == 400)
 
 
-@pytest.mark.parametrize("epoch", [0, 1], ids=["new", "kept"])
-def test_no_attributes_come_along_with_what_was_listed_before_a_change(epoch):
-    libfuse = Libfuse(3, MemoryFileSystem(many=50, epoch=epoch))
+@pytest.mark.parametrize("generation", [0, 1], ids=["new", "cached"])
+def test_listing_from_before_a_change_has_no_attributes(generation):
+    libfuse = Libfuse(3, MemoryFileSystem(many=50, generation=generation))
     libfuse.stat(b"/hello")
     for _ in range(3):
         libfuse.listed(b"/many", 1000, 1)
     scandir = libfuse.filesystem.scandir
 
-    def changed_meanwhile(path, call):
+    def scandir_and_change(path, ctx):
         libfuse.filesystem.local_mutations += 1
-        return scandir(path, call)
+        return scandir(path, ctx)
 
-    libfuse.filesystem.scandir = changed_meanwhile
+    libfuse.filesystem.scandir = scandir_and_change
     assert {plus for *_rest, plus in libfuse.listed(b"/many", 1000, 1)} == {0}
 
 
-def test_past_the_first_buffer_the_kernel_knows_who_wants_attributes():
+def test_readdirplus_past_first_buffer_includes_attributes():
     found = [plus for *_rest, plus in Libfuse(3).listed(b"/folder", 10, 1)]
     assert found[:10] == [0] * 10
     assert found[10:] == [2] * (len(found) - 10)
 
 
-def test_a_binding_gets_our_callbacks_in_place_of_its_own():
+def test_override_callbacks_replaces_binding_callbacks():
     plain = ctypes.CFUNCTYPE(ctypes.c_int)
 
     class Structure(ctypes.Structure):
@@ -434,7 +438,7 @@ def test_a_binding_gets_our_callbacks_in_place_of_its_own():
 
 
 @pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
-def test_the_bindings_structures_can_be_packed(module, major):
+def test_stat_packer_supports_binding_structures(module, major):
     if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
         pytest.skip("the binding needs a libfuse to be imported")
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError))

@@ -1,4 +1,4 @@
-"""The word by which a serving process lets the one that started it go."""
+"""Start of a background process, and its readiness notification."""
 
 import os
 import sys
@@ -8,15 +8,15 @@ import pytest
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import daemonize
 
-PREAMBLE = "from tinkerfs.fuse.daemonize import Announcer; announcer = Announcer(); "
+PREAMBLE = "from tinkerfs.fuse.daemonize import ReadinessNotifier; notifier = ReadinessNotifier(); "
 
 
 def start(code):
     return daemonize.start_in_background([sys.executable, "-c", PREAMBLE + code])
 
 
-def test_who_is_ready_lets_the_caller_go_and_lives_on():
-    pid = start("announcer.ready(); import time; time.sleep(60)")
+def test_ready_process_detaches_and_keeps_running():
+    pid = start("notifier.ready(); import time; time.sleep(60)")
     try:
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert {os.readlink(f"/proc/{pid}/fd/{n}") for n in (0, 1, 2)} == {"/dev/null"}
@@ -26,28 +26,28 @@ def test_who_is_ready_lets_the_caller_go_and_lives_on():
         os.waitpid(pid, 0)
 
 
-def test_who_refuses_says_why():
+def test_failed_process_reports_reason():
     with pytest.raises(StartupError, match=r"^no key: ü$"):
-        start("announcer.failed('no key: ü')")
+        start("notifier.failed('no key: ü')")
 
 
-def test_who_dies_is_missed():
+def test_exit_without_report_raises_error():
     with pytest.raises(StartupError, match="ended with status 3"):
         start("import os; os._exit(3)")
 
 
-def test_the_descriptor_is_not_handed_on():
+def test_pipe_descriptor_is_not_inherited():
     with pytest.raises(StartupError, match=r"^False$"):
         start(
-            "import os; fd = announcer._fd;"
-            "announcer.failed(str(os.get_inheritable(fd) or 'TINKERFS_READY_FD' in os.environ))"
+            "import os; fd = notifier._fd;"
+            "notifier.failed(str(os.get_inheritable(fd) or 'TINKERFS_READY_FD' in os.environ))"
         )
 
 
-def test_nobody_waits_for_a_mount_in_the_foreground():
-    announcer = daemonize.ReadinessNotifier({})
-    assert not announcer.has_parent
-    folder = os.getcwd()
-    announcer.ready()
-    announcer.failed("nothing happens")
-    assert os.getcwd() == folder
+def test_notifier_without_parent_does_nothing():
+    notifier = daemonize.ReadinessNotifier({})
+    assert not notifier.has_parent
+    directory = os.getcwd()
+    notifier.ready()
+    notifier.failed("nothing happens")
+    assert os.getcwd() == directory

@@ -1,4 +1,4 @@
-"""What mounts there are, and who holds or serves them."""
+"""The mount table, and the processes that use or serve a mount."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def mountinfo(tmp_path, monkeypatch):
     return listed
 
 
-def test_mountinfo_is_read_with_its_escapes(mountinfo):
+def test_list_mounts_decodes_escapes(mountinfo):
     assert [mount.mountpoint for mount in mountinfo] == [
         "/",
         "/home/me/with space\\",
@@ -39,15 +39,15 @@ def test_mountinfo_is_read_with_its_escapes(mountinfo):
     )
 
 
-def test_of_mounts_on_one_another_the_uppermost_counts(mountinfo):
+def test_find_mount_returns_topmost_mount(mountinfo):
     assert mount_table.find_mount("/twice").fstype == "fuse.tinkerfs"
     assert mount_table.find_mount("/nowhere") is None
     assert len(mount_table.tinkerfs_mounts()) == 2
 
 
-def test_a_mountpoint_is_not_touched_to_name_it(tmp_path, monkeypatch):
-    (tmp_path / "link").symlink_to(tmp_path / "folder")
-    assert mount_table.canonical_mountpoint(str(tmp_path / "link")) == f"{tmp_path}/folder"
+def test_canonical_mountpoint_does_not_resolve_a_mount(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    assert mount_table.canonical_mountpoint(str(tmp_path / "link")) == f"{tmp_path}/target"
     here = mount_table.Mount(f"{tmp_path}/link", "fuse.tinkerfs", "tinkerfs", "0:1")
     monkeypatch.setattr(
         mount_table, "find_mount", lambda path: here if path == here.mountpoint else None
@@ -55,13 +55,13 @@ def test_a_mountpoint_is_not_touched_to_name_it(tmp_path, monkeypatch):
     assert mount_table.canonical_mountpoint(str(tmp_path / "link")) == f"{tmp_path}/link"
 
 
-def test_who_holds_a_folder_is_named(tmp_path):
+def test_find_mount_users_names_process_and_usage(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(4096))
     code = (
         "import mmap, sys, time\n"
         "file = open(sys.argv[1])\n"
-        "kept = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
         "if len(sys.argv) > 2: file.close()\n"
         "print('ready', flush=True); time.sleep(60)\n"
     )
@@ -71,9 +71,9 @@ def test_who_holds_a_folder_is_named(tmp_path):
     ]
     try:
         processes[1].stdout.readline()
-        found = {holder.pid: holder for holder in mount_table.find_mount_users(str(tmp_path))}
-        assert found[processes[0].pid].what == "its working directory"
-        assert found[processes[1].pid].what == f"open: {path}"
+        found = {user.pid: user for user in mount_table.find_mount_users(str(tmp_path))}
+        assert found[processes[0].pid].usage == "its working directory"
+        assert found[processes[1].pid].usage == f"open: {path}"
         assert str(found[processes[0].pid]).startswith("sleep[")
         assert os.getpid() not in found
     finally:
@@ -83,7 +83,7 @@ def test_who_holds_a_folder_is_named(tmp_path):
         processes[1].stdout.close()
 
 
-def test_a_file_that_cannot_be_read_in_time(tmp_path):
+def test_read_file_raises_timeout_error(tmp_path):
     (tmp_path / "file").write_text("content")
     assert mount_table.read_file(str(tmp_path / "file")) == b"content"
     assert mount_table.read_file(str(tmp_path / "none")) is None
@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_read_in_time(tmp_path):
     assert time.monotonic() - started < 2
 
 
-def test_a_process_that_waits_to_be_reaped_does_not_run():
+def test_zombie_is_not_running():
     with subprocess.Popen(["sleep", "60"]) as process:
         assert mount_table.is_running(process.pid)
         process.kill()
@@ -103,18 +103,18 @@ def test_a_process_that_waits_to_be_reaped_does_not_run():
     assert not mount_table.is_running(process.pid)
 
 
-def test_waiting_gives_up():
+def test_wait_until_returns_false_after_timeout():
     assert not mount_table.wait_until(lambda: False, 0.05)
     assert mount_table.wait_until(lambda: True, 0)
 
 
-def test_who_is_no_tinkerfs_serves_no_mount():
+def test_find_daemon_pids_of_other_mount_is_empty():
     root = mount_table.find_mount("/")
     assert mount_table.find_daemon_pids(root) == []
 
 
-def test_who_serves_another_mount_does_not_serve_the_folder_it_stands_in():
-    # It stands in /, has /dev/fuse open and tinkerfs in its arguments, as every daemon does.
+def test_daemon_of_other_mount_does_not_serve_its_cwd():
+    # Like every daemon, it runs in / with /dev/fuse open and tinkerfs in its arguments.
     code = "import os, sys; os.open('/dev/fuse', os.O_RDWR); print(flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, "tinkerfs", "/somewhere/else"]
     pipe = subprocess.PIPE
@@ -126,6 +126,6 @@ def test_who_serves_another_mount_does_not_serve_the_folder_it_stands_in():
     assert process.pid not in found
 
 
-def test_unmounting_nothing_is_an_error(tmp_path):
+def test_unmount_without_mount_raises_os_error(tmp_path):
     with pytest.raises(OSError, match=r"\w"):
         mount_table.unmount(str(tmp_path))

@@ -1,4 +1,4 @@
-"""The operations without a kernel."""
+"""FUSE operations, without a kernel."""
 
 import ctypes
 import errno
@@ -19,10 +19,10 @@ from tinkerfs.fuse.stat_callers import StatCallers
 
 
 class Requests:
-    is_interrupted = False
+    was_interrupted = False
 
-    def interrupted(self):
-        return self.is_interrupted
+    def is_interrupted(self):
+        return self.was_interrupted
 
     def context(self):
         return os.getuid(), os.getgid(), os.getpid()
@@ -56,30 +56,30 @@ def public_names(operations=Operations):
 
 
 @pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
-def test_a_misspelt_operation_cannot_hide(module, major):
+def test_operation_names_exist_in_the_bindings(module, major):
     if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
         pytest.skip("the binding needs a libfuse to be imported")
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError)).Operations
     ours = public_names(XattrOperations) - {
-        "add",
-        "epoch",
+        "cached_directory",
+        "generation",
         "flag_nullpath_ok",
-        "folder",
-        "holds",
-        "is_as_it_was",
+        "is_debug_logging",
         "is_stopping",
-        "is_traced",
-        "known",
-        "looked_at_file",
-        "looks_at_files",
+        "is_unmodified",
+        "is_valid",
+        "note_file_stat",
         "on_open",
         "on_readlink",
+        "open_directory",
+        "register_handle",
         "use_ns",
+        "wants_attributes",
     }
     assert {name for name in ours if not hasattr(theirs, name)} == set()
 
 
-def test_extended_attributes_exist_only_where_they_are_wanted():
+def test_xattr_operations_exist_only_in_their_subclass():
     assert not {name for name in public_names() if "xattr" in name}
     assert public_names(XattrOperations) - public_names() == {
         "getxattr",
@@ -89,21 +89,21 @@ def test_extended_attributes_exist_only_where_they_are_wanted():
     }
 
 
-def test_an_interruption_is_eintr(operations, requests):
-    requests.is_interrupted = True
+def test_interrupted_operation_raises_eintr(operations, requests):
+    requests.was_interrupted = True
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.opendir("/slow/list-1")
     assert failure.value.errno == errno.EINTR
 
 
-def test_a_mount_that_goes_says_so_to_who_waits(operations, stopping):
+def test_operation_of_stopping_mount_raises_enotconn(operations, stopping):
     stopping.set()
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.getattr("/slow/stat-1")
     assert failure.value.errno == errno.ENOTCONN
 
 
-def test_handles_are_used_by_number_alone(operations):
+def test_file_operations_need_only_the_handle_number(operations):
     file = operations.open("/hello", os.O_RDONLY, Validity())
     assert (file.direct_io, file.keep_cache) == (True, False)
     fh, other = operations.register_handle(file), operations.register_handle(file)
@@ -120,7 +120,7 @@ def test_handles_are_used_by_number_alone(operations):
     assert failure.value.errno == errno.EBADF
 
 
-def test_a_path_that_is_gone_is_enoent(operations):
+def test_operation_without_path_raises_enoent(operations):
     for attempt in (
         lambda: operations.getattr(None),
         lambda: operations.chmod(None, 0o600),
@@ -130,12 +130,12 @@ def test_a_path_that_is_gone_is_enoent(operations):
             attempt()
 
 
-def test_the_page_cache_is_for_what_may_be_kept(operations):
+def test_cacheable_file_opens_with_page_cache(operations):
     file = operations.open("/cached-1048576", os.O_RDONLY, Validity())
     assert (file.direct_io, file.keep_cache) == (False, True)
 
 
-def test_a_listing_is_handed_out_from_any_entry_on(operations):
+def test_readdir_starts_at_any_index(operations):
     fh = operations.opendir("/folder")
     entries = tuple(operations.readdir(fh, 0))
     assert [entry.name for entry in entries[:4]] == [".", "..", "costly", "0000"]
@@ -150,29 +150,29 @@ def test_a_listing_is_handed_out_from_any_entry_on(operations):
     assert failure.value.errno == errno.EBADF
 
 
-def test_who_looks_at_files_is_known_again(operations):
+def test_stat_of_file_marks_caller_as_wanting_attributes(operations):
     assert not operations.wants_attributes()
     operations.getattr("/folder")
-    assert not operations.wants_attributes(), "who goes through folders may look at nothing else"
+    assert not operations.wants_attributes(), "a caller may stat only directories"
     operations.getattr("/hello")
     assert operations.wants_attributes()
 
 
-def test_only_the_last_lookers_are_remembered():
-    lookers = StatCallers()
+def test_stat_callers_evict_the_oldest():
+    callers = StatCallers()
     for pid in range(100):
-        lookers.add(pid)
-        lookers.add(pid)
-    assert [pid for pid in range(100) if pid in lookers] == [*range(36, 100)]
+        callers.add(pid)
+        callers.add(pid)
+    assert [pid for pid in range(100) if pid in callers] == [*range(36, 100)]
 
 
-def test_no_flush_is_asked_for(operations):
-    # The kernel then sends none: each close of a file is one crossing less.
+def test_operations_have_no_flush(operations):
+    # Without it the kernel sends no FLUSH, which saves a request per close.
     assert not hasattr(operations, "flush")
 
 
 @pytest.mark.expect_warnings("read 1 failed", "without an errno")
-def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
+def test_unexpected_error_becomes_eio(operations, monkeypatch):
     fh = operations.register_handle(operations.open("/broken", os.O_RDONLY, Validity()))
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.read(fh, memoryview(bytearray(1)), 0)
@@ -187,7 +187,7 @@ def test_nothing_but_an_errno_gets_out(operations, monkeypatch):
     assert failure.value.errno == errno.EIO
 
 
-def test_one_line_for_each_operation(requests, stopping, caplog):
+def test_operation_logs_one_line(requests, stopping, caplog):
     with caplog.at_level(logging.DEBUG, logger="tinkerfs.fuse.operations"):
         operations = make_operations(requests, stopping)
         operations.getattr("/hello")
@@ -197,38 +197,38 @@ def test_one_line_for_each_operation(requests, stopping, caplog):
 
 
 @pytest.mark.parametrize(
-    ("told_ago_s", "took_s", "pause_s"),
+    ("reported_ago_s", "duration_s", "pause_s"),
     [
         (None, 0.0, None),
         (0.0, 0.0, 1.05),
-        (0.3, 0.0, 1.05),  # the answer may have been taken just before the open was sent
+        (0.3, 0.0, 1.05),  # the caller may have received the reply just before it sent the open
         (0.3, 0.5, 0.55),
         (1.0, 0.0, 1.05),
         (1.5, 0.0, 0.55),
         (3.0, 0.0, -0.95),
-        (-2.5, 3.0, 0.55),  # told to another process while this open waited
+        (-2.5, 3.0, 0.55),  # reported to another process while this open was waiting
     ],
 )
-def test_an_open_returns_when_the_kernel_has_forgotten_a_bound(
-    operations, monkeypatch, told_ago_s, took_s, pause_s
+def test_open_waits_until_kernel_drops_size_bound(
+    operations, monkeypatch, reported_ago_s, duration_s, pause_s
 ):
-    asked_at, pauses = 1000.0, []
-    told_at = None if told_ago_s is None else asked_at - told_ago_s
-    now = iter([asked_at, asked_at + took_s])
+    started, pauses = 1000.0, []
+    reported_at = None if reported_ago_s is None else started - reported_ago_s
+    now = iter([started, started + duration_s])
     monkeypatch.setattr(operations_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    handle = SimpleNamespace(told_at=told_at, direct_io=True, keep_cache=False)
-    monkeypatch.setattr(RequestContext, "sleep", lambda _call, seconds: pauses.append(seconds))
-    opening = SimpleNamespace(open=lambda _path, _flags, _call: handle)
+    handle = SimpleNamespace(size_hint_reported_at=reported_at, direct_io=True, keep_cache=False)
+    monkeypatch.setattr(RequestContext, "sleep", lambda _ctx, seconds: pauses.append(seconds))
+    opening = SimpleNamespace(open=lambda _path, _flags, _ctx: handle)
     monkeypatch.setattr(operations, "_filesystem", opening)
     operations.open("/x", os.O_RDONLY, Validity())
     assert pauses == ([] if pause_s is None else [pytest.approx(pause_s)])
 
 
-def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
+def test_operations_have_documented_deadlines(operations, monkeypatch):
     bounds = {}
 
     class Recording:
-        def known(self, _path):
+        def cached_directory(self, _path):
             return None
 
         def __getattr__(self, name):
@@ -262,13 +262,13 @@ def test_waits_have_the_bounds_of_the_specification(operations, monkeypatch):
     }
 
 
-def test_the_fusepy_codec_passes_every_byte():
+def test_fusepy_codec_round_trips_every_byte():
     binding._register_codec()
     for data in (b"plain", "ü".encode(), b"\xff\xfe"):
         assert data.decode(binding._CODEC).encode(binding._CODEC) == data
     assert b"\xff".decode(binding._CODEC) == "\udcff"
 
 
-def test_ctypes_can_hold_what_is_given(operations):
-    # fusepy sets a value that is no function straight into its structure.
+def test_flag_nullpath_ok_fits_its_ctypes_field(operations):
+    # fusepy assigns a value that is not a function directly to its structure.
     assert ctypes.c_uint(operations.flag_nullpath_ok).value == 1

@@ -1,4 +1,4 @@
-"""Every refusal before a mount is tried names its cure."""
+"""Checks before mounting: every error has a hint."""
 
 import os
 import shutil
@@ -9,23 +9,23 @@ from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table, preflight
 
 
-def test_no_device(tmp_path):
-    with pytest.raises(StartupError, match=r"there is no .*--device /dev/fuse"):
+def test_missing_device_raises_error(tmp_path):
+    with pytest.raises(StartupError, match=r"not found .*--device /dev/fuse"):
         preflight.check_device(str(tmp_path / "fuse"))
-    with pytest.raises(StartupError, match="does not open"):
+    with pytest.raises(StartupError, match="cannot open "):
         preflight.check_device(str(tmp_path))
 
 
-def test_a_device_that_is_somebody_elses(monkeypatch):
+def test_forbidden_device_raises_error(monkeypatch):
     def refuse(*_args):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(StartupError, match=r"may not be opened by you: .*chmod 666 /dev/fuse"):
+    with pytest.raises(StartupError, match=r"permission denied: /dev/fuse .*chmod 666 /dev/fuse"):
         preflight.check_device()
 
 
-def test_allow_other_needs_a_word_of_root(tmp_path):
+def test_allow_other_needs_fuse_conf_or_root(tmp_path):
     conf = tmp_path / "fuse.conf"
     for text in (None, "", "#user_allow_other\n", "mount_max = 3\n"):
         if text is not None:
@@ -41,7 +41,7 @@ def test_allow_other_needs_a_word_of_root(tmp_path):
 def test_users_need_fusermount(monkeypatch, major, name):
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     preflight.check_fusermount(major, is_root=True)
-    with pytest.raises(StartupError, match=rf"no {name}, .*apt install fuse3"):
+    with pytest.raises(StartupError, match=rf"{name} not found, .*apt install fuse3"):
         preflight.check_fusermount(major, is_root=False)
 
 
@@ -49,37 +49,37 @@ def test_fusermount_needs_mtab_to_unmount(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(preflight, "_MTAB", str(tmp_path / "mtab"))
     preflight.check_fusermount(3, is_root=True)
-    with pytest.raises(StartupError, match=r"users cannot unmount: .*ln -s /proc/self/mounts"):
+    with pytest.raises(StartupError, match=r"users cannot unmount .*ln -s /proc/self/mounts"):
         preflight.check_fusermount(3, is_root=False)
     (tmp_path / "mtab").symlink_to("/proc/self/mounts")
     preflight.check_fusermount(3, is_root=False)
 
 
-def test_a_good_mountpoint_is_named_as_the_kernel_does(tmp_path, monkeypatch):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "link").symlink_to("folder")
+def test_valid_mountpoint_returns_canonical_path(tmp_path, monkeypatch):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
     monkeypatch.chdir(tmp_path)
-    assert preflight.prepare_mountpoint("link/") == f"{tmp_path}/folder"
+    assert preflight.prepare_mountpoint("link/") == f"{tmp_path}/target"
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("none", "does not exist: mkdir -p"),
-        ("file", "is no folder"),
+        ("none", r"does not exist \(hint: mkdir -p"),
+        ("file", "is not a directory"),
         ("file/below", "is below a file"),
         ("full", "is not empty"),
     ],
 )
-def test_a_bad_mountpoint(tmp_path, name, told):
+def test_invalid_mountpoint_raises_error(tmp_path, name, message):
     (tmp_path / "file").touch()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    with pytest.raises(StartupError, match=told):
+    with pytest.raises(StartupError, match=message):
         preflight.prepare_mountpoint(str(tmp_path / name))
 
 
-def test_somebody_elses_folder(tmp_path, monkeypatch):
+def test_mountpoint_of_other_user_raises_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     monkeypatch.setattr(os, "access", lambda *_args: False)
     with pytest.raises(StartupError, match="is not yours"):
@@ -87,24 +87,24 @@ def test_somebody_elses_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fstype", "health", "told"),
+    ("fstype", "health", "message"),
     [
-        ("fuse.tinkerfs", "answers", "is mounted there already: tinkerfs umount"),
-        ("fuse.tinkerfs", "hangs", "hangs there already: tinkerfs umount"),
-        ("fuse.sshfs", "hangs", "name another folder"),
+        ("fuse.tinkerfs", "responsive", "is already mounted on .*: tinkerfs umount"),
+        ("fuse.tinkerfs", "unresponsive", "mounted but unresponsive on .*: tinkerfs umount"),
+        ("fuse.sshfs", "unresponsive", "use another directory"),
     ],
 )
-def test_what_is_mounted_there(tmp_path, monkeypatch, fstype, health, told):
+def test_mounted_mountpoint_raises_error(tmp_path, monkeypatch, fstype, health, message):
     mount = mount_table.Mount(str(tmp_path), fstype, "x", "0:1")
     monkeypatch.setattr(
         mount_table, "find_mount", lambda path: mount if path == str(tmp_path) else None
     )
     monkeypatch.setattr(mount_table, "check_health", lambda _path: health)
-    with pytest.raises(StartupError, match=told):
+    with pytest.raises(StartupError, match=message):
         preflight.prepare_mountpoint(str(tmp_path))
 
 
-def test_what_a_dead_daemon_left_is_cleaned_up(tmp_path, monkeypatch):
+def test_dead_mount_is_unmounted(tmp_path, monkeypatch):
     mount = mount_table.Mount(str(tmp_path), "fuse.tinkerfs", "x", "0:1")
     unmounted = []
     monkeypatch.setattr(
@@ -142,7 +142,7 @@ def test_what_a_dead_daemon_left_is_cleaned_up(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_apparmor_is_suspected_where_fusermount_has_a_profile(tmp_path, files, is_suspected):
+def test_may_be_apparmor_depends_on_profiles(tmp_path, files, is_suspected):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)

@@ -1,4 +1,4 @@
-"""Mounting: why it failed is told in one line, whoever knows it."""
+"""Errors of a failed mount, and the limit of open files."""
 
 import os
 import signal
@@ -12,22 +12,22 @@ from tinkerfs.fuse import session
 
 
 class FailingBinding:
-    """A binding whose loop ends at once."""
+    """A binding that fails to mount."""
 
-    def __init__(self, words, failure):
-        self._words, self._failure = words, failure
+    def __init__(self, output, failure):
+        self._output, self._failure = output, failure
 
     def mount_options(self, **_options):
         return {}
 
     def run(self, *_arguments):
-        os.write(2, self._words)
+        os.write(2, self._output)
         raise self._failure
 
 
 @pytest.fixture
 def _signals_blocked():
-    """Signals as a mount has them; one that woke it late is ignored, not let loose on the tests."""
+    """Block the signals as a mount does; ignore a late SIGUSR1, which would end the tests."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     session.block_signals()
@@ -38,36 +38,36 @@ def _signals_blocked():
 
 @pytest.mark.usefixtures("_signals_blocked")
 @pytest.mark.parametrize(
-    ("words", "failure", "told"),
+    ("output", "failure", "message"),
     [
         (
             b"fuse: bad mount point\n",
             RuntimeError(1),
-            "cannot mount on /x: fuse: bad mount point: ",
+            "cannot mount on /x: fuse: bad mount point (hint: ",
         ),
-        (b"", RuntimeError(1), "cannot mount on /x: libfuse gave no reason: "),
-        (b"", RuntimeError("no wrapper"), "cannot mount on /x: RuntimeError: no wrapper: "),
-        (b"", TypeError("3 arguments"), "cannot mount on /x: TypeError: 3 arguments: "),
-        (b"fuse: first\n", TypeError("then"), "cannot mount on /x: fuse: first: "),
+        (b"", RuntimeError(1), "cannot mount on /x: libfuse gave no reason (hint: "),
+        (b"", RuntimeError("no wrapper"), "cannot mount on /x: RuntimeError: no wrapper (hint: "),
+        (b"", TypeError("3 arguments"), "cannot mount on /x: TypeError: 3 arguments (hint: "),
+        (b"fuse: first\n", TypeError("then"), "cannot mount on /x: fuse: first (hint: "),
     ],
 )
-def test_a_mount_that_fails_says_why(words, failure, told, monkeypatch):
+def test_failed_mount_raises_error_with_reason(output, failure, message, monkeypatch):
     monkeypatch.setattr(session, "Operations", lambda *_a, **_k: None)
     with pytest.raises(errors.StartupError) as refusal:
-        session.serve(None, FailingBinding(words, failure), "/x", timeout_s=1, ready=lambda: None)
-    assert str(refusal.value).startswith(told)
+        session.serve(None, FailingBinding(output, failure), "/x", timeout_s=1, ready=lambda: None)
+    assert str(refusal.value).startswith(message)
 
 
 @pytest.mark.parametrize(
     ("limits", "allowed"),
     [((256, 4096), 4096), ((256, 20_000), 8192), ((9000, 20_000), 9000), ((256, 256), 256)],
 )
-def test_a_mount_may_have_enough_files_open(limits, allowed):
+def test_raise_fd_limit_stays_within_hard_limit(limits, allowed):
     script = (
         "import resource as r\n"
-        "from tinkerfs.fuse.session import allow_open_files\n"
+        "from tinkerfs.fuse.session import raise_fd_limit\n"
         f"r.setrlimit(r.RLIMIT_NOFILE, {limits})\n"
-        "allow_open_files()\n"
+        "raise_fd_limit()\n"
         "print(r.getrlimit(r.RLIMIT_NOFILE))"
     )
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The threads that stand in for those that wait, without a kernel."""
+"""Extra workers during blocking sections, without a kernel."""
 
 import queue
 import threading
@@ -12,7 +12,7 @@ from tinkerfs.fuse.worker_pool import SessionWorkers
 
 
 class Libfuse:
-    """Hands out requests: a function each, or what receiving one returns instead."""
+    """A fake libfuse. Its requests are functions, or return values of the receiving call."""
 
     def __init__(self):
         self.requests = queue.Queue()
@@ -36,15 +36,15 @@ def libfuse():
 
 
 @pytest.fixture
-def mounted(libfuse, monkeypatch):
+def workers(libfuse, monkeypatch):
     monkeypatch.setattr(worker_pool, "_declared", lambda _library, _major: libfuse)
-    mounted = SessionWorkers(None, 3)
-    mounted._session = 1
-    return mounted
+    workers = SessionWorkers(None, 3)
+    workers._session = 1
+    return workers
 
 
-def spares():
-    return [thread for thread in threading.enumerate() if thread.name == "spare"]
+def extra_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "fuse-extra"]
 
 
 def wait_until(holds):
@@ -54,79 +54,79 @@ def wait_until(holds):
         time.sleep(0.001)
 
 
-def test_while_one_waits_others_are_served(libfuse, mounted):
+def test_blocked_request_does_not_delay_others(libfuse, workers):
     served = threading.Semaphore(0)
-    with mounted.blocking():
+    with workers.blocking():
         for _ in range(3):
             libfuse.requests.put(served.release)
         for _ in range(3):
             assert served.acquire(timeout=10)
-        assert len(spares()) == 1
+        assert len(extra_threads()) == 1
     libfuse.requests.put(served.release)
     assert served.acquire(timeout=10)
-    wait_until(lambda: not spares())
+    wait_until(lambda: not extra_threads())
     assert libfuse.freed.qsize() == 1
 
 
-def test_who_stands_in_may_wait_too(libfuse, mounted):
-    may_go_on, ended = threading.Event(), threading.Semaphore(0)
+def test_extra_worker_can_block_too(libfuse, workers):
+    may_continue, ended = threading.Event(), threading.Semaphore(0)
 
     def request():
-        with mounted.blocking():
-            may_go_on.wait(10)
+        with workers.blocking():
+            may_continue.wait(10)
         ended.release()
 
     for _ in range(5):
         libfuse.requests.put(request)
-    with mounted.blocking():
-        wait_until(lambda: len(spares()) == 6)
-        may_go_on.set()
+    with workers.blocking():
+        wait_until(lambda: len(extra_threads()) == 6)
+        may_continue.set()
         for _ in range(5):
             assert ended.acquire(timeout=10)
     libfuse.requests.put(0)
-    wait_until(lambda: not spares())
+    wait_until(lambda: not extra_threads())
 
 
-def test_a_wait_that_follows_another_uses_the_thread_that_is_there(libfuse, mounted):
+def test_next_blocking_section_reuses_extra_worker(libfuse, workers):
     for _ in range(10):
-        with mounted.blocking():
-            assert len(spares()) == 1
+        with workers.blocking():
+            assert len(extra_threads()) == 1
     libfuse.requests.put(0)
-    wait_until(lambda: not spares())
+    wait_until(lambda: not extra_threads())
 
 
-def test_there_is_a_bound(libfuse, mounted, monkeypatch):
+def test_extra_workers_are_bounded(libfuse, workers, monkeypatch):
     monkeypatch.setattr(worker_pool, "MAX_EXTRA_WORKERS", 3)
     with ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(mounted.blocking())
-        assert len(spares()) == 3
+            stack.enter_context(workers.blocking())
+        assert len(extra_threads()) == 3
     for _ in range(3):
         libfuse.requests.put(0)
-    wait_until(lambda: not spares())
+    wait_until(lambda: not extra_threads())
 
 
-def test_where_there_can_be_no_more_threads_it_just_waits(libfuse, mounted, monkeypatch):
+def test_blocking_without_new_threads_just_blocks(libfuse, workers, monkeypatch):
     def start(_thread):
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with mounted.blocking():
-            assert mounted._spares == 0
-    with mounted.blocking():
-        assert len(spares()) == 1
+        with workers.blocking():
+            assert workers._extra_workers == 0
+    with workers.blocking():
+        assert len(extra_threads()) == 1
     libfuse.requests.put(0)
-    wait_until(lambda: not spares())
+    wait_until(lambda: not extra_threads())
 
 
-def test_before_the_mount_answers_nobody_stands_in(mounted):
-    mounted._session = None
-    with mounted.blocking():
-        assert spares() == []
+def test_blocking_before_mounting_starts_no_worker(workers):
+    workers._session = None
+    with workers.blocking():
+        assert extra_threads() == []
 
 
-def test_waiting_reads_cannot_take_every_thread():
+def test_background_reads_are_fewer_than_extra_workers():
     from tinkerfs.fuse.binding import MAX_BACKGROUND
 
     assert MAX_BACKGROUND < worker_pool.MAX_EXTRA_WORKERS

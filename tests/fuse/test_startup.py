@@ -1,6 +1,6 @@
-"""What a mount takes from the place it is started in: modules, paths, signals.
+"""What a mount inherits from its caller: modules, paths and signals.
 
-None of it depends on the binding, so each test runs under one.
+Nothing here depends on the binding, so each test runs under one.
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 from tests.support.mount import run, tinkerfs, wait_until
 from tinkerfs.fuse import mount_table
 
-#: The program as pip installs it: unlike `python -m`, it takes no module from where it is started.
+#: The program as pip installs it; unlike `python -m`, it imports nothing from its directory.
 PROGRAM = Path(sys.executable).with_name("tinkerfs")
 
 
@@ -25,7 +25,7 @@ def binding():
 
 @pytest.fixture
 def trapped(tmp_path):
-    """A directory whose modules leave a mark and fail, by names that a mount imports."""
+    """Return a directory with failing modules, named like modules that a mount imports."""
     directory = tmp_path / "trapped"
     directory.mkdir()
     code = f"open({str(tmp_path / 'mark')!r}, 'a').write(__name__)\nraise SystemExit(7)\n"
@@ -35,7 +35,7 @@ def trapped(tmp_path):
 
 
 @pytest.mark.parametrize("command", [("mount",), ("demo", "--detach", "--runs=2")])
-def test_start_beside_foreign_modules_runs_none(command, mountpoint, env, trapped, tmp_path):
+def test_mount_imports_no_module_from_cwd(command, mountpoint, env, trapped, tmp_path):
     done = run(PROGRAM, *command, mountpoint, env=env, cwd=trapped)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "mark").exists()
@@ -45,19 +45,19 @@ def test_start_beside_foreign_modules_runs_none(command, mountpoint, env, trappe
     assert tinkerfs("umount", mountpoint, env=env).returncode == 0
 
 
-def test_start_with_relative_paths_uses_the_callers_directory(mountpoint, env, tmp_path):
-    place = tmp_path / "a, b"
-    place.mkdir()
-    (place / "config.toml").write_text("log-level = 'info'\n")
+def test_mount_resolves_relative_paths_against_cwd(mountpoint, env, tmp_path):
+    directory = tmp_path / "a, b"
+    directory.mkdir()
+    (directory / "config.toml").write_text("log-level = 'info'\n")
     env |= {"TINKERFS_LOG_FILE": "log", "TINKERFS_CONFIG": "config.toml"}
-    done = run(PROGRAM, "mount", "-o", "ttl=5,cache_dir=cache", mountpoint, env=env, cwd=place)
+    done = run(PROGRAM, "mount", "-o", "ttl=5,cache_dir=cache", mountpoint, env=env, cwd=directory)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (place / "cache/metadata.sqlite3").exists()
-    assert "mounted by" in (place / "log").read_text()
+    assert (directory / "cache/metadata.sqlite3").exists()
+    assert "mounted by" in (directory / "log").read_text()
     assert tinkerfs("umount", mountpoint, env=env).returncode == 0
 
 
-def test_start_from_a_pythonpath_is_found_again(mountpoint, env, tmp_path):
+def test_mount_from_pythonpath_finds_itself(mountpoint, env, tmp_path):
     source = Path(__file__).parents[2]
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib/tinkerfs").symlink_to(source / "tinkerfs")
@@ -83,16 +83,16 @@ def test_signal_ignored_at_start_does_not_unmount(ignored, mountpoint, env, tmp_
     process = subprocess.Popen(["sh", "-c", f"trap '' {ignored}; {serve}"], env=env)
     with process:
         wait_until(lambda: os.path.ismount(mountpoint))
-        # Both are pending before either is taken, and the lower number is taken first.
+        # Both signals are pending before either is accepted; the lower number is accepted first.
         process.send_signal(signal.SIGSTOP)
         process.send_signal(signal.Signals[f"SIG{ignored}"])
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
         assert process.wait(10) == 0
-    assert "asked to end by SIGTERM" in log.read_text()
+    assert "received SIGTERM" in log.read_text()
 
 
-def test_nohup_mount_outlives_the_terminal(mountpoint, env, tmp_path):
+def test_mount_with_nohup_survives_sighup(mountpoint, env, tmp_path):
     log = tmp_path / "log"
     options = ("--foreground", "--log-level=info", f"--log-file={log}")
     process = subprocess.Popen(
@@ -108,4 +108,4 @@ def test_nohup_mount_outlives_the_terminal(mountpoint, env, tmp_path):
         assert os.listdir(mountpoint / "runs")
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
-    assert "asked to end by SIGTERM" in log.read_text()
+    assert "received SIGTERM" in log.read_text()

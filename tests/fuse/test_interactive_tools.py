@@ -1,4 +1,4 @@
-"""Programs that people type into, on a terminal: editors, ncdu and Midnight Commander."""
+"""Interactive terminal programs: editors, ncdu and Midnight Commander."""
 
 import os
 
@@ -19,8 +19,8 @@ CHANGED = {"GET training_runs/{run}/checkpoints": 1, "POST publish": 1}
 
 
 @pytest.fixture
-def place(account):
-    """A checkpoint's folder, from the root; its weights info is known, and nothing was asked."""
+def checkpoint(account):
+    """Return a checkpoint's path from the root, with cached weights info and an empty journal."""
     run = account.new_run("weights/1", "weights/2")
     account.sh(f"cat {run}/checkpoints/weights/*/info.json; ls runs")
     account.server.journal.clear()
@@ -28,21 +28,21 @@ def place(account):
     account.server.account.remove_run(run.partition("/")[2])
 
 
-def run_of(place):
-    """The run's folder, from the root."""
-    return "/".join(place.split("/")[:2])
+def run_of(checkpoint):
+    """Return the path of the run from the root."""
+    return "/".join(checkpoint.split("/")[:2])
 
 
 @pytest.fixture
-def is_published(account, place):
-    """Whether the server has the checkpoint published."""
-    run_id = place.split("/")[1]
+def is_published(account, checkpoint):
+    """Return a function that returns whether the checkpoint is published at the server."""
+    run_id = checkpoint.split("/")[1]
     return lambda: account.server.account.checkpoint(run_id, "weights/1").is_public
 
 
 @pytest.fixture
-def typed(account, tmp_path):
-    """Start a program at the mount's root, with an empty home."""
+def start_program(account, tmp_path):
+    """Return a function that starts a program at the mount's root, with an empty home."""
 
     def start(*command):
         needs(command[:1])
@@ -65,19 +65,19 @@ FILES = {
 
 
 @pytest.mark.parametrize("editor", ["vi", "nano"])
-def test_an_editor_shows_every_file_and_asks_for_nothing(account, place, typed, editor):
+def test_editor_shows_every_file_without_requests(account, checkpoint, start_program, editor):
     leave = ":q" + ENTER if editor == "vi" else CTRL_X
-    for pattern, words in FILES.items():
-        path = pattern.format(place=place, run=place.split("/")[1])
-        with typed(editor, path) as program:
-            program.wait_for(words)
+    for pattern, expected in FILES.items():
+        path = pattern.format(place=checkpoint, run=checkpoint.split("/")[1])
+        with start_program(editor, path) as program:
+            program.wait_for(expected)
             program.send(leave)
             assert program.end() == 0
     assert api_calls(account.server) == {}
 
 
-def test_vi_publishes_as_it_is(account, place, typed, is_published):
-    with typed("vi", f"{place}/published") as program:
+def test_vi_publishes_without_configuration(account, checkpoint, start_program, is_published):
+    with start_program("vi", f"{checkpoint}/published") as program:
         program.wait_for("0")
         program.send("cw1" + ESCAPE)
         program.send(":wq" + ENTER)
@@ -85,11 +85,11 @@ def test_vi_publishes_as_it_is(account, place, typed, is_published):
         assert program.end() == 0
     assert is_published()
     assert api_calls(account.server) == CHANGED
-    assert account.path(f"{place}/published").read_text() == "1\n"
+    assert account.path(f"{checkpoint}/published").read_text() == "1\n"
 
 
-def test_nano_publishes_as_it_is(account, place, typed, is_published):
-    with typed("nano", f"{place}/published") as program:
+def test_nano_publishes_without_configuration(account, checkpoint, start_program, is_published):
+    with start_program("nano", f"{checkpoint}/published") as program:
         program.wait_for("Exit")
         program.send(CTRL_K)
         program.send("yes")
@@ -103,8 +103,10 @@ def test_nano_publishes_as_it_is(account, place, typed, is_published):
     assert api_calls(account.server) == CHANGED
 
 
-def test_vi_says_that_nonsense_was_not_written(account, place, typed, is_published):
-    with typed("vi", f"{place}/published") as program:
+def test_vi_reports_that_invalid_value_was_not_written(
+    account, checkpoint, start_program, is_published
+):
+    with start_program("vi", f"{checkpoint}/published") as program:
         program.wait_for("0")
         program.send("cwmaybe" + ESCAPE)
         program.send(":w" + ENTER)
@@ -115,11 +117,13 @@ def test_vi_says_that_nonsense_was_not_written(account, place, typed, is_publish
         assert program.end() == 0
     assert not is_published()
     assert "EINVAL" in account.errors()
-    assert account.path(f"{place}/published").read_text() == "0\n"
+    assert account.path(f"{checkpoint}/published").read_text() == "0\n"
 
 
-def test_nano_says_that_nonsense_was_not_written(account, place, typed, is_published):
-    with typed("nano", f"{place}/published") as program:
+def test_nano_reports_that_invalid_value_was_not_written(
+    account, checkpoint, start_program, is_published
+):
+    with start_program("nano", f"{checkpoint}/published") as program:
         program.wait_for("Exit")
         program.send(CTRL_K)
         program.send("maybe")
@@ -135,8 +139,8 @@ def test_nano_says_that_nonsense_was_not_written(account, place, typed, is_publi
 
 
 @pytest.mark.parametrize("editor", ["vi", "nano"])
-def test_an_editor_says_that_a_file_is_not_written_to(account, place, typed, editor):
-    with typed(editor, f"{place}/info.json") as program:
+def test_editor_reports_that_file_is_not_writable(account, checkpoint, start_program, editor):
+    with start_program(editor, f"{checkpoint}/info.json") as program:
         program.wait_for('"checkpoint_id"')
         if editor == "vi":
             program.send("ihello" + ESCAPE)
@@ -154,17 +158,17 @@ def test_an_editor_says_that_a_file_is_not_written_to(account, place, typed, edi
             program.wait_for("Save modified buffer?")
             program.send("n")
         program.end()
-    assert "hello" not in account.path(f"{place}/info.json").read_text()
+    assert "hello" not in account.path(f"{checkpoint}/info.json").read_text()
     assert api_calls(account.server) == {}
 
 
-# --- file managers for a terminal ----------------------------------------------------------------
+# --- terminal file managers ----------------------------------------------------------------------
 
 
-def test_ncdu_sums_up_what_is_stored_and_asks_for_no_archive(account, place, typed):
+def test_ncdu_shows_stored_size_without_archive_request(account, checkpoint, start_program):
     account.refresh()
-    run_id = place.split("/")[1]
-    with typed("ncdu", "runs") as program:
+    run_id = checkpoint.split("/")[1]
+    with start_program("ncdu", "runs") as program:
         program.wait_for("Total disk usage")
         program.send("?")
         program.wait_for("ncdu help")
@@ -175,35 +179,37 @@ def test_ncdu_sums_up_what_is_stored_and_asks_for_no_archive(account, place, typ
     assert account.server.journal.count("GET archive") == 0
 
 
-def test_ncdu_deletes_the_checkpoint_that_is_chosen(account, place, typed):
-    with typed("ncdu", os.path.dirname(place)) as program:
+def test_ncdu_deletes_the_selected_checkpoint(account, checkpoint, start_program):
+    with start_program("ncdu", os.path.dirname(checkpoint)) as program:
         program.wait_for("Total disk usage")
         chosen, other = (name for name in program.shown.split() if name in ("/1", "/2"))
         program.send("d")
         program.wait_for("Are you sure")
         program.send(LEFT + ENTER)
         left = {f"weights{other}"}
-        assert account.eventually(lambda: account.checkpoint_ids(run_of(place)) == left), chosen
+        assert account.eventually(lambda: account.checkpoint_ids(run_of(checkpoint)) == left), (
+            chosen
+        )
 
 
-def test_ncdu_is_refused_a_run_s_record(account, place, typed):
-    with typed("ncdu", run_of(place)) as program:
+def test_ncdu_cannot_delete_the_record_of_a_run(account, checkpoint, start_program):
+    with start_program("ncdu", run_of(checkpoint)) as program:
         program.wait_for("Total disk usage")
         program.send(DOWN + "d")
         program.wait_for('delete "info.json"')
         program.send(LEFT + ENTER)
         program.wait_for("Operation not permitted")
-    assert account.checkpoint_ids(run_of(place)) == {"weights/1", "weights/2"}
+    assert account.checkpoint_ids(run_of(checkpoint)) == {"weights/1", "weights/2"}
 
 
 @pytest.fixture
-def commander(typed):
-    """Start Midnight Commander, without its subshell, with a folder in both panels."""
-    return lambda folder: typed("mc", "--nosubshell", "--nomouse", folder, folder)
+def commander(start_program):
+    """Return a function that starts Midnight Commander with a directory in both panels."""
+    return lambda directory: start_program("mc", "--nosubshell", "--nomouse", directory, directory)
 
 
-def test_mc_shows_a_folder_and_a_file(account, place, commander):
-    with commander(place) as program:
+def test_mc_shows_a_directory_and_a_file(account, checkpoint, commander):
+    with commander(checkpoint) as program:
         program.wait_for("info.json")
         program.send(CTRL_S + "info")
         program.wait_for("info")
@@ -215,22 +221,24 @@ def test_mc_shows_a_folder_and_a_file(account, place, commander):
     assert api_calls(account.server).keys() <= {"GET training_runs/{run}/checkpoints"}
 
 
-def test_mc_deletes_the_checkpoint_that_is_chosen(account, place, commander):
-    with commander(os.path.dirname(place)) as program:
+def test_mc_deletes_the_selected_checkpoint(account, checkpoint, commander):
+    with commander(os.path.dirname(checkpoint)) as program:
         program.wait_for("/1")
         program.send(DOWN + F8)
         program.wait_for("Delete directory")
         program.send("y")
         program.wait_for("Delete it recursively?")
         program.send("y")
-        assert account.eventually(lambda: account.checkpoint_ids(run_of(place)) == {"weights/2"})
-    assert account.errors().count(place) == 0
+        assert account.eventually(
+            lambda: account.checkpoint_ids(run_of(checkpoint)) == {"weights/2"}
+        )
+    assert account.errors().count(checkpoint) == 0
 
 
-def test_mc_is_refused_a_run(account, place, commander):
+def test_mc_cannot_delete_a_run(account, checkpoint, commander):
     before = account.checkpoint_ids()
     with commander("runs") as program:
-        program.wait_for(run_of(place).removeprefix("runs"))
+        program.wait_for(run_of(checkpoint).removeprefix("runs"))
         program.send(DOWN + F8)
         program.wait_for("Delete directory")
         program.send("y")
@@ -238,6 +246,6 @@ def test_mc_is_refused_a_run(account, place, commander):
         program.send("y")
         program.wait_for("Cannot remove file")
         program.wait_for("Operation not permitted")
-        program.send("s")  # Skip: it goes on, and is refused all that follows
+        program.send("s")  # Skip: it continues, and every further removal is rejected
         program.wait_for("Operation not permitted")
     assert account.checkpoint_ids() == before

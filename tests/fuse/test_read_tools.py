@@ -1,6 +1,6 @@
-"""The tools that people look with, beyond those of every shell: what they show and what it costs.
+"""Tools that list and read, beyond those of every shell: their output and their requests.
 
-One binding is enough: what differs between them is in `test_tools.py`.
+One binding is enough, because `test_tools.py` covers the differences between bindings.
 """
 
 import itertools
@@ -27,17 +27,17 @@ RUNS_LISTED = {"GET training_runs": 1}
 ALL_RUNS_LISTED = RUNS_LISTED | {"GET training_runs/{run}/checkpoints": RUNS}
 VIEWS_LISTED = {"GET checkpoints": 1, "POST sessions/search": 1, "GET sessions/{session}": 2}
 ALL_LISTED = ALL_RUNS_LISTED | VIEWS_LISTED
-#: At most, of the whole mount: who comes to a view before the runs asks for each of its runs, and
-#: `samplers` lists those of the sessions that were looked into before.
+#: Maximum requests for the whole mount. A tool that reads a view before the runs requests each run
+#: of the view, and `samplers` lists those of the sessions that were listed before.
 WHOLE = ALL_LISTED | {"GET training_runs/{run}": RUNS, "GET samplers/{sampler}": 5}
 
-#: As dircolors sets it: folders, links, and in red the links that lead nowhere.
+#: The default of dircolors: directories, links, and broken links in red.
 LS_COLORS = "di=01;34:ln=01;36:or=40;31;01:mi=00"
 
 
 @pytest.fixture(scope="module")
 def warm(account):
-    """An account whose weights infos, which are asked for once ever, are known."""
+    """Return an account with cached weights infos, which never expire."""
     account.sh("cat runs/*/checkpoints/*/*/info.json")
     account.server.journal.wait_until_idle()
     return account
@@ -45,15 +45,15 @@ def warm(account):
 
 @pytest.fixture
 def calls_of(warm, tmp_path):
-    """Run a script when all but the weights infos is forgotten; return it and its calls."""
+    """Return a function that runs a script with only weights infos cached, and counts requests."""
 
     def run_script(script):
         run = warm.server.account.run_ids[0]
-        words = f"R=runs/{run} CK=runs/{run}/checkpoints/weights/0001 OUT={tmp_path}\n"
-        words += f"PYTHON={sys.executable}\n"
+        assignments = f"R=runs/{run} CK=runs/{run}/checkpoints/weights/0001 OUT={tmp_path}\n"
+        assignments += f"PYTHON={sys.executable}\n"
         warm.refresh()
         warm.server.journal.clear()
-        done = warm.sh(words + script)
+        done = warm.sh(assignments + script)
         warm.server.journal.wait_until_idle()
         assert warm.server.journal.count("GET archive") == 0
         return done, api_calls(warm.server)
@@ -62,13 +62,13 @@ def calls_of(warm, tmp_path):
 
 
 def unexpected(calls, allowed):
-    """The calls beyond those allowed. Fewer may be made: the kernel remembers names for 1 s."""
+    """Return requests beyond those allowed; fewer are possible, as the kernel caches for 1 s."""
     return {endpoint: n for endpoint, n in calls.items() if n > allowed.get(endpoint, 0)}
 
 
 @dataclass(frozen=True)
 class Look:
-    """A script, patterns that its output shows, and the calls that it may make."""
+    """A script, patterns of its output, and the requests that it may cause."""
 
     script: str
     shows: tuple[str, ...]
@@ -86,7 +86,7 @@ LOOKS = {
         f"LS_COLORS='{LS_COLORS}' ls --color=always -la runs runs/* runs/*/checkpoints/*/*",
         (
             r"\x1b\[01;36mlatest\x1b\[0m -> \x1b\[01;34mcheckpoints/weights/",
-            # What is behind it is there, so its name is not shown as a broken link's.
+            # The target exists, so the name does not have the color of a broken link.
             r"\x1b\[01;36marchive_url\x1b\[0m -> \.\./.*/archive_url\n",
             r"-rw-r--r-- .* published",
         ),
@@ -184,17 +184,17 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("name", LOOKS)
-def test_a_look_shows_what_is_there_and_costs_the_listings(calls_of, name):
-    look = LOOKS[name]
-    needs(look.needs)
-    done, calls = calls_of(look.script)
+def test_tool_shows_content_with_listing_requests_only(calls_of, name):
+    tool = LOOKS[name]
+    needs(tool.needs)
+    done, calls = calls_of(tool.script)
     assert (done.returncode, done.stderr) == (0, "")
-    for pattern in look.shows:
+    for pattern in tool.shows:
         assert re.search(pattern, done.stdout), (pattern, done.stdout)
-    assert unexpected(calls, look.calls) == {}
+    assert unexpected(calls, tool.calls) == {}
 
 
-def test_ls_color_shows_no_broken_link_in_any_view(calls_of):
+def test_ls_color_shows_no_broken_link(calls_of):
     done, _calls = calls_of(f"LS_COLORS='{LS_COLORS}' ls --color=always -lR")
     assert done.returncode == 0
     assert "\x1b[01;36m" in done.stdout
@@ -203,27 +203,29 @@ def test_ls_color_shows_no_broken_link_in_any_view(calls_of):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_cp_a_of_everything_is_whole(calls_of, warm, tmp_path):
+def test_cp_a_of_everything_is_complete(calls_of, warm, tmp_path):
     done, calls = calls_of("cp -a . $OUT/copy")
     assert (done.returncode, done.stderr) == (0, "")
     assert unexpected(calls, WHOLE) == {}
     for view in ("runs", "checkpoints", "published", "expiring", "models", "sessions"):
-        for folder, folders, files in os.walk(tmp_path / "copy" / view):
-            mounted = warm.path(os.path.relpath(folder, tmp_path / "copy"))
-            assert sorted(folders + files) == sorted(os.listdir(mounted))
-    # Links are relative, so that they lead to the copies.
+        for directory, directories, files in os.walk(tmp_path / "copy" / view):
+            mounted = warm.path(os.path.relpath(directory, tmp_path / "copy"))
+            assert sorted(directories + files) == sorted(os.listdir(mounted))
+    # Links are relative, so that they point to the copies.
     for pattern in ("checkpoints/*/info.json", "models/*/*/*/checkpoints/*/*/info.json"):
         assert len(list((tmp_path / "copy").glob(pattern))) == COUNT
 
 
-def test_rsync_takes_a_name_with_a_colon_for_another_machine(calls_of, warm, tmp_path):
+def test_rsync_of_name_with_colon_needs_a_path_prefix(calls_of, warm, tmp_path):
     needs(["rsync"])
     run = warm.server.account.run_ids[0]
     done, calls = calls_of(f"cd runs && rsync -a -e false {run} $OUT/")
     assert done.returncode != 0
     assert not (tmp_path / run).exists()
-    for place in (f"./{run}", f"$MNT/runs/{run}"):
-        done, calls = calls_of(f"cd runs && rsync -a {place} $OUT/ && rm -r $OUT/{run}/info.json")
+    for location in (f"./{run}", f"$MNT/runs/{run}"):
+        done, calls = calls_of(
+            f"cd runs && rsync -a {location} $OUT/ && rm -r $OUT/{run}/info.json"
+        )
         assert (done.returncode, done.stderr) == (0, "")
         assert calls["GET training_runs/{run}/checkpoints"] == 1
 
@@ -235,12 +237,14 @@ def test_zip_keeps_times_and_links(calls_of, warm, tmp_path):
     assert calls == ALL_RUNS_LISTED
     with zipfile.ZipFile(tmp_path / "x.zip") as archive:
         assert archive.testzip() is None
-        for run, place in itertools.product(warm.server.account.run_ids, ("info.json", "latest")):
-            content = archive.read(f"runs/{run}/{place}").decode()
-            assert content.startswith("{" if place == "info.json" else "checkpoints/weights/")
+        for run, location in itertools.product(
+            warm.server.account.run_ids, ("info.json", "latest")
+        ):
+            content = archive.read(f"runs/{run}/{location}").decode()
+            assert content.startswith("{" if location == "info.json" else "checkpoints/weights/")
 
 
-def test_jq_over_every_info_json(calls_of, warm):
+def test_jq_reads_every_info_json(calls_of, warm):
     needs(["jq"])
     done, calls = calls_of(
         "jq -s 'map({(.tinker_path): .size_bytes}) | add' runs/*/checkpoints/*/*/info.json"
@@ -254,10 +258,10 @@ def test_jq_over_every_info_json(calls_of, warm):
     assert calls == ALL_RUNS_LISTED
 
 
-# --- what software asks for ----------------------------------------------------------------------
+# --- probes of software ---------------------------------------------------------------------------
 
 
-def test_probes_cost_nothing(make_account):
+def test_probes_of_desktop_software_send_no_request(make_account):
     account = make_account(runs=100, checkpoints=1)
     names = (".git", ".Trash-1000", ".hidden", "desktop.ini", ".gitignore", "HEAD", "index.html")
     runs = os.listdir(account.path("runs"))
@@ -277,25 +281,25 @@ print(found)
     assert api_calls(account.server) == {}
 
 
-def test_a_prompt_with_git_status_costs_nothing(warm):
+def test_prompt_with_git_status_sends_no_request(warm):
     needs(["git"])
     run = warm.server.account.run_ids[0]
-    place = f"runs/{run}/checkpoints/weights/0001"
-    warm.sh(f"ls {place}")
+    location = f"runs/{run}/checkpoints/weights/0001"
+    warm.sh(f"ls {location}")
     warm.server.journal.clear()
-    # As a prompt asks; across file systems too, which some set.
+    # The command of a shell prompt, also with the setting to cross file systems.
     done = warm.sh(
-        f"cd {place} && git rev-parse --git-dir; git status --porcelain --branch;"
+        f"cd {location} && git rev-parse --git-dir; git status --porcelain --branch;"
         " GIT_DISCOVERY_ACROSS_FILESYSTEM=1 GIT_CEILING_DIRECTORIES=/ git status"
     )
     assert done.stderr.count("not a git repository") == 3
     assert api_calls(warm.server) == {}
 
 
-def test_python_s_http_server(warm, tmp_path):
+def test_python_http_server_serves_the_mount(warm, tmp_path):
     needs(["curl"])
     run = warm.server.account.run_ids[0]
-    place = f"runs/{run}/checkpoints/weights/0001"
+    location = f"runs/{run}/checkpoints/weights/0001"
     warm.refresh()
     warm.server.journal.clear()
     ready = tmp_path / "port"
@@ -309,15 +313,15 @@ def test_python_s_http_server(warm, tmp_path):
     with running([[sys.executable, "-c", code, warm.root, ready]]):
         wait_until(lambda: ready.exists() and ready.read_text().endswith("\n"))
         url = f"http://127.0.0.1:{ready.read_text().strip()}"
-        done = warm.sh(f"curl -s {url}/ {url}/runs/ {url}/{place}/ {url}/sessions/")
+        done = warm.sh(f"curl -s {url}/ {url}/runs/ {url}/{location}/ {url}/sessions/")
         assert done.stdout.count("<!DOCTYPE HTML>") == 4
         assert f"{run}/</a>" in done.stdout
         assert '<a href="published">' in done.stdout
-        done = warm.sh(f"curl -s {url}/{place}/info.json")
+        done = warm.sh(f"curl -s {url}/{location}/info.json")
         assert json.loads(done.stdout)["checkpoint_id"] == "weights/0001"
-        done = warm.sh(f"curl -sI {url}/{place}/info.json")
+        done = warm.sh(f"curl -sI {url}/{location}/info.json")
         assert "application/json" in done.stdout
-        assert f"Content-Length: {warm.path(place + '/info.json').stat().st_size}" in done.stdout
+        assert f"Content-Length: {warm.path(location + '/info.json').stat().st_size}" in done.stdout
     assert warm.server.journal.count("GET archive") == 0
     calls = api_calls(warm.server)
     assert calls == {
@@ -327,17 +331,17 @@ def test_python_s_http_server(warm, tmp_path):
     }
 
 
-# --- gio changes ---------------------------------------------------------------------------------
+# --- changes by gio -------------------------------------------------------------------------------
 
 
-def test_gio_trash_and_remove_lose_nothing_and_say_why(warm):
+def test_gio_trash_and_remove_fail_and_delete_nothing(warm):
     needs(["gio"])
     run = warm.new_run("weights/1", "weights/2")
-    place = f"{run}/checkpoints/weights/1"
-    done = warm.sh(f"gio trash {place}")
+    location = f"{run}/checkpoints/weights/1"
+    done = warm.sh(f"gio trash {location}")
     assert done.returncode != 0
     assert "Unable to find or create trash directory" in done.stderr
-    done = warm.sh(f"gio remove {place}")
+    done = warm.sh(f"gio remove {location}")
     assert done.returncode != 0
     assert "Directory not empty" in done.stderr
     for path in (run, f"{run}/info.json", "README.md"):
@@ -345,7 +349,7 @@ def test_gio_trash_and_remove_lose_nothing_and_say_why(warm):
         assert "Operation not permitted" in done.stderr
     assert "only checkpoints can be removed" in warm.errors()
     assert warm.checkpoint_ids(run) == {"weights/1", "weights/2"}
-    done = warm.sh(f"gio remove {place}/* {place}")
+    done = warm.sh(f"gio remove {location}/* {location}")
     assert (done.returncode, done.stderr) == (0, "")
     assert warm.checkpoint_ids(run) == {"weights/2"}
     warm.server.account.remove_run(run.partition("/")[2])

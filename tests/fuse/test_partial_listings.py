@@ -1,4 +1,4 @@
-"""Listings of several pages on real mounts, read while the later pages are still on their way."""
+"""Listings of several pages on real mounts, read before the later pages have arrived."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def later_pages(account, **effects):
     return account.server.faults.add(LISTED, times=None, after=1, **effects)
 
 
-def test_the_first_names_are_read_before_the_last_page_has_come(cold):
+def test_first_names_are_readable_before_the_last_page(cold):
     held = later_pages(cold, hang=True)
     with os.scandir(cold.path("runs")) as entries:
         names = [next(entries).name for _ in range(PAGE)]
@@ -36,8 +36,8 @@ def test_the_first_names_are_read_before_the_last_page_has_come(cold):
     assert api_calls(cold.server) == {LISTED: -(-RUNS // PAGE)}
 
 
-def test_a_pipe_gets_the_first_names_before_the_last_page_has_come(cold):
-    # Enough of them come for a buffer of a pipe, which ls fills before it writes.
+def test_pipe_receives_first_names_before_the_last_page(cold):
+    # The first pages fill the output buffer of ls, which it fills before it writes to a pipe.
     held = cold.server.faults.add(
         LISTED, times=None, hang=True, when=lambda entry: entry.query["offset"] == "400"
     )
@@ -51,7 +51,7 @@ def test_a_pipe_gets_the_first_names_before_the_last_page_has_come(cold):
     assert listing.returncode == 0
 
 
-def test_a_long_listing_asks_nothing_about_what_has_come(cold):
+def test_long_listing_sends_only_page_requests(cold):
     later_pages(cold, latency_s=0.4)
     done = cold.sh("ls -lf runs; find runs -maxdepth 1 -newermt 2000-01-01 | wc -l")
     assert done.returncode == 0, done
@@ -59,7 +59,7 @@ def test_a_long_listing_asks_nothing_about_what_has_come(cold):
     assert api_calls(cold.server) == {LISTED: -(-RUNS // PAGE)}
 
 
-def test_a_page_that_fails_is_an_error_after_those_that_came(cold):
+def test_failed_page_raises_error_after_earlier_pages(cold):
     held = threading.Event()
     later_pages(
         cold,
@@ -89,7 +89,7 @@ next(entries)
 """
 
 
-def test_who_waits_for_the_next_page_can_be_stopped(cold):
+def test_ctrl_c_interrupts_readdir_waiting_for_a_page(cold):
     held = later_pages(cold, hang=True)
     listing = cold.start("python3", "-c", STOPPED)
     with listing:
@@ -107,13 +107,13 @@ import ctypes, os, signal
 libc = ctypes.CDLL(None, use_errno=True)
 libc.readdir.restype = ctypes.c_void_p
 libc.fdopendir.restype = ctypes.c_void_p
-folder = ctypes.c_void_p(libc.fdopendir(os.open("runs", os.O_RDONLY | os.O_DIRECTORY)))
+directory = ctypes.c_void_p(libc.fdopendir(os.open("runs", os.O_RDONLY | os.O_DIRECTORY)))
 signal.signal(signal.SIGALRM, lambda *_: None)
 signal.alarm(1)
 names = 0
 while True:
     ctypes.set_errno(0)
-    if libc.readdir(folder):
+    if libc.readdir(directory):
         names += 1
     elif ctypes.get_errno() == 0:
         break
@@ -125,7 +125,7 @@ print(names - 2)
 """
 
 
-def test_who_was_interrupted_while_waiting_reads_on(cold):
+def test_readdir_continues_after_an_interrupt(cold):
     held = later_pages(cold, hang=True)
     with subprocess.Popen(
         [sys.executable, "-S", "-E", "-c", INTERRUPTED],

@@ -1,4 +1,4 @@
-"""How many threads take the kernel's requests."""
+"""Number of worker threads of a real mount."""
 
 import os
 import time
@@ -17,7 +17,7 @@ def threads(daemon):
 
 @pytest.fixture
 def one_cpu():
-    """Have this process, and what it starts, on one CPU."""
+    """Restrict this process and its children to one CPU."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     yield
@@ -25,8 +25,8 @@ def one_cpu():
 
 
 @pytest.mark.usefixtures("one_cpu")
-def test_who_asks_for_one_thing_after_the_other_has_no_threads_started(mountpoint, binding):
-    # libfuse's own loop came to 60 to 250 by this, where the scheduler stops who has answered.
+def test_sequential_requests_start_no_threads(mountpoint, binding):
+    # The thread pool of libfuse starts 60 to 250 threads here.
     with memory_mount(mountpoint, binding) as daemon:
         fd = os.open(mountpoint / "hello", os.O_RDONLY)
         before = threads(daemon)
@@ -37,13 +37,13 @@ def test_who_asks_for_one_thing_after_the_other_has_no_threads_started(mountpoin
         assert before <= CORE_WORKERS + 3
 
 
-def test_there_is_a_thread_more_for_each_request_that_waits_and_then_no_more(mountpoint, binding):
+def test_each_blocked_request_adds_a_thread_while_it_blocks(mountpoint, binding):
     with memory_mount(mountpoint, binding) as daemon:
         before = threads(daemon)
         with running([("cat", mountpoint / f"slow/read-{i}") for i in range(READERS)]):
             wait_until(lambda: threads(daemon) >= before + READERS)
             assert threads(daemon) <= before + READERS + 2
-        # Each ends with the next request that it takes.
+        # Each extra worker ends after its next request.
         deadline = time.monotonic() + 10
         while threads(daemon) > before:
             assert time.monotonic() < deadline

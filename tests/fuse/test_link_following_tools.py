@@ -1,4 +1,4 @@
-"""Walks that follow links: at most a burst of archives, told in `errors`; and the same without."""
+"""Walks that follow links request at most a burst of archives; other walks request none."""
 
 import re
 import sys
@@ -11,10 +11,10 @@ __all__ = ["make_account"]
 
 pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
-#: Fewer than by default, as each first `open` waits until its file's length is known.
+#: Less than the default, because each first `open` waits until the size of its file is known.
 BURST = 2
 
-#: What reads what is behind every link, or follows links to folders; 12 checkpoints are there.
+#: Commands that read the targets of links, or follow links to directories, of 12 checkpoints.
 FOLLOW = {
     "diff -r": "diff -r runs/$ONE runs/$TWO; diff -r runs/$THREE runs/$TWO",
     "zip -r": "zip -qr $OUT/x.zip runs",
@@ -23,7 +23,7 @@ FOLLOW = {
     "cat * of a view": "cat checkpoints/*/* > /dev/null",
     "cp -rL": "cp -rL runs $OUT/copy",
     "rsync -aL": "rsync -aL runs $OUT/",
-    # The far end is this machine: what takes the place of ssh runs the command that it is given.
+    # The remote host is this machine: the replacement of ssh runs its command locally.
     "scp -r": "printf '#!/bin/sh\\nfor last; do :; done; exec sh -c \"$last\"' > $OUT/ssh; "
     "chmod +x $OUT/ssh; scp -O -q -r -S $OUT/ssh runs far:$OUT/copy",
     "tar -h": "tar chf $OUT/x.tar runs",
@@ -47,22 +47,22 @@ FOLLOW = {
 
 
 @pytest.mark.parametrize("name", FOLLOW)
-def test_a_walk_that_follows_links_starts_a_burst_and_is_told_why(make_account, name, tmp_path):
-    # A mount of its own for each: what one has fetched serves the next.
-    account = make_account(runs=3, checkpoints=4, settings={"archive_burst": BURST})
+def test_link_following_walk_requests_a_burst_of_archives(make_account, name, tmp_path):
+    # Each command has a mount of its own, because it could use files cached by another one.
+    account = make_account(runs=3, checkpoints=4, settings={"archive_build_limit": BURST})
     one, two, three = account.server.account.run_ids
     needs(tool for tool in ("rg", "rsync", "scp", "tree", "zip") if name.startswith(tool))
-    words = f"ONE={one} TWO={two} THREE={three} OUT={tmp_path} PYTHON={sys.executable}\n"
-    done = account.sh(words + FOLLOW[name])
+    assignments = f"ONE={one} TWO={two} THREE={three} OUT={tmp_path} PYTHON={sys.executable}\n"
+    done = account.sh(assignments + FOLLOW[name])
     assert account.server.journal.count("GET archive") == BURST
-    told = [line for line in account.errors().splitlines() if "--archive-burst" in line]
-    assert told
-    assert all("\tEBUSY\t" in line for line in told)
+    lines = [line for line in account.errors().splitlines() if "--archive-burst" in line]
+    assert lines
+    assert all("\tEBUSY\t" in line for line in lines)
     if not re.match("fd|glob|tree|xargs", name):
         assert "Device or resource busy" in done.stderr
 
 
-#: The same without following links, as docs/recipes.md names it; each sees a checkpoint's files.
+#: The same without following links, as in docs/examples.md; each lists a checkpoint's files.
 STAY = {
     "rg": "rg -l lora_rank",
     "fd": "$(command -v fdfind || command -v fd) info.json",
@@ -89,31 +89,31 @@ STAY = {
 
 @pytest.fixture(scope="module")
 def unread(make_account):
-    """An account of which nobody asks for an archive."""
-    return make_account(runs=3, checkpoints=4, settings={"archive_burst": BURST})
+    """Return an account for tests that request no archives."""
+    return make_account(runs=3, checkpoints=4, settings={"archive_build_limit": BURST})
 
 
 @pytest.mark.parametrize("name", STAY)
-def test_walk_that_follows_no_links_starts_no_archive(unread, name, tmp_path):
+def test_walk_without_following_links_requests_no_archive(unread, name, tmp_path):
     needs(tool for tool in ("rclone", "restic", "rg", "rsync", "tree", "zip") if tool in name)
     one, two, _three = unread.server.account.run_ids
-    words = f"ONE={one} TWO={two} OUT={tmp_path} PYTHON={sys.executable}\n"
-    done = unread.sh(words + STAY[name])
+    assignments = f"ONE={one} TWO={two} OUT={tmp_path} PYTHON={sys.executable}\n"
+    done = unread.sh(assignments + STAY[name])
     assert "Device or resource busy" not in done.stderr
     assert "info.json" in done.stdout, done
     assert unread.server.journal.count("GET archive") == 0
 
 
-def test_eight_archives_a_minute_unless_told_otherwise(make_account):
+def test_default_burst_is_eight_archives_per_minute(make_account):
     account = make_account(runs=3, checkpoints=4)
     account.sh("cat runs/*/checkpoints/*/*/archive_url")
     assert account.server.journal.count("GET archive") == 8
 
 
-#: What lists the `files` F of a checkpoint whose archive is refused; PYTHON says what it prints.
+#: Code that lists the `files` F of a checkpoint after its archive request was rejected.
 PYTHON = "exec {python} -c 'import glob, os, pathlib; print({what})'"
-SHOWN = "REFUSED-see-.tinkerfs-errors"
-#: Listers that say nothing of an error: what is refused stands among their names.
+NOTICE = "REFUSED-see-.tinkerfs-errors"
+#: Commands that ignore errors of listing: the notice is among the listed names.
 SILENT = {
     "glob": PYTHON.format(python="$PYTHON", what='glob.glob("F/**", recursive=True)'),
     "glob of a pattern": PYTHON.format(
@@ -127,7 +127,7 @@ SILENT = {
     "bash": "echo F/*.json",
     "bash, read": "! cat F/* || exit 1; echo F/*",
 }
-#: And those that fail, with its words.
+#: Commands that fail with the error message.
 FAILING = {
     "ls": "ls F/",
     "ls -l": "ls -l F/",
@@ -152,44 +152,46 @@ FAILING = {
 
 
 @pytest.fixture(scope="module")
-def refusing(make_account):
-    return make_account(runs=0, settings={"archive_burst": 1})
+def limited_account(make_account):
+    return make_account(runs=0, settings={"archive_build_limit": 1})
 
 
-def refused(account, command, tmp_path):
-    """Run a command whose process group has had its burst, on the files of a checkpoint."""
+def run_rejected(account, command, tmp_path):
+    """Run a command on a checkpoint's files, after its process group has used its burst."""
     run = account.new_run("weights/one", "weights/two")
     script = command.replace("F", f"{run}/checkpoints/weights/two/files")
-    words = f"OUT={tmp_path} PYTHON={sys.executable}; cat {run}/checkpoints/weights/one/archive_url"
-    done = account.sh(f"{words} > /dev/null\n{script}", timeout_s=20)
+    assignments = (
+        f"OUT={tmp_path} PYTHON={sys.executable}; cat {run}/checkpoints/weights/one/archive_url"
+    )
+    done = account.sh(f"{assignments} > /dev/null\n{script}", timeout_s=20)
     assert account.server.journal.count("GET archive") == 1
     return done
 
 
 @pytest.mark.parametrize("name", SILENT)
-def test_refused_listing_shows_in_names(refusing, name, tmp_path):
+def test_rejected_listing_has_an_entry_that_names_errors(limited_account, name, tmp_path):
     needs(tool for tool in ("tree", "perl") if name == tool)
-    done = refused(refusing, SILENT[name], tmp_path)
-    assert SHOWN in done.stdout
+    done = run_rejected(limited_account, SILENT[name], tmp_path)
+    assert NOTICE in done.stdout
     assert done.returncode == 0
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_refused_listing_is_an_error(refusing, name, tmp_path):
+def test_rejected_listing_fails(limited_account, name, tmp_path):
     needs(tool for tool in ("rg", "rsync", "zip") if name == tool)
-    done = refused(refusing, FAILING[name], tmp_path)
+    done = run_rejected(limited_account, FAILING[name], tmp_path)
     assert "Device or resource busy" in done.stderr
     assert done.returncode != 0
-    last = refusing.errors().splitlines()[-1]
+    last = limited_account.errors().splitlines()[-1]
     assert "\tEBUSY\t" in last
 
 
-def test_refused_listing_is_whole_for_another_group(refusing, tmp_path):
-    run = refusing.new_run("weights/one", "weights/two")
+def test_listing_is_complete_for_another_process_group(limited_account, tmp_path):
+    run = limited_account.new_run("weights/one", "weights/two")
     files = f"{run}/checkpoints/weights/two/files"
     one = f"cat {run}/checkpoints/weights/one/archive_url > /dev/null"
-    assert SHOWN in refusing.sh(f"{one}; ls {files}/").stdout
-    done = refusing.sh(f"ls {files}/ && ls {files}/{SHOWN}.json")
-    assert SHOWN not in done.stdout
+    assert NOTICE in limited_account.sh(f"{one}; ls {files}/").stdout
+    done = limited_account.sh(f"ls {files}/ && ls {files}/{NOTICE}.json")
+    assert NOTICE not in done.stdout
     assert "adapter_config.json" in done.stdout
     assert "No such file" in done.stderr

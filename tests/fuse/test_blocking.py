@@ -1,4 +1,4 @@
-"""A wait holds up nobody else, and whoever waits can be stopped."""
+"""A blocked request does not delay others, and can be interrupted."""
 
 import contextlib
 import errno
@@ -13,18 +13,18 @@ import pytest
 from tests.support.mount import interrupt_after, memory_mount, run, running, wait_until
 
 READERS = 64
-#: What "at once" is allowed to take on a machine that does other things too.
+#: Upper bound of "at once" on a busy machine, seconds.
 AT_ONCE_S = 2.0
 
 
 def settle(processes):
-    """Let every process come to its wait; they all live."""
+    """Wait until every process is blocked, and check that all are alive."""
     time.sleep(1.0)
     assert all(process.poll() is None for process in processes)
 
 
 @pytest.mark.parametrize("what", ["slow/read-{}", "slow/open-{}", "slow/list-{}"])
-def test_64_waits_hold_up_nothing(memory, what):
+def test_64_blocked_requests_do_not_delay_others(memory, what):
     command = ("ls",) if "list" in what else ("cat",)
     with running([(*command, memory / what.format(i)) for i in range(READERS)]) as readers:
         settle(readers)
@@ -36,7 +36,7 @@ def test_64_waits_hold_up_nothing(memory, what):
         assert time.monotonic() - started < AT_ONCE_S
 
 
-def test_64_waits_for_page_cache_hold_up_no_other_read(memory):
+def test_64_blocked_cached_reads_do_not_delay_other_reads(memory):
     code = "import os, sys; os.pread(os.open(sys.argv[1], os.O_RDONLY), 4096, int(sys.argv[2]))"
     path = str(memory / "cached-slow")
     commands = [(sys.executable, "-S", "-c", code, path, str(i << 14)) for i in range(READERS)]
@@ -59,12 +59,12 @@ def test_64_waits_for_page_cache_hold_up_no_other_read(memory):
     ],
     ids=["listing", "open", "read", "stat", "python"],
 )
-def test_ctrl_c_ends_a_wait(memory, command):
+def test_ctrl_c_interrupts_a_blocked_request(memory, command):
     with running([(*command[:-1], memory / command[-1])]) as (process,):
         assert interrupt_after(process, 0.7) < AT_ONCE_S
 
 
-def test_a_lookup_waits_5_s_at_most(memory):
+def test_lookup_times_out_after_5_s(memory):
     started = time.monotonic()
     with pytest.raises(OSError) as failure:  # noqa: PT011
         os.stat(memory / "slow/stat-1")
@@ -72,7 +72,7 @@ def test_a_lookup_waits_5_s_at_most(memory):
     assert 4.5 < time.monotonic() - started < 7
 
 
-def test_other_waits_end_with_the_time_out(mountpoint, binding):
+def test_other_requests_time_out_after_the_timeout(mountpoint, binding):
     with memory_mount(mountpoint, binding, "--timeout=1"):
         for what in ("slow/read-1", "slow/list-1"):
             started = time.monotonic()
@@ -84,7 +84,7 @@ def test_other_waits_end_with_the_time_out(mountpoint, binding):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_ends_the_mount_within_2_s_while_reads_hang(mountpoint, binding, number):
+def test_signal_ends_mount_within_2_s_while_reads_hang(mountpoint, binding, number):
     with memory_mount(mountpoint, binding) as daemon:
         paths = [mountpoint / f"slow/read-{i}" for i in range(READERS)]
         with running([("cat", path) for path in paths]) as readers:
@@ -97,10 +97,10 @@ def test_a_signal_ends_the_mount_within_2_s_while_reads_hang(mountpoint, binding
             wait_until(lambda: all(reader.poll() is not None for reader in readers))
 
 
-def test_a_signal_ends_the_mount_while_somebody_holds_it(mountpoint, binding):
+def test_signal_ends_mount_that_is_in_use(mountpoint, binding):
     with memory_mount(mountpoint, binding) as daemon, contextlib.ExitStack() as stack:
         held = os.open(mountpoint / "hello", os.O_RDONLY)
-        stack.enter_context(contextlib.suppress(OSError))  # close says ENOTCONN
+        stack.enter_context(contextlib.suppress(OSError))  # close fails with ENOTCONN
         stack.callback(os.close, held)
         started = time.monotonic()
         daemon.terminate()
@@ -109,7 +109,7 @@ def test_a_signal_ends_the_mount_while_somebody_holds_it(mountpoint, binding):
         assert not os.path.ismount(mountpoint)
 
 
-def test_an_unmount_from_outside_ends_the_process(mountpoint, binding):
+def test_external_unmount_ends_the_process(mountpoint, binding):
     with memory_mount(mountpoint, binding) as daemon:
         assert run("umount", mountpoint).returncode == 0
         assert daemon.wait(5) == 0

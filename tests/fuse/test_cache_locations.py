@@ -1,4 +1,4 @@
-"""Caches in odd places: open to others, read-only, without locks; one binding will do."""
+"""Cache directories that are shared, read-only or without locks, under one binding."""
 
 import json
 import os
@@ -23,28 +23,28 @@ def binding():
     return "mfusepy3"
 
 
-def a_member(mountpoint):
+def first_member(mountpoint):
     return next(mountpoint.glob("runs/*/checkpoints/weights/*/files")) / "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o2775])
-def test_cache_in_a_volume_of_a_pod_is_a_private_one(mode, mountpoint, env, tmp_path):
+def test_cache_in_shared_volume_is_a_private_subdirectory(mode, mountpoint, env, tmp_path):
     volume = tmp_path / "volume"
     volume.mkdir()
     volume.chmod(mode)
     done = tinkerfs("mount", f"--cache-dir={volume}", mountpoint, env=env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert a_member(mountpoint).read_bytes()
-    place = volume / f"tinkerfs-{os.getuid()}"
-    assert stat.S_IMODE(place.stat().st_mode) & 0o777 == 0o700
-    assert list(place.glob("blocks/*/0"))
-    assert os.listdir(volume) == [place.name]
+    assert first_member(mountpoint).read_bytes()
+    directory = volume / f"tinkerfs-{os.getuid()}"
+    assert stat.S_IMODE(directory.stat().st_mode) & 0o777 == 0o700
+    assert list(directory.glob("blocks/*/0"))
+    assert os.listdir(volume) == [directory.name]
     info = tinkerfs("cache", "info", "--json", f"--cache-dir={volume}", env=env)
-    assert json.loads(info.stdout)["cache_dir"] == str(place)
+    assert json.loads(info.stdout)["cache_dir"] == str(directory)
     assert tinkerfs("umount", mountpoint, env=env).returncode == 0
 
 
-def test_mount_with_nowhere_to_cache_comes_up(mountpoint, env, needs_root):
+def test_mount_without_cache_directory_starts(mountpoint, env, needs_root):
     home = env["HOME"]
     member = "$(echo */checkpoints/weights/*/files | cut -d' ' -f1)/adapter_model.safetensors"
     script = f"""
@@ -63,7 +63,7 @@ def test_mount_with_nowhere_to_cache_comes_up(mountpoint, env, needs_root):
     script = script.replace("/mnt/copy", f"{mountpoint}-copy")
     done = run("unshare", "-m", "bash", "-c", script, env=env)
     assert done.returncode == 0, done
-    lines = [line for line in done.stderr.splitlines() if "caching in memory alone" in line]
+    lines = [line for line in done.stderr.splitlines() if "caching only in memory" in line]
     assert len(lines) == 1, done.stderr
     assert "Read-only file system" in lines[0]
     assert "ENOTDIR" not in done.stderr
@@ -73,7 +73,7 @@ def test_mount_with_nowhere_to_cache_comes_up(mountpoint, env, needs_root):
 
 @pytest.fixture
 def loopback(tmp_path, request):
-    """A directory on a file system whose locks are no good."""
+    """Return a directory on a file system with missing or leaking locks."""
     (tmp_path / "below").mkdir()
     mountpoint = tmp_path / "loop"
     mountpoint.mkdir()
@@ -89,31 +89,31 @@ def loopback(tmp_path, request):
         os.listdir(mountpoint)
         yield mountpoint
         force_unmount(str(mountpoint))
-        process.kill()  # a test that fails may hold a file open, and so the mount
+        process.kill()  # a failed test may keep a file open, and so the mount busy
 
 
 @pytest.mark.parametrize(
     ("loopback", "seems_lockable"), [("none", False), ("none", True), ("leak", False)],
     indirect=["loopback"],
 )  # fmt: skip
-def test_cache_without_locks_keeps_its_bound(loopback, seems_lockable, monkeypatch):
-    if seems_lockable:  # as on NFS without a lock daemon
+def test_cache_without_locks_stays_within_max_size(loopback, seems_lockable, monkeypatch):
+    if seems_lockable:  # like NFS without a lock daemon
         monkeypatch.setattr(blocks_module, "can_lock_files", lambda _: True)
     telemetry = Telemetry()
-    bounds = {"limit_bytes": LIMIT_BYTES, "floor_bytes": 0}
+    bounds = {"max_bytes": LIMIT_BYTES, "min_free_bytes": 0}
     cache = BlockCache(loopback / "blocks", telemetry, **bounds)
     opened = [cache.open(name, name) for name in ("first", "second", "third")]
-    for file in opened:  # as long as all are open
+    for file in opened:  # all files stay open
         file.ensure_directory()
         for index in range(8):
             with file.lock_block(index, timeout_s=5) as is_free:
                 assert is_free
             assert file.put(index, BLOCK)
         assert file.read(7, 0, len(BLOCK), len(BLOCK)) == BLOCK
-        assert cache.kept_bytes() <= LIMIT_BYTES
+        assert cache.usage_bytes() <= LIMIT_BYTES
     for file in opened:
         file.close()
-    told = telemetry.errors_text()
-    assert "disk is full" not in told
-    assert told.count("\n") == (1 if seems_lockable else 0), told
-    assert ("files cannot be locked there (No locks available)" in told) == seems_lockable
+    messages = telemetry.errors_text()
+    assert "disk is full" not in messages
+    assert messages.count("\n") == (1 if seems_lockable else 0), messages
+    assert ("files cannot be locked there (No locks available)" in messages) == seems_lockable
