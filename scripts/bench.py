@@ -1,7 +1,7 @@
-"""Calls, waits and speed of real mounts on the embedded server, part by part.
+"""Benchmark of real mounts on the embedded server: request counts, delays, speed.
 
-Counts are compared with bounds and fail the run; times are medians, compared with goals at the
-most, and never fail it.
+Counts have bounds; a count that exceeds its bound fails the benchmark. Times are medians and may
+have goals, which do not fail the benchmark.
 """
 
 import argparse
@@ -44,21 +44,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--binding", choices=BINDINGS, action="append", help="default: all three")
-    parser.add_argument("--short", action="store_true", help="counts only")
-    parser.add_argument("--outage-s", type=float, default=20.0, help="length of each (20)")
-    parser.add_argument("--walk-s", type=float, default=60.0, help="of walking, in endurance (60)")
-    parser.add_argument("--soak-s", type=float, default=60.0, help="of the soak, in endurance (60)")
+    parser.add_argument("--short", action="store_true", help="only the counts")
+    parser.add_argument("--outage-s", type=float, default=20.0, help="length of each outage (20)")
+    parser.add_argument(
+        "--walk-s", type=float, default=60.0, help="time of walking in endurance (60)"
+    )
+    parser.add_argument(
+        "--soak-s", type=float, default=60.0, help="time of the soak in endurance (60)"
+    )
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--markdown", type=Path, metavar="PAGE", help="put the tables into a page")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="PAGE", help="write the tables into a page"
+    )
     options = parser.parse_args()
     parts = ("calls", "views") if options.short else options.parts or PARTS
     bindings = options.binding or BINDINGS
-    # Mounts are undone on the way out.
+    # Unmount on SIGTERM, by unwinding the stack.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     bench = Bench()
-    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as directory:
         for binding in bindings:
-            cache = Path(folder) / binding
+            cache = Path(directory) / binding
             with bench.under(binding):
                 if "calls" in parts:
                     count_calls(bench, binding, cache)
@@ -71,9 +77,9 @@ def main() -> int:
                 if "speed" in parts:
                     measure_cold(bench, binding)
         if "speed" in parts:
-            measure_speed(bench, bindings, Path(folder))
+            measure_speed(bench, bindings, Path(directory))
             measure_reads(bench, bindings)
-            measure_commands(bench, bindings, Path(folder) / "commands")
+            measure_commands(bench, bindings, Path(directory) / "commands")
         if "scale" in parts:
             measure_parsing(bench)
         binding = bindings[0] if options.binding else load_binding().name
@@ -82,9 +88,9 @@ def main() -> int:
                 measure_weights(bench, binding)
                 measure_rivals(bench, binding)
             if "outage" in parts:
-                measure_outages(bench, binding, Path(folder) / "outage", options.outage_s)
+                measure_outages(bench, binding, Path(directory) / "outage", options.outage_s)
             if "endurance" in parts:
-                cache = Path(folder) / "endurance"
+                cache = Path(directory) / "endurance"
                 measure_endurance(bench, binding, cache, options.walk_s, options.soak_s)
             if "scale" in parts:
                 measure_scale(bench, binding)

@@ -1,4 +1,4 @@
-"""Counts of calls, and waits while others wait."""
+"""Counts of API requests, and delays while other processes wait for the server."""
 
 import shlex
 import statistics
@@ -18,72 +18,78 @@ from bench_harness import (
 
 from tinkerfs.demo.server import DemoServer
 
-#: What costs nothing once a walk has been made.
-LOOKS = "find runs -type f; du -s runs; stat runs/*; cat runs/*/checkpoints/*/*/info.json"
-#: Long enough that three small walks take less.
+#: Commands that send no request after a walk.
+WARM_COMMANDS = "find runs -type f; du -s runs; stat runs/*; cat runs/*/checkpoints/*/*/info.json"
+#: Longer than three small walks take.
 TTL_S = 4
 
 
 def count_calls(bench: Bench, binding: str, cache: Path) -> None:
-    """Count the calls of common commands; the look at the key while mounting is not counted."""
+    """Count the API requests of common commands, without the key check at mount."""
 
     def count(what: str, script: str, bound: int) -> None:
-        bench.add(what, calls(server, script, folder), "calls", bound)
+        bench.add(what, calls(server, script, directory), "calls", bound)
 
-    def of_these(what: str, endpoint: str, bound: int) -> None:
+    def count_endpoint(what: str, endpoint: str, bound: int) -> None:
         found = server.journal.count(endpoint)
         bench.add(f"... of these {what}", found, "calls", bound)
 
-    with DemoServer(runs=1000, checkpoints=2) as server, mounted(server, binding, cache) as folder:
+    with (
+        DemoServer(runs=1000, checkpoints=2) as server,
+        mounted(server, binding, cache) as directory,
+    ):
         count("ls /runs, 1,000 runs", "ls runs", 10)
         count("... warm", "ls runs", 0)
     walk = "ls -lR runs"
     with DemoServer(runs=100, checkpoints=10) as server:
-        with mounted(server, binding, cache, "--ttl", "600") as folder:
+        with mounted(server, binding, cache, "--ttl", "600") as directory:
             count("ls -lR /runs, 100 runs x 10", walk, 1101)
-            of_these("weights info", "POST weights_info", 1000)
+            count_endpoint("weights info", "POST weights_info", 1000)
             count("... warm", walk, 0)
-            count("find, du, stat and cat of every info.json, warm", LOOKS, 0)
+            count("find, du, stat and cat of every info.json, warm", WARM_COMMANDS, 0)
             count("grep -r lora_rank /runs, warm", "grep -r lora_rank runs", 0)
             count("rm -r of one", 'set -- runs/*/checkpoints/weights/*; rm -r "$1"', 2)
-            of_these("deletes", "DELETE checkpoint", 1)
-        with mounted(server, binding, cache) as folder:
+            count_endpoint("deletes", "DELETE checkpoint", 1)
+        with mounted(server, binding, cache) as directory:
             count("ls -lR in the second mount", walk, 101)
-            of_these("weights info", "POST weights_info", 0)
+            count_endpoint("weights info", "POST weights_info", 0)
     with (
         DemoServer(runs=10, checkpoints=5) as server,
-        mounted(server, binding, cache, "--ttl", str(TTL_S)) as folder,
+        mounted(server, binding, cache, "--ttl", str(TTL_S)) as directory,
     ):
         count("ls -lR /runs, 10 runs x 5", walk, 61)
         time.sleep(TTL_S)
         count("... three times after the TTL", f"{walk}; {walk}; {walk}", 11)
     with (
         DemoServer(runs=3, checkpoints=20, seed=3) as server,
-        mounted(server, binding, cache) as folder,
+        mounted(server, binding, cache) as directory,
     ):
         count("cat */info.json, 3 runs x 20", "cat runs/*/checkpoints/*/*/info.json", 64)
-    with DemoServer(runs=300, latency_s=0.2) as server, mounted(server, binding, cache) as folder:
+    with (
+        DemoServer(runs=300, latency_s=0.2) as server,
+        mounted(server, binding, cache) as directory,
+    ):
         readers = "for i in $(seq 16); do ls runs & done; wait"
         count("16 readers of one cold listing, 3 pages", readers, 3)
 
 
 COLD_WAITS = (
     ("ls of a cold run", "ls runs/{run}/checkpoints", "GET training_runs/{run}/checkpoints"),
-    ("stat of a new name", "stat runs/nobody", "GET training_runs/{run}"),
+    ("stat of a new name", "stat runs/missing", "GET training_runs/{run}"),
     ("cold ls /runs", "ls runs", "GET training_runs"),
     ("cat of a cold info.json", "cat runs/{run}/latest/info.json", "POST weights_info"),
 )
 
 
 def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
-    with DemoServer(runs=80, checkpoints=2) as server, mounted(server, binding, cache) as folder:
-        shell("ls -R runs", folder)
-        alone = timed(lambda: shell("ls -l runs", folder))
-        urls = sorted(folder.glob("runs/*/checkpoints/*/*/archive_url"))[:64]
+    with DemoServer(runs=80, checkpoints=2) as server, mounted(server, binding, cache) as directory:
+        shell("ls -R runs", directory)
+        alone = timed(lambda: shell("ls -l runs", directory))
+        urls = sorted(directory.glob("runs/*/checkpoints/*/*/archive_url"))[:64]
         rule = server.faults.add("GET archive", hang=True, times=None)
-        readers = [start(["cat", str(url)], folder) for url in urls]
+        readers = [start(["cat", str(url)], directory) for url in urls]
         rule.wait_for(len(urls))
-        waiting = timed(lambda: shell("ls -l runs", folder))
+        waiting = timed(lambda: shell("ls -l runs", directory))
         bench.add("ls -l /runs, alone", alone, "s")
         bench.add(f"the same while {len(urls)} reads hang", waiting, "s")
         left = statistics.median(seconds_to_leave(reader) for reader in readers)
@@ -93,10 +99,10 @@ def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
         with (
             tempfile.TemporaryDirectory() as cold,
             DemoServer(runs=3, checkpoints=3) as server,
-            mounted(server, binding, Path(cold)) as folder,
+            mounted(server, binding, Path(cold)) as directory,
         ):
             rule = server.faults.add(endpoint, hang=True, times=None)
-            reader = start(shlex.split(script.format(run=server.account.run_ids[0])), folder)
+            reader = start(shlex.split(script.format(run=server.account.run_ids[0])), directory)
             rule.wait_for(1)
             bench.add(f"Ctrl-C of {what}", seconds_to_leave(reader), "s")
             rule.release()

@@ -1,4 +1,4 @@
-"""Looking for the first time, at a server far away; and what must answer at once."""
+"""First listings and walks with a distant server, and the delays of commands."""
 
 import math
 import statistics
@@ -14,54 +14,54 @@ from bench_sides import Side, on_one_cpu
 
 LATENCY_S = 0.05
 RUNS = 2000
-#: As many runs as the API tells in one answer.
-PAGE = 100
-#: How many calls go at a time, as `--concurrency` has it.
-AT_ONCE = 8
+#: Number of runs in one response of the API.
+PAGE_SIZE = 100
+#: Number of concurrent requests, the default of `--concurrency`.
+CONCURRENCY = 8
 ROUNDS = 3
 WALKED_RUNS, CHECKPOINTS = 100, 10
-MOUNT_ANSWERS_S, HELP_S, STATUS_S = 0.5, 0.1, 0.2
+MOUNT_READY_S, HELP_S, STATUS_S = 0.5, 0.1, 0.2
 
 
 def measure_cold(bench: Bench, binding: str) -> None:
-    """Measure a first listing and a first walk, each with an empty cache, and a walk after it."""
+    """Measure a listing and a walk with an empty cache, and a second walk."""
     with Server(runs=RUNS, checkpoints=1, latency_s=LATENCY_S) as server:
-        looks = [first_look(server, binding, "ls runs") for _ in range(ROUNDS)]
+        results = [measure_first(server, binding, "ls runs") for _ in range(ROUNDS)]
         what = f"ls of {RUNS:,} runs, cold, {LATENCY_S * 1000:.0f} ms"
-        goal = 3 * LATENCY_S + RUNS / PAGE * LATENCY_S / AT_ONCE
-        spans, made = zip(*looks, strict=True)
+        goal = 3 * LATENCY_S + RUNS / PAGE_SIZE * LATENCY_S / CONCURRENCY
+        spans, made = zip(*results, strict=True)
         bench.add(what, statistics.median(spans), "s", goal=goal)
-        bench.add("... its calls", max(made), "calls", math.ceil(RUNS / PAGE))
+        bench.add("... its calls", max(made), "calls", math.ceil(RUNS / PAGE_SIZE))
     with Server(runs=WALKED_RUNS, checkpoints=CHECKPOINTS, latency_s=LATENCY_S) as server:
         walk = "ls -lR runs"
         what = f"{walk[:6]} of {WALKED_RUNS} runs x {CHECKPOINTS}, {LATENCY_S * 1000:.0f} ms"
         with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache:
             for which in ("cold", "in the second mount"):
-                took_s, made = look(server, binding, Path(cache), walk)
-                goal = made / AT_ONCE * LATENCY_S + 1
+                took_s, made = measure_once(server, binding, Path(cache), walk)
+                goal = made / CONCURRENCY * LATENCY_S + 1
                 bench.add(f"{what}, {which}", took_s, "s", goal=goal)
                 bench.add("... its calls", made, "calls")
 
 
-def first_look(server: Server, binding: str, script: str) -> tuple[float, int]:
+def measure_first(server: Server, binding: str, script: str) -> tuple[float, int]:
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache:
-        return look(server, binding, Path(cache), script)
+        return measure_once(server, binding, Path(cache), script)
 
 
-def look(server: Server, binding: str, cache: Path, script: str) -> tuple[float, int]:
-    """Return how long a look takes just after mounting, seconds, and the calls it makes."""
+def measure_once(server: Server, binding: str, cache: Path, script: str) -> tuple[float, int]:
+    """Run a script right after mounting; return its seconds and API requests."""
     with (
-        mounted(server, binding, cache) as folder,
-        on_one_cpu([Side("mount", folder, daemon_of(folder))]),
+        mounted(server, binding, cache) as directory,
+        on_one_cpu([Side("mount", directory, daemon_of(directory))]),
     ):
         server.ask("clear")
-        began = time.perf_counter()
-        shell(script, folder)
-        return time.perf_counter() - began, server.ask("counts")["api"]
+        started = time.perf_counter()
+        shell(script, directory)
+        return time.perf_counter() - started, server.ask("counts")["api"]
 
 
 def measure_commands(bench: Bench, bindings: Sequence[str], cache: Path) -> None:
-    """Measure what somebody who types a command waits for."""
+    """Measure the delays of interactive commands."""
     with Server() as server:
         for binding in bindings:
             spans = []
@@ -71,17 +71,17 @@ def measure_commands(bench: Bench, bindings: Sequence[str], cache: Path) -> None
                     spans.append(time.perf_counter() - began)
             middle = statistics.median(spans)
             with bench.under(binding):
-                bench.add("the mount answers", middle, "s", goal=MOUNT_ANSWERS_S)
-        with mounted(server, "auto", cache) as folder:
+                bench.add("mount until ready", middle, "s", goal=MOUNT_READY_S)
+        with mounted(server, "auto", cache) as directory:
             span = timed(running("--help"))
             bench.add("tinkerfs --help", span, "s", goal=HELP_S)
-            span = timed(running("status", str(folder)))
+            span = timed(running("status", str(directory)))
             bench.add("tinkerfs status", span, "s", goal=STATUS_S)
 
 
 def running(*arguments: str) -> Callable[[], None]:
     def work() -> None:
-        # Without a time-out: with one, Python looks every 50 ms whether it has ended.
+        # No timeout, because with one Python polls every 50 ms.
         subprocess.run([*TINKERFS, *arguments], stdout=subprocess.DEVNULL, check=True)
 
     return work

@@ -1,4 +1,4 @@
-"""What takes long: a large account listed and walked again and again, and many at work at once."""
+"""Long tests: repeated walks of a large account, and many concurrent processes."""
 
 import time
 from pathlib import Path
@@ -9,9 +9,9 @@ from bench_soak import soak
 
 RUNS, CHECKPOINTS = 1000, 100
 MEMORY_MB = 150.0
-#: What first walks find and keep is kept by then, in the mount, in libfuse and the allocator.
-WARMING_S = 60
-#: "Flat": what the allocator moves by anyway.
+#: Walk for this time first, until the caches of the mount, libfuse and malloc are full.
+WARM_UP_S = 60
+#: Growth that counts as flat, because malloc varies by this much anyway.
 GROWTH_MB = 5.0
 WALK = "ls -R runs"
 
@@ -19,7 +19,7 @@ WALK = "ls -R runs"
 def measure_endurance(
     bench: Bench, binding: str, cache: Path, walk_s: float, soak_s: float
 ) -> None:
-    """Measure memory over walks for `walk_s`, and let many work for `soak_s`, seconds."""
+    """Measure memory over walks for `walk_s`, and run the soak for `soak_s`, seconds."""
     measure_memory(bench, binding, cache, walk_s)
     soak(bench, binding, soak_s)
 
@@ -28,26 +28,26 @@ def measure_memory(bench: Bench, binding: str, cache: Path, walk_s: float) -> No
     listed = f"{RUNS * CHECKPOINTS:,} checkpoints over {RUNS:,} runs"
     with (
         Server(runs=RUNS, checkpoints=CHECKPOINTS) as server,
-        mounted(server, binding, cache, "--ttl", "3600") as folder,
+        mounted(server, binding, cache, "--ttl", "3600") as directory,
     ):
-        daemon = daemon_of(folder)
+        daemon = daemon_of(directory)
         began = time.monotonic()
-        shell(WALK, folder)
+        shell(WALK, directory)
         bench.add(f"{WALK[:5]} of {listed}, cold", time.monotonic() - began, "s")
         bench.add("... resident memory then", resident_mb(daemon), "MB", goal=MEMORY_MB)
-        walk(folder, WARMING_S)
+        walk(directory, WARM_UP_S)
         first_mb, began = resident_mb(daemon), time.monotonic()
-        bench.add(f"... and after {WARMING_S} s of walking", first_mb, "MB", goal=MEMORY_MB)
-        walks = walk(folder, walk_s)
+        bench.add(f"... and after {WARM_UP_S} s of walking", first_mb, "MB", goal=MEMORY_MB)
+        walks = walk(directory, walk_s)
         what = f"... and growth over {time.monotonic() - began:.0f} s more of it"
         bench.add(what, resident_mb(daemon) - first_mb, "MB", goal=GROWTH_MB)
         bench.add("... walks in that time", walks, "walks")
 
 
-def walk(folder: Path, walk_s: float) -> int:
-    """Walk until so many seconds have passed, once at least; return how many times."""
+def walk(directory: Path, walk_s: float) -> int:
+    """Walk for `walk_s` seconds, at least once; return the number of walks."""
     began, walks = time.monotonic(), 0
     while not walks or time.monotonic() - began < walk_s:
-        shell(WALK, folder)
+        shell(WALK, directory)
         walks += 1
     return walks

@@ -1,4 +1,4 @@
-"""What all parts of the bench use: rows, mounts, counts of calls, medians."""
+"""Shared code of the benchmark: result rows, mounts, request counts, medians."""
 
 import os
 import signal
@@ -16,11 +16,11 @@ from tinkerfs.demo.server import DemoServer
 
 TINKERFS = (sys.executable, "-m", "tinkerfs")
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
-RUNS_OF_A_TIMED_THING = 5
+TIMED_REPETITIONS = 5
 
 
 class Bench:
-    """The rows so far."""
+    """Collects the result rows, and prints each when it is added."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -28,7 +28,7 @@ class Bench:
 
     @contextmanager
     def under(self, binding: str) -> Iterator[None]:
-        """Say that the rows that are added meanwhile are of a binding."""
+        """Label the rows that are added inside the block with a binding."""
         self._binding = binding
         yield
         self._binding = None
@@ -41,36 +41,36 @@ class Bench:
         bound: float | None = None,
         *,
         goal: float | None = None,
-        beside: Mapping[str, float] | None = None,
+        details: Mapping[str, float] | None = None,
     ) -> None:
         """Add a row, and print it.
 
         Args:
-            what: was counted or measured.
-            figure: what came out.
-            unit: of the figure, the bound and the goal.
-            bound: the most it may be; over it the run fails.
-            goal: the most it should be; over it the run says so, and goes on.
-            beside: what the figure was made from, by name.
+            what: What was counted or measured.
+            figure: The result.
+            unit: Unit of the figure, the bound and the goal.
+            bound: Maximum figure; if it is exceeded, the benchmark fails.
+            goal: Desired maximum figure; if it is exceeded, the row is only marked.
+            details: Name -> value of the measurements that the figure is derived from.
         """
         row = {"what": what, "binding": self._binding, "figure": figure, "unit": unit}
         row |= {"bound": bound, "ok": bound is None or figure <= bound}
         if goal is not None:
             row |= {"goal": goal, "met": figure <= goal}
-        if beside is not None:
-            row["beside"] = dict(beside)
+        if details is not None:
+            row["details"] = dict(details)
         self.rows.append(row)
         verdict = "" if bound is None else f"  (at most {bound:g}: {'ok' if row['ok'] else 'OVER'})"
         if goal is not None:
             verdict += f"  (goal {goal:g}: {'met' if row['met'] else 'MISSED'})"
-        if beside is not None:
-            verdict += "  " + ", ".join(f"{name} {span:.4g}" for name, span in beside.items())
+        if details is not None:
+            verdict += "  " + ", ".join(f"{name} {span:.4g}" for name, span in details.items())
         label = what if self._binding is None else f"{self._binding}: {what}"
         print(f"{label:<72} {figure:>10.4g} {unit}{verdict}", file=sys.stderr, flush=True)
 
 
-class Serves(Protocol):
-    """A server of the API, here or in another process."""
+class ApiServer(Protocol):
+    """A server of the API, in this process or another."""
 
     @property
     def base_url(self) -> str: ...
@@ -79,8 +79,8 @@ class Serves(Protocol):
     def api_key(self) -> str: ...
 
 
-def daemon_environment(server: Serves, binding: str) -> dict[str, str]:
-    # As where it was installed, its modules are compiled but once.
+def daemon_environment(server: ApiServer, binding: str) -> dict[str, str]:
+    # Let Python write bytecode caches, as for an installed package.
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     return environ | {
         "TINKER_BASE_URL": server.base_url,
@@ -90,23 +90,23 @@ def daemon_environment(server: Serves, binding: str) -> dict[str, str]:
 
 
 @contextmanager
-def mounted(server: Serves, binding: str, cache: Path, *options: str) -> Iterator[Path]:
+def mounted(server: ApiServer, binding: str, cache: Path, *options: str) -> Iterator[Path]:
     environ = daemon_environment(server, binding)
-    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as folder:
-        command = [*TINKERFS, "mount", folder, "--cache-dir", str(cache), *options]
-        # Without a time-out, which it has itself: with one, Python looks every 50 ms.
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as directory:
+        command = [*TINKERFS, "mount", directory, "--cache-dir", str(cache), *options]
+        # No timeout, because with one Python polls every 50 ms. The command has its own timeout.
         subprocess.run(command, env=environ, check=True)
         try:
-            yield Path(folder)
+            yield Path(directory)
         finally:
-            subprocess.run([*TINKERFS, "umount", "--force", folder], check=True, timeout=60)
+            subprocess.run([*TINKERFS, "umount", "--force", directory], check=True, timeout=60)
 
 
-def told(script: str, folder: Path) -> str:
-    """Return what a script says on its standard error; empty where it succeeds in silence."""
+def stderr_of(script: str, directory: Path) -> str:
+    """Run a script; return its standard error, or its exit code if that is empty."""
     done = subprocess.run(
         ["bash", "-c", script],
-        cwd=folder,
+        cwd=directory,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         timeout=300,
@@ -118,33 +118,33 @@ def told(script: str, folder: Path) -> str:
     return done.stderr or ("" if done.returncode == 0 else f"exit code {done.returncode}")
 
 
-def shell(script: str, folder: Path) -> None:
-    """Run a script that may fail; what it says is not wanted."""
-    told(script, folder)
+def shell(script: str, directory: Path) -> None:
+    """Run a script, ignoring its output and exit code."""
+    stderr_of(script, directory)
 
 
-def succeeds(script: str, folder: Path) -> bool:
-    return not told(script, folder)
+def succeeds(script: str, directory: Path) -> bool:
+    return not stderr_of(script, directory)
 
 
-def calls(server: DemoServer, script: str, folder: Path) -> int:
+def calls(server: DemoServer, script: str, directory: Path) -> int:
     server.journal.wait_until_idle()
     server.journal.clear()
-    shell(script, folder)
+    shell(script, directory)
     server.journal.wait_until_idle()
     return server.journal.count()
 
 
-def daemon_of(folder: Path) -> int:
+def daemon_of(directory: Path) -> int:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"--foreground" in command and os.fsencode(folder) in command:
+            if b"--foreground" in command and os.fsencode(directory) in command:
                 return int(entry.name)
-    raise LookupError(folder)
+    raise LookupError(directory)
 
 
 def resident_mb(pid: int) -> float:
@@ -154,13 +154,15 @@ def resident_mb(pid: int) -> float:
     raise LookupError(pid)
 
 
-def start(command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
+def start(command: list[str], directory: Path) -> "subprocess.Popen[bytes]":
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(command, cwd=folder, stdout=quiet, stderr=quiet, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=directory, stdout=quiet, stderr=quiet, start_new_session=True
+    )
 
 
 def seconds_to_leave(process: "subprocess.Popen[bytes]") -> float:
-    """Press Ctrl-C and wait."""
+    """Interrupt a process as Ctrl-C does; return the seconds until it exits."""
     began = time.perf_counter()
     os.kill(process.pid, signal.SIGINT)
     process.wait(30)
@@ -168,9 +170,9 @@ def seconds_to_leave(process: "subprocess.Popen[bytes]") -> float:
 
 
 def timed(work: Callable[[], None]) -> float:
-    """Return the median of several runs, seconds."""
+    """Return the median time of several runs, seconds."""
     spans = []
-    for _ in range(RUNS_OF_A_TIMED_THING):
+    for _ in range(TIMED_REPETITIONS):
         began = time.perf_counter()
         work()
         spans.append(time.perf_counter() - began)

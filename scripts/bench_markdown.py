@@ -1,4 +1,4 @@
-"""The rows of a bench as Markdown tables, put between two lines of a page."""
+"""Format result rows as Markdown tables, and insert them into a page."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def write_into(page: Path, rows: list[Row]) -> None:
-    """Replace what stands between the two lines."""
+    """Replace the part of the page between the lines BEGIN and END."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
@@ -17,7 +17,7 @@ def write_into(page: Path, rows: list[Row]) -> None:
 
 
 def figures(rows: list[Row]) -> str:
-    """Return a row for each thing, with its goal and a column for each binding."""
+    """Return a table with a row per measurement and a column per binding."""
     bindings = bindings_of(rows)
     lines = [f"| work | goal | {' | '.join(bindings)} |", "|---|---|" + "---|" * len(bindings)]
     for what, same in by_what(rows).items():
@@ -30,20 +30,20 @@ def figures(rows: list[Row]) -> str:
 
 
 def parts(rows: list[Row]) -> str:
-    """Return what figures were made from, those that say so."""
+    """Return a table of the details of the figures that have details."""
     lines = ["| work | binding | made from |", "|---|---|---|"]
     for what, same in by_what(rows).items():
         for row in same:
-            if "beside" in row:
+            if "details" in row:
                 found = ", ".join(
-                    f"{name} {number(value)}" for name, value in row["beside"].items()
+                    f"{name} {number(value)}" for name, value in row["details"].items()
                 )
                 lines.append(f"| {what} | {row['binding'] or ''} | {found} |")
     return "\n".join(lines)
 
 
 def by_what(rows: list[Row]) -> dict[str, list[Row]]:
-    """Return the rows by what they are of; one that says "..." goes with the one before it."""
+    """Group rows by label; a label that starts with "..." continues the previous."""
     found: dict[str, list[Row]] = {}
     subject = ""
     for row in rows:
@@ -61,12 +61,12 @@ def bindings_of(rows: list[Row]) -> list[str]:
 
 
 def goal_of(row: Row) -> str:
-    most = row.get("goal", row["bound"])
-    return "" if most is None else f"{number(most)} {row['unit']}".strip()
+    maximum = row.get("goal", row["bound"])
+    return "" if maximum is None else f"{number(maximum)} {row['unit']}".strip()
 
 
 def cell(row: Row) -> str:
-    """Return the figure; what misses its goal or bound is bold."""
+    """Format a figure; it is bold if it misses its goal or bound."""
     text = f"{number(row['figure'])} {row['unit']}".strip()
     return text if row["ok"] and row.get("met", True) else f"**{text}**"
 

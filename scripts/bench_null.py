@@ -1,8 +1,8 @@
-"""A file system that does nothing but answer from dicts: what FUSE in Python costs at the least.
+"""A null filesystem that replies from dicts: the minimal cost of FUSE in Python.
 
-python scripts/bench_null.py SOURCE MOUNTPOINT shows the shape of SOURCE, through the binding that
-TINKERFS_FUSE_BINDING names, until it is unmounted. It uses the binding as it comes, so with neither
-tinkerfs's options nor its fuller listings.
+`python scripts/bench_null.py SOURCE MOUNTPOINT` serves a copy of the tree SOURCE until it is
+unmounted. It uses the binding that TINKERFS_FUSE_BINDING names, without the options and the
+readdirplus replies of tinkerfs.
 """
 
 import errno
@@ -13,12 +13,12 @@ from typing import Any
 
 from tinkerfs.fuse import binding as bindings
 
-#: What os.stat_result has under the names that the bindings want.
+#: Attributes of os.stat_result that the bindings use under the same names.
 FIELDS = ("st_mode", "st_ino", "st_nlink", "st_uid", "st_gid", "st_size", "st_blocks")
 
 
 class Null:
-    """The operations that looking and reading take."""
+    """The operations for reading metadata and files."""
 
     use_ns = True
 
@@ -27,9 +27,9 @@ class Null:
         self.listings: dict[str, list[tuple[str, dict[str, int], int]]] = {}
         self.targets: dict[str, str] = {}
         self.bytes: dict[str, bytes] = {}
-        self._take("/", source)
+        self._load("/", source)
 
-    def _take(self, path: str, source: str) -> None:
+    def _load(self, path: str, source: str) -> None:
         found = os.lstat(source)
         self.attributes[path] = {name: getattr(found, name) for name in FIELDS} | {
             "st_mtime": found.st_mtime_ns,
@@ -44,7 +44,7 @@ class Null:
         else:
             names = os.listdir(source)
             for name in names:
-                self._take(os.path.join(path, name), os.path.join(source, name))
+                self._load(os.path.join(path, name), os.path.join(source, name))
             self.listings[path] = [
                 (name, self.attributes[os.path.join(path, name)], 0) for name in names
             ]
@@ -69,7 +69,7 @@ class Null:
 
 
 class NullForFusepy(Null):
-    """The same for fusepy, which calls its operations by name."""
+    """Adapter for fusepy, which calls one object with the name of the operation."""
 
     def __call__(self, operation: str, *args: Any) -> Any:
         return getattr(self, operation)(*args)

@@ -1,6 +1,7 @@
-"""How many FUSE requests commands make, by kind, as libfuse itself tells them (its option -d).
+"""Count the FUSE requests of commands, from the debug output of libfuse (-d).
 
-Run as a script it is `tinkerfs`, whose libfuse tells each request on standard error.
+Run as a script, this is the command `tinkerfs` with this option, so that libfuse prints each
+request to standard error.
 """
 
 import os
@@ -30,26 +31,27 @@ COMMANDS = (
     ("stat of an absent name", "! stat runs/{run}/nothing 2>/dev/null"),
 )
 _REQUEST = re.compile(r"opcode: (\w+)")
-#: The kernel sends some requests behind a command that has ended (RELEASE, FORGET).
+#: The kernel sends some requests after a command has exited (RELEASE, FORGET).
 QUIET_S = 0.3
-#: What was looked at before is forgotten by the kernel, and small files' bytes may be kept by it.
-FORGOTTEN_S = 2.1
+#: Time until cached entries and attributes expire in the kernel, and tinkerfs lets it cache small
+#: files.
+KERNEL_EXPIRY_S = 2.1
 
 
 def count_requests(bench: Bench, binding: str, cache: Path) -> None:
-    """Count what each command asks of a mount that knows the answers, 100 runs x 10."""
+    """Count the FUSE requests of each command on a mount with warm caches."""
     with (
         Server(runs=RUNS, checkpoints=CHECKPOINTS) as server,
-        telling(server, binding, cache) as (folder, told),
+        mounted_with_debug(server, binding, cache) as (directory, log),
     ):
-        assert succeeds("ls -lR runs", folder)
+        assert succeeds("ls -lR runs", directory)
         for what, script in COMMANDS:
-            until_quiet(told)
-            time.sleep(FORGOTTEN_S)
-            before = told.stat().st_size
-            assert succeeds(script.format(run=server.run_id), folder), what
-            until_quiet(told)
-            with told.open("rb") as file:
+            wait_until_quiet(log)
+            time.sleep(KERNEL_EXPIRY_S)
+            before = log.stat().st_size
+            assert succeeds(script.format(run=server.run_id), directory), what
+            wait_until_quiet(log)
+            with log.open("rb") as file:
                 file.seek(before)
                 text = file.read().decode(errors="replace")
             kinds = Counter(_REQUEST.findall(text))
@@ -57,37 +59,37 @@ def count_requests(bench: Bench, binding: str, cache: Path) -> None:
                 f"FUSE requests of {what}, {RUNS} runs x {CHECKPOINTS}",
                 kinds.total(),
                 "requests",
-                beside=dict(kinds.most_common()),
+                details=dict(kinds.most_common()),
             )
 
 
-def until_quiet(told: Path) -> None:
+def wait_until_quiet(log: Path) -> None:
     size = -1
-    while size != (size := told.stat().st_size):
+    while size != (size := log.stat().st_size):
         time.sleep(QUIET_S)
 
 
 @contextmanager
-def telling(server: Server, binding: str, cache: Path) -> Iterator[tuple[Path, Path]]:
-    """Mount; yield the mountpoint, and the file that tells the requests."""
+def mounted_with_debug(server: Server, binding: str, cache: Path) -> Iterator[tuple[Path, Path]]:
+    """Mount; yield the mountpoint and the file with the debug output."""
     with (
-        tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as folder,
-        tempfile.NamedTemporaryFile(prefix="tinkerfs-bench-requests-") as told,
+        tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as directory,
+        tempfile.NamedTemporaryFile(prefix="tinkerfs-bench-requests-") as log,
     ):
-        arguments = ["mount", "--foreground", "--ttl", "3600", "--cache-dir", cache, folder]
+        arguments = ["mount", "--foreground", "--ttl", "3600", "--cache-dir", cache, directory]
         process = subprocess.Popen(
             [sys.executable, __file__, *arguments],
             env=daemon_environment(server, binding),
-            stdout=told,
-            stderr=told,
+            stdout=log,
+            stderr=log,
         )
         try:
-            while not os.path.ismount(folder):
-                assert process.poll() is None, Path(told.name).read_text()
+            while not os.path.ismount(directory):
+                assert process.poll() is None, Path(log.name).read_text()
                 time.sleep(0.05)
-            yield Path(folder), Path(told.name)
+            yield Path(directory), Path(log.name)
         finally:
-            unmount(folder)
+            unmount(directory)
             process.wait(30)
 
 

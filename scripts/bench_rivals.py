@@ -1,8 +1,8 @@
-"""Weights read through tinkerfs, and beside it through ratarmount and rclone where they are.
+"""Reading weights through tinkerfs, compared with ratarmount and rclone.
 
-Both are given what tinkerfs asks the API for: a signed URL. rclone lists a page of links and shows
-the archive, not what is in it; so it gets such a page, which leads to that URL. Every time counts
-from before the mount.
+ratarmount gets the signed URL of the archive. rclone mounts an HTML page with links, and shows the
+archive but not its members. It gets a page with one link, which redirects to the signed URL. Every
+time includes the mount. Programs that are not installed are skipped.
 """
 
 import os
@@ -26,12 +26,12 @@ LATENCY_S = 0.05
 BYTES_PER_S = 100_000_000
 RANDOM_READS = 200
 
-#: Mounts with a cache folder; yields the file that holds the weights, and who serves it.
+#: Mounts with a cache directory; yields the file with the weights, and the pid of the daemon.
 Mount = Callable[[Server, Path], AbstractContextManager[tuple[Path, int]]]
 
 
 class NotMounted(Exception):
-    """A command that is there does not mount."""
+    """An installed program fails to mount."""
 
 
 FIRST_BYTES = """
@@ -48,14 +48,14 @@ else:
 def measure_rivals(bench: Bench, binding: str) -> None:
     installed = [name for name in ("ratarmount", "rclone") if is_installed(name)]
     for latency_s, bytes_per_s, measure in (
-        (LATENCY_S, BYTES_PER_S, beside),
-        (0.0, 0, at_full_speed),
+        (LATENCY_S, BYTES_PER_S, measure_throttled),
+        (0.0, 0, measure_unlimited),
     ):
         with server_of(latency_s, bytes_per_s) as server, links_to(server) as page:
             for name, mount in mounts_of(installed, binding, page).items():
                 try:
                     measure(bench, name, mount, server)
-                except NotMounted as error:  # ratarmount without fsspec, say, which it has told
+                except NotMounted as error:  # e.g. ratarmount without fsspec, which it reports
                     print(f"{error}: not compared", file=sys.stderr)
 
 
@@ -82,8 +82,8 @@ def server_of(latency_s: float, bytes_per_s: int) -> Server:
     )
 
 
-def beside(bench: Bench, name: str, mount: Mount, server: Server) -> None:
-    """Read a little, all, at random, and again in the next mount."""
+def measure_throttled(bench: Bench, name: str, mount: Mount, server: Server) -> None:
+    """Measure first bytes, a full read, random reads, and a read in a second mount."""
     about = f"{LATENCY_S * 1000:.0f} ms, {BYTES_PER_S // 1_000_000} MB/s a connection"
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache:
         server.ask("clear")
@@ -117,7 +117,7 @@ def beside(bench: Bench, name: str, mount: Mount, server: Server) -> None:
         bench.add("... fetched over read", cost["sent"] / GB, "x")
 
 
-def at_full_speed(bench: Bench, name: str, mount: Mount, server: Server) -> None:
+def measure_unlimited(bench: Bench, name: str, mount: Mount, server: Server) -> None:
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache:
         took_s = seconds(partial(read_whole, mount, server, Path(cache)))
     bench.add(f"{name}: 1 GB cold, 0 ms, unlimited", GB / 1e6 / took_s, "MB/s")
@@ -130,42 +130,45 @@ def read_whole(mount: Mount, server: Server, cache: Path) -> None:
 
 @contextmanager
 def tinkerfs(binding: str, server: Server, cache: Path) -> Iterator[tuple[Path, int]]:
-    with mounted(server, binding, cache) as folder:
-        yield members(folder, server)[0], daemon_of(folder)
+    with mounted(server, binding, cache) as directory:
+        yield members(directory, server)[0], daemon_of(directory)
 
 
 @contextmanager
 def ratarmount(server: Server, cache: Path) -> Iterator[tuple[Path, int]]:
     url = server.ask("url", "0001")
     command = ["ratarmount", "--foreground", "--index-file", str(cache / "index.sqlite"), url]
-    with served(command) as (folder, pid):
-        yield folder / "adapter_model.safetensors", pid
+    with served(command) as (directory, pid):
+        yield directory / "adapter_model.safetensors", pid
 
 
 @contextmanager
 def rclone(mode: str, page: str, _server: Server, cache: Path) -> Iterator[tuple[Path, int]]:
-    # No configuration, of whoever runs this.
+    # Ignore the configuration of the user.
     options = ["--config", os.devnull, "--read-only", "--cache-dir", str(cache)]
     options += ["--vfs-cache-mode", mode]
-    with served(["rclone", "mount", *options, f":http,url='{page}':"]) as (folder, pid):
-        yield folder / "archive.tar", pid
+    with served(["rclone", "mount", *options, f":http,url='{page}':"]) as (directory, pid):
+        yield directory / "archive.tar", pid
 
 
 @contextmanager
 def served(command: list[str]) -> Iterator[tuple[Path, int]]:
-    """Have a command that stays serve a folder, its last argument."""
-    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as folder, open(os.devnull) as no:
+    """Run a foreground mount command; yield its temporary mountpoint and its pid."""
+    with (
+        tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as directory,
+        open(os.devnull) as null,
+    ):
         process = subprocess.Popen(
-            [*command, folder], stdin=no, stdout=subprocess.DEVNULL, start_new_session=True
+            [*command, directory], stdin=null, stdout=subprocess.DEVNULL, start_new_session=True
         )
         try:
             deadline = time.monotonic() + 60
-            while not os.path.ismount(folder):
+            while not os.path.ismount(directory):
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise NotMounted(f"{command[0]} does not mount")
                 time.sleep(0.01)
-            yield Path(folder), process.pid
-            subprocess.run(["fusermount3", "-u", folder], check=True)
+            yield Path(directory), process.pid
+            subprocess.run(["fusermount3", "-u", directory], check=True)
         finally:
             process.terminate()
             process.wait(60)
@@ -173,7 +176,7 @@ def served(command: list[str]) -> Iterator[tuple[Path, int]]:
 
 @contextmanager
 def links_to(server: Server) -> Iterator[str]:
-    """Serve a page with one link, which leads to an archive, for all mounts: rclone keeps by it."""
+    """Serve a page with a link to an archive; yield its URL, rclone's cache key."""
     url, name = server.ask("url", "0001"), "archive.tar"
 
     class Handler(BaseHTTPRequestHandler):

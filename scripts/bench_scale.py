@@ -1,4 +1,4 @@
-"""Large accounts: until the first entry, the whole listing, memory and what is kept on disk."""
+"""Large accounts: time to the first and last entry, memory, disk usage."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from bench_server import Server
 
 from tinkerfs.api.parsing import parse_checkpoints
 
-#: Runs and checkpoints of each; the first three are listed by one call each.
+#: Number of runs, and of checkpoints per run; the checkpoints of a run are listed by one request.
 SHAPES = (
     (1, 1000),
     (1, 10_000),
@@ -24,18 +24,18 @@ SHAPES = (
     (10_000, 10),
     (100_000, 10),
 )
-#: A walk through more checkpoints than these takes too long; they are listed in one folder alone.
-WALKED_CHECKPOINTS = 100_000
-#: Nothing is asked twice while it is measured, and a million checkpoints come in minutes.
+#: Maximum number of checkpoints for a walk; with more, only /checkpoints is listed.
+MAX_WALKED_CHECKPOINTS = 100_000
+#: Nothing expires during a measurement, and listing a million checkpoints may take minutes.
 OPTIONS = ("--ttl", "3600", "--timeout", "600")
 
 PARSED_RECORDS, PARSING_GOAL_S = 10_000, 0.1
 
 
 def measure_parsing(bench: Bench) -> None:
-    """Measure reading an answer of many checkpoints, beside `json.loads` of the same bytes.
+    """Measure parsing a response with many checkpoints, compared with `json.loads`.
 
-    That keeps no record's own text and reads no time.
+    `json.loads` does less: it neither saves the text of each record nor parses timestamps.
     """
     records = [
         {
@@ -50,57 +50,61 @@ def measure_parsing(bench: Bench) -> None:
         for number in range(PARSED_RECORDS)
     ]
     body = json.dumps({"checkpoints": records}).encode()
-    ours_s, json_s = timed(lambda: parse_checkpoints(body)), timed(lambda: json.loads(body))
+    own_s, json_s = timed(lambda: parse_checkpoints(body)), timed(lambda: json.loads(body))
     bench.add(
         f"parsing {PARSED_RECORDS:,} checkpoints",
-        ours_s,
+        own_s,
         "s",
         goal=PARSING_GOAL_S,
-        beside={"tinkerfs": ours_s, "json.loads": json_s},
+        details={"tinkerfs": own_s, "json.loads": json_s},
     )
 
 
 def measure_scale(bench: Bench, binding: str) -> None:
-    """Measure every shape, each on an empty cache and a server of its own."""
+    """Measure every shape with an empty cache and a new server."""
     for runs, checkpoints in SHAPES:
         with Server(runs=runs, checkpoints=checkpoints) as server:
             shape = f"{runs * checkpoints:,} checkpoints over {runs:,} run{'s' * (runs > 1)}"
             if runs == 1:
-                in_one_run(bench, binding, server, shape)
+                measure_one_run(bench, binding, server, shape)
             else:
-                over_many(bench, binding, server, shape, runs * checkpoints <= WALKED_CHECKPOINTS)
+                measure_many_runs(
+                    bench, binding, server, shape, runs * checkpoints <= MAX_WALKED_CHECKPOINTS
+                )
 
 
-def in_one_run(bench: Bench, binding: str, server: Server, shape: str) -> None:
-    """Measure a folder with every second checkpoint of a run, and one path in it."""
-    place = f"runs/{server.run_id}/checkpoints/weights"
-    with cold(binding, server) as (folder, report):
-        listed(bench, f"{shape}: its kind's folder", folder / place)
-        listed(bench, f"{shape}: the same, warm", folder / place)
+def measure_one_run(bench: Bench, binding: str, server: Server, shape: str) -> None:
+    """Measure a directory with half of the checkpoints of a run, and one path in it."""
+    path = f"runs/{server.run_id}/checkpoints/weights"
+    with cold(binding, server) as (directory, report):
+        measure_listing(bench, f"{shape}: one kind", directory / path)
+        measure_listing(bench, f"{shape}: the same, warm", directory / path)
         report(bench, shape)
-    with cold(binding, server) as (folder, _report):
+    with cold(binding, server) as (directory, _report):
         began = time.perf_counter()
-        (folder / place / "0001/tinker_path").read_bytes()
+        (directory / path / "0001/tinker_path").read_bytes()
         bench.add(f"{shape}: a known path, cold", time.perf_counter() - began, "s")
 
 
-def over_many(bench: Bench, binding: str, server: Server, shape: str, is_walked: bool) -> None:
-    """Measure the folder of all runs, then all checkpoints: by a walk, or in one folder."""
-    with cold(binding, server) as (folder, report):
-        listed(bench, f"{shape}: runs", folder / "runs")
+def measure_many_runs(
+    bench: Bench, binding: str, server: Server, shape: str, is_walked: bool
+) -> None:
+    """Measure listing all runs, then all checkpoints by a walk or in one directory."""
+    with cold(binding, server) as (directory, report):
+        measure_listing(bench, f"{shape}: runs", directory / "runs")
         report(bench, f"{shape}: runs")
         if is_walked:
             began = time.perf_counter()
             script = ["ls", "-R", "runs"]
-            subprocess.run(script, cwd=folder, stdout=subprocess.DEVNULL, check=True)
+            subprocess.run(script, cwd=directory, stdout=subprocess.DEVNULL, check=True)
             bench.add(f"{shape}: ls -R runs", time.perf_counter() - began, "s")
             report(bench, f"{shape}: ls -R runs")
         else:
-            listed(bench, f"{shape}: checkpoints", folder / "checkpoints")
+            measure_listing(bench, f"{shape}: checkpoints", directory / "checkpoints")
             report(bench, f"{shape}: checkpoints")
-    with cold(binding, server) as (folder, _report):
+    with cold(binding, server) as (directory, _report):
         began = time.perf_counter()
-        (folder / "runs" / server.run_id / "info.json").read_bytes()
+        (directory / "runs" / server.run_id / "info.json").read_bytes()
         bench.add(f"{shape}: a known path, cold", time.perf_counter() - began, "s")
 
 
@@ -109,13 +113,13 @@ def cold(binding: str, server: Server) -> Iterator[tuple[Path, "Report"]]:
     """Mount with an empty cache."""
     with (
         tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache,
-        mounted(server, binding, Path(cache), *OPTIONS) as folder,
+        mounted(server, binding, Path(cache), *OPTIONS) as directory,
     ):
-        yield folder, Report(daemon_of(folder), Path(cache))
+        yield directory, Report(daemon_of(directory), Path(cache))
 
 
 class Report:
-    """Tells what a mount takes."""
+    """Adds rows with the memory and disk usage of a mount."""
 
     def __init__(self, pid: int, cache: Path) -> None:
         self._pid, self._cache = pid, cache
@@ -123,14 +127,14 @@ class Report:
     def __call__(self, bench: Bench, what: str) -> None:
         bench.add(f"{what}: resident memory", resident_mb(self._pid), "MB")
         files = self._cache.glob("metadata.sqlite3*")
-        kept_mb = sum(path.stat().st_size for path in files) / 1e6
-        bench.add(f"{what}: SQLite", round(kept_mb, 3), "MB")
+        used_mb = sum(path.stat().st_size for path in files) / 1e6
+        bench.add(f"{what}: SQLite", round(used_mb, 3), "MB")
 
 
-def listed(bench: Bench, what: str, folder: Path) -> None:
-    """List a folder as `ls -f` does: until its first entry, and until its last."""
+def measure_listing(bench: Bench, what: str, directory: Path) -> None:
+    """List a directory as `ls -f`; measure the time to the first and last entry."""
     began = time.perf_counter()
-    with os.scandir(folder) as entries:
+    with os.scandir(directory) as entries:
         next(entries)
         first_s = time.perf_counter() - began
         count = 1 + sum(1 for _ in entries)

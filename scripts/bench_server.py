@@ -1,4 +1,4 @@
-"""A demo server in a process of its own, so that it takes no time of what is measured."""
+"""A demo server in a separate process, which does not slow down the benchmark."""
 
 import json
 import subprocess
@@ -7,11 +7,11 @@ from typing import Any, Self
 
 
 class Server:
-    """A demo server elsewhere, told what to do a line at a time.
+    """Client of a demo server in a subprocess; both exchange lines of JSON.
 
     Args:
-        bytes_per_s: how fast each connection of its store is at the most; 0 for no bound.
-        **arguments: of `DemoServer`.
+        bytes_per_s: Maximum rate of each connection to the store; 0 for no limit.
+        **arguments: Arguments of `DemoServer`.
     """
 
     base_url: str
@@ -27,28 +27,28 @@ class Server:
         )
 
     def __enter__(self) -> Self:
-        told = self._answer()
-        self.base_url, self.api_key = told["base_url"], told["api_key"]
-        self.run_id = told["run_id"]
+        facts = self._read_reply()
+        self.base_url, self.api_key = facts["base_url"], facts["api_key"]
+        self.run_id = facts["run_id"]
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self._process.communicate(timeout=30)
 
-    def ask(self, word: str, *values: object) -> Any:
-        """Return the answer to a word of `answers`."""
+    def ask(self, command: str, *values: object) -> Any:
+        """Send a command of `execute`; return its result."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([word, *values]) + "\n")
+        self._process.stdin.write(json.dumps([command, *values]) + "\n")
         self._process.stdin.flush()
-        return self._answer()
+        return self._read_reply()
 
-    def _answer(self) -> Any:
+    def _read_reply(self) -> Any:
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
 
 def serve(arguments: dict[str, Any]) -> None:
-    """Be that process."""
+    """Run the demo server; execute the commands on standard input until it ends."""
     from tinkerfs.demo.server import DemoServer
 
     bytes_per_s = arguments.pop("bytes_per_s")
@@ -59,29 +59,29 @@ def serve(arguments: dict[str, Any]) -> None:
         facts = {"base_url": server.base_url, "api_key": server.api_key, "run_id": run_id}
         print(json.dumps(facts), flush=True)
         for line in sys.stdin:
-            word, *values = json.loads(line)
-            print(json.dumps(answers(server, word, *values)), flush=True)
+            command, *values = json.loads(line)
+            print(json.dumps(execute(server, command, *values)), flush=True)
 
 
-def answers(server: Any, word: str, *values: Any) -> object:
-    """Do what a word means, and return what it asks for."""
-    if word == "url":  # of the archive of a sampler checkpoint of the first run
+def execute(server: Any, command: str, *values: Any) -> object:
+    """Execute a command of the client; return its result."""
+    if command == "url":  # of the archive of a sampler checkpoint of the first run
         return server.archive_url(server.account.run_ids[0], f"sampler_weights/{values[0]}")
-    if word == "latency":
+    if command == "latency":
         (server.latency_s,) = values
         return None
     server.journal.wait_until_idle()
-    if word == "clear":
+    if command == "clear":
         server.journal.clear()
         return None
     entries = server.journal.entries()
-    if word == "entries":
+    if command == "entries":
         fields = ("origin", "method", "path", "query", "endpoint", "start_s", "end_s", "status")
         return [
             {name: getattr(entry, name) for name in fields} | {"body": entry.body.decode()}
             for entry in entries
         ]
-    assert word == "counts", word
+    assert command == "counts", command
     return {
         "api": sum(e.origin == "api" for e in entries),
         "archives": sum(e.endpoint == "GET archive" for e in entries),

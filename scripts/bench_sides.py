@@ -1,7 +1,7 @@
-"""What a mount is compared with: the same tree on tmpfs, bindfs over that, a null file system.
+"""Comparison of a mount with tmpfs, bindfs and a null filesystem.
 
-Each side's figure is the median of several runs that take turns with the others', and each run
-starts when the kernel has forgotten what it may keep for a second of that side.
+The result of each side is the median of several runs. The runs of the sides alternate. Each run
+starts after the kernel's cached entries and attributes of that side have expired.
 """
 
 import os
@@ -18,49 +18,49 @@ from pathlib import Path
 from bench_harness import Bench
 
 TMPFS = Path("/dev/shm")
-#: Entries and attributes of every side are good for 1 s in the kernel; and a little for its clock.
-FORGOTTEN_S = 1.05
+#: The kernel caches entries and attributes of every side for 1 s; with a margin for its clock.
+KERNEL_EXPIRY_S = 1.05
 ROUNDS = 5
-#: What takes longer than this in two rounds is not done a third time, seconds.
-LONG_S = 20.0
+#: Work that takes longer than this in two rounds gets no third round, seconds.
+MAX_TWO_ROUNDS_S = 20.0
 
 Work = Callable[[Path], object]
 
 
 class Side:
-    """One of those that are compared: a folder, who serves it, and when it was looked at last."""
+    """One side of a comparison: a directory, and the pid of its daemon if it has one."""
 
     def __init__(self, name: str, root: Path, pid: int | None = None) -> None:
         self.name, self.root, self.pid = name, root, pid
-        self._left_s = 0.0
+        self._last_used_s = 0.0
 
     def time(self, work: Work, before: Work | None = None) -> float:
-        """Return how long some work takes here, seconds, once the kernel has forgotten."""
-        time.sleep(max(0.0, self._left_s + FORGOTTEN_S - time.monotonic()))
+        """Return the time of some work, seconds, after the kernel's caches have expired."""
+        time.sleep(max(0.0, self._last_used_s + KERNEL_EXPIRY_S - time.monotonic()))
         if before is not None:
             before(self.root)
         began = time.perf_counter()
         work(self.root)
         took_s = time.perf_counter() - began
-        self._left_s = time.monotonic()
+        self._last_used_s = time.monotonic()
         return took_s
 
 
 def compare(
     sides: Sequence[Side], work: Work, rounds: int = ROUNDS, before: Work | None = None
 ) -> dict[str, float]:
-    """Return each side's median over runs that take turns.
+    """Return the median time of each side over alternating runs.
 
     Args:
-        sides: the mount, bindfs, and what else is of interest.
-        work: what each does in its folder.
-        rounds: how often; with fewer than the usual, what is merely of interest does it once.
-        before: what is done before each, and not timed.
+        sides: The mount, bindfs, and sides for information.
+        work: The function to time, called with the directory of a side.
+        rounds: Number of runs; if it is less than ROUNDS, the sides for information run once.
+        before: Called before each run, not timed.
     """
     spans: dict[str, list[float]] = {side.name: [] for side in sides}
     began = time.monotonic()
     for number in range(rounds):
-        if number == 2 and time.monotonic() - began > LONG_S:
+        if number == 2 and time.monotonic() - began > MAX_TWO_ROUNDS_S:
             break
         for side in sides if number == 0 or rounds == ROUNDS else sides[:2]:
             spans[side.name].append(side.time(work, before))
@@ -69,74 +69,74 @@ def compare(
 
 @contextmanager
 def on_one_cpu(sides: Sequence[Side]) -> Iterator[None]:
-    """Keep who asks and who answers on one CPU meanwhile.
+    """Run this process and the daemons on one CPU inside the block.
 
-    They take turns anyway. On two, each turn waits for the other CPU to wake up: the same `ls -l`
-    of bindfs took from 0.2 to 2.5 s on a virtual machine, and 0.19 to 0.22 s on one CPU.
+    Client and daemon alternate anyway. On two CPUs, each switch waits for the other CPU to wake
+    up, which makes the times on a virtual machine vary by a factor of ten.
     """
-    every = os.sched_getaffinity(0)
-    settle(sides, {max(every)})
+    all_cpus = os.sched_getaffinity(0)
+    set_affinity(sides, {max(all_cpus)})
     try:
         yield
     finally:
-        settle(sides, every)
+        set_affinity(sides, all_cpus)
 
 
-def settle(sides: Sequence[Side], cpus: set[int]) -> None:
-    """Let this process and those that serve run on these CPUs alone."""
+def set_affinity(sides: Sequence[Side], cpus: set[int]) -> None:
+    """Restrict this process and the daemons to some CPUs."""
     os.sched_setaffinity(0, cpus)
     for side in sides:
         for thread in os.listdir(f"/proc/{side.pid}/task") if side.pid else ():
-            # One that has ended meanwhile needs no place.
+            # The thread may have exited since it was listed.
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(int(thread), cpus)
 
 
 def add_ratio(bench: Bench, what: str, medians: dict[str, float], goal: float) -> None:
-    """Add a row of the mount's time over bindfs's."""
+    """Add a row with the ratio of the mount's time to that of bindfs."""
     ratio = medians["mount"] / medians["bindfs"]
-    bench.add(what, ratio, "x", goal=goal, beside=medians)
+    bench.add(what, ratio, "x", goal=goal, details=medians)
 
 
 @contextmanager
 def tmpfs() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-", dir=TMPFS) as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-", dir=TMPFS) as directory:
+        yield Path(directory)
 
 
 def copy_shape(source: Path, target: Path, depth: int) -> None:
-    """Make a tree with the names, kinds, sizes, links and times of another, so many levels deep.
+    """Copy names, kinds, sizes, links and times of a tree down to `depth` levels.
 
-    Nothing is read: files hold as many spaces as their size says.
+    No file is read: the copies contain spaces.
     """
     target.mkdir(exist_ok=True)
     with os.scandir(source) as entries:
         for entry in entries:
-            made, found = target / entry.name, entry.stat(follow_symlinks=False)
+            copy, status = target / entry.name, entry.stat(follow_symlinks=False)
             if entry.is_symlink():
-                made.symlink_to(os.readlink(entry.path))
+                copy.symlink_to(os.readlink(entry.path))
             elif entry.is_dir(follow_symlinks=False):
-                made.mkdir()
+                copy.mkdir()
                 if depth > 1:
-                    copy_shape(Path(entry.path), made, depth - 1)
+                    copy_shape(Path(entry.path), copy, depth - 1)
             else:
-                made.write_bytes(b" " * found.st_size)
-                made.chmod(found.st_mode & 0o777)
-            os.utime(made, ns=(found.st_mtime_ns,) * 2, follow_symlinks=False)
+                copy.write_bytes(b" " * status.st_size)
+                copy.chmod(status.st_mode & 0o777)
+            os.utime(copy, ns=(status.st_mtime_ns,) * 2, follow_symlinks=False)
 
 
 @contextmanager
 def bindfs(source: Path) -> Iterator[Side]:
-    """Mount bindfs over a tree, as it comes."""
+    """Mount bindfs over a tree, with its default options."""
     if shutil.which("bindfs") is None:
-        sys.exit("scripts/bench compares with bindfs: please install it (apt install bindfs)")
+        sys.exit("scripts/bench needs bindfs for comparison (hint: apt install bindfs)")
     with served("bindfs", ["bindfs", "-f", "--no-allow-other"], source) as side:
         yield side
 
 
 @contextmanager
 def null(source: Path, binding: str) -> Iterator[Side]:
-    """Mount a null file system of the shape of a tree, under a binding."""
+    """Mount a null filesystem with a copy of a tree, through a binding."""
     script = Path(__file__).with_name("bench_null.py")
     environ = {"TINKERFS_FUSE_BINDING": binding}
     with served("null", [sys.executable, str(script)], source, **environ) as side:
@@ -145,23 +145,23 @@ def null(source: Path, binding: str) -> Iterator[Side]:
 
 @contextmanager
 def served(name: str, command: list[str], source: Path, **environ: str) -> Iterator[Side]:
-    """Run a program that serves a tree in another folder until that is unmounted."""
-    with tempfile.TemporaryDirectory(prefix=f"tinkerfs-bench-{name}-") as folder:
+    """Run a program that serves a tree on a temporary directory; unmount at the end."""
+    with tempfile.TemporaryDirectory(prefix=f"tinkerfs-bench-{name}-") as directory:
         process = subprocess.Popen(
-            [*command, source, folder],
+            [*command, source, directory],
             env=os.environ | environ,
-            stderr=subprocess.DEVNULL,  # libfuse 3.14 warns of a default of its own
+            stderr=subprocess.DEVNULL,  # libfuse 3.14 warns about one of its own defaults
         )
         try:
-            while not os.path.ismount(folder):
+            while not os.path.ismount(directory):
                 assert process.poll() is None, f"{command[0]} ended with {process.returncode}"
                 time.sleep(0.05)
-            yield Side(name, Path(folder), process.pid)
+            yield Side(name, Path(directory), process.pid)
         finally:
-            unmount(folder)
+            unmount(directory)
             process.wait(30)
 
 
-def unmount(folder: str) -> None:
+def unmount(directory: str) -> None:
     program = shutil.which("fusermount3") or "fusermount"
-    subprocess.run([program, "-u", folder], check=True, timeout=30)
+    subprocess.run([program, "-u", directory], check=True, timeout=30)

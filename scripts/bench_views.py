@@ -1,4 +1,4 @@
-"""Calls that a first and a second look at each view make."""
+"""Count the API requests of a cold and a warm listing of each view."""
 
 from pathlib import Path
 
@@ -6,34 +6,34 @@ from bench_harness import Bench, calls, mounted
 
 from tinkerfs.demo.server import DemoServer
 
-#: View, and the most calls that a first look may make: of 4,000 checkpoints in pages of 100, of 200
-#: runs, or of 500 sessions in pages of 200; a sampler is listed by no endpoint.
-OF_RUNS = (
+#: View -> maximum number of requests of a cold listing. There are 4,000 checkpoints in pages of
+#: 100, 200 runs, and 500 sessions in pages of 200. No endpoint lists samplers.
+RUN_VIEWS = (
     ("checkpoints", 40),
     ("published", 40),
     ("expiring", 40),
     ("adapters", 40),
     ("models", 2),
 )
-OF_SESSIONS = (("sessions", 3), ("samplers", 0))
+SESSION_VIEWS = (("sessions", 3), ("samplers", 0))
 
 
 def count_views(bench: Bench, binding: str, cache: Path) -> None:
-    def count(server: DemoServer, folder: Path, view: str, bound: int) -> None:
-        (folder / ".tinkerfs/refresh").write_text("1")
-        look = f"ls -l {view}"
-        bench.add(look, calls(server, look, folder), "calls", bound)
-        bench.add("... warm", calls(server, look, folder), "calls", 0)
+    def count(server: DemoServer, directory: Path, view: str, bound: int) -> None:
+        (directory / ".tinkerfs/refresh").write_text("1")
+        command = f"ls -l {view}"
+        bench.add(command, calls(server, command, directory), "calls", bound)
+        bench.add("... warm", calls(server, command, directory), "calls", 0)
 
     with (
         DemoServer(runs=200, checkpoints=20) as server,
-        mounted(server, binding, cache, "--ttl", "600") as folder,
+        mounted(server, binding, cache, "--ttl", "600") as directory,
     ):
-        for view, bound in OF_RUNS:
-            count(server, folder, view, bound)
+        for view, bound in RUN_VIEWS:
+            count(server, directory, view, bound)
     with (
         DemoServer(runs=1000, checkpoints=1) as server,
-        mounted(server, binding, cache, "--ttl", "600") as folder,
+        mounted(server, binding, cache, "--ttl", "600") as directory,
     ):
-        for view, bound in OF_SESSIONS:
-            count(server, folder, view, bound)
+        for view, bound in SESSION_VIEWS:
+            count(server, directory, view, bound)

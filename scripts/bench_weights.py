@@ -1,4 +1,4 @@
-"""Weights: requests, bytes and speed of reading them, beside curl on the same server."""
+"""Reading weights: requests, bytes and speed, compared with curl and aria2c."""
 
 import os
 import random
@@ -18,12 +18,12 @@ from bench_server import Server
 from bench_sides import TMPFS
 
 GB = 1_000_000_000
-#: What the files of a checkpoint are besides its tensors, and the ends of blocks that are cut.
+#: Upper bound of the other files of a checkpoint, and of the unused ends of blocks.
 SLACK_BYTES = 8 << 20
-#: What reading 1 GB takes: the cache, what the kernel keeps of the file, and what it is copied by.
+#: Memory for reading 1 GB: the cache, the page cache of the file, and buffers.
 TOUCHED_BYTES = 3_500_000_000
 HAS_ARIA2 = shutil.which("aria2c") is not None
-#: So many that six of them are of a sampler.
+#: Half of them are sampler checkpoints.
 CHECKPOINTS = 12
 
 
@@ -32,27 +32,27 @@ def fresh(server: Server, binding: str, *options: str) -> Iterator[Path]:
     """Mount with an empty cache."""
     with (
         tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache,
-        mounted(server, binding, Path(cache), *options) as folder,
+        mounted(server, binding, Path(cache), *options) as directory,
     ):
-        yield folder
+        yield directory
 
 
-def members(folder: Path, server: Server) -> list[Path]:
-    kind = folder / "runs" / server.run_id / "checkpoints/sampler_weights"
+def members(directory: Path, server: Server) -> list[Path]:
+    kind = directory / "runs" / server.run_id / "checkpoints/sampler_weights"
     return [kind / name / "files/adapter_model.safetensors" for name in sorted(os.listdir(kind))]
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    started = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - started
 
 
 def touch_memory() -> None:
-    """Use memory, and let go of it.
+    """Allocate memory and free it again.
 
-    What nobody has used for some seconds a virtual machine has to get from its host again: where
-    this was measured 1 s a GB, and a mount uses twice what a downloader does.
+    A virtual machine returns memory that is unused for some seconds to its host. Getting it back
+    is slow, and a mount uses twice the memory of a downloader.
     """
     size_bytes = min(TOUCHED_BYTES, shutil.disk_usage(TMPFS).free // 2)
     with tempfile.TemporaryFile(dir=TMPFS) as file:
@@ -69,32 +69,34 @@ def dd(*paths: Path) -> None:
     assert not any(process.wait(600) for process in started)
 
 
-def curl(url: str, ranges: int, folder: Path | None = None) -> None:
-    """Download with so many connections, each a part, into a folder or to nowhere."""
+def curl(url: str, ranges: int, directory: Path | None = None) -> None:
+    """Download ranges over `ranges` connections, into a directory or to /dev/null."""
     step = GB // ranges
     started = []
     for number in range(ranges):
         last = "" if number == ranges - 1 else str((number + 1) * step - 1)
         part = f"{number * step}-{last}"
-        target = "/dev/null" if folder is None else str(folder / part)
+        target = "/dev/null" if directory is None else str(directory / part)
         started.append(subprocess.Popen(["curl", "-sf", "-r", part, "-o", target, url]))
     assert not any(process.wait(600) for process in started)
 
 
-def aria2(url: str, connections: int, folder: Path) -> None:
-    """Download with so many connections into one file in a folder."""
-    many = [f"--split={connections}", f"--max-connection-per-server={connections}"]
-    quick = ["--min-split-size=1M", "--file-allocation=none", "--no-conf", "--quiet"]
-    subprocess.run(["aria2c", *many, *quick, f"--dir={folder}", "--out=file", url], check=True)
+def aria2(url: str, connections: int, directory: Path) -> None:
+    """Download over `connections` connections into one file in a directory."""
+    parallel = [f"--split={connections}", f"--max-connection-per-server={connections}"]
+    fast = ["--min-split-size=1M", "--file-allocation=none", "--no-conf", "--quiet"]
+    subprocess.run(
+        ["aria2c", *parallel, *fast, f"--dir={directory}", "--out=file", url], check=True
+    )
 
 
 def archive_url(server: Server, path: Path) -> str:
-    """Ask the API for the URL of the archive that a file is in, as who downloads it must."""
+    """Request the URL of the archive that contains a file from the API, with curl."""
     checkpoint = "/".join(path.parts[-4:-2])
-    place = f"training_runs/{server.run_id}/checkpoints/{checkpoint}/archive"
+    endpoint = f"training_runs/{server.run_id}/checkpoints/{checkpoint}/archive"
     command = ["curl", "-sf", "-o", os.devnull, "-w", "%{redirect_url}", "-H", "@-"]
     return subprocess.run(
-        [*command, f"{server.base_url}/api/v1/{place}"],
+        [*command, f"{server.base_url}/api/v1/{endpoint}"],
         input=f"X-API-Key: {server.api_key}",
         stdout=subprocess.PIPE,
         check=True,
@@ -103,10 +105,10 @@ def archive_url(server: Server, path: Path) -> str:
 
 
 def to_disk(download: Callable[[str, int, Path], None], url: str) -> tuple[float, float]:
-    """Return how long it takes to download by 8 connections, and to read it then, seconds."""
-    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-download-") as folder:
-        kept_s = seconds(partial(download, url, 8, Path(folder)))
-        return kept_s, seconds(lambda: [dd(part) for part in sorted(Path(folder).iterdir())])
+    """Return the seconds to download over 8 connections, and to read the result."""
+    with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-download-") as directory:
+        download_s = seconds(partial(download, url, 8, Path(directory)))
+        return download_s, seconds(lambda: [dd(part) for part in sorted(Path(directory).iterdir())])
 
 
 FIRST_BYTES = """
@@ -130,8 +132,8 @@ print(sum(len(os.pread(fd, 1 << 20, at)) for at in range(0, size, 16 << 20)))
 SCATTERED = """
 import os, random, sys
 fd = os.open(sys.argv[1], os.O_RDONLY)
-places = random.Random(0).sample(range(os.fstat(fd).st_size // 4096), 100)
-print(sum(len(os.pread(fd, 4096, place * 4096)) for place in places))
+blocks = random.Random(0).sample(range(os.fstat(fd).st_size // 4096), 100)
+print(sum(len(os.pread(fd, 4096, block * 4096)) for block in blocks))
 """
 
 
@@ -143,27 +145,27 @@ def script(text: str, path: Path) -> str:
 
 
 def measure_weights(bench: Bench, binding: str) -> None:
-    looks(bench, binding)
+    partial_reads(bench, binding)
     for latency_s in (0.0, 0.05):
         for limit in (0, 100_000_000):
             whole_files(bench, binding, latency_s, limit)
     warm_reads(bench, binding)
 
 
-def looks(bench: Bench, binding: str) -> None:
-    """Touch a little of a large file, at 50 ms latency."""
+def partial_reads(bench: Bench, binding: str) -> None:
+    """Read small parts of a large file, at 50 ms latency."""
     with (
         Server(runs=1, checkpoints=CHECKPOINTS, size_bytes=GB, latency_s=0.05) as server,
-        fresh(server, binding) as folder,
+        fresh(server, binding) as directory,
     ):
-        looks = (
-            # The index is small; a header is in the first block.
+        programs = (
+            # The index is small, and the header is in the first block.
             ("first 8 bytes of 1 GB, 50 ms", FIRST_BYTES, SLACK_BYTES / 8),
             ("one tensor of 1 GB, 50 ms", ONE_TENSOR, 1.5),
             ("1 MiB of every 16, 50 ms", STRIDED, None),
             ("100 x 4 KiB at random, cold, 50 ms", SCATTERED, None),
         )
-        for path, (what, text, most) in zip(members(folder, server), looks, strict=False):
+        for path, (what, text, bound) in zip(members(directory, server), programs, strict=False):
             server.ask("clear")
             began = time.perf_counter()
             used_bytes = int(script(text, path))
@@ -173,11 +175,11 @@ def looks(bench: Bench, binding: str) -> None:
             bench.add("... store requests", cost["store"], "requests")
             bench.add("... used", used_bytes / 1e6, "MB")
             bench.add("... fetched", cost["sent"] / 1e6, "MB")
-            bench.add("... fetched over used", cost["sent"] / used_bytes, "x", most)
+            bench.add("... fetched over used", cost["sent"] / used_bytes, "x", bound)
 
 
 def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> None:
-    """Read 1 GB from nothing, beside curl and aria2c, in turns."""
+    """Read 1 GB with an empty cache, alternating with curl and aria2c."""
     speed = f"{limit // 1_000_000} MB/s a connection" if limit else "unlimited"
     name = f"1 GB cold, {latency_s * 1000:.0f} ms, {speed}"
     with Server(
@@ -185,60 +187,60 @@ def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> Non
     ) as server:
         spans: dict[str, list[float]] = defaultdict(list)
         for _ in range(3):
-            with fresh(server, binding) as folder:
-                path = members(folder, server)[0]
+            with fresh(server, binding) as directory:
+                path = members(directory, server)[0]
                 server.ask("clear")
                 touch_memory()
                 spans["mount"].append(seconds(partial(dd, path)))
                 cost = server.ask("counts")
             began = time.perf_counter()
             url = archive_url(server, path)
-            asked_s = time.perf_counter() - began
-            spans["curl"].append(asked_s + seconds(partial(curl, url, 1)))
-            spans["8 curls"].append(asked_s + seconds(partial(curl, url, 8)))
+            request_s = time.perf_counter() - began
+            spans["curl"].append(request_s + seconds(partial(curl, url, 1)))
+            spans["8 curls"].append(request_s + seconds(partial(curl, url, 8)))
             touch_memory()
-            kept_s, read_s = to_disk(curl, url)
-            spans["to disk"].append(asked_s + kept_s)
-            spans["and read"].append(asked_s + kept_s + read_s)
+            download_s, read_s = to_disk(curl, url)
+            spans["to disk"].append(request_s + download_s)
+            spans["and read"].append(request_s + download_s + read_s)
             if HAS_ARIA2:
                 touch_memory()
-                kept_s, read_s = to_disk(aria2, url)
-                spans["aria2c"].append(asked_s + kept_s + read_s)
+                download_s, read_s = to_disk(aria2, url)
+                spans["aria2c"].append(request_s + download_s + read_s)
         middle = {what: sorted(each)[1] for what, each in spans.items()}
         bench.add(name, GB / 1e6 / middle["mount"], "MB/s")
         bench.add("... its time over that of one curl", middle["mount"] / middle["curl"], "x")
         bench.add("... over that of curl with 8 ranges", middle["mount"] / middle["8 curls"], "x")
-        bench.add("... which keeps them on a disk", middle["mount"] / middle["to disk"], "x")
-        bench.add("... and reads them from there", middle["mount"] / middle["and read"], "x")
+        bench.add("... the same, writing to disk", middle["mount"] / middle["to disk"], "x")
+        bench.add("... the same, and reading from disk", middle["mount"] / middle["and read"], "x")
         if HAS_ARIA2:
             over = middle["mount"] / middle["aria2c"]
-            bench.add("... over that of aria2c, whose file is read then", over, "x", goal=1.0)
+            bench.add("... over that of aria2c and reading its file", over, "x", goal=1.0)
         bench.add("... fetched over read", cost["sent"] / GB, "x", 1 + SLACK_BYTES / GB)
 
 
 def warm_reads(bench: Bench, binding: str) -> None:
-    """Read again what is kept: from another mount, by many, at random."""
+    """Read cached weights: in another mount, by many processes, at random."""
     with (
         Server(runs=1, checkpoints=CHECKPOINTS, size_bytes=GB, latency_s=0.0) as server,
         tempfile.TemporaryDirectory(prefix="tinkerfs-bench-cache-") as cache,
     ):
-        with mounted(server, binding, Path(cache)) as folder:
-            paths = members(folder, server)
+        with mounted(server, binding, Path(cache)) as directory:
+            paths = members(directory, server)
             server.ask("clear")
             took_s = seconds(lambda: dd(*[paths[0]] * 64))
             cost = server.ask("counts")
             bench.add("64 readers of one 1 GB file, cold", took_s, "s")
             bench.add("... fetched over its size", cost["sent"] / GB, "x", 1 + SLACK_BYTES / GB)
-            bench.add("... resident memory", resident_mb(daemon_of(folder)), "MB")
+            bench.add("... resident memory", resident_mb(daemon_of(directory)), "MB")
             server.ask("clear")
             took_s = seconds(lambda: dd(*paths[1:5]))
             cost = server.ask("counts")
             bench.add("4 files of 1 GB at once, cold", took_s, "s")
-            most = 1 + SLACK_BYTES / GB
-            bench.add("... fetched over their size", cost["sent"] / GB / 4, "x", most)
-            bench.add("... resident memory", resident_mb(daemon_of(folder)), "MB")
-        with mounted(server, binding, Path(cache)) as folder:
-            path = members(folder, server)[0]
+            bound = 1 + SLACK_BYTES / GB
+            bench.add("... fetched over their size", cost["sent"] / GB / 4, "x", bound)
+            bench.add("... resident memory", resident_mb(daemon_of(directory)), "MB")
+        with mounted(server, binding, Path(cache)) as directory:
+            path = members(directory, server)[0]
             server.ask("clear")
             took_s = seconds(lambda: dd(path))
             cost = server.ask("counts")
@@ -251,19 +253,19 @@ def warm_reads(bench: Bench, binding: str) -> None:
             local.write_bytes(path.read_bytes())
             middle = timed(lambda: dd(local))
             bench.add("... its time over that of a local file", took_s / middle, "x")
-            bench.add("... and once the kernel has it", timed(lambda: dd(path)) / middle, "x")
+            bench.add("... and from the page cache", timed(lambda: dd(path)) / middle, "x")
             for what, file in (("mount", path), ("local file", local)):
                 bench.add(f"random 4 KiB, {what}", random_read_us(file), "us")
 
 
 def random_read_us(path: Path, count: int = 2000) -> float:
-    """Return the median time of a read of 4 KiB that the kernel does not keep."""
-    places = random.Random(0).sample(range(path.stat().st_size // 4096), count)
+    """Return the median time of a 4 KiB read outside the page cache, microseconds."""
+    blocks = random.Random(0).sample(range(path.stat().st_size // 4096), count)
     fd = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        spans = [seconds(partial(os.pread, fd, 4096, place * 4096)) for place in places]
+        spans = [seconds(partial(os.pread, fd, 4096, block * 4096)) for block in blocks]
     finally:
         os.close(fd)
     return sorted(spans)[len(spans) // 2] * 1e6

@@ -1,7 +1,7 @@
 """Run the official client of each given environment against the embedded server.
 
-The client's library is tried by interop_client.py, inside the environment; its command line from
-here, where the server's own state can be looked at after every command.
+interop_client.py tests the library of the client, inside the environment. This script tests its
+command line, and checks the state of the server after every command.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from tinkerfs.demo.server import DemoServer
 CLIENT = Path(__file__).with_name("interop_client.py")
 
 
-def truth_of(server: DemoServer) -> dict[str, Any]:
-    """Return what the client shall find, in the account's own words."""
+def expected_of(server: DemoServer) -> dict[str, Any]:
+    """Return the data that the client must find, from the account of the server."""
     account = server.account
     sessions = {}
     for session_id in account.session_ids():
@@ -65,7 +65,7 @@ def _checkpoint(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 class CommandLine:
-    """The `tinker` command of one environment, on a server of its own."""
+    """The `tinker` command of one environment, and its server."""
 
     def __init__(self, venv: Path, server: DemoServer, home: Path) -> None:
         self.server, self._home = server, home
@@ -75,7 +75,7 @@ class CommandLine:
         self.environment = environment(server, home)
 
     def tinker(self, *args: str) -> str:
-        """Run a command and return its standard output."""
+        """Run a command; return its standard output."""
         done = subprocess.run(
             [self._command, *args],
             env=self.environment,
@@ -85,7 +85,7 @@ class CommandLine:
             timeout=60,
             check=False,
         )
-        # Once in some hundred runs 0.38 aborts on its way out, having said and done all.
+        # Version 0.38 rarely aborts at exit, after it has finished and printed everything.
         is_late_abort = done.returncode == -signal.SIGABRT and done.stdout and not done.stderr
         if done.returncode and not is_late_abort:
             msg = f"tinker {' '.join(args)}: exit {done.returncode}\n{done.stdout}{done.stderr}"
@@ -97,7 +97,7 @@ class CommandLine:
         return f"tinker://{self.run.id}/{checkpoint_id}"
 
     def checkpoint(self, checkpoint_id: str) -> Checkpoint | None:
-        """Return the server's record of one."""
+        """Return the record of a checkpoint of the chosen run."""
         return self.server.account.checkpoint(self.run.id, checkpoint_id)
 
     def run_list(self) -> None:
@@ -108,22 +108,22 @@ class CommandLine:
         assert self.run.id[:8] in text, text
 
     def run_info(self) -> None:
-        """`run info` shows one."""
+        """`run info` shows one run."""
         found = json.loads(self.tinker("--format", "json", "run", "info", self.run.id))
         assert (found["training_run_id"], found["lora_rank"]) == (self.run.id, self.run.lora_rank)
 
     def checkpoint_list(self) -> None:
-        """`checkpoint list` shows those of all runs, and those of one."""
+        """`checkpoint list` shows the checkpoints of all runs, and of one run."""
         args = ("--format", "json", "checkpoint", "list")
-        everything = json.loads(self.tinker(*args, "--limit", "0"))["checkpoints"]
+        all_records = json.loads(self.tinker(*args, "--limit", "0"))["checkpoints"]
         expected = [f"tinker://{r.id}/{c.id}" for r, c in self.server.account.checkpoints()]
-        assert [c["tinker_path"] for c in everything] == expected
-        of_one = json.loads(self.tinker(*args, "--run-id", self.run.id))["checkpoints"]
+        assert [c["tinker_path"] for c in all_records] == expected
+        run_records = json.loads(self.tinker(*args, "--run-id", self.run.id))["checkpoints"]
         ids = [c.id for c in self.run.checkpoints]
-        assert sorted(c["checkpoint_id"] for c in of_one) == sorted(ids)
+        assert sorted(c["checkpoint_id"] for c in run_records) == sorted(ids)
 
     def checkpoint_info(self) -> None:
-        """`checkpoint info` shows one."""
+        """`checkpoint info` shows one checkpoint."""
         args = ("--format", "json", "checkpoint", "info", self.path("weights/0001"))
         record, found = self.checkpoint("weights/0001"), json.loads(self.tinker(*args))
         assert record is not None
@@ -149,30 +149,30 @@ class CommandLine:
         assert record.expires_at_s is None
 
     def download_external(self) -> None:
-        """`checkpoint download` of external weights brings their very bytes."""
+        """`checkpoint download` of external weights downloads identical files."""
         self.tinker("checkpoint", "download", self.path("external_weights/export"), "-o", "ext")
-        folder = self._home / "ext" / f"{self.run.id}_external_weights_export"
-        if not folder.exists():
-            (folder,) = (self._home / "ext").iterdir()
-        self._compare(folder, "external_weights/export")
+        directory = self._home / "ext" / f"{self.run.id}_external_weights_export"
+        if not directory.exists():
+            (directory,) = (self._home / "ext").iterdir()
+        self._compare(directory, "external_weights/export")
 
     def download_archive(self) -> None:
         """`checkpoint download` of a training checkpoint unpacks its archive."""
         self.tinker("checkpoint", "download", self.path("weights/0001"), "-o", "tar")
-        (folder,) = (self._home / "tar").iterdir()
-        self._compare(folder, "weights/0001")
+        (directory,) = (self._home / "tar").iterdir()
+        self._compare(directory, "weights/0001")
 
     def delete(self) -> None:
-        """`checkpoint delete` deletes what it names."""
+        """`checkpoint delete` deletes only the named checkpoint."""
         self.tinker("checkpoint", "delete", "-y", self.path("weights/0001"))
         assert self.checkpoint("weights/0001") is None
         assert self.checkpoint("sampler_weights/0001") is not None
 
-    def _compare(self, folder: Path, checkpoint_id: str) -> None:
+    def _compare(self, directory: Path, checkpoint_id: str) -> None:
         record = self.checkpoint(checkpoint_id)
         assert record is not None
         files = self.server.files(self.run.id, checkpoint_id)
-        found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        found = {str(p.relative_to(directory)): p for p in directory.rglob("*") if p.is_file()}
         assert sorted(found) == sorted(files)
         for name, content in files.items():
             expected = hashlib.sha256(content.read(0, content.size_bytes)).hexdigest()
@@ -180,21 +180,21 @@ class CommandLine:
 
 
 def environment(server: DemoServer, home: Path) -> dict[str, str]:
-    """Return an environment that shows the client this server and nothing of the user's."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER", "PYTHON"))}
+    """Return environment variables for this server, without settings of the user."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER", "PYTHON"))}
     proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
     for name in proxies:
-        kept.pop(name, None)
-    return kept | server.environment | {"HOME": str(home)}
+        inherited.pop(name, None)
+    return inherited | server.environment | {"HOME": str(home)}
 
 
-def try_library(venv: Path, home: Path) -> list[str]:
-    """Run interop_client.py inside an environment; return what it tells, one line a step."""
+def check_library(venv: Path, home: Path) -> list[str]:
+    """Run interop_client.py inside an environment; return one line per step."""
     with DemoServer(runs=45, checkpoints=6, prefix="/services/tinker-prod") as server:
         command = ["timeout", "100", str(venv / "bin" / "python"), str(CLIENT)]
         done = subprocess.run(
             command,
-            input=json.dumps(truth_of(server)),
+            input=json.dumps(expected_of(server)),
             env=environment(server, home),
             stdout=subprocess.PIPE,
             text=True,
@@ -204,7 +204,7 @@ def try_library(venv: Path, home: Path) -> list[str]:
         if done.returncode:
             lines.append(f"FAIL library: exit {done.returncode}")
         if not lines:
-            lines.append("FAIL library: no step was run")
+            lines.append("FAIL library: no step ran")
         if any(entry.had_key for entry in server.journal.entries("store")):
             lines.append("FAIL the key was sent to the store")
         unknown = {e.path for e in server.journal.entries("?")}
@@ -212,8 +212,8 @@ def try_library(venv: Path, home: Path) -> list[str]:
     return lines
 
 
-def try_command_line(venv: Path, home: Path, *, has_archives: bool) -> list[str]:
-    """Run the commands of an environment; return one line a step."""
+def check_command_line(venv: Path, home: Path, *, has_archives: bool) -> list[str]:
+    """Run the commands of an environment; return one line per step."""
     with DemoServer(runs=25, checkpoints=6) as server:
         command = CommandLine(venv, server, home)
         steps: list[Callable[[], None]] = [
@@ -226,19 +226,19 @@ def try_command_line(venv: Path, home: Path, *, has_archives: bool) -> list[str]
             command.download_archive if has_archives else command.download_external,
             command.delete,
         ]
-        return [_step(step) for step in steps]
+        return [_run_step(step) for step in steps]
 
 
-def _step(step: Callable[[], None]) -> str:
+def _run_step(step: Callable[[], None]) -> str:
     try:
         step()
-    except Exception as error:  # noqa: BLE001 - a summary of all steps helps more than the first traceback
+    except Exception as error:  # noqa: BLE001 - run the other steps too, and print a summary
         return f"FAIL command {step.__name__}: {type(error).__name__}: {error}"
     return f"ok command {step.__name__}"
 
 
 def main() -> int:
-    """Try every environment that the command line names."""
+    """Test every environment in the arguments."""
     failures = 0
     for venv in (Path(name).resolve() for name in sys.argv[1:]):
         script = "import importlib.metadata as m; print(m.version('tinker'))"
@@ -246,8 +246,8 @@ def main() -> int:
         version = subprocess.check_output([python, "-c", script], text=True).strip()
         has_archives = tuple(map(int, version.split(".")[:2])) < (0, 36)
         with tempfile.TemporaryDirectory() as home:
-            lines = try_library(venv, Path(home))
-            lines += try_command_line(venv, Path(home), has_archives=has_archives)
+            lines = check_library(venv, Path(home))
+            lines += check_command_line(venv, Path(home), has_archives=has_archives)
         failed = [line for line in lines if line.startswith("FAIL")]
         for line in lines:
             print(f"tinker {version}: {line}")

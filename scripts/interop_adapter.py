@@ -1,7 +1,7 @@
-"""Make adapters of tiny models, and load them as users of PEFT, transformers and safetensors do.
+"""Create adapters of tiny models; load them with PEFT, transformers, safetensors.
 
-Run inside the loaders' environment, by interop_loaders.py. Takes requests on standard input and
-answers each on standard output, a line of JSON: what was done, or `{"error": "..."}`.
+interop_loaders.py runs this script inside the environment of the loaders. Requests on standard
+input and replies on standard output are lines of JSON. A reply is a result or `{"error": "..."}`.
 """
 
 import copy
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 Tensors = dict[str, torch.Tensor]
 
-#: Of one size that is read at once and one of several blocks; as many layers as tell them apart.
+#: One adapter fits into one read, the other has several blocks. Two layers are the minimum at which
+#: the layers of a model can be confused.
 MODELS = {
     "llama": (
         LlamaConfig(
@@ -50,50 +51,52 @@ TOKENS = torch.arange(48)[None]
 
 
 class Adapter:
-    """An adapter as it was saved, and the base that it is of.
+    """A saved adapter and its base model.
 
     Args:
-        name: of the base model, in `MODELS`.
-        folder: where the base is saved, in `base`, and the adapter, in `adapter`.
+        name: Name of the base model in `MODELS`.
+        directory: Directory in which `base` and `adapter` are saved.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, directory: Path) -> None:
         config, self._dtype, rank = MODELS[name]
-        self._folder = folder
+        self._directory = directory
         torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(config).to(self._dtype)
-        made.save_pretrained(folder / "base")
+        model = AutoModelForCausalLM.from_config(config).to(self._dtype)
+        model.save_pretrained(directory / "base")
         base = self.base()
         self._logits_of_base = logits(base)
         lora = peft.LoraConfig(
             r=rank,
             lora_alpha=rank,
             target_modules="all-linear",
-            init_lora_weights=False,  # where B is zero an adapter that is not loaded is not missed
+            init_lora_weights=False,  # with B = 0, an adapter would have no effect
             task_type="CAUSAL_LM",
         )
         self.saved = peft.get_peft_model(base, lora, autocast_adapter_dtype=False).eval()
         self.tensors = copy.deepcopy(peft.get_peft_model_state_dict(self.saved))
         self.logits = logits(self.saved)
         assert not torch.equal(self.logits, self._logits_of_base), "the adapter changes nothing"
-        self.saved.save_pretrained(folder / "adapter")
+        self.saved.save_pretrained(directory / "adapter")
 
     def base(self) -> Any:
-        """Return the base model, as it is in a file."""
-        path = self._folder / "base"
+        """Load the base model from its file."""
+        path = self._directory / "base"
         return AutoModelForCausalLM.from_pretrained(path, dtype=self._dtype).eval()
 
     def loaded(self, path: str) -> Any:
-        """Return the base with an adapter by PEFT, in the types that its file has."""
+        """Load the base model and an adapter with PEFT, in the dtypes of the files."""
         return peft.PeftModel.from_pretrained(
             self.base(), path, autocast_adapter_dtype=False
         ).eval()
 
     def check(self, tensors: Tensors, model: Any) -> dict[str, Any]:
-        """Compare what was loaded to what was saved."""
-        told = compare(tensors, self.tensors)
-        assert torch.equal(logits(model), self.logits), "other logits than those of what was saved"
-        return told
+        """Compare loaded tensors and logits of a model with those of the saved adapter."""
+        result = compare(tensors, self.tensors)
+        assert torch.equal(logits(model), self.logits), (
+            "the logits differ from those of the saved adapter"
+        )
+        return result
 
     def peft(self, path: str) -> dict[str, Any]:
         """`PeftModel.from_pretrained`."""
@@ -101,7 +104,7 @@ class Adapter:
         return self.check(peft.get_peft_model_state_dict(model), model)
 
     def transformers(self, path: str) -> dict[str, Any]:
-        """The integration of PEFT into transformers, on the bare base model."""
+        """`load_adapter` of the transformers integration, on the base model."""
         model = self.base()
         model.load_adapter(path)
         prefix = "base_model.model."
@@ -109,11 +112,11 @@ class Adapter:
         return self.check(tensors, model)
 
     def load_file(self, path: str) -> dict[str, Any]:
-        """All tensors, by safetensors."""
+        """Load all tensors with `safetensors.torch.load_file`."""
         return compare(safetensors.torch.load_file(file_of(path)), self.tensors)
 
     def safe_open(self, path: str) -> dict[str, Any]:
-        """One tensor, by safetensors, and a part of it."""
+        """Read one tensor and a slice of it with `safetensors.safe_open`."""
         with safetensors.safe_open(file_of(path), framework="pt") as file:
             names = sorted(file.keys())
             assert names == sorted(self.tensors)
@@ -123,52 +126,52 @@ class Adapter:
         return compare({name: tensor}, {name: self.tensors[name]})
 
     def merge(self, path: str) -> dict[str, Any]:
-        """Merged, saved and loaded again, it is what comes of merging what was saved."""
+        """Merge, save and load the model; compare it with a merge of the saved adapter."""
         merged = self.loaded(path).merge_and_unload()
-        folder = self._folder / "merged"
-        merged.save_pretrained(folder)
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=self._dtype).eval()
+        directory = self._directory / "merged"
+        merged.save_pretrained(directory)
+        again = AutoModelForCausalLM.from_pretrained(directory, dtype=self._dtype).eval()
         expected = copy.deepcopy(self.saved).merge_and_unload()
         compare(merged.state_dict(), expected.state_dict())
-        told = compare(again.state_dict(), expected.state_dict())
-        assert torch.equal(logits(again), logits(expected)), "other logits after the merge"
-        assert not torch.equal(logits(again), self._logits_of_base), "nothing was merged"
-        return told
+        result = compare(again.state_dict(), expected.state_dict())
+        assert torch.equal(logits(again), logits(expected)), "the logits differ after the merge"
+        assert not torch.equal(logits(again), self._logits_of_base), "the merge has no effect"
+        return result
 
 
 def logits(model: Any) -> torch.Tensor:
-    """Return what a forward pass gives."""
+    """Return the logits of a forward pass."""
     with torch.inference_mode():
         return model(TOKENS).logits
 
 
 def file_of(path: str) -> str:
-    """Return the file of the tensors in a folder."""
+    """Return the path of the tensor file in a directory."""
     return f"{path}/adapter_model.safetensors"
 
 
 def compare(found: Tensors, expected: Tensors) -> dict[str, Any]:
-    """Compare tensors bit for bit; return how many there are."""
+    """Compare tensors bit for bit; return their number."""
     assert sorted(found) == sorted(expected), sorted(found.keys() ^ expected.keys())
     assert expected
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, (name, found[name].dtype, tensor.dtype)
         assert found[name].shape == tensor.shape, (name, found[name].shape, tensor.shape)
-        assert torch.equal(bits(found[name]), bits(tensor)), f"other values in {name}"
+        assert torch.equal(bits(found[name]), bits(tensor)), f"different values in {name}"
     return {"tensors": len(expected)}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a tensor: -0.0 is not 0.0 there, and a NaN equals itself."""
+    """Return the bytes of a tensor; in these -0.0 is not 0.0 and NaN equals itself."""
     return tensor.detach().contiguous().view(torch.uint8)
 
 
 def main() -> None:
-    """Answer until standard input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    """Process requests until standard input ends."""
+    replies, sys.stdout = sys.stdout, sys.stderr  # libraries may print to standard output
     transformers.utils.logging.disable_progress_bar()
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, safetensors)}
-    print(json.dumps({"versions": versions, "models": list(MODELS)}), file=answers, flush=True)
+    print(json.dumps({"versions": versions, "models": list(MODELS)}), file=replies, flush=True)
     adapters: dict[str, Adapter] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -176,12 +179,12 @@ def main() -> None:
         try:
             if step == "make":
                 adapters[name] = Adapter(name, Path(path))
-                answer = {"tensors": len(adapters[name].tensors)}
+                reply = {"tensors": len(adapters[name].tensors)}
             else:
-                answer = getattr(adapters[name], step)(path)
-        except Exception as error:  # noqa: BLE001 - told, and the next is tried
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+                reply = getattr(adapters[name], step)(path)
+        except Exception as error:  # noqa: BLE001 - reported, and the next request is processed
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Call every method of the official RestClient that reads or changes an account, and check it.
+"""Call every account method of the official RestClient, and check the results.
 
-Run inside the client's environment, by interop.py, which writes what is to be found to standard
-input. Prints one line a step, `ok` or `FAIL`; exits 1 if one failed.
+interop.py runs this script inside the environment of the client, and writes the expected data to
+standard input. Prints one line per step, `ok` or `FAIL`; exits 1 if a step failed.
 """
 
 import io
@@ -17,23 +17,25 @@ from typing import Any
 
 import tinker
 
-warnings.simplefilter("ignore", FutureWarning)  # 0.35 announces the end of its archive call
+warnings.simplefilter(
+    "ignore", FutureWarning
+)  # version 0.35 warns that its archive method is deprecated
 
-TRUTH: dict[str, Any] = json.load(sys.stdin)
-RUNS: list[dict[str, Any]] = TRUTH["runs"]
+EXPECTED: dict[str, Any] = json.load(sys.stdin)
+RUNS: list[dict[str, Any]] = EXPECTED["runs"]
 RUN = next(r for r in RUNS if any("external" in c["id"] for c in r["checkpoints"]))
-SESSIONS: dict[str, dict[str, Any]] = TRUTH["sessions"]
+SESSIONS: dict[str, dict[str, Any]] = EXPECTED["sessions"]
 
 
 def same_time(found: Any, expected_s: float | None) -> bool:
-    """Tell whether a time is the expected one."""
+    """Return whether a time is the expected one."""
     if found is None or expected_s is None:
         return found is expected_s
     return abs(found.timestamp() - expected_s) < 0.001
 
 
 def check_checkpoint(found: Any, expected: dict[str, Any]) -> None:
-    """Compare a checkpoint with the truth."""
+    """Compare a checkpoint with the expected record."""
     assert found.checkpoint_id == expected["id"], (found, expected)
     assert found.tinker_path == expected["path"]
     assert found.size_bytes == expected["size_bytes"]
@@ -46,7 +48,7 @@ def check_checkpoint(found: Any, expected: dict[str, Any]) -> None:
 
 
 def check_run(found: Any, expected: dict[str, Any]) -> None:
-    """Compare a run with the truth."""
+    """Compare a run with the expected record."""
     assert found.training_run_id == expected["id"], (found, expected)
     assert found.base_model == expected["base_model"]
     assert found.model_owner == expected["owner"]
@@ -62,7 +64,7 @@ def check_run(found: Any, expected: dict[str, Any]) -> None:
 
 
 def list_training_runs(client: Any) -> None:
-    """Every page, in order, with the cursor of each."""
+    """Runs are listed on pages, in order, with a correct cursor."""
     found: list[Any] = []
     while True:
         page = client.list_training_runs(limit=20, offset=len(found)).result()
@@ -77,24 +79,24 @@ def list_training_runs(client: Any) -> None:
 
 
 def get_training_run(client: Any) -> None:
-    """One's own run, somebody else's public one, and none."""
+    """Own runs and public runs of other users are found; an unknown run is an error."""
     check_run(client.get_training_run(RUN["id"]).result(), RUN)
     path = RUN["checkpoints"][0]["path"]
     check_run(client.get_training_run_by_tinker_path(path).result(), RUN)
-    foreign = client.get_training_run(TRUTH["foreign"][0]).result()
+    foreign = client.get_training_run(EXPECTED["foreign"][0]).result()
     assert foreign.model_owner != RUN["owner"]
     expect_error(tinker.NotFoundError, lambda: client.get_training_run("no-such-run").result())
 
 
 def list_checkpoints(client: Any) -> None:
-    """All checkpoints of one run."""
+    """All checkpoints of one run are listed."""
     found = client.list_checkpoints(RUN["id"]).result().checkpoints
     for one, expected in zip(found, RUN["checkpoints"], strict=True):
         check_checkpoint(one, expected)
 
 
 def list_user_checkpoints(client: Any) -> None:
-    """All checkpoints of all runs, newest first."""
+    """All checkpoints of all runs are listed, newest first."""
     expected = [c for run in RUNS for c in run["checkpoints"]]
     expected.sort(key=lambda c: -c["time_s"])
     found: list[Any] = []
@@ -105,7 +107,7 @@ def list_user_checkpoints(client: Any) -> None:
 
 
 def get_weights_info(client: Any) -> None:
-    """The weights info of each kind of checkpoint."""
+    """Each kind of checkpoint has weights info."""
     for checkpoint in RUN["checkpoints"]:
         found = client.get_weights_info_by_tinker_path(checkpoint["path"]).result()
         assert (found.base_model, found.lora_rank) == (RUN["base_model"], RUN["lora_rank"])
@@ -115,7 +117,7 @@ def get_weights_info(client: Any) -> None:
 
 
 def sessions(client: Any) -> None:
-    """Sessions, page by page until a short one; each one's runs and samplers."""
+    """Sessions are listed on pages; each has its runs and samplers."""
     found: list[str] = []
     while page := client.list_sessions(limit=20, offset=len(found)).result().sessions:
         found += page
@@ -127,7 +129,7 @@ def sessions(client: Any) -> None:
 
 
 def get_sampler(client: Any) -> None:
-    """Samplers of a checkpoint, and of a base model alone."""
+    """Samplers of a checkpoint and of a base model are found."""
     for sampler_id, (base_model, path) in next(iter(SESSIONS.values()))["samplers"].items():
         found = client.get_sampler(sampler_id).result()
         assert (found.sampler_id, found.base_model) == (sampler_id, base_model)
@@ -135,14 +137,14 @@ def get_sampler(client: Any) -> None:
 
 
 def export_session_trace(client: Any) -> None:
-    """The trace of a session, by signed URL."""
+    """The trace of a session can be downloaded from a signed URL."""
     url = client.export_session_trace(next(iter(SESSIONS))).result()
     with urllib.request.urlopen(url, timeout=10) as response:
         assert response.status == 200
 
 
 def search_sessions(client: Any) -> None:
-    """All sessions by search, page by page; and by a part of their names."""
+    """Sessions are found by search on pages, and by a part of their names."""
     request = tinker.types.SessionSearchRequest(limit=10)
     found: list[str] = []
     while True:
@@ -159,7 +161,7 @@ def search_sessions(client: Any) -> None:
 
 
 def get_server_capabilities(client: Any) -> None:
-    """The models that are supported."""
+    """The supported models are listed."""
     if not hasattr(client, "get_server_capabilities"):
         client = tinker.ServiceClient()
         models = client.get_server_capabilities().supported_models
@@ -169,7 +171,7 @@ def get_server_capabilities(client: Any) -> None:
 
 
 def publish_and_unpublish(client: Any) -> None:
-    """A change shows in the listing."""
+    """Publishing and unpublishing change the listing."""
     checkpoint = next(c for c in RUN["checkpoints"] if not c["is_public"])
     for call, wanted in (
         (client.publish_checkpoint_from_tinker_path, True),
@@ -180,7 +182,7 @@ def publish_and_unpublish(client: Any) -> None:
 
 
 def set_checkpoint_ttl(client: Any) -> None:
-    """An expiry is set, and removed; one out of range is refused."""
+    """An expiry can be set and removed; one out of range is an error."""
     call = client.set_checkpoint_ttl_from_tinker_path
     checkpoint = RUN["checkpoints"][0]
     call(checkpoint["path"], 7200).result()
@@ -191,13 +193,13 @@ def set_checkpoint_ttl(client: Any) -> None:
 
 
 def get_checkpoint_archive_url(client: Any) -> None:
-    """The archive is a tar of an adapter, of the size that the listing tells."""
+    """The archive is a tar file of an adapter, with the listed size."""
     checkpoint = RUN["checkpoints"][0]
     found = client.get_checkpoint_archive_url(RUN["id"], checkpoint["id"]).result()
     assert 600 < found.expires.timestamp() - time.time() < 1000
     with urllib.request.urlopen(found.url, timeout=10) as response:
-        whole = io.BytesIO(response.read())
-    with tarfile.open(fileobj=whole) as archive:
+        content = io.BytesIO(response.read())
+    with tarfile.open(fileobj=content) as archive:
         sizes = {member.name: member.size for member in archive}
     assert list(sizes) == [
         "adapter_config.json",
@@ -208,7 +210,7 @@ def get_checkpoint_archive_url(client: Any) -> None:
 
 
 def get_external_weights_urls(client: Any) -> None:
-    """External weights have a signed URL for each file."""
+    """External weights have a signed URL per file."""
     checkpoint = next(c for c in RUN["checkpoints"] if c["id"].startswith("external"))
     found = client.get_external_weights_urls(checkpoint["path"]).result()
     total_bytes = 0
@@ -219,7 +221,7 @@ def get_external_weights_urls(client: Any) -> None:
 
 
 def delete_checkpoint(client: Any) -> None:
-    """Deleted by id and by tinker path, they are gone; what is not there is 404."""
+    """Checkpoints are deleted by id and by path; a missing one is a 404 error."""
     first, second = RUN["checkpoints"][:2]
     client.delete_checkpoint(RUN["id"], first["id"]).result()
     client.delete_checkpoint_from_tinker_path(second["path"]).result()
@@ -230,23 +232,23 @@ def delete_checkpoint(client: Any) -> None:
 
 
 def listed(client: Any, checkpoint_id: str) -> Any:
-    """Return the listing's record of a checkpoint."""
+    """Return the record of a checkpoint in the listing of its run."""
     found = client.list_checkpoints(RUN["id"]).result().checkpoints
     return next(c for c in found if c.checkpoint_id == checkpoint_id)
 
 
 def expect_error(expected: type[Exception], call: Callable[[], Any]) -> None:
-    """Check that a call fails in this way."""
+    """Check that a call raises the expected exception."""
     try:
         call()
     except expected:
         return
-    msg = f"no {expected.__name__}"
+    msg = f"{expected.__name__} was not raised"
     raise AssertionError(msg)
 
 
 def main() -> int:
-    """Run every step that this version of the client has the method for."""
+    """Run every step that this version of the client supports."""
     client = tinker.ServiceClient().create_rest_client()
     steps: list[Callable[[Any], None]] = [
         list_training_runs,
@@ -262,14 +264,14 @@ def main() -> int:
         set_checkpoint_ttl,
         get_external_weights_urls,
     ]
-    newer_or_older = (search_sessions, get_checkpoint_archive_url)
-    steps += [step for step in newer_or_older if hasattr(client, step.__name__)]
+    version_dependent = (search_sessions, get_checkpoint_archive_url)
+    steps += [step for step in version_dependent if hasattr(client, step.__name__)]
     steps.append(delete_checkpoint)
     failures = 0
     for step in steps:
         try:
             step(client)
-        except Exception:  # noqa: BLE001 - the others are run too
+        except Exception:  # noqa: BLE001 - run the other steps too
             failures += 1
             traceback.print_exc()
             print(f"FAIL library {step.__name__}", flush=True)

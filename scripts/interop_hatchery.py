@@ -1,7 +1,8 @@
-"""Serve hatchery-core's own gateway over an account that is made up, without a worker.
+"""Serve the gateway of hatchery-core with a generated account, without a worker.
 
-Run inside hatchery's environment, by interop_mount.py. Prints one line of JSON, where it is and
-what it has, and serves until standard input ends. The gateway imports neither torch nor peft.
+interop_mount.py runs this script inside the environment of hatchery. It prints one line of JSON
+with its URL and account, and serves until standard input ends. The gateway imports neither torch
+nor peft.
 """
 
 import asyncio
@@ -28,9 +29,9 @@ KEY = "tml-interop"
 
 
 async def fill(config: Config) -> dict[str, Any]:
-    """Make up an account; return what is to be found of it."""
-    truth: dict[str, Any] = {"lists_runs": False, "deletes": True}
-    truth |= {"runs": {}, "archives": {}, "samplers": {}}
+    """Generate an account; return the expected data."""
+    expected: dict[str, Any] = {"lists_runs": False, "deletes": True}
+    expected |= {"runs": {}, "archives": {}, "samplers": {}}
     for number in range(RUNS):
         run_id, created_at = f"run-{number}", 1_767_000_000.5 + number
         await config.metadata.create_session(
@@ -52,8 +53,8 @@ async def fill(config: Config) -> dict[str, Any]:
         names = [name.format(number) for name in NAMES[: number % (len(NAMES) + 1)]]
         for name in names:
             await config.objects.put(f"sessions/{run_id}/checkpoints/{name}/lora_weights.pt", b"x")
-            # It finds the record of a checkpoint only where the record's id happens to be the name:
-            # what it saves itself has ids of another form, and so neither time nor kind.
+            # hatchery finds the record of a checkpoint only if its id equals its name. The
+            # ids of other records have another form, so their checkpoints have no time and kind.
             record = CheckpointRecord(
                 checkpoint_id=name if name.startswith("known") else f"{run_id}-{name}",
                 session_id=run_id,
@@ -64,8 +65,8 @@ async def fill(config: Config) -> dict[str, Any]:
             )
             await config.metadata.create_checkpoint(record)
         paths = [f"tinker://{run_id}/checkpoints/{name}" for name in names]
-        truth["runs"][run_id] = {"checkpoints": paths}
-    return truth
+        expected["runs"][run_id] = {"checkpoints": paths}
+    return expected
 
 
 def main() -> None:
@@ -80,11 +81,11 @@ def main() -> None:
         compute=LocalComputeBackend(),
         metrics=LogMetrics(),
     )
-    truth = asyncio.run(fill(config))
+    expected = asyncio.run(fill(config))
     listener = socket.create_server(("127.0.0.1", 0))
-    # asyncio turns Nagle's algorithm off only where the socket's protocol was named.
+    # asyncio sets TCP_NODELAY only if the socket was created with an explicit protocol.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    truth["base_url"] = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    expected["base_url"] = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(create_app(config), log_level="warning"))
 
     def stop() -> None:
@@ -92,7 +93,7 @@ def main() -> None:
         server.should_exit = True
 
     threading.Thread(target=stop, daemon=True).start()
-    print(json.dumps(truth), flush=True)  # the socket listens already: who is early waits in it
+    print(json.dumps(expected), flush=True)  # the socket listens already, and queues early clients
     server.run(sockets=[listener])
 
 

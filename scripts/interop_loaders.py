@@ -1,9 +1,9 @@
-"""Load adapters through a mount with PEFT, transformers and safetensors; count what it costs.
+"""Load adapters through a mount with PEFT, transformers and safetensors.
 
-    interop_loaders.py PYTHON       what runs interop_adapter.py, which has these packages
+    interop_loaders.py PYTHON       the interpreter for interop_adapter.py, with these packages
 
-That makes adapters of tiny models, the embedded server serves them as archives, and that loads
-them by their paths below the mount and compares them to what was saved.
+interop_adapter.py creates adapters of tiny models, and the embedded server serves them as archives.
+Then interop_adapter.py loads them from the mount, and compares them with the saved adapters.
 """
 
 import json
@@ -21,12 +21,12 @@ from interop_mount import mounted
 from tinkerfs.demo.content import Content, Data
 from tinkerfs.demo.server import DemoServer
 
-LOADS = Path(__file__).with_name("interop_adapter.py")
+ADAPTER_SCRIPT = Path(__file__).with_name("interop_adapter.py")
 KIND, NAME = "sampler_weights", "final"
-KEY = "tml-interop"  # which interop_mount mounts with
-#: What a first load may fetch over the sizes of the files.
-MOST = 1.1
-#: What is loaded from where, where nothing is kept yet; where another mount has left it.
+KEY = "tml-interop"  # the key of the mounts of interop_mount
+#: Maximum ratio of downloaded bytes to file sizes in a first load.
+MAX_OVERHEAD = 1.1
+#: (loader, view) pairs for an empty cache, and for the cache of an earlier mount.
 FIRST = (
     ("peft", "runs"),
     ("peft", "adapters"),
@@ -39,14 +39,14 @@ SECOND = (("peft", "runs"), ("transformers", "adapters"))
 
 
 class Loaders:
-    """The process that has the packages, asked a line at a time."""
+    """The subprocess of interop_adapter.py; exchanges lines of JSON."""
 
     def __init__(self, python: str) -> None:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        # A name that is taken for one of the hub's fails at once.
-        environment = kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        # Offline, so that a path mistaken for a name on the hub fails at once.
+        environment = inherited | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self._process = subprocess.Popen(
-            [python, "-W", "ignore::FutureWarning", str(LOADS)],
+            [python, "-W", "ignore::FutureWarning", str(ADAPTER_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -54,52 +54,54 @@ class Loaders:
         )
 
     def __enter__(self) -> Self:
-        self.about = self._answer()
+        self.about = self._read_reply()
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        self._process.kill()  # whatever it does: it has nothing to save, and nothing waits for it
+        self._process.kill()  # it has no state to save
         self._process.communicate()
 
     def ask(self, step: str, model: str, path: Path) -> Any:
-        """Have a step done; return what it tells.
+        """Send a request for a step; return the reply.
 
         Raises:
-            ChildProcessError: The process is there no more.
-            RuntimeError: The step failed, for this reason.
+            ChildProcessError: The process has exited.
+            RuntimeError: The step failed; the message is that of the process.
         """
         assert self._process.stdin is not None
         request = {"step": step, "model": model, "path": str(path)}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        answer = self._answer()
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
+        reply = self._read_reply()
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply
 
-    def _answer(self) -> Any:
+    def _read_reply(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise ChildProcessError(f"{LOADS.name} ended, exit {self._process.wait(10)}")
+            raise ChildProcessError(
+                f"{ADAPTER_SCRIPT.name} exited with status {self._process.wait(10)}"
+            )
         return json.loads(line)
 
 
 class Adapter:
-    """An adapter that is made, and served as a checkpoint of a run of its own.
+    """A generated adapter, served as the checkpoint of a new run.
 
     Args:
-        model: the name of its base.
-        loaders: what makes and loads it.
-        server: what serves it.
-        folder: where it is made.
+        model: Name of the base model.
+        loaders: The process that creates and loads the adapter.
+        server: The server of the adapter.
+        directory: Directory in which the adapter is saved.
     """
 
-    def __init__(self, model: str, loaders: Loaders, server: DemoServer, folder: Path) -> None:
+    def __init__(self, model: str, loaders: Loaders, server: DemoServer, directory: Path) -> None:
         self._model, self._loaders, self._server = model, loaders, server
-        loaders.ask("make", model, folder)
+        loaders.ask("make", model, directory)
         files: dict[str, Content] = {
-            name: Data((folder / "adapter" / name).read_bytes())
+            name: Data((directory / "adapter" / name).read_bytes())
             for name in ("adapter_config.json", "adapter_model.safetensors")
         }
         files["checkpoint_complete"] = Data(b"")
@@ -108,43 +110,43 @@ class Adapter:
         server.account.add_checkpoint(
             run.id, f"{KIND}/{NAME}", files=files, size_bytes=self._size_bytes
         )
-        self._places = {
+        self._paths = {
             "runs": f"runs/{run.id}/checkpoints/{KIND}/{NAME}/files",
             "adapters": f"adapters/{run.id}@{KIND}@{NAME}",
         }
 
-    def load(self, root: Path, step: str, below: str, *, is_kept: bool) -> str:
-        """Load it below a mount; return what came of it and what it cost."""
+    def load(self, root: Path, step: str, below: str, *, is_cached: bool) -> str:
+        """Load the adapter below a mount; return a summary of the requests."""
         journal = self._server.journal
         journal.wait_until_idle()
         journal.clear()
-        told = self._loaders.ask(step, self._model, root / self._places[below])
+        reply = self._loaders.ask(step, self._model, root / self._paths[below])
         journal.wait_until_idle()
         archives, store = journal.count("GET archive"), journal.entries("store")
         fetched = sum(entry.sent_bytes for entry in store)
         cost = (
-            f"tensors equal: {told['tensors']}; API calls: {journal.count('api')},"
+            f"tensors equal: {reply['tensors']}; API calls: {journal.count('api')},"
             f" for an archive: {archives}; bytes fetched: {fetched} of {self._size_bytes},"
             f" requests: {len(store)}"
         )
-        if is_kept:
-            assert (archives, len(store)) == (0, 0), f"fetched again: {cost}"
+        if is_cached:
+            assert (archives, len(store)) == (0, 0), f"downloaded again: {cost}"
         else:
-            assert archives == 1, f"not one call for the archive: {cost}"
-            assert fetched <= MOST * self._size_bytes, f"fetched too much: {cost}"
+            assert archives == 1, f"not exactly one request for the archive: {cost}"
+            assert fetched <= MAX_OVERHEAD * self._size_bytes, f"downloaded too much: {cost}"
         return cost
 
 
-def try_loads(adapters: dict[str, Adapter], root: Path, *, is_first: bool) -> int:
-    """Load every adapter below a mount; return how many loads failed."""
+def check_loads(adapters: dict[str, Adapter], root: Path, *, is_first: bool) -> int:
+    """Load every adapter below a mount; return the number of failed loads."""
     failures = 0
     for model, adapter in adapters.items():
         for number, (step, below) in enumerate(FIRST if is_first else SECOND):
-            what = f"{model}, {step} below /{below}" + ("" if is_first else ", mounted anew")
+            what = f"{model}, {step} below /{below}" + ("" if is_first else ", mounted again")
             started = time.monotonic()
             try:
-                cost = adapter.load(root, step, below, is_kept=not is_first or number > 0)
-            except (AssertionError, RuntimeError) as error:  # the others are tried too
+                cost = adapter.load(root, step, below, is_cached=not is_first or number > 0)
+            except (AssertionError, RuntimeError) as error:  # continue with the others
                 failures += 1
                 print(f"loaders: FAIL {what}: {error}"[:500])
             else:
@@ -154,15 +156,15 @@ def try_loads(adapters: dict[str, Adapter], root: Path, *, is_first: bool) -> in
     return failures
 
 
-def try_all(python: str) -> int:
-    """Load every adapter below two mounts, one after the other, of one cache.
+def check_all(python: str) -> int:
+    """Load every adapter from two successive mounts with one cache.
 
     Returns:
-        How many loads failed.
+        The number of failed loads.
 
     Raises:
-        ChildProcessError: The packages are not there, or what uses them died.
-        RuntimeError: An adapter cannot be made.
+        ChildProcessError: The packages are missing, or the process has died.
+        RuntimeError: An adapter cannot be created.
     """
     failures = 0
     with (
@@ -177,15 +179,15 @@ def try_all(python: str) -> int:
         }
         for is_first in (True, False):
             with mounted(server.base_url, Path(home)) as root:
-                failures += try_loads(adapters, root, is_first=is_first)
+                failures += check_loads(adapters, root, is_first=is_first)
     return failures
 
 
 def main() -> int:
-    """Try what there is."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # after which nothing stays mounted
+    """Run all checks; return the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwind the stack, which unmounts
     try:
-        failures = try_all(sys.argv[1])
+        failures = check_all(sys.argv[1])
     except (ChildProcessError, RuntimeError) as error:
         print(f"loaders: FAIL {error}")
         failures = 1

@@ -1,11 +1,13 @@
-"""Serve SkyRL's own Tinker API over an account that is made up, without its engine.
+"""Serve the Tinker API of SkyRL with a generated account, without its engine.
 
-Run inside SkyRL's environment, by interop_mount.py. Prints one line of JSON, where it is and what
-it has, and serves until standard input ends.
+interop_mount.py runs this script inside the environment of SkyRL. It prints one line of JSON with
+its URL and account, and serves until standard input ends.
 
-What is not SkyRL's here: the application's lifespan, which would launch the engine; the modules
-that render prompts, sample, and read protocol buffers, whose imports take gigabytes; the rows of
-the tables, which the engine would have written.
+These parts of SkyRL are replaced:
+
+- the lifespan of the application, which would launch the engine
+- the modules for prompts, sampling and protocol buffers, which import gigabytes of packages
+- the rows of the tables, which the engine would write
 """
 
 import asyncio
@@ -26,9 +28,11 @@ from typing import Any
 import typing_extensions
 import uvicorn
 
-typing.TypedDict = typing_extensions.TypedDict  # pydantic refuses the other before Python 3.12
+typing.TypedDict = (
+    typing_extensions.TypedDict
+)  # pydantic rejects typing.TypedDict before Python 3.12
 
-#: What the API's module takes from modules that import torch, vLLM's client, or Tinker's own SDK.
+#: Names that the API module imports from modules which need torch, vLLM's client or Tinker's SDK.
 _STAND_INS = {
     "skyrl.backends.renderer": ("render_model_input",),
     "skyrl.tinker.extra": ("ExternalInferenceClient", "SkyRLTrainInferenceForwardingClient"),
@@ -59,7 +63,7 @@ from sqlalchemy.ext.asyncio import create_async_engine  # noqa: E402
 from sqlmodel import SQLModel  # noqa: E402
 from sqlmodel.ext.asyncio.session import AsyncSession  # noqa: E402
 
-#: More than one page, of which a few dozen have checkpoints, and some of these archives.
+#: More runs than fit on a page; some have checkpoints, and some of these have archives.
 RUNS, RUNS_WITH_CHECKPOINTS, RUNS_WITH_ARCHIVES = 120, 36, 3
 NAMES = {
     CheckpointType.TRAINING: ("0001", "0002", "final", "weights"),
@@ -70,24 +74,24 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def save_adapter(path: Path, seed: str) -> str:
-    """Write an archive as SkyRL's backends do; return its digest."""
+    """Write an archive as the backends of SkyRL do; return its digest."""
     values = hashlib.shake_256(seed.encode()).digest(4 * 25_000)
     tensor = {"dtype": "F32", "shape": [25_000], "data_offsets": [0, len(values)]}
     header = json.dumps({"lora_A": tensor}).encode()
-    with pack_and_upload(path) as folder:
+    with pack_and_upload(path) as directory:
         weights = struct.pack("<Q", len(header)) + header + values
-        (folder / "adapter_model.safetensors").write_bytes(weights)
-        (folder / "adapter_config.json").write_text(json.dumps({"r": 16, "peft_type": "LORA"}))
+        (directory / "adapter_model.safetensors").write_bytes(weights)
+        (directory / "adapter_config.json").write_text(json.dumps({"r": 16, "peft_type": "LORA"}))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def made_up(folder: Path) -> tuple[list[SQLModel], dict[str, Any]]:
-    """Return the rows of an account, and what is to be found of it."""
+def generate_account(directory: Path) -> tuple[list[SQLModel], dict[str, Any]]:
+    """Generate an account; return its rows and the expected data."""
     rows: list[SQLModel] = [SessionDB(session_id="session_1", sdk_version="0", status="active")]
-    truth: dict[str, Any] = {"lists_runs": True, "deletes": True}
-    truth |= {"runs": {}, "archives": {}, "samplers": {}}
-    # A bare id may be a training and a sampler checkpoint's, so that it names none.
-    truth["refused_deletions"] = {"model_00000000/checkpoints/0001": 400}
+    expected: dict[str, Any] = {"lists_runs": True, "deletes": True}
+    expected |= {"runs": {}, "archives": {}, "samplers": {}}
+    # An id without a kind is ambiguous, because both kinds may have it.
+    expected["refused_deletions"] = {"model_00000000/checkpoints/0001": 400}
     for number in range(RUNS):
         run_id, created_at = f"model_{number:08x}", START + timedelta(minutes=number)
         base_model = ("Qwen/Qwen3-8B", "plain")[number % 2]
@@ -103,7 +107,7 @@ def made_up(folder: Path) -> tuple[list[SQLModel], dict[str, Any]]:
                 created_at=created_at,
             )
         )
-        paths = truth["runs"][run_id] = {"base_model": base_model, "checkpoints": []}
+        paths = expected["runs"][run_id] = {"base_model": base_model, "checkpoints": []}
         if number >= RUNS_WITH_CHECKPOINTS:
             continue
         for kind, names in NAMES.items():
@@ -112,7 +116,7 @@ def made_up(folder: Path) -> tuple[list[SQLModel], dict[str, Any]]:
                 status = CheckpointStatus.COMPLETED
                 if name == "export" and number % 7 == 0:
                     status = CheckpointStatus.PENDING
-                    truth["refused_deletions"][f"{run_id}/checkpoints/{KIND[kind]}/{name}"] = 425
+                    expected["refused_deletions"][f"{run_id}/checkpoints/{KIND[kind]}/{name}"] = 425
                 else:
                     paths["checkpoints"].append(path)
                 rows.append(
@@ -126,12 +130,12 @@ def made_up(folder: Path) -> tuple[list[SQLModel], dict[str, Any]]:
                     )
                 )
                 if kind is CheckpointType.SAMPLER and number < RUNS_WITH_ARCHIVES:
-                    file = folder / run_id / KIND[kind] / f"{name}.tar.gz"
-                    truth["archives"][path] = save_adapter(file, path)
-    path = next(iter(truth["archives"]))
+                    file = directory / run_id / KIND[kind] / f"{name}.tar.gz"
+                    expected["archives"][path] = save_adapter(file, path)
+    path = next(iter(expected["archives"]))
     for number, model_path in enumerate((path, None)):
         sampler_id = f"sampler_{number}"
-        truth["samplers"][sampler_id] = model_path
+        expected["samplers"][sampler_id] = model_path
         rows.append(
             SamplingSessionDB(
                 sampling_session_id=sampler_id,
@@ -141,11 +145,11 @@ def made_up(folder: Path) -> tuple[list[SQLModel], dict[str, Any]]:
                 model_path=model_path,
             )
         )
-    return rows, truth
+    return rows, expected
 
 
 async def fill(url: str, rows: list[SQLModel]) -> None:
-    """Make the tables and put rows into them."""
+    """Create the tables and insert the rows."""
     engine = create_async_engine(url)
     async with engine.begin() as connection:
         await connection.run_sync(SQLModel.metadata.create_all)
@@ -157,15 +161,15 @@ async def fill(url: str, rows: list[SQLModel]) -> None:
 
 def main() -> None:
     """Serve until standard input ends."""
-    folder = Path(sys.argv[1])
-    database = f"sqlite+aiosqlite:///{folder}/skyrl.db"
-    rows, truth = made_up(folder)
+    directory = Path(sys.argv[1])
+    database = f"sqlite+aiosqlite:///{directory}/skyrl.db"
+    rows, expected = generate_account(directory)
     asyncio.run(fill(database, rows))
 
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
         app.state.db_engine = create_async_engine(database)
-        # What its own lifespan sets and a deletion uses.
+        # The original lifespan sets these attributes, which a deletion uses.
         app.state.validated_sampler_checkpoints = set()
         app.state.sampler_checkpoint_validation_lock = asyncio.Lock()
         yield
@@ -173,12 +177,12 @@ def main() -> None:
 
     api.app.router.lifespan_context = lifespan
     api.app.state.engine_config = EngineConfig(
-        base_model="plain", checkpoints_base=folder, database_url=database
+        base_model="plain", checkpoints_base=directory, database_url=database
     )
     listener = socket.create_server(("127.0.0.1", 0))
-    # asyncio turns Nagle's algorithm off only where the socket's protocol was named.
+    # asyncio sets TCP_NODELAY only if the socket was created with an explicit protocol.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    truth["base_url"] = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    expected["base_url"] = f"http://127.0.0.1:{listener.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(api.app, log_level="warning"))
 
     def stop() -> None:
@@ -186,7 +190,7 @@ def main() -> None:
         server.should_exit = True
 
     threading.Thread(target=stop, daemon=True).start()
-    print(json.dumps(truth), flush=True)  # the socket listens already: who is early waits in it
+    print(json.dumps(expected), flush=True)  # the socket listens already, and queues early clients
     server.run(sockets=[listener])
 
 

@@ -1,4 +1,4 @@
-"""`tinkerfs cache` as a real command, beside what fills the cache."""
+"""The commands `tinkerfs cache`, on a cache that `tinkerfs prefetch` filled."""
 
 import json
 import os
@@ -15,7 +15,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def server(demo_server):
-    """2 runs of 2 checkpoints of 9 MiB: 3 blocks each."""
+    """2 runs with 2 checkpoints of 9 MiB, which is 3 blocks."""
     return demo_server(runs=2, checkpoints=2, size_bytes=9 * MIB)
 
 
@@ -30,8 +30,8 @@ def env(tmp_path, server):
 
 
 @pytest.fixture
-def kept(env, server):
-    """The tinker paths of what was fetched, in that order."""
+def cached(env, server):
+    """The tinker paths of the prefetched checkpoints, in order of their prefetch."""
     paths = [
         f"tinker://{run.id}/{checkpoint.id}"
         for run in server.account.runs()
@@ -44,18 +44,18 @@ def kept(env, server):
     return paths
 
 
-def told(env, *words):
-    done = tinkerfs("cache", "info", "--json", *words, env=env)
+def cache_info(env, *arguments):
+    done = tinkerfs("cache", "info", "--json", *arguments, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_each_checkpoint_is_told_with_its_size_and_age(env, kept, server):
-    report = told(env)
-    assert [row["checkpoint"] for row in report["checkpoints"]] == kept[::-1]
+def test_info_shows_size_and_age_of_each_checkpoint(env, cached, server):
+    report = cache_info(env)
+    assert [row["checkpoint"] for row in report["checkpoints"]] == cached[::-1]
     for row in report["checkpoints"]:
         assert 9 * MIB <= row["kept_bytes"] < 10 * MIB
-        assert row["data_bytes"] == row["length_bytes"], "all of it was fetched"
+        assert row["data_bytes"] == row["length_bytes"], "the whole checkpoint is cached"
         assert 0 <= row["used_s_ago"] <= row["fetched_s_ago"] < 600
         assert not row["is_open"]
     assert report["kept_bytes"] == sum(row["kept_bytes"] for row in report["checkpoints"])
@@ -63,81 +63,85 @@ def test_each_checkpoint_is_told_with_its_size_and_age(env, kept, server):
     assert report["metadata_bytes"] > 0
     text = tinkerfs("cache", "info", env=env).stdout
     assert "of at most 10.0 GiB" in text
-    assert all(path in text for path in kept)
-    assert not server.journal.entries(), "it asks nobody"
+    assert all(path in text for path in cached)
+    assert not server.journal.entries(), "info sends no request"
 
 
-def test_a_tinker_path_names_a_checkpoint_or_a_run(env, kept):
-    [row] = told(env, kept[0])["checkpoints"]
-    assert row["checkpoint"] == kept[0]
-    run = "/".join(kept[0].split("/")[:3])
-    of_run = [row["checkpoint"] for row in told(env, run)["checkpoints"]]
-    assert sorted(of_run) == sorted(path for path in kept if path.startswith(f"{run}/"))
-    assert told(env, kept[0][:-1])["checkpoints"] == [], "a part of a name is another name"
+def test_info_with_tinker_path_selects_checkpoint_or_run(env, cached):
+    [row] = cache_info(env, cached[0])["checkpoints"]
+    assert row["checkpoint"] == cached[0]
+    run = "/".join(cached[0].split("/")[:3])
+    of_run = [row["checkpoint"] for row in cache_info(env, run)["checkpoints"]]
+    assert sorted(of_run) == sorted(path for path in cached if path.startswith(f"{run}/"))
+    assert cache_info(env, cached[0][:-1])["checkpoints"] == [], "a prefix of a name does not match"
 
 
-def test_bad_blocks_are_found_and_removed(env, kept, tmp_path, server):
+def test_verify_with_corrupt_block_removes_it(env, cached, tmp_path, server):
     done = tinkerfs("cache", "verify", env=env)
-    assert (done.returncode, done.stdout) == (0, f"{3 * len(kept)} blocks are sound\n")
+    assert (done.returncode, done.stdout) == (0, f"{3 * len(cached)} blocks are intact\n")
     blocks = sorted((tmp_path / ".cache/tinkerfs/blocks").glob("*/[0-9]*"))
     with blocks[0].open("r+b") as block:
         block.seek(1000)
-        was = block.read(1)
+        byte = block.read(1)
         block.seek(1000)
-        block.write(bytes([was[0] ^ 1]))
+        block.write(bytes([byte[0] ^ 1]))
     done = tinkerfs("cache", "verify", env=env)
     assert done.returncode == 1
-    line, counted = done.stdout.splitlines()
-    [path] = [path for path in kept if line == f"bad: {path} archive, block 0"]
-    assert counted.startswith(f"{3 * len(kept) - 1} blocks are sound, 1 bad and removed")
+    line, summary = done.stdout.splitlines()
+    [path] = [path for path in cached if line == f"corrupt: {path} archive, block 0"]
+    assert summary.startswith(f"{3 * len(cached) - 1} blocks are intact; removed 1 corrupt")
     assert not blocks[0].exists()
-    row = next(row for row in told(env)["checkpoints"] if row["checkpoint"] == path)
+    row = next(row for row in cache_info(env)["checkpoints"] if row["checkpoint"] == path)
     assert row["length_bytes"] - row["data_bytes"] == 4 * MIB
     done = tinkerfs("cache", "verify", "--json", env=env)
-    sound = {"sound_blocks": 3 * len(kept) - 1, "bad_blocks": 0, "bad": []}
-    assert json.loads(done.stdout) == sound
-    for path in kept:
+    expected = {"sound_blocks": 3 * len(cached) - 1, "bad_blocks": 0, "bad": []}
+    assert json.loads(done.stdout) == expected
+    for path in cached:
         assert tinkerfs("prefetch", path, env=env).returncode == 0
-    assert len(server.journal.entries("store")) == 1, "what was removed is fetched again"
+    assert len(server.journal.entries("store")) == 1, "only the removed block is downloaded again"
 
 
-def test_one_checkpoint_is_cleared_or_all(env, kept):
-    done = tinkerfs("cache", "clear", kept[0], env=env)
+def test_clear_with_and_without_path_removes_one_and_all(env, cached):
+    done = tinkerfs("cache", "clear", cached[0], env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("9.")
-    assert [row["checkpoint"] for row in told(env)["checkpoints"]] == kept[:0:-1]
+    assert [row["checkpoint"] for row in cache_info(env)["checkpoints"]] == cached[:0:-1]
     assert tinkerfs("cache", "clear", env=env).returncode == 0
-    report = told(env)
+    report = cache_info(env)
     assert (report["checkpoints"], report["kept_bytes"]) == ([], 0)
 
 
-def test_there_may_be_nothing(env, tmp_path):
-    none = str(tmp_path / "none")
-    assert told(env, "--cache-dir", none)["checkpoints"] == []
+def test_cache_commands_without_cache_succeed(env, tmp_path):
+    missing = str(tmp_path / "missing")
+    assert cache_info(env, "--cache-dir", missing)["checkpoints"] == []
     for command in ("verify", "clear"):
-        done = tinkerfs("cache", command, "--cache-dir", none, env=env)
+        done = tinkerfs("cache", command, "--cache-dir", missing, env=env)
         assert (done.returncode, done.stderr) == (0, "")
-    assert not (tmp_path / "none").exists(), "to look makes nothing"
+    assert not (tmp_path / "missing").exists(), "the commands create no directory"
 
 
-def test_what_cannot_be_done_is_said_in_a_line(env, tmp_path):
+def test_clear_with_invalid_path_prints_one_line(env, tmp_path):
     (tmp_path / "file").write_text("")
-    for words in (("--cache-dir", str(tmp_path / "file")), (str(tmp_path),), ("tinker://a//b",)):
-        done = tinkerfs("cache", "clear", *words, env=env)
+    for arguments in (
+        ("--cache-dir", str(tmp_path / "file")),
+        (str(tmp_path),),
+        ("tinker://a//b",),
+    ):
+        done = tinkerfs("cache", "clear", *arguments, env=env)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_metadata_that_is_spoilt_is_in_nobodys_way(env, kept, tmp_path):
+def test_cache_commands_with_corrupt_metadata_succeed(env, cached, tmp_path):
     for path in (tmp_path / ".cache/tinkerfs").glob("metadata.sqlite3*"):
-        path.write_bytes(b"spoilt" * 1000)
-    assert [row["checkpoint"] for row in told(env)["checkpoints"]] == kept[::-1]
+        path.write_bytes(b"corrupt" * 1000)
+    assert [row["checkpoint"] for row in cache_info(env)["checkpoints"]] == cached[::-1]
     for command in ("verify", "clear"):
         done = tinkerfs("cache", command, env=env)
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_file_that_is_in_the_way_is_named(env, kept, tmp_path):
+def test_cache_commands_with_file_as_directory_name_it(env, cached, tmp_path):
     blocks = tmp_path / ".cache/tinkerfs/blocks"
     blocks.rename(tmp_path / "elsewhere")
     blocks.write_text("")
@@ -149,17 +153,17 @@ def test_a_file_that_is_in_the_way_is_named(env, kept, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["info", "verify", "clear"])
-def test_help_tells_the_exit_codes_and_what_path_is(command):
+def test_cache_help_explains_exit_codes_and_path(command):
     text = " ".join(tinkerfs("cache", command, "--help").stdout.split())
-    for words in ("Exits 0", "PATH is a tinker path", "TINKERFS_CACHE_DIR"):
-        assert words in text
+    for phrase in ("Exits 0", "PATH is a tinker path", "TINKERFS_CACHE_DIR"):
+        assert phrase in text
 
 
-def test_external_weights_are_told_by_checkpoint_too(env, server):
+def test_info_lists_external_weights_by_checkpoint(env, server):
     run_id = server.account.run_ids[0]
     server.account.add_checkpoint(run_id, "external_weights/base", size_bytes=5 * MIB)
     path = f"tinker://{run_id}/external_weights/base"
     assert tinkerfs("prefetch", path, env=env).returncode == 0
-    [row] = told(env)["checkpoints"]
+    [row] = cache_info(env)["checkpoints"]
     assert row["checkpoint"] == path
     assert row["data_bytes"] == row["length_bytes"] > 0

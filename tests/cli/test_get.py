@@ -1,4 +1,4 @@
-"""`tinkerfs get` as a real command, against a real server."""
+"""`tinkerfs get` as a subprocess, against a demo server."""
 
 import json
 import os
@@ -26,7 +26,7 @@ NAME = "adapter_model.safetensors"
 
 @pytest.fixture
 def server(demo_server):
-    """2 runs of 2 checkpoints of 30 MiB."""
+    """2 runs with 2 checkpoints of 30 MiB."""
     return demo_server(runs=2, checkpoints=2, size_bytes=SIZE_BYTES)
 
 
@@ -43,24 +43,24 @@ def dest(tmp_path):
 
 
 def ids(server, run=0):
-    """The run's id, and those of its checkpoints."""
+    """Return the id of a run and the ids of its checkpoints."""
     run = server.account.runs()[run]
     return run.id, [checkpoint.id for checkpoint in run.checkpoints]
 
 
-def truth(server, run_id, checkpoint_id):
+def expected_files(server, run_id, checkpoint_id):
     files = server.files(run_id, checkpoint_id).items()
     return {name: content.read(0, content.size_bytes) for name, content in files}
 
 
-def found(folder):
-    """What is in a folder, but for what is hidden."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+def visible_files(directory):
+    """Return relative path -> content of the visible files below a directory."""
+    paths = [p for p in directory.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
-def partials(folder):
-    return list(folder.glob(".*.partial"))
+def partials(directory):
+    return list(directory.glob(".*.partial"))
 
 
 def sent_bytes(server):
@@ -74,7 +74,7 @@ def first_byte(entry):
 
 @contextmanager
 def started(*arguments, env):
-    """The command, under way; killed if it is still there at the end."""
+    """Start the command; kill it at the end of the block if it still runs."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tinkerfs", *arguments],
         env=env,
@@ -96,14 +96,14 @@ def one_line(done):
     return line
 
 
-def test_the_files_come_whole_with_their_times_and_modes(env, server, dest):
+def test_get_writes_files_with_their_times_and_modes(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
     done = run("sh", "-c", f"umask 027; {sys.executable} -m tinkerfs get '{path}' {dest}", env=env)
     assert (done.returncode, done.stdout) == (0, "")
     assert f"{dest}/{NAME}: 30.0 MiB in " in done.stderr
-    expected = truth(server, run_id, checkpoint)
-    assert found(dest) == expected
+    expected = expected_files(server, run_id, checkpoint)
+    assert visible_files(dest) == expected
     assert partials(dest) == []
     archive = server.archive(run_id, checkpoint)
     header = tarfile.TarInfo.frombuf(archive.read(0, 512), "utf-8", "strict")
@@ -114,26 +114,26 @@ def test_the_files_come_whole_with_their_times_and_modes(env, server, dest):
     assert sent_bytes(server) <= SIZE_BYTES + INDEX_BYTES
 
 
-def test_what_is_whole_is_left_alone_and_what_is_another_is_refused(env, server, dest):
+def test_get_with_existing_files_replaces_only_with_force(env, server, dest):
     run_id, [first, second] = ids(server)
     assert tinkerfs("get", f"tinker://{run_id}/{first}", dest, env=env).returncode == 0
     server.journal.clear()
     before = (dest / NAME).stat()
     done = tinkerfs("get", "--json", f"tinker://{run_id}/{first}", dest, env=env)
     assert done.returncode == 0
-    told = json.loads(done.stdout)
-    assert told["is_complete"]
-    assert {row["outcome"] for row in told["files"]} == {"there already"}
+    report = json.loads(done.stdout)
+    assert report["is_complete"]
+    assert {row["outcome"] for row in report["files"]} == {"already present"}
     assert (dest / NAME).stat() == before
     assert server.journal.count("GET archive") == server.journal.count("store") == 0
-    # The same names and lengths, and another checkpoint.
+    # Another checkpoint, with files of the same names and lengths.
     done = tinkerfs("get", f"tinker://{run_id}/{second}", dest, env=env)
     assert done.returncode == 1
-    assert f"{dest}/{NAME}: it is there, and not known to be this one" in done.stderr
-    assert found(dest) == truth(server, run_id, first)
+    assert f"{dest}/{NAME}: already exists, and may have other content" in done.stderr
+    assert visible_files(dest) == expected_files(server, run_id, first)
     assert tinkerfs("get", "--force", f"tinker://{run_id}/{second}", dest, env=env).returncode == 0
-    assert found(dest) == truth(server, run_id, second)
-    # A file that somebody touched is not known any more.
+    assert visible_files(dest) == expected_files(server, run_id, second)
+    # A file that was modified after the copy is not replaced.
     (dest / "adapter_config.json").write_bytes(b"mine")
     done = tinkerfs("get", f"tinker://{run_id}/{second}", dest, env=env)
     assert done.returncode == 1
@@ -142,10 +142,11 @@ def test_what_is_whole_is_left_alone_and_what_is_another_is_refused(env, server,
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_copy_goes_on_from_its_length(env, server, dest, number, status):
+def test_get_after_interruption_resumes_partial_file(env, server, dest, number, status):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
-    # One request beyond is for the index, whose end is there; the blocks are not sent whole.
+    # The first matching request reads the end of the archive for the index. The requests after
+    # it are for blocks, which stall.
     rule = server.faults.add(
         STORE,
         times=None,
@@ -157,30 +158,30 @@ def test_an_interrupted_copy_goes_on_from_its_length(env, server, dest, number, 
         rule.wait_for(1)
         wait_until(lambda: any(each.stat().st_size > 8 * MIB for each in partials(dest)))
         process.send_signal(number)
-        _, told = process.communicate(timeout=5)
+        _, stderr = process.communicate(timeout=5)
     assert process.returncode == status
-    assert told.splitlines()[-1].startswith("tinkerfs: interrupted: what came is kept beside")
-    assert "Traceback" not in told
+    assert stderr.splitlines()[-1].startswith("tinkerfs: interrupted (hint: partial files are")
+    assert "Traceback" not in stderr
     assert not (dest / NAME).exists()
     [partial] = partials(dest)
     assert stat.S_IMODE(partial.stat().st_mode) == 0o600
-    kept = partial.stat()
+    partial_stat = partial.stat()
     server.faults.clear()
     done = tinkerfs("get", "--json", path, dest, env=env)
     assert done.returncode == 0
     outcomes = {os.path.basename(r["path"]): r["outcome"] for r in json.loads(done.stdout)["files"]}
     assert outcomes == {
-        "adapter_config.json": "there already",
+        "adapter_config.json": "already present",
         NAME: "resumed",
         "checkpoint_complete": "copied",
     }
-    assert (dest / NAME).stat().st_ino == kept.st_ino, "it went on in the same file"
-    assert found(dest) == truth(server, run_id, checkpoint)
+    assert (dest / NAME).stat().st_ino == partial_stat.st_ino, "it resumed in the same file"
+    assert visible_files(dest) == expected_files(server, run_id, checkpoint)
     assert partials(dest) == []
     assert sent_bytes(server) <= SIZE_BYTES + BLOCK_BYTES
 
 
-def test_what_came_of_the_blocks_under_way_is_kept(env, server, dest):
+def test_get_after_interruption_keeps_blocks_in_flight(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
     server.faults.add(STORE, times=None, after=2, bytes_per_s=MIB)
@@ -190,15 +191,15 @@ def test_what_came_of_the_blocks_under_way_is_kept(env, server, dest):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=5)
     assert process.returncode == 130
-    came = sent_bytes(server)
+    first_bytes = sent_bytes(server)
     server.faults.clear()
     assert tinkerfs("get", path, dest, env=env).returncode == 0
-    assert found(dest) == truth(server, run_id, checkpoint)
-    assert came > 12 * MIB
+    assert visible_files(dest) == expected_files(server, run_id, checkpoint)
+    assert first_bytes > 12 * MIB
     assert sent_bytes(server) <= SIZE_BYTES + BLOCK_BYTES
 
 
-def test_a_partial_file_of_another_version_is_not_gone_on_with(env, server, dest):
+def test_get_with_partial_file_of_old_version_restarts(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
     late = {"after": 1, "when": lambda entry: first_byte(entry) >= 3 * BLOCK_BYTES}
@@ -206,16 +207,16 @@ def test_a_partial_file_of_another_version_is_not_gone_on_with(env, server, dest
     done = tinkerfs("get", "--timeout", "1", path, dest, env=env)
     assert done.returncode == 1
     assert f"{dest}/{NAME}: " in one_line(done)
-    assert "goes on from there" in one_line(done)
+    assert "run the same command again to resume" in one_line(done)
     [partial] = partials(dest)
     assert partial.stat().st_size >= BLOCK_BYTES
     server.faults.clear()
     [record] = [c for c in server.account.runs()[0].checkpoints if c.id == checkpoint]
     record.generation += 1
-    # What is known of it is told from the store's answer, and it begins anew by itself.
+    # The store's response shows that the partial file is of another version; `get` restarts.
     done = tinkerfs("get", "--force", path, dest, env=env)
     assert (done.returncode, one_line_or_none(done)) == (0, None)
-    assert found(dest) == truth(server, run_id, checkpoint)
+    assert visible_files(dest) == expected_files(server, run_id, checkpoint)
     assert partials(dest) == []
 
 
@@ -223,24 +224,24 @@ def one_line_or_none(done):
     return next((x for x in done.stderr.splitlines() if x.startswith("tinkerfs: ")), None)
 
 
-def test_undated_checkpoint_saved_again_is_copied_as_it_is_now(env, server, tmp_path):
+def test_get_of_undated_checkpoint_saved_again_copies_new_one(env, server, tmp_path):
     run_id, [name, _] = ids(server)
     for number in range(2):
         server.account.add_checkpoint(run_id, name, time_s=None, size_bytes=MIB)
         dest = tmp_path / str(number)
         assert tinkerfs("get", f"tinker://{run_id}/{name}", dest, env=env).returncode == 0
-        assert found(dest) == truth(server, run_id, name)
+        assert visible_files(dest) == expected_files(server, run_id, name)
 
 
-def test_a_transfer_that_breaks_off_is_taken_up(env, server, dest):
+def test_get_with_broken_connections_resumes_transfers(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     server.faults.add(STORE, times=4, after=2, cut_after_bytes=MIB)
     assert tinkerfs("get", f"tinker://{run_id}/{checkpoint}", dest, env=env).returncode == 0
-    assert found(dest) == truth(server, run_id, checkpoint)
+    assert visible_files(dest) == expected_files(server, run_id, checkpoint)
     assert sent_bytes(server) <= SIZE_BYTES + 2 * INDEX_BYTES
 
 
-def test_the_archive_itself(env, server, tmp_path):
+def test_get_archive_copies_tar_files(env, server, tmp_path):
     run_id, [first, second] = ids(server)
     tar = tmp_path / "made" / "checkpoint.tar"
     path = f"tinker://{run_id}/{first}"
@@ -251,33 +252,33 @@ def test_the_archive_itself(env, server, tmp_path):
     done = tinkerfs("get", "--archive", f"tinker://{run_id}/{second}", tar, env=env)
     assert done.returncode == 1
     assert str(tar) in one_line(done)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    assert tinkerfs("get", "--archive", f"tinker://{run_id}", folder, env=env).returncode == 0
-    assert sorted(os.listdir(folder)) == sorted(
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    assert tinkerfs("get", "--archive", f"tinker://{run_id}", directory, env=env).returncode == 0
+    assert sorted(os.listdir(directory)) == sorted(
         [".tinkerfs-get", *(f"{run_id}@{c.replace('/', '@')}.tar" for c in (first, second))]
     )
 
 
-def test_all_of_a_run_come_to_a_folder_each(env, server, dest):
+def test_get_of_run_makes_one_directory_per_checkpoint(env, server, dest):
     run_id, checkpoints = ids(server)
     assert tinkerfs("get", f"tinker://{run_id}", dest, env=env).returncode == 0
     for checkpoint in checkpoints:
-        folder = dest / f"{run_id}@{checkpoint.replace('/', '@')}"
-        assert found(folder) == truth(server, run_id, checkpoint)
+        directory = dest / f"{run_id}@{checkpoint.replace('/', '@')}"
+        assert visible_files(directory) == expected_files(server, run_id, checkpoint)
 
 
-def test_an_archive_being_built_is_shown_as_that(env, demo_server, dest):
+def test_get_of_archive_being_built_reports_the_wait(env, demo_server, dest):
     server = demo_server(runs=1, checkpoints=1, building_polls=2, retry_after="1")
     run_id, [checkpoint] = ids(server)
     env |= server.environment
     done = tinkerfs("get", f"tinker://{run_id}/{checkpoint}", dest, env=env)
     assert done.returncode == 0
-    assert "its archive is being built" in done.stderr
-    assert "waited 2s for its archive" in done.stderr
+    assert "waiting for the server to build the archive" in done.stderr
+    assert "waited 2s for the archive" in done.stderr
 
 
-def test_a_full_disk_is_said_and_the_partial_stays(env, server, tmp_path, needs_root):
+def test_get_on_full_disk_fails_and_keeps_partial_file(env, server, tmp_path, needs_root):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
     small = tmp_path / "small"
@@ -286,17 +287,17 @@ def test_a_full_disk_is_said_and_the_partial_stays(env, server, tmp_path, needs_
     try:
         done = tinkerfs("get", path, small, env=env)
         assert done.returncode == 1
-        assert f"{small}/{NAME}: No space left on device; what came is kept" in one_line(done)
+        assert f"{small}/{NAME}: No space left on device (hint: partial files are" in one_line(done)
         [partial] = partials(small)
         assert partial.stat().st_size > 8 * MIB
         assert run("mount", "-o", "remount,size=64m", small).returncode == 0
         assert tinkerfs("get", path, small, env=env).returncode == 0
-        assert found(small) == truth(server, run_id, checkpoint)
+        assert visible_files(small) == expected_files(server, run_id, checkpoint)
     finally:
         assert run("umount", small).returncode == 0
 
 
-def test_two_at_once_are_told_apart(env, server, dest):
+def test_get_while_another_get_writes_fails(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
     rule = server.faults.add(STORE, times=None, after=4, hang=True)
@@ -308,10 +309,10 @@ def test_two_at_once_are_told_apart(env, server, dest):
         assert "another process is writing it" in one_line(done)
         server.faults.clear()
         assert first.wait(20) == 0
-    assert found(dest) == truth(server, run_id, checkpoint)
+    assert visible_files(dest) == expected_files(server, run_id, checkpoint)
 
 
-def test_what_cannot_be_had_is_one_line(env, server, dest, tmp_path):
+def test_get_with_failing_requests_prints_one_line(env, server, dest, tmp_path):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
     done = tinkerfs("get", f"{path}x", dest, env=env)

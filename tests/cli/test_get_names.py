@@ -1,4 +1,4 @@
-"""`tinkerfs get` of names that are odd, with any locale."""
+"""`tinkerfs get` of archive members with unusual names, in several locales."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LOCALES = {
 
 
 @pytest.mark.parametrize("locale", LOCALES)
-def test_get_of_non_utf8_names_is_whole(env, server, dest, locale):
+def test_get_of_non_utf8_names_writes_exact_names(env, server, dest, locale):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
     members = [member(name, data) for name, data in FILES.items()]
@@ -32,19 +32,19 @@ def test_get_of_non_utf8_names_is_whole(env, server, dest, locale):
     env |= LOCALES[locale]
     done = tinkerfs("get", "--json", path, dest, env=env)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
-    told = json.loads(done.stdout)
-    assert told["is_complete"]
-    assert {os.fsencode(row["path"]) for row in told["files"]} == {
+    report = json.loads(done.stdout)
+    assert report["is_complete"]
+    assert {os.fsencode(row["path"]) for row in report["files"]} == {
         os.path.join(os.fsencode(dest), name) for name in FILES
     }
     for name, data in FILES.items():
         with open(os.path.join(os.fsencode(dest), name), "rb") as file:
             assert file.read() == data
     done = tinkerfs("get", "--json", path, dest, env=env)
-    assert {row["outcome"] for row in json.loads(done.stdout)["files"]} == {"there already"}
+    assert {row["outcome"] for row in json.loads(done.stdout)["files"]} == {"already present"}
 
 
-#: Members that have the names of what `get` makes for itself, and their names on disk.
+#: Member names that `get` uses for its own files -> their names on disk.
 OWN_NAMES = {
     b".tinkerfs-get": b"%2Etinkerfs-get",
     b".TINKERFS-GET": b"%2ETINKERFS-GET",
@@ -56,11 +56,11 @@ OWN_NAMES = {
 }
 
 
-def test_get_of_names_of_its_own_is_whole(env, server, dest):
+def test_get_of_names_of_its_own_files_encodes_them(env, server, dest):
     run_id, [checkpoint, _] = ids(server)
     packed = b"".join(member(name, b"of " + name) for name in OWN_NAMES) + END
     server.account.find(run_id, checkpoint)[1].archive = Data(packed)
-    for outcome in ("copied", "there already"):
+    for outcome in ("copied", "already present"):
         done = tinkerfs("get", "--json", f"tinker://{run_id}/{checkpoint}", dest, env=env)
         assert {row["outcome"] for row in json.loads(done.stdout)["files"]} == {outcome}
     for name, on_disk in OWN_NAMES.items():
@@ -69,7 +69,7 @@ def test_get_of_names_of_its_own_is_whole(env, server, dest):
     assert all(json.loads(line) for line in (dest / ".tinkerfs-get").read_text().splitlines())
 
 
-def test_get_into_a_linked_directory_is_refused(env, server, dest, tmp_path):
+def test_get_into_symlinked_directory_fails(env, server, dest, tmp_path):
     run_id, [checkpoint, _] = ids(server)
     packed = member(b"sub/file", b"data") + member(b"z", b"last") + END
     server.account.find(run_id, checkpoint)[1].archive = Data(packed)

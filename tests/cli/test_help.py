@@ -1,4 +1,4 @@
-"""What the command line says of itself, without loading what it does not need."""
+"""Help texts and completion of the command line, and their imports."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from tinkerfs import __version__
 from tinkerfs.cli.main import COMMANDS, cli
 from tinkerfs.config import OPTIONS
 
-#: Slow to import, or failing where something is not installed.
+#: Modules that are slow to import, or that fail to import if a library is missing.
 HEAVY = {"httpx", "fuse", "mfusepy", "sqlite3", "cachetools", "msgspec", "stamina", "asyncio"}
 
 
@@ -32,11 +32,11 @@ def modules_after(*arguments):
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
 )
-def test_help_loads_nothing_slow(arguments):
+def test_help_imports_no_heavy_module(arguments):
     assert not modules_after(*arguments) & HEAVY
 
 
-def test_no_command_at_all_shows_the_help():
+def test_no_arguments_print_help():
     done = tinkerfs()
     assert done.returncode == 2
     assert done.stderr == tinkerfs("--help").stdout
@@ -48,14 +48,14 @@ def test_group_help_imports_no_command():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_tables_line_is_the_commands_own(name):
+def test_command_table_has_short_help_of_command(name):
     command = cli.get_command(click.Context(cli), name)
     assert command.name == name
     assert command.get_short_help_str(100) == COMMANDS[name][2]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_says_what_it_does_and_each_option_too(name):
+def test_every_command_and_option_has_help(name):
     command = cli.get_command(click.Context(cli), name)
     assert len(command.help) > 40
     for parameter in command.get_params(click.Context(command)):
@@ -64,7 +64,7 @@ def test_every_command_says_what_it_does_and_each_option_too(name):
 
 
 @pytest.mark.parametrize("command", ["mount", "demo"])
-def test_help_tells_the_default_of_every_setting_and_its_variable(command):
+def test_help_shows_default_and_variable_of_each_setting(command):
     text = " ".join(tinkerfs(command, "--help").stdout.split())
     flags = {parameter.name for parameter in cli.get_command(None, command).params}
     for option in (each for each in OPTIONS if each.field in flags):
@@ -72,17 +72,17 @@ def test_help_tells_the_default_of_every_setting_and_its_variable(command):
         assert f"[{default}env: {option.env_var}]" in text
 
 
-def test_help_tells_the_exit_codes():
+def test_help_lists_exit_codes():
     text = tinkerfs("--help").stdout
-    for code in ("0  done", "1  it failed", "2  the command line", "130  interrupted"):
+    for code in ("0  success", "1  failure", "2  invalid command line", "130  interrupted"):
         assert code in text
 
 
-def test_version():
+def test_version_option_prints_version():
     assert tinkerfs("--version").stdout == f"tinkerfs {__version__}\n"
 
 
-def test_misuse_is_one_line_and_status_2():
+def test_invalid_command_line_prints_one_line():
     for arguments in (["nonsense"], ["mount"], ["mount", "--nonsense", "x"], ["umount", "a", "b"]):
         done = tinkerfs(*arguments)
         assert done.returncode == 2
@@ -94,7 +94,7 @@ def test_misuse_is_one_line_and_status_2():
 @pytest.mark.parametrize(
     ("shell", "word"), [("bash", "complete"), ("zsh", "#compdef"), ("fish", "complete")]
 )
-def test_completion_scripts(shell, word):
+def test_completion_prints_script_of_shell(shell, word):
     done = tinkerfs("completion", shell)
     assert done.returncode == 0
     assert word in done.stdout
@@ -102,28 +102,28 @@ def test_completion_scripts(shell, word):
 
 
 @pytest.mark.parametrize(
-    ("words", "completed"),
+    ("typed", "completed"),
     [
         ("tinkerfs mou", "plain,mount\n"),
         ("tinkerfs mount ~/ti", "dir,~/ti\n"),
         ("tinkerfs umount ti", "dir,ti\n"),
     ],
 )
-def test_completion_of_commands_and_folders(words, completed):
-    env = {"_TINKERFS_COMPLETE": "bash_complete", "COMP_WORDS": words}
-    env["COMP_CWORD"] = str(words.count(" "))
+def test_completion_completes_commands_and_directories(typed, completed):
+    env = {"_TINKERFS_COMPLETE": "bash_complete", "COMP_WORDS": typed}
+    env["COMP_CWORD"] = str(typed.count(" "))
     code = "from tinkerfs.cli.main import main; main()"
     done = run(sys.executable, "-c", code, env=env)
     assert done.stdout == completed
 
 
 @pytest.mark.parametrize("command", ["mount", "umount", "status", "demo"])
-def test_an_empty_name_is_not_the_current_folder(command):
+def test_empty_mountpoint_is_invalid(command):
     done = tinkerfs(command, "")
     assert done.returncode == 2
-    assert "its name is empty" in done.stderr
+    assert "the name is empty" in done.stderr
 
 
-def test_a_reader_that_leaves_is_no_traceback():
+def test_closed_standard_output_prints_no_traceback():
     done = run("sh", "-c", f"{sys.executable} -m tinkerfs completion bash | true")
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""`tinkerfs prefetch` as a real command, against a real server."""
+"""`tinkerfs prefetch` as a subprocess, against a demo server."""
 
 import json
 import os
@@ -16,7 +16,7 @@ __all__ = ["demo_server"]
 
 MIB = 1 << 20
 SIZE_BYTES = 30 * MIB
-#: An archive's start and end are asked for to tell what is in it.
+#: Upper bound of the bytes read from the start and end of an archive to index it.
 INDEX_BYTES = MIB
 BLOCK_BYTES = 4 * MIB
 STORE = "GET store/archive"
@@ -24,14 +24,14 @@ STORE = "GET store/archive"
 
 @pytest.fixture
 def server(demo_server):
-    """2 runs of 2 checkpoints of 30 MiB."""
+    """2 runs with 2 checkpoints of 30 MiB."""
     return demo_server(runs=2, checkpoints=2, size_bytes=SIZE_BYTES)
 
 
 @pytest.fixture
 def env(tmp_path, server):
-    kept = {name: os.environ[name] for name in ("PATH",)}
-    return {**kept, **server.environment, "HOME": str(tmp_path), "LANG": "C.UTF-8"}
+    path = {"PATH": os.environ["PATH"]}
+    return {**path, **server.environment, "HOME": str(tmp_path), "LANG": "C.UTF-8"}
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def cache(tmp_path):
 
 
 def tinker_paths(server, run=0):
-    found = server.account.runs()[run]
-    return [f"tinker://{found.id}/{checkpoint.id}" for checkpoint in found.checkpoints]
+    record = server.account.runs()[run]
+    return [f"tinker://{record.id}/{checkpoint.id}" for checkpoint in record.checkpoints]
 
 
 def sent_bytes(server):
-    """What the store handed out."""
+    """Return the number of bytes that the store has sent."""
     server.journal.wait_until_idle()
     return sum(entry.sent_bytes for entry in server.journal.entries("store"))
 
@@ -55,13 +55,13 @@ def first_byte(entry):
 
 
 def one_line(done):
-    """The one line of a failure, without a traceback."""
+    """Return the only error line of a failed command; check for no traceback."""
     [line] = [line for line in done.stderr.splitlines() if line.startswith("tinkerfs: ")]
     assert "Traceback" not in done.stderr
     return line
 
 
-def test_each_byte_is_fetched_once_and_then_all_is_there(env, server):
+def test_prefetch_downloads_each_byte_once(env, server):
     first = tinker_paths(server)[0]
     done = tinkerfs("prefetch", first, env=env)
     assert (done.returncode, done.stdout) == (0, "")
@@ -73,32 +73,32 @@ def test_each_byte_is_fetched_once_and_then_all_is_there(env, server):
     server.journal.clear()
     again = tinkerfs("prefetch", first, env=env)
     assert again.returncode == 0
-    assert "adapter_model.safetensors: 30.0 MiB, there already" in again.stderr
+    assert "adapter_model.safetensors: 30.0 MiB, already present" in again.stderr
     assert server.journal.count("store") == server.journal.count("GET archive") == 0
 
 
-def test_check_asks_no_store_and_for_no_archive(env, server):
+def test_check_sends_no_request_to_store_or_for_archive(env, server):
     first, second = tinker_paths(server)
     for path in (first, f"tinker://{server.account.runs()[0].id}"):
         done = tinkerfs("prefetch", "--check", path, env=env)
         assert done.returncode == 1
-        assert f"{first} files/: nothing is kept of it" in done.stdout
+        assert f"{first} files/: not cached" in done.stdout
     assert tinkerfs("prefetch", first, env=env).returncode == 0
     server.journal.clear()
     assert tinkerfs("prefetch", "--check", first, env=env).returncode == 0
     done = tinkerfs("prefetch", "--check", "--json", first, second, env=env)
     assert done.returncode == 1
-    told = json.loads(done.stdout)
-    assert not told["is_complete"]
-    assert told["total_bytes"] is None
-    whole, unknown = told["files"][:-1], told["files"][-1]
-    assert [row["file"] for row in whole] == [
+    report = json.loads(done.stdout)
+    assert not report["is_complete"]
+    assert report["total_bytes"] is None
+    cached, unknown = report["files"][:-1], report["files"][-1]
+    assert [row["file"] for row in cached] == [
         "files/adapter_config.json",
         "files/adapter_model.safetensors",
         "files/checkpoint_complete",
     ]
-    assert all(row["kept_bytes"] == row["total_bytes"] for row in whole)
-    assert sum(row["total_bytes"] for row in whole) == SIZE_BYTES
+    assert all(row["kept_bytes"] == row["total_bytes"] for row in cached)
+    assert sum(row["total_bytes"] for row in cached) == SIZE_BYTES
     assert (unknown["checkpoint"], unknown["kept_bytes"], unknown["total_bytes"]) == (
         second,
         0,
@@ -107,14 +107,14 @@ def test_check_asks_no_store_and_for_no_archive(env, server):
     assert server.journal.count("store") == server.journal.count("GET archive") == 0
 
 
-def test_check_finds_a_block_that_is_gone(env, server, cache):
+def test_check_with_missing_block_reports_cached_part(env, server, cache):
     first = tinker_paths(server)[0]
     tinkerfs("prefetch", first, env=env)
     [block] = cache.glob("blocks/*/3")
     block.unlink()
     done = tinkerfs("prefetch", "--check", first, env=env)
     assert done.returncode == 1
-    assert done.stdout == f"{first} files/adapter_model.safetensors: 26.0 MiB of 30.0 MiB\n"
+    assert done.stdout == f"{first} files/adapter_model.safetensors: 26.0 MiB of 30.0 MiB cached\n"
     server.journal.clear()
     assert tinkerfs("prefetch", first, env=env).returncode == 0
     assert [entry.range for entry in server.journal.entries(STORE)] == [
@@ -122,31 +122,31 @@ def test_check_finds_a_block_that_is_gone(env, server, cache):
     ]
 
 
-def test_one_file_and_the_archive_and_all_of_a_run(env, server):
+def test_prefetch_of_run_and_checkpoint_downloads_all(env, server):
     run_id = server.account.runs()[0].id
     first, second = tinker_paths(server)
     [other, _] = tinker_paths(server, run=1)
     done = tinkerfs("prefetch", "--json", f"tinker://{run_id}", other, env=env)
     assert done.returncode == 0
-    told = json.loads(done.stdout)
-    assert {row["checkpoint"] for row in told["files"]} == {first, second, other}
-    assert told["kept_bytes"] == told["total_bytes"] == 3 * SIZE_BYTES
-    assert told["is_complete"]
-    assert told["errors"] == []
+    report = json.loads(done.stdout)
+    assert {row["checkpoint"] for row in report["files"]} == {first, second, other}
+    assert report["kept_bytes"] == report["total_bytes"] == 3 * SIZE_BYTES
+    assert report["is_complete"]
+    assert report["errors"] == []
 
 
-def test_an_archive_being_built_is_shown_as_that(env, demo_server):
+def test_prefetch_of_archive_being_built_reports_the_wait(env, demo_server):
     server = demo_server(runs=1, checkpoints=1, building_polls=2, retry_after="1")
     env |= server.environment
     [first] = tinker_paths(server)
     done = tinkerfs("prefetch", first, env=env)
     assert done.returncode == 0
-    assert "its archive is being built" in done.stderr
-    assert "waited 2s for its archive" in done.stderr
+    assert "waiting for the server to build the archive" in done.stderr
+    assert "waited 2s for the archive" in done.stderr
     assert server.journal.count("GET archive") == 3
 
 
-def test_a_terminal_has_a_bar_with_rate_and_time_left(env, tmp_path, demo_server):
+def test_prefetch_on_terminal_shows_bar_rate_and_time_left(env, tmp_path, demo_server):
     server = demo_server(
         runs=1, checkpoints=1, size_bytes=SIZE_BYTES, building_polls=2, retry_after="1"
     )
@@ -155,8 +155,8 @@ def test_a_terminal_has_a_bar_with_rate_and_time_left(env, tmp_path, demo_server
     [first] = tinker_paths(server)
     command = [sys.executable, "-m", "tinkerfs", "prefetch", first]
     with terminal(command, os.getcwd(), env) as shown:
-        shown.wait_for("an archive is being built, 1s")
-        shown.wait_for("waited 2s for its archive")
+        shown.wait_for("building an archive, 1s")
+        shown.wait_for("waited 2s for the archive")
         shown.wait_for("[#")
         shown.wait_for(" of 30.0 MiB")
         shown.wait_for("MiB/s")
@@ -166,28 +166,28 @@ def test_a_terminal_has_a_bar_with_rate_and_time_left(env, tmp_path, demo_server
         assert shown.end() == 0
 
 
-def test_what_breaks_off_is_taken_up_and_a_later_run_goes_on(env, server):
+def test_prefetch_with_broken_connections_resumes(env, server):
     first = tinker_paths(server)[0]
     server.faults.add(STORE, times=3, after=2, cut_after_bytes=MIB)
     assert tinkerfs("prefetch", first, env=env).returncode == 0
     assert sent_bytes(server) <= SIZE_BYTES + 2 * INDEX_BYTES
     second = tinker_paths(server)[1]
     server.journal.clear()
-    # One request beyond is for the index, whose end is there.
+    # The first matching request reads the end of the archive for the index.
     late = {"after": 1, "when": lambda entry: first_byte(entry) >= 3 * BLOCK_BYTES}
     server.faults.add(STORE, times=None, status=500, **late)
     done = tinkerfs("prefetch", "--timeout", "2", second, env=env)
     assert done.returncode == 1
     assert f"{second}/adapter_model.safetensors: " in one_line(done)
     assert "500" in one_line(done)
-    came = sent_bytes(server)
+    first_bytes = sent_bytes(server)
     server.faults.clear()
     assert tinkerfs("prefetch", second, env=env).returncode == 0
     assert SIZE_BYTES <= sent_bytes(server) <= SIZE_BYTES + INDEX_BYTES
-    assert came < SIZE_BYTES
+    assert first_bytes < SIZE_BYTES
 
 
-def test_an_archive_that_was_built_anew_is_fetched_anew(env, server):
+def test_prefetch_of_rebuilt_archive_downloads_new_version(env, server):
     first = tinker_paths(server)[0]
     late = {"after": 1, "when": lambda entry: first_byte(entry) >= 3 * BLOCK_BYTES}
     server.faults.add(STORE, times=None, status=500, **late)
@@ -200,7 +200,7 @@ def test_an_archive_that_was_built_anew_is_fetched_anew(env, server):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_ends_it_at_once_and_says_how_to_go_on(env, server, cache, number, status):
+def test_prefetch_with_signal_exits_and_prints_hint(env, server, cache, number, status):
     first = tinker_paths(server)[0]
     rule = server.faults.add(STORE, times=None, after=5, stall_after_bytes=MIB // 16)
     process = subprocess.Popen(
@@ -214,28 +214,28 @@ def test_an_interruption_ends_it_at_once_and_says_how_to_go_on(env, server, cach
     rule.wait_for(5)
     wait_until(lambda: len(list(cache.glob("blocks/*/[0-9]*"))) == 3)
     process.send_signal(number)
-    _, told = process.communicate(timeout=5)
+    _, stderr = process.communicate(timeout=5)
     assert process.returncode == status
-    assert told.splitlines()[-1].startswith("tinkerfs: interrupted: what came is kept")
-    assert "Traceback" not in told
+    assert stderr.splitlines()[-1].startswith("tinkerfs: interrupted (hint: downloaded blocks")
+    assert "Traceback" not in stderr
     server.faults.clear()
     assert tinkerfs("prefetch", first, env=env).returncode == 0
     assert sent_bytes(server) <= SIZE_BYTES + BLOCK_BYTES
 
 
-def test_a_cache_too_small_says_so_and_evicts_nothing(env, server, cache):
+def test_prefetch_with_small_cache_fails_without_eviction(env, server, cache):
     first, second = tinker_paths(server)
     assert tinkerfs("prefetch", first, env=env).returncode == 0
-    kept = sorted(cache.glob("blocks/*/[0-9]*"))
+    blocks = sorted(cache.glob("blocks/*/[0-9]*"))
     server.journal.clear()
     done = tinkerfs("prefetch", "--cache-size", "40M", first, second, env=env)
     assert done.returncode == 1
-    assert "these are 60.1 MiB, and the cache takes 40.0 MiB" in one_line(done)
-    assert sorted(cache.glob("blocks/*/[0-9]*")) == kept
+    assert "the weights need 60.1 MiB, but the cache holds at most 40.0 MiB" in one_line(done)
+    assert sorted(cache.glob("blocks/*/[0-9]*")) == blocks
     assert sent_bytes(server) <= INDEX_BYTES
 
 
-def test_a_disk_too_full_for_the_cache_is_said_once(env, server, tmp_path, needs_root):
+def test_prefetch_on_full_disk_prints_one_line(env, server, tmp_path, needs_root):
     small = tmp_path / "small"
     small.mkdir()
     assert run("mount", "-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", small).returncode == 0
@@ -245,10 +245,10 @@ def test_a_disk_too_full_for_the_cache_is_said_once(env, server, tmp_path, needs
     finally:
         assert run("umount", small).returncode == 0
     assert done.returncode == 1
-    assert "the block cache does not take it: its disk is full" in one_line(done)
+    assert "the block cache cannot take it: its disk is full" in one_line(done)
 
 
-def test_names_do_no_harm_to_a_terminal(env, server):
+def test_prefetch_escapes_control_characters_in_names(env, server):
     run_id = server.account.runs()[0].id
     server.account.add_checkpoint(run_id, "weights/\x1b[31mred", size_bytes=MIB)
     path = f"tinker://{run_id}/weights/\x1b[31mblue"
@@ -262,7 +262,7 @@ def test_names_do_no_harm_to_a_terminal(env, server):
     assert "\x1b" not in one_line(done)
 
 
-def test_what_cannot_be_had_is_one_line_and_no_secret(env, server, tmp_path):
+def test_prefetch_with_failing_requests_prints_no_secret(env, server, tmp_path):
     first = tinker_paths(server)[0]
     done = tinkerfs("prefetch", f"{first}x", env=env)
     assert done.returncode == 1
@@ -284,8 +284,8 @@ def test_what_cannot_be_had_is_one_line_and_no_secret(env, server, tmp_path):
     server.faults.add(STORE, times=None, status=403)
     done = tinkerfs("prefetch", "--json", first, env=env)
     assert done.returncode == 1
-    assert "answered 403" in one_line(done)
-    assert "answered 403" in json.loads(done.stdout)["errors"][0]["error"]
+    assert "status 403" in one_line(done)
+    assert "status 403" in json.loads(done.stdout)["errors"][0]["error"]
     assert "signature" not in (done.stderr + done.stdout).lower()
     server.stop_listening()
     done = tinkerfs("prefetch", "--timeout", "1", first, env=env)
@@ -293,7 +293,7 @@ def test_what_cannot_be_had_is_one_line_and_no_secret(env, server, tmp_path):
     assert "onnect" in one_line(done)
 
 
-def test_one_that_fails_does_not_keep_the_others_out(env, server):
+def test_prefetch_with_one_bad_path_downloads_the_others(env, server):
     first, second = tinker_paths(server)
     done = tinkerfs("prefetch", f"{first}x", second, env=env)
     assert done.returncode == 1

@@ -1,1 +1,1 @@
-"""The command line: one file for each command, imported only when it runs."""
+"""The command line: one module per command, imported only when the command runs."""

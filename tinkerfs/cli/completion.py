@@ -1,14 +1,14 @@
-"""`tinkerfs completion`."""
+"""The command `tinkerfs completion`."""
 
 import click
 from click.shell_completion import get_completion_class
 
 
-@click.command(short_help="Print the completion script of a shell.")
+@click.command(short_help="Print a shell completion script.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script by which SHELL completes commands and options.
+    """Print the completion script for SHELL, for commands and options.
 
     \b
         bash    eval "$(tinkerfs completion bash)"                       in ~/.bashrc

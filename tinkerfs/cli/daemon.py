@@ -1,8 +1,8 @@
-"""The command line and the environment of the process that serves a mount in the background.
+"""Command line and environment of the daemon of a background mount.
 
-The process runs in `/` and takes no module from the directory that the command was started in: a
-`random.py` there would run in its place, as root under sudo. So every path that a user gave
-relative to that directory is made absolute first.
+The daemon runs in `/` and imports no module from the caller's working directory: otherwise a
+`random.py` there would replace the standard module, and run as root under sudo. Therefore every
+relative path that a user gave is made absolute before the daemon starts.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Final
 from tinkerfs import config
 from tinkerfs.config import OPTIONS
 
-#: Variables that hold one path, read by tinkerfs or by a library of its own.
+#: Variables with one path as value, read by tinkerfs or by a library that it uses.
 _PATH_VARIABLES: Final = (
     *(option.env_var for option in OPTIONS if option.is_path),
     "TINKERFS_CONFIG",
@@ -27,14 +27,15 @@ _PATH_VARIABLES: Final = (
     "XDG_CONFIG_HOME",
 )
 
-#: Variables that hold several paths, with colons between them.
+#: Variables with a colon-separated list of paths as value.
 _PATH_LIST_VARIABLES: Final = ("SSL_CERT_DIR", "PYTHONPATH")
 
 
 def daemon_command(arguments: Sequence[str]) -> list[str]:
-    """Return the command that runs tinkerfs with `arguments`, as isolated as this process is.
+    """Return the command that runs tinkerfs with `arguments` in a new interpreter.
 
-    `-I` would ignore PYTHONPATH and the user's own site-packages, where tinkerfs may be installed.
+    The interpreter gets this interpreter's isolation flags, and at least `-P`. Not always `-I`: it
+    ignores PYTHONPATH and the user's site-packages, where tinkerfs may be installed.
     """
     if sys.flags.isolated:
         flags = ["-I"]
@@ -46,19 +47,19 @@ def daemon_command(arguments: Sequence[str]) -> list[str]:
 
 
 def daemon_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return `environ` for a process that runs in `/`: its relative paths are absolute."""
+    """Return a copy of `environ` in which relative paths are made absolute."""
     changed = dict(environ)
     for name in _PATH_VARIABLES:
         value = environ.get(name, "")
-        # A library without a slash is a soname, which the dynamic linker looks for.
+        # A library name without a slash is a soname, which the dynamic linker resolves.
         if value and (name != "FUSE_LIBRARY_PATH" or "/" in value):
             changed[name] = os.path.abspath(os.path.expanduser(value))
     for name in _PATH_LIST_VARIABLES:
         if environ.get(name):
-            # An empty entry is the working directory, and rarely meant.
+            # An empty entry means the working directory, rarely on purpose; drop it.
             changed[name] = ":".join(map(os.path.abspath, filter(None, environ[name].split(":"))))
     root = os.path.dirname(os.path.dirname(os.path.abspath(config.__file__)))
     if root not in map(os.path.abspath, sys.path[1:]) and not sys.flags.safe_path:
-        # `python -m tinkerfs` in a checkout that is not installed: this process runs from it too.
+        # `python -m tinkerfs` in a checkout that is not installed: run the daemon from it too.
         changed["PYTHONPATH"] = ":".join(filter(None, (root, changed.get("PYTHONPATH"))))
     return changed

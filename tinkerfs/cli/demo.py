@@ -1,4 +1,4 @@
-"""`tinkerfs demo`."""
+"""The command `tinkerfs demo`."""
 
 import click
 
@@ -17,31 +17,35 @@ _FLAGS = (
 )
 
 _TOUR = """\
-A sample account of {runs} training runs is mounted on {path}. In another terminal:
+A sample account with {runs} training runs is mounted on {path}. In another terminal:
 
   cat {path}/README.md
   ls -l {path}/runs
   cd {path}/runs/{run} && ls -R
   cat checkpoints/weights/*/info.json
-  rm -r checkpoints/weights/{checkpoint}        deletes that checkpoint, here of the sample
+  rm -r checkpoints/weights/{checkpoint}        deletes that checkpoint of the sample account
 """
 
 
-@click.command(short_help="Mount a sample account: no key, no network needed.")
+@click.command(short_help="Mount a sample account; needs no key and no network.")
 @mountpoint_argument()
 @click.option(
-    "--detach", is_flag=True, help="Return once it is mounted; `tinkerfs umount` ends it."
+    "--detach", is_flag=True, help="Return when the mount is ready; `tinkerfs umount` ends it."
 )
 @click.option("--foreground", is_flag=True, hidden=True)
 @click.option(
-    "--runs", type=click.IntRange(min=1), default=10, show_default=True, help="Training runs."
+    "--runs",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Number of training runs.",
 )
 @click.option(
     "--checkpoints",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Checkpoints of each run.",
+    help="Number of checkpoints per run.",
 )
 @settings_options(*_FLAGS)
 def demo(
@@ -52,10 +56,10 @@ def demo(
     checkpoints: int,
     **flags: str | bool | None,
 ) -> None:
-    """Mount an embedded server with sample runs on the empty folder MOUNTPOINT.
+    """Mount an embedded server with sample runs on the empty directory MOUNTPOINT.
 
-    Everything is as with a real account, and nothing leaves this machine. Stays until Ctrl-C, which
-    unmounts; with --detach until `tinkerfs umount MOUNTPOINT`.
+    The mount behaves like that of a real account, and sends nothing over the network. Runs until
+    Ctrl-C, which unmounts; with --detach, until `tinkerfs umount MOUNTPOINT`.
     """
     from tinkerfs.cli import mount_process
 
@@ -72,21 +76,23 @@ def demo(
     from tinkerfs.demo.server import DemoServer
     from tinkerfs.fuse import session
 
-    session.block_signals()  # before the server's threads start
+    session.block_signals()  # before the threads of the server start
     server = DemoServer(runs=runs, checkpoints=checkpoints, reference_time_s=time.time())
 
     def ready(path: str) -> None:
         run = sorted(os.listdir(f"{path}/runs"))[0]
-        folder = f"{path}/runs/{run}/checkpoints/weights"
+        directory = f"{path}/runs/{run}/checkpoints/weights"
         checkpoint = (
-            next(iter(sorted(os.listdir(folder))), "NAME") if os.path.isdir(folder) else "NAME"
+            next(iter(sorted(os.listdir(directory))), "NAME")
+            if os.path.isdir(directory)
+            else "NAME"
         )
         click.echo(_TOUR.format(runs=runs, path=path, run=run, checkpoint=checkpoint))
-        click.echo("Ctrl-C ends it.")
+        click.echo("Press Ctrl-C to unmount.")
 
     with server, tempfile.TemporaryDirectory(prefix="tinkerfs-demo-") as cache_dir:
-        os.environ.update(server.environment)  # the key is the server's own, and of no worth
-        # The sample's cache is not the user's, and goes with it.
+        os.environ.update(server.environment)  # a key of the embedded server, not a secret
+        # The sample account has its own temporary cache, not that of the user.
         base = {"base_url": server.base_url, "cache_dir": cache_dir}
         settings = resolve({**flags, **base})
         mount_process.run_foreground(

@@ -1,7 +1,6 @@
-"""`tinkerfs demo-server`: the embedded server alone, for any client of the API.
+"""The command `tinkerfs demo-server`: run the embedded server for any client.
 
-Standard output carries two lines that a shell can eval, and nothing else; what people may want to
-know goes to standard error.
+Standard output gets exactly two lines, which a shell can eval. Messages go to standard error.
 """
 
 import click
@@ -15,7 +14,7 @@ _PROFILES = ("official", "official-0.36", "skyrl", "hatchery")
     "--port",
     type=click.IntRange(0, 65535),
     default=0,
-    help="Port of the API; any free one by default.",
+    help="Port of the API; a free one by default.",
 )
 @click.option(
     "--runs",
@@ -29,23 +28,25 @@ _PROFILES = ("official", "official-0.36", "skyrl", "hatchery")
     type=click.IntRange(min=0),
     default=5,
     show_default=True,
-    help="Number of checkpoints of each run.",
+    help="Number of checkpoints per run.",
 )
 @click.option(
     "--profile",
     type=click.Choice(_PROFILES),
     default="official",
     show_default=True,
-    help="Which known server to behave as.",
+    help="Server implementation to emulate.",
 )
-@click.option("--seed", type=int, default=0, help="Another number gives another account.")
+@click.option("--seed", type=int, default=0, help="Seed of the sample account.")
 @click.option(
     "--latency-ms",
     type=click.FloatRange(min=0),
     default=0,
-    help="Delay of every answer, in milliseconds.",
+    help="Delay of every response, in milliseconds.",
 )
-@click.option("--prefix", default="", help="Path of the base URL, such as /services/tinker-prod.")
+@click.option(
+    "--prefix", default="", help="Path of the base URL, for example /services/tinker-prod."
+)
 def demo_server(
     host: str,
     port: int,
@@ -56,17 +57,18 @@ def demo_server(
     latency_ms: float,
     prefix: str,
 ) -> None:
-    """Serve a sample account as the Tinker API does, until interrupted.
+    """Run a Tinker API server with a sample account.
 
-    Once it answers, it prints two lines for a shell to eval, TINKER_BASE_URL and TINKER_API_KEY.
-    Any client can then be tried on it, without a key of one's own and without a network:
+    The server runs until it is interrupted. When it is ready, it prints two lines for a shell to
+    eval, which set TINKER_BASE_URL and TINKER_API_KEY. Any client then works with it, without a
+    real key and without a network:
 
     \b
         tinkerfs demo-server > demo.env &
         sleep 1; . ./demo.env
         tinkerfs mount ~/tinker
 
-    Exit codes: 0 after SIGINT or SIGTERM, 1 if the address cannot be had, 2 for a wrong option.
+    Exit codes: 0 after SIGINT or SIGTERM, 1 if the address is unavailable, 2 for a wrong option.
     """  # noqa: D301
     import shlex
     import signal
@@ -75,14 +77,14 @@ def demo_server(
 
     from tinkerfs.demo.server import DemoServer
 
-    # Blocked before any thread starts, so that sigwait() below is the only one to get them.
-    # One that was ignored at the start stays so (SIGINT of a script's background job).
-    ends = {
+    # Block the signals before any thread starts, so that only sigwait() below receives them.
+    # Ignored signals stay ignored, e.g. SIGINT in a background job of a script.
+    stop_signals = {
         number
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) != signal.SIG_IGN
     }
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     server = DemoServer(
         runs=runs,
         checkpoints=checkpoints,
@@ -105,6 +107,7 @@ def demo_server(
             click.echo(f"export {name}={shlex.quote(value)}")
         sys.stdout.flush()
         click.echo(
-            f"serving {runs} training runs of {checkpoints} checkpoints; Ctrl-C ends it", err=True
+            f"serving {runs} training runs with {checkpoints} checkpoints each; Ctrl-C stops it",
+            err=True,
         )
-        signal.sigwait(ends)
+        signal.sigwait(stop_signals)

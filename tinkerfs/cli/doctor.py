@@ -1,4 +1,4 @@
-"""`tinkerfs doctor`."""
+"""The command `tinkerfs doctor`."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from tinkerfs.errors import (
     UnsupportedEndpoint,
     UntrustedCertificate,
 )
-from tinkerfs.printable import printable
+from tinkerfs.printable import escape_control_chars
 
 if TYPE_CHECKING:
     from tinkerfs.config import Settings
@@ -24,68 +24,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What one check came to; `found` names the cure where it is not ok."""
+    """Result of one check; `found` includes a hint if the check failed."""
 
     check: str
     is_ok: bool
     found: str
 
 
-@click.command(short_help="Check everything that a mount needs.")
+@click.command(short_help="Check the requirements of a mount.")
 @settings_options("base_url", "cache_dir", "timeout_s")
-@click.option("--config", metavar="FILE", help="A TOML file of options.")
+@click.option("--config", metavar="FILE", help="Read options from this TOML file only.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON: a list, an object for each check."
+    "--json", "as_json", is_flag=True, help="Print JSON: a list with an object per check."
 )
 def doctor(config: str | None, as_json: bool, **flags: str | bool | None) -> None:
-    """Check what a mount needs, and name the cure of what is missing.
+    """Check the requirements of a mount, and print a hint for each that is not met.
 
-    /dev/fuse, libfuse, fusermount, the options' file, the key and where it comes from, whether the
-    API is there and takes the key, and whether the cache can be written. Makes one call of the API.
-    Exits 1 if anything is missing.
+    Checks /dev/fuse, libfuse, fusermount, the configuration file, the key and its source, the API,
+    and the cache directory. Sends one API request, or two to a server without a key check. Exits 1
+    if a check fails.
     """
-    findings = []
-    for finding in _run_checks(flags, config):
-        findings.append(finding)
+    results = []
+    for result in _run_checks(flags, config):
+        results.append(result)
         if not as_json:
             mark = (
-                click.style("ok  ", fg="green") if finding.is_ok else click.style("FAIL", fg="red")
+                click.style("ok  ", fg="green") if result.is_ok else click.style("FAIL", fg="red")
             )
-            click.echo(f"{mark}  {finding.check:<11} {printable(finding.found)}")
+            click.echo(f"{mark}  {result.check:<11} {escape_control_chars(result.found)}")
     if as_json:
-        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
-    if not all(finding.is_ok for finding in findings):
+        click.echo(json.dumps([asdict(result) for result in results], indent=2))
+    if not all(result.is_ok for result in results):
         raise SystemExit(1)
 
 
 def _run_checks(flags: dict[str, str | bool | None], config: str | None) -> Iterator[CheckResult]:
-    yield _finding("/dev/fuse", _device)
-    yield _finding("libfuse", _libfuse)
-    yield _finding("fusermount", _fusermount)
+    yield _run_check("/dev/fuse", _device)
+    yield _run_check("libfuse", _libfuse)
+    yield _run_check("fusermount", _fusermount)
     try:
         settings = resolve(flags, config=config)
     except TinkerfsError as error:
         yield CheckResult("options", False, str(error))
         return
-    yield _finding("cache", lambda: _cache(settings))
-    key = _finding("key", lambda: _key(settings))
+    yield _run_check("cache", lambda: _cache(settings))
+    key = _run_check("key", lambda: _key(settings))
     yield key
     if key.is_ok:
-        yield _finding("API", lambda: _api(settings))
+        yield _run_check("API", lambda: _api(settings))
 
 
-def _finding(check: str, look: Callable[[], str]) -> CheckResult:
+def _run_check(name: str, check: Callable[[], str]) -> CheckResult:
     try:
-        return CheckResult(check, True, look())
+        return CheckResult(name, True, check())
     except TinkerfsError as error:
-        return CheckResult(check, False, str(error))
+        return CheckResult(name, False, str(error))
 
 
 def _device() -> str:
     from tinkerfs.fuse import preflight
 
     preflight.check_device()
-    return "opens"
+    return "can be opened"
 
 
 def _libfuse() -> str:
@@ -101,7 +101,7 @@ def _fusermount() -> str:
 
     preflight.check_fusermount(3 if binding.find_library(3) else 2)
     if os.geteuid() == 0:
-        return "not needed by root"
+        return "not needed for root"
     return str(mount_table.fusermount())
 
 
@@ -109,9 +109,9 @@ def _cache(settings: "Settings") -> str:
     from tinkerfs.app import cache_directory
     from tinkerfs.cache.directory import can_lock_files, prepare_cache_dir
 
-    folder = prepare_cache_dir(cache_directory(settings))
-    bound = "" if can_lock_files(folder) else "; without locks, so mounts may fetch blocks twice"
-    return f"{folder} can be written{bound}"
+    directory = prepare_cache_dir(cache_directory(settings))
+    caveat = "" if can_lock_files(directory) else "; no file locks: blocks may be downloaded twice"
+    return f"{directory} is writable{caveat}"
 
 
 def _key(settings: "Settings") -> str:
@@ -135,17 +135,17 @@ def _api(settings: "Settings") -> str:
         try:
             try:
                 client.whoami()
-            except (UnsupportedEndpoint, NotFound):  # other servers of the contract lack it
+            except (UnsupportedEndpoint, NotFound):  # compatible servers may lack it
                 client.list_training_runs(limit=1)
         except Unauthorized as error:
             raise TinkerfsError(
-                f"{settings.base_url} does not take the key: {error.message}: set TINKER_API_KEY to"
-                " one that is valid, or run `tinker auth login`"
+                f"{settings.base_url} rejects the key: {error.message} (hint: set TINKER_API_KEY"
+                " to a valid key, or run `tinker auth login`)"
             ) from None
-        except UntrustedCertificate as error:  # with a hint of its own: the network is right
+        except UntrustedCertificate as error:  # has its own hint: the network works
             raise TinkerfsError(f"{settings.base_url}: {error.message}") from None
         except TinkerfsError as error:
             raise TinkerfsError(
-                f"{settings.base_url}: {error}: check --base-url and the network"
+                f"{settings.base_url}: {error} (hint: check --base-url and the network)"
             ) from None
-    return f"{settings.base_url} takes the key ({time.monotonic() - started:.2f} s)"
+    return f"{settings.base_url} accepts the key ({time.monotonic() - started:.2f} s)"

@@ -1,4 +1,4 @@
-"""Where the log goes, and what never gets into it."""
+"""Logging setup: the destination of the log, and redaction of secrets in it."""
 
 import logging
 import os
@@ -6,31 +6,31 @@ from typing import Final, TextIO
 
 from tinkerfs import errors
 from tinkerfs.errors import StartupError
-from tinkerfs.printable import printable
+from tinkerfs.printable import escape_control_chars
 
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
-#: They tell of every request, in words that hold signed URLs.
-_CHATTY: Final = ("httpx", "httpcore", "urllib3", "stamina", "fuse")
+#: Libraries that log every request with its signed URL; only their warnings are logged.
+_VERBOSE_LOGGERS: Final = ("httpx", "httpcore", "urllib3", "stamina", "fuse")
 
 
 class _Redacting(logging.Formatter):
-    """Every record passes `errors.redact`, its traceback too.
+    """Formats messages on one line, and redacts secrets in them and in tracebacks.
 
-    A message is one line, so that a line of the log is never of another's making.
+    A message cannot contain line ends, so text from outside cannot forge a line of the log.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message)
+        record.message = escape_control_chars(record.message)
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        # Not splitlines, to which some characters within a line are line ends.
+        # Not splitlines, which also splits at characters that are not line ends in a log.
         return "\n".join(_redacted(line) for line in super().format(record).split("\n"))
 
 
 class _OwnStream(logging.StreamHandler[TextIO]):
-    """A handler whose stream is closed with it."""
+    """A stream handler that owns its stream and closes it."""
 
     def close(self) -> None:
         super().close()
@@ -38,41 +38,42 @@ class _OwnStream(logging.StreamHandler[TextIO]):
 
 
 def _redacted(line: str) -> str:
-    indent = line[: len(line) - len(line.lstrip())]  # a traceback reads badly without
+    indent = line[: len(line) - len(line.lstrip())]  # keeps the indentation of tracebacks
     return indent + errors.redact(line, limit=2000)
 
 
 def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
-    """Start logging, or start anew elsewhere.
+    """Configure logging; replace an earlier configuration.
 
     Args:
-        level: the least severe that is written.
-        log_file: a file, made 0600, appended to; None for none.
-        to_stderr: write to the standard error that there is now, where there is no file.
+        level: The minimum severity to log.
+        log_file: A file to append to, created with mode 0600; None for no file.
+        to_stderr: Without a file, log to a duplicate of the current standard error.
 
     Raises:
-        SetupError: the file cannot be written.
+        StartupError: The file cannot be opened for writing.
     """
     handler: logging.Handler
     if log_file is not None:
         try:
-            # A FIFO without a reader fails; one whose reader stalls loses records, not the mount.
+            # Opening a FIFO without a reader fails. If its reader stalls, records are lost, but the
+            # mount does not block.
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
             descriptor = os.open(os.path.expanduser(log_file), flags, 0o600)
         except OSError as error:
             raise StartupError(
-                f"the log {log_file} cannot be written ({error.strerror}):"
-                " choose another with --log-file"
+                f"the log file {log_file} cannot be written: {error.strerror}"
+                " (hint: choose another with --log-file)"
             ) from None
         stream = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace")
         handler = _OwnStream(stream)
     elif to_stderr:
-        # A descriptor of its own: descriptor 2 is lent out while libfuse mounts.
+        # A duplicate, because descriptor 2 is redirected while libfuse mounts.
         stream = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
         handler = _OwnStream(stream)
     else:
         handler = logging.NullHandler()
     handler.setFormatter(_Redacting(_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for name in _CHATTY:
+    for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)

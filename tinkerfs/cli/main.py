@@ -1,8 +1,8 @@
-"""The `tinkerfs` command: which commands there are, and what a failure of any looks like.
+"""The `tinkerfs` command: the table of subcommands, and error reporting.
 
-Every command stands in a module of its own that is imported when the command is run or asked for
-its help, so that `tinkerfs --help` and completion stay quick. No module here imports HTTP, FUSE or
-SQLite at its top.
+Each subcommand is defined in its own module, which is imported when the subcommand runs or prints
+its help. `tinkerfs --help` and shell completion import none of them and stay fast. No module of
+this package imports HTTP, FUSE or SQLite at module level.
 """
 
 import importlib
@@ -14,38 +14,38 @@ import click
 
 from tinkerfs import __version__
 from tinkerfs.errors import TinkerfsError
-from tinkerfs.printable import printable
+from tinkerfs.printable import escape_control_chars
 
-#: Command -> its module, the object in it, and its line in the help (tested to be its own).
+#: Command -> module, attribute, and short help; a test compares it with the command's own.
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "mount": ("mount", "mount", "Mount the account on a folder."),
-    "umount": ("umount", "umount", "Unmount, and wait until it is gone."),
-    "status": ("status", "status", "Show what mounts do, and what they wait for."),
-    "prefetch": ("prefetch", "prefetch", "Pull weights into the cache, before they are read."),
-    "get": ("get", "get", "Copy a checkpoint's files out; needs no mount."),
-    "undelete": ("undelete", "undelete", "Restore what was removed with --trash."),
-    "cache": ("cache", "cache", "Look at the weights kept on disk, check or clear them."),
-    "path": ("paths", "path", "Print the file path of a tinker path."),
-    "url": ("paths", "url", "Print the tinker path of a file path."),
-    "doctor": ("doctor", "doctor", "Check everything that a mount needs."),
-    "demo": ("demo", "demo", "Mount a sample account: no key, no network needed."),
+    "mount": ("mount", "mount", "Mount the account on a directory."),
+    "umount": ("umount", "umount", "Unmount, and wait until the daemon has exited."),
+    "status": ("status", "status", "Show the state, statistics and pending requests of mounts."),
+    "prefetch": ("prefetch", "prefetch", "Download weights into the cache before they are read."),
+    "get": ("get", "get", "Copy a checkpoint's files to a directory; needs no mount."),
+    "undelete": ("undelete", "undelete", "Restore checkpoints that were removed under --trash."),
+    "cache": ("cache", "cache", "Show, verify or clear the weights cached on disk."),
+    "path": ("paths", "path", "Print the file path for a tinker path."),
+    "url": ("paths", "url", "Print the tinker path for a file path."),
+    "doctor": ("doctor", "doctor", "Check the requirements of a mount."),
+    "demo": ("demo", "demo", "Mount a sample account; needs no key and no network."),
     "demo-server": (
         "demo_server",
         "demo_server",
-        "Serve a sample account as the Tinker API does, until interrupted.",
+        "Run a Tinker API server with a sample account.",
     ),
-    "completion": ("completion", "completion", "Print the completion script of a shell."),
+    "completion": ("completion", "completion", "Print a shell completion script."),
 }
 
 _EPILOG = """\b
 Exit codes:
-  0  done
-  1  it failed or was refused; one line on standard error says why
-  2  the command line was not understood
+  0  success
+  1  failure; one line on standard error gives the reason
+  2  invalid command line
   130  interrupted by Ctrl-C
 
-`tinkerfs SOURCE MOUNTPOINT -o OPTIONS` means `mount`, as mount(8) and fstab call it; SOURCE is a
-URL, or `tinker` for the configured server."""
+`tinkerfs SOURCE MOUNTPOINT -o OPTIONS`, the form that mount(8) and fstab use, is the same as
+`tinkerfs mount`. SOURCE is a URL, or `tinker` for the configured server."""
 
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -53,15 +53,15 @@ _EXIT_INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):
-    """Commands by name, imported when wanted."""
+    """A command group that imports its commands on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the table."""
+        """Return the command names in the order of the table."""
         del ctx
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import a command."""
+        """Import a command and return it; return None for an unknown name."""
         del ctx
         if cmd_name not in COMMANDS:
             return None
@@ -71,18 +71,18 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the list of commands from the table, importing none."""
+        """Write the list of commands from the table, without importing them."""
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take `SOURCE MOUNTPOINT ...` for a mount."""
+        """Parse the arguments; translate `SOURCE MOUNTPOINT ...` to `mount`."""
         return super().parse_args(ctx, _as_command(args))
 
 
 def _as_command(args: list[str]) -> list[str]:
-    """Return `tinkerfs mount ...` for what mount(8) says: `tinkerfs SOURCE MOUNTPOINT -o ...`."""
+    """Translate the form of mount(8), `SOURCE MOUNTPOINT -o ...`, to `mount ...`."""
     if len(args) >= 2 and args[0] not in COMMANDS:
         source, rest = args[0], args[1:]
         if source == "tinker":
@@ -102,22 +102,22 @@ def cli() -> None:
     """Tinker training runs and checkpoints as files.
 
     \b
-        tinkerfs mount ~/tinker        mount the account of the key that is configured
-        ls ~/tinker/runs               ... and look around
+        tinkerfs mount ~/tinker        mount the account of the configured key
+        ls ~/tinker/runs               list its training runs
         tinkerfs demo ~/tinker         try it without a key
-        tinkerfs doctor                find out why it does not work
+        tinkerfs doctor                diagnose problems
     """  # noqa: D301
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 
-    The one place where failures become a line on standard error and an exit code.
+    Every failure is reported here, as one line on standard error and an exit code.
     """
     try:
         cli.main(args=args, prog_name="tinkerfs", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        error.show()  # the help as it is: no line of ours
+        error.show()  # the help text, without an error line
         sys.exit(_EXIT_USAGE)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "tinkerfs"
@@ -131,8 +131,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # Whoever read our output has left (`| head`): nothing is wrong, and the interpreter's last
-        # flush must not say otherwise.
+        # The reader of standard output has exited (`| head`), which is not an error. The
+        # interpreter flushes standard output at exit; that flush must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_EXIT_FAILED)
     except OSError as error:
@@ -140,5 +140,5 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"tinkerfs: {printable(' '.join(message.split()))}", err=True)
+    click.echo(f"tinkerfs: {escape_control_chars(' '.join(message.split()))}", err=True)
     sys.exit(code)

@@ -1,27 +1,27 @@
-"""`tinkerfs mount`."""
+"""The command `tinkerfs mount`."""
 
 import click
 
 from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
 
 
-@click.command(short_help="Mount the account on a folder.")
+@click.command(short_help="Mount the account on a directory.")
 @mountpoint_argument()
-@click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
+@click.option("--foreground", is_flag=True, help="Do not detach; log to standard error.")
 @settings_options()
 @click.option(
     "-o",
     "mount_options",
     metavar="OPT[,OPT]...",
     multiple=True,
-    help="Any of the above as NAME=VALUE, as mount(8) gives them; ro and rw; what else fstab holds"
-    " is taken quietly.",
+    help="Options in the form of mount(8): any of the above as NAME=VALUE, ro, rw. Generic options"
+    " of mount(8), fstab and FUSE are ignored.",
 )
 @click.option(
     "--config",
     metavar="FILE",
-    help="A TOML file of these options, by their names; else ~/.config/tinkerfs/config.toml over"
-    " /etc/tinkerfs.toml.  [env: TINKERFS_CONFIG]",
+    help="Read options from this TOML file instead of /etc/tinkerfs.toml and"
+    " ~/.config/tinkerfs/config.toml.  [env: TINKERFS_CONFIG]",
 )
 def mount(
     mountpoint: str,
@@ -30,13 +30,14 @@ def mount(
     config: str | None,
     **flags: str | bool | None,
 ) -> None:
-    """Mount the account on the empty folder MOUNTPOINT.
+    """Mount the account on the empty directory MOUNTPOINT.
 
-    Returns when the mount answers, or says in one line why it will not. SIGTERM and SIGINT to the
-    serving process unmount; so do `tinkerfs umount` and umount(8).
+    Returns when the mount is ready, or exits with a one-line error. To unmount, run `tinkerfs
+    umount` or umount(8), or send SIGTERM or SIGINT to the serving process.
 
-    The key is TINKER_API_KEY, else what TINKER_CREDENTIAL_CMD prints, else what `tinker auth login`
-    stored; it is never on the command line. Times are seconds, or have a unit: 30s, 15m, 24h, 7d.
+    The API key is read from TINKER_API_KEY, from the output of TINKER_CREDENTIAL_CMD, or from the
+    login that `tinker auth login` stored, in this order. It is never passed on the command line.
+    Times are seconds, or have a unit: 30s, 15m, 24h, 7d.
 
     \b
         tinkerfs mount ~/tinker

@@ -1,4 +1,7 @@
-"""One mount in this process, from its checks to its end: what `mount` and `demo` have in common."""
+"""Run one mount in this process, from its checks to the unmount.
+
+The commands `mount` and `demo` use this module.
+"""
 
 import logging
 import os
@@ -14,23 +17,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How long a mount waits to hear that the key is right, before it comes up without knowing.
+#: Wait at most this long for the API to verify the key; then mount without verification.
 KEY_CHECK_TIMEOUT_S: Final = 3.0
 
 FOREGROUND: Final = "--foreground"
 
 
 def start_in_background(command: str, mountpoint: str, arguments: Sequence[str]) -> None:
-    """Run `tinkerfs COMMAND --foreground MOUNTPOINT` in another process until the mount answers.
+    """Start `tinkerfs COMMAND --foreground MOUNTPOINT` and wait until it is ready.
 
     Raises:
-        SetupError: it will not, and why.
+        StartupError: The other process failed; the message is its own.
     """
     from tinkerfs.cli.daemon import daemon_command, daemon_environment
     from tinkerfs.fuse.daemonize import start_in_background as start
 
-    # The absolute path: the process leaves our folder, and others find it by this argument. Links
-    # are followed only by the checks there: following one to a dead mount would fail here.
+    # The daemon changes its directory, and other commands find it by this argument, so the path
+    # must be absolute. Symlinks are resolved only by the checks of the daemon: resolving one that
+    # leads to a dead mount would fail here.
     path = os.path.abspath(mountpoint)
     full_command = daemon_command([command, FOREGROUND, *arguments, "--", path])
     start(full_command, daemon_environment(os.environ))
@@ -43,36 +47,33 @@ def run_foreground(
     check_key: bool = True,
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Mount, serve until a signal or an unmount, and return.
+    """Mount and serve until a signal or an unmount.
 
-    Args:
-        settings: of the mount.
-        mountpoint: where; an empty folder, or one that a dead mount has left.
-        check_key: make sure first that the API takes the key.
-        ready: called with the mountpoint's path once the mount answers.
+    `mountpoint` is an empty directory, or has a dead mount of tinkerfs. `ready` is called with its
+    path when the mount is ready.
 
     Raises:
-        SetupError: it will not be, in one line with its cure.
+        StartupError: The mount is not possible; the message has a hint.
     """
     from tinkerfs.fuse.daemonize import ReadinessNotifier
 
-    announcer = ReadinessNotifier()
+    notifier = ReadinessNotifier()
     try:
-        _serve(settings, mountpoint, announcer, check_key=check_key, ready=ready)
+        _serve(settings, mountpoint, notifier, check_key=check_key, ready=ready)
     except TinkerfsError as error:
-        if announcer.has_parent:  # the process that waits says it, once
-            announcer.failed(str(error))
+        if notifier.has_parent:  # the parent prints the message; do not print it twice
+            notifier.failed(str(error))
             raise SystemExit(1) from None
         raise
     except Exception as error:
-        announcer.failed(f"internal error: {type(error).__name__}: {error}")
+        notifier.failed(f"internal error: {type(error).__name__}: {error}")
         raise
 
 
 def _serve(
     settings: Settings,
     mountpoint: str,
-    announcer: "ReadinessNotifier",
+    notifier: "ReadinessNotifier",
     *,
     check_key: bool,
     ready: Callable[[str], None] | None,
@@ -82,7 +83,7 @@ def _serve(
     from tinkerfs.fuse import preflight, session
     from tinkerfs.fuse.malloc import tune_malloc
 
-    # All before any thread starts; signals that end a mount wait for it to be served.
+    # These calls precede the first thread. Signals stay blocked until the mount is served.
     session.block_signals()
     tune_malloc()
     session.raise_fd_limit()
@@ -96,60 +97,62 @@ def _serve(
 
     from tinkerfs.app import open_app
 
-    with open_app(settings) as parts:
+    with open_app(settings) as app:
         if check_key:
-            _verify_credentials(parts.client)
+            _verify_credentials(app.client)
         if session.is_stop_pending():
-            raise StartupError("asked to end before the mount was made")
+            raise StartupError("interrupted before the mount was ready")
 
-        def answered() -> None:
+        def on_ready() -> None:
             if ready is not None:
                 ready(path)
-            if announcer.has_parent:
-                # Warnings so far were for who mounts. From now on nobody reads standard error, and
-                # `tinkerfs mount X 2>&1 | tee` would wait for its end.
+            if notifier.has_parent:
+                # Warnings during startup are for the user at the terminal. After that, keeping
+                # standard error open would block `tinkerfs mount X 2>&1 | tee`, which reads to EOF.
                 logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
-            announcer.ready()
+            notifier.ready()
 
         session.serve(
-            parts.filesystem,
+            app.filesystem,
             binding,
             path,
             timeout_s=settings.timeout_s,
             read_only=settings.read_only,
             allow_other=settings.allow_other,
             xattr=settings.xattr,
-            ready=answered,
+            ready=on_ready,
         )
 
 
 def _verify_credentials(client: "Client") -> None:
-    """Refuse a mount that could only answer "Permission denied"; let one without a network be.
+    """Fail if the API rejects the key; only log a warning if the API is unavailable.
+
+    With a rejected key, every operation on the mount would fail with "Permission denied".
 
     Raises:
-        SetupError: there is no key, or the API does not take it.
+        StartupError: There is no key, or the API rejects it.
     """
     from tinkerfs.concurrency import run_in_thread
     from tinkerfs.fuse import session
 
-    answer = run_in_thread(lambda: client.list_training_runs(limit=1), "first look at the server")
+    request = run_in_thread(lambda: client.list_training_runs(limit=1), "key check")
     waited_s, step_s = 0.0, 0.05
     while waited_s < KEY_CHECK_TIMEOUT_S and not session.is_stop_pending():
         try:
-            answer.result(step_s)
+            request.result(step_s)
         except TimeoutError:
             waited_s += step_s
             continue
         except Unauthorized as error:
-            if error.status is None:  # there is no key to send: the message has the cure
+            if error.status is None:  # no key was found: the message already has a hint
                 raise StartupError(error.message) from None
             raise StartupError(
-                f"the API does not take the key: {error.message}: set TINKER_API_KEY to one that is"
-                " valid, or run `tinker auth login`"
+                f"the API rejects the key: {error.message} (hint: set TINKER_API_KEY to a valid"
+                " key, or run `tinker auth login`)"
             ) from None
         except StartupError:
             raise
         except TinkerfsError as error:
-            log.warning("mounting without an answer from the server: %s", error)
+            log.warning("mounting without a response from the server: %s", error)
         return
-    log.warning("mounting without an answer from the server in %g s", KEY_CHECK_TIMEOUT_S)
+    log.warning("mounting without a response from the server in %g s", KEY_CHECK_TIMEOUT_S)

@@ -1,6 +1,7 @@
-"""Settings from the command line, the environment and a TOML file, by the one table of options.
+"""Settings from flags, `-o`, environment variables and TOML files.
 
-Flag beats `-o`, `-o` beats environment, environment beats file, file beats default.
+The options are those of the table `config.OPTIONS`. Precedence, highest first: flag, `-o`,
+environment variable, file, default.
 """
 
 import os
@@ -18,40 +19,40 @@ from tinkerfs.safe_open import open_regular
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-#: The system's own file, for mounts that root makes at boot.
+#: The system-wide configuration file, for mounts at boot.
 SYSTEM_FILE: Final = "/etc/tinkerfs.toml"
 
-#: Other names that `-o` takes, as mount(8) and libfuse spell them.
+#: Names of mount(8) and libfuse for `-o` -> name of the flag.
 _ALIASES: Final = {"ro": "read-only", "allow_other": "allow-other"}
 
 
 def mountpoint_argument(*, required: bool = True) -> Callable[[F], F]:
-    """Return a decorator that gives a command its MOUNTPOINT.
+    """Return a decorator that adds the argument MOUNTPOINT to a command.
 
-    It is not looked at here: what is mounted there may hang.
+    The path is not accessed while parsing, because a mount there may hang.
     """
     return click.argument(
-        "mountpoint", required=required, callback=_named, shell_complete=_complete_folder
+        "mountpoint", required=required, callback=_require_name, shell_complete=_complete_directory
     )
 
 
-def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    if value == "":  # an unset variable's; it would mean the folder where we are
-        raise click.BadParameter("its name is empty", ctx, param)
+def _require_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value == "":  # e.g. from an unset variable; it would mean the working directory
+        raise click.BadParameter("the name is empty", ctx, param)
     return value
 
 
-def _complete_folder(
+def _complete_directory(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     return [CompletionItem(incomplete, type="dir")]
 
 
 def settings_options(*fields: str) -> Callable[[F], F]:
-    """Return a decorator that gives a command the settings' flags.
+    """Return a decorator that adds the flags of settings to a command.
 
     Args:
-        *fields: the attributes of `Settings` wanted; all of them where none is named.
+        *fields: Attributes of `Settings`; without any, the flags of all settings are added.
     """
 
     def decorate(command: F) -> F:
@@ -64,8 +65,8 @@ def settings_options(*fields: str) -> Callable[[F], F]:
 
 
 def _flag(option: Option) -> Callable[[F], F]:
-    # Values stay text here: `resolve` parses what comes from anywhere in one place.
-    # Nor can click show the defaults: it has none, as what was not said leaves room for the rest.
+    # Values stay strings here; `resolve` parses the values of all sources. click knows no defaults
+    # and cannot show them, because an absent flag must not override the other sources.
     default = f"default: {option.default}; " if option.default else ""
     help_ = f"{option.help}  [{default}env: {option.env_var}]"
     if option.is_switch:
@@ -84,17 +85,16 @@ def resolve(
     config: str | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Return the settings.
+    """Merge the settings of all sources.
 
     Args:
-        flags: field -> what the command line said, None for nothing.
-        mount_options: the arguments of each `-o`.
-        config: a TOML file that must be there; None for the usual places.
-        environ: the environment; None for the process's.
+        flags: Field of `Settings` -> value of its flag, None if absent.
+        mount_options: The argument of each `-o`.
+        config: A TOML file that must exist; None for the default files.
+        environ: None for the environment of this process.
 
     Raises:
-        SetupError: a value that means nothing, or an option there is not; the message names where
-            it stands.
+        StartupError: A value is invalid or an option is unknown; the message names the source.
     """
     environ = os.environ if environ is None else environ
     values: dict[str, object] = {}
@@ -103,8 +103,8 @@ def resolve(
         option = by_flag.get(name)
         if option is None:
             known = ", ".join(sorted(by_flag))
-            raise StartupError(f"{file}: there is no option {name!r}; there are {known}")
-        if option.is_path and text:  # a file is read from any directory
+            raise StartupError(f"{file}: unknown option {name!r} (valid options: {known})")
+        if option.is_path and text:  # relative to the file, from any working directory
             text = _absolute(text, os.path.dirname(os.path.abspath(file)))
         values[option.field] = _parse(option, text, f"{file}: {name}")
     for option in OPTIONS:
@@ -115,20 +115,20 @@ def resolve(
     for option, text in _mount_options(mount_options):
         values[option.field] = _parse(option, text, f"-o {option.flag}")
     for option in OPTIONS:
-        given = flags.get(option.field)
-        if isinstance(given, bool):
-            values[option.field] = given
-        elif given is not None:
-            values[option.field] = _parse(option, given, f"--{option.flag}")
-    return Settings(**values)  # type: ignore[arg-type]  # each parsed by its own option
+        value = flags.get(option.field)
+        if isinstance(value, bool):
+            values[option.field] = value
+        elif value is not None:
+            values[option.field] = _parse(option, value, f"--{option.flag}")
+    return Settings(**values)  # type: ignore[arg-type]  # each option parses to its field's type
 
 
 def as_arguments(
     flags: Mapping[str, str | bool | None], mount_options: Iterable[str], config: str | None
 ) -> list[str]:
-    """Return the command line that says the same again, for the process that will serve.
+    """Return the equivalent command line for the daemon.
 
-    That process runs in another directory, so paths are absolute in it.
+    Paths in it are absolute, because the daemon runs in another directory.
     """
     arguments, items = [], []
     paths: dict[str, str] = {}
@@ -136,18 +136,18 @@ def as_arguments(
         name, _, text = item.partition("=")
         option = _option_of(name)
         if option is not None and option.is_path:
-            paths[option.field] = text  # not by -o again: the directory's name may hold a comma
+            paths[option.field] = text  # as a flag: an absolute path may contain a comma
         else:
             items.append(item)
     for option in OPTIONS:
-        given = flags.get(option.field)
-        if given is None:
-            given = paths.get(option.field)
-        if given is True:
+        value = flags.get(option.field)
+        if value is None:
+            value = paths.get(option.field)
+        if value is True:
             arguments.append(f"--{option.flag}")
-        elif isinstance(given, str):
-            given = _absolute(given) if option.is_path and given else given
-            arguments.append(f"--{option.flag}={given}")
+        elif isinstance(value, str):
+            value = _absolute(value) if option.is_path and value else value
+            arguments.append(f"--{option.flag}={value}")
     if items:
         arguments += ["-o", ",".join(items)]
     if config is not None:
@@ -156,18 +156,18 @@ def as_arguments(
 
 
 def _absolute(path: str, directory: str = "") -> str:
-    """Return a path that means the same wherever the process runs."""
+    """Return an absolute path, relative to `directory` or the working directory."""
     return os.path.abspath(os.path.join(directory, os.path.expanduser(path)))
 
 
 def _option_of(name: str) -> Option | None:
-    """Return the option that `-o` calls `name`."""
-    wanted = _ALIASES.get(name, name.replace("_", "-"))
-    return next((option for option in OPTIONS if option.flag == wanted), None)
+    """Return the option with a name of `-o`; None if unknown."""
+    flag = _ALIASES.get(name, name.replace("_", "-"))
+    return next((option for option in OPTIONS if option.flag == flag), None)
 
 
 def _variables(option: Option) -> tuple[str, ...]:
-    # The official client's own variable, so that one setting serves both.
+    # TINKER_BASE_URL is the variable of the official client, so that one setting serves both.
     return (option.env_var, "TINKER_BASE_URL") if option.field == "base_url" else (option.env_var,)
 
 
@@ -182,7 +182,7 @@ def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
     by_flag = {option.flag: option for option in OPTIONS}
     for argument in arguments:
         for item in argument.split(","):
-            if item == "rw":  # the last of ro and rw counts, as with mount(8)
+            if item == "rw":  # the last of ro and rw takes effect, as in mount(8)
                 yield by_flag["read-only"], "no"
             if not item or is_ignored(item):
                 continue
@@ -192,13 +192,15 @@ def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
                 raise StartupError(explain_unknown(item, by_flag))
             if not equals:
                 if not option.is_switch:
-                    raise StartupError(f"-o {item}: it takes a value: -o {name}={option.metavar}")
+                    raise StartupError(
+                        f"-o {item}: missing value (hint: -o {name}={option.metavar})"
+                    )
                 text = "yes"
             yield option, text
 
 
 def _file_values(config: str | None, environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Return option name -> (text, file), of the file named, else the user's over the system's."""
+    """Return option name -> (text, file) from the named or the default files."""
     config = config or environ.get("TINKERFS_CONFIG") or None
     if config is not None:
         return _read_file(config, must_exist=True)
@@ -206,7 +208,7 @@ def _file_values(config: str | None, environ: Mapping[str, str]) -> dict[str, tu
 
 
 def _user_file(environ: Mapping[str, str]) -> str:
-    # XDG Base Directory Specification; tinkerfs is for Linux alone.
+    # See the XDG Base Directory Specification; tinkerfs supports Linux only.
     home = environ.get("XDG_CONFIG_HOME", "").strip()
     if not home:
         home = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".config")
@@ -219,10 +221,10 @@ def _read_file(path: str, *, must_exist: bool = False) -> dict[str, tuple[str, s
             content = tomllib.load(file)
     except FileNotFoundError:
         if must_exist:
-            raise StartupError(f"{path}: there is no such file") from None
+            raise StartupError(f"{path}: no such file") from None
         return {}
     except OSError as error:
-        if not must_exist:  # e.g. a parent that is no folder, or not ours to read
+        if not must_exist:  # e.g. a parent that is not a directory, or is not readable
             return {}
         raise StartupError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -233,12 +235,12 @@ def _read_file(path: str, *, must_exist: bool = False) -> dict[str, tuple[str, s
 
 
 def _text(value: object, path: str, name: str) -> str:
-    """Return a TOML value as it would be written on the command line."""
+    """Return a TOML value as text in the form of the command line."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if name == "umask" and not isinstance(value, str):
-        # 22 and 0o22 are different numbers in TOML, and nobody means the first.
-        raise StartupError(f'{path}: umask: write it as a text: umask = "022"')
+        # 22 and 0o22 are different numbers in TOML, and 22 is never intended.
+        raise StartupError(f'{path}: umask: not a string (hint: umask = "022")')
     if isinstance(value, str | int | float):
         return str(value)
-    raise StartupError(f"{path}: {name}: neither a text nor a number nor true or false")
+    raise StartupError(f"{path}: {name}: not a string, number or boolean")

@@ -1,4 +1,4 @@
-"""`tinkerfs prefetch`."""
+"""The command `tinkerfs prefetch`."""
 
 import json
 from contextlib import ExitStack
@@ -17,25 +17,26 @@ if TYPE_CHECKING:
     from tinkerfs.vfs.weights_nodes import WeightsRef
     from tinkerfs.weights.file import WeightsFile
 
-_HOW_TO_GO_ON = "what came is kept; the same command goes on from there"
+_RESUME_HINT = "downloaded blocks are cached; run the same command again to resume"
 
 
-@click.command(short_help="Pull weights into the cache, before they are read.")
+@click.command(short_help="Download weights into the cache before they are read.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
 @click.option(
-    "--check", is_flag=True, help="Fetch nothing: exit 0 if all is there already, else 1."
+    "--check", is_flag=True, help="Download nothing; exit 0 if all weights are cached, else 1."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: what is there of each file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: the cached bytes of each file.")
 @transfer_options
 def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | None) -> None:
-    """Pull the weights at each PATH into the cache on disk, where mounts read them.
+    """Download the weights at each PATH into the disk cache, where mounts read them.
 
     PATH is a tinker path or a path below a mount: a checkpoint, its files or one of them, its
-    archive.tar, a folder of /adapters or /checkpoints; of a run or of /runs all checkpoints are
-    fetched. Below a mount its own server and cache are used, and no FUSE is needed otherwise.
+    archive.tar, or a directory of /adapters or /checkpoints. For a run or /runs, all checkpoints
+    are downloaded. For a path below a mount, the server and the cache of that mount are used. A
+    tinker path needs no mount and no FUSE.
 
-    What is there already is not fetched again, so that the same command goes on after an
-    interruption. Exits 1 where something is not there in the end, or where the cache is too small.
+    Cached weights are not downloaded again. After an interruption, run the same command again to
+    resume. Exits 1 if some weights could not be cached, or if the cache is too small.
 
     \b
         tinkerfs prefetch ~/tinker/runs/79db3d29:train:0/latest_sampler
@@ -46,30 +47,30 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
 
     failures: list[Failure] = []
     rows: list[dict[str, Any]] = []
-    with transfers.exit_on_signal(_HOW_TO_GO_ON):
+    with transfers.exit_on_signal(_RESUME_HINT):
         accounts: dict[Settings, list[Location]] = {}
         for path in paths:
-            place = transfers.parse_location(path, flags)
-            accounts.setdefault(place.settings, []).append(place)
-        for settings, places in accounts.items():
-            with transfers.open_account(settings) as parts:
-                work = _check if check else _fetch
-                rows += work(parts, places, failures)
+            location = transfers.parse_location(path, flags)
+            accounts.setdefault(location.settings, []).append(location)
+        for settings, locations in accounts.items():
+            with transfers.open_account(settings) as app:
+                work = _check if check else _download
+                rows += work(app, locations, failures)
     is_complete = not failures and all(row["kept_bytes"] == row["total_bytes"] for row in rows)
     if as_json:
         totals = [row["total_bytes"] for row in rows]
-        told = {
+        report = {
             "is_complete": is_complete,
             "kept_bytes": sum(row["kept_bytes"] for row in rows),
             "total_bytes": None if None in totals else sum(totals),
             "files": rows,
             "errors": transfers.failures_to_json(failures),
         }
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(report, indent=2))
     elif check:
         for row in rows:
             if row["kept_bytes"] != row["total_bytes"]:
-                click.echo(_missing_files(row))
+                click.echo(_cached_part(row))
     if failures:
         transfers.exit_with_failures(failures)
     if not is_complete:
@@ -77,77 +78,77 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
 
 
 def _row(
-    holding: "WeightsRef", name: str, kept_bytes: int, total_bytes: int | None
+    ref: "WeightsRef", name: str, cached_bytes: int, total_bytes: int | None
 ) -> dict[str, Any]:
     from tinkerfs.cli import transfers
 
-    file = "archive.tar" if holding.is_archive else f"files/{name}"
+    file = "archive.tar" if ref.is_archive else f"files/{name}"
     return {
-        "checkpoint": transfers.name_of(holding),
+        "checkpoint": transfers.display_name(ref),
         "file": file,
-        "kept_bytes": kept_bytes,
+        "kept_bytes": cached_bytes,
         "total_bytes": total_bytes,
     }
 
 
-def _missing_files(row: dict[str, Any]) -> str:
+def _cached_part(row: dict[str, Any]) -> str:
     from tinkerfs.cli.formatting import format_size
-    from tinkerfs.printable import printable
+    from tinkerfs.printable import escape_control_chars
 
-    name = printable(f"{row['checkpoint']} {row['file']}")
+    name = escape_control_chars(f"{row['checkpoint']} {row['file']}")
     if row["total_bytes"] is None:
-        return f"{name}: nothing is kept of it"
-    return f"{name}: {format_size(row['kept_bytes'])} of {format_size(row['total_bytes'])}"
+        return f"{name}: not cached"
+    return f"{name}: {format_size(row['kept_bytes'])} of {format_size(row['total_bytes'])} cached"
 
 
 def _check(
-    parts: "App", places: "list[Location]", failures: "list[Failure]"
+    app: "App", locations: "list[Location]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
-    """Return what is kept, without a request to a store or for an archive."""
+    """Return a row per file, without a request to the store or for an archive."""
     from tinkerfs.cli import transfers
     from tinkerfs.cli.transfers import Failure
     from tinkerfs.context import BACKGROUND_CONTEXT
 
     rows = []
-    holdings, _ = transfers.resolve_weights(parts, places, failures)
-    for holding in holdings:
-        subject, weights = holding.subject, parts.weights
+    refs, _ = transfers.resolve_weights(app, locations, failures)
+    for ref in refs:
+        subject, weights = ref.version, app.weights
         try:
-            if holding.is_archive:
+            if ref.is_archive:
                 if weights.archive_bytes(subject) is None:
-                    rows.append(_row(holding, "", 0, None))
+                    rows.append(_row(ref, "", 0, None))
                 else:
                     with weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
-                        rows.append(_row(holding, "", file.kept_bytes(), file.size_bytes))
+                        rows.append(_row(ref, "", file.cached_bytes(), file.size_bytes))
                 continue
             listing = weights.cached_files(subject)
             if listing is None:
-                rows.append(_row(holding, holding.member_path, 0, None))
+                rows.append(_row(ref, ref.member_path, 0, None))
                 continue
-            for name in transfers.selected(holding, listing):
+            for name in transfers.select_members(ref, listing):
                 with weights.open(subject, name, BACKGROUND_CONTEXT) as file:
-                    rows.append(_row(holding, name, file.kept_bytes(), file.size_bytes))
+                    rows.append(_row(ref, name, file.cached_bytes(), file.size_bytes))
         except OSError as error:
-            failures.append(Failure(transfers.name_of(holding), error))
+            failures.append(Failure(transfers.display_name(ref), error))
     return rows
 
 
-def _fetch(
-    parts: "App", places: "list[Location]", failures: "list[Failure]"
+def _download(
+    app: "App", locations: "list[Location]", failures: "list[Failure]"
 ) -> list[dict[str, Any]]:
-    """Fetch what is not kept, and return what is then."""
+    """Download missing blocks; return a row per file with what is cached afterwards."""
     from tinkerfs.cli import transfers
     from tinkerfs.cli.progress import Progress
     from tinkerfs.concurrency import run_in_thread
 
-    progress = Progress(parts.telemetry)
+    progress = Progress(app.telemetry)
     rows: list[dict[str, Any]] = []
 
     def work() -> None:
-        holdings, _ = transfers.resolve_weights(parts, places, failures)
-        fetching = PrefetchJob(parts, failures, progress)
-        changed = fetching.run(holdings, rows, is_retry=False)
-        fetching.run(changed, rows, is_retry=True)
+        refs, _ = transfers.resolve_weights(app, locations, failures)
+        job = PrefetchJob(app, failures, progress)
+        changed = job.run(refs, rows, is_retry=False)
+        job.run(changed, rows, is_retry=True)
 
     progress.run(run_in_thread(work, "prefetch"))
     return rows
@@ -155,16 +156,16 @@ def _fetch(
 
 @dataclass(frozen=True, slots=True)
 class PrefetchJob:
-    """One run of the command, on a thread of its own."""
+    """The downloads of one `prefetch` command, on a worker thread."""
 
-    parts: "App"
+    app: "App"
     failures: "list[Failure]"
     progress: "Progress"
 
     def run(
-        self, holdings: "list[WeightsRef]", rows: list[dict[str, Any]], *, is_retry: bool
+        self, refs: "list[WeightsRef]", rows: list[dict[str, Any]], *, is_retry: bool
     ) -> "list[WeightsRef]":
-        """Fetch some checkpoints; return those of which the server has another version by now."""
+        """Download some checkpoints; return those with a new version on the server."""
         from tinkerfs import errors
         from tinkerfs.cli import transfers
         from tinkerfs.cli.progress import Item
@@ -174,66 +175,67 @@ class PrefetchJob:
 
         changed: list[WeightsRef] = []
         with ExitStack() as stack:
-            planned = transfers.open_checkpoints(
-                self.parts, holdings, stack, self.failures, with_urls=True
+            checkpoints = transfers.open_checkpoints(
+                self.app, refs, stack, self.failures, with_urls=True
             )
-            opened = [(each.holding, name, file) for each in planned for name, file in each.files]
-            files = [file for _, _, file in opened]
-            self._check_room(files)
+            open_files = [
+                (each.ref, name, file) for each in checkpoints for name, file in each.files
+            ]
+            files = [file for _, _, file in open_files]
+            self._check_cache_size(files)
             items = []
-            for holding, name, file in opened:
-                shown = f"{transfers.name_of(holding)}/{name}".rstrip("/")
-                items.append(Item(shown, file.size_bytes, file.kept_bytes()))
+            for ref, name, file in open_files:
+                label = f"{transfers.display_name(ref)}/{name}".rstrip("/")
+                items.append(Item(label, file.size_bytes, file.cached_bytes()))
             self.progress.start(items)
             for item in items:
-                if item.is_whole:
+                if item.is_complete:
                     self.progress.finish(item)
-            for landed in blocks.prefetch(files, BACKGROUND_CONTEXT):
-                item, error = items[landed.number], landed.error
-                holding = opened[landed.number][0]
-                self.progress.advance(item, landed.size_bytes)
+            for result in blocks.prefetch(files, BACKGROUND_CONTEXT):
+                item, error = items[result.number], result.error
+                ref = open_files[result.number][0]
+                self.progress.advance(item, result.size_bytes)
                 if error is None:
-                    if item.is_whole:
+                    if item.is_complete:
                         self.progress.finish(item)
                     continue
                 is_stale = isinstance(error, OSError) and errors.is_stale(error)
                 if is_stale:
-                    self.parts.weights.cached_files(holding.subject)  # which forgets it
+                    # Called for its side effect: it drops the cached file list of the old version.
+                    self.app.weights.cached_files(ref.version)
                 if is_stale and not is_retry:
-                    if holding not in changed:
-                        changed.append(holding)
+                    if ref not in changed:
+                        changed.append(ref)
                 else:
                     self.failures.append(Failure(item.name, error))
                 if isinstance(error, OSError) and errors.is_no_space(error):
                     break
             rows += [
-                _row(holding, name, file.kept_bytes(), file.size_bytes)
-                for holding, name, file in opened
-                if holding not in changed
+                _row(ref, name, file.cached_bytes(), file.size_bytes)
+                for ref, name, file in open_files
+                if ref not in changed
             ]
         return changed
 
-    def _check_room(self, files: "list[WeightsFile]") -> None:
-        """Refuse what does not fit: the last would take the room of the first.
+    def _check_cache_size(self, files: "list[WeightsFile]") -> None:
+        """Fail if the files exceed the cache: the last would evict the first.
 
         Raises:
-            SetupError: the cache may not be so large.
+            StartupError: The cache is off, or its maximum size is too small.
         """
         from tinkerfs.cli.formatting import format_size
         from tinkerfs.errors import StartupError
         from tinkerfs.weights import prefetch as blocks
 
-        wanted_bytes, limit_bytes = (
-            blocks.required_cache_bytes(files),
-            self.parts.settings.cache_size_bytes,
-        )
-        if not limit_bytes:
+        required_bytes = blocks.required_cache_bytes(files)
+        max_bytes = self.app.settings.cache_size_bytes
+        if not max_bytes:
             raise StartupError(
-                "nothing is cached on disk, so nothing can be prefetched (hint: name a directory"
-                " that can be written with --cache-dir, and a --cache-size above 0)"
+                "the disk cache is off, so nothing can be prefetched (hint: set --cache-dir to a"
+                " writable directory, and --cache-size above 0)"
             )
-        if wanted_bytes > limit_bytes:
+        if required_bytes > max_bytes:
             raise StartupError(
-                f"these are {format_size(wanted_bytes)}, and the cache takes"
-                f" {format_size(limit_bytes)}: name fewer, or raise --cache-size"
+                f"the weights need {format_size(required_bytes)}, but the cache holds at most"
+                f" {format_size(max_bytes)} (hint: name fewer paths, or raise --cache-size)"
             )

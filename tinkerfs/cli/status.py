@@ -1,4 +1,4 @@
-"""`tinkerfs status`."""
+"""The command `tinkerfs status`."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -9,27 +9,27 @@ import click
 from tinkerfs.cli.formatting import format_duration, format_size
 from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import StartupError
-from tinkerfs.printable import printable
+from tinkerfs.printable import escape_control_chars
 
 if TYPE_CHECKING:
     from tinkerfs.fuse.mount_table import Mount
 
 
-@click.command(short_help="Show what mounts do, and what they wait for.")
+@click.command(short_help="Show the state, statistics and pending requests of mounts.")
 @mountpoint_argument(required=False)
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON: a list, an object for each mount."
+    "--json", "as_json", is_flag=True, help="Print JSON: a list with an object per mount."
 )
 def status(mountpoint: str | None, as_json: bool) -> None:
-    """Show the tinkerfs at MOUNTPOINT, or every one there is.
+    """Show the tinkerfs mount at MOUNTPOINT, or all tinkerfs mounts.
 
-    For each: its server, since when it runs, the API calls by endpoint and outcome, how often the
-    cache answered, what is being waited for now, and the last failures. Costs no API call, and does
-    not hang where a mount does. Exits 1 where MOUNTPOINT is no mount, or one does not answer.
+    For each mount: its server, uptime, API requests by endpoint and outcome, the hit ratio of the
+    metadata cache, pending requests, and the last errors. Sends no API request, and does not hang
+    if a mount hangs. Exits 1 if MOUNTPOINT is not a mount, or if a mount does not respond.
 
     \b
         tinkerfs status
-        tinkerfs status ~/tinker --json | jq '.[].calls'
+        tinkerfs status ~/tinker --json | jq '.[].api_requests'
     """  # noqa: D301
     from tinkerfs.fuse import mount_table
 
@@ -38,16 +38,18 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         path = mount_table.canonical_mountpoint(mountpoint)
         found = [mount for mount in found if mount.mountpoint == path]
         if not found:
-            raise StartupError(f"{mountpoint} is no mount of tinkerfs: tinkerfs mount {mountpoint}")
-    with ThreadPoolExecutor(max_workers=8) as pool:  # each may take its 2 s
+            raise StartupError(
+                f"{mountpoint} is not a tinkerfs mount (hint: tinkerfs mount {mountpoint})"
+            )
+    with ThreadPoolExecutor(max_workers=8) as pool:  # an unresponsive mount takes 2 s to detect
         reports = list(pool.map(_report, found))
     if as_json:
         click.echo(json.dumps(reports, indent=2))
     elif not reports:
-        click.echo("Nothing is mounted.")
+        click.echo("nothing is mounted")
     else:
         click.echo("\n\n".join(_text(report) for report in reports))
-    if any(report["state"] in ("dead", "hangs") for report in reports):
+    if any(report["state"] in ("dead", "unresponsive") for report in reports):
         raise SystemExit(1)
 
 
@@ -62,63 +64,66 @@ def _report(mount: "Mount") -> dict[str, Any]:
         report["pid"] = pids[0]
     try:
         content = mount_table.read_file(f"{mountpoint}/.tinkerfs/stats.json")
-        told = json.loads(content) if content is not None else None
+        stats = json.loads(content) if content is not None else None
     except TimeoutError:
-        return {**report, "state": "hangs"}
+        return {**report, "state": "unresponsive"}
     except ValueError:
-        told = None
-    if isinstance(told, dict):
-        # Its own word on its pid is that of its namespace; so it counts where we see none.
-        return {**told, **report}
+        stats = None
+    if isinstance(stats, dict):
+        # The daemon reports its pid in its own PID namespace; the pid found here takes precedence.
+        return {**stats, **report}
     health = mount_table.check_health(mountpoint)
-    report["state"] = {"answers": "unreadable"}.get(health, health)
+    report["state"] = {"responsive": "unreadable"}.get(health, health)
     return report
 
 
-_CURES = {
-    "dead": "dead: its daemon is gone; tinkerfs umount {0}, or mount it again",
-    "hangs": "hangs: it does not answer; tinkerfs umount --force {0}",
-    "unreadable": "its counters may not be read by you",
+_STATE_MESSAGES = {
+    "dead": "dead: the daemon has exited (hint: tinkerfs umount {0}, or mount it again)",
+    "unresponsive": "unresponsive (hint: tinkerfs umount --force {0})",
+    "unreadable": "its statistics are not readable by this user",
 }
 
 
 def _text(report: dict[str, Any]) -> str:
-    mountpoint = str(report["mountpoint"])
-    lines = [click.style(printable(mountpoint), bold=True)]
+    mountpoint = escape_control_chars(str(report["mountpoint"]))
+    lines = [click.style(mountpoint, bold=True)]
     if report["state"] != "mounted":
-        lines.append(f"  {_CURES[report['state']].format(printable(mountpoint))}")
+        lines.append(f"  {_STATE_MESSAGES[report['state']].format(mountpoint)}")
         return "\n".join(lines)
-    hit_rate = report.get("cache_hit_rate")
+    ratio = report.get("metadata_cache_hit_ratio")
     rows: list[tuple[str, str]] = [
         ("server", str(report.get("base_url", "?"))),
         ("account", _account(report.get("account") or {})),
         ("since", f"{report.get('started', '?')} ({format_duration(report.get('uptime_s', 0))})"),
         ("process", str(report.get("pid", "?"))),
-        ("cache", "not asked yet" if hit_rate is None else f"{hit_rate:.0%} of lookups answered"),
-        ("calls", str(report.get("calls_total", 0))),
+        ("cache", "no lookups yet" if ratio is None else f"{ratio:.0%} of lookups were hits"),
+        ("requests", str(report.get("api_requests_total", 0))),
     ]
-    lines += [f"  {name:<9}{printable(text)}" for name, text in rows]
-    calls = report.get("calls", {})
-    width = max((len(endpoint) for endpoint in calls), default=0)
-    for endpoint, outcomes in calls.items():
-        told = printable(", ".join(f"{n} x {outcome}" for outcome, n in outcomes.items()))
-        lines.append(f"    {endpoint:<{width}}  {told}")
+    lines += [f"  {name:<9}{escape_control_chars(text)}" for name, text in rows]
+    requests = report.get("api_requests", {})
+    width = max((len(endpoint) for endpoint in requests), default=0)
+    for endpoint, outcomes in requests.items():
+        counts = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
+        lines.append(f"    {endpoint:<{width}}  {escape_control_chars(counts)}")
     lines += _section(
-        "waits for",
-        [f"{printable(w['what'])} ({format_duration(w['for_s'])})" for w in report["waiting"]],
+        "pending",
+        [
+            f"{escape_control_chars(each['what'])} ({format_duration(each['elapsed_s'])})"
+            for each in report["pending"]
+        ],
     )
-    errors = [printable(each.replace("\t", "  ")) for each in report["last_errors"]]
+    errors = [escape_control_chars(each.replace("\t", "  ")) for each in report["last_errors"]]
     lines += _section("last errors", errors)
     return "\n".join(lines)
 
 
-def _account(facts: dict[str, int]) -> str:
-    """Say what the listings so far add up to; nothing is asked for the sake of it."""
-    if not facts:
+def _account(totals: dict[str, int]) -> str:
+    """Summarize the cached listings of the account; no request is sent."""
+    if not totals:
         return "not listed yet"
-    stored = format_size(facts["size_bytes"])
-    where = f"in the {facts['runs_listed']} of them that were listed"
-    return f"{facts['runs']} runs; {facts['checkpoints']} checkpoints, {stored}, {where}"
+    stored = format_size(totals["size_bytes"])
+    where = f"in the {totals['runs_listed']} listed so far"
+    return f"{totals['runs']} runs; {totals['checkpoints']} checkpoints, {stored}, {where}"
 
 
 def _section(title: str, items: list[str]) -> list[str]:

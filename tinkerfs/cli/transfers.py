@@ -1,4 +1,4 @@
-"""What `prefetch` and `get` share: which weights are meant, where they are, how it ends."""
+"""Shared code of `get`, `prefetch` and others: paths, errors, signals."""
 
 import json
 import os
@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 _SCHEME = "tinker://"
 
-#: Archives that are asked for at a time.
-_ARCHIVES_AT_ONCE = 8
+#: Maximum number of concurrent requests for archives.
+_MAX_ARCHIVE_REQUESTS = 8
 
 
 def complete_path(
@@ -37,14 +37,14 @@ def complete_path(
 ) -> list[CompletionItem]:
     """Let the shell complete a path.
 
-    `click.Path` does as well, and stats what it is given: below a mount, that may ask for an
+    `click.Path` would too, but it calls stat() on its argument. Below a mount, that may request an
     archive.
     """
     return [CompletionItem(incomplete, type="file")]
 
 
 def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the flags of the settings that a transfer heeds."""
+    """Add the flags of the settings that a transfer uses to a command."""
     return settings_options(
         "base_url",
         "cache_dir",
@@ -58,16 +58,16 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where in an account a PATH leads.
+    """An account and a path in its tree.
 
     Attributes:
-        shown: as it was given.
-        path: from the root of the tree.
-        settings: of the account, and of the mount that shows it.
-        mountpoint: of that mount, empty for a tinker path.
+        argument: The path as the user gave it.
+        path: Path from the root of the tree.
+        settings: Settings of the account, merged with those of the mount.
+        mountpoint: Mountpoint that the path is below; empty for a tinker path.
     """
 
-    shown: str
+    argument: str
     path: str
     settings: "Settings"
     mountpoint: str = ""
@@ -75,92 +75,87 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class OpenCheckpoint:
-    """One checkpoint whose files are known and open.
+    """The open files of one checkpoint.
 
     Attributes:
-        holding: which one.
-        files: name and file; the archive's name is empty.
+        files: Pairs of name and file; the name of an archive is empty.
     """
 
-    holding: "WeightsRef"
+    ref: "WeightsRef"
     files: "tuple[tuple[str, WeightsFile], ...]"
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why something is not there.
+    """Failure to transfer one file or path.
 
     Attributes:
-        name: what.
-        error: what happened.
-        advice: what to do then.
+        name: File or path to display.
+        hint: How to continue; may be empty.
     """
 
     name: str
     error: Exception
-    advice: str = ""
+    hint: str = ""
 
     @property
-    def words(self) -> str:
-        """Why, for people, in one line without secrets.
+    def message(self) -> str:
+        """The error message, on one line and without secrets.
 
         Raises:
-            Exception: what is no failure of the account, the network or the disk.
+            Exception: The error itself, if it is a bug and not a TinkerfsError or OSError.
         """
         from tinkerfs import errors
 
         if isinstance(self.error, OSError):
-            words = self.error.strerror or str(self.error)
+            message = self.error.strerror or str(self.error)
         elif isinstance(self.error, TinkerfsError):
-            words = str(self.error)
+            message = str(self.error)
         else:
             raise self.error
-        return errors.redact(words) + (f"; {self.advice}" if self.advice else "")
+        return errors.redact(message) + (f" (hint: {self.hint})" if self.hint else "")
 
 
-def parse_location(given: str, flags: Mapping[str, str | bool | None]) -> Location:
-    """Return where a PATH leads: a tinker path, or a file below a mount.
+def parse_location(argument: str, flags: Mapping[str, str | bool | None]) -> Location:
+    """Parse a PATH argument: a tinker path or a path below a mount.
 
-    Asks no mount but for its settings, and that with a bound on the wait.
+    Only reads the settings of the mount, with a time limit.
 
     Raises:
-        SetupError: it is neither, or its mount does not answer.
+        StartupError: The path is neither, or its mount does not respond.
     """
     from tinkerfs.tinker_path import TinkerPath
     from tinkerfs.vfs import entities
 
-    if given.startswith(_SCHEME):
-        run_id = given.removeprefix(_SCHEME)
+    if argument.startswith(_SCHEME):
+        run_id = argument.removeprefix(_SCHEME)
         try:
             is_run = run_id and "/" not in run_id
             path = (
                 entities.run_path(run_id)
                 if is_run
-                else entities.path_for_tinker_path(TinkerPath.parse(given))
+                else entities.path_for_tinker_path(TinkerPath.parse(argument))
             )
         except ValueError as error:
             raise StartupError(str(error)) from None
-        return Location(given, path, resolve(flags))
-    mount, path = _below_mount(given)
-    settings = resolve({**settings_of(mount), **_said(flags)})
-    return Location(given, path, settings, mount.mountpoint)
+        return Location(argument, path, resolve(flags))
+    mount, path = _split_at_mount(argument)
+    given_flags = {field: value for field, value in flags.items() if value is not None}
+    settings = resolve({**read_mount_settings(mount), **given_flags})
+    return Location(argument, path, settings, mount.mountpoint)
 
 
-def _said(flags: Mapping[str, str | bool | None]) -> dict[str, str | bool | None]:
-    return {field: value for field, value in flags.items() if value is not None}
+def _split_at_mount(argument: str) -> tuple["Mount", str]:
+    """Return the mount that contains a path, and the path within the mount.
 
-
-def _below_mount(given: str) -> tuple["Mount", str]:
-    """Return the mount that a path comes to, and the rest of it, left to us to follow.
-
-    Nothing below the mount is looked at through the kernel: it may hang, and a name within `files/`
-    would have it ask for the archive.
+    No file below the mountpoint is accessed through the kernel. The mount may hang, and a lookup
+    within `files/` would request the archive. Symlinks below the mountpoint stay unresolved.
     """
     from tinkerfs.fuse import mount_table
 
     mounted = {mount.mountpoint: mount for mount in mount_table.list_mounts()}
     done, links = "/", 0
-    rest = [part for part in os.path.join(os.getcwd(), given).split("/") if part]
+    rest = [part for part in os.path.join(os.getcwd(), argument).split("/") if part]
     while True:
         mount = mounted.get(done)
         if mount is not None and mount.fstype == mount_table.FSTYPE:
@@ -171,48 +166,48 @@ def _below_mount(given: str) -> tuple["Mount", str]:
         done = os.path.normpath(os.path.join(done, part))
         if done not in mounted and os.path.islink(done):
             links += 1
-            if links > 40:  # as Linux (path_resolution(7))
+            if links > 40:  # the limit of Linux, see path_resolution(7)
                 break
             target = os.readlink(done)
             rest = [each for each in target.split("/") if each] + rest
             done = "/" if target.startswith("/") else os.path.dirname(done)
     raise StartupError(
-        f"{given} is neither below a mount of tinkerfs nor a tinker path, {_SCHEME}<run>/..."
+        f"{argument} is neither below a tinkerfs mount nor a tinker path ({_SCHEME}<run>/...)"
     )
 
 
-def settings_of(mount: "Mount") -> dict[str, str | bool | None]:
-    """Return what a mount says of its account and its cache.
+def read_mount_settings(mount: "Mount") -> dict[str, str | bool | None]:
+    """Read the settings of the account and the cache of a mount.
 
     Raises:
-        SetupError: it does not respond, or is of another version.
+        StartupError: The mount does not respond, or runs another version of tinkerfs.
     """
     from tinkerfs.fuse import mount_table
 
-    cure = f"tinkerfs status {mount.mountpoint}"
+    hint = f"(hint: tinkerfs status {mount.mountpoint})"
     try:
-        told = json.loads(
+        stats = json.loads(
             mount_table.read_file(f"{mount.mountpoint}/.tinkerfs/stats.json") or b"null"
         )
     except TimeoutError:
-        raise StartupError(f"the mount at {mount.mountpoint} does not answer: {cure}") from None
+        raise StartupError(f"the mount at {mount.mountpoint} does not respond {hint}") from None
     except ValueError:
-        told = None
+        stats = None
     names = {"base_url": "base_url", "cache_dir": "cache_dir", "cache_size_bytes": "cache_size"}
-    if not isinstance(told, dict) or not names.keys() <= told.keys():
+    if not isinstance(stats, dict) or not names.keys() <= stats.keys():
         raise StartupError(
-            f"the mount at {mount.mountpoint} does not tell where its cache is: {cure}"
+            f"the mount at {mount.mountpoint} does not report its cache directory {hint}"
         )
-    # None where the mount caches in memory alone, which another process has no part in.
-    return {field: str(told[field]) for field in names if told[field] is not None}
+    # A mount that caches in memory has no cache directory: processes cannot share its cache.
+    return {field: str(stats[field]) for field in names if stats[field] is not None}
 
 
 @contextmanager
 def open_account(settings: "Settings") -> Iterator["App"]:
-    """Open an account in this process; its log goes to the file that is set, or nowhere.
+    """Open an account in this process; log only to the configured file.
 
     Raises:
-        SetupError: the cache folder or the log cannot be used.
+        StartupError: The cache directory or the log file cannot be used.
     """
     from tinkerfs.app import open_app
     from tinkerfs.cli import logs
@@ -220,155 +215,151 @@ def open_account(settings: "Settings") -> Iterator["App"]:
 
     tune_malloc()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
-    # The bound is on walks that ask for archives by accident: here each was asked for by name.
-    with open_app(replace(settings, archive_build_limit=0), is_one_transfer=True) as parts:
-        yield parts
+    # The limit stops traversals that request archives by accident. Here the user named each one.
+    with open_app(replace(settings, archive_build_limit=0), is_one_transfer=True) as app:
+        yield app
 
 
 def resolve_weights(
-    parts: "App", places: list[Location], failures: list[Failure]
+    app: "App", locations: list[Location], failures: list[Failure]
 ) -> "tuple[list[WeightsRef], bool]":
-    """Return the weights that some places name, each once; and whether the last names just one.
+    """Return the weights at some locations, without duplicates.
 
-    Args:
-        parts: of the account of all of them.
-        places: where to look.
-        failures: gets those where nothing is.
+    A location without weights is appended to `failures`. The second result is whether the last
+    location is that of a single checkpoint, archive or file.
     """
     from tinkerfs.context import BACKGROUND_CONTEXT
     from tinkerfs.vfs.weights_lookup import iter_weights, resolve_weights
 
     found: dict[object, WeightsRef] = {}
     one = None
-    for place in places:
+    for location in locations:
         try:
-            one = resolve_weights(parts.filesystem, place.path, BACKGROUND_CONTEXT)
-            below = [one] if one else iter_weights(parts.filesystem, place.path, BACKGROUND_CONTEXT)
+            one = resolve_weights(app.filesystem, location.path, BACKGROUND_CONTEXT)
+            below = (
+                [one] if one else iter_weights(app.filesystem, location.path, BACKGROUND_CONTEXT)
+            )
         except OSError as error:
-            failures.append(Failure(place.shown, error))
+            failures.append(Failure(location.argument, error))
             continue
         if not below:
-            failures.append(Failure(place.shown, StartupError("there are no checkpoints in it")))
+            failures.append(Failure(location.argument, StartupError("contains no checkpoints")))
         for each in below:
             key = (each.checkpoint.key, each.is_archive, each.member_path)
             found.setdefault(key, each)
     return list(found.values()), one is not None
 
 
-def name_of(holding: "WeightsRef") -> str:
-    """Return what a checkpoint is called in messages."""
-    return holding.checkpoint.tinker_path
+def display_name(ref: "WeightsRef") -> str:
+    """Return the name of a checkpoint for messages, its tinker path."""
+    return ref.checkpoint.tinker_path
 
 
-def selected(holding: "WeightsRef", listing: "MemberListing") -> list[str]:
-    """Return the names of the members that are meant.
+def select_members(ref: "WeightsRef", listing: "MemberListing") -> list[str]:
+    """Return the names of the archive members that a reference selects.
 
     Raises:
-        OSError: ENOENT where there is none such.
+        OSError: ENOENT if it selects none.
     """
     from tinkerfs import errors, name_encoding
 
-    def is_meant(name: str) -> bool:
-        shown = "/".join(map(name_encoding.encode, name.split("/")))
-        return not holding.member_path or f"{shown}/".startswith(f"{holding.member_path}/")
+    def is_selected(name: str) -> bool:
+        encoded = "/".join(map(name_encoding.encode, name.split("/")))
+        return not ref.member_path or f"{encoded}/".startswith(f"{ref.member_path}/")
 
-    found = [name for name in listing.members if is_meant(name)]
-    if not found and holding.member_path:
-        raise errors.not_found(holding.member_path)
+    found = [name for name in listing.members if is_selected(name)]
+    if not found and ref.member_path:
+        raise errors.not_found(ref.member_path)
     return found
 
 
 def open_checkpoints(
-    parts: "App",
-    holdings: "list[WeightsRef]",
+    app: "App",
+    refs: "list[WeightsRef]",
     stack: ExitStack,
     failures: list[Failure],
     *,
     with_urls: bool,
 ) -> list[OpenCheckpoint]:
-    """Open all files of some checkpoints, side by side; archives are waited for.
+    """Open the files of some checkpoints concurrently; wait for archive builds.
 
-    Args:
-        parts: of the account.
-        holdings: which ones.
-        stack: closes the files.
-        failures: gets what cannot be opened.
-        with_urls: wait for the archives of what is not kept, also where its files are known.
+    The files are closed by `stack`. Checkpoints that cannot be opened are appended to `failures`.
+    With `with_urls`, also request the archive if the file list is cached but a file is not.
     """
     from tinkerfs.concurrency import run_concurrently
     from tinkerfs.context import BACKGROUND_CONTEXT
 
-    weights = parts.weights
+    weights = app.weights
 
-    def open_one(holding: "WeightsRef") -> OpenCheckpoint:
+    def open_one(ref: "WeightsRef") -> OpenCheckpoint:
         files: list[tuple[str, WeightsFile]] = []
-        subject = holding.subject
-        if holding.is_archive:
+        subject = ref.version
+        if ref.is_archive:
             files.append(
                 ("", stack.enter_context(weights.open_archive(subject, BACKGROUND_CONTEXT)))
             )
         else:
-            for name in selected(holding, weights.files(subject, BACKGROUND_CONTEXT)):
+            for name in select_members(ref, weights.files(subject, BACKGROUND_CONTEXT)):
                 file = stack.enter_context(weights.open(subject, name, BACKGROUND_CONTEXT))
                 files.append((name, file))
         missing = None
         if with_urls:
-            missing = next((f for _, f in files if f.kept_bytes() < f.size_bytes), None)
+            missing = next((f for _, f in files if f.cached_bytes() < f.size_bytes), None)
         if missing is not None:
             missing.prepare(BACKGROUND_CONTEXT)
-        return OpenCheckpoint(holding, tuple(files))
+        return OpenCheckpoint(ref, tuple(files))
 
-    works = [lambda holding=holding: open_one(holding) for holding in holdings]
-    planned = []
-    flights: list[Future[OpenCheckpoint]] = run_concurrently(works, _ARCHIVES_AT_ONCE, "open")
-    for holding, flight in zip(holdings, flights, strict=True):
-        error = flight.exception()
+    tasks = [lambda ref=ref: open_one(ref) for ref in refs]
+    checkpoints = []
+    futures: list[Future[OpenCheckpoint]] = run_concurrently(tasks, _MAX_ARCHIVE_REQUESTS, "open")
+    for ref, future in zip(refs, futures, strict=True):
+        error = future.exception()
         if error is None:
-            planned.append(flight.result())
+            checkpoints.append(future.result())
         else:
             assert isinstance(error, Exception)
-            failures.append(Failure(name_of(holding), error))
-    return planned
+            failures.append(Failure(display_name(ref), error))
+    return checkpoints
 
 
 def failures_to_json(failures: list[Failure]) -> list[dict[str, str]]:
-    """Return failures as JSON values."""
-    return [{"path": each.name, "error": each.words} for each in failures]
+    """Convert failures to values for JSON output."""
+    return [{"path": each.name, "error": each.message} for each in failures]
 
 
 def exit_with_failures(failures: list[Failure]) -> NoReturn:
-    """Tell each failure in one line on standard error, and exit 1."""
-    from tinkerfs.printable import printable
+    """Print each failure on one line of standard error, and exit with status 1."""
+    from tinkerfs.printable import escape_control_chars
 
     for failure in failures:
-        click.echo(printable(f"tinkerfs: {failure.name}: {failure.words}"), err=True)
+        click.echo(escape_control_chars(f"tinkerfs: {failure.name}: {failure.message}"), err=True)
     raise SystemExit(1)
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a transfer as Ctrl-C does."""
+    """SIGTERM, which interrupts a transfer as Ctrl-C does."""
 
 
 @contextmanager
-def exit_on_signal(how_to_go_on: str) -> Iterator[None]:
-    """End at once on Ctrl-C and SIGTERM, with one line; exit 130, or 143 for SIGTERM.
+def exit_on_signal(hint: str) -> Iterator[None]:
+    """Exit at once on Ctrl-C and SIGTERM, with a message and status 130 or 143.
 
     Args:
-        how_to_go_on: what the line says.
+        hint: How to continue, for the message.
     """
 
     def terminate(number: int, frame: object) -> None:
         del number, frame
         raise _Terminated
 
-    before = signal.getsignal(signal.SIGTERM)
-    if before != signal.SIG_IGN:  # what was ignored when we started stays ignored
+    previous = signal.getsignal(signal.SIGTERM)
+    if previous != signal.SIG_IGN:  # a signal ignored by the caller stays ignored
         signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        click.echo(f"tinkerfs: interrupted: {how_to_go_on}", err=True)
+        click.echo(f"tinkerfs: interrupted (hint: {hint})", err=True)
         number = signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT
         raise SystemExit(128 + number) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

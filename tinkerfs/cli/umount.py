@@ -1,4 +1,4 @@
-"""`tinkerfs umount`."""
+"""The command `tinkerfs umount`."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -7,31 +7,31 @@ import click
 from tinkerfs import errors
 from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import StartupError
-from tinkerfs.printable import printable
+from tinkerfs.printable import escape_control_chars
 
 if TYPE_CHECKING:
     from tinkerfs.fuse.mount_table import MountUser
 
-#: After the mount is gone from the tree: how long its daemon has to end.
+#: Wait at most this long for the daemon to exit after the unmount.
 _DAEMON_TIMEOUT_S: Final = 5.0
-#: With --force it goes on for who held the mount, for as long as they like: no use waiting long.
-_HELD_TIMEOUT_S: Final = 0.5
-#: More than these are not named.
-_MAX_HOLDERS: Final = 5
+#: The same if other processes still use the mount: the daemon serves them for an unlimited time.
+_IN_USE_TIMEOUT_S: Final = 0.5
+#: Maximum number of processes that a message names.
+_MAX_NAMED_USERS: Final = 5
 
 
-@click.command(short_help="Unmount, and wait until it is gone.")
+@click.command(short_help="Unmount, and wait until the daemon has exited.")
 @mountpoint_argument()
 @click.option(
     "--force",
     is_flag=True,
-    help="Detach it now, whoever holds it; who does is served until they let go.",
+    help="Detach a busy mount (as umount -l); processes that use it are served until they exit.",
 )
 def umount(mountpoint: str, force: bool) -> None:
-    """Unmount the tinkerfs at MOUNTPOINT, and wait until its daemon is gone too.
+    """Unmount the tinkerfs mount at MOUNTPOINT, and wait until its daemon has exited.
 
-    Where somebody holds the mount, by a file or a working directory, says who, and exits 1. Cleans
-    up what a dead daemon has left.
+    If the mount is busy, prints the processes that have a file or their working directory in it,
+    and exits 1. Also removes the stale mount of a dead daemon.
 
     \b
         tinkerfs umount ~/tinker
@@ -46,38 +46,41 @@ def umount(mountpoint: str, force: bool) -> None:
     if mount.fstype != mount_table.FSTYPE:
         raise StartupError(f"{mountpoint} is a mount of {mount.fstype}, not of tinkerfs")
     daemons = mount_table.find_daemon_pids(mount)
-    # Before it is detached: nobody can be seen to hold what has no place in the tree any more.
-    held_by = _format_users(mount_table.find_mount_users(path)) if force else ""
+    # Search before detaching: afterwards the mount has no path, and its users cannot be found.
+    users = _format_users(mount_table.find_mount_users(path)) if force else ""
     try:
         mount_table.unmount(path, lazy=force or mount_table.check_health(path) == "dead")
     except OSError as error:
         if not errors.is_busy(error):
             raise StartupError(f"{mountpoint} cannot be unmounted: {error.strerror}") from None
-        held_by = (
+        users = (
             _format_users(mount_table.find_mount_users(path))
-            or "a process that cannot be seen from here"
+            or "a process that is not visible to this user"
         )
         raise StartupError(
-            f"{mountpoint} is busy: held by {held_by}: end that, or tinkerfs umount --force"
-            f" {mountpoint}"
+            f"{mountpoint} is busy: in use by {users} (hint: end it, or run tinkerfs umount"
+            f" --force {mountpoint})"
         ) from None
-    timeout_s = _HELD_TIMEOUT_S if held_by else _DAEMON_TIMEOUT_S
+    timeout_s = _IN_USE_TIMEOUT_S if users else _DAEMON_TIMEOUT_S
     mount_table.wait_until(lambda: not any(map(mount_table.is_running, daemons)), timeout_s)
-    left = " ".join(str(pid) for pid in daemons if mount_table.is_running(pid))
-    if not left:
+    running = " ".join(str(pid) for pid in daemons if mount_table.is_running(pid))
+    if not running:
         return
-    # The tree is free already, so this is no failure.
-    if held_by:
-        end = f"its process {left} goes on until it is let go by {held_by}"
+    # The mountpoint is free, so this is not a failure.
+    if users:
+        reason = f"serves {users} until they exit"
     else:
-        # Who waits in open() holds it too, and is not seen to.
-        why = "for who waits in it or because it hangs"
-        end = f"its process {left} still runs, {why}: kill -9 {left}"
-    click.echo(printable(f"tinkerfs: {mountpoint} is detached; {end}"), err=True)
+        # A process that is blocked in open() uses the mount too, but cannot be found.
+        reason = (
+            "still runs: a process is waiting in the mount, or the daemon hangs"
+            f" (hint: kill -9 {running})"
+        )
+    message = f"tinkerfs: {mountpoint} is detached; its daemon {running} {reason}"
+    click.echo(escape_control_chars(message), err=True)
 
 
-def _format_users(holders: "list[MountUser]") -> str:
-    """Name who holds a mount, the first few; nobody is the empty string."""
-    who = ", ".join(str(holder) for holder in holders[:_MAX_HOLDERS])
-    more = len(holders) - _MAX_HOLDERS
-    return f"{who} and {more} more" if more > 0 else who
+def _format_users(users: "list[MountUser]") -> str:
+    """Name the first few processes that use a mount; return "" if there are none."""
+    names = ", ".join(str(user) for user in users[:_MAX_NAMED_USERS])
+    more = len(users) - _MAX_NAMED_USERS
+    return f"{names} and {more} more" if more > 0 else names

@@ -1,4 +1,4 @@
-"""`tinkerfs undelete`."""
+"""The command `tinkerfs undelete`."""
 
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: The longest wait for a mount, seconds: it may list the run, then make the call.
+#: Wait at most this long for a mount, seconds: it may list the run and then change it.
 _TIMEOUT_S = 120.0
 
 
-@click.command(short_help="Restore what was removed with --trash.")
+@click.command(short_help="Restore checkpoints that were removed under --trash.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
 @settings_options("base_url", "cache_dir", "timeout_s", "log_file", "log_level")
 def undelete(paths: tuple[str, ...], **flags: str | None) -> None:
-    """Restore checkpoints from the trash, each with the expiry that it had before.
+    """Restore checkpoints from the trash, with their expiry from before the removal.
 
-    PATH is a link in .tinkerfs/trash, the path that was removed, or a tinker path. Where a mount
-    of the account is up it makes the change, else this command does. Prints the tinker path of
-    each; exits 1 if one could not be restored.
+    PATH is a link in .tinkerfs/trash, the path of a removed checkpoint, or a tinker path. The
+    request is sent by a mount of the account if there is one, otherwise by this command. Prints
+    the tinker path of each restored checkpoint. Exits 1 if one could not be restored.
 
     \b
         tinkerfs undelete ~/tinker/runs/79db3d29:train:0/checkpoints/weights/0001
@@ -35,86 +35,86 @@ def undelete(paths: tuple[str, ...], **flags: str | None) -> None:
     """  # noqa: D301
     from tinkerfs.cli import transfers
     from tinkerfs.errors import TinkerfsError
-    from tinkerfs.printable import printable
+    from tinkerfs.printable import escape_control_chars
 
     failures: list[transfers.Failure] = []
-    for given in paths:
+    for path in paths:
         try:
-            place = transfers.parse_location(given, flags)
-            restored = _through_a_mount(place) or _in_this_process(place)
+            location = transfers.parse_location(path, flags)
+            restored = _restore_through_mount(location) or _restore_in_process(location)
         except (OSError, TinkerfsError) as error:
-            failures.append(transfers.Failure(given, error))
+            failures.append(transfers.Failure(path, error))
         else:
-            click.echo(printable(restored))
+            click.echo(escape_control_chars(restored))
     if failures:
         transfers.exit_with_failures(failures)
 
 
-def _through_a_mount(place: "Location") -> str | None:
+def _restore_through_mount(location: "Location") -> str | None:
     """Restore a checkpoint through a mount that has it in its trash.
 
     Returns:
-        its tinker path; None if no mount has it.
+        The tinker path of the checkpoint; None if no mount has it in its trash.
 
     Raises:
-        OSError: ENOENT if the mount that PATH is below does not have it; as the write.
-        SetupError: a mount does not respond.
+        OSError: The write failed. ENOENT if the mount that contains the path does not have it.
+        StartupError: A mount does not respond.
     """
     from tinkerfs import errors
 
-    for mountpoint in _mountpoints(place):
+    for mountpoint in _candidate_mountpoints(location):
         restored = None
         try:
-            restored = _at(mountpoint, place)
+            restored = _restore_at(mountpoint, location)
         except TimeoutError:
             raise errors.StartupError(
-                f"the mount at {mountpoint} does not respond; whether it restores the checkpoint"
-                f" is in {mountpoint}/.tinkerfs/changes"
+                f"the mount at {mountpoint} does not respond, but may still restore the checkpoint"
+                f" (hint: see {mountpoint}/.tinkerfs/changes)"
             ) from None
         except OSError as error:
-            if place.mountpoint or not errors.is_read_only(error):
+            if location.mountpoint or not errors.is_read_only(error):
                 raise
         if restored is not None:
             return restored
-    if place.mountpoint:
-        raise errors.not_in_trash(place.shown)
+    if location.mountpoint:
+        raise errors.not_in_trash(location.argument)
     return None
 
 
-def _at(mountpoint: str, place: "Location") -> str | None:
+def _restore_at(mountpoint: str, location: "Location") -> str | None:
     from tinkerfs.fuse import mount_table
 
     found: list[tuple[str, bytes]] = []
-    for link in _links(place):
-        read = mount_table.read_file(f"{mountpoint}{link}/tinker_path", timeout_s=_TIMEOUT_S)
-        if read is not None:
-            found.append((f"{mountpoint}{link}/expires_at", read))
+    for link in _trash_links(location):
+        content = mount_table.read_file(f"{mountpoint}{link}/tinker_path", timeout_s=_TIMEOUT_S)
+        if content is not None:
+            found.append((f"{mountpoint}{link}/expires_at", content))
     if not found:
         return None
-    control, tinker_path = _only(found)
+    control, tinker_path = _single(found)
     mount_table.write_file(control, "never", timeout_s=_TIMEOUT_S)
     return tinker_path.decode("utf-8", "surrogateescape").strip()
 
 
-def _mountpoints(place: "Location") -> "Iterator[str]":
-    """Yield the mounts that may have a checkpoint in their trash."""
+def _candidate_mountpoints(location: "Location") -> "Iterator[str]":
+    """Yield the mountpoints of mounts that may have a checkpoint in their trash."""
     from tinkerfs.cli import transfers
     from tinkerfs.errors import StartupError
     from tinkerfs.fuse import mount_table
 
-    if place.mountpoint:
-        yield place.mountpoint
+    if location.mountpoint:
+        yield location.mountpoint
         return
     for mount in mount_table.tinkerfs_mounts():
         try:
-            of_mount = transfers.settings_of(mount)
-        except StartupError:  # it hangs, or is dead
+            settings = transfers.read_mount_settings(mount)
+        except StartupError:  # the mount is dead or unresponsive
             continue
-        if of_mount["base_url"] == place.settings.base_url:
+        if settings["base_url"] == location.settings.base_url:
             yield mount.mountpoint
 
 
-def _in_this_process(place: "Location") -> str:
+def _restore_in_process(location: "Location") -> str:
     """Restore a checkpoint without a mount; return its tinker path."""
     import os
 
@@ -123,38 +123,38 @@ def _in_this_process(place: "Location") -> str:
     from tinkerfs.context import BACKGROUND_CONTEXT
 
     found: list[str] = []
-    with transfers.open_account(place.settings) as parts:
-        for link in _links(place):
+    with transfers.open_account(location.settings) as app:
+        for link in _trash_links(location):
             try:
-                found.append(parts.filesystem.realpath(link, BACKGROUND_CONTEXT))
+                found.append(app.filesystem.realpath(link, BACKGROUND_CONTEXT))
             except OSError as error:
                 if not errors.is_missing(error):
                     raise
         if not found:
-            raise errors.not_in_trash(place.shown)
-        directory = _only(found)
-        handle = parts.filesystem.open(f"{directory}/tinker_path", os.O_RDONLY, BACKGROUND_CONTEXT)
+            raise errors.not_in_trash(location.argument)
+        directory = _single(found)
+        handle = app.filesystem.open(f"{directory}/tinker_path", os.O_RDONLY, BACKGROUND_CONTEXT)
         tinker_path = (
             handle.read(1 << 20, 0, BACKGROUND_CONTEXT).decode("utf-8", "surrogateescape").strip()
         )
-        control = parts.filesystem.open(f"{directory}/expires_at", os.O_WRONLY, BACKGROUND_CONTEXT)
+        control = app.filesystem.open(f"{directory}/expires_at", os.O_WRONLY, BACKGROUND_CONTEXT)
         control.write(b"never", BACKGROUND_CONTEXT)
     return tinker_path
 
 
-def _links(place: "Location") -> list[str]:
+def _trash_links(location: "Location") -> list[str]:
     from tinkerfs.errors import StartupError
     from tinkerfs.vfs.trash import trash_paths
 
     try:
-        return trash_paths(place.path)
+        return trash_paths(location.path)
     except ValueError as error:
-        raise StartupError(f"{error} (hint: name its link in .tinkerfs/trash)") from None
+        raise StartupError(f"{error} (hint: use its link in .tinkerfs/trash)") from None
 
 
-def _only(found: list[T]) -> T:
+def _single(found: list[T]) -> T:
     from tinkerfs.errors import StartupError
 
     if len(found) > 1:
-        raise StartupError("checkpoints of several kinds have this name (hint: say which kind)")
+        raise StartupError("checkpoints of several kinds have this name (hint: include the kind)")
     return found[0]

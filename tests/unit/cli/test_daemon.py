@@ -1,4 +1,4 @@
-"""What a daemon is started with: no module, and no path, of the caller's directory."""
+"""Command line and environment of a daemon, without the caller's directory."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import pytest
 from tinkerfs.cli.daemon import daemon_command, daemon_environment
 
 
-def test_daemon_command_takes_no_module_from_its_directory():
+def test_daemon_command_imports_nothing_from_directory():
     assert daemon_command(["mount"]) == [sys.executable, "-P", "-m", "tinkerfs", "mount"]
 
 

@@ -4,15 +4,15 @@ from tinkerfs.cli.formatting import format_duration, format_size
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [(0, "0s"), (0.9, "0.9s"), (59, "59s"), (61, "1m 1s"), (7384, "2h 3m"), (90000, "1d 1h")],
 )
-def test_spans(seconds, words):
-    assert format_duration(seconds) == words
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
-    ("size_bytes", "words"),
+    ("size_bytes", "text"),
     [
         (0, "0 B"),
         (1023, "1023 B"),
@@ -22,5 +22,5 @@ def test_spans(seconds, words):
         (3 << 50, "3072.0 TiB"),
     ],
 )
-def test_sizes(size_bytes, words):
-    assert format_size(size_bytes) == words
+def test_format_size(size_bytes, text):
+    assert format_size(size_bytes) == text

@@ -1,4 +1,4 @@
-"""What gets into the log, and where that lies."""
+"""Content of the log, and its file."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ def _restored():
     root.setLevel(level)
 
 
-def test_keys_and_signatures_do_not_get_into_the_log(tmp_path):
+def test_log_redacts_keys_and_signatures(tmp_path):
     logs.set_up("debug", str(tmp_path / "log"), to_stderr=True)
     log = logging.getLogger("tinkerfs.test")
     log.info("key tml-secret-123 and %s", "https://store/x?X-Signature=abc")
@@ -40,7 +40,7 @@ def test_keys_and_signatures_do_not_get_into_the_log(tmp_path):
     assert "a name \\udcff" in text
 
 
-def test_log_line_is_of_one_message_and_printable(tmp_path):
+def test_log_message_is_one_printable_line(tmp_path):
     logs.set_up("info", str(tmp_path / "log"), to_stderr=False)
     logging.getLogger("x").info("/a\n2026 INFO y: forged \x85\u2028\x1b[2J\u202e%s", "\x9b")
     (line,) = (tmp_path / "log").read_bytes().decode().split("\n")[:-1]
@@ -48,7 +48,7 @@ def test_log_line_is_of_one_message_and_printable(tmp_path):
     assert line.isprintable()
 
 
-def test_a_log_file_is_ones_own_and_appended_to(tmp_path):
+def test_log_file_is_private_and_appended_to(tmp_path):
     path = tmp_path / "log"
     for word in ("first", "second"):
         logs.set_up("info", str(path), to_stderr=False)
@@ -58,18 +58,18 @@ def test_a_log_file_is_ones_own_and_appended_to(tmp_path):
     assert "second" in path.read_text()
 
 
-def test_a_log_file_that_cannot_be_is_a_refusal(tmp_path):
+def test_log_file_in_missing_directory_fails_with_hint(tmp_path):
     with pytest.raises(StartupError, match="--log-file"):
         logs.set_up("info", str(tmp_path / "none/log"), to_stderr=False)
 
 
-def test_libraries_speak_up_only_to_warn(tmp_path):
+def test_libraries_log_only_warnings(tmp_path):
     logs.set_up("debug", str(tmp_path / "log"), to_stderr=False)
     for name in ("httpx", "httpcore", "urllib3", "fuse"):
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
 
 
-def test_log_file_that_is_a_fifo_never_waits(tmp_path):
+def test_log_file_that_is_fifo_fails_without_blocking(tmp_path):
     path = tmp_path / "log"
     os.mkfifo(path)
     opened = run_in_thread(lambda: logs.set_up("info", str(path), to_stderr=False), "log")

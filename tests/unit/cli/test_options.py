@@ -1,4 +1,4 @@
-"""Where settings come from, and which wins."""
+"""Sources of settings, and their precedence."""
 
 import os
 
@@ -23,16 +23,16 @@ def environ(tmp_path):
 
 @pytest.fixture
 def user_file(tmp_path):
-    folder = tmp_path / ".config/tinkerfs"
-    folder.mkdir(parents=True)
-    return folder / "config.toml"
+    directory = tmp_path / ".config/tinkerfs"
+    directory.mkdir(parents=True)
+    return directory / "config.toml"
 
 
-def test_defaults(environ):
+def test_resolve_without_sources_returns_defaults(environ):
     assert options.resolve({}, environ=environ) == Settings()
 
 
-def test_flag_beats_o_beats_environment_beats_file_beats_default(environ, user_file, tmp_path):
+def test_resolve_prefers_flag_then_o_environment_file_default(environ, user_file, tmp_path):
     def ttl(flags, mount_options):
         return options.resolve(flags, mount_options, environ=environ).ttl_s
 
@@ -47,7 +47,7 @@ def test_flag_beats_o_beats_environment_beats_file_beats_default(environ, user_f
     assert ttl({"ttl_s": None}, ["ttl=4,ttl=6"]) == 6
 
 
-def test_a_named_file_is_the_only_one_and_must_be_there(environ, user_file, tmp_path):
+def test_resolve_with_named_file_reads_only_that_file(environ, user_file, tmp_path):
     user_file.write_text("ttl = 2\n")
     named = tmp_path / "named.toml"
     named.write_text('read-only = true\ntimeout = 1.5\ncache_dir = "/x"\n')
@@ -59,23 +59,23 @@ def test_a_named_file_is_the_only_one_and_must_be_there(environ, user_file, tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("tll = 3", "there is no option 'tll'"),
+        ("tll = 3", "unknown option 'tll'"),
         ("ttl = 'soon'", "ttl: not a duration"),
-        ("ttl = [3]", "neither a text nor a number"),
+        ("ttl = [3]", "not a string, number or boolean"),
         ("umask = 22", 'umask = "022"'),
         ("ttl", "not TOML"),
     ],
 )
-def test_a_fault_in_a_file_names_the_file(environ, user_file, text, told):
+def test_resolve_with_invalid_file_names_file(environ, user_file, text, message):
     user_file.write_text(text)
-    with pytest.raises(StartupError, match=told) as failure:
+    with pytest.raises(StartupError, match=message) as failure:
         options.resolve({}, environ=environ)
     assert str(user_file) in str(failure.value)
 
 
-def test_the_official_variable_is_heard_after_our_own(environ):
+def test_own_base_url_variable_beats_official_variable(environ):
     assert options.resolve({}, environ=environ).base_url == DEFAULT_BASE_URL
     environ["TINKER_BASE_URL"] = "http://official"
     assert options.resolve({}, environ=environ).base_url == "http://official"
@@ -83,37 +83,39 @@ def test_the_official_variable_is_heard_after_our_own(environ):
     assert options.resolve({}, environ=environ).base_url == "http://own"
 
 
-def test_empty_variables_are_as_if_unset(environ):
+def test_resolve_ignores_empty_variables(environ):
     environ |= {option.env_var: "" for option in OPTIONS} | {"TINKERFS_CONFIG": ""}
     assert options.resolve({}, environ=environ) == Settings()
 
 
-def test_a_switch_can_be_turned_off_again_by_a_nearer_source(environ):
+def test_switch_can_be_turned_off_by_higher_precedence(environ):
     environ["TINKERFS_READ_ONLY"] = "yes"
     assert options.resolve({}, environ=environ).read_only
     assert not options.resolve({}, ["read-only=no"], environ=environ).read_only
     assert not options.resolve({}, ["rw"], environ=environ).read_only
 
 
-def test_what_mount_8_says_is_taken(environ):
-    quiet = "rw,noauto,_netdev,user,users,nofail,dev,suid,exec,relatime,x-systemd.automount,user=me"
-    assert options.resolve({}, [quiet, "defaults,,"], environ=environ) == Settings()
-    given = "ro,allow_other,archive_timeout=5m,uid=1000,umask=022"
-    assert options.resolve({}, [given], environ=environ) == Settings(
+def test_generic_mount_options_are_accepted(environ):
+    ignored = (
+        "rw,noauto,_netdev,user,users,nofail,dev,suid,exec,relatime,x-systemd.automount,user=me"
+    )
+    assert options.resolve({}, [ignored, "defaults,,"], environ=environ) == Settings()
+    own = "ro,allow_other,archive_timeout=5m,uid=1000,umask=022"
+    assert options.resolve({}, [own], environ=environ) == Settings(
         read_only=True, allow_other=True, archive_timeout_s=300, uid=1000, umask=0o22
     )
 
 
 @pytest.mark.parametrize(
-    ("item", "told"),
+    ("item", "message"),
     [
-        ("nonsense", "no such option"),
-        ("ttl", "takes a value: -o ttl=S"),
+        ("nonsense", "unknown option"),
+        ("ttl", "missing value .hint: -o ttl=S"),
         ("ttl=x", "-o ttl: not a duration"),
     ],
 )
-def test_a_bad_o_option_is_told(environ, item, told):
-    with pytest.raises(StartupError, match=told):
+def test_invalid_o_option_is_error(environ, item, message):
+    with pytest.raises(StartupError, match=message):
         options.resolve({}, [item], environ=environ)
 
 
@@ -125,7 +127,7 @@ def test_a_bad_o_option_is_told(environ, item, told):
         ("ro,exec,big_writes,max_read=131072,fsname=x,max_threads=4", {"read_only": True}),
     ],
 )
-def test_o_option_of_other_fuse_programs_is_ignored(environ, items, expected):
+def test_o_option_of_other_fuse_program_is_ignored(environ, items, expected):
     assert options.resolve({}, [items], environ=environ) == Settings(**expected)
 
 
@@ -143,24 +145,24 @@ def test_o_option_of_other_fuse_programs_is_ignored(environ, items, expected):
         ("remount", "umount"),
         ("alow_other", "did you mean allow-other"),
         ("cache_sizes=3", "did you mean cache-size"),
-        ("xyzzy", "there are allow-other, "),
+        ("xyzzy", "valid options: allow-other, "),
     ],
 )
-def test_o_option_that_is_refused_names_what_serves(environ, item, hint):
+def test_unknown_o_option_has_hint(environ, item, hint):
     with pytest.raises(StartupError) as refusal:
         options.resolve({}, [f"ro,{item}"], environ=environ)
     message = str(refusal.value)
-    assert message.startswith(f"-o {item.partition('=')[0]}: no such option (hint: ")
+    assert message.startswith(f"-o {item.partition('=')[0]}: unknown option (hint: ")
     assert hint in message
 
 
-def test_o_option_that_is_refused_hides_its_value(environ):
+def test_unknown_o_option_hides_its_value(environ):
     with pytest.raises(StartupError) as refusal:
         options.resolve({}, ["passwd=c0ffee"], environ=environ)
     assert "c0ffee" not in str(refusal.value)
 
 
-def test_arguments_say_the_same_again():
+def test_as_arguments_returns_equivalent_command_line():
     flags = {"ttl_s": "5m", "read_only": True, "allow_other": None, "base_url": "http://x"}
     arguments = options.as_arguments(flags, ["uid=1"], "/c.toml")
     assert sorted(arguments) == sorted(
@@ -168,7 +170,7 @@ def test_arguments_say_the_same_again():
     )
 
 
-def test_arguments_with_relative_paths_name_them_absolutely(monkeypatch, tmp_path):
+def test_as_arguments_makes_paths_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = options.as_arguments({"log_file": "a,b"}, ["log_file=x,cache_dir=c,uid=1"], "d")
     here = f"={tmp_path}/"
@@ -176,7 +178,7 @@ def test_arguments_with_relative_paths_name_them_absolutely(monkeypatch, tmp_pat
                          f"--config{here}d"]  # fmt: skip
 
 
-def test_file_with_relative_path_means_its_own_directory(environ, user_file):
+def test_relative_path_in_file_is_relative_to_file(environ, user_file):
     user_file.write_text('cache-dir = "c"\nlog-file = "~/l"\n')
     settings = options.resolve({}, environ=environ)
     assert settings.cache_dir == f"{user_file.parent}/c"
@@ -184,7 +186,7 @@ def test_file_with_relative_path_means_its_own_directory(environ, user_file):
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("arguments", "command"),
     [
         (["tinker", "/mnt", "-o", "ro"], ["mount", "/mnt", "-o", "ro"]),
         (["https://x/y", "/mnt"], ["mount", "--base-url", "https://x/y", "/mnt"]),
@@ -194,11 +196,11 @@ def test_file_with_relative_path_means_its_own_directory(environ, user_file):
         ([], []),
     ],
 )
-def test_source_and_mountpoint_mean_mount(given, meant):
-    assert _as_command(given) == meant
+def test_source_and_mountpoint_become_mount_command(arguments, command):
+    assert _as_command(arguments) == command
 
 
-def test_config_that_is_a_fifo_is_refused_at_once(environ, user_file, tmp_path):
+def test_config_that_is_fifo_fails_without_blocking(environ, user_file, tmp_path):
     os.mkfifo(user_file)
     assert run_in_thread(lambda: options.resolve({}, environ=environ), "x").result(10) == Settings()
     named = run_in_thread(lambda: options.resolve({}, environ=environ, config=str(user_file)), "x")

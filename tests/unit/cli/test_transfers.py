@@ -1,4 +1,4 @@
-"""Transfers and the signals that end them."""
+"""Signals during transfers, and retries in an account opened for a transfer."""
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -16,38 +16,38 @@ from tinkerfs.demo.server import DemoServer
 
 @pytest.fixture
 def sigterm():
-    before = signal.getsignal(signal.SIGTERM)
+    previous = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, previous)
 
 
-def test_transfer_with_sigterm_ignored_goes_on(sigterm):
+def test_transfer_with_ignored_sigterm_continues(sigterm):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with exit_on_signal("go on"):
+    with exit_on_signal("run it again"):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
-def test_transfer_with_sigterm_ends_with_143(sigterm, capsys):
+def test_transfer_with_sigterm_exits_with_143(sigterm, capsys):
     with pytest.raises(SystemExit) as end, exit_on_signal("run it again"):
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143
-    assert capsys.readouterr().err == "tinkerfs: interrupted: run it again\n"
+    assert capsys.readouterr().err == "tinkerfs: interrupted (hint: run it again)\n"
 
 
-def test_opened_account_waits_out_a_blip_after_the_first_archive(tmp_path, monkeypatch):
+def test_open_account_retries_through_short_outage(tmp_path, monkeypatch):
     with DemoServer(runs=1, checkpoints=9, size_bytes=100_000) as server:
         monkeypatch.setenv("TINKER_API_KEY", server.api_key)
         settings = Settings(base_url=server.base_url, cache_dir=str(tmp_path / "cache"))
         first, second = subject_of(server), subject_of(server, number=1)
-        with transfers.open_account(settings) as parts, ThreadPoolExecutor() as pool:
-            assert parts.weights.files(first, BACKGROUND_CONTEXT).members
+        with transfers.open_account(settings) as app, ThreadPoolExecutor() as pool:
+            assert app.weights.files(first, BACKGROUND_CONTEXT).members
             server.stop_listening("api")
-            listing = pool.submit(parts.weights.files, second, BACKGROUND_CONTEXT)
+            listing = pool.submit(app.weights.files, second, BACKGROUND_CONTEXT)
 
             def unreachable():
-                calls = parts.telemetry.snapshot()["calls"].values()
-                return sum(count.get("unreachable", 0) for count in calls)
+                requests = app.telemetry.snapshot()["api_requests"].values()
+                return sum(count.get("unreachable", 0) for count in requests)
 
             wait_until(lambda: unreachable() >= 3 or listing.done())
             server.resume_listening()
