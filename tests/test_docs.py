@@ -1,4 +1,4 @@
-"""The documentation against the code: what is missing from it, and what is there no more."""
+"""Check the documentation against the code: nothing missing, nothing outdated."""
 
 import errno
 import os
@@ -9,35 +9,37 @@ from pathlib import Path
 import click
 import pytest
 
+from tinkerfs.clock import Clock
 from tinkerfs.config import OPTIONS, Settings
 from tinkerfs.errors import ERRNO_OF_API_ERROR
+from tinkerfs.telemetry import Telemetry
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-EVERYTHING = "\n".join(page.read_text() for page in PAGES)
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+ALL_TEXT = "\n".join(page.read_text() for page in PAGES)
 
-#: Words before a subcommand in an example.
+#: The form that mount(8) uses: a source and a mountpoint instead of a subcommand.
 _SOURCE_AND_MOUNTPOINT = re.compile(r"tinkerfs (tinker|https?://\S+) \S+ -o ")
 
 
 def commands():
-    """Return every command of the command line by its words: "", "mount", "cache info", ..."""
+    """Return every command by its name: "", "mount", "cache info", ..."""
     from tinkerfs.cli.main import cli
 
-    def walk(command, words):
-        found = {" ".join(words): command}
+    def walk(command, names):
+        found = {" ".join(names): command}
         if isinstance(command, click.Group):
             context = click.Context(command)
             for name in command.list_commands(context):
-                found |= walk(command.get_command(context, name), (*words, name))
+                found |= walk(command.get_command(context, name), (*names, name))
         return found
 
     return walk(cli, ())
 
 
 def options_of(command):
-    """Return the long options of a command, `--help` among them."""
+    """Return the long options of a command, including `--help`."""
     options = command.get_params(click.Context(command))
     return {
         flag
@@ -48,7 +50,7 @@ def options_of(command):
 
 
 def rows(page):
-    """Return the cells of every table row of a page, without the backquotes."""
+    """Return the cells of every table row of a page, without backquotes."""
     lines = (ROOT / "docs" / page).read_text().splitlines()
     return [
         [cell.strip().replace("`", "") for cell in line.strip("|").split("|")]
@@ -57,8 +59,8 @@ def rows(page):
     ]
 
 
-def code_of(text):
-    """Return the lines of a page's code blocks, fenced or indented, joined where they go on."""
+def code_lines(text):
+    """Return the lines of a page's code blocks, with continuation lines joined."""
     lines = []
     is_fenced = False
     for line in text.splitlines():
@@ -69,10 +71,10 @@ def code_of(text):
     return "\n".join(lines).replace("\\\n", " ").splitlines()
 
 
-def calls_of(text, program):
-    """Return the words after `program` of each shell line that calls it."""
+def invocations(text, program):
+    """Return the arguments of each invocation of `program` in code blocks."""
     prompts = re.compile(r"^([$#] |sudo )+")
-    lines = (prompts.sub("", line) for line in code_of(text))
+    lines = (prompts.sub("", line) for line in code_lines(text))
     parts = (part.strip() for line in lines for part in re.split(r"[;|&]+|\$\(", line))
     return [
         shlex.split(re.sub("[\"']", "", part), comments=True)[1:]
@@ -81,97 +83,115 @@ def calls_of(text, program):
     ]
 
 
-# --- the code is documented ----------------------------------------------------------------------
+# --- the documentation is complete ---------------------------------------------------------------
 
 
 def test_every_command_is_documented():
-    missing = [f"tinkerfs {words}" for words in commands() if f"tinkerfs {words}" not in EVERYTHING]
+    missing = [f"tinkerfs {name}" for name in commands() if f"tinkerfs {name}" not in ALL_TEXT]
     assert missing == [], "neither in README.md nor in docs/"
 
 
 def test_every_option_is_documented():
     missing = [
-        f"tinkerfs {words} {option}"
-        for words, command in commands().items()
+        f"tinkerfs {name} {option}"
+        for name, command in commands().items()
         for option in sorted(options_of(command) - {"--help"})
-        if not re.search(rf"(?<![\w-]){option}(?![\w-])", EVERYTHING)
+        if not re.search(rf"(?<![\w-]){option}(?![\w-])", ALL_TEXT)
     ]
     assert missing == [], "neither in README.md nor in docs/"
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)
-def test_every_setting_stands_in_operations(option):
+def test_every_setting_has_a_configuration_row(option):
     flag = f"--{option.flag} {option.metavar}".strip()
-    found = [row for row in rows("operations.md") if row[0] == flag]
-    assert len(found) == 1, f"docs/operations.md: one row for {flag}"
+    found = [row for row in rows("configuration.md") if row[0] == flag]
+    assert len(found) == 1, f"docs/configuration.md: one row for {flag}"
     _, variable, default, meaning = found[0]
     assert option.env_var in variable.split(", ")
     assert meaning
     value = getattr(Settings(), option.field)
-    assert default == (option.default or "no"), "as the help says"
+    assert default == (option.default or "no"), "as in the help"
     if value is not None and option.field != "base_url":
         assert option.parse(default) == value
 
 
-def test_no_setting_is_documented_that_is_none():
+def test_documented_variables_exist():
     known = {option.env_var for option in OPTIONS}
-    told = set(re.findall(r"TINKERFS_[A-Z_]*[A-Z]", EVERYTHING))
-    elsewhere = {"TINKERFS_CONFIG", "TINKERFS_FUSE_BINDING", "TINKERFS_VENV"}
-    elsewhere |= {"TINKERFS_REQUIRE_KERNEL_TESTS"}
-    assert told - known - elsewhere == set()
+    documented = set(re.findall(r"TINKERFS_[A-Z_]*[A-Z]", ALL_TEXT))
+    other = {"TINKERFS_CONFIG", "TINKERFS_FUSE_BINDING", "TINKERFS_VENV"}
+    other |= {"TINKERFS_REQUIRE_KERNEL_TESTS"}
+    assert documented - known - other == set()
 
 
-def test_every_api_error_stands_in_errors():
-    rows_by_kind = {row[1]: row[2:] for row in rows("errors.md") if len(row) > 2}
+def test_every_api_error_has_a_troubleshooting_row():
+    rows_by_kind = {row[1]: row[2:] for row in rows("troubleshooting.md") if len(row) > 2}
     for kind, number in ERRNO_OF_API_ERROR.items():
-        assert kind.__name__ in rows_by_kind, "docs/errors.md has no row for it"
-        name, words = rows_by_kind[kind.__name__]
+        assert kind.__name__ in rows_by_kind, "no row in docs/troubleshooting.md"
+        name, message = rows_by_kind[kind.__name__]
         assert name.split()[0] == errno.errorcode[number].replace("ENOTSUP", "EOPNOTSUPP")
-        assert words == os.strerror(number)
+        assert message == os.strerror(number)
 
 
-def test_every_errno_of_errors_has_its_words():
-    for row in rows("errors.md"):
+def test_every_documented_errno_has_its_message():
+    for row in rows("troubleshooting.md"):
         number = getattr(errno, row[-2].split()[0], None)
         if number is not None:
             assert row[-1] == os.strerror(number), row
 
 
-def test_layout_is_what_the_code_says():
+def test_every_counter_has_a_metrics_row():
+    sources = [path.read_text() for path in (ROOT / "tinkerfs").rglob("*.py")]
+    pattern = r"telemetry\.count\(\s*([^)]*)"
+    calls = [call for text in sources for call in re.findall(pattern, text)]
+    counters = {name for call in calls for name in re.findall(r'"(\w+)"', call)}
+    assert len(counters) > 5
+    assert counters - {row[0] for row in rows("metrics.md")} == set()
+
+
+def test_every_statistic_has_a_metrics_row():
+    keys = set(Telemetry(Clock()).snapshot())
+    assert keys - {row[0] for row in rows("metrics.md")} == set()
+
+
+def test_layout_page_is_generated_from_the_code():
     from tinkerfs.vfs import layout
 
     page = ROOT / "docs" / "layout.md"
-    told = page.read_text() if page.exists() else ""
-    assert told.rstrip() == layout.render_layout_docs().rstrip(), "run scripts/docs"
+    text = page.read_text() if page.exists() else ""
+    assert text.rstrip() == layout.render_layout_docs().rstrip(), "run scripts/docs"
 
 
-# --- the documentation is true -------------------------------------------------------------------
+# --- the documentation is correct ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_examples_exist(page):
     known = commands()
-    for words in calls_of(page.read_text(), "tinkerfs"):
-        if not words or _SOURCE_AND_MOUNTPOINT.match(" ".join(["tinkerfs", *words])):
+    for arguments in invocations(page.read_text(), "tinkerfs"):
+        line = " ".join(["tinkerfs", *arguments])
+        if not arguments or _SOURCE_AND_MOUNTPOINT.match(line):
             continue
-        two = " ".join(words[:2])
-        name = two if two in known else words[0]
+        two = " ".join(arguments[:2])
+        name = two if two in known else arguments[0]
         command = known.get("" if name.startswith("-") else name)
         assert command is not None, f"tinkerfs {name}"
-        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        options = {each.partition("=")[0] for each in arguments if each.startswith("--")}
         assert options - options_of(command) <= {"--help"}, f"tinkerfs {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_scripts_that_are_named_exist(page):
+def test_named_scripts_exist(page):
     for script in re.findall(r"(?<![\w/.-])(?:\.ci|scripts)/[\w.-]*\w", page.read_text()):
         mode = os.R_OK if script.endswith(".py") else os.X_OK
         assert os.access(ROOT / script, mode), script
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_are_named_exist(page):
+def test_named_files_exist(page):
     named = re.findall(r"`((?:tinkerfs|tests|docs)/[\w./-]+\.(?:py|md))`", page.read_text())
+    layers = "api|cache|catalog|cli|demo|fuse|vfs|weights"
+    modules = re.findall(rf"`((?:{layers})/\w+\.py)`", page.read_text())
+    named += [f"tinkerfs/{module}" for module in modules]
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
@@ -192,7 +212,7 @@ def test_relative_links_resolve(page):
         assert not anchor or anchor in anchors(linked.read_text()), target
 
 
-def test_the_readme_tells_the_two_commands():
-    told = README.read_text()
-    assert "scripts/demo" in told
-    assert "scripts/test" in told
+def test_readme_names_the_two_commands():
+    text = README.read_text()
+    assert "scripts/demo" in text
+    assert "scripts/test" in text

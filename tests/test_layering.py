@@ -1,8 +1,8 @@
-"""The arrows of docs/architecture.md, read from the imports and enforced.
+"""Enforce the import rules of docs/development/architecture.md.
 
     cli -> fuse, fsspec -> app -> vfs -> catalog, weights -> api, cache -> base
 
-Arrows go right only, and not between the two of one column. `demo` stands alone.
+A part imports only parts to its right, and not its neighbour of one level. `demo` imports none.
 """
 
 import ast
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinkerfs"
 MAX_LINES = 500
 
-#: Longer than MAX_LINES, and why.
+#: Module -> the reason why it is longer than MAX_LINES.
 LONG_MODULES: dict[str, str] = {}
 
 BASE = {
@@ -38,9 +38,9 @@ BASE = {
 }
 
 #: Part of the package -> the parts that it may import besides itself.
-ARROWS = {
+ALLOWED_IMPORTS = {
     **dict.fromkeys(BASE, BASE),
-    # The mechanisms of the cache know nothing of Tinker.
+    # The cache is independent of Tinker.
     "cache": BASE - {"tinker_path"},
     "api": BASE,
     "catalog": BASE | {"api", "cache"},
@@ -55,7 +55,7 @@ ARROWS = {
     "__main__": {"cli"},
 }
 
-#: Module from outside -> the parts, or single modules, that may import it.
+#: Third-party module -> the parts, or single modules, that may import it.
 CONFINED = {
     "cachetools": {"cache"},
     "certifi": {"tls"},
@@ -72,15 +72,15 @@ CONFINED = {
     "xxhash": {"cache"},
 }
 
-#: What is imported by another name than it is installed by.
+#: Import name -> name of the installed distribution, if they differ.
 INSTALLED_AS = {"fuse": "fusepy"}
 
 
 def violations(module, source):
-    """Return what `source` would do wrong as `module`, e.g. "vfs.layout"; each with its line."""
+    """Return the violations of `source` as `module`, such as "vfs.layout", with their lines."""
     part = module.partition(".")[0]
-    if part not in ARROWS:
-        return [f"{module}: a new part of the package: say in ARROWS what it may import"]
+    if part not in ALLOWED_IMPORTS:
+        return [f"{module}: a new part of the package: add it to ALLOWED_IMPORTS"]
     found = []
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -89,13 +89,15 @@ def violations(module, source):
             if top == "tinkerfs":
                 found += _crossed(part, rest, node.lineno)
             elif top not in sys.stdlib_module_names and part == "demo":
-                found.append(f"{node.lineno}: demo imports {top}: the standard library must do")
+                found.append(
+                    f"{node.lineno}: demo imports {top}: only the standard library is allowed"
+                )
             if top in CONFINED and not CONFINED[top] & {part, module}:
                 found.append(f"{node.lineno}: {top} belongs in {', '.join(sorted(CONFINED[top]))}")
         if module != "errors" and _names_an_errno(node):
-            found.append(f"{node.lineno}: decides an errno: a function of errors.py does that")
+            found.append(f"{node.lineno}: chooses an errno: use a function of errors.py")
         if part != "demo" and module not in OPENERS and _opens(node):
-            found.append(f"{node.lineno}: opens a path: safe_open.open_regular does that")
+            found.append(f"{node.lineno}: opens a path: use safe_open.open_regular")
         if part not in ("cli", "demo") and _prints(node):
             found.append(f"{node.lineno}: prints")
     lines = source.count("\n")
@@ -120,11 +122,11 @@ def _imported(node, module):
 
 def _crossed(part, target, line):
     to = target.partition(".")[0] or "__init__"
-    if to == part or to in ARROWS[part]:
+    if to == part or to in ALLOWED_IMPORTS[part]:
         return []
-    if to not in ARROWS:  # a name of tinkerfs/__init__.py, which all may read
+    if to not in ALLOWED_IMPORTS:  # a name of tinkerfs/__init__.py, which all may read
         return []
-    return [f"{line}: {part} -> {to} goes against the arrows"]
+    return [f"{line}: {part} -> {to} violates the import rules"]
 
 
 def _names_an_errno(node):
@@ -138,10 +140,10 @@ def _names_an_errno(node):
     )
 
 
-#: Modules that open what is not a file on disk: below /proc, /sys or /dev, or of a mount.
+#: Modules that open other files than those on disk: below /proc, /sys or /dev, or of a mount.
 OPENERS = {
     "cache.directory",  # /proc/self/mountinfo
-    "cli.logs",  # without waiting; a device will do
+    "cli.logs",  # non-blocking, may be a device
     "cli.main",
     "cli.paths",
     "context",
@@ -154,7 +156,7 @@ OPENERS = {
 
 
 def _opens(node):
-    """Return whether a node opens a path by itself; a descriptor may be wrapped anywhere."""
+    """Return whether a node opens a path. Wrapping a descriptor is allowed everywhere."""
     if not isinstance(node, ast.Call):
         return False
     called = ast.unparse(node.func)
@@ -173,7 +175,7 @@ def _prints(node):
 
 
 def modules():
-    """Yield (module without "tinkerfs.", path) of the whole package."""
+    """Yield (module name without "tinkerfs.", path) of the whole package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         yield ".".join(parts), path
@@ -182,11 +184,11 @@ def modules():
 @pytest.mark.parametrize(
     ("module", "path"), [pytest.param(*each, id=each[0]) for each in modules()]
 )
-def test_imports_follow_the_arrows(module, path):
+def test_module_follows_import_rules(module, path):
     assert violations(module, path.read_text()) == []
 
 
-def test_what_is_imported_is_declared():
+def test_third_party_imports_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *project["optional-dependencies"]["fsspec"]]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
@@ -215,8 +217,8 @@ def test_what_is_imported_is_declared():
         ("weights.url_cache", "import httpx", "httpx belongs in"),
         ("vfs.layout", "import mfusepy", "mfusepy belongs in fuse"),
         ("catalog", "import sqlite3", "sqlite3 belongs in cache"),
-        ("fuse.operations", "import errno\nraise OSError(errno.EIO, '')", "2: decides an errno"),
-        ("fuse.operations", "from errno import EIO", "decides an errno"),
+        ("fuse.operations", "import errno\nraise OSError(errno.EIO, '')", "2: chooses an errno"),
+        ("fuse.operations", "from errno import EIO", "chooses an errno"),
         ("vfs.layout", "print()", "prints"),
         ("cache.block_cache", "import os\nos.open('x', 0)", "opens a path"),
         ("cache.block_cache", "path.read_bytes()", "opens a path"),
@@ -225,7 +227,7 @@ def test_what_is_imported_is_declared():
         ("kitchen", "", "a new part"),
     ],
 )
-def test_a_violation_is_found(module, source, wrong):
+def test_violations_finds_violation(module, source, wrong):
     [found] = violations(module, source)
     assert wrong in found
 
@@ -242,5 +244,5 @@ def test_a_violation_is_found(module, source, wrong):
         ("cli.options", "open(open_regular(path, 0))"),
     ],
 )
-def test_what_is_allowed_passes(module, source):
+def test_violations_passes_allowed_source(module, source):
     assert violations(module, source) == []

@@ -1,4 +1,4 @@
-"""What the package shows of itself, and what showing it costs."""
+"""Check the public API of the package, and the cost of importing it."""
 
 import ast
 import importlib
@@ -11,7 +11,7 @@ import pytest
 
 import tinkerfs
 
-#: Never loaded before something is mounted or called (0.2 s, 0.05 s, and libfuse may be missing).
+#: Imported only by a mount or a request: they are slow to import, or libfuse may be missing.
 COSTLY = ("httpx", "fuse", "fusepy", "mfusepy", "sqlite3", "fsspec")
 
 MODULES = sorted(
@@ -26,13 +26,13 @@ def source_of(name):
 
 
 def public_definitions(name):
-    """Yield the classes and functions that a module defines for others."""
+    """Yield the public classes and functions that a module defines."""
     for node in source_of(name).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
             yield node
 
 
-#: The modules that others than tinkerfs import; their `__all__` is the public API.
+#: The modules that users import; their `__all__` is the public API.
 PUBLIC = ("tinkerfs", "tinkerfs.fsspec")
 
 
@@ -47,7 +47,7 @@ def test_only_public_modules_have_all(name):
 
 
 @pytest.mark.parametrize("name", ["tinkerfs", *MODULES])
-def test_what_is_public_says_what_it_does(name):
+def test_public_definitions_have_docstrings(name):
     tree = source_of(name)
     assert ast.get_docstring(tree), f"{name} has no docstring"
     undocumented = [node.name for node in public_definitions(name) if not ast.get_docstring(node)]
@@ -55,7 +55,7 @@ def test_what_is_public_says_what_it_does(name):
 
 
 def loaded_after(code):
-    """Return which of COSTLY are loaded in a new interpreter after `code`."""
+    """Return the modules of COSTLY that a new interpreter has loaded after `code`."""
     code += f"\nimport json, sys\nprint(json.dumps([m for m in {COSTLY!r} if m in sys.modules]))"
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -67,8 +67,8 @@ def test_importing_the_package_loads_nothing_costly():
     assert loaded_after("import tinkerfs") == []
 
 
-def test_every_module_can_be_imported_without_libfuse():
-    """A binding raises OSError at its import where no libfuse is: only mounting imports one."""
+def test_every_module_imports_without_libfuse():
+    """Without libfuse the import of a binding raises OSError, so only mounting imports one."""
     code = (
         "import importlib, sys\nfor name in ('fuse', 'fusepy', 'mfusepy'): sys.modules[name] = None"
     )
@@ -77,23 +77,23 @@ def test_every_module_can_be_imported_without_libfuse():
 
 
 def commands():
-    """Yield the words of every command: (), ("mount",), ("cache", "info"), ..."""
+    """Return the arguments of every command: (), ("mount",), ("cache", "info"), ..."""
     import click
 
     from tinkerfs.cli.main import cli
 
-    def walk(command, words):
-        yield words
+    def walk(command, names):
+        yield names
         if isinstance(command, click.Group):
             context = click.Context(command)
             for name in command.list_commands(context):
-                yield from walk(command.get_command(context, name), (*words, name))
+                yield from walk(command.get_command(context, name), (*names, name))
 
     return list(walk(cli, ()))
 
 
 def test_help_loads_nothing_costly():
-    for words in commands():
+    for names in commands():
         code = "from tinkerfs.cli.main import main\n"
-        code += f"try: main({[*words, '--help']!r})\nexcept SystemExit: pass"
-        assert loaded_after(code) == [], " ".join(["tinkerfs", *words, "--help"])
+        code += f"try: main({[*names, '--help']!r})\nexcept SystemExit: pass"
+        assert loaded_after(code) == [], " ".join(["tinkerfs", *names, "--help"])
