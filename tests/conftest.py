@@ -1,4 +1,4 @@
-"""What holds for every test: warnings are announced, kernel tests run, nothing stays mounted."""
+"""Rules for every test: no unexpected warnings, no skipped kernel tests, no leftover mounts."""
 
 import ctypes.util
 import faulthandler
@@ -16,36 +16,39 @@ from hypothesis import settings
 #: Set by scripts/test: a kernel test that cannot run is a failure, not a skip.
 MUST_RUN_KERNEL_TESTS = os.environ.get("TINKERFS_REQUIRE_KERNEL_TESTS") == "1"
 
-#: A kernel test may say this where the user who runs the tests is not root.
+#: Directory of the kernel tests.
+KERNEL_TESTS = "fuse"
+
+#: Reason for which a kernel test may be skipped if the user is not root.
 NEEDS_ROOT = "needs root"
 
-#: Hours of one test's time are nobody's deadline; what fails in CI fails again at home.
+#: No deadline, because machines are slow. In CI derandomized, so that failures are reproducible.
 settings.register_profile("home", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "home")
 
-# `kill -USR1` of a run that hangs tells where every thread stands.
+# `kill -USR1` of a run that hangs prints the stack of every thread.
 faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 # A run in the background of a shell ignores SIGINT, and one under nohup SIGHUP. Mounts and commands
-# that the tests start would inherit that, and a signal that was ignored stays ignored.
+# of the tests would inherit that, and an ignored signal stays ignored.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 for ignored in (signal.SIGHUP, signal.SIGTERM):
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.SIG_DFL)
 
-_announced = pytest.StashKey[list[str]]()
+_expected = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config):
-    """Register the markers that are made here."""
+    """Register the markers of this file."""
     config.addinivalue_line(
-        "markers", "expect_warnings(*patterns): log records of warning or worse that may come"
+        "markers", "expect_warnings(*patterns): expected log records of level warning or higher"
     )
 
 
-# --- a warning in the log that no test announced fails the test ----------------------------------
+# --- an unexpected warning in the log fails the test ---------------------------------------------
 
 
 class _Collector(logging.Handler):
@@ -58,7 +61,7 @@ class _Collector(logging.Handler):
 
 
 @contextmanager
-def _no_unannounced_warnings(item):
+def _no_unexpected_warnings(item):
     collector = _Collector()
     root = logging.getLogger()
     root.addHandler(collector)
@@ -66,58 +69,58 @@ def _no_unannounced_warnings(item):
         yield
     finally:
         root.removeHandler(collector)
-    patterns = [*item.stash.get(_announced, [])]
+    patterns = [*item.stash.get(_expected, [])]
     for marker in item.iter_markers("expect_warnings"):
         patterns += marker.args
-    unannounced = [
+    unexpected = [
         line for line in collector.lines if not any(re.search(each, line) for each in patterns)
     ]
-    if unannounced:
-        text = "\n".join(["in the log, and not announced by expect_warnings:", *unannounced])
+    if unexpected:
+        text = "\n".join(["in the log, but not expected by expect_warnings:", *unexpected])
         pytest.fail(text, pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
-    """Skip or fail a kernel test where nothing can be mounted; watch the log."""
-    if item.get_closest_marker("kernel") and (reason := _why_nothing_can_be_mounted()):
-        pytest.skip(reason)  # which MUST_RUN_KERNEL_TESTS turns into a failure, below
-    with _no_unannounced_warnings(item):
+    """Skip or fail a kernel test if nothing can be mounted; check the log."""
+    if item.get_closest_marker("kernel") and (reason := _mount_obstacle()):
+        pytest.skip(reason)  # MUST_RUN_KERNEL_TESTS turns it into a failure, see below
+    with _no_unexpected_warnings(item):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Watch the log."""
-    with _no_unannounced_warnings(item):
+    """Check the log."""
+    with _no_unexpected_warnings(item):
         return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item):
-    """Watch the log."""
-    with _no_unannounced_warnings(item):
+    """Check the log."""
+    with _no_unexpected_warnings(item):
         return (yield)
 
 
 @pytest.fixture
 def expect_warnings(request):
-    """Announce log records of warning or worse: `expect_warnings(r"timed out", ...)`.
+    """Announce log records of level warning or higher: `expect_warnings(r"timed out", ...)`.
 
-    The patterns are searched in "LEVEL logger: message" and hold from here to the test's end.
+    The patterns are searched in "LEVEL logger: message", from the call to the end of the test.
     """
 
-    def announce(*patterns):
-        request.node.stash.setdefault(_announced, []).extend(patterns)
+    def expect(*patterns):
+        request.node.stash.setdefault(_expected, []).extend(patterns)
 
-    return announce
+    return expect
 
 
 # --- kernel tests --------------------------------------------------------------------------------
 
 
 @cache
-def _why_nothing_can_be_mounted():
+def _mount_obstacle():
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
     except OSError as error:
@@ -129,23 +132,23 @@ def _why_nothing_can_be_mounted():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Let no kernel test be skipped in silence."""
+    """Fail a skipped kernel test if kernel tests are required."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("kernel"):
-        _refuse_skip(report, call.excinfo.value.msg)
+        _reject_skip(report, call.excinfo.value.msg)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """Let no module of kernel tests be skipped in silence."""
+    """Fail a skipped module of kernel tests if kernel tests are required."""
     report = yield
-    if report.skipped and collector.path.parent.name == "kernel":
-        _refuse_skip(report, str(report.longrepr))
+    if report.skipped and collector.path.parent.name == KERNEL_TESTS:
+        _reject_skip(report, str(report.longrepr))
     return report
 
 
-def _refuse_skip(report, reason):
+def _reject_skip(report, reason):
     if MUST_RUN_KERNEL_TESTS and not (reason.startswith(NEEDS_ROOT) and os.geteuid() != 0):
         report.outcome = "failed"
         report.longrepr = f"a kernel test may not be skipped in this run: {reason}"
@@ -153,13 +156,13 @@ def _refuse_skip(report, reason):
 
 @pytest.fixture
 def needs_root():
-    """Skip, for a reason that every run takes, where the user is not root."""
+    """Skip the test if the user is not root, also if kernel tests are required."""
     if os.geteuid() != 0:
         pytest.skip(NEEDS_ROOT)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_stays_mounted(tmp_path_factory):
+def _no_leftover_mounts(tmp_path_factory):
     yield
     under = f"{tmp_path_factory.getbasetemp()}/"
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The rules of conftest.py, seen to fail what breaks them."""
+"""Check that conftest.py fails the tests that break its rules."""
 
 import os
 import subprocess
@@ -12,12 +12,12 @@ CONFTEST = Path(__file__).with_name("conftest.py")
 
 @pytest.fixture
 def outcomes(tmp_path):
-    """Run a file of tests in a pytest of its own; its output."""
+    """Run a file of tests in a separate pytest, and return its output."""
 
-    def run(source, *, must_run_kernel_tests=False, folder="."):
+    def run(source, *, must_run_kernel_tests=False, directory="."):
         (tmp_path / "conftest.py").write_text(CONFTEST.read_text())
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "test_it.py").write_text("import logging, pytest\n" + source)
+        (tmp_path / directory).mkdir(exist_ok=True)
+        (tmp_path / directory / "test_it.py").write_text("import logging, pytest\n" + source)
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = kernel: mounts\n")
         environment = {
             **os.environ,
@@ -36,11 +36,11 @@ def outcomes(tmp_path):
     return run
 
 
-def test_a_warning_fails_the_test_unless_announced(outcomes):
+def test_conftest_unannounced_warning_fails_test(outcomes):
     output = outcomes(
         "def test_quiet(): logging.info('all well')\n"
         "def test_loud(): logging.getLogger('x').warning('%s', 'smoke')\n"
-        "def test_told(expect_warnings):\n"
+        "def test_announced(expect_warnings):\n"
         "    expect_warnings('smoke')\n"
         "    logging.error('smoke')\n"
         "@pytest.mark.expect_warnings('ERROR root: fire')\n"
@@ -64,19 +64,19 @@ SKIPPING = (
 )
 
 
-def test_a_kernel_test_may_be_skipped_at_home(outcomes):
+def test_conftest_kernel_test_may_be_skipped(outcomes):
     assert "2 skipped" in outcomes(SKIPPING)
 
 
-def test_a_kernel_test_may_not_be_skipped_in_a_whole_run(outcomes):
+def test_conftest_required_kernel_test_is_not_skipped(outcomes):
     output = outcomes(SKIPPING, must_run_kernel_tests=True)
     assert "may not be skipped in this run: no libfuse 2" in output or "/dev/fuse" in output
     assert "1 failed, 1 skipped" in output
 
 
-def test_a_module_of_kernel_tests_may_not_be_skipped_in_a_whole_run(outcomes):
+def test_conftest_required_kernel_module_is_not_skipped(outcomes):
     source = "pytest.skip('not today', allow_module_level=True)"
-    assert "1 skipped" in outcomes(source, folder="kernel")
-    output = outcomes(source, must_run_kernel_tests=True, folder="kernel")
+    assert "1 skipped" in outcomes(source, directory="fuse")
+    output = outcomes(source, must_run_kernel_tests=True, directory="fuse")
     assert "may not be skipped in this run" in output
     assert "1 error" in output

@@ -1,7 +1,7 @@
 """Tinker training runs and checkpoints as files.
 
-The command line (`tinkerfs --help`) is the public surface, and `tinkerfs.fsspec` for
-programs that cannot mount. See `docs/architecture.md` for how the package is laid out.
+The public interfaces are the command line (`tinkerfs --help`) and, for programs that cannot mount,
+`tinkerfs.fsspec`. `docs/development/architecture.md` describes the packages.
 """
 
 __all__ = ["__version__"]

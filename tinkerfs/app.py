@@ -1,7 +1,7 @@
-"""The composition root: settings -> a FileSystem with everything behind it.
+"""Composition root: build a FileSystem and its dependencies from settings.
 
-For the command line and the fsspec adapter. Nothing is opened before the context is entered, and
-all of it is closed when it is left.
+Used by the command line and the fsspec adapter. All resources are opened when the context is
+entered, and closed when it is left.
 """
 
 import logging
@@ -38,19 +38,19 @@ from tinkerfs.weights.url_cache import SignedUrlCache
 
 log = logging.getLogger(__name__)
 
-#: The folder of the block cache in that of the cache.
+#: Name of the block cache's directory within the cache directory.
 BLOCKS = "blocks"
 
-#: What the block cache leaves free on its disk, bytes.
+#: Minimum free space that the block cache leaves on its disk, bytes.
 FREE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class App:
-    """What an adapter needs: the tree, the weights in it, the client for a first look.
+    """The parts that an adapter needs.
 
     Attributes:
-        settings: as they are in effect: without a cache on disk its size is 0.
+        settings: the effective settings: without a cache on disk its size is 0.
     """
 
     filesystem: FileSystem
@@ -61,21 +61,21 @@ class App:
 
 
 def cache_directory(settings: Settings) -> Path:
-    """Return where what outlives a mount is kept, made or not."""
-    folder = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
-    return locate_cache_dir(folder.expanduser().absolute())
+    """Return the cache directory of a mount, which may not exist yet."""
+    path = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
+    return locate_cache_dir(path.expanduser().absolute())
 
 
-def _prepared(settings: Settings) -> Path | None:
-    """Return the cache directory, ready for use; None where there is none to be used.
+def _prepare_cache(settings: Settings) -> Path | None:
+    """Return the cache directory, ready for use; None if it cannot be used.
 
     Raises:
-        SetupError: what was named as one is not a directory.
+        StartupError: the path is not a directory.
     """
     try:
         return prepare_cache_dir(cache_directory(settings))
     except UnusableCacheError as error:
-        log.warning("caching in memory alone: %s", error)
+        log.warning("caching only in memory: %s", error)
         return None
 
 
@@ -86,14 +86,14 @@ def open_app(
     """Build everything behind a mount.
 
     Args:
-        settings: of the mount.
-        clock: of all parts.
-        is_one_transfer: as of `Archives`.
+        settings: settings of the mount.
+        clock: clock of all parts.
+        is_one_transfer: see `SignedUrlCache`.
 
     Raises:
-        SetupError: the URL, a proxy or the cache directory that was named cannot be used.
+        StartupError: the base URL, a proxy or the cache directory cannot be used.
     """
-    cache_dir = _prepared(settings)
+    cache_dir = _prepare_cache(settings)
     if cache_dir is None:
         settings = replace(settings, cache_dir=None, cache_size_bytes=0)
     else:
@@ -112,21 +112,21 @@ def open_app(
             )
         )
         cache = MetadataCache(telemetry, clock)
-        freshness = CachePolicies.from_settings(settings.ttl_s, settings.stale_if_error_s)
+        policies = CachePolicies.from_settings(settings.ttl_s, settings.stale_if_error_s)
         store = stack.enter_context(MetadataStore(cache_dir))
-        warm = stack.enter_context(
+        snapshots = stack.enter_context(
             ListingSnapshots(
                 store, client.base_url, credentials, clock, stale_s=settings.stale_if_error_s
             )
         )
         trash = stack.enter_context(Trash(store, client.base_url, credentials.fingerprint, clock))
-        catalogue = Catalog(
-            client, cache, store, telemetry, clock, freshness, warm, trash, settings.concurrency
+        catalog = Catalog(
+            client, cache, store, telemetry, clock, policies, snapshots, trash, settings.concurrency
         )
         mutations = Mutations(
-            client, cache, warm, telemetry, clock, catalogue, trash, settings.trash_s
+            client, cache, snapshots, telemetry, clock, catalog, trash, settings.trash_s
         )
-        sessions = Sessions(client, cache, freshness)
+        sessions = Sessions(client, cache, policies)
         archives = SignedUrlCache(
             client,
             telemetry,
@@ -153,11 +153,11 @@ def open_app(
                 url_age_s=settings.ttl_s,
             )
         )
-        model = Backend(
+        backend = Backend(
             settings=settings,
-            catalogue=catalogue,
+            catalog=catalog,
             mutations=mutations,
-            trash=TrashReader(catalogue, trash, settings.concurrency),
+            trash=TrashReader(catalog, trash, settings.concurrency),
             sessions=sessions,
             archives=archives,
             weights=weights,
@@ -165,4 +165,4 @@ def open_app(
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
-        yield App(FileSystem(model, cache_dir or Path("/")), weights, client, telemetry, settings)
+        yield App(FileSystem(backend, cache_dir or Path("/")), weights, client, telemetry, settings)

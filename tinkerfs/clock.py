@@ -1,4 +1,4 @@
-"""The clocks, as a value that is handed down, so that tests turn the hands themselves."""
+"""The system clocks, passed explicitly so that tests can control the time."""
 
 import time
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where the time comes from.
+    """Source of the time.
 
     Attributes:
-        now: seconds since 1970 (UTC), for what people and servers see.
-        monotonic: seconds that never run backwards, for ages and bounds.
+        now: seconds since 1970 (UTC), for values that users and servers see.
+        monotonic: seconds that never decrease, for ages and deadlines.
     """
 
     now: Callable[[], float] = time.time

@@ -1,8 +1,9 @@
-"""Work on threads of its own, so that the thread that serves a file operation only ever waits.
+"""Daemon threads for blocking work.
 
-Each piece of work has a daemon thread: a pool would let slow work (a hanging server, an archive
-that takes minutes) hold back quick work, and its threads would be joined at exit. Starting a thread
-costs well under 0.1 ms, an HTTP call some milliseconds at the least.
+A thread that serves a file operation only waits for them, because it must stay interruptible. Each
+piece of work has its own thread. A pool would let slow work (a hanging server, an archive
+build that takes minutes) delay quick work, and its threads would be joined at exit. Starting a
+thread is much faster than an HTTP request.
 """
 
 import threading
@@ -14,14 +15,14 @@ T = TypeVar("T")
 
 
 def run_in_thread(work: Callable[[], T], name: str) -> "Future[T]":
-    """Run `work` on a daemon thread; the future has its result, or its error."""
+    """Run `work` in a daemon thread, and return a future of its result or error."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
             result = work()
-        except BaseException as error:  # noqa: BLE001  (it belongs to whoever waits)
+        except BaseException as error:  # noqa: BLE001  (raised to the waiter)
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -31,13 +32,13 @@ def run_in_thread(work: Callable[[], T], name: str) -> "Future[T]":
 
 
 def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":
-    """Run each of `works`, at most `limit` at a time, in their order.
+    """Run `works` in order, at most `limit` at a time, and wait for all.
 
     Returns:
-        a future for each, in order, all of them done: a result, or what that piece of work raised.
+        a future for each, in order, all of them done with a result or an error.
     """
-    flights = [(work, Future[T]()) for work in works]
-    pending = iter(flights)
+    tasks = [(work, Future[T]()) for work in works]
+    pending = iter(tasks)
     lock = threading.Lock()
 
     def run() -> None:
@@ -48,15 +49,14 @@ def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) ->
                 return
             try:
                 future.set_result(work())
-            except Exception as error:  # noqa: BLE001  (it belongs to whoever looks)
+            except Exception as error:  # noqa: BLE001  (raised to the caller)
                 future.set_exception(error)
 
     threads = [
-        threading.Thread(target=run, name=name, daemon=True)
-        for _ in range(min(limit, len(flights)))
+        threading.Thread(target=run, name=name, daemon=True) for _ in range(min(limit, len(tasks)))
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return [future for _work, future in flights]
+    return [future for _work, future in tasks]

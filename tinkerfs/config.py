@@ -1,9 +1,9 @@
-"""Every setting of tinkerfs in one frozen value, and how each is written.
+"""Settings of a mount, and the table of options that set them.
 
-`OPTIONS` is the one table: command-line flags, `TINKERFS_*` variables, TOML keys, `-o` options and
-the documentation are made from it (by `cli/options.py`). Flag beats environment beats TOML file
-beats default. The API key is no setting: `api/credentials.py` finds it, so that it can be in no
-command line.
+`OPTIONS` defines the command-line flags, `TINKERFS_*` variables, TOML keys, `-o` options and the
+documentation (see `cli/options.py`). A flag overrides the environment, which overrides the TOML
+file, which overrides the default. The API key is not a setting: `api/credentials.py` finds it, so
+that it cannot appear in a command line.
 """
 
 import math
@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 #: The official service (Tinker SDK, _client.py).
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
 
-#: What the API takes as a checkpoint's TTL, seconds (Tinker SDK, rest_client.py).
+#: Range of a checkpoint's TTL that the API accepts, seconds (Tinker SDK, rest_client.py).
 TTL_RANGE_S = (3600, 315_360_000)
 
-#: More calls at once than any server of the API is glad of.
+#: Maximum for `concurrency`; more requests at a time would overload a server.
 MAX_CONCURRENCY = 64
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -26,28 +26,29 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What one mount does; all times in seconds.
+    """The settings of one mount; all times in seconds.
 
     Attributes:
-        base_url: where the API is, without a slash at its end.
-        ttl_s: how long a metadata entry is fresh.
-        stale_s: how long the last good answer is served when the API fails.
-        concurrency: calls of the API at once, but those for archives.
-        timeout_s: bound on every wait but those for archives.
-        archive_timeout_s: bound on the wait for an archive that is being built.
-        archive_burst: archive builds that one process group may start in a minute; 0 for no limit.
-        cache_dir: where what is kept across mounts lies; None for the default place.
-        cache_size_bytes: bound on the blocks of weights kept on disk; 0 keeps none.
-        read_only: refuse every change.
-        allow_other: let other users in, under true permissions.
-        trash_s: a removal lets a checkpoint expire after this time instead of deleting it, 3600 to
-            315360000; None deletes at once.
-        xattr: tell extended attributes.
-        uid: owner of everything; None for the mounting user.
-        gid: group of everything; None for the mounting user's.
-        umask: permission bits that are taken away.
-        log_file: where the log goes; None for standard error in the foreground, else nowhere.
-        log_level: the least severe record that is logged.
+        base_url: URL of the API, without a trailing slash.
+        ttl_s: freshness of a metadata entry.
+        stale_if_error_s: maximum age of a metadata entry that is served while the API fails.
+        concurrency: maximum number of API requests at a time, except archive builds.
+        timeout_s: bound on every wait, except for archive builds.
+        archive_timeout_s: bound on the wait for an archive build.
+        archive_build_limit: archive builds that one process group may start per minute; 0 for no
+            limit.
+        cache_dir: directory of the cache that survives the mount; None for the default.
+        cache_size_bytes: bound on the weights cached on disk; 0 caches none.
+        read_only: reject every change.
+        allow_other: allow other users, subject to permission checks.
+        trash_s: a removal makes a checkpoint expire after this time instead of deleting it, 3600 to
+            315360000; None deletes it immediately.
+        xattr: provide extended attributes.
+        uid: owner of all files; None for the mounting user.
+        gid: group of all files; None for the mounting user's group.
+        umask: permission bits to clear.
+        log_file: path of the log; None for standard error in the foreground, otherwise no log.
+        log_level: least severe level that is logged.
     """
 
     base_url: str = DEFAULT_BASE_URL
@@ -72,15 +73,15 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One setting as a user writes it.
+    """One option, which sets one field of `Settings`.
 
     Attributes:
-        field: the attribute of `Settings`.
-        flag: its name on the command line without the dashes; also its `-o` name and TOML key.
-        metavar: what stands for the value in help; empty for a switch.
-        parse: text to value; raises ValueError with a sentence.
+        field: name of the field.
+        flag: name on the command line without the dashes; also the `-o` name and the TOML key.
+        metavar: placeholder of the value in the help; empty for a switch.
+        parse: returns the value of a text; raises ValueError with an error message.
         help: one line.
-        default: what holds where it is not set, as the help says it; empty for what needs no word.
+        default: default value as the help shows it; empty if the help shows none.
     """
 
     field: str
@@ -92,17 +93,17 @@ class Option:
 
     @property
     def env_var(self) -> str:
-        """The environment variable that sets it."""
+        """The environment variable of the option."""
         return "TINKERFS_" + self.flag.upper().replace("-", "_")
 
     @property
     def is_path(self) -> bool:
-        """Whether its value is the path of a file or a directory."""
+        """Whether the value is the path of a file or a directory."""
         return self.parse is _parse_path
 
     @property
     def is_switch(self) -> bool:
-        """Whether it takes no value on the command line."""
+        """Whether the option takes no value on the command line."""
         return not self.metavar
 
 
@@ -110,14 +111,14 @@ _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0
 
 
 def parse_duration_s(text: str) -> float:
-    """Read a duration: a number of seconds, or with a unit of ms, s, m, h, d or w.
+    """Return the seconds of a duration: a number and optionally ms, s, m, h, d or w.
 
     Raises:
-        ValueError: it is none, or negative.
+        ValueError: the text is not a duration, or is negative.
     """
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|[smhdw]?)", text.strip().lower())
     if not match:
-        raise ValueError(f"not a duration (30, 30s, 12h, 7d): {text!r}")
+        raise ValueError(f"not a duration: {text!r} (hint: 30, 30s, 12h or 7d)")
     seconds = float(match.group(1)) * _UNITS_S[match.group(2)]
     if not math.isfinite(seconds):
         raise ValueError(f"not a duration: {text!r}")
@@ -127,7 +128,7 @@ def parse_duration_s(text: str) -> float:
 def _parse_positive_s(text: str) -> float:
     seconds = parse_duration_s(text)
     if seconds <= 0:
-        raise ValueError(f"must be more than 0 seconds: {text!r}")
+        raise ValueError(f"not more than 0 seconds: {text!r}")
     return seconds
 
 
@@ -146,11 +147,11 @@ def _parse_base_url(text: str) -> str:
     except ValueError as error:
         raise ValueError(f"not a URL: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("a URL starts with http:// or https:// and a host name")
+        raise ValueError("a URL must start with http:// or https:// and a host name")
     if parts.username is not None or parts.password is not None:
-        raise ValueError("a URL with a user name or password in it is refused: it would show in ps")
+        raise ValueError("a URL must not contain a user name or password, which ps would show")
     if parts.query or parts.fragment:
-        raise ValueError("the API's URL has no ? or # part")
+        raise ValueError("the URL of the API must not contain a query (?) or a fragment (#)")
     del port
     return text.strip().rstrip("/")
 
@@ -161,13 +162,13 @@ _SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 def _parse_size_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if not match:
-        raise ValueError(f"not a size (500M, 20G, 0): {text!r}")
+        raise ValueError(f"not a size: {text!r} (hint: 500M, 20G or 0)")
     return int(float(match.group(1)) * _SIZES[match.group(2)])
 
 
 def _parse_count(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text.strip()):
-        raise ValueError(f"not a whole number of 0 or more: {text!r}")
+        raise ValueError(f"not a non-negative integer: {text!r}")
     return int(text)
 
 
@@ -197,7 +198,7 @@ def _parse_bool(text: str) -> bool:
         return True
     if word in ("0", "false", "no", "off"):
         return False
-    raise ValueError(f"neither yes nor no: {text!r}")
+    raise ValueError(f"not a boolean: {text!r} (hint: yes or no)")
 
 
 def _parse_log_level(text: str) -> str:
@@ -218,22 +219,24 @@ OPTIONS: tuple[Option, ...] = (
         "base-url",
         "URL",
         _parse_base_url,
-        "Where the API is (also TINKER_BASE_URL).",
+        "URL of the API (also TINKER_BASE_URL).",
         "the official service",
     ),
-    Option("read_only", "read-only", "", _parse_bool, "Refuse every change."),
+    Option("read_only", "read-only", "", _parse_bool, "Reject every change."),
     Option(
-        "allow_other", "allow-other", "", _parse_bool, "Let other users in, under true permissions."
+        "allow_other",
+        "allow-other",
+        "",
+        _parse_bool,
+        "Allow other users, subject to permission checks.",
     ),
+    Option("ttl_s", "ttl", "S", parse_duration_s, "How long cached metadata is fresh.", "30"),
     Option(
-        "ttl_s", "ttl", "S", parse_duration_s, "How long what was listed is taken as fresh.", "30"
-    ),
-    Option(
-        "stale_s",
+        "stale_if_error_s",
         "stale",
         "S",
         parse_duration_s,
-        "How long the last good answer serves when the API fails.",
+        "How long cached metadata is served while the API fails.",
         "24h",
     ),
     Option(
@@ -241,7 +244,7 @@ OPTIONS: tuple[Option, ...] = (
         "cache-dir",
         "DIR",
         _parse_path,
-        "Where what is kept across mounts lies.",
+        "Directory of the cache.",
         "~/.cache/tinkerfs",
     ),
     Option(
@@ -249,7 +252,7 @@ OPTIONS: tuple[Option, ...] = (
         "cache-size",
         "SIZE",
         _parse_size_bytes,
-        "Bound on the weights that are kept on disk; 0 keeps none.",
+        "Maximum size of the weights cached on disk; 0 caches none.",
         "10G",
     ),
     Option(
@@ -257,7 +260,7 @@ OPTIONS: tuple[Option, ...] = (
         "concurrency",
         "N",
         _parse_concurrency,
-        "Calls of the API at once, 1 to 64; archives that are built are no part of it.",
+        "API requests at a time, 1 to 64; archive builds are not counted.",
         "8",
     ),
     Option(
@@ -265,7 +268,7 @@ OPTIONS: tuple[Option, ...] = (
         "timeout",
         "S",
         _parse_positive_s,
-        "Bound on every wait but those for archives.",
+        "Timeout of every wait, except for archive builds.",
         "30",
     ),
     Option(
@@ -273,15 +276,15 @@ OPTIONS: tuple[Option, ...] = (
         "archive-timeout",
         "S",
         _parse_positive_s,
-        "Bound on the wait for an archive that is being built.",
+        "Timeout of the wait for an archive build.",
         "15m",
     ),
     Option(
-        "archive_burst",
+        "archive_build_limit",
         "archive-burst",
         "N",
         _parse_count,
-        "Archive builds one process group may start in a minute; 0: no limit.",
+        "Archive builds that one process group may start per minute; 0 for no limit.",
         "8",
     ),
     Option(
@@ -289,7 +292,8 @@ OPTIONS: tuple[Option, ...] = (
         "trash",
         "DURATION",
         _parse_trash_s,
-        "Let what is removed expire after this time, 1h to 3650d; `tinkerfs undelete` restores it.",
+        "Make removed checkpoints expire after this time, 1h to 3650d, instead of deleting them;"
+        " `tinkerfs undelete` restores them.",
         "none",
     ),
     Option(
@@ -297,18 +301,18 @@ OPTIONS: tuple[Option, ...] = (
         "xattr",
         "",
         _parse_bool,
-        "Tell extended attributes (user.tinker.*); makes ls -l slower.",
+        "Provide extended attributes (user.tinker.*); makes ls -l slower.",
     ),
-    Option("uid", "uid", "U", _parse_id, "Numeric owner of everything.", "the mounting user"),
-    Option("gid", "gid", "G", _parse_id, "Numeric group of everything.", "the mounting user's"),
-    Option("umask", "umask", "M", _parse_umask, "Permission bits to take away, octal.", "000"),
+    Option("uid", "uid", "U", _parse_id, "Numeric owner of all files.", "the mounting user"),
+    Option("gid", "gid", "G", _parse_id, "Numeric group of all files.", "the mounting user's"),
+    Option("umask", "umask", "M", _parse_umask, "Permission bits to clear, octal.", "000"),
     Option("log_file", "log-file", "F", _parse_path, "Write the log to this file.", "none"),
     Option(
         "log_level",
         "log-level",
         "L",
         _parse_log_level,
-        f"Least severe record to log: {', '.join(LOG_LEVELS)}.",
+        f"Least severe level to log: {', '.join(LOG_LEVELS)}.",
         "warning",
     ),
 )

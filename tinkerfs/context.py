@@ -1,9 +1,9 @@
-"""What a file operation hands down with itself: how long it may wait, and who asked.
+"""Context of a file operation: deadline, cancellation, caller and validity.
 
-The thread that serves a FUSE request never does HTTP itself: the kernel lets nobody interrupt or
-kill a process whose request is being served, so the work runs elsewhere and this thread waits here,
-polling whether its caller was interrupted (libfuse's `fuse_interrupted`, which answers only in the
-thread that serves the request).
+A thread that serves a FUSE request never sends HTTP requests itself: while a request is being
+served, the kernel cannot interrupt or kill the calling process. The work runs in other threads.
+The serving thread waits here and polls whether its caller was interrupted (libfuse's
+`fuse_interrupted`, which works only in the thread that serves the request).
 """
 
 import os
@@ -21,21 +21,22 @@ from tinkerfs import errors
 
 T = TypeVar("T")
 
-#: How often a waiting thread looks whether its caller was interrupted, seconds. Measured: Ctrl-C of
-#: a waiting `cat` returns in 0.01 s at the median with this step, at no measurable load.
+#: Interval at which a waiting thread polls for cancellation, seconds. Short enough that Ctrl-C
+#: seems immediate, and long enough to cost no measurable CPU time.
 CANCEL_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The process behind an operation.
+    """The process that started an operation.
 
     Attributes:
-        pid: thread id as the kernel gives it; 0 where it is in another pid namespace.
-        uid: its user.
-        group: its process group; -1 - uid where the kernel does not give it, so that callers from
-            another pid namespace are one group for each user.
-        process: its process; 0 where the kernel does not give it: a group then counts as one.
+        pid: thread id as the kernel reports it; 0 if it is in another pid namespace.
+        uid: user id of the process.
+        pgid: process group; -1 - uid if the kernel does not report it, so that all callers of a
+            user in another pid namespace form one group.
+        process: process id; 0 if the kernel does not report it, and then the group counts as one
+            process.
     """
 
     pid: int
@@ -44,7 +45,7 @@ class Caller:
     process: int = 0
 
     def command(self) -> str:
-        """Return the caller's command name, "?" where it is gone."""
+        """Return the command name of the process, "?" if the process has exited."""
         try:
             with open(f"/proc/{self.pid}/comm", encoding="utf-8", errors="replace") as comm:
                 return comm.read().strip() or "?"
@@ -53,7 +54,7 @@ class Caller:
 
     @classmethod
     def from_ids(cls, pid: int, uid: int) -> Self:
-        """Make the caller from what the kernel tells of it."""
+        """Return the caller for the ids that the kernel reports."""
         try:
             group = os.getpgid(pid) if pid > 0 else 0
         except OSError:
@@ -64,7 +65,7 @@ class Caller:
 
 
 def _process_of(thread: int) -> int:
-    """Return the process of a thread; the thread itself where proc(5) does not show it."""
+    """Return the process id of a thread, or the thread id if it is unknown."""
     try:
         with open(f"/proc/{thread}/status", "rb") as status:
             return int(status.read().partition(b"\nTgid:")[2].split(None, 1)[0])
@@ -74,11 +75,14 @@ def _process_of(thread: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class Expiry:
-    """How long a kept value holds: apart from it, so that what rests on one keeps not the other.
+    """Expiry of a cached value.
+
+    A separate object, so that a derived value can refer to it without keeping the cached value
+    alive.
 
     Attributes:
-        fresh_until: until when it holds, on the monotonic clock; -inf once there is another.
-        used_at: when somebody got it last.
+        fresh_until: end of freshness on the monotonic clock; -inf once the value was replaced.
+        last_used: time of the last read on the monotonic clock.
     """
 
     fresh_until: float
@@ -86,55 +90,61 @@ class Expiry:
 
 
 class Validity:
-    """How long what an operation found out holds: as long as each value that it rests on.
+    """Tracks how long a derived value may be cached.
 
-    Whatever gives out a kept value while that is fresh adds it; whatever tells something that may
-    be another thing a moment later (a stale value, one that has just been fetched, a name within an
-    archive) makes the lease void. Used by one thread at a time until the operation is over, then
-    only read.
+    A derived value (a directory listing, a rendered file, a stat reply) depends on one or more
+    cached API responses. Each dependency adds its `Expiry`. The derived value is valid until the
+    first of them expires. A dependency that may change at any time (a stale or partial response,
+    an archive member) marks the validity uncacheable.
+
+    Not thread-safe while it is being built; read-only afterwards.
     """
 
-    __slots__ = ("_is_void", "_terms")
+    __slots__ = ("_expiries", "_is_uncacheable")
 
     def __init__(self) -> None:
-        self._terms: tuple[Expiry, ...] = ()
-        self._is_void = False
+        self._expiries: tuple[Expiry, ...] = ()
+        self._is_uncacheable = False
 
-    def add(self, term: Expiry) -> None:
-        """Let it end when a kept value does."""
-        if term not in self._terms:
-            self._terms += (term,)
+    def add(self, expiry: Expiry) -> None:
+        """Add a dependency."""
+        if expiry not in self._expiries:
+            self._expiries += (expiry,)
 
     def add_all(self, other: "Validity") -> None:
-        """Let it end when another one does."""
-        for term in other._terms:
-            self.add(term)
-        self._is_void = self._is_void or other._is_void
+        """Add every dependency of another derived value."""
+        for expiry in other._expiries:
+            self.add(expiry)
+        self._is_uncacheable = self._is_uncacheable or other._is_uncacheable
 
     def mark_uncacheable(self) -> None:
-        """Let it hold no longer than now."""
-        self._is_void = True
+        """Mark the derived value as never valid."""
+        self._is_uncacheable = True
 
     @property
     def is_uncacheable(self) -> bool:
-        """Whether it never holds."""
-        return self._is_void
+        """Whether the derived value is never valid."""
+        return self._is_uncacheable
 
     def copy(self) -> "Validity":
-        """Return a lease that rests on the same so far, for what is found out from here on."""
-        lease = Validity()
-        lease._terms, lease._is_void = self._terms, self._is_void
-        return lease
+        """Return an independent validity with the same dependencies."""
+        copied = Validity()
+        copied._expiries, copied._is_uncacheable = self._expiries, self._is_uncacheable
+        return copied
 
     def check_and_touch(self, now: float) -> bool:
-        """Tell whether it holds at `now`, on the monotonic clock; if so its values are in use."""
-        if self._is_void:
+        """Return whether the value is valid; if so, mark its dependencies as used.
+
+        Args:
+            now: time on the monotonic clock.
+        """
+        if self._is_uncacheable:
             return False
-        for term in self._terms:
-            if now >= term.fresh_until:
+        for expiry in self._expiries:
+            if now >= expiry.fresh_until:
                 return False
-        for term in self._terms:
-            term.last_used = now
+        for expiry in self._expiries:
+            expiry.last_used = now
         return True
 
 
@@ -147,64 +157,67 @@ def _never() -> bool:
 
 
 class RequestContext(msgspec.Struct, frozen=True):
-    """How one operation may wait, and on whose behalf.
+    """Deadline, cancellation and caller of one file operation.
+
+    It is passed explicitly to every function that may block. A blocked thread polls
+    `is_cancelled`, because the kernel cannot interrupt a FUSE request that is being served.
 
     Attributes:
-        timeout_s: bound on each wait of this operation, seconds; None waits for ever.
-        interrupted: tells, in the thread that serves the operation, whether to give up now.
-        caller: tells who asked, in that thread; evaluated only where somebody wants to know.
-        lease: what is told of how long the outcome holds; None where nobody keeps it.
-        part_timeout_s: bound on each wait for more of what has begun to come, seconds; None for
-            that of any other.
-        waiting: entered around each wait that is more than a look, in the thread that waits.
+        timeout_s: bound on each wait of the operation, seconds; None waits without a bound.
+        is_cancelled: whether to stop waiting; called in the thread that serves the operation.
+        caller: returns the calling process; called in that thread, and only when needed.
+        validity: records the dependencies of the result; None if the result is not cached.
+        page_timeout_s: bound on each wait for the next page after the first one, seconds; None
+            applies `timeout_s`.
+        blocking: entered around each wait that is not immediate, in the thread that waits.
     """
 
     timeout_s: float | None = None
     is_cancelled: Callable[[], bool] = _never
     caller: Callable[[], Caller] = _this_process
-    lease: Validity | None = None
+    validity: Validity | None = None
     page_timeout_s: float | None = None
     blocking: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def tracking(self, lease: Validity) -> "RequestContext":
-        """Return the same call with a lease to be told."""
+    def tracking(self, validity: Validity) -> "RequestContext":
+        """Return a context that records dependencies in `validity`."""
         return RequestContext(
             self.timeout_s,
             self.is_cancelled,
             self.caller,
-            lease,
+            validity,
             self.page_timeout_s,
             self.blocking,
         )
 
-    def depends_on(self, term: Expiry) -> None:
-        """Say that the outcome holds no longer than a kept value."""
-        if self.lease is not None:
-            self.lease.add(term)
+    def depends_on(self, expiry: Expiry) -> None:
+        """Record that the result depends on a cached value."""
+        if self.validity is not None:
+            self.validity.add(expiry)
 
-    def depends_on_all(self, lease: Validity) -> None:
-        """Say that the outcome holds no longer than what was found out before."""
-        if self.lease is not None:
-            self.lease.add_all(lease)
+    def depends_on_all(self, validity: Validity) -> None:
+        """Record that the result depends on another derived value."""
+        if self.validity is not None:
+            self.validity.add_all(validity)
 
     def mark_uncacheable(self) -> None:
-        """Say that the outcome may be another a moment later."""
-        if self.lease is not None:
-            self.lease.mark_uncacheable()
+        """Record that the result may change at any time."""
+        if self.validity is not None:
+            self.validity.mark_uncacheable()
 
     def with_timeout(self, timeout_s: float) -> "RequestContext":
-        """Return the same call with a bound of `timeout_s` seconds, or the shorter that it had."""
+        """Return a context with the shorter of `timeout_s` and the current timeout."""
         if self.timeout_s is not None and self.timeout_s <= timeout_s:
             return self
         return replace(self, timeout_s=timeout_s)
 
     def wait_for(self, future: "Future[T]") -> T:
-        """Return the future's result, or raise its error.
+        """Return the result of a future, or raise its error.
 
-        The work behind the future goes on when this wait ends early.
+        The work behind the future continues if this wait ends early.
 
         Raises:
-            OSError: EINTR when the caller was interrupted, ETIMEDOUT after `timeout_s`.
+            OSError: EINTR if the caller was interrupted, ETIMEDOUT after `timeout_s`.
         """
         if future.done():
             return future.result()
@@ -220,62 +233,65 @@ class RequestContext(msgspec.Struct, frozen=True):
             try:
                 return future.result(timeout=step_s)
             except TimeoutError:
-                if future.done():  # the work's own time-out, not ours
+                if future.done():  # a timeout of the work itself, not of this wait
                     return future.result()
             if self.is_cancelled():
                 raise errors.interrupted()
             waited_s += step_s
             if self.timeout_s is not None and waited_s >= self.timeout_s:
                 raise errors.timed_out(
-                    "", f"no answer within {self.timeout_s:g} s; it is still being waited for"
+                    "", f"no response within {self.timeout_s:g} s; the request is still in flight"
                 )
 
     def sleep(self, seconds: float) -> None:
-        """Wait for some time.
+        """Sleep until the time has passed or the caller is interrupted.
 
         Raises:
-            OSError: EINTR when the caller was interrupted.
+            OSError: EINTR if the caller was interrupted.
         """
-        nothing: Future[None] = Future()
+        never_done: Future[None] = Future()
         deadline = time.monotonic() + seconds
         with self.blocking():
             while (left_s := deadline - time.monotonic()) > 0:
                 try:
-                    nothing.result(timeout=min(CANCEL_POLL_S, left_s))
+                    never_done.result(timeout=min(CANCEL_POLL_S, left_s))
                 except TimeoutError:
                     if self.is_cancelled():
                         raise errors.interrupted() from None
 
 
-#: A call made from inside this process: nobody interrupts it.
+#: Context of operations that tinkerfs starts itself: no deadline, never cancelled.
 BACKGROUND_CONTEXT = RequestContext()
 
 
-def _unheard(_items: Iterable[tuple[Hashable, Any]]) -> None:
+def _ignore(_items: Iterable[tuple[Hashable, Any]]) -> None:
     pass
 
 
 @dataclass(slots=True, eq=False)
 class Priority:
-    """Whether somebody waits for a piece of work; handed down with it, as who waits goes first.
+    """Priority of a piece of work: demand work has a waiter, a prefetch has none yet.
+
+    It is passed to the work, because demand requests take precedence over prefetches.
 
     Attributes:
-        is_awaited: whether somebody waits, or did: what was begun as a guess is one no more.
-        noticed: called once that becomes so, by whoever begins to wait, who holds no lock.
-        came: told what comes of the work, by key and in order, before all of it has.
+        is_demand: whether a caller waits, or waited, for the work. It never becomes False again.
+        on_promoted: called once when a prefetch becomes demand work, by the new waiter, which
+            holds no lock.
+        on_partial: called with partial results, (key, value) pairs in order, while the work runs.
     """
 
     is_demand: bool
     on_promoted: Callable[[], None] | None = None
-    on_partial: Callable[[Iterable[tuple[Hashable, Any]]], None] = _unheard
+    on_partial: Callable[[Iterable[tuple[Hashable, Any]]], None] = _ignore
 
     def promote(self) -> None:
-        """Take note that somebody waits from now on."""
+        """Turn a prefetch into demand work; without effect on demand work."""
         if not self.is_demand:
             self.is_demand = True
             if self.on_promoted is not None:
                 self.on_promoted()
 
 
-#: Of all work that is begun because somebody waits for it.
+#: Priority of work that is started because a caller waits for it.
 DEMAND: Final = Priority(is_demand=True)

@@ -1,24 +1,24 @@
-"""Every failure tinkerfs knows, and the one place that decides an errno.
+"""Exceptions of tinkerfs, and the mapping of every failure to an errno.
 
     TinkerfsError
-    ├── SetupError              it cannot start: one line, with the cure
-    └── ApiError                the API, or the way to it, failed
-        ├── Unauthorized        401, 403
-        ├── NotFound            404, 410: the thing is not there
-        ├── EndpointMissing     404, 405, 410, 501: the server lacks the whole endpoint
-        ├── BadRequest          400, 422
-        ├── Conflict            409
-        ├── NotReady            425, and 503 of an archive that is being built
-        ├── Rejected            any other 4xx
-        ├── RateLimited         429, after the retries
-        ├── ServerError         5xx, after the retries
-        ├── Unreachable         no route, refused, no such host, cut off before an answer
-        ├── TimedOut            no answer in time
-        ├── UntrustedCertificate  a server that cannot prove what it is
-        └── ProtocolError       an answer that is not what the API promises
+    ├── StartupError              tinkerfs cannot start; one line, with a hint
+    └── ApiError                  an API request failed
+        ├── Unauthorized          401, 403
+        ├── NotFound              404, 410: the object does not exist
+        ├── UnsupportedEndpoint   404, 405, 410, 501: the server lacks the endpoint
+        ├── BadRequest            400, 422
+        ├── Conflict              409
+        ├── ResourceNotReady      425, and 503 for an archive that is being built
+        ├── ClientError           any other 4xx
+        ├── RateLimited           429, after the retries
+        ├── ServerError           5xx, after the retries
+        ├── ConnectionFailed      no route, refused, unknown host, closed before a response
+        ├── RequestTimeout        no response in time
+        ├── UntrustedCertificate  the server's certificate is not trusted
+        └── ProtocolError         a response that violates the API's contract
 
-Above the API everything is an `OSError(errno, text, path)`, made by the functions below. All text
-that comes from outside passes `redact` before it gets here.
+Code above the API client raises `OSError(errno, text, path)`, made by the functions below.
+External text passes through `redact` before it becomes part of an error.
 """
 
 import copy
@@ -30,21 +30,21 @@ from tinkerfs.printable import redacted
 
 
 class TinkerfsError(Exception):
-    """Base of all that tinkerfs raises on its own account."""
+    """Base class of the exceptions that tinkerfs defines."""
 
 
 class StartupError(TinkerfsError):
-    """Why tinkerfs cannot start, in one line that names the cure."""
+    """tinkerfs cannot start. The message is one line and ends with a hint."""
 
 
 class ApiError(TinkerfsError):
-    """A call of the API that failed.
+    """An API request that failed.
 
     Args:
-        message: the server's own words, or ours where there was no answer; no secrets.
+        message: the server's error message, or our own if there was no response; no secrets.
         endpoint: method and path template, e.g. "GET training_runs/{run}".
-        status: the HTTP status, None where there was no answer.
-        retry_after_s: how long the server asked us to wait, seconds.
+        status: the HTTP status, None if there was no response.
+        retry_after_s: value of Retry-After, seconds.
     """
 
     def __init__(
@@ -60,93 +60,97 @@ class ApiError(TinkerfsError):
         self.endpoint = endpoint
         self.status = status
         self.retry_after_s = retry_after_s
-        #: Whether this is told again from memory, without a new call.
+        #: Whether the error was raised without a request: a cached error, an open circuit breaker
+        #: or a limiter rejection.
         self.is_local = False
         #: Whether the request never reached the server.
-        self.is_unsent = False
+        self.request_not_sent = False
 
     def as_local(self) -> Self:
-        """Return a copy to raise again; raising one object ever again would grow its traceback."""
-        again = copy.copy(self)
-        again.is_local = True
-        return again
+        """Return a copy to raise without a request.
 
-    def explained(self, consequence: str) -> Self:
-        """Return a copy whose message goes on with what the failure means for the caller."""
-        again = copy.copy(self)
-        again.message = f"{self.message}; {consequence}"
-        return again
+        Raising the same object repeatedly would grow its traceback.
+        """
+        error = copy.copy(self)
+        error.is_local = True
+        return error
+
+    def with_consequence(self, consequence: str) -> Self:
+        """Return a copy with the failure's consequence at the end of the message."""
+        error = copy.copy(self)
+        error.message = f"{self.message}; {consequence}"
+        return error
 
     def __str__(self) -> str:
-        """Say which call failed, how, and in whose words."""
+        """Return the endpoint, the status and the message."""
         status = f" {self.status}" if self.status is not None else ""
         return f"{self.endpoint or 'API'}{status}: {self.message}"
 
 
 class Unauthorized(ApiError):
-    """The key is missing, wrong, expired, or may not do this."""
+    """The API key is missing, invalid or expired, or lacks the permission."""
 
 
 class NotFound(ApiError):
-    """The API says that the thing is not there."""
+    """The API reports that the object does not exist."""
 
 
 class UnsupportedEndpoint(ApiError):
-    """The thing is there, but this server has no such endpoint."""
+    """The server does not implement the endpoint; the object itself may exist."""
 
-    #: What is said in place of the server's own words, which are those of a missing thing.
+    #: Precedes the server's message, which is that of a missing object.
     reason = "this server has no such endpoint"
 
     def __str__(self) -> str:
-        """Say so."""
+        """Return the reason and the server's error."""
         return f"{self.reason} ({super().__str__()})"
 
 
 class BadRequest(ApiError):
-    """The API refused the request's content."""
+    """The API rejected the content of the request."""
 
 
 class BurstExceeded(OSError):
-    """EBUSY: a process group has started as many archive builds as it may for now."""
+    """EBUSY: the process group has reached its limit of archive builds per minute."""
 
 
 class Conflict(ApiError):
-    """The thing is in a state that forbids the change."""
+    """The object is in a state that does not allow the change."""
 
 
 class ResourceNotReady(ApiError):
-    """The thing is still being made; ask again later."""
+    """The object is still being created; the request may be retried later."""
 
 
 class ClientError(ApiError):
-    """A client error that has no meaning of its own here."""
+    """A client error (4xx) without a class of its own."""
 
 
 class RateLimited(ApiError):
-    """Too many calls, also after waiting."""
+    """The server still limits the request rate after all retries."""
 
 
 class ServerError(ApiError):
-    """The server failed, also after retries."""
+    """The server still fails after all retries."""
 
 
 class ConnectionFailed(ApiError):
-    """No connection to the server."""
+    """No connection to the server could be made, or it was lost before a response."""
 
 
 class RequestTimeout(ApiError):
-    """No answer within the time that was allowed."""
+    """The server sent no response before the timeout."""
 
 
 class UntrustedCertificate(ApiError):
-    """The server's certificate is refused: no request was sent."""
+    """The server's certificate is not trusted; no request was sent."""
 
 
 class ProtocolError(ApiError):
-    """An answer that cannot be understood."""
+    """The response cannot be parsed."""
 
 
-#: What the caller of a file operation sees of each API failure (spec: "Errors").
+#: The errno that a file operation returns for each API failure (spec: "Errors").
 ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
     Unauthorized: errno.EACCES,
     NotFound: errno.ENOENT,
@@ -159,13 +163,13 @@ ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
     ServerError: errno.EIO,
     ConnectionFailed: errno.EHOSTUNREACH,
     RequestTimeout: errno.ETIMEDOUT,
-    # Neither EHOSTUNREACH, which sends people to look at their network, nor EACCES, which sends
-    # them to their key: the other end does not do what the protocol asks of it.
+    # EHOSTUNREACH would make users check their network, and EACCES their key. Here the peer
+    # violates the protocol.
     UntrustedCertificate: errno.EPROTO,
     ProtocolError: errno.EPROTO,
 }
 
-#: Failures that say nothing about the thing asked for, so that a last good answer may be served.
+#: Failures that say nothing about the requested object, so that a stale value may be served.
 UNAVAILABLE_ERRORS: tuple[type[ApiError], ...] = (
     RateLimited,
     ServerError,
@@ -175,7 +179,7 @@ UNAVAILABLE_ERRORS: tuple[type[ApiError], ...] = (
     ProtocolError,
 )
 
-#: What says that there is no such thing, where its existence was asked.
+#: Failures that mean "does not exist" when the request was a lookup.
 NOT_FOUND_ERRORS: tuple[type[ApiError], ...] = (NotFound, BadRequest, UnsupportedEndpoint)
 
 
@@ -183,10 +187,10 @@ def os_error_from_api(error: ApiError, path: str, *, is_lookup: bool = False) ->
     """Return the OSError for an API failure.
 
     Args:
-        error: the failure.
-        path: the file path of the operation.
-        is_lookup: the operation asked whether a name exists: 400 and 422 mean that it does not, and
-            a server without the endpoint has nothing of that kind.
+        error: the API failure, which becomes the cause of the OSError.
+        path: the path of the file operation.
+        is_lookup: the operation is a lookup, so that `NOT_FOUND_ERRORS` become ENOENT: 400 and 422
+            reject the name, and a server without the endpoint has no objects of that kind.
     """
     number = ERRNO_OF_API_ERROR[type(error)]
     if is_lookup and isinstance(error, NOT_FOUND_ERRORS):
@@ -197,162 +201,162 @@ def os_error_from_api(error: ApiError, path: str, *, is_lookup: bool = False) ->
 
 
 def not_found(path: str) -> OSError:
-    """ENOENT: there is no such name."""
+    """ENOENT: the name does not exist."""
     return OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
 
 
 def not_in_trash(path: str) -> OSError:
-    """ENOENT: there is no such name in the trash."""
+    """ENOENT: the name does not exist in the trash."""
     return OSError(errno.ENOENT, "not in the trash", path)
 
 
 def not_a_directory(path: str) -> OSError:
-    """ENOTDIR: a folder was asked for and this is none."""
+    """ENOTDIR: the operation requires a directory."""
     return OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
 
 def not_followed(path: str) -> OSError:
-    """ENOTDIR: a symbolic link or a file stands where a directory must be, and is not followed."""
+    """ENOTDIR: a path component is a file, or a symbolic link that is not followed."""
     return OSError(errno.ENOTDIR, f"{path!r} is not a directory, or is a symbolic link", path)
 
 
 def is_a_directory(path: str) -> OSError:
-    """EISDIR: a file was asked for and this is a folder."""
+    """EISDIR: the operation requires a file, not a directory."""
     return OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
 
 
 def not_a_link(path: str) -> OSError:
-    """EINVAL: readlink(2) of something else."""
+    """EINVAL: readlink(2) of a file that is not a symbolic link."""
     return OSError(errno.EINVAL, "not a symbolic link", path)
 
 
 def not_permitted(path: str, reason: str) -> OSError:
-    """EPERM: this is never done here, or not by this caller now."""
+    """EPERM: the operation is not allowed, for anyone or for this caller now."""
     return OSError(errno.EPERM, reason, path)
 
 
 def read_only(path: str) -> OSError:
-    """EROFS: the mount was made read-only."""
+    """EROFS: the file system is mounted read-only."""
     return OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
 
 def not_empty(path: str, reason: str) -> OSError:
-    """ENOTEMPTY: the folder still shows something."""
+    """ENOTEMPTY: the directory still has entries."""
     return OSError(errno.ENOTEMPTY, reason, path)
 
 
 def invalid(path: str, reason: str) -> OSError:
-    """EINVAL: a value that means nothing to this control."""
+    """EINVAL: the control file cannot parse the value."""
     return OSError(errno.EINVAL, reason, path)
 
 
 def out_of_range(path: str, reason: str) -> OSError:
-    """ERANGE: a value that has a meaning, outside what the API takes."""
+    """ERANGE: the value is valid, but outside the range that the API accepts."""
     return OSError(errno.ERANGE, reason, path)
 
 
 def busy(path: str, reason: str) -> OSError:
-    """EBUSY: not now."""
+    """EBUSY: the operation is not possible at the moment."""
     return OSError(errno.EBUSY, reason, path)
 
 
 def burst_exceeded(path: str, reason: str) -> BurstExceeded:
-    """EBUSY: a process group has started as many archive builds as it may for now."""
+    """EBUSY: the process group has reached its limit of archive builds per minute."""
     return BurstExceeded(errno.EBUSY, reason, path)
 
 
 def not_a_file(path: str) -> OSError:
-    """ELOOP: open(2) of a symbolic link that nobody followed."""
+    """ELOOP: open(2) of a symbolic link that was not followed."""
     return OSError(errno.ELOOP, "a symbolic link", path)
 
 
 def not_regular(path: str | bytes) -> OSError:
-    """EINVAL: a FIFO, a device, a socket or a directory has the name of a file on disk."""
+    """EINVAL: the file on disk is a FIFO, a device, a socket or a directory."""
     return OSError(errno.EINVAL, "not a regular file", path)
 
 
 def bad_handle(path: str, reason: str) -> OSError:
-    """EBADF: the file was not opened for this."""
+    """EBADF: the file handle was not opened for this operation."""
     return OSError(errno.EBADF, reason, path)
 
 
 def no_attribute(path: str, name: str) -> OSError:
-    """ENODATA: there is no such extended attribute."""
+    """ENODATA: the extended attribute does not exist."""
     return OSError(errno.ENODATA, f"no attribute {name}", path)
 
 
 def not_supported(path: str, reason: str) -> OSError:
-    """EOPNOTSUPP: nothing of that kind is kept here."""
+    """EOPNOTSUPP: the operation is not supported."""
     return OSError(errno.EOPNOTSUPP, reason, path)
 
 
 def interrupted(path: str = "") -> OSError:
-    """EINTR: the caller was interrupted, or the mount is going down."""
+    """EINTR: the caller was interrupted, or the mount is shutting down."""
     return OSError(errno.EINTR, os.strerror(errno.EINTR), path or None)
 
 
 def disconnected(path: str) -> OSError:
-    """ENOTCONN: the mount is going down, and whoever waits would wait in vain."""
+    """ENOTCONN: the mount is shutting down, so that waiters would wait forever."""
     return OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), path)
 
 
 def timed_out(path: str, reason: str) -> OSError:
-    """ETIMEDOUT: the caller's own bound on waiting has passed."""
+    """ETIMEDOUT: the caller's deadline has passed."""
     return OSError(errno.ETIMEDOUT, reason, path)
 
 
 def stale(path: str, reason: str) -> OSError:
-    """ESTALE: what was opened is not there any more, though something else may be."""
+    """ESTALE: the opened file no longer exists, or was replaced by another one."""
     return OSError(errno.ESTALE, reason, path)
 
 
 def corrupt(path: str, reason: str) -> OSError:
-    """EIO: bytes that are not what they must be."""
+    """EIO: the data failed verification."""
     return OSError(errno.EIO, reason, path)
 
 
 def no_space(path: str, reason: str) -> OSError:
-    """ENOSPC: no room for what was to be kept."""
+    """ENOSPC: the cache or the disk has no space for the data."""
     return OSError(errno.ENOSPC, reason, path)
 
 
 def not_lockable(error: OSError) -> OSError:
-    """Return the error of a lock that a file system refuses, in words that say what follows."""
+    """Return the error for a lock that a file system refuses, with its consequence."""
     reason = f"files cannot be locked there ({error.strerror}): mounts may fetch a block twice"
     return OSError(error.errno, reason, error.filename)
 
 
 def not_stored(reason: str) -> OSError:
-    """EIO: a record that must survive a crash is not on disk."""
+    """EIO: a record that must survive a crash was not written to disk."""
     return OSError(errno.EIO, f"the record cannot be stored: {reason}")
 
 
 def exists(path: str, reason: str) -> OSError:
-    """EEXIST: something has that name, and is left alone."""
+    """EEXIST: a file with that name exists and is not replaced."""
     return OSError(errno.EEXIST, reason, path)
 
 
 def internal_error(error: Exception, path: str) -> OSError:
-    """EIO: a fault of tinkerfs itself; the log has the traceback."""
+    """EIO: a bug in tinkerfs; the log has the traceback."""
     return OSError(errno.EIO, f"internal error: {type(error).__name__}", path)
 
 
 def is_missing(error: OSError) -> bool:
-    """Tell whether the error says that a name does not exist."""
+    """Return whether the error means that a name does not exist."""
     return error.errno == errno.ENOENT
 
 
 def is_upstream_failure(error: OSError) -> bool:
-    """Tell whether the API failed in a way that an operator wants to know of."""
+    """Return whether the error is an API failure that an operator should see."""
     return isinstance(error.__cause__, ApiError) and not is_missing(error)
 
 
-#: What programs ask for to learn that it is not there, or is of another kind.
+#: Errors that programs provoke on purpose to test whether a file exists, or of which type it is.
 _ROUTINE_ERRNOS = frozenset({errno.ENOENT, errno.EINTR, errno.ENOTDIR, errno.EISDIR, errno.ENODATA})
 
 
 def should_report(error: OSError) -> bool:
-    """Tell whether an error says more than that a name is not there or is of another kind."""
+    """Return whether an error is more than a routine lookup failure."""
     cause = error.__cause__
     if isinstance(cause, ApiError):
         return not (cause.is_local and is_missing(error))
@@ -360,72 +364,72 @@ def should_report(error: OSError) -> bool:
 
 
 def is_read_only(error: OSError) -> bool:
-    """Return whether the error says that nothing can be changed in that mount."""
+    """Return whether the error means that the mount is read-only."""
     return error.errno == errno.EROFS
 
 
 def is_stale(error: OSError) -> bool:
-    """Tell whether the error says that what was opened is not there any more."""
+    """Return whether the error means that the opened file no longer exists."""
     return error.errno == errno.ESTALE
 
 
 def is_no_space(error: OSError) -> bool:
-    """Tell whether the error says that there is no room, on the disk or in a quota of it."""
+    """Return whether the error means that the disk or its quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_unsupported(error: OSError) -> bool:
-    """Return whether the file system has no such operation: a lock, a flush, a mode, a time."""
+    """Return whether the file system lacks the operation, such as a lock."""
     unsupported = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY, errno.ENOLCK)
     return error.errno in unsupported
 
 
 def is_attribute_refused(error: OSError) -> bool:
-    """Return whether the file system keeps no modes or times, or not those of this user."""
+    """Return whether the file system refuses to store modes or times."""
     return is_unsupported(error) or error.errno in (errno.EPERM, errno.EACCES)
 
 
 def is_not_regular(error: OSError) -> bool:
-    """Return whether open(2) failed because the file is a directory, a FIFO or a socket."""
+    """Return whether open(2) failed for a directory, a FIFO or a socket."""
     return error.errno in (errno.EISDIR, errno.ENXIO)
 
 
 def is_timeout(error: OSError) -> bool:
-    """Tell whether the error says that a wait took too long."""
+    """Return whether the error means that a wait exceeded its deadline."""
     return error.errno == errno.ETIMEDOUT
 
 
 def is_interruption(error: OSError) -> bool:
-    """Tell whether the error says that the caller gave up."""
+    """Return whether the error means that the caller was interrupted."""
     return error.errno == errno.EINTR
 
 
-#: What a mount whose daemon is dead answers to everything.
+#: Every operation on a mount fails with one of these after the mount's daemon has died.
 DISCONNECTED = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def is_busy(error: OSError) -> bool:
-    """Tell whether somebody holds what was to go."""
+    """Return whether the error means that the resource is in use."""
     return error.errno == errno.EBUSY
 
 
 def is_not_permitted(error: OSError) -> bool:
-    """Tell whether the error says that the caller lacks a right (EPERM)."""
+    """Return whether the error means that the caller lacks a permission (EPERM)."""
     return error.errno == errno.EPERM
 
 
 def os_error_from_errno(number: int, path: str) -> OSError:
-    """Return the error that a system call left behind."""
+    """Return the error for the errno of a system call."""
     return OSError(number, os.strerror(number), path)
 
 
 def errno_name(error: OSError) -> str:
-    """Return the errno's name, e.g. "ENOENT"; of two names the one that Linux documents."""
-    if error.errno == errno.EOPNOTSUPP:  # which Python calls ENOTSUP
+    """Return the errno's name as Linux documents it, e.g. "ENOENT"."""
+    if error.errno == errno.EOPNOTSUPP:  # Python's name for it is ENOTSUP
         return "EOPNOTSUPP"
     return errno.errorcode.get(error.errno or 0, "EIO")
 
 
 def redact(text: str, *, limit: int = 500) -> str:
-    """Return text from outside for people: as `printable.redacted`."""
+    """Return external text without secrets; see `printable.redacted`."""
     return redacted(text, limit=limit)

@@ -1,14 +1,14 @@
-"""The file system as an fsspec implementation: `tinker://runs/<run_id>/...`.
+"""fsspec implementation of the file system: `tinker://runs/<run_id>/...`.
 
 A tinker path, `tinker://<run_id>/<kind>/<name>`, is the directory of that checkpoint's files, and
-removing it removes the checkpoint; `tinker://<run_id>` is the run.
+removing it removes the checkpoint. `tinker://<run_id>` is the run.
 
-For pandas, pyarrow, dask and their like, where there is no FUSE. A synchronous file system: no
-event loop has to survive a fork. Links are followed as a kernel follows them; listings tell of them
-as links, so that no recursive operation comes to what costs the server something.
+Made for pandas, pyarrow, dask and similar libraries on systems without FUSE. The file system is
+synchronous, so that no event loop has to survive a fork. Symbolic links are followed like in a
+kernel. Listings show them as links, so that no recursive operation reaches files that are
+expensive for the server.
 
-Errors are `OSError`s with an errno, as on a mount. Thread-safe; a forked child opens a client of
-its own.
+Errors are `OSError`s with the errno of a mount. Thread-safe; a forked child opens its own client.
 """
 
 import os
@@ -37,12 +37,12 @@ _REFRESH: Final = "/.tinkerfs/refresh"
 
 
 class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """The account behind `TINKER_API_KEY`, or another of the key's usual sources.
+    """The files of the account of `TINKER_API_KEY`, or of a key from another source.
 
     Args:
-        base_url: where the API is; else `TINKER_BASE_URL`, else the official service.
-        settings: fields of `Settings`, for others than the defaults.
-        filesystem: one that is open already, instead of all these.
+        base_url: URL of the API; None for `TINKER_BASE_URL`, or else the official service.
+        settings: fields of `Settings` that differ from the defaults.
+        filesystem: an open file system to use instead of the other arguments.
     """
 
     protocol = "tinker"
@@ -58,76 +58,77 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         url = base_url or os.environ.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
         self._settings = Settings(**{"base_url": url.rstrip("/"), **(settings or {})})
         self._given = filesystem
-        # By process: a child never takes a lock that a thread of its parent may have held.
+        # By process id: a child never uses a lock that a thread of its parent may have held.
         self._locks: dict[int, threading.Lock] = {}
-        #: What each process opened; that of a parent stays referenced, and so unclosed.
+        #: File systems by process id; that of a parent stays referenced, and so is not closed.
         self._opened: dict[int, FileSystem] = {}
 
     @property
     def tree(self) -> FileSystem:
-        """The file system behind, opened when first wanted, by each process for itself."""
+        """The underlying file system; each process opens its own on first use."""
         if self._given is not None:
             return self._given
         pid = os.getpid()
-        found = self._opened.get(pid)
-        if found is None:
-            # One operation of a dict is atomic, and so whole in a child.
+        filesystem = self._opened.get(pid)
+        if filesystem is None:
+            # A single dict operation is atomic, and so complete in a forked child.
             with self._locks.setdefault(pid, threading.Lock()):
-                found = self._opened.get(pid)
-                if found is None:
+                filesystem = self._opened.get(pid)
+                if filesystem is None:
                     stack = ExitStack()
-                    found = stack.enter_context(open_app(self._settings)).filesystem
+                    filesystem = stack.enter_context(open_app(self._settings)).filesystem
                     weakref.finalize(self, _close, stack, pid)
-                    self._opened[pid] = found
-        return found
+                    self._opened[pid] = filesystem
+        return filesystem
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
         stripped = super()._strip_protocol(path)
         return [p.lstrip("/") for p in stripped] if isinstance(path, list) else stripped.lstrip("/")
 
-    # Looking.
+    # Listings and attributes.
 
     def ls(self, path: str, detail: bool = True, **_kwargs: Any) -> list[Any]:
-        """List a folder; of a link what it is itself, of a file that file."""
+        """List a directory without following the links in it; list a file as itself."""
         name = self._strip_protocol(path)
-        place = self._follow(name)
-        # There each name is a tinker path, and so a link to files.
+        tree_path = self._follow(name)
+        # Each name in `<run_id>/<kind>` is a tinker path, and so a link to files.
         has_links = _is_tinker_path(name, 2)
-        if not stat.S_ISDIR(self.tree.stat(place, BACKGROUND_CONTEXT).mode):
+        if not stat.S_ISDIR(self.tree.stat(tree_path, BACKGROUND_CONTEXT).mode):
             return [self.info(name)] if detail else [name]
-        entries = self.tree.listdir(place, BACKGROUND_CONTEXT)
+        entries = self.tree.listdir(tree_path, BACKGROUND_CONTEXT)
         if not detail:
             return [posixpath.join(name, entry.name) for entry in entries]
         infos = [
             _info(
                 posixpath.join(name, entry.name),
-                entry.attr or self.tree.stat(posixpath.join(place, entry.name), BACKGROUND_CONTEXT),
+                entry.attr
+                or self.tree.stat(posixpath.join(tree_path, entry.name), BACKGROUND_CONTEXT),
             )
             for entry in entries
         ]
         return [{**info, "type": "link", "islink": True} for info in infos] if has_links else infos
 
     def info(self, path: str, **_kwargs: Any) -> dict[str, Any]:
-        """Return what stat tells; links are followed, and told by `islink`."""
+        """Return the attributes of a file; links are followed, and marked by `islink`."""
         name = self._strip_protocol(path)
         info = _info(name, self.tree.stat(self._follow(name), BACKGROUND_CONTEXT))
-        own = self.tree.stat(self._own(name), BACKGROUND_CONTEXT)
+        own = self.tree.stat(self._follow_parents_of(name), BACKGROUND_CONTEXT)
         info["islink"] = stat.S_ISLNK(own.mode)
         return info
 
     def created(self, path: str) -> datetime:
-        """Return when it was saved."""
+        """Return the same time as `modified`: a checkpoint's saving."""
         return self.modified(path)
 
     def modified(self, path: str) -> datetime:
-        """Return when it was last changed: a run's last request, a checkpoint's saving."""
+        """Return the modification time: a run's last request, or a checkpoint's saving."""
         return datetime.fromtimestamp(self.info(path)["mtime"], UTC)
 
     def expand_path(
         self, path: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any
     ) -> list[str]:
-        """Expand as fsspec does; a recursion leaves out the links that it comes to, as `cp -r`."""
+        """Expand paths like fsspec; a recursion does not follow links, like `cp -r`."""
         named = super().expand_path(path, recursive=False, **kwargs)
         if not recursive:
             return named  # type: ignore[no-any-return]
@@ -135,7 +136,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return [p for p in found if p in named or not self.info(p)["islink"]]
 
     def invalidate_cache(self, path: str | None = None) -> None:
-        """Drop every cached entry; for a single path nothing has to be dropped."""
+        """Drop every cached entry; does nothing for a single path."""
         is_open = self._given is not None or os.getpid() in self._opened
         if path is None and is_open:
             self.tree.open(_REFRESH, os.O_WRONLY, BACKGROUND_CONTEXT).write(
@@ -147,7 +148,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **_kwargs: Any
     ) -> bytes:
-        """Return the bytes of [start, end); negative ones count from the end."""
+        """Return the bytes [start, end) of a file; negative offsets count from the end."""
         handle = self._handle(path, os.O_RDONLY)
         try:
             first, last, _step = slice(start, end).indices(_size(handle))
@@ -156,45 +157,45 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
             handle.close()
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_kwargs: Any) -> None:
-        """Write one whole value to a control file."""
+        """Write a complete value to a control file."""
         if mode == "create":
-            self.tree.create(self._own(path), BACKGROUND_CONTEXT)
+            self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
         self._handle(path, os.O_WRONLY).write(value, BACKGROUND_CONTEXT)
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> "TinkerFile":
         if "x" in mode:
-            self.tree.create(self._own(path), BACKGROUND_CONTEXT)
+            self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
         is_read = mode == "rb"
         handle = self._handle(path, os.O_RDONLY if is_read else os.O_WRONLY)
-        # Where in the file a value is written says nothing: appending is writing.
+        # The offset of a write to a control file is ignored, so appending is the same as writing.
         return TinkerFile(self, path, handle, "rb" if is_read else "wb", **kwargs)
 
     def reopened(self, path: str, before: Handle) -> Handle:
-        """Return a file that a parent process had open, opened by this one to be read.
+        """Return a new handle for a file that the parent process had opened.
 
         Raises:
-            OSError: ESTALE if it has another length by now; as for opening it.
+            OSError: ESTALE if the length has changed, or the error of opening the file.
         """
         handle = self._handle(path, os.O_RDONLY)
         if handle.size_bytes != before.size_bytes:
             handle.close()
-            raise errors.stale(path, "it was changed after another process had opened it")
+            raise errors.stale(path, "the file was changed after another process had opened it")
         return handle
 
-    # Removing: the rules are the mount's, and the caller is this process's group.
+    # Removal: with the rules of the mount, where the caller is the process group.
 
     def rm_file(self, path: str) -> None:
-        """Hide a generated file of a checkpoint's folder, until that is removed or a minute on."""
-        self.tree.unlink(self._own(path), BACKGROUND_CONTEXT)
+        """Hide a generated file of a checkpoint for a minute, or until its removal."""
+        self.tree.unlink(self._follow_parents_of(path), BACKGROUND_CONTEXT)
 
     def rmdir(self, path: str) -> None:
-        """Remove a folder that shows nothing any more: of a checkpoint, delete the checkpoint."""
+        """Remove an empty directory; for a checkpoint's directory, delete the checkpoint."""
         self.tree.rmdir(self._removable(path), BACKGROUND_CONTEXT)
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Remove files, or with `recursive` checkpoints; the first refusal ends it."""
-        del maxdepth  # part of a checkpoint cannot be removed
-        # A name that is there is meant as it stands, whatever pattern it might be.
+        """Remove files, or checkpoints if `recursive`; the first error stops the removal."""
+        del maxdepth  # a part of a checkpoint cannot be removed
+        # An existing name is not a pattern, even if it looks like one.
         is_name = isinstance(path, str) and self.exists(path)
         for name in [path] if is_name else self.expand_path(path):
             self._remove(self._removable(name), recursive=recursive)
@@ -209,57 +210,57 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         else:
             self.tree.unlink(path, BACKGROUND_CONTEXT)
 
-    # Refusing.
+    # Unsupported operations.
 
     def mkdir(self, path: str, create_parents: bool = True, **_kwargs: Any) -> None:
-        """Refuse."""
+        """Raise the error of the mount: no directories can be created."""
         del create_parents
-        self.tree.create(self._own(path), BACKGROUND_CONTEXT)
+        self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Refuse, unless it is there and may be."""
+        """Raise the error of `mkdir`, unless the directory exists and `exist_ok` is set."""
         if not (exist_ok and self.isdir(path)):
             self.mkdir(path)
 
     def cp_file(self, path1: str, path2: str, **_kwargs: Any) -> None:
-        """Refuse to make a file; what is there already can be written to."""
+        """Write the content of a file to a control file; no new file can be created."""
         self.pipe_file(path2, self.cat_file(path1))
 
     # Paths.
 
     def _follow(self, path: str) -> str:
-        """Return the tree's path of what is meant, every link followed."""
+        """Return the path in the tree with every link followed."""
         return self.tree.realpath(_tree_path(self._strip_protocol(path)), BACKGROUND_CONTEXT)
 
-    def _own(self, path: str) -> str:
-        """Return the tree's path of the name itself; links before it are followed."""
-        return self._last_unfollowed(_tree_path(self._strip_protocol(path)))
+    def _follow_parents_of(self, path: str) -> str:
+        """Return the path in the tree with every link followed except the last component."""
+        return self._follow_parents(_tree_path(self._strip_protocol(path)))
 
     def _removable(self, path: str) -> str:
-        """Return as `_own`; for a tinker path the checkpoint itself."""
+        """Return `_follow_parents_of`; for a tinker path, the path of the checkpoint."""
         name = self._strip_protocol(path)
-        place = _tree_path(name)
+        tree_path = _tree_path(name)
         if _is_tinker_path(name, 3):
-            place = posixpath.dirname(place)
-        return self._last_unfollowed(place)
+            tree_path = posixpath.dirname(tree_path)
+        return self._follow_parents(tree_path)
 
-    def _last_unfollowed(self, place: str) -> str:
-        directory, name = posixpath.split(place)
+    def _follow_parents(self, tree_path: str) -> str:
+        directory, name = posixpath.split(tree_path)
         return posixpath.join(self.tree.realpath(directory, BACKGROUND_CONTEXT), name)
 
     def _handle(self, path: str, flags: int) -> Handle:
         try:
-            place = self._follow(path)
+            tree_path = self._follow(path)
         except OSError as error:
             if flags == os.O_RDONLY or not errors.is_missing(error):
                 raise
-            self.tree.create(self._own(path), BACKGROUND_CONTEXT)
+            self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
             raise
-        return self.tree.open(place, flags, BACKGROUND_CONTEXT)
+        return self.tree.open(tree_path, flags, BACKGROUND_CONTEXT)
 
 
 class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
-    """One open file; a control's value is handed over whole when it is closed."""
+    """An open file; a control file's value is written as a whole by `close`."""
 
     def __init__(
         self, fs: TinkerFileSystem, path: str, handle: Handle, mode: str, **kwargs: Any
@@ -271,7 +272,7 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         if self._opened_by != os.getpid():
-            # What a parent opened has locks and connections that its threads may have held.
+            # A thread of the parent may have held the handle's locks and connections.
             self._opened_by = os.getpid()
             self._handle = self.fs.reopened(self.path, self._handle)
         return self._handle.read(end - start, start, BACKGROUND_CONTEXT)
@@ -286,7 +287,7 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
         pass
 
     def close(self) -> None:
-        """Hand over what was written, and let go of the file."""
+        """Write the value of a control file, and close the file."""
         was_closed = self.closed
         super().close()
         if not was_closed and self._opened_by == os.getpid():
@@ -294,13 +295,13 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
 
 
 def _is_tinker_path(name: str, length: int) -> bool:
-    """Return whether a name without its protocol begins one, with as many parts."""
+    """Return whether a name is the start of a tinker path, of `length` parts."""
     parts = name.strip("/").split("/")
     return len(parts) == length and parts[0] not in ROOT.static_children and parts[1] in KINDS
 
 
 def _tree_path(name: str) -> str:
-    """Return the tree's path for a name without its protocol: its own, or a tinker path's."""
+    """Return the path in the tree for a name, which may be a tinker path."""
     run_id, *rest = name.strip("/").split("/")
     if not run_id or run_id in ROOT.static_children:
         return f"/{name}"
@@ -314,7 +315,7 @@ def _tree_path(name: str) -> str:
 
 
 def _size(handle: Handle) -> int:
-    """Return the length of a file that was opened to be read."""
+    """Return the length of a file that was opened for reading."""
     size_bytes = handle.size_bytes
     assert size_bytes is not None
     return size_bytes
@@ -339,6 +340,6 @@ def _info(name: str, attr: Attr) -> dict[str, Any]:
 
 
 def _close(stack: ExitStack, opened_by: int) -> None:
-    """Close what this very process opened: what a fork inherits is its parent's."""
+    """Close the file system if this process opened it, and not its parent."""
     if os.getpid() == opened_by:
         stack.close()

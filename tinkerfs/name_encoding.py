@@ -1,15 +1,16 @@
-"""Server name <-> file name: reversible, no two alike, none escapes its folder (pure).
+"""Encoding of server names as file names: reversible, unique and safe (pure).
 
-A name that is a file name as it stands is shown as it stands; bytes that are no UTF-8 travel as
-surrogate escapes (PEP 383). A name that cannot be a file name (empty, `.`, `..`, with `/`, NUL or
-a lone surrogate that stands for no byte), or that could be taken for an encoded one (`%` and two
-hex digits, or `%~`), has each offending byte and each `%` written `%XX`; the empty name is `%~`.
-One that only software asks for (`.git`), which is absent unasked, has its first character encoded.
-What is longer than a file name may be is cut and ends in `%~` and a hash of the whole: such a name
-cannot be decoded, it is found by encoding the names that are listed.
+- A name that is a valid file name stays unchanged. Non-UTF-8 bytes are surrogate escapes (PEP 383).
+- A name that is not a valid file name has each unsafe byte and each `%` written as `%XX`. These
+  are names with `/`, NUL or a lone surrogate that is not a byte, and `.` and `..`. The same holds
+  for a name that looks encoded, with `%` and two hex digits or `%~`. The empty name is `%~`.
+- A name that only software looks up (`.git`) has its first character encoded. So a lookup of the
+  plain name needs no API request.
+- A name that is too long for a file name is truncated, and ends in `%~` and a hash of the whole.
+  It cannot be decoded; it is found by encoding the listed names.
 
-A composite name, `<part>@<part>@<part>`, has each part encoded by itself, `@` being one more byte
-that offends, so that it parts again only where it was joined.
+A composite name, `<part>@<part>@<part>`, has each part encoded separately with `@` as an unsafe
+byte, so that it can be split unambiguously.
 """
 
 import hashlib
@@ -17,21 +18,21 @@ import json
 import re
 from collections.abc import Iterable
 
-#: The longest file name Linux takes, bytes (NAME_MAX, limits.h(0p)).
+#: Maximum length of a file name on Linux, bytes (NAME_MAX, limits.h(0p)).
 NAME_MAX_BYTES = 255
 _HASH_CHARACTERS = 32
 _EMPTY = "%~"
 _LOOKS_ENCODED = re.compile(r"%(?:[0-9A-Fa-f]{2}|~)")
 _UNSAFE_CHARS = re.compile("[%/\0]")
 _SEPARATOR = "@"
-_OFFENDING_PART = re.compile("[%/\0@]")
-_CUT = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
-#: Nearly every name that servers give out: nothing in it offends, and it fits.
+_UNSAFE_PART_CHARS = re.compile("[%/\0@]")
+_TRUNCATED = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
+#: Matches names without unsafe characters that fit, which are nearly all names.
 _is_plain = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.:+-]{0,254}").fullmatch
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODED = re.compile(r"%(ED%[AB][0-9A-F]%[89AB][0-9A-F]|[0-9A-F]{2})")
 
-#: Names that software asks for in every folder that it comes to, or in all above the current one.
+#: Names that software looks up in every directory it visits, or in all parents of its own.
 _PROBES = frozenset(
     {
         # File managers and desktops.
@@ -43,7 +44,7 @@ _PROBES = frozenset(
         "autorun.inf",
         "Thumbs.db",
         "desktop.ini",
-        # Version control; git asks whether each folder is a bare repository.
+        # Version control; git checks whether each directory is a bare repository.
         ".git",
         ".gitattributes",
         ".gitmodules",
@@ -68,25 +69,25 @@ _PROBES = frozenset(
 
 
 def is_probe_name(name: str) -> bool:
-    """Tell whether only software asks for this name, so that no API call is worth it."""
+    """Return whether only software looks up this name, so it needs no request."""
     return name in _PROBES or name.startswith((".Trash-", "._"))
 
 
 def encode(name: str) -> str:
-    """Return the file name that stands for a server's name."""
+    """Return the file name for a server's name."""
     if _is_plain(name) and name not in _PROBES:
         return name
     return _truncate(_encoded(name, _UNSAFE_CHARS), name)
 
 
 def encode_composite(parts: Iterable[str]) -> str:
-    """Return the composite file name that stands for several names of the server."""
-    joined = _SEPARATOR.join(_encoded(part, _OFFENDING_PART) for part in parts)
+    """Return the composite file name for several names of the server."""
+    joined = _SEPARATOR.join(_encoded(part, _UNSAFE_PART_CHARS) for part in parts)
     return _truncate(joined, joined)
 
 
-def _encoded(name: str, offending: re.Pattern[str]) -> str:
-    """Return a name with what offends encoded, of any length."""
+def _encoded(name: str, unsafe: re.Pattern[str]) -> str:
+    """Return a name with its unsafe characters encoded, of any length."""
     if _is_plain(name) and name not in _PROBES:
         return name
     if not name:
@@ -99,30 +100,30 @@ def _encoded(name: str, offending: re.Pattern[str]) -> str:
         has_odd_surrogates
         or is_probe
         or _LOOKS_ENCODED.search(name)
-        or offending.search(name.replace("%", ""))
+        or unsafe.search(name.replace("%", ""))
     ):
         return name
-    encoded = offending.sub(_escape, name)
+    encoded = unsafe.sub(_escape, name)
     if has_odd_surrogates:
         encoded = _LONE_SURROGATE.sub(_escape, encoded)
     return f"%{ord(encoded[0]):02X}{encoded[1:]}" if is_probe else encoded
 
 
 def _truncate(encoded: str, whole: str) -> str:
-    """Return an encoded name, cut where it is too long; `whole` tells the cut ones apart."""
+    """Return an encoded name, truncated with a hash of `whole` if it is too long."""
     raw = encoded.encode("utf-8", "surrogateescape")
     if len(raw) <= NAME_MAX_BYTES:
         return encoded
     digest = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:_HASH_CHARACTERS]
-    kept = raw[: NAME_MAX_BYTES - len(_EMPTY) - _HASH_CHARACTERS]
-    return kept.decode("utf-8", "ignore") + _EMPTY + digest
+    prefix = raw[: NAME_MAX_BYTES - len(_EMPTY) - _HASH_CHARACTERS]
+    return prefix.decode("utf-8", "ignore") + _EMPTY + digest
 
 
 def decode(file_name: str) -> str:
-    """Return the server's name that `encode` made this file name of.
+    """Return the server's name for a file name that `encode` returned.
 
     Raises:
-        ValueError: `encode` never returns this name, or it was cut and so cannot be decoded.
+        ValueError: `encode` never returns this file name, or it was truncated.
     """
     if _is_plain(file_name) and file_name not in _PROBES:
         return file_name
@@ -133,10 +134,10 @@ def decode(file_name: str) -> str:
 
 
 def decode_composite(file_name: str) -> tuple[str, ...]:
-    """Return the names that `join` made this composite file name of.
+    """Return the server's names for a file name that `encode_composite` returned.
 
     Raises:
-        ValueError: `join` never returns this name, or it was cut and so cannot be parted.
+        ValueError: `encode_composite` never returns this file name, or it was truncated.
     """
     parts = tuple(_decoded(part) for part in file_name.split(_SEPARATOR))
     if encode_composite(parts) != file_name:
@@ -145,8 +146,8 @@ def decode_composite(file_name: str) -> tuple[str, ...]:
 
 
 def is_truncated(file_name: str) -> bool:
-    """Tell whether a name had to be cut to fit, so that nothing can restore it."""
-    return _CUT.search(file_name) is not None
+    """Return whether a file name was truncated, so that it cannot be decoded."""
+    return _TRUNCATED.search(file_name) is not None
 
 
 def _decoded(text: str) -> str:
@@ -154,7 +155,7 @@ def _decoded(text: str) -> str:
 
 
 def _round_trips(name: str) -> bool:
-    """Tell whether the name survives being a file name's bytes and coming back."""
+    """Return whether a conversion to file name bytes and back keeps the name."""
     try:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == name
     except UnicodeEncodeError:
@@ -170,5 +171,5 @@ def _unescape(match: re.Match[str]) -> str:
 
 
 def compound_key(*parts: str | float | None) -> str:
-    """Return a text that stands for these parts and no others: a key of a cache or a store."""
+    """Return a key of a cache or a store that is unique for these parts."""
     return json.dumps(parts)

@@ -1,8 +1,8 @@
-"""TCP connections with one deadline for name resolution and every address of a host.
+"""TCP connections with one deadline for the lookup and every address.
 
-For the API and the object store alike. Addresses are tried as RFC 8305 ("Happy Eyeballs") says, so
-that a host whose IPv6 leads nowhere costs a quarter of a second and not the whole time-out.
-Thread-safe; keeps no state.
+Used for the API and the object store. Addresses are tried according to RFC 8305 ("Happy
+Eyeballs"), so that a host with broken IPv6 costs a quarter of a second and not the whole timeout.
+Thread-safe and stateless.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from concurrent.futures import Future
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
-#: Start the next attempt after this time even if none has failed, seconds (RFC 8305, section 5).
+#: Delay before the next attempt unless the last one failed, seconds (RFC 8305, section 5).
 ATTEMPT_DELAY_S = 0.25
 
-#: Family and socket address, as `socket.getaddrinfo` returns them.
+#: Family and socket address, in the format of `socket.getaddrinfo`.
 Address: TypeAlias = tuple[int, Any]
 
-#: Set on every connection. A peer that is gone without a word is noticed after 15 + 3 x 5 s: a
-#: response may be awaited for minutes, and the kernel's own default is 2 hours (tcp(7)).
+#: Options of every connection. A vanished peer is detected after 15 + 3 x 5 s. A response may take
+#: minutes, and the kernel's default for the detection is 2 hours (tcp(7)).
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -40,22 +40,22 @@ def connect(host: str, port: int, deadline: float) -> socket.socket:
 
     Args:
         host: a name or an IP address, without brackets.
-        port: of TCP.
-        deadline: when to give up, on `time.monotonic`.
+        port: TCP port.
+        deadline: on the clock `time.monotonic`.
 
     Raises:
         TimeoutError: no connection by the deadline.
-        OSError: the name is unknown, or every address failed: the error of the last one.
+        OSError: the name is unknown, or every address failed; the error of the last address.
     """
     return connect_any(resolve(host, port, deadline), deadline)
 
 
 def resolve(host: str, port: int, deadline: float) -> list[Address]:
-    """Return the addresses of a host, families alternating, in the resolver's order otherwise.
+    """Return the addresses of a host, with alternating address families.
 
     Raises:
-        TimeoutError: no addresses by the deadline; the lookup goes on without effect.
-        OSError: the name is unknown, or cannot be looked up now.
+        TimeoutError: no addresses by the deadline; the lookup continues without effect.
+        OSError: the name is unknown, or the lookup fails temporarily.
     """
     try:
         return _lookup(host, port, socket.AI_NUMERICHOST)
@@ -69,46 +69,45 @@ def resolve(host: str, port: int, deadline: float) -> list[Address]:
         except OSError as error:
             future.set_exception(error)
 
-    # getaddrinfo(3) has no time-out of its own, and takes 20 s where no resolver responds.
+    # getaddrinfo(3) has no timeout parameter, and takes 20 s if no resolver responds.
     threading.Thread(target=run, name=f"resolve {host}", daemon=True).start()
     try:
         return future.result(max(deadline - time.monotonic(), 0.0))
     except TimeoutError:
-        raise TimeoutError("timed out while the host name was looked up") from None
+        raise TimeoutError("timed out looking up the host name") from None
 
 
 def connect_any(addresses: Sequence[Address], deadline: float) -> socket.socket:
-    """Return a blocking socket that is connected to the first of some addresses that accepts.
+    """Return a blocking socket that is connected to the first address that accepts.
 
     Args:
-        addresses: one or more; an attempt is made every `ATTEMPT_DELAY_S`, and as soon as the one
-            before has failed.
-        deadline: when to give up, on `time.monotonic`.
+        addresses: tried every `ATTEMPT_DELAY_S`, or as soon as the previous one has failed.
+        deadline: on the clock `time.monotonic`.
 
     Raises:
         TimeoutError: no connection by the deadline.
-        OSError: every address failed: the error of the last one.
+        OSError: every address failed; the error of the last address.
     """
-    waiting = deque(addresses)
+    remaining = deque(addresses)
     attempts: dict[int, socket.socket] = {}
     poll = select.poll()
     next_at = time.monotonic()
     failure = OSError("the host has no address")
     try:
-        while waiting or attempts:
+        while remaining or attempts:
             now = time.monotonic()
             if now >= deadline:
                 raise TimeoutError("timed out")
-            if waiting and (not attempts or now >= next_at):
+            if remaining and (not attempts or now >= next_at):
                 next_at = now + ATTEMPT_DELAY_S
                 try:
-                    attempt = _start(*waiting.popleft())
-                except OSError as error:  # no route, or no such family here
+                    attempt = _start(*remaining.popleft())
+                except OSError as error:  # no route, or the address family is unsupported
                     failure, next_at = error, now
                     continue
                 attempts[attempt.fileno()] = attempt
                 poll.register(attempt, select.POLLOUT)
-            until = min(deadline, next_at) if waiting else deadline
+            until = min(deadline, next_at) if remaining else deadline
             for fd, _ in poll.poll(math.ceil(max(until - now, 0.0) * 1000)):
                 poll.unregister(fd)
                 try:
@@ -127,7 +126,7 @@ def connect_any(addresses: Sequence[Address], deadline: float) -> socket.socket:
 def _lookup(host: str, port: int, flags: int = 0) -> list[Address]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    except UnicodeError:  # IDNA cannot encode it, so it is as unknown as any other
+    except UnicodeError:  # a name that IDNA cannot encode does not exist
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
     by_family: dict[int, list[Address]] = {}
     for family, *_, address in found:
@@ -137,7 +136,7 @@ def _lookup(host: str, port: int, flags: int = 0) -> list[Address]:
 
 
 def _start(family: int, address: Any) -> socket.socket:
-    """Begin to connect, without waiting."""
+    """Start to connect without blocking."""
     attempt = socket.socket(family, socket.SOCK_STREAM)
     try:
         attempt.setblocking(False)
@@ -152,10 +151,10 @@ def _start(family: int, address: Any) -> socket.socket:
 
 
 def _finish(attempt: socket.socket) -> None:
-    """Make a socket blocking that has connected.
+    """Make a connected socket blocking.
 
     Raises:
-        OSError: it has not: why.
+        OSError: the socket failed to connect.
     """
     number = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if number:

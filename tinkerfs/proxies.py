@@ -1,9 +1,8 @@
-"""Which proxy a URL is asked through, by the environment, as curl and requests read it.
+"""Select the proxy for a URL from the environment, like curl and requests.
 
-The one module that decides that, for the API and for object stores alike. Read are HTTP_PROXY,
-HTTPS_PROXY, ALL_PROXY and NO_PROXY; the lower-case name of each comes first. A request to this
-machine is never sent through a proxy. A login in a variable is a secret: it is in no message, and
-in no text that a `Proxy` is shown as.
+Used for the API and for object stores. The variables are HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
+NO_PROXY; the lower-case name of each takes precedence. A request to this machine never uses a
+proxy. A login in a variable is a secret: it appears in no message and in no text of a `Proxy`.
 """
 
 import ipaddress
@@ -19,7 +18,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from tinkerfs import errors
 from tinkerfs.errors import StartupError
 
-#: Scheme of a variable's value -> what the proxy speaks. GNOME's settings write `socks`.
+#: Protocol of the proxy by the scheme of its URL. GNOME's settings write `socks`.
 _PROTOCOLS: Final = {
     "http": "http",
     "https": "https",
@@ -35,14 +34,14 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """One proxy.
+    """A proxy server.
 
     Attributes:
         protocol: "http", "https" (TLS to the proxy), or "socks5h" (SOCKS 5; the proxy resolves
-            names, because httpx has no other way).
+            names, because httpx supports only that).
         host: a name or an address, without brackets.
         port: TCP port.
-        login: user name and password; None for a proxy that asks for none.
+        login: user name and password; None if the variable has none.
     """
 
     protocol: str
@@ -66,14 +65,14 @@ class Proxy:
 
 
 def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> Proxy | None:
-    """Return the proxy for a URL of http or https, None for a direct connection.
+    """Return the proxy for an http or https URL, None for a direct connection.
 
     Args:
-        url: what is to be requested.
-        environ: the environment; None for the process's.
+        url: URL of the request.
+        environ: environment variables; None for those of the process.
 
     Raises:
-        SetupError: the variable that counts holds no proxy that can be used; names the variable.
+        StartupError: the variable, which is in the message, does not contain a usable proxy.
     """
     environ = os.environ if environ is None else environ
     parts = urlsplit(url)
@@ -87,13 +86,13 @@ def proxy_for(url: str, environ: Mapping[str, str] | None = None) -> Proxy | Non
         return _parse(value)
     except ValueError as error:
         raise StartupError(
-            f"{variable} names no proxy that can be used: {errors.redact(str(error))}"
-            " (hint: correct it, or name the host in NO_PROXY, and start again)"
+            f"{variable} does not name a usable proxy: {errors.redact(str(error))}"
+            " (hint: correct it or add the host to NO_PROXY, then start again)"
         ) from None
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host of a URL is this machine by its very name or address (RFC 6761, 6.3)."""
+    """Return whether a URL's host is this machine by name or address (RFC 6761)."""
     name = host.lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -102,37 +101,37 @@ def is_loopback(host: str) -> bool:
 
 
 def _variable_for(scheme: str, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return the variable that counts for a scheme, and its value; empty for no proxy."""
+    """Return the name and value of the variable for a scheme; empty for no proxy."""
     variable, value = _read(environ, f"{scheme.upper()}_PROXY")
     return (variable, value) if value else _read(environ, "ALL_PROXY")
 
 
 def _read(environ: Mapping[str, str], name: str) -> tuple[str, str]:
-    """Return the variable's name as it is set, and its value."""
+    """Return the name under which the variable is set, and its value."""
     lower = environ.get(name.lower())
-    if lower is not None:  # an empty one switches the other off
+    if lower is not None:  # an empty value disables the upper-case variable
         return name.lower(), lower.strip()
     if name == "HTTP_PROXY" and "REQUEST_METHOD" in environ:
-        return name, ""  # in a CGI process that is a client's header (https://httpoxy.org)
+        return name, ""  # a header of the client in a CGI process (https://httpoxy.org)
     return name, environ.get(name, "").strip()
 
 
 def _parse(value: str) -> Proxy:
-    """Return the proxy that a variable names.
+    """Return the proxy for the value of a variable.
 
     Raises:
-        ValueError: the value does not name one; the message holds nothing of a login.
+        ValueError: the value is not a proxy URL; the message does not contain the login.
     """
     try:
         parts = urlsplit(value if "://" in value else f"http://{value}")
         host, port = parts.hostname, parts.port
-    except ValueError:  # whose text would quote all of it
+    except ValueError:  # its message would quote the whole URL
         raise ValueError("not a URL") from None
     protocol = _PROTOCOLS.get(parts.scheme)
     if protocol is None:
-        raise ValueError(f"its scheme is {parts.scheme!r}, not http, https or socks5h")
+        raise ValueError(f"the scheme is {parts.scheme!r}, not http, https or socks5h")
     if not host or port == 0:
-        raise ValueError("it has no host or no port")
+        raise ValueError("the URL has no host or no port")
     login = None
     if parts.username or parts.password:
         login = unquote(parts.username or ""), unquote(parts.password or "")
@@ -147,11 +146,11 @@ def _port_of(parts: SplitResult) -> int:
 
 
 def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
-    """Tell whether NO_PROXY names a host.
+    """Return whether NO_PROXY matches a host.
 
-    Its entries have commas or spaces between them. One is `*`, a name that stands for its
-    subdomains too (`corp`, `.corp`, `*.corp`), an address, or a network (`10.0.0.0/8`); behind it
-    may stand a port. An IPv6 address may have brackets.
+    Entries are separated by commas or spaces. An entry is `*`, a name that also matches its
+    subdomains (`corp`, `.corp`, `*.corp`), an address, or a network (`10.0.0.0/8`), optionally
+    followed by a port. An IPv6 address may have brackets.
     """
     address = _address_of(host)
     return any(
@@ -189,13 +188,13 @@ def _split_port(entry: str) -> tuple[str, int | None]:
 
 
 def _address_of(host: str) -> _Address | None:
-    """Return the address that a host of a URL is, None for a name."""
+    """Return the IP address of a URL's host, None for a name."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         if not re.fullmatch(r"[0-9a-fA-FxX.]*[0-9a-fA-F]", host) or not host[0].isdigit():
             return None
-        try:  # as the resolver takes it: 127.1, 0x7f000001
+        try:  # forms that the resolver accepts: 127.1, 0x7f000001
             return ipaddress.IPv4Address(socket.inet_aton(host))
         except OSError:
             return None

@@ -1,7 +1,7 @@
-"""Open regular files without ever waiting for what else may have their name.
+"""Open regular files, and fail immediately for a FIFO or a device.
 
-open(2) of a FIFO waits until another process opens its other end, and a reader in the daemon that
-waits so freezes the mount. Every file on disk is opened through this module. Thread-safe.
+open(2) of a FIFO blocks until another process opens its other end, which would freeze a thread of
+the mount. Every file on disk is opened through this module. Thread-safe.
 """
 
 import os
@@ -23,14 +23,14 @@ def open_regular(
     O_NONBLOCK stays set: it changes nothing for a regular file (open(2)).
 
     Args:
-        path: of the file.
-        flags: as for `os.open`, without O_TRUNC, which would act before the check.
+        path: path of the file.
+        flags: flags of `os.open`, without O_TRUNC, which would take effect before the check.
         mode: permission bits of a new file.
         dir_fd: the directory that a relative path starts from.
         follow_symlinks: whether the last component may be a symbolic link.
 
     Raises:
-        OSError: EINVAL if the file is not regular, ELOOP for a symbolic link; as open(2).
+        OSError: EINVAL if the file is not regular, ELOOP for a symbolic link; see open(2).
     """
     flags |= os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     if not follow_symlinks:
@@ -53,12 +53,12 @@ def open_directory(
     """Open a directory and return its descriptor, which the caller closes.
 
     Args:
-        path: of the directory.
-        dir_fd: as `open_regular`.
+        path: path of the directory.
+        dir_fd: the directory that a relative path starts from.
         follow_symlinks: whether the last component may be a symbolic link.
 
     Raises:
-        OSError: ENOTDIR for what is not a directory, a symbolic link included; as open(2).
+        OSError: ENOTDIR if the path is not a directory, or is a symbolic link; see open(2).
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     if not follow_symlinks:
@@ -69,15 +69,10 @@ def open_directory(
 def read_regular(
     path: str | os.PathLike[str], max_bytes: int, *, follow_symlinks: bool = False
 ) -> bytes:
-    """Return the content of a regular file.
-
-    Args:
-        path: of the file.
-        max_bytes: what is read at most; the rest of a longer file is left out.
-        follow_symlinks: as `open_regular`.
+    """Return the content of a regular file, truncated to `max_bytes`.
 
     Raises:
-        OSError: as `open_regular`.
+        OSError: the same as for `open_regular`.
     """
     fd = open_regular(path, os.O_RDONLY, follow_symlinks=follow_symlinks)
     with open(fd, "rb") as file:
@@ -85,7 +80,7 @@ def read_regular(
 
 
 def is_regular(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path names a regular file; a symbolic link does not."""
+    """Return whether a path is a regular file; False for a symbolic link."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""What the mount tells of itself: counters, last failures, last changes, what is waited for.
+"""Telemetry of a mount: counters, recent failures and changes, pending waits.
 
-Everybody calls down into one `Telemetry`; `.tinkerfs/` and `tinkerfs status` show it. Thread-safe.
-No key and no signed URL comes in: all words from outside passed `errors.redact` before.
+All layers report to one `Telemetry`; `.tinkerfs/` and `tinkerfs status` show it. Thread-safe. It
+never receives an API key or a signed URL: external text passes through `errors.redact` first.
 """
 
 import logging
@@ -17,36 +17,36 @@ from tinkerfs import errors
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import Caller
 from tinkerfs.journal import Journal
-from tinkerfs.printable import printable
+from tinkerfs.printable import escape_control_chars
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Line:
+class _ErrorRecord:
     time: float
     text: str
-    times: int = 1
+    count: int = 1
 
 
 @dataclass(slots=True)
 class MutationRecord:
-    """One change that was asked for through this mount.
+    """One change that was requested through this mount.
 
     Attributes:
-        time: when it was asked for, seconds since 1970.
+        time: time of the request, seconds since 1970.
         path: the file that was written or removed.
-        what: what the API is asked to do.
-        who: the process and user.
-        outcome: how it ended, or that it has not.
-        caller_left: why its caller no longer waited; empty while it did.
+        action: the API operation.
+        actor: the process and user.
+        outcome: result of the change, or that it is in flight.
+        abandoned_with: errno name with which the caller stopped waiting; empty if it did not.
     """
 
     time: float
     path: str
     action: str
     actor: str
-    outcome: str = "under way"
+    outcome: str = "in flight"
     abandoned_with: str = ""
 
 
@@ -58,108 +58,109 @@ class Telemetry:
         self._lock = threading.Lock()
         self._started = clock.now()
         self._started_monotonic = clock.monotonic()
-        #: The last failures and changes. Entries are changed by this class alone.
-        self.errors: Journal[_Line] = Journal(_error_text)
-        self.changes: Journal[MutationRecord] = Journal(_change_text)
+        #: The last failures and changes. Only this class changes their entries.
+        self.errors: Journal[_ErrorRecord] = Journal(_format_error)
+        self.changes: Journal[MutationRecord] = Journal(_format_mutation)
         # All guarded by _lock.
         self._counters: Counter[str] = Counter()
-        self._calls: dict[str, Counter[str]] = {}
-        self._last_error: _Line | None = None
-        self._waits: dict[int, tuple[str, float]] = {}
-        self._next_wait = 0
+        self._requests: dict[str, Counter[str]] = {}
+        self._last_error: _ErrorRecord | None = None
+        self._pending: dict[int, tuple[str, float]] = {}
+        self._next_pending = 0
 
     def count(self, name: str, amount: int = 1) -> None:
-        """Add to a named counter, e.g. "cache_hits"."""
+        """Add to a named counter, e.g. "metadata_cache_hits"."""
         with self._lock:
             self._counters[name] += amount
 
     def counter_value(self, name: str) -> int:
-        """Return a named counter."""
+        """Return the value of a named counter."""
         with self._lock:
             return self._counters[name]
 
     def pending(self) -> list[tuple[str, float]]:
-        """Return what is being waited for, and for how many seconds so far."""
+        """Return every pending wait as its description and the seconds since its start."""
         with self._lock:
             now = self._clock.monotonic()
-            return [(what, now - since) for what, since in self._waits.values()]
+            return [(what, now - since) for what, since in self._pending.values()]
 
     def record_request(self, endpoint: str, outcome: str) -> None:
-        """Count one HTTP request: `outcome` is its status, or what went wrong instead of one."""
+        """Count one HTTP request by its outcome: the status, or the kind of failure."""
         with self._lock:
-            self._calls.setdefault(endpoint, Counter())[outcome] += 1
+            self._requests.setdefault(endpoint, Counter())[outcome] += 1
 
     def record_error(self, path: str, operation: str, error: OSError) -> None:
-        """Remember and log a failed operation; the same failure again only counts up."""
-        number = errors.errno_name(error)
-        words = errors.redact(error.strerror or "")
-        text = f"{printable(path) or '-'}\t{operation}\t{number}\t{words}"
+        """Record and log a failed operation; a repetition only increments its count."""
+        name = errors.errno_name(error)
+        reason = errors.redact(error.strerror or "")
+        text = f"{escape_control_chars(path) or '-'}\t{operation}\t{name}\t{reason}"
         level = logging.WARNING if errors.is_upstream_failure(error) else logging.INFO
         log.log(level, "%s", text.replace("\t", " "))
         with self._lock:
             self._counters["errors"] += 1
             last = self._last_error
             if last is not None and last.text == text:
-                last.times += 1
+                last.count += 1
                 last.time = self._clock.now()
                 self.errors.amend(last)
             else:
-                self._last_error = _Line(self._clock.now(), text)
+                self._last_error = _ErrorRecord(self._clock.now(), text)
                 self.errors.add(self._last_error)
 
-    def begin_mutation(self, path: str, what: str, caller: Caller) -> MutationRecord:
-        """Record a change before anything is done about it; `change_ended` says how it went."""
-        who = f"{caller.command()}[{caller.pid}] uid {caller.uid}"
-        change = MutationRecord(self._clock.now(), path, what, who)
-        self.changes.add(change)
-        log.info("%s: %s asked for by %s", path, what, who)
-        return change
+    def begin_mutation(self, path: str, action: str, caller: Caller) -> MutationRecord:
+        """Record a change before it is sent; `end_mutation` records its outcome."""
+        actor = f"{caller.command()}[{caller.pid}] uid {caller.uid}"
+        mutation = MutationRecord(self._clock.now(), path, action, actor)
+        self.changes.add(mutation)
+        log.info("%s: %s requested by %s", path, action, actor)
+        return mutation
 
-    def end_mutation(self, change: MutationRecord, outcome: str) -> None:
-        """Record how a change ended."""
-        change.outcome = errors.redact(outcome)
-        self.changes.amend(change)
-        log.info("%s: %s: %s", change.path, change.action, change.outcome)
+    def end_mutation(self, mutation: MutationRecord, outcome: str) -> None:
+        """Record the outcome of a change."""
+        mutation.outcome = errors.redact(outcome)
+        self.changes.amend(mutation)
+        log.info("%s: %s: %s", mutation.path, mutation.action, mutation.outcome)
 
     @contextmanager
     def track_pending(self, what: str) -> Iterator[None]:
-        """Show `what` as being waited for while the body runs."""
+        """Show a wait as pending while the body runs."""
         with self._lock:
-            number = self._next_wait = self._next_wait + 1
-            self._waits[number] = (what, self._clock.monotonic())
+            number = self._next_pending = self._next_pending + 1
+            self._pending[number] = (what, self._clock.monotonic())
         try:
             yield
         finally:
             with self._lock:
-                del self._waits[number]
+                del self._pending[number]
 
     def snapshot(self) -> dict[str, object]:
-        """Return everything as plain JSON values; times are RFC 3339, spans seconds."""
+        """Return all values as plain JSON types; times as RFC 3339, durations in seconds."""
         with self._lock:
             now = self._clock.monotonic()
-            calls = {endpoint: dict(outcomes) for endpoint, outcomes in sorted(self._calls.items())}
-            hits, misses = self._counters["cache_hits"], self._counters["cache_misses"]
+            requests = {name: dict(counts) for name, counts in sorted(self._requests.items())}
+            hits = self._counters["metadata_cache_hits"]
+            lookups = hits + self._counters["metadata_cache_misses"]
             return {
                 "pid": os.getpid(),
                 "started": rfc3339(self._started),
                 "uptime_s": round(now - self._started_monotonic, 3),
-                "calls": calls,
-                "calls_total": sum(sum(outcomes.values()) for outcomes in calls.values()),
-                "cache_hit_rate": round(hits / (hits + misses), 4) if hits + misses else None,
+                "api_requests": requests,
+                "api_requests_total": sum(sum(counts.values()) for counts in requests.values()),
+                "metadata_cache_hit_ratio": round(hits / lookups, 4) if lookups else None,
                 "counters": dict(sorted(self._counters.items())),
-                "waiting": [
-                    {"what": printable(what), "for_s": round(now - since, 3)}
-                    for what, since in self._waits.values()
+                "pending": [
+                    {"what": escape_control_chars(what), "elapsed_s": round(now - since, 3)}
+                    for what, since in self._pending.values()
                 ],
-                "last_errors": [_error_text(line) for line in self.errors.entries()[-5:]],
+                "last_errors": [_format_error(error) for error in self.errors.entries()[-5:]],
             }
 
     def errors_text(self) -> str:
-        """Return the last failures, a line each, newest last."""
+        """Return the last failures, one per line, newest last."""
         return self.errors.text().decode()
 
     def changes_text(self) -> str:
-        """Return the last changes, a line each, newest last."""
+        """Return the last changes, one per line, newest last."""
         return self.changes.text().decode()
 
 
@@ -168,17 +169,17 @@ def rfc3339(seconds: float) -> str:
     return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _format_outcome(change: MutationRecord) -> str:
-    return change.outcome + (
-        f" (its caller: {change.abandoned_with})" if change.abandoned_with else ""
+def _format_outcome(mutation: MutationRecord) -> str:
+    return mutation.outcome + (
+        f" (its caller: {mutation.abandoned_with})" if mutation.abandoned_with else ""
     )
 
 
-def _change_text(change: MutationRecord) -> str:
-    fields = (change.path, change.action, change.actor, _format_outcome(change))
-    return "\t".join((rfc3339(change.time), *map(printable, fields)))
+def _format_mutation(mutation: MutationRecord) -> str:
+    fields = (mutation.path, mutation.action, mutation.actor, _format_outcome(mutation))
+    return "\t".join((rfc3339(mutation.time), *map(escape_control_chars, fields)))
 
 
-def _error_text(line: _Line) -> str:
-    times = f"\t({line.times} times)" if line.times > 1 else ""
-    return f"{rfc3339(line.time)}\t{line.text}{times}"
+def _format_error(error: _ErrorRecord) -> str:
+    count = f"\t({error.count} times)" if error.count > 1 else ""
+    return f"{rfc3339(error.time)}\t{error.text}{count}"

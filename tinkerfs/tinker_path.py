@@ -1,14 +1,14 @@
-"""The value type TinkerPath: `tinker://<run_id>/<kind>/<name>` (pure)."""
+"""Parse and format tinker paths: `tinker://<run_id>/<kind>/<name>` (pure)."""
 
 from dataclasses import dataclass
 from typing import Self
 
 _SCHEME = "tinker://"
 
-#: The kinds of checkpoint that a tinker path can name (Tinker SDK, types/checkpoint.py).
+#: Kinds of checkpoint in a tinker path (Tinker SDK, types/checkpoint.py).
 KINDS = ("weights", "sampler_weights", "external_weights")
 
-#: Which kind a checkpoint's `checkpoint_type` is stored under.
+#: Kind in the tinker path for each `checkpoint_type`.
 KIND_OF_TYPE = {
     "training": "weights",
     "sampler": "sampler_weights",
@@ -18,12 +18,12 @@ KIND_OF_TYPE = {
 
 @dataclass(frozen=True, slots=True)
 class TinkerPath:
-    """A checkpoint's address.
+    """The path of a checkpoint.
 
     Attributes:
         run_id: the training run.
-        kind: the second part, e.g. "weights"; empty in the two-part paths of older data.
-        name: the rest.
+        kind: the second component, e.g. "weights"; empty in two-part paths of older data.
+        name: the remaining components.
     """
 
     run_id: str
@@ -32,18 +32,18 @@ class TinkerPath:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a tinker path.
+        """Parse a tinker path.
 
         Raises:
-            ValueError: it does not start with `tinker://`, or a part is empty.
+            ValueError: the text does not start with `tinker://`, or a component is empty.
         """
         if not text.startswith(_SCHEME):
-            raise ValueError(f"a tinker path starts with {_SCHEME}: {text!r}")
+            raise ValueError(f"a tinker path must start with {_SCHEME}: {text!r}")
         run_id, _, rest = text[len(_SCHEME) :].partition("/")
         first, slash, second = rest.partition("/")
         kind, name = (first, second) if slash else ("", first)
         if not run_id or not name or (slash and not kind):
-            raise ValueError(f"a tinker path is {_SCHEME}<run>/<kind>/<name>: {text!r}")
+            raise ValueError(f"a tinker path must be {_SCHEME}<run>/<kind>/<name>: {text!r}")
         return cls(run_id, kind, name)
 
     def __str__(self) -> str:

@@ -1,10 +1,11 @@
-"""Which certificates are trusted, by the API and by object stores alike, and why one is refused.
+"""TLS contexts for the API and object stores, and certificate errors.
 
-The certificates that REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, SSL_CERT_FILE and SSL_CERT_DIR name, all
-of them together; where none is set, those of the system; where the system has none, Mozilla's.
+Trusted are the certificates in REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, SSL_CERT_FILE and SSL_CERT_DIR
+together. If none of the variables is set, the system's certificates are trusted; if the system has
+none, Mozilla's are.
 
-The truststore package reads the system's store likewise. It reads it again for each connection,
-and holds a lock through each handshake, so one server that stalls would stall all the others.
+The truststore package also reads the system's certificates. But it reads them again for each
+connection and holds a lock during each handshake, so a stalled server would delay all others.
 """
 
 import os
@@ -16,10 +17,10 @@ from typing import Final
 from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
-#: Variables that each name a bundle of certificates, or a directory of them, of one or more tools.
+#: Variables of several tools that name a bundle, or a directory, of certificates.
 _VARIABLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
-#: Bundles of distributions: an interpreter that brings its own OpenSSL looks in other places.
+#: Bundles of distributions; an interpreter with its own OpenSSL searches other directories.
 _SYSTEM_BUNDLES: Final = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Arch, Gentoo
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",  # Fedora, RHEL
@@ -32,29 +33,29 @@ _SYSTEM_BUNDLES: Final = (
 _NOT_YET_VALID, _EXPIRED = 9, 10
 _OTHER_NAMES: Final = frozenset({62, 63, 64})
 
-_HINT_OF_TIME: Final = "check this machine's clock; the server's owner renews a certificate"
-_HINT_OF_NAME: Final = "check the host in --base-url, and what answers for it, such as a portal"
+_HINT_OF_TIME: Final = "check this machine's clock; otherwise the server needs a new certificate"
+_HINT_OF_NAME: Final = "check the host in --base-url, and whether a captive portal intercepts it"
 _HINT_OF_TRUST: Final = (
-    "name the certificates to trust, such as your company's, in SSL_CERT_FILE or"
-    " REQUESTS_CA_BUNDLE, or add them to the system's"
+    "set SSL_CERT_FILE or REQUESTS_CA_BUNDLE to the certificates to trust, such as your company's,"
+    " or add them to the system's"
 )
 
 
 def trusting_context(environ: Mapping[str, str] | None = None) -> ssl.SSLContext:
-    """Return a new context that verifies servers; not shared, so its user may change it.
+    """Return a new context that verifies servers; the caller may change it.
 
     Args:
-        environ: the environment; None for the process's.
+        environ: environment variables; None for those of the process.
 
     Raises:
-        SetupError: what a variable names cannot be read; names the variable.
+        StartupError: the certificates of a variable, which is in the message, cannot be read.
     """
     environ = os.environ if environ is None else environ
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # As curl does: a bundle may name an intermediate alone.
+    # Like curl: a bundle may contain only an intermediate certificate.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    # An empty value means that nothing is named. It never means that nothing is verified.
-    named: dict[str, str] = {}  # path -> variable; often all name one bundle, which takes 0.03 s
+    # An empty value counts as unset. It never disables verification.
+    named: dict[str, str] = {}  # path -> variable; often all variables name the same bundle
     for variable in _VARIABLES:
         value = environ.get(variable, "")
         for path in value.split(":") if variable == "SSL_CERT_DIR" else [value]:
@@ -72,14 +73,14 @@ def _load(context: ssl.SSLContext, variable: str, path: str) -> None:
         if os.path.isdir(path):
             context.load_verify_locations(capath=path)
         else:
-            # OpenSSL would wait for the other end of a FIFO.
+            # OpenSSL would block on a FIFO.
             os.close(open_regular(path, os.O_RDONLY, follow_symlinks=True))
             context.load_verify_locations(cafile=path)
-    except OSError as error:  # ssl.SSLError too: a file without a certificate
+    except OSError as error:  # includes ssl.SSLError, for a file without certificates
         reason = error.strerror if not isinstance(error, ssl.SSLError) else "not certificates"
         raise StartupError(
             f"{variable}: the certificates in {path} cannot be read: {reason}"
-            f" (hint: correct {variable}, and start again)"
+            f" (hint: correct {variable} and start again)"
         ) from None
 
 
@@ -97,7 +98,7 @@ def _load_system(context: ssl.SSLContext) -> None:
 
 
 def _has_certificates(directory: str) -> bool:
-    """Tell whether OpenSSL finds a certificate in a directory: by the hash that names it."""
+    """Return whether a directory has certificates with OpenSSL's hashed names."""
     try:
         return any(re.fullmatch(r"[0-9a-f]{8}\.\d+", name) for name in os.listdir(directory))
     except OSError:
@@ -105,11 +106,11 @@ def _has_certificates(directory: str) -> bool:
 
 
 def describe_refusal(error: BaseException, host: str) -> str | None:
-    """Return why a server's certificate is refused, with a hint; None for another error.
+    """Return the message for a rejected certificate; None for another error.
 
     Args:
-        error: what an HTTP library raised; the errors that it stands for are searched.
-        host: the server, for the message.
+        error: exception of an HTTP library; its causes are searched.
+        host: host of the server, for the message.
     """
     refusal = _find_refusal(error, set())
     if refusal is None:

@@ -1,1 +1,1 @@
-"""What tests share: servers, drivers, clocks."""
+"""Shared parts of the tests: servers, drivers, clocks."""

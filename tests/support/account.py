@@ -1,4 +1,4 @@
-"""Accounts of a demo server, mounted by a process of their own, and what became of them.
+"""Accounts of a demo server, mounted in a separate process, with helpers for assertions.
 
 Run as a program it mounts: `python -m tests.support.account MOUNTPOINT SETTINGS-AS-JSON`.
 """
@@ -19,7 +19,7 @@ import pytest
 from tests.support.mount import BINDINGS, ROOT, force_unmount
 from tinkerfs.demo.server import DemoServer
 
-#: Names that a server may send, and a file system must bear.
+#: Difficult names that a server may send.
 HOSTILE_NAMES = (
     "a/b",
     "../../etc/passwd",
@@ -41,7 +41,7 @@ HOSTILE_NAMES = (
     "x" * 300,
     "ü" * 200,
     "\udcff\udcfe",  # the bytes FF FE
-    "\ud800",  # stands for no byte
+    "\ud800",  # not a surrogate escape of a byte
     ".hidden",
     ".git",
     "._resource",
@@ -52,27 +52,27 @@ HOSTILE_NAMES = (
 
 
 def can_be_listed(profile, name):
-    """Tell whether a server can list a name: a bare id with a slash would be a kind and a name."""
+    """Return whether a server can list a name: a bare id with a slash means a kind and a name."""
     return profile.listed_ids == "kind/name" or "/" not in name
 
 
-def tells_last(profile):
-    """Tell whether a server's runs tell their last checkpoints."""
+def lists_last_checkpoints(profile):
+    """Return whether the runs of a server have their last checkpoints."""
     return "last_checkpoint" not in profile.nulls and "GET training_runs" not in profile.missing
 
 
 def checkpoint_ids(server):
-    """Every checkpoint that the server has, as `<run>/<kind>/<name>`."""
+    """Return every checkpoint of the server as `<run>/<kind>/<name>`."""
     return {f"{run.id}/{c.id}" for run in server.account.runs() for c in run.checkpoints}
 
 
 def deletes(server):
-    """How many deletions the server was asked for."""
+    """Return the number of delete requests to the server."""
     return sum(1 for e in server.journal.entries("api") if e.endpoint == "DELETE checkpoint")
 
 
 def api_calls(server):
-    """How many calls of the API there were, by endpoint."""
+    """Return the number of API requests by endpoint."""
     calls = {}
     for entry in server.journal.entries("api"):
         calls[entry.endpoint] = calls.get(entry.endpoint, 0) + 1
@@ -88,21 +88,21 @@ def new_run(server, *names, **fields):
 
 
 @contextmanager
-def mounted(server, folder, binding, **settings):
-    """Mount the account of a server; yields the mountpoint.
+def mounted(server, directory, binding, **settings):
+    """Mount the account of a server, and yield the mountpoint.
 
     Args:
         server: a DemoServer.
-        folder: where mountpoint, cache and log are made.
+        directory: parent of the mountpoint, the cache and the log.
         binding: the FUSE binding.
-        settings: fields of Settings, and `lookup_timeout_s` as `mounting.serve` takes it.
+        settings: fields of Settings, and `lookup_timeout_s` of `session.serve`.
     """
-    folder.mkdir(exist_ok=True)
-    mountpoint, cache_dir, log = folder / "mnt", folder / "cache", folder / "log"
+    directory.mkdir(exist_ok=True)
+    mountpoint, cache_dir, log = directory / "mnt", directory / "cache", directory / "log"
     mountpoint.mkdir(exist_ok=True)
     cache_dir.mkdir(mode=0o700, exist_ok=True)
     values = {"base_url": server.base_url, "cache_dir": str(cache_dir), **settings}
-    environment = {"TINKERFS_FUSE_BINDING": binding, "HOME": str(folder), **server.environment}
+    environment = {"TINKERFS_FUSE_BINDING": binding, "HOME": str(directory), **server.environment}
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.account", str(mountpoint), json.dumps(values)],
@@ -140,7 +140,7 @@ class Account:
         return self.root / path
 
     def sh(self, script, *, shell=("bash", "-c"), timeout_s=60, cwd=None, **kwargs):
-        """Run a script at the mount's root, in a session of its own; return what came of it."""
+        """Run a script at the root of the mount in a new session, and return its result."""
         return subprocess.run(
             [*shell, script],
             cwd=self.root if cwd is None else cwd,
@@ -156,7 +156,7 @@ class Account:
         )
 
     def start(self, *command):
-        """Start a command at the mount's root, in a session of its own."""
+        """Start a command at the root of the mount in a new session."""
         return subprocess.Popen(
             command,
             cwd=self.root,
@@ -175,14 +175,14 @@ class Account:
         self.path(".tinkerfs/refresh").write_bytes(b"1")
 
     def new_run(self, *names, **fields):
-        """Add a run with checkpoints `<kind>/<name>`; return its folder, from the root."""
+        """Add a run with checkpoints `<kind>/<name>`; return its directory relative to the root."""
         run_id = new_run(self.server, *names, **fields)
         self.refresh()
         self.server.journal.clear()
         return f"runs/{run_id}"
 
     def checkpoint_ids(self, run=None):
-        """What the server has: of a run's folder, or all."""
+        """Return the checkpoints of the server: of a run, by its directory, or all."""
         found = checkpoint_ids(self.server)
         if run is None:
             return found
@@ -196,7 +196,7 @@ class Account:
         return self.path(".tinkerfs/changes").read_text(errors="surrogateescape")
 
     def eventually(self, condition, timeout_s=5.0):
-        """Wait until something holds; tell whether it came to."""
+        """Wait until a condition is true; return False if it is not in time."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
@@ -206,7 +206,7 @@ class Account:
 
 
 def needs(tools):
-    """Skip the test where a tool is not installed."""
+    """Skip the test if a tool is not installed."""
     for tool in tools:
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
@@ -218,13 +218,15 @@ def quoted(*paths):
 
 @pytest.fixture(scope="module", params=BINDINGS)
 def make_account(request, tmp_path_factory):
-    """A factory of mounted accounts under each binding: `settings`, and the server's arguments."""
+    """A factory of mounted accounts for each FUSE binding, with settings and server arguments."""
     with ExitStack() as stack:
 
         def make(settings=None, **options):
             server = stack.enter_context(DemoServer(**options))
-            folder = tmp_path_factory.mktemp(request.param)
-            root = stack.enter_context(mounted(server, folder, request.param, **(settings or {})))
+            directory = tmp_path_factory.mktemp(request.param)
+            root = stack.enter_context(
+                mounted(server, directory, request.param, **(settings or {}))
+            )
             return Account(server, root)
 
         yield make
@@ -232,7 +234,7 @@ def make_account(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def account(make_account):
-    """3 runs with 4 checkpoints each."""
+    """An account of 3 runs with 4 checkpoints each."""
     return make_account(runs=3, checkpoints=4)
 
 

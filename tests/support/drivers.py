@@ -1,4 +1,4 @@
-"""One way to ask every face of the file system the same questions: in process, fsspec, the kernel.
+"""Drivers with one interface for the file system: in process, fsspec and the kernel.
 
 Paths are relative to the root, without a slash in front; links are followed wherever `os` follows
 them. Failures are `OSError`s everywhere.
@@ -27,13 +27,13 @@ from tinkerfs.context import Caller, RequestContext
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
 KINDS = ("process", "fsspec", *BINDINGS)
 
-#: A shell's words for an errno are `os.strerror`'s.
+#: A shell shows an errno with the text of `os.strerror`.
 OK = "OK"
 
 
 @dataclass(frozen=True)
 class Status:
-    """What lstat tells; None where a driver does not."""
+    """The result of lstat; None for what the driver does not provide."""
 
     mode: int
     size: int
@@ -45,7 +45,7 @@ class Status:
     blocks: int | None
 
     @property
-    def is_folder(self):
+    def is_directory(self):
         return stat.S_ISDIR(self.mode)
 
     @property
@@ -58,11 +58,11 @@ class Status:
 
 
 class Driver(Protocol):
-    """What every driver does.
+    """Interface of every driver.
 
     Attributes:
         kind: one of KINDS.
-        time: whose hands the test turns; None for a mount, whose clock is the machine's.
+        time: clock that the test advances; None for a mount, which uses the system clock.
     """
 
     kind: str
@@ -75,14 +75,16 @@ class Driver(Protocol):
     def write(self, path: str, data: bytes) -> None: ...
     def create(self, path: str) -> None: ...
     def remove(self, *steps: str) -> list[str]:
-        """Do each of `unlink PATH`, `rmdir PATH`, `rmtree PATH`, `read PATH`, `readlink PATH` and
-        `listdir PATH` as one process group that was not here before; return OK or the errno's name
-        of each, of `listdir` the names with a space between. Where there is a `time`, `advance
-        SECONDS` turns it."""
+        """Run steps as one new process group, and return OK or the errno name of each.
+
+        A step is `unlink PATH`, `rmdir PATH`, `rmtree PATH`, `read PATH`, `readlink PATH` or
+        `listdir PATH`, which returns the names separated by spaces. With a `time`, a step may also
+        be `advance SECONDS`.
+        """
 
 
 def outcome_of(work):
-    """Run it; return what it returns if that is text, else OK, or the name of the errno."""
+    """Return the result of work if it is a string, otherwise OK or the errno name of its error."""
     try:
         result = work()
     except OSError as error:
@@ -91,7 +93,7 @@ def outcome_of(work):
 
 
 class InProcess:
-    """The FileSystem itself."""
+    """Calls the FileSystem directly."""
 
     kind = "process"
 
@@ -102,8 +104,8 @@ class InProcess:
         self.call = RequestContext(timeout_s=60.0)
 
     def _own(self, path):
-        folder, name = posixpath.split(f"/{path}" if path else "/")
-        return posixpath.join(self.filesystem.realpath(folder, self.call), name)
+        directory, name = posixpath.split(f"/{path}" if path else "/")
+        return posixpath.join(self.filesystem.realpath(directory, self.call), name)
 
     def _follow(self, path):
         return self.filesystem.realpath(f"/{path}", self.call)
@@ -179,7 +181,7 @@ class InProcess:
 
 
 class Fsspec:
-    """The FileSystem behind fsspec's interface."""
+    """Calls the FileSystem through fsspec."""
 
     kind = "fsspec"
 
@@ -193,7 +195,7 @@ class Fsspec:
 
     def stat(self, path):
         info = self.fs.info(f"tinker://{path}")
-        if info["islink"]:  # of which only a listing tells what it is itself
+        if info["islink"]:  # only a listing has the attributes of the link itself
             listed = self.fs.ls(f"tinker://{posixpath.dirname(path)}")
             info = next(i for i in listed if i["name"] == path)
         fields = ("mode", "size", "ino", "nlink", "uid", "gid")
@@ -221,7 +223,7 @@ class Fsspec:
         self.fs.mkdir(f"tinker://{path}")
 
     def remove(self, *steps):
-        # The group is this process's own: what went before is past only once it has left off.
+        # The process group is that of the tests, so its earlier removals must be too old to count.
         self.time.advance(61)
         return [outcome_of(lambda step=step: self._remove(step)) for step in steps]
 
@@ -263,7 +265,7 @@ for verb, path in json.load(sys.stdin):
 
 
 class KernelMount:
-    """A mount, through the kernel; removals are done by processes of their own sessions."""
+    """A mount, used through the kernel; each removal runs in a process with a new session."""
 
     time = None
 
@@ -323,21 +325,21 @@ class KernelMount:
 
 
 @contextmanager
-def opened(kind, server, folder, *, time=None, **settings):
-    """A driver of a kind over a server.
+def opened(kind, server, directory, *, time=None, **settings):
+    """Yield a driver for a server.
 
     Args:
         kind: one of KINDS.
         server: a DemoServer.
-        folder: where cache and mountpoint are made.
-        time: the clock, for those that take one.
+        directory: parent of the cache and the mountpoint.
+        time: clock for the drivers without a mount.
         settings: fields of Settings.
     """
     if kind in BINDINGS:
-        with mounted(server, folder, binding=kind, **settings) as root:
+        with mounted(server, directory, binding=kind, **settings) as root:
             yield KernelMount(kind, root)
         return
-    cache_dir = folder / "cache"
+    cache_dir = directory / "cache"
     cache_dir.mkdir(mode=0o700, exist_ok=True)
     time = time or FakeTime()
     all_settings = Settings(base_url=server.base_url, cache_dir=str(cache_dir), **settings)

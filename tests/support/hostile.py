@@ -1,8 +1,8 @@
-"""A hostile HTTP server: sends over raw sockets what no HTTP library would send.
+"""A hostile HTTP server: sends arbitrary bytes over raw sockets.
 
 `HostileServer` is a `DemoServer`: it has the same arguments, account, journal, faults and signed
 URLs. A mount, a `Client` and a `StoreClient` work on it as long as no script applies. API and
-object store are two origins, `server.base_url` and `server.store_url`; signed URLs lead to the
+object store are two origins, `server.base_url` and `server.store_url`; signed URLs point to the
 store.
 
     with HostileServer(runs=1) as server:
@@ -14,13 +14,13 @@ store.
         gate.wait_for(1)   # until one request waits there
         gate.release()
 
-A script is a sequence of steps. A request gets the first script whose route matches and that has
-turns left. Without one it gets the genuine response, spoilt by `server.faults` if those say so.
+A script is a sequence of steps. A request gets the first script with a matching route and with
+turns left. Without one it gets the genuine response, modified by `server.faults` if one applies.
 After the last step the connection serves its next request; end with `close` if it must not.
 
 Steps:
 - bytes: send them as they are. `response(...)` makes the bytes of a whole response.
-- `drip(data, every_s, size)`: send `size` bytes, pause `every_s`, and so on.
+- `drip(data, every_s, size)`: send `size` bytes, pause `every_s`, and repeat.
 - `endless(data, every_s)`: send `data` again and again until the client closes.
 - `wait()`: wait until `release()` of the returned step is called; `wait_for(n)` returns once n
   requests wait there.
@@ -45,7 +45,7 @@ from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 
-from tinkerfs.demo.faults import Rule, pause
+from tinkerfs.demo.faults import FaultRule, pause
 from tinkerfs.demo.http import Handler, Listener
 from tinkerfs.demo.server import DemoServer
 
@@ -78,7 +78,7 @@ class Received:
 
 
 class HostileServer(DemoServer):
-    """A demo server whose responses are scripted. Thread-safe.
+    """A demo server with scripted responses. Thread-safe.
 
     Args:
         tls: server-side TLS context; both origins are https then.
@@ -120,7 +120,7 @@ class HostileServer(DemoServer):
         """
         if isinstance(route, str) and route.startswith("/"):
             route = re.compile(rf"^\w+ {re.escape(route)}")
-        rule = Rule(route, times=times, after=after, when=when)
+        rule = FaultRule(route, times=times, after=after, when=when)
         with self._lock_scripts:
             self._scripts.append((rule, steps))
         return rule
@@ -134,9 +134,9 @@ class HostileServer(DemoServer):
             self._greetings += [steps] * times
 
     def kill_silently(self):
-        """Never respond again on the connections that are open now, and do not close them.
+        """Stop responding on the open connections without closing them.
 
-        As a NAT or a VPN does that forgot them. New connections are served.
+        A NAT or VPN that lost its state behaves like this. New connections are served.
         """
         self._dead_connections = self.connections
 
@@ -144,7 +144,7 @@ class HostileServer(DemoServer):
         return connection <= self._dead_connections
 
     def next_connection(self):
-        """Return the number of a new connection and the steps that it begins with."""
+        """Return the number of a new connection and the first steps on it."""
         with self._lock_scripts:
             self.connections += 1
             return self.connections, self._greetings.pop(0) if self._greetings else ()
@@ -157,11 +157,11 @@ class HostileServer(DemoServer):
 
 
 class Ended(Exception):
-    """The connection is over, and the rest of the script with it."""
+    """The connection has ended, and so has the script."""
 
 
 class _Tee:
-    """A reader of lines that keeps what it read."""
+    """A line reader that records the lines."""
 
     def __init__(self, reader):
         self._reader = reader
@@ -234,7 +234,7 @@ class HostileHandler(Handler):
         for step in steps:
             if isinstance(step, bytes):
                 self.send(step)
-            elif isinstance(step, Rule):
+            elif isinstance(step, FaultRule):
                 if not step.hold(self.is_over):
                     self.end()
             else:
@@ -261,7 +261,7 @@ class HostileHandler(Handler):
             return True
         try:
             readable, _, _ = select.select([self.bare], [], [], 0)
-            # What a client of TLS sends meanwhile is its farewell: a request is read already.
+            # The request is read already, so a TLS client can only send its close notification.
             return bool(readable) and (
                 self.request is not self.bare or not self.bare.recv(1, socket.MSG_PEEK)
             )
@@ -281,7 +281,7 @@ class HostileListener(Listener):
 
 
 def response(status, body=b"", *headers, is_chunked=False):
-    """Return the bytes of a response; a header that is given replaces the usual one.
+    """Return the bytes of a response; a given header replaces the default one.
 
     Args:
         status: a number, or a whole status line.
@@ -304,7 +304,7 @@ def _head(line, headers):
 
 
 def drip(data, every_s=0.02, size=1):
-    """Send `size` bytes, pause, and so on."""
+    """Send `size` bytes, pause, and repeat."""
 
     def step(handler):
         for start in range(0, len(data), size):
@@ -328,16 +328,16 @@ def endless(data, every_s=0.0):
 
 
 def wait():
-    """Wait until `release()` is called; see `demo.faults.Rule.wait_for`."""
-    return Rule("*")
+    """Wait until `release()` is called; see `demo.faults.FaultRule.wait_for`."""
+    return FaultRule("*")
 
 
 def genuine(edit=lambda head, body: (head + body,)):
-    """Send what API or store respond, or the steps that `edit(head, body)` returns."""
+    """Send the response of API or store, or the steps that `edit(head, body)` returns."""
 
     def step(handler):
         entry = handler.entry
-        reply = handler.server.origin.answer(entry)
+        reply = handler.server.origin.respond(entry)
         entry.status = reply.status
         lines = [f"{name}: {value}" for name, value in reply.headers.items()]
         body = reply.content.read(reply.start, reply.start + reply.length)

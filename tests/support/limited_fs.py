@@ -1,4 +1,4 @@
-"""A file system that shows a directory, without what some file systems lack, for tests of copies.
+"""A FUSE file system over a directory that lacks some operations, for tests of copies.
 
 Run as a program it serves: `python -m tests.support.limited_fs SOURCE MOUNTPOINT LIMITS-AS-JSON`.
 """
@@ -12,8 +12,8 @@ import sys
 
 from tests.support.mount import ROOT, force_unmount
 
-#: By name, the errno of each operation that fails; and `mode`, `uid` of every file, whether names
-#: are `caseless`, and whether a rename onto a file `is_refused`.
+#: By name, the errno of each operation that fails. `mode` and `uid` apply to every file, `caseless`
+#: ignores the case of names, and `is_refused` rejects a rename onto a file.
 LIMITS = {
     "Lustre without flock": {"flock": "ENOSYS"},
     "NFS without locks": {"flock": "ENOLCK"},
@@ -36,9 +36,9 @@ LIMITS = {
 
 
 @contextlib.contextmanager
-def limited_mount(folder, limits):
-    """Serve an empty directory with limits until the block ends; yields it."""
-    source, mountpoint = folder / "source", folder / "limited"
+def limited_mount(directory, limits):
+    """Serve an empty directory with limits until the block ends; yield the mountpoint."""
+    source, mountpoint = directory / "source", directory / "limited"
     source.mkdir()
     mountpoint.mkdir()
     process = subprocess.Popen(
@@ -77,16 +77,16 @@ def _serve(source, mountpoint, limits):
         def getattr(self, path, fh=None):
             status = os.lstat(self._path(path))
             names = ("atime", "ctime", "gid", "ino", "mode", "mtime", "nlink", "size", "uid")
-            told = {f"st_{name}": getattr(status, f"st_{name}") for name in names}
+            attributes = {f"st_{name}": getattr(status, f"st_{name}") for name in names}
             for name in ("atime", "ctime", "mtime"):
-                told[f"st_{name}"] = getattr(status, f"st_{name}_ns")
-            told["st_mode"] |= limits.get("mode", 0)
-            told["st_uid"] = limits.get("uid", status.st_uid)
-            return told
+                attributes[f"st_{name}"] = getattr(status, f"st_{name}_ns")
+            attributes["st_mode"] |= limits.get("mode", 0)
+            attributes["st_uid"] = limits.get("uid", status.st_uid)
+            return attributes
 
         def readdir(self, path, fh):
             names = [".", "..", *os.listdir(self._path(path))]
-            # With use_ino an entry needs one: glibc leaves out those with 0.
+            # With use_ino each entry needs an inode number, because glibc skips entries with 0.
             return [(name, {"st_ino": number}, 0) for number, name in enumerate(names, 1)]
 
         def create(self, path, mode, fi=None):

@@ -1,9 +1,9 @@
-"""A FUSE file system that passes a directory on, and keeps locks as some servers do.
+"""A FUSE loopback file system with the lock behaviour of some servers.
 
 `python -m tests.support.loopback DIRECTORY MOUNTPOINT LOCKS`; LOCKS is one of
-- `none`: a lock is refused, ENOLCK, as where no lock daemon runs;
-- `leak`: a lock is granted, and stays when its file is closed: the kernel does not pass that on for
-  locks of open file descriptions.
+- `none`: every lock fails with ENOLCK, like without a lock daemon;
+- `leak`: a lock is granted, and stays when its file is closed, because the kernel does not forward
+  the close for open file description locks.
 """
 
 import ctypes

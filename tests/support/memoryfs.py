@@ -1,19 +1,19 @@
-"""A small file system in memory with the interface of `tinkerfs.vfs.filesystem.FileSystem`.
+"""A small in-memory file system with the interface of `tinkerfs.vfs.filesystem.FileSystem`.
 
-For tests of the adapters alone: it can hang on purpose, and knows nothing of Tinker.
+For tests of the FUSE layer: it can hang on purpose, and does not depend on Tinker.
 
     /hello              "hello\\n"
-    /control            writable; holds what was last written; "bad" is EINVAL
-    /folder/<0000...>   as many small files as asked for
+    /control            writable; has the last written value; "bad" is EINVAL
+    /folder/<0000...>   `many` small files
     /folder/costly      listed without attributes
-    /many               the same without that, and a link, kept while `epoch` is the same
-    /slow/read-<any>    opens at once, reads wait for ever
-    /slow/open-<any>    opens wait for ever; so do stats of stat-<any>, listings of list-<any>/
-    /cached-<bytes>     that many bytes through the page cache; reads wait for ever past `slow_from`
-    /broken             reading raises what is no OSError
+    /many               the same without that and with a link, cached per `generation`
+    /slow/read-<any>    opens immediately, reads hang
+    /slow/open-<any>    opens hang; so do stats of stat-<any> and listings of list-<any>/
+    /cached-<bytes>     that many bytes through the page cache; reads hang beyond `slow_from`
+    /broken             reading raises an exception that is not an OSError
     /link               -> folder/0000
     /removable          may be unlinked
-    /\\xff              a name that is no UTF-8
+    /\\xff              a non-UTF-8 name
 """
 
 import os
@@ -83,24 +83,24 @@ class MemoryFileSystem:
     removed: set[str] = field(default_factory=set)
     stats: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    #: What was told holds until this is another number; of 0 not at all.
-    epoch: int = 0
+    #: Validity of cached results ends when this number changes; 0 disables caching.
+    generation: int = 0
     local_mutations: int = 0
-    #: Of folders, by path.
+    #: Listings of directories by path.
     listings: dict[str, CachedDirectory] = field(default_factory=dict)
-    #: Told of what the adapter does without asking here.
+    #: Notified of operations that the FUSE layer serves from its caches.
     guard: SimpleNamespace = field(
         default_factory=lambda: SimpleNamespace(
             on_open=lambda *_call: None, on_readlink=lambda *_call: None
         )
     )
 
-    def is_valid(self, lease: Validity, epoch: int) -> bool:
-        return bool(epoch) and epoch == self.epoch and lease.check_and_touch(0.0)
+    def is_valid(self, validity: Validity, generation: int) -> bool:
+        return bool(generation) and generation == self.generation and validity.check_and_touch(0.0)
 
     def cached_directory(self, path: str) -> CachedDirectory | None:
         listing = self.listings.get(path)
-        return listing if listing and self.is_valid(listing.lease, listing.epoch) else None
+        return listing if listing and self.is_valid(listing.validity, listing.generation) else None
 
     def data(self, path: str) -> bytes:
         name = path.rpartition("/")[2]
@@ -140,10 +140,10 @@ class MemoryFileSystem:
             return None
         return [name for name in names if f"{path.rstrip('/')}/{name}" not in self.removed]
 
-    def has(self, folder: str, name: str) -> bool:
-        if folder == "/folder":  # thousands of them
+    def has(self, directory: str, name: str) -> bool:
+        if directory == "/folder":  # thousands of them
             return name == "costly" or (len(name) == 4 and name.isdigit() and int(name) < self.many)
-        return folder == "/slow" or name in (self.names(folder) or ())
+        return directory == "/slow" or name in (self.names(directory) or ())
 
     def attr(self, path: str) -> Attr:
         names = self.names(path)
@@ -168,7 +168,7 @@ class MemoryFileSystem:
         return self.attr(path)
 
     def fstat(self, path: str, handle: MemoryHandle, ctx: RequestContext) -> Attr:
-        # Also of a file that was unlinked since.
+        # Works also after the file was unlinked.
         data = self.data(path)
         return Attr(stat.S_IFREG | 0o644, len(data), MTIME_NS, inode_for_path(path), 1, 0, 0)
 
@@ -189,7 +189,7 @@ class MemoryFileSystem:
                 Entry(name, attr.ino, attr.mode, None if name == "costly" else attr, target)
             )
         if path == "/many":
-            self.listings[path] = CachedDirectory(tuple(entries), Validity(), self.epoch)
+            self.listings[path] = CachedDirectory(tuple(entries), Validity(), self.generation)
         return DirectoryStream(entries)
 
     def readlink(self, path: str, ctx: RequestContext) -> str:

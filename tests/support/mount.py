@@ -1,4 +1,4 @@
-"""Real mounts for tests: in a process of their own, waited for, and always unmounted.
+"""Real mounts for tests, in a separate process, which are always unmounted.
 
 Run as a program it serves the file system in memory: `python -m tests.support.mount MOUNTPOINT`.
 """
@@ -19,7 +19,7 @@ BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    assert mount_table.wait_until(condition, timeout_s), "waited in vain"
+    assert mount_table.wait_until(condition, timeout_s), "timed out"
 
 
 def force_unmount(mountpoint: str) -> None:
@@ -55,7 +55,7 @@ def memory_mount(mountpoint: Path, binding: str, *options: str) -> Iterator[subp
 def tinkerfs(
     *arguments: str | Path, env: Mapping[str, str] | None = None, timeout_s: float = 60.0
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
+    """Run the command line like a user."""
     command = (sys.executable, "-m", "tinkerfs", *arguments)
     return run(*command, timeout_s=timeout_s, env=dict(os.environ if env is None else env))
 
@@ -63,7 +63,7 @@ def tinkerfs(
 def run(
     *command: str | Path, timeout_s: float = 60.0, **kwargs: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command in a session of its own, and return what came of it."""
+    """Run a command in a new session, and return its result."""
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         [str(part) for part in command],
         capture_output=True,
@@ -81,7 +81,7 @@ def run(
 def running(
     commands: Sequence[Sequence[str | Path]],
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Start commands that may wait for ever; kill what is left of them at the end."""
+    """Start commands that may hang; kill the remaining ones at the end."""
     processes = [
         subprocess.Popen(
             [str(part) for part in command],
@@ -102,9 +102,9 @@ def running(
 
 
 def interrupt_after(process: subprocess.Popen[bytes], delay_s: float) -> float:
-    """Send Ctrl-C after a while, and return how long the process took to end then, seconds."""
+    """Send Ctrl-C after a delay, and return how long the process then took to exit, seconds."""
     time.sleep(delay_s)
-    assert process.poll() is None, "it did not wait"
+    assert process.poll() is None, "the process did not wait"
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.wait(20)

@@ -1,7 +1,7 @@
-"""A proxy as companies run them: HTTP with CONNECT, and SOCKS 5, on one port of this machine.
+"""A proxy server for HTTP with CONNECT and for SOCKS 5, on one local port.
 
-It resolves every name to this machine, so that a server here can be asked for by a name that is not
-this machine's: requests to this machine itself are never sent through a proxy.
+It resolves every name to this machine. So a local server can have a name that is not local, because
+requests to this machine itself never use a proxy.
 """
 
 import base64
@@ -16,11 +16,11 @@ class ProxyServer:
     """A running proxy; a context manager.
 
     Args:
-        login: the "user:password" that it asks for; None for none.
-        tls: server-side TLS context; None for a proxy without TLS to itself.
+        login: the required "user:password"; None for no login.
+        tls: server-side TLS context; None for a proxy without TLS.
 
     Attributes:
-        targets: what was asked for: (protocol, "host:port"), in order.
+        targets: the requested targets, (protocol, "host:port"), in order.
     """
 
     def __init__(self, login=None, tls=None):
@@ -33,7 +33,7 @@ class ProxyServer:
 
     @property
     def address(self):
-        """Where it listens, "host:port"."""
+        """The address of the proxy, "host:port"."""
         return f"127.0.0.1:{self.port}"
 
     def __enter__(self):
@@ -86,7 +86,7 @@ class ProxyServer:
         host, path = re.fullmatch(r"http://([^/]*)(/.*)", target).groups()
         self.targets.append(("http", host))
         onward = _connect(host)
-        # One request a connection: what comes after the first is not rewritten.
+        # One request per connection, because later requests would not be rewritten.
         kept = [each for each in headers if not each.lower().startswith(("proxy-", "connection"))]
         lines = [f"{method} {path} HTTP/1.1", *kept, "Connection: close", "", ""]
         onward.sendall("\r\n".join(lines).encode() + body)

@@ -1,4 +1,4 @@
-"""Processes that read a file as programs do, and what they got of it."""
+"""Processes that read a file like programs do, and checks of the bytes that they read."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-#: How files are read. Each prints [offset, length, sha256] of what it read, or an error's number.
+#: Access patterns. Each program prints [offset, length, sha256] of its reads, or an errno.
 READERS = {
     "sequential": """
 while piece := os.read(fd, 131072):
@@ -60,9 +60,9 @@ class Reader:
         )
 
     def ends_with(self, expected, timeout_s=30.0):
-        """Tell whether it read all, every byte the right one; False if it got an error, in time.
+        """Return whether it read all bytes correctly; False if it failed with an error in time.
 
-        A mapping has no other error than SIGBUS.
+        A memory mapping fails with SIGBUS.
         """
         try:
             output, _ = self.process.communicate(timeout=timeout_s)
@@ -73,7 +73,7 @@ class Reader:
         assert self.process.returncode == 0
         found = json.loads(output)
         if isinstance(found, int):
-            assert found, "an error has a number"
+            assert found, "the errno of an error is not 0"
             return False
         assert found
         for at, length, digest in found:
@@ -83,5 +83,5 @@ class Reader:
 
 
 def read_all(file, expected):
-    """Tell whether each kind of reader gets every byte, one after the other."""
+    """Return whether each kind of reader, one after the other, reads every byte correctly."""
     return all(Reader(how, file).ends_with(expected) for how in READERS)

@@ -1,4 +1,4 @@
-"""Demo servers for tests. A test module, or a conftest, imports the fixtures it wants:
+"""Demo servers for tests. A test module or a conftest imports the fixtures that it uses:
 
 from tests.support.server import demo_server, server  # noqa: F401
 """
@@ -13,7 +13,7 @@ from tinkerfs.demo.server import DemoServer
 
 @pytest.fixture
 def demo_server():
-    """A factory of running servers, with the arguments of `DemoServer`; they end with the test."""
+    """A factory of running servers with the arguments of `DemoServer`, closed after the test."""
     with ExitStack() as stack:
 
         def make(**options):
@@ -30,7 +30,7 @@ def server(demo_server):
 
 @contextmanager
 def api_client(server, **options):
-    """A client of the API, with the key, for paths such as `training_runs`."""
+    """An authenticated HTTP client of the API, for paths such as `training_runs`."""
     options = {"headers": {"X-API-Key": server.api_key}, "timeout": 10.0} | options
     with httpx.Client(base_url=f"{server.base_url}/api/v1/", trust_env=False, **options) as client:
         yield client

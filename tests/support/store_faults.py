@@ -1,8 +1,8 @@
-"""What an object store, and the network before it, may do to a reader."""
+"""Faults of an object store and of the network before it."""
 
 
 def lie_about_range(server, **effects):
-    """Answers to ranges that say they are of another part."""
+    """Respond to a range request with the Content-Range of another range."""
     wrong = {"Content-Range": "bytes 7-4194310/25166336"}
     server.faults.add("store", headers=wrong, **effects)
 
@@ -20,7 +20,7 @@ def redirect(url):
 
 
 def redirect_to_itself(server, **effects):
-    """A redirect to another name of the host, without a signature."""
+    """Redirect to another name of the host, without a signature."""
     other = server.store_url.replace("127.0.0.1", "localhost")
     server.faults.add("store", redirect_to=f"{other}/archives/x", **effects)
 
@@ -29,19 +29,20 @@ def rule(**effects):
     return lambda server, **more: server.faults.add("store", **effects, **more)
 
 
-#: What goes wrong, and what becomes of it when it happens once: "right", or "any" error as well.
-#: Each fault is a function of a server, with `times` and other conditions of `FaultPlan.add`.
+#: Faults by name, with the result of a read if the fault occurs once: "right", or "any" if an
+#: error is possible. A fault is a function of a server that takes `times` and other conditions of
+#: `FaultPlan.add`.
 FAULTS = {
-    "no answer": (rule(refuse=True), "right"),
+    "no response": (rule(refuse=True), "right"),
     "reset": (rule(reset=True), "right"),
-    "cut at once": (rule(cut_after_bytes=0), "right"),
-    "cut in the middle": (rule(cut_after_bytes=1_000_001), "right"),
+    "truncated at the start": (rule(cut_after_bytes=0), "right"),
+    "truncated in the middle": (rule(cut_after_bytes=1_000_001), "right"),
     "stall before the body": (rule(stall_after_bytes=0), "right"),
     "stall in the middle": (rule(stall_after_bytes=1_000_001), "right"),
     "hang": (rule(hang=True), "right"),
     "1 byte a second": (rule(bytes_per_s=20), "right"),
     "403": (rule(status=403), "right"),
-    "403 of a URL that was good": (revoke, "right"),
+    "403 of a URL that was valid": (revoke, "right"),
     "401": (rule(status=401), "right"),
     "400": (rule(status=400), "right"),
     "404": (rule(status=404), "right"),
@@ -59,7 +60,7 @@ FAULTS = {
     "a larger length": (rule(headers={"Content-Length": "4194999"}), "right"),
     "a smaller length": (rule(headers={"Content-Length": "999"}), "right"),
     "200 for a range": (rule(ignore_range=True), "right"),
-    "200 for a range, cut": (rule(ignore_range=True, cut_after_bytes=9_000_001), "right"),
+    "200 for a range, truncated": (rule(ignore_range=True, cut_after_bytes=9_000_001), "right"),
     "416": (rule(status=416), "right"),
     "416 with another length": (
         rule(status=416, headers={"Content-Range": "bytes */5"}),
@@ -71,14 +72,14 @@ FAULTS = {
     "redirect to http of another host": (redirect_to_itself, "right"),
     "redirect to a file": (redirect("file:///etc/passwd"), "any"),
     "redirect to nowhere": (redirect("http://127.0.0.1:1/"), "right"),
-    "redirect to a name that is none": (redirect("http://nothing.invalid/"), "right"),
-    "redirect to TLS that is none": (
+    "redirect to an unknown name": (redirect("http://nothing.invalid/"), "right"),
+    "redirect to TLS without TLS": (
         lambda server, **more: redirect(server.store_url.replace("http:", "https:"))(
             server, **more
         ),
         "right",
     ),
-    "redirect round in circles": (
+    "redirect loop": (
         lambda server, **more: redirect(f"{server.store_url}/archives/x")(server, **more),
         "right",
     ),

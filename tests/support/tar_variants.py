@@ -1,6 +1,6 @@
-"""Tars as no library writes them: fifty variants of what an archive's headers may hold.
+"""Tar archives that no library writes: fifty variants of archive headers.
 
-Each variant is bytes; what is right for it is what tar(1) extracts.
+Each variant is the bytes of an archive; the expected content is what tar(1) extracts.
 """
 
 from tinkerfs.demo.content import Concat, Data, Noise
@@ -71,7 +71,7 @@ def symlink(name, target, **fields):
     return header(name, 0, SYM, target, **fields)
 
 
-def folder(name, **fields):
+def directory(name, **fields):
     return header(name, 0, DIR, **fields)
 
 
@@ -113,7 +113,7 @@ LARGE_BYTES = 9 << 30
 
 
 def large(form, *, has_end=True):
-    """A tar with a file of 9 GiB, made where it is read; its header tells the size by `form`."""
+    """Return a tar with a generated file of 9 GiB; its header has the size in the given `form`."""
     if form == "pax":
         start = pax((b"size", b"%d" % LARGE_BYTES)) + header(b"large")
     else:
@@ -131,7 +131,7 @@ Z = member(b"z", b"last one")
 #: What tar(1) extracts whole: each has `z`, so that a reader that lost its way is found out.
 VARIANTS = {
     "v7": member(b"a", b"first", OLD, **V7) + Z + END,
-    "v7 with a folder by its slash": member(b"d/", b"", OLD, **V7)
+    "v7 with a directory by its slash": member(b"d/", b"", OLD, **V7)
     + member(b"d/a", b"first", OLD, **V7)
     + Z
     + END,
@@ -191,7 +191,7 @@ VARIANTS = {
     "hard link over a file": A + member(b"b", b"old") + link(b"b", b"a") + Z + END,
     "hard link, then its target again": A + link(b"b", b"a") + member(b"a", b"second") + Z + END,
     "hard link to a symbolic link": A + symlink(b"s", b"a") + link(b"h", b"s") + Z + END,
-    "hard link to a symbolic link whose name is used again": A
+    "hard link to a symbolic link with a reused name": A
     + symlink(b"s", b"a")
     + link(b"h", b"s")
     + member(b"s", b"new")
@@ -203,7 +203,7 @@ VARIANTS = {
     + link(b"d/h", b"s")
     + Z
     + END,
-    "hard link to a folder": folder(b"d/") + link(b"h", b"d") + Z + END,
+    "hard link to a directory": directory(b"d/") + link(b"h", b"d") + Z + END,
     "hard link with a size": A + header(b"b", 5, LINK, b"a") + Z + END,
     "symbolic link": A + symlink(b"s", b"a") + Z + END,
     "symbolic link before its target": symlink(b"s", b"a") + A + Z + END,
@@ -211,22 +211,22 @@ VARIANTS = {
     "symbolic link chain": symlink(b"s", b"t") + symlink(b"t", b"a") + A + Z + END,
     "symbolic link out": symlink(b"d", b"../elsewhere") + member(b"d/f", b"x") + Z + END,
     "symbolic link to the root": symlink(b"d", b"/nothing") + member(b"d/f", b"x") + Z + END,
-    "symbolic link up, and a file below it": folder(b"x/")
+    "symbolic link up, and a file below it": directory(b"x/")
     + symlink(b"d", b"y/../x")
-    + folder(b"y/")
+    + directory(b"y/")
     + member(b"d/f", b"x")
     + Z
     + END,
     "hard link to a symbolic link up": A
     + symlink(b"s", b"y/../a")
-    + folder(b"y/")
+    + directory(b"y/")
     + link(b"h", b"s")
     + Z
     + END,
     "symbolic link round": symlink(b"s", b"t") + symlink(b"t", b"s") + A + Z + END,
     "symbolic link over a file": member(b"b", b"old") + A + symlink(b"b", b"a") + Z + END,
     "file over a symbolic link": A + symlink(b"s", b"a") + member(b"s", b"own") + Z + END,
-    "file below a symbolic link": folder(b"real/")
+    "file below a symbolic link": directory(b"real/")
     + member(b"real/f", b"old")
     + symlink(b"d", b"real")
     + member(b"d/f", b"new")
@@ -256,26 +256,26 @@ VARIANTS = {
     "two of one name": A + member(b"a", b"second") + Z + END,
     "two of one name by a dot": A + member(b"./a", b"second") + Z + END,
     "two of one name by slashes": member(b"d/a", b"1") + member(b"d//a", b"second") + Z + END,
-    "dot and its folder": folder(b"./") + member(b"./a", b"first") + Z + END,
+    "dot and its directory": directory(b"./") + member(b"./a", b"first") + Z + END,
     "dots between": member(b"d/./a", b"first") + Z + END,
-    "folder as a file by its slash": member(b"d/a/", b"", REG) + Z + END,
-    "folder as a file by its slash, and a file below": member(b"d/a/", b"", REG)
+    "directory as a file by its slash": member(b"d/a/", b"", REG) + Z + END,
+    "directory as a file by its slash, and a file below": member(b"d/a/", b"", REG)
     + member(b"d/a/b", b"x")
     + Z
     + END,
-    "folder as a file by its slash, with bytes": member(b"d/a/", b"bytes", REG) + Z + END,
+    "directory as a file by its slash, with bytes": member(b"d/a/", b"bytes", REG) + Z + END,
     "symbolic link with a size": A + header(b"s", 5, SYM, b"a") + Z + END,
-    "folder with a size": header(b"d", 5, DIR) + Z + END,
-    "old folder by its slash, with a size": header(b"d/", 5, OLD, **V7) + Z + END,
+    "directory with a size": header(b"d", 5, DIR) + Z + END,
+    "old directory by its slash, with a size": header(b"d/", 5, OLD, **V7) + Z + END,
     "dumpdir": member(b"d", b"Yname\0\0", b"D", **GNU) + Z + END,
-    "contiguous folder by its slash": member(b"d/", b"", CONT) + Z + END,
-    "file, then a folder of its name": member(b"d", b"x") + folder(b"d/") + Z + END,
+    "contiguous directory by its slash": member(b"d/", b"", CONT) + Z + END,
+    "file, then a directory of its name": member(b"d", b"x") + directory(b"d/") + Z + END,
     "file, then a file below it": member(b"d", b"x") + member(b"d/a", b"y") + Z + END,
-    "folder, then a file of its name": folder(b"d/") + member(b"d", b"x") + Z + END,
-    "full folder, then a file of its name": member(b"d/a", b"y") + member(b"d", b"x") + Z + END,
-    "symbolic link, then a folder of its name": member(b"real/f", b"1")
+    "directory, then a file of its name": directory(b"d/") + member(b"d", b"x") + Z + END,
+    "full directory, then a file of its name": member(b"d/a", b"y") + member(b"d", b"x") + Z + END,
+    "symbolic link, then a directory of its name": member(b"real/f", b"1")
     + symlink(b"d", b"real")
-    + folder(b"d/")
+    + directory(b"d/")
     + member(b"d/f", b"2")
     + Z
     + END,
@@ -285,7 +285,10 @@ VARIANTS = {
     "file over a pipe": header(b"pipe", 0, FIFO) + member(b"pipe", b"x") + Z + END,
     "empty file": member(b"a", b"") + Z + END,
     "file of a whole block": member(b"a", b"x" * BLOCK) + Z + END,
-    "mtime that is no number": header(b"a", 5, mtime_field=b" " * 12) + padded(b"first") + Z + END,
+    "mtime that is not a number": header(b"a", 5, mtime_field=b" " * 12)
+    + padded(b"first")
+    + Z
+    + END,
     "negative mtime": header(b"a", 5, mtime_field=b"\xff" * 11 + b"\xfe", **GNU)
     + padded(b"first")
     + Z
@@ -313,8 +316,11 @@ DAMAGED = {
     "a header with another checksum": A + header(b"z", 0, checksum=lambda _block: 7) + Z + END,
     "noise between members": A + b"noise".ljust(BLOCK, b"\xff") + Z + END,
     "a size beyond the end": A + header(b"z", 1 << 30) + padded(b"short") + END,
-    "a size that is no number": A + header(b"z", 5, size_field=b"five\0") + padded(b"five!") + END,
-    "a pax size that is no number": pax((b"size", b"five")) + A + Z + END,
+    "a size that is not a number": A
+    + header(b"z", 5, size_field=b"five\0")
+    + padded(b"five!")
+    + END,
+    "a pax size that is not a number": pax((b"size", b"five")) + A + Z + END,
     "a pax length that lies": member(b"./Pax", b"99 path=x\n", b"x") + A + Z + END,
 }
 #: What tar(1) reads, and its readers each otherwise: shown by none.

@@ -1,4 +1,4 @@
-"""Programs that want a terminal, and a person's keys."""
+"""Programs on a pseudo-terminal, and key presses of a user."""
 
 import fcntl
 import os
@@ -16,14 +16,14 @@ from pathlib import Path
 
 _ROWS, _COLUMNS = 40, 160
 _READ_BYTES = 65536
-#: What steers a terminal: cursor, colours, titles, character sets.
+#: Escape sequences for cursor, colours, titles and character sets.
 _CONTROL = re.compile(
     rb"\x1b(?:\[[0-9;?>=]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()].|[=>78cM])"
 )
 
 
 class Terminal:
-    """A program on a terminal of 40 lines of 160 characters, and all that it has shown so far."""
+    """A program on a terminal of 40 x 160 characters, and its output so far."""
 
     def __init__(self, process: subprocess.Popen[bytes], master: int) -> None:
         self.process = process
@@ -33,29 +33,29 @@ class Terminal:
 
     @property
     def shown(self) -> str:
-        """What was written to the screen, in the order of writing and without what steers it."""
+        """The output in the order of writing, without escape sequences."""
         return _CONTROL.sub(b"", self._raw).decode(errors="replace")
 
-    def wait_for(self, words: str, timeout_s: float = 20.0) -> None:
-        """Wait until words are shown, after those that were waited for before."""
+    def wait_for(self, text: str, timeout_s: float = 20.0) -> None:
+        """Wait until a text is shown after the last one that was awaited."""
         deadline = time.monotonic() + timeout_s
-        while (at := self.shown.find(words, self._seen)) < 0:
-            assert self._read(deadline), f"no {words!r} in: {self.shown[self._seen :]!r}"
-        self._seen = at + len(words)
+        while (at := self.shown.find(text, self._seen)) < 0:
+            assert self._read(deadline), f"no {text!r} in: {self.shown[self._seen :]!r}"
+        self._seen = at + len(text)
 
     def send(self, keys: str) -> None:
-        """Type."""
+        """Type keys."""
         os.write(self._master, keys.encode())
 
     def end(self, timeout_s: float = 20.0) -> int:
-        """Wait until the program ends; return its exit status."""
+        """Wait until the program exits, and return its exit status."""
         deadline = time.monotonic() + timeout_s
         while self._read(deadline):
             pass
         return self.process.wait(max(deadline - time.monotonic(), 1.0))
 
     def _read(self, deadline: float) -> bool:
-        """Read what comes; False once nothing can come any more, or time is up."""
+        """Read some output; return False after the end of the output or at the deadline."""
         ready, _, _ = select.select([self._master], [], [], max(deadline - time.monotonic(), 0.0))
         if not ready:
             return False
@@ -71,7 +71,7 @@ class Terminal:
 def terminal(
     command: Sequence[str | Path], cwd: Path, env: Mapping[str, str]
 ) -> Iterator[Terminal]:
-    """Run a program on a terminal of its own, in a session of its own; kill what is left of it."""
+    """Run a program on a new terminal in a new session; kill its remaining processes."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", _ROWS, _COLUMNS, 0, 0))
     process = subprocess.Popen(

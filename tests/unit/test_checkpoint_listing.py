@@ -12,16 +12,18 @@ from tinkerfs.catalog.listings import (
 
 
 def record(checkpoint_id, type_="training", path=None):
-    return models.Checkpoint.of(checkpoint_id, checkpoint_type=type_, tinker_path=path, raw=b"{}")
+    return models.Checkpoint.from_fields(
+        checkpoint_id, checkpoint_type=type_, tinker_path=path, raw=b"{}"
+    )
 
 
-def shown(listing):
+def names_of(listing):
     return sorted(f"{kind}/{c.name}" for kind in listing.kinds for c in listing.of_kind(kind))
 
 
-def test_ids_of_the_official_form_are_grouped_by_their_kind():
-    listing = CheckpointListing.of("r", [record("weights/1"), record("new_kind/a/b")])
-    assert shown(listing) == ["new_kind/a/b", "weights/1"]
+def test_ids_with_a_kind_are_grouped_by_kind():
+    listing = CheckpointListing.from_records("r", [record("weights/1"), record("new_kind/a/b")])
+    assert names_of(listing) == ["new_kind/a/b", "weights/1"]
     assert listing.get("new_kind", "a/b").ref.path_id == "new_kind/a/b"
 
 
@@ -33,9 +35,9 @@ def test_bare_ids_are_grouped_by_path_else_by_type():
         record("4", "sampler", path="tinker://r/checkpoints/4"),
         record("5", "odd", path="tinker://r/5"),
     ]
-    listing = CheckpointListing.of("r", records)
+    listing = CheckpointListing.from_records("r", records)
     expected = ["external_weights/3", "odd/5", "sampler_weights/2", "sampler_weights/4"]
-    assert shown(listing) == [*expected, "weights/1"]
+    assert names_of(listing) == [*expected, "weights/1"]
     assert list(listing.bare) == ["1", "2", "3", "4", "5"]
     assert {kind: list(listing.of_path(kind)) for kind in ("checkpoints", "weights", "")} == {
         "checkpoints": ["4"],
@@ -46,42 +48,44 @@ def test_bare_ids_are_grouped_by_path_else_by_type():
     assert (ref.path_id, ref.listed_id, ref.has_ambiguous_id) == ("sampler_weights/2", "2", False)
 
 
-def test_a_bare_id_and_one_with_a_kind_may_have_the_same_name():
-    listing = CheckpointListing.of("r", [record("1"), record("sampler_weights/1")])
-    assert shown(listing) == ["sampler_weights/1", "weights/1"]
+def test_bare_id_and_id_with_kind_can_share_a_name():
+    listing = CheckpointListing.from_records("r", [record("1"), record("sampler_weights/1")])
+    assert names_of(listing) == ["sampler_weights/1", "weights/1"]
     assert [listing.get(c.kind, c.name) for c in listing.all] == list(listing.all)
     assert listing.get("external_weights", "1") is None
 
 
-def test_bare_ids_that_collide_name_neither():
-    listing = CheckpointListing.of("r", [record("1"), record("1", "sampler"), record("2")])
-    assert shown(listing) == ["sampler_weights/1", "weights/1", "weights/2"]
+def test_colliding_bare_ids_identify_neither():
+    listing = CheckpointListing.from_records(
+        "r", [record("1"), record("1", "sampler"), record("2")]
+    )
+    assert names_of(listing) == ["sampler_weights/1", "weights/1", "weights/2"]
     assert list(listing.bare) == ["2"]
     refs = [checkpoint.ref for checkpoint in listing.all]
     assert [ref.has_ambiguous_id for ref in refs] == [True, True, False]
 
 
-def test_a_bare_id_that_is_a_kinds_name_is_shown_by_kind():
-    assert shown(CheckpointListing.of("r", [record("weights")])) == ["weights/weights"]
+def test_bare_id_equal_to_a_kind_is_listed_by_kind():
+    assert names_of(CheckpointListing.from_records("r", [record("weights")])) == ["weights/weights"]
 
 
-def test_of_two_records_that_are_the_same_checkpoint_the_first_counts():
+def test_first_of_two_records_of_a_checkpoint_counts():
     first, second = record("weights/1"), record("1", path="tinker://r/weights/1")
-    listing = CheckpointListing.of("r", [first, second])
+    listing = CheckpointListing.from_records("r", [first, second])
     assert [c.record for c in listing.all] == [first]
 
 
-def test_a_kind_whose_last_checkpoint_went_stays_known_and_is_no_longer_shown():
-    listing = CheckpointListing.of("r", [record("odd/1"), record("weights/1")])
+def test_empty_kind_stays_known_and_is_not_listed():
+    listing = CheckpointListing.from_records("r", [record("odd/1"), record("weights/1")])
     after = listing.with_record(listing.get("odd", "1"), None)
-    assert shown(after) == ["weights/1"]
+    assert names_of(after) == ["weights/1"]
     assert "odd" in after.kinds
 
 
 def of_run(run_id, *names, time_ns=None, **fields):
-    """Records as the official service lists them, newer and newer."""
+    """Return records in the form of the official service, each newer than the one before."""
     return [
-        models.Checkpoint.of(
+        models.Checkpoint.from_fields(
             name,
             tinker_path=f"tinker://{run_id}/{name}",
             time_ns=None if time_ns is None else time_ns + number,
@@ -92,52 +96,54 @@ def of_run(run_id, *names, time_ns=None, **fields):
     ]
 
 
-def test_the_newest_of_each_kind_is_told():
+def test_newest_of_each_kind_is_returned():
     records = of_run("r", "weights/1", "weights/2", time_ns=5) + of_run("r", "odd/1")
-    assert CheckpointListing.of("r", records).newest_ns == {"weights": 6, "odd": None}
+    assert CheckpointListing.from_records("r", records).newest_ns == {"weights": 6, "odd": None}
 
 
-def test_what_both_kinds_of_listing_tell_is_kept_once():
+def test_equal_values_of_both_listings_are_stored_once():
     names = ("weights/1", "sampler_weights/1")
-    listings = {"r": CheckpointListing.of("r", of_run("r", *names))}
+    listings = {"r": CheckpointListing.from_records("r", of_run("r", *names))}
     records = of_run("r", *names) + of_run("other", *names) + [record("1")]
     kept = [reuse_known_record(each, listings.get) for each in records]
     assert kept == records
     for each, checkpoint in zip(kept, listings["r"].all, strict=False):
         assert each is checkpoint.record
-    user = AccountListing.of_records(kept)
+    user = AccountListing.from_records(kept)
     assert user.without_run_count == 1
-    again = CheckpointListing.of("r", of_run("r", *names), known=user)
+    again = CheckpointListing.from_records("r", of_run("r", *names), known=user)
     assert again == listings["r"]
     for checkpoint in again.all:
         assert checkpoint.record is user.by_key[checkpoint.key].record
 
 
-def test_what_one_listing_tells_newer_is_not_taken_from_the_other():
-    user = AccountListing.of_records(of_run("r", "weights/1"))
-    listing = CheckpointListing.of("r", of_run("r", "weights/1", is_public=True), known=user)
+def test_newer_values_of_one_listing_are_preferred():
+    user = AccountListing.from_records(of_run("r", "weights/1"))
+    listing = CheckpointListing.from_records(
+        "r", of_run("r", "weights/1", is_public=True), known=user
+    )
     assert listing.get("weights", "1").record.is_public
     (older,) = of_run("r", "weights/1")
     assert reuse_known_record(older, {"r": listing}.get) is older
 
 
-def test_bare_ids_that_collide_share_their_records_alone():
+def test_colliding_bare_ids_share_only_their_records():
     records = [record("1", path="tinker://r/weights/1")]
     records.append(record("1", "sampler", path="tinker://r/sampler_weights/1"))
-    user = AccountListing.of_records(records)
-    listing = CheckpointListing.of("r", records, known=user)
+    user = AccountListing.from_records(records)
+    listing = CheckpointListing.from_records("r", records, known=user)
     for checkpoint in listing.all:
-        assert checkpoint.shares_id
+        assert checkpoint.has_ambiguous_id
         assert checkpoint.record is user.by_key[checkpoint.key].record
 
 
-def test_a_change_leaves_the_users_listing_in_its_order():
-    before = AccountListing.of_records(
+def test_change_keeps_the_order_of_the_account_listing():
+    before = AccountListing.from_records(
         of_run("r", "weights/1", "weights/2", "weights/3", time_ns=5)
     )
     second = before.by_key["r", "weights", "2"]
     changed = before.with_record(
-        second, models.Checkpoint.of("weights/2", is_public=True, raw=b"{}")
+        second, models.Checkpoint.from_fields("weights/2", is_public=True, raw=b"{}")
     )
     assert list(changed.by_key) == list(before.by_key)
     assert changed.by_key[second.key].record.is_public
@@ -150,7 +156,7 @@ def test_a_change_leaves_the_users_listing_in_its_order():
 
 
 @pytest.mark.parametrize("size_bytes", [0, 10**9])
-def test_a_checkpoint_of_a_listing_takes_little_memory(size_bytes):
+def test_checkpoint_in_a_listing_uses_little_memory(size_bytes):
     count = 10_000
     body = b'{"checkpoints":[%s]}' % b",".join(
         b'{"checkpoint_id":"weights/%06d","checkpoint_type":"training","size_bytes":%d,'
@@ -160,7 +166,7 @@ def test_a_checkpoint_of_a_listing_takes_little_memory(size_bytes):
     )
     tracemalloc.start()
     try:
-        listing = CheckpointListing.of("r", parsing.parse_checkpoints(body).items)
+        listing = CheckpointListing.from_records("r", parsing.parse_checkpoints(body).items)
         kept_bytes, _most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

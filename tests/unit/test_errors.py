@@ -25,7 +25,7 @@ WANTED = {
 }
 
 
-def test_every_kind_has_its_errno():
+def test_every_api_error_has_an_errno():
     assert errors.ERRNO_OF_API_ERROR == WANTED
     kinds = {
         value
@@ -39,7 +39,7 @@ def test_every_kind_has_its_errno():
 
 
 @pytest.mark.parametrize("kind", WANTED)
-def test_an_api_failure_becomes_an_oserror_with_the_servers_words(kind):
+def test_api_error_becomes_an_os_error_with_its_message(kind):
     cause = kind("the server's words", endpoint="GET training_runs", status=418)
     failure = errors.os_error_from_api(cause, "/runs")
     assert failure.errno == WANTED[kind]
@@ -51,12 +51,12 @@ def test_an_api_failure_becomes_an_oserror_with_the_servers_words(kind):
     assert failure.__cause__ is cause
 
 
-def test_a_refused_lookup_says_that_the_name_is_not_there():
+def test_rejected_lookup_is_enoent():
     failure = errors.os_error_from_api(errors.BadRequest("bad id"), "/runs/x", is_lookup=True)
     assert failure.errno == errno.ENOENT
 
 
-def test_a_remembered_error_is_the_same_but_marked():
+def test_as_local_copies_and_marks_the_error():
     cause = errors.NotFound("gone", endpoint="GET x", status=404, retry_after_s=1.5)
     again = cause.as_local()
     assert again.is_local
@@ -75,12 +75,12 @@ def test_a_remembered_error_is_the_same_but_marked():
         ("two\n lines\tand\0more", r"two lines and\x00more"),
     ],
 )
-def test_secrets_and_line_breaks_are_taken_out(text, wanted):
+def test_redact_removes_secrets_and_newlines(text, wanted):
     assert errors.redact(text) == wanted
 
 
 @given(st.text())
-def test_redacting_bounds_and_never_fails(text):
+def test_redact_of_any_text_is_bounded(text):
     once = errors.redact(text)
     assert len(once) <= 500
     assert "\n" not in once

@@ -31,9 +31,9 @@ def make(server, tmp_path):
     """A factory of file systems with one cache."""
 
     def make(**options):
-        folder = tmp_path / "cache"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        settings = {"cache_dir": str(folder)}
+        cache_dir = tmp_path / "cache"
+        cache_dir.mkdir(mode=0o700, exist_ok=True)
+        settings = {"cache_dir": str(cache_dir)}
         return TinkerFileSystem(server.base_url, settings, skip_instance_cache=True, **options)
 
     return make
@@ -45,7 +45,7 @@ def checkpoint_of(server):
 
 
 def exit_code_of(work, timeout_s=20):
-    """Do something in a forked child; return 0 if it went well, in time."""
+    """Run work in a forked child; return 0 if it succeeds in time."""
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -58,7 +58,7 @@ def exit_code_of(work, timeout_s=20):
     return os.waitpid(pid, 0)[1]
 
 
-def test_first_ls_by_8_threads_is_right(make):
+def test_first_ls_by_8_threads_is_correct(make):
     starting = threading.Barrier(8)
 
     def first_ls(fs):
@@ -74,7 +74,7 @@ def test_first_ls_by_8_threads_is_right(make):
 
 @contextmanager
 def held(server, endpoint):
-    """Hold a call until the end."""
+    """Make a request hang until the block ends."""
     rule = server.faults.add(endpoint, times=None, hang=True)
     try:
         yield rule
@@ -85,21 +85,21 @@ def held(server, endpoint):
 def test_fork_while_a_thread_opens_does_not_hang(make, monkeypatch):
     fs, opening, forked = make(), threading.Event(), threading.Event()
 
-    def late_compose(settings):
+    def late_open_app(settings):
         opening.set()
         assert forked.wait(20)
-        return composed(settings)
+        return real_open_app(settings)
 
     from tinkerfs import fsspec
 
-    composed = fsspec.open_app
-    monkeypatch.setattr(fsspec, "compose", late_compose)
+    real_open_app = fsspec.open_app
+    monkeypatch.setattr(fsspec, "open_app", late_open_app)
     lister = threading.Thread(target=fs.ls, args=("runs",))
     lister.start()
     assert opening.wait(20)
 
     def list_here():
-        monkeypatch.setattr(fsspec, "compose", composed)
+        monkeypatch.setattr(fsspec, "open_app", real_open_app)
         assert len(fs.ls("runs")) == 2
 
     try:
@@ -126,8 +126,8 @@ def test_fork_while_a_thread_lists_does_not_hang(make, server):
     lister.join(20)
 
 
-def test_store_is_left_alone_while_it_forks(tmp_path):
-    """SQLite has locks of the whole process: no thread may be within it."""
+def test_store_is_locked_during_a_fork(tmp_path):
+    """SQLite has process-wide locks, so no thread may be inside it during a fork."""
     with MetadataStore(tmp_path) as store:
         stop = threading.Event()
 
@@ -168,7 +168,7 @@ def test_file_open_across_a_fork_is_read_by_both(make, server):
 
 
 @pytest.mark.parametrize("scheme", ["tinker://", ""])
-def test_tinker_path_is_the_files_of_its_checkpoint(make, server, scheme):
+def test_tinker_path_is_the_directory_of_its_files(make, server, scheme):
     fs, (run_id, checkpoint_id) = make(), checkpoint_of(server)
     path = f"{scheme}{run_id}/{checkpoint_id}"
     files = server.files(run_id, checkpoint_id)
@@ -195,7 +195,7 @@ def test_tinker_path_of_a_run_is_the_run(make, server):
     assert not fs.exists("tinker://nothing/weights/0001")
 
 
-def test_recursion_over_tinker_paths_asks_for_no_archive(make, server):
+def test_recursion_over_tinker_paths_requests_no_archive(make, server):
     fs, (run_id, checkpoint_id) = make(), checkpoint_of(server)
     kind = checkpoint_id.partition("/")[0]
     server.journal.clear()

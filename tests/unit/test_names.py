@@ -24,7 +24,7 @@ any_text = st.text(
 @example("\udcc3\udca9")
 @example("\ud800")
 @example("é" * 200)
-def test_a_name_round_trips_and_is_a_file_name(name):
+def test_encoded_name_round_trips_and_is_a_file_name(name):
     encoded = name_encoding.encode(name)
     raw = encoded.encode("utf-8", "surrogateescape")
     assert 0 < len(raw) <= 255
@@ -44,7 +44,7 @@ def test_a_name_round_trips_and_is_a_file_name(name):
 @example("", "%~")
 @example("a/b", "a%2Fb")
 @example("x" * 300, "x" * 301)
-def test_no_two_names_meet(one, other):
+def test_encoded_names_are_unique(one, other):
     same = one == other
     assert (name_encoding.encode(one) == name_encoding.encode(other)) is same
 
@@ -56,7 +56,7 @@ def test_no_two_names_meet(one, other):
 @example(["a", "b@c"])
 @example(["..", ".git", "%40"])
 @example(["run", "weights", "x" * 300])
-def test_a_composite_name_parts_where_it_was_joined(parts):
+def test_composite_name_round_trips(parts):
     joined = name_encoding.encode_composite(parts)
     raw = joined.encode("utf-8", "surrogateescape")
     assert 0 < len(raw) <= 255
@@ -72,13 +72,13 @@ def test_a_composite_name_parts_where_it_was_joined(parts):
 @given(st.lists(any_text, min_size=3, max_size=3), st.lists(any_text, min_size=3, max_size=3))
 @example(["a@b", "", "c"], ["a", "b", "c"])
 @example(["x" * 300, "a", "b"], ["x" * 300, "a", "c"])
-def test_no_two_composite_names_meet(one, other):
+def test_composite_names_are_unique(one, other):
     assert (name_encoding.encode_composite(one) == name_encoding.encode_composite(other)) is (
         one == other
     )
 
 
-def test_a_plain_composite_name_is_shown_as_it_stands():
+def test_plain_composite_name_is_unchanged():
     assert (
         name_encoding.encode_composite(["79db:train:0", "weights", "0001"])
         == "79db:train:0@weights@0001"
@@ -92,18 +92,18 @@ def test_a_plain_composite_name_is_shown_as_it_stands():
         max_size=60,
     )
 )
-def test_a_file_name_is_shown_as_it_stands(name):
+def test_valid_file_name_is_unchanged(name):
     if name not in (".", "..") and not name_encoding.is_probe_name(name):
         assert name_encoding.encode(name) == name
 
 
 @pytest.mark.parametrize("name", ["100%", "5% off", "%zz", "a:b@c", "-rf", "new\nline", "\udcff"])
-def test_odd_but_possible_names_are_kept(name):
+def test_unusual_valid_names_are_unchanged(name):
     assert name_encoding.encode(name) == name
 
 
 @pytest.mark.parametrize("file_name", ["%2f", "%41", "a%2Fb%", "%2E%2E%2E", "x%ED%A0"])
-def test_what_encode_never_returns_is_refused(file_name):
+def test_decode_of_an_impossible_name_raises(file_name):
     try:
         name = name_encoding.decode(file_name)
     except ValueError:
@@ -111,7 +111,7 @@ def test_what_encode_never_returns_is_refused(file_name):
     assert name_encoding.encode(name) == file_name
 
 
-def test_software_probes():
+def test_is_probe_name_matches_software_probes():
     for name in [".git", ".Trash-1000", "._x", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden"]:
         assert name_encoding.is_probe_name(name)
     for name in [
@@ -129,7 +129,7 @@ def test_software_probes():
 
 
 @pytest.mark.parametrize("name", [".git", "._a/b", "._%41", "Thumbs.db", ".Trash-1"])
-def test_a_server_s_name_that_software_asks_for_is_another_file_name(name):
+def test_probe_name_of_a_server_is_encoded(name):
     encoded = name_encoding.encode(name)
     assert not name_encoding.is_probe_name(encoded)
     assert name_encoding.decode(encoded) == name

@@ -1,4 +1,4 @@
-"""Connections: which address is used, how long one that leads nowhere costs, and the deadline."""
+"""Connections: choice of the address, delay of a silent address, and the deadline."""
 
 import socket
 import time
@@ -27,7 +27,7 @@ def listener(stack):
 
 @pytest.fixture
 def silent(stack):
-    """The address of a listener whose queue is full: it neither accepts nor refuses."""
+    """The address of a listener with a full queue: it neither accepts nor refuses."""
     full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
     for _ in range(8):
         filler = stack.enter_context(socket.socket())
@@ -38,7 +38,7 @@ def silent(stack):
 
 @pytest.fixture
 def refusing(stack):
-    """An address at which nothing listens, and nothing will."""
+    """An address without a listener."""
     bound = stack.enter_context(socket.socket())
     bound.bind(("127.0.0.1", 0))
     return socket.AF_INET, bound.getsockname()
@@ -61,27 +61,27 @@ def test_connect_by_name_and_by_address_is_usable(listener):
             assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
-def test_connect_past_a_silent_address_takes_a_moment(listener, silent):
+def test_connect_past_a_silent_address_is_quick(listener, silent):
     began = time.monotonic()
     with network.connect_any([silent, address(listener)], deadline()) as connection:
         assert connection.getpeername() == listener.getsockname()
     assert network.ATTEMPT_DELAY_S <= time.monotonic() - began < 5
 
 
-def test_connect_past_a_refusal_is_not_staggered(listener, refusing, monkeypatch):
+def test_connect_past_a_refusing_address_has_no_delay(listener, refusing, monkeypatch):
     monkeypatch.setattr(network, "ATTEMPT_DELAY_S", 3600.0)
     addresses = [refusing, refusing, address(listener)]
     with network.connect_any(addresses, deadline()) as connection:
         assert connection.getpeername() == listener.getsockname()
 
 
-def test_connect_past_an_unroutable_family_goes_on(listener):
+def test_connect_past_an_unroutable_address_succeeds(listener):
     nowhere = (socket.AF_INET6, ("ff0e::1", 9, 0, 0))  # TCP to a multicast address
     with network.connect_any([nowhere, address(listener)], deadline()) as connection:
         assert connection.getpeername() == listener.getsockname()
 
 
-def test_connect_where_all_fail_raises_the_last_error(refusing):
+def test_connect_without_success_raises_the_last_error(refusing):
     with pytest.raises(ConnectionRefusedError):
         network.connect_any([refusing, refusing], deadline())
 
@@ -93,7 +93,7 @@ def test_connect_ends_at_the_deadline(silent):
     assert time.monotonic() - began < 5
 
 
-def test_connect_after_the_deadline_does_not_begin(listener):
+def test_connect_after_the_deadline_raises(listener):
     with pytest.raises(TimeoutError):
         network.connect_any([address(listener)], deadline(-1))
 

@@ -1,10 +1,10 @@
-"""What a server says, as people see it: no secret, nothing that steers a terminal, in no time."""
+"""External text for users: no secrets, no terminal controls, in linear time."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinkerfs.printable import printable, redacted
+from tinkerfs.printable import escape_control_chars, redacted
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,13 @@ from tinkerfs.printable import printable, redacted
         ("plain ü 漢", "plain ü 漢"),
     ],
 )
-def test_printable_escapes_what_steers_a_terminal(text, expected):
-    assert printable(text) == expected
+def test_escape_control_chars_escapes_terminal_controls(text, expected):
+    assert escape_control_chars(text) == expected
 
 
 @given(st.text())
-def test_printable_of_any_text_is_printable(text):
-    assert printable(text).isprintable()
+def test_escape_control_chars_result_is_printable(text):
+    assert escape_control_chars(text).isprintable()
     assert redacted(text, limit=100).isprintable()
     assert len(redacted(text, limit=100)) <= 100
 
@@ -52,11 +52,11 @@ def test_printable_of_any_text_is_printable(text):
         ("limit=3 of 5", "limit=3 of 5"),
     ],
 )
-def test_redacted_takes_out_secrets_of_every_kind(text, expected):
+def test_redacted_removes_secrets_of_every_kind(text, expected):
     assert redacted(text, limit=500) == expected
 
 
-def test_redacted_text_cut_within_a_secret_holds_none_of_it():
+def test_redacted_text_truncated_in_a_secret_hides_it():
     for start in range(380, 401):
         text = "x " * (start // 2) + "eyJhbGciOiJI.c0ffee" + "f" * 400
         assert "c0ffee" not in redacted(text, limit=50)
@@ -69,6 +69,6 @@ def test_redacted_text_cut_within_a_secret_holds_none_of_it():
         *("%3D", ":", ":/", "\\/", " ", "\n", "\x1b", "https://h?", "@", "a=b&"),
     ],
 )
-def test_redacted_of_any_repetition_ends_soon(unit):
-    # Quadratic, one of them takes minutes.
+def test_redacted_of_any_repetition_is_quick(unit):
+    # With quadratic time one of them would take minutes.
     assert len(redacted(unit * (2_000_000 // len(unit)), limit=20_000)) <= 20_000

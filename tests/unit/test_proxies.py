@@ -1,4 +1,4 @@
-"""Which proxy the environment names for a URL, as curl and requests read it."""
+"""The proxy for a URL by the environment, like in curl and requests."""
 
 import pytest
 
@@ -22,7 +22,7 @@ PROXY = "http://proxy.corp:3128"
         ("", None),
     ],
 )
-def test_proxy_value_is_read_as_curl_reads_it(value, expected):
+def test_proxy_value_is_parsed_like_curl(value, expected):
     assert proxy_for("https://tinker.example/x", {"https_proxy": value}) == expected
 
 
@@ -41,7 +41,7 @@ def test_proxy_value_is_read_as_curl_reads_it(value, expected):
         ({}, "http://x", None),
     ],
 )
-def test_proxy_variable_of_the_scheme_comes_first(environ, url, host):
+def test_proxy_variable_of_the_scheme_has_precedence(environ, url, host):
     found = proxy_for(url, environ)
     assert (found and found.host) == host
 
@@ -82,7 +82,7 @@ def test_proxy_variable_of_the_scheme_comes_first(environ, url, host):
         (",,", "tinker.corp", False),
     ],
 )
-def test_no_proxy_entry_decides_who_is_asked_directly(no_proxy, host, is_direct):
+def test_no_proxy_entry_selects_direct_hosts(no_proxy, host, is_direct):
     found = proxy_for(f"https://{host}/x", {"HTTPS_PROXY": PROXY, "NO_PROXY": no_proxy})
     assert (found is None) == is_direct
 
@@ -100,7 +100,7 @@ def test_proxy_for_loopback_is_none(host, value):
 
 
 @pytest.mark.parametrize("host", ["notlocalhost", "128.0.0.1", "localhost.corp", "fd00::1", "1.x"])
-def test_is_loopback_of_others_is_false(host):
+def test_is_loopback_of_other_hosts_is_false(host):
     assert not is_loopback(host)
 
 
@@ -116,13 +116,13 @@ def test_is_loopback_of_others_is_false(host):
         ("me:c0ffee@h:x", "not a URL"),
     ],
 )
-def test_proxy_that_cannot_be_used_is_named_without_login(value, reason):
+def test_unusable_proxy_is_reported_without_login(value, reason):
     with pytest.raises(StartupError, match=f"^HTTPS_PROXY .*{reason}") as failure:
         proxy_for("https://tinker.example", {"HTTPS_PROXY": value})
     assert "c0ffee" not in str(failure.value)
     assert "correct it" in str(failure.value)
 
 
-def test_proxy_shown_as_text_hides_its_login():
+def test_proxy_as_text_hides_its_login():
     proxy = proxy_for("http://x", {"http_proxy": "http://me:c0ffee@h:1"})
     assert (str(proxy), f"{proxy!r}") == ("http://h:1", "Proxy(http://h:1)")

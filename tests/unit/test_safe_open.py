@@ -32,7 +32,7 @@ def make_link_to_fifo(path):
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CREAT])
 @pytest.mark.parametrize("make", [make_fifo, make_directory, make_socket, make_link_to_fifo])
-def test_open_regular_of_another_kind_fails_at_once(tmp_path, make, flags):
+def test_open_regular_of_another_type_fails_immediately(tmp_path, make, flags):
     path = tmp_path / "name"
     make(path)
     opened = run_in_thread(lambda: open_regular(path, flags, follow_symlinks=True), "open")
@@ -52,25 +52,25 @@ def test_open_regular_of_a_link_follows_only_on_request(tmp_path):
     assert not is_regular(link)
 
 
-def test_open_regular_of_a_device_is_refused():
+def test_open_regular_of_a_device_raises():
     with pytest.raises(OSError, match="not a regular file"):
         open_regular("/dev/null", os.O_RDONLY)
 
 
-def test_open_regular_makes_a_private_file_below_dir_fd(tmp_path):
-    folder = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+def test_open_regular_creates_a_private_file_in_dir_fd(tmp_path):
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fd = open_regular("new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=folder)
+        fd = open_regular("new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=directory)
         os.write(fd, b"0123456789")
         assert not os.get_inheritable(fd)
         os.close(fd)
     finally:
-        os.close(folder)
+        os.close(directory)
     assert (tmp_path / "new").stat().st_mode & 0o077 == 0
     assert read_regular(tmp_path / "new", 4) == b"0123"
 
 
-def test_open_regular_of_another_kind_leaks_no_descriptor(tmp_path):
+def test_open_regular_of_another_type_leaks_no_descriptor(tmp_path):
     make_fifo(tmp_path / "fifo")
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
@@ -80,7 +80,7 @@ def test_open_regular_of_another_kind_leaks_no_descriptor(tmp_path):
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_certificates_that_are_a_fifo_are_refused_at_once(tmp_path, variable):
+def test_certificates_in_a_fifo_are_rejected_immediately(tmp_path, variable):
     os.mkfifo(tmp_path / "bundle")
     environ = {variable: str(tmp_path / "bundle")}
     made = run_in_thread(lambda: trusting_context(environ), "certificates")

@@ -1,4 +1,4 @@
-"""The table of settings, and how their texts are read."""
+"""The table of options, and parsing of their values."""
 
 from dataclasses import fields
 
@@ -9,7 +9,7 @@ from tinkerfs.config import OPTIONS, Settings, parse_duration_s
 BY_FLAG = {option.flag: option for option in OPTIONS}
 
 
-def test_every_setting_is_an_option_and_nothing_else_is():
+def test_options_and_settings_have_the_same_fields():
     assert [option.field for option in OPTIONS] != []
     assert {option.field for option in OPTIONS} == {field.name for field in fields(Settings)}
     assert len(BY_FLAG) == len(OPTIONS)
@@ -27,7 +27,7 @@ def test_every_setting_is_an_option_and_nothing_else_is():
         ("7 d", 604800),
     ],
 )
-def test_durations(text, seconds):
+def test_parse_duration_returns_seconds(text, seconds):
     assert parse_duration_s(text) == seconds
 
 
@@ -60,7 +60,7 @@ def test_durations(text, seconds):
         ("trash", "always"),
     ],
 )
-def test_what_means_nothing_is_refused_in_a_sentence(flag, text):
+def test_parse_of_invalid_text_raises_with_a_message(flag, text):
     with pytest.raises(ValueError, match=r"\w+ \w+"):
         BY_FLAG[flag].parse(text)
 
@@ -80,5 +80,5 @@ def test_what_means_nothing_is_refused_in_a_sentence(flag, text):
         ("concurrency", "64", 64),
     ],
 )
-def test_values(flag, text, value):
+def test_parse_of_valid_text_returns_the_value(flag, text, value):
     assert BY_FLAG[flag].parse(text) == value

@@ -8,13 +8,13 @@ part = st.text(st.characters(exclude_characters="/"), min_size=1)
 
 
 @given(part, part, st.text(min_size=1))
-def test_a_path_round_trips(run_id, kind, name):
+def test_tinker_path_round_trips(run_id, kind, name):
     path = TinkerPath(run_id, kind, name)
     assert TinkerPath.parse(str(path)) == path
 
 
 @given(part, part)
-def test_a_two_part_path_round_trips(run_id, name):
+def test_two_part_tinker_path_round_trips(run_id, name):
     assert TinkerPath.parse(f"tinker://{run_id}/{name}") == TinkerPath(run_id, "", name)
 
 
@@ -30,6 +30,6 @@ def test_a_two_part_path_round_trips(run_id, name):
         "tinker://a//c",
     ],
 )
-def test_what_is_no_tinker_path_is_refused(text):
+def test_parse_of_an_invalid_path_raises(text):
     with pytest.raises(ValueError, match="tinker://"):
         TinkerPath.parse(text)

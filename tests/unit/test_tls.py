@@ -1,4 +1,4 @@
-"""Which certificates are trusted where the environment names none."""
+"""Trusted certificates if the environment names none."""
 
 import ssl
 from pathlib import Path
@@ -16,7 +16,7 @@ def loaded(environ=None):
 
 @pytest.fixture
 def no_openssl_paths(monkeypatch):
-    """An interpreter whose OpenSSL looks where nothing is, as those that bring their own do."""
+    """Make OpenSSL search missing directories, like an interpreter with its own OpenSSL."""
     paths = SimpleNamespace(cafile=None, capath=None)
     monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
     monkeypatch.setattr(tls, "_SYSTEM_BUNDLES", ())

@@ -1,4 +1,4 @@
-"""The clients of the API and of stores go by the same proxies and trust the same certificates."""
+"""The clients of the API and of stores use the same proxies and trust the same certificates."""
 
 import gc
 import socket
@@ -32,7 +32,7 @@ def environment(monkeypatch):
 
 @contextmanager
 def served(identity=None, host="tinker.invalid"):
-    """A server that is asked for by a name which only the proxy resolves."""
+    """A server with a name that only the proxy resolves."""
     context = None if identity is None else tls_context(SUPPORT / identity)
     with HostileServer(runs=2, tls=context) as server:
         server.on("/object", response(200, b"bytes"), times=None)
@@ -41,7 +41,7 @@ def served(identity=None, host="tinker.invalid"):
 
 @pytest.fixture(params=["API", "store"])
 def ask(request, tmp_path):
-    """Ask a server for something, by one of the two clients."""
+    """Send a request to a server with one of the two clients."""
 
     def ask_api(base_url, timeout_s=10):
         credentials = Credentials({"TINKER_API_KEY": "tml-k"}, home=str(tmp_path))
@@ -54,7 +54,7 @@ def ask(request, tmp_path):
     def ask_store(base_url, timeout_s=10):
         with ObjectStoreClient(Telemetry(), timeout_s=timeout_s) as client:
             response = client.get(f"{base_url}/object", {})
-            assert b"".join(response.pieces()) == b"bytes"
+            assert b"".join(response.chunks()) == b"bytes"
 
     return ask_api if request.param == "API" else ask_store
 
@@ -69,7 +69,7 @@ def ask(request, tmp_path):
         ("all_proxy", "socks", True, "SOCKS"),
     ],
 )
-def test_proxy_of_any_kind_serves_both_clients(
+def test_proxy_of_any_protocol_serves_both_clients(
     environment, ask, variable, scheme, is_secured, protocol, login
 ):
     environment.setenv("SSL_CERT_FILE", str(SUPPORT / "invalid.pem"))
@@ -85,7 +85,7 @@ def test_proxy_of_any_kind_serves_both_clients(
 
 
 @pytest.mark.parametrize("is_secured", [False, True])
-def test_proxy_with_tls_of_its_own_serves_both_clients(environment, ask, is_secured):
+def test_proxy_with_tls_serves_both_clients(environment, ask, is_secured):
     environment.setenv("SSL_CERT_FILE", str(SUPPORT / "invalid.pem"))
     environment.setenv("REQUESTS_CA_BUNDLE", str(SUPPORT / "localhost.pem"))
     tls = tls_context(SUPPORT / "localhost.pem")
@@ -100,16 +100,16 @@ def test_proxy_with_tls_of_its_own_serves_both_clients(environment, ask, is_secu
 
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
-def test_proxy_that_never_responds_holds_nothing_for_good(environment, ask, scheme):
+def test_proxy_that_never_responds_leaks_no_socket(environment, ask, scheme):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         environment.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises((errors.RequestTimeout, TransferInterrupted)):
             ask("https://tinker.invalid", timeout_s=0.5)
-    gc.collect()  # a socket that was left open would be a warning
+    gc.collect()  # a leaked socket would be a warning
 
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
-def test_proxy_that_refuses_the_login_is_told_without_it(environment, ask, scheme):
+def test_proxy_that_rejects_the_login_is_reported_without_it(environment, ask, scheme):
     with served() as (server, url), ProxyServer("other:word") as proxy:
         url = url.replace("http:", "https:")
         environment.setenv("ALL_PROXY", f"{scheme}://{LOGIN}@{proxy.address}")
@@ -121,20 +121,20 @@ def test_proxy_that_refuses_the_login_is_told_without_it(environment, ask, schem
     gc.collect()
 
 
-def test_proxy_sees_no_more_of_a_store_than_its_name(environment):
+def test_proxy_sees_only_the_host_name_of_a_store(environment):
     environment.setenv("SSL_CERT_FILE", str(SUPPORT / "invalid.pem"))
     with served("invalid.pem", host="store.invalid") as (server, url), ProxyServer() as proxy:
         environment.setenv("HTTPS_PROXY", proxy.address)
         with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
             for _ in range(2):
                 got = client.get(f"{url}/object?X-Amz-Signature=c0ffee", {})
-                assert b"".join(got.pieces()) == b"bytes"
+                assert b"".join(got.chunks()) == b"bytes"
         assert proxy.targets == [("CONNECT", url.partition("//")[2])]
         assert len(server.received) == 2
 
 
 @pytest.mark.parametrize("value", ["http://127.0.0.1:1", "socks4://x", "nonsense://x"])
-def test_proxy_of_whatever_kind_leaves_loopback_alone(environment, ask, value):
+def test_proxy_is_not_used_for_loopback(environment, ask, value):
     for name in ("HTTP_PROXY", "ALL_PROXY"):
         environment.setenv(name, value)
     with served(host="127.0.0.1") as (server, url):
@@ -142,7 +142,7 @@ def test_proxy_of_whatever_kind_leaves_loopback_alone(environment, ask, value):
         assert len(server.received) == 1
 
 
-def test_proxy_that_cannot_be_used_names_its_variable(environment, ask):
+def test_error_of_an_unusable_proxy_names_its_variable(environment, ask):
     environment.setenv("HTTPS_PROXY", "socks4://me:c0ffee@x")
     with pytest.raises((StartupError, errors.ConnectionFailed), match="HTTPS_PROXY") as failure:
         ask("https://tinker.invalid:1")
@@ -153,7 +153,7 @@ def test_proxy_that_cannot_be_used_names_its_variable(environment, ask):
 def test_bundle_of_any_variable_is_trusted(environment, ask, variable):
     environment.setenv(variable, str(SUPPORT / "localhost.pem"))
     other = "REQUESTS_CA_BUNDLE" if variable != "REQUESTS_CA_BUNDLE" else "SSL_CERT_FILE"
-    environment.setenv(other, str(SUPPORT / "invalid.pem"))  # both count
+    environment.setenv(other, str(SUPPORT / "invalid.pem"))  # both variables are used
     with served("localhost.pem", host="localhost") as (server, url):
         ask(url)
         assert len(server.received) == 1
@@ -167,7 +167,7 @@ def test_bundle_of_any_variable_is_trusted(environment, ask, variable):
         ("expired.pem", "localhost", "expired.pem", "expired", "clock"),
     ],
 )
-def test_certificate_that_is_refused_is_told_as_that(
+def test_rejected_certificate_is_reported_with_a_hint(
     environment, ask, identity, host, bundle, reason, hint
 ):
     if bundle is not None:
@@ -184,7 +184,7 @@ def test_certificate_that_is_refused_is_told_as_that(
 
 
 @pytest.mark.parametrize("content", [None, "", "not a certificate"])
-def test_bundle_that_cannot_be_read_names_its_variable(environment, ask, tmp_path, content):
+def test_error_of_an_unreadable_bundle_names_its_variable(environment, ask, tmp_path, content):
     bundle = tmp_path / "bundle"
     if content is not None:
         bundle.write_text(content)
