@@ -31,6 +31,7 @@ COPIES = {
         "$PYTHON -c 'import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)' $X $Y"
     ),
     "scp": "scp -rq $X/. $Y/",
+    "cp -r after a refused removal": "rm -f README.md; cp -r $X/* $Y/",
     "mv": "cp -a $X $OUT/ && mv -f $OUT/0001/* $Y/",
 }
 

@@ -72,14 +72,20 @@ class DeletionGuard:
         self.removals.check(remover.group, path)
         return remover
 
-    def unlink(self, node: Node, caller: Caller) -> None:
+    def unlink(self, node: Node, caller: Callable[[], Caller]) -> None:
         """Hide a file of a checkpoint's directory from its caller's group."""
         directory = node.parent
         assert directory is not None
-        if not is_checkpoint(directory):
-            raise self.removals.refuse(caller.group, node.path)
-        self._check_copied(directory, node.path, caller)
-        self.removals.hide(directory.path, node.row.name, caller.group)
+        try:
+            remover = self.check_removal(node.path, caller)
+            if not is_checkpoint(directory):
+                raise self.removals.refuse(remover.group, node.path)
+            self._check_copied(directory, node.path, remover)
+        except PermissionError:
+            # cp unlinks a link before it replaces it, and then goes on to the controls.
+            self._on_write_refused(node, caller)
+            raise
+        self.removals.hide(directory.path, node.row.name, remover.group)
 
     def check_rmdir(self, directory: Node, caller: Caller) -> None:
         """Refuse to remove a directory that is never removed, or that was copied."""
@@ -119,11 +125,14 @@ class DeletionGuard:
         try:
             self.check_writable(node)
         except OSError:
-            key = _checkpoint_key(node)
-            if key is not None:
-                name = node.path.rpartition("/")[2]
-                self._copies.on_write_refused(key, name, caller().group)
+            self._on_write_refused(node, caller)
             raise
+
+    def _on_write_refused(self, node: Node, caller: Callable[[], Caller]) -> None:
+        key = _checkpoint_key(node)
+        if key is not None:
+            name = node.path.rpartition("/")[2]
+            self._copies.on_write_refused(key, name, caller().group)
 
     def check_control_write(self, node: Node, caller: Callable[[], Caller]) -> None:
         """Refuse a value that comes with the copy of a whole directory."""

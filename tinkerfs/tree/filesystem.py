@@ -314,11 +314,10 @@ class FileSystem:
     def unlink(self, path: str, call: Call) -> None:
         """Hide a generated file of a checkpoint's folder; refuse to remove any other."""
         with self._telling(path, "unlink"):
-            caller = self.guard.check_removal(path, call.caller)
             node = self._nodes.resolve(path, call)
             if isinstance(node.row, Folder):
                 raise errors.is_a_directory(path)
-            self.guard.unlink(node, caller)
+            self.guard.unlink(node, call.caller)
 
     def rmdir(self, path: str, call: Call) -> None:
         """Remove the checkpoint whose directory shows no file any more, as `Mutations.remove` does.
