@@ -132,6 +132,7 @@ class Credentials:
         self._backoff_s = 0.0
         self._backoff_until = 0.0
         self._process: subprocess.Popen[bytes] | None = None
+        self._closings = 0  # how often `close` was called
         #: Guarded by _reading.
         self._warned_version: tuple[int, ...] | None = None
 
@@ -226,6 +227,7 @@ class Credentials:
     def close(self) -> None:
         """End the credential command, if it runs just now: nobody waits for its key any more."""
         with self._lock:
+            self._closings += 1
             if self._process is not None:
                 _kill(self._process)
 
@@ -332,6 +334,8 @@ class Credentials:
         Raises:
             SetupError: it fails, takes too long, or prints nothing.
         """
+        with self._lock:
+            closings = self._closings
         try:
             # A shell command by its contract (Tinker SDK), written by the user. Its standard
             # error may tell secrets, so nobody sees it. A session of its own, so that all it
@@ -351,6 +355,8 @@ class Credentials:
         with process:
             with self._lock:
                 self._process = process
+                if self._closings != closings:  # `close` came while the command was starting
+                    _kill(process)
             try:
                 output = _read_bounded(process, self._command_timeout_s)
                 process.wait(timeout=1.0)

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -241,6 +242,25 @@ def test_a_command_that_takes_too_long_is_dead_and_so_is_what_it_started(tmp_pat
     shell, child = map(int, pids.read_text().split())
     assert not mounts.is_running(shell)
     assert mounts.wait_until(lambda: not mounts.is_running(child), 5)
+
+
+def test_close_while_a_command_starts_ends_it(tmp_path, monkeypatch):
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "TINKER_CREDENTIAL_CMD": "sleep 60",
+    }
+    credentials = Credentials(environ)
+    popen = subprocess.Popen
+
+    def start(*arguments, **options):
+        process = popen(*arguments, **options)
+        credentials.close()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(SetupError, match="status -9"):
+        credentials.get()
 
 
 def test_a_failing_command_is_not_run_for_every_call(make, command, time):
