@@ -110,7 +110,18 @@ class Desktop:
 
     def open(self, folder):
         """Start the file manager in a folder; return its window."""
-        self._started.append(self._start(["thunar", str(folder)], self._environ))
+        # Thunar exits now and then before it has a window, under load: that is started again.
+        for _ in range(5):
+            process = self._start(["thunar", str(folder)], self._environ)
+            self._started.append(process)
+            mounts.wait_until(
+                lambda process=process: (
+                    self.windows(f"^{folder.name}") or process.poll() is not None
+                ),
+                60,
+            )
+            if process.poll() is None:
+                break
         window = self.window(folder.name)
         self.xdotool("windowsize", "--sync", window, WIDTH, HEIGHT)
         self.show_list()
