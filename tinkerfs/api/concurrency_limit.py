@@ -3,7 +3,7 @@
 Every API request acquires a permit here. Thread-safe; of HTTP the limiter knows only statuses.
 
 - After a 429 the limit is halved. Then it grows by one after `SUCCESSES_PER_INCREASE` successes per
-  permit (AIMD). `latency_gradient` lowers it further, down to half, while the server queues.
+  permit (AIMD).
 - No request starts while a Retry-After is in effect.
 - Demand requests take precedence over prefetches, which always leave one permit free.
 - An endpoint that has not responded recently also leaves one permit free for the other endpoints,
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 from tinkerfs import errors
 from tinkerfs.api.endpoints import Endpoint
-from tinkerfs.api.latency_gradient import LatencyGradient
 from tinkerfs.clock import Clock
 from tinkerfs.context import Priority
 
@@ -43,9 +42,6 @@ class Permit:
         status: status of the response; the holder sets it.
         retry_after_s: delay that the server requested, seconds; the holder sets it.
         granted: set when the request may start.
-        was_saturated: whether all permits available to prefetches were in use when this one was
-            granted, this one included.
-        started_at: start of the request, on the monotonic clock.
     """
 
     endpoint: Endpoint
@@ -54,8 +50,6 @@ class Permit:
     status: int | None = None
     retry_after_s: float | None = None
     granted: threading.Event = field(default_factory=threading.Event)
-    was_saturated: bool = False
-    started_at: float = 0.0
 
 
 class ConcurrencyLimiter:
@@ -70,9 +64,8 @@ class ConcurrencyLimiter:
         self._clock = clock
         self._lock = threading.Lock()
         # All guarded by _lock.
-        self._aimd_limit = limit
-        self._gradient = LatencyGradient(limit)
-        self._successes = 0  # since `_aimd_limit` changed
+        self._current_limit = limit
+        self._successes = 0  # since `_current_limit` changed
         self._seq = 0
         #: Newest permit at the time of the last decrease. A 429 of an older permit belongs to the
         #: same burst, and does not decrease the limit again.
@@ -110,7 +103,6 @@ class ConcurrencyLimiter:
             self._dispatch()
         try:
             self._wait(permit, deadline)
-            permit.started_at = self._clock.monotonic()
             yield permit
         finally:
             with self._lock:
@@ -120,13 +112,6 @@ class ConcurrencyLimiter:
                     self._responsive_endpoints.discard(endpoint.label)
                 if permit.status is not None:
                     self._record_status(permit, permit.status)
-                    if permit.status < 400 and not endpoint.is_long_running:
-                        self._gradient.record(
-                            endpoint.label,
-                            permit.started_at,
-                            self._clock.monotonic(),
-                            was_saturated=permit.was_saturated,
-                        )
                 self._dispatch()
 
     def _redispatch(self) -> None:
@@ -167,7 +152,6 @@ class ConcurrencyLimiter:
             del self._queue[permit]
             if not permit.endpoint.is_long_running:
                 self._running.add(permit)
-                permit.was_saturated = len(self._running) >= max(self._limit_minus_reserved, 2)
             permit.granted.set()
 
     def _next(self) -> Permit | None:
@@ -185,10 +169,6 @@ class ConcurrencyLimiter:
             if first_prefetch is None and prefetches < self._limit_minus_reserved:
                 first_prefetch = permit
         return first_prefetch
-
-    @property
-    def _current_limit(self) -> int:
-        return min(self._aimd_limit, self._gradient.limit)
 
     @property
     def _limit_minus_reserved(self) -> int:
@@ -216,12 +196,12 @@ class ConcurrencyLimiter:
                 self._paused_until, self._pause_status = until, status
         if status == 429:
             if permit.seq > self._last_decrease_seq:
-                self._aimd_limit = max(self._aimd_limit // 2, 1)
+                self._current_limit = max(self._current_limit // 2, 1)
                 self._last_decrease_seq, self._successes = self._seq, 0
         elif status < 500:
             self._successes += 1
             if (
-                self._aimd_limit < self._max_limit
-                and self._successes >= SUCCESSES_PER_INCREASE * self._aimd_limit
+                self._current_limit < self._max_limit
+                and self._successes >= SUCCESSES_PER_INCREASE * self._current_limit
             ):
-                self._aimd_limit, self._successes = self._aimd_limit + 1, 0
+                self._current_limit, self._successes = self._current_limit + 1, 0
