@@ -67,7 +67,6 @@ CONFINED = {
     "httpx": {"api"},
     "mfusepy": {"fuse"},
     "sqlite3": {"cache"},
-    "stamina": {"api"},
     "urllib3": {"api.network_backend", "weights.pools", "weights.store_connection"},
     "xxhash": {"cache"},
 }

@@ -12,7 +12,7 @@ from tinkerfs.cli.main import COMMANDS, cli
 from tinkerfs.config import OPTIONS
 
 #: Modules that are slow to import, or that fail to import if a library is missing.
-HEAVY = {"httpx", "fuse", "mfusepy", "sqlite3", "cachetools", "msgspec", "stamina", "asyncio"}
+HEAVY = {"httpx", "fuse", "mfusepy", "sqlite3", "cachetools", "msgspec", "asyncio"}
 
 
 def modules_after(*arguments):

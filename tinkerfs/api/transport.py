@@ -7,14 +7,12 @@ a request share one deadline, because a file operation waits for them.
 """
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
-
-import stamina
-import stamina.instrumentation
 
 from tinkerfs import errors
 from tinkerfs.api.concurrency_limit import ConcurrencyLimiter
@@ -47,10 +45,6 @@ FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
 MAX_RESPONSE_BYTES = 256 << 20
 
 _RETRYABLE_STATUSES = frozenset({408, 409, 429})
-
-# stamina's default hooks log every retry as a warning. Retries are counted in the telemetry, and
-# the final error is reported once. The hooks are global by design of stamina.
-stamina.instrumentation.set_on_retry_hooks(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +200,14 @@ class Transport:
             return self._send_once(request, key, deadline, retry_deadline, priority)
 
         state = _RetryState(send_once, request, retry_deadline, self._backoff_s, self._clock)
-        # `_RetryState` computes the delays: they obey Retry-After and the deadline.
-        for attempt in stamina.retry_context(on=state.delay_s, attempts=MAX_ATTEMPTS, timeout=None):
-            with attempt:
+        while True:
+            try:
                 return state.run_attempt()
-        raise AssertionError("stamina ended without an error")
+            except ApiError:
+                delay_s = state.delay_s()
+                if delay_s is None:
+                    raise
+            time.sleep(delay_s)
 
     def _send_once(
         self,
@@ -291,12 +288,12 @@ class _RetryState:
         #: Delay before the next attempt, seconds; None if the last failure is not retryable.
         self._delay_s: float | None = None
 
-    def delay_s(self, _: Exception) -> float | bool:
-        """Return the delay before the next attempt, False for no more attempts."""
+    def delay_s(self) -> float | None:
+        """Return the delay before the next attempt, seconds; None for no more attempts."""
         delay_s = self._delay_s
-        if delay_s is None or self._clock.monotonic() + delay_s >= self._deadline:
-            return False
-        return delay_s
+        if delay_s is None or self._attempts >= MAX_ATTEMPTS:
+            return None
+        return delay_s if self._clock.monotonic() + delay_s < self._deadline else None
 
     def run_attempt(self) -> Response:
         """Make one attempt and compute the delay before the next one.

@@ -11,7 +11,7 @@ from tinkerfs.printable import escape_control_chars
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 #: Libraries that log every request with its signed URL; only their warnings are logged.
-_VERBOSE_LOGGERS: Final = ("httpx", "httpcore", "urllib3", "stamina", "fuse")
+_VERBOSE_LOGGERS: Final = ("httpx", "httpcore", "urllib3", "fuse")
 
 
 class _Redacting(logging.Formatter):
