@@ -27,7 +27,6 @@ from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.catalog.sessions import Sessions
 from tinkerfs.catalog.trash import Trash
 from tinkerfs.catalog.trash_reader import TrashReader
-from tinkerfs.catalog.warm_start import ListingSnapshots
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.config import Settings
 from tinkerfs.telemetry import Telemetry
@@ -114,18 +113,11 @@ def open_app(
         cache = MetadataCache(telemetry, clock)
         policies = CachePolicies.from_settings(settings.ttl_s, settings.stale_if_error_s)
         store = stack.enter_context(MetadataStore(cache_dir))
-        snapshots = stack.enter_context(
-            ListingSnapshots(
-                store, client.base_url, credentials, clock, stale_s=settings.stale_if_error_s
-            )
-        )
         trash = stack.enter_context(Trash(store, client.base_url, credentials.fingerprint, clock))
         catalog = Catalog(
-            client, cache, store, telemetry, clock, policies, snapshots, trash, settings.concurrency
+            client, cache, store, telemetry, clock, policies, trash, settings.concurrency
         )
-        mutations = Mutations(
-            client, cache, snapshots, telemetry, clock, catalog, trash, settings.trash_s
-        )
+        mutations = Mutations(client, cache, telemetry, clock, catalog, trash, settings.trash_s)
         sessions = Sessions(client, cache, policies)
         archives = SignedUrlCache(
             client,

@@ -34,9 +34,8 @@ REVALIDATE_WAIT_S = 2.0
 #: recovered responds within this time; a hanging one does not delay a walk at every directory.
 DEGRADED_WAIT_S = 0.2
 
-#: Wait for the first response before falling back to the previous mount's snapshot, or to
-#: streaming pages, seconds.
-WARM_START_WAIT_S = 0.25
+#: Wait at most this long for all pages of a first load before they are streamed, seconds.
+STREAM_WAIT_S = 0.25
 
 #: A value that was read within this time, seconds, is served once after its expiry while it is
 #: refreshed in the background.
@@ -87,7 +86,6 @@ class _Entry:
 
     Attributes:
         expiry: shared with derived values; changed under the lock, except for `last_used`.
-        is_warm: the value is from an earlier mount, and no response has arrived in this one.
         last_changed: when the value was seen to change, seconds since 1970.
         is_unreported: the error has not been raised to any caller yet.
     """
@@ -98,7 +96,6 @@ class _Entry:
     stored_until: float
     error: errors.ApiError | None = None
     error_until: float = 0.0
-    is_warm: bool = False
     last_changed: float | None = None
     is_unreported: bool = False
 
@@ -161,36 +158,23 @@ class MetadataCache:
         """The number of calls of `update`."""
         return self._local_mutations
 
-    def get(
-        self,
-        key: Hashable,
-        load: Loader[T],
-        policy: CachePolicy,
-        ctx: RequestContext,
-        fallback: Callable[[], T | None] | None = None,
-    ) -> T:
+    def get(self, key: Hashable, load: Loader[T], policy: CachePolicy, ctx: RequestContext) -> T:
         """Return the value of `key`, loading it unless a fresh one is cached.
 
         The value's expiry is recorded in `ctx`. The load runs in another thread. The first item of
-        a tuple key is its kind. `fallback` returns the value that an earlier mount stored; it is
-        used while the first response is in flight, unless only a response will do (None).
+        a tuple key is its kind.
 
         Raises:
             ApiError: the load failed, now or within the TTL of the failure.
             OSError: EINTR or ETIMEDOUT if the wait ended before the load.
         """
-        return self._get(key, load, policy, ctx, fallback)  # type: ignore[no-any-return]
+        return self._get(key, load, policy, ctx)  # type: ignore[no-any-return]
 
     def get_or_stream(
-        self,
-        key: Hashable,
-        load: Loader[T],
-        policy: CachePolicy,
-        ctx: RequestContext,
-        fallback: Callable[[], T | None] | None = None,
+        self, key: Hashable, load: Loader[T], policy: CachePolicy, ctx: RequestContext
     ) -> T | ResultStream:
         """Return the value like `get`, or the stream of a slow first load."""
-        return self._get(key, load, policy, ctx, fallback, may_stream=True)  # type: ignore[no-any-return]
+        return self._get(key, load, policy, ctx, may_stream=True)  # type: ignore[no-any-return]
 
     def _get(
         self,
@@ -198,7 +182,6 @@ class MetadataCache:
         load: Loader[Any],
         policy: CachePolicy,
         ctx: RequestContext,
-        fallback: Callable[[], Any] | None,
         *,
         may_stream: bool = False,
     ) -> Any:
@@ -220,8 +203,6 @@ class MetadataCache:
                 self._telemetry.count("stale_if_error_hits")
                 return entry.value
             self._telemetry.count("metadata_cache_misses")
-            if entry is not None and entry.is_warm and fallback is None:
-                entry, last_used = None, float("-inf")
             is_in_use = now - last_used < policy.revalidate_grace_s
             pending = self._in_flight.get(key) or self._start(
                 key, load, policy, Priority(is_demand=not is_in_use)
@@ -231,7 +212,7 @@ class MetadataCache:
                 return entry.value  # type: ignore[union-attr]
         pending.priority.promote()
         if entry is None or not entry.has_value:
-            return self._wait_for_first(key, pending, policy, ctx, fallback, may_stream=may_stream)
+            return self._wait_for_first(pending, ctx, may_stream=may_stream)
         try:
             is_healthy = entry.error is None and _kind(key) not in self._degraded_kinds
             wait_s = REVALIDATE_WAIT_S if is_healthy else DEGRADED_WAIT_S
@@ -248,38 +229,18 @@ class MetadataCache:
         return entry.value
 
     def _wait_for_first(
-        self,
-        key: Hashable,
-        pending: _InFlightLoad,
-        policy: CachePolicy,
-        ctx: RequestContext,
-        fallback: Callable[[], Any] | None,
-        *,
-        may_stream: bool,
+        self, pending: _InFlightLoad, ctx: RequestContext, *, may_stream: bool
     ) -> Any:
-        """Return the first value; if it is slow, the fallback or the partial results."""
-        if fallback is not None or may_stream:
-            wait_s = WARM_START_WAIT_S - (self._clock.monotonic() - pending.started)
-            try:
-                return ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending.future)
-            except OSError as error:
-                if not errors.is_timeout(error):
-                    raise
-        if fallback is not None:
-            value = fallback()
-            if value is not None:
-                with self._lock:
-                    now = self._clock.monotonic()
-                    before = self._entries.get(key)
-                    if self._in_flight.get(key) is pending:
-                        if before is not None and before.has_value:  # stored by another reader
-                            return before.value
-                        until = now + policy.stale_if_error_s
-                        expiry = Expiry(now, last_used=now)
-                        self._put(key, _Entry(value, True, expiry, until, is_warm=True))
-                        self._telemetry.count("warm_start_hits")
-                        return value
-        return pending.stream if may_stream else ctx.wait_for(pending.future)
+        """Return the first value, or with `may_stream` the stream of a slow load."""
+        if not may_stream:
+            return ctx.wait_for(pending.future)
+        wait_s = STREAM_WAIT_S - (self._clock.monotonic() - pending.started)
+        try:
+            return ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending.future)
+        except OSError as error:
+            if not errors.is_timeout(error):
+                raise
+        return pending.stream
 
     def prefetch(self, key: Hashable, load: Loader[T], policy: CachePolicy) -> bool:
         """Start loading a value without a waiter; return whether a load was started.
@@ -308,12 +269,6 @@ class MetadataCache:
             entry, pending = self._entries.get(key), self._in_flight.get(key)
         is_first = entry is None or not entry.has_value
         return pending.stream.find(part) if pending is not None and is_first else None
-
-    def is_warm(self, key: Hashable) -> bool:
-        """Return whether the cached value of `key` is from an earlier mount."""
-        with self._lock:
-            entry = self._entries.get(key)
-            return entry is not None and entry.is_warm
 
     def peek(self, key: Hashable) -> Any:
         """Return the cached value of `key`, fresh or stale; None if it is not cached."""
@@ -442,7 +397,7 @@ class MetadataCache:
             is_outage = isinstance(error, errors.UNAVAILABLE_ERRORS)
             if is_outage:
                 self._degraded_kinds.add(_kind(key))
-            if is_outage and entry is not None and entry.has_value and not entry.is_warm:
+            if is_outage and entry is not None and entry.has_value:
                 entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
             elif is_outage and not pending.priority.is_demand:
                 return  # a failed prefetch: the first demand request loads again
@@ -472,7 +427,7 @@ class MetadataCache:
         stored_until = max(fresh_until, now + policy.stale_if_error_s)
         if before is not None and before.has_value and before.value is value:
             before.expiry.fresh_until, before.stored_until = fresh_until, stored_until
-            before.error, before.is_warm = None, False
+            before.error = None
             self._entries[key] = before  # reorders it by its new expiry; the value is unchanged
             return
         entry = _Entry(value, True, Expiry(fresh_until), stored_until)

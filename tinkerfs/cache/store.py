@@ -1,12 +1,11 @@
-"""SQLite store of the cache: immutable records, and listings for a warm start.
+"""SQLite store of the cache: immutable records, and durable records.
 
-One table has bytes by (namespace, key). Another has listings by (account, name) with the time of
-their fetch. The store is thread-safe, and shared by every mount and process that uses the same
-directory (WAL mode, busy timeout). It only saves requests, so it may fail: after an SQLite error
-the caller gets "not stored", the error is logged once, and the mount continues. Nothing in the
-store is unpickled or executed.
+One table has bytes by (namespace, key). The store is thread-safe, and shared by every mount and
+process that uses the same directory (WAL mode, busy timeout). It only saves requests, so it may
+fail: after an SQLite error the caller gets "not stored", the error is logged once, and the mount
+continues. Nothing in the store is unpickled or executed.
 
-A third table has durable records, which cannot be restored from the API. A new schema version
+Another table has durable records, which cannot be restored from the API. A new schema version
 leaves them in place, each write is synced to disk, and a failed write raises.
 """
 
@@ -126,48 +125,6 @@ class MetadataStore:
         """Delete a value if there is one; a failure is logged once."""
         self._change("DELETE FROM records WHERE space = ? AND key = ?", (namespace, _blob(key)))
 
-    def listing(self, account: str, name: str) -> tuple[float, bytes] | None:
-        """Return fetch time (seconds since 1970) and bytes of a listing; None if absent."""
-        sql = "SELECT came_at, value FROM listings WHERE account = ? AND name = ?"
-        with self.lock:
-            if self._connection is None:
-                return None
-            try:
-                row = self._connection.execute(sql, (account, _blob(name))).fetchone()
-            except sqlite3.Error as error:
-                self._report_once(error)
-                return None
-        return (float(row[0]), bytes(row[1])) if row is not None else None
-
-    def put_listing(self, account: str, name: str, fetched_at: float, value: bytes | None) -> None:
-        """Store a listing, or delete it for None; a failure is logged once.
-
-        Args:
-            account: namespace of the listing.
-            name: key of the listing.
-            fetched_at: seconds since 1970.
-            value: replaces an older value.
-        """
-        if value is None:
-            sql = "DELETE FROM listings WHERE account = ? AND name = ?"
-            self._change(sql, (account, _blob(name)))
-        else:
-            sql = "INSERT OR REPLACE INTO listings VALUES (?, ?, ?, ?)"
-            self._change(sql, (account, _blob(name), fetched_at, value))
-
-    def drop_listings(self, account: str) -> None:
-        """Delete every listing of an account; a failure is logged once."""
-        self._change("DELETE FROM listings WHERE account = ?", (account,))
-
-    def evict_listings(self, max_bytes: int) -> None:
-        """Delete the oldest listings beyond `max_bytes`; a failure is logged once."""
-        self._change(
-            "DELETE FROM listings WHERE rowid IN (SELECT rowid FROM (SELECT rowid,"
-            " SUM(LENGTH(value)) OVER (ORDER BY came_at DESC, rowid) AS sum FROM listings)"
-            " WHERE sum > ?)",
-            (max_bytes,),
-        )
-
     # Durable records.
 
     def durable(self, namespace: str) -> dict[str, bytes]:
@@ -262,10 +219,6 @@ class MetadataStore:
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS records (space TEXT NOT NULL, key BLOB NOT NULL,"
                 " value BLOB NOT NULL, PRIMARY KEY (space, key)) WITHOUT ROWID"
-            )
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS listings (account TEXT NOT NULL, name BLOB NOT NULL,"
-                " came_at REAL NOT NULL, value BLOB NOT NULL, PRIMARY KEY (account, name))"
             )
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS durable (space TEXT NOT NULL, key BLOB NOT NULL,"

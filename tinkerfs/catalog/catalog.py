@@ -6,9 +6,9 @@ requests raise `ApiError`; a cancelled or timed-out wait raises `OSError`.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from tinkerfs import errors
 from tinkerfs.api import models, raw_json
@@ -29,7 +29,6 @@ from tinkerfs.catalog.listings import (
 from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.catalog.prefetcher import Traversal, TraversalPrefetcher
 from tinkerfs.catalog.trash import Trash
-from tinkerfs.catalog.warm_start import ListingSnapshots
 from tinkerfs.catalog.weights_info import MAX_WEIGHTS_INFO_ENTRIES, WeightsInfoCache
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_concurrently
@@ -41,8 +40,6 @@ log = logging.getLogger(__name__)
 
 #: Errors by which servers refuse to list the checkpoints of another user's run.
 _NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.UnsupportedEndpoint)
-
-T = TypeVar("T")
 
 #: Minimum TTL of listings for prefetching, seconds. With a shorter TTL a prefetched listing could
 #: expire before the traversal reads it.
@@ -62,7 +59,6 @@ class Catalog:
         telemetry: Telemetry,
         clock: Clock,
         policies: CachePolicies,
-        snapshots: ListingSnapshots,
         trash: Trash,
         concurrency: int,
     ) -> None:
@@ -74,7 +70,6 @@ class Catalog:
         )
         self.incarnations = Incarnations(store, client.base_url)
         self._policies = policies
-        self._snapshots = snapshots
         self._trash = trash
         self._concurrency = concurrency
         self._prefetcher = TraversalPrefetcher(2 * concurrency, clock)
@@ -92,18 +87,14 @@ class Catalog:
 
     def runs(self, ctx: RequestContext) -> RunListing:
         """Return the user's training runs; one request per page if they are not fresh."""
-        return self._cache.get(
-            ("runs",), self._load_runs, self._policies.listing, ctx, self._snapshots.runs
-        )
+        return self._cache.get(("runs",), self._load_runs, self._policies.listing, ctx)
 
     def iter_runs(self, ctx: RequestContext) -> Iterator[models.TrainingRun]:
         """Yield the user's training runs; a slow first listing is yielded page by page.
 
         A request may fail after some runs have been yielded.
         """
-        found = self._cache.get_or_stream(
-            ("runs",), self._load_runs, self._policies.listing, ctx, self._snapshots.runs
-        )
+        found = self._cache.get_or_stream(("runs",), self._load_runs, self._policies.listing, ctx)
         return found.iterate(ctx) if isinstance(found, ResultStream) else iter(found.by_id.values())
 
     def cached_runs(self) -> RunListing | None:
@@ -145,46 +136,20 @@ class Catalog:
     # Checkpoints. The cached listings are as the server sent them. Methods leave out checkpoints in
     # the trash unless their name or a parameter mentions the trash.
 
-    def checkpoints(
-        self, run_id: str, ctx: RequestContext, *, require_fresh: bool = False
-    ) -> CheckpointListing:
+    def checkpoints(self, run_id: str, ctx: RequestContext) -> CheckpointListing:
         """Return the checkpoints of a run; one request if they are not fresh.
 
-        A caller that reads one run after another triggers prefetches of the next runs. With
-        `require_fresh`, a snapshot of an earlier mount is not accepted.
+        A caller that reads one run after another triggers prefetches of the next runs.
         """
-        listing = self.checkpoints_with_trash(run_id, ctx, require_fresh=require_fresh)
-        return self._trash.visible(run_id, listing)
+        return self._trash.visible(run_id, self.checkpoints_with_trash(run_id, ctx))
 
-    def checkpoints_with_trash(
-        self, run_id: str, ctx: RequestContext, *, require_fresh: bool = False
-    ) -> CheckpointListing:
+    def checkpoints_with_trash(self, run_id: str, ctx: RequestContext) -> CheckpointListing:
         """Return the checkpoints of a run, as `checkpoints` does, and those in the trash."""
         self._expire_changed()
         if self._prefetcher.is_prefetched(run_id):
             self._on_run_access(run_id)
-        # A snapshot of an earlier mount may predate a removal.
-        snapshot = partial(self._snapshots.checkpoints, run_id)
-        return self._cache.get(
-            ("checkpoints", run_id),
-            partial(self._load_checkpoints, run_id),
-            self._policies.listing,
-            ctx,
-            None if require_fresh or self._trash.has_run(run_id) else snapshot,
-        )
-
-    def find_in_run(
-        self, run_id: str, find: Callable[[CheckpointListing], T | None], ctx: RequestContext
-    ) -> T | None:
-        """Return the result of `find` for the listing of a run's checkpoints.
-
-        A snapshot of an earlier mount never proves absence: if `find` returns None for one, it is
-        called again with a fresh listing.
-        """
-        found = find(self.checkpoints(run_id, ctx))
-        if found is None and self._cache.is_warm(("checkpoints", run_id)):
-            found = find(self.checkpoints(run_id, ctx, require_fresh=True))
-        return found
+        load = partial(self._load_checkpoints, run_id)
+        return self._cache.get(("checkpoints", run_id), load, self._policies.listing, ctx)
 
     def cached_checkpoints(self, run_id: str) -> CheckpointListing | None:
         """Return a run's cached checkpoints, fresh or stale, without a request."""
@@ -212,7 +177,7 @@ class Catalog:
         own = self.cached_runs()
         is_own = own is not None and run_id in own.by_id
         try:
-            found = self.find_in_run(run_id, lambda listing: listing.get(kind, name), ctx)
+            found = self.checkpoints(run_id, ctx).get(kind, name)
             if found is None and self._trash.has_run(run_id):
                 trashed = self.checkpoints_with_trash(run_id, ctx).get(kind, name)
                 if trashed is not None and self._trash.is_trashed(trashed):
@@ -234,16 +199,14 @@ class Catalog:
         If the server has no such listing, the listings of all runs are merged.
         """
         self._expire_changed()
-        listing = self._cache.get(
-            ("user",), self._load_account, self._policies.listing, ctx, self._account_snapshot()
-        )
+        listing = self._cache.get(("user",), self._load_account, self._policies.listing, ctx)
         return self._trash.visible_in_account(listing)
 
     def iter_account_checkpoints(self, ctx: RequestContext) -> Iterator[Checkpoint]:
         """Yield the checkpoints of all the user's runs, page by page as `iter_runs` does."""
         self._expire_changed()
         found = self._cache.get_or_stream(
-            ("user",), self._load_account, self._policies.listing, ctx, self._account_snapshot()
+            ("user",), self._load_account, self._policies.listing, ctx
         )
         if isinstance(found, ResultStream):
             return (c for c in found.iterate(ctx) if not self._trash.is_trashed(c))
@@ -252,32 +215,21 @@ class Catalog:
     def account_checkpoint(
         self, key: tuple[str, str, str], ctx: RequestContext
     ) -> Checkpoint | None:
-        """Return one checkpoint of the account's listing, or None if it does not exist.
-
-        As in `find_in_run`, a snapshot of an earlier mount never proves absence.
-        """
+        """Return one checkpoint of the account's listing, or None if it does not exist."""
         partial_result: Checkpoint | None = self._peek_partial(("user",), key, ctx)
         if partial_result is not None:
             return None if self._trash.is_trashed(partial_result) else partial_result
-        found = self.account_checkpoints(ctx).by_key.get(key)
-        if found is None and self._cache.is_warm(("user",)):
-            listing = self._cache.get(("user",), self._load_account, self._policies.listing, ctx)
-            found = self._trash.visible_in_account(listing).by_key.get(key)
-        return found
+        return self.account_checkpoints(ctx).by_key.get(key)
 
     def cached_account_checkpoints(self) -> AccountListing | None:
         """Return the account's cached checkpoints, fresh or stale, without a request."""
         listing: AccountListing | None = self._cache.peek(("user",))
         return None if listing is None else self._trash.visible_in_account(listing)
 
-    def _account_snapshot(self) -> Callable[[], AccountListing | None] | None:
-        return None if self._trash.has_any else self._snapshots.account
-
     def _expire_changed(self) -> None:
         """Expire the listings of runs that another process trashed or restored."""
         changed = self._trash.take_changed_runs()
         for run_id in changed:
-            self._snapshots.invalidate_run(run_id)
             self._cache.expire(("checkpoints", run_id))
         if changed:
             self._cache.expire(("user",))
@@ -342,7 +294,6 @@ class Catalog:
         """Discard every cached value, except immutable ones on disk."""
         self._client.reset()
         self._prefetcher.clear()
-        self._snapshots.clear()
         self._cache.clear()
         self._weights_infos.clear()
 
@@ -355,7 +306,6 @@ class Catalog:
             )
         )
         self._prefetcher.on_runs_reloaded()
-        self._snapshots.save_runs(listing)
         return listing
 
     def _load_run(self, run_id: str, priority: Priority) -> models.TrainingRun:
@@ -399,7 +349,6 @@ class Catalog:
         self._reconcile_trash(run_id, listing)
         for traversal in self._prefetcher.on_listing(run_id, self._trash.visible(run_id, listing)):
             self._issue_prefetches(traversal)
-        self._snapshots.save_checkpoints(run_id, listing)
         return listing
 
     def _reconcile_trash(self, run_id: str, listing: CheckpointListing) -> None:
@@ -427,7 +376,6 @@ class Catalog:
         listing = AccountListing.from_records(records)
         if listing.without_run_count:
             log.warning("skipped %d checkpoints without a tinker path", listing.without_run_count)
-        self._snapshots.save_account(listing)
         return listing
 
     def _merge_run_listings(self) -> AccountListing:

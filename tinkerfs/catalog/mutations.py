@@ -25,7 +25,6 @@ from tinkerfs.catalog.listings import (
     apply_to_runs,
 )
 from tinkerfs.catalog.trash import Trash, TrashState
-from tinkerfs.catalog.warm_start import ListingSnapshots
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import RequestContext
@@ -53,7 +52,6 @@ class Mutations:
     Args:
         client: sends the requests.
         cache: the catalog's metadata cache, in which listings are updated after a mutation.
-        snapshots: the listings on disk, which are invalidated by a mutation.
         telemetry: records each mutation and its outcome.
         clock: wall-clock time for expiries.
         catalog: lists the current checkpoints.
@@ -65,7 +63,6 @@ class Mutations:
         self,
         client: Client,
         cache: MetadataCache,
-        snapshots: ListingSnapshots,
         telemetry: Telemetry,
         clock: Clock,
         catalog: Catalog,
@@ -74,7 +71,6 @@ class Mutations:
     ) -> None:
         self._client = client
         self._cache = cache
-        self._snapshots = snapshots
         self._telemetry = telemetry
         self._clock = clock
         self._catalog = catalog
@@ -294,7 +290,6 @@ class Mutations:
 
     def _expire(self, run_id: str) -> None:
         """Expire a run's listings after a failed mutation that may have taken effect."""
-        self._snapshots.invalidate_run(run_id)
         for key in (("checkpoints", run_id), ("user",)):
             self._cache.expire(key)
 
@@ -318,7 +313,6 @@ class Mutations:
             return listing.with_record(checkpoint, record)
 
         run_id = checkpoint.run_id
-        self._snapshots.invalidate_run(run_id)
         for key in (("checkpoints", run_id), ("user",)):
             self._cache.update(key, update, is_authoritative=is_authoritative)
         listing = self._catalog.cached_checkpoints_with_trash(run_id)

@@ -217,11 +217,6 @@ class Trash:
                 self._own_runs |= own
                 self._on_change()
 
-    @property
-    def has_any(self) -> bool:
-        """Whether any record exists, of this account or another."""
-        return bool(self._by_run)
-
     def has_run(self, run_id: str) -> bool:
         """Return whether a run has a record, of this account or another."""
         return run_id in self._by_run

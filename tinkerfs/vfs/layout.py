@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.catalog.catalog import Catalog
-from tinkerfs.catalog.listings import Checkpoint, CheckpointListing
+from tinkerfs.catalog.listings import Checkpoint
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import controls, entities, readme, render, trash, views, weights_nodes
 from tinkerfs.vfs.schema import (
@@ -56,11 +56,8 @@ def _find_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] |
     # The three kinds always resolve, so that `rmdir` finds a directory that has become empty.
     if kind in KINDS:
         return node.entity, kind
-
-    def find(listing: CheckpointListing) -> tuple[models.TrainingRun, str] | None:
-        return (node.entity, kind) if kind in listing.kinds else None
-
-    return node.backend.catalog.find_in_run(node.entity.run_id, find, node.ctx)
+    listing = node.backend.catalog.checkpoints(node.entity.run_id, node.ctx)
+    return (node.entity, kind) if kind in listing.kinds else None
 
 
 def _list_bare(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
@@ -68,10 +65,7 @@ def _list_bare(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
 
 
 def _find_bare(node: NodeContext, name: str) -> Checkpoint | None:
-    run_id = node.entity.run_id
-    return node.backend.catalog.find_in_run(
-        run_id, lambda listing: listing.bare.get(name), node.ctx
-    )
+    return node.backend.catalog.checkpoints(node.entity.run_id, node.ctx).bare.get(name)
 
 
 def _find_path_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
@@ -88,10 +82,7 @@ def _find_of_path(node: NodeContext, name: str) -> Checkpoint | None:
 
 
 def _of_path(node: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
-    def find(listing: CheckpointListing) -> dict[str, Checkpoint] | None:
-        return listing.of_path(kind) or None
-
-    return node.backend.catalog.find_in_run(run.run_id, find, node.ctx) or {}
+    return node.backend.catalog.checkpoints(run.run_id, node.ctx).of_path(kind)
 
 
 def _list_of_kind(node: NodeContext) -> Iterator[tuple[str, Checkpoint]]:

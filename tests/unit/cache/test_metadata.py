@@ -192,61 +192,6 @@ def test_get_after_failed_prefetch_reloads_unless_not_found(cache, is_negative):
         assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "there"
 
 
-def test_fallback_is_served_until_the_first_response(cache, telemetry):
-    load = Loads()
-    load.held.clear()
-    for _ in range(2):
-        assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "stored"
-    assert cache.is_warm("k")
-    with pytest.raises(TimeoutError):  # without a fallback
-        cache.get("k", load, POLICY, RequestContext(timeout_s=0.05))
-    future = cache._in_flight["k"].future
-    load.held.set()
-    assert future.result(10) == "one"
-    assert not cache.is_warm("k")
-    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "one"
-    assert load.calls == 1
-    assert telemetry.counter_value("warm_start_hits") == 1
-
-
-@pytest.mark.parametrize("result", ["one", errors.Unauthorized("no"), errors.ServerError("down")])
-def test_quick_first_load_is_preferred_to_the_fallback(cache, result):
-    load = Loads()
-    load.result = result
-    if result == "one":
-        assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "one"
-    else:
-        with pytest.raises(type(result)):
-            cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored")
-    assert not cache.is_warm("k")
-
-
-@pytest.mark.parametrize("kind", [errors.Unauthorized, errors.ServerError])
-def test_fallback_is_replaced_by_a_failed_first_load(cache, kind):
-    load = Loads()
-    load.result = kind("no")
-    load.held.clear()
-    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored") == "stored"
-    future = cache._in_flight["k"].future
-    load.held.set()
-    with pytest.raises(kind):
-        future.result(10)
-    with pytest.raises(kind):
-        cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: "stored")
-
-
-def test_get_without_fallback_value_waits_for_the_load(cache):
-    load = Loads()
-    load.held.clear()
-    with pytest.raises(TimeoutError):
-        cache.get("k", load, POLICY, RequestContext(timeout_s=0.4), lambda: None)
-    with pytest.raises(InterruptedError):
-        cache.get("k", load, POLICY, RequestContext(is_cancelled=lambda: True), lambda: "stored")
-    load.held.set()
-    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT, lambda: None) == "one"
-    assert load.calls == 1
-
-
 def test_background_revalidation_is_not_demand(cache, time):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)

@@ -64,7 +64,7 @@ def test_scandir_with_hanging_pages_serves_the_first_page(directory, server, fil
 
 @pytest.mark.parametrize("directory", LISTED)
 def test_scandir_of_fast_server_lists_all_pages_first(directory, server, filesystem, monkeypatch):
-    monkeypatch.setattr("tinkerfs.cache.metadata.WARM_START_WAIT_S", 30.0)
+    monkeypatch.setattr("tinkerfs.cache.metadata.STREAM_WAIT_S", 30.0)
     scan = filesystem.scandir(directory, CTX)
     assert requests(server) == [LISTED[directory]] * 3
     assert len(scan.read_all()) == RUNS

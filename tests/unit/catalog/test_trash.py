@@ -1,11 +1,8 @@
 """Trash records against server listings, across crashes, processes and keys."""
 
-import json
 import math
-import sqlite3
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,15 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.support.clocks import FakeTime
-from tests.support.drivers import opened as mounted
 from tests.support.mount import wait_until
-from tests.support.server import demo_server, server  # noqa: F401
 from tinkerfs.api import models
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.catalog.listings import AccountListing, CheckpointListing
 from tinkerfs.catalog.trash import SETTLED_S, Trash, TrashState
 
-LISTINGS = ("GET training_runs/{run}/checkpoints", "GET checkpoints")
 URL = "http://server.invalid"
 RUN = "run-1"
 DAY_S = 86_400
@@ -253,33 +247,6 @@ def test_store_files_do_not_contain_the_key(opened, tmp_path, time):
     data = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert b"weights" in data
     assert b"secret" not in data
-
-
-@pytest.mark.parametrize("path", ["runs/{run}/checkpoints/weights", "checkpoints"])
-def test_warm_start_after_a_kill_excludes_the_trash(tmp_path, time, server, path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("tinkerfs.cache.metadata.WARM_START_WAIT_S", 0.0)
-    run_id = server.account.run_ids[0]
-    path = path.format(run=run_id)
-    database = tmp_path / "cache/metadata.sqlite3"
-    with mounted("process", server, tmp_path, time=time) as driver:
-        before = driver.listdir(path)
-    with closing(sqlite3.connect(database)) as connection:
-        rows = connection.execute("SELECT * FROM listings").fetchall()
-    with mounted("process", server, tmp_path, time=time, trash_s=float(DAY_S)) as driver:
-        assert driver.remove(f"rmtree runs/{run_id}/checkpoints/weights/0001") == ["OK"]
-    # A process that is killed at once has not yet deleted its outdated snapshots.
-    with closing(sqlite3.connect(database)) as connection, connection:
-        connection.executemany("INSERT OR REPLACE INTO listings VALUES (?, ?, ?, ?)", rows)
-    time.advance(1)
-    with mounted("process", server, tmp_path, time=time) as driver, ThreadPoolExecutor(1) as pool:
-        hung = [server.faults.add(each, hang=True) for each in LISTINGS]
-        listed = pool.submit(driver.listdir, path)
-        hung[path == "checkpoints"].wait_for(1)
-        counters = json.loads(driver.read(".tinkerfs/stats.json"))["counters"]
-        for rule in hung:
-            rule.release()
-        assert "warm_start_hits" not in counters
-        assert len(listed.result(10)) == len(before) - 1
 
 
 # --- accounts ------------------------------------------------------------------------------------
