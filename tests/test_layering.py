@@ -31,6 +31,7 @@ BASE = {
     "network",
     "printable",
     "proxies",
+    "retry",
     "safe_open",
     "telemetry",
     "tinker_path",

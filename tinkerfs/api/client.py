@@ -36,9 +36,10 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.transport import FIRST_BACKOFF_S, Recheck, Request, Transport
+from tinkerfs.api.transport import Recheck, Request, Transport
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import DEMAND, Priority
+from tinkerfs.retry import API_BACKOFF, Backoff
 from tinkerfs.telemetry import Telemetry
 
 T = TypeVar("T")
@@ -58,7 +59,6 @@ class Client:
         concurrency: maximum number of requests in flight. Archive requests are not counted, because
             they may take minutes.
         timeout_s: timeout of one request including its retries, seconds.
-        backoff_s: first delay between retries, seconds. It doubles up to 20 times this value.
 
     Raises:
         StartupError: the URL or a proxy URL in the environment is invalid.
@@ -72,7 +72,7 @@ class Client:
         *,
         concurrency: int = 8,
         timeout_s: float = 30.0,
-        backoff_s: float = FIRST_BACKOFF_S,
+        backoff: Backoff = API_BACKOFF,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._base_url = base_url.rstrip("/")
@@ -85,7 +85,7 @@ class Client:
             telemetry,
             concurrency=concurrency,
             timeout_s=timeout_s,
-            backoff_s=backoff_s,
+            backoff=backoff,
             clock=clock,
         )
         self._breakers = CircuitBreakers(clock)

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from html import unescape
 
 from tinkerfs import errors
-from tinkerfs.api import raw_json, timestamps
+from tinkerfs.api import raw_json
 from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.errors import ApiError
+from tinkerfs.retry import parse_retry_after_s
 
 
 def withheld(error: ApiError, *, is_foreign: bool) -> errors.UnsupportedEndpoint:
@@ -143,7 +144,7 @@ def error_from_response(
         message,
         endpoint=endpoint.label,
         status=status,
-        retry_after_s=timestamps.parse_retry_after_s(headers, now_s),
+        retry_after_s=parse_retry_after_s(headers, now_s),
     )
 
 

@@ -9,8 +9,9 @@ from tinkerfs.api.endpoints import REDIRECTS
 from tinkerfs.api.http_client import Response
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.api.raw_json import parse_object
-from tinkerfs.api.timestamps import parse_http_date_s, parse_time_ns
+from tinkerfs.api.timestamps import parse_time_ns
 from tinkerfs.errors import ProtocolError
+from tinkerfs.retry import parse_http_date_s
 
 #: Assumed lifetime of a signed URL without an expiry, seconds.
 LIFETIME_S = 15 * 60.0

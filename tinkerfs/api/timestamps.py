@@ -1,14 +1,12 @@
 """Tolerant parsing of timestamps in API responses. Pure.
 
-Records contain ISO 8601 strings or Unix seconds. Headers contain RFC 9110 dates and delays. An
-invalid value is parsed as None, so that the rest of its record stays usable.
+Records contain ISO 8601 strings or Unix seconds. An invalid value is parsed as None, so that the
+rest of its record stays usable.
 """
 
 import math
 import re
-from collections.abc import Mapping
-from datetime import UTC, date, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import date, datetime, timedelta
 
 _ISO = re.compile(
     r"\s*(\d{4})-(\d\d)-(\d\d)"
@@ -104,34 +102,3 @@ def _any_iso_ns(text: str) -> int | None:
         zone_s = int(zone_hour) * 3600 + int(zone_minute or 0) * 60
         total_s += zone_s if sign == "-" else -zone_s
     return total_s * _NS + (int(fraction[:9].ljust(9, "0")) if fraction else 0)
-
-
-def parse_http_date_s(text: str) -> float | None:
-    """Parse an HTTP date (RFC 9110, 5.6.7) to seconds since 1970; None if invalid."""
-    try:
-        when = parsedate_to_datetime(text[:_MAX_LENGTH])
-        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-
-
-def parse_retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
-    """Return the delay that a response requests in seconds (>= 0), None without one.
-
-    `retry-after-ms` (Tinker SDK) takes precedence over `Retry-After` (RFC 9110, 10.2.3), which is a
-    number of seconds or an HTTP date. `now_s` is the current time in seconds since 1970.
-    """
-    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        text = headers.get(name)
-        if text is None:
-            continue
-        try:
-            delay_s = float(text) * unit_s
-        except ValueError:
-            date_s = parse_http_date_s(text) if name == "retry-after" else None
-            if date_s is not None:
-                return max(date_s - now_s, 0.0)
-            continue
-        if math.isfinite(delay_s) and delay_s >= 0:
-            return delay_s
-    return None

@@ -6,7 +6,6 @@ Statuses 408, 409, 429, 5xx and lost connections are retried, as in the Tinker S
 a request share one deadline, because a file operation waits for them.
 """
 
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.error_mapping import error_from_response
 from tinkerfs.api.http_client import ExchangeError, HttpClient, Response
-from tinkerfs.api.timestamps import parse_retry_after_s
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import DEMAND, Priority
 from tinkerfs.errors import ApiError, StartupError
+from tinkerfs.retry import API_BACKOFF, Backoff, FailureKind, RetryBudget, parse_retry_after_s
 from tinkerfs.telemetry import Telemetry
 
 #: Called before a change is retried; returns whether the change has already taken effect. Raises an
@@ -38,8 +37,6 @@ MAX_ATTEMPTS = 10
 #: fast instead of hanging.
 MAX_CONNECT_ATTEMPTS = 2
 CONNECT_RETRY_S = 0.2
-
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 10.0
 
 #: Maximum size of a response body; 100,000 checkpoints are about 35 MB.
 MAX_RESPONSE_BYTES = 256 << 20
@@ -93,7 +90,6 @@ class Transport:
         base_url: http or https URL of the API, optionally with a path.
         concurrency: maximum number of requests in flight.
         timeout_s: timeout of one `send` including all its attempts, seconds.
-        backoff_s: first delay between attempts, seconds. It doubles up to 20 times this value.
         max_response_bytes: maximum size of a response body.
 
     Raises:
@@ -109,13 +105,13 @@ class Transport:
         *,
         concurrency: int,
         timeout_s: float,
-        backoff_s: float = FIRST_BACKOFF_S,
+        backoff: Backoff = API_BACKOFF,
         max_response_bytes: int = MAX_RESPONSE_BYTES,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._credentials = credentials
         self._timeout_s = timeout_s
-        self._backoff_s = backoff_s
+        self._backoff = backoff
         self._clock = clock
         self._limiter = ConcurrencyLimiter(concurrency, clock)
         self._http = HttpClient(
@@ -199,15 +195,21 @@ class Transport:
         def send_once() -> Response:
             return self._send_once(request, key, deadline, retry_deadline, priority)
 
-        state = _RetryState(send_once, request, retry_deadline, self._backoff_s, self._clock)
+        retry_budget = RetryBudget(
+            self._backoff,
+            retry_deadline - self._clock.monotonic(),
+            max_failures={FailureKind.NOT_SENT: MAX_CONNECT_ATTEMPTS},
+            max_attempts=MAX_ATTEMPTS,
+            clock=self._clock,
+        )
+        attempts = _Attempts(send_once, request, retry_budget, self._clock)
         while True:
             try:
-                return state.run_attempt()
+                return attempts.run_next()
             except ApiError:
-                delay_s = state.delay_s()
-                if delay_s is None:
+                if attempts.delay_s is None:
                     raise
-            time.sleep(delay_s)
+            time.sleep(attempts.delay_s)
 
     def _send_once(
         self,
@@ -259,51 +261,40 @@ class Transport:
         )
 
 
-class _RetryState:
+class _Attempts:
     """Attempts of one request with one API key. Not thread-safe.
 
     Args:
         send_once: sends the request once; raises an ExchangeError without a response.
-        deadline: latest start of an attempt, on the monotonic clock.
+
+    Attributes:
+        delay_s: delay before the next attempt, seconds; None if the last failure is final.
     """
 
     def __init__(
         self,
         send_once: Callable[[], Response],
         request: Request,
-        deadline: float,
-        backoff_s: float,
+        retry_budget: RetryBudget,
         clock: Clock,
     ) -> None:
         self._send_once = send_once
         self._request = request
-        self._deadline = deadline
-        self._backoff_s = backoff_s
+        self._retry_budget = retry_budget
         self._clock = clock
-        self._attempts = 0
-        self._unsent_attempts = 0
         self._failure: ApiError | None = None
         #: Whether an earlier attempt may have taken effect although no success was received.
         self._may_have_succeeded = False
-        #: Delay before the next attempt, seconds; None if the last failure is not retryable.
-        self._delay_s: float | None = None
+        self.delay_s: float | None = None
 
-    def delay_s(self) -> float | None:
-        """Return the delay before the next attempt, seconds; None for no more attempts."""
-        delay_s = self._delay_s
-        if delay_s is None or self._attempts >= MAX_ATTEMPTS:
-            return None
-        return delay_s if self._clock.monotonic() + delay_s < self._deadline else None
-
-    def run_attempt(self) -> Response:
+    def run_next(self) -> Response:
         """Make one attempt and compute the delay before the next one.
 
         Raises:
             ApiError: the attempt failed.
         """
         endpoint = self._request.endpoint
-        self._attempts += 1
-        self._delay_s = None
+        self.delay_s = None
         failure = self._failure
         if failure is not None and self._request.has_taken_effect(
             failure, may_have_succeeded=self._may_have_succeeded
@@ -312,7 +303,7 @@ class _RetryState:
         try:
             response = self._send_once()
         except ExchangeError as error:
-            self._delay_s = self._delay_after_error(error)
+            self.delay_s = self._delay_after_error(error)
             self._may_have_succeeded = self._may_have_succeeded or not error.request_not_sent
             self._failure = error.error
             raise error.error from None
@@ -320,7 +311,7 @@ class _RetryState:
             return response
         if endpoint.is_delete and self._may_have_succeeded and response.status in (404, 410):
             return response
-        self._delay_s = self._delay_after_response(response)
+        self.delay_s = self._delay_after_response(response)
         self._may_have_succeeded = self._may_have_succeeded or response.status >= 500
         self._failure = error_from_response(
             endpoint,
@@ -337,12 +328,11 @@ class _RetryState:
         if error.is_final:
             return None
         if error.request_not_sent:
-            self._unsent_attempts += 1
-            return CONNECT_RETRY_S if self._unsent_attempts < MAX_CONNECT_ATTEMPTS else None
+            return self._retry_budget.next_delay_s(FailureKind.NOT_SENT, CONNECT_RETRY_S)
         if self._is_sent_once:
             return None
         # The server may have closed an idle connection: retry at once on a new one.
-        return 0.0 if self._attempts == 1 else self._backoff()
+        return self._retry_budget.next_delay_s(requested_s=None if self._failure else 0.0)
 
     def _delay_after_response(self, response: Response) -> float | None:
         status, endpoint = response.status, self._request.endpoint
@@ -354,13 +344,9 @@ class _RetryState:
             is_retryable = override == "true"
         if not is_retryable:
             return None
-        retry_after_s = parse_retry_after_s(response.headers, self._clock.now())
-        return self._backoff() if retry_after_s is None else retry_after_s
+        requested_s = parse_retry_after_s(response.headers, self._clock.now())
+        return self._retry_budget.next_delay_s(requested_s=requested_s)
 
     @property
     def _is_sent_once(self) -> bool:
         return self._request.endpoint.is_change and self._request.recheck is None
-
-    def _backoff(self) -> float:
-        max_s = self._backoff_s * (LAST_BACKOFF_S / FIRST_BACKOFF_S)
-        return min(self._backoff_s * 2.0 ** (self._attempts - 1), max_s) * random.uniform(0.75, 1)

@@ -13,9 +13,9 @@ from urllib.parse import urljoin, urlsplit
 
 from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
-from tinkerfs.api.timestamps import parse_retry_after_s
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.errors import ApiError
+from tinkerfs.retry import parse_retry_after_s
 from tinkerfs.weights.connections import STORE_ENDPOINT, ObjectStoreClient
 from tinkerfs.weights.etags import SAMPLE_BYTES, EtagAliases, Sample, sample_of
 from tinkerfs.weights.responses import (

@@ -8,6 +8,7 @@ from tests.support.hostile import HostileServer, close, response
 from tests.support.server import demo_server, server  # noqa: F401
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
+from tinkerfs.retry import Backoff
 from tinkerfs.telemetry import Telemetry
 
 
@@ -35,7 +36,7 @@ def client_of(telemetry, tmp_path, monkeypatch):
                 home=str(tmp_path),
                 **({"clock": options["clock"]} if "clock" in options else {}),
             )
-            options = {"timeout_s": 10.0, "backoff_s": 0.001} | options
+            options = {"timeout_s": 10.0, "backoff": Backoff(0.001, 0.02)} | options
             return stack.enter_context(Client(server.base_url, credentials, telemetry, **options))
 
         yield make

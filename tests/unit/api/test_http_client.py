@@ -20,6 +20,7 @@ from tests.support.hostile import (
 from tinkerfs import errors, network
 from tinkerfs.api import network_backend
 from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.retry import Backoff
 
 RUNS = "GET training_runs"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -188,7 +189,7 @@ def connections_of(server):
 
 @pytest.mark.usefixtures("all_suspect")
 def test_dead_idle_connection_fails_after_short_timeout(hostile, client_of, telemetry):
-    client = client_of(hostile, timeout_s=60.0, backoff_s=60.0)
+    client = client_of(hostile, timeout_s=60.0, backoff=Backoff(60.0, 60.0))
     client.all_training_runs()
     hostile.kill_silently()
     assert len(client.all_training_runs()) == 1

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinkerfs.api.timestamps import parse_http_date_s, parse_retry_after_s, parse_time_ns
+from tinkerfs.api.timestamps import parse_time_ns
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 instants = st.datetimes(
@@ -97,35 +97,6 @@ def test_parse_time_ns_of_invalid_value_returns_none(value):
 @given(st.text() | st.floats() | st.integers() | st.none() | st.booleans())
 def test_parse_any_value_does_not_raise(value):
     parse_time_ns(value)
-    if isinstance(value, str):
-        parse_http_date_s(value)
-        parse_retry_after_s({"retry-after": value, "retry-after-ms": value}, 0.0)
-
-
-def test_parse_http_date_s_returns_seconds_or_none():
-    assert parse_http_date_s("Mon, 23 Nov 2026 10:20:30 GMT") == 1795429230
-    assert parse_http_date_s("0") is None
-    assert parse_http_date_s("Mon, 99 Nov 2026 10:20:30 GMT") is None
-
-
-@pytest.mark.parametrize(
-    ("headers", "delay_s"),
-    [
-        ({}, None),
-        ({"retry-after": "3"}, 3.0),
-        ({"retry-after": "0.25"}, 0.25),
-        ({"retry-after": "Mon, 23 Nov 2026 10:20:40 GMT"}, 10.0),
-        ({"retry-after": "Mon, 23 Nov 2026 10:20:20 GMT"}, 0.0),
-        ({"retry-after": "3", "retry-after-ms": "1500"}, 1.5),
-        ({"retry-after": "3", "retry-after-ms": "soon"}, 3.0),
-        ({"retry-after": "-1"}, None),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "inf"}, None),
-        ({"retry-after": "soon"}, None),
-    ],
-)
-def test_parse_retry_after_s_returns_delay(headers, delay_s):
-    assert parse_retry_after_s(headers, 1795429230.0) == delay_s
 
 
 def test_parse_time_ns_rejects_long_strings():
@@ -133,4 +104,3 @@ def test_parse_time_ns_rejects_long_strings():
     spaces = " " * 300_000
     for text in (f"2024-01-01T00:00:00{spaces}x", f"2024-01-01{spaces}", f"{spaces}2024-01-01"):
         assert parse_time_ns(text) is None
-        assert parse_http_date_s(text) is None

@@ -24,6 +24,7 @@ from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.transport import Request, Transport
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
+from tinkerfs.retry import Backoff
 from tinkerfs.telemetry import Telemetry
 
 RUNS = "GET training_runs"
@@ -153,7 +154,7 @@ def test_lost_connection_is_retried(server, client, fault):
 
 
 def test_closed_idle_connection_is_retried_without_delay(server, client_of):
-    client = client_of(server, backoff_s=60.0)
+    client = client_of(server, backoff=Backoff(60.0, 60.0))
     client.all_training_runs()
     server.drop_connections()
     started_at = real_time.monotonic()
@@ -170,7 +171,7 @@ def test_closed_idle_connection_is_retried_without_delay(server, client_of):
     ],
 )
 def test_retry_after_header_sets_delay(server, client_of, headers):
-    client = client_of(server, backoff_s=60.0)
+    client = client_of(server, backoff=Backoff(60.0, 60.0))
     server.faults.add(RUNS, status=429, headers=headers)
     assert len(client.all_training_runs()) == 10
 

@@ -13,6 +13,7 @@ from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.context import BACKGROUND_CONTEXT
+from tinkerfs.retry import Backoff
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.url_cache import SignedUrlCache
 
@@ -46,7 +47,7 @@ def get_url(server, tmp_path, telemetry):
                         credentials,
                         telemetry,
                         timeout_s=TIMEOUT_S,
-                        backoff_s=0.1,
+                        backoff=Backoff(0.1, 2.0),
                     )
                 )
                 caches[0] = SignedUrlCache(
