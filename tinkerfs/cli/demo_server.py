@@ -45,6 +45,12 @@ _PROFILES = ("official", "official-0.36", "skyrl", "hatchery")
     help="Delay of every response, in milliseconds.",
 )
 @click.option(
+    "--export-s",
+    type=click.FloatRange(min=0),
+    default=0,
+    help="Duration of each of the two steps of an export, in seconds.",
+)
+@click.option(
     "--prefix", default="", help="Path of the base URL, for example /services/tinker-prod."
 )
 def demo_server(
@@ -55,6 +61,7 @@ def demo_server(
     profile: str,
     seed: int,
     latency_ms: float,
+    export_s: float,
     prefix: str,
 ) -> None:
     """Run a Tinker API server with a sample account.
@@ -75,6 +82,7 @@ def demo_server(
     import sys
     import time
 
+    from tinkerfs.demo.exports import ExportOptions
     from tinkerfs.demo.server import DemoServer
 
     # Block the signals before any thread starts, so that only sigwait() below receives them.
@@ -94,6 +102,7 @@ def demo_server(
         port=port,
         prefix=prefix,
         latency_s=latency_ms / 1000,
+        exports=ExportOptions(load_s=export_s, save_s=export_s),
         reference_time_s=time.time(),
     )
     try:

@@ -11,6 +11,7 @@ the API.
     account     mutable records of the account     sample_data    generated records
     lookup      lookups of runs and checkpoints    mutations      handlers that change checkpoints
     profiles    differences of known servers       serialization  records as JSON
+    exports     sessions that export a checkpoint
     archive     checkpoints as files and tars      content        bytes computed on read
     faults      the fault plan                     request_log    the log of requests
     ranges      Range headers                      signing        signed URLs

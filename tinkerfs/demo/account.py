@@ -8,6 +8,7 @@ milliseconds, even with a million checkpoints, and never waits while it holds th
 
 import bisect
 import itertools
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -61,6 +62,7 @@ class Account:
             for number in range(-(-sample.runs // _RUNS_PER_SESSION))
         }
         self._added_names = itertools.count(1)
+        self._expiring: dict[tuple[str, str], Checkpoint] = {}  # those with an expiry that was set
 
     # Runs
 
@@ -224,6 +226,21 @@ class Account:
             run.checkpoints.remove(checkpoint)
             self._version += 1
             return True
+
+    def set_expiry(self, run_id: str, checkpoint: Checkpoint, expires_at_s: float | None) -> None:
+        """Set the expiry of a checkpoint (Unix time), None for never."""
+        with self.lock:
+            checkpoint.expires_at_s = expires_at_s
+            self._expiring[run_id, checkpoint.id] = checkpoint
+
+    def delete_expired(self) -> None:
+        """Delete the checkpoints with an expiry that was set and has passed."""
+        with self.lock:
+            for (run_id, checkpoint_id), checkpoint in list(self._expiring.items()):
+                if self.checkpoint(run_id, checkpoint_id) is not checkpoint:
+                    del self._expiring[run_id, checkpoint_id]
+                elif (checkpoint.expires_at_s or math.inf) <= self._clock():
+                    self.delete_checkpoint(run_id, checkpoint_id)
 
     # Sessions and samplers
 

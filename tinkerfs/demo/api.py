@@ -8,13 +8,14 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Literal
 
 from tinkerfs.demo import serialization
 from tinkerfs.demo.account import Account
+from tinkerfs.demo.exports import ExportOptions, Exports
 from tinkerfs.demo.http import Reply, error_reply, json_reply
 from tinkerfs.demo.lookup import HttpError, Lookup
 from tinkerfs.demo.mutations import Mutations
@@ -41,6 +42,13 @@ _ROUTES = (
     ("POST", "sessions/search", "POST sessions/search"),
     ("GET", "sessions/{session}/trace_export", "GET trace_export"),
     ("GET", "sessions/{session}", "GET sessions/{session}"),
+    ("POST", "create_session", "POST create_session"),
+    ("POST", "load_weights", "POST load_weights"),
+    ("POST", "get_info", "POST get_info"),
+    ("POST", "save_weights_external", "POST save_weights_external"),
+    ("POST", "retrieve_future", "POST retrieve_future"),
+    ("POST", "session_heartbeat", "POST session_heartbeat"),
+    ("POST", "sessions/{session}/finish", "POST finish"),
     ("GET", "samplers/{sampler}", "GET samplers/{sampler}"),
     ("GET", "get_server_capabilities", "GET get_server_capabilities"),
     ("GET", "healthz", "GET healthz"),
@@ -73,6 +81,7 @@ class Behaviour:
         sends_expiry: Whether that redirect has an `Expires` header.
         building_status: Status while an archive is being built: 503 or 425.
         retry_after: `Retry-After` header of that response; None to omit it.
+        exports: Delays and failures of exports.
     """
 
     api_keys: set[str]
@@ -81,6 +90,7 @@ class Behaviour:
     sends_expiry: bool = True
     building_status: int = 503
     retry_after: str | None = "1"
+    exports: ExportOptions = field(default_factory=ExportOptions)
 
 
 class Api:
@@ -112,6 +122,7 @@ class Api:
         self._root = f"{prefix}/api/v1/"
         self._lookup = Lookup(account, profile)
         mutations = Mutations(account, profile, self._lookup, clock)
+        self.exports = Exports(account, self._lookup, store, behaviour.exports, clock)
         self._handlers: dict[str, Callable[[RequestRecord, dict[str, str]], Reply]] = {
             "GET training_runs": self._list_runs,
             "GET training_runs/{run}": self._get_run,
@@ -129,6 +140,13 @@ class Api:
             "POST sessions/search": self._search_sessions,
             "GET trace_export": self._trace,
             "GET sessions/{session}": self._get_session,
+            "POST create_session": self.exports.create_session,
+            "POST load_weights": self.exports.load_weights,
+            "POST get_info": self.exports.get_info,
+            "POST save_weights_external": self.exports.save_weights_external,
+            "POST retrieve_future": self.exports.retrieve_future,
+            "POST session_heartbeat": self.exports.session_heartbeat,
+            "POST finish": self.exports.finish_session,
             "GET samplers/{sampler}": self._get_sampler,
             "GET get_server_capabilities": self._capabilities,
             "GET healthz": lambda _record, _args: json_reply({"status": "ok"}),
@@ -158,6 +176,8 @@ class Api:
             return self._missing(endpoint, args)
         try:
             with self._account.lock:
+                self._account.delete_expired()
+                self.exports.cancel_lost_sessions()
                 return self._handlers[endpoint](record, args)
         except HttpError as error:
             return error_reply(error.status, error.detail, error.headers)

@@ -50,7 +50,8 @@ class Mutations:
         min_s, max_s = TTL_RANGE_S
         if ttl_s is not None and not min_s <= ttl_s <= max_s:
             raise HttpError(400, f"ttl_seconds must be from {min_s} to {max_s}")
-        checkpoint.expires_at_s = None if ttl_s is None else math.floor(self._clock()) + ttl_s
+        expires_at_s = None if ttl_s is None else math.floor(self._clock()) + ttl_s
+        self._account.set_expiry(args["run"], checkpoint, expires_at_s)
         return self._done()
 
     def delete(self, _record: RequestRecord, args: dict[str, str]) -> Reply:

@@ -89,6 +89,17 @@ _SESSIONS = frozenset(
 )
 _CHANGES = frozenset({"POST publish", "DELETE publish", "PUT ttl"})
 _ACCOUNT = frozenset({"GET checkpoints", "GET auth/apikey/me"})
+_EXPORTS = frozenset(
+    {
+        "POST create_session",
+        "POST load_weights",
+        "POST get_info",
+        "POST save_weights_external",
+        "POST retrieve_future",
+        "POST session_heartbeat",
+        "POST finish",
+    }
+)
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
@@ -98,7 +109,12 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "skyrl",
             requires_key=False,
-            missing=_EXTERNAL | _SESSIONS | _CHANGES | _ACCOUNT | {"POST client/dynamic_config"},
+            missing=_EXTERNAL
+            | _SESSIONS
+            | _CHANGES
+            | _ACCOUNT
+            | _EXPORTS
+            | {"POST client/dynamic_config"},
             kinds=frozenset({"weights", "sampler_weights"}),
             listed_ids="name",
             archive_ids="name",
@@ -121,6 +137,7 @@ PROFILES: dict[str, Profile] = {
             | _SESSIONS
             | _CHANGES
             | _ACCOUNT
+            | _EXPORTS
             | {
                 "GET samplers/{sampler}",
                 "GET training_runs",

@@ -104,6 +104,7 @@ class Session:
         samplers: Base model and tinker path (or None) by sampler id.
         display_name: Name set by the user.
         user_metadata: Metadata set by the user.
+        status: Its status in the API's form.
     """
 
     id: str
@@ -112,6 +113,9 @@ class Session:
     samplers: dict[str, tuple[str, str | None]]
     display_name: str | None = None
     user_metadata: dict[str, str] | None = None
+    status: dict[str, Any] = field(
+        default_factory=lambda: {"type": "client_finished", "reason": {"type": "success"}}
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,7 @@ def session_summary_json(session: Session, runs: Sequence[Run], profile: Profile
         "created_at": time_json(session.created_at_s, profile),
         "owner": "demo-user",
         "project_id": "demo-project",
-        "status": {"type": "client_finished", "reason": {"type": "success"}},
+        "status": session.status,
         "checkpoints_count": len(sizes),
         "display_name": session.display_name,
         "user_metadata": session.user_metadata,

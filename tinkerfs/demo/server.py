@@ -53,13 +53,14 @@ class DemoServer:
         building_polls: Number of requests for each archive during which it is "being built".
         signed_url_lifetime_s: Lifetime of signed URLs.
         **behaviour: Further attributes of `Behaviour`: `archive_response`, `sends_expiry`,
-            `building_status`, `retry_after`, `accepts_jwt`.
+            `building_status`, `retry_after`, `accepts_jwt`, `exports`.
 
     Attributes:
         account: The records; changes take effect at once.
         behaviour: Options that may be changed while the server runs.
         journal: The log of requests.
         faults: The fault plan.
+        exports: The sessions that export checkpoints.
         signer: Signs URLs; its `lifetime_s` may be changed.
         latency_s: May be changed while the server runs.
     """
@@ -111,6 +112,7 @@ class DemoServer:
         self._api = Api(
             self.account, self.profile, self.behaviour, self._store, self._prefix, clock
         )
+        self.exports = self._api.exports
         self._closing = threading.Event()
         self._lock = threading.Lock()
         # Guarded by _lock. The ports stay the same after stop_listening().
