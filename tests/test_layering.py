@@ -1,6 +1,6 @@
 """Enforce the import rules of docs/development/architecture.md.
 
-    cli -> fuse, fsspec -> app -> vfs -> catalog, weights -> api, cache -> base
+    cli -> fuse, fsspec -> app -> transfer -> vfs -> catalog, weights -> api, cache -> base
 
 A part imports only parts to its right, and not its neighbour of one level. `demo` imports none.
 """
@@ -26,6 +26,7 @@ BASE = {
     "config",
     "context",
     "errors",
+    "formatting",
     "journal",
     "name_encoding",
     "network",
@@ -47,10 +48,12 @@ ALLOWED_IMPORTS = {
     "catalog": BASE | {"api", "cache"},
     "weights": BASE | {"api", "cache"},
     "vfs": BASE | {"api", "cache", "catalog", "weights"},
-    "app": BASE | {"api", "cache", "catalog", "weights", "vfs"},
-    "fuse": BASE | {"api", "cache", "catalog", "weights", "vfs", "app"},
-    "fsspec": BASE | {"api", "cache", "catalog", "weights", "vfs", "app"},
-    "cli": BASE | {"api", "cache", "catalog", "weights", "vfs", "app", "fuse", "fsspec", "demo"},
+    "transfer": BASE | {"api", "cache", "catalog", "weights", "vfs"},
+    "app": BASE | {"api", "cache", "catalog", "weights", "vfs", "transfer"},
+    "fuse": BASE | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app"},
+    "fsspec": BASE | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app"},
+    "cli": BASE
+    | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app", "fuse", "fsspec", "demo"},
     "demo": set(),
     "__init__": set(),
     "__main__": {"cli"},
@@ -282,6 +285,9 @@ def test_third_party_imports_are_declared():
         ("api.client", "from ..cache import store", "api -> cache"),
         ("api.client", "from .. import cache", "api -> cache"),
         ("catalog", "from tinkerfs import weights", "catalog -> weights"),
+        ("weights.reader", "from tinkerfs.transfer import job", "weights -> transfer"),
+        ("transfer.job", "from tinkerfs.app import App", "transfer -> app"),
+        ("transfer.job", "import click", "click belongs in cli"),
         ("vfs.layout", "def f():\n    from tinkerfs.fuse import session", "vfs -> fuse"),
         ("errors", "from tinkerfs import catalog", "errors -> catalog"),
         ("demo.server", "from tinkerfs.errors import redact", "demo -> errors"),

@@ -6,10 +6,10 @@ import pytest
 
 from tests.support.limited_fs import LIMITS, limited_mount
 from tests.support.mount import tinkerfs
-from tests.unit.weights.test_exported_file import DATA, copy, partial, target
+from tests.unit.transfer.test_exported_file import DATA, copy, partial, target
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.server import DemoServer
-from tinkerfs.weights.destination import Destination
+from tinkerfs.transfer.destination import Destination
 
 
 @pytest.fixture(params=LIMITS)

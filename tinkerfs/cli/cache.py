@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinkerfs.cli.formatting import format_duration, format_size
 from tinkerfs.cli.options import resolve, settings_options
 from tinkerfs.cli.transfers import complete_path
 from tinkerfs.errors import StartupError
+from tinkerfs.formatting import format_duration, format_size
 from tinkerfs.printable import escape_control_chars
 
 if TYPE_CHECKING:

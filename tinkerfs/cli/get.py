@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from tinkerfs.app import App
     from tinkerfs.cli.progress import Item, Progress
     from tinkerfs.cli.transfers import Failure, Location, OpenCheckpoint
+    from tinkerfs.transfer.destination import Destination
+    from tinkerfs.transfer.exported_file import ExportedFile
     from tinkerfs.vfs.weights_nodes import WeightsRef
-    from tinkerfs.weights.destination import Destination
-    from tinkerfs.weights.exported_file import ExportedFile
 
 _RESUME_HINT = "partial files are preserved; run the same command again to resume"
 
@@ -214,7 +214,7 @@ class CopyJob:
 
     def _target(self, checkpoint: "OpenCheckpoint", name: str, is_single: bool) -> "ExportedFile":
         from tinkerfs import name_encoding
-        from tinkerfs.weights.exported_file import ExportedFile
+        from tinkerfs.transfer.exported_file import ExportedFile
 
         ref, file = checkpoint.ref, dict(checkpoint.files)[name]
         checkpoint_name = name_encoding.encode_composite(ref.checkpoint.key)
@@ -232,7 +232,7 @@ class CopyJob:
         return ExportedFile(self._destination(directory), relative, file, name)
 
     def _destination(self, path: str) -> "Destination":
-        from tinkerfs.weights.destination import Destination
+        from tinkerfs.transfer.destination import Destination
 
         return self._destinations.setdefault(path, Destination(path))
 

@@ -92,7 +92,7 @@ def _row(
 
 
 def _cached_part(row: dict[str, Any]) -> str:
-    from tinkerfs.cli.formatting import format_size
+    from tinkerfs.formatting import format_size
     from tinkerfs.printable import escape_control_chars
 
     name = escape_control_chars(f"{row['checkpoint']} {row['file']}")
@@ -223,8 +223,8 @@ class PrefetchJob:
         Raises:
             StartupError: The cache is off, or its maximum size is too small.
         """
-        from tinkerfs.cli.formatting import format_size
         from tinkerfs.errors import StartupError
+        from tinkerfs.formatting import format_size
         from tinkerfs.weights import prefetch as blocks
 
         required_bytes = blocks.required_cache_bytes(files)

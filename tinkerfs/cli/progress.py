@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from tinkerfs.cli.formatting import format_duration, format_size
+from tinkerfs.formatting import format_duration, format_size
 from tinkerfs.printable import escape_control_chars
 from tinkerfs.telemetry import Telemetry
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tinkerfs.cli.formatting import format_duration, format_size
 from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import StartupError
+from tinkerfs.formatting import format_duration, format_size
 from tinkerfs.printable import escape_control_chars
 
 if TYPE_CHECKING:

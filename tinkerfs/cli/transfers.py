@@ -229,7 +229,7 @@ def resolve_weights(
     location is that of a single checkpoint, archive or file.
     """
     from tinkerfs.context import BACKGROUND_CONTEXT
-    from tinkerfs.vfs.weights_lookup import iter_weights, resolve_weights
+    from tinkerfs.transfer.resolve import iter_weights, resolve_weights
 
     found: dict[object, WeightsRef] = {}
     one = None

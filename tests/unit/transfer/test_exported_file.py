@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from tinkerfs.context import BACKGROUND_CONTEXT
-from tinkerfs.weights.destination import Destination
-from tinkerfs.weights.exported_file import ExportedFile
+from tinkerfs.transfer.destination import Destination
+from tinkerfs.transfer.exported_file import ExportedFile
 
 DATA = bytes(range(256)) * 20_000
 MTIME_NS = 1_700_000_000_000_000_000

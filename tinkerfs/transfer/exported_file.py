@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
 from tinkerfs.safe_open import open_regular
-from tinkerfs.weights.destination import PARTIAL_PATTERN, Destination
+from tinkerfs.transfer.destination import PARTIAL_PATTERN, Destination
 from tinkerfs.weights.file import WeightsFile
 
 #: Size of a read and a write.

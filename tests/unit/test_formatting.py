@@ -1,6 +1,6 @@
 import pytest
 
-from tinkerfs.cli.formatting import format_duration, format_size
+from tinkerfs.formatting import format_duration, format_size
 
 
 @pytest.mark.parametrize(

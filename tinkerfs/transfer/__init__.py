@@ -1,0 +1,1 @@
+"""Transfers of weights: into the cache, and to files in ordinary directories."""
