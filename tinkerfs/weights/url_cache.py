@@ -10,7 +10,7 @@ response and builds nothing. Thread-safe.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from tinkerfs.api.models import SignedUrl
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
+from tinkerfs.retry import BUILD_POLL, OUTAGE_BACKOFF, RetryBudget
 from tinkerfs.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 
 #: A URL is not returned within this time of its expiry, seconds, or a tenth of its lifetime.
 EXPIRY_MARGIN_S = 60.0
-#: First and longest wait between polls of an unfinished archive without a Retry-After, seconds.
-POLL_S = (1.0, 15.0)
-#: First and longest wait between retries while the API is unreachable during a transfer, seconds.
-OUTAGE_POLL_S = (0.25, 2.0)
 #: Length of the window in which a process group may start `burst` builds.
 RATE_LIMIT_WINDOW_S = 60.0
 
@@ -226,24 +223,24 @@ class SignedUrlCache:
         `request` sends one request; its argument is how long the server may hold the response.
         """
         began = self._clock.monotonic()
-        poll_s, max_poll_s = POLL_S
-        outage_waits, outage_began = _doubling_waits(*OUTAGE_POLL_S), None
+        polls, outage_budget = 0, None
         with self._telemetry.track_pending(f"archive {path}"):
             while True:
                 try:
                     entry = request(self._timeout_s - (self._clock.monotonic() - began))
                     break
                 except (errors.ConnectionFailed, errors.RequestTimeout) as error:
-                    now = self._clock.monotonic()
-                    outage_began = now if outage_began is None else outage_began
-                    wait_s = next(outage_waits)
-                    is_over = now + wait_s - outage_began > self._outage_timeout_s
-                    if is_over or not self._is_transient(key, error):
+                    outage_budget = outage_budget or RetryBudget(
+                        OUTAGE_BACKOFF, self._outage_timeout_s, clock=self._clock
+                    )
+                    delay_s = outage_budget.next_delay_s()
+                    if delay_s is None or not self._is_transient(key, error):
                         raise
+                    wait_s = delay_s
                 except errors.ResourceNotReady as error:
-                    outage_waits, outage_began = _doubling_waits(*OUTAGE_POLL_S), None
-                    wait_s = error.retry_after_s if error.retry_after_s is not None else poll_s
-                    poll_s = min(poll_s * 2, max_poll_s)
+                    polls, outage_budget = polls + 1, None
+                    requested_s = error.retry_after_s
+                    wait_s = BUILD_POLL.delay_s(polls) if requested_s is None else requested_s
                     waited_s = self._clock.monotonic() - began
                     if waited_s + wait_s > self._timeout_s:
                         raise errors.RequestTimeout(
@@ -265,13 +262,6 @@ class SignedUrlCache:
         return is_transfer and (
             isinstance(error, errors.ConnectionFailed) or error.request_not_sent
         )
-
-
-def _doubling_waits(first_s: float, max_s: float) -> Iterator[float]:
-    wait_s = first_s
-    while True:
-        yield wait_s
-        wait_s = min(wait_s * 2, max_s)
 
 
 @dataclass(frozen=True, slots=True)
