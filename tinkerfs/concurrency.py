@@ -1,4 +1,4 @@
-"""Daemon threads for blocking work.
+"""Daemon threads for blocking work, and executions that concurrent callers share.
 
 A thread that serves a file operation only waits for them, because it must stay interruptible. Each
 piece of work has its own thread. A pool would let slow work (a hanging server, an archive
@@ -7,16 +7,24 @@ thread is much faster than an HTTP request.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+F = TypeVar("F", bound="Future[Any]")
 
 
 def run_in_thread(work: Callable[[], T], name: str) -> "Future[T]":
     """Run `work` in a daemon thread, and return a future of its result or error."""
     future: Future[T] = Future()
+    _start_thread(work, name, future)
+    return future
+
+
+def _start_thread(work: Callable[[], T], name: str, future: "Future[T]") -> None:
+    """Run `work` in a daemon thread, and resolve `future` with its result or error."""
     future.set_running_or_notify_cancel()
 
     def run() -> None:
@@ -28,7 +36,68 @@ def run_in_thread(work: Callable[[], T], name: str) -> "Future[T]":
             future.set_result(result)
 
     threading.Thread(target=run, name=name, daemon=True).start()
-    return future
+
+
+class SingleFlight(Generic[K, F]):
+    """One execution in flight per key, shared by all callers. Thread-safe.
+
+    An execution ends in a fixed order: the work returns, the key becomes free, the waiters wake.
+    So a waiter that tries again after a failure starts a new execution. A caller that looks into
+    its cache and calls `run` under one lock, which the work takes to fill that cache, finds either
+    the cached result or the execution. No lock is held while work runs or waiters wake.
+
+    `F` is `Future`, or a subclass with what callers need to know about an execution.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_flight: dict[K, F] = {}  # guarded by _lock
+
+    def get(self, key: K) -> F | None:
+        """Return the execution in flight, None if there is none."""
+        with self._lock:
+            return self._in_flight.get(key)
+
+    def run(self, key: K, work: Callable[[], Any], name: str, future: F) -> F:
+        """Return the execution in flight, or start `work` in a thread, which resolves `future`.
+
+        Raises:
+            RuntimeError: no thread can be started.
+        """
+        with self._lock:
+            current = self._in_flight.get(key)
+            if current is not None:
+                return current
+
+            def run() -> Any:
+                try:
+                    return work()
+                finally:
+                    self._end(key, future)
+
+            _start_thread(run, name, future)  # its thread waits for the lock before it ends
+            self._in_flight[key] = future
+            return future
+
+    def forget(self, key: K) -> None:
+        """Let the next `run` start a new execution; the one in flight continues."""
+        with self._lock:
+            self._in_flight.pop(key, None)
+
+    def forget_all(self) -> None:
+        """Forget every execution in flight."""
+        with self._lock:
+            self._in_flight.clear()
+
+    def in_flight(self) -> list[F]:
+        """Return all executions in flight that are not forgotten."""
+        with self._lock:
+            return list(self._in_flight.values())
+
+    def _end(self, key: K, future: F) -> None:
+        with self._lock:
+            if self._in_flight.get(key) is future:
+                del self._in_flight[key]
 
 
 def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":

@@ -224,6 +224,16 @@ class RequestContext(msgspec.Struct, frozen=True):
         with self.blocking():
             return self._wait(future)
 
+    def wait_until_done(self, future: "Future[Any]") -> None:
+        """Wait for the end of the work behind a future, without its result or error.
+
+        Raises:
+            OSError: as `wait_for`.
+        """
+        done: Future[None] = Future()
+        future.add_done_callback(lambda _future: done.set_result(None))
+        self.wait_for(done)
+
     def _wait(self, future: "Future[T]") -> T:
         waited_s = 0.0
         while True:

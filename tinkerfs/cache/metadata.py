@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any, TypeVar
 
 from cachetools import TLRUCache
@@ -17,7 +18,7 @@ from cachetools import TLRUCache
 from tinkerfs import errors
 from tinkerfs.cache.result_stream import ResultStream
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.concurrency import run_in_thread
+from tinkerfs.concurrency import SingleFlight
 from tinkerfs.context import Expiry, Priority, RequestContext
 from tinkerfs.telemetry import Telemetry
 
@@ -110,12 +111,45 @@ class _Entry:
         return error
 
 
-@dataclass(slots=True)
-class _InFlightLoad:
-    future: "Future[Any]"
-    started: float
-    priority: Priority
-    stream: ResultStream
+#: Stands for a key without an entry.
+_ABSENT = _Entry(None, False, Expiry(_EXPIRED), _EXPIRED)
+
+
+class _Decision(Enum):
+    """How `get` responds if no fresh value is cached."""
+
+    SERVE_STALE = auto()
+    RAISE_ERROR = auto()
+    LOAD = auto()
+    REVALIDATE = auto()
+    REVALIDATE_IN_BACKGROUND = auto()
+
+
+def _decide(entry: _Entry, now: float, policy: CachePolicy) -> _Decision:
+    """Decide how `get` responds from an entry without a fresh value, such as `_ABSENT`."""
+    if entry.error is not None and now < entry.error_until:
+        return _Decision.SERVE_STALE if entry.has_value else _Decision.RAISE_ERROR
+    if not entry.has_value:
+        return _Decision.LOAD
+    is_in_use = now - entry.expiry.last_used < policy.revalidate_grace_s
+    return _Decision.REVALIDATE_IN_BACKGROUND if is_in_use else _Decision.REVALIDATE
+
+
+class _Load(Future[Any]):
+    """A load in flight.
+
+    Attributes:
+        started: when it was started, on the monotonic clock.
+        priority: promoted when a caller starts to wait.
+        stream: its partial results.
+    """
+
+    def __init__(self, started: float, *, is_demand: bool) -> None:
+        super().__init__()
+        self.started = started
+        self.stream = ResultStream()
+        self.priority = Priority(is_demand, on_partial=self.stream.add)
+        self.add_done_callback(self.stream.close)
 
 
 #: Loads a value. The priority says whether a caller waits for it, and may be promoted meanwhile.
@@ -139,11 +173,12 @@ class MetadataCache:
         self._entries: TLRUCache[Hashable, _Entry] = TLRUCache(
             max_entries, ttu=lambda _key, entry, _now: entry.stored_until, timer=clock.monotonic
         )
-        self._in_flight: dict[Hashable, _InFlightLoad] = {}
         self._generation = 0
         self._local_mutations = 0
         #: Kinds of key for which the last load failed or exceeded its wait.
         self._degraded_kinds: set[Hashable] = set()
+        # A load is superseded under _lock, and caches its result under it unless superseded.
+        self._loads: SingleFlight[Hashable, _Load] = SingleFlight()
 
     @property
     def generation(self) -> int:
@@ -168,13 +203,15 @@ class MetadataCache:
             ApiError: the load failed, now or within the TTL of the failure.
             OSError: EINTR or ETIMEDOUT if the wait ended before the load.
         """
-        return self._get(key, load, policy, ctx)  # type: ignore[no-any-return]
+        value: T = self._get(key, load, policy, ctx)
+        return value
 
     def get_or_stream(
         self, key: Hashable, load: Loader[T], policy: CachePolicy, ctx: RequestContext
     ) -> T | ResultStream:
         """Return the value like `get`, or the stream of a slow first load."""
-        return self._get(key, load, policy, ctx, may_stream=True)  # type: ignore[no-any-return]
+        found: T | ResultStream = self._get(key, load, policy, ctx, may_stream=True)
+        return found
 
     def _get(
         self,
@@ -187,37 +224,44 @@ class MetadataCache:
     ) -> Any:
         with self._lock:
             now = self._clock.monotonic()
-            entry = self._entries.get(key)
-            last_used = float("-inf")
-            if entry is not None and entry.has_value:
-                last_used, entry.expiry.last_used = entry.expiry.last_used, now
-                if now < entry.expiry.fresh_until:
-                    self._telemetry.count("metadata_cache_hits")
-                    ctx.depends_on(entry.expiry)
-                    return entry.value
-            ctx.mark_uncacheable()
-            if entry is not None and entry.error is not None and now < entry.error_until:
+            entry = self._entries.get(key, _ABSENT)
+            if now < entry.expiry.fresh_until:  # apart from _decide, because it is the hot path
                 self._telemetry.count("metadata_cache_hits")
-                if not entry.has_value:
-                    raise entry.take_error()
-                self._telemetry.count("stale_if_error_hits")
+                entry.expiry.last_used = now
+                ctx.depends_on(entry.expiry)
                 return entry.value
+            ctx.mark_uncacheable()
+            decision = _decide(entry, now, policy)
+            if entry.has_value:
+                entry.expiry.last_used = now
+            match decision:
+                case _Decision.SERVE_STALE:
+                    self._telemetry.count("metadata_cache_hits")
+                    self._telemetry.count("stale_if_error_hits")
+                    return entry.value
+                case _Decision.RAISE_ERROR:
+                    self._telemetry.count("metadata_cache_hits")
+                    raise entry.take_error()
             self._telemetry.count("metadata_cache_misses")
-            is_in_use = now - last_used < policy.revalidate_grace_s
-            pending = self._in_flight.get(key) or self._start(
-                key, load, policy, Priority(is_demand=not is_in_use)
-            )
-            if is_in_use and now - pending.started < REVALIDATE_WAIT_S:
+            is_background = decision is _Decision.REVALIDATE_IN_BACKGROUND
+            pending = self._join_or_start(key, load, policy, is_demand=not is_background)
+            if is_background and now - pending.started < REVALIDATE_WAIT_S:
                 self._telemetry.count("background_revalidations")
-                return entry.value  # type: ignore[union-attr]
+                return entry.value
         pending.priority.promote()
-        if entry is None or not entry.has_value:
+        if decision is _Decision.LOAD:
             return self._wait_for_first(pending, ctx, may_stream=may_stream)
+        return self._wait_for_refresh(key, entry, pending, ctx)
+
+    def _wait_for_refresh(
+        self, key: Hashable, entry: _Entry, pending: _Load, ctx: RequestContext
+    ) -> Any:
+        """Return the refreshed value, or the stale one if the refresh is slow or fails."""
+        is_healthy = entry.error is None and _kind(key) not in self._degraded_kinds
+        wait_s = REVALIDATE_WAIT_S if is_healthy else DEGRADED_WAIT_S
+        wait_s -= self._clock.monotonic() - pending.started
         try:
-            is_healthy = entry.error is None and _kind(key) not in self._degraded_kinds
-            wait_s = REVALIDATE_WAIT_S if is_healthy else DEGRADED_WAIT_S
-            wait_s = max(wait_s - (now - pending.started), 0.0)
-            return ctx.with_timeout(wait_s).wait_for(pending.future)
+            return ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending)
         except errors.UNAVAILABLE_ERRORS:
             pass
         except OSError as error:
@@ -228,15 +272,13 @@ class MetadataCache:
         self._telemetry.count("stale_if_error_hits")
         return entry.value
 
-    def _wait_for_first(
-        self, pending: _InFlightLoad, ctx: RequestContext, *, may_stream: bool
-    ) -> Any:
+    def _wait_for_first(self, pending: _Load, ctx: RequestContext, *, may_stream: bool) -> Any:
         """Return the first value, or with `may_stream` the stream of a slow load."""
         if not may_stream:
-            return ctx.wait_for(pending.future)
+            return ctx.wait_for(pending)
         wait_s = STREAM_WAIT_S - (self._clock.monotonic() - pending.started)
         try:
-            return ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending.future)
+            return ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending)
         except OSError as error:
             if not errors.is_timeout(error):
                 raise
@@ -249,32 +291,43 @@ class MetadataCache:
         """
         with self._lock:
             now = self._clock.monotonic()
-            entry = self._entries.get(key)
-            if key in self._in_flight or (
-                entry is not None and now < max(entry.expiry.fresh_until, entry.error_until)
-            ):
+            entry = self._entries.get(key, _ABSENT)
+            is_cached = now < max(entry.expiry.fresh_until, entry.error_until)
+            if is_cached or self._loads.get(key) is not None:
                 return False
-            self._start(key, load, policy, Priority(is_demand=False))
+            self._join_or_start(key, load, policy, is_demand=False)
             return True
 
     def reload(self, key: Hashable, load: Loader[T], policy: CachePolicy, ctx: RequestContext) -> T:
         """Return the outcome of a new load, even if a fresh value is cached."""
         with self._lock:
-            pending = self._start(key, load, policy, Priority(is_demand=True))
-        return ctx.wait_for(pending.future)  # type: ignore[no-any-return]
+            self._loads.forget(key)
+            pending = self._join_or_start(key, load, policy, is_demand=True)
+        value: T = ctx.wait_for(pending)
+        return value
+
+    def wait_idle(self, ctx: RequestContext) -> None:
+        """Wait until no load is in flight.
+
+        Raises:
+            OSError: EINTR or ETIMEDOUT if the wait ended before that.
+        """
+        while in_flight := self._loads.in_flight():
+            for pending in in_flight:
+                ctx.wait_until_done(pending)
 
     def peek_partial(self, key: Hashable, part: Hashable) -> Any:
         """Return one item of a first load in flight; None if it has not arrived."""
         with self._lock:
-            entry, pending = self._entries.get(key), self._in_flight.get(key)
-        is_first = entry is None or not entry.has_value
-        return pending.stream.find(part) if pending is not None and is_first else None
+            entry, pending = self._entries.get(key, _ABSENT), self._loads.get(key)
+        if pending is None or entry.has_value:
+            return None
+        return pending.stream.find(part)
 
     def peek(self, key: Hashable) -> Any:
         """Return the cached value of `key`, fresh or stale; None if it is not cached."""
         with self._lock:
-            entry = self._entries.get(key)
-            return entry.value if entry is not None and entry.has_value else None
+            return self._entries.get(key, _ABSENT).value
 
     def last_changed(self, key: Hashable) -> float | None:
         """Return when the value of `key` was last seen to change, seconds since 1970.
@@ -282,8 +335,7 @@ class MetadataCache:
         None if the value has not changed since its first load.
         """
         with self._lock:
-            entry = self._entries.get(key)
-            return entry.last_changed if entry is not None else None
+            return self._entries.get(key, _ABSENT).last_changed
 
     def update(self, key: Hashable, change: Callable[[T], T], *, is_authoritative: bool) -> None:
         """Change the cached value, if any, after a change on the server.
@@ -293,10 +345,10 @@ class MetadataCache:
         reloads it.
         """
         with self._lock:
-            self._in_flight.pop(key, None)
+            self._loads.forget(key)
             self._local_mutations += 1
-            entry = self._entries.get(key)
-            if entry is not None and entry.has_value:
+            entry = self._entries.get(key, _ABSENT)
+            if entry.has_value:
                 now = self._clock.monotonic()
                 expiry = replace(entry.expiry) if is_authoritative else Expiry(now)
                 value, changed_at = change(entry.value), self._clock.now()
@@ -305,21 +357,21 @@ class MetadataCache:
     def expire(self, key: Hashable) -> None:
         """Make the next `get` reload the value; a load in flight is not cached."""
         with self._lock:
-            self._in_flight.pop(key, None)
-            entry = self._entries.get(key)
-            if entry is not None and entry.has_value:
+            self._loads.forget(key)
+            entry = self._entries.get(key, _ABSENT)
+            if entry.has_value:
                 self._put(key, replace(entry, expiry=Expiry(self._clock.monotonic()), error=None))
 
     def put(self, key: Hashable, value: object, policy: CachePolicy) -> None:
         """Cache a value that was obtained without `get`."""
         with self._lock:
-            self._in_flight.pop(key, None)
-            self._store_value(key, value, self._entries.get(key), policy, is_change=False)
+            self._loads.forget(key)
+            self._store_value(key, value, policy, is_change=False)
 
     def drop(self, key: Hashable) -> None:
         """Remove a value; the result of a load in flight is not cached."""
         with self._lock:
-            self._in_flight.pop(key, None)
+            self._loads.forget(key)
             entry = self._entries.pop(key, None)
             if entry is not None:
                 entry.expiry.fresh_until = _EXPIRED
@@ -328,7 +380,7 @@ class MetadataCache:
     def clear(self) -> None:
         """Remove every value; the results of loads in flight are not cached."""
         with self._lock:
-            self._in_flight.clear()
+            self._loads.forget_all()
             for entry in self._entries.values():
                 entry.expiry.fresh_until = _EXPIRED
             self._entries.clear()
@@ -343,67 +395,51 @@ class MetadataCache:
         self._entries[key] = entry
         self._generation += 1
 
-    def _start(
-        self, key: Hashable, load: Loader[T], policy: CachePolicy, priority: Priority
-    ) -> _InFlightLoad:
-        """Start a load; the caller holds the lock."""
-        pending = _InFlightLoad(Future(), self._clock.monotonic(), priority, ResultStream())
-        self._in_flight[key] = pending
-        priority.on_partial = pending.stream.add
+    def _join_or_start(
+        self, key: Hashable, load: Loader[T], policy: CachePolicy, *, is_demand: bool
+    ) -> _Load:
+        """Return the load in flight, or start one; the caller holds the lock."""
+        pending = self._loads.get(key)
+        if pending is not None:
+            return pending
+        pending = _Load(self._clock.monotonic(), is_demand=is_demand)
 
         def run() -> T:
             try:
-                value = load(priority)
+                value = load(pending.priority)
             except errors.ApiError as error:
-                self._complete(key, pending, policy, error=error)
-                raise
-            except BaseException:
-                self._complete(key, pending, policy)
+                self._on_error(key, pending, policy, error)
                 raise
             before = self.peek(key)  # compared without the lock, because a listing may be long
             is_change = before is not None and before != value
             if before is not None and not is_change:
                 value = before  # keep one of two equal values, and all values derived from it
-            self._complete(key, pending, policy, value=(value,), is_change=is_change)
+            with self._lock:
+                if self._loads.get(key) is pending:
+                    self._degraded_kinds.discard(_kind(key))
+                    self._store_value(key, value, policy, is_change=is_change)
             return value
 
-        pending.future = run_in_thread(run, f"load {_describe(key)}")
-        pending.future.add_done_callback(pending.stream.close)
-        return pending
+        return self._loads.run(key, run, f"load {_describe(key)}", pending)
 
-    def _complete(
-        self,
-        key: Hashable,
-        pending: _InFlightLoad,
-        policy: CachePolicy,
-        *,
-        value: tuple[Any] | None = None,
-        is_change: bool = False,
-        error: errors.ApiError | None = None,
+    def _on_error(
+        self, key: Hashable, pending: _Load, policy: CachePolicy, error: errors.ApiError
     ) -> None:
-        """Cache the outcome of a load unless the load was superseded."""
+        """Cache the error of a load unless the load was superseded."""
+        is_outage = isinstance(error, errors.UNAVAILABLE_ERRORS)
         with self._lock:
-            if self._in_flight.get(key) is not pending:
+            if self._loads.get(key) is not pending:
                 return
-            del self._in_flight[key]
-            now = self._clock.monotonic()
-            entry = self._entries.get(key)
-            if value is not None:
-                self._degraded_kinds.discard(_kind(key))
-                self._store_value(key, value[0], entry, policy, is_change=is_change)
-                return
-            if error is None:
-                return
-            is_outage = isinstance(error, errors.UNAVAILABLE_ERRORS)
+            until = self._clock.monotonic() + policy.error_ttl_s(error)
+            entry = self._entries.get(key, _ABSENT)
             if is_outage:
                 self._degraded_kinds.add(_kind(key))
-            if is_outage and entry is not None and entry.has_value:
-                entry.error, entry.error_until = error, now + policy.error_ttl_s(error)
+            if is_outage and entry.has_value:
+                entry.error, entry.error_until = error, until
             elif is_outage and not pending.priority.is_demand:
                 return  # a failed prefetch: the first demand request loads again
             else:
-                until = now + policy.error_ttl_s(error)
-                entry = _Entry(None, False, Expiry(now), until, error, until)
+                entry = _Entry(None, False, Expiry(_EXPIRED), until, error, until)
                 entry.is_unreported = not pending.priority.is_demand
                 self._put(key, entry)
                 return
@@ -413,25 +449,20 @@ class MetadataCache:
             )
 
     def _store_value(
-        self,
-        key: Hashable,
-        value: Any,
-        before: _Entry | None,
-        policy: CachePolicy,
-        *,
-        is_change: bool,
+        self, key: Hashable, value: Any, policy: CachePolicy, *, is_change: bool
     ) -> None:
         """Cache a new value; the caller holds the lock."""
         now = self._clock.monotonic()
         fresh_until = now + policy.ttl_s
         stored_until = max(fresh_until, now + policy.stale_if_error_s)
-        if before is not None and before.has_value and before.value is value:
+        before = self._entries.get(key, _ABSENT)
+        if before.has_value and before.value is value:
             before.expiry.fresh_until, before.stored_until = fresh_until, stored_until
             before.error = None
             self._entries[key] = before  # reorders it by its new expiry; the value is unchanged
             return
         entry = _Entry(value, True, Expiry(fresh_until), stored_until)
-        if before is not None and before.has_value:
+        if before.has_value:
             entry.expiry.last_used = before.expiry.last_used
             entry.last_changed = before.last_changed
         if is_change:

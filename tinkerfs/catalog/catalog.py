@@ -85,6 +85,15 @@ class Catalog:
         """A number that changes with every mutation that is made through this mount."""
         return self._cache.local_mutations + self._trash.generation
 
+    def wait_idle(self, ctx: RequestContext) -> None:
+        """Wait until no load is in flight, prefetches and background revalidations included.
+
+        Raises:
+            OSError: EINTR or ETIMEDOUT if the wait ended before that.
+        """
+        self._cache.wait_idle(ctx)
+        self._weights_infos.wait_idle(ctx)
+
     def runs(self, ctx: RequestContext) -> RunListing:
         """Return the user's training runs; one request per page if they are not fresh."""
         return self._cache.get(("runs",), self._load_runs, self._policies.listing, ctx)

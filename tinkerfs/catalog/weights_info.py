@@ -76,6 +76,10 @@ class WeightsInfoCache:
         """Discard every weights info in memory."""
         self._cache.clear()
 
+    def wait_idle(self, ctx: RequestContext) -> None:
+        """Wait until no load is in flight."""
+        self._cache.wait_idle(ctx)
+
     def _cached(self, checkpoint: Checkpoint) -> bytes | None:
         """Return a cached weights info if the version is certain, without a request."""
         if not checkpoint.is_dated:

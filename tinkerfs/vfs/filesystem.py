@@ -94,6 +94,14 @@ class FileSystem:
     # stat, scandir, readlink and open avoid `_reporting_errors`: a tree walk makes thousands of
     # these calls, and a context manager is measurably slower than `try`.
 
+    def wait_idle(self, ctx: RequestContext) -> None:
+        """Wait until no metadata is being loaded in the background.
+
+        Raises:
+            OSError: EINTR or ETIMEDOUT if the wait ended before that.
+        """
+        self._backend.catalog.wait_idle(ctx)
+
     def stat(self, path: str, ctx: RequestContext) -> Attr:
         """Return the attributes of a path without following symbolic links.
 

@@ -18,6 +18,7 @@ from tinkerfs.cache.metadata import (
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext, Validity
 from tinkerfs.telemetry import Telemetry
 
+WAIT = RequestContext(timeout_s=10)
 POLICY = CachePolicy(ttl_s=30, stale_if_error_s=3600, negative_ttl_s=5)
 
 
@@ -91,9 +92,7 @@ def test_expired_value_in_use_is_served_while_revalidated(cache, time, telemetry
         assert cache.get("k", load, POLICY, RequestContext(timeout_s=5)) == "one"
     load.held.set()
     assert cache.get("k", load, POLICY, RequestContext(timeout_s=5)) in ("one", "two")
-    deadline = threading.Event()
-    while cache.peek("k") == "one":
-        assert not deadline.wait(0.01)
+    cache.wait_idle(WAIT)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
     assert load.calls == 2
     assert telemetry.snapshot()["counters"]["background_revalidations"] >= 3
@@ -112,8 +111,7 @@ def test_value_in_use_is_not_served_stale_forever(cache, time):
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
     time.advance(1.5)  # the refresh takes too long, so that the caller waits for it
     load.held.set()
-    while cache.peek("k") == "one":
-        pass
+    cache.wait_idle(WAIT)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
 
 
@@ -158,13 +156,11 @@ def test_prefetch_is_loaded_once_and_joined_by_get(cache):
     load.held.clear()
     assert cache.prefetch("k", load, POLICY)
     assert not cache.prefetch("k", load, POLICY)
-    while load.calls == 0:
-        pass
+    wait_until(lambda: load.calls == 1)
     assert not load.priority.is_demand
     waiting = threading.Thread(target=lambda: cache.get("k", load, POLICY, BACKGROUND_CONTEXT))
     waiting.start()
-    while not load.priority.is_demand:
-        pass
+    wait_until(lambda: load.priority.is_demand)
     load.held.set()
     waiting.join(10)
     assert not cache.prefetch("k", load, POLICY), "it is fresh"
@@ -177,10 +173,8 @@ def test_get_after_failed_prefetch_reloads_unless_not_found(cache, is_negative):
     load.result = errors.NotFound("no") if is_negative else errors.ServerError("down")
     load.held.clear()
     cache.prefetch("k", load, POLICY)
-    future = cache._in_flight["k"].future
     load.held.set()
-    with pytest.raises(errors.ApiError):
-        future.result(10)
+    cache.wait_idle(WAIT)
     load.result = "there"
     if is_negative:
         assert not cache.prefetch("k", load, POLICY)
@@ -200,8 +194,8 @@ def test_background_revalidation_is_not_demand(cache, time):
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     time.advance(1.5)
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
-    while load.calls < 2:
-        pass
+    cache.wait_idle(WAIT)
+    assert load.calls == 2
     assert not load.priority.is_demand
 
 
@@ -342,8 +336,7 @@ def test_load_started_before_an_update_is_not_cached(cache):
     old.result = "before the change"
     slow = threading.Thread(target=lambda: cache.reload("k", old, POLICY, BACKGROUND_CONTEXT))
     slow.start()
-    while old.calls < 2:
-        pass
+    wait_until(lambda: old.calls == 2)
     cache.update("k", lambda _value: "after the change", is_authoritative=True)
     old.held.set()
     slow.join(10)
@@ -395,6 +388,30 @@ def test_reload_never_returns_a_cached_value(cache):
     with pytest.raises(errors.ServerError):
         cache.reload("k", load, POLICY, BACKGROUND_CONTEXT)
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
+
+
+def test_load_is_started_again_after_no_thread_was_free(cache, monkeypatch):
+    load = Loads()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail_to_start)
+        with pytest.raises(RuntimeError):
+            cache.get("k", load, POLICY, WAIT)
+    assert cache.get("k", load, POLICY, WAIT) == "one"
+
+
+def fail_to_start(_thread):
+    raise RuntimeError("can't start new thread")
+
+
+def test_wait_idle_ends_with_the_last_load_or_its_timeout(cache):
+    load = Loads()
+    load.held.clear()
+    cache.prefetch("k", load, POLICY)
+    with pytest.raises(TimeoutError):
+        cache.wait_idle(RequestContext(timeout_s=0.05))
+    load.held.set()
+    cache.wait_idle(WAIT)
+    assert cache.peek("k") == "one"
 
 
 class CacheMachine(RuleBasedStateMachine):

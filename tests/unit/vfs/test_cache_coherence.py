@@ -6,7 +6,6 @@ import functools
 import gc
 import itertools
 import stat
-import time
 from posixpath import normpath
 
 import pytest
@@ -71,8 +70,7 @@ class Account:
         while generation != catalog.generation:
             generation = catalog.generation
             snapshot(self.filesystem, checks=False)
-            while catalog._cache._in_flight:
-                time.sleep(0.001)
+            self.filesystem.wait_idle(CTX)
 
     def new_filesystem(self):
         """Return a file system with the same backend and empty caches."""
