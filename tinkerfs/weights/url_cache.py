@@ -11,21 +11,19 @@ response and builds nothing. Thread-safe.
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 from tinkerfs import errors
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.clock import Clock
-from tinkerfs.concurrency import run_in_thread
+from tinkerfs.concurrency import SingleFlight
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.retry import BUILD_POLL, OUTAGE_BACKOFF, RetryBudget
 from tinkerfs.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
 
 #: A URL is not returned within this time of its expiry, seconds, or a tenth of its lifetime.
 EXPIRY_MARGIN_S = 60.0
@@ -78,10 +76,10 @@ class SignedUrlCache:
         self._clock = clock
         self._timeout_s = timeout_s
         self._burst = burst
-        self._lock = threading.RLock()  # reentrant: a future that is already done runs its callback
+        self._builds: SingleFlight[Hashable, Future[_CachedUrls]] = SingleFlight()
+        self._lock = threading.Lock()
         # Guarded by _lock.
         self._entries: dict[Hashable, _CachedUrls] = {}
-        self._in_flight: dict[Hashable, Future[_CachedUrls]] = {}
         self._started: dict[int, deque[float]] = {}
         #: Archives that were built before: a new URL costs the server nothing.
         self._built: set[Hashable] = set()
@@ -172,13 +170,12 @@ class SignedUrlCache:
             cached = self._cached(key)
             if cached is not None:
                 return cached
-            future = self._in_flight.get(key)
+            future = self._builds.get(key)
             if future is None:
                 if not is_external and key not in self._built:
                     self._check_rate_limit(ctx.caller().pgid, path)
-                future = run_in_thread(lambda: self._build(key, request, path), f"archive {path}")
-                self._in_flight[key] = future
-                future.add_done_callback(lambda _done: self._on_build_done(key))
+                work = partial(self._build, key, request, path)
+                future = self._builds.run(key, work, f"archive {path}", Future())
         return ctx.with_timeout(self._timeout_s).wait_for(future)
 
     def _cached(self, key: Hashable) -> _CachedUrls | None:
@@ -192,10 +189,6 @@ class SignedUrlCache:
         margin_s = min(EXPIRY_MARGIN_S, max(expires_at_s - self._clock.now(), 0.0) / 10)
         signed = {name: SignedUrl(url, expires_at_s) for name, url in urls.items()}
         return _CachedUrls(signed, expires_at_s - margin_s, self._clock.now())
-
-    def _on_build_done(self, key: Hashable) -> None:
-        with self._lock:
-            self._in_flight.pop(key, None)
 
     def _check_rate_limit(self, pgid: int, path: str) -> None:
         """Record a build of a process group, or raise EBUSY; the caller holds the lock."""
