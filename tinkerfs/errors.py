@@ -4,6 +4,7 @@
     ├── StartupError              tinkerfs cannot start; one line, with a hint
     └── ApiError                  an API request failed
         ├── Unauthorized          401, 403
+        ├── PaymentRequired       402: billing of the account
         ├── NotFound              404, 410: the object does not exist
         ├── UnsupportedEndpoint   404, 405, 410, 501: the server lacks the endpoint
         ├── BadRequest            400, 422
@@ -91,6 +92,10 @@ class Unauthorized(ApiError):
     """The API key is missing, invalid or expired, or lacks the permission."""
 
 
+class PaymentRequired(ApiError):
+    """The API refuses the request because of the account's billing."""
+
+
 class NotFound(ApiError):
     """The API reports that the object does not exist."""
 
@@ -153,6 +158,7 @@ class ProtocolError(ApiError):
 #: The errno that a file operation returns for each API failure (spec: "Errors").
 ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
     Unauthorized: errno.EACCES,
+    PaymentRequired: errno.EDQUOT,
     NotFound: errno.ENOENT,
     UnsupportedEndpoint: errno.EOPNOTSUPP,
     BadRequest: errno.EINVAL,

@@ -10,9 +10,9 @@ Every method raises subclasses of `errors.ApiError` and nothing else.
 import copy
 import dataclasses
 import uuid
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 from tinkerfs import errors
@@ -319,6 +319,11 @@ class Client:
         return self._fetch_one(
             Request(endpoints.SAMPLER, path), lambda body: parsing.parse_sampler(sampler_id, body)
         )
+
+    def post(self, endpoint: Endpoint, path: str, fields: Mapping[str, object]) -> dict[str, Any]:
+        """Send a JSON object to the percent-encoded `path`; return the object in the response."""
+        request = Request(endpoint, path, raw_json.dumps(fields), str(uuid.uuid4()))
+        return self._fetch_one(request, lambda body: raw_json.loads_object(body) or {})
 
     # The server
 

@@ -91,6 +91,19 @@ DELETE = Endpoint(
 SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT)
 SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_RESOURCE)
 SESSION_SEARCH = Endpoint("POST sessions/search", Scope.ACCOUNT)
+CREATE_SESSION = Endpoint("POST create_session", Scope.ACCOUNT, is_change=True)
+# The server recognizes a repeated load or save by its sequence number, so both may be retried.
+LOAD_WEIGHTS = Endpoint("POST load_weights", Scope.OPTIONAL_RESOURCE)
+SAVE_EXTERNAL = Endpoint("POST save_weights_external", Scope.OPTIONAL_RESOURCE)
+# 408 is an ordinary response: the result is not there yet.
+RETRIEVE_FUTURE = Endpoint(
+    "POST retrieve_future",
+    Scope.OPTIONAL_RESOURCE,
+    success_statuses=frozenset({408}),
+    is_long_running=True,
+)
+HEARTBEAT = Endpoint("POST session_heartbeat", Scope.OPTIONAL_RESOURCE)
+FINISH_SESSION = Endpoint("POST sessions/{session}/finish", Scope.OPTIONAL_RESOURCE)
 SAMPLER = Endpoint("GET samplers/{sampler}", Scope.OPTIONAL_RESOURCE)
 CAPABILITIES = Endpoint("GET get_server_capabilities", Scope.ACCOUNT)
 HEALTH = Endpoint("GET healthz", Scope.ACCOUNT)

@@ -95,6 +95,7 @@ def is_generic(content_type: str, body: bytes) -> bool:
 _ERROR_OF_STATUS: dict[int, type[ApiError]] = {
     400: errors.BadRequest,
     401: errors.Unauthorized,
+    402: errors.PaymentRequired,
     403: errors.Unauthorized,
     408: errors.RequestTimeout,
     409: errors.Conflict,
@@ -152,6 +153,7 @@ def error_from_response(
 _DEFAULT_MESSAGES = {
     400: "bad request",
     401: "the API key was rejected",
+    402: "the account's billing does not allow this",
     403: "not allowed",
     404: "not found",
     405: "the server has no such endpoint",
