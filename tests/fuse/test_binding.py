@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from tests.support.memoryfs import MTIME_NS
 from tests.support.mount import memory_mount, run
 from tinkerfs.fuse import mount_table
 from tinkerfs.vfs.node import inode_for_path
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def log_of(mountpoint):
@@ -43,6 +46,48 @@ def test_scandir_returns_names_types_and_inodes(memory):
 def test_mount_has_tinkerfs_type_and_source(memory):
     mount = mount_table.find_mount(str(memory))
     assert (mount.fstype, mount.source) == ("fuse.tinkerfs", "tinkerfs")
+
+
+#: Mounts, and compares everything that a binding's module contains with what it was before.
+COMPARE = """
+import os, sys, threading
+from tests.support.memoryfs import MemoryFileSystem
+from tinkerfs.fuse import binding, mount_table, session
+
+def contents(module):
+    owners = [module, module._libfuse]
+    owners += [each for each in vars(module).values() if isinstance(each, type)]
+    functions = [each for each in vars(module._libfuse).values() if hasattr(each, "restype")]
+    return (
+        [dict(vars(owner)) for owner in owners],
+        [(each.restype, each.argtypes, each.errcheck) for each in functions],
+    )
+
+name, mountpoint = os.environ["TINKERFS_FUSE_BINDING"], sys.argv[1]
+os.environ["FUSE_LIBRARY_PATH"] = binding.find_library(binding.BINDINGS[name]).path
+module = __import__("fuse" if name == "fusepy" else "mfusepy")
+del os.environ["FUSE_LIBRARY_PATH"]
+before = contents(module)
+
+def check():
+    os.listdir(mountpoint)
+    assert contents(module) == before
+    mount_table.unmount(mountpoint)
+
+session.block_signals()
+loaded = binding.load_binding()
+assert loaded.module is module
+assert contents(module) == before
+session.serve(MemoryFileSystem(), loaded, mountpoint, timeout_s=9, ready=check)
+assert contents(module) == before
+print("unchanged")
+"""
+
+
+def test_mount_changes_nothing_in_the_binding_module(mountpoint, binding):
+    environment = os.environ | {"TINKERFS_FUSE_BINDING": binding}
+    done = run(sys.executable, "-c", COMPARE, mountpoint, env=environment, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("unchanged\n", "")
 
 
 def test_long_listing_is_requested_once(mountpoint, binding):

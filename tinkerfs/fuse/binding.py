@@ -1,6 +1,9 @@
 """FUSE bindings: choose and load a Python binding and a libfuse that work together.
 
-fusepy supports only libfuse 2; mfusepy has the same interface and supports 2 and 3. New
+A binding defines libfuse's structures for the version and the platform. Its `FUSE` class is not
+used: `callbacks` fills `struct fuse_operations`, and `worker_pool` mounts and serves.
+
+fusepy supports only libfuse 2; mfusepy has the same structures and supports 2 and 3. New
 distributions install only libfuse 3. Both bindings load libfuse when they are *imported*, and raise
 OSError if there is none. So this module imports a binding only in `load_binding`.
 
@@ -8,26 +11,19 @@ OSError if there is none. So this module imports a binding only in `load_binding
 `FUSE_LIBRARY_PATH` forces a library file.
 """
 
-import codecs
 import ctypes
 import ctypes.util
 import importlib
-import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinkerfs.errors import StartupError
-from tinkerfs.fuse.callbacks import build_callbacks, override_callbacks
+from tinkerfs.fuse.callbacks import build_operations
+from tinkerfs.fuse.operations import Operations
 from tinkerfs.fuse.worker_pool import SessionWorkers
-
-if TYPE_CHECKING:
-    from tinkerfs.fuse.operations import Operations
-
-log = logging.getLogger(__name__)
 
 #: Values of `TINKERFS_FUSE_BINDING`, in the order in which `auto` tries them, and their libfuse.
 #: mfusepy with libfuse 2 is last: it is for systems where fusepy cannot be built.
@@ -52,10 +48,6 @@ MAX_BACKGROUND = 200
 #: With `intr` it also sends SIGUSR1 to the serving thread. `session.block_signals` blocks that
 #: signal in all threads, so only `fuse_interrupted` reports an interrupt.
 _INTR_SINCE = 317
-
-#: fusepy decodes paths strictly, so a non-UTF-8 name would fail with EINVAL and a traceback. Its
-#: caller can choose the codec but not the error handler, hence a codec that includes one.
-_CODEC = "tinkerfs_utf_8_surrogateescape"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +86,6 @@ class Binding:
         """Return a name for messages, such as "mfusepy with libfuse 3.14 (libfuse3.so.3)"."""
         return f"{self.name.rstrip('23')} with {self.library}"
 
-    def is_interrupted(self) -> bool:
-        """Return whether the caller of the request that this thread serves was interrupted.
-
-        Must be called in the thread that serves the request.
-        """
-        return bool(self.module._libfuse.fuse_interrupted())
-
-    def context(self) -> tuple[int, int, int]:
-        """Return (uid, gid, pid) of the caller of the request that this thread serves."""
-        uid, gid, pid = self.module.fuse_get_context()
-        return uid, gid, pid
-
-    def blocking(self) -> AbstractContextManager[None]:
-        """Return a context manager for a blocking section, which frees the worker thread."""
-        return self.workers.blocking()
-
     def mount_options(self, *, read_only: bool, allow_other: bool) -> dict[str, str | bool]:
         """Return the mount options; libfuse rejects options that its version does not know."""
         options: dict[str, str | bool] = {
@@ -119,27 +95,37 @@ class Binding:
             "default_permissions": True,
             "nosuid": True,
             "nodev": True,
-            "use_ino": True,
-            # Otherwise libfuse renames an open file to .fuse_hidden* instead of unlinking it.
-            "hard_remove": True,
             "entry_timeout": "1",
             "attr_timeout": "1",
             # The metadata cache has negative entries, and invalidates them when a name appears.
             "negative_timeout": "0",
         }
-        if self.library.major == 2:
+        if self.library.major == 2:  # for libfuse 3 see `configure`
+            options["use_ino"] = options["hard_remove"] = True
             options["max_background"] = str(MAX_BACKGROUND)
             options["congestion_threshold"] = str(MAX_BACKGROUND)
-        if self.library.version >= _INTR_SINCE:
-            options["intr"] = True
         if read_only:
             options["ro"] = True
         if allow_other:
             options["allow_other"] = True
         return options
 
+    def configure(self, connection: Any, config: Any) -> None:
+        """Set what libfuse 3 has no mount options for; libfuse calls it with its defaults.
+
+        Args:
+            connection: pointer to a `struct fuse_conn_info`.
+            config: pointer to a `struct fuse_config`.
+        """
+        connection.contents.max_background = MAX_BACKGROUND
+        connection.contents.congestion_threshold = MAX_BACKGROUND
+        config.contents.use_ino = 1
+        # Otherwise libfuse renames an open file to .fuse_hidden* instead of unlinking it.
+        config.contents.hard_remove = 1
+        config.contents.intr = self.library.version >= _INTR_SINCE
+
     def run(
-        self, operations: "Operations", mountpoint: str, options: Mapping[str, str | bool]
+        self, operations: Operations, mountpoint: str, options: Mapping[str, str | bool]
     ) -> None:
         """Mount, and serve until unmounted.
 
@@ -148,82 +134,18 @@ class Binding:
         Raises:
             RuntimeError: libfuse could not mount; it has written the reason to stderr.
         """
-        # At DEBUG the bindings log failed operations with a traceback; `operations` logs one line.
-        logging.getLogger("fuse").setLevel(logging.WARNING)
-        callbacks = build_callbacks(operations, self.module, self.library.major)
-        main_owner = self.module if self.name != "fusepy" else self.module._libfuse
-        originals = self.module.fuse_operations, main_owner.fuse_main_real
-        self.module.fuse_operations = override_callbacks(originals[0], callbacks)
-        main_owner.fuse_main_real = self.workers.main
-        try:
-            self._run(operations, mountpoint, options)
-        finally:
-            self.module.fuse_operations, main_owner.fuse_main_real = originals
-
-    def _run(
-        self, operations: "Operations", mountpoint: str, options: Mapping[str, str | bool]
-    ) -> None:
-        if self.name == "fusepy":
-            _register_codec()
-            self.module.FUSE(
-                _FusepyDispatcher(operations),
-                mountpoint,
-                raw_fi=True,
-                encoding=_CODEC,
-                foreground=True,
-                **options,
-            )
-            return
-        factory = self.module.FUSE
-        if self.library.major == 3:
-            factory = _raise_background_limits(self.module)
-        factory(operations, mountpoint, raw_fi=True, foreground=True, **options)
-
-
-def _raise_background_limits(module: Any) -> Any:
-    """Return a subclass of mfusepy's FUSE class that raises the limits of background reads.
-
-    libfuse 3 has no mount options for them. The fields are 0 until they are set here.
-    """
-
-    class FUSE(module.FUSE):  # type: ignore[misc]
-        def init_fuse_3(self, conn: Any, config: Any) -> None:
-            conn.contents.max_background = MAX_BACKGROUND
-            conn.contents.congestion_threshold = MAX_BACKGROUND
-            super().init_fuse_3(conn, config)
-
-    return FUSE
-
-
-class _FusepyDispatcher:
-    """Adapter for fusepy, which calls operations through `__call__`; mfusepy rejects that."""
-
-    def __init__(self, operations: "Operations") -> None:
-        self._operations = operations
-
-    def __call__(self, operation: str, *args: object) -> object:
-        return getattr(self._operations, operation)(*args)
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._operations, name)
-
-
-def _register_codec() -> None:
-    def search(name: str) -> codecs.CodecInfo | None:
-        if name != _CODEC:
-            return None
-        return codecs.CodecInfo(
-            name=_CODEC,
-            encode=lambda text, _errors="strict": codecs.utf_8_encode(text, "surrogateescape"),
-            decode=lambda data, _errors="strict": codecs.utf_8_decode(
-                data, "surrogateescape", True
-            ),
+        texts = [
+            name if value is True else f"{name}={value}"
+            for name, value in options.items()
+            if value is not False
+        ]
+        arguments = ["fuse", "-f", "-o", ",".join(texts), mountpoint]
+        status = self.workers.main(
+            [os.fsencode(argument) for argument in arguments],
+            build_operations(operations, self.module, self.library.major, self.configure),
         )
-
-    try:
-        codecs.lookup(_CODEC)
-    except LookupError:
-        codecs.register(search)
+        if status:
+            raise RuntimeError(status)
 
 
 def find_library(major: int) -> Library | None:
@@ -290,18 +212,6 @@ def load_binding() -> Binding:
     )
 
 
-def _call_without_releasing_gil(module: Any) -> None:
-    """Make a binding call `fuse_get_context` without releasing the GIL.
-
-    The call takes next to no time. Releasing the GIL would cause a thread switch for each request
-    while several processes send requests.
-    """
-    libfuse = module._libfuse
-    context = ctypes.PyDLL(libfuse._name, handle=libfuse._handle).fuse_get_context
-    context.restype = libfuse.fuse_get_context.restype
-    libfuse.fuse_get_context = context
-
-
 _import_lock = threading.Lock()
 
 
@@ -320,13 +230,12 @@ def _import(name: str, library: Library) -> Any:
                 except ImportError as missing:
                     error = error or missing
                     continue
-                if hasattr(module, "FUSE") and hasattr(module, "Operations"):
+                if hasattr(module, "fuse_operations"):
                     # A binding that was imported earlier has its own library, and fusepy would use
                     # its structures of libfuse 2 with libfuse 3.
-                    loaded = int(module._libfuse.fuse_version())
-                    if loaded != library.version:
-                        raise ImportError(f"{candidate} is already loaded with libfuse {loaded}")
-                    _call_without_releasing_gil(module)
+                    loaded = _probe(module._libfuse._name)
+                    if loaded is None or loaded.version != library.version:
+                        raise ImportError(f"{candidate} is already loaded with {loaded}")
                     return module
                 error = error or ImportError(f"{candidate} is another package of that name")
             raise error or ImportError(name)

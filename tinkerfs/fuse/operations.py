@@ -1,8 +1,6 @@
 """FUSE operations: translate libfuse's requests into `FileSystem` calls.
 
-`callbacks` calls the operations that read, by path or by handle; the bindings call the others.
-The bindings look up operations by method name, and silently ignore a name that they do not know.
-So `tests/unit/fuse/test_operations.py` compares the names with those of the bindings.
+The C callbacks of `callbacks` call the operations, with decoded arguments.
 
 The xattr operations are in a subclass: while they exist, `ls -l` sends three requests per entry.
 There is no `flush`: without it the kernel sends no FLUSH, and most programs ignore its errors.
@@ -17,20 +15,20 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.context import Caller, RequestContext, Validity
 from tinkerfs.fuse.callers import Callers
+from tinkerfs.fuse.handles import OpenDirectory, OpenFile
 from tinkerfs.fuse.stat_callers import StatCallers
+from tinkerfs.fuse.worker_pool import SessionWorkers
 from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, Handle, dot_entries
 
 if TYPE_CHECKING:
     from tinkerfs.vfs.directory_cache import CachedDirectory
-    from tinkerfs.vfs.directory_stream import DirectoryStream
     from tinkerfs.vfs.filesystem import FileSystem
 
 log = logging.getLogger(__name__)
@@ -59,51 +57,17 @@ R = TypeVar("R")
 Self = TypeVar("Self", bound="Operations")
 
 
-class RequestInfo(Protocol):
-    """Information about the request that the current thread serves, provided by a binding."""
-
-    def is_interrupted(self) -> bool:
-        """Return whether the calling process was interrupted."""
-        ...
-
-    def context(self) -> tuple[int, int, int]:
-        """Return (uid, gid, pid) of the calling process."""
-        ...
-
-    def blocking(self) -> AbstractContextManager[None]:
-        """Return a context manager for a blocking section, which frees the worker thread."""
-        ...
-
-
-class OpenFile(NamedTuple):
-    """An open file, and the flags that the reply to OPEN carries."""
-
-    path: str
-    handle: Handle
-    direct_io: bool
-    keep_cache: bool
-
-
-class OpenDirectory(NamedTuple):
-    """An open directory.
-
-    Attributes:
-        mutations: `FileSystem.local_mutations` when the directory was opened.
-    """
-
-    path: str
-    stream: "DirectoryStream"
-    mutations: int
-
-
 def _operation(
     method: Callable[Concatenate[Self, P], R],
 ) -> Callable[Concatenate[Self, P], R]:
-    """Log an operation in one line, and raise only `OSError`s that have an errno.
+    """Make a method the operation of its name."""
+    return _named_operation(method.__name__, method)
 
-    Each method has the decorator, because mfusepy does not call `Operations.__call__`.
-    """
-    name = method.__name__
+
+def _named_operation(
+    name: str, method: Callable[Concatenate[Self, P], R]
+) -> Callable[Concatenate[Self, P], R]:
+    """Log an operation in one line, and raise only `OSError`s that have an errno."""
 
     @functools.wraps(method)
     def wrapped(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -130,24 +94,20 @@ def _operation(
 
 
 class Operations:
-    """FUSE operations over a `FileSystem`, for `callbacks` and a binding with `raw_fi=True`.
+    """FUSE operations over a `FileSystem`.
 
     Args:
-        requests: the binding.
+        workers: the threads that serve the requests.
         timeout_s: deadline of every operation without a deadline of its own.
         lookup_timeout_s: deadline of a lookup, where the row of the name sets none.
         stopping: set when the mount is going down; blocked requests then fail with ENOTCONN.
         ready: called when the kernel's first request has arrived.
     """
 
-    use_ns = True
-    #: Without it, libfuse 2 fails reads of an open file that was unlinked, with ENOENT.
-    flag_nullpath_ok = 1
-
     def __init__(
         self,
         filesystem: "FileSystem",
-        requests: RequestInfo,
+        workers: SessionWorkers,
         *,
         timeout_s: float,
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
@@ -155,7 +115,7 @@ class Operations:
         ready: Callable[[], None],
     ) -> None:
         self._filesystem = filesystem
-        self._requests = requests
+        self._workers = workers
         self._stopping = stopping
         self._ready = ready
         #: Whether each operation is logged. Cached, because every operation checks it.
@@ -163,7 +123,7 @@ class Operations:
         # All requests share these contexts: the caller is determined on demand, in the thread that
         # serves the request.
         self._open_ctx = RequestContext(
-            None, self._is_cancelled, self._caller, blocking=requests.blocking
+            None, self._is_cancelled, self._caller, blocking=workers.blocking
         )
         self._lookup_ctx = self._open_ctx.with_timeout(lookup_timeout_s)
         self._removal_ctx = self._open_ctx.with_timeout(REMOVAL_TIMEOUT_S)
@@ -182,10 +142,10 @@ class Operations:
         return self._stopping.is_set()
 
     def _is_cancelled(self) -> bool:
-        return self._stopping.is_set() or self._requests.is_interrupted()
+        return self._stopping.is_set() or self._workers.is_interrupted()
 
     def _caller(self) -> Caller:
-        uid, _gid, pid = self._requests.context()
+        uid, _gid, pid = self._workers.context()
         return self._callers.get(pid, uid)
 
     def _file(self, fh: int) -> OpenFile:
@@ -196,7 +156,7 @@ class Operations:
 
     # The mount itself
 
-    def init(self, _path: str) -> None:
+    def init(self) -> None:
         """Report that the kernel's first request has arrived, so that the mount is ready."""
         self._ready()
 
@@ -245,11 +205,11 @@ class Operations:
 
     def note_file_stat(self) -> None:
         """Record that the current caller has called stat() on a file, as `ls -l` does."""
-        self._stat_callers.add(self._requests.context()[2])
+        self._stat_callers.add(self._workers.context()[2])
 
     def wants_attributes(self) -> bool:
         """Return whether the current caller has recently called stat() on a file."""
-        return self._requests.context()[2] in self._stat_callers
+        return self._workers.context()[2] in self._stat_callers
 
     @_operation
     def readlink(self, path: str) -> str:
@@ -309,11 +269,6 @@ class Operations:
         """Close a directory."""
         self._directories.pop(fh, None)
 
-    @_operation
-    def fsyncdir(self, _path: str | None, _datasync: int, _fh: int) -> int:
-        """Succeed without doing anything: every change is synchronous."""
-        return 0
-
     # Files
 
     @_operation
@@ -345,22 +300,17 @@ class Operations:
         return self._file(fh).handle.read_into(buffer, offset, self._io_ctx)
 
     @_operation
-    def write(self, _path: str | None, data: bytes, _offset: int, fi: Any) -> int:
-        """Write one whole value. The offset is ignored, because `>>` writes at the old size."""
-        return self._file(fi.fh).handle.write(data, self._io_ctx)
+    def write(self, _path: str | None, data: bytes, fh: int) -> int:
+        """Write one whole value. There is no offset, because `>>` writes at the old size."""
+        return self._file(fh).handle.write(data, self._io_ctx)
 
     @_operation
-    def truncate(self, path: str | None, length: int, fi: Any = None) -> int:
+    def truncate(self, path: str | None, length: int, fh: int | None = None) -> None:
         """Truncate by path or by handle."""
-        if fi is not None and fi.fh in self._files:
-            path = self._files[fi.fh].path
+        file = None if fh is None else self._files.get(fh)
+        if file is not None:
+            path = file.path
         self._filesystem.truncate(_require_path(path), length, self._io_ctx)
-        return 0
-
-    @_operation
-    def fsync(self, _path: str | None, _datasync: int, _fi: Any) -> int:
-        """Succeed without doing anything: every write is synchronous."""
-        return 0
 
     @_operation
     def release(self, fh: int) -> None:
@@ -372,76 +322,46 @@ class Operations:
     # Changes
 
     @_operation
-    def unlink(self, path: str) -> int:
+    def unlink(self, path: str) -> None:
         """Remove a file."""
         self._filesystem.unlink(path, self._removal_ctx)
-        return 0
 
     @_operation
-    def rmdir(self, path: str) -> int:
+    def rmdir(self, path: str) -> None:
         """Remove a directory."""
         self._filesystem.rmdir(path, self._removal_ctx)
-        return 0
 
-    def _set_attributes(self, path: str | None) -> int:
-        self._filesystem.setattr(_require_path(path), self._lookup_ctx)
-        return 0
-
-    @_operation
-    def chmod(self, path: str | None, _mode: int) -> int:
-        """Change no mode; succeed on a control, and fail on any other file."""
-        return self._set_attributes(path)
-
-    @_operation
-    def chown(self, path: str | None, _uid: int, _gid: int) -> int:
-        """Change no owner; succeed on a control, and fail on any other file."""
-        return self._set_attributes(path)
-
-    @_operation
-    def utimens(self, path: str | None, _times: tuple[int, int] | None = None) -> int:
-        """Change no time; succeed on a control, and fail on any other file."""
-        return self._set_attributes(path)
-
-    def _create(self, path: str) -> int:
+    def _refuse_creation(self, path: str) -> None:
+        """Refuse to add a name to a directory, or to rename the one that is there."""
         self._filesystem.create(path, self._lookup_ctx)
-        return 0
 
-    @_operation
-    def create(self, path: str, _mode: int, _fi: Any = None) -> int:
-        """Refuse to create a file."""
-        return self._create(path)
+    create = _named_operation("create", _refuse_creation)
+    mknod = _named_operation("mknod", _refuse_creation)
+    mkdir = _named_operation("mkdir", _refuse_creation)
+    symlink = _named_operation("symlink", _refuse_creation)
+    link = _named_operation("link", _refuse_creation)
+    rename = _named_operation("rename", _refuse_creation)
 
-    @_operation
-    def mknod(self, path: str, _mode: int, _dev: int) -> int:
-        """Refuse to create a special file."""
-        return self._create(path)
+    def _set_attributes(self, path: str | None) -> None:
+        """Change nothing; succeed on a control, and fail on any other file."""
+        self._filesystem.setattr(_require_path(path), self._lookup_ctx)
 
-    @_operation
-    def mkdir(self, path: str, _mode: int) -> int:
-        """Refuse to create a directory."""
-        return self._create(path)
+    chmod = _named_operation("chmod", _set_attributes)
+    chown = _named_operation("chown", _set_attributes)
+    utimens = _named_operation("utimens", _set_attributes)
 
-    @_operation
-    def symlink(self, path: str, _target: str) -> int:
-        """Refuse to create a symbolic link."""
-        return self._create(path)
+    def _succeed(self, _path: str | None) -> None:
+        """Do nothing: every change is synchronous."""
 
-    @_operation
-    def link(self, path: str, _existing: str) -> int:
-        """Refuse to create a hard link."""
-        return self._create(path)
-
-    @_operation
-    def rename(self, old: str, _new: str) -> int:
-        """Refuse to rename a file or directory."""
-        return self._create(old)
+    fsync = _named_operation("fsync", _succeed)
+    fsyncdir = _named_operation("fsyncdir", _succeed)
 
 
 class XattrOperations(Operations):
     """The operations, including those of extended attributes."""
 
     @_operation
-    def getxattr(self, path: str, name: str, _position: int = 0) -> bytes:
+    def getxattr(self, path: str, name: str) -> bytes:
         """Return the value of an extended attribute."""
         return self._filesystem.getxattr(path, name, self._lookup_ctx)
 
@@ -450,19 +370,11 @@ class XattrOperations(Operations):
         """Return the names of the extended attributes of a path."""
         return self._filesystem.listxattr(path, self._lookup_ctx)
 
-    @_operation
-    def setxattr(
-        self, path: str, name: str, _value: bytes, _options: int, _position: int = 0
-    ) -> int:
-        """Refuse to set an extended attribute."""
+    def _refuse_xattr_change(self, path: str, name: str) -> None:
         self._filesystem.setxattr(path, name)
-        return 0
 
-    @_operation
-    def removexattr(self, path: str, name: str) -> int:
-        """Refuse to remove an extended attribute."""
-        self._filesystem.setxattr(path, name)
-        return 0
+    setxattr = _named_operation("setxattr", _refuse_xattr_change)
+    removexattr = _named_operation("removexattr", _refuse_xattr_change)
 
 
 def _wait_for_attr_expiry(handle: Handle, started: float, ctx: RequestContext) -> None:

@@ -103,7 +103,7 @@ def serve(
     session = _SessionThread()
     operations = (XattrOperations if xattr else Operations)(
         filesystem,
-        binding,
+        binding.workers,
         timeout_s=timeout_s,
         lookup_timeout_s=lookup_timeout_s,
         stopping=session.stopping,

@@ -12,7 +12,7 @@ ten of its threads, and starts them again.
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,8 +42,19 @@ class _Arguments(ctypes.Structure):
     )
 
 
+class _Context(ctypes.Structure):
+    """The first fields of `struct fuse_context` (fuse.h)."""
+
+    _fields_ = (
+        ("fuse", ctypes.c_void_p),
+        ("uid", ctypes.c_uint),
+        ("gid", ctypes.c_uint),
+        ("pid", ctypes.c_int),
+    )
+
+
 class SessionWorkers:
-    """The worker threads of one mount.
+    """The worker threads of one mount, and information about the requests that they serve.
 
     Args:
         path: path of the loaded libfuse.
@@ -52,6 +63,7 @@ class SessionWorkers:
 
     def __init__(self, path: str, major: int) -> None:
         self._libfuse = _declared(ctypes.CDLL(path), major)
+        self._get_context = _context_function(path)
         self._major = major
         self._changed = threading.Condition()
         # All guarded by _changed. Core workers are not counted.
@@ -59,15 +71,30 @@ class SessionWorkers:
         self._blocked = 0
         self._extra_workers = 0
 
-    def main(self, argc: int, argv: Any, operations: Any, size: int, data: Any) -> int:
+    def main(self, arguments: Sequence[bytes], operations: ctypes.Structure) -> int:
         """Mount, serve until unmounted, and clean up, as libfuse's `fuse_main_real` does.
+
+        Args:
+            arguments: the command line, beginning with a program name.
+            operations: a `struct fuse_operations`.
 
         Returns:
             0, or another number if mounting failed; libfuse has written the reason to stderr.
         """
-        return (self._main_2 if self._major == 2 else self._main_3)(
-            argc, argv, ctypes.cast(operations, ctypes.c_void_p), size, data
+        argv = (ctypes.c_char_p * len(arguments))(*arguments)
+        mount_and_serve = self._main_2 if self._major == 2 else self._main_3
+        return mount_and_serve(
+            len(arguments), argv, ctypes.addressof(operations), ctypes.sizeof(operations)
         )
+
+    def is_interrupted(self) -> bool:
+        """Return whether the caller of the request that this thread serves was interrupted."""
+        return bool(self._libfuse.fuse_interrupted())
+
+    def context(self) -> tuple[int, int, int]:
+        """Return (uid, gid, pid) of the caller of the request that this thread serves."""
+        context = self._get_context().contents
+        return context.uid, context.gid, context.pid
 
     @contextmanager
     def blocking(self) -> Iterator[None]:
@@ -94,10 +121,10 @@ class SessionWorkers:
             with self._changed:
                 self._blocked -= 1
 
-    def _main_2(self, argc: int, argv: Any, operations: Any, size: int, data: Any) -> int:
+    def _main_2(self, argc: int, argv: Any, operations: int, size: int) -> int:
         mountpoint, is_threaded = ctypes.c_void_p(), ctypes.c_int()
         fuse = self._libfuse.fuse_setup(
-            argc, argv, operations, size, ctypes.byref(mountpoint), ctypes.byref(is_threaded), data
+            argc, argv, operations, size, ctypes.byref(mountpoint), ctypes.byref(is_threaded), None
         )
         if not fuse:
             return _MOUNT_FAILED
@@ -105,13 +132,13 @@ class SessionWorkers:
         self._libfuse.fuse_teardown(fuse, mountpoint)
         return 0
 
-    def _main_3(self, argc: int, argv: Any, operations: Any, size: int, data: Any) -> int:
+    def _main_3(self, argc: int, argv: Any, operations: int, size: int) -> int:
         arguments = _Arguments(argc, ctypes.cast(argv, ctypes.c_void_p), 0)
         options = ctypes.create_string_buffer(_STRUCTURE_BYTES)
         if self._libfuse.fuse_parse_cmdline(ctypes.byref(arguments), options):
             return _INVALID_ARGUMENTS
         mountpoint = ctypes.c_char_p.from_buffer(options, _MOUNTPOINT_OFFSET)
-        fuse = self._libfuse.fuse_new(ctypes.byref(arguments), operations, size, data)
+        fuse = self._libfuse.fuse_new(ctypes.byref(arguments), operations, size, None)
         if not fuse:
             return _SETUP_FAILED
         if self._libfuse.fuse_mount(fuse, mountpoint):
@@ -172,11 +199,23 @@ class SessionWorkers:
         self._changed.notify_all()
 
 
+def _context_function(path: str) -> Any:
+    """Return libfuse's `fuse_get_context`, without releasing the GIL.
+
+    The call takes next to no time. Releasing the GIL would cause a thread switch for each request
+    while several processes send requests.
+    """
+    function = ctypes.PyDLL(path).fuse_get_context
+    function.restype = ctypes.POINTER(_Context)
+    return function
+
+
 def _declared(libfuse: Any, major: int) -> Any:
     """Declare the types of the called functions of libfuse, and of malloc and free; return it."""
     address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     types: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "fuse_get_session": (address, (address,)),
+        "fuse_interrupted": (number, ()),
         "fuse_session_loop": (number, (address,)),
         "fuse_session_process_buf": (None, (address, address, address)),
         "malloc": (address, (size,)),

@@ -86,8 +86,6 @@ def test_mount_options_depend_on_libfuse_version():
     # A libfuse rejects options that its version does not know.
     assert "max_background" in options(29)
     assert "max_background" not in options(314)
-    assert "intr" in options(317)  # without it, Ctrl-C does not interrupt requests
-    assert "intr" not in options(314)
     for version in (29, 39, 310, 314, 317):
         assert options(version)["default_permissions"] is True
         assert float(options(version)["attr_timeout"]) <= 1
@@ -99,6 +97,18 @@ def test_mount_options_depend_on_libfuse_version():
             "allow_other": True,
         }.items()
     )
+
+
+@pytest.mark.parametrize(("version", "intr"), [(314, False), (317, True)])
+def test_configure_sets_what_libfuse_3_has_no_options_for(version, intr):
+    connection, config = SimpleNamespace(), SimpleNamespace()
+    Binding("x", Library("x", version), None, None).configure(
+        SimpleNamespace(contents=connection), SimpleNamespace(contents=config)
+    )
+    assert vars(config) == {"use_ino": 1, "hard_remove": 1, "intr": intr}
+    assert set(vars(connection).values()) == {binding.MAX_BACKGROUND}
+    assert {"use_ino", "hard_remove"}.isdisjoint(options(version))
+    assert options(29)["use_ino"] is options(29)["hard_remove"] is True
 
 
 def test_importing_the_package_imports_no_binding():

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import os
 import stat
 import threading
@@ -14,8 +15,9 @@ from tests.support.memoryfs import MTIME_NS, MemoryFileSystem
 from tests.unit.fuse.test_operations import Requests
 from tinkerfs.context import Validity
 from tinkerfs.fuse import binding, reply_cache
-from tinkerfs.fuse.callbacks import build_callbacks, make_stat_packer, override_callbacks
-from tinkerfs.fuse.operations import Operations
+from tinkerfs.fuse.abi import make_stat_packer
+from tinkerfs.fuse.callbacks import build_operations
+from tinkerfs.fuse.operations import Operations, XattrOperations
 from tinkerfs.vfs.directory_cache import CachedDirectory
 from tinkerfs.vfs.node import Attr, Entry
 
@@ -95,6 +97,67 @@ class FileInfo(ctypes.Structure):
     )
 
 
+class FileSystemStatus(ctypes.Structure):
+    _fields_ = (("f_bsize", ctypes.c_ulong), ("f_blocks", ctypes.c_ulong))
+
+
+class Limits(ctypes.Structure):
+    _fields_ = (("max_background", ctypes.c_uint),)
+
+
+PATH, ADDRESS, NUMBER = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint
+BYTES, INFO = ctypes.POINTER(ctypes.c_byte), ctypes.POINTER(FileInfo)
+
+
+def operations_structure(major):
+    """Return the fields of `struct fuse_operations` that the operations need."""
+    is_3 = major == 3
+    info = (INFO,) if is_3 else ()
+    arguments = {
+        "getattr": (PATH, ADDRESS, *([ADDRESS] if is_3 else [])),
+        "readlink": (PATH, ADDRESS, ctypes.c_size_t),
+        "mknod": (PATH, NUMBER, ctypes.c_ulong),
+        "mkdir": (PATH, NUMBER),
+        "unlink": (PATH,),
+        "rmdir": (PATH,),
+        "symlink": (PATH, PATH),
+        "rename": (PATH, PATH, *([NUMBER] if is_3 else [])),
+        "link": (PATH, PATH),
+        "chmod": (PATH, NUMBER, *info),
+        "chown": (PATH, NUMBER, NUMBER, *info),
+        "truncate": (PATH, ctypes.c_int64, *info),
+        "open": (PATH, ADDRESS),
+        "read": (PATH, ADDRESS, ctypes.c_size_t, ctypes.c_int64, ADDRESS),
+        "write": (PATH, BYTES, ctypes.c_size_t, ctypes.c_int64, INFO),
+        "statfs": (PATH, ctypes.POINTER(FileSystemStatus)),
+        "release": (PATH, ADDRESS),
+        "fsync": (PATH, ctypes.c_int, INFO),
+        "setxattr": (PATH, PATH, BYTES, ctypes.c_size_t, ctypes.c_int),
+        "getxattr": (PATH, PATH, BYTES, ctypes.c_size_t),
+        "listxattr": (PATH, BYTES, ctypes.c_size_t),
+        "removexattr": (PATH, PATH),
+        "opendir": (PATH, ADDRESS),
+        "readdir": (
+            *(PATH, ADDRESS, ADDRESS, ctypes.c_int64, ADDRESS),
+            *([ctypes.c_int] if is_3 else []),
+        ),
+        "releasedir": (PATH, ADDRESS),
+        "fsyncdir": (PATH, ctypes.c_int, INFO),
+        "init": (ctypes.POINTER(Limits),) * (2 if is_3 else 1),
+        "create": (PATH, NUMBER, INFO),
+        "utimens": (PATH, ADDRESS, *info),
+        "flush": (PATH, INFO),
+    }
+    if not is_3:
+        arguments |= {"ftruncate": (PATH, ctypes.c_int64, INFO), "fgetattr": (PATH, ADDRESS, INFO)}
+    fields = [(name, ctypes.CFUNCTYPE(ctypes.c_int, *each)) for name, each in arguments.items()]
+
+    class Structure(ctypes.Structure):
+        _fields_ = (*fields, *([] if is_3 else [("flag_nullpath_ok", NUMBER, 1)]))
+
+    return Structure
+
+
 class Listing:
     """The entries that libfuse collects, in buffers of limited size."""
 
@@ -117,18 +180,26 @@ class Listing:
 class Libfuse:
     """Calls the callbacks as a major version of libfuse does."""
 
-    def __init__(self, major, filesystem=None):
-        self.major = major
-        module = SimpleNamespace(c_stat=OnX86, fuse_file_info=FileInfo)
+    def __init__(self, major, filesystem=None, operations=Operations):
+        self.major, self.is_ready, self.configured = major, False, []
+        structure = operations_structure(major)
+        module = SimpleNamespace(c_stat=OnX86, fuse_file_info=FileInfo, fuse_operations=structure)
         self.filesystem = filesystem or MemoryFileSystem(many=50)
-        self.operations = Operations(
+        self.operations = operations(
             self.filesystem,
             Requests(),
             timeout_s=30,
             stopping=threading.Event(),
-            ready=lambda: None,
+            ready=self.on_ready,
         )
-        self.call = build_callbacks(self.operations, module, major)
+        self.table = build_operations(
+            self.operations, module, major, lambda *pointers: self.configured.append(pointers)
+        )
+        gc.collect()  # the structure owns its callbacks
+        self.call = {name: getattr(self.table, name) for name, *_type in structure._fields_}
+
+    def on_ready(self):
+        self.is_ready = True
 
     def stat(self, path, info=None):
         status = OnX86()
@@ -137,6 +208,7 @@ class Libfuse:
             return self.call["getattr"](path, address, info), status
         if info is None:
             return self.call["getattr"](path, address), status
+        info = None if info is None else ctypes.cast(info, INFO)
         return self.call["fgetattr"](path, address, info), status
 
     def target(self, path, size=4096):
@@ -423,18 +495,105 @@ def test_readdirplus_past_first_buffer_includes_attributes():
     assert found[10:] == [2] * (len(found) - 10)
 
 
-def test_override_callbacks_replaces_binding_callbacks():
-    plain = ctypes.CFUNCTYPE(ctypes.c_int)
+def test_init_configures_libfuse_3_and_reports_readiness(libfuse):
+    pointers = [ctypes.pointer(Limits()) for _ in range(libfuse.major - 1)]
+    assert libfuse.call["init"](*pointers) == 0
+    assert libfuse.is_ready
+    assert len(libfuse.configured) == (libfuse.major == 3)
 
-    class Structure(ctypes.Structure):
-        _fields_ = (("getattr", plain), ("mkdir", plain), ("flag", ctypes.c_uint, 1))
 
-    ours = override_callbacks(Structure, {"getattr": plain(lambda: 7)})()
-    ours.getattr = plain(lambda: 1)
-    ours.mkdir = mkdir = plain(lambda: 2)
-    ours.flag = 1
-    assert (ours.getattr(), ours.mkdir(), ours.flag) == (7, 2, 1)
-    del mkdir
+def test_statfs_fills_the_structure(libfuse):
+    status = FileSystemStatus()
+    assert libfuse.call["statfs"](b"/", ctypes.byref(status)) == 0
+    assert (status.f_bsize, status.f_blocks) == (4096, (1 << 30) // 4096)
+
+
+def test_write_and_truncate_use_the_handle(libfuse):
+    info = FileInfo(flags=os.O_RDWR)
+    assert libfuse.call["open"](b"/control", ctypes.addressof(info)) == 0
+    data = (ctypes.c_byte * 3)(*b"bad")
+    assert libfuse.call["write"](None, data, 2, 7, info) == 2
+    assert libfuse.filesystem.control == b"ba"
+    assert libfuse.call["write"](None, data, 3, 0, info) == -errno.EINVAL
+    by_handle = libfuse.call["ftruncate" if libfuse.major == 2 else "truncate"]
+    assert by_handle(None, 0, info) == 0
+    rest = () if libfuse.major == 2 else (None,)
+    assert libfuse.call["truncate"](b"/control", 0, *rest) == 0
+    assert libfuse.call["truncate"](b"/hello", 0, *rest) == -errno.EPERM
+
+
+def test_changes_receive_the_path_that_they_change(libfuse, monkeypatch):
+    changed = []
+
+    def record(path, *_rest):
+        changed.append(path)
+
+    for name in ("create", "setattr", "unlink", "rmdir"):
+        monkeypatch.setattr(libfuse.filesystem, name, record)
+    is_3, info = libfuse.major == 3, FileInfo()
+    rest = (None,) if is_3 else ()
+    for name, arguments in {
+        "chmod": (b"/chmod", 0o600, *rest),
+        "chown": (b"/chown", 1, 2**32 - 1, *rest),
+        "create": (b"/create", 0o600, info),
+        "link": (b"/other", b"/link"),
+        "mkdir": (b"/mkdir", 0o700),
+        "mknod": (b"/mknod", 0o600, 0),
+        "rename": (b"/rename", b"/other", *([0] if is_3 else [])),
+        "rmdir": (b"/rmdir",),
+        "symlink": (b"target", b"/symlink"),
+        "unlink": (b"/unlink",),
+        "utimens": (b"/utimens\xff", None, *rest),
+    }.items():
+        changed.clear()
+        assert libfuse.call[name](*arguments) == 0
+        expected = "/utimens\udcff" if name == "utimens" else f"/{name}"
+        assert changed == [expected]
+    changed.clear()
+    for name in ("fsync", "fsyncdir"):
+        assert libfuse.call[name](None, 0, info) == 0
+    assert changed == []
+
+
+def test_refused_change_returns_its_errno(libfuse):
+    assert libfuse.call["mkdir"](b"/new", 0o700) == -errno.EPERM
+    rest = (None,) if libfuse.major == 3 else ()
+    assert libfuse.call["chmod"](None, 0o600, *rest) == -errno.ENOENT
+
+
+class Attributed(MemoryFileSystem):
+    """A file system with two extended attributes per file."""
+
+    def getxattr(self, path, name, _ctx):
+        return f"{name} of {path}".encode()
+
+    def listxattr(self, _path, _ctx):
+        return ["user.a", "user.\udcff"]
+
+    def setxattr(self, path, name):
+        raise PermissionError(errno.EPERM, name, path)
+
+
+def test_xattr_callbacks_follow_the_size_protocol(libfuse):
+    libfuse = Libfuse(libfuse.major, Attributed(), XattrOperations)
+    buffer = (ctypes.c_byte * 32)()
+    for call, value in (
+        (lambda *rest: libfuse.call["getxattr"](b"/x", b"user.a", *rest), b"user.a of /x"),
+        (lambda *rest: libfuse.call["listxattr"](b"/x", *rest), b"user.a\0user.\xff\0"),
+    ):
+        assert call(None, 0) == len(value)
+        assert call(buffer, len(value) - 1) == -errno.ERANGE
+        assert call(buffer, len(buffer)) == len(value)
+        assert bytes(buffer)[: len(value)] == value
+    assert libfuse.call["setxattr"](b"/x", b"user.a", buffer, 1, 0) == -errno.EPERM
+    assert libfuse.call["removexattr"](b"/x", b"user.a") == -errno.EPERM
+
+
+def test_absent_operations_have_no_callback(libfuse):
+    # The kernel then handles them itself, which saves a request each.
+    for name in ("flush", "getxattr", "listxattr", "setxattr", "removexattr"):
+        assert not libfuse.call[name]
+    assert getattr(libfuse.table, "flag_nullpath_ok", 1) == 1
 
 
 @pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
@@ -445,3 +604,21 @@ def test_stat_packer_supports_binding_structures(module, major):
     found = theirs.c_stat.from_buffer_copy(make_stat_packer(theirs.c_stat)(ATTR))
     assert (found.st_mode, found.st_size, found.st_ino) == (ATTR.mode, ATTR.size_bytes, ATTR.ino)
     assert found.st_mtimespec.tv_nsec == MTIME_NS % 10**9
+
+
+@pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
+def test_binding_structures_have_every_operation(module, major):
+    if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
+        pytest.skip("the binding needs a libfuse to be imported")
+    theirs = pytest.importorskip(module, exc_type=(ImportError, OSError))
+    loaded = binding._probe(theirs._libfuse._name)
+    operations = XattrOperations(
+        MemoryFileSystem(), Requests(), timeout_s=1, stopping=threading.Event(), ready=lambda: None
+    )
+    table = build_operations(operations, theirs, loaded.major)
+    status = theirs.c_stat()
+    buffer = ctypes.pointer(status)
+    rest = (None,) if loaded.major == 3 else ()
+    assert table.getattr(b"/hello", buffer, *rest) == 0
+    assert status.st_size == 6
+    assert table.mkdir(b"/new", 0o700) == -errno.EPERM

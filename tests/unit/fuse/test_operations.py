@@ -1,6 +1,5 @@
 """FUSE operations, without a kernel."""
 
-import ctypes
 import errno
 import logging
 import os
@@ -12,7 +11,6 @@ import pytest
 
 from tests.support.memoryfs import MemoryFileSystem
 from tinkerfs.context import RequestContext, Validity
-from tinkerfs.fuse import binding
 from tinkerfs.fuse import operations as operations_module
 from tinkerfs.fuse.operations import Operations, XattrOperations
 from tinkerfs.fuse.stat_callers import StatCallers
@@ -55,30 +53,6 @@ def public_names(operations=Operations):
     return {name for name in dir(operations) if not name.startswith("_")}
 
 
-@pytest.mark.parametrize(("module", "major"), [("fuse", 2), ("mfusepy", None)])
-def test_operation_names_exist_in_the_bindings(module, major):
-    if all(binding.find_library(each) is None for each in ([major] if major else (2, 3))):
-        pytest.skip("the binding needs a libfuse to be imported")
-    theirs = pytest.importorskip(module, exc_type=(ImportError, OSError)).Operations
-    ours = public_names(XattrOperations) - {
-        "cached_directory",
-        "generation",
-        "flag_nullpath_ok",
-        "is_debug_logging",
-        "is_stopping",
-        "is_unmodified",
-        "is_valid",
-        "note_file_stat",
-        "on_open",
-        "on_readlink",
-        "open_directory",
-        "register_handle",
-        "use_ns",
-        "wants_attributes",
-    }
-    assert {name for name in ours if not hasattr(theirs, name)} == set()
-
-
 def test_xattr_operations_exist_only_in_their_subclass():
     assert not {name for name in public_names() if "xattr" in name}
     assert public_names(XattrOperations) - public_names() == {
@@ -113,7 +87,6 @@ def test_file_operations_need_only_the_handle_number(operations):
     assert operations.read(fh, memoryview(buffer)[3:], 4) == 2
     assert bytes(buffer) == b"ello\n\0\0\0\0"
     assert operations.getattr(None, fh).size_bytes == 6
-    assert operations.fsync(None, 0, SimpleNamespace(fh=fh)) == 0
     operations.release(fh)
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.read(fh, memoryview(buffer), 1)
@@ -123,7 +96,7 @@ def test_file_operations_need_only_the_handle_number(operations):
 def test_operation_without_path_raises_enoent(operations):
     for attempt in (
         lambda: operations.getattr(None),
-        lambda: operations.chmod(None, 0o600),
+        lambda: operations.chmod(None),
         lambda: operations.truncate(None, 0),
     ):
         with pytest.raises(FileNotFoundError):
@@ -260,15 +233,3 @@ def test_operations_have_documented_deadlines(operations, monkeypatch):
         "rmdir": (10, None),
         "truncate": (30, None),
     }
-
-
-def test_fusepy_codec_round_trips_every_byte():
-    binding._register_codec()
-    for data in (b"plain", "ü".encode(), b"\xff\xfe"):
-        assert data.decode(binding._CODEC).encode(binding._CODEC) == data
-    assert b"\xff".decode(binding._CODEC) == "\udcff"
-
-
-def test_flag_nullpath_ok_fits_its_ctypes_field(operations):
-    # fusepy assigns a value that is not a function directly to its structure.
-    assert ctypes.c_uint(operations.flag_nullpath_ok).value == 1

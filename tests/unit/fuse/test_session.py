@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,8 @@ from tinkerfs.fuse import session
 
 class FailingBinding:
     """A binding that fails to mount."""
+
+    workers = SimpleNamespace(blocking=None)
 
     def __init__(self, output, failure):
         self._output, self._failure = output, failure

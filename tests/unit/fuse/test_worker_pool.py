@@ -38,6 +38,7 @@ def libfuse():
 @pytest.fixture
 def workers(libfuse, monkeypatch):
     monkeypatch.setattr(worker_pool, "_declared", lambda _library, _major: libfuse)
+    monkeypatch.setattr(worker_pool, "_context_function", lambda _path: None)
     workers = SessionWorkers(None, 3)
     workers._session = 1
     return workers

@@ -1,0 +1,27 @@
+"""Open files and directories of a mount, as the operations hand them out."""
+
+from typing import NamedTuple
+
+from tinkerfs.vfs.directory_stream import DirectoryStream
+from tinkerfs.vfs.node import Handle
+
+
+class OpenFile(NamedTuple):
+    """An open file, and the flags that the reply to OPEN carries."""
+
+    path: str
+    handle: Handle
+    direct_io: bool
+    keep_cache: bool
+
+
+class OpenDirectory(NamedTuple):
+    """An open directory.
+
+    Attributes:
+        mutations: `FileSystem.local_mutations` when the directory was opened.
+    """
+
+    path: str
+    stream: DirectoryStream
+    mutations: int
