@@ -54,12 +54,12 @@ def test_info_shows_size_and_age_of_each_checkpoint(env, cached, server):
     report = cache_info(env)
     assert [row["checkpoint"] for row in report["checkpoints"]] == cached[::-1]
     for row in report["checkpoints"]:
-        assert 9 * MIB <= row["kept_bytes"] < 10 * MIB
-        assert row["data_bytes"] == row["length_bytes"], "the whole checkpoint is cached"
-        assert 0 <= row["used_s_ago"] <= row["fetched_s_ago"] < 600
+        assert 9 * MIB <= row["disk_bytes"] < 10 * MIB
+        assert row["cached_bytes"] == row["total_bytes"], "the whole checkpoint is cached"
+        assert 0 <= row["accessed_s_ago"] <= row["downloaded_s_ago"] < 600
         assert not row["is_open"]
-    assert report["kept_bytes"] == sum(row["kept_bytes"] for row in report["checkpoints"])
-    assert report["limit_bytes"] == 10 << 30
+    assert report["disk_bytes"] == sum(row["disk_bytes"] for row in report["checkpoints"])
+    assert report["max_bytes"] == 10 << 30
     assert report["metadata_bytes"] > 0
     text = tinkerfs("cache", "info", env=env).stdout
     assert "of at most 10.0 GiB" in text
@@ -92,9 +92,9 @@ def test_verify_with_corrupt_block_removes_it(env, cached, tmp_path, server):
     assert summary.startswith(f"{3 * len(cached) - 1} blocks are intact; removed 1 corrupt")
     assert not blocks[0].exists()
     row = next(row for row in cache_info(env)["checkpoints"] if row["checkpoint"] == path)
-    assert row["length_bytes"] - row["data_bytes"] == 4 * MIB
+    assert row["total_bytes"] - row["cached_bytes"] == 4 * MIB
     done = tinkerfs("cache", "verify", "--json", env=env)
-    expected = {"sound_blocks": 3 * len(cached) - 1, "bad_blocks": 0, "bad": []}
+    expected = {"intact_blocks": 3 * len(cached) - 1, "corrupt_blocks": 0, "corrupt": []}
     assert json.loads(done.stdout) == expected
     for path in cached:
         assert tinkerfs("prefetch", path, env=env).returncode == 0
@@ -108,7 +108,7 @@ def test_clear_with_and_without_path_removes_one_and_all(env, cached):
     assert [row["checkpoint"] for row in cache_info(env)["checkpoints"]] == cached[:0:-1]
     assert tinkerfs("cache", "clear", env=env).returncode == 0
     report = cache_info(env)
-    assert (report["checkpoints"], report["kept_bytes"]) == ([], 0)
+    assert (report["checkpoints"], report["disk_bytes"]) == ([], 0)
 
 
 def test_cache_commands_without_cache_succeed(env, tmp_path):
@@ -166,4 +166,4 @@ def test_info_lists_external_weights_by_checkpoint(env, server):
     assert tinkerfs("prefetch", path, env=env).returncode == 0
     [row] = cache_info(env)["checkpoints"]
     assert row["checkpoint"] == path
-    assert row["data_bytes"] == row["length_bytes"] > 0
+    assert row["cached_bytes"] == row["total_bytes"] > 0

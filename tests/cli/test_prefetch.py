@@ -97,9 +97,9 @@ def test_check_sends_no_request_to_store_or_for_archive(env, server):
         "files/adapter_model.safetensors",
         "files/checkpoint_complete",
     ]
-    assert all(row["kept_bytes"] == row["total_bytes"] for row in cached)
+    assert all(row["cached_bytes"] == row["total_bytes"] for row in cached)
     assert sum(row["total_bytes"] for row in cached) == SIZE_BYTES
-    assert (unknown["checkpoint"], unknown["kept_bytes"], unknown["total_bytes"]) == (
+    assert (unknown["checkpoint"], unknown["cached_bytes"], unknown["total_bytes"]) == (
         second,
         0,
         None,
@@ -130,7 +130,7 @@ def test_prefetch_of_run_and_checkpoint_downloads_all(env, server):
     assert done.returncode == 0
     report = json.loads(done.stdout)
     assert {row["checkpoint"] for row in report["files"]} == {first, second, other}
-    assert report["kept_bytes"] == report["total_bytes"] == 3 * SIZE_BYTES
+    assert report["cached_bytes"] == report["total_bytes"] == 3 * SIZE_BYTES
     assert report["is_complete"]
     assert report["errors"] == []
 

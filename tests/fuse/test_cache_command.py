@@ -33,11 +33,11 @@ def test_cleared_or_corrupt_blocks_are_downloaded_again(make_account, tmp_path):
     assert code == 0
     [row] = report["checkpoints"]
     assert row["checkpoint"] == f"tinker://{run_id}/sampler_weights/{names[0]}"
-    # data_bytes includes tar headers; on disk, each block has a checksum and a partial page.
+    # cached_bytes includes tar headers; on disk, each block has a checksum and a partial page.
     cached_bytes = int(os.getxattr(member, "user.tinkerfs.cached_bytes"))
     assert cached_bytes == len(expected)
-    assert cached_bytes < row["data_bytes"] == row["length_bytes"] < cached_bytes + (1 << 16)
-    assert cached_bytes < row["kept_bytes"] < cached_bytes + (1 << 20)
+    assert cached_bytes < row["cached_bytes"] == row["total_bytes"] < cached_bytes + (1 << 16)
+    assert cached_bytes < row["disk_bytes"] < cached_bytes + (1 << 20)
 
     with member.open("rb", buffering=0) as reader:
         reader.read(1)
@@ -56,10 +56,10 @@ def test_cleared_or_corrupt_blocks_are_downloaded_again(make_account, tmp_path):
     with block.open("r+b") as file:
         file.write(b"spoilt")
     code, report = run_cache("verify")
-    assert (code, report["bad_blocks"]) == (1, 1)
-    bad = {"checkpoint": row["checkpoint"], "file": "archive", "block": 0}
-    assert report["bad"] == [bad]
-    assert run_cache("verify")[1]["bad_blocks"] == 0
+    assert (code, report["corrupt_blocks"]) == (1, 1)
+    corrupt = {"checkpoint": row["checkpoint"], "file": "archive", "block": 0}
+    assert report["corrupt"] == [corrupt]
+    assert run_cache("verify")[1]["corrupt_blocks"] == 0
     assert member.read_bytes() == expected
 
 

@@ -7,20 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from tinkerfs import name_encoding
+from tinkerfs.cache import maintenance
+from tinkerfs.cache.maintenance import CachedFile
+from tinkerfs.cli.locations import Location, complete_path, open_account, parse_location
 from tinkerfs.cli.options import resolve, settings_options
-from tinkerfs.cli.transfers import complete_path
+from tinkerfs.cli.transfers import exit_with_failures
+from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError
 from tinkerfs.formatting import format_duration, format_size
+from tinkerfs.fuse import mount_table
 from tinkerfs.printable import escape_control_chars
-
-if TYPE_CHECKING:
-    from tinkerfs.cache.maintenance import CachedFile
-    from tinkerfs.cli.transfers import Location
-    from tinkerfs.config import Settings
+from tinkerfs.tinker_path import KINDS
+from tinkerfs.transfer.failure import Failure
 
 _PATH_HELP = (
     "PATH is a tinker path, tinker://<run>/<kind>/<name> or tinker://<run>, or a path below a"
@@ -46,7 +49,7 @@ class _Selection:
         matches: Returns whether a file with this description is selected.
     """
 
-    settings: "Settings"
+    settings: Settings
     directory: Path
     blocks: Path
     matches: Callable[[str], bool]
@@ -75,18 +78,15 @@ def info(path: str | None, as_json: bool, **flags: str | None) -> None:
     CACHED is the number of cached bytes of weights. OF is the length of their archive or files, if
     it is known. The line `weights` has the disk usage. Exits 0, also if nothing is cached.
     """
-    from tinkerfs.cache.maintenance import cached_files
-
     with _select(path, flags) as selection:
-        files = [
-            each for each in cached_files(selection.blocks) if selection.matches(each.description)
-        ]
+        cached = maintenance.cached_files(selection.blocks)
+        files = [each for each in cached if selection.matches(each.description)]
         rows = _rows(files)
         metadata_bytes = _metadata_bytes(selection.directory)
     report: dict[str, Any] = {
         "cache_dir": str(selection.directory),
-        "limit_bytes": selection.settings.cache_size_bytes,
-        "kept_bytes": sum(row["kept_bytes"] for row in rows),
+        "max_bytes": selection.settings.cache_size_bytes,
+        "disk_bytes": sum(row["disk_bytes"] for row in rows),
         "metadata_bytes": metadata_bytes,
         "checkpoints": rows,
     }
@@ -103,8 +103,6 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
     them earlier. Exits 0 if all blocks are intact. Exits 1 if a block was corrupt, which is
     printed, or if the cache cannot be read.
     """
-    from tinkerfs.cache import maintenance
-
     with _select(path, flags) as selection:
         intact, corrupt = maintenance.verify(selection.blocks, selection.matches)
     if as_json:
@@ -113,7 +111,7 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
             | {"block": each.index}
             for each in corrupt
         ]
-        report = {"sound_blocks": intact, "bad_blocks": len(corrupt), "bad": rows}
+        report = {"intact_blocks": intact, "corrupt_blocks": len(corrupt), "corrupt": rows}
         click.echo(json.dumps(report, indent=2))
     else:
         for each in corrupt:
@@ -132,8 +130,6 @@ def clear(path: str | None, **flags: str | None) -> None:
 
     Exits 0, also if nothing was cached.
     """
-    from tinkerfs.cache import maintenance
-
     with _select(path, flags) as selection:
         freed_bytes = maintenance.clear(selection.blocks, selection.matches)
     directory = escape_control_chars(str(selection.blocks))
@@ -147,7 +143,7 @@ def _select(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selecti
     Raises:
         StartupError: PATH is invalid, or the cache cannot be read or changed.
     """
-    from tinkerfs.app import BLOCKS, cache_directory
+    from tinkerfs.app import BLOCKS, cache_directory  # lazy: imports HTTP and SQLite
 
     settings, matches = _resolve_selection(path, flags)
     directory = cache_directory(settings)
@@ -160,7 +156,7 @@ def _select(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selecti
 
 def _resolve_selection(
     path: str | None, flags: dict[str, str | None]
-) -> "tuple[Settings, Callable[[str], bool]]":
+) -> tuple[Settings, Callable[[str], bool]]:
     """Return the settings of a cache, and a predicate on file descriptions.
 
     A tinker path is resolved without a request. A path below a mount is resolved by the mount, so
@@ -170,11 +166,9 @@ def _resolve_selection(
     Raises:
         StartupError: PATH is invalid.
     """
-    from tinkerfs.cli import transfers
-
     if path is None:
         return resolve(flags), lambda _description: True
-    location = transfers.parse_location(path, flags)
+    location = parse_location(path, flags)
     prefix = path if not location.mountpoint else _tinker_path_prefix(location)
     if prefix == "":
         return location.settings, lambda _description: True
@@ -182,16 +176,18 @@ def _resolve_selection(
         return location.settings, lambda description: f"{_checkpoint_of(description)}/".startswith(
             f"{prefix}/"
         )
-    failures: list[transfers.Failure] = []
-    with transfers.open_account(location.settings) as app:
-        refs, _ = transfers.resolve_weights(app, [location], failures)
+    from tinkerfs.transfer.resolve import find_weights  # lazy: imports the vfs layer
+
+    failures = list[Failure]()
+    with open_account(location.settings) as app:
+        refs, _ = find_weights(app.filesystem, {path: location.path}, failures)
     if failures:
-        transfers.exit_with_failures(failures)
+        exit_with_failures(failures)
     selected = {ref.version.about for ref in refs}
     return location.settings, lambda description: _checkpoint_of(description) in selected
 
 
-def _tinker_path_prefix(location: "Location") -> str | None:
+def _tinker_path_prefix(location: Location) -> str | None:
     """Return the common prefix of the tinker paths below a location of a mount.
 
     It is empty for the whole account, and None for a directory of symlinks to checkpoints. No name
@@ -200,10 +196,6 @@ def _tinker_path_prefix(location: "Location") -> str | None:
     Raises:
         StartupError: The path does not exist.
     """
-    from tinkerfs import name_encoding
-    from tinkerfs.fuse import mount_table
-    from tinkerfs.tinker_path import KINDS
-
     done: list[str] = []
     rest, links = location.path.split("/"), 0
     while True:
@@ -252,27 +244,30 @@ def _file_of(description: str) -> str:
     return description.removeprefix(_checkpoint_of(description)).removeprefix(" ").removeprefix("/")
 
 
-def _rows(files: "list[CachedFile]") -> list[dict[str, Any]]:
+def _rows(files: list[CachedFile]) -> list[dict[str, Any]]:
     """Add up the cached files of each checkpoint."""
     by_checkpoint: dict[str, list[CachedFile]] = {}
     for file in files:
         by_checkpoint.setdefault(_checkpoint_of(file.description), []).append(file)
-    now = time.time()
     return [
         {
             "checkpoint": checkpoint,
-            "kept_bytes": sum(file.size_bytes for file in cached),
-            "data_bytes": sum(file.data_bytes for file in cached),
-            "length_bytes": _sum_known([file.length_bytes for file in cached]),
-            "used_s_ago": round(max(now - max(file.last_access_ns for file in cached) / 1e9, 0)),
-            "fetched_s_ago": round(max(now - min(file.fetched_ns for file in cached) / 1e9, 0)),
+            "disk_bytes": sum(file.size_bytes for file in cached),
+            "cached_bytes": sum(file.data_bytes for file in cached),
+            "total_bytes": _sum_known([file.length_bytes for file in cached]),
+            "accessed_s_ago": _age_s(max(file.last_access_ns for file in cached)),
+            "downloaded_s_ago": _age_s(min(file.fetched_ns for file in cached)),
             "is_open": any(file.is_open for file in cached),
         }
         for checkpoint, cached in by_checkpoint.items()
     ]
 
 
-def _sum_known(sizes: "list[int | None]") -> int | None:
+def _age_s(time_ns: int) -> int:
+    return max(round(time.time() - time_ns / 1e9), 0)
+
+
+def _sum_known(sizes: list[int | None]) -> int | None:
     """Return the sum of sizes; None if one of them is unknown."""
     known = [size for size in sizes if size is not None]
     return sum(known) if len(known) == len(sizes) else None
@@ -289,17 +284,18 @@ def _metadata_bytes(directory: Path) -> int:
 def _text(report: dict[str, Any]) -> str:
     lines = [
         f"{escape_control_chars(report['cache_dir'])}",
-        f"  weights   {format_size(report['kept_bytes'])} of at most"
-        f" {format_size(report['limit_bytes'])}",
+        f"  weights   {format_size(report['disk_bytes'])} of at most"
+        f" {format_size(report['max_bytes'])}",
         f"  metadata  {format_size(report['metadata_bytes'])}",
     ]
     if report["checkpoints"]:
         lines.append(f"{'CACHED':>10}  {'OF':>10}  {'USED':>9}  {'FETCHED':>9}  CHECKPOINT")
     for row in report["checkpoints"]:
-        used, fetched = format_duration(row["used_s_ago"]), format_duration(row["fetched_s_ago"])
+        used = format_duration(row["accessed_s_ago"])
+        fetched = format_duration(row["downloaded_s_ago"])
         is_open = "  (open)" if row["is_open"] else ""
-        cached, length_bytes = format_size(row["data_bytes"]), row["length_bytes"]
-        length = "?" if length_bytes is None else format_size(length_bytes)
+        cached, total_bytes = format_size(row["cached_bytes"]), row["total_bytes"]
+        length = "?" if total_bytes is None else format_size(total_bytes)
         name = f"{escape_control_chars(row['checkpoint'])}{is_open}"
         lines.append(f"{cached:>10}  {length:>10}  {used:>9}  {fetched:>9}  {name}")
     return "\n".join(lines)

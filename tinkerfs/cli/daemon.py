@@ -1,4 +1,4 @@
-"""Command line and environment of the daemon of a background mount.
+"""Start the daemon of a background mount: its command line and its environment.
 
 The daemon runs in `/` and imports no module from the caller's working directory: otherwise a
 `random.py` there would replace the standard module, and run as root under sudo. Therefore every
@@ -12,6 +12,7 @@ from typing import Final
 
 from tinkerfs import config
 from tinkerfs.config import OPTIONS
+from tinkerfs.fuse import daemonize
 
 #: Variables with one path as value, read by tinkerfs or by a library that it uses.
 _PATH_VARIABLES: Final = (
@@ -29,6 +30,20 @@ _PATH_VARIABLES: Final = (
 
 #: Variables with a colon-separated list of paths as value.
 _PATH_LIST_VARIABLES: Final = ("SSL_CERT_DIR", "PYTHONPATH")
+
+
+def start_in_background(command: str, mountpoint: str, arguments: Sequence[str]) -> None:
+    """Start `tinkerfs COMMAND --foreground MOUNTPOINT` and wait until it is ready.
+
+    Raises:
+        StartupError: The other process failed; the message is its own.
+    """
+    # The daemon changes its directory, and other commands find it by this argument, so the path
+    # must be absolute. Symlinks are resolved only by the checks of the daemon: resolving one that
+    # leads to a dead mount would fail here.
+    path = os.path.abspath(mountpoint)
+    full_command = daemon_command([command, "--foreground", *arguments, "--", path])
+    daemonize.start_in_background(full_command, daemon_environment(os.environ))
 
 
 def daemon_command(arguments: Sequence[str]) -> list[str]:

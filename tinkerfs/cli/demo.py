@@ -1,7 +1,12 @@
 """The command `tinkerfs demo`."""
 
+import os
+import tempfile
+import time
+
 import click
 
+from tinkerfs.cli.daemon import start_in_background
 from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
 
 _FLAGS = (
@@ -61,18 +66,14 @@ def demo(
     The mount behaves like that of a real account, and sends nothing over the network. Runs until
     Ctrl-C, which unmounts; with --detach, until `tinkerfs umount MOUNTPOINT`.
     """
-    from tinkerfs.cli import mount_process
-
     if detach and not foreground:
         arguments = [f"--runs={runs}", f"--checkpoints={checkpoints}"]
         arguments += as_arguments(flags, (), None)
-        mount_process.start_in_background("demo", mountpoint, arguments)
+        start_in_background("demo", mountpoint, arguments)
         return
 
-    import os
-    import tempfile
-    import time
-
+    # lazy: imports the FUSE adapter and the server
+    from tinkerfs.cli import mount_process
     from tinkerfs.demo.server import DemoServer
     from tinkerfs.fuse import session
 

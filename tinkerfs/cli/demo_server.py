@@ -3,6 +3,11 @@
 Standard output gets exactly two lines, which a shell can eval. Messages go to standard error.
 """
 
+import shlex
+import signal
+import sys
+import time
+
 import click
 
 _PROFILES = ("official", "official-0.36", "skyrl", "hatchery")
@@ -77,11 +82,7 @@ def demo_server(
 
     Exit codes: 0 after SIGINT or SIGTERM, 1 if the address is unavailable, 2 for a wrong option.
     """  # noqa: D301
-    import shlex
-    import signal
-    import sys
-    import time
-
+    # lazy: imports the HTTP server
     from tinkerfs.demo.exports import ExportOptions
     from tinkerfs.demo.server import DemoServer
 

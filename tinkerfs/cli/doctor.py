@@ -1,14 +1,15 @@
 """The command `tinkerfs doctor`."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import click
 
 from tinkerfs.cli.options import resolve, settings_options
+from tinkerfs.config import Settings
 from tinkerfs.errors import (
     NotFound,
     TinkerfsError,
@@ -17,9 +18,6 @@ from tinkerfs.errors import (
     UntrustedCertificate,
 )
 from tinkerfs.printable import escape_control_chars
-
-if TYPE_CHECKING:
-    from tinkerfs.config import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,9 @@ def _run_check(name: str, check: Callable[[], str]) -> CheckResult:
         return CheckResult(name, False, str(error))
 
 
+# The imports below are lazy for the help: they load the FUSE adapter, HTTP and SQLite.
+
+
 def _device() -> str:
     from tinkerfs.fuse import preflight
 
@@ -95,8 +96,6 @@ def _libfuse() -> str:
 
 
 def _fusermount() -> str:
-    import os
-
     from tinkerfs.fuse import binding, mount_table, preflight
 
     preflight.check_fusermount(3 if binding.find_library(3) else 2)
@@ -105,7 +104,7 @@ def _fusermount() -> str:
     return str(mount_table.fusermount())
 
 
-def _cache(settings: "Settings") -> str:
+def _cache(settings: Settings) -> str:
     from tinkerfs.app import cache_directory
     from tinkerfs.cache.directory import can_lock_files, prepare_cache_dir
 
@@ -114,7 +113,7 @@ def _cache(settings: "Settings") -> str:
     return f"{directory} is writable{caveat}"
 
 
-def _key(settings: "Settings") -> str:
+def _key(settings: Settings) -> str:
     del settings
     from tinkerfs.api.credentials import Credentials
 
@@ -123,7 +122,7 @@ def _key(settings: "Settings") -> str:
     return f"found: {credentials.source}"
 
 
-def _api(settings: "Settings") -> str:
+def _api(settings: Settings) -> str:
     from tinkerfs.api.client import Client
     from tinkerfs.api.credentials import Credentials
     from tinkerfs.telemetry import Telemetry

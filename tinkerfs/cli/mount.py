@@ -2,6 +2,7 @@
 
 import click
 
+from tinkerfs.cli.daemon import start_in_background
 from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
 
 
@@ -46,11 +47,9 @@ def mount(
         mount -t fuse.tinkerfs tinker /mnt/tinker -o ro,allow_other
     """  # noqa: D301
     settings = resolve(flags, mount_options, config=config)
-
-    from tinkerfs.cli import mount_process
-
     if foreground:
+        from tinkerfs.cli import mount_process  # lazy: imports the FUSE adapter
+
         mount_process.run_foreground(settings, mountpoint)
     else:
-        arguments = as_arguments(flags, mount_options, config)
-        mount_process.start_in_background("mount", mountpoint, arguments)
+        start_in_background("mount", mountpoint, as_arguments(flags, mount_options, config))

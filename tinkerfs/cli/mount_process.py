@@ -4,40 +4,25 @@ The commands `mount` and `demo` use this module.
 """
 
 import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from tinkerfs.cli import logs
+from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError, TinkerfsError, Unauthorized
+from tinkerfs.fuse import binding as bindings
+from tinkerfs.fuse import preflight, session
+from tinkerfs.fuse.daemonize import ReadinessNotifier
+from tinkerfs.fuse.malloc import tune_malloc
 
 if TYPE_CHECKING:
     from tinkerfs.api.client import Client
-    from tinkerfs.fuse.daemonize import ReadinessNotifier
 
 log = logging.getLogger(__name__)
 
 #: Wait at most this long for the API to verify the key; then mount without verification.
 KEY_CHECK_TIMEOUT_S: Final = 3.0
-
-FOREGROUND: Final = "--foreground"
-
-
-def start_in_background(command: str, mountpoint: str, arguments: Sequence[str]) -> None:
-    """Start `tinkerfs COMMAND --foreground MOUNTPOINT` and wait until it is ready.
-
-    Raises:
-        StartupError: The other process failed; the message is its own.
-    """
-    from tinkerfs.cli.daemon import daemon_command, daemon_environment
-    from tinkerfs.fuse.daemonize import start_in_background as start
-
-    # The daemon changes its directory, and other commands find it by this argument, so the path
-    # must be absolute. Symlinks are resolved only by the checks of the daemon: resolving one that
-    # leads to a dead mount would fail here.
-    path = os.path.abspath(mountpoint)
-    full_command = daemon_command([command, FOREGROUND, *arguments, "--", path])
-    start(full_command, daemon_environment(os.environ))
 
 
 def run_foreground(
@@ -55,8 +40,6 @@ def run_foreground(
     Raises:
         StartupError: The mount is not possible; the message has a hint.
     """
-    from tinkerfs.fuse.daemonize import ReadinessNotifier
-
     notifier = ReadinessNotifier()
     try:
         _serve(settings, mountpoint, notifier, check_key=check_key, ready=ready)
@@ -73,16 +56,11 @@ def run_foreground(
 def _serve(
     settings: Settings,
     mountpoint: str,
-    notifier: "ReadinessNotifier",
+    notifier: ReadinessNotifier,
     *,
     check_key: bool,
     ready: Callable[[str], None] | None,
 ) -> None:
-    from tinkerfs.cli import logs
-    from tinkerfs.fuse import binding as bindings
-    from tinkerfs.fuse import preflight, session
-    from tinkerfs.fuse.malloc import tune_malloc
-
     # These calls precede the first thread. Signals stay blocked until the mount is served.
     session.block_signals()
     tune_malloc()
@@ -95,7 +73,7 @@ def _serve(
         preflight.check_allow_other()
     path = preflight.prepare_mountpoint(mountpoint)
 
-    from tinkerfs.app import open_app
+    from tinkerfs.app import open_app  # lazy: imports HTTP and SQLite, the checks need neither
 
     with open_app(settings) as app:
         if check_key:
@@ -132,9 +110,6 @@ def _verify_credentials(client: "Client") -> None:
     Raises:
         StartupError: There is no key, or the API rejects it.
     """
-    from tinkerfs.concurrency import run_in_thread
-    from tinkerfs.fuse import session
-
     request = run_in_thread(lambda: client.list_training_runs(limit=1), "key check")
     waited_s, step_s = 0.0, 0.05
     while waited_s < KEY_CHECK_TIMEOUT_S and not session.is_stop_pending():

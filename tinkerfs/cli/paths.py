@@ -1,14 +1,13 @@
 """The commands `tinkerfs path` and `tinkerfs url`: convert paths."""
 
 import os
-from typing import TYPE_CHECKING
 
 import click
 
+from tinkerfs import name_encoding
 from tinkerfs.errors import StartupError
-
-if TYPE_CHECKING:
-    from tinkerfs.fuse.mount_table import Mount
+from tinkerfs.fuse import mount_table
+from tinkerfs.fuse.mount_table import Mount
 
 _SCHEME = "tinker://"
 
@@ -27,17 +26,9 @@ def path(tinker_path: str, mountpoint: str | None) -> None:
     \b
         cd "$(tinkerfs path tinker://79db3d29:train:0/weights/0001)"
     """  # noqa: D301
-    from tinkerfs.tinker_path import TinkerPath
-    from tinkerfs.vfs import entities
+    from tinkerfs.transfer.resolve import path_of  # lazy: imports the vfs layer
 
-    run_id = tinker_path.removeprefix(_SCHEME)
-    try:
-        if tinker_path.startswith(_SCHEME) and run_id and "/" not in run_id:
-            tree_path = entities.run_path(run_id)
-        else:
-            tree_path = entities.path_for_tinker_path(TinkerPath.parse(tinker_path))
-    except ValueError as error:
-        raise StartupError(str(error)) from None
+    tree_path = path_of(tinker_path)
     click.echo(os.fsencode(_select_mount(mountpoint).mountpoint.rstrip("/") + tree_path))
 
 
@@ -49,8 +40,6 @@ def url(file_path: str) -> None:
     \b
         tinkerfs url ~/tinker/runs/79db3d29:train:0/latest
     """  # noqa: D301
-    from tinkerfs import name_encoding
-
     real_path = _resolve_symlinks(file_path)
     mount = _find_mount_of(real_path)
     if mount is None:
@@ -77,10 +66,8 @@ def url(file_path: str) -> None:
     raise StartupError(f"{file_path} is not a checkpoint, nor in one")
 
 
-def _select_mount(mountpoint: str | None) -> "Mount":
+def _select_mount(mountpoint: str | None) -> Mount:
     """Return the mount at `mountpoint`, or the only mount."""
-    from tinkerfs.fuse import mount_table
-
     found = mount_table.tinkerfs_mounts()
     if mountpoint is not None:
         path = mount_table.canonical_mountpoint(mountpoint)
@@ -107,10 +94,8 @@ def _resolve_symlinks(file_path: str) -> str:
         raise StartupError(f"{file_path}: {error.strerror}") from None
 
 
-def _find_mount_of(real_path: str) -> "Mount | None":
+def _find_mount_of(real_path: str) -> Mount | None:
     """Return the tinkerfs mount that contains a path; None if there is none."""
-    from tinkerfs.fuse import mount_table
-
     containing = [
         m
         for m in mount_table.list_mounts()

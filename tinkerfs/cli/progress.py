@@ -10,17 +10,14 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from concurrent.futures import Future
+from typing import TypeVar
 
 import click
 
 from tinkerfs.formatting import format_duration, format_size
 from tinkerfs.printable import escape_control_chars
-from tinkerfs.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
+from tinkerfs.transfer.progress import Item, TransferProgress
 
 T = TypeVar("T")
 
@@ -40,88 +37,19 @@ _BAR_CHARACTERS = 20
 _MIN_RATE_BYTES = 1 << 20
 
 
-@dataclass(slots=True)
-class Item:
-    """Progress of one file. One thread modifies it, others only read it.
-
-    Attributes:
-        name: Path or tinker path to display.
-        total_bytes: Length of the file.
-        done_bytes: Bytes that are present so far.
-        initial_bytes: Bytes that were present at the start.
-        started_s: Start of the transfer, on the monotonic clock.
-    """
-
-    name: str
-    total_bytes: int
-    done_bytes: int
-    initial_bytes: int = field(init=False)
-    started_s: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.initial_bytes = self.done_bytes
-        self.started_s = time.monotonic()
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all bytes are present."""
-        return self.done_bytes == self.total_bytes
-
-
 class Progress:
-    """Progress display of one transfer on standard error.
+    """Progress display of one transfer on standard error."""
 
-    `run` is called by the main thread, all other methods by one worker thread.
-
-    Args:
-        telemetry: Source of the pending waits and of the number of received bytes.
-    """
-
-    def __init__(self, telemetry: Telemetry) -> None:
-        self._telemetry = telemetry
+    def __init__(self, progress: TransferProgress) -> None:
+        self._progress = progress
         self._is_terminal = sys.stderr.isatty()
-        self._items: list[Item] = []
-        self._current: Item | None = None
-        self._lines: deque[str] = deque()
         #: Archive -> start of the wait for it, on the monotonic clock.
         self._archive_waits: dict[str, float] = {}
         self._is_drawn = False
         #: (time, position in bytes) samples for the rate.
         self._samples: deque[tuple[float, int]] = deque()
-        self._initially_received_bytes = 0
 
-    def start(self, items: list[Item]) -> None:
-        """Start to display files; before that, only waits are displayed."""
-        self._initially_received_bytes = self._telemetry.counter_value("bytes_received")
-        self._items = items
-
-    def advance(self, item: Item, size_bytes: int) -> None:
-        """Record that more bytes of a file are present, and make it the current file."""
-        if item is not self._current and item.done_bytes == item.initial_bytes:
-            item.started_s = time.monotonic()
-        self._current = item
-        item.done_bytes += size_bytes
-
-    def log(self, line: str) -> None:
-        """Print a line above the status line."""
-        self._lines.append(escape_control_chars(line))
-
-    def finish(self, item: Item) -> None:
-        """Print the line of a completed file."""
-        transferred_bytes = item.done_bytes - item.initial_bytes
-        elapsed_s = max(time.monotonic() - item.started_s, 0.001)
-        text = format_size(item.total_bytes)
-        if transferred_bytes:
-            text += f" in {format_duration(elapsed_s)}"
-        if transferred_bytes >= _MIN_RATE_BYTES:
-            text += f", {format_size(transferred_bytes / elapsed_s)}/s"
-        if item.initial_bytes == item.total_bytes and item.total_bytes:
-            text += ", already present"
-        elif item.initial_bytes:
-            text += f", {format_size(item.initial_bytes)} already present"
-        self.log(f"{item.name}: {text}")
-
-    def run(self, future: "Future[T]") -> T:
+    def run(self, future: Future[T]) -> T:
         """Display progress until work on another thread is done; return its result.
 
         Raises:
@@ -142,9 +70,11 @@ class Progress:
         if self._is_drawn:
             click.echo("\r\x1b[K", err=True, nl=False)
             self._is_drawn = False
-        self._update_waits()
-        while self._lines:
-            click.echo(self._lines.popleft(), err=True)
+        lines = self._update_waits(now)
+        while self._progress.finished:
+            lines.append(_completed_line(self._progress.finished.popleft()))
+        for line in lines:
+            click.echo(escape_control_chars(line), err=True)
         if is_last or not self._is_terminal:
             return
         line = escape_control_chars(self._status_line(now))
@@ -153,20 +83,22 @@ class Progress:
             click.echo(line[: width - 1], err=True, nl=False)
             self._is_drawn = True
 
-    def _update_waits(self) -> None:
-        now = time.monotonic()
+    def _update_waits(self, now: float) -> list[str]:
+        """Update the waits for archives; return a line for each that started or ended."""
         waits = {
             what.removeprefix(_ARCHIVE): now - elapsed_s
-            for what, elapsed_s in self._telemetry.pending()
+            for what, elapsed_s in self._progress.telemetry.pending()
             if what.startswith(_ARCHIVE) and elapsed_s >= _BUILDING_S
         }
-        if not self._is_terminal:
-            for path in waits.keys() - self._archive_waits.keys():
-                self.log(f"{path}: waiting for the server to build the archive")
-        for path, since_s in self._archive_waits.items():
-            if path not in waits:
-                self.log(f"{path}: waited {format_duration(now - since_s)} for the archive")
+        started = [] if self._is_terminal else waits.keys() - self._archive_waits.keys()
+        lines = [f"{path}: waiting for the server to build the archive" for path in started]
+        lines += [
+            f"{path}: waited {format_duration(now - since_s)} for the archive"
+            for path, since_s in self._archive_waits.items()
+            if path not in waits
+        ]
         self._archive_waits = waits
+        return lines
 
     def _status_line(self, now: float) -> str:
         building = ""
@@ -175,17 +107,11 @@ class Progress:
             count = len(self._archive_waits)
             archives = "an archive" if count == 1 else f"{count} archives"
             building = f"building {archives}, {format_duration(longest_s)}"
-        items = self._items
+        items = self._progress.items
         total_bytes = sum(item.total_bytes for item in items)
         if not total_bytes:
             return building
-        initial_bytes = sum(item.initial_bytes for item in items)
-        stored_bytes = sum(item.done_bytes for item in items) - initial_bytes
-        # Received bytes are counted at once, stored bytes only in whole blocks.
-        received_bytes = (
-            self._telemetry.counter_value("bytes_received") - self._initially_received_bytes
-        )
-        position = min(initial_bytes + max(stored_bytes, received_bytes), total_bytes)
+        position = self._progress.position_bytes()
         rate = self._update_rate(now, position)
         columns = [
             _bar(position / total_bytes),
@@ -194,7 +120,7 @@ class Progress:
             f"{format_size(rate)}/s",
             _time_left(total_bytes - position, rate),
         ]
-        current = self._current
+        current = self._progress.current
         if current is not None and len(items) > 1:
             remaining_bytes = current.total_bytes - current.done_bytes
             share = current.done_bytes / current.total_bytes
@@ -212,6 +138,21 @@ class Progress:
             self._samples.popleft()
         since, first = self._samples[0]
         return max(position - first, 0) / (now - since) if now > since else 0.0
+
+
+def _completed_line(item: Item) -> str:
+    transferred_bytes = item.done_bytes - item.initial_bytes
+    elapsed_s = max(item.finished_s - item.started_s, 0.001)
+    text = format_size(item.total_bytes)
+    if transferred_bytes:
+        text += f" in {format_duration(elapsed_s)}"
+    if transferred_bytes >= _MIN_RATE_BYTES:
+        text += f", {format_size(transferred_bytes / elapsed_s)}/s"
+    if item.initial_bytes == item.total_bytes and item.total_bytes:
+        text += ", already present"
+    elif item.initial_bytes:
+        text += f", {format_size(item.initial_bytes)} already present"
+    return f"{item.name}: {text}"
 
 
 def _bar(share: float) -> str:

@@ -2,17 +2,16 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import StartupError
 from tinkerfs.formatting import format_duration, format_size
+from tinkerfs.fuse import mount_table
+from tinkerfs.fuse.mount_table import Mount
 from tinkerfs.printable import escape_control_chars
-
-if TYPE_CHECKING:
-    from tinkerfs.fuse.mount_table import Mount
 
 
 @click.command(short_help="Show the state, statistics and pending requests of mounts.")
@@ -31,8 +30,6 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         tinkerfs status
         tinkerfs status ~/tinker --json | jq '.[].api_requests'
     """  # noqa: D301
-    from tinkerfs.fuse import mount_table
-
     found = mount_table.tinkerfs_mounts()
     if mountpoint is not None:
         path = mount_table.canonical_mountpoint(mountpoint)
@@ -53,9 +50,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         raise SystemExit(1)
 
 
-def _report(mount: "Mount") -> dict[str, Any]:
-    from tinkerfs.fuse import mount_table
-
+def _report(mount: Mount) -> dict[str, Any]:
     mountpoint = mount.mountpoint
     shown = mountpoint.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     report: dict[str, Any] = {"mountpoint": shown, "state": "mounted"}

@@ -1,16 +1,15 @@
 """The command `tinkerfs umount`."""
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import click
 
 from tinkerfs import errors
 from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import StartupError
+from tinkerfs.fuse import mount_table
+from tinkerfs.fuse.mount_table import MountUser
 from tinkerfs.printable import escape_control_chars
-
-if TYPE_CHECKING:
-    from tinkerfs.fuse.mount_table import MountUser
 
 #: Wait at most this long for the daemon to exit after the unmount.
 _DAEMON_TIMEOUT_S: Final = 5.0
@@ -37,8 +36,6 @@ def umount(mountpoint: str, force: bool) -> None:
         tinkerfs umount ~/tinker
         tinkerfs umount --force ~/tinker
     """  # noqa: D301
-    from tinkerfs.fuse import mount_table
-
     path = mount_table.canonical_mountpoint(mountpoint)
     mount = mount_table.find_mount(path)
     if mount is None:
@@ -79,7 +76,7 @@ def umount(mountpoint: str, force: bool) -> None:
     click.echo(escape_control_chars(message), err=True)
 
 
-def _format_users(users: "list[MountUser]") -> str:
+def _format_users(users: list[MountUser]) -> str:
     """Name the first few processes that use a mount; return "" if there are none."""
     names = ", ".join(str(user) for user in users[:_MAX_NAMED_USERS])
     more = len(users) - _MAX_NAMED_USERS

@@ -1,16 +1,25 @@
 """The command `tinkerfs undelete`."""
 
-from typing import TYPE_CHECKING, TypeVar
+import os
+from collections.abc import Iterator
+from typing import TypeVar
 
 import click
 
+from tinkerfs import errors
+from tinkerfs.cli.locations import (
+    Location,
+    complete_path,
+    open_account,
+    parse_location,
+    read_mount_settings,
+)
 from tinkerfs.cli.options import settings_options
-from tinkerfs.cli.transfers import complete_path
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tinkerfs.cli.transfers import Location
+from tinkerfs.cli.transfers import exit_with_failures
+from tinkerfs.errors import StartupError, TinkerfsError
+from tinkerfs.fuse import mount_table
+from tinkerfs.printable import escape_control_chars
+from tinkerfs.transfer.failure import Failure
 
 T = TypeVar("T")
 
@@ -33,24 +42,20 @@ def undelete(paths: tuple[str, ...], **flags: str | None) -> None:
         tinkerfs undelete ~/tinker/.tinkerfs/trash/*
         tinkerfs undelete tinker://79db3d29:train:0/weights/0001
     """  # noqa: D301
-    from tinkerfs.cli import transfers
-    from tinkerfs.errors import TinkerfsError
-    from tinkerfs.printable import escape_control_chars
-
-    failures: list[transfers.Failure] = []
+    failures = list[Failure]()
     for path in paths:
         try:
-            location = transfers.parse_location(path, flags)
+            location = parse_location(path, flags)
             restored = _restore_through_mount(location) or _restore_in_process(location)
         except (OSError, TinkerfsError) as error:
-            failures.append(transfers.Failure(path, error))
+            failures.append(Failure(path, error))
         else:
             click.echo(escape_control_chars(restored))
     if failures:
-        transfers.exit_with_failures(failures)
+        exit_with_failures(failures)
 
 
-def _restore_through_mount(location: "Location") -> str | None:
+def _restore_through_mount(location: Location) -> str | None:
     """Restore a checkpoint through a mount that has it in its trash.
 
     Returns:
@@ -60,14 +65,12 @@ def _restore_through_mount(location: "Location") -> str | None:
         OSError: The write failed. ENOENT if the mount that contains the path does not have it.
         StartupError: A mount does not respond.
     """
-    from tinkerfs import errors
-
     for mountpoint in _candidate_mountpoints(location):
         restored = None
         try:
             restored = _restore_at(mountpoint, location)
         except TimeoutError:
-            raise errors.StartupError(
+            raise StartupError(
                 f"the mount at {mountpoint} does not respond, but may still restore the checkpoint"
                 f" (hint: see {mountpoint}/.tinkerfs/changes)"
             ) from None
@@ -81,9 +84,7 @@ def _restore_through_mount(location: "Location") -> str | None:
     return None
 
 
-def _restore_at(mountpoint: str, location: "Location") -> str | None:
-    from tinkerfs.fuse import mount_table
-
+def _restore_at(mountpoint: str, location: Location) -> str | None:
     found: list[tuple[str, bytes]] = []
     for link in _trash_links(location):
         content = mount_table.read_file(f"{mountpoint}{link}/tinker_path", timeout_s=_TIMEOUT_S)
@@ -96,34 +97,26 @@ def _restore_at(mountpoint: str, location: "Location") -> str | None:
     return tinker_path.decode("utf-8", "surrogateescape").strip()
 
 
-def _candidate_mountpoints(location: "Location") -> "Iterator[str]":
+def _candidate_mountpoints(location: Location) -> Iterator[str]:
     """Yield the mountpoints of mounts that may have a checkpoint in their trash."""
-    from tinkerfs.cli import transfers
-    from tinkerfs.errors import StartupError
-    from tinkerfs.fuse import mount_table
-
     if location.mountpoint:
         yield location.mountpoint
         return
     for mount in mount_table.tinkerfs_mounts():
         try:
-            settings = transfers.read_mount_settings(mount)
+            settings = read_mount_settings(mount)
         except StartupError:  # the mount is dead or unresponsive
             continue
         if settings["base_url"] == location.settings.base_url:
             yield mount.mountpoint
 
 
-def _restore_in_process(location: "Location") -> str:
+def _restore_in_process(location: Location) -> str:
     """Restore a checkpoint without a mount; return its tinker path."""
-    import os
-
-    from tinkerfs import errors
-    from tinkerfs.cli import transfers
-    from tinkerfs.context import BACKGROUND_CONTEXT
+    from tinkerfs.context import BACKGROUND_CONTEXT  # lazy: imports msgspec
 
     found: list[str] = []
-    with transfers.open_account(location.settings) as app:
+    with open_account(location.settings) as app:
         for link in _trash_links(location):
             try:
                 found.append(app.filesystem.realpath(link, BACKGROUND_CONTEXT))
@@ -142,9 +135,8 @@ def _restore_in_process(location: "Location") -> str:
     return tinker_path
 
 
-def _trash_links(location: "Location") -> list[str]:
-    from tinkerfs.errors import StartupError
-    from tinkerfs.vfs.trash import trash_paths
+def _trash_links(location: Location) -> list[str]:
+    from tinkerfs.vfs.trash import trash_paths  # lazy: imports the vfs layer
 
     try:
         return trash_paths(location.path)
@@ -153,8 +145,6 @@ def _trash_links(location: "Location") -> list[str]:
 
 
 def _single(found: list[T]) -> T:
-    from tinkerfs.errors import StartupError
-
     if len(found) > 1:
         raise StartupError("checkpoints of several kinds have this name (hint: include the kind)")
     return found[0]

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.mount import wait_until
 from tests.unit.weights.conftest import subject_of
-from tinkerfs.cli import transfers
+from tinkerfs.cli.locations import open_account
 from tinkerfs.cli.transfers import exit_on_signal
 from tinkerfs.config import Settings
 from tinkerfs.context import BACKGROUND_CONTEXT
@@ -40,7 +40,7 @@ def test_open_account_retries_through_short_outage(tmp_path, monkeypatch):
         monkeypatch.setenv("TINKER_API_KEY", server.api_key)
         settings = Settings(base_url=server.base_url, cache_dir=str(tmp_path / "cache"))
         first, second = subject_of(server), subject_of(server, number=1)
-        with transfers.open_account(settings) as app, ThreadPoolExecutor() as pool:
+        with open_account(settings) as app, ThreadPoolExecutor() as pool:
             assert app.weights.files(first, BACKGROUND_CONTEXT).members
             server.stop_listening("api")
             listing = pool.submit(app.weights.files, second, BACKGROUND_CONTEXT)

@@ -1,0 +1,139 @@
+"""PATH arguments of commands: the account, its settings, and the path in its tree."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import click
+from click.shell_completion import CompletionItem
+
+from tinkerfs.cli import logs
+from tinkerfs.cli.options import resolve
+from tinkerfs.config import Settings
+from tinkerfs.errors import StartupError
+from tinkerfs.fuse import mount_table
+from tinkerfs.fuse.mount_table import Mount
+
+if TYPE_CHECKING:
+    from tinkerfs.app import App
+
+_SCHEME = "tinker://"
+
+
+def complete_path(
+    _ctx: click.Context, _param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Let the shell complete a path.
+
+    `click.Path` would too, but it calls stat() on its argument. Below a mount, that may request an
+    archive.
+    """
+    return [CompletionItem(incomplete, type="file")]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """An account and a path in its tree.
+
+    Attributes:
+        argument: The path as the user gave it.
+        path: Path from the root of the tree.
+        settings: Settings of the account, merged with those of the mount.
+        mountpoint: Mountpoint that the path is below; empty for a tinker path.
+    """
+
+    argument: str
+    path: str
+    settings: Settings
+    mountpoint: str = ""
+
+
+def parse_location(argument: str, flags: Mapping[str, str | bool | None]) -> Location:
+    """Parse a PATH argument: a tinker path or a path below a mount.
+
+    Only reads the settings of the mount, with a time limit.
+
+    Raises:
+        StartupError: The path is neither, or its mount does not respond.
+    """
+    if argument.startswith(_SCHEME):
+        from tinkerfs.transfer.resolve import path_of  # lazy: imports the vfs layer
+
+        return Location(argument, path_of(argument), resolve(flags))
+    mount, path = _split_at_mount(argument)
+    given_flags = {field: value for field, value in flags.items() if value is not None}
+    settings = resolve({**read_mount_settings(mount), **given_flags})
+    return Location(argument, path, settings, mount.mountpoint)
+
+
+def _split_at_mount(argument: str) -> tuple[Mount, str]:
+    """Return the mount that contains a path, and the path within the mount.
+
+    No file below the mountpoint is accessed through the kernel. The mount may hang, and a lookup
+    within `files/` would request the archive. Symlinks below the mountpoint stay unresolved.
+    """
+    mounted = {mount.mountpoint: mount for mount in mount_table.list_mounts()}
+    done, links = "/", 0
+    rest = [part for part in os.path.join(os.getcwd(), argument).split("/") if part]
+    while True:
+        mount = mounted.get(done)
+        if mount is not None and mount.fstype == mount_table.FSTYPE:
+            return mount, "/" + "/".join(rest)
+        if not rest:
+            break
+        part = rest.pop(0)
+        done = os.path.normpath(os.path.join(done, part))
+        if done not in mounted and os.path.islink(done):
+            links += 1
+            if links > 40:  # the limit of Linux, see path_resolution(7)
+                break
+            target = os.readlink(done)
+            rest = [each for each in target.split("/") if each] + rest
+            done = "/" if target.startswith("/") else os.path.dirname(done)
+    raise StartupError(
+        f"{argument} is neither below a tinkerfs mount nor a tinker path ({_SCHEME}<run>/...)"
+    )
+
+
+def read_mount_settings(mount: Mount) -> dict[str, str | bool | None]:
+    """Read the settings of the account and the cache of a mount.
+
+    Raises:
+        StartupError: The mount does not respond, or runs another version of tinkerfs.
+    """
+    hint = f"(hint: tinkerfs status {mount.mountpoint})"
+    try:
+        stats = json.loads(
+            mount_table.read_file(f"{mount.mountpoint}/.tinkerfs/stats.json") or b"null"
+        )
+    except TimeoutError:
+        raise StartupError(f"the mount at {mount.mountpoint} does not respond {hint}") from None
+    except ValueError:
+        stats = None
+    names = {"base_url": "base_url", "cache_dir": "cache_dir", "cache_size_bytes": "cache_size"}
+    if not isinstance(stats, dict) or not names.keys() <= stats.keys():
+        raise StartupError(
+            f"the mount at {mount.mountpoint} does not report its cache directory {hint}"
+        )
+    # A mount that caches in memory has no cache directory: processes cannot share its cache.
+    return {field: str(stats[field]) for field in names if stats[field] is not None}
+
+
+@contextmanager
+def open_account(settings: Settings) -> "Iterator[App]":
+    """Open an account in this process; log only to the configured file.
+
+    Raises:
+        StartupError: The cache directory or the log file cannot be used.
+    """
+    from tinkerfs.app import open_app  # lazy: imports HTTP and SQLite
+    from tinkerfs.fuse.malloc import tune_malloc
+
+    tune_malloc()
+    logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
+    # The limit stops traversals that request archives by accident. Here the user named each one.
+    with open_app(replace(settings, archive_build_limit=0), is_one_transfer=True) as app:
+        yield app
