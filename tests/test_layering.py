@@ -31,6 +31,7 @@ BASE = {
     "name_encoding",
     "network",
     "printable",
+    "processes",
     "proxies",
     "retry",
     "safe_open",

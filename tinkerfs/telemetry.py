@@ -8,10 +8,11 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from tinkerfs import errors
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
@@ -65,7 +66,7 @@ class Telemetry:
         self._counters: Counter[str] = Counter()
         self._requests: dict[str, Counter[str]] = {}
         self._last_error: _ErrorRecord | None = None
-        self._pending: dict[int, tuple[str, float]] = {}
+        self._pending: dict[int, tuple[Callable[[], str], float]] = {}
         self._next_pending = 0
 
     def count(self, name: str, amount: int = 1) -> None:
@@ -82,7 +83,7 @@ class Telemetry:
         """Return every pending wait as its description and the seconds since its start."""
         with self._lock:
             now = self._clock.monotonic()
-            return [(what, now - since) for what, since in self._pending.values()]
+            return [(what(), now - since) for what, since in self._pending.values()]
 
     def record_request(self, endpoint: str, outcome: str) -> None:
         """Count one HTTP request by its outcome: the status, or the kind of failure."""
@@ -122,11 +123,12 @@ class Telemetry:
         log.info("%s: %s: %s", mutation.path, mutation.action, mutation.outcome)
 
     @contextmanager
-    def track_pending(self, what: str) -> Iterator[None]:
-        """Show a wait as pending while the body runs."""
+    def track_pending(self, what: str | Callable[[], str]) -> Iterator[None]:
+        """Show a wait as pending while the body runs; a function describes its current state."""
         with self._lock:
             number = self._next_pending = self._next_pending + 1
-            self._pending[number] = (what, self._clock.monotonic())
+            describe = what if callable(what) else partial(str, what)
+            self._pending[number] = (describe, self._clock.monotonic())
         try:
             yield
         finally:
@@ -149,7 +151,7 @@ class Telemetry:
                 "metadata_cache_hit_ratio": round(hits / lookups, 4) if lookups else None,
                 "counters": dict(sorted(self._counters.items())),
                 "pending": [
-                    {"what": escape_control_chars(what), "elapsed_s": round(now - since, 3)}
+                    {"what": escape_control_chars(what()), "elapsed_s": round(now - since, 3)}
                     for what, since in self._pending.values()
                 ],
                 "last_errors": [_format_error(error) for error in self.errors.entries()[-5:]],
