@@ -199,6 +199,7 @@ OPENERS = {
     "fuse.mount_table",
     "fuse.preflight",
     "fuse.session",
+    "processes",
     "safe_open",
 }
 
