@@ -1,9 +1,11 @@
 """Open files and directories of a mount, as the operations hand them out."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.node import Handle
+
+if TYPE_CHECKING:
+    from tinkerfs.vfs.directory_stream import DirectoryStream
 
 
 class OpenFile(NamedTuple):
@@ -23,5 +25,5 @@ class OpenDirectory(NamedTuple):
     """
 
     path: str
-    stream: DirectoryStream
+    stream: "DirectoryStream"
     mutations: int

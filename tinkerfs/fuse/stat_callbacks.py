@@ -2,7 +2,7 @@
 
 import ctypes
 import stat
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -11,8 +11,10 @@ from tinkerfs.context import Validity
 from tinkerfs.fuse.abi import decode_path, make_fh_reader, make_stat_packer, memmove, negative_errno
 from tinkerfs.fuse.operations import Operations
 from tinkerfs.fuse.reply_cache import ReplyCache
-from tinkerfs.vfs.directory_cache import CachedDirectory
-from tinkerfs.vfs.node import Entry
+
+if TYPE_CHECKING:
+    from tinkerfs.vfs.directory_cache import CachedDirectory
+    from tinkerfs.vfs.node import Entry
 
 #: Maximum number of cached replies, 500 bytes each.
 _MAX_CACHED_STATS: Final = 32_768
@@ -74,7 +76,7 @@ class StatCallbacks:
         memmove(buffer, text, len(text))
         return 0
 
-    def _cached_sibling(self, path: bytes) -> tuple[CachedDirectory | None, Entry | None]:
+    def _cached_sibling(self, path: bytes) -> "tuple[CachedDirectory | None, Entry | None]":
         """Return the cached listing of the parent directory, and its entry for the path."""
         parent, _, name = path.decode("utf-8", "surrogateescape").rpartition("/")
         listing = self._operations.cached_directory(parent or "/")

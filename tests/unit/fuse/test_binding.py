@@ -118,3 +118,13 @@ def test_importing_the_package_imports_no_binding():
         "sys.exit(bool({'fuse', 'fusepy', 'mfusepy'} & set(sys.modules)))\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_importing_the_session_does_not_import_the_file_system():
+    # A mount that fails its first checks does not need it.
+    code = (
+        "import sys\n"
+        "import tinkerfs.fuse.binding, tinkerfs.fuse.session\n"
+        "sys.exit(bool({'tinkerfs.catalog.catalog', 'tinkerfs.vfs.schema'} & set(sys.modules)))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
