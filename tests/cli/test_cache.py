@@ -111,6 +111,18 @@ def test_clear_with_and_without_path_removes_one_and_all(env, cached):
     assert (report["checkpoints"], report["disk_bytes"]) == ([], 0)
 
 
+def test_clear_removes_the_index_of_the_archive(env, cached, server, tmp_path):
+    def requests_of_prefetch(*arguments):
+        server.journal.clear()
+        assert tinkerfs("prefetch", *arguments, env=env).returncode == 0
+        return len(server.journal.entries("store"))
+
+    in_empty_cache = requests_of_prefetch(cached[0], "--cache-dir", str(tmp_path / "empty"))
+    tinkerfs("cache", "clear", cached[0], env=env)
+    assert requests_of_prefetch(cached[0]) == in_empty_cache, "the index is requested again"
+    assert requests_of_prefetch(*cached) == 0, "of the other checkpoints nothing was removed"
+
+
 def test_cache_commands_without_cache_succeed(env, tmp_path):
     missing = str(tmp_path / "missing")
     assert cache_info(env, "--cache-dir", missing)["checkpoints"] == []
@@ -136,9 +148,11 @@ def test_cache_commands_with_corrupt_metadata_succeed(env, cached, tmp_path):
     for path in (tmp_path / ".cache/tinkerfs").glob("metadata.sqlite3*"):
         path.write_bytes(b"corrupt" * 1000)
     assert [row["checkpoint"] for row in cache_info(env)["checkpoints"]] == cached[::-1]
-    for command in ("verify", "clear"):
-        done = tinkerfs("cache", command, env=env)
-        assert (done.returncode, done.stderr) == (0, "")
+    done = tinkerfs("cache", "verify", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = tinkerfs("cache", "clear", env=env)
+    assert done.returncode == 0
+    assert "metadata.sqlite3 is not readable and is created again" in done.stderr
 
 
 def test_cache_commands_with_file_as_directory_name_it(env, cached, tmp_path):

@@ -14,6 +14,7 @@ import os
 import sqlite3
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from tinkerfs import errors
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 #: Incremented when the tables change; the records of another version are dropped.
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 2.0
-_FILE_NAME = "metadata.sqlite3"
+#: Name of the database in the cache directory.
+FILE_NAME = "metadata.sqlite3"
 
 
 class _ForkGuard:
@@ -72,7 +74,7 @@ class MetadataStore:
 
     def __init__(self, directory: Path | None) -> None:
         self._is_on = directory is not None
-        self._path = (directory or Path()) / _FILE_NAME
+        self._path = (directory or Path()) / FILE_NAME
         self.lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None  # guarded by lock
         self._identity: tuple[int, int] | None = None  # of the open file; guarded by lock
@@ -124,6 +126,27 @@ class MetadataStore:
     def delete(self, namespace: str, key: str) -> None:
         """Delete a value if there is one; a failure is logged once."""
         self._change("DELETE FROM records WHERE space = ? AND key = ?", (namespace, _blob(key)))
+
+    def delete_matching(self, namespace_prefix: str, matches: Callable[[str], bool]) -> None:
+        """Delete the values with a matching key, in all namespaces with a prefix.
+
+        A failure is logged once.
+        """
+        with self.lock:
+            if self._connection is None:
+                return
+            try:
+                rows = self._connection.execute(
+                    "SELECT space, key FROM records WHERE substr(space, 1, ?) = ?",
+                    (len(namespace_prefix), namespace_prefix),
+                ).fetchall()
+                with self._connection:
+                    self._connection.executemany(
+                        "DELETE FROM records WHERE space = ? AND key = ?",
+                        [(space, key) for space, key in rows if matches(_text(key))],
+                    )
+            except sqlite3.Error as error:
+                self._report_once(error)
 
     # Durable records.
 

@@ -64,8 +64,7 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 def cache() -> None:
     """Show, verify or clear the weights cached on disk.
 
-    Mounts may use the cache at the same time; they download removed blocks again. Metadata, a few
-    KiB per checkpoint, is stored separately and not affected.
+    Mounts may use the cache at the same time; they download removed blocks again.
     """
 
 
@@ -128,12 +127,23 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
 def clear(path: str | None, **flags: str | None) -> None:
     """Remove cached weights, also of open files; the next read downloads them.
 
-    Exits 0, also if nothing was cached.
+    The lists of their files and tensors are removed too. Exits 0, also if nothing was cached.
     """
     with _select(path, flags) as selection:
         freed_bytes = maintenance.clear(selection.blocks, selection.matches)
+        _clear_indexes(selection)
     directory = escape_control_chars(str(selection.blocks))
     click.echo(f"{format_size(freed_bytes)} freed in {directory}")
+
+
+def _clear_indexes(selection: _Selection) -> None:
+    from tinkerfs.cache.store import FILE_NAME, MetadataStore
+    from tinkerfs.weights.checkpoint_version import NAMESPACE_PREFIX, tinker_path_of
+
+    if not (selection.directory / FILE_NAME).exists():
+        return  # a store would create the file
+    with MetadataStore(selection.directory) as store:
+        store.delete_matching(NAMESPACE_PREFIX, lambda key: selection.matches(tinker_path_of(key)))
 
 
 @contextmanager

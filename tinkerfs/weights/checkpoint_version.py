@@ -1,9 +1,13 @@
 """Identify the version of a checkpoint for reads of its weights."""
 
+import json
 from dataclasses import dataclass
 
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.name_encoding import compound_key
+
+#: Start of the namespaces of the metadata store with `CheckpointVersion.cache_key` as keys.
+NAMESPACE_PREFIX = "weights "
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +44,9 @@ class CheckpointVersion:
     def about(self) -> str:
         """The `tinker://` path of the checkpoint, for users."""
         return f"tinker://{self.ref.run_id}/{self.ref.path_id or self.ref.listed_id}"
+
+
+def tinker_path_of(cache_key: str) -> str:
+    """Return the `tinker://` path of the checkpoint with a `cache_key`."""
+    _server, run_id, kind, name = json.loads(cache_key)[:4]
+    return f"tinker://{run_id}/{kind}/{name}"

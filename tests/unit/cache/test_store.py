@@ -28,6 +28,21 @@ def test_two_mounts_share_the_store(tmp_path):
         assert one.get("s", "k2") == b"v2"
 
 
+def test_delete_matching_selects_by_prefix_and_key(tmp_path):
+    with MetadataStore(tmp_path) as store:
+        for namespace in ("weights a", "weights b", "weights_c", "other"):
+            for key in ("k", "l\udcff"):
+                store.put(namespace, key, b"v")
+        store.put_durable("weights a", "k", b"v")
+        store.delete_matching("weights ", lambda key: key == "k")
+        assert [store.get(f"weights {each}", "k") for each in "ab"] == [None, None]
+        assert [store.get(each, "k") for each in ("weights_c", "other")] == [b"v", b"v"]
+        assert store.get("weights a", "l\udcff") == b"v"
+        store.delete_matching("weights ", lambda _key: True)
+        assert store.get("weights a", "l\udcff") is None
+        assert store.durable("weights a") == {"k": b"v"}
+
+
 def test_database_file_is_private(tmp_path):
     with MetadataStore(tmp_path):
         modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
