@@ -139,6 +139,24 @@ def test_reading_separate_runs_does_not_prefetch(make_world):
 
 
 @pytest.mark.served("GET training_runs")
+@pytest.mark.expect_warnings("EIO")
+def test_tree_walk_with_an_open_breaker_does_not_prefetch(make_world):
+    world = make_world(runs=24, checkpoints=1)
+    if world.is_kernel:  # the clock is not simulated
+        return
+    runs = sorted(world.driver.listdir("runs"))
+    world.server.faults.add(LISTING, times=None, status=500, headers={"x-should-retry": "false"})
+    accessed = [*runs[:6:2], *runs[10:14]]
+    for run_id in accessed:
+        with pytest.raises(OSError, match="500"):
+            world.driver.listdir(f"runs/{run_id}/checkpoints")
+        world.server.journal.wait_until_idle()
+        world.driver.time.advance(2)  # the next request is a probe
+    requested = [entry.path for entry in world.server.journal.entries(LISTING)]
+    assert [path.split("/")[-2] for path in requested] == accessed
+
+
+@pytest.mark.served("GET training_runs")
 def test_short_ttl_disables_prefetching(make_world):
     world = make_world(runs=12, checkpoints=1, settings={"ttl_s": 1.0})
     runs = sorted(world.driver.listdir("runs"))

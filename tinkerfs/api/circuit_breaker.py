@@ -62,6 +62,12 @@ class CircuitBreakers:
         with self._lock:
             self._states.clear()
 
+    def is_open(self, label: str) -> bool:
+        """Return whether the breaker of an endpoint is open, so that only probes are sent."""
+        with self._lock:
+            state = self._states.get(label)
+            return state is not None and state.is_open
+
     @contextmanager
     def guard(
         self, label: str, deadline: float, *, is_long_running: bool = False

@@ -104,6 +104,10 @@ class Client:
         client._priority = priority
         return client
 
+    def is_failing(self, endpoint: Endpoint) -> bool:
+        """Return whether the circuit breaker of an endpoint is open."""
+        return self._breakers.is_open(endpoint.label)
+
     def reset(self) -> None:
         """Close all circuit breakers and forget unsupported endpoints."""
         self._breakers.reset()

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from tinkerfs import errors
-from tinkerfs.api import models, raw_json
+from tinkerfs.api import endpoints, models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.result_stream import ResultStream
@@ -26,8 +26,9 @@ from tinkerfs.catalog.listings import (
     reuse_known_record,
     with_listed_last,
 )
+from tinkerfs.catalog.order_index import Order
 from tinkerfs.catalog.policies import CachePolicies
-from tinkerfs.catalog.prefetcher import Traversal, TraversalPrefetcher
+from tinkerfs.catalog.prefetcher import SequencePrefetcher, following_checkpoint
 from tinkerfs.catalog.trash import Trash
 from tinkerfs.catalog.weights_info import MAX_WEIGHTS_INFO_ENTRIES, WeightsInfoCache
 from tinkerfs.clock import Clock
@@ -44,8 +45,6 @@ _NO_LISTING = (errors.NotFound, errors.BadRequest, errors.Unauthorized, errors.U
 #: Minimum TTL of listings for prefetching, seconds. With a shorter TTL a prefetched listing could
 #: expire before the traversal reads it.
 MIN_TTL_FOR_PREFETCH_S = 10.0
-#: Maximum number of already cached items that are skipped each time prefetches are issued.
-_MAX_SKIPPED = 64
 
 
 class Catalog:
@@ -72,7 +71,22 @@ class Catalog:
         self._policies = policies
         self._trash = trash
         self._concurrency = concurrency
-        self._prefetcher = TraversalPrefetcher(2 * concurrency, clock)
+        self._run_prefetcher = SequencePrefetcher(
+            self._following_run,
+            self.prefetch_listing,
+            self.may_prefetch_listings,
+            2 * concurrency,
+            clock,
+        )
+        # Each weights info is requested only once ever, and its siblings are likely to follow.
+        self._info_prefetcher = SequencePrefetcher(
+            self._following_checkpoint,
+            self._prefetch_info,
+            lambda: not client.is_failing(endpoints.WEIGHTS_INFO),
+            2 * concurrency,
+            clock,
+            group=lambda key: key[0],
+        )
         self._supports_run_listing: bool | None = None  # unknown until the first request
 
     @property
@@ -155,8 +169,7 @@ class Catalog:
     def checkpoints_with_trash(self, run_id: str, ctx: RequestContext) -> CheckpointListing:
         """Return the checkpoints of a run, as `checkpoints` does, and those in the trash."""
         self._expire_changed()
-        if self._prefetcher.is_prefetched(run_id):
-            self._on_run_access(run_id)
+        self._run_prefetcher.on_read(run_id)
         load = partial(self._load_checkpoints, run_id)
         return self._cache.get(("checkpoints", run_id), load, self._policies.listing, ctx)
 
@@ -243,10 +256,10 @@ class Catalog:
         if changed:
             self._cache.expire(("user",))
 
-    @property
     def may_prefetch_listings(self) -> bool:
-        """Whether the listing TTL is long enough to prefetch listings."""
-        return self._policies.listing.ttl_s >= MIN_TTL_FOR_PREFETCH_S
+        """Return whether prefetched listings are likely to arrive, and to be fresh when read."""
+        is_long_enough = self._policies.listing.ttl_s >= MIN_TTL_FOR_PREFETCH_S
+        return is_long_enough and not self._client.is_failing(endpoints.RUN_CHECKPOINTS)
 
     def find_own_runs(self, ctx: RequestContext) -> None:
         """List the runs if another key's trash records may belong to this account."""
@@ -283,8 +296,7 @@ class Catalog:
 
         A caller that reads one checkpoint after another triggers prefetches of the next ones.
         """
-        if self._prefetcher.is_prefetched(checkpoint.key):
-            self._on_info_access(checkpoint)
+        self._info_prefetcher.on_read(checkpoint.key)
         return self._weights_infos.get(checkpoint, ctx)
 
     def fetch_checkpoints(self, run_id: str) -> CheckpointListing:
@@ -302,20 +314,19 @@ class Catalog:
     def refresh(self) -> None:
         """Discard every cached value, except immutable ones on disk."""
         self._client.reset()
-        self._prefetcher.clear()
+        self._run_prefetcher.clear()
+        self._info_prefetcher.clear()
         self._cache.clear()
         self._weights_infos.clear()
 
     # Loaders of the metadata cache.
 
     def _load_runs(self, priority: Priority) -> RunListing:
-        listing = RunListing.from_runs(
+        return RunListing.from_runs(
             self._client.with_priority(priority).all_training_runs(
                 lambda runs: priority.on_partial((run.run_id, run) for run in runs)
             )
         )
-        self._prefetcher.on_runs_reloaded()
-        return listing
 
     def _load_run(self, run_id: str, priority: Priority) -> models.TrainingRun:
         try:
@@ -349,15 +360,11 @@ class Catalog:
 
     def _load_checkpoints(self, run_id: str, priority: Priority) -> CheckpointListing:
         if priority.is_demand:
-            self._on_run_access(run_id)
-        client = self._client.with_priority(priority)
-        with self._prefetcher.stop_on_outage(run_id, priority):
-            records = client.list_checkpoints(run_id)
+            self._run_prefetcher.on_access(run_id)
+        records = self._client.with_priority(priority).list_checkpoints(run_id)
         known = self.cached_account_checkpoints()
         listing = CheckpointListing.from_records(run_id, records, known=known)
         self._reconcile_trash(run_id, listing)
-        for traversal in self._prefetcher.on_listing(run_id, self._trash.visible(run_id, listing)):
-            self._issue_prefetches(traversal)
         return listing
 
     def _reconcile_trash(self, run_id: str, listing: CheckpointListing) -> None:
@@ -408,45 +415,31 @@ class Catalog:
 
     def _load_weights_info(self, checkpoint: Checkpoint, priority: Priority) -> bytes:
         if priority.is_demand:
-            self._on_info_access(checkpoint)
+            self._info_prefetcher.on_access(checkpoint.key)
         client = self._client.with_priority(priority)
-        with self._prefetcher.stop_on_outage(checkpoint.key, priority):
-            return client.weights_info(checkpoint.tinker_path, exists=True).raw
+        return client.weights_info(checkpoint.tinker_path, exists=True).raw
 
     # Prefetching for traversals.
 
-    def _on_run_access(self, run_id: str) -> None:
-        self._issue_prefetches(self._prefetcher.on_run_access(run_id, self._prefetchable_runs()))
+    def _following_run(self, run_id: str, order: Order) -> str | None:
+        runs = self.cached_runs()
+        return None if runs is None else runs.order.next(run_id, order)
 
-    def _on_info_access(self, checkpoint: Checkpoint) -> None:
-        siblings, runs = self.cached_checkpoints(checkpoint.run_id), self._prefetchable_runs()
-        self._issue_prefetches(self._prefetcher.on_info_access(checkpoint, siblings, runs))
-
-    def _prefetchable_runs(self) -> RunListing | None:
-        return self.cached_runs() if self.may_prefetch_listings else None
-
-    def _issue_prefetches(self, traversal: Traversal | None) -> None:
-        """Start the next prefetches of a traversal, up to its current window."""
-        if traversal is None:
-            return
-        for _ in range(_MAX_SKIPPED):
-            item = self._prefetcher.next(traversal)
-            if item is None:
-                return
-            if isinstance(item, Checkpoint):
-                is_sent = self._weights_infos.prefetch(item)
-            else:
-                is_sent = self.prefetch_listing(item)
-                cached = None if is_sent else self.cached_checkpoints(item)
-                if cached is not None:
-                    self._prefetcher.on_listing(item, cached)
-            if not is_sent:
-                self._prefetcher.drop(traversal, item)
+    def _following_checkpoint(
+        self, key: tuple[str, str, str], order: Order
+    ) -> tuple[str, str, str] | None:
+        return following_checkpoint(key, order, self.cached_runs(), self.cached_checkpoints)
 
     def prefetch_listing(self, run_id: str) -> bool:
         """List a run in the background; return False if a listing is cached."""
         load = partial(self._load_checkpoints, run_id)
         return self._cache.prefetch(("checkpoints", run_id), load, self._policies.listing)
+
+    def _prefetch_info(self, key: tuple[str, str, str]) -> bool:
+        run_id, kind, name = key
+        listing = self.cached_checkpoints(run_id)
+        checkpoint = None if listing is None else listing.get(kind, name)
+        return checkpoint is not None and self._weights_infos.prefetch(checkpoint)
 
 
 def _latest(*times_ns: int | None) -> int | None:

@@ -6,6 +6,7 @@ and a name. All functions are pure.
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from sys import intern
 from typing import Self
 
@@ -14,6 +15,7 @@ from msgspec.structs import replace
 
 from tinkerfs.api import models, raw_json
 from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.catalog.order_index import OrderIndex
 from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
 
 
@@ -102,7 +104,7 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
 UNKNOWN_MODEL = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RunListing:
     """The user's training runs, in the server's order.
 
@@ -128,8 +130,13 @@ class RunListing:
             by_model.setdefault(first, {}).setdefault(rest, {})[run.run_id] = run
         return cls(by_id, by_model, _newest_ns(run.last_request_time_ns for run in by_id.values()))
 
+    @cached_property
+    def order(self) -> OrderIndex[str]:
+        """The run ids in the orders of traversals; slow to make for many runs."""
+        return OrderIndex(self.by_id)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class CheckpointListing:
     """The checkpoints of one run, in the server's order.
 
@@ -190,6 +197,12 @@ class CheckpointListing:
             for kind, group in groups.items()
         }
         return cls(tuple(by_name.values()), bare, groups, newest_ns)
+
+    @cached_property
+    def order(self) -> OrderIndex[Checkpoint]:
+        """The checkpoints in the orders of traversals, by kind and name."""
+        listed = (checkpoint for kind in self.kinds for checkpoint in self.of_kind(kind))
+        return OrderIndex(listed, name=lambda checkpoint: (checkpoint.kind, checkpoint.name))
 
     def get(self, kind: str, name: str) -> Checkpoint | None:
         """Return the checkpoint of a kind and name."""

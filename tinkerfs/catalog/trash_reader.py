@@ -32,7 +32,7 @@ class TrashReader:
         """
         self._catalog.find_own_runs(ctx)
         run_ids = self._trash.run_ids()
-        prefetches = iter(run_ids if self._catalog.may_prefetch_listings else ())
+        prefetches = iter(run_ids if self._catalog.may_prefetch_listings() else ())
         for first in islice(prefetches, self._concurrency):
             self._catalog.prefetch_listing(first)
         for run_id in run_ids:

@@ -7,6 +7,7 @@ import pytest
 from tests.support.clocks import FakeTime
 from tests.unit.api.conftest import http
 from tinkerfs import errors
+from tinkerfs.api import endpoints
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.demo.profiles import PROFILES
@@ -66,6 +67,18 @@ def test_listing_with_failing_page_fails(demo_server, client_of):
     server.faults.add("GET training_runs", status=400, when=lambda e: e.query["offset"] == "200")
     with pytest.raises(errors.BadRequest):
         client_of(server).all_training_runs()
+
+
+def test_is_failing_after_failed_requests_of_the_endpoint_only(server, client, run_id):
+    server.faults.add("GET training_runs/{run}", status=500, times=None)
+    for _ in range(3):
+        assert not client.is_failing(endpoints.RUN)
+        with pytest.raises(errors.ServerError):
+            client.training_run(run_id)
+    assert client.is_failing(endpoints.RUN)
+    assert not client.is_failing(endpoints.RUN_CHECKPOINTS)
+    client.reset()
+    assert not client.is_failing(endpoints.RUN)
 
 
 def test_listing_with_invalid_record_warns_once(server, client, expect_warnings):

@@ -1,35 +1,32 @@
 """Prefetches for traversals of generated accounts, without duplicate requests."""
 
-from itertools import pairwise
-
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.clocks import FakeTime
-from tinkerfs import errors
 from tinkerfs.api import models
-from tinkerfs.catalog import prefetcher
-from tinkerfs.catalog.listings import Checkpoint, CheckpointListing, RunListing
+from tinkerfs.catalog.listings import CheckpointListing, RunListing
+from tinkerfs.catalog.order_index import Order, OrderIndex
 from tinkerfs.catalog.prefetcher import (
+    MAX_TRAVERSALS,
     TRAVERSAL_TIMEOUT_S,
-    OrderIndex,
-    TraversalOrder,
-    TraversalPrefetcher,
-    in_order,
+    SequencePrefetcher,
+    following_checkpoint,
 )
-from tinkerfs.context import Priority
 
 MAX_WINDOW = 16
 
 
 class Account:
-    """An account and a client process that traverses it; prefetches complete late.
+    """An account and the client processes that traverse it; responses arrive with the next read.
 
     Attributes:
         requested: the keys of all requests in order, prefetches included.
+        prefetched: the keys of prefetches that were not read yet.
         prefetch_count: number of prefetches.
-        max_outstanding: largest number of outstanding prefetches of a traversal.
+        max_ahead: largest number of prefetches that were not read yet.
+        is_failing: whether the circuit breaker is open.
     """
 
     def __init__(self, runs, max_window=MAX_WINDOW):
@@ -44,59 +41,67 @@ class Account:
             for run_id, names in runs.items()
         }
         self.time = FakeTime()
-        self.prefetcher = TraversalPrefetcher(max_window, self.time.clock)
-        self.requested, self.prefetch_count = [], 0
-        self.max_outstanding = 0
-        self._in_flight = []
+        self.requested, self.prefetched = [], set()
+        self.prefetch_count = self.max_ahead = 0
+        self.is_failing = False
+        self.run_prefetcher = self._prefetcher(
+            lambda run_id, order: self.runs.order.next(run_id, order), max_window
+        )
+        self.info_prefetcher = self._prefetcher(
+            lambda key, order: following_checkpoint(key, order, self.runs, self._listed),
+            max_window,
+            group=lambda key: key[0],
+        )
+
+    def _prefetcher(self, following, max_window, **options):
+        return SequencePrefetcher(
+            following,
+            self._prefetch,
+            lambda: not self.is_failing,
+            max_window,
+            self.time.clock,
+            **options,
+        )
+
+    def _listed(self, run_id):
+        return self.listings[run_id] if run_id in self.requested else None
+
+    def _prefetch(self, key):
+        if key in self.requested:
+            return False
+        self.requested.append(key)
+        self.prefetched.add(key)
+        self.prefetch_count += 1
+        self.max_ahead = max(self.max_ahead, len(self.prefetched))
+        return True
 
     def list_run(self, run_id):
-        if self.prefetcher.is_prefetched(run_id):
-            self._prefetch(self.prefetcher.on_run_access(run_id, self.runs))
-        if run_id not in self.requested:
-            self._prefetch(self.prefetcher.on_run_access(run_id, self.runs))
-            self._request(run_id)
-        self._complete(run_id)
+        self._read(self.run_prefetcher, run_id)
         return self.listings[run_id]
 
-    def read_info(self, checkpoint, knows_siblings=True):
-        siblings = self.listings[checkpoint.run_id] if knows_siblings else None
-        if self.prefetcher.is_prefetched(checkpoint.key) or checkpoint.key not in self.requested:
-            self._prefetch(self.prefetcher.on_info_access(checkpoint, siblings, self.runs))
-        if checkpoint.key not in self.requested:
-            self._request(checkpoint.key)
-        self._complete(checkpoint.key)
+    def read_info(self, checkpoint):
+        self._read(self.info_prefetcher, checkpoint.key)
+
+    def _read(self, prefetcher, key):
+        self.prefetched.discard(key)
+        prefetcher.on_read(key)
+        if key not in self.requested:
+            prefetcher.on_access(key)
+            assert key not in self.requested
+            self.requested.append(key)
 
     def traverse(self, order, *, infos=True):
-        index = OrderIndex(self.runs.by_id)
-        for position in range(len(index)):
-            listing = self.list_run(index.name(order, position))
+        for run_id in in_order(self.runs, order):
+            listing = self.list_run(run_id)
             for checkpoint in in_order(listing, order) if infos else ():
                 self.read_info(checkpoint)
 
-    def _request(self, key):
-        assert key not in self.requested
-        self.requested.append(key)
-        self._in_flight.append(key)
 
-    def _complete(self, key):
-        """Complete every request up to the one with a key."""
-        while key in self._in_flight:
-            completed = self._in_flight.pop(0)
-            if isinstance(completed, str):
-                for traversal in self.prefetcher.on_listing(completed, self.listings[completed]):
-                    self._prefetch(traversal)
-
-    def _prefetch(self, traversal):
-        while traversal is not None and (item := self.prefetcher.next(traversal)) is not None:
-            key = item if isinstance(item, str) else item.key
-            if key not in self.requested:
-                self._request(key)
-                self.prefetch_count += 1
-                self.max_outstanding = max(self.max_outstanding, len(traversal.outstanding))
-                continue
-            if isinstance(item, str) and item not in self._in_flight:
-                self.prefetcher.on_listing(item, self.listings[item])
-            self.prefetcher.drop(traversal, item)
+def in_order(listing, order):
+    """Return all runs, or the checkpoints of a run, in an order."""
+    index = listing.order
+    items = index._by_name if order.is_by_name else index._listed
+    return items[:: order.step]
 
 
 def numbered(runs, checkpoints=3):
@@ -121,18 +126,27 @@ ACCOUNTS = st.dictionaries(
     ),
     max_size=12,
 )
+ORDERS = list(Order)
 
 
-@given(ACCOUNTS, st.sampled_from(list(TraversalOrder)), st.booleans(), st.integers(2, 20))
+@given(ACCOUNTS, st.sampled_from(ORDERS), st.booleans(), st.integers(2, 20))
 def test_traversal_requests_all_once_and_stays_within_its_window(runs, order, infos, max_window):
     account = Account(runs, max_window)
     account.traverse(order, infos=infos)
     wanted = {*account.runs.by_id}
     if infos:
-        wanted |= {c.key for listing in account.listings.values() for c in in_order(listing, order)}
+        wanted |= {c.key for listing in account.listings.values() for c in listing.all}
     assert set(account.requested) == wanted
     assert len(account.requested) == len(wanted)
-    assert account.max_outstanding <= 2 * max_window
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_traversal_prefetches_nearly_all_within_its_window(order):
+    account = Account(shuffled(numbered(40)))
+    account.traverse(order)
+    assert account.max_ahead <= 2 * MAX_WINDOW
+    assert len(account.requested) - account.prefetch_count <= 6
+    assert account.prefetched == set()
 
 
 @given(ACCOUNTS, st.data())
@@ -149,25 +163,26 @@ def test_accesses_in_any_order_request_existing_keys_only_once(runs, data):
     assert set(account.requested) <= {*runs, *(c.key for c in every)}
 
 
-@given(ACCOUNTS, st.sampled_from(list(TraversalOrder)))
-def test_order_index_converts_between_names_and_positions(runs, order):
-    index = OrderIndex(runs)
-    names = [index.name(order, position) for position in range(len(index))]
-    wanted = sorted(runs) if order.is_by_name else list(runs)
-    assert names == (wanted[::-1] if order.is_backwards else wanted)
-    assert [index.position(order, name) for name in names] == list(range(len(names)))
-    assert index.position(order, "absent") is None
+@given(st.lists(st.text("abc"), unique=True), st.sampled_from(ORDERS))
+def test_order_index_iterates_in_each_order(names, order):
+    index = OrderIndex(names)
+    wanted = sorted(names) if order.is_by_name else list(names)
+    wanted = wanted[:: order.step]
+    assert index.first(order) == (wanted[0] if wanted else None)
+    assert [index.next(name, order) for name in wanted] == [*wanted[1:], None][: len(wanted)]
+    assert [index.next(name, order.reversed) for name in wanted] == [None, *wanted][: len(wanted)]
+    assert index.next("absent", order) is None
 
 
-@pytest.mark.parametrize("order", list(TraversalOrder))
+@pytest.mark.parametrize("order", ORDERS)
 def test_run_access_prefetches_from_the_second_adjacent_run_on(order):
     account = Account(shuffled(numbered(40)))
-    index = OrderIndex(account.runs.by_id)
-    account.list_run(index.name(order, 5))
-    account.list_run(index.name(order, 5))
+    names = in_order(account.runs, order)
+    account.list_run(names[5])
+    account.list_run(names[5])
     assert account.prefetch_count == 0
-    account.list_run(index.name(order, 6))
-    assert account.requested[1:5] == [index.name(order, position) for position in range(7, 11)]
+    account.list_run(names[6])
+    assert account.requested == [names[5], *names[7:11], names[6]]
 
 
 def test_run_access_to_distant_runs_prefetches_nothing():
@@ -187,34 +202,52 @@ def test_run_access_at_long_intervals_prefetches_nothing():
 
 def test_run_access_widens_the_window_with_correct_predictions():
     account = Account(numbered(100))
-    outstanding = []
+    ahead = []
     for number in range(8):
         account.list_run(f"r{number:03}")
-        outstanding.append(len(account.requested) - number - 1)
-    assert outstanding == [0, 4, 8, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW]
+        ahead.append(len(account.prefetched))
+    assert ahead == [0, 4, 8, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW]
 
 
-def test_info_access_in_two_runs_prefetches_infos_of_the_next():
+def test_run_access_past_skipped_runs_releases_their_places():
+    account = Account(numbered(100))
+    for number in (0, 1, 5, 13):
+        account.list_run(f"r{number:03}")
+    assert {f"r{number:03}" for number in range(14, 30)} <= account.prefetched
+
+
+def test_run_access_after_cached_runs_continues_behind_them():
+    account = Account(numbered(100))
+    account.requested += [f"r{number:03}" for number in range(2, 30)]
+    account.list_run("r000")
+    account.list_run("r001")
+    assert account.prefetched == {"r030", "r031", "r032", "r033"}
+
+
+def test_info_access_continues_in_the_next_listed_run():
     account = Account(numbered(10, checkpoints=4))
-    for run_id in ("r000", "r001"):
-        for checkpoint in in_order(account.list_run(run_id), TraversalOrder.BY_NAME):
-            account.read_info(checkpoint)
-    assert ("r002", "weights", "0") in account.requested
-    assert "r003" in account.requested
+    for run_id in ("r000", "r001", "r002"):
+        account.list_run(run_id)
+    for checkpoint in in_order(account.listings["r000"], Order.BY_NAME):
+        account.read_info(checkpoint)
+    assert ("r001", "weights", "0") in account.prefetched
+    assert {key[0] for key in account.prefetched if isinstance(key, tuple)} <= {
+        *(run_id for run_id in account.requested if isinstance(run_id, str))
+    }
 
 
 def test_info_access_prefetches_a_few_siblings_then_more():
     account = Account(numbered(1, checkpoints=100))
-    ordered = in_order(account.list_run("r000"), TraversalOrder.BY_NAME)
-    outstanding = []
+    ordered = in_order(account.list_run("r000"), Order.BY_NAME)
+    ahead = []
     for number in range(3, 8):
         account.read_info(ordered[number])
-        outstanding.append(account.prefetch_count - (number - 3))
-    assert outstanding == [4, 8, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW]
+        ahead.append(len(account.prefetched))
+    assert ahead == [4, 8, MAX_WINDOW, MAX_WINDOW, MAX_WINDOW]
     assert set(account.requested[1:]) == {each.key for each in ordered[3 : 8 + MAX_WINDOW]}
 
 
-@pytest.mark.parametrize("order", list(TraversalOrder))
+@pytest.mark.parametrize("order", ORDERS)
 def test_info_access_twice_reveals_the_order(order):
     # Listed in steps of eight: neighbours in one order are not neighbours in the other.
     names = [f"weights/{n:02}" for n in sorted(range(40), key=lambda n: n % 8)]
@@ -229,42 +262,19 @@ def test_info_access_twice_reveals_the_order(order):
     assert len(requested) >= 4
 
 
-def test_info_access_without_order_stops_searching_for_one(monkeypatch):
+@given(st.permutations(range(0, 400, 7)))
+def test_info_access_without_order_prefetches_four_siblings_only(numbers):
     account = Account(numbered(1, checkpoints=400))
-    ordered = in_order(account.list_run("r000"), TraversalOrder.BY_NAME)
-    searches = []
-    monkeypatch.setattr(prefetcher, "_are_next", lambda *args: searches.append(args) or False)
-    for number in range(400):
-        account.read_info(ordered[number * 37 % 400])
-    assert len(searches) <= 10 * len(TraversalOrder)
+    by_name = in_order(account.list_run("r000"), Order.BY_NAME)
+    for number in numbers:
+        account.read_info(by_name[number])
+    assert account.prefetch_count <= 4
 
 
 def test_info_access_once_prefetches_four_siblings_only():
     account = Account(numbered(1, checkpoints=100))
-    account.read_info(in_order(account.list_run("r000"), TraversalOrder.BY_NAME)[50])
-    for _ in range(3):
-        account._complete(account.requested[-1])
-        account.time.advance(TRAVERSAL_TIMEOUT_S)
+    account.read_info(in_order(account.list_run("r000"), Order.BY_NAME)[50])
     assert account.prefetch_count == 4
-
-
-@given(st.permutations(range(12)))
-def test_info_access_without_order_soon_prefetches_all(numbers):
-    account = Account(numbered(1, checkpoints=12))
-    listing = account.list_run("r000")
-    ordered = in_order(listing, TraversalOrder.LISTED)
-    keys = [ordered[number].key for number in numbers[:6]]
-    # Neighbours in an order suggest a traversal, which starts with a small window.
-    assume(
-        not any(
-            prefetcher._are_next(listing, order, *pair)
-            for order in TraversalOrder
-            for pair in pairwise(keys)
-        )
-    )
-    for number in numbers[:6]:
-        account.read_info(ordered[number])
-    assert len(account.requested) == 13
 
 
 def test_traversal_in_another_order_is_recognised_at_run_three():
@@ -272,7 +282,7 @@ def test_traversal_in_another_order_is_recognised_at_run_three():
     names = ["r000", "r001", *(f"r{n:03}" for n in range(2, 40, 2))]
     names += [f"r{n:03}" for n in range(3, 40, 2)]
     account = Account(dict.fromkeys(names, ()))
-    account.traverse(TraversalOrder.BY_NAME)
+    account.traverse(Order.BY_NAME)
     assert len(account.requested) == len(names)
     assert account.prefetch_count > len(names) / 2
 
@@ -282,7 +292,17 @@ def test_two_concurrent_traversals_are_both_prefetched():
     for number in range(20):
         account.list_run(f"r{number:03}")
         account.list_run(f"r{100 + number:03}")
-    assert {"r020", "r030", "r120", "r130"} <= set(account.requested)
+    assert {"r020", "r030", "r120", "r130"} <= account.prefetched
+
+
+def test_traversal_survives_some_accesses_elsewhere():
+    account = Account(numbered(400))
+    account.list_run("r000")
+    account.list_run("r001")
+    for number in range(100, 100 + 2 * (MAX_TRAVERSALS - 2), 2):
+        account.list_run(f"r{number:03}")
+    account.list_run("r002")
+    assert "r010" in account.prefetched
 
 
 def test_traversal_that_stops_is_not_prefetched():
@@ -290,32 +310,28 @@ def test_traversal_that_stops_is_not_prefetched():
     account.list_run("r000")
     account.list_run("r001")
     account.time.advance(TRAVERSAL_TIMEOUT_S + 0.1)
-    (run_id,) = [r for r in account.requested if account.prefetcher.is_prefetched(r)][:1]
     requested = list(account.requested)
-    account._complete(requested[-1])
+    account.list_run("r003")
     assert account.requested == requested
-    account.list_run("r030")
-    assert not account.prefetcher.is_prefetched(run_id)
 
 
-@pytest.mark.parametrize("is_demand", [False, True])
-def test_stop_on_outage_ends_the_traversal_of_a_prefetch(is_demand):
+def test_traversal_with_an_open_breaker_prefetches_nothing():
     account = Account(numbered(40))
     account.list_run("r000")
-    account.list_run("r001")
-    assert account.prefetcher.is_prefetched("r003")
-    with (
-        pytest.raises(errors.ServerError),
-        account.prefetcher.stop_on_outage("r002", Priority(is_demand=is_demand)),
-    ):
-        raise errors.ServerError("down")
-    assert account.prefetcher.is_prefetched("r003") == is_demand
+    account.is_failing = True
+    for number in range(1, 5):
+        account.list_run(f"r{number:03}")
+    assert account.prefetch_count == 0
+    account.is_failing = False
+    account.list_run("r005")
+    account.list_run("r006")
+    assert account.prefetch_count == 4
 
 
-def test_access_to_unknown_runs_and_siblings_starts_no_traversal():
-    empty = TraversalPrefetcher(MAX_WINDOW, FakeTime().clock)
+def test_access_to_unknown_items_starts_no_traversal():
+    account = Account({})
     for number in range(3):
-        assert empty.on_run_access(f"r{number}", None) is None
-        record = models.Checkpoint.from_fields(checkpoint_id=f"weights/{number}", raw=b"{}")
-        assert empty.on_info_access(Checkpoint.from_record("r", record), None, None) is None
-    empty.clear()
+        account.run_prefetcher.on_access(f"r{number}")
+        account.info_prefetcher.on_access(("r", "weights", str(number)))
+    account.run_prefetcher.clear()
+    assert account.requested == []
