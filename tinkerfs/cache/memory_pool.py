@@ -49,9 +49,8 @@ class BlockMemoryPool:
         """Return whether a prefetch fits; prefetches use at most half of the bound."""
         with self._changed:
             oldest = self._clock.monotonic() - _PREFETCH_TTL_S
-            while self._prefetched and next(iter(self._prefetched.values()))[0] < oldest:
-                self._mark_accessed(next(iter(self._prefetched)))
-            prefetch_bytes = self._reserved_bytes + self._prefetched_bytes + size_bytes
+            unread = (data for arrived, data in self._prefetched.values() if arrived >= oldest)
+            prefetch_bytes = self._reserved_bytes + sum(map(len, unread)) + size_bytes
             return prefetch_bytes <= self._max_bytes // 2
 
     def reserve(self, size_bytes: int, timeout_s: float) -> bool:
@@ -63,6 +62,7 @@ class BlockMemoryPool:
             if not self._changed.wait_for(lambda: self._fits(size_bytes), timeout_s):
                 return False
             self._reserved_bytes += size_bytes
+            self._demote_expired()
             while self._accessed and self._total_bytes() > self._max_bytes:
                 self._accessed_bytes -= len(self._accessed.popitem(last=False)[1])
             while self._prefetched and self._total_bytes() > self._max_bytes:
@@ -116,6 +116,12 @@ class BlockMemoryPool:
             for key in [key for key in self._accessed if key[0] == file]:
                 self._accessed_bytes -= len(self._accessed.pop(key))
             self._changed.notify_all()
+
+    def _demote_expired(self) -> None:
+        """Mark prefetched blocks as read if no reader has wanted them in time."""
+        oldest = self._clock.monotonic() - _PREFETCH_TTL_S
+        while self._prefetched and next(iter(self._prefetched.values()))[0] < oldest:
+            self._mark_accessed(next(iter(self._prefetched)))
 
     def _mark_accessed(self, key: Key) -> None:
         data = self._accessed[key] = self._prefetched[key][1]

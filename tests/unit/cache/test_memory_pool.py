@@ -60,6 +60,18 @@ def test_old_prefetches_do_not_limit_prefetch():
     assert memory.has(("idle", 0))
 
 
+def test_old_prefetch_is_evicted_before_a_block_read_later():
+    time = FakeTime()
+    memory = BlockMemoryPool(100, time.clock)
+    fill(memory, "idle", 0)
+    time.advance(11)
+    fill(memory, "other", 0)
+    memory.get(("other", 0))
+    assert memory.reserve(50, 0)
+    assert not memory.has(("idle", 0))
+    assert memory.has(("other", 0))
+
+
 def test_block_kept_twice_replaces_the_first():
     memory = BlockMemoryPool(100)
     for _ in range(5):
