@@ -14,8 +14,9 @@ from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.errors import StartupError
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.connections import ObjectStoreClient
+from tinkerfs.weights.http import ObjectStoreClient
 from tinkerfs.weights.retry import TransferInterrupted
+from tinkerfs.weights.transfer_monitor import TransferMonitor
 
 SUPPORT = Path(__file__).parents[1] / "support"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -52,7 +53,7 @@ def ask(request, tmp_path):
                 return
 
     def ask_store(base_url, timeout_s=10):
-        with ObjectStoreClient(Telemetry(), timeout_s=timeout_s) as client:
+        with ObjectStoreClient(TransferMonitor(Telemetry(), timeout_s)) as client:
             response = client.get(f"{base_url}/object", {})
             assert b"".join(response.chunks()) == b"bytes"
 
@@ -125,7 +126,7 @@ def test_proxy_sees_only_the_host_name_of_a_store(environment):
     environment.setenv("SSL_CERT_FILE", str(SUPPORT / "invalid.pem"))
     with served("invalid.pem", host="store.invalid") as (server, url), ProxyServer() as proxy:
         environment.setenv("HTTPS_PROXY", proxy.address)
-        with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
+        with ObjectStoreClient(TransferMonitor(Telemetry(), 10)) as client:
             for _ in range(2):
                 got = client.get(f"{url}/object?X-Amz-Signature=c0ffee", {})
                 assert b"".join(got.chunks()) == b"bytes"

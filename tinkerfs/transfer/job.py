@@ -90,13 +90,10 @@ class TransferJob(ABC, Generic[R]):
 
     def _on_error(self, ref: WeightsRef, item: Item, error: Exception) -> None:
         """Record that a file was not transferred, or that its checkpoint has a new version."""
-        if isinstance(error, OSError) and errors.is_stale(error):
-            # Called for its side effect: it drops the cached file list of the old version.
-            self._weights.cached_files(ref.version)
-            if not self._is_retry:
-                if ref not in self._changed:
-                    self._changed.append(ref)
-                return
+        if isinstance(error, OSError) and errors.is_stale(error) and not self._is_retry:
+            if ref not in self._changed:
+                self._changed.append(ref)
+            return
         self._is_disk_full |= isinstance(error, OSError) and errors.is_no_space(error)
         self.failures.append(Failure(item.name, error, self._hint))
 

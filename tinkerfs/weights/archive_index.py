@@ -20,12 +20,11 @@ from tinkerfs.concurrency import run_concurrently
 from tinkerfs.name_encoding import compound_key
 from tinkerfs.weights.block_download import block_digest
 from tinkerfs.weights.block_math import BLOCK_BYTES
-from tinkerfs.weights.connections import ObjectStoreClient
 from tinkerfs.weights.etags import Sample, sample_of
 from tinkerfs.weights.extracted_tree import ExtractedTree, MemberRejected
 from tinkerfs.weights.gzip_stream import GZIP_MAGIC, inflated
 from tinkerfs.weights.probe import empty_archive
-from tinkerfs.weights.range_source import RangeSource
+from tinkerfs.weights.range_source import Connect, RangeSource
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.tar_index import Member, Segment, read_members, sanitize_member_name
 from tinkerfs.weights.transfer import OVERLAP_BYTES
@@ -138,7 +137,7 @@ def block_key(cache_key: str, version: Version, kind: str) -> str:
 
 
 def archive_index(
-    client: ObjectStoreClient,
+    connect: Connect,
     url_provider: UrlProvider,
     cache: BlockCache,
     cache_key: str,
@@ -152,10 +151,10 @@ def archive_index(
         ApiError: the download fails.
         OSError: EIO if the archive is corrupt.
     """
-    retry_budget, number = RetryBudget(client.timeout_s), 0
+    retry_budget, number = RetryBudget(connect().monitor.stall_timeout_s), 0
     while True:
         try:
-            return _archive_index(client, url_provider, cache, cache_key, description)
+            return _archive_index(connect, url_provider, cache, cache_key, description)
         except TransferInterrupted as interruption:
             retry_budget.backoff_or_raise(interruption)
         except ValueError as error:
@@ -170,13 +169,13 @@ def archive_index(
 
 
 def _archive_index(
-    client: ObjectStoreClient,
+    connect: Connect,
     url_provider: UrlProvider,
     cache: BlockCache,
     cache_key: str,
     description: str,
 ) -> Index:
-    with RangeSource(client, url_provider, None).open(0, PROBE_BYTES) as transfer:
+    with RangeSource(connect, url_provider, None).open(0, PROBE_BYTES) as transfer:
         version, sample = transfer.version, None
         if transfer.is_full_body:
             chunks = iter(transfer)
@@ -187,7 +186,7 @@ def _archive_index(
         else:
             first = b"".join(transfer)
             sample = sample_of(0, first)
-            source = RangeSource(client, url_provider, version, sample)
+            source = RangeSource(connect, url_provider, version, sample)
             rest = _full_stream(first, source, version)
         if not first:
             raise empty_archive()
@@ -208,7 +207,7 @@ def _archive_index(
 
 
 def external_index(
-    client: ObjectStoreClient,
+    connect: Connect,
     names: Iterable[str],
     url_provider_of: Callable[[str], UrlProvider],
     mtime_ns: int,
@@ -223,7 +222,7 @@ def external_index(
 
     def prober(name: str) -> Callable[[], Version]:
         def probe_file() -> Version:
-            with RangeSource(client, url_provider_of(name), None).open(0, 1) as transfer:
+            with RangeSource(connect, url_provider_of(name), None).open(0, 1) as transfer:
                 if not transfer.is_full_body or transfer.version.size_bytes == UNKNOWN_BYTES:
                     for _ in transfer:  # to the end, so that the connection can be reused
                         pass

@@ -10,7 +10,7 @@ from contextlib import closing
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockFile
 from tinkerfs.cache.memory_pool import BlockMemoryPool
-from tinkerfs.weights.connections import READ_BYTES
+from tinkerfs.weights.transfer_monitor import CHUNK_BYTES
 
 
 class CacheWriteLost(OSError):
@@ -60,7 +60,7 @@ class BlockDownload:
         self._reserved_bytes = 0
         self._writer = disk.begin_write(index, length) if uses_disk else None
         try:
-            self._reserve(length if self._writer is None else min(READ_BYTES, length))
+            self._reserve(length if self._writer is None else min(CHUNK_BYTES, length))
         except errors.RequestTimeout:
             self.close()
             raise

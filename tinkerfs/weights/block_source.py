@@ -48,8 +48,8 @@ class BlockSource(Protocol):
         """Set the function that returns a sample of cached bytes; see `RangeSource`."""
         ...
 
-    def stale(self, reason: str) -> OSError:
-        """Mark the file as changed, and return the error ESTALE."""
+    def report_stale(self, reason: str) -> OSError:
+        """Report that the file has changed, and return the error ESTALE."""
         ...
 
     def open(self, start: int, stop: int, before: bytes = b"") -> ByteStream:

@@ -74,9 +74,9 @@ class GzipSource:
     def use_samples(self, find: Callable[[], Sample | None]) -> None:
         """Do nothing, because the cached bytes are decompressed and the store's are not."""
 
-    def stale(self, reason: str) -> OSError:
-        """Mark the file as changed, and return the error ESTALE."""
-        return self._source.stale(reason)
+    def report_stale(self, reason: str) -> OSError:
+        """Report that the file has changed, and return the error ESTALE."""
+        return self._source.report_stale(reason)
 
     def open(self, _start: int, _stop: int, _before: bytes = b"") -> "GzipTransfer":
         """Request the whole file, whatever the range.

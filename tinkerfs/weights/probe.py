@@ -1,34 +1,34 @@
 """Small requests to an object store: the version of a file, and a range of it."""
 
 from tinkerfs import errors
-from tinkerfs.weights.connections import STORE_ENDPOINT, ObjectStoreClient
-from tinkerfs.weights.range_source import RangeSource
+from tinkerfs.weights.range_source import Connect, RangeSource
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 
-def _read_version(client: ObjectStoreClient, url_provider: UrlProvider) -> Version:
+def _read_version(connect: Connect, url_provider: UrlProvider) -> Version:
     """Return the current version of a file.
 
     Raises:
         ApiError: the request fails.
     """
-    with RangeSource(client, url_provider, None).open(0, 1) as transfer:
+    with RangeSource(connect, url_provider, None).open(0, 1) as transfer:
         if transfer.version.size_bytes == UNKNOWN_BYTES:
             for _ in transfer:  # to the end, which reveals the length
                 pass
         return transfer.version
 
 
-def read_archive_version(client: ObjectStoreClient, url_provider: UrlProvider) -> Version:
+def read_archive_version(connect: Connect, url_provider: UrlProvider) -> Version:
     """Return the current version of an archive; wait while it is empty.
 
     Raises:
         ApiError: the request fails, or the archive stays empty.
     """
-    retry_budget = RetryBudget(client.timeout_s)
-    while not (version := _read_version(client, url_provider)).size_bytes:
+    retry_budget = RetryBudget(connect().monitor.stall_timeout_s)
+    while not (version := _read_version(connect, url_provider)).size_bytes:
         retry_budget.backoff_or_raise(empty_archive())
     return version
 
@@ -39,13 +39,13 @@ def empty_archive() -> TransferInterrupted:
     return TransferInterrupted(errors.ServerError(message, endpoint=STORE_ENDPOINT))
 
 
-def has_version(client: ObjectStoreClient, url_provider: UrlProvider, version: Version) -> bool:
+def has_version(connect: Connect, url_provider: UrlProvider, version: Version) -> bool:
     """Return whether the store has a version, according to its validators.
 
     Raises:
         ApiError: the request fails.
     """
-    now = _read_version(client, url_provider)
+    now = _read_version(connect, url_provider)
     return _comparable(now) == _comparable(version)
 
 

@@ -16,7 +16,6 @@ from tinkerfs.api.models import SignedUrl
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.errors import ApiError
 from tinkerfs.retry import parse_retry_after_s
-from tinkerfs.weights.connections import STORE_ENDPOINT, ObjectStoreClient
 from tinkerfs.weights.etags import SAMPLE_BYTES, EtagAliases, Sample, sample_of
 from tinkerfs.weights.responses import (
     ContentRange,
@@ -26,11 +25,15 @@ from tinkerfs.weights.responses import (
 )
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.transfer import RangeResponse, Transfer
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
-    from tinkerfs.weights.pools import Response
+    from tinkerfs.weights.http import ObjectStoreClient, Response
+
+#: Returns the HTTP client, which is imported at the first request.
+Connect = Callable[[], "ObjectStoreClient"]
 
 MAX_REDIRECTS = 5
 
@@ -52,21 +55,24 @@ class RangeSource:
         version: the expected version; None if it is not known yet.
         sample: of the file's bytes; None if there is none.
         is_plain: nothing has been derived from the content yet, such as member offsets.
+        on_stale: called if the store has another version than the expected one.
     """
 
     def __init__(
         self,
-        client: ObjectStoreClient,
+        connect: Connect,
         url_provider: UrlProvider,
         version: Version | None,
         sample: Sample | None = None,
         *,
         is_plain: bool = False,
+        on_stale: Callable[[], None] = lambda: None,
     ) -> None:
-        self._client = client
+        self._connect = connect
         self._url_provider = url_provider
         self._version = version
         self._is_plain = is_plain
+        self._on_stale = on_stale
         self._etags = EtagAliases("" if version is None else version.etag, sample)
         self._find_sample: Callable[[], Sample | None] = lambda: None
 
@@ -99,7 +105,7 @@ class RangeSource:
             ApiError: all attempts fail.
             OSError: ESTALE if the file has changed or is gone.
         """
-        retry_budget = RetryBudget(self._client.timeout_s)
+        retry_budget = RetryBudget(self._connect().monitor.stall_timeout_s)
         response = self.send(start - len(before), stop, retry_budget)
         return Transfer(self, response, start, stop, retry_budget, before)
 
@@ -144,9 +150,9 @@ class RangeSource:
                 self._etags.mark_in_use()
                 return response
 
-    def stale(self, reason: str) -> OSError:
-        """Mark the file as changed, and return the error ESTALE."""
-        self._url_provider.mark_changed()
+    def report_stale(self, reason: str) -> OSError:
+        """Report that the file has changed, and return the error ESTALE."""
+        self._on_stale()
         return errors.stale(self._url_provider.path, reason)
 
     def _url(self, ctx: RequestContext) -> SignedUrl:
@@ -155,7 +161,7 @@ class RangeSource:
         except (errors.NotFound, errors.UnsupportedEndpoint) as error:
             if self._version is None:
                 raise
-            raise self.stale(f"the file is gone: {error}") from error
+            raise self.report_stale(f"the file is gone: {error}") from error
 
     def _send_once(self, signed: SignedUrl, start: int, stop: int) -> RangeResponse:
         """Send one request.
@@ -188,14 +194,14 @@ class RangeSource:
         Raises:
             TransferInterrupted, ApiError: as `_send_once`.
         """
-        began = time.monotonic()
+        client, began = self._connect(), time.monotonic()
         for _ in range(MAX_REDIRECTS):
-            response = self._client.get(url, headers)
+            response = client.get(url, headers)
             if response.status not in _REDIRECTS:
                 return response
             response.close()
-            if time.monotonic() - began > self._client.timeout_s:
-                raise self._client.stall_error(_host(url))
+            if time.monotonic() - began > client.monitor.stall_timeout_s:
+                raise client.monitor.stall_error(_host(url))
             url = _redirect_target(url, response.headers.get("location", ""))
         raise errors.ProtocolError(f"too many redirects from {_host(url)}", endpoint=STORE_ENDPOINT)
 
@@ -264,7 +270,7 @@ class RangeSource:
         if known.etag and not is_same:
             is_same = not is_other_size and self._is_alias(response, etag, modified)
         if not is_same or (is_other_size and not expected):
-            raise self.stale("the store has another version now")
+            raise self.report_stale("the store has another version now")
         if is_other_size:
             raise invalid_response(response, "it states another length than that of the file")
         return known
@@ -324,7 +330,7 @@ class RangeSource:
             version = Version(0, etag, response.headers.get("last-modified", "").strip())
             return RangeResponse(response, ContentRange(0, 0, 0, is_full_body=False), version)
         if self._version is not None and size_bytes not in (None, self._version.size_bytes):
-            raise self.stale("the store has another version now")
+            raise self.report_stale("the store has another version now")
         raise invalid_response(response, "it rejects the requested range")
 
 

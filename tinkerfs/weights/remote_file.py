@@ -454,7 +454,7 @@ class RemoteFile:
         """Store a completed block, and wake the waiting readers."""
         if not download.is_intact():
             if self._check.is_needed:
-                raise self._source.stale("the store has another version of it now")
+                raise self._source.report_stale("the store has another version of it now")
             raise errors.corrupt(self._path, f"block {index} is not what it was")
         self._telemetry.count("blocks_downloaded")
         try:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinkerfs import errors
-from tinkerfs.weights.connections import STORE_ENDPOINT
 from tinkerfs.weights.retry import TransferInterrupted
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 from tinkerfs.weights.version import UNKNOWN_BYTES
 
 if TYPE_CHECKING:
-    from tinkerfs.weights.pools import Response
+    from tinkerfs.weights.http import Response
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})", re.IGNORECASE)

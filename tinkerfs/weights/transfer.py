@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Protocol, Self
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.weights.connections import STORE_ENDPOINT
 from tinkerfs.weights.responses import ContentRange, invalid_response
 from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
-    from tinkerfs.weights.pools import Response
+    from tinkerfs.weights.http import Response
 
 #: Bytes that a resumed transfer requests again, to verify that the version is the same.
 OVERLAP_BYTES = 4096
@@ -25,7 +25,7 @@ _WITHOUT_END = 1 << 62
 class _Source(Protocol):
     def send(self, start: int, stop: int, retry_budget: RetryBudget) -> "RangeResponse": ...
 
-    def stale(self, reason: str) -> OSError: ...
+    def report_stale(self, reason: str) -> OSError: ...
 
     def record_sample(self, start: int, data: bytes) -> None: ...
 
@@ -153,7 +153,7 @@ class Transfer:
                     tail.endswith(self._tail)
                     and (digest is None or digest.digest() == repeated.digest())
                 ):
-                    raise self._source.stale("the store has another version now")
+                    raise self._source.report_stale("the store has another version now")
             if len(received) > len(old):
                 yield received[len(old) :]
 

@@ -83,7 +83,6 @@ class SignedUrlCache:
         self._started: dict[int, deque[float]] = {}
         #: Archives that were built before: a new URL costs the server nothing.
         self._built: set[Hashable] = set()
-        self._changed: set[Hashable] = set()
 
     def cached_url(self, key: Hashable) -> SignedUrl | None:
         """Return a valid cached URL of an archive, None if absent; send no request."""
@@ -140,18 +139,6 @@ class SignedUrlCache:
             entry = self._entries.get((key, is_external))
             if entry is not None and self._clock.now() - entry.requested_at >= age_s:
                 del self._entries[key, is_external]
-
-    def mark_changed(self, key: Hashable) -> None:
-        """Record that the store has other weights of a checkpoint than those cached."""
-        with self._lock:
-            self._changed.add(key)
-
-    def pop_changed(self, key: Hashable) -> bool:
-        """Return whether `mark_changed` was called, and reset the mark."""
-        with self._lock:
-            is_changed = key in self._changed
-            self._changed.discard(key)
-            return is_changed
 
     def clear(self) -> None:
         """Drop all URLs; builds in progress continue."""
@@ -290,10 +277,6 @@ class UrlProvider:
     def has_url(self) -> bool:
         """Return whether a valid URL is cached."""
         return self.url_cache.has_urls(self.key, is_external=bool(self.name))
-
-    def mark_changed(self) -> None:
-        """Record that the store has another version of the file than that cached."""
-        self.url_cache.mark_changed(self.key)
 
     def invalidate(self, url: SignedUrl) -> None:
         """Drop a URL that the store has rejected."""

@@ -212,7 +212,7 @@ def test_read_survives_a_short_store_outage(server, weights_of):
 def test_read_survives_a_short_api_outage(server, weights_of):
     mount = weights_of(server, timeout_s=20)
     with open_in(mount, server) as file:
-        mount.weights._url_cache.clear()  # as if the URL had expired
+        mount.weights.drop_urls()  # as if the URL had expired
         server.stop_listening("api", "store")
         server.drop_connections()
         calls = mount.telemetry.snapshot()["api_requests_total"]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -441,6 +442,7 @@ def test_changed_archive_is_stale_until_reopened(small, weights_of):
             with pytest.raises(OSError, match="another version") as caught:
                 file.read(9, offset, BACKGROUND_CONTEXT)
             assert errors.is_stale(caught.value)
+            assert mount.store.get("weights index 2", subject.cache_key) is None
         assert read(mount, subject) == new
     assert read(weights_of(small), subject) == new
 
@@ -566,6 +568,20 @@ def test_no_secret_is_logged(small, weights_of, caplog):
     read(mount, subject)
     assert "X-Signature" not in caplog.text + mount.telemetry.errors_text()
     assert "X-Signature" not in json.dumps(mount.telemetry.snapshot())
+
+
+def test_closed_reader_sends_no_request_to_a_store(small, weights_of):
+    mount = weights_of(small)
+    mount.weights.close()
+    with pytest.raises(errors.ConnectionFailed, match="stopped"):
+        mount.weights.files(subject_of(small), BACKGROUND_CONTEXT)
+    assert small.journal.count("store") == 0
+
+
+def test_missing_http_module_is_reported_with_a_hint(small, weights_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tinkerfs.weights.http", None)
+    with pytest.raises(errors.ConnectionFailed, match="mount again"):
+        weights_of(small).weights.files(subject_of(small), BACKGROUND_CONTEXT)
 
 
 def test_validator_prefers_a_strong_etag():

@@ -5,12 +5,13 @@ import time
 import pytest
 
 from tests.support.hostile import HostileServer, drip, endless, response, tls_context
-from tests.unit.weights.test_connections import IDENTITY
+from tests.unit.weights.test_http import IDENTITY
 from tinkerfs import errors, network
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import store_connection
-from tinkerfs.weights.connections import ObjectStoreClient
+from tinkerfs.weights.http import ObjectStoreClient
 from tinkerfs.weights.retry import TransferInterrupted
+from tinkerfs.weights.transfer_monitor import TransferMonitor
 
 TIMEOUT_S = 0.4
 #: Of one request on a busy machine; without a deadline each of these would last forever.
@@ -35,7 +36,7 @@ def server(request):
 
 @pytest.fixture
 def client():
-    with ObjectStoreClient(Telemetry(), timeout_s=TIMEOUT_S) as client:
+    with ObjectStoreClient(TransferMonitor(Telemetry(), TIMEOUT_S)) as client:
         yield client
 
 
@@ -85,7 +86,7 @@ def test_get_of_a_dripping_response_ends_by_the_timeout(client, server, steps):
 )
 def test_get_of_an_endless_head_ends_without_the_timeout(server, steps):
     server.on("store", *steps)
-    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(TransferMonitor(Telemetry(), 60)) as client:
         spent_s = time.thread_time()
         with pytest.raises(TransferInterrupted, match="broke off"):
             fetch(client, server)
@@ -110,7 +111,7 @@ def test_get_on_a_silently_dead_connection_takes_a_new_one(server, monkeypatch):
     monkeypatch.setattr(store_connection, "IDLE_S", 0.0)
     monkeypatch.setattr(store_connection, "PROBE_S", 0.1)
     server.on("store", response(200, BODY), times=None)
-    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(TransferMonitor(Telemetry(), 60)) as client:
         assert fetch(client, server) == BODY
         server.kill_silently()
         began = time.monotonic()
@@ -123,7 +124,7 @@ def test_get_on_a_connection_that_ended_takes_a_new_one(server):
     server.on("store", response(200, BODY), lambda handler: handler.pause(0), times=1)
     server.on("store", lambda handler: handler.end(is_reset=True), times=1)
     server.on("store", response(200, BODY), times=None)
-    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(TransferMonitor(Telemetry(), 60)) as client:
         assert fetch(client, server) == BODY
         assert fetch(client, server) == BODY
         assert len(server.received) == 3
@@ -135,7 +136,7 @@ def test_get_on_an_idle_connection_waits_for_a_slow_response(server, monkeypatch
     slow = [lambda handler: handler.pause(0.3), response(200, BODY)]
     server.on("store", response(200, BODY), times=1)
     server.on("store", *slow, times=None)
-    with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
+    with ObjectStoreClient(TransferMonitor(Telemetry(), 60)) as client:
         assert fetch(client, server) == BODY
         assert fetch(client, server) == BODY, "a new connection has the full timeout"
 
@@ -147,7 +148,7 @@ def test_get_with_dead_first_address_connects_to_the_next(monkeypatch):
         dead = (v6, ("100::1", port, 0, 0))  # RFC 6666: packets are discarded, if there is a route
         monkeypatch.setattr(network, "resolve", lambda *_: [dead, (v4, ("127.0.0.1", port))])
         server.on("store", response(200, BODY))
-        with ObjectStoreClient(Telemetry(), timeout_s=60) as client:
+        with ObjectStoreClient(TransferMonitor(Telemetry(), 60)) as client:
             began = time.monotonic()
             assert fetch(client, server) == BODY
             assert time.monotonic() - began < 3

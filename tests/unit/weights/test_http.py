@@ -19,9 +19,10 @@ import pytest
 
 from tinkerfs import errors
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights import connections
-from tinkerfs.weights.connections import ObjectStoreClient
+from tinkerfs.weights import http
+from tinkerfs.weights.http import ObjectStoreClient
 from tinkerfs.weights.retry import TransferInterrupted
+from tinkerfs.weights.transfer_monitor import TransferMonitor
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 BODY = bytes(100 << 10)  # several TLS records, less than a socket buffer
@@ -43,7 +44,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def client():
-    with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
+    with ObjectStoreClient(TransferMonitor(Telemetry(), 10)) as client:
         yield client
 
 
@@ -145,7 +146,7 @@ def test_stalled_response_ends_by_the_timeout(is_secured, start):
         gone.wait(10)
 
     with (
-        ObjectStoreClient(Telemetry(), timeout_s=0.2) as client,
+        ObjectStoreClient(TransferMonitor(Telemetry(), 0.2)) as client,
         served(serve, is_secured=is_secured) as (_, url, _),
     ):
         with pytest.raises(
@@ -196,7 +197,7 @@ def test_untrusted_certificate_is_reported(environment):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(IDENTITY)
     with (
-        ObjectStoreClient(Telemetry(), timeout_s=10) as client,
+        ObjectStoreClient(TransferMonitor(Telemetry(), 10)) as client,
         socket.create_server(("127.0.0.1", 0)) as listening,
     ):
 
@@ -251,7 +252,7 @@ def test_idle_connections_are_reused_for_limited_time(client, monkeypatch):
         for _ in range(3):
             assert fetch(client, url) == BODY
         assert len(accepted) == 1
-        monkeypatch.setattr(connections, "MAX_IDLE_S", 0.01)
+        monkeypatch.setattr(http, "MAX_IDLE_S", 0.01)
         time.sleep(0.02)
         assert fetch(client, url) == BODY
         assert len(accepted) == 2
@@ -261,7 +262,7 @@ def test_idle_connections_are_reused_for_limited_time(client, monkeypatch):
 def test_stopped_client_ends_transfers_and_sends_nothing(client):
     with served(send_bodies) as (_, url, _):
         response = client.get(url, {})
-        client.stop()
+        client.monitor.stop()
         with pytest.raises(errors.ConnectionFailed, match="stopped"):
             list(response.chunks())
         response.close()
@@ -288,7 +289,7 @@ def test_proxy_of_the_environment_is_used_with_its_login(environment):
 
     with served(proxy) as (address, _, _):
         environment.setenv("http_proxy", f"http://us%40er:pass@{address}")
-        with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
+        with ObjectStoreClient(TransferMonitor(Telemetry(), 10)) as client:
             assert fetch(client, f"http://store.invalid/a?{SECRET}") == b"ok"
     line, *headers = requests[0].decode().split("\r\n")
     assert line == f"GET http://store.invalid/a?{SECRET} HTTP/1.1"
@@ -298,7 +299,7 @@ def test_proxy_of_the_environment_is_used_with_its_login(environment):
 
 def test_unreachable_proxy_is_reported_without_its_login(environment):
     environment.setenv("all_proxy", "http://me:c0ffee@127.0.0.1:1")
-    with ObjectStoreClient(Telemetry(), timeout_s=10) as client:
+    with ObjectStoreClient(TransferMonitor(Telemetry(), 10)) as client:
         with pytest.raises(
             TransferInterrupted, match=r"no connection to store\.invalid through .*: .*refused"
         ) as raised:
@@ -309,7 +310,7 @@ def test_unreachable_proxy_is_reported_without_its_login(environment):
 def test_unreadable_certificate_file_is_reported(environment, tmp_path):
     environment.setenv("SSL_CERT_FILE", str(tmp_path / "none"))
     with (
-        ObjectStoreClient(Telemetry(), timeout_s=3) as client,
+        ObjectStoreClient(TransferMonitor(Telemetry(), 3)) as client,
         pytest.raises(errors.ConnectionFailed, match=r"SSL_CERT_FILE: .*No such file"),
     ):
         client.get("https://127.0.0.1:1/", {})
@@ -321,28 +322,3 @@ def test_app_import_does_not_import_urllib3():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
-
-
-def test_client_closed_during_setup_sends_no_request(monkeypatch):
-    made = ObjectStoreClient._get_pools
-
-    def close_during_setup(client):
-        pools = made(client)
-        client.close()
-        return pools
-
-    monkeypatch.setattr(ObjectStoreClient, "_get_pools", close_during_setup)
-    telemetry = Telemetry()
-    client = ObjectStoreClient(telemetry, timeout_s=3)
-    with pytest.raises(errors.ConnectionFailed, match="stopped"):
-        client.get("http://127.0.0.1:1/", {})
-    assert telemetry.snapshot()["api_requests"] == {}
-
-
-def test_missing_pools_module_is_reported_with_a_hint(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tinkerfs.weights.pools", None)
-    with (
-        ObjectStoreClient(Telemetry(), timeout_s=3) as client,
-        pytest.raises(errors.ConnectionFailed, match="mount again"),
-    ):
-        client.get("http://127.0.0.1:1/", {})

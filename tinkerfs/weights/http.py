@@ -1,30 +1,36 @@
-"""Pools of HTTP connections to object stores, and their responses.
+"""HTTP client for object stores: GET requests with streamed bodies.
 
-This module and `store_connection` import urllib3. It copies a body less often than httpx, which
-the API client uses. Messages and logs contain no URL, because signed URLs are secrets.
+This module and `store_connection` import urllib3, which takes 0.08 s. So `Origins` imports them at
+the first request. urllib3 copies a body less often than httpx, which the API client uses. Messages
+and logs contain no URL, because signed URLs are secrets.
 """
 
 import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import urllib3
 
 from tinkerfs import __version__, errors, proxies, tls
-from tinkerfs.weights.connections import READ_BYTES, STORE_ENDPOINT, ObjectStoreClient
+from tinkerfs.errors import StartupError
 from tinkerfs.weights.retry import TransferInterrupted
 from tinkerfs.weights.store_connection import StaleConnection, TlsSocket, use_deadlines
+from tinkerfs.weights.transfer_monitor import CHUNK_BYTES, STORE_ENDPOINT, TransferMonitor
 
 CONNECT_TIMEOUT_S = 5.0
 
-#: A transfer with a lower rate over `timeout_s` counts as stalled, bytes per second.
+#: A transfer with a lower rate over the stall timeout counts as stalled, bytes per second.
 MIN_BYTES_PER_S = 1024
 
 #: Maximum number of idle connections per store.
 MAX_IDLE = 32
+
+#: Idle connections are closed this long after the last request, seconds. After a suspend or a
+#: network change only a timeout would show that they are dead.
+MAX_IDLE_S = 15.0
 
 #: Maximum number of attempts to send a request on idle connections that turn out to be dead.
 _MAX_STALE = 3
@@ -32,31 +38,48 @@ _MAX_STALE = 3
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": f"tinkerfs/{__version__}"}
 
 
-class ConnectionPools:
-    """Pools for direct connections and for each proxy. Thread-safe.
+class ObjectStoreClient:
+    """HTTP client for object stores. Thread-safe; a context manager.
 
-    Args:
-        client: provides timeouts and telemetry, and stops transfers.
+    It uses the proxies of the environment, and trusts the same certificates as the API client.
+    Connections are pooled by proxy.
+
+    Attributes:
+        monitor: counts, bounds and stops the transfers.
     """
 
-    def __init__(self, client: ObjectStoreClient) -> None:
+    def __init__(self, monitor: TransferMonitor) -> None:
         for name in ("connection", "connectionpool", "response"):
             logger = logging.getLogger(f"urllib3.{name}")  # its warnings contain URLs
             if logger.level < logging.ERROR:
                 logger.setLevel(logging.ERROR)
-        self._client = client
-        timeout_s = client.timeout_s
+        self.monitor = monitor
+        timeout_s = monitor.stall_timeout_s
         self._timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, timeout_s), read=timeout_s)
         self._lock = threading.Lock()
         self._managers: dict[proxies.Proxy | None, urllib3.PoolManager] = {}  # made under _lock
 
     def get(self, url: str, headers: Mapping[str, str]) -> "Response":
-        """Send a request; see `ObjectStoreClient.get`."""
+        """Send a request; return the response whatever its status. Follow no redirect.
+
+        Raises:
+            TransferInterrupted: there is no response.
+            ConnectionFailed: the transfers were stopped, or a proxy or certificate file of the
+                environment cannot be used.
+            UntrustedCertificate: the store's certificate is rejected.
+            ProtocolError: the URL is invalid.
+        """
+        self.monitor.raise_if_stopped()
+        if self.monitor.idle_s() > MAX_IDLE_S:
+            self.close_idle()
+        self.monitor.touch()
         for _ in range(_MAX_STALE):
             try:
                 return self._get(url, headers)
             except StaleConnection:
-                self.drop_idle()  # the others are probably dead too
+                self.close_idle()  # the others are probably dead too
+            except StartupError as error:
+                raise errors.ConnectionFailed(str(error), endpoint=STORE_ENDPOINT) from None
         host = urlsplit(url).hostname
         raise TransferInterrupted(
             errors.ConnectionFailed(f"{host} closes every connection", endpoint=STORE_ENDPOINT)
@@ -88,10 +111,23 @@ class ConnectionPools:
                 raise innermost from None
             raise self._map_urllib3_error(error, host, proxy) from None
         finally:
-            self._client.telemetry.record_request(STORE_ENDPOINT, outcome)
-        return Response(self._client, raw, host)
+            self.monitor.record_request(outcome)
+        return Response(self.monitor, raw, host)
 
-    def drop_idle(self) -> None:
+    def close(self) -> None:
+        """Stop all transfers and close all connections, those in use after their transfer."""
+        self.monitor.stop()
+        self.close_idle()
+
+    def __enter__(self) -> Self:
+        """Return the client itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the client."""
+        self.close()
+
+    def close_idle(self) -> None:
         """Close idle connections; close connections in use after their transfer."""
         with self._lock:
             managers = list(self._managers.values())
@@ -125,7 +161,7 @@ class ConnectionPools:
             raise errors.UntrustedCertificate(rejection, endpoint=STORE_ENDPOINT)
         detail = _detail_text(error)
         if isinstance(error, urllib3.exceptions.ReadTimeoutError):
-            return self._client.stall_error(host)
+            return self.monitor.stall_error(host)
         if isinstance(error, urllib3.exceptions.InvalidHeader):  # two different lengths
             return TransferInterrupted(
                 errors.ProtocolError(f"no HTTP from {host}: {detail}", endpoint=STORE_ENDPOINT)
@@ -161,11 +197,11 @@ class Response:
         host: for messages.
     """
 
-    def __init__(self, client: ObjectStoreClient, raw: urllib3.BaseHTTPResponse, host: str) -> None:
+    def __init__(self, monitor: TransferMonitor, raw: urllib3.BaseHTTPResponse, host: str) -> None:
         self.status: int = raw.status
         self.headers: Mapping[str, str] = raw.headers
         self.host = host
-        self._client = client
+        self._monitor = monitor
         self._raw = raw
 
     def chunks(self) -> Iterator[bytes]:
@@ -173,29 +209,29 @@ class Response:
 
         Raises:
             TransferInterrupted: the body broke off, or made almost no progress.
-            ConnectionFailed: the client was stopped.
+            ConnectionFailed: the transfers were stopped.
         """
-        client = self._client
-        window_end, window_bytes = time.monotonic() + client.timeout_s, 0
+        monitor, timeout_s = self._monitor, self._monitor.stall_timeout_s
+        window_end, window_bytes = time.monotonic() + timeout_s, 0
         try:
-            while chunk := self._raw.read1(READ_BYTES):
+            while chunk := self._raw.read1(CHUNK_BYTES):
                 window_bytes += len(chunk)
-                client.telemetry.count("bytes_received", len(chunk))
+                monitor.record_chunk(len(chunk))
                 now = time.monotonic()
                 if now >= window_end:
-                    if window_bytes < MIN_BYTES_PER_S * client.timeout_s:
-                        raise client.stall_error(self.host)
-                    window_end, window_bytes = now + client.timeout_s, 0
+                    if window_bytes < MIN_BYTES_PER_S * timeout_s:
+                        raise monitor.stall_error(self.host)
+                    window_end, window_bytes = now + timeout_s, 0
                 yield chunk
-                client.raise_if_stopped()
+                monitor.raise_if_stopped()
         except urllib3.exceptions.ReadTimeoutError:
-            raise client.stall_error(self.host) from None
+            raise monitor.stall_error(self.host) from None
         except urllib3.exceptions.HTTPError as error:
             message = f"{self.host} broke off: {_detail_text(error)}"
             raise TransferInterrupted(
                 errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT)
             ) from None
-        client.touch()
+        monitor.touch()
 
     def close(self) -> None:
         """Release the connection; close it unless the body was read to its end."""

@@ -1,0 +1,255 @@
+"""Decide where the bytes of a checkpoint's weights come from: an archive, or external files.
+
+An archive is one file of an object store, which the server builds on request. External weights are
+separate files. All other modules read the files of a store and need not know why.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from tinkerfs import errors
+from tinkerfs.api.models import SignedUrl
+from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.context import RequestContext
+from tinkerfs.weights.archive_index import Index, archive_index, external_index
+from tinkerfs.weights.block_source import BlockSource
+from tinkerfs.weights.checkpoint_version import CheckpointVersion
+from tinkerfs.weights.etags import Sample
+from tinkerfs.weights.gzip_stream import GzipSource
+from tinkerfs.weights.probe import has_version, read_archive_version
+from tinkerfs.weights.range_source import RangeSource
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT, TransferMonitor
+from tinkerfs.weights.url_cache import SignedUrlCache, UrlProvider
+from tinkerfs.weights.version import Version
+
+if TYPE_CHECKING:
+    from tinkerfs.weights.http import ObjectStoreClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """One version of a file of an object store, as it is cached in blocks.
+
+    Attributes:
+        kind: distinguishes the files of a checkpoint; see `block_key`.
+        size_bytes: length of the file, after decompression.
+        source: downloads bytes of the file.
+        digests: of each block; empty if unknown.
+    """
+
+    kind: str
+    version: Version
+    size_bytes: int
+    source: BlockSource
+    digests: tuple[bytes, ...] = ()
+
+
+class Origins:
+    """Returns the origin of each checkpoint's weights. Thread-safe.
+
+    Args:
+        cache: caches the blocks that are downloaded to index an archive.
+        monitor: counts, bounds and stops all transfers.
+        on_stale: called if the store has another version of a checkpoint than the expected one.
+    """
+
+    def __init__(
+        self,
+        url_cache: SignedUrlCache,
+        cache: BlockCache,
+        monitor: TransferMonitor,
+        on_stale: Callable[[CheckpointVersion], None],
+    ) -> None:
+        self.url_cache = url_cache
+        self.cache = cache
+        self.on_stale = on_stale
+        self._monitor = monitor
+        self._lock = threading.Lock()
+        self._client: ObjectStoreClient | None = None  # made under _lock
+
+    def of(self, checkpoint: CheckpointVersion) -> "Origin":
+        """Return where the members of a checkpoint are read from."""
+        if checkpoint.is_external:
+            return ExternalFiles(self, checkpoint)
+        return Archive(self, checkpoint)
+
+    def archive_of(self, checkpoint: CheckpointVersion) -> "Archive":
+        """Return the archive of a checkpoint, which is requested from the server in any case."""
+        return Archive(self, checkpoint)
+
+    def connect(self) -> "ObjectStoreClient":
+        """Return the HTTP client; import it at the first call, because that takes 0.08 s.
+
+        Raises:
+            ConnectionFailed: tinkerfs was removed or upgraded since the mount.
+        """
+        try:
+            from tinkerfs.weights.http import ObjectStoreClient
+        except (OSError, ImportError) as error:
+            message = f"HTTP cannot be set up: {errors.redact(str(error))} (hint: mount again)"
+            raise errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT) from None
+        with self._lock:
+            if self._client is None:
+                self._client = ObjectStoreClient(self._monitor)
+            return self._client
+
+    def stop(self) -> None:
+        """End all transfers at their next chunk with ConnectionFailed, and start no more."""
+        self._monitor.stop()
+
+    def close(self) -> None:
+        """Close all connections, those in use after their transfer."""
+        with self._lock:
+            if self._client is not None:
+                self._client.close()
+
+
+class Origin(ABC):
+    """Where the weights of one version of a checkpoint come from. Thread-safe."""
+
+    #: Which URLs of `SignedUrlCache` the origin uses.
+    _is_external: ClassVar[bool]
+
+    def __init__(self, origins: Origins, checkpoint: CheckpointVersion) -> None:
+        self._origins = origins
+        self._checkpoint = checkpoint
+
+    @abstractmethod
+    def index_loader(self, ctx: RequestContext) -> Callable[[], Index]:
+        """Get the URLs on the calling thread; return the function that loads the index.
+
+        Raises:
+            ApiError: the request fails. The returned function raises it too.
+            OSError: as `SignedUrlCache.url`. The function: EIO if the archive is corrupt.
+        """
+
+    @abstractmethod
+    def stored_file(self, index: Index, name: str) -> StoredFile:
+        """Return the file of the store that contains a member."""
+
+    def expire_urls(self, age_s: float) -> None:
+        """Drop URLs older than `age_s`, which may lead to a previous version."""
+        key = self._checkpoint.key
+        self._origins.url_cache.expire(key, age_s, is_external=self._is_external)
+
+    def version_check(self, version: Version, name: str, ctx: RequestContext) -> Callable[[], bool]:
+        """Get the URL on the calling thread; return the function that requests the version.
+
+        The function returns whether the store has `version`, and raises ApiError. `name` is a file
+        of external weights; empty for an archive.
+
+        Raises:
+            ApiError, OSError: as `SignedUrlCache.url`.
+        """
+        url_provider = self._url_provider(name)
+        url_provider.url(ctx)
+        return lambda: has_version(self._origins.connect, url_provider, version)
+
+    def _url_provider(self, name: str = "") -> UrlProvider:
+        checkpoint = self._checkpoint
+        return UrlProvider(
+            self._origins.url_cache, checkpoint.key, checkpoint.ref, checkpoint.path, name
+        )
+
+    def _source(
+        self, version: Version, name: str = "", sample: Sample | None = None
+    ) -> RangeSource:
+        return RangeSource(
+            self._origins.connect,
+            self._url_provider(name),
+            version,
+            sample,
+            # Only the length of a file of external weights is derived from its content.
+            is_plain=bool(name),
+            on_stale=lambda: self._origins.on_stale(self._checkpoint),
+        )
+
+
+class Archive(Origin):
+    """The archive of a checkpoint, which the server builds on request."""
+
+    _is_external = False
+
+    def index_loader(self, ctx: RequestContext) -> Callable[[], Index]:
+        """See `Origin.index_loader`; waits until the archive is built."""
+        checkpoint, origins, url_provider = self._checkpoint, self._origins, self._url_provider()
+        url_provider.url(ctx)
+        return lambda: archive_index(
+            origins.connect, url_provider, origins.cache, checkpoint.cache_key, checkpoint.about
+        )
+
+    def stored_file(self, index: Index, name: str) -> StoredFile:
+        """Return the archive, decompressed if it is a gzip archive."""
+        del name
+        if index.form == "tar":
+            return self.whole(index.version, index)
+        source = GzipSource(
+            self._source(index.version, sample=index.sample),
+            index.version.size_bytes,
+            index.uncompressed_bytes,
+            self._checkpoint.path,
+        )
+        return StoredFile(
+            kind="unpacked",
+            version=index.version,
+            size_bytes=index.uncompressed_bytes,
+            source=source,
+            digests=index.digests,
+        )
+
+    def whole(self, version: Version, index: Index | None) -> StoredFile:
+        """Return the archive with the bytes that the store has, and what an index adds."""
+        return StoredFile(
+            kind="archive",
+            version=version,
+            size_bytes=version.size_bytes,
+            source=self._source(version, sample=None if index is None else index.sample),
+            digests=index.digests if index is not None and index.form == "tar" else (),
+        )
+
+    def version_loader(self, ctx: RequestContext) -> Callable[[], Version]:
+        """Get the URL on the calling thread; return the function that requests the version.
+
+        Raises:
+            ApiError, OSError: as `SignedUrlCache.url`. The function raises ApiError too.
+        """
+        url_provider = self._url_provider()
+        url_provider.url(ctx)
+        return lambda: read_archive_version(self._origins.connect, url_provider)
+
+    def url(self, ctx: RequestContext) -> SignedUrl:
+        """Return a valid URL of the archive; see `SignedUrlCache.url`."""
+        return self._url_provider().url(ctx)
+
+    def cached_url(self) -> SignedUrl | None:
+        """Return a valid cached URL of the archive, None if absent; send no request."""
+        return self._origins.url_cache.cached_url(self._checkpoint.key)
+
+
+class ExternalFiles(Origin):
+    """The files of external weights."""
+
+    _is_external = True
+
+    def index_loader(self, ctx: RequestContext) -> Callable[[], Index]:
+        """See `Origin.index_loader`."""
+        checkpoint, origins = self._checkpoint, self._origins
+        names = tuple(
+            origins.url_cache.external_urls(checkpoint.key, checkpoint.ref, checkpoint.path, ctx)
+        )
+        return lambda: external_index(
+            origins.connect, names, self._url_provider, checkpoint.mtime_ns
+        )
+
+    def stored_file(self, index: Index, name: str) -> StoredFile:
+        """Return the file itself."""
+        version = index.versions[name]
+        return StoredFile(
+            kind=f"/{name}",
+            version=version,
+            size_bytes=version.size_bytes,
+            source=self._source(version, name),
+        )
