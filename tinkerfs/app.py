@@ -119,7 +119,7 @@ def open_app(
         )
         mutations = Mutations(client, cache, telemetry, clock, catalog, trash, settings.trash_s)
         sessions = Sessions(client, cache, policies)
-        archives = SignedUrlCache(
+        url_cache = SignedUrlCache(
             client,
             telemetry,
             clock,
@@ -137,7 +137,7 @@ def open_app(
         )
         weights = stack.enter_context(
             WeightsReader(
-                archives,
+                url_cache,
                 store,
                 blocks,
                 telemetry,
@@ -151,7 +151,6 @@ def open_app(
             mutations=mutations,
             trash=TrashReader(catalog, trash, settings.concurrency),
             sessions=sessions,
-            archives=archives,
             weights=weights,
             telemetry=telemetry,
             clock=clock,

@@ -109,4 +109,4 @@ def write_refresh(node: "NodeContext", text: str) -> None:
     """Invalidate all cached metadata and signed URLs."""
     del text
     node.backend.catalog.refresh()
-    node.backend.archives.clear()
+    node.backend.weights.drop_urls()

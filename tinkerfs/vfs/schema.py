@@ -26,7 +26,6 @@ from tinkerfs.journal import Journal
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
-from tinkerfs.weights.url_cache import SignedUrlCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,6 @@ class Backend:
     mutations: Mutations
     trash: TrashReader
     sessions: Sessions
-    archives: SignedUrlCache
     weights: WeightsReader
     telemetry: Telemetry
     clock: Clock

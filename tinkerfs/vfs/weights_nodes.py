@@ -122,15 +122,12 @@ def _version(node: NodeContext, checkpoint: Checkpoint) -> CheckpointVersion:
 
 
 def _archive_url(node: NodeContext) -> bytes:
-    version = _version(node, node.entity)
-    if not version.is_dated:
-        node.backend.archives.expire(version.key, node.backend.settings.ttl_s)
-    return render.line(node.backend.archives.url(version.key, version.ref, node.path, node.ctx).url)
+    return render.line(node.backend.weights.archive_url(_version(node, node.entity), node.ctx))
 
 
 def _archive_url_bytes(node: NodeContext) -> int:
-    cached = node.backend.archives.cached_url(_version(node, node.entity).key)
-    return _MAX_URL_BYTES if cached is None else len(render.line(cached.url))
+    cached = node.backend.weights.cached_archive_url(_version(node, node.entity))
+    return _MAX_URL_BYTES if cached is None else len(render.line(cached))
 
 
 # archive.tar and tensors.json
