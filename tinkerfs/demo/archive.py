@@ -7,8 +7,9 @@ and are identical in every process.
 import hashlib
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from tinkerfs.demo.content import Concat, Content, Data, GzipStored, Noise
 
@@ -16,8 +17,32 @@ _CONFIG_BYTES = 1024
 MIN_SIZE_BYTES = 4096
 """Minimum total size of the files."""
 
-_PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+_PREFIX = "base_model.model.model.layers"
 _LAYERS = 4
+_EXPERTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A module of each layer, by Tinker's name, with the experts that each factor has."""
+
+    name: str
+    a_experts: tuple[int, ...] = ()
+    b_experts: tuple[int, ...] = ()
+
+
+# Tinker's own names, which differ from those of the base model in places. Experts share one factor.
+_MIXTURE = (
+    _Module("mlp.experts.w1", (1,), (_EXPERTS,)),
+    _Module("mlp.experts.w3", (1,), (_EXPERTS,)),
+    _Module("mlp.experts.w2", (_EXPERTS,), (1,)),
+)
+_DENSE = (_Module("self_attn.q_proj"), _Module("self_attn.v_proj"), _Module("mlp.down_proj"))
+_MODULES = {
+    "Qwen/Qwen3-30B-A3B": (_Module("self_attn.q_proj"), _Module("self_attn.v_proj"), *_MIXTURE),
+    "openai/gpt-oss-20b": (_Module("attn.q_proj"), _Module("attn.v_proj"), *_MIXTURE),
+    "deepseek-ai/DeepSeek-V3.1": (_Module("self_attn.q_a_proj"), *_MIXTURE),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +98,7 @@ def _config(adapter: Adapter) -> bytes:
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": adapter.lora_rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in _PROJECTIONS}),
+        "target_modules": sorted({each.name.rpartition(".")[2] for each in _modules(adapter)}),
         "task_type": "CAUSAL_LM",
     }
     text = json.dumps(config, indent=2).encode()
@@ -85,20 +110,19 @@ def _safetensors(adapter: Adapter, size_bytes: int) -> Content:
 
     The format: https://huggingface.co/docs/safetensors
     """
-    matrices = 2 * len(_PROJECTIONS) * _LAYERS
     rank = adapter.lora_rank
-    if (
-        size_bytes < 64 * matrices + 4 * rank * matrices * 2
-    ):  # too small for a header with all of them
-        matrices = 2
+    factors = _factors(adapter)
+    if size_bytes < 64 * len(factors) + 8 * rank * _units(factors):
+        factors = factors[:2]  # too small for a header with all of them
         rank = min(rank, 8)
-    hidden = size_bytes // (4 * rank * matrices)
-    header = _header(matrices, rank, hidden)
-    while 8 + len(header) + 4 * rank * matrices * hidden > size_bytes:
-        excess = 8 + len(header) + 4 * rank * matrices * hidden - size_bytes
-        hidden -= -(-excess // (4 * rank * matrices))
-        header = _header(matrices, rank, hidden)
-    data_bytes = 4 * rank * matrices * hidden
+    unit_bytes = 4 * rank * _units(factors)
+    hidden = size_bytes // unit_bytes
+    header = _header(factors, rank, hidden)
+    while 8 + len(header) + unit_bytes * hidden > size_bytes:
+        excess = 8 + len(header) + unit_bytes * hidden - size_bytes
+        hidden -= -(-excess // unit_bytes)
+        header = _header(factors, rank, hidden)
+    data_bytes = unit_bytes * hidden
     # The remainder is white space after the header, which the format allows.
     header = header.ljust(size_bytes - 8 - data_bytes)
     digest = hashlib.blake2b(adapter.identity.encode(), digest_size=8).digest()
@@ -106,18 +130,44 @@ def _safetensors(adapter: Adapter, size_bytes: int) -> Content:
     return Concat([Data(prefix), Noise(data_bytes, int.from_bytes(digest))])
 
 
-def _header(matrices: int, rank: int, hidden: int) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _Factor:
+    """One of the two factors of a module; `experts` is its first dimension, if it has one."""
+
+    name: str
+    is_a: bool
+    experts: tuple[int, ...]
+
+
+def _modules(adapter: Adapter) -> tuple[_Module, ...]:
+    return _MODULES.get(adapter.base_model, _DENSE)
+
+
+def _factors(adapter: Adapter) -> list[_Factor]:
+    return [
+        _Factor(
+            f"{_PREFIX}.{layer}.{module.name}.lora_{'A' if is_a else 'B'}.weight",
+            is_a,
+            module.a_experts if is_a else module.b_experts,
+        )
+        for layer in range(_LAYERS)
+        for module in _modules(adapter)
+        for is_a in (True, False)
+    ]
+
+
+def _units(factors: Sequence[_Factor]) -> int:
+    """Return the number of matrices of rank x hidden values."""
+    return sum(prod(factor.experts) for factor in factors)
+
+
+def _header(factors: Sequence[_Factor], rank: int, hidden: int) -> bytes:
     tensors: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    matrix_bytes = 4 * rank * hidden
-    for index in range(matrices):
-        layer, rest = divmod(index, 2 * len(_PROJECTIONS))
-        projection = _PROJECTIONS[rest // 2]
-        side, shape = ("B", [hidden, rank]) if rest % 2 else ("A", [rank, hidden])
-        name = f"base_model.model.model.layers.{layer}.{projection}.lora_{side}.weight"
-        begin = index * matrix_bytes
-        tensors[name] = {
-            "dtype": "F32",
-            "shape": shape,
-            "data_offsets": [begin, begin + matrix_bytes],
-        }
+    begin = 0
+    for factor in factors:
+        matrix = (rank, hidden) if factor.is_a else (hidden, rank)
+        shape = [*factor.experts, *matrix]
+        end = begin + 4 * prod(shape)
+        tensors[factor.name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        begin = end
     return json.dumps(tensors, separators=(",", ":")).encode()

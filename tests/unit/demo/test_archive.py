@@ -4,6 +4,8 @@ import math
 import struct
 import tarfile
 
+import pytest
+import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,7 +13,7 @@ from tinkerfs.demo.archive import MIN_SIZE_BYTES, Adapter, adapter_files, gzippe
 
 adapters = st.builds(
     Adapter,
-    base_model=st.sampled_from(["Qwen/Qwen3-8B", "a"]),
+    base_model=st.sampled_from(["Qwen/Qwen3-8B", "openai/gpt-oss-20b", "a"]),
     lora_rank=st.sampled_from([1, 4, 8, 32, 128]),
     size_bytes=st.integers(MIN_SIZE_BYTES, 3_000_000),
     identity=st.text(max_size=5),
@@ -94,3 +96,18 @@ def test_gzipped_archive_is_readable_by_tarfile():
     content = gzipped(tar_of(adapter_files(Adapter("m", 8, 300_000, "x")), 0))
     with tarfile.open(fileobj=io.BytesIO(whole(content)), mode="r:gz") as archive:
         assert "adapter_model.safetensors" in archive.getnames()
+
+
+@pytest.mark.parametrize(
+    ("base_model", "name", "shape"),
+    [
+        ("Qwen/Qwen3-8B", "self_attn.q_proj.lora_A", 2),
+        ("openai/gpt-oss-20b", "attn.q_proj.lora_A", 2),
+        ("Qwen/Qwen3-30B-A3B", "mlp.experts.w1.lora_B", 3),
+    ],
+)
+def test_adapter_has_the_names_of_its_family(base_model, name, shape):
+    adapter = Adapter(base_model, 8, 1_000_000, "x")
+    content = adapter_files(adapter)["adapter_model.safetensors"]
+    tensors = safetensors.numpy.load(content.read(0, content.size_bytes))
+    assert len(tensors[f"base_model.model.model.layers.0.{name}.weight"].shape) == shape
