@@ -1,15 +1,16 @@
-"""Settings of a mount, and the table of options that set them.
+"""Settings of a mount, and the options that set them.
 
-`OPTIONS` defines the command-line flags, `TINKERFS_*` variables, TOML keys, `-o` options and the
-documentation (see `cli/options.py`). A flag overrides the environment, which overrides the TOML
-file, which overrides the default. The API key is not a setting: `api/credentials.py` finds it, so
-that it cannot appear in a command line.
+The fields of `Settings` define the command-line flags, `TINKERFS_*` variables, TOML keys, `-o`
+options and the documentation (see `cli/options.py`). A flag overrides the environment, which
+overrides the TOML file, which overrides the default. The API key is not a setting:
+`api/credentials.py` finds it, so that it cannot appear in a command line.
 """
 
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 from urllib.parse import urlsplit
 
 #: The official service (Tinker SDK, _client.py).
@@ -24,53 +25,6 @@ MAX_CONCURRENCY = 64
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The settings of one mount; all times in seconds.
-
-    Attributes:
-        base_url: URL of the API, without a trailing slash.
-        ttl_s: freshness of a metadata entry.
-        stale_if_error_s: maximum age of a metadata entry that is served while the API fails.
-        concurrency: maximum number of API requests at a time, except archive builds.
-        timeout_s: bound on every wait, except for archive builds.
-        archive_timeout_s: bound on the wait for an archive build.
-        archive_build_limit: archive builds that one process group may start per minute; 0 for no
-            limit.
-        cache_dir: directory of the cache that survives the mount; None for the default.
-        cache_size_bytes: bound on the weights cached on disk; 0 caches none.
-        read_only: reject every change.
-        allow_other: allow other users, subject to permission checks.
-        trash_s: a removal makes a checkpoint expire after this time instead of deleting it, 3600 to
-            315360000; None deletes it immediately.
-        xattr: provide extended attributes.
-        uid: owner of all files; None for the mounting user.
-        gid: group of all files; None for the mounting user's group.
-        umask: permission bits to clear.
-        log_file: path of the log; None for standard error in the foreground, otherwise no log.
-        log_level: least severe level that is logged.
-    """
-
-    base_url: str = DEFAULT_BASE_URL
-    ttl_s: float = 30.0
-    stale_if_error_s: float = 24 * 3600.0
-    concurrency: int = 8
-    timeout_s: float = 30.0
-    archive_timeout_s: float = 15 * 60.0
-    archive_build_limit: int = 8
-    cache_dir: str | None = None
-    cache_size_bytes: int = 10 << 30
-    read_only: bool = False
-    allow_other: bool = False
-    trash_s: float | None = None
-    xattr: bool = False
-    uid: int | None = None
-    gid: int | None = None
-    umask: int = 0
-    log_file: str | None = None
-    log_level: str = "warning"
-
-
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option, which sets one field of `Settings`.
@@ -80,16 +34,16 @@ class Option:
         flag: name on the command line without the dashes; also the `-o` name and the TOML key.
         metavar: placeholder of the value in the help; empty for a switch.
         parse: returns the value of a text; raises ValueError with an error message.
+        default: default value as the help shows it, `no` for a switch.
         help: one line.
-        default: default value as the help shows it; empty if the help shows none.
     """
 
     field: str
     flag: str
     metavar: str
     parse: Callable[[str], object]
+    default: str
     help: str
-    default: str = ""
 
     @property
     def env_var(self) -> str:
@@ -213,106 +167,97 @@ def _parse_path(text: str) -> str:
     return text
 
 
-OPTIONS: tuple[Option, ...] = (
-    Option(
-        "base_url",
-        "base-url",
-        "URL",
+def _option(
+    usage: str, parse: Callable[[str], object], default: str, help: str, **value: Any
+) -> Any:
+    """Return a field of `Settings`; its default is `value`, or else what `default` parses to."""
+    flag, _, metavar = usage.partition(" ")
+    option = (flag, metavar, parse, default, help)
+    return field(default=value["value"] if value else parse(default), metadata={"option": option})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of one mount, and the options that set them; all times in seconds.
+
+    None means what the help shows as the default, for example the ids of the mounting user.
+    """
+
+    base_url: str = _option(
+        "base-url URL",
         _parse_base_url,
-        "URL of the API (also TINKER_BASE_URL).",
         "the official service",
-    ),
-    Option("read_only", "read-only", "", _parse_bool, "Reject every change."),
-    Option(
-        "allow_other",
-        "allow-other",
-        "",
-        _parse_bool,
-        "Allow other users, subject to permission checks.",
-    ),
-    Option("ttl_s", "ttl", "S", parse_duration_s, "How long cached metadata is fresh.", "30"),
-    Option(
-        "stale_if_error_s",
-        "stale",
-        "S",
+        "URL of the API (also TINKER_BASE_URL).",
+        value=DEFAULT_BASE_URL,
+    )
+    read_only: bool = _option("read-only", _parse_bool, "no", "Reject every change.")
+    allow_other: bool = _option(
+        "allow-other", _parse_bool, "no", "Allow other users, subject to permission checks."
+    )
+    ttl_s: float = _option("ttl S", parse_duration_s, "30", "How long cached metadata is fresh.")
+    stale_if_error_s: float = _option(
+        "stale S",
         parse_duration_s,
-        "How long cached metadata is served while the API fails.",
         "24h",
-    ),
-    Option(
-        "cache_dir",
-        "cache-dir",
-        "DIR",
-        _parse_path,
-        "Directory of the cache.",
-        "~/.cache/tinkerfs",
-    ),
-    Option(
-        "cache_size_bytes",
-        "cache-size",
-        "SIZE",
+        "How long cached metadata is served while the API fails.",
+    )
+    cache_dir: str | None = _option(
+        "cache-dir DIR", _parse_path, "~/.cache/tinkerfs", "Directory of the cache.", value=None
+    )
+    cache_size_bytes: int = _option(
+        "cache-size SIZE",
         _parse_size_bytes,
-        "Maximum size of the weights cached on disk; 0 caches none.",
         "10G",
-    ),
-    Option(
-        "concurrency",
-        "concurrency",
-        "N",
+        "Maximum size of the weights cached on disk; 0 caches none.",
+    )
+    concurrency: int = _option(
+        "concurrency N",
         _parse_concurrency,
+        "8",
         "API requests at a time, 1 to 64; archive builds are not counted.",
-        "8",
-    ),
-    Option(
-        "timeout_s",
-        "timeout",
-        "S",
-        _parse_positive_s,
-        "Timeout of every wait, except for archive builds.",
-        "30",
-    ),
-    Option(
-        "archive_timeout_s",
-        "archive-timeout",
-        "S",
-        _parse_positive_s,
-        "Timeout of the wait for an archive build.",
-        "15m",
-    ),
-    Option(
-        "archive_build_limit",
-        "archive-burst",
-        "N",
+    )
+    timeout_s: float = _option(
+        "timeout S", _parse_positive_s, "30", "Timeout of every wait, except for archive builds."
+    )
+    archive_timeout_s: float = _option(
+        "archive-timeout S", _parse_positive_s, "15m", "Timeout of the wait for an archive build."
+    )
+    archive_build_limit: int = _option(
+        "archive-burst N",
         _parse_count,
-        "Archive builds that one process group may start per minute; 0 for no limit.",
         "8",
-    ),
-    Option(
-        "trash_s",
-        "trash",
-        "DURATION",
+        "Archive builds that one process group may start per minute; 0 for no limit.",
+    )
+    trash_s: float | None = _option(
+        "trash DURATION",
         _parse_trash_s,
+        "none",
         "Make removed checkpoints expire after this time, 1h to 3650d, instead of deleting them;"
         " `tinkerfs undelete` restores them.",
-        "none",
-    ),
-    Option(
+        value=None,
+    )
+    xattr: bool = _option(
         "xattr",
-        "xattr",
-        "",
         _parse_bool,
+        "no",
         "Provide extended attributes (user.tinker.*); makes ls -l slower.",
-    ),
-    Option("uid", "uid", "U", _parse_id, "Numeric owner of all files.", "the mounting user"),
-    Option("gid", "gid", "G", _parse_id, "Numeric group of all files.", "the mounting user's"),
-    Option("umask", "umask", "M", _parse_umask, "Permission bits to clear, octal.", "000"),
-    Option("log_file", "log-file", "F", _parse_path, "Write the log to this file.", "none"),
-    Option(
-        "log_level",
-        "log-level",
-        "L",
+    )
+    uid: int | None = _option(
+        "uid U", _parse_id, "the mounting user", "Numeric owner of all files.", value=None
+    )
+    gid: int | None = _option(
+        "gid G", _parse_id, "the mounting user's", "Numeric group of all files.", value=None
+    )
+    umask: int = _option("umask M", _parse_umask, "000", "Permission bits to clear, octal.")
+    log_file: str | None = _option(
+        "log-file F", _parse_path, "none", "Write the log to this file.", value=None
+    )
+    log_level: str = _option(
+        "log-level L",
         _parse_log_level,
-        f"Least severe level to log: {', '.join(LOG_LEVELS)}.",
         "warning",
-    ),
-)
+        f"Least severe level to log: {', '.join(LOG_LEVELS)}.",
+    )
+
+
+OPTIONS = tuple(Option(each.name, *each.metadata["option"]) for each in fields(Settings))

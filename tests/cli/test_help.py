@@ -68,7 +68,7 @@ def test_help_shows_default_and_variable_of_each_setting(command):
     text = " ".join(tinkerfs(command, "--help").stdout.split())
     flags = {parameter.name for parameter in cli.get_command(None, command).params}
     for option in (each for each in OPTIONS if each.field in flags):
-        default = f"default: {option.default}; " if option.default else ""
+        default = f"default: {option.default}; " if option.metavar else ""
         assert f"[{default}env: {option.env_var}]" in text
 
 

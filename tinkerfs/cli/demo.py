@@ -68,7 +68,7 @@ def demo(
     """
     if detach and not foreground:
         arguments = [f"--runs={runs}", f"--checkpoints={checkpoints}"]
-        arguments += as_arguments(flags, (), None)
+        arguments += as_arguments(resolve(flags), flags)
         start_in_background("demo", mountpoint, arguments)
         return
 

@@ -52,4 +52,6 @@ def mount(
 
         mount_process.run_foreground(settings, mountpoint)
     else:
-        start_in_background("mount", mountpoint, as_arguments(flags, mount_options, config))
+        start_in_background(
+            "mount", mountpoint, as_arguments(settings, flags, mount_options, config)
+        )

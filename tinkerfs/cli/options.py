@@ -1,6 +1,6 @@
 """Settings from flags, `-o`, environment variables and TOML files.
 
-The options are those of the table `config.OPTIONS`. Precedence, highest first: flag, `-o`,
+The options are those of the fields of `Settings`. Precedence, highest first: flag, `-o`,
 environment variable, file, default.
 """
 
@@ -67,7 +67,7 @@ def settings_options(*fields: str) -> Callable[[F], F]:
 def _flag(option: Option) -> Callable[[F], F]:
     # Values stay strings here; `resolve` parses the values of all sources. click knows no defaults
     # and cannot show them, because an absent flag must not override the other sources.
-    default = f"default: {option.default}; " if option.default else ""
+    default = "" if option.is_switch else f"default: {option.default}; "
     help_ = f"{option.help}  [{default}env: {option.env_var}]"
     if option.is_switch:
         return click.option(
@@ -124,32 +124,25 @@ def resolve(
 
 
 def as_arguments(
-    flags: Mapping[str, str | bool | None], mount_options: Iterable[str], config: str | None
+    settings: Settings,
+    flags: Mapping[str, str | bool | None],
+    mount_options: Iterable[str] = (),
+    config: str | None = None,
 ) -> list[str]:
     """Return the equivalent command line for the daemon.
 
-    Paths in it are absolute, because the daemon runs in another directory.
+    It runs in another directory, so every path is passed as a flag, which precedes the other
+    sources of the setting.
     """
-    arguments, items = [], []
-    paths: dict[str, str] = {}
-    for item in (item for each in mount_options for item in each.split(",")):
-        name, _, text = item.partition("=")
-        option = _option_of(name)
-        if option is not None and option.is_path:
-            paths[option.field] = text  # as a flag: an absolute path may contain a comma
-        else:
-            items.append(item)
-    for option in OPTIONS:
-        value = flags.get(option.field)
-        if value is None:
-            value = paths.get(option.field)
+    arguments = [argument for text in mount_options for argument in ("-o", text)]
+    for option in (each for each in OPTIONS if each.field in flags):
+        value = flags[option.field]
+        if option.is_path and (path := getattr(settings, option.field)) is not None:
+            value = _absolute(path)
         if value is True:
             arguments.append(f"--{option.flag}")
-        elif isinstance(value, str):
-            value = _absolute(value) if option.is_path and value else value
+        elif value is not None:
             arguments.append(f"--{option.flag}={value}")
-    if items:
-        arguments += ["-o", ",".join(items)]
     if config is not None:
         arguments.append(f"--config={_absolute(config)}")
     return arguments
@@ -158,12 +151,6 @@ def as_arguments(
 def _absolute(path: str, directory: str = "") -> str:
     """Return an absolute path, relative to `directory` or the working directory."""
     return os.path.abspath(os.path.join(directory, os.path.expanduser(path)))
-
-
-def _option_of(name: str) -> Option | None:
-    """Return the option with a name of `-o`; None if unknown."""
-    flag = _ALIASES.get(name, name.replace("_", "-"))
-    return next((option for option in OPTIONS if option.flag == flag), None)
 
 
 def _variables(option: Option) -> tuple[str, ...]:
@@ -187,7 +174,7 @@ def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
             if not item or is_ignored(item):
                 continue
             name, equals, text = item.partition("=")
-            option = _option_of(name)
+            option = by_flag.get(_ALIASES.get(name, name.replace("_", "-")))
             if option is None:
                 raise StartupError(explain_unknown(item, by_flag))
             if not equals:

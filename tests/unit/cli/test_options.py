@@ -162,20 +162,26 @@ def test_unknown_o_option_hides_its_value(environ):
     assert "c0ffee" not in str(refusal.value)
 
 
-def test_as_arguments_returns_equivalent_command_line():
+def test_as_arguments_returns_equivalent_command_line(environ):
     flags = {"ttl_s": "5m", "read_only": True, "allow_other": None, "base_url": "http://x"}
-    arguments = options.as_arguments(flags, ["uid=1"], "/c.toml")
-    assert sorted(arguments) == sorted(
-        ["--base-url=http://x", "--read-only", "--ttl=5m", "-o", "uid=1", "--config=/c.toml"]
-    )
+    arguments = options.as_arguments(Settings(), flags, ["uid=1", "rw"], "/c.toml")
+    assert arguments == ["-o", "uid=1", "-o", "rw", "--base-url=http://x", "--read-only",
+                         "--ttl=5m", "--config=/c.toml"]  # fmt: skip
 
 
-def test_as_arguments_makes_paths_absolute(monkeypatch, tmp_path):
+def test_as_arguments_makes_paths_of_any_source_absolute(environ, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    arguments = options.as_arguments({"log_file": "a,b"}, ["log_file=x,cache_dir=c,uid=1"], "d")
+    flags = {"log_file": None, "cache_dir": "a,b"}
+    mount_options = ["log_file=x,cache_dir=c,uid=1"]
+    settings = options.resolve(flags, mount_options, environ=environ)
+    arguments = options.as_arguments(settings, flags, mount_options, "d")
     here = f"={tmp_path}/"
-    assert arguments == [f"--cache-dir{here}c", f"--log-file{here}a,b", "-o", "uid=1",
+    assert arguments == ["-o", mount_options[0], f"--cache-dir{here}a,b", f"--log-file{here}x",
                          f"--config{here}d"]  # fmt: skip
+
+
+def test_as_arguments_has_only_flags_of_the_command():
+    assert options.as_arguments(Settings(cache_dir="/c"), {"log_file": None}) == []
 
 
 def test_relative_path_in_file_is_relative_to_file(environ, user_file):
