@@ -112,7 +112,7 @@ def _safetensors(adapter: Adapter, size_bytes: int) -> Content:
     """
     rank = adapter.lora_rank
     factors = _factors(adapter)
-    if size_bytes < 64 * len(factors) + 8 * rank * _units(factors):
+    if size_bytes < 160 * len(factors) + 8 * rank * _units(factors):
         factors = factors[:2]  # too small for a header with all of them
         rank = min(rank, 8)
     unit_bytes = 4 * rank * _units(factors)
