@@ -124,11 +124,11 @@ def test_hostile_pace_replaces_the_pauses():
 
 
 def test_hostile_silent_connection_stays_open(server):
-    with api_client(server, timeout=0.2) as api:
+    with api_client(server) as api:
         api.get("training_runs")
         server.kill_silently()
         with pytest.raises(httpx.ReadTimeout):
-            api.get("training_runs")
+            api.get("training_runs", timeout=0.2)
         assert api.get("training_runs").status_code == 200
     assert [request.connection for request in server.received] == [1, 1, 2]
 
@@ -147,9 +147,9 @@ def test_hostile_tls_serves_and_resets():
     with HostileServer(runs=1, host="localhost", tls=tls) as server:
         server.on(RUNS, b"HTTP/1.1 200 OK\r\n", hold)
         server.on(RUNS, b"HTTP/1.1 200 OK\r\n", hostile.reset)
-        with api_client(server, verify=context, timeout=0.3) as api:
+        with api_client(server, verify=context) as api:
             with pytest.raises(httpx.ReadTimeout):
-                api.get("training_runs")
+                api.get("training_runs", timeout=1.0)
             with pytest.raises((httpx.ReadError, httpx.RemoteProtocolError)):
                 api.get("training_runs")
             assert api.get("training_runs").status_code == 200

@@ -10,9 +10,6 @@ from tests.support.mount import tinkerfs
 
 __all__ = ["make_account"]
 
-#: Names and requests do not depend on the binding.
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 #: An engine's steps for each requested adapter: check that its real path is within the directory,
 #: then load it. Prints the number of bytes read, or the name of the errno.
 ENGINE = """

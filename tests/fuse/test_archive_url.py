@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.account import account, make_account, needs
+from tests.support.account import account, every_binding, make_account, needs
 
 __all__ = ["account", "make_account"]
 
@@ -49,6 +49,7 @@ def test_metadata_operations_request_no_archive(account, name, tmp_path):
     assert endpoints <= {"POST weights_info", "POST sessions/search"}
 
 
+@every_binding
 def test_open_with_noatime_fails_and_plain_open_succeeds(account):
     checkpoint = f"runs/{account.server.account.run_ids[0]}/checkpoints/weights/0001"
     with pytest.raises(OSError, match="Operation not supported"):
@@ -121,6 +122,7 @@ def test_copy_of_archive_url_contains_only_the_url(account, name, tmp_path):
     account.server.account.remove_run(run.partition("/")[2])
 
 
+@every_binding
 @pytest.mark.parametrize(
     "script", ["rsync -L $U $OUT", "tar chf - $U | tar xOf - > $OUT"], ids=["rsync", "tar"]
 )

@@ -3,15 +3,10 @@
 import json
 import os
 
-import pytest
-
 from tests.support.account import make_account
 from tests.support.mount import tinkerfs
 
 __all__ = ["make_account"]
-
-#: The command does not use the mount, so the binding makes no difference.
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
 SIZE_BYTES = 9 << 20
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.support.account import account, make_account, needs
+from tests.support.account import account, every_binding, make_account, needs
 
 __all__ = ["account", "make_account"]
 
@@ -106,6 +106,7 @@ def test_replacing_tool_fails_and_changes_nothing(account, control, name):
     assert account.sh(f"cat {path}").stdout == "0\n"  # although some tools unlink it first
 
 
+@every_binding
 @pytest.mark.parametrize(
     "text", ["touch $P", "chmod 600 $P", ": > $P", "truncate -s 0 $P", "true >> $P"]
 )
@@ -144,6 +145,7 @@ def test_shell_reports_errno_of_rejected_change(account, control, text, expected
     assert not {"PUT", "DELETE"} & {e.method for e in account.server.journal.entries("api")}
 
 
+@every_binding
 def test_shell_sets_and_clears_expiry(account, control):
     path, checkpoint, _script = control
     expiry = path.replace("published", "expires_at")
@@ -182,6 +184,7 @@ def test_control_behind_link_is_the_same_control(account, control):
     assert [line[-1] for line in output.splitlines()] == ["1", "1"]
 
 
+@every_binding
 def test_ctrl_c_interrupts_write_and_changes_records_outcome(account, control):
     path, checkpoint, _script = control
     rule = account.server.faults.add("POST publish", hang=True)
@@ -190,7 +193,7 @@ def test_ctrl_c_interrupts_write_and_changes_records_outcome(account, control):
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 5.0
     assert process.returncode != 0
     rule.release()
     assert account.eventually(lambda: checkpoint.is_public)

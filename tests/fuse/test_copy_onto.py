@@ -11,8 +11,6 @@ from tests.support.account import account, make_account, needs, quoted
 
 __all__ = ["account", "make_account"]
 
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 #: $X is published and expires, $Y does neither; $OUT is a directory outside the mount.
 COPIES = {
     "cp -r of names": "cp -r $X/* $Y/",

@@ -9,11 +9,10 @@ import sys
 import pytest
 
 from tests.support.account import account, deletes, make_account, needs, quoted
+from tests.support.mount import BINDINGS
 from tests.support.terminal import terminal
 
 __all__ = ["account", "make_account"]
-
-one_binding = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
 TOOLS = ("busybox", "gio", "jq", "perl", "rclone", "rsync", "zip")
 
@@ -57,6 +56,13 @@ MOVES = {
     "rsync && rm": "rsync -a $W $OUT/ && rm -r $X",
 }
 
+#: These run under every binding, the others under one.
+REPRESENTATIVE_MOVES = ("mv", "mv each name", "shutil.move", "rsync", "cp && rm")
+MOVES_OF_BINDINGS = [
+    *((BINDINGS[-1], name) for name in MOVES),
+    *((binding, name) for binding in BINDINGS[:-1] for name in REPRESENTATIVE_MOVES),
+]
+
 NAMES = ("weights/0001", "weights/0002", "sampler_weights/0001")
 
 
@@ -76,7 +82,9 @@ def script(run, tmp_path, text):
     )
 
 
-@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize(
+    ("make_account", "name"), MOVES_OF_BINDINGS, indirect=["make_account"], scope="module"
+)
 def test_removal_after_copy_deletes_nothing(account, run, tmp_path, name):
     done = account.sh(script(run, tmp_path, MOVES[name]))
     assert done.returncode != 0, done
@@ -128,7 +136,6 @@ LOOKS = {
 }
 
 
-@one_binding
 @pytest.mark.parametrize("name", LOOKS)
 def test_removal_after_listing_deletes_the_checkpoint(account, run, tmp_path, name):
     key = f"KEY={quoted(account.server.api_key)}\n"
@@ -138,14 +145,12 @@ def test_removal_after_listing_deletes_the_checkpoint(account, run, tmp_path, na
     assert deletes(account.server) == 1
 
 
-@one_binding
 def test_copy_by_one_command_does_not_affect_another(account, run, tmp_path):
     assert account.sh(script(run, tmp_path, "cp -a $X $OUT/")).returncode == 0
     assert account.sh(script(run, tmp_path, "rm -r $X")).returncode == 0
     assert account.checkpoint_ids(run) == {*NAMES} - {"weights/0001"}
 
 
-@one_binding
 @pytest.mark.parametrize(
     "move", ["mv $X $W/0003", "mv $X $W/0002/", "mv $OUT/in $W/", "mv -f $OUT/in/* $X/"]
 )
@@ -161,7 +166,6 @@ def test_move_within_or_onto_the_mount_changes_nothing(account, run, tmp_path, m
     assert account.checkpoint_ids(run) == set(NAMES)
 
 
-@one_binding
 def test_mc_moves_nothing_off_the_mount(account, run, tmp_path):
     needs(["mc"])
     out = tmp_path / "out"

@@ -6,9 +6,11 @@ import time
 
 import pytest
 
-from tests.support.account import account, make_account
+from tests.support.account import account, every_binding, make_account
 
 __all__ = ["account", "make_account"]
+
+pytestmark = every_binding
 
 BODY = {"detail": "the server's own words"}
 NO_RETRY = {"x-should-retry": "false"}
@@ -267,7 +269,7 @@ def test_ctrl_c_interrupts_cat_that_waits_for_archive(account):
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 5.0
     fault.release()
     # The build continued, and serves the next reader.
     assert account.sh(f"cat {run}/latest/archive_url").stdout.startswith("http")

@@ -18,8 +18,6 @@ from tinkerfs.fuse import mount_table
 
 __all__ = ["account", "make_account"]
 
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 #: Oldest first, which is not the order of the names.
 NAMES = ("weights/warm-up", "weights/epoch-1", "weights/final")
 

@@ -9,8 +9,6 @@ from tests.support.terminal import terminal
 
 __all__ = ["account", "make_account"]
 
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 ENTER, ESCAPE, DOWN, LEFT = "\r", "\x1b", "\x1bOB", "\x1bOD"
 CTRL_K, CTRL_O, CTRL_S, CTRL_X = "\x0b", "\x0f", "\x13", "\x18"
 F3, F8, F10 = "\x1bOR", "\x1b[19~", "\x1b[21~"

@@ -2,10 +2,12 @@
 
 import subprocess
 
-from tests.support.account import account, make_account
+from tests.support.account import account, every_binding, make_account
 from tinkerfs.journal import MAX_LOG_LINES
 
 __all__ = ["account", "make_account"]
+
+pytestmark = every_binding
 
 
 def test_tail_f_shows_new_lines(account, tmp_path):

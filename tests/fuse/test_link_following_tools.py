@@ -9,8 +9,6 @@ from tests.support.account import make_account, needs
 
 __all__ = ["make_account"]
 
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 #: Less than the default, because each first `open` waits until the size of its file is known.
 BURST = 2
 

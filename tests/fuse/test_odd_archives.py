@@ -3,11 +3,13 @@
 import json
 import os
 
-from tests.support.account import account, make_account
+from tests.support.account import account, every_binding, make_account
 from tests.support.tar_variants import END, LARGE_BYTES, header, large, member
 from tinkerfs.demo.content import Data
 
 __all__ = ["account", "make_account"]
+
+pytestmark = every_binding
 
 NAME = b"caf\xe9 \xff"
 SAFETENSORS = b"\x08\0\0\0\0\0\0\0{}      "

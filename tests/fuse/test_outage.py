@@ -18,8 +18,6 @@ OUTAGES = {
 }
 
 
-# One binding, which makes no difference.
-@pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True)
 @pytest.mark.parametrize("kind", OUTAGES)
 def test_outage_serves_cached_data_and_recovers(make_account, kind):
     account = make_account(runs=3, checkpoints=3, settings={"ttl_s": 0.2, "timeout_s": 1.0})

@@ -8,9 +8,11 @@ import threading
 
 import pytest
 
-from tests.support.account import account, api_calls, make_account
+from tests.support.account import account, api_calls, every_binding, make_account
 
 __all__ = ["account", "make_account"]
+
+pytestmark = every_binding
 
 RUNS, PAGE = 450, 100
 LISTED = "GET training_runs"

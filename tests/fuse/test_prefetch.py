@@ -10,9 +10,6 @@ from tests.support.mount import tinkerfs
 
 __all__ = ["make_account"]
 
-#: The commands do not use the mount, so the binding makes no difference.
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 MIB = 1 << 20
 SIZE_BYTES = 9 * MIB
 

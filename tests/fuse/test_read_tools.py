@@ -18,8 +18,6 @@ from tests.support.mount import running, wait_until
 
 __all__ = ["account", "make_account"]
 
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 RUNS, CHECKPOINTS = 3, 4
 COUNT = RUNS * CHECKPOINTS
 

@@ -14,8 +14,6 @@ from tests.support.account import account, api_calls, make_account, needs
 
 __all__ = ["account", "make_account"]
 
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 PAGE = Path(__file__).parents[2] / "docs" / "examples.md"
 RUNS, CHECKPOINTS = 10, 5
 _BLOCK = re.compile(r"^```(bash|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

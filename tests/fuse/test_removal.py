@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.support.account import account, deletes, make_account, needs, quoted
+from tests.support.account import account, deletes, every_binding, make_account, needs, quoted
 
 __all__ = ["account", "make_account"]
 
@@ -124,6 +124,7 @@ def test_rsync_delete_onto_runs_stops_within_one_run(make_account, tmp_path):
     assert sorted(lost.values()) in ([0, 0, 0], [0, 0, 4]), lost
 
 
+@every_binding
 def test_errors_explain_refusal_and_deliberate_removal(account):
     run = account.server.account.run_ids[0]
     account.sh(f"rm -rf runs/{run}")
@@ -133,6 +134,7 @@ def test_errors_explain_refusal_and_deliberate_removal(account):
     assert "rm -r runs/<run_id>/checkpoints/<kind>/<name>" in records
 
 
+@every_binding
 def test_refusal_blocks_only_its_own_process_group(spare):
     run = spare.new_run("weights/1", "weights/2")
     one, two = f"{run}/checkpoints/weights/1", f"{run}/checkpoints/weights/2"
@@ -240,6 +242,7 @@ def test_removal_through_a_link_deletes_nothing(spare):
     assert spare.checkpoint_ids(run) == {"weights/1"}
 
 
+@every_binding
 def test_rmdir_of_checkpoint_with_files_raises_enotempty(spare):
     run = spare.new_run("weights/1")
     checkpoint = f"{run}/checkpoints/weights/1"
@@ -282,6 +285,7 @@ def test_rmdir_by_another_process_group_deletes_nothing(spare, later):
     assert spare.checkpoint_ids(run) == {"weights/2"}
 
 
+@every_binding
 def test_open_file_stays_readable_after_removal(spare):
     run = spare.new_run("weights/1")
     checkpoint = spare.path(f"{run}/checkpoints/weights/1")
@@ -367,6 +371,7 @@ def test_removal_of_resaved_checkpoint_fails(spare):
     assert spare.checkpoint_ids(run) == {"weights/1"}
 
 
+@every_binding
 def test_interrupted_deletion_is_recorded_in_changes(spare):
     run = spare.new_run("weights/1")
     checkpoint = f"{run}/checkpoints/weights/1"
@@ -376,7 +381,7 @@ def test_interrupted_deletion_is_recorded_in_changes(spare):
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 5.0
     assert process.returncode == -signal.SIGINT
     lines = [line for line in spare.changes().splitlines() if checkpoint in line]
     assert lines[0].endswith("in flight (its caller: EINTR)")

@@ -14,8 +14,6 @@ from tests.support.account import account, make_account, needs
 
 __all__ = ["account", "make_account"]
 
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
-
 #: Tools that store a file with fewer blocks than bytes as a sparse file. `$FROM` is a directory of
 #: the mount; the copy is `$TO` or below it. Tools that follow links also copy weights.
 COPIERS = {

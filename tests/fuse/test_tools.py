@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from tests.support.account import account, api_calls, make_account, needs
+from tests.support.account import account, api_calls, every_binding, make_account, needs
 
 __all__ = ["account", "make_account"]
 
@@ -70,6 +70,7 @@ def test_du_of_one_checkpoint_has_apparent_size(warm, tmp_path):
     assert apparent == sum(sizes) + checkpoint.size_bytes * bool(empty)
 
 
+@every_binding
 def test_df_shows_size_without_requests(warm):
     done, calls = calls_of(warm, "df -P . && df -h . && df -i . && stat -f .")
     assert done.returncode == 0, done
@@ -91,6 +92,7 @@ def test_ls_l_sorts_by_times_of_the_account(warm):
     assert done.stdout.split() == [checkpoint.name for checkpoint in by_time]
 
 
+@every_binding
 def test_ls_lR_shows_everything_with_listing_requests_only(warm):
     done, calls = calls_of(warm, "ls -lR --time-style=+%s runs")
     assert (done.returncode, done.stderr) == (0, "")
@@ -105,6 +107,7 @@ def test_ls_lR_shows_everything_with_listing_requests_only(warm):
     assert calls == ALL_LISTED, "the second ls -lR sends no request"
 
 
+@every_binding
 def test_cold_ls_lR_requests_each_weights_info_once(make_account):
     account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
     done, calls = calls_of(account, "ls -lR runs")
@@ -114,6 +117,7 @@ def test_cold_ls_lR_requests_each_weights_info_once(make_account):
     assert calls == ALL_LISTED
 
 
+@every_binding
 def test_plain_ls_requests_no_weights_info(make_account):
     account = make_account(runs=RUNS, checkpoints=CHECKPOINTS)
     done, calls = calls_of(account, "ls -R runs && ls -a runs/*/checkpoints/*/* && find runs")
@@ -236,6 +240,7 @@ def test_probes_of_software_send_no_request(warm):
     assert api_calls(warm.server) == {}
 
 
+@every_binding
 def test_rm_r_of_checkpoint_sends_few_requests(warm):
     run = warm.new_run("weights/1", "weights/2")
     warm.sh(f"ls -R {run}")

@@ -5,10 +5,12 @@ import stat
 
 import pytest
 
-from tests.support.account import HOSTILE_NAMES, account, make_account, quoted
+from tests.support.account import HOSTILE_NAMES, account, every_binding, make_account, quoted
 from tinkerfs import name_encoding
 
 __all__ = ["account", "make_account"]
+
+pytestmark = every_binding
 
 OTHER_UID = 65534
 

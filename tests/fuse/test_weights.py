@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.account import account, api_calls, make_account, needs
+from tests.support.account import account, api_calls, every_binding, make_account, needs
 from tests.support.mount import run
 from tests.support.readers import Reader
 from tinkerfs.demo.content import Data
@@ -97,6 +97,7 @@ wait"""
         weights.server.account.delete_checkpoint(run_id, f"sampler_weights/{name}")
 
 
+@every_binding
 def test_concurrent_stats_during_open_leave_no_size_bound(weights):
     run_id = weights.run.removeprefix("runs/")
     weights.server.account.add_checkpoint(run_id, "sampler_weights/shared")
@@ -120,6 +121,7 @@ def test_concurrent_stats_during_open_leave_no_size_bound(weights):
     assert size_bytes == len(archive_of(weights, "shared"))
 
 
+@every_binding
 def test_archive_is_mappable_soon_after_stat(weights):
     run_id = weights.run.removeprefix("runs/")
     weights.server.account.add_checkpoint(run_id, "sampler_weights/mapped")
@@ -181,6 +183,7 @@ def test_safetensors_loads_from_the_mount(weights):
     assert loaded == {name: str(value["bytes"]) for name, value in output.items()}
 
 
+@every_binding
 def test_kernel_readahead_is_1_mib(weights, needs_root):
     device = os.stat(weights.root).st_dev
     bdi = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
@@ -188,6 +191,7 @@ def test_kernel_readahead_is_1_mib(weights, needs_root):
         assert file.read() == "1024\n"
 
 
+@every_binding
 def test_mapping_returns_the_same_bytes(weights):
     file = checkpoint_of(weights, "big") / "files/adapter_model.safetensors"
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
@@ -277,6 +281,7 @@ def test_deleted_checkpoint_returns_no_other_bytes(weights):
             opened.readall()
 
 
+@every_binding
 def test_changed_archive_is_stale_for_open_files_only(weights):
     run_id = weights.run.removeprefix("runs/")
     checkpoint = weights.server.account.add_checkpoint(

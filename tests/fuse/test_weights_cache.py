@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.account import account, make_account, mounted, new_run
-from tests.support.mount import BINDINGS, force_unmount, tinkerfs
+from tests.support.mount import force_unmount, tinkerfs
 from tests.support.readers import READERS, Reader, read_all
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.fuse import mount_table
@@ -22,6 +22,11 @@ MIB = 1 << 20
 NAME = "adapter_model.safetensors"
 SIZE_BYTES = 25 * MIB
 SLOW_BYTES_PER_S = 20 * MIB
+
+
+@pytest.fixture
+def binding():
+    return "mfusepy3"
 
 
 @pytest.fixture
@@ -105,7 +110,6 @@ def test_corrupt_blocks_are_downloaded_again(weights, binding, tmp_path):
         assert "was altered" in (root / ".tinkerfs/errors").read_text()
 
 
-@pytest.mark.parametrize("binding", BINDINGS[-1:])
 def test_blocks_replaced_by_fifos_are_downloaded_again(weights, binding, tmp_path):
     server, path, expected = weights
     with mounted(server, tmp_path / "m", binding) as root:
@@ -160,7 +164,6 @@ def is_of_all(entry):
     return int(last) - int(first) > MIB
 
 
-@pytest.mark.parametrize("binding", BINDINGS[-1:])
 def test_bytes_corrupted_in_transit_fail_the_checksum(demo_server, binding, tmp_path):
     packed = dataclasses.replace(PROFILES["official"], archive_form="gzip")
     server = demo_server(runs=1, profile=packed)

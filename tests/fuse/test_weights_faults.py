@@ -1,22 +1,17 @@
 """Readers of a real mount get correct bytes or an error in time, despite network faults."""
 
 import contextlib
-import errno
 import os
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.account import account, make_account
 from tests.support.mount import tinkerfs
-from tests.support.readers import READERS, Reader
+from tests.support.readers import READERS, Reader, size_once_reachable
 from tests.support.store_faults import FAULTS
 
 __all__ = ["account", "make_account"]
-
-#: The binding makes no difference.
-pytestmark = pytest.mark.parametrize("make_account", ["mfusepy3"], indirect=True, scope="module")
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
@@ -55,17 +50,6 @@ class Campaign:
             *command_lines(root),
         ]
         return any(b"X-Signature" in text for text in texts)
-
-
-def size_once_reachable(file, timeout_s=30.0):
-    """Return the size of a file; repeat requests that time out because the machine is busy."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return file.stat().st_size
-        except OSError as error:
-            if error.errno != errno.ETIMEDOUT or time.monotonic() > deadline:
-                raise
 
 
 def command_lines(root):

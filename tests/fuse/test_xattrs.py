@@ -5,10 +5,12 @@ import os
 
 import pytest
 
-from tests.support.account import account, api_calls, make_account
+from tests.support.account import account, api_calls, every_binding, make_account
 from tinkerfs.demo.sample_data import Session
 
 __all__ = ["account", "make_account"]
+
+pytestmark = every_binding
 
 
 @pytest.fixture(scope="module")

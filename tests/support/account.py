@@ -216,9 +216,13 @@ def quoted(*paths):
     return " ".join(shlex.quote(str(path)) for path in paths)
 
 
-@pytest.fixture(scope="module", params=BINDINGS)
+#: Marks tests whose outcome may depend on the FUSE binding; the others run under one.
+every_binding = pytest.mark.parametrize("make_account", BINDINGS, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", params=BINDINGS[-1:])
 def make_account(request, tmp_path_factory):
-    """A factory of mounted accounts for each FUSE binding, with settings and server arguments."""
+    """A factory of mounted accounts, with settings and server arguments."""
     with ExitStack() as stack:
 
         def make(settings=None, **options):

@@ -1,10 +1,12 @@
 """Processes that read a file like programs do, and checks of the bytes that they read."""
 
+import errno
 import hashlib
 import json
 import signal
 import subprocess
 import sys
+import time
 
 #: Access patterns. Each program prints [offset, length, sha256] of its reads, or an errno.
 READERS = {
@@ -80,6 +82,17 @@ class Reader:
             assert length > 0
             assert hashlib.sha256(expected[at : at + length]).hexdigest() == digest
         return True
+
+
+def size_once_reachable(file, timeout_s=30.0):
+    """Return the size of a file; repeat requests that time out because the machine is busy."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return file.stat().st_size
+        except OSError as error:
+            if error.errno != errno.ETIMEDOUT or time.monotonic() > deadline:
+                raise
 
 
 def read_all(file, expected):

@@ -3,8 +3,9 @@
 A *variant* is a driver and a server profile: every driver with the official service, every other
 profile in process, and the profile that differs most also through the kernel. Every test runs with
 every variant, unless a marker restricts it: `served("PUT ttl")` requires endpoints, and
-`where(profile=...)` requires that a predicate of the profile is true. The tests of a module share
-one account per variant.
+`where(profile=...)` requires that a predicate of the profile is true. Only tests marked with
+`every_binding` run under each FUSE binding, the others under one. The tests of a module share one
+account per variant.
 """
 
 import time
@@ -38,6 +39,7 @@ def pytest_configure(config):
     for line in (
         "served(*endpoints): only for servers with these endpoints",
         "where(profile): only for servers for which this predicate of the profile is true",
+        "every_binding: under every FUSE binding, because the outcome may depend on it",
     ):
         config.addinivalue_line("markers", line)
 
@@ -53,7 +55,10 @@ def _applies(item):
     callspec = getattr(item, "callspec", None)
     if callspec is None or "variant" not in callspec.params:
         return True
-    profile = PROFILES[callspec.params["variant"][1]]
+    kind, profile_name = callspec.params["variant"]
+    if kind in BINDINGS[:-1] and item.get_closest_marker("every_binding") is None:
+        return False
+    profile = PROFILES[profile_name]
     endpoints = {name for mark in item.iter_markers("served") for name in mark.args}
     predicates = [mark.kwargs["profile"] for mark in item.iter_markers("where")]
     return not endpoints & profile.missing and all(is_true(profile) for is_true in predicates)

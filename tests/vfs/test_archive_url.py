@@ -194,7 +194,7 @@ def test_archive_builds_of_a_process_group_are_rate_limited(make_world):
 
 @pytest.mark.expect_warnings("archive_url read ETIMEDOUT")
 def test_archive_build_continues_after_etimedout(make_world):
-    world = make_world(runs=0, settings={"archive_timeout_s": 0.5}, retry_after="0.1")
+    world = make_world(runs=0, settings={"archive_timeout_s": 2.0}, retry_after="0.1")
     run = world.new_run()
     checkpoint = world.server.account.add_checkpoint(
         run.partition("/")[2], "sampler_weights/1", building_polls=None

@@ -11,7 +11,7 @@ from tests.support.drivers import outcome_of
 from tinkerfs import name_encoding
 
 # The server refuses weights infos of names with a slash, which is reported.
-pytestmark = pytest.mark.expect_warnings("weights info EINVAL")
+pytestmark = [pytest.mark.every_binding, pytest.mark.expect_warnings("weights info EINVAL")]
 
 
 def file_name_bytes(name):

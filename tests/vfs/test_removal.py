@@ -16,6 +16,7 @@ FILES = [
 ]
 
 
+@pytest.mark.every_binding
 def test_rmtree_of_a_checkpoint_deletes_it(world):
     run = world.new_run("weights/1", "weights/2")
     checkpoint_dir = f"{run}/checkpoints/weights/1"
@@ -141,6 +142,7 @@ def test_refused_deletion_is_reported_and_restores_the_files(world, status, name
     assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
 
 
+@pytest.mark.every_binding
 def test_unlinked_names_are_hidden_from_one_group_only(world):
     run = world.new_run("weights/1")
     checkpoint_dir = f"{run}/checkpoints/weights/1"

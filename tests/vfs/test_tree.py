@@ -9,6 +9,8 @@ from tests.support.account import lists_last_checkpoints
 from tests.support.drivers import outcome_of
 from tinkerfs.demo import serialization
 
+pytestmark = pytest.mark.every_binding
+
 VIEWS = ["checkpoints", "published", "expiring", "models", "adapters", "sessions", "samplers"]
 ROOT_NAMES = ["README.md", "runs", *VIEWS, ".content", ".tinkerfs"]
 RUN_NAMES = ["info.json", "checkpoints", "latest", "latest_sampler"]

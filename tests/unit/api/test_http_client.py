@@ -78,7 +78,7 @@ def test_trickling_tls_handshake_ends_at_deadline(client_of):
 
 
 def test_trickling_exchanges_release_all_permits(hostile, client_of):
-    client = client_of(hostile, timeout_s=0.3, concurrency=4)
+    client = client_of(hostile, timeout_s=1.0, concurrency=4)
     rule = hostile.on(RUNS, OK, endless(b"X-A: b\r\n", 0.02), times=None)
     with ThreadPoolExecutor() as pool:
         calls = [pool.submit(client.list_training_runs) for _ in range(8)]

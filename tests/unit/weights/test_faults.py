@@ -13,7 +13,8 @@ from tinkerfs.context import BACKGROUND_CONTEXT
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
-TIMEOUT_S = 0.3
+#: Longer than a busy machine pauses, because a fault that occurs once must not become an error.
+TIMEOUT_S = 1.0
 
 pytestmark = pytest.mark.expect_warnings(r"telemetry")
 
@@ -80,7 +81,7 @@ def test_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_server
         else:
             assert outcome == "any" or times is None, error
             assert "X-Signature" not in str(error)
-        assert time.monotonic() - began < 20 * TIMEOUT_S
+        assert time.monotonic() - began < 10 * TIMEOUT_S
     server.faults.clear()
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         check(sequential(file), expected)
@@ -104,7 +105,7 @@ def test_fault_during_indexing_gives_an_error_or_the_right_list(
         sizes = {name: member.size_bytes for name, member in listing.members.items()}
         true = server.files(subject.ref.run_id, subject.ref.path_id)
         assert sizes == {name: content.size_bytes for name, content in true.items()}
-    assert time.monotonic() - began < 20 * TIMEOUT_S
+    assert time.monotonic() - began < 10 * TIMEOUT_S
     server.faults.clear()
     expected = truth(server, subject, NAME)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:

@@ -17,7 +17,7 @@ from tinkerfs.weights.retry import BACKOFF_S
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
 SIZE_BYTES = 9 * MIB
-TIMEOUT_S = 0.6
+TIMEOUT_S = 1.0
 
 pytestmark = pytest.mark.expect_warnings(r"telemetry")
 
