@@ -16,7 +16,7 @@ from bench_harness import (
     timed,
 )
 
-from tinkerfs.demo.server import DemoServer
+from tests.support.faulty_server import FaultyServer
 
 #: Commands that send no request after a walk.
 WARM_COMMANDS = "find runs -type f; du -s runs; stat runs/*; cat runs/*/checkpoints/*/*/info.json"
@@ -35,13 +35,13 @@ def count_calls(bench: Bench, binding: str, cache: Path) -> None:
         bench.add(f"... of these {what}", found, "calls", bound)
 
     with (
-        DemoServer(runs=1000, checkpoints=2) as server,
+        FaultyServer(runs=1000, checkpoints=2) as server,
         mounted(server, binding, cache) as directory,
     ):
         count("ls /runs, 1,000 runs", "ls runs", 10)
         count("... warm", "ls runs", 0)
     walk = "ls -lR runs"
-    with DemoServer(runs=100, checkpoints=10) as server:
+    with FaultyServer(runs=100, checkpoints=10) as server:
         with mounted(server, binding, cache, "--ttl", "600") as directory:
             count("ls -lR /runs, 100 runs x 10", walk, 1101)
             count_endpoint("weights info", "POST weights_info", 1000)
@@ -54,19 +54,19 @@ def count_calls(bench: Bench, binding: str, cache: Path) -> None:
             count("ls -lR in the second mount", walk, 101)
             count_endpoint("weights info", "POST weights_info", 0)
     with (
-        DemoServer(runs=10, checkpoints=5) as server,
+        FaultyServer(runs=10, checkpoints=5) as server,
         mounted(server, binding, cache, "--ttl", str(TTL_S)) as directory,
     ):
         count("ls -lR /runs, 10 runs x 5", walk, 61)
         time.sleep(TTL_S)
         count("... three times after the TTL", f"{walk}; {walk}; {walk}", 11)
     with (
-        DemoServer(runs=3, checkpoints=20, seed=3) as server,
+        FaultyServer(runs=3, checkpoints=20, seed=3) as server,
         mounted(server, binding, cache) as directory,
     ):
         count("cat */info.json, 3 runs x 20", "cat runs/*/checkpoints/*/*/info.json", 64)
     with (
-        DemoServer(runs=300, latency_s=0.2) as server,
+        FaultyServer(runs=300, latency_s=0.2) as server,
         mounted(server, binding, cache) as directory,
     ):
         readers = "for i in $(seq 16); do ls runs & done; wait"
@@ -82,7 +82,10 @@ COLD_WAITS = (
 
 
 def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
-    with DemoServer(runs=80, checkpoints=2) as server, mounted(server, binding, cache) as directory:
+    with (
+        FaultyServer(runs=80, checkpoints=2) as server,
+        mounted(server, binding, cache) as directory,
+    ):
         shell("ls -R runs", directory)
         alone = timed(lambda: shell("ls -l runs", directory))
         urls = sorted(directory.glob("runs/*/checkpoints/*/*/archive_url"))[:64]
@@ -98,7 +101,7 @@ def measure_waits(bench: Bench, binding: str, cache: Path) -> None:
     for what, script, endpoint in COLD_WAITS:
         with (
             tempfile.TemporaryDirectory() as cold,
-            DemoServer(runs=3, checkpoints=3) as server,
+            FaultyServer(runs=3, checkpoints=3) as server,
             mounted(server, binding, Path(cold)) as directory,
         ):
             rule = server.faults.add(endpoint, hang=True, times=None)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinkerfs.demo.server import DemoServer
+from tests.support.faulty_server import FaultyServer
 
 TINKERFS = (sys.executable, "-m", "tinkerfs")
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
@@ -127,7 +127,7 @@ def succeeds(script: str, directory: Path) -> bool:
     return not stderr_of(script, directory)
 
 
-def calls(server: DemoServer, script: str, directory: Path) -> int:
+def calls(server: FaultyServer, script: str, directory: Path) -> int:
     server.journal.wait_until_idle()
     server.journal.clear()
     shell(script, directory)

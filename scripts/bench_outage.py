@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench_harness import Bench, mounted, stderr_of, succeeds
 
-from tinkerfs.demo.server import DemoServer
+from tests.support.faulty_server import FaultyServer
 
 KINDS: dict[str, dict[str, object]] = {
     "refused": {"refuse": True},
@@ -24,7 +24,7 @@ def measure_outages(bench: Bench, binding: str, cache: Path, seconds: float) -> 
     """Run commands during an outage of each kind, each `seconds` long."""
     for kind, fault in KINDS.items():
         with (
-            DemoServer(runs=10, checkpoints=5) as server,
+            FaultyServer(runs=10, checkpoints=5) as server,
             mounted(server, binding, cache / kind, "--ttl", "5") as directory,
         ):
             assert succeeds(SEEN_COMMANDS, directory)

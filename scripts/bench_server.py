@@ -11,7 +11,7 @@ class Server:
 
     Args:
         bytes_per_s: Maximum rate of each connection to the store; 0 for no limit.
-        **arguments: Arguments of `DemoServer`.
+        **arguments: Arguments of `FaultyServer`.
     """
 
     base_url: str
@@ -49,10 +49,10 @@ class Server:
 
 def serve(arguments: dict[str, Any]) -> None:
     """Run the demo server; execute the commands on standard input until it ends."""
-    from tinkerfs.demo.server import DemoServer
+    from tests.support.faulty_server import FaultyServer
 
     bytes_per_s = arguments.pop("bytes_per_s")
-    with DemoServer(**arguments) as server:
+    with FaultyServer(**arguments) as server:
         if bytes_per_s:
             server.faults.add("store", times=None, bytes_per_s=bytes_per_s)
         run_id = server.account.run_ids[0]

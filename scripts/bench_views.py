@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench_harness import Bench, calls, mounted
 
-from tinkerfs.demo.server import DemoServer
+from tests.support.faulty_server import FaultyServer
 
 #: View -> maximum number of requests of a cold listing. There are 4,000 checkpoints in pages of
 #: 100, 200 runs, and 500 sessions in pages of 200. No endpoint lists samplers.
@@ -19,20 +19,20 @@ SESSION_VIEWS = (("sessions", 3), ("samplers", 0))
 
 
 def count_views(bench: Bench, binding: str, cache: Path) -> None:
-    def count(server: DemoServer, directory: Path, view: str, bound: int) -> None:
+    def count(server: FaultyServer, directory: Path, view: str, bound: int) -> None:
         (directory / ".tinkerfs/refresh").write_text("1")
         command = f"ls -l {view}"
         bench.add(command, calls(server, command, directory), "calls", bound)
         bench.add("... warm", calls(server, command, directory), "calls", 0)
 
     with (
-        DemoServer(runs=200, checkpoints=20) as server,
+        FaultyServer(runs=200, checkpoints=20) as server,
         mounted(server, binding, cache, "--ttl", "600") as directory,
     ):
         for view, bound in RUN_VIEWS:
             count(server, directory, view, bound)
     with (
-        DemoServer(runs=1000, checkpoints=1) as server,
+        FaultyServer(runs=1000, checkpoints=1) as server,
         mounted(server, binding, cache, "--ttl", "600") as directory,
     ):
         for view, bound in SESSION_VIEWS:

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.sample_data import Checkpoint, Run
-from tinkerfs.demo.server import DemoServer
 
 CLIENT = Path(__file__).with_name("interop_client.py")
 
 
-def expected_of(server: DemoServer) -> dict[str, Any]:
+def expected_of(server: FaultyServer) -> dict[str, Any]:
     """Return the data that the client must find, from the account of the server."""
     account = server.account
     sessions = {}
@@ -67,7 +67,7 @@ def _checkpoint(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
 class CommandLine:
     """The `tinker` command of one environment, and its server."""
 
-    def __init__(self, venv: Path, server: DemoServer, home: Path) -> None:
+    def __init__(self, venv: Path, server: FaultyServer, home: Path) -> None:
         self.server, self._home = server, home
         self._command = str(venv / "bin" / "tinker")
         run = next(r for r in server.account.runs() if any("ext" in c.kind for c in r.checkpoints))
@@ -179,7 +179,7 @@ class CommandLine:
             assert hashlib.sha256(found[name].read_bytes()).hexdigest() == expected, name
 
 
-def environment(server: DemoServer, home: Path) -> dict[str, str]:
+def environment(server: FaultyServer, home: Path) -> dict[str, str]:
     """Return environment variables for this server, without settings of the user."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER", "PYTHON"))}
     proxies = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
@@ -190,7 +190,7 @@ def environment(server: DemoServer, home: Path) -> dict[str, str]:
 
 def check_library(venv: Path, home: Path) -> list[str]:
     """Run interop_client.py inside an environment; return one line per step."""
-    with DemoServer(runs=45, checkpoints=6, prefix="/services/tinker-prod") as server:
+    with FaultyServer(runs=45, checkpoints=6, prefix="/services/tinker-prod") as server:
         command = ["timeout", "100", str(venv / "bin" / "python"), str(CLIENT)]
         done = subprocess.run(
             command,
@@ -214,7 +214,7 @@ def check_library(venv: Path, home: Path) -> list[str]:
 
 def check_command_line(venv: Path, home: Path, *, has_archives: bool) -> list[str]:
     """Run the commands of an environment; return one line per step."""
-    with DemoServer(runs=25, checkpoints=6) as server:
+    with FaultyServer(runs=25, checkpoints=6) as server:
         command = CommandLine(venv, server, home)
         steps: list[Callable[[], None]] = [
             command.run_list,

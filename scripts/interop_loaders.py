@@ -18,8 +18,8 @@ from typing import Any, Self
 
 from interop_mount import mounted
 
+from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.content import Content, Data
-from tinkerfs.demo.server import DemoServer
 
 ADAPTER_SCRIPT = Path(__file__).with_name("interop_adapter.py")
 KIND, NAME = "sampler_weights", "final"
@@ -97,7 +97,7 @@ class Adapter:
         directory: Directory in which the adapter is saved.
     """
 
-    def __init__(self, model: str, loaders: Loaders, server: DemoServer, directory: Path) -> None:
+    def __init__(self, model: str, loaders: Loaders, server: FaultyServer, directory: Path) -> None:
         self._model, self._loaders, self._server = model, loaders, server
         loaders.ask("make", model, directory)
         files: dict[str, Content] = {
@@ -169,7 +169,7 @@ def check_all(python: str) -> int:
     failures = 0
     with (
         tempfile.TemporaryDirectory() as home,
-        DemoServer(runs=0, api_key=KEY) as server,
+        FaultyServer(runs=0, api_key=KEY) as server,
         Loaders(python) as loaders,
     ):
         print("loaders:", ", ".join(f"{k} {v}" for k, v in loaders.about["versions"].items()))

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
+from tests.support.faulty_server import FaultyServer
 from tests.support.limited_fs import LIMITS, limited_mount
 from tests.support.mount import tinkerfs
 from tests.unit.transfer.test_exported_file import DATA, copy, partial, target
 from tinkerfs.context import BACKGROUND_CONTEXT
-from tinkerfs.demo.server import DemoServer
 from tinkerfs.transfer.destination import Destination
 
 
@@ -55,7 +55,10 @@ def test_copy_of_names_that_differ_by_case_raises_error(tmp_path):
 
 def test_get_onto_limited_file_system_exits_0(tmp_path):
     limits = LIMITS["with nothing of these"]
-    with DemoServer(runs=1, checkpoints=1) as server, limited_mount(tmp_path, limits) as directory:
+    with (
+        FaultyServer(runs=1, checkpoints=1) as server,
+        limited_mount(tmp_path, limits) as directory,
+    ):
         [run] = server.account.runs()
         [checkpoint] = run.checkpoints
         env = {**server.environment, "PATH": os.environ["PATH"], "HOME": str(tmp_path)}

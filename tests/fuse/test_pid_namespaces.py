@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from tests.support.account import Account, deletes, needs
+from tests.support.faulty_server import FaultyServer
 from tests.support.mount import ROOT, force_unmount
-from tinkerfs.demo.server import DemoServer
 
 OWNER_UID = 65534
 OWNER = f"setpriv --reuid={OWNER_UID} --regid={OWNER_UID} --clear-groups"
@@ -22,7 +22,7 @@ def account(tmp_path, needs_root):
     mountpoint, cache_dir = tmp_path / "mnt", tmp_path / "cache"
     mountpoint.mkdir()
     cache_dir.mkdir(mode=0o700)
-    with DemoServer(runs=1, checkpoints=2) as server, (tmp_path / "log").open("w") as log:
+    with FaultyServer(runs=1, checkpoints=2) as server, (tmp_path / "log").open("w") as log:
         values = {"base_url": server.base_url, "cache_dir": str(cache_dir)}
         values |= {"allow_other": True, "uid": OWNER_UID}
         served = ("-m", "tests.support.account", str(mountpoint), json.dumps(values))

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.faulty_server import FaultyServer
 from tests.support.mount import BINDINGS, ROOT, force_unmount
-from tinkerfs.demo.server import DemoServer
 
 #: Difficult names that a server may send.
 HOSTILE_NAMES = (
@@ -92,7 +92,7 @@ def mounted(server, directory, binding, **settings):
     """Mount the account of a server, and yield the mountpoint.
 
     Args:
-        server: a DemoServer.
+        server: a FaultyServer.
         directory: parent of the mountpoint, the cache and the log.
         binding: the FUSE binding.
         settings: fields of Settings, and `lookup_timeout_s` of `session.serve`.
@@ -133,7 +133,7 @@ def mounted(server, directory, binding, **settings):
 class Account:
     """A mounted account, and a shell in it."""
 
-    server: DemoServer
+    server: FaultyServer
     root: Path
 
     def path(self, path):
@@ -216,7 +216,7 @@ def quoted(*paths):
     return " ".join(shlex.quote(str(path)) for path in paths)
 
 
-#: Marks tests whose outcome may depend on the FUSE binding; the others run under one.
+#: Marks tests that may depend on the FUSE binding; the others run under one.
 every_binding = pytest.mark.parametrize("make_account", BINDINGS, indirect=True, scope="module")
 
 
@@ -226,7 +226,7 @@ def make_account(request, tmp_path_factory):
     with ExitStack() as stack:
 
         def make(settings=None, **options):
-            server = stack.enter_context(DemoServer(**options))
+            server = stack.enter_context(FaultyServer(**options))
             directory = tmp_path_factory.mktemp(request.param)
             root = stack.enter_context(
                 mounted(server, directory, request.param, **(settings or {}))

@@ -330,7 +330,7 @@ def opened(kind, server, directory, *, time=None, **settings):
 
     Args:
         kind: one of KINDS.
-        server: a DemoServer.
+        server: a FaultyServer.
         directory: parent of the cache and the mountpoint.
         time: clock for the drivers without a mount.
         settings: fields of Settings.

@@ -1,6 +1,6 @@
 """A hostile HTTP server: sends arbitrary bytes over raw sockets.
 
-`HostileServer` is a `DemoServer`: it has the same arguments, account, journal, faults and signed
+`HostileServer` is a `FaultyServer`: it has the same arguments, account, journal, faults and signed
 URLs. A mount, a `Client` and a `StoreClient` work on it as long as no script applies. API and
 object store are two origins, `server.base_url` and `server.store_url`; signed URLs point to the
 store.
@@ -45,9 +45,13 @@ from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 
-from tinkerfs.demo.faults import FaultRule, pause
-from tinkerfs.demo.http import Handler, Listener
-from tinkerfs.demo.server import DemoServer
+from tests.support.faults import FaultRule
+from tests.support.faulty_server import (
+    FaultyHandler,
+    FaultyListener,
+    FaultyServer,
+)
+from tinkerfs.demo.http import pause
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,13 @@ class Received:
         return [value.strip() for key, _, value in fields if key.lower() == name.lower().encode()]
 
 
-class HostileServer(DemoServer):
+class HostileServer(FaultyServer):
     """A demo server with scripted responses. Thread-safe.
 
     Args:
         tls: server-side TLS context; both origins are https then.
         pace: pauses for `seconds`; returns False as soon as `is_over()`.
-        **options: those of `DemoServer`.
+        **options: those of `FaultyServer`.
 
     Attributes:
         received: every request with its raw head, oldest first.
@@ -173,7 +177,7 @@ class _Tee:
         return line
 
 
-class HostileHandler(Handler):
+class HostileHandler(FaultyHandler):
     """One connection; a step gets it as its argument.
 
     Attributes:
@@ -214,14 +218,14 @@ class HostileHandler(Handler):
             self.rfile = reader
             self.head = self.raw_requestline + tee.data
 
-    def exchange(self, entry, rule):
+    def respond(self, entry):
         owner, self.entry = self.server.owner, entry
         owner.received.append(Received(entry.origin, self.number, self.head, entry.body))
         if owner.is_dead(self.number):
             hold(self)
         steps = owner.script_of(entry)
         if steps is None:
-            super().exchange(entry, rule)
+            super().respond(entry)
         else:
             self.run(steps)
 
@@ -253,7 +257,10 @@ class HostileHandler(Handler):
     def end(self, *, is_reset=False):
         """End the connection, and the script."""
         self.connection = self.bare
-        self.abort(reset=is_reset)
+        if is_reset:
+            self.reset()
+        else:
+            self.abort()
         raise Ended
 
     def is_over(self):
@@ -269,12 +276,8 @@ class HostileHandler(Handler):
             return True
 
 
-class HostileListener(Listener):
+class HostileListener(FaultyListener):
     handler_class = HostileHandler
-
-    def __init__(self, owner, *args, **options):
-        self.owner = owner
-        super().__init__(*args, **options)
 
 
 # --- steps ---------------------------------------------------------------------------------------
@@ -328,7 +331,7 @@ def endless(data, every_s=0.0):
 
 
 def wait():
-    """Wait until `release()` is called; see `demo.faults.FaultRule.wait_for`."""
+    """Wait until `release()` is called; see `FaultRule.wait_for`."""
     return FaultRule("*")
 
 

@@ -16,8 +16,8 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tests.support.drivers import BINDINGS, KINDS, opened
+from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.profiles import PROFILES
-from tinkerfs.demo.server import DemoServer
 
 _VARIANTS = [
     *((kind, "official") for kind in KINDS),
@@ -68,7 +68,7 @@ def _applies(item):
 class World:
     """A server, and a driver with its account."""
 
-    server: DemoServer
+    server: FaultyServer
     driver: object
     kind: str
 
@@ -150,14 +150,14 @@ def _expect_missing_endpoint_warnings(request, expect_warnings):
 
 @pytest.fixture(scope="module")
 def make_world(variant, tmp_path_factory):
-    """Return a factory that takes arguments of `DemoServer`, and `settings`."""
+    """Return a factory that takes arguments of `FaultyServer`, and `settings`."""
     kind, profile = variant
     with ExitStack() as stack:
 
         def make(settings=None, **options):
             fake_time = None if kind in BINDINGS else FakeTime()
             clock = fake_time.clock.now if fake_time else time.time
-            server = stack.enter_context(DemoServer(profile=profile, clock=clock, **options))
+            server = stack.enter_context(FaultyServer(profile=profile, clock=clock, **options))
             directory = tmp_path_factory.mktemp(kind)
             driver = stack.enter_context(
                 opened(kind, server, directory, time=fake_time, **(settings or {}))

@@ -139,10 +139,10 @@ def test_weights_info_of_a_checkpoint_saved_again_is_reloaded(world):
 @pytest.mark.where(profile=lambda profile: profile.kinds <= profile.weights_info_kinds)
 def test_second_mount_requests_no_weights_info(variant, tmp_path):
     from tests.support.drivers import opened
-    from tinkerfs.demo.server import DemoServer
+    from tests.support.faulty_server import FaultyServer
 
     kind, profile = variant
-    with DemoServer(runs=2, checkpoints=5, profile=profile) as server:
+    with FaultyServer(runs=2, checkpoints=5, profile=profile) as server:
         for _ in range(2):
             with opened(kind, server, tmp_path) as driver:
                 for run in server.account.runs():

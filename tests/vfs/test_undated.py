@@ -8,10 +8,10 @@ from email.utils import formatdate
 import pytest
 
 from tests.support.drivers import opened, outcome_of
+from tests.support.faulty_server import FaultyServer
 from tinkerfs import name_encoding
 from tinkerfs.demo.archive import tar_of
 from tinkerfs.demo.content import Data
-from tinkerfs.demo.server import DemoServer
 
 WEIGHTS = "adapter_model.safetensors"
 INFO = "POST weights_info"
@@ -202,7 +202,7 @@ def test_dated_checkpoint_of_another_size_is_another_version(world):
 
 
 def test_undated_checkpoint_saved_between_mounts_is_reloaded(variant, tmp_path):
-    with DemoServer(runs=0) as server:
+    with FaultyServer(runs=0) as server:
         run = server.account.add_run()
         checkpoint_dir = checkpoint_dir_of(f"runs/{run.id}")
         for number in range(2):
@@ -214,7 +214,7 @@ def test_undated_checkpoint_saved_between_mounts_is_reloaded(variant, tmp_path):
 def test_another_server_at_the_same_url_shows_its_own(variant, tmp_path):
     port = 0
     for number in range(2):
-        with DemoServer(runs=0, port=port) as server:
+        with FaultyServer(runs=0, port=port) as server:
             port = int(server.base_url.rpartition(":")[2].partition("/")[0])
             run = server.account.add_run("run")
             files = save(server, run.id, number)

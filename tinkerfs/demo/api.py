@@ -20,7 +20,7 @@ from tinkerfs.demo.http import Reply, error_reply, json_reply
 from tinkerfs.demo.lookup import HttpError, Lookup
 from tinkerfs.demo.mutations import Mutations
 from tinkerfs.demo.profiles import Profile
-from tinkerfs.demo.request_log import RequestRecord
+from tinkerfs.demo.request import Request
 from tinkerfs.demo.sample_data import BASE_MODELS, Checkpoint, Run
 from tinkerfs.demo.store import Store
 
@@ -123,7 +123,7 @@ class Api:
         self._lookup = Lookup(account, profile)
         mutations = Mutations(account, profile, self._lookup, clock)
         self.exports = Exports(account, self._lookup, store, behaviour.exports, clock)
-        self._handlers: dict[str, Callable[[RequestRecord, dict[str, str]], Reply]] = {
+        self._handlers: dict[str, Callable[[Request, dict[str, str]], Reply]] = {
             "GET training_runs": self._list_runs,
             "GET training_runs/{run}": self._get_run,
             "GET training_runs/{run}/checkpoints": self._list_run_checkpoints,
@@ -149,10 +149,10 @@ class Api:
             "POST finish": self.exports.finish_session,
             "GET samplers/{sampler}": self._get_sampler,
             "GET get_server_capabilities": self._capabilities,
-            "GET healthz": lambda _record, _args: json_reply({"status": "ok"}),
-            "POST client/config": lambda _record, _args: json_reply({}),
-            "POST client/dynamic_config": lambda _record, _args: json_reply({}),
-            "POST telemetry": lambda _record, _args: json_reply({"status": "accepted"}),
+            "GET healthz": lambda _request, _args: json_reply({"status": "ok"}),
+            "POST client/config": lambda _request, _args: json_reply({}),
+            "POST client/dynamic_config": lambda _request, _args: json_reply({}),
+            "POST telemetry": lambda _request, _args: json_reply({"status": "accepted"}),
             "GET auth/apikey/me": self._key,
         }
 
@@ -160,17 +160,17 @@ class Api:
         """Return the endpoint of a request, `?` if the path is unknown."""
         return self._route(method, path)[0]
 
-    def respond(self, record: RequestRecord) -> Reply:
+    def respond(self, request: Request) -> Reply:
         """Return the response to a request."""
-        if self._profile.requires_key and record.endpoint not in _OPEN:
-            if record.api_key is None:
+        if self._profile.requires_key and request.endpoint not in _OPEN:
+            if request.api_key is None:
                 return error_reply(401, "Missing API key")
-            if not self._is_valid(record.api_key):
+            if not self._is_valid(request.api_key):
                 return error_reply(401, "Invalid API key")
-        endpoint, args = self._route(record.method, record.path)
+        endpoint, args = self._route(request.method, request.path)
         if endpoint == "?":
             others = ("GET", "POST", "PUT", "DELETE")
-            is_path = any(self._route(method, record.path)[0] != "?" for method in others)
+            is_path = any(self._route(method, request.path)[0] != "?" for method in others)
             return error_reply(405 if is_path else 404)
         if endpoint in self._profile.missing:
             return self._missing(endpoint, args)
@@ -178,7 +178,7 @@ class Api:
             with self._account.lock:
                 self._account.delete_expired()
                 self.exports.cancel_lost_sessions()
-                return self._handlers[endpoint](record, args)
+                return self._handlers[endpoint](request, args)
         except HttpError as error:
             return error_reply(error.status, error.detail, error.headers)
 
@@ -212,34 +212,34 @@ class Api:
 
     # Listings
 
-    def _list_runs(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
-        offset, limit = self._page(record, 20)
+    def _list_runs(self, request: Request, _args: dict[str, str]) -> Reply:
+        offset, limit = self._page(request, 20)
         runs = [
             serialization.run_json(run, self._profile) for run in self._account.runs(offset, limit)
         ]
         cursor = serialization.cursor_json(offset, limit, self._account.run_count, self._profile)
         return json_reply({"training_runs": runs, "cursor": cursor})
 
-    def _list_run_checkpoints(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def _list_run_checkpoints(self, _request: Request, args: dict[str, str]) -> Reply:
         run = self._lookup.run(args["run"])
         found = [c for c in run.checkpoints if self._lookup.may_list(run, c)]
         records = [serialization.checkpoint_json(run.id, c, self._profile) for c in found]
         cursor = serialization.cursor_json(0, len(records), len(records), self._profile)
         return json_reply({"checkpoints": records, "cursor": cursor})
 
-    def _list_checkpoints(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
-        offset, limit = self._page(record, 100)
+    def _list_checkpoints(self, request: Request, _args: dict[str, str]) -> Reply:
+        offset, limit = self._page(request, 100)
         page = self._account.checkpoints(offset, limit)
         records = [serialization.checkpoint_json(run.id, c, self._profile) for run, c in page]
         total_count = self._account.checkpoint_count
         cursor = serialization.cursor_json(offset, limit, total_count, self._profile)
         return json_reply({"checkpoints": records, "cursor": cursor})
 
-    def _list_sessions(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
-        return json_reply({"sessions": self._account.session_ids(*self._page(record, 20))})
+    def _list_sessions(self, request: Request, _args: dict[str, str]) -> Reply:
+        return json_reply({"sessions": self._account.session_ids(*self._page(request, 20))})
 
-    def _search_sessions(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
-        query = self._lookup.body(record)
+    def _search_sessions(self, request: Request, _args: dict[str, str]) -> Reply:
+        query = self._lookup.body(request)
         limit = query.get("limit", 50)
         if not isinstance(limit, int) or not 1 <= limit <= 200:
             raise HttpError(422, [{"loc": ["body", "limit"], "msg": "must be from 1 to 200"}])
@@ -268,33 +268,35 @@ class Api:
             }
         return json_reply({"sessions": page, "next_cursor": cursor})
 
-    def _page(self, record: RequestRecord, default_limit: int) -> tuple[int, int]:
-        offset = self._lookup.number(record, "offset", 0)
-        limit = self._lookup.number(record, "limit", default_limit)
+    def _page(self, request: Request, default_limit: int) -> tuple[int, int]:
+        offset = self._lookup.number(request, "offset", 0)
+        limit = self._lookup.number(request, "limit", default_limit)
         return offset, limit if self._profile.page_max is None else min(
             limit, self._profile.page_max
         )
 
     # Single records
 
-    def _get_run(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def _get_run(self, _request: Request, args: dict[str, str]) -> Reply:
         return json_reply(serialization.run_json(self._lookup.run(args["run"]), self._profile))
 
-    def _weights_info(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
-        run, _checkpoint = self._lookup.by_tinker_path(self._lookup.body(record).get("tinker_path"))
+    def _weights_info(self, request: Request, _args: dict[str, str]) -> Reply:
+        run, _checkpoint = self._lookup.by_tinker_path(
+            self._lookup.body(request).get("tinker_path")
+        )
         return json_reply(serialization.weights_info_json(run))
 
-    def _get_session(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def _get_session(self, _request: Request, args: dict[str, str]) -> Reply:
         session = self._account.session(args["session"])
         if session is None:
             raise HttpError(404, f"Session {args['session']} not found")
         return json_reply(serialization.session_json(session))
 
-    def _trace(self, record: RequestRecord, args: dict[str, str]) -> Reply:
-        self._get_session(record, args)
+    def _trace(self, request: Request, args: dict[str, str]) -> Reply:
+        self._get_session(request, args)
         return json_reply({"status": "ready", "url": self._store.sign_trace(args["session"])})
 
-    def _get_sampler(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def _get_sampler(self, _request: Request, args: dict[str, str]) -> Reply:
         sampler_id = args["sampler"]
         sampler = self._account.sampler(sampler_id)
         if sampler is None:
@@ -303,14 +305,14 @@ class Api:
         record = {"sampler_id": sampler_id, "base_model": base_model, "model_path": path}
         return json_reply(record)
 
-    def _capabilities(self, _record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def _capabilities(self, _request: Request, _args: dict[str, str]) -> Reply:
         models = [
             {"model_name": name, "max_context_length": 32768, "trainable": True, "sampleable": True}
             for name in BASE_MODELS
         ]
         return json_reply({"supported_models": models})
 
-    def _key(self, _record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def _key(self, _request: Request, _args: dict[str, str]) -> Reply:
         organisation = {"id": "demo-org", "name": "Demo"}
         user = {"id": "demo-user", "name": "Demo user", "email": "demo@example.com"}
         details = {"org_details": organisation, "user_details": user}
@@ -318,7 +320,7 @@ class Api:
 
     # Files
 
-    def _archive(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def _archive(self, _request: Request, args: dict[str, str]) -> Reply:
         run, checkpoint = self._ready(args)
         if self._profile.serves_archives_itself:
             bare = checkpoint.name if self._profile.archive_ids == "name" else checkpoint.id
@@ -335,7 +337,7 @@ class Api:
             headers["Expires"] = formatdate(expires_s, usegmt=True)
         return Reply(HTTPStatus.FOUND, headers)
 
-    def _download(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def _download(self, _request: Request, args: dict[str, str]) -> Reply:
         run, checkpoint = self._ready(args)
         content = self._store.archive(run, checkpoint)
         name = f"{run.id}_{checkpoint.name}.tar.gz"
@@ -345,7 +347,7 @@ class Api:
         }
         return Reply(HTTPStatus.OK, headers, content)
 
-    def _external_urls(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def _external_urls(self, _request: Request, args: dict[str, str]) -> Reply:
         run, checkpoint = self._lookup.checkpoint(
             args["run"], args["ckpt"], "kind/name", self._profile.kinds
         )

@@ -16,7 +16,7 @@ from tinkerfs.demo.content import Content, Data
 from tinkerfs.demo.http import Reply, json_reply
 from tinkerfs.demo.lookup import HttpError, Lookup
 from tinkerfs.demo.mutations import TTL_RANGE_S
-from tinkerfs.demo.request_log import RequestRecord
+from tinkerfs.demo.request import Request
 from tinkerfs.demo.sample_data import Checkpoint, Run, Session
 from tinkerfs.demo.store import Store
 
@@ -112,9 +112,9 @@ class Exports:
         for export in self._exports.values():
             export.request_ids.clear()
 
-    def create_session(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def create_session(self, request: Request, _args: dict[str, str]) -> Reply:
         """Create a session."""
-        body = self._lookup.body(record)
+        body = self._lookup.body(request)
         if not isinstance(body.get("sdk_version"), str) or not isinstance(body.get("tags"), list):
             raise HttpError(422, [{"loc": ["body"], "msg": "tags and sdk_version are required"}])
         session_id = f"export-session-{next(self._numbers)}"
@@ -131,9 +131,9 @@ class Exports:
         self._exports[session_id] = _Export(session, self._clock())
         return json_reply({"type": "create_session", "session_id": session_id})
 
-    def load_weights(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def load_weights(self, request: Request, _args: dict[str, str]) -> Reply:
         """Start to load a training checkpoint into a new run of a session."""
-        body = self._lookup.body(record)
+        body = self._lookup.body(request)
         export = self._active(body.get("session_id"))
         run, checkpoint = self._lookup.by_tinker_path(body.get("path"))
         if checkpoint.kind != "weights":
@@ -154,9 +154,9 @@ class Exports:
         key = ("load_weights", body.get("model_seq_id", 0))
         return self._promise(export, key, self._options.load_s, finish, model_id=model_id)
 
-    def get_info(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def get_info(self, request: Request, _args: dict[str, str]) -> Reply:
         """Return the base model of a loaded run."""
-        run = self._lookup.run(str(self._lookup.body(record).get("model_id")))
+        run = self._lookup.run(str(self._lookup.body(request).get("model_id")))
         data = {"arch": "unknown", "model_name": run.base_model, "tokenizer_id": run.base_model}
         value = {
             "type": "get_info",
@@ -168,9 +168,9 @@ class Exports:
         }
         return json_reply(value)
 
-    def save_weights_external(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def save_weights_external(self, request: Request, _args: dict[str, str]) -> Reply:
         """Start to save a loaded run's weights as external weights."""
-        body = self._lookup.body(record)
+        body = self._lookup.body(request)
         model_id, name, ttl_s = str(body.get("model_id")), body.get("path"), body.get("ttl_seconds")
         export = self._active(model_id.partition(":train:")[0])
         if not isinstance(name, str) or not name or "/" in name:
@@ -202,9 +202,9 @@ class Exports:
         key = ("save_weights_external", body.get("seq_id"))
         return self._promise(export, key, self._options.save_s, finish)
 
-    def retrieve_future(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def retrieve_future(self, request: Request, _args: dict[str, str]) -> Reply:
         """Return the result of a future, or ask to try again."""
-        request_id = str(self._lookup.body(record).get("request_id"))
+        request_id = str(self._lookup.body(request).get("request_id"))
         future = self._futures.get(request_id)
         if future is None:
             raise HttpError(410, f"Request {request_id} is gone; send the original request again")
@@ -227,15 +227,15 @@ class Exports:
         }
         return json_reply(value, self._options.try_again_status)
 
-    def session_heartbeat(self, record: RequestRecord, _args: dict[str, str]) -> Reply:
+    def session_heartbeat(self, request: Request, _args: dict[str, str]) -> Reply:
         """Keep a session alive; 410 if it has ended."""
-        export = self._active(self._lookup.body(record).get("session_id"))
+        export = self._active(self._lookup.body(request).get("session_id"))
         export.seen_s = self._clock()
         return json_reply({"type": "session_heartbeat"})
 
-    def finish_session(self, record: RequestRecord, args: dict[str, str]) -> Reply:
+    def finish_session(self, request: Request, args: dict[str, str]) -> Reply:
         """End a session; the first reason stays."""
-        body = self._lookup.body(record)
+        body = self._lookup.body(request)
         reason = (body.get("reason") or {}).get("type")
         if reason not in _FINISH_REASONS:
             raise HttpError(422, [{"loc": ["body", "reason"], "msg": "unknown reason"}])

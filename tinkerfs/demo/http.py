@@ -1,16 +1,13 @@
-"""HTTP/1.1 server with a request log and fault injection.
+"""HTTP/1.1 server: reads requests, gets responses from an `App`, and writes them.
 
-This module reads requests, logs them, gets responses from an `App`, applies the fault plan, and
-writes the responses. Each connection has its own thread and may be kept alive.
+Each connection has its own thread and may be kept alive.
 """
 
 import contextlib
-import itertools
 import json
 import logging
 import select
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,15 +19,14 @@ from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tinkerfs.demo.content import Content, Data, iter_chunks
-from tinkerfs.demo.faults import FaultPlan, FaultRule, pause
-from tinkerfs.demo.request_log import RequestLog, RequestRecord
+from tinkerfs.demo.request import Request
 
 _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 1 << 20
-_NO_FAULT = FaultRule("*")
 _NOTHING = Data(b"")
-_PROXY_PAGE = "<html>\n<head><title>502 Bad Gateway</title></head>\n<body>nginx</body>\n</html>\n"
+#: Longest time until a waiting thread notices that its client has disconnected.
+_POLL_S = 0.1
 
 
 @dataclass(slots=True)
@@ -57,10 +53,11 @@ def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None 
 
 def error_reply(status: int, detail: Any = None, headers: Mapping[str, str] | None = None) -> Reply:
     """Return an API error; without a detail, the error of the API's framework."""
-    return json_reply({"detail": detail or _phrase(status)}, status, headers)
+    return json_reply({"detail": detail or phrase(status)}, status, headers)
 
 
-def _phrase(status: int) -> str:
+def phrase(status: int) -> str:
+    """Return the reason phrase of a status."""
     return next((known.phrase for known in HTTPStatus if known == status), "Unknown")
 
 
@@ -72,7 +69,7 @@ class App(Protocol):
     def endpoint(self, method: str, path: str) -> str:
         """Return the endpoint of a request, `?` if the path is unknown."""
 
-    def respond(self, record: RequestRecord) -> Reply:
+    def respond(self, request: Request) -> Reply:
         """Return the response to a request; called by many threads concurrently."""
 
 
@@ -82,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: "Listener"
+    #: The class of its requests.
+    request_class: type[Request] = Request
 
     def handle(self) -> None:
         """Serve requests until the connection ends."""
@@ -89,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing, because requests are in the request log."""
+        """Log nothing, because standard error belongs to the command."""
 
     def _serve(self) -> None:
         listener = self.server
@@ -97,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(target.path, errors="surrogateescape")
         headers = {name.lower(): value for name, value in self.headers.items()}
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        record = RequestRecord(
+        request = self.request_class(
             origin=listener.origin.name,
             method=self.command,
             path=path,
@@ -107,11 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             api_key=headers.get("x-api-key") or bearer or None,
             body=self._read_body(headers.get("content-length", "0")),
         )
-        listener.journal.begin(record)
-        try:
-            self.exchange(record, listener.faults.take(record) or _NO_FAULT)
-        finally:
-            listener.journal.end(record)
+        self.exchange(request)
 
     def _read_body(self, length: str) -> bytes:
         is_chunked = "transfer-encoding" in self.headers
@@ -122,30 +117,27 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _serve
 
-    def exchange(self, record: RequestRecord, rule: FaultRule) -> None:
-        """Send the response to a logged request, with the fault of a rule."""
-        if not pause(rule.latency_s, self.is_over):
-            return self.abort()
+    def exchange(self, request: Request) -> None:
+        """Respond to a request; the latency includes the processing time."""
         due_s = time.monotonic() + self.server.latency_s()
-        if rule.call is not None:
-            rule.call()
-        if (rule.hang or rule.hold_until is not None) and not rule.hold(self.is_over):
-            return self.abort()
-        if rule.refuse or rule.reset:
-            pause(due_s - time.monotonic(), self.is_over)
-            return self.abort(reset=rule.reset)
-        record.is_range_hidden = rule.ignore_range
-        reply = (
-            _own_response(rule) if rule.replaces_response else self.server.origin.respond(record)
-        )
-        _corrupt_response(reply, rule)
-        # The latency includes the processing time, on which benchmarks rely.
-        if not pause(due_s - time.monotonic(), self.is_over):
-            return self.abort()
-        record.status = reply.status
-        return self._send(record, reply, rule)
+        reply = self.server.origin.respond(request)
+        if pause(due_s - time.monotonic(), self.is_over):
+            self.send_reply(request, reply)
+        else:
+            self.abort()
 
-    def _send(self, record: RequestRecord, reply: Reply, rule: FaultRule) -> None:
+    def send_reply(self, request: Request, reply: Reply) -> None:
+        """Send a response."""
+        lines = [f"HTTP/1.1 {reply.status} {phrase(reply.status)}"]
+        lines += [f"{name}: {value}" for name, value in self.headers_of(reply).items()]
+        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        if request.method == "HEAD" or not reply.length:
+            self.wfile.write(head)
+        else:
+            self.send_body(request, reply, head)
+
+    def headers_of(self, reply: Reply) -> dict[str, str]:
+        """Return the headers of a response."""
         headers = {
             "Date": formatdate(usegmt=True),
             "Server": "tinkerfs-demo",
@@ -154,47 +146,17 @@ class Handler(BaseHTTPRequestHandler):
         }
         if reply.status == HTTPStatus.NO_CONTENT:
             del headers["Content-Length"]
-        lowered = {name.lower(): name for name in headers}
-        for name, value in rule.headers.items():
-            headers.pop(lowered.get(name.lower(), name), None)
-            if value is not None:
-                headers[name] = value
-        lines = [f"HTTP/1.1 {reply.status} {_phrase(reply.status)}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
-        if record.method == "HEAD" or not reply.length:
-            self.wfile.write(head)
-            return
-        self._send_body(record, reply, rule, head)
+        return headers
 
-    def _send_body(self, record: RequestRecord, reply: Reply, rule: FaultRule, head: bytes) -> None:
+    def send_body(self, request: Request, reply: Reply, head: bytes) -> None:  # noqa: ARG002
         """Send the head in one packet with the first chunk, then the rest."""
-        stop = reply.start + reply.length
-        if 0 in (rule.cut_after_bytes, rule.stall_after_bytes):
-            self.wfile.write(head)
+        for chunk in iter_chunks(reply.content, reply.start, reply.start + reply.length):
+            self.wfile.write(head + chunk)
             head = b""
-            if rule.cut_after_bytes == 0 or not rule.hold(self.is_over):
-                return self.abort()
-        for chunk in iter_chunks(reply.content, reply.start, stop):
-            for part in _split_chunk(chunk, record.sent_bytes, rule):
-                if rule.bytes_per_s and not pause(len(part) / rule.bytes_per_s, self.is_over):
-                    return self.abort()
-                self.wfile.write(head + part)
-                record.sent_bytes += len(part)
-                head = b""
-                if record.sent_bytes == rule.cut_after_bytes:
-                    return self.abort()
-                if record.sent_bytes == rule.stall_after_bytes and not rule.hold(self.is_over):
-                    return self.abort()
-        return None
 
-    def abort(self, *, reset: bool = False) -> None:
-        """Close the connection after this request, with an RST if `reset`."""
+    def abort(self) -> None:
+        """Close the connection after this request."""
         self.close_connection = True
-        if reset:
-            # With SO_LINGER of 0, close(2) sends RST, unless the listener has sent FIN before.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.server.detach(self.connection)
 
     def is_over(self) -> bool:
         """Return whether the server is closing or the client has closed its end."""
@@ -213,8 +175,6 @@ class Listener(ThreadingHTTPServer):
     Args:
         address: Host and port; port 0 for a free one.
         origin: The app that responds.
-        journal: The log of requests.
-        faults: The fault plan.
         latency_s: Returns the minimum time from a request to its response. The effect of the
             request is not delayed.
         is_closing: Returns whether waiting requests should be aborted.
@@ -233,13 +193,10 @@ class Listener(ThreadingHTTPServer):
         self,
         address: tuple[str, int],
         origin: App,
-        journal: RequestLog,
-        faults: FaultPlan,
         latency_s: Callable[[], float],
         is_closing: Callable[[], bool],
     ) -> None:
-        self.origin, self.journal, self.faults = origin, journal, faults
-        self.latency_s = latency_s
+        self.origin, self.latency_s = origin, latency_s
         self._is_server_closing = is_closing
         self._is_stopped = False
         self._lock = threading.Lock()
@@ -271,23 +228,14 @@ class Listener(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection, without a shutdown if it was detached."""
+        """Close a connection."""
         with self._lock:
-            is_attached = request in self._connections
             self._connections.discard(request)
-        if is_attached:
-            super().shutdown_request(request)
-        else:
-            self.close_request(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
         """Log an internal error; disconnected clients are handled elsewhere."""
         _log.exception("%s request failed", self.origin.name)
-
-    def detach(self, request: socket.socket) -> None:
-        """Exempt a connection from the shutdown that sends FIN."""
-        with self._lock:
-            self._connections.discard(request)
 
     def drop_connections(self) -> None:
         """Close all connections, idle or not."""
@@ -305,68 +253,11 @@ class Listener(ThreadingHTTPServer):
         self.drop_connections()
 
 
-def _own_response(rule: FaultRule) -> Reply:
-    """Return the response that a rule supplies in place of the app."""
-    if rule.redirect_to is not None:
-        return Reply(rule.status or HTTPStatus.FOUND, {"Location": rule.redirect_to})
-    if rule.html:
-        content = Data(_PROXY_PAGE.encode())
-        return Reply(rule.status or HTTPStatus.BAD_GATEWAY, {"Content-Type": "text/html"}, content)
-    status, body = rule.status or HTTPStatus.OK, rule.body
-    if status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
-        return Reply(status)
-    if isinstance(body, bytes):
-        return Reply(status, {}, Data(body))
-    if isinstance(body, str):
-        return Reply(status, {"Content-Type": "text/plain; charset=utf-8"}, Data(body.encode()))
-    return error_reply(status) if body is None else json_reply(body, status)
-
-
-def _corrupt_response(reply: Reply, rule: FaultRule) -> None:
-    """Apply the changes of a rule to a response of the app."""
-    edits: list[Callable[[Any], Any]] = []
-    if rule.page_max is not None:
-        edits.append(lambda value: _with_page(value, rule.page_max or 0))
-    if rule.total_count is not None or rule.cursor is not None:
-        edits.append(lambda value: _with_cursor(value, rule))
-    if rule.edit is not None:
-        edits.append(rule.edit)
-    if edits and reply.status < HTTPStatus.BAD_REQUEST:
-        value = json.loads(reply.content.read(0, reply.content.size_bytes))
-        for edit in edits:
-            value = edit(value)
-        reply.content = Data(json.dumps(value).encode())
-    if rule.half_json:
-        reply.content = Data(reply.content.read(0, reply.content.size_bytes // 2))
-
-
-def _with_page(value: Any, page_max: int) -> Any:
-    return {k: v[:page_max] if isinstance(v, list) else v for k, v in value.items()}
-
-
-def _with_cursor(value: Any, rule: FaultRule) -> Any:
-    cursor = value.get("cursor")
-    if rule.cursor == "missing":
-        value.pop("cursor", None)
-    elif rule.cursor == "null":
-        value["cursor"] = None
-    elif cursor:
-        total = rule.total_count
-        cursor["total_count"] = total(cursor["total_count"]) if callable(total) else total
-    return value
-
-
-def _split_chunk(chunk: bytes, offset: int, rule: FaultRule) -> list[bytes]:
-    """Split the chunk at `offset` of a body where a rule takes effect."""
-    if rule.flip_byte is not None and offset <= rule.flip_byte < offset + len(chunk):
-        index = rule.flip_byte - offset
-        chunk = chunk[:index] + bytes([chunk[index] ^ 0xFF]) + chunk[index + 1 :]
-    marks = {0, len(chunk)}
-    for mark in (rule.cut_after_bytes, rule.stall_after_bytes):
-        if mark is not None and offset < mark < offset + len(chunk):
-            marks.add(mark - offset)
-    if rule.bytes_per_s is not None:
-        step = max(1, int(rule.bytes_per_s / 20))
-        marks.update(range(0, len(chunk), step))
-    ordered = sorted(marks)
-    return [chunk[begin:end] for begin, end in itertools.pairwise(ordered)]
+def pause(seconds: float, is_over: Callable[[], bool]) -> bool:
+    """Sleep; return False if `is_over` returned True before the end."""
+    end = time.monotonic() + seconds
+    while (remaining_s := end - time.monotonic()) > 0:
+        if is_over():
+            return False
+        time.sleep(min(remaining_s, _POLL_S))
+    return True

@@ -6,7 +6,7 @@ from typing import Any
 
 from tinkerfs.demo.account import Account
 from tinkerfs.demo.profiles import KIND_TYPES, IdForm, Profile
-from tinkerfs.demo.request_log import RequestRecord
+from tinkerfs.demo.request import Request
 from tinkerfs.demo.sample_data import Checkpoint, Run
 
 
@@ -102,9 +102,9 @@ class Lookup:
             return self.checkpoint(run_id, name, "name", self._profile.kinds)
         return self.checkpoint(run_id, f"{kind}/{name}", "kind/name", {kind})
 
-    def number(self, record: RequestRecord, key: str, default: int) -> int:
+    def number(self, request: Request, key: str, default: int) -> int:
         """Return a non-negative integer from the query; 422 if it is malformed."""
-        text = record.query.get(key)
+        text = request.query.get(key)
         if text is None:
             return default
         if not (text.isascii() and text.isdigit()):
@@ -112,10 +112,10 @@ class Lookup:
             raise HttpError(422, [{"loc": ["query", key], "msg": message, "input": text}])
         return int(text)
 
-    def body(self, record: RequestRecord) -> dict[str, Any]:
+    def body(self, request: Request) -> dict[str, Any]:
         """Return the JSON object in the body of a request; 422 if there is none."""
         try:
-            value = json.loads(record.body)
+            value = json.loads(request.body)
         except ValueError:
             value = None
         if not isinstance(value, dict):

@@ -8,7 +8,7 @@ from tinkerfs.demo.account import Account
 from tinkerfs.demo.http import Reply, json_reply
 from tinkerfs.demo.lookup import HttpError, Lookup
 from tinkerfs.demo.profiles import Profile
-from tinkerfs.demo.request_log import RequestRecord
+from tinkerfs.demo.request import Request
 from tinkerfs.demo.sample_data import Checkpoint
 
 TTL_RANGE_S = (3600, 315_360_000)
@@ -24,7 +24,7 @@ class Mutations:
         self._account, self._profile, self._lookup = account, profile, lookup
         self._clock = clock
 
-    def publish(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def publish(self, _request: Request, args: dict[str, str]) -> Reply:
         """Make a checkpoint public; 409 if it is already public."""
         checkpoint = self._own(args)
         if checkpoint.is_public:
@@ -32,7 +32,7 @@ class Mutations:
         checkpoint.is_public = True
         return self._done()
 
-    def unpublish(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def unpublish(self, _request: Request, args: dict[str, str]) -> Reply:
         """Make a checkpoint private; 409 if it is already private."""
         checkpoint = self._own(args)
         if not checkpoint.is_public:
@@ -40,10 +40,10 @@ class Mutations:
         checkpoint.is_public = False
         return self._done()
 
-    def set_ttl(self, record: RequestRecord, args: dict[str, str]) -> Reply:
+    def set_ttl(self, request: Request, args: dict[str, str]) -> Reply:
         """Set or clear the expiry of a checkpoint."""
         checkpoint = self._own(args)
-        body = self._lookup.body(record)
+        body = self._lookup.body(request)
         ttl_s: Any = body.get("ttl_seconds")
         if "ttl_seconds" not in body or isinstance(ttl_s, (bool, str, float, list, dict)):
             raise HttpError(422, [{"loc": ["body", "ttl_seconds"], "msg": "integer or null"}])
@@ -54,7 +54,7 @@ class Mutations:
         self._account.set_expiry(args["run"], checkpoint, expires_at_s)
         return self._done()
 
-    def delete(self, _record: RequestRecord, args: dict[str, str]) -> Reply:
+    def delete(self, _request: Request, args: dict[str, str]) -> Reply:
         """Delete a checkpoint; 425 while it is being created."""
         try:
             checkpoint = self._own(args)

@@ -2,7 +2,6 @@
 
 with DemoServer(runs=3) as server:
     httpx.get(f"{server.base_url}/api/v1/training_runs", headers={"X-API-Key": server.api_key})
-    assert server.journal.count("GET training_runs") == 1
 """
 
 import threading
@@ -13,10 +12,8 @@ from typing import Any, Self
 from tinkerfs.demo.account import Account
 from tinkerfs.demo.api import Api, Behaviour
 from tinkerfs.demo.content import Content
-from tinkerfs.demo.faults import FaultPlan
 from tinkerfs.demo.http import App, Listener
 from tinkerfs.demo.profiles import PROFILES, Profile
-from tinkerfs.demo.request_log import RequestLog
 from tinkerfs.demo.sample_data import SampleData
 from tinkerfs.demo.signing import Signer
 from tinkerfs.demo.store import Store
@@ -41,7 +38,6 @@ class DemoServer:
         seed: Seed of the sample account.
         host: Address to listen on.
         port: Port of the API; 0 for a free one. The store always uses a free one.
-        faults: The fault plan; empty by default.
         prefix: Path of the base URL, such as `/services/tinker-prod`.
         api_key: The accepted API key, `tml-...`.
         latency_s: Minimum time from a request to its response, at both origins.
@@ -58,8 +54,6 @@ class DemoServer:
     Attributes:
         account: The records; changes take effect at once.
         behaviour: Options that may be changed while the server runs.
-        journal: The log of requests.
-        faults: The fault plan.
         exports: The sessions that export checkpoints.
         signer: Signs URLs; its `lifetime_s` may be changed.
         latency_s: May be changed while the server runs.
@@ -76,7 +70,6 @@ class DemoServer:
         seed: int = 0,
         host: str = "127.0.0.1",
         port: int = 0,
-        faults: FaultPlan | None = None,
         *,
         prefix: str = "",
         api_key: str = DEMO_KEY,
@@ -91,7 +84,6 @@ class DemoServer:
     ) -> None:
         self.profile = PROFILES[profile] if isinstance(profile, str) else profile
         self.api_key, self.latency_s = api_key, latency_s
-        self.journal, self.faults = RequestLog(), faults or FaultPlan()
         self.signer = Signer(clock, signed_url_lifetime_s)
         self.behaviour = Behaviour(api_keys={api_key}, **behaviour)
         sample = SampleData(
@@ -215,8 +207,6 @@ class DemoServer:
         return self.listener_class(
             (self._host, self._ports[app.name]),
             app,
-            self.journal,
-            self.faults,
             latency_s=lambda: self.latency_s,
             is_closing=self._closing.is_set,
         )

@@ -16,7 +16,7 @@ from tinkerfs.demo.content import Content, Data
 from tinkerfs.demo.http import Reply
 from tinkerfs.demo.profiles import Profile
 from tinkerfs.demo.ranges import UnsatisfiableRange, parse_range
-from tinkerfs.demo.request_log import RequestRecord
+from tinkerfs.demo.request import Request
 from tinkerfs.demo.sample_data import Checkpoint, Run
 from tinkerfs.demo.signing import Signer
 
@@ -81,18 +81,18 @@ class Store:
         kind = {"archives": "archive", "files": "file", "traces": "trace"}.get(path.split("/")[1])
         return f"{method} store/{kind}" if kind and method in ("GET", "HEAD") else "?"
 
-    def respond(self, record: RequestRecord) -> Reply:
+    def respond(self, request: Request) -> Reply:
         """Return the response to a request for a file."""
-        if record.endpoint == "?":
-            return _error(405 if record.method != "GET" else 404, "MethodNotAllowed")
-        error = self._signer.rejection_reason(record.path, record.query)
+        if request.endpoint == "?":
+            return _error(405 if request.method != "GET" else 404, "MethodNotAllowed")
+        error = self._signer.rejection_reason(request.path, request.query)
         if error is not None:
             return _error(403, error)
         with self._account.lock:
-            found = self._find(record.path)
+            found = self._find(request.path)
         if found is None:
             return _error(404, "NoSuchKey")
-        return _serve(record, *found)
+        return _serve(request, *found)
 
     def _find(self, path: str) -> tuple[Content, str, float] | None:
         """Return the content, ETag and modification time of an object."""
@@ -114,7 +114,7 @@ class Store:
         return content, f'"{digest.hexdigest()}"', checkpoint.time_s or 0.0
 
 
-def _serve(record: RequestRecord, content: Content, etag: str, time_s: float) -> Reply:
+def _serve(request: Request, content: Content, etag: str, time_s: float) -> Reply:
     """Return the response to a conditional or range request (RFC 9110, 13 and 14)."""
     modified = formatdate(time_s, usegmt=True)
     size_bytes = content.size_bytes
@@ -124,16 +124,16 @@ def _serve(record: RequestRecord, content: Content, etag: str, time_s: float) ->
         "ETag": etag,
         "Last-Modified": modified,
     }
-    if "if-match" in record.headers and record.headers["if-match"] not in ("*", etag):
+    if "if-match" in request.headers and request.headers["if-match"] not in ("*", etag):
         return _error(412, "PreconditionFailed")
-    if record.headers.get("if-none-match") == etag:
+    if request.headers.get("if-none-match") == etag:
         return Reply(HTTPStatus.NOT_MODIFIED, headers)
     reply = Reply(HTTPStatus.OK, headers, content)
-    is_unchanged = record.headers.get("if-range", etag) in (etag, modified)
-    if record.range is None or record.is_range_hidden or record.method != "GET" or not is_unchanged:
+    is_unchanged = request.headers.get("if-range", etag) in (etag, modified)
+    if request.range is None or request.method != "GET" or not is_unchanged:
         return reply
     try:
-        byte_range = parse_range(record.range, size_bytes)
+        byte_range = parse_range(request.range, size_bytes)
     except UnsatisfiableRange:
         unsatisfiable = _error(416, "InvalidRange")
         unsatisfiable.headers["Content-Range"] = f"bytes */{size_bytes}"

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.support.drivers import opened
+from tests.support.faulty_server import FaultyServer
 from tinkerfs.context import RequestContext
-from tinkerfs.demo.server import DemoServer
 
 RUNS, CHECKPOINTS = 250, 1
 PAGE = 100
@@ -17,7 +17,7 @@ LISTED = {"/runs": "GET training_runs", "/checkpoints": "GET checkpoints"}
 
 @pytest.fixture(scope="module")
 def demo_server():
-    with DemoServer(runs=RUNS, checkpoints=CHECKPOINTS) as server:
+    with FaultyServer(runs=RUNS, checkpoints=CHECKPOINTS) as server:
         yield server
 
 

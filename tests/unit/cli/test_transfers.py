@@ -5,13 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.support.faulty_server import FaultyServer
 from tests.support.mount import wait_until
 from tests.unit.weights.conftest import subject_of
 from tinkerfs.cli.locations import open_account
 from tinkerfs.cli.transfers import exit_on_signal
 from tinkerfs.config import Settings
 from tinkerfs.context import BACKGROUND_CONTEXT
-from tinkerfs.demo.server import DemoServer
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_transfer_with_sigterm_exits_with_143(sigterm, capsys):
 
 
 def test_open_account_retries_through_short_outage(tmp_path, monkeypatch):
-    with DemoServer(runs=1, checkpoints=9, size_bytes=100_000) as server:
+    with FaultyServer(runs=1, checkpoints=9, size_bytes=100_000) as server:
         monkeypatch.setenv("TINKER_API_KEY", server.api_key)
         settings = Settings(base_url=server.base_url, cache_dir=str(tmp_path / "cache"))
         first, second = subject_of(server), subject_of(server, number=1)

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
+from tests.support.faults import FaultPlan
+from tests.support.faulty_server import FaultyServer
 from tests.support.server import api_client
-from tinkerfs.demo.faults import FaultPlan
-from tinkerfs.demo.server import DemoServer
 
 
 def port_of(url):
@@ -103,15 +103,15 @@ def test_drop_connections_closes_idle_connections(api, server):
 
 
 def test_close_twice_and_before_start_is_allowed():
-    DemoServer(runs=1).close()
-    server = DemoServer(runs=1).start()
+    FaultyServer(runs=1).close()
+    server = FaultyServer(runs=1).start()
     server.close()
     server.close()
 
 
 def test_close_ends_every_thread():
     before = threading.active_count()
-    with DemoServer(runs=1) as server, api_client(server) as api:
+    with FaultyServer(runs=1) as server, api_client(server) as api:
         api.get("healthz")
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
@@ -121,13 +121,13 @@ def test_close_ends_every_thread():
 
 def test_start_on_a_used_port_raises(server):
     with pytest.raises(OSError, match="in use"):
-        DemoServer(runs=1, port=port_of(server.base_url)).start()
+        FaultyServer(runs=1, port=port_of(server.base_url)).start()
 
 
 def test_start_on_a_given_port_uses_it():
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    with DemoServer(runs=1, port=port) as server:
+    with FaultyServer(runs=1, port=port) as server:
         assert server.base_url == f"http://127.0.0.1:{port}"
 
 
@@ -142,9 +142,9 @@ def test_custom_fault_plan_is_used(demo_server):
 
 def test_unknown_profiles_and_options_raise():
     with pytest.raises(KeyError):
-        DemoServer(profile="nothing")
+        FaultyServer(profile="nothing")
     with pytest.raises(TypeError):
-        DemoServer(colour="blue")
+        FaultyServer(colour="blue")
 
 
 def test_malformed_requests_do_not_affect_others(api, server):

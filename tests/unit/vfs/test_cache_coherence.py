@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from tests.support.clocks import FakeTime
 from tests.support.drivers import opened
+from tests.support.faulty_server import FaultyServer
 from tests.unit.fuse.test_callbacks import Libfuse
 from tinkerfs.catalog.listings import RunListing
 from tinkerfs.context import RequestContext
-from tinkerfs.demo.server import DemoServer
 from tinkerfs.vfs import directory_cache, generated_files, resolver
 from tinkerfs.vfs.copy_tracker import CopyTracker
 from tinkerfs.vfs.filesystem import FileSystem
@@ -30,7 +30,7 @@ RUNS = 2
 def make_account(tmp_path):
     fake_time = FakeTime()
     with (
-        DemoServer(runs=RUNS, checkpoints=3, clock=fake_time.clock.now) as server,
+        FaultyServer(runs=RUNS, checkpoints=3, clock=fake_time.clock.now) as server,
         opened("process", server, tmp_path, time=fake_time, trash_s=86_400.0) as driver,
     ):
         yield Account(server, driver.filesystem, fake_time)

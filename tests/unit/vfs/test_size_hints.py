@@ -4,8 +4,8 @@ import pytest
 
 from tests.support.clocks import FakeTime
 from tests.support.drivers import opened
+from tests.support.faulty_server import FaultyServer
 from tinkerfs.context import RequestContext
-from tinkerfs.demo.server import DemoServer
 from tinkerfs.vfs.kernel_cache import SETTLED_S, SizeHintTracker
 
 CTX = RequestContext(timeout_s=30.0)
@@ -18,7 +18,7 @@ CTX = RequestContext(timeout_s=30.0)
 def test_stat_records_a_bound_if_the_size_becomes_exact(tmp_path, monkeypatch, sizes, is_bound):
     # The exact size may become available at any time, through another request.
     with (
-        DemoServer(runs=1, checkpoints=2) as server,
+        FaultyServer(runs=1, checkpoints=2) as server,
         opened("process", server, tmp_path, time=FakeTime()) as driver,
     ):
         filesystem = driver.filesystem

@@ -1,4 +1,4 @@
-"""Log of the requests that a demo server has received.
+"""Log of the requests that a faulty server has received.
 
 Tests count requests here to verify caching without access to the client's state.
 """
@@ -8,24 +8,18 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from tinkerfs.demo.request import Request
 
 _SECRET_HEADERS = frozenset({"x-api-key", "authorization", "cookie"})
 
 
 @dataclass(slots=True, eq=False)
-class RequestRecord:
-    """One request and its response.
+class RequestRecord(Request):
+    """One request and its response, without the secrets in its headers.
 
     Attributes:
-        origin: `api` or `store`.
-        method: HTTP method, upper case.
-        path: Decoded path, including the prefix of the base URL.
-        query: The last value of each query parameter.
-        endpoint: The matched route, such as `GET training_runs/{run}`; `?` if unknown.
-        headers: Headers by lower-case name, without secrets.
-        api_key: Value of `X-API-Key`, or the bearer token.
-        body: Body of the request.
         start_s: Monotonic time of arrival.
         end_s: Monotonic time when the response was sent or aborted; None before.
         status: Status of the response; None if it has none.
@@ -33,14 +27,6 @@ class RequestRecord:
         is_range_hidden: Whether a fault makes the app ignore the Range header.
     """
 
-    origin: str
-    method: str
-    path: str
-    query: dict[str, str]
-    endpoint: str
-    headers: dict[str, str]
-    api_key: str | None = field(repr=False)
-    body: bytes = b""
     start_s: float = 0.0
     end_s: float | None = None
     status: int | None = None
@@ -48,14 +34,14 @@ class RequestRecord:
     is_range_hidden: bool = False
 
     @property
+    def range(self) -> str | None:
+        """The `Range` header, or None if there is none or a fault hides it from the app."""
+        return None if self.is_range_hidden else self.headers.get("range")
+
+    @property
     def had_key(self) -> bool:
         """Whether the request had an API key."""
         return self.api_key is not None
-
-    @property
-    def range(self) -> str | None:
-        """The `Range` header, or None."""
-        return self.headers.get("range")
 
     @property
     def user_agent(self) -> str | None:

@@ -6,6 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from tests.support.server import api, demo_server, server, web
+
+__all__ = ["api", "demo_server", "server", "web"]
+
 RUNS = "GET training_runs"
 
 

@@ -9,11 +9,10 @@ The first matching rule with remaining turns applies to a request. All classes a
 
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tinkerfs.demo.request_log import RequestRecord
+from tests.support.request_log import RequestRecord
 
 _POLL_S = 0.1
 
@@ -207,13 +206,3 @@ class FaultPlan:
     def take(self, record: RequestRecord) -> FaultRule | None:
         """Return the rule that applies to a request, and use one turn of it."""
         return next((rule for rule in self._rules if rule.take(record)), None)
-
-
-def pause(seconds: float, is_over: Callable[[], bool]) -> bool:
-    """Sleep; return False if `is_over` returned True before the end."""
-    end = time.monotonic() + seconds
-    while (remaining_s := end - time.monotonic()) > 0:
-        if is_over():
-            return False
-        time.sleep(min(remaining_s, _POLL_S))
-    return True

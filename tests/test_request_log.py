@@ -3,7 +3,10 @@ import threading
 
 import pytest
 
-from tinkerfs.demo.request_log import RequestLog, RequestRecord
+from tests.support.request_log import RequestLog, RequestRecord
+from tests.support.server import api, demo_server, server, web
+
+__all__ = ["api", "demo_server", "server", "web"]
 
 
 def record(endpoint="GET training_runs", origin="api", **fields):
