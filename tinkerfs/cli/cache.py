@@ -299,13 +299,13 @@ def _text(report: dict[str, Any]) -> str:
         f"  metadata  {format_size(report['metadata_bytes'])}",
     ]
     if report["checkpoints"]:
-        lines.append(f"{'CACHED':>10}  {'OF':>10}  {'USED':>9}  {'FETCHED':>9}  CHECKPOINT")
+        lines.append(f"{'CACHED':>10}  {'OF':>10}  {'USED':>9}  {'DOWNLOADED':>10}  CHECKPOINT")
     for row in report["checkpoints"]:
         used = format_duration(row["accessed_s_ago"])
-        fetched = format_duration(row["downloaded_s_ago"])
+        downloaded = format_duration(row["downloaded_s_ago"])
         is_open = "  (open)" if row["is_open"] else ""
         cached, total_bytes = format_size(row["cached_bytes"]), row["total_bytes"]
         length = "?" if total_bytes is None else format_size(total_bytes)
         name = f"{escape_control_chars(row['checkpoint'])}{is_open}"
-        lines.append(f"{cached:>10}  {length:>10}  {used:>9}  {fetched:>9}  {name}")
+        lines.append(f"{cached:>10}  {length:>10}  {used:>9}  {downloaded:>10}  {name}")
     return "\n".join(lines)
