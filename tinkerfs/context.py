@@ -1,4 +1,4 @@
-"""Context of a file operation: deadline, cancellation, caller and validity.
+"""Context of a file operation: deadline, cancellation and caller.
 
 A thread that serves a FUSE request never sends HTTP requests itself: while a request is being
 served, the kernel cannot interrupt or kill the calling process. The work runs in other threads.
@@ -18,6 +18,7 @@ import msgspec
 from msgspec.structs import replace
 
 from tinkerfs import errors
+from tinkerfs.validity import Expiry, Validity
 
 T = TypeVar("T")
 
@@ -71,81 +72,6 @@ def _process_of(thread: int) -> int:
             return int(status.read().partition(b"\nTgid:")[2].split(None, 1)[0])
     except (OSError, IndexError, ValueError):
         return thread
-
-
-@dataclass(slots=True, eq=False)
-class Expiry:
-    """Expiry of a cached value.
-
-    A separate object, so that a derived value can refer to it without keeping the cached value
-    alive.
-
-    Attributes:
-        fresh_until: end of freshness on the monotonic clock; -inf once the value was replaced.
-        last_used: time of the last read on the monotonic clock.
-    """
-
-    fresh_until: float
-    last_used: float = float("-inf")
-
-
-class Validity:
-    """Tracks how long a derived value may be cached.
-
-    A derived value (a directory listing, a rendered file, a stat reply) depends on one or more
-    cached API responses. Each dependency adds its `Expiry`. The derived value is valid until the
-    first of them expires. A dependency that may change at any time (a stale or partial response,
-    an archive member) marks the validity uncacheable.
-
-    Not thread-safe while it is being built; read-only afterwards.
-    """
-
-    __slots__ = ("_expiries", "_is_uncacheable")
-
-    def __init__(self) -> None:
-        self._expiries: tuple[Expiry, ...] = ()
-        self._is_uncacheable = False
-
-    def add(self, expiry: Expiry) -> None:
-        """Add a dependency."""
-        if expiry not in self._expiries:
-            self._expiries += (expiry,)
-
-    def add_all(self, other: "Validity") -> None:
-        """Add every dependency of another derived value."""
-        for expiry in other._expiries:
-            self.add(expiry)
-        self._is_uncacheable = self._is_uncacheable or other._is_uncacheable
-
-    def mark_uncacheable(self) -> None:
-        """Mark the derived value as never valid."""
-        self._is_uncacheable = True
-
-    @property
-    def is_uncacheable(self) -> bool:
-        """Whether the derived value is never valid."""
-        return self._is_uncacheable
-
-    def copy(self) -> "Validity":
-        """Return an independent validity with the same dependencies."""
-        copied = Validity()
-        copied._expiries, copied._is_uncacheable = self._expiries, self._is_uncacheable
-        return copied
-
-    def check_and_touch(self, now: float) -> bool:
-        """Return whether the value is valid; if so, mark its dependencies as used.
-
-        Args:
-            now: time on the monotonic clock.
-        """
-        if self._is_uncacheable:
-            return False
-        for expiry in self._expiries:
-            if now >= expiry.fresh_until:
-                return False
-        for expiry in self._expiries:
-            expiry.last_used = now
-        return True
 
 
 def _this_process() -> Caller:

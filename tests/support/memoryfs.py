@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from tinkerfs import errors
-from tinkerfs.context import RequestContext, Validity
+from tinkerfs.context import RequestContext
+from tinkerfs.validity import Validity
 from tinkerfs.vfs.directory_cache import CachedDirectory
 from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.node import Attr, Entry, StatFs, inode_for_path
@@ -95,12 +96,16 @@ class MemoryFileSystem:
         )
     )
 
-    def is_valid(self, validity: Validity, generation: int) -> bool:
+    def check_and_touch(self, validity: Validity, generation: int) -> bool:
         return bool(generation) and generation == self.generation and validity.check_and_touch(0.0)
 
     def cached_directory(self, path: str) -> CachedDirectory | None:
         listing = self.listings.get(path)
-        return listing if listing and self.is_valid(listing.validity, listing.generation) else None
+        return (
+            listing
+            if listing and self.check_and_touch(listing.validity, listing.generation)
+            else None
+        )
 
     def data(self, path: str) -> bytes:
         name = path.rpartition("/")[2]
@@ -180,7 +185,7 @@ class MemoryFileSystem:
             raise errors.not_a_directory(path)
         known = self.cached_directory(path)
         if known is not None:
-            return DirectoryStream(known.entries, listing=known)
+            return DirectoryStream(known.entries)
         entries = []
         for name in names:
             attr = self.attr(f"{path.rstrip('/')}/{name}")
@@ -190,7 +195,7 @@ class MemoryFileSystem:
             )
         if path == "/many":
             self.listings[path] = CachedDirectory(tuple(entries), Validity(), self.generation)
-        return DirectoryStream(entries)
+        return DirectoryStream(source=lambda: iter(entries))
 
     def readlink(self, path: str, ctx: RequestContext) -> str:
         return "folder/0000"

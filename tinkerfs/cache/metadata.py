@@ -19,8 +19,9 @@ from tinkerfs import errors
 from tinkerfs.cache.result_stream import ResultStream
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.concurrency import SingleFlight
-from tinkerfs.context import Expiry, Priority, RequestContext
+from tinkerfs.context import Priority, RequestContext
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.validity import Expiry
 
 T = TypeVar("T")
 

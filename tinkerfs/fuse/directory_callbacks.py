@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
+from tinkerfs.cache.validated_cache import ValidatedCache
 from tinkerfs.fuse.abi import (
     ADDRESS,
     INT,
@@ -30,19 +31,23 @@ _READDIR_PLUS: Final = 1
 #: Flag of an entry: its attributes are complete (fuse.h, enum fuse_fill_dir_flags).
 _FILL_DIR_PLUS: Final = 2
 
-#: Maximum number of entries of a prepared listing, which takes 144 bytes per entry. The names of
+#: Maximum number of entries of a prepared listing, which takes 160 bytes per entry. The names of
 #: short directories are shared with other directories, those of long ones are not.
 _MAX_PREPARED: Final = 128
+#: Maximum number of entries of all prepared listings, slightly more than the directory cache has.
+_MAX_PREPARED_IN_ALL: Final = 131_072
 
 
 class _PreparedListing(msgspec.Struct, frozen=True, gc=False):
     """A directory's entries, including `.` and `..`, in the layout that libfuse copies.
 
     Attributes:
+        cached_entries: the entries of the cached listing that it was prepared from.
         attributes: the `struct stat` of each name, in the same order.
         address: memory address of `attributes`.
     """
 
+    cached_entries: tuple[Entry, ...]
     names: tuple[bytes, ...]
     attributes: bytes
     address: int
@@ -65,6 +70,7 @@ class DirectoryCallbacks:
         "_pack",
         "_plain",
         "_plus",
+        "_prepared",
         "_stat_bytes",
     )
 
@@ -84,6 +90,9 @@ class DirectoryCallbacks:
         # Most names occur in many directories.
         self._encoded = functools.lru_cache(4096)(
             lambda name: name.encode("utf-8", "surrogateescape")
+        )
+        self._prepared: ValidatedCache[str, _PreparedListing] = ValidatedCache(
+            operations.check_and_touch, _MAX_PREPARED_IN_ALL
         )
 
     def opendir(self, path: bytes, info: int) -> int:
@@ -148,21 +157,26 @@ class DirectoryCallbacks:
         return self._pack(entry.attr or Attr(entry.mode, 0, 0, entry.ino, 0, 0, 0))
 
     def _prepare(self, directory: OpenDirectory) -> _PreparedListing | None:
-        """Return the prepared entries of a short cached listing; prepare them on first use.
-
-        None while each operation is logged.
-        """
-        listing = None if self._operations.is_debug_logging else directory.stream.listing
-        if listing is None or len(listing.entries) > _MAX_PREPARED:
+        """Return the prepared entries of a short cached listing; prepare them on first use."""
+        cached_entries = directory.stream.cached_entries
+        if cached_entries is None or len(cached_entries) > _MAX_PREPARED:
             return None
-        if listing.ready is None:
-            entries = (*dot_entries(directory.path), *listing.entries)
-            attributes = b"".join(map(self._packed, entries))
-            address = ctypes.cast(ctypes.c_char_p(attributes), ADDRESS).value
-            assert address is not None
-            names = tuple(self._encoded(entry.name) for entry in entries)
-            listing.ready = _PreparedListing(names, attributes, address)
-        prepared: _PreparedListing = listing.ready
+        # The cache may have another listing since the directory was opened.
+        prepared = self._prepared.peek(directory.path)
+        if prepared is not None and prepared.cached_entries is cached_entries:
+            return prepared
+        listing = self._operations.cached_directory(directory.path)
+        if listing is None or listing.entries is not cached_entries:
+            return None
+        entries = (*dot_entries(directory.path), *cached_entries)
+        attributes = b"".join(map(self._packed, entries))
+        address = ctypes.cast(ctypes.c_char_p(attributes), ADDRESS).value
+        assert address is not None
+        names = tuple(self._encoded(entry.name) for entry in entries)
+        prepared = _PreparedListing(cached_entries, names, attributes, address)
+        self._prepared.put(
+            directory.path, prepared, listing.validity, listing.generation, weight=len(entries)
+        )
         return prepared
 
     def _fill_prepared(

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.context import Caller, RequestContext, Validity
+from tinkerfs.context import Caller, RequestContext
 from tinkerfs.fuse.callers import Callers
 from tinkerfs.fuse.handles import OpenDirectory, OpenFile
 from tinkerfs.fuse.stat_callers import StatCallers
 from tinkerfs.fuse.worker_pool import SessionWorkers
+from tinkerfs.validity import Validity
 from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, Handle, dot_entries
 
 if TYPE_CHECKING:
@@ -181,9 +182,9 @@ class Operations:
         """Return `FileSystem.generation`."""
         return self._filesystem.generation
 
-    def is_valid(self, validity: Validity, generation: int) -> bool:
-        """Return `FileSystem.is_valid`; always False while each operation is logged."""
-        return not self.is_debug_logging and self._filesystem.is_valid(validity, generation)
+    def check_and_touch(self, validity: Validity, generation: int) -> bool:
+        """Call `FileSystem.check_and_touch`; return False while each operation is logged."""
+        return not self.is_debug_logging and self._filesystem.check_and_touch(validity, generation)
 
     @_operation
     def getattr(
@@ -219,10 +220,6 @@ class Operations:
     def on_readlink(self, path: str) -> None:
         """Report a readlink that was served from a cache to the deletion guard."""
         self._filesystem.guard.on_readlink(path, self._caller)
-
-    def on_open(self, path: str) -> None:
-        """Report an open for reading that was served from a cache to the deletion guard."""
-        self._filesystem.guard.on_open(path, 0, self._caller)
 
     def cached_directory(self, path: str) -> "CachedDirectory | None":
         """Return `FileSystem.cached_directory`; None while each operation is logged."""
@@ -272,15 +269,10 @@ class Operations:
     # Files
 
     @_operation
-    def open(self, path: str, flags: int, validity: Validity | None = None) -> OpenFile:
-        """Open a file; the deadline is that of the file system, and longer for an archive build.
-
-        The dependencies of the open file are added to `validity`. While it is valid, further opens
-        for reading can share the open file.
-        """
+    def open(self, path: str, flags: int) -> OpenFile:
+        """Open a file; the deadline is that of the file system, and longer for an archive build."""
         started = time.monotonic()
-        ctx = self._open_ctx if validity is None else self._open_ctx.tracking(validity)
-        handle = self._filesystem.open(path, flags, ctx)
+        handle = self._filesystem.open(path, flags, self._open_ctx)
         try:
             _wait_for_attr_expiry(handle, started, self._open_ctx)
         except OSError:

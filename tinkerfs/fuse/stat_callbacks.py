@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from tinkerfs import errors
-from tinkerfs.context import Validity
+from tinkerfs.cache.validated_cache import ValidatedCache
 from tinkerfs.fuse.abi import decode_path, make_fh_reader, make_stat_packer, memmove, negative_errno
 from tinkerfs.fuse.operations import Operations
-from tinkerfs.fuse.reply_cache import ReplyCache
+from tinkerfs.validity import Validity
 
 if TYPE_CHECKING:
     from tinkerfs.vfs.directory_cache import CachedDirectory
@@ -42,8 +42,8 @@ class StatCallbacks:
         self._pack = make_stat_packer(module.c_stat)
         self._stat_bytes = ctypes.sizeof(module.c_stat)
         self._fh_of = make_fh_reader(module.fuse_file_info)
-        self._cached_stats: ReplyCache[_CachedStat] = ReplyCache(
-            operations.is_valid, _MAX_CACHED_STATS
+        self._cached_stats: ValidatedCache[bytes, _CachedStat] = ValidatedCache(
+            operations.check_and_touch, _MAX_CACHED_STATS
         )
 
     def getattr(self, path: bytes | None, buffer: int, info: int | None = None) -> int:
@@ -87,14 +87,12 @@ class StatCallbacks:
         if listing is None or entry is None or entry.attr is None:
             return None
         reply = _CachedStat(self._pack(entry.attr), stat.S_ISDIR(entry.mode))
-        cached_stats = self._cached_stats
-        if cached_stats.note_and_check(path):  # a hit by path takes half the time of this function
-            cached_stats.put(path, reply, listing.validity, listing.generation)
+        # A hit by path takes half the time of this function.
+        self._cached_stats.put(path, reply, listing.validity, listing.generation)
         return reply
 
     def _stat_uncached(self, path: bytes | None, info: int | None) -> _CachedStat:
-        is_cacheable = path is not None and not info and self._cached_stats.note_and_check(path)
-        validity = Validity() if is_cacheable else None
+        validity = Validity() if path is not None and not info else None
         generation = self._operations.generation
         try:
             fh = self._fh_of(info) if info else None

@@ -1,8 +1,7 @@
 """Deletion guard: decides whether a process may remove or write a file.
 
 It combines the tombstones and denials of `removal_tracker` with the copies of `copy_tracker`. An
-adapter that opens a file or reads a link from its own cache calls `on_open` and `on_readlink`.
-Thread-safe.
+adapter that serves a readlink from its own cache calls `on_readlink`. Thread-safe.
 """
 
 import os

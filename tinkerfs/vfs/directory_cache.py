@@ -5,11 +5,11 @@ Building the entries is the largest part of the cost of a tree walk. Thread-safe
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import msgspec
 
-from tinkerfs.context import RequestContext, Validity
+from tinkerfs.context import RequestContext
+from tinkerfs.validity import Validity
 from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.node import Entry
 from tinkerfs.vfs.resolver import Node
@@ -30,13 +30,11 @@ class CachedDirectory(msgspec.Struct):
         entries: every entry, with its attributes.
         validity: how long the entries may be used.
         generation: the generation of the metadata before the entries were built.
-        ready: readdir replies that the FUSE adapter has prepared from the entries, or None.
     """
 
     entries: tuple[Entry, ...]
     validity: Validity
     generation: int
-    ready: Any = None
     _by_name: dict[str, Entry] | None = None
 
     def entry(self, name: str) -> Entry | None:

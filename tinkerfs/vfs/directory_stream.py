@@ -3,13 +3,9 @@
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from tinkerfs import errors
 from tinkerfs.vfs.node import Entry
-
-if TYPE_CHECKING:
-    from tinkerfs.vfs.directory_cache import CachedDirectory
 
 #: Number of entries that are built at a time. It is the number of records in one page of the API,
 #: so that these entries do not have to wait for the next page.
@@ -20,12 +16,14 @@ class DirectoryStream:
     """The entries of a directory in a stable order, like readdir(3). Thread-safe.
 
     Args:
-        entries: the entries that are available from the start.
+        entries: the entries of a cached listing.
         source: returns an iterator over the entries, which runs in the reading thread and may
             block or raise. After a timeout or an interruption it is called again, and entries
-            that the stream already has are skipped. None if `entries` is complete.
+            that the stream already has are skipped. None for a cached listing.
         on_complete: called once with all entries.
-        listing: the cached listing that the entries come from, or None.
+
+    Attributes:
+        cached_entries: every entry, if the stream reads a cached listing; otherwise None.
     """
 
     __slots__ = (
@@ -36,21 +34,20 @@ class DirectoryStream:
         "_lock",
         "_on_complete",
         "_source",
-        "listing",
+        "cached_entries",
     )
 
     def __init__(
         self,
-        entries: Sequence[Entry] = (),
+        entries: tuple[Entry, ...] = (),
         source: Callable[[], Iterator[Entry]] | None = None,
         on_complete: Callable[[tuple[Entry, ...]], None] = lambda _entries: None,
-        listing: "CachedDirectory | None" = None,
     ) -> None:
-        self.listing = listing
+        self.cached_entries = entries if source is None else None
         self._lock = threading.Lock()
         self._on_complete = on_complete
         # Writes hold _lock, reads do not. Entries are only appended while there is an iterator.
-        self._entries = entries if source is None else list(entries)
+        self._entries: Sequence[Entry] = entries if source is None else list(entries)
         self._source = source
         self._iterator = None if source is None else source()
         self._error: BaseException | None = None

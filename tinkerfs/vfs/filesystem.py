@@ -17,7 +17,8 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.cache.eviction import free_bytes
-from tinkerfs.context import RequestContext, Validity
+from tinkerfs.context import RequestContext
+from tinkerfs.validity import Validity
 from tinkerfs.vfs.deletion_guard import DeletionGuard
 from tinkerfs.vfs.directory_cache import CachedDirectory, DirectoryCache
 from tinkerfs.vfs.directory_stream import DirectoryStream
@@ -75,7 +76,7 @@ class FileSystem:
 
     @property
     def generation(self) -> int:
-        """The generation of the metadata, to be read before a lookup for `is_valid`."""
+        """The generation of the metadata, to be read before a lookup for `check_and_touch`."""
         return self._backend.catalog.generation
 
     @property
@@ -83,8 +84,8 @@ class FileSystem:
         """A counter that every change through this mount increases."""
         return self._backend.catalog.local_mutations + self.guard.removals.hide_count
 
-    def is_valid(self, validity: Validity, generation: int) -> bool:
-        """Return whether a result is still valid, and mark its cached values as used."""
+    def check_and_touch(self, validity: Validity, generation: int) -> bool:
+        """Return whether a result is still valid; if so, mark its cached values as used."""
         return (
             generation == self._backend.catalog.generation
             and not self.guard.removals.has_tombstones
@@ -135,7 +136,7 @@ class FileSystem:
         self.guard.on_list(path, ctx.caller)
         cached = self.cached_directory(path)
         if cached is not None:
-            return DirectoryStream(cached.entries, listing=cached)
+            return DirectoryStream(cached.entries)
         generation = self.generation
         try:
             directory = self._resolver.resolve(path, ctx)

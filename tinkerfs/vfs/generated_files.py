@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tinkerfs.clock import Clock
-from tinkerfs.context import Validity
+from tinkerfs.validity import Validity
 from tinkerfs.vfs.resolver import Node
 from tinkerfs.vfs.schema import NodeContext
 

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from tinkerfs import errors, name_encoding
-from tinkerfs.context import RequestContext, Validity
+from tinkerfs.context import RequestContext
+from tinkerfs.validity import Validity
 from tinkerfs.vfs.node import DIRECTORY_RANK, inode_for_path
 from tinkerfs.vfs.removal_tracker import RemovalTracker
 from tinkerfs.vfs.schema import (

@@ -15,8 +15,9 @@ from tinkerfs.cache.metadata import (
     CachePolicy,
     MetadataCache,
 )
-from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext, Validity
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.validity import Validity
 
 WAIT = RequestContext(timeout_s=10)
 POLICY = CachePolicy(ttl_s=30, stale_if_error_s=3600, negative_ttl_s=5)

@@ -13,11 +13,11 @@ import pytest
 
 from tests.support.memoryfs import MTIME_NS, MemoryFileSystem
 from tests.unit.fuse.test_operations import Requests
-from tinkerfs.context import Validity
-from tinkerfs.fuse import binding, reply_cache
+from tinkerfs.fuse import binding, directory_callbacks
 from tinkerfs.fuse.abi import make_stat_packer
 from tinkerfs.fuse.callbacks import build_operations
 from tinkerfs.fuse.operations import Operations, XattrOperations
+from tinkerfs.validity import Validity
 from tinkerfs.vfs.directory_cache import CachedDirectory
 from tinkerfs.vfs.node import Attr, Entry
 
@@ -288,8 +288,7 @@ def test_repeated_getattr_is_served_from_reply_cache(libfuse):
             assert libfuse.stat(b"/hello")[1].st_size == 6
             assert libfuse.stat(b"/none")[0] == -errno.ENOENT
             libfuse.stat(b"/control")
-        made = 2 if generation == 1 else 1
-        assert libfuse.filesystem.stats == looks * made + ["/control"] * (4 - made)
+        assert libfuse.filesystem.stats == looks + ["/control"] * 3
 
 
 def test_fstat_is_not_served_from_reply_cache(libfuse):
@@ -303,44 +302,16 @@ def test_fstat_is_not_served_from_reply_cache(libfuse):
         assert libfuse.stat(path, ctypes.addressof(info))[1].st_size == 6
 
 
-def test_only_plain_opens_for_reading_are_cached(libfuse, monkeypatch):
-    opened = []
-    monkeypatch.setattr(
-        libfuse.filesystem,
-        "open",
-        lambda path, flags, ctx: (
-            opened.append(flags) or MemoryFileSystem.open(libfuse.filesystem, path, flags, ctx)
-        ),
-    )
-    libfuse.filesystem.generation = 1
-    for flags in (os.O_RDONLY, os.O_RDONLY | os.O_NOATIME):
-        for _ in range(4):
-            libfuse.content(b"/cached-1048576", flags)
-    assert opened == [os.O_RDONLY] * 2 + [os.O_RDONLY | os.O_NOATIME] * 4
-    opened.clear()
-    for _ in range(4):
-        libfuse.content(b"/hello")
-    assert opened == [os.O_RDONLY] * 4, "direct_io files are not cached"
-    info = FileInfo(flags=os.O_RDWR)
-    opened.clear()
-    for _ in range(4):
-        assert libfuse.call["open"](b"/control", ctypes.addressof(info)) == 0
-    assert opened == [os.O_RDWR] * 4
-
-
-def test_cached_opens_and_links_are_reported_to_the_guard(libfuse, monkeypatch):
+def test_cached_readlink_is_reported_to_the_guard(libfuse, monkeypatch):
     libfuse.filesystem.generation, reported = 1, []
-    for name in ("on_open", "on_readlink"):
-        monkeypatch.setattr(
-            libfuse.filesystem.guard,
-            name,
-            lambda path, *rest: reported.append((path, rest[-1]().pid)),
-        )
-    for _ in range(3):  # the third open is served from the cache
-        libfuse.content(b"/cached-1048576")
+    monkeypatch.setattr(
+        libfuse.filesystem.guard,
+        "on_readlink",
+        lambda path, caller: reported.append((path, caller().pid)),
+    )
     libfuse.listed(b"/many", 1000, 1)
     libfuse.target(b"/many/link")
-    assert reported == [("/cached-1048576", os.getpid()), ("/many/link", os.getpid())]
+    assert reported == [("/many/link", os.getpid())]
 
 
 def test_cached_getattr_of_file_notes_the_caller(libfuse, monkeypatch):
@@ -354,26 +325,6 @@ def test_cached_getattr_of_file_notes_the_caller(libfuse, monkeypatch):
     assert noted == []
     libfuse.stat(b"/hello")
     assert noted == [1]
-
-
-@pytest.fixture
-def cache(monkeypatch):
-    monkeypatch.setattr(reply_cache, "_MAX_GHOSTS", 5)
-    return reply_cache.ReplyCache(lambda _validity, _generation: True, max_entries=3)
-
-
-def test_reply_cache_is_bounded(cache):
-    for number in range(20):
-        cache.put(b"%d" % number, number, Validity(), 1)
-        there = [n for n in range(20) if cache.get(b"%d" % n) is not None]
-        assert len(there) <= 3
-        assert there[-1] == number
-
-
-def test_reply_cache_admits_only_recent_paths(cache):
-    for _ in range(3):
-        assert not any(cache.note_and_check(b"%d" % number) for number in range(20))
-    assert [cache.note_and_check(b"%d" % number) for number in (19, 15, 2)] == [True, True, False]
 
 
 @pytest.mark.parametrize("major", [2, 3])
@@ -470,7 +421,43 @@ def test_prepared_listing_equals_first_listing(many, room):
     assert len(first) == many + 3, "including `.`, `..` and the link"
     assert [plus for *_rest, plus in first] == [0, 0] + [2] * (len(first) - 2)
     assert others == [first] * 3
-    assert (libfuse.filesystem.listings["/many"].ready is None) == (many == 400)
+
+
+@pytest.mark.parametrize(("many", "is_prepared"), [(8, True), (400, False)])
+def test_short_cached_listing_is_packed_once(many, is_prepared, monkeypatch):
+    packed = []
+    make_packer = directory_callbacks.make_stat_packer
+
+    def make_recording_packer(structure):
+        pack = make_packer(structure)
+        return lambda attr: packed.append(attr) or pack(attr)
+
+    monkeypatch.setattr(directory_callbacks, "make_stat_packer", make_recording_packer)
+    libfuse = Libfuse(3, MemoryFileSystem(many=many, generation=1))
+    libfuse.stat(b"/hello")
+    for _ in range(2):
+        libfuse.listed(b"/many", 1000, 1)
+    packed.clear()
+    libfuse.listed(b"/many", 1000, 1)
+    assert (packed == []) == is_prepared
+
+
+def test_open_directory_keeps_its_order_after_a_new_listing():
+    libfuse = Libfuse(3, MemoryFileSystem(many=8, generation=1))
+    libfuse.stat(b"/hello")
+    for _ in range(2):
+        before = libfuse.listed(b"/many", 1000, 1)
+    info = FileInfo()
+    address = ctypes.addressof(info)
+    assert libfuse.call["opendir"](b"/many", address) == 0
+    libfuse.filesystem.generation = 2
+    libfuse.filesystem.removed = {"/many/link"}
+    for _ in range(3):
+        assert len(libfuse.listed(b"/many", 1000, 1)) == len(before) - 1
+    listing = Listing(3, 1000)
+    filler = ctypes.cast(listing.filler, ctypes.c_void_p)
+    assert libfuse.call["readdir"](None, 0, filler, 0, address, 1) == 0
+    assert [name for name, *_rest in listing.found] == [name for name, *_rest in before]
 
 
 @pytest.mark.parametrize("generation", [0, 1], ids=["new", "cached"])

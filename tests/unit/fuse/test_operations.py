@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.memoryfs import MemoryFileSystem
-from tinkerfs.context import RequestContext, Validity
+from tinkerfs.context import RequestContext
 from tinkerfs.fuse import operations as operations_module
 from tinkerfs.fuse.operations import Operations, XattrOperations
 from tinkerfs.fuse.stat_callers import StatCallers
@@ -78,7 +78,7 @@ def test_operation_of_stopping_mount_raises_enotconn(operations, stopping):
 
 
 def test_file_operations_need_only_the_handle_number(operations):
-    file = operations.open("/hello", os.O_RDONLY, Validity())
+    file = operations.open("/hello", os.O_RDONLY)
     assert (file.direct_io, file.keep_cache) == (True, False)
     fh, other = operations.register_handle(file), operations.register_handle(file)
     operations.release(other)
@@ -104,7 +104,7 @@ def test_operation_without_path_raises_enoent(operations):
 
 
 def test_cacheable_file_opens_with_page_cache(operations):
-    file = operations.open("/cached-1048576", os.O_RDONLY, Validity())
+    file = operations.open("/cached-1048576", os.O_RDONLY)
     assert (file.direct_io, file.keep_cache) == (False, True)
 
 
@@ -146,7 +146,7 @@ def test_operations_have_no_flush(operations):
 
 @pytest.mark.expect_warnings("read 1 failed", "without an errno")
 def test_unexpected_error_becomes_eio(operations, monkeypatch):
-    fh = operations.register_handle(operations.open("/broken", os.O_RDONLY, Validity()))
+    fh = operations.register_handle(operations.open("/broken", os.O_RDONLY))
     with pytest.raises(OSError) as failure:  # noqa: PT011
         operations.read(fh, memoryview(bytearray(1)), 0)
     assert failure.value.errno == errno.EIO
@@ -193,7 +193,7 @@ def test_open_waits_until_kernel_drops_size_bound(
     monkeypatch.setattr(RequestContext, "sleep", lambda _ctx, seconds: pauses.append(seconds))
     opening = SimpleNamespace(open=lambda _path, _flags, _ctx: handle)
     monkeypatch.setattr(operations, "_filesystem", opening)
-    operations.open("/x", os.O_RDONLY, Validity())
+    operations.open("/x", os.O_RDONLY)
     assert pauses == ([] if pause_s is None else [pytest.approx(pause_s)])
 
 
@@ -216,7 +216,7 @@ def test_operations_have_documented_deadlines(operations, monkeypatch):
     for attempt in (
         lambda: operations.getattr("/x"),
         lambda: operations.opendir("/x"),
-        lambda: operations.open("/x", os.O_RDONLY, Validity()),
+        lambda: operations.open("/x", os.O_RDONLY),
         lambda: operations.readlink("/x"),
         lambda: operations.unlink("/x"),
         lambda: operations.rmdir("/x"),

@@ -295,7 +295,6 @@ def test_lookup_during_a_hide_is_not_cached(account, monkeypatch):
     path = f"{account.checkpoint}/tinker_path"
     account.filesystem.stat(path, CTX)
     libfuse = Libfuse(3, account.new_filesystem())
-    packed(libfuse, path.encode())
     is_visible = resolver.PathResolver._is_visible
 
     def hide_first(self, node, ctx):
