@@ -26,6 +26,7 @@ from tinkerfs.fuse.handles import OpenDirectory, OpenFile
 from tinkerfs.fuse.stat_callers import StatCallers
 from tinkerfs.fuse.worker_pool import SessionWorkers
 from tinkerfs.validity import Validity
+from tinkerfs.vfs.kernel_cache import ATTR_EXPIRY_S, REPLY_DELAY_S
 from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, Handle, dot_entries
 
 if TYPE_CHECKING:
@@ -43,12 +44,6 @@ PAGE_TIMEOUT_S: Final = 10.0
 
 #: Maximum number of entries per `readdir` call; one reply of libfuse holds 20 to 1,000 entries.
 _MAX_ENTRIES: Final = 256
-
-#: Lifetime of attributes in the kernel: 1 s (`binding.mount_options`), and a margin for its clock.
-_ATTR_EXPIRY_S: Final = 1.05
-#: Maximum delay between the reply to a getattr and the moment when its caller receives it. The
-#: kernel's lifetime starts at that moment, which is late on a busy machine.
-_REPLY_DELAY_S: Final = 1.0
 
 _BLOCK_BYTES: Final = 4096
 _NAME_MAX: Final = 255
@@ -378,8 +373,8 @@ def _wait_for_attr_expiry(handle: Handle, started: float, ctx: RequestContext) -
     reported_at = handle.size_hint_reported_at
     if reported_at is not None:
         # Another process may have received a bound while this open was waiting.
-        received_at = min(reported_at + _REPLY_DELAY_S, max(reported_at, started))
-        ctx.sleep(received_at + _ATTR_EXPIRY_S - time.monotonic())
+        received_at = min(reported_at + REPLY_DELAY_S, max(reported_at, started))
+        ctx.sleep(received_at + ATTR_EXPIRY_S - time.monotonic())
 
 
 def _require_path(path: str | None) -> str:

@@ -3,20 +3,19 @@
 Building the entries is the largest part of the cost of a tree walk. Thread-safe.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 
 import msgspec
 
+from tinkerfs.cache.validated_cache import ValidatedCache
 from tinkerfs.context import RequestContext
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.node import Entry
 from tinkerfs.vfs.resolver import Node
-from tinkerfs.vfs.schema import Backend
 
-#: Maximum number of cached entries, enough for 1,000 runs with 10 checkpoints each. The cache is
-#: cleared when it is exceeded. An entry takes 290 bytes, and 500 with its prepared FUSE reply.
+#: Maximum number of cached entries, enough for 1,000 runs with 10 checkpoints each. An entry takes
+#: 290 bytes.
 _MAX_ENTRIES = 98_304
 
 #: Maximum number of entries that are searched linearly; larger directories are indexed by name.
@@ -50,26 +49,20 @@ class CachedDirectory(msgspec.Struct):
 
 
 class DirectoryCache:
-    """Complete listings by path, all of one generation of the metadata."""
+    """Complete listings by path.
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._lock = threading.Lock()
-        # Writes hold _lock; reads do not.
-        self._directories: dict[str, CachedDirectory] = {}
-        self._entry_count = 0
-        self._generation = 0
+    Args:
+        check: as in `ValidatedCache`.
+    """
+
+    def __init__(self, check: Callable[[Validity, int], bool]) -> None:
+        self._directories: ValidatedCache[str, CachedDirectory] = ValidatedCache(
+            check, _MAX_ENTRIES
+        )
 
     def get(self, path: str) -> CachedDirectory | None:
         """Return the cached listing of a directory, or None if it is absent or expired."""
-        cached = self._directories.get(path)
-        if (
-            cached is not None
-            and cached.generation == self._backend.catalog.generation
-            and cached.validity.check_and_touch(self._backend.clock.monotonic())
-        ):
-            return cached
-        return None
+        return self._directories.get(path)
 
     def entry(self, path: str, ctx: RequestContext) -> Entry | None:
         """Return the entry of a path from the cached listing of its directory, or None.
@@ -102,25 +95,11 @@ class DirectoryCache:
 
         def on_complete(entries: tuple[Entry, ...]) -> None:
             # A listing in which an entry has no attributes yet is built again at the next request.
-            if not validity.is_uncacheable and all(entry.attr is not None for entry in entries):
-                self._store(directory.path, CachedDirectory(entries, validity, generation))
+            if all(entry.attr is not None for entry in entries):
+                listing = CachedDirectory(entries, validity, generation)
+                weight = max(len(entries), 1)
+                self._directories.put(directory.path, listing, validity, generation, weight=weight)
 
         return DirectoryStream(
             source=lambda: entries_of(directory, ctx.tracking(validity)), on_complete=on_complete
         )
-
-    def _store(self, path: str, listing: CachedDirectory) -> None:
-        if len(listing.entries) > _MAX_ENTRIES // 4:
-            return
-        with self._lock:
-            if listing.generation != self._backend.catalog.generation:
-                return
-            previous = self._directories.pop(path, None)
-            if previous is not None:
-                self._entry_count -= len(previous.entries)
-            is_full = self._entry_count + len(listing.entries) > _MAX_ENTRIES
-            if is_full or self._generation != listing.generation:
-                self._directories.clear()
-                self._entry_count, self._generation = 0, listing.generation
-            self._directories[path] = listing
-            self._entry_count += len(listing.entries)

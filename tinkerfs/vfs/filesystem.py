@@ -65,7 +65,7 @@ class FileSystem:
         self.guard = DeletionGuard(backend.clock, backend.settings)
         self._resolver = PathResolver(ROOT, backend, self.guard.removals)
         self._generated_files = GeneratedFileCache(backend.clock)
-        self._directories = DirectoryCache(backend)
+        self._directories = DirectoryCache(self.check_and_touch)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
         self._size_hints = SizeHintTracker()
@@ -86,10 +86,8 @@ class FileSystem:
 
     def check_and_touch(self, validity: Validity, generation: int) -> bool:
         """Return whether a result is still valid; if so, mark its cached values as used."""
-        return (
-            generation == self._backend.catalog.generation
-            and not self.guard.removals.has_tombstones
-            and validity.check_and_touch(self._backend.clock.monotonic())
+        return not self.guard.removals.has_tombstones and self._backend.check_and_touch(
+            validity, generation
         )
 
     # stat, scandir, readlink and open avoid `_reporting_errors`: a tree walk makes thousands of
@@ -108,7 +106,7 @@ class FileSystem:
 
         The validity of the attributes, or of the absence of the path, is added to `ctx`.
         """
-        entry = self._cached_entry(path, ctx)
+        entry = self._directories.entry(path, ctx)
         if entry is not None and entry.attr is not None:
             return entry.attr
         try:
@@ -118,10 +116,7 @@ class FileSystem:
 
     def cached_directory(self, path: str) -> CachedDirectory | None:
         """Return the cached listing of a directory, or None if it is absent or expired."""
-        return None if self.guard.removals.has_tombstones else self._directories.get(path)
-
-    def _cached_entry(self, path: str, ctx: RequestContext) -> Entry | None:
-        return None if self.guard.removals.has_tombstones else self._directories.entry(path, ctx)
+        return self._directories.get(path)
 
     def listdir(self, path: str, ctx: RequestContext) -> tuple[Entry, ...]:
         """Return the entries of a directory in table order, without `.` and `..`."""
@@ -144,10 +139,7 @@ class FileSystem:
                 raise errors.not_a_directory(path)
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "list")
-        if self.guard.removals.has_tombstones:
-            stream = DirectoryStream(source=lambda: self._entries(directory, ctx))
-        else:
-            stream = self._directories.stream(directory, ctx, self._entries, generation)
+        stream = self._directories.stream(directory, ctx, self._entries, generation)
         stream.read(0, 1)
         return stream
 
@@ -157,7 +149,7 @@ class FileSystem:
         return self._readlink(path, ctx)
 
     def _readlink(self, path: str, ctx: RequestContext) -> str:
-        entry = self._cached_entry(path, ctx)
+        entry = self._directories.entry(path, ctx)
         if entry is not None and entry.target is not None:
             return entry.target
         try:

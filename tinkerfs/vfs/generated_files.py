@@ -7,20 +7,18 @@ from typing import Any
 
 import msgspec
 
+from tinkerfs.cache.validated_cache import ValidatedCache
 from tinkerfs.clock import Clock
 from tinkerfs.validity import Validity
+from tinkerfs.vfs.kernel_cache import ATTR_SETTLED_S
 from tinkerfs.vfs.resolver import Node
 from tinkerfs.vfs.schema import NodeContext
 
-#: Size of the cache, which is cleared when it is exceeded: some 10,000 files.
+#: Size of the cache: some 10,000 files.
 _MAX_BYTES = 16 << 20
 
 #: Memory per file in addition to its path and content: objects, and an entry in a dictionary.
 _OVERHEAD_BYTES = 320
-
-#: The kernel caches the size of a file for 1 s after it has read the reply. On a busy machine it
-#: reads the reply up to 1 s late. The rest is a tolerance for the clock.
-KERNEL_ATTR_EXPIRY_S = 2.05
 
 #: Pages of the kernel's page cache may belong to different versions, so a file that may be cached
 #: must fit into one page.
@@ -45,34 +43,34 @@ class GeneratedFileCache:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        # Single operations on a dict are atomic. Concurrent updates may leave a wrong total, which
-        # is corrected when the cache is cleared.
-        self._files: dict[str, _CachedFile] = {}
-        self._total_bytes = 0
+        # Content does not depend on the generation, because a change of the entity reveals new
+        # information. So a change of one entity does not make all other files be rendered.
+        self._files: ValidatedCache[str, _CachedFile] = ValidatedCache(
+            lambda validity, _generation: validity.check_and_touch(clock.monotonic()), _MAX_BYTES
+        )
 
     def get(self, node: Node, context: NodeContext) -> bytes:
         """Return the content of a file, rendered now unless it is cached."""
-        now = self._clock.monotonic()
-        cached = self._files.get(node.path)
-        if cached is not None and _is_valid(cached, node, now):
+        cached = self._cached(node)
+        if cached is not None:
             context.ctx.depends_on_all(cached.validity)
             return cached.data
-        validity = Validity()
+        now, validity = self._clock.monotonic(), Validity()
         tracking_context = msgspec.structs.replace(context, ctx=context.ctx.tracking(validity))
         try:
             data: bytes = node.row.render(tracking_context)
         finally:
             context.ctx.depends_on_all(validity)
-        if not validity.is_uncacheable:
-            is_same = cached is not None and cached.data == data
-            made_at = cached.made_at if cached is not None and is_same else now
-            self._store(node.path, _CachedFile(data, node.entity, validity, made_at))
+        previous = self._files.peek(node.path)
+        made_at = now if previous is None or previous.data != data else previous.made_at
+        file = _CachedFile(data, node.entity, validity, made_at)
+        weight = len(node.path) + len(data) + _OVERHEAD_BYTES
+        self._files.put(node.path, file, validity, 0, weight=weight)
         return data
 
     def has(self, node: Node) -> bool:
         """Return whether the content of a file is cached and valid."""
-        cached = self._files.get(node.path)
-        return cached is not None and _is_valid(cached, node, self._clock.monotonic())
+        return self._cached(node) is not None
 
     def may_use_page_cache(self, node: Node) -> bool:
         """Return whether the kernel may cache the pages of a file while it is open.
@@ -80,22 +78,13 @@ class GeneratedFileCache:
         The kernel reads up to the size that it has cached, so every size that it may have cached
         must be the length of the current content.
         """
-        now = self._clock.monotonic()
-        cached = self._files.get(node.path)
+        cached = self._cached(node)
         return (
             cached is not None
-            and now - cached.made_at > KERNEL_ATTR_EXPIRY_S
+            and self._clock.monotonic() - cached.made_at > ATTR_SETTLED_S
             and len(cached.data) <= _PAGE_BYTES
-            and _is_valid(cached, node, now)
         )
 
-    def _store(self, path: str, file: _CachedFile) -> None:
-        if self._total_bytes > _MAX_BYTES:
-            self._files.clear()
-            self._total_bytes = 0
-        self._files[path] = file
-        self._total_bytes += len(path) + len(file.data) + _OVERHEAD_BYTES
-
-
-def _is_valid(cached: _CachedFile, node: Node, now: float) -> bool:
-    return cached.entity is node.entity and cached.validity.check_and_touch(now)
+    def _cached(self, node: Node) -> _CachedFile | None:
+        cached = self._files.get(node.path)
+        return cached if cached is not None and cached.entity is node.entity else None

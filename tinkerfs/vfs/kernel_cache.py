@@ -4,10 +4,16 @@ import threading
 import time
 from collections.abc import Callable
 
-#: The kernel caches a size for 1 s, starting up to 1 s after the reply was sent. An exact size that
-#: it receives later replaces an upper bound for good; before that, a delayed reply with the bound
-#: may still arrive after the exact size.
-SETTLED_S = 2.05
+#: Lifetime of attributes in the kernel: 1 s (`binding.mount_options`), and a margin for its clock.
+ATTR_EXPIRY_S = 1.05
+
+#: Maximum delay between a reply and the moment when the kernel receives it. The lifetime starts at
+#: that moment, which is late on a busy machine.
+REPLY_DELAY_S = 1.0
+
+#: Time after which an exact size replaces an upper bound for good. Before that, a delayed reply
+#: with the bound may still arrive after the exact size.
+ATTR_SETTLED_S = REPLY_DELAY_S + ATTR_EXPIRY_S
 
 #: Maximum number of paths with a size hint; beyond it, hints older than _EXPIRY_S are removed.
 _MAX_HINTS = 4096
@@ -51,7 +57,7 @@ class SizeHintTracker:
     def on_exact(self, path: str) -> None:
         """Record that the exact size is reported now, which may supersede an upper bound."""
         reported_at = self._reported_at.get(path)
-        if reported_at is not None and self._monotonic() - reported_at >= SETTLED_S:
+        if reported_at is not None and self._monotonic() - reported_at >= ATTR_SETTLED_S:
             self._reported_at.pop(path, None)
 
 

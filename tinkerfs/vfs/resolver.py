@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from tinkerfs import errors, name_encoding
+from tinkerfs.cache.validated_cache import ValidatedCache
 from tinkerfs.context import RequestContext
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.node import DIRECTORY_RANK, inode_for_path
@@ -32,8 +33,7 @@ from tinkerfs.vfs.schema import (
 #: also put read-only files before control files, so that a copy fails before it changes anything.
 _RANKS = {GeneratedFile: 0, ContentFile: 0, Directory: DIRECTORY_RANK, Symlink: 2, ControlFile: 3}
 
-#: Maximum number of cached directories, about 400 bytes each. The cache is cleared when it is full:
-#: a tree walk visits each directory once, followed by its children.
+#: Maximum number of cached directories, about 450 bytes each.
 _MAX_DIRECTORIES = 16_384
 
 
@@ -46,7 +46,6 @@ class Node(msgspec.Struct, frozen=True):
         path: from the mount's root.
         parent: None for the root only.
         validity: None for a child that came from a listing.
-        generation: the generation of the metadata before the lookup.
     """
 
     row: Any
@@ -54,7 +53,6 @@ class Node(msgspec.Struct, frozen=True):
     path: str
     parent: "Node | None"
     validity: Validity | None = None
-    generation: int = 0
 
 
 class PathResolver:
@@ -70,8 +68,9 @@ class PathResolver:
         self._backend = backend
         self._removals = removals
         self._root = Node(root, None, "/", None, Validity())
-        # Single operations on a dict are atomic; nodes are frozen.
-        self._directory_nodes: dict[str, Node] = {}
+        self._directory_nodes: ValidatedCache[str, Node] = ValidatedCache(
+            backend.check_and_touch, _MAX_DIRECTORIES
+        )
 
     def resolve(self, path: str, ctx: RequestContext, *, include_hidden: bool = False) -> Node:
         """Return the node of a path.
@@ -114,12 +113,7 @@ class PathResolver:
         if path == "/":
             return self._root
         cached = self._directory_nodes.get(path)
-        if (
-            cached is not None
-            and cached.generation == self._backend.catalog.generation
-            and cached.validity is not None
-            and cached.validity.check_and_touch(self._backend.clock.monotonic())
-        ):
+        if cached is not None and cached.validity is not None:
             ctx.depends_on_all(cached.validity)
             return cached
         generation = self._backend.catalog.generation
@@ -135,17 +129,15 @@ class PathResolver:
             return Node(static, directory.entity, path, directory)
         validity = directory.validity.copy()
         if static is not None:
-            node = Node(static, directory.entity, path, directory, validity, generation)
+            node = Node(static, directory.entity, path, directory, validity)
         else:
             try:
                 row, entity = self._look_up(directory, name, ctx.tracking(validity), path)
             finally:
                 ctx.depends_on_all(validity)
-            node = Node(row, entity, path, directory, validity, generation)
-        if isinstance(node.row, Directory) and not validity.is_uncacheable:
-            if len(self._directory_nodes) >= _MAX_DIRECTORIES:
-                self._directory_nodes.clear()
-            self._directory_nodes[path] = node
+            node = Node(row, entity, path, directory, validity)
+        if isinstance(node.row, Directory):
+            self._directory_nodes.put(path, node, validity, generation)
         return node
 
     def _look_up(

@@ -24,6 +24,7 @@ from tinkerfs.config import Settings
 from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.validity import Validity
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
 
@@ -41,6 +42,12 @@ class Backend:
     telemetry: Telemetry
     clock: Clock
     started_ns: int
+
+    def check_and_touch(self, validity: Validity, generation: int) -> bool:
+        """Return whether a derived value is valid; if so, mark its dependencies as used."""
+        return generation == self.catalog.generation and validity.check_and_touch(
+            self.clock.monotonic()
+        )
 
 
 class NodeContext(msgspec.Struct, frozen=True):

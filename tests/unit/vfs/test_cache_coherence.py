@@ -371,33 +371,23 @@ def test_cached_directory_expires_with_its_listing(account):
     assert filesystem.cached_directory(directory) is None, "a file is hidden"
 
 
-def test_directory_cache_counts_a_replaced_listing_once(account, monkeypatch):
-    filesystem = account.new_filesystem()
+def test_directory_cache_is_bounded_by_entries(account, monkeypatch):
     account.settle()
-    directories = [path for path, attr in snapshot(filesystem).items() if is_directory(path, attr)]
-    cache = filesystem._directories
-    for number in range(4):
-        account.save(number)
-        account.refresh(0)
-        account.settle()
-        for directory in directories:
-            filesystem.listdir(directory, CTX)
-    assert cache._entry_count == sum(len(each.entries) for each in cache._directories.values())
+    paths = snapshot(account.filesystem).items()
+    directories = [path for path, attr in paths if is_directory(path, attr)]
     monkeypatch.setattr(directory_cache, "_MAX_ENTRIES", 40)
-    before = set(cache._directories)
-    fresh = account.new_filesystem()
+    filesystem = account.new_filesystem()
     for directory in directories:
-        fresh.listdir(directory, CTX)
-        fresh_cache = fresh._directories
-        entry_count = sum(len(each.entries) for each in fresh_cache._directories.values())
-        assert fresh_cache._entry_count == entry_count <= 40
-    assert set(fresh_cache._directories) < before, "the bound was exceeded"
+        filesystem.listdir(directory, CTX)
+        cached = list(filter(None, map(filesystem.cached_directory, directories)))
+        assert sum(len(each.entries) for each in cached) <= 40
+    assert 0 < len(cached) < len(directories)
 
 
 def test_directory_cache_drops_listings_of_old_generations(account):
     account.settle()
     list_all(Libfuse(3, account.filesystem))
-    cached = account.filesystem._directories._directories
+    cached = account.filesystem._directories._directories._entries
     assert len(cached) > 10
     account.save(0)
     account.refresh(0)
@@ -489,21 +479,25 @@ def test_cheap_content_is_not_cached_by_stat(account):
     checkpoint = account.checkpoint
     filesystem.listdir(checkpoint, CTX)
     assert filesystem.stat(f"{checkpoint}/tinker_path", CTX).size_bytes > 0
-    assert not filesystem._generated_files._files
+    assert not filesystem._generated_files._files._entries
     filesystem.stat(f"{checkpoint}/info.json", CTX)
     with contextlib.closing(filesystem.open(f"{checkpoint}/tinker_path", 0, CTX)) as file:
         file.read(1, 0, CTX)
-    cached = {path.rpartition("/")[2] for path in filesystem._generated_files._files}
+    cached = {path.rpartition("/")[2] for path in filesystem._generated_files._files._entries}
     assert cached == {"info.json", "tinker_path"}
 
 
 def test_generated_file_cache_is_bounded_by_memory(account, monkeypatch):
-    monkeypatch.setattr(generated_files, "_MAX_BYTES", 2000)
+    monkeypatch.setattr(generated_files, "_MAX_BYTES", 8000)
     filesystem = account.new_filesystem()
-    for run_id, name in account.ids():
-        for _ in range(2):  # the first one loads the weights info
-            filesystem.stat(f"/runs/{run_id}/checkpoints/{name}/info.json", CTX)
-        assert len(filesystem._generated_files._files) <= 3
+    cached = filesystem._generated_files._files._entries
+    for _ in range(2):  # the first one loads the weights info
+        for run_id, name in account.ids():
+            for file in ("info.json", "tinker_path"):
+                path = f"/runs/{run_id}/checkpoints/{name}/{file}"
+                filesystem.open(path, 0, CTX).read(1, 0, CTX)
+            assert 0 < sum(320 + len(entry.value.data) for entry in cached.values()) <= 8000
+    assert len(cached) < 2 * len(account.ids())
 
 
 def test_names_of_the_table_are_shared_objects(account):

@@ -6,7 +6,7 @@ from tests.support.clocks import FakeTime
 from tests.support.drivers import opened
 from tests.support.faulty_server import FaultyServer
 from tinkerfs.context import RequestContext
-from tinkerfs.vfs.kernel_cache import SETTLED_S, SizeHintTracker
+from tinkerfs.vfs.kernel_cache import ATTR_SETTLED_S, SizeHintTracker
 
 CTX = RequestContext(timeout_s=30.0)
 
@@ -37,7 +37,7 @@ def test_on_exact_removes_the_hint_only_after_it_settled():
     now = [100.0]
     hints = SizeHintTracker(lambda: now[0])
     hints.record("/x")
-    now[0] += SETTLED_S - 0.01
+    now[0] += ATTR_SETTLED_S - 0.01
     hints.on_exact("/x")
     assert hints.reported_at("/x") == 100.0, "a reply with the bound may still arrive"
     now[0] += 0.02
