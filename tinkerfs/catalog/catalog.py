@@ -6,16 +6,15 @@ requests raise `ApiError`; a cancelled or timed-out wait raises `OSError`.
 """
 
 import logging
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from tinkerfs import errors
 from tinkerfs.api import endpoints, models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
-from tinkerfs.cache.result_stream import ResultStream
 from tinkerfs.cache.store import MetadataStore
+from tinkerfs.catalog.cached_listing import CachedListing, VisibleListing
 from tinkerfs.catalog.incarnations import Incarnations
 from tinkerfs.catalog.listings import (
     AccountListing,
@@ -48,7 +47,15 @@ MIN_TTL_FOR_PREFETCH_S = 10.0
 
 
 class Catalog:
-    """The runs and checkpoints of one account on one server."""
+    """The runs and checkpoints of one account on one server.
+
+    Attributes:
+        runs: the user's training runs.
+        account: the checkpoints of all runs, without those in the trash. If the server has no such
+            listing, the listings of all runs are merged.
+        account_with_trash: the same and those in the trash.
+        incarnations: how often each checkpoint name was deleted.
+    """
 
     def __init__(
         self,
@@ -71,6 +78,11 @@ class Catalog:
         self._policies = policies
         self._trash = trash
         self._concurrency = concurrency
+        self.runs = CachedListing(cache, ("runs",), self._load_runs, policies.listing)
+        self.account_with_trash = CachedListing(
+            cache, ("user",), self._load_account, policies.listing, self._expire_changed
+        )
+        self.account = VisibleListing(self.account_with_trash, trash, trash.visible_in_account)
         self._run_prefetcher = SequencePrefetcher(
             self._following_run,
             self.prefetch_listing,
@@ -108,22 +120,6 @@ class Catalog:
         self._cache.wait_idle(ctx)
         self._weights_infos.wait_idle(ctx)
 
-    def runs(self, ctx: RequestContext) -> RunListing:
-        """Return the user's training runs; one request per page if they are not fresh."""
-        return self._cache.get(("runs",), self._load_runs, self._policies.listing, ctx)
-
-    def iter_runs(self, ctx: RequestContext) -> Iterator[models.TrainingRun]:
-        """Yield the user's training runs; a slow first listing is yielded page by page.
-
-        A request may fail after some runs have been yielded.
-        """
-        found = self._cache.get_or_stream(("runs",), self._load_runs, self._policies.listing, ctx)
-        return found.iterate(ctx) if isinstance(found, ResultStream) else iter(found.by_id.values())
-
-    def cached_runs(self) -> RunListing | None:
-        """Return the cached training runs, fresh or stale, without a request."""
-        return self._cache.peek(("runs",))  # type: ignore[no-any-return]
-
     def run(self, run_id: str, ctx: RequestContext) -> models.TrainingRun:
         """Return one training run, from a (partial) listing or by its own request.
 
@@ -133,9 +129,9 @@ class Catalog:
         return self._with_visible_last(self._run(run_id, ctx), ctx)
 
     def _run(self, run_id: str, ctx: RequestContext) -> models.TrainingRun:
-        run: models.TrainingRun | None = self._peek_partial(("runs",), run_id, ctx)
-        if run is None and self.cached_runs() is not None:
-            run = self.runs(ctx).by_id.get(run_id)
+        run: models.TrainingRun | None = self.runs.peek_partial(run_id, ctx)
+        if run is None and self.runs.peek() is not None:
+            run = self.runs.get(ctx).by_id.get(run_id)
         if run is not None:
             return run
         load = partial(self._load_run, run_id)
@@ -151,36 +147,32 @@ class Catalog:
         if not any(self._trash.record(Checkpoint.from_record(run.run_id, each)) for each in lasts):
             return run
         try:
-            return with_listed_last(run, self.checkpoints(run.run_id, ctx))
+            return with_listed_last(run, self.checkpoints(run.run_id).get(ctx))
         except errors.ApiError:
             ctx.mark_uncacheable()
             return run
 
-    # Checkpoints. The cached listings are as the server sent them. Methods leave out checkpoints in
-    # the trash unless their name or a parameter mentions the trash.
-
-    def checkpoints(self, run_id: str, ctx: RequestContext) -> CheckpointListing:
-        """Return the checkpoints of a run; one request if they are not fresh.
+    def checkpoints(self, run_id: str) -> VisibleListing[CheckpointListing]:
+        """Return the listing of a run's checkpoints, without those in the trash.
 
         A caller that reads one run after another triggers prefetches of the next runs.
         """
-        return self._trash.visible(run_id, self.checkpoints_with_trash(run_id, ctx))
+        visible = partial(self._trash.visible, run_id)
+        return VisibleListing(self.checkpoints_with_trash(run_id), self._trash, visible, run_id)
 
-    def checkpoints_with_trash(self, run_id: str, ctx: RequestContext) -> CheckpointListing:
-        """Return the checkpoints of a run, as `checkpoints` does, and those in the trash."""
+    def checkpoints_with_trash(self, run_id: str) -> CachedListing[CheckpointListing]:
+        """Return the listing of a run's checkpoints, as `checkpoints` does, and of its trash."""
+        return CachedListing(
+            self._cache,
+            ("checkpoints", run_id),
+            partial(self._load_checkpoints, run_id),
+            self._policies.listing,
+            partial(self._on_read, run_id),
+        )
+
+    def _on_read(self, run_id: str) -> None:
         self._expire_changed()
         self._run_prefetcher.on_read(run_id)
-        load = partial(self._load_checkpoints, run_id)
-        return self._cache.get(("checkpoints", run_id), load, self._policies.listing, ctx)
-
-    def cached_checkpoints(self, run_id: str) -> CheckpointListing | None:
-        """Return a run's cached checkpoints, fresh or stale, without a request."""
-        listing = self.cached_checkpoints_with_trash(run_id)
-        return None if listing is None else self._trash.visible(run_id, listing)
-
-    def cached_checkpoints_with_trash(self, run_id: str) -> CheckpointListing | None:
-        """Return a run's cached checkpoints and those in the trash, without a request."""
-        return self._cache.peek(("checkpoints", run_id))  # type: ignore[no-any-return]
 
     def checkpoint(
         self,
@@ -196,12 +188,12 @@ class Catalog:
         A checkpoint that the run's listing lacks is looked up by its tinker path. The user's own
         runs are exempt, because their listings are complete.
         """
-        own = self.cached_runs()
+        own = self.runs.peek()
         is_own = own is not None and run_id in own.by_id
         try:
-            found = self.checkpoints(run_id, ctx).get(kind, name)
+            found = self.checkpoints(run_id).get(ctx).get(kind, name)
             if found is None and self._trash.has_run(run_id):
-                trashed = self.checkpoints_with_trash(run_id, ctx).get(kind, name)
+                trashed = self.checkpoints_with_trash(run_id).get(ctx).get(kind, name)
                 if trashed is not None and self._trash.is_trashed(trashed):
                     return trashed if include_trashed else None
         except _NO_LISTING:
@@ -215,46 +207,22 @@ class Catalog:
         key = ("checkpoint", run_id, kind, name)
         return self._cache.get(key, load, self._policies.by_name, ctx)
 
-    def account_checkpoints(self, ctx: RequestContext) -> AccountListing:
-        """Return the checkpoints of all runs; one request per page if not fresh.
-
-        If the server has no such listing, the listings of all runs are merged.
-        """
-        self._expire_changed()
-        listing = self._cache.get(("user",), self._load_account, self._policies.listing, ctx)
-        return self._trash.visible_in_account(listing)
-
-    def iter_account_checkpoints(self, ctx: RequestContext) -> Iterator[Checkpoint]:
-        """Yield the checkpoints of all the user's runs, page by page as `iter_runs` does."""
-        self._expire_changed()
-        found = self._cache.get_or_stream(
-            ("user",), self._load_account, self._policies.listing, ctx
-        )
-        if isinstance(found, ResultStream):
-            return (c for c in found.iterate(ctx) if not self._trash.is_trashed(c))
-        return iter(self._trash.visible_in_account(found).by_key.values())
-
     def account_checkpoint(
         self, key: tuple[str, str, str], ctx: RequestContext
     ) -> Checkpoint | None:
         """Return one checkpoint of the account's listing, or None if it does not exist."""
-        partial_result: Checkpoint | None = self._peek_partial(("user",), key, ctx)
+        partial_result: Checkpoint | None = self.account_with_trash.peek_partial(key, ctx)
         if partial_result is not None:
             return None if self._trash.is_trashed(partial_result) else partial_result
-        return self.account_checkpoints(ctx).by_key.get(key)
-
-    def cached_account_checkpoints(self) -> AccountListing | None:
-        """Return the account's cached checkpoints, fresh or stale, without a request."""
-        listing: AccountListing | None = self._cache.peek(("user",))
-        return None if listing is None else self._trash.visible_in_account(listing)
+        return self.account.get(ctx).by_key.get(key)
 
     def _expire_changed(self) -> None:
         """Expire the listings of runs that another process trashed or restored."""
         changed = self._trash.take_changed_runs()
         for run_id in changed:
-            self._cache.expire(("checkpoints", run_id))
+            self.checkpoints_with_trash(run_id).expire()
         if changed:
-            self._cache.expire(("user",))
+            self.account_with_trash.expire()
 
     def may_prefetch_listings(self) -> bool:
         """Return whether prefetched listings are likely to arrive, and to be fresh when read."""
@@ -264,32 +232,7 @@ class Catalog:
     def find_own_runs(self, ctx: RequestContext) -> None:
         """List the runs if another key's trash records may belong to this account."""
         if self._trash.unknown_run_ids():
-            self._trash.add_own_runs(self.runs(ctx).by_id)
-
-    def _peek_partial(self, key: Hashable, part: Hashable, ctx: RequestContext) -> Any:
-        found = self._cache.peek_partial(key, part)
-        if found is not None:
-            ctx.mark_uncacheable()
-        return found
-
-    # Times at which this mount saw a listing change, nanoseconds since 1970; None if it never did.
-
-    def runs_last_changed_ns(self) -> int | None:
-        """Return when the listing of the user's runs last changed."""
-        return self._last_changed_ns(("runs",))
-
-    def checkpoints_last_changed_ns(self, run_id: str) -> int | None:
-        """Return when the listing of a run's checkpoints last changed."""
-        changed_ns = self._last_changed_ns(("checkpoints", run_id))
-        return _latest(changed_ns, self._trash.changed_at_ns(run_id))
-
-    def account_last_changed_ns(self) -> int | None:
-        """Return when the listing of the account's checkpoints last changed."""
-        return _latest(self._last_changed_ns(("user",)), self._trash.changed_at_ns())
-
-    def _last_changed_ns(self, key: Hashable) -> int | None:
-        changed_at = self._cache.last_changed(key)
-        return None if changed_at is None else int(changed_at * 1e9)
+            self._trash.add_own_runs(self.runs.get(ctx).by_id)
 
     def weights_info(self, checkpoint: Checkpoint, ctx: RequestContext) -> bytes:
         """Return a checkpoint's weights info as JSON; one request if it is not cached.
@@ -298,12 +241,6 @@ class Catalog:
         """
         self._info_prefetcher.on_read(checkpoint.key)
         return self._weights_infos.get(checkpoint, ctx)
-
-    def fetch_checkpoints(self, run_id: str) -> CheckpointListing:
-        """Request the checkpoints of a run, bypassing the cache; includes the trash."""
-        load = partial(self._load_checkpoints, run_id)
-        key = ("checkpoints", run_id)
-        return self._cache.reload(key, load, self._policies.listing, BACKGROUND_CONTEXT)
 
     def invalidate(self, checkpoint: Checkpoint) -> None:
         """Discard the cached data of a deleted checkpoint; its name may be used again."""
@@ -332,10 +269,10 @@ class Catalog:
         try:
             return self._client.with_priority(priority).training_run(run_id)
         except (errors.NotFound, errors.UnsupportedEndpoint):
-            if self._has_run_records():
+            if self._detect_run_records():
                 raise
         # On such a server a run exists if its checkpoints can be listed.
-        listing = self.checkpoints(run_id, BACKGROUND_CONTEXT)
+        listing = self.checkpoints(run_id).get(BACKGROUND_CONTEXT)
         times = (c.record.time_ns for c in listing.all)
         return models.TrainingRun(
             run_id=run_id,
@@ -343,12 +280,12 @@ class Catalog:
             raw=raw_json.with_fields(b"{}", training_run_id=run_id),
         )
 
-    def _has_run_records(self) -> bool:
+    def _detect_run_records(self) -> bool:
         """Return whether the server has run records, which hatchery has not.
 
         Sends at most one successful request, and none if the runs have been listed.
         """
-        if self._supports_run_listing is None and self.cached_runs() is None:
+        if self._supports_run_listing is None and self.runs.peek() is None:
             try:
                 self._client.list_training_runs(limit=1)
                 self._supports_run_listing = True
@@ -362,7 +299,7 @@ class Catalog:
         if priority.is_demand:
             self._run_prefetcher.on_access(run_id)
         records = self._client.with_priority(priority).list_checkpoints(run_id)
-        known = self.cached_account_checkpoints()
+        known = self.account.peek()
         listing = CheckpointListing.from_records(run_id, records, known=known)
         self._reconcile_trash(run_id, listing)
         return listing
@@ -385,7 +322,7 @@ class Catalog:
 
         try:
             records = self._client.with_priority(priority).all_user_checkpoints(
-                lambda record: reuse_known_record(record, self.cached_checkpoints), on_page
+                lambda record: reuse_known_record(record, self._peek_checkpoints), on_page
             )
         except errors.UnsupportedEndpoint:
             return self._merge_run_listings()
@@ -395,7 +332,7 @@ class Catalog:
         return listing
 
     def _merge_run_listings(self) -> AccountListing:
-        run_ids = list(self.runs(BACKGROUND_CONTEXT).by_id)
+        run_ids = list(self.runs.get(BACKGROUND_CONTEXT).by_id)
         loads = [partial(self._checkpoints_or_empty, run_id) for run_id in run_ids]
         outcomes = run_concurrently(loads, self._concurrency, "checkpoints")
         listings = [outcome.result() for outcome in outcomes]
@@ -403,7 +340,7 @@ class Catalog:
 
     def _checkpoints_or_empty(self, run_id: str) -> CheckpointListing:
         try:
-            return self.checkpoints_with_trash(run_id, BACKGROUND_CONTEXT)
+            return self.checkpoints_with_trash(run_id).get(BACKGROUND_CONTEXT)
         except errors.NotFound:  # the run was deleted after the runs were listed
             return CheckpointListing(())
 
@@ -422,25 +359,23 @@ class Catalog:
     # Prefetching for traversals.
 
     def _following_run(self, run_id: str, order: Order) -> str | None:
-        runs = self.cached_runs()
+        runs = self.runs.peek()
         return None if runs is None else runs.order.next(run_id, order)
 
     def _following_checkpoint(
         self, key: tuple[str, str, str], order: Order
     ) -> tuple[str, str, str] | None:
-        return following_checkpoint(key, order, self.cached_runs(), self.cached_checkpoints)
+        return following_checkpoint(key, order, self.runs.peek(), self._peek_checkpoints)
 
     def prefetch_listing(self, run_id: str) -> bool:
         """List a run in the background; return False if a listing is cached."""
-        load = partial(self._load_checkpoints, run_id)
-        return self._cache.prefetch(("checkpoints", run_id), load, self._policies.listing)
+        return self.checkpoints_with_trash(run_id).prefetch()
+
+    def _peek_checkpoints(self, run_id: str) -> CheckpointListing | None:
+        return self.checkpoints(run_id).peek()
 
     def _prefetch_info(self, key: tuple[str, str, str]) -> bool:
         run_id, kind, name = key
-        listing = self.cached_checkpoints(run_id)
+        listing = self._peek_checkpoints(run_id)
         checkpoint = None if listing is None else listing.get(kind, name)
         return checkpoint is not None and self._weights_infos.prefetch(checkpoint)
-
-
-def _latest(*times_ns: int | None) -> int | None:
-    return max((each for each in times_ns if each is not None), default=None)

@@ -130,6 +130,10 @@ class RunListing:
             by_model.setdefault(first, {}).setdefault(rest, {})[run.run_id] = run
         return cls(by_id, by_model, _newest_ns(run.last_request_time_ns for run in by_id.values()))
 
+    def __iter__(self) -> Iterator[models.TrainingRun]:
+        """Return an iterator over all runs."""
+        return iter(self.by_id.values())
+
     @cached_property
     def order(self) -> OrderIndex[str]:
         """The run ids in the orders of traversals; slow to make for many runs."""
@@ -197,6 +201,10 @@ class CheckpointListing:
             for kind, group in groups.items()
         }
         return cls(tuple(by_name.values()), bare, groups, newest_ns)
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        """Return an iterator over all checkpoints."""
+        return iter(self.all)
 
     @cached_property
     def order(self) -> OrderIndex[Checkpoint]:
@@ -286,6 +294,10 @@ class AccountListing:
         checkpoints = list(checkpoints_of(records))
         found = (c for c in checkpoints if c is not None)
         return cls.from_checkpoints(found, checkpoints.count(None))
+
+    def __iter__(self) -> Iterator[Checkpoint]:
+        """Return an iterator over all checkpoints."""
+        return iter(self.by_key.values())
 
     def without(self, excluded: Collection[Checkpoint]) -> "AccountListing":
         """Return the listing without the given checkpoints, otherwise unchanged."""

@@ -254,7 +254,8 @@ class Mutations:
         return current
 
     def _fetch(self, expected: Checkpoint) -> Checkpoint | None:
-        return self._catalog.fetch_checkpoints(expected.run_id).get(expected.kind, expected.name)
+        listing = self._catalog.checkpoints_with_trash(expected.run_id).reload()
+        return listing.get(expected.kind, expected.name)
 
     def _recheck(self, sent: Checkpoint, is_done: Callable[[Checkpoint | None], bool]) -> Recheck:
         """Return a function that decides whether a mutation of `sent` may be retried.
@@ -290,8 +291,8 @@ class Mutations:
 
     def _expire(self, run_id: str) -> None:
         """Expire a run's listings after a failed mutation that may have taken effect."""
-        for key in (("checkpoints", run_id), ("user",)):
-            self._cache.expire(key)
+        self._catalog.checkpoints_with_trash(run_id).expire()
+        self._catalog.account_with_trash.expire()
 
     def _update_cached_listings(
         self,
@@ -313,14 +314,15 @@ class Mutations:
             return listing.with_record(checkpoint, record)
 
         run_id = checkpoint.run_id
-        for key in (("checkpoints", run_id), ("user",)):
-            self._cache.update(key, update, is_authoritative=is_authoritative)
-        listing = self._catalog.cached_checkpoints_with_trash(run_id)
+        cached = self._catalog.checkpoints_with_trash(run_id)
+        cached.update(update, is_authoritative=is_authoritative)
+        self._catalog.account_with_trash.update(update, is_authoritative=is_authoritative)
+        listing = cached.peek()
         if listing is None:
             return
         self._cache.update(
             ("run", run_id), lambda run: apply_to_run(run, listing), is_authoritative=True
         )
-        self._cache.update(
-            ("runs",), lambda runs: apply_to_runs(runs, run_id, listing), is_authoritative=True
+        self._catalog.runs.update(
+            lambda runs: apply_to_runs(runs, run_id, listing), is_authoritative=True
         )

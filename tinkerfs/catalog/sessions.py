@@ -6,6 +6,7 @@ from tinkerfs import errors
 from tinkerfs.api import models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
+from tinkerfs.catalog.cached_listing import CachedListing
 from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.context import Priority, RequestContext
 
@@ -14,28 +15,17 @@ class Sessions:
     """The sessions and samplers of one account on one server.
 
     Thread-safe. Methods wait only through their `RequestContext`.
+
+    Attributes:
+        listing: the user's sessions by id. The summaries have names and times if the server
+            supports searches, otherwise only ids.
     """
 
     def __init__(self, client: Client, cache: MetadataCache, policies: CachePolicies) -> None:
         self._client = client
         self._cache = cache
         self._policies = policies
-
-    def list_ids(self, ctx: RequestContext) -> dict[str, models.SessionSummary]:
-        """Return the user's sessions by id; one request per page if they are not fresh.
-
-        The summaries have names and times if the server supports searches, otherwise only ids.
-        """
-        return self._cache.get(("sessions",), self._load_sessions, self._policies.listing, ctx)
-
-    def last_changed_ns(self) -> int | None:
-        """Return when the listing last changed, in Unix nanoseconds; None for never."""
-        changed_at = self._cache.last_changed(("sessions",))
-        return None if changed_at is None else int(changed_at * 1e9)
-
-    def cached(self) -> dict[str, models.SessionSummary]:
-        """Return the cached sessions, fresh or stale, without a request."""
-        return self._cache.peek(("sessions",)) or {}
+        self.listing = CachedListing(cache, ("sessions",), self._load_sessions, policies.listing)
 
     def find(self, session_id: str, ctx: RequestContext) -> models.SessionSummary:
         """Return one session, from the cached listing or by its own request.
@@ -43,8 +33,9 @@ class Sessions:
         Raises:
             ApiError: NotFound, BadRequest or UnsupportedEndpoint if the session does not exist.
         """
-        if self.cached() and session_id in self.list_ids(ctx):
-            return self.list_ids(ctx)[session_id]
+        listed = self.listing.get(ctx) if self.listing.peek() else {}
+        if session_id in listed:
+            return listed[session_id]
         self.record(session_id, ctx)
         return _summary_from_id(session_id)
 
@@ -63,7 +54,8 @@ class Sessions:
 
         The API lists samplers only in session records.
         """
-        records = (self._cache.peek(("session", session_id)) for session_id in self.cached())
+        session_ids = self.listing.peek() or ()
+        records = (self._cache.peek(("session", session_id)) for session_id in session_ids)
         return [sampler_id for record in records if record for sampler_id in record.sampler_ids]
 
     def _load_sessions(self, priority: Priority) -> dict[str, models.SessionSummary]:

@@ -39,7 +39,7 @@ class TrashReader:
             for another in islice(prefetches, 1):
                 self._catalog.prefetch_listing(another)
             try:
-                listing = self._catalog.checkpoints_with_trash(run_id, ctx)
+                listing = self._catalog.checkpoints_with_trash(run_id).get(ctx)
             except errors.NOT_FOUND_ERRORS:  # the run is gone
                 continue
             yield from self._trash.of_run(run_id, listing)
@@ -51,7 +51,7 @@ class TrashReader:
             return None
         self._catalog.find_own_runs(ctx)
         try:
-            found = self._catalog.checkpoints_with_trash(run_id, ctx).get(kind, name)
+            found = self._catalog.checkpoints_with_trash(run_id).get(ctx).get(kind, name)
         except errors.NOT_FOUND_ERRORS:
             return None
         return found if found is not None and self._trash.is_trashed(found) else None

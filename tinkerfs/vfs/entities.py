@@ -30,7 +30,7 @@ def path_for_tinker_path(path: TinkerPath) -> str:
 
 def list_runs(node: NodeContext) -> Iterator[tuple[str, models.TrainingRun]]:
     """Yield the user's training runs by id."""
-    return ((run.run_id, run) for run in node.backend.catalog.iter_runs(node.ctx))
+    return ((run.run_id, run) for run in node.backend.catalog.runs.iter(node.ctx))
 
 
 def find_run(node: NodeContext, run_id: str) -> models.TrainingRun | None:
@@ -51,8 +51,8 @@ def run_ns(node: NodeContext) -> int:
 
 def newest_run_ns(node: NodeContext) -> int:
     """Return the time of the last request to any run of the user, from the cache."""
-    runs = node.backend.catalog.cached_runs()
-    changed_ns = node.backend.catalog.runs_last_changed_ns()
+    runs = node.backend.catalog.runs.peek()
+    changed_ns = node.backend.catalog.runs.last_changed_ns()
     return mtime_or_mount_time(node, changed_ns, runs.newest_ns if runs else None)
 
 

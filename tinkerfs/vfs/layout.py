@@ -46,7 +46,7 @@ def _latest_path(run: models.TrainingRun, record: models.Checkpoint | None) -> s
 
 
 def _list_kinds(node: NodeContext) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
-    listing = node.backend.catalog.checkpoints(node.entity.run_id, node.ctx)
+    listing = node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx)
     for kind in listing.kinds:
         if listing.of_kind(kind):
             yield kind, (node.entity, kind)
@@ -56,16 +56,16 @@ def _find_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] |
     # The three kinds always resolve, so that `rmdir` finds a directory that has become empty.
     if kind in KINDS:
         return node.entity, kind
-    listing = node.backend.catalog.checkpoints(node.entity.run_id, node.ctx)
+    listing = node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx)
     return (node.entity, kind) if kind in listing.kinds else None
 
 
 def _list_bare(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
-    return node.backend.catalog.checkpoints(node.entity.run_id, node.ctx).bare.items()
+    return node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx).bare.items()
 
 
 def _find_bare(node: NodeContext, name: str) -> Checkpoint | None:
-    return node.backend.catalog.checkpoints(node.entity.run_id, node.ctx).bare.get(name)
+    return node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx).bare.get(name)
 
 
 def _find_path_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
@@ -82,12 +82,12 @@ def _find_of_path(node: NodeContext, name: str) -> Checkpoint | None:
 
 
 def _of_path(node: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
-    return node.backend.catalog.checkpoints(run.run_id, node.ctx).of_path(kind)
+    return node.backend.catalog.checkpoints(run.run_id).get(node.ctx).of_path(kind)
 
 
 def _list_of_kind(node: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
     run, kind = node.entity
-    for checkpoint in node.backend.catalog.checkpoints(run.run_id, node.ctx).of_kind(kind):
+    for checkpoint in node.backend.catalog.checkpoints(run.run_id).get(node.ctx).of_kind(kind):
         yield checkpoint.name, checkpoint
 
 
@@ -101,7 +101,7 @@ def _find_of_kind(node: NodeContext, name: str) -> Checkpoint | None:
 
 def _list_content(node: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
     run, kind = node.entity
-    for checkpoint in node.backend.catalog.checkpoints_with_trash(run.run_id, node.ctx).all:
+    for checkpoint in node.backend.catalog.checkpoints_with_trash(run.run_id).get(node.ctx).all:
         if checkpoint.kind == kind:
             yield checkpoint.name, checkpoint
 
@@ -114,19 +114,19 @@ def _find_content(node: NodeContext, name: str) -> Checkpoint | None:
 def _kind_ns(node: NodeContext) -> int:
     run, kind = node.entity
     try:
-        listing = node.backend.catalog.checkpoints(run.run_id, node.ctx)
+        listing = node.backend.catalog.checkpoints(run.run_id).get(node.ctx)
     except errors.ApiError:  # another user's run: its checkpoints cannot be listed
         listing = None
     newest_ns = run.last_request_time_ns
     if listing is not None and listing.of_kind(kind):
         newest_ns = listing.newest_ns[kind]
-    changed_ns = node.backend.catalog.checkpoints_last_changed_ns(run.run_id)
+    changed_ns = node.backend.catalog.checkpoints(run.run_id).last_changed_ns()
     return entities.newest_ns(node, changed_ns, newest_ns)
 
 
 def _checkpoints_ns(node: NodeContext) -> int:
     run: models.TrainingRun = node.entity
-    changed_ns = node.backend.catalog.checkpoints_last_changed_ns(run.run_id)
+    changed_ns = node.backend.catalog.checkpoints(run.run_id).last_changed_ns()
     return entities.newest_ns(node, changed_ns, run.last_request_time_ns)
 
 
@@ -175,10 +175,10 @@ def _stats(node: NodeContext) -> bytes:
 
 def _account_totals(catalog: Catalog) -> dict[str, int]:
     """Return totals of the cached listings; empty before the first listing."""
-    runs = catalog.cached_runs()
+    runs = catalog.runs.peek()
     if runs is None:
         return {}
-    listings = [catalog.cached_checkpoints(run_id) for run_id in runs.by_id]
+    listings = [catalog.checkpoints(run_id).peek() for run_id in runs.by_id]
     checkpoints = [c for listing in listings if listing for c in listing.all]
     return {
         "runs": len(runs.by_id),

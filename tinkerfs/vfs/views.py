@@ -24,7 +24,7 @@ def _view(
     """Return a directory with a link to every checkpoint that matches `shows`."""
 
     def list_checkpoints(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-        for checkpoint in node.backend.catalog.iter_account_checkpoints(node.ctx):
+        for checkpoint in node.backend.catalog.account.iter(node.ctx):
             if shows(checkpoint):
                 yield checkpoint.key, checkpoint
 
@@ -36,11 +36,11 @@ def _view(
         return checkpoint if checkpoint is not None and shows(checkpoint) else None
 
     def view_ns(node: NodeContext) -> int:
-        listing = node.backend.catalog.cached_account_checkpoints()
+        listing = node.backend.catalog.account.peek()
         newest_first = listing.by_key.values() if listing else ()
         times_ns = (c.record.time_ns for c in newest_first if shows(c))
         newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
-        changed_ns = node.backend.catalog.account_last_changed_ns()
+        changed_ns = node.backend.catalog.account.last_changed_ns()
         return entities.mtime_or_mount_time(node, changed_ns, newest_ns)
 
     link = Symlink(
@@ -87,7 +87,7 @@ SERVED_KINDS = ("sampler_weights", "external_weights")
 
 
 def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-    for key, checkpoint in node.backend.catalog.account_checkpoints(node.ctx).by_key.items():
+    for key, checkpoint in node.backend.catalog.account.get(node.ctx).by_key.items():
         if checkpoint.kind in SERVED_KINDS:
             yield key, checkpoint
 
@@ -96,9 +96,9 @@ def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | Non
     if len(parts) != 3 or parts[1] not in SERVED_KINDS:
         return None
     run_id, kind, name = parts
-    listing = node.backend.catalog.cached_account_checkpoints()
+    listing = node.backend.catalog.account.peek()
     if listing is not None and (run_id, kind, name) in listing.by_key:
-        return node.backend.catalog.account_checkpoints(node.ctx).by_key.get((run_id, kind, name))
+        return node.backend.catalog.account.get(node.ctx).by_key.get((run_id, kind, name))
     try:
         return node.backend.catalog.checkpoint(run_id, kind, name, node.ctx)
     except errors.NOT_FOUND_ERRORS as error:
@@ -145,28 +145,28 @@ def adapters(files: Directory) -> Directory:
 
 
 def _list_orgs(node: NodeContext) -> Iterator[tuple[str, str]]:
-    for org in node.backend.catalog.runs(node.ctx).by_model:
+    for org in node.backend.catalog.runs.get(node.ctx).by_model:
         yield org, org
 
 
 def _find_org(node: NodeContext, org: str) -> str | None:
-    return org if org in node.backend.catalog.runs(node.ctx).by_model else None
+    return org if org in node.backend.catalog.runs.get(node.ctx).by_model else None
 
 
 def _list_models(node: NodeContext) -> Iterator[tuple[str, tuple[str, str]]]:
-    for model in node.backend.catalog.runs(node.ctx).by_model.get(node.entity, ()):
+    for model in node.backend.catalog.runs.get(node.ctx).by_model.get(node.entity, ()):
         if model:
             yield model, (node.entity, model)
 
 
 def _find_model(node: NodeContext, model: str) -> tuple[str, str] | None:
-    models_of_org = node.backend.catalog.runs(node.ctx).by_model.get(node.entity, {})
+    models_of_org = node.backend.catalog.runs.get(node.ctx).by_model.get(node.entity, {})
     return (node.entity, model) if model and model in models_of_org else None
 
 
 def _runs_of_model(node: NodeContext) -> dict[str, models.TrainingRun]:
     org, model = (node.entity, "") if isinstance(node.entity, str) else node.entity
-    return node.backend.catalog.runs(node.ctx).by_model.get(org, {}).get(model, {})
+    return node.backend.catalog.runs.get(node.ctx).by_model.get(org, {}).get(model, {})
 
 
 def _list_runs_of_model(node: NodeContext) -> Iterable[tuple[str, models.TrainingRun]]:
@@ -217,7 +217,7 @@ MODELS = Directory(
 
 
 def _list_sessions(node: NodeContext) -> Iterable[tuple[str, models.SessionSummary]]:
-    return node.backend.sessions.list_ids(node.ctx).items()
+    return node.backend.sessions.listing.get(node.ctx).items()
 
 
 def _find_session(node: NodeContext, session_id: str) -> models.SessionSummary | None:
@@ -240,8 +240,8 @@ def _session_xattrs(node: NodeContext) -> dict[str, str]:
 
 
 def _newest_session_ns(node: NodeContext) -> int:
-    sessions = node.backend.sessions.cached().values()
-    changed_ns = node.backend.sessions.last_changed_ns()
+    sessions = (node.backend.sessions.listing.peek() or {}).values()
+    changed_ns = node.backend.sessions.listing.last_changed_ns()
     return entities.mtime_or_mount_time(
         node, changed_ns, *(session.created_at_ns for session in sessions)
     )

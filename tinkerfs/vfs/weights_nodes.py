@@ -102,7 +102,7 @@ def _version_path(checkpoint: Checkpoint) -> str:
 
 
 def _version(node: NodeContext, checkpoint: Checkpoint) -> CheckpointVersion:
-    own_runs = node.backend.catalog.cached_runs()
+    own_runs = node.backend.catalog.runs.peek()
     is_foreign = own_runs is not None and checkpoint.run_id not in own_runs.by_id
     return CheckpointVersion(
         server=node.backend.settings.base_url,
