@@ -26,7 +26,6 @@ from tinkerfs.catalog.mutations import Mutations
 from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.catalog.sessions import Sessions
 from tinkerfs.catalog.trash import Trash
-from tinkerfs.catalog.trash_reader import TrashReader
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.config import Settings
 from tinkerfs.telemetry import Telemetry
@@ -149,7 +148,6 @@ def open_app(
             settings=settings,
             catalog=catalog,
             mutations=mutations,
-            trash=TrashReader(catalog, trash, settings.concurrency),
             sessions=sessions,
             weights=weights,
             telemetry=telemetry,

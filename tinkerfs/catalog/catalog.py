@@ -6,8 +6,9 @@ requests raise `ApiError`; a cancelled or timed-out wait raises `OSError`.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 from tinkerfs import errors
 from tinkerfs.api import endpoints, models, raw_json
@@ -85,8 +86,8 @@ class Catalog:
         self.account = VisibleListing(self.account_with_trash, trash, trash.visible_in_account)
         self._run_prefetcher = SequencePrefetcher(
             self._following_run,
-            self.prefetch_listing,
-            self.may_prefetch_listings,
+            self._prefetch_listing,
+            self._may_prefetch_listings,
             2 * concurrency,
             clock,
         )
@@ -224,12 +225,46 @@ class Catalog:
         if changed:
             self.account_with_trash.expire()
 
-    def may_prefetch_listings(self) -> bool:
-        """Return whether prefetched listings are likely to arrive, and to be fresh when read."""
-        is_long_enough = self._policies.listing.ttl_s >= MIN_TTL_FOR_PREFETCH_S
-        return is_long_enough and not self._client.is_failing(endpoints.RUN_CHECKPOINTS)
+    # The trash.
 
-    def find_own_runs(self, ctx: RequestContext) -> None:
+    def trashed_checkpoints(self, ctx: RequestContext) -> Iterator[Checkpoint]:
+        """Yield the checkpoints in the trash; one request per run with trash records.
+
+        A request may fail after some checkpoints have been yielded.
+        """
+        self._refresh_own_runs(ctx)
+        run_ids = self._trash.run_ids()
+        prefetches = iter(run_ids if self._may_prefetch_listings() else ())
+        for first in islice(prefetches, self._concurrency):
+            self._prefetch_listing(first)
+        for run_id in run_ids:
+            for another in islice(prefetches, 1):
+                self._prefetch_listing(another)
+            try:
+                listing = self.checkpoints_with_trash(run_id).get(ctx)
+            except errors.NOT_FOUND_ERRORS:  # the run is gone
+                continue
+            yield from self._trash.of_run(run_id, listing)
+
+    def trashed_checkpoint(
+        self, key: tuple[str, str, str], ctx: RequestContext
+    ) -> Checkpoint | None:
+        """Return the trashed checkpoint with a `Checkpoint.key`, or None if absent."""
+        run_id, kind, name = key
+        if not self._trash.has_run(run_id):
+            return None
+        self._refresh_own_runs(ctx)
+        try:
+            found = self.checkpoints_with_trash(run_id).get(ctx).get(kind, name)
+        except errors.NOT_FOUND_ERRORS:
+            return None
+        return found if found is not None and self._trash.is_trashed(found) else None
+
+    def trash_last_changed_ns(self) -> int | None:
+        """Return when the trash last changed, in Unix nanoseconds; None for never."""
+        return self._trash.changed_at_ns()
+
+    def _refresh_own_runs(self, ctx: RequestContext) -> None:
         """List the runs if another key's trash records may belong to this account."""
         if self._trash.unknown_run_ids():
             self._trash.add_own_runs(self.runs.get(ctx).by_id)
@@ -309,7 +344,7 @@ class Catalog:
         if not self._trash.has_run(run_id):
             return
         try:
-            self.find_own_runs(BACKGROUND_CONTEXT)
+            self._refresh_own_runs(BACKGROUND_CONTEXT)
         except errors.ApiError as error:
             log.info("could not determine the owner of run %s: %s", run_id, error)
         self._trash.reconcile(run_id, listing)
@@ -367,8 +402,12 @@ class Catalog:
     ) -> tuple[str, str, str] | None:
         return following_checkpoint(key, order, self.runs.peek(), self._peek_checkpoints)
 
-    def prefetch_listing(self, run_id: str) -> bool:
-        """List a run in the background; return False if a listing is cached."""
+    def _may_prefetch_listings(self) -> bool:
+        """Return whether prefetched listings are likely to arrive, and to be fresh when read."""
+        is_long_enough = self._policies.listing.ttl_s >= MIN_TTL_FOR_PREFETCH_S
+        return is_long_enough and not self._client.is_failing(endpoints.RUN_CHECKPOINTS)
+
+    def _prefetch_listing(self, run_id: str) -> bool:
         return self.checkpoints_with_trash(run_id).prefetch()
 
     def _peek_checkpoints(self, run_id: str) -> CheckpointListing | None:

@@ -148,14 +148,11 @@ class CheckpointListing:
         all: every checkpoint.
         bare: the checkpoints that the server lists under a bare and unique name, by that name.
         groups: every checkpoint by kind and name; a kind stays after its last checkpoint is gone.
-        newest_ns: creation time of the newest checkpoint by kind, nanoseconds since 1970; None if
-            no record of the kind has a time.
     """
 
     all: tuple[Checkpoint, ...]
     bare: dict[str, Checkpoint] = field(default_factory=dict)
     groups: dict[str, dict[str, Checkpoint]] = field(default_factory=dict)
-    newest_ns: dict[str, int | None] = field(default_factory=dict)
 
     @classmethod
     def from_records(
@@ -196,15 +193,22 @@ class CheckpointListing:
             groups.setdefault(checkpoint.kind, {})[checkpoint.name] = checkpoint
         for kind in kinds:
             groups.setdefault(kind, {})
-        newest_ns = {
-            kind: _newest_ns(c.record.time_ns for c in group.values())
-            for kind, group in groups.items()
-        }
-        return cls(tuple(by_name.values()), bare, groups, newest_ns)
+        return cls(tuple(by_name.values()), bare, groups)
 
     def __iter__(self) -> Iterator[Checkpoint]:
         """Return an iterator over all checkpoints."""
         return iter(self.all)
+
+    @cached_property
+    def newest_ns(self) -> dict[str, int | None]:
+        """Creation time of the newest checkpoint by kind, nanoseconds since 1970; None if unknown.
+
+        It is unknown if no record of the kind has a time.
+        """
+        return {
+            kind: _newest_ns(c.record.time_ns for c in group.values())
+            for kind, group in self.groups.items()
+        }
 
     @cached_property
     def order(self) -> OrderIndex[Checkpoint]:
@@ -242,15 +246,10 @@ class CheckpointListing:
             kind: {name: c for name, c in group.items() if c.key not in keys}
             for kind, group in self.groups.items()
         }
-        newest_ns = {
-            kind: _newest_ns(c.record.time_ns for c in group.values())
-            for kind, group in groups.items()
-        }
         return CheckpointListing(
             tuple(c for c in self.all if c.key not in keys),
             {name: c for name, c in self.bare.items() if c.key not in keys},
             groups,
-            newest_ns,
         )
 
     def with_record(

@@ -279,15 +279,15 @@ class Trash:
         return (record for record in records if self._is_ours(record))
 
     def _is_ours(self, record: TrashRecord) -> bool:
-        if record.account in self._accounts or record.run_id in self._own_runs:
-            return True
-        # All keys that a mount has used belong to one account.
-        self._accounts.add(self._account())
-        return record.account in self._accounts
+        is_known = record.account in self._accounts or record.run_id in self._own_runs
+        return is_known or record.account == self._current_account()
 
-    def _account(self) -> str:
+    def _current_account(self) -> str:
+        """Return the digest of the current key, and record it: all keys have the same account."""
         digest = self._key_digest() or ""
-        return hashlib.sha256(f"{self._base_url}\n{digest}".encode()).hexdigest()
+        account = hashlib.sha256(f"{self._base_url}\n{digest}".encode()).hexdigest()
+        self._accounts.add(account)
+        return account
 
     # Changes of records.
 
@@ -312,7 +312,7 @@ class Trash:
             kind=checkpoint.kind,
             name=checkpoint.name,
             version=checkpoint.version,
-            account=self._account(),
+            account=self._current_account(),
             state=TrashState.LISTED if expiry_stays else TrashState.PLANNED,
             removed_at_s=now_s,
             expires_at_ns=former_ns if expiry_stays and former_ns is not None else trash_ns,

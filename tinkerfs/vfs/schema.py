@@ -18,7 +18,6 @@ from tinkerfs import name_encoding
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.mutations import Mutations
 from tinkerfs.catalog.sessions import Sessions
-from tinkerfs.catalog.trash_reader import TrashReader
 from tinkerfs.clock import Clock
 from tinkerfs.config import Settings
 from tinkerfs.context import RequestContext
@@ -36,7 +35,6 @@ class Backend:
     settings: Settings
     catalog: Catalog
     mutations: Mutations
-    trash: TrashReader
     sessions: Sessions
     weights: WeightsReader
     telemetry: Telemetry

@@ -23,7 +23,7 @@ _TRASH = "/.tinkerfs/trash"
 
 
 def _list_trashed(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
-    for checkpoint in node.backend.trash.checkpoints(node.ctx):
+    for checkpoint in node.backend.catalog.trashed_checkpoints(node.ctx):
         yield checkpoint.key, checkpoint
 
 
@@ -31,11 +31,11 @@ def _find_trashed(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | Non
     if len(parts) != 3:
         return None
     run_id, kind, name = parts
-    return node.backend.trash.checkpoint((run_id, kind, name), node.ctx)
+    return node.backend.catalog.trashed_checkpoint((run_id, kind, name), node.ctx)
 
 
 def _list_versions(node: NodeContext) -> Iterator[tuple[tuple[str, ...], Checkpoint]]:
-    for checkpoint in node.backend.trash.checkpoints(node.ctx):
+    for checkpoint in node.backend.catalog.trashed_checkpoints(node.ctx):
         yield (*checkpoint.key, checkpoint.version), checkpoint
 
 
@@ -54,7 +54,7 @@ def _expires_at(node: NodeContext) -> bytes:
 
 
 def _trash_ns(node: NodeContext) -> int:
-    return entities.mtime_or_mount_time(node, node.backend.trash.last_changed_ns())
+    return entities.mtime_or_mount_time(node, node.backend.catalog.trash_last_changed_ns())
 
 
 def _target(node: NodeContext) -> str:

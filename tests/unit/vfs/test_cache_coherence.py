@@ -108,7 +108,7 @@ class Account:
 
     def restore(self, index):
         backend = self.filesystem._backend
-        trashed = list(backend.trash.checkpoints(CTX))
+        trashed = list(backend.catalog.trashed_checkpoints(CTX))
         backend.mutations.undelete(trashed[index % len(trashed)], "trash", CTX)
 
     def unlink(self, index):
