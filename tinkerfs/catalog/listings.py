@@ -7,6 +7,7 @@ and a name. All functions are pure.
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from sys import intern
 from typing import Self
 
@@ -99,6 +100,8 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
             has_ambiguous_id=self.has_ambiguous_id,
         )
 
+
+_KIND_AND_NAME = attrgetter("kind", "name")
 
 #: Replaces the base model of a run without one.
 UNKNOWN_MODEL = "unknown"
@@ -214,7 +217,7 @@ class CheckpointListing:
     def order(self) -> OrderIndex[Checkpoint]:
         """The checkpoints in the orders of traversals, by kind and name."""
         listed = (checkpoint for kind in self.kinds for checkpoint in self.of_kind(kind))
-        return OrderIndex(listed, name=lambda checkpoint: (checkpoint.kind, checkpoint.name))
+        return OrderIndex(listed, name=_KIND_AND_NAME)
 
     def get(self, kind: str, name: str) -> Checkpoint | None:
         """Return the checkpoint of a kind and name."""

@@ -53,6 +53,8 @@ class OrderIndex(Generic[T]):
             names themselves.
     """
 
+    __slots__ = ("_by_name", "_listed", "_listed_positions", "_name")  # one per traversed run
+
     def __init__(self, items: Iterable[T], name: Callable[[T], Any] | None = None) -> None:
         self._listed = tuple(items)
         names: Sequence[Any] = (
@@ -60,7 +62,7 @@ class OrderIndex(Generic[T]):
         )
         by_name = sorted(range(len(names)), key=names.__getitem__)
         self._by_name = tuple(self._listed[position] for position in by_name)
-        self._listed_positions = array("L", by_name)  # by the position in the sorted order
+        self._listed_positions = array("I", by_name)  # by the position in the sorted order
         self._name = name
 
     def first(self, order: Order) -> T | None:
