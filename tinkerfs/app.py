@@ -116,7 +116,7 @@ def open_app(
         catalog = Catalog(
             client, cache, store, telemetry, clock, policies, trash, settings.concurrency
         )
-        mutations = Mutations(client, cache, telemetry, clock, catalog, trash, settings.trash_s)
+        mutations = Mutations(client, telemetry, clock, catalog, trash, settings.trash_s)
         sessions = Sessions(client, cache, policies)
         url_cache = SignedUrlCache(
             client,

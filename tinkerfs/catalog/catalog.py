@@ -22,6 +22,8 @@ from tinkerfs.catalog.listings import (
     Checkpoint,
     CheckpointListing,
     RunListing,
+    apply_to_run,
+    apply_to_runs,
     checkpoints_of,
     reuse_known_record,
     with_listed_last,
@@ -276,6 +278,16 @@ class Catalog:
         """
         self._info_prefetcher.on_read(checkpoint.key)
         return self._weights_infos.get(checkpoint, ctx)
+
+    def update_last_checkpoints(self, run_id: str) -> None:
+        """Update the last checkpoints in the cached records of a run from its cached listing."""
+        listing = self.checkpoints_with_trash(run_id).peek()
+        if listing is None:
+            return
+        self._cache.update(
+            ("run", run_id), lambda run: apply_to_run(run, listing), is_authoritative=True
+        )
+        self.runs.update(lambda runs: apply_to_runs(runs, run_id, listing), is_authoritative=True)
 
     def invalidate(self, checkpoint: Checkpoint) -> None:
         """Discard the cached data of a deleted checkpoint; its name may be used again."""

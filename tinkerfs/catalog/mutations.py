@@ -15,14 +15,11 @@ from tinkerfs import errors
 from tinkerfs.api import models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.api.transport import Recheck
-from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.listings import (
     AccountListing,
     Checkpoint,
     CheckpointListing,
-    apply_to_run,
-    apply_to_runs,
 )
 from tinkerfs.catalog.trash import Trash, TrashState
 from tinkerfs.clock import Clock
@@ -51,10 +48,9 @@ class Mutations:
 
     Args:
         client: sends the requests.
-        cache: the catalog's metadata cache, in which listings are updated after a mutation.
         telemetry: records each mutation and its outcome.
         clock: wall-clock time for expiries.
-        catalog: lists the current checkpoints.
+        catalog: lists the current checkpoints; its listings are updated after a mutation.
         trash: records of removed checkpoints.
         trash_s: how long a removed checkpoint stays in the trash, seconds; None to delete it.
     """
@@ -62,7 +58,6 @@ class Mutations:
     def __init__(
         self,
         client: Client,
-        cache: MetadataCache,
         telemetry: Telemetry,
         clock: Clock,
         catalog: Catalog,
@@ -70,7 +65,6 @@ class Mutations:
         trash_s: float | None,
     ) -> None:
         self._client = client
-        self._cache = cache
         self._telemetry = telemetry
         self._clock = clock
         self._catalog = catalog
@@ -313,16 +307,7 @@ class Mutations:
         def update(listing: L) -> L:
             return listing.with_record(checkpoint, record)
 
-        run_id = checkpoint.run_id
-        cached = self._catalog.checkpoints_with_trash(run_id)
-        cached.update(update, is_authoritative=is_authoritative)
+        of_run = self._catalog.checkpoints_with_trash(checkpoint.run_id)
+        of_run.update(update, is_authoritative=is_authoritative)
         self._catalog.account_with_trash.update(update, is_authoritative=is_authoritative)
-        listing = cached.peek()
-        if listing is None:
-            return
-        self._cache.update(
-            ("run", run_id), lambda run: apply_to_run(run, listing), is_authoritative=True
-        )
-        self._catalog.runs.update(
-            lambda runs: apply_to_runs(runs, run_id, listing), is_authoritative=True
-        )
+        self._catalog.update_last_checkpoints(checkpoint.run_id)
