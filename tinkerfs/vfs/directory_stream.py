@@ -72,6 +72,14 @@ class DirectoryStream:
             raise self._error
         return self._entries[offset : offset + limit]
 
+    def wait_for_first(self) -> None:
+        """Block until the first entry or the end of the directory is available.
+
+        Raises:
+            OSError: the listing failed.
+        """
+        self.read(0, 1)
+
     def read_all(self) -> tuple[Entry, ...]:
         """Return every entry; block until all are available.
 

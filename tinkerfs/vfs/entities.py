@@ -1,6 +1,7 @@
 """Paths, modification times and extended attributes of runs and checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 from tinkerfs import errors, name_encoding
 from tinkerfs.api import models
@@ -8,6 +9,9 @@ from tinkerfs.catalog.listings import Checkpoint
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import render
 from tinkerfs.vfs.schema import NodeContext
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def run_path(run_id: str) -> str:
@@ -35,8 +39,16 @@ def list_runs(node: NodeContext) -> Iterator[tuple[str, models.TrainingRun]]:
 
 def find_run(node: NodeContext, run_id: str) -> models.TrainingRun | None:
     """Return a training run, which need not be listed, or None."""
+    return absent_as_none(node.backend.catalog.run, run_id, node.ctx)
+
+
+def absent_as_none(find: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """Call a function that finds an entity; return None if its absence is cached.
+
+    An absence that the server has just reported is raised, so that the reason is recorded once.
+    """
     try:
-        return node.backend.catalog.run(run_id, node.ctx)
+        return find(*args, **kwargs)
     except errors.NOT_FOUND_ERRORS as error:
         if error.is_local:
             return None

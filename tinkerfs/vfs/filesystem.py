@@ -140,7 +140,7 @@ class FileSystem:
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "list")
         stream = self._directories.stream(directory, ctx, self._entries, generation)
-        stream.read(0, 1)
+        stream.wait_for_first()
         return stream
 
     def readlink(self, path: str, ctx: RequestContext) -> str:
@@ -250,9 +250,9 @@ class FileSystem:
         path = node.path
         ctx.mark_uncacheable()  # each handle owns the source that it reads from
         context = self._resolver.context_for(node, ctx)
-        hinted_bytes = row.size_hint(context)
+        hint = row.size_hint(context)
         file = row.open(context)
-        if row.is_size_exact is None and file.size_bytes != hinted_bytes:
+        if not row.awaits_exact_size and file.size_bytes != hint.size_bytes:
             self._size_hints.record(path)  # the opened version differs from the listed one
         return WeightsHandle(
             path,
@@ -404,17 +404,13 @@ class FileSystem:
             return len(self._render(node, ctx, is_read=False))
         ctx.mark_uncacheable()
         context = self._resolver.context_for(node, ctx)
-        if row.is_size_exact is None:
-            return row.size_hint(context)
-        # The exact size may become available, or change, between two calls. So the size is exact
-        # only if it was so before and after `size_hint`.
-        was_exact = row.is_size_exact(context)
-        size_bytes = row.size_hint(context)
-        if was_exact and row.is_size_exact(context):
-            self._size_hints.on_exact(node.path)
-        else:
-            self._size_hints.record(node.path)
-        return size_bytes
+        hint = row.size_hint(context)
+        if row.awaits_exact_size:
+            if hint.is_exact:
+                self._size_hints.on_exact(node.path)
+            else:
+                self._size_hints.record(node.path)
+        return hint.size_bytes
 
     def _mtime_ns(self, node: Node, ctx: RequestContext) -> int:
         if node.row.mtime_ns is not None:
@@ -485,5 +481,5 @@ class FileSystem:
 
 def _has_size_hint(row: FileSpec) -> bool:
     if isinstance(row, ContentFile):
-        return row.is_size_exact is not None
+        return row.awaits_exact_size
     return isinstance(row, GeneratedFile) and row.size_hint is not None

@@ -41,8 +41,8 @@ class SizeHintTracker:
     def reported_at(self, path: str) -> float | None:
         """Return when the last upper bound was reported; None if no kernel has it cached."""
         reported_at = self._reported_at.get(path)
-        if reported_at is not None and self._monotonic() - reported_at > _EXPIRY_S:
-            self._reported_at.pop(path, None)
+        if reported_at is None or self._monotonic() - reported_at > _EXPIRY_S:
+            return None
         return reported_at
 
     def record(self, path: str) -> None:

@@ -10,7 +10,7 @@ documentation are derived from the same row, so a new name needs one row and one
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -64,6 +64,18 @@ class NodeContext(msgspec.Struct, frozen=True):
     ctx: RequestContext
 
 
+class SizeHint(NamedTuple):
+    """The size that stat() reports before the file has been opened.
+
+    Attributes:
+        size_bytes: an upper bound, > 0.
+        is_exact: whether the size is exact.
+    """
+
+    size_bytes: int
+    is_exact: bool
+
+
 @dataclass(frozen=True, slots=True)
 class GeneratedFile:
     """A small file that is rendered from metadata.
@@ -74,11 +86,10 @@ class GeneratedFile:
         render: returns the content. open() calls it; so does stat(), for the length, unless
             there is a `size_hint`.
         mode: permission bits.
-        size_hint: returns an upper bound of the size, which stat() reports before the file has
-            been opened. Required if only open() may render the content; must be > 0 and must
-            not send a request.
-        is_size_exact: returns whether `size_hint` is currently exact. If it is not, open() waits
-            until the kernel's cached attributes have expired. None disables that wait.
+        size_hint: returns the size for stat(), without a request. Required if only open() may
+            render the content.
+        awaits_exact_size: if stat() reported a hint that is not exact, open() waits until the
+            kernel's cached attributes have expired.
         is_expensive: rendering may send a request, so readdirplus omits the attributes until
             the content is cached.
         is_volatile: the content differs on every read and is never cached.
@@ -90,8 +101,8 @@ class GeneratedFile:
     doc: str
     render: Callable[[NodeContext], bytes]
     mode: int = 0o444
-    size_hint: Callable[[NodeContext], int] | None = None
-    is_size_exact: Callable[[NodeContext], bool] | None = None
+    size_hint: Callable[[NodeContext], SizeHint] | None = None
+    awaits_exact_size: bool = False
     is_expensive: bool = False
     is_volatile: bool = False
     journal: Callable[[NodeContext], Journal[Any]] | None = None
@@ -106,8 +117,8 @@ class ContentFile:
         name: file name.
         doc: one line for the documentation.
         open: opens the content; may block for minutes while an archive is built.
-        size_hint: returns an upper bound of the size; must be > 0 and must not send a request.
-        is_size_exact: returns whether `size_hint` is currently exact; None if it always is.
+        size_hint: returns the size for stat(), without a request.
+        awaits_exact_size: as in `GeneratedFile`; False if the hint of a version is always exact.
         mode: permission bits.
         mtime_ns: None to use the modification time of the directory.
         xattrs: as `Directory.xattrs`.
@@ -116,8 +127,8 @@ class ContentFile:
     name: str
     doc: str
     open: Callable[[NodeContext], WeightsFile]
-    size_hint: Callable[[NodeContext], int]
-    is_size_exact: Callable[[NodeContext], bool] | None = None
+    size_hint: Callable[[NodeContext], SizeHint]
+    awaits_exact_size: bool = False
     mode: int = 0o444
     mtime_ns: Callable[[NodeContext], int] | None = None
     xattrs: Callable[[NodeContext], dict[str, str]] | None = None

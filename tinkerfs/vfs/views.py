@@ -5,7 +5,7 @@ A view contains symbolic links into `/runs`, so that a tree walk visits everythi
 
 from collections.abc import Callable, Iterable, Iterator
 
-from tinkerfs import errors, name_encoding
+from tinkerfs import name_encoding
 from tinkerfs.api import models
 from tinkerfs.catalog.listings import Checkpoint
 from tinkerfs.tinker_path import TinkerPath
@@ -99,12 +99,7 @@ def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | Non
     listing = node.backend.catalog.account.peek()
     if listing is not None and (run_id, kind, name) in listing.by_key:
         return node.backend.catalog.account.get(node.ctx).by_key.get((run_id, kind, name))
-    try:
-        return node.backend.catalog.checkpoint(run_id, kind, name, node.ctx)
-    except errors.NOT_FOUND_ERRORS as error:
-        if error.is_local:
-            return None
-        raise
+    return entities.absent_as_none(node.backend.catalog.checkpoint, run_id, kind, name, node.ctx)
 
 
 def adapters(files: Directory) -> Directory:
@@ -221,12 +216,7 @@ def _list_sessions(node: NodeContext) -> Iterable[tuple[str, models.SessionSumma
 
 
 def _find_session(node: NodeContext, session_id: str) -> models.SessionSummary | None:
-    try:
-        return node.backend.sessions.find(session_id, node.ctx)
-    except errors.NOT_FOUND_ERRORS as error:
-        if error.is_local:
-            return None
-        raise
+    return entities.absent_as_none(node.backend.sessions.find, session_id, node.ctx)
 
 
 def _session_ns(node: NodeContext) -> int:
@@ -275,13 +265,8 @@ def _list_samplers(node: NodeContext) -> Iterator[tuple[str, str]]:
 
 
 def _find_sampler(node: NodeContext, sampler_id: str) -> str | None:
-    try:
-        node.backend.sessions.sampler(sampler_id, node.ctx)
-    except errors.NOT_FOUND_ERRORS as error:
-        if error.is_local:
-            return None
-        raise
-    return sampler_id
+    sampler = entities.absent_as_none(node.backend.sessions.sampler, sampler_id, node.ctx)
+    return None if sampler is None else sampler_id
 
 
 def _sampler(node: NodeContext) -> models.Sampler:

@@ -18,6 +18,7 @@ from tinkerfs.vfs.schema import (
     GeneratedFile,
     NodeContext,
     NodeSpec,
+    SizeHint,
     Symlink,
 )
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
@@ -125,26 +126,26 @@ def _archive_url(node: NodeContext) -> bytes:
     return render.line(node.backend.weights.archive_url(_version(node, node.entity), node.ctx))
 
 
-def _archive_url_bytes(node: NodeContext) -> int:
+def _archive_url_size(node: NodeContext) -> SizeHint:
     cached = node.backend.weights.cached_archive_url(_version(node, node.entity))
-    return _MAX_URL_BYTES if cached is None else len(render.line(cached))
+    if cached is None:
+        return SizeHint(_MAX_URL_BYTES, is_exact=False)
+    return SizeHint(len(render.line(cached)), is_exact=True)
 
 
 # archive.tar and tensors.json
 
 
-def _archive_bytes(node: NodeContext) -> int:
-    exact_bytes = node.backend.weights.archive_bytes(_version(node, node.entity))
-    if exact_bytes is not None:
-        return exact_bytes
-    stored_bytes = node.entity.record.size_bytes
-    return _MAX_ARCHIVE_BYTES if stored_bytes is None else stored_bytes + _MAX_TAR_OVERHEAD_BYTES
-
-
-def _has_archive_bytes(node: NodeContext) -> bool:
+def _archive_size(node: NodeContext) -> SizeHint:
     version = _version(node, node.entity)
-    # open() may find another version of an undated checkpoint.
-    return version.is_dated and node.backend.weights.archive_bytes(version) is not None
+    archive_bytes = node.backend.weights.archive_bytes(version)
+    if archive_bytes is not None:
+        # open() may find another version of an undated checkpoint.
+        return SizeHint(archive_bytes, is_exact=version.is_dated)
+    stored_bytes = node.entity.record.size_bytes
+    if stored_bytes is None:
+        return SizeHint(_MAX_ARCHIVE_BYTES, is_exact=False)
+    return SizeHint(stored_bytes + _MAX_TAR_OVERHEAD_BYTES, is_exact=False)
 
 
 def _open_archive(node: NodeContext) -> WeightsFile:
@@ -155,14 +156,12 @@ def _tensors(node: NodeContext) -> bytes:
     return node.backend.weights.tensors(_version(node, node.entity), node.ctx)
 
 
-def _tensors_bytes(node: NodeContext) -> int:
-    cached = node.backend.weights.cached_tensors(_version(node, node.entity))
-    return _MAX_TENSORS_BYTES if cached is None or not node.entity.is_dated else len(cached)
-
-
-def _has_tensors(node: NodeContext) -> bool:
+def _tensors_size(node: NodeContext) -> SizeHint:
     version = _version(node, node.entity)
-    return version.is_dated and node.backend.weights.cached_tensors(version) is not None
+    cached = node.backend.weights.cached_tensors(version)
+    if cached is None or not version.is_dated:
+        return SizeHint(_MAX_TENSORS_BYTES, is_exact=False)
+    return SizeHint(len(cached), is_exact=True)
 
 
 # files/
@@ -264,6 +263,10 @@ def _member(ref: _MemberRef) -> Member:
     return ref.member
 
 
+def _member_size(node: NodeContext) -> SizeHint:
+    return SizeHint(_member(_member_ref(node)).size_bytes, is_exact=True)
+
+
 def _cached_bytes(node: NodeContext) -> dict[str, str]:
     ref = _member_ref(node)
     version = _version(node, ref.checkpoint)
@@ -284,7 +287,8 @@ FILES = Directory(
                 f"{_REFUSAL}<ending>",
                 "precedes the error EBUSY if `--archive-burst` refuses the listing",
                 _refuse,
-                size_hint=lambda _node: 1,  # some programs do not open an empty file
+                # Some programs do not open an empty file.
+                size_hint=lambda _node: SizeHint(1, is_exact=False),
                 is_expensive=True,
             ),
             _list_refusals,
@@ -295,7 +299,7 @@ FILES = Directory(
                 "<file>",
                 "a weight file; only the ranges that are read are downloaded",
                 _open_file,
-                lambda node: _member(_member_ref(node)).size_bytes,
+                _member_size,
                 mtime_ns=lambda node: _member(_member_ref(node)).mtime_ns,
                 xattrs=_cached_bytes,
             ),
@@ -319,22 +323,22 @@ VERSION = Directory(
             _DOCS["archive_url"],
             _archive_url,
             mode=0o400,
-            size_hint=_archive_url_bytes,
+            size_hint=_archive_url_size,
         ),
         FILES,
         ContentFile(
             "archive.tar",
             _DOCS["archive.tar"],
             _open_archive,
-            _archive_bytes,
-            _has_archive_bytes,
+            _archive_size,
+            awaits_exact_size=True,
         ),
         GeneratedFile(
             "tensors.json",
             _DOCS["tensors.json"],
             _tensors,
-            size_hint=_tensors_bytes,
-            is_size_exact=_has_tensors,
+            size_hint=_tensors_size,
+            awaits_exact_size=True,
         ),
     ),
     entities.checkpoint_ns,

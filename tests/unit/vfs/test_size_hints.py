@@ -13,10 +13,10 @@ CTX = RequestContext(timeout_s=30.0)
 
 @pytest.mark.parametrize(
     ("sizes", "is_bound"),
-    [([None], True), ([None, 9000], True), ([9000, None], True), ([9000], False)],
+    [([None], True), ([None, 9000], True), ([9000, None], False), ([9000], False)],
 )
-def test_stat_records_a_bound_if_the_size_becomes_exact(tmp_path, monkeypatch, sizes, is_bound):
-    # The exact size may become available at any time, through another request.
+def test_stat_records_a_bound_iff_it_reports_one(tmp_path, monkeypatch, sizes, is_bound):
+    # The exact size may become available, or change, at any time through another request.
     with (
         FaultyServer(runs=1, checkpoints=2) as server,
         opened("process", server, tmp_path, time=FakeTime()) as driver,
@@ -29,7 +29,7 @@ def test_stat_records_a_bound_if_the_size_becomes_exact(tmp_path, monkeypatch, s
         remaining = iter([*sizes, *sizes[-1:] * 9])
         weights = filesystem._backend.weights
         monkeypatch.setattr(type(weights), "archive_bytes", lambda *_args: next(remaining))
-        filesystem.stat(path, CTX)
+        assert (filesystem.stat(path, CTX).size_bytes != 9000) == is_bound
         assert (filesystem._size_hints.reported_at(path) is not None) == is_bound
 
 
@@ -45,3 +45,13 @@ def test_on_exact_removes_the_hint_only_after_it_settled():
     hints.on_exact("/x")
     assert hints.reported_at("/x") is None
     hints.on_exact("/x")
+
+
+def test_hint_expires_after_ten_seconds():
+    now = [100.0]
+    hints = SizeHintTracker(lambda: now[0])
+    hints.record("/x")
+    now[0] += 10.0
+    assert hints.reported_at("/x") == 100.0
+    now[0] += 0.1
+    assert hints.reported_at("/x") is None
