@@ -64,6 +64,16 @@ ALLOWED_IMPORTS = {
 #: Groups of modules that import each other. An entry that is no longer needed is a failure, too.
 ALLOWED_CIRCLES: set[tuple[str, ...]] = set()
 
+#: Classes of one name, with their modules. An entry that is no longer needed is a failure, too.
+#: The embedded server imports nothing of the package, and names what both sides of the API share as
+#: the client does.
+ALLOWED_NAMESAKES = {
+    "Checkpoint": ["api.models", "demo.sample_data"],
+    "Request": ["api.transport", "demo.request"],
+    "RetryBudget": ["retry", "weights.retry"],
+    "Session": ["api.models", "demo.sample_data"],
+}
+
 #: Third-party module -> the parts, or single modules, that may import it.
 CONFINED = {
     "cachetools": {"cache"},
@@ -238,6 +248,30 @@ def test_module_follows_import_rules(module, path):
 def test_import_circles_are_those_allowed():
     sources = {module: path.read_text() for module, path in modules()}
     assert import_circles(sources) == ALLOWED_CIRCLES
+
+
+def namesakes(sources):
+    """Return the modules of each class name that more than one module defines."""
+    found = {}
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).add(module)
+    return {name: sorted(where) for name, where in found.items() if len(where) > 1}
+
+
+def test_class_names_are_unique():
+    sources = {module: path.read_text() for module, path in modules()}
+    assert namesakes(sources) == ALLOWED_NAMESAKES
+
+
+def test_namesakes_finds_private_and_nested_classes():
+    sources = {
+        "a": "class A: ...\nclass _B: ...",
+        "b": "def f():\n    class _B: ...",
+        "c": "class B: ...",
+    }
+    assert namesakes(sources) == {"_B": ["a", "b"]}
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 from tinkerfs.api import models, parsing
 from tinkerfs.catalog.listings import (
     AccountListing,
-    Checkpoint,
     CheckpointListing,
+    ListedCheckpoint,
     reuse_known_record,
 )
 
@@ -152,7 +152,7 @@ def test_change_keeps_the_order_of_the_account_listing():
         ("r", "weights", "3"),
         ("r", "weights", "1"),
     ]
-    assert changed.with_record(Checkpoint.from_record("gone", second.record), None) == changed
+    assert changed.with_record(ListedCheckpoint.from_record("gone", second.record), None) == changed
 
 
 @pytest.mark.parametrize("size_bytes", [0, 10**9])

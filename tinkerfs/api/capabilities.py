@@ -21,7 +21,7 @@ UNSUPPORTED_THRESHOLD = 3
 
 
 @dataclass(slots=True)
-class _State:
+class _CapabilityState:
     """State of one capability; guarded by the lock of `CapabilityCache`."""
 
     refusals: int = 0
@@ -39,7 +39,7 @@ class CapabilityCache:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._states: dict[Hashable, _State] = {}  # guarded by _lock
+        self._states: dict[Hashable, _CapabilityState] = {}  # guarded by _lock
 
     @contextmanager
     def guard(
@@ -60,7 +60,7 @@ class CapabilityCache:
             ApiError: a copy of the last refusal, without a request.
         """
         with self._lock:
-            state = self._states.setdefault(capability, _State())
+            state = self._states.setdefault(capability, _CapabilityState())
             is_fresh = self._clock.monotonic() < state.refused_at + UNSUPPORTED_TTL_S
             if state.last_refusal is not None and state.refusals >= threshold and is_fresh:
                 raise state.last_refusal.as_local()

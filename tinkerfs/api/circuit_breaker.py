@@ -34,7 +34,7 @@ _NO_RESPONSE_ERRORS = (errors.ConnectionFailed, errors.RequestTimeout)
 
 
 @dataclass(slots=True)
-class _State:
+class _CircuitState:
     """State of the breaker of one endpoint; guarded by the lock of `CircuitBreakers`."""
 
     failures: int = 0
@@ -55,7 +55,7 @@ class CircuitBreakers:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._states: dict[str, _State] = {}  # guarded by _lock
+        self._states: dict[str, _CircuitState] = {}  # guarded by _lock
 
     def reset(self) -> None:
         """Close all breakers."""
@@ -89,7 +89,7 @@ class CircuitBreakers:
         """
         started_at = self._clock.monotonic()
         with self._lock:
-            state = self._states.setdefault(label, _State())
+            state = self._states.setdefault(label, _CircuitState())
             is_probe = state.is_open
             if is_probe and is_long_running:
                 if started_at < state.next_probe_at:

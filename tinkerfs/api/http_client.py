@@ -17,7 +17,7 @@ import httpcore
 import httpx
 
 from tinkerfs import __version__, errors, proxies, tls
-from tinkerfs.api.network_backend import KEEPALIVE_S, Backend, Exchange
+from tinkerfs.api.network_backend import KEEPALIVE_S, DeadlineBackend, Exchange
 from tinkerfs.errors import ApiError, StartupError
 from tinkerfs.telemetry import Telemetry
 
@@ -101,7 +101,7 @@ class HttpClient:
         self._host = urlsplit(root).hostname or root
         self._telemetry = telemetry
         self._max_body_bytes = max_body_bytes
-        self._backend = Backend()
+        self._backend = DeadlineBackend()
         #: None for direct connections. Its string form has no login.
         self._proxy = proxies.proxy_for(root)
         try:
@@ -280,7 +280,7 @@ class _PoolTransport(httpx.BaseTransport):
 
     def __init__(
         self,
-        backend: Backend,
+        backend: DeadlineBackend,
         proxy: proxies.Proxy | None,
         context: ssl.SSLContext,
         max_idle: int,

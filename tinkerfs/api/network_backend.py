@@ -74,7 +74,7 @@ class Exchange:
         return remaining_s if timeout_s is None else min(remaining_s, timeout_s)
 
 
-class Backend(httpcore.NetworkBackend):
+class DeadlineBackend(httpcore.NetworkBackend):
     """Opens connections that obey the deadline of the current exchange. Thread-safe."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ class _TimedSocket:
         timeout_s: additional timeout of each call, seconds.
     """
 
-    def __init__(self, backend: Backend, sock: socket.socket) -> None:
+    def __init__(self, backend: DeadlineBackend, sock: socket.socket) -> None:
         self.timeout_s: float | None = None
         self._backend = backend
         self._sock = sock
@@ -176,7 +176,7 @@ class _Stream(httpcore.NetworkStream):
 
     def __init__(
         self,
-        backend: Backend,
+        backend: DeadlineBackend,
         sock: socket.socket,
         inner: "Callable[[socket.socket], SSLTransport] | None" = None,
     ) -> None:

@@ -12,7 +12,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
-class _Entry(msgspec.Struct, Generic[V], frozen=True):
+class _ValidatedEntry(msgspec.Struct, Generic[V], frozen=True):
     value: V
     validity: Validity
     generation: int
@@ -35,7 +35,7 @@ class ValidatedCache(Generic[K, V]):
         self._max_weight = max_weight
         self._lock = threading.Lock()
         # Writes hold _lock; reads do not, because single operations on a dict are atomic.
-        self._entries: dict[K, _Entry[V]] = {}
+        self._entries: dict[K, _ValidatedEntry[V]] = {}
         self._weight = 0
         self._generation = 0
 
@@ -75,7 +75,7 @@ class ValidatedCache(Generic[K, V]):
                 self._weight, self._generation = 0, generation
             previous = self._entries.pop(key, None)  # so that the new entry is the last one
             self._weight += weight - (0 if previous is None else previous.weight)
-            self._entries[key] = _Entry(value, validity, generation, weight)
+            self._entries[key] = _ValidatedEntry(value, validity, generation, weight)
             if self._weight > self._max_weight:
                 self._evict()
 

@@ -19,8 +19,8 @@ from tinkerfs.catalog.cached_listing import CachedListing, VisibleListing
 from tinkerfs.catalog.incarnations import Incarnations
 from tinkerfs.catalog.listings import (
     AccountListing,
-    Checkpoint,
     CheckpointListing,
+    ListedCheckpoint,
     RunListing,
     apply_to_run,
     apply_to_runs,
@@ -147,7 +147,9 @@ class Catalog:
         if not self._trash.has_run(run.run_id):
             return run
         lasts = [each for each in (run.last_checkpoint, run.last_sampler_checkpoint) if each]
-        if not any(self._trash.record(Checkpoint.from_record(run.run_id, each)) for each in lasts):
+        if not any(
+            self._trash.record(ListedCheckpoint.from_record(run.run_id, each)) for each in lasts
+        ):
             return run
         try:
             return with_listed_last(run, self.checkpoints(run.run_id).get(ctx))
@@ -185,7 +187,7 @@ class Catalog:
         ctx: RequestContext,
         *,
         include_trashed: bool = False,
-    ) -> Checkpoint | None:
+    ) -> ListedCheckpoint | None:
         """Return a checkpoint of a run, or None if it does not exist.
 
         A checkpoint that the run's listing lacks is looked up by its tinker path. The user's own
@@ -212,9 +214,9 @@ class Catalog:
 
     def account_checkpoint(
         self, key: tuple[str, str, str], ctx: RequestContext
-    ) -> Checkpoint | None:
+    ) -> ListedCheckpoint | None:
         """Return one checkpoint of the account's listing, or None if it does not exist."""
-        partial_result: Checkpoint | None = self.account_with_trash.peek_partial(key, ctx)
+        partial_result: ListedCheckpoint | None = self.account_with_trash.peek_partial(key, ctx)
         if partial_result is not None:
             return None if self._trash.is_trashed(partial_result) else partial_result
         return self.account.get(ctx).by_key.get(key)
@@ -229,7 +231,7 @@ class Catalog:
 
     # The trash.
 
-    def trashed_checkpoints(self, ctx: RequestContext) -> Iterator[Checkpoint]:
+    def trashed_checkpoints(self, ctx: RequestContext) -> Iterator[ListedCheckpoint]:
         """Yield the checkpoints in the trash; one request per run with trash records.
 
         A request may fail after some checkpoints have been yielded.
@@ -250,7 +252,7 @@ class Catalog:
 
     def trashed_checkpoint(
         self, key: tuple[str, str, str], ctx: RequestContext
-    ) -> Checkpoint | None:
+    ) -> ListedCheckpoint | None:
         """Return the trashed checkpoint with a `Checkpoint.key`, or None if absent."""
         run_id, kind, name = key
         if not self._trash.has_run(run_id):
@@ -271,7 +273,7 @@ class Catalog:
         if self._trash.unknown_run_ids():
             self._trash.add_own_runs(self.runs.get(ctx).by_id)
 
-    def weights_info(self, checkpoint: Checkpoint, ctx: RequestContext) -> bytes:
+    def weights_info(self, checkpoint: ListedCheckpoint, ctx: RequestContext) -> bytes:
         """Return a checkpoint's weights info as JSON; one request if it is not cached.
 
         A caller that reads one checkpoint after another triggers prefetches of the next ones.
@@ -289,7 +291,7 @@ class Catalog:
         )
         self.runs.update(lambda runs: apply_to_runs(runs, run_id, listing), is_authoritative=True)
 
-    def invalidate(self, checkpoint: Checkpoint) -> None:
+    def invalidate(self, checkpoint: ListedCheckpoint) -> None:
         """Discard the cached data of a deleted checkpoint; its name may be used again."""
         self.incarnations.begin(checkpoint.key)
         self._weights_infos.invalidate(checkpoint)
@@ -391,13 +393,13 @@ class Catalog:
         except errors.NotFound:  # the run was deleted after the runs were listed
             return CheckpointListing(())
 
-    def _load_unlisted(self, path: TinkerPath, priority: Priority) -> Checkpoint:
+    def _load_unlisted(self, path: TinkerPath, priority: Priority) -> ListedCheckpoint:
         info = self._client.with_priority(priority).weights_info(str(path))
-        checkpoint = Checkpoint.unlisted(path)
+        checkpoint = ListedCheckpoint.unlisted(path)
         self._weights_infos.put(checkpoint, info.raw)
         return checkpoint
 
-    def _load_weights_info(self, checkpoint: Checkpoint, priority: Priority) -> bytes:
+    def _load_weights_info(self, checkpoint: ListedCheckpoint, priority: Priority) -> bytes:
         if priority.is_demand:
             self._info_prefetcher.on_access(checkpoint.key)
         client = self._client.with_priority(priority)

@@ -20,7 +20,7 @@ from tinkerfs.catalog.order_index import OrderIndex
 from tinkerfs.tinker_path import KIND_OF_TYPE, KINDS, TinkerPath
 
 
-class Checkpoint(msgspec.Struct, frozen=True, gc=False):
+class ListedCheckpoint(msgspec.Struct, frozen=True, gc=False):
     """A checkpoint of a training run, with its record from a listing.
 
     Attributes:
@@ -84,7 +84,7 @@ class Checkpoint(msgspec.Struct, frozen=True, gc=False):
         """Every field of the record that depends on the version."""
         return (self.version, self.record.size_bytes)
 
-    def may_be(self, other: "Checkpoint") -> bool:
+    def may_be(self, other: "ListedCheckpoint") -> bool:
         """Return whether another record of the name may be of the same version."""
         sizes = {self.record.size_bytes, other.record.size_bytes} - {None}
         return self.record.time_ns == other.record.time_ns and len(sizes) < 2
@@ -153,9 +153,9 @@ class CheckpointListing:
         groups: every checkpoint by kind and name; a kind stays after its last checkpoint is gone.
     """
 
-    all: tuple[Checkpoint, ...]
-    bare: dict[str, Checkpoint] = field(default_factory=dict)
-    groups: dict[str, dict[str, Checkpoint]] = field(default_factory=dict)
+    all: tuple[ListedCheckpoint, ...]
+    bare: dict[str, ListedCheckpoint] = field(default_factory=dict)
+    groups: dict[str, dict[str, ListedCheckpoint]] = field(default_factory=dict)
 
     @classmethod
     def from_records(
@@ -174,12 +174,12 @@ class CheckpointListing:
             known: a listing that already has some of the records. Equal records are shared with it
                 to save memory.
         """
-        by_name: dict[tuple[str, str], Checkpoint] = {}
+        by_name: dict[tuple[str, str], ListedCheckpoint] = {}
         bare_names: dict[str, int] = {}
         for record in records:
             if known is not None:
                 record = _deduplicated(record, known.by_key.get((run_id, *kind_and_name(record))))
-            checkpoint = Checkpoint.from_record(run_id, record)
+            checkpoint = ListedCheckpoint.from_record(run_id, record)
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
             if first is checkpoint and record.kind is None:
                 bare_names[checkpoint.name] = bare_names.get(checkpoint.name, 0) + 1
@@ -191,14 +191,14 @@ class CheckpointListing:
             for (_, name), checkpoint in by_name.items()
             if checkpoint.record.kind is None and bare_names[name] == 1
         }
-        groups: dict[str, dict[str, Checkpoint]] = {}
+        groups: dict[str, dict[str, ListedCheckpoint]] = {}
         for checkpoint in by_name.values():
             groups.setdefault(checkpoint.kind, {})[checkpoint.name] = checkpoint
         for kind in kinds:
             groups.setdefault(kind, {})
         return cls(tuple(by_name.values()), bare, groups)
 
-    def __iter__(self) -> Iterator[Checkpoint]:
+    def __iter__(self) -> Iterator[ListedCheckpoint]:
         """Return an iterator over all checkpoints."""
         return iter(self.all)
 
@@ -214,16 +214,16 @@ class CheckpointListing:
         }
 
     @cached_property
-    def order(self) -> OrderIndex[Checkpoint]:
+    def order(self) -> OrderIndex[ListedCheckpoint]:
         """The checkpoints in the orders of traversals, by kind and name."""
         listed = (checkpoint for kind in self.kinds for checkpoint in self.of_kind(kind))
         return OrderIndex(listed, name=_KIND_AND_NAME)
 
-    def get(self, kind: str, name: str) -> Checkpoint | None:
+    def get(self, kind: str, name: str) -> ListedCheckpoint | None:
         """Return the checkpoint of a kind and name."""
         return self.groups.get(kind, {}).get(name)
 
-    def of_path(self, kind: str) -> dict[str, Checkpoint]:
+    def of_path(self, kind: str) -> dict[str, ListedCheckpoint]:
         """Return the checkpoints, by name, that only their tinker paths assign to a kind."""
         return {
             checkpoint.name: checkpoint
@@ -236,11 +236,11 @@ class CheckpointListing:
         """Every kind of the listing, including kinds without remaining checkpoints."""
         return tuple(self.groups)
 
-    def of_kind(self, kind: str) -> Collection[Checkpoint]:
+    def of_kind(self, kind: str) -> Collection[ListedCheckpoint]:
         """Return the checkpoints of a kind."""
         return self.groups.get(kind, {}).values()
 
-    def without(self, excluded: Collection[Checkpoint]) -> "CheckpointListing":
+    def without(self, excluded: Collection[ListedCheckpoint]) -> "CheckpointListing":
         """Return the listing without the given checkpoints, otherwise unchanged."""
         if not excluded:
             return self
@@ -256,7 +256,7 @@ class CheckpointListing:
         )
 
     def with_record(
-        self, expected: Checkpoint, record: models.Checkpoint | None
+        self, expected: ListedCheckpoint, record: models.Checkpoint | None
     ) -> "CheckpointListing":
         """Return the listing with a checkpoint's record replaced, or removed if None."""
         records = (
@@ -276,16 +276,16 @@ class AccountListing:
         without_run_count: number of records that are left out because they name no run.
     """
 
-    by_key: dict[tuple[str, str, str], Checkpoint]
+    by_key: dict[tuple[str, str, str], ListedCheckpoint]
     without_run_count: int = 0
 
     @classmethod
     def from_checkpoints(
-        cls, checkpoints: Iterable[Checkpoint], without_run_count: int = 0
+        cls, checkpoints: Iterable[ListedCheckpoint], without_run_count: int = 0
     ) -> "AccountListing":
         """Sort and index checkpoints; the first of several with the same key wins."""
         newest_first = sorted(checkpoints, key=lambda c: c.record.time_ns or 0, reverse=True)
-        by_key: dict[tuple[str, str, str], Checkpoint] = {}
+        by_key: dict[tuple[str, str, str], ListedCheckpoint] = {}
         for checkpoint in newest_first:
             by_key.setdefault(checkpoint.key, checkpoint)
         return cls(by_key, without_run_count)
@@ -297,11 +297,11 @@ class AccountListing:
         found = (c for c in checkpoints if c is not None)
         return cls.from_checkpoints(found, checkpoints.count(None))
 
-    def __iter__(self) -> Iterator[Checkpoint]:
+    def __iter__(self) -> Iterator[ListedCheckpoint]:
         """Return an iterator over all checkpoints."""
         return iter(self.by_key.values())
 
-    def without(self, excluded: Collection[Checkpoint]) -> "AccountListing":
+    def without(self, excluded: Collection[ListedCheckpoint]) -> "AccountListing":
         """Return the listing without the given checkpoints, otherwise unchanged."""
         if not excluded:
             return self
@@ -311,7 +311,7 @@ class AccountListing:
         return AccountListing(by_key, self.without_run_count)
 
     def with_record(
-        self, expected: Checkpoint, record: models.Checkpoint | None
+        self, expected: ListedCheckpoint, record: models.Checkpoint | None
     ) -> "AccountListing":
         """Return the listing with a checkpoint's record replaced, or removed if None."""
         by_key = self.by_key.copy()  # a replaced record keeps its position
@@ -327,11 +327,11 @@ def _newest_ns(times_ns: Iterable[int | None]) -> int | None:
     return max((time_ns for time_ns in times_ns if time_ns is not None), default=None)
 
 
-def checkpoints_of(records: Iterable[models.Checkpoint]) -> "Iterator[Checkpoint | None]":
+def checkpoints_of(records: Iterable[models.Checkpoint]) -> "Iterator[ListedCheckpoint | None]":
     """Yield the checkpoint of each record, or None if the record names no run."""
     for record in records:
         run_id = _run_id(record)
-        yield None if run_id is None else Checkpoint.from_record(run_id, record)
+        yield None if run_id is None else ListedCheckpoint.from_record(run_id, record)
 
 
 def _run_id(record: models.Checkpoint) -> str | None:
@@ -354,7 +354,7 @@ def reuse_known_record(
     return record if listing is None else _deduplicated(record, listing.get(*kind_and_name(record)))
 
 
-def _deduplicated(record: models.Checkpoint, known: Checkpoint | None) -> models.Checkpoint:
+def _deduplicated(record: models.Checkpoint, known: ListedCheckpoint | None) -> models.Checkpoint:
     return known.record if known is not None and known.record == record else record
 
 

@@ -18,8 +18,8 @@ from tinkerfs.api.transport import Recheck
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.listings import (
     AccountListing,
-    Checkpoint,
     CheckpointListing,
+    ListedCheckpoint,
 )
 from tinkerfs.catalog.trash import Trash, TrashState
 from tinkerfs.clock import Clock
@@ -72,14 +72,14 @@ class Mutations:
         self._trash_s = trash_s
 
     def set_published(
-        self, expected: Checkpoint, is_public: bool, path: str, ctx: RequestContext
+        self, expected: ListedCheckpoint, is_public: bool, path: str, ctx: RequestContext
     ) -> None:
         """Publish or unpublish a checkpoint; no request if that is already its state."""
 
-        def is_done(current: Checkpoint | None) -> bool:
+        def is_done(current: ListedCheckpoint | None) -> bool:
             return current is not None and current.record.is_public == is_public
 
-        def act(checkpoint: Checkpoint) -> str | None:
+        def act(checkpoint: ListedCheckpoint) -> str | None:
             if checkpoint.record.is_public == is_public:
                 return _UNCHANGED
             request = self._client.publish if is_public else self._client.unpublish
@@ -92,11 +92,11 @@ class Mutations:
         self._run_mutation(expected, "publish" if is_public else "unpublish", act, path, ctx)
 
     def set_ttl(
-        self, expected: Checkpoint, ttl_s: int | None, path: str, ctx: RequestContext
+        self, expected: ListedCheckpoint, ttl_s: int | None, path: str, ctx: RequestContext
     ) -> None:
         """Let a checkpoint expire `ttl_s` seconds from now, or never if None."""
 
-        def act(checkpoint: Checkpoint) -> None:
+        def act(checkpoint: ListedCheckpoint) -> None:
             former_removal = self._trash.record(checkpoint)
             if former_removal is not None:  # restored by another client
                 self._trash.discard(former_removal)
@@ -110,7 +110,7 @@ class Mutations:
         action = "never expire" if ttl_s is None else f"expire in {ttl_s} s"
         self._run_mutation(expected, action, act, path, ctx)
 
-    def remove(self, expected: Checkpoint, path: str, ctx: RequestContext) -> None:
+    def remove(self, expected: ListedCheckpoint, path: str, ctx: RequestContext) -> None:
         """Delete a checkpoint, or with `--trash` let it expire and hide it until then.
 
         Raises:
@@ -123,13 +123,13 @@ class Mutations:
             trash = partial(self._move_to_trash, ttl_s=int(self._trash_s))
             self._run_mutation(expected, "move to the trash", trash, path, ctx)
 
-    def undelete(self, expected: Checkpoint, path: str, ctx: RequestContext) -> None:
+    def undelete(self, expected: ListedCheckpoint, path: str, ctx: RequestContext) -> None:
         """Restore a checkpoint from the trash, with the expiry before its removal."""
         self._run_mutation(
             expected, "restore from the trash", self._restore, path, ctx, in_trash=True
         )
 
-    def _delete(self, checkpoint: Checkpoint) -> None:
+    def _delete(self, checkpoint: ListedCheckpoint) -> None:
         recheck = self._recheck(checkpoint, lambda current: current is None)
         try:
             self._client.delete(checkpoint.ref, recheck)
@@ -140,7 +140,7 @@ class Mutations:
         self._catalog.invalidate(checkpoint)
         self._update_cached_listings(checkpoint, None)
 
-    def _move_to_trash(self, checkpoint: Checkpoint, ttl_s: int) -> str:
+    def _move_to_trash(self, checkpoint: ListedCheckpoint, ttl_s: int) -> str:
         # The record is written before the request: see the docstring of the `trash` module.
         record = self._trash.plan(checkpoint, ttl_s)
         if record.state is TrashState.LISTED:
@@ -163,7 +163,7 @@ class Mutations:
         self._update_cached_listings(checkpoint, self._expiring_in(checkpoint, ttl_s))
         return f"done; expires in {ttl_s} s"
 
-    def _restore(self, checkpoint: Checkpoint) -> str | None:
+    def _restore(self, checkpoint: ListedCheckpoint) -> str | None:
         record = self._trash.record(checkpoint)
         if record is None or not record.is_in_effect(checkpoint.record.expires_at_ns):
             return _UNCHANGED
@@ -180,10 +180,10 @@ class Mutations:
         self._update_cached_listings(checkpoint, restored, is_authoritative=False)
         return None
 
-    def _is_trashed(self, current: Checkpoint | None) -> bool:
+    def _is_trashed(self, current: ListedCheckpoint | None) -> bool:
         return current is not None and self._trash.is_trashed(current)
 
-    def _expiring_in(self, checkpoint: Checkpoint, ttl_s: int | None) -> models.Checkpoint:
+    def _expiring_in(self, checkpoint: ListedCheckpoint, ttl_s: int | None) -> models.Checkpoint:
         """Return a checkpoint's record with the expiry of a TTL that was just set."""
         expires_at_s = None if ttl_s is None else math.floor(self._clock.now()) + ttl_s
         raw = raw_json.with_fields(
@@ -195,9 +195,9 @@ class Mutations:
 
     def _run_mutation(
         self,
-        expected: Checkpoint,
+        expected: ListedCheckpoint,
         action: str,
-        act: Callable[[Checkpoint], str | None],
+        act: Callable[[ListedCheckpoint], str | None],
         path: str,
         ctx: RequestContext,
         *,
@@ -236,7 +236,7 @@ class Mutations:
                 mutation.abandoned_with = errors.errno_name(error)
             raise
 
-    def _refetch_expected(self, expected: Checkpoint, *, in_trash: bool) -> Checkpoint:
+    def _refetch_expected(self, expected: ListedCheckpoint, *, in_trash: bool) -> ListedCheckpoint:
         """Return the current checkpoint if it is still the expected version."""
         current = self._fetch(expected)
         if current is None:
@@ -247,11 +247,13 @@ class Mutations:
             raise errors.NotFound("the checkpoint is already in the trash")
         return current
 
-    def _fetch(self, expected: Checkpoint) -> Checkpoint | None:
+    def _fetch(self, expected: ListedCheckpoint) -> ListedCheckpoint | None:
         listing = self._catalog.checkpoints_with_trash(expected.run_id).reload()
         return listing.get(expected.kind, expected.name)
 
-    def _recheck(self, sent: Checkpoint, is_done: Callable[[Checkpoint | None], bool]) -> Recheck:
+    def _recheck(
+        self, sent: ListedCheckpoint, is_done: Callable[[ListedCheckpoint | None], bool]
+    ) -> Recheck:
         """Return a function that decides whether a mutation of `sent` may be retried.
 
         The first attempt may have succeeded although its response was an error or was lost. Another
@@ -290,7 +292,7 @@ class Mutations:
 
     def _update_cached_listings(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ListedCheckpoint,
         record: models.Checkpoint | None,
         *,
         is_authoritative: bool = True,

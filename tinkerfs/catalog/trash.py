@@ -33,7 +33,7 @@ import msgspec
 from msgspec.structs import replace
 
 from tinkerfs.cache.store import MetadataStore
-from tinkerfs.catalog.listings import AccountListing, Checkpoint, CheckpointListing
+from tinkerfs.catalog.listings import AccountListing, CheckpointListing, ListedCheckpoint
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import TTL_RANGE_S
@@ -221,20 +221,20 @@ class Trash:
         """Return whether a run has a record, of this account or another."""
         return run_id in self._by_run
 
-    def record(self, checkpoint: Checkpoint) -> TrashRecord | None:
+    def record(self, checkpoint: ListedCheckpoint) -> TrashRecord | None:
         """Return the record of this version of a checkpoint, or None."""
         key = (checkpoint.kind, checkpoint.name, checkpoint.version)
         found = self._by_run.get(checkpoint.run_id, {}).get(key)
         return found if found is not None and self._is_ours(found) else None
 
-    def is_trashed(self, checkpoint: Checkpoint) -> bool:
+    def is_trashed(self, checkpoint: ListedCheckpoint) -> bool:
         """Return whether a checkpoint with its listed expiry is in the trash."""
         if checkpoint.run_id not in self._by_run:
             return False
         record = self.record(checkpoint)
         return record is not None and record.is_in_effect(checkpoint.record.expires_at_ns)
 
-    def of_run(self, run_id: str, listing: CheckpointListing) -> Collection[Checkpoint]:
+    def of_run(self, run_id: str, listing: CheckpointListing) -> Collection[ListedCheckpoint]:
         """Return the checkpoints of a run's listing in the trash, in no particular order."""
         names = {(record.kind, record.name) for record in self._of_run(run_id)}
         found = (listing.get(*each) for each in names)
@@ -254,7 +254,7 @@ class Trash:
             return listing
         return self._filtered(None, listing, lambda: self._in_account(listing))
 
-    def _in_account(self, listing: AccountListing) -> Collection[Checkpoint]:
+    def _in_account(self, listing: AccountListing) -> Collection[ListedCheckpoint]:
         keys = {
             (record.run_id, record.kind, record.name)
             for run_id in self._by_run
@@ -264,7 +264,7 @@ class Trash:
         return [c for c in found if c is not None and self.is_trashed(c)]
 
     def _filtered(
-        self, run_id: str | None, listing: L, find: Callable[[], Collection[Checkpoint]]
+        self, run_id: str | None, listing: L, find: Callable[[], Collection[ListedCheckpoint]]
     ) -> L:
         # Threads that filter the same listing concurrently get equal results.
         generation, cached = self.generation, self._visible.get(run_id)
@@ -291,7 +291,7 @@ class Trash:
 
     # Changes of records.
 
-    def plan(self, checkpoint: Checkpoint, ttl_s: float) -> TrashRecord:
+    def plan(self, checkpoint: ListedCheckpoint, ttl_s: float) -> TrashRecord:
         """Write the record of a removal before its request is sent.
 
         If the checkpoint expires earlier than that, its expiry stays. The state of the record is

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tinkerfs.cache.metadata import CachePolicy, Loader, MetadataCache
 from tinkerfs.cache.store import MetadataStore
-from tinkerfs.catalog.listings import Checkpoint
+from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.context import Priority, RequestContext
 from tinkerfs.name_encoding import compound_key
@@ -33,7 +33,7 @@ class WeightsInfoCache:
         store: MetadataStore,
         base_url: str,
         policies: CachePolicies,
-        load: Callable[[Checkpoint, Priority], bytes],
+        load: Callable[[ListedCheckpoint, Priority], bytes],
     ) -> None:
         self._cache = cache
         self._store = store
@@ -41,7 +41,7 @@ class WeightsInfoCache:
         self._policies = policies
         self._load = load
 
-    def get(self, checkpoint: Checkpoint, ctx: RequestContext) -> bytes:
+    def get(self, checkpoint: ListedCheckpoint, ctx: RequestContext) -> bytes:
         """Return a checkpoint's weights info; one request if it is not cached.
 
         Raises:
@@ -54,20 +54,20 @@ class WeightsInfoCache:
         load, policy = self._loader(checkpoint), self._policy(checkpoint)
         return self._cache.get(_key(checkpoint), load, policy, ctx)
 
-    def prefetch(self, checkpoint: Checkpoint) -> bool:
+    def prefetch(self, checkpoint: ListedCheckpoint) -> bool:
         """Request a weights info in the background; return False if it is cached."""
         return self._cached(checkpoint) is None and self._cache.prefetch(
             _key(checkpoint), self._loader(checkpoint), self._policy(checkpoint)
         )
 
-    def put(self, checkpoint: Checkpoint, info: bytes) -> None:
+    def put(self, checkpoint: ListedCheckpoint, info: bytes) -> None:
         """Cache a weights info that was received by another request."""
         if checkpoint.is_dated:
             self._store.put(self._namespace, _name(checkpoint), info)
         else:
             self._cache.put(_key(checkpoint), info, self._policies.undated)
 
-    def invalidate(self, checkpoint: Checkpoint) -> None:
+    def invalidate(self, checkpoint: ListedCheckpoint) -> None:
         """Discard the weights info of a deleted checkpoint, in memory and on disk."""
         self._cache.drop(_key(checkpoint))
         self._store.delete(self._namespace, _name(checkpoint))
@@ -80,17 +80,17 @@ class WeightsInfoCache:
         """Wait until no load is in flight."""
         self._cache.wait_idle(ctx)
 
-    def _cached(self, checkpoint: Checkpoint) -> bytes | None:
+    def _cached(self, checkpoint: ListedCheckpoint) -> bytes | None:
         """Return a cached weights info if the version is certain, without a request."""
         if not checkpoint.is_dated:
             return None
         in_memory: bytes | None = self._cache.peek(_key(checkpoint))
         return in_memory or self._store.get(self._namespace, _name(checkpoint))
 
-    def _policy(self, checkpoint: Checkpoint) -> CachePolicy:
+    def _policy(self, checkpoint: ListedCheckpoint) -> CachePolicy:
         return self._policies.immutable if checkpoint.is_dated else self._policies.undated
 
-    def _loader(self, checkpoint: Checkpoint) -> Loader[bytes]:
+    def _loader(self, checkpoint: ListedCheckpoint) -> Loader[bytes]:
         def load(priority: Priority) -> bytes:
             info = self._load(checkpoint, priority)
             if checkpoint.is_dated:
@@ -100,9 +100,9 @@ class WeightsInfoCache:
         return load
 
 
-def _name(checkpoint: Checkpoint) -> str:
+def _name(checkpoint: ListedCheckpoint) -> str:
     return compound_key(checkpoint.tinker_path, *checkpoint.fingerprint)
 
 
-def _key(checkpoint: Checkpoint) -> tuple[str, str, str, int | None]:
+def _key(checkpoint: ListedCheckpoint) -> tuple[str, str, str, int | None]:
     return ("weights_info", checkpoint.tinker_path, *checkpoint.fingerprint)

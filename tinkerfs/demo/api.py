@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from tinkerfs.demo import serialization
 from tinkerfs.demo.account import Account
-from tinkerfs.demo.exports import ExportOptions, Exports
+from tinkerfs.demo.exports import ExportEndpoints, ExportOptions
 from tinkerfs.demo.http import Reply, error_reply, json_reply
 from tinkerfs.demo.lookup import HttpError, Lookup
-from tinkerfs.demo.mutations import Mutations
+from tinkerfs.demo.mutations import MutationEndpoints
 from tinkerfs.demo.profiles import Profile
 from tinkerfs.demo.request import Request
 from tinkerfs.demo.sample_data import BASE_MODELS, Checkpoint, Run
@@ -94,7 +94,7 @@ class Behaviour:
 
 
 class Api:
-    """App of the API. Thread-safe.
+    """Application of the API. Thread-safe.
 
     Args:
         account: The records.
@@ -121,8 +121,8 @@ class Api:
         self._store, self._clock = store, clock
         self._root = f"{prefix}/api/v1/"
         self._lookup = Lookup(account, profile)
-        mutations = Mutations(account, profile, self._lookup, clock)
-        self.exports = Exports(account, self._lookup, store, behaviour.exports, clock)
+        mutations = MutationEndpoints(account, profile, self._lookup, clock)
+        self.exports = ExportEndpoints(account, self._lookup, store, behaviour.exports, clock)
         self._handlers: dict[str, Callable[[Request, dict[str, str]], Reply]] = {
             "GET training_runs": self._list_runs,
             "GET training_runs/{run}": self._get_run,

@@ -74,7 +74,7 @@ class _Export:
     request_ids: dict[tuple[str, Any], str] = field(default_factory=dict)
 
 
-class Exports:
+class ExportEndpoints:
     """API handlers, called with the account's lock held.
 
     Args:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 server: reads requests, gets responses from an `App`, and writes them.
+"""HTTP/1.1 server: reads requests, gets responses from an `Application`, and writes them.
 
 Each connection has its own thread and may be kept alive.
 """
@@ -61,7 +61,7 @@ def phrase(status: int) -> str:
     return next((known.phrase for known in HTTPStatus if known == status), "Unknown")
 
 
-class App(Protocol):
+class Application(Protocol):
     """The application behind one origin, as seen by the HTTP server."""
 
     name: str
@@ -192,7 +192,7 @@ class Listener(ThreadingHTTPServer):
     def __init__(
         self,
         address: tuple[str, int],
-        origin: App,
+        origin: Application,
         latency_s: Callable[[], float],
         is_closing: Callable[[], bool],
     ) -> None:

@@ -15,7 +15,7 @@ TTL_RANGE_S = (3600, 315_360_000)
 """Minimum and maximum TTL that the API accepts: an hour and ten years."""
 
 
-class Mutations:
+class MutationEndpoints:
     """API handlers, called with the account's lock held."""
 
     def __init__(

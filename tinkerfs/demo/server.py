@@ -12,7 +12,7 @@ from typing import Any, Self
 from tinkerfs.demo.account import Account
 from tinkerfs.demo.api import Api, Behaviour
 from tinkerfs.demo.content import Content
-from tinkerfs.demo.http import App, Listener
+from tinkerfs.demo.http import Application, Listener
 from tinkerfs.demo.profiles import PROFILES, Profile
 from tinkerfs.demo.sample_data import SampleData
 from tinkerfs.demo.signing import Signer
@@ -189,7 +189,7 @@ class DemoServer:
             OSError: Another process has taken a port.
         """
         with self._lock:
-            apps: tuple[App, ...] = (self._store, self._api)
+            apps: tuple[Application, ...] = (self._store, self._api)
             for app in apps:
                 if app.name not in self._listeners:
                     listener = self._listen(app)
@@ -203,7 +203,7 @@ class DemoServer:
             for listener in self._listeners.values():
                 listener.drop_connections()
 
-    def _listen(self, app: App) -> Listener:
+    def _listen(self, app: Application) -> Listener:
         return self.listener_class(
             (self._host, self._ports[app.name]),
             app,

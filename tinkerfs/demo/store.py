@@ -24,7 +24,7 @@ _MAX_CACHED_ARCHIVES = 32
 
 
 class Store:
-    """App of the object store. Thread-safe."""
+    """Application of the object store. Thread-safe."""
 
     name = "store"
 

@@ -5,7 +5,7 @@ from typing import ParamSpec, TypeVar
 
 from tinkerfs import errors, name_encoding
 from tinkerfs.api import models
-from tinkerfs.catalog.listings import Checkpoint
+from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import render
 from tinkerfs.vfs.schema import NodeContext
@@ -19,7 +19,7 @@ def run_path(run_id: str) -> str:
     return f"/runs/{name_encoding.encode(run_id)}"
 
 
-def checkpoint_path(checkpoint: Checkpoint) -> str:
+def checkpoint_path(checkpoint: ListedCheckpoint) -> str:
     """Return the canonical path of a checkpoint from the mount's root."""
     kind, name = name_encoding.encode(checkpoint.kind), name_encoding.encode(checkpoint.name)
     return f"{run_path(checkpoint.run_id)}/checkpoints/{kind}/{name}"
@@ -93,7 +93,7 @@ def run_xattrs(node: NodeContext) -> dict[str, str]:
 
 def checkpoint_xattrs(node: NodeContext) -> dict[str, str]:
     """Return the extended attributes of a checkpoint."""
-    checkpoint: Checkpoint = node.entity
+    checkpoint: ListedCheckpoint = node.entity
     # Resolving the checkpoint has loaded the run already.
     run, record = node.backend.catalog.run(checkpoint.run_id, node.ctx), checkpoint.record
     return _without_none(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.catalog.catalog import Catalog
-from tinkerfs.catalog.listings import Checkpoint
+from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import controls, entities, readme, render, trash, views, weights_nodes
 from tinkerfs.vfs.schema import (
@@ -41,7 +41,7 @@ def _latest_path(run: models.TrainingRun, record: models.Checkpoint | None) -> s
     if record is None:
         return None
     # `<kind>/<name>` always resolves, so the form of the server's ids need not be known.
-    checkpoint = Checkpoint.from_record(run.run_id, record)
+    checkpoint = ListedCheckpoint.from_record(run.run_id, record)
     return entities.checkpoint_path(checkpoint)
 
 
@@ -60,11 +60,11 @@ def _find_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] |
     return (node.entity, kind) if kind in listing.kinds else None
 
 
-def _list_bare(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+def _list_bare(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
     return node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx).bare.items()
 
 
-def _find_bare(node: NodeContext, name: str) -> Checkpoint | None:
+def _find_bare(node: NodeContext, name: str) -> ListedCheckpoint | None:
     return node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx).bare.get(name)
 
 
@@ -73,25 +73,25 @@ def _find_path_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, s
     return (run, kind) if _of_path(node, run, kind) else None
 
 
-def _list_of_path(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+def _list_of_path(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
     return _of_path(node, *node.entity).items()
 
 
-def _find_of_path(node: NodeContext, name: str) -> Checkpoint | None:
+def _find_of_path(node: NodeContext, name: str) -> ListedCheckpoint | None:
     return _of_path(node, *node.entity).get(name)
 
 
-def _of_path(node: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, Checkpoint]:
+def _of_path(node: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, ListedCheckpoint]:
     return node.backend.catalog.checkpoints(run.run_id).get(node.ctx).of_path(kind)
 
 
-def _list_of_kind(node: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
+def _list_of_kind(node: NodeContext) -> Iterator[tuple[str, ListedCheckpoint]]:
     run, kind = node.entity
     for checkpoint in node.backend.catalog.checkpoints(run.run_id).get(node.ctx).of_kind(kind):
         yield checkpoint.name, checkpoint
 
 
-def _find_of_kind(node: NodeContext, name: str) -> Checkpoint | None:
+def _find_of_kind(node: NodeContext, name: str) -> ListedCheckpoint | None:
     run, kind = node.entity
     return node.backend.catalog.checkpoint(run.run_id, kind, name, node.ctx)
 
@@ -99,14 +99,14 @@ def _find_of_kind(node: NodeContext, name: str) -> Checkpoint | None:
 # `.content` includes trashed checkpoints, because their links in the trash lead there.
 
 
-def _list_content(node: NodeContext) -> Iterator[tuple[str, Checkpoint]]:
+def _list_content(node: NodeContext) -> Iterator[tuple[str, ListedCheckpoint]]:
     run, kind = node.entity
     for checkpoint in node.backend.catalog.checkpoints_with_trash(run.run_id).get(node.ctx).all:
         if checkpoint.kind == kind:
             yield checkpoint.name, checkpoint
 
 
-def _find_content(node: NodeContext, name: str) -> Checkpoint | None:
+def _find_content(node: NodeContext, name: str) -> ListedCheckpoint | None:
     run, kind = node.entity
     return node.backend.catalog.checkpoint(run.run_id, kind, name, node.ctx, include_trashed=True)
 
@@ -153,12 +153,12 @@ def _expires_at(node: NodeContext) -> bytes:
     return render.line("never" if expires_at_ns is None else render.rfc3339_ns(expires_at_ns))
 
 
-def _list_version(node: NodeContext) -> Iterable[tuple[str, Checkpoint]]:
+def _list_version(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
     return ((node.entity.version, node.entity),)
 
 
-def _find_version(node: NodeContext, version: str) -> Checkpoint | None:
-    checkpoint: Checkpoint = node.entity
+def _find_version(node: NodeContext, version: str) -> ListedCheckpoint | None:
+    checkpoint: ListedCheckpoint = node.entity
     return checkpoint if version == checkpoint.version else None
 
 

@@ -7,7 +7,7 @@ checkpoint does not resolve.
 from collections.abc import Iterator
 
 from tinkerfs import name_encoding
-from tinkerfs.catalog.listings import Checkpoint
+from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import controls, entities, render
 from tinkerfs.vfs.schema import (
@@ -22,24 +22,24 @@ from tinkerfs.vfs.schema import (
 _TRASH = "/.tinkerfs/trash"
 
 
-def _list_trashed(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+def _list_trashed(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
     for checkpoint in node.backend.catalog.trashed_checkpoints(node.ctx):
         yield checkpoint.key, checkpoint
 
 
-def _find_trashed(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+def _find_trashed(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
     if len(parts) != 3:
         return None
     run_id, kind, name = parts
     return node.backend.catalog.trashed_checkpoint((run_id, kind, name), node.ctx)
 
 
-def _list_versions(node: NodeContext) -> Iterator[tuple[tuple[str, ...], Checkpoint]]:
+def _list_versions(node: NodeContext) -> Iterator[tuple[tuple[str, ...], ListedCheckpoint]]:
     for checkpoint in node.backend.catalog.trashed_checkpoints(node.ctx):
         yield (*checkpoint.key, checkpoint.version), checkpoint
 
 
-def _find_version(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+def _find_version(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
     checkpoint = _find_trashed(node, parts[:3]) if len(parts) == 4 else None
     return checkpoint if checkpoint is not None and checkpoint.version == parts[3] else None
 
@@ -58,7 +58,7 @@ def _trash_ns(node: NodeContext) -> int:
 
 
 def _target(node: NodeContext) -> str:
-    checkpoint: Checkpoint = node.entity
+    checkpoint: ListedCheckpoint = node.entity
     return f"{_TRASH}/{name_encoding.encode_composite((*checkpoint.key, checkpoint.version))}"
 
 

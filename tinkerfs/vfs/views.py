@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tinkerfs import name_encoding
 from tinkerfs.api import models
-from tinkerfs.catalog.listings import Checkpoint
+from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import entities, render, weights_nodes
 from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, NodeContext, Symlink
@@ -18,17 +18,19 @@ from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, NodeCo
 def _view(
     name: str,
     doc: str,
-    shows: Callable[[Checkpoint], bool],
+    shows: Callable[[ListedCheckpoint], bool],
     time_ns: Callable[[NodeContext], int] = entities.checkpoint_ns,
 ) -> Directory:
     """Return a directory with a link to every checkpoint that matches `shows`."""
 
-    def list_checkpoints(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+    def list_checkpoints(
+        node: NodeContext,
+    ) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
         for checkpoint in node.backend.catalog.account.iter(node.ctx):
             if shows(checkpoint):
                 yield checkpoint.key, checkpoint
 
-    def find(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+    def find(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
         if len(parts) != 3:
             return None
         run_id, kind, name = parts
@@ -86,13 +88,13 @@ EXPIRING = _view(
 SERVED_KINDS = ("sampler_weights", "external_weights")
 
 
-def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], Checkpoint]]:
+def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
     for key, checkpoint in node.backend.catalog.account.get(node.ctx).by_key.items():
         if checkpoint.kind in SERVED_KINDS:
             yield key, checkpoint
 
 
-def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> Checkpoint | None:
+def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
     if len(parts) != 3 or parts[1] not in SERVED_KINDS:
         return None
     run_id, kind, name = parts

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from msgspec.structs import replace as with_fields
 
 from tinkerfs import errors, name_encoding
-from tinkerfs.catalog.listings import Checkpoint
+from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.vfs import entities, render
 from tinkerfs.vfs.schema import (
     ContentFile,
@@ -52,7 +52,7 @@ class _MemberRef:
         member: the file; None for the directory.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: ListedCheckpoint
     prefix: str
     member: Member | None = None
 
@@ -68,7 +68,7 @@ class WeightsRef:
         member_path: path within `files/` of the file or directory that is meant; empty for all.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: ListedCheckpoint
     version: CheckpointVersion
     is_archive: bool = False
     member_path: str = ""
@@ -77,14 +77,14 @@ class WeightsRef:
 def weights_ref(row: NodeSpec, node: NodeContext) -> WeightsRef | None:
     """Return the weights of a node; None if it does not belong to one checkpoint."""
     entity, is_archive = node.entity, isinstance(row, ContentFile)
-    if not isinstance(entity, Checkpoint):
+    if not isinstance(entity, ListedCheckpoint):
         return None
     if not is_archive and not isinstance(row, Directory | Symlink):
         return None
     return WeightsRef(entity, _version(node, entity), is_archive)
 
 
-def adapter_path(checkpoint: Checkpoint) -> str:
+def adapter_path(checkpoint: ListedCheckpoint) -> str:
     """Return the path of a checkpoint's files for serving engines from the root.
 
     The path is within `/adapters`, because engines compare real paths and refuse to load files from
@@ -93,16 +93,16 @@ def adapter_path(checkpoint: Checkpoint) -> str:
     return f"/adapters/.content/{_version_path(checkpoint)}"
 
 
-def _path(checkpoint: Checkpoint, name: str) -> str:
+def _path(checkpoint: ListedCheckpoint, name: str) -> str:
     return f"/.content/{_version_path(checkpoint)}/{name}"
 
 
-def _version_path(checkpoint: Checkpoint) -> str:
+def _version_path(checkpoint: ListedCheckpoint) -> str:
     run_id, kind, name = map(name_encoding.encode, checkpoint.key)
     return f"{run_id}/{kind}/{name}/{checkpoint.version}"
 
 
-def _version(node: NodeContext, checkpoint: Checkpoint) -> CheckpointVersion:
+def _version(node: NodeContext, checkpoint: ListedCheckpoint) -> CheckpointVersion:
     own_runs = node.backend.catalog.runs.peek()
     is_foreign = own_runs is not None and checkpoint.run_id not in own_runs.by_id
     return CheckpointVersion(
@@ -202,7 +202,7 @@ def _member_ref(node: NodeContext) -> _MemberRef:
 
 
 def _members(
-    node: NodeContext, checkpoint: Checkpoint, *, is_open: bool = False
+    node: NodeContext, checkpoint: ListedCheckpoint, *, is_open: bool = False
 ) -> dict[str, Member]:
     """Return the members of the archive, without a deadline for building it.
 

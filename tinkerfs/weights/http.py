@@ -59,7 +59,7 @@ class ObjectStoreClient:
         self._lock = threading.Lock()
         self._managers: dict[proxies.Proxy | None, urllib3.PoolManager] = {}  # made under _lock
 
-    def get(self, url: str, headers: Mapping[str, str]) -> "Response":
+    def get(self, url: str, headers: Mapping[str, str]) -> "StreamedResponse":
         """Send a request; return the response whatever its status. Follow no redirect.
 
         Raises:
@@ -85,7 +85,7 @@ class ObjectStoreClient:
             errors.ConnectionFailed(f"{host} closes every connection", endpoint=STORE_ENDPOINT)
         )
 
-    def _get(self, url: str, headers: Mapping[str, str]) -> "Response":
+    def _get(self, url: str, headers: Mapping[str, str]) -> "StreamedResponse":
         """Send one request.
 
         Raises:
@@ -112,7 +112,7 @@ class ObjectStoreClient:
             raise self._map_urllib3_error(error, host, proxy) from None
         finally:
             self.monitor.record_request(outcome)
-        return Response(self.monitor, raw, host)
+        return StreamedResponse(self.monitor, raw, host)
 
     def close(self) -> None:
         """Stop all transfers and close all connections, those in use after their transfer."""
@@ -189,7 +189,7 @@ class ObjectStoreClient:
         ) from None
 
 
-class Response:
+class StreamedResponse:
     """A response with its head; the body is streamed. Not thread-safe.
 
     Attributes:

@@ -30,7 +30,7 @@ from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
-    from tinkerfs.weights.http import ObjectStoreClient, Response
+    from tinkerfs.weights.http import ObjectStoreClient, StreamedResponse
 
 #: Returns the HTTP client, which is imported at the first request.
 Connect = Callable[[], "ObjectStoreClient"]
@@ -188,7 +188,7 @@ class RangeSource:
             raise _RetryWithoutIfRange  # If-Range named the ETag of another server of the store
         return validated
 
-    def _get(self, url: str, headers: dict[str, str]) -> "Response":
+    def _get(self, url: str, headers: dict[str, str]) -> "StreamedResponse":
         """Send a request, and follow redirects within the timeout of one request.
 
         Raises:
@@ -205,7 +205,7 @@ class RangeSource:
             url = _redirect_target(url, response.headers.get("location", ""))
         raise errors.ProtocolError(f"too many redirects from {_host(url)}", endpoint=STORE_ENDPOINT)
 
-    def _validate(self, response: "Response", start: int, stop: int) -> RangeResponse:
+    def _validate(self, response: "StreamedResponse", start: int, stop: int) -> RangeResponse:
         """Validate the head of a response; return it with its range and version.
 
         Raises:
@@ -242,7 +242,9 @@ class RangeSource:
             )
         raise errors.ClientError(message, endpoint=STORE_ENDPOINT, status=status)
 
-    def _matching_version(self, response: "Response", content_range: ContentRange) -> Version:
+    def _matching_version(
+        self, response: "StreamedResponse", content_range: ContentRange
+    ) -> Version:
         """Return the version of a response, which must be the expected one.
 
         Raises:
@@ -275,7 +277,7 @@ class RangeSource:
             raise invalid_response(response, "it states another length than that of the file")
         return known
 
-    def _is_alias(self, response: "Response", etag: str, modified: str) -> bool:
+    def _is_alias(self, response: "StreamedResponse", etag: str, modified: str) -> bool:
         """Return whether another ETag names the same bytes.
 
         Raises:
@@ -322,7 +324,7 @@ class RangeSource:
                 return True
         return False
 
-    def _empty(self, response: "Response", start: int) -> RangeResponse:
+    def _empty(self, response: "StreamedResponse", start: int) -> RangeResponse:
         """Return an empty file's response if status 416 means that, else raise an error."""
         size_bytes = unsatisfied_size(response)
         if self._version is None and size_bytes == 0 and start == 0:

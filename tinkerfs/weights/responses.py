@@ -10,7 +10,7 @@ from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 from tinkerfs.weights.version import UNKNOWN_BYTES
 
 if TYPE_CHECKING:
-    from tinkerfs.weights.http import Response
+    from tinkerfs.weights.http import StreamedResponse
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", re.IGNORECASE)
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,18})", re.IGNORECASE)
@@ -35,7 +35,7 @@ class ContentRange:
 
 
 def parse_content_range(
-    response: "Response", start: int, stop: int, size_bytes: int | None
+    response: "StreamedResponse", start: int, stop: int, size_bytes: int | None
 ) -> ContentRange:
     """Return the range of the file that a response with status 200 or 206 contains.
 
@@ -67,7 +67,9 @@ def parse_content_range(
     return ContentRange(0, end, None, is_full_body=True)
 
 
-def _parse_partial(response: "Response", start: int, stop: int, length: str) -> ContentRange:
+def _parse_partial(
+    response: "StreamedResponse", start: int, stop: int, length: str
+) -> ContentRange:
     found = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", "").strip())
     if found is None:
         raise invalid_response(response, "it does not state which range it contains")
@@ -80,13 +82,13 @@ def _parse_partial(response: "Response", start: int, stop: int, length: str) -> 
     return ContentRange(begin, end, total_bytes, is_full_body=False)
 
 
-def unsatisfied_size(response: "Response") -> int | None:
+def unsatisfied_size(response: "StreamedResponse") -> int | None:
     """Return the file length in a response with status 416, None if absent."""
     found = _UNSATISFIED.fullmatch(response.headers.get("content-range", "").strip())
     return None if found is None else int(found[1])
 
 
-def invalid_response(response: "Response", reason: str) -> TransferInterrupted:
+def invalid_response(response: "StreamedResponse", reason: str) -> TransferInterrupted:
     """Return the retryable error of a response that fails validation."""
     message = f"invalid response from {response.host}: {reason}"
     return TransferInterrupted(

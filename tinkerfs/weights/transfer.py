@@ -14,7 +14,7 @@ from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
-    from tinkerfs.weights.http import Response
+    from tinkerfs.weights.http import StreamedResponse
 
 #: Bytes that a resumed transfer requests again, to verify that the version is the same.
 OVERLAP_BYTES = 4096
@@ -34,7 +34,7 @@ class _Source(Protocol):
 class RangeResponse:
     """A valid response, with the range and the version of the file that it contains."""
 
-    http: "Response"
+    http: "StreamedResponse"
     content_range: ContentRange
     version: Version
 
