@@ -76,11 +76,8 @@ def tinkerfs_mounts() -> list[Mount]:
 
 def find_mount(mountpoint: str) -> Mount | None:
     """Return the mount on exactly this path, the topmost of several; None if there is none."""
-    found = None
-    for mount in list_mounts():
-        if mount.mountpoint == mountpoint:
-            found = mount
-    return found
+    mounts = reversed(list_mounts())
+    return next((mount for mount in mounts if mount.mountpoint == mountpoint), None)
 
 
 def canonical_mountpoint(mountpoint: str) -> str:
