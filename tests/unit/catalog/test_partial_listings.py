@@ -42,6 +42,10 @@ def later_pages(server, directory, **effects):
     return server.faults.add(LISTED[directory], times=None, after=1, **effects)
 
 
+def refresh(filesystem):
+    filesystem.open("/.tinkerfs/refresh", 1, CTX).write(b"1", CTX)
+
+
 @pytest.mark.parametrize("directory", LISTED)
 def test_scandir_with_hanging_pages_serves_the_first_page(directory, server, filesystem):
     hung = later_pages(server, directory, hang=True)
@@ -87,9 +91,10 @@ def test_scandir_with_a_failing_page_raises_after_earlier_pages(directory, serve
     for read in (lambda: scan.read(PAGE, 1), scan.read_all):
         with pytest.raises(OSError, match="500"):
             read()
-    assert directory in filesystem._backend.telemetry.errors_text()
+    reported = filesystem.open("/.tinkerfs/errors", 0, CTX).read(1 << 16, 0, CTX)
+    assert directory.encode() in reported
     server.faults.clear()
-    filesystem._backend.catalog.refresh()
+    refresh(filesystem)
     assert len(filesystem.listdir(directory, CTX)) == RUNS
 
 
@@ -117,7 +122,7 @@ def test_scandir_with_a_late_page_raises_timeout(server, filesystem):
 def test_scandir_during_a_refresh_still_lists_everything(server, filesystem):
     hung = later_pages(server, "/runs", hang=True)
     scan = filesystem.scandir("/runs", CTX)
-    filesystem._backend.catalog.refresh()
+    refresh(filesystem)
     name = scan.read(0, 1)[0].name
     filesystem.stat(f"/runs/{name}", CTX)
     assert "GET training_runs/{run}" in requests(server), "a refreshed record is requested again"

@@ -65,10 +65,9 @@ class Account:
 
     def settle(self):
         """Walk the tree until no background refresh changes the metadata."""
-        catalog = self.filesystem._backend.catalog
         generation = None
-        while generation != catalog.generation:
-            generation = catalog.generation
+        while generation != self.filesystem.generation:
+            generation = self.filesystem.generation
             snapshot(self.filesystem, checks=False)
             self.filesystem.wait_idle(CTX)
 
