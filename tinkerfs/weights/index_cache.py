@@ -4,9 +4,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
 from tinkerfs.cache.store import MetadataStore
-from tinkerfs.concurrency import run_in_thread
+from tinkerfs.concurrency import SingleFlight
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.archive_index import Index, decode_index, encode_index
 
@@ -25,16 +26,19 @@ class IndexCache:
 
     def __init__(self, store: MetadataStore) -> None:
         self._store = store
-        self._lock = threading.RLock()  # reentrant: a future that is already done runs its callback
-        self._futures: OrderedDict[str, Future[Index]] = OrderedDict()  # guarded by _lock
+        self._loads: SingleFlight[str, Future[Index]] = SingleFlight()
+        self._lock = threading.Lock()
+        self._indexes: OrderedDict[str, Index] = OrderedDict()  # guarded by _lock
 
     def cached(self, cache_key: str) -> Index | None:
         """Return an index if it is cached."""
         with self._lock:
-            future = self._futures.get(cache_key)
-            if future is not None:
-                self._futures.move_to_end(cache_key)
-                return future.result() if future.done() and not future.exception() else None
+            index = self._indexes.get(cache_key)
+            if index is not None:
+                self._indexes.move_to_end(cache_key)
+                return index
+        if self.is_loading(cache_key):
+            return None
         raw = self._store.get(_NAMESPACE, cache_key)
         if raw is None:
             return None
@@ -42,17 +46,13 @@ class IndexCache:
             index = decode_index(raw)
         except ValueError:
             return None
-        future = Future[Index]()
-        future.set_result(index)
         with self._lock:
-            self._add(cache_key, future)
+            self._add(cache_key, index)
         return index
 
     def is_loading(self, cache_key: str) -> bool:
         """Return whether an index is being loaded."""
-        with self._lock:
-            future = self._futures.get(cache_key)
-        return future is not None and not future.done()
+        return self._loads.get(cache_key) is not None
 
     def get(
         self,
@@ -72,37 +72,37 @@ class IndexCache:
         cached = self.cached(cache_key)
         if cached is not None:
             return cached
-        with self._lock:
-            future = self._futures.get(cache_key)
+        future = self._loads.get(cache_key)
         if future is None:
-            load = prepare()
+            future = Future[Index]()
+            work = partial(self._load, cache_key, prepare(), future)
             with self._lock:
-                future = self._futures.get(cache_key)
-                if future is None:
-                    future = run_in_thread(lambda: self._load(cache_key, load), name)
-                    self._add(cache_key, future)
-                    future.add_done_callback(lambda done: self._on_done(cache_key, done))
+                index = self._indexes.get(cache_key)
+                if index is not None:
+                    return index
+                future = self._loads.run(cache_key, work, name, future)
         return ctx.wait_for(future)
 
     def drop(self, cache_key: str) -> None:
         """Drop an index, because the weights have changed."""
         with self._lock:
-            self._futures.pop(cache_key, None)
+            self._indexes.pop(cache_key, None)
+            self._loads.forget(cache_key)
         self._store.delete(_NAMESPACE, cache_key)
 
-    def _load(self, cache_key: str, load: Callable[[], Index]) -> Index:
+    def _load(self, cache_key: str, load: Callable[[], Index], future: "Future[Index]") -> Index:
+        """Load an index, and cache it unless it was dropped meanwhile."""
         index = load()
-        self._store.put(_NAMESPACE, cache_key, encode_index(index))
+        with self._lock:
+            is_current = self._loads.get(cache_key) is future
+            if is_current:
+                self._add(cache_key, index)
+        if is_current:
+            self._store.put(_NAMESPACE, cache_key, encode_index(index))
         return index
 
-    def _add(self, cache_key: str, future: "Future[Index]") -> None:
-        self._futures[cache_key] = future
-        if len(self._futures) > MAX_INDEXES:
-            self._futures.popitem(last=False)
-
-    def _on_done(self, cache_key: str, future: "Future[Index]") -> None:
-        """Drop a failed load, so that the next caller retries."""
-        if future.exception() is not None:
-            with self._lock:
-                if self._futures.get(cache_key) is future:
-                    del self._futures[cache_key]
+    def _add(self, cache_key: str, index: Index) -> None:
+        """Cache an index in memory; the caller holds the lock."""
+        self._indexes[cache_key] = index
+        if len(self._indexes) > MAX_INDEXES:
+            self._indexes.popitem(last=False)
