@@ -31,6 +31,7 @@ from tinkerfs.config import Settings
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.schema import Backend
+from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
 
@@ -53,6 +54,7 @@ class App:
 
     filesystem: FileSystem
     weights: WeightsReader
+    exports: Exports
     client: Client
     telemetry: Telemetry
     settings: Settings
@@ -134,9 +136,13 @@ def open_app(
             max_bytes=settings.cache_size_bytes,
             min_free_bytes=FREE_BYTES,
         )
+        exports = stack.enter_context(
+            Exports(client, store, telemetry, clock, timeout_s=settings.archive_timeout_s)
+        )
         weights = stack.enter_context(
             WeightsReader(
                 url_cache,
+                exports,
                 store,
                 blocks,
                 telemetry,
@@ -150,8 +156,10 @@ def open_app(
             mutations=mutations,
             sessions=sessions,
             weights=weights,
+            exports=exports,
             telemetry=telemetry,
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
-        yield App(FileSystem(backend, cache_dir or Path("/")), weights, client, telemetry, settings)
+        filesystem = FileSystem(backend, cache_dir or Path("/"))
+        yield App(filesystem, weights, exports, client, telemetry, settings)

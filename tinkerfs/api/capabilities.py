@@ -59,11 +59,9 @@ class CapabilityCache:
         Raises:
             ApiError: a copy of the last refusal, without a request.
         """
+        self.check(capability, threshold=threshold)
         with self._lock:
             state = self._states.setdefault(capability, _CapabilityState())
-            is_fresh = self._clock.monotonic() < state.refused_at + UNSUPPORTED_TTL_S
-            if state.last_refusal is not None and state.refusals >= threshold and is_fresh:
-                raise state.last_refusal.as_local()
         try:
             yield
         except refusal as error:
@@ -74,6 +72,15 @@ class CapabilityCache:
             raise
         with self._lock:
             state.refusals, state.last_refusal, state.is_supported = 0, None, True
+
+    def check(self, capability: Hashable, *, threshold: int = UNSUPPORTED_THRESHOLD) -> None:
+        """Raise a copy of the last refusal if the capability is unsupported."""
+        with self._lock:
+            state = self._states.get(capability)
+            if state is None or state.last_refusal is None or state.refusals < threshold:
+                return
+            if self._clock.monotonic() < state.refused_at + UNSUPPORTED_TTL_S:
+                raise state.last_refusal.as_local()
 
     def reset(self) -> None:
         """Forget all capabilities, so that every endpoint is requested again."""

@@ -218,6 +218,10 @@ class Client:
             request, ref, lambda response: signed_urls.archive_url(response, self._clock.now())
         )
 
+    def check_archives(self, ref: CheckpointRef) -> None:
+        """Raise UnsupportedEndpoint if `archive` would, without a request."""
+        self._capabilities.check(_capability(endpoints.ARCHIVE, ref))
+
     def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
         """Return signed URLs for an external checkpoint's files, and their expiry.
 
@@ -412,11 +416,8 @@ class Client:
         """
         endpoint = request.endpoint
         run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
-        kind = ref.path_id.partition("/")[0]  # SkyRL has archives only of sampler checkpoints
-        # Refusals for another account's checkpoints say nothing about the user's own.
-        capability = (endpoint.label, kind, ref.run_id if ref.is_foreign else None)
         with (
-            self._capabilities.guard(capability),
+            self._capabilities.guard(_capability(endpoint, ref)),
             self._circuit_breaker(request) as deadline,
         ):
 
@@ -444,3 +445,10 @@ class Client:
         except errors.ApiError:
             return False
         return any(ref.is_of(record.tinker_path, record.checkpoint_id) for record in listed)
+
+
+def _capability(endpoint: Endpoint, ref: CheckpointRef) -> Hashable:
+    """Return what a server supports or not: an endpoint, for one kind of checkpoint."""
+    kind = ref.path_id.partition("/")[0]  # SkyRL has archives only of sampler checkpoints
+    # Refusals for another account's checkpoints say nothing about the user's own.
+    return (endpoint.label, kind, ref.run_id if ref.is_foreign else None)

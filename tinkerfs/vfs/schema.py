@@ -24,6 +24,7 @@ from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import Validity
+from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
 
@@ -37,6 +38,7 @@ class Backend:
     mutations: Mutations
     sessions: Sessions
     weights: WeightsReader
+    exports: Exports
     telemetry: Telemetry
     clock: Clock
     started_ns: int

@@ -41,6 +41,11 @@ class CheckpointVersion:
         return self.ref.path_id.startswith("external_weights/")
 
     @property
+    def is_sampler(self) -> bool:
+        """Whether it is a sampler checkpoint, which no server exports."""
+        return self.ref.path_id.startswith("sampler_weights/")
+
+    @property
     def about(self) -> str:
         """The `tinker://` path of the checkpoint, for users."""
         return f"tinker://{self.ref.run_id}/{self.ref.path_id or self.ref.listed_id}"

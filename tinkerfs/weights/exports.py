@@ -11,7 +11,7 @@ for the weights looks for what it may have saved. Thread-safe.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from enum import Enum
@@ -107,6 +107,8 @@ class Exports:
         self._telemetry = telemetry
         self._clock = clock
         self._timeout_s = timeout_s
+        #: Called with a checkpoint before its new export is used.
+        self.on_exported: Callable[[CheckpointVersion], None] = lambda _checkpoint: None
         self._flights: SingleFlight[str, Future[ExportRecord]] = SingleFlight()
         self._lock = threading.Lock()
         # All guarded by _lock.
@@ -290,6 +292,7 @@ class Exports:
         finally:
             with self._lock:
                 self._running.pop(key, None)
+        self.on_exported(checkpoint)
         self._keep(key, done)
         return done
 

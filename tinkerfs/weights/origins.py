@@ -6,7 +6,7 @@ separate files. All other modules read the files of a store and need not know wh
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,11 +18,13 @@ from tinkerfs.weights.archive_index import Index, archive_index, external_index
 from tinkerfs.weights.block_source import BlockSource
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.etags import Sample
+from tinkerfs.weights.export_urls import ExportUrlProvider, ExportUrls, without_weights
+from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.gzip_stream import GzipSource
 from tinkerfs.weights.probe import has_version, read_archive_version
 from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT, TransferMonitor
-from tinkerfs.weights.url_cache import SignedUrlCache, UrlProvider
+from tinkerfs.weights.url_cache import CheckpointUrlProvider, SignedUrlCache, UrlProvider
 from tinkerfs.weights.version import Version
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Origins:
     """Returns the origin of each checkpoint's weights. Thread-safe.
 
     Args:
+        exports: knows the exports of checkpoints without an archive.
         cache: caches the blocks that are downloaded to index an archive.
         monitor: counts, bounds and stops all transfers.
         on_stale: called if the store has another version of a checkpoint than the expected one.
@@ -59,21 +62,28 @@ class Origins:
     def __init__(
         self,
         url_cache: SignedUrlCache,
+        exports: Exports,
         cache: BlockCache,
         monitor: TransferMonitor,
         on_stale: Callable[[CheckpointVersion], None],
     ) -> None:
         self.url_cache = url_cache
+        self.exports = exports
         self.cache = cache
         self.on_stale = on_stale
         self._monitor = monitor
         self._lock = threading.Lock()
         self._client: ObjectStoreClient | None = None  # made under _lock
 
-    def of(self, checkpoint: CheckpointVersion) -> "Origin":
-        """Return where the members of a checkpoint are read from."""
+    def of(self, checkpoint: CheckpointVersion, index: Index | None) -> "Origin":
+        """Return where the members of a checkpoint are read from.
+
+        Without an index the archive of a checkpoint is preferred to its export.
+        """
         if checkpoint.is_external:
             return ExternalFiles(self, checkpoint)
+        if index is not None and index.form == "files":
+            return ExportedFiles(self, checkpoint)
         return Archive(self, checkpoint)
 
     def archive_of(self, checkpoint: CheckpointVersion) -> "Archive":
@@ -150,7 +160,7 @@ class Origin(ABC):
 
     def _url_provider(self, name: str = "") -> UrlProvider:
         checkpoint = self._checkpoint
-        return UrlProvider(
+        return CheckpointUrlProvider(
             self._origins.url_cache, checkpoint.key, checkpoint.ref, checkpoint.path, name
         )
 
@@ -174,9 +184,19 @@ class Archive(Origin):
     _is_external = False
 
     def index_loader(self, ctx: RequestContext) -> Callable[[], Index]:
-        """See `Origin.index_loader`; waits until the archive is built."""
+        """See `Origin.index_loader`; waits until the archive is built.
+
+        If the server has no archive, an export is indexed.
+
+        Raises:
+            ApiError: the request fails.
+            OSError: EOPNOTSUPP if there is neither; see also `SignedUrlCache.url`.
+        """
         checkpoint, origins, url_provider = self._checkpoint, self._origins, self._url_provider()
-        url_provider.url(ctx)
+        try:
+            url_provider.url(ctx)
+        except errors.UnsupportedEndpoint as refusal:
+            return ExportedFiles(origins, checkpoint, refusal).index_loader(ctx)
         return lambda: archive_index(
             origins.connect, url_provider, origins.cache, checkpoint.cache_key, checkpoint.about
         )
@@ -214,15 +234,22 @@ class Archive(Origin):
         """Get the URL on the calling thread; return the function that requests the version.
 
         Raises:
-            ApiError, OSError: as `SignedUrlCache.url`. The function raises ApiError too.
+            ApiError, OSError: as `url`. The function raises ApiError too.
         """
-        url_provider = self._url_provider()
-        url_provider.url(ctx)
-        return lambda: read_archive_version(self._origins.connect, url_provider)
+        self.url(ctx)
+        return lambda: read_archive_version(self._origins.connect, self._url_provider())
 
     def url(self, ctx: RequestContext) -> SignedUrl:
-        """Return a valid URL of the archive; see `SignedUrlCache.url`."""
-        return self._url_provider().url(ctx)
+        """Return a valid URL of the archive.
+
+        Raises:
+            ApiError: the request fails.
+            OSError: EOPNOTSUPP if the server has no archive; see also `SignedUrlCache.url`.
+        """
+        try:
+            return self._url_provider().url(ctx)
+        except errors.UnsupportedEndpoint as refusal:
+            raise without_weights(self._checkpoint, refusal, is_archive=True) from refusal
 
     def cached_url(self) -> SignedUrl | None:
         """Return a valid cached URL of the archive, None if absent; send no request."""
@@ -236,12 +263,9 @@ class ExternalFiles(Origin):
 
     def index_loader(self, ctx: RequestContext) -> Callable[[], Index]:
         """See `Origin.index_loader`."""
-        checkpoint, origins = self._checkpoint, self._origins
-        names = tuple(
-            origins.url_cache.external_urls(checkpoint.key, checkpoint.ref, checkpoint.path, ctx)
-        )
+        names = tuple(self._urls(ctx))
         return lambda: external_index(
-            origins.connect, names, self._url_provider, checkpoint.mtime_ns
+            self._origins.connect, names, self._url_provider, self._checkpoint.mtime_ns
         )
 
     def stored_file(self, index: Index, name: str) -> StoredFile:
@@ -253,3 +277,41 @@ class ExternalFiles(Origin):
             size_bytes=version.size_bytes,
             source=self._source(version, name),
         )
+
+    def _urls(self, ctx: RequestContext) -> Mapping[str, SignedUrl]:
+        checkpoint = self._checkpoint
+        return self._origins.url_cache.external_urls(
+            checkpoint.key, checkpoint.ref, checkpoint.path, ctx
+        )
+
+
+class ExportedFiles(ExternalFiles):
+    """The files of a checkpoint's export.
+
+    They are cached as files of the checkpoint itself, so that what was read remains readable after
+    the export has expired.
+
+    Args:
+        refusal: the response to the request for the checkpoint's archive, None if unknown.
+    """
+
+    def __init__(
+        self,
+        origins: Origins,
+        checkpoint: CheckpointVersion,
+        refusal: errors.UnsupportedEndpoint | None = None,
+    ) -> None:
+        super().__init__(origins, checkpoint)
+        self._export = ExportUrls(origins.url_cache, origins.exports, checkpoint, refusal)
+
+    def expire_urls(self, age_s: float) -> None:
+        """See `Origin.expire_urls`."""
+        key = self._export.key()
+        if key is not None:
+            self._origins.url_cache.expire(key, age_s, is_external=True)
+
+    def _url_provider(self, name: str = "") -> UrlProvider:
+        return ExportUrlProvider(self._export, name)
+
+    def _urls(self, ctx: RequestContext) -> Mapping[str, SignedUrl]:
+        return self._export.get(ctx)

@@ -26,6 +26,7 @@ from tinkerfs.context import RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archive_index import PROBE_BYTES, Index, block_key, find_member
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
+from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.index_cache import IndexCache
 from tinkerfs.weights.origins import Origins, StoredFile
@@ -62,6 +63,8 @@ class WeightsReader:
     """Read the weights of all checkpoints. Thread-safe; a context manager.
 
     Args:
+        exports: knows the exports of checkpoints without an archive. A new export invalidates
+            what is cached of its checkpoint, because its files may have other names.
         store: caches indexes and versions across mounts.
         cache: caches blocks across mounts.
         telemetry: records skipped members and counts cache hits.
@@ -73,6 +76,7 @@ class WeightsReader:
     def __init__(
         self,
         url_cache: SignedUrlCache,
+        exports: Exports,
         store: MetadataStore,
         cache: BlockCache,
         telemetry: Telemetry,
@@ -87,7 +91,8 @@ class WeightsReader:
         self._timeout_s = timeout_s
         self._url_age_s = url_age_s
         monitor = TransferMonitor(telemetry, timeout_s)
-        self._origins = Origins(url_cache, cache, monitor, on_stale=self.invalidate)
+        self._origins = Origins(url_cache, exports, cache, monitor, on_stale=self.invalidate)
+        exports.on_exported = self.invalidate
         self._indexes = IndexCache(store)
         self.memory = BlockMemoryPool(memory_bytes)
         self._lock = threading.Lock()
@@ -143,7 +148,7 @@ class WeightsReader:
 
     def _open_member(self, checkpoint: CheckpointVersion, index: Index, name: str) -> WeightsFile:
         member = find_member(index, name, checkpoint.path)
-        stored = self._origins.of(checkpoint).stored_file(index, name)
+        stored = self._origins.of(checkpoint, index).stored_file(index, name)
         return WeightsFile(self._acquire(checkpoint, stored), member)
 
     def archive_bytes(self, checkpoint: CheckpointVersion) -> int | None:
@@ -257,7 +262,8 @@ class WeightsReader:
         """
         if checkpoint.is_dated or self._indexes.is_loading(checkpoint.cache_key):
             return
-        self._origins.of(checkpoint).expire_urls(self._url_age_s)
+        index = self._indexes.cached(checkpoint.cache_key)
+        self._origins.of(checkpoint, index).expire_urls(self._url_age_s)
         try:
             if not self._is_current(checkpoint, ctx, name):
                 self.invalidate(checkpoint)
@@ -279,12 +285,12 @@ class WeightsReader:
             version, name = self._cached_version(checkpoint), ""
         if version is None:
             return False
-        check = self._origins.of(checkpoint).version_check(version, name, ctx)
+        check = self._origins.of(checkpoint, index).version_check(version, name, ctx)
         return _run_and_wait(ctx, check, f"version of {name}")
 
     def _index(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> Index:
         def prepare() -> Callable[[], Index]:
-            load = self._origins.of(checkpoint).index_loader(ctx)
+            load = self._origins.of(checkpoint, None).index_loader(ctx)
 
             def load_and_report() -> Index:
                 index = load()
@@ -358,7 +364,7 @@ class WeightsReader:
     ) -> bytes:
         """Return [start, stop) of a member: from the cache, by one request, or by blocks."""
         found = file.peek(start, stop)
-        source = self._origins.of(checkpoint).stored_file(index, member.name).source
+        source = self._origins.of(checkpoint, index).stored_file(index, member.name).source
         if found is None and isinstance(source, RangeSource) and len(member.segments) == 1:
             source.prepare(ctx)
             archive_offset = member.segments[0].archive_offset

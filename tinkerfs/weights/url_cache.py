@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from tinkerfs import errors
 from tinkerfs.api.checkpoint_ids import CheckpointRef
@@ -105,6 +106,8 @@ class SignedUrlCache:
             OSError: ETIMEDOUT if the archive was not built in time; EBUSY if the process group has
                 started too many builds; EINTR if the caller was interrupted.
         """
+        # A server without archives builds none, so its refusals do not count as builds.
+        self._client.check_archives(ref)
 
         def request(hold_s: float) -> _CachedUrls:
             url = self._client.archive(ref, hold_s)
@@ -244,9 +247,35 @@ class SignedUrlCache:
         )
 
 
+class UrlProvider(Protocol):
+    """Provides and renews the signed URL of one file. Thread-safe."""
+
+    @property
+    def path(self) -> str:
+        """The path that a user requested, for messages."""
+        ...
+
+    def url(self, ctx: RequestContext = BACKGROUND_CONTEXT) -> SignedUrl:
+        """Return a valid URL.
+
+        Raises:
+            ApiError: the request fails; NotFound if the server no longer lists the file.
+            OSError: as `SignedUrlCache.url`.
+        """
+        ...
+
+    def has_url(self) -> bool:
+        """Return whether a valid URL is cached."""
+        ...
+
+    def invalidate(self, url: SignedUrl) -> None:
+        """Drop a URL that the store has rejected."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class UrlProvider:
-    """Provides and renews the signed URL of a file of a checkpoint. Thread-safe.
+class CheckpointUrlProvider:
+    """The `UrlProvider` of an archive, or of a file of external weights.
 
     Attributes:
         key: the checkpoint and its version.
@@ -261,18 +290,11 @@ class UrlProvider:
     name: str = _ARCHIVE
 
     def url(self, ctx: RequestContext = BACKGROUND_CONTEXT) -> SignedUrl:
-        """Return a valid URL.
-
-        Raises:
-            ApiError: the request fails; NotFound if the server no longer lists the file.
-            OSError: as `SignedUrlCache.url`.
-        """
+        """See `UrlProvider.url`."""
         if not self.name:
             return self.url_cache.url(self.key, self.ref, self.path, ctx)
         urls = self.url_cache.external_urls(self.key, self.ref, self.path, ctx)
-        if self.name not in urls:
-            raise errors.NotFound(f"the server no longer lists {self.name!r}")
-        return urls[self.name]
+        return find_url(urls, self.name)
 
     def has_url(self) -> bool:
         """Return whether a valid URL is cached."""
@@ -281,3 +303,14 @@ class UrlProvider:
     def invalidate(self, url: SignedUrl) -> None:
         """Drop a URL that the store has rejected."""
         self.url_cache.invalidate(self.key, url, is_external=bool(self.name))
+
+
+def find_url(urls: Mapping[str, SignedUrl], name: str) -> SignedUrl:
+    """Return the URL of a file.
+
+    Raises:
+        NotFound: the server no longer lists the file.
+    """
+    if name not in urls:
+        raise errors.NotFound(f"the server no longer lists {name!r}")
+    return urls[name]

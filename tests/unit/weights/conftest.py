@@ -14,6 +14,7 @@ from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
+from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
 
@@ -48,9 +49,14 @@ def weights_in(
         )
         with (
             MetadataStore(directory) as store,
-            WeightsReader(archives, store, cache, telemetry, **bounds, **options) as weights,
+            Exports(client, store, telemetry, clock, **bounds) as exports,
+            WeightsReader(
+                archives, exports, store, cache, telemetry, **bounds, **options
+            ) as weights,
         ):
-            yield SimpleNamespace(weights=weights, telemetry=telemetry, cache=cache, store=store)
+            yield SimpleNamespace(
+                weights=weights, exports=exports, telemetry=telemetry, cache=cache, store=store
+            )
 
 
 @pytest.fixture
