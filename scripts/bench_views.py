@@ -7,12 +7,12 @@ from bench_harness import Bench, calls, mounted
 from tests.support.faulty_server import FaultyServer
 
 #: View -> maximum number of requests of a cold listing. There are 4,000 checkpoints in pages of
-#: 100, 200 runs, and 500 sessions in pages of 200. No endpoint lists samplers.
+#: 1,000, 200 runs, and 500 sessions in pages of 200. No endpoint lists samplers.
 RUN_VIEWS = (
-    ("checkpoints", 40),
-    ("published", 40),
-    ("expiring", 40),
-    ("adapters", 40),
+    ("checkpoints", 4),
+    ("published", 4),
+    ("expiring", 4),
+    ("adapters", 4),
     ("models", 2),
 )
 SESSION_VIEWS = (("sessions", 3), ("samplers", 0))

@@ -44,6 +44,8 @@ from tinkerfs.telemetry import Telemetry
 
 T = TypeVar("T")
 
+#: Page size of the account's checkpoints (as in the CLI of Tinker SDK 0.38).
+_ACCOUNT_PAGE_SIZE = 1000
 #: Maximum page size of a session search (Tinker SDK 0.36, sessions/search).
 _MAX_SEARCH_PAGE_SIZE = 200
 
@@ -173,6 +175,7 @@ class Client:
         """Return all checkpoints of the user, newest first.
 
         Sends one request per page, in parallel after the first. One failed page fails the listing.
+        Pages are larger than those of other listings, unless the server refuses their size.
 
         Args:
             dedupe: returns an equal record that is already in memory, or its argument.
@@ -182,7 +185,15 @@ class Client:
         def fetch(limit: int, offset: int) -> Page[Checkpoint]:
             return self.list_user_checkpoints(limit, offset).mapped(dedupe)
 
-        return self._all(fetch, lambda record: record.identity, on_page)
+        def fetch_all(page_size: int) -> tuple[Checkpoint, ...]:
+            return self._all(fetch, lambda record: record.identity, on_page, page_size)
+
+        large_pages = (endpoints.USER_CHECKPOINTS.label, _ACCOUNT_PAGE_SIZE)
+        try:
+            with self._capabilities.guard(large_pages, errors.BadRequest, threshold=1):
+                return fetch_all(_ACCOUNT_PAGE_SIZE)
+        except errors.BadRequest:
+            return fetch_all(pagination.PAGE_SIZE)
 
     def weights_info(self, tinker_path: str, *, exists: bool = False) -> WeightsInfo:
         """Return the base model and LoRA parameters of a checkpoint's weights.
@@ -390,8 +401,11 @@ class Client:
         fetch: Callable[[int, int], Page[T]],
         key: Callable[[T], Hashable],
         on_page: Callable[[tuple[T, ...]], None] = lambda _items: None,
+        page_size: int = pagination.PAGE_SIZE,
     ) -> tuple[T, ...]:
-        return pagination.fetch_all_pages(fetch, key, on_page=on_page, workers=self._concurrency)
+        return pagination.fetch_all_pages(
+            fetch, key, on_page=on_page, workers=self._concurrency, page_size=page_size
+        )
 
     def _parse(self, endpoint: Endpoint, response: Response, parse: Callable[[Response], T]) -> T:
         try:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Number of records to request per page.
+#: Number of records to request per page. Every known server sends that many if it has them.
 PAGE_SIZE = 100
 
 #: Maximum number of times that a listing is fetched again because it changed in between.
@@ -163,7 +163,7 @@ class _Listing(Generic[T]):
         # The count is missing or too low: only a short page marks the end. If the server does not
         # report its page size, a short first page may be clamped.
         if last is first:
-            is_short = first.limit is not None and first.received < first.limit
+            is_short = first.limit is not None and first.received < min(first.limit, PAGE_SIZE)
             return is_short and not self._total  # with a wrong count, `limit` may be wrong, too
         return last.received < self._step
 

@@ -213,7 +213,7 @@ class Api:
     # Listings
 
     def _list_runs(self, request: Request, _args: dict[str, str]) -> Reply:
-        offset, limit = self._page(request, 20)
+        offset, limit = self._page(request, 20, self._profile.page_max)
         runs = [
             serialization.run_json(run, self._profile) for run in self._account.runs(offset, limit)
         ]
@@ -228,7 +228,7 @@ class Api:
         return json_reply({"checkpoints": records, "cursor": cursor})
 
     def _list_checkpoints(self, request: Request, _args: dict[str, str]) -> Reply:
-        offset, limit = self._page(request, 100)
+        offset, limit = self._page(request, 100, self._profile.account_page_max)
         page = self._account.checkpoints(offset, limit)
         records = [serialization.checkpoint_json(run.id, c, self._profile) for run, c in page]
         total_count = self._account.checkpoint_count
@@ -236,7 +236,8 @@ class Api:
         return json_reply({"checkpoints": records, "cursor": cursor})
 
     def _list_sessions(self, request: Request, _args: dict[str, str]) -> Reply:
-        return json_reply({"sessions": self._account.session_ids(*self._page(request, 20))})
+        offset, limit = self._page(request, 20, self._profile.page_max)
+        return json_reply({"sessions": self._account.session_ids(offset, limit)})
 
     def _search_sessions(self, request: Request, _args: dict[str, str]) -> Reply:
         query = self._lookup.body(request)
@@ -268,12 +269,10 @@ class Api:
             }
         return json_reply({"sessions": page, "next_cursor": cursor})
 
-    def _page(self, request: Request, default_limit: int) -> tuple[int, int]:
+    def _page(self, request: Request, default_limit: int, page_max: int | None) -> tuple[int, int]:
         offset = self._lookup.number(request, "offset", 0)
         limit = self._lookup.number(request, "limit", default_limit)
-        return offset, limit if self._profile.page_max is None else min(
-            limit, self._profile.page_max
-        )
+        return offset, limit if page_max is None else min(limit, page_max)
 
     # Single records
 

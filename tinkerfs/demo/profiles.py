@@ -48,6 +48,7 @@ class Profile:
         serves_archives_itself: Whether the API's origin serves archives, without signature, Range
             and ETag.
         page_max: Maximum page size, to which limits are silently reduced; None if unbounded.
+        account_page_max: The same for the listing of the account's checkpoints.
         is_total_zero_past_end: Whether `total_count` is 0 on a page past the end.
         change_status: Status of a successful mutation.
     """
@@ -74,6 +75,7 @@ class Profile:
     archive_form: Literal["tar", "gzip"] = "tar"
     serves_archives_itself: bool = False
     page_max: int | None = 100
+    account_page_max: int | None = 100
     is_total_zero_past_end: bool = False
     change_status: int = 200
 
@@ -104,8 +106,12 @@ _EXPORTS = frozenset(
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("official", missing=frozenset({"GET download"})),
-        Profile("official-0.36", missing=frozenset({"GET archive", "GET download"})),
+        Profile("official", missing=frozenset({"GET download"}), account_page_max=1000),
+        Profile(
+            "official-0.36",
+            missing=frozenset({"GET archive", "GET download"}),
+            account_page_max=1000,
+        ),
         Profile(
             "skyrl",
             requires_key=False,

@@ -124,6 +124,25 @@ def test_list_checkpoints_returns_all_of_run(server, client, run_id):
         client.list_checkpoints("no:such:run")
 
 
+def test_all_user_checkpoints_requests_large_pages(demo_server, client_of):
+    server = demo_server(runs=120, checkpoints=10)
+    assert len(client_of(server).all_user_checkpoints()) == 1200
+    assert server.journal.count("GET checkpoints") == 2
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_all_user_checkpoints_without_large_pages(demo_server, client_of, status):
+    server = demo_server(runs=30, checkpoints=10)
+    server.faults.add(
+        "GET checkpoints", status=status, when=lambda r: r.query.get("limit") == "1000", times=None
+    )
+    client = client_of(server)
+    for requests in (4, 3):  # the refusal of large pages is remembered
+        server.journal.clear()
+        assert len(client.all_user_checkpoints()) == 300
+        assert server.journal.count("GET checkpoints") == requests
+
+
 def test_weights_info_returns_record_or_raises(client, run_id):
     path = client.list_checkpoints(run_id)[0].tinker_path
     info = client.weights_info(path)

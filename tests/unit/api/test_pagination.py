@@ -1,5 +1,6 @@
 """Pagination of listings with wrong metadata, clamped pages and concurrent changes."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -75,6 +76,17 @@ def test_fetch_all_pages_with_clamp_sends_no_extra_request(count, clamp):
     server = Server(count, clamp=clamp)
     server.read()
     assert len(server.offsets) == max(-(-count // min(clamp, 100)), 1)
+
+
+@pytest.mark.parametrize("total", [..., 0, None])
+def test_fetch_all_pages_with_echoed_limit_is_complete(total):
+    server = Server(450, clamp=100, total=total)
+
+    def page(limit, offset):
+        return dataclasses.replace(server.page(limit, offset), limit=limit)
+
+    records = fetch_all_pages(page, lambda number: number, page_size=1000)
+    assert list(records) == list(range(450))
 
 
 def test_fetch_all_pages_limits_pages_in_flight():

@@ -2,12 +2,14 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
 from tests.support.drivers import opened
 from tests.support.faulty_server import FaultyServer
 from tinkerfs.context import RequestContext
+from tinkerfs.demo.profiles import PROFILES
 
 RUNS, CHECKPOINTS = 250, 1
 PAGE = 100
@@ -17,7 +19,8 @@ LISTED = {"/runs": "GET training_runs", "/checkpoints": "GET checkpoints"}
 
 @pytest.fixture(scope="module")
 def demo_server():
-    with FaultyServer(runs=RUNS, checkpoints=CHECKPOINTS) as server:
+    profile = replace(PROFILES["official"], account_page_max=PAGE)
+    with FaultyServer(runs=RUNS, checkpoints=CHECKPOINTS, profile=profile) as server:
         yield server
 
 
