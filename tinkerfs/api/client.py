@@ -17,9 +17,14 @@ from urllib.parse import urlencode, urlsplit
 
 from tinkerfs import errors
 from tinkerfs.api import endpoints, pagination, parsing, raw_json, signed_urls
-from tinkerfs.api.capabilities import UNSUPPORTED_THRESHOLD, CapabilityCache
 from tinkerfs.api.checkpoint_ids import CheckpointRef, IdFormCache, id_path, id_segment
-from tinkerfs.api.circuit_breaker import CircuitBreakers
+from tinkerfs.api.circuit_breaker import (
+    OUTAGE,
+    UNSUPPORTED,
+    UNSUPPORTED_KIND,
+    UNSUPPORTED_LISTING,
+    CircuitBreakers,
+)
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.api.error_mapping import withheld
@@ -91,7 +96,6 @@ class Client:
             clock=clock,
         )
         self._breakers = CircuitBreakers(clock)
-        self._capabilities = CapabilityCache(clock)
         self._id_forms = IdFormCache()
         self._skipped = pagination.SkippedRecordReporter()
 
@@ -108,12 +112,11 @@ class Client:
 
     def is_failing(self, endpoint: Endpoint) -> bool:
         """Return whether the circuit breaker of an endpoint is open."""
-        return self._breakers.is_open(endpoint.label)
+        return self._breakers.is_open(OUTAGE, endpoint.label)
 
     def reset(self) -> None:
         """Close all circuit breakers and forget unsupported endpoints."""
         self._breakers.reset()
-        self._capabilities.reset()
 
     def close(self) -> None:
         """Close every connection; later requests raise ConnectionFailed."""
@@ -208,7 +211,8 @@ class Client:
         kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL supports only `weights`
         capability = (endpoints.WEIGHTS_INFO.label, kind)
         # If the path may be invalid, a BadRequest is about the path and not about the server.
-        with self._capabilities.guard(capability, errors.BadRequest) if exists else nullcontext():
+        guard = self._breakers.guard(UNSUPPORTED_KIND, capability) if exists else nullcontext()
+        with guard:
             return self._fetch_one(request, parsing.parse_weights_info)
 
     def archive(self, ref: CheckpointRef, hold_s: float = 0.0) -> SignedUrl:
@@ -231,7 +235,7 @@ class Client:
 
     def check_archives(self, ref: CheckpointRef) -> None:
         """Raise UnsupportedEndpoint if `archive` would, without a request."""
-        self._capabilities.check(_capability(endpoints.ARCHIVE, ref))
+        self._breakers.check(UNSUPPORTED, _capability(endpoints.ARCHIVE, ref))
 
     def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
         """Return signed URLs for an external checkpoint's files, and their expiry.
@@ -371,17 +375,17 @@ class Client:
 
     def _fetch_one(self, request: Request, parse: Callable[[bytes], T]) -> T:
         endpoint = request.endpoint
-        threshold = 1 if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED_THRESHOLD
-        capability_guard = self._capabilities.guard(endpoint.label, threshold=threshold)
-        with capability_guard, self._circuit_breaker(request) as deadline:
+        unsupported = UNSUPPORTED_LISTING if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED
+        support_guard = self._breakers.guard(unsupported, endpoint.label)
+        with support_guard, self._outage_guard(request) as deadline:
             response = self._transport.send(request, deadline, self._priority)
             return self._parse(endpoint, response, lambda response: parse(response.body))
 
-    def _circuit_breaker(self, request: Request) -> AbstractContextManager[float]:
-        """Return the breaker of the request's endpoint; it yields the request's deadline."""
+    def _outage_guard(self, request: Request) -> AbstractContextManager[float]:
+        """Return the guard of the request's endpoint; it yields the request's deadline."""
         endpoint, deadline = request.endpoint, self._transport.deadline(request.hold_s)
         return self._breakers.guard(
-            endpoint.label, deadline, is_long_running=endpoint.is_long_running
+            OUTAGE, endpoint.label, deadline, is_long_running=endpoint.is_long_running
         )
 
     def _list(
@@ -431,8 +435,8 @@ class Client:
         endpoint = request.endpoint
         run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
         with (
-            self._capabilities.guard(_capability(endpoint, ref)),
-            self._circuit_breaker(request) as deadline,
+            self._breakers.guard(UNSUPPORTED, _capability(endpoint, ref)),
+            self._outage_guard(request) as deadline,
         ):
 
             def send(checkpoint_id: str) -> T:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tinkerfs import errors
-from tinkerfs.api.capabilities import UNSUPPORTED_TTL_S
+from tinkerfs.api.circuit_breaker import UNSUPPORTED_TTL_S
 from tinkerfs.cache.metadata import CachePolicy
 
 #: Maximum TTL of negative entries, seconds; a shorter listing TTL applies to them too.

@@ -160,7 +160,7 @@ def test_outage_at_the_first_request_fails_at_once(server, get_url, telemetry):
 
 
 def test_long_outage_during_a_transfer_is_an_error(server, get_url, telemetry):
-    get_url(0, outage_timeout_s=1.0)
+    get_url(0, outage_timeout_s=2.0)
     server.stop_listening("api")
     with pytest.raises(errors.ConnectionFailed):
         get_url(0)
