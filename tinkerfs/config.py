@@ -3,7 +3,7 @@
 The fields of `Settings` define the command-line flags, `TINKERFS_*` variables, TOML keys, `-o`
 options and the documentation (see `cli/options.py`). A flag overrides the environment, which
 overrides the TOML file, which overrides the default. The API key is not a setting:
-`api/credentials.py` finds it, so that it cannot appear in a command line.
+`api/key_sources.py` finds it, so that it cannot appear in a command line.
 """
 
 import math

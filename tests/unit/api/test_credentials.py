@@ -351,6 +351,19 @@ def test_token_expired_by_local_clock_is_sent_once(expired, time):
         time.advance(600)
 
 
+def test_rejected_token_is_sent_once_after_it_expires(make, time):
+    token = jwt(time.now + 3)
+    credentials = make(TINKER_API_KEY=token)
+    for _ in range(2):
+        assert credentials.get() == token
+        assert not credentials.on_unauthorized(token, Unauthorized("no", status=401))
+        time.advance(10)
+    for _ in range(3):
+        with pytest.raises(Unauthorized, match="expired at"):
+            credentials.get()
+        time.advance(600)
+
+
 def test_token_expired_by_local_clock_but_accepted_stays(expired, time):
     credentials, token, _ = expired
     for _ in range(3):
