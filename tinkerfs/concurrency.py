@@ -8,7 +8,7 @@ thread is much faster than an HTTP request.
 
 import threading
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -100,12 +100,10 @@ class SingleFlight(Generic[K, F]):
                 del self._in_flight[key]
 
 
-def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":
-    """Run `works` in order, at most `limit` at a time, and wait for all.
-
-    Returns:
-        a future for each, in order, all of them done with a result or an error.
-    """
+def start_concurrently(
+    works: Iterable[Callable[[], T]], limit: int, name: str
+) -> "list[Future[T]]":
+    """Start to run `works` in order, at most `limit` at a time; return a future for each."""
     tasks = [(work, Future[T]()) for work in works]
     pending = iter(tasks)
     lock = threading.Lock()
@@ -118,14 +116,20 @@ def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) ->
                 return
             try:
                 future.set_result(work())
-            except Exception as error:  # noqa: BLE001  (raised to the caller)
+            except BaseException as error:  # noqa: BLE001  (raised to the waiter)
                 future.set_exception(error)
 
-    threads = [
-        threading.Thread(target=run, name=name, daemon=True) for _ in range(min(limit, len(tasks)))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for _ in range(min(limit, len(tasks))):
+        threading.Thread(target=run, name=name, daemon=True).start()
     return [future for _work, future in tasks]
+
+
+def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":
+    """Run `works` in order, at most `limit` at a time, and wait for all.
+
+    Returns:
+        a future for each, in order, all of them done with a result or an error.
+    """
+    futures = start_concurrently(works, limit, name)
+    wait(futures)
+    return futures

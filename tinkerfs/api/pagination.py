@@ -9,9 +9,11 @@ by their ids.
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from typing import Generic, TypeVar
 
 from tinkerfs.api.models import Page, SessionSearchPage, SessionSummary
+from tinkerfs.concurrency import start_concurrently
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +145,7 @@ class _Listing(Generic[T]):
         last, offset = first, self._step
         if self._total > offset:
             end = min(self._total, self._step * MAX_PAGES)
-            pages = _ParallelPages(self._fetch, self._page_size, self._step, end)
-            for page in pages.fetch_all(self._workers):
+            for page in self._pages(range(offset, end, self._step)):
                 self._add(page)
                 last, offset = page, offset + self._step
         for _ in range(MAX_PAGES):
@@ -154,6 +155,37 @@ class _Listing(Generic[T]):
             offset += self._step
             if not self._add(last):  # the server ignores `offset`
                 break
+
+    def _pages(self, offsets: range) -> Iterator[Page[T]]:
+        """Yield the pages at known offsets as they arrive, up to and including an empty one.
+
+        After the first error or empty page no further page is requested.
+
+        Raises:
+            Exception: the first error of `fetch`.
+        """
+        is_finished = threading.Event()
+
+        def fetch_page(offset: int) -> Page[T]:
+            if is_finished.is_set():
+                return Page(())
+            page = None
+            try:
+                page = self._fetch(self._page_size, offset)
+            finally:
+                if page is None or not page.received:
+                    is_finished.set()
+            return page
+
+        works = [partial(fetch_page, offset) for offset in offsets]
+        try:
+            for future in start_concurrently(works, self._workers, "page"):
+                page = future.result()
+                yield page
+                if not page.received:
+                    return
+        finally:
+            is_finished.set()
 
     def _is_end(self, first: Page[T], last: Page[T], offset: int) -> bool:
         if not last.received:
@@ -196,75 +228,6 @@ class _Listing(Generic[T]):
             self._totals.add(page.total_count)
             self._total = page.total_count
         return len(self._records) > before
-
-
-class _ParallelPages(Generic[T]):
-    """Fetches the pages at known offsets with worker threads.
-
-    The threads are daemons, so that a process can exit during a listing. After the first error or
-    empty page no further page is requested.
-    """
-
-    def __init__(
-        self, fetch: Callable[[int, int], Page[T]], page_size: int, step: int, end: int
-    ) -> None:
-        self._fetch = fetch
-        self._page_size = page_size
-        self._step = step
-        self._end = end
-        self._page_arrived = threading.Condition()
-        # All guarded by _page_arrived.
-        self._next = step
-        self._is_finished = False
-        self._pages: dict[int, Page[T]] = {}
-        self._error: BaseException | None = None
-
-    def fetch_all(self, workers: int) -> Iterator[Page[T]]:
-        """Yield the pages in order as they arrive, up to and including an empty one.
-
-        Raises:
-            Exception: the first error of `fetch`.
-        """
-        count = min(workers, -(-(self._end - self._step) // self._step))
-        for n in range(count):
-            threading.Thread(target=self._work, name=f"tinkerfs-page-{n}", daemon=True).start()
-        try:
-            for offset in range(self._step, self._end, self._step):
-                page = self._page(offset)
-                yield page
-                if not page.received:
-                    return
-        finally:
-            with self._page_arrived:
-                self._is_finished = True
-
-    def _page(self, offset: int) -> Page[T]:
-        """Wait for the page at `offset`; all earlier pages must be non-empty."""
-        with self._page_arrived:
-            self._page_arrived.wait_for(lambda: self._error is not None or offset in self._pages)
-            if self._error is not None and offset not in self._pages:
-                raise self._error
-            return self._pages.pop(offset)
-
-    def _work(self) -> None:
-        while True:
-            with self._page_arrived:
-                offset = self._next
-                if self._is_finished or offset >= self._end:
-                    return
-                self._next += self._step
-            try:
-                page = self._fetch(self._page_size, offset)
-            except BaseException as error:  # noqa: BLE001  (`fetch_all` raises it in the caller)
-                with self._page_arrived:
-                    self._error = self._error or error
-                    self._is_finished = True
-                    self._page_arrived.notify()
-                return
-            with self._page_arrived:
-                self._pages[offset] = page
-                self._is_finished = self._is_finished or not page.received
-                self._page_arrived.notify()
 
 
 class SkippedRecordReporter:

@@ -281,6 +281,6 @@ def test_on_page_error_stops_requests():
         fetch_all_pages(page, lambda n: n, on_page=on_page)
     resume.set()
     for thread in threading.enumerate():
-        if thread.name.startswith("tinkerfs-page"):
+        if thread.name == "page":
             thread.join(10)
     assert len(server.offsets) <= 11 + WORKERS
