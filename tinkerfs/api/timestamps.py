@@ -6,18 +6,18 @@ rest of its record stays usable.
 
 import math
 import re
-from datetime import date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 _ISO = re.compile(
-    r"\s*(\d{4})-(\d\d)-(\d\d)"
-    r"(?:[Tt ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d+))?)?"
-    r"\s*(?:([Zz]|UTC|GMT)|([+-])(\d\d)(?::?(\d\d))?)?)?\s*",
+    r"\s*(\d{4}-\d\d-\d\d)"
+    r"(?:[Tt ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d+))?)?"
+    r"\s*(?:[Zz]|UTC|GMT|([+-]\d\d(?::?\d\d)?))?)?\s*",
     re.ASCII,
 )
 #: Longer strings are rejected, because `_ISO` backtracks over runs of spaces.
 _MAX_LENGTH = 100
 _EPOCH = datetime(1970, 1, 1)
-_EPOCH_DAY = date(1970, 1, 1).toordinal()
+_EPOCH_UTC = datetime(1970, 1, 1, tzinfo=UTC)
 #: Lengths of canonical timestamps with whole seconds and with microseconds.
 _CANONICAL_LENGTHS = (19, 26)
 _NS = 1_000_000_000
@@ -85,20 +85,12 @@ def _any_iso_ns(text: str) -> int | None:
     match = _ISO.fullmatch(text) if len(text) <= _MAX_LENGTH else None
     if match is None:
         return None
-    year, month, day, hour, minute, second, fraction, _, sign, zone_hour, zone_minute = (
-        match.groups()
-    )
+    day, minute, second, fraction, zone = match.groups(default="")
+    if minute[:2] == "24" or second > "60":  # 60: a leap second
+        return None
     try:
-        days = date(int(year), int(month), int(day)).toordinal() - _EPOCH_DAY
+        span = datetime.fromisoformat(f"{day}T{minute or '00:00'}{zone or 'Z'}") - _EPOCH_UTC
     except ValueError:
         return None
-    if hour is None:
-        return days * 86400 * _NS
-    hours, minutes, seconds = int(hour), int(minute), int(second or 0)
-    if hours > 23 or minutes > 59 or seconds > 60:  # 60: a leap second
-        return None
-    total_s = days * 86400 + hours * 3600 + minutes * 60 + seconds
-    if sign is not None:
-        zone_s = int(zone_hour) * 3600 + int(zone_minute or 0) * 60
-        total_s += zone_s if sign == "-" else -zone_s
-    return total_s * _NS + (int(fraction[:9].ljust(9, "0")) if fraction else 0)
+    seconds = span.days * 86400 + span.seconds + int(second or 0)
+    return seconds * _NS + int(fraction[:9].ljust(9, "0"))

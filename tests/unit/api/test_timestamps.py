@@ -87,6 +87,7 @@ def test_parse_time_ns_accepts_unusual_formats(text, ns):
         1e300,
         10**400,
         [],
+        "2026-11-23T10:20:30+24:00",
         {},
     ],
 )
