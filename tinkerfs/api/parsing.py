@@ -4,7 +4,7 @@ An invalid field is omitted, and an invalid record is skipped. Only a response t
 that lacks its list, raises a ProtocolError.
 
 msgspec decodes valid records. A record that msgspec rejects is decoded by `json.loads`, with a type
-check per field.
+check per field. Both fill the same structure, from which the record is built.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ from tinkerfs.errors import ProtocolError
 
 T = TypeVar("T")
 
-# Records as msgspec validates them.
+# Records as msgspec validates them; one that it rejects may have a value of any type elsewhere.
 
 
 class _WireCheckpoint(msgspec.Struct, gc=False):
@@ -78,7 +78,16 @@ def parse_checkpoint(raw: bytes) -> Checkpoint | None:
     try:
         wire = _decode_checkpoint(raw)
     except DECODE_ERRORS:
-        return _checkpoint_from_fields(loads_object(raw), raw)
+        fields = loads_object(raw) or {}
+        wire = _WireCheckpoint(
+            checkpoint_id=_text(fields, "checkpoint_id") or "",
+            checkpoint_type=_text(fields, "checkpoint_type"),
+            time=fields.get("time"),
+            tinker_path=_text(fields, "tinker_path"),
+            size_bytes=fields.get("size_bytes"),
+            public=fields.get("public"),
+            expires_at=fields.get("expires_at"),
+        )
     if not wire.checkpoint_id:
         return None
     return Checkpoint.from_fields(
@@ -93,26 +102,20 @@ def parse_checkpoint(raw: bytes) -> Checkpoint | None:
     )
 
 
-def _checkpoint_from_fields(fields: dict[str, Any] | None, raw: bytes) -> Checkpoint | None:
-    if fields is None or not (checkpoint_id := _text(fields, "checkpoint_id")):
-        return None
-    return Checkpoint.from_fields(
-        checkpoint_id,
-        checkpoint_type=_text(fields, "checkpoint_type"),
-        time_ns=parse_time_ns(fields.get("time")),
-        tinker_path=_text(fields, "tinker_path"),
-        size_bytes=_size(fields.get("size_bytes")),
-        is_public=fields.get("public") is True,
-        expires_at_ns=parse_time_ns(fields.get("expires_at")),
-        raw=raw,
-    )
-
-
 def _parse_run(raw: bytes) -> TrainingRun | None:
     try:
         wire = _decode_run(raw)
     except DECODE_ERRORS:
-        return _run_from_fields(loads_object(raw), raw)
+        fields = loads_object(raw) or {}
+        wire = _WireRun(
+            training_run_id=_text(fields, "training_run_id") or "",
+            base_model=_text(fields, "base_model"),
+            is_lora=_boolean(fields, "is_lora"),
+            lora_rank=fields.get("lora_rank"),
+            last_request_time=fields.get("last_request_time"),
+            last_checkpoint=_to_json(fields.get("last_checkpoint")),
+            last_sampler_checkpoint=_to_json(fields.get("last_sampler_checkpoint")),
+        )
     if not wire.training_run_id:
         return None
     return TrainingRun(
@@ -127,29 +130,14 @@ def _parse_run(raw: bytes) -> TrainingRun | None:
     )
 
 
+def _to_json(value: object) -> msgspec.Raw:
+    return msgspec.Raw(dumps(value))
+
+
 def _parse_nested(value: msgspec.Raw) -> Checkpoint | None:
     raw = bytes(value)
     record = None if raw == b"null" else parse_checkpoint(raw)
     return None if record is None else replace(record, json_template=_NO_JSON)
-
-
-def _run_from_fields(fields: dict[str, Any] | None, raw: bytes) -> TrainingRun | None:
-    if fields is None or not (run_id := _text(fields, "training_run_id")):
-        return None
-    return TrainingRun(
-        run_id=run_id,
-        base_model=_interned(_text(fields, "base_model")),
-        lora_rank=_size(fields.get("lora_rank")),
-        is_lora=_boolean(fields, "is_lora"),
-        last_request_time_ns=parse_time_ns(fields.get("last_request_time")),
-        last_checkpoint=_nested_from_fields(fields.get("last_checkpoint")),
-        last_sampler_checkpoint=_nested_from_fields(fields.get("last_sampler_checkpoint")),
-        raw=raw,
-    )
-
-
-def _nested_from_fields(value: object) -> Checkpoint | None:
-    return _checkpoint_from_fields(value, _NO_JSON) if isinstance(value, dict) else None
 
 
 def _interned(text: str | None) -> str | None:
