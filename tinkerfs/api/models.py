@@ -5,7 +5,7 @@ that unknown fields are shown unchanged. The representation is compact, because 
 100,000 records. All values may be shared by threads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from sys import intern
 from typing import Generic, Self, TypeVar
@@ -21,16 +21,15 @@ T = TypeVar("T")
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Record of a checkpoint; create it with `from_fields`.
 
-    Records share equal strings, and no record stores a string twice: the ids and tinker paths of
-    100,000 checkpoints would need 18 MB each.
+    Records share equal kinds, types and JSON templates: the JSON of 100,000 checkpoints would need
+    another 30 MB.
 
     Attributes:
         kind: part of the id before the first slash; None without a slash.
         name: part of the id after the first slash; the whole id without a slash.
         checkpoint_type: "training", "sampler", "external" or a newer type.
         time_ns: when the checkpoint was saved, nanoseconds since 1970.
-        path_prefix: the tinker path without the checkpoint id at its end.
-        path_has_id: whether the tinker path ends with the checkpoint id.
+        tinker_path: `tinker://<run>/<kind>/<name>`, not validated.
         size_bytes: size on the server, 0 or more.
         expires_at_ns: when the server deletes the checkpoint, nanoseconds since 1970; None without
             an expiry.
@@ -41,8 +40,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     name: str
     checkpoint_type: str | None = None
     time_ns: int | None = None
-    path_prefix: str | None = None
-    path_has_id: bool = False
+    tinker_path: str | None = None
     size_bytes: int | None = None
     is_public: bool = False
     expires_at_ns: int | None = None
@@ -65,21 +63,17 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         kind, slash, name = checkpoint_id.partition("/")
         if not slash:
             name = checkpoint_id
-        path_prefix, path_has_id = tinker_path, False
-        if tinker_path is not None and tinker_path.endswith("/" + checkpoint_id):
-            path_prefix, path_has_id = intern(tinker_path[: -len(checkpoint_id)]), True
         return cls(
             kind=intern(kind) if slash else None,
             name=name,
             checkpoint_type=intern(checkpoint_type) if checkpoint_type is not None else None,
             time_ns=time_ns,
-            path_prefix=path_prefix,
-            path_has_id=path_has_id,
+            tinker_path=tinker_path,
             size_bytes=size_bytes,
             is_public=is_public,
             expires_at_ns=expires_at_ns,
             json_template=to_template(
-                raw, *_template_values(path_prefix, time_ns, expires_at_ns, name, size_bytes)
+                raw, *_template_values(tinker_path, time_ns, expires_at_ns, name, size_bytes)
             ),
         )
 
@@ -95,7 +89,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     def _template_values(self) -> tuple[str | None, ...]:
         return _template_values(
-            self.path_prefix, self.time_ns, self.expires_at_ns, self.name, self.size_bytes
+            self.tinker_path, self.time_ns, self.expires_at_ns, self.name, self.size_bytes
         )
 
     @property
@@ -104,22 +98,15 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return self.name if self.kind is None else f"{self.kind}/{self.name}"
 
     @property
-    def tinker_path(self) -> str | None:
-        """The tinker path `tinker://<run>/<kind>/<name>`, not validated."""
-        if self.path_prefix is None or not self.path_has_id:
-            return self.path_prefix
-        return self.path_prefix + self.checkpoint_id
-
-    @property
-    def identity(self) -> tuple[object, ...]:
+    def identity(self) -> Hashable:
         """Key that is unique among all runs, unlike ids without a kind."""
-        if self.path_prefix is None:
+        if self.tinker_path is None:
             return (self.kind, self.name, self.checkpoint_type, self.time_ns)
-        return (self.path_prefix, self.path_has_id, self.kind, self.name)
+        return self.tinker_path
 
 
 def _template_values(
-    path_prefix: str | None,
+    tinker_path: str | None,
     time_ns: int | None,
     expires_at_ns: int | None,
     name: str,
@@ -127,7 +114,7 @@ def _template_values(
 ) -> tuple[str | None, ...]:
     """Return the values that a template replaces, as in the JSON, the shortest last."""
     return (
-        path_prefix,
+        tinker_path,
         None if time_ns is None else canonical_timestamp(time_ns),
         None if expires_at_ns is None else canonical_timestamp(expires_at_ns),
         f'{name}"',  # with the closing quote, because a name such as "1" occurs in other values

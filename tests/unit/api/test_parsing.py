@@ -85,13 +85,8 @@ def test_parse_checkpoints_omits_only_invalid_field(name, value):
     assert [item.checkpoint_id for item in page.items] == ["weights/0001"] * 2
     valid = page.items[1]
     attributes = {"time": "time_ns", "public": "is_public", "expires_at": "expires_at_ns"}
-    fields = {"checkpoint_id", "tinker_path", *Checkpoint.__struct_fields__}
-    for field in fields - {
-        attributes.get(name, name),
-        "json_template",
-        "path_prefix",
-        "path_has_id",
-    }:
+    fields = {"checkpoint_id", *Checkpoint.__struct_fields__}
+    for field in fields - {attributes.get(name, name), "json_template"}:
         assert getattr(page.items[0], field) == getattr(valid, field)
     assert json.loads(page.items[0].raw) == record
 
