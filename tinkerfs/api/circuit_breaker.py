@@ -71,7 +71,7 @@ UNSUPPORTED = BreakerPolicy(
     reset_after_s=UNSUPPORTED_TTL_S,
     sticky_success=True,
 )
-#: The same for an endpoint without parameters, whose refusal is always about the endpoint.
+#: The same for an endpoint without parameters: every refusal is about the endpoint.
 UNSUPPORTED_LISTING = replace(UNSUPPORTED, threshold=1, no_response_threshold=1)
 #: The same for an endpoint that rejects what it does not support as a bad request.
 UNSUPPORTED_KIND = replace(UNSUPPORTED, trip_on=(errors.BadRequest,))

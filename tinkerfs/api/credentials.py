@@ -181,7 +181,7 @@ class Credentials:
         Raises:
             StartupError, Unauthorized: the last failure, during the backoff.
         """
-        if self._source.has_changed():
+        if self._source.detect_change():
             return None
         if self._failure is not None:
             if self._clock.monotonic() >= self._backoff_until:

@@ -60,7 +60,7 @@ class KeySource(ABC):
     Attributes:
         name: name of the source, for messages.
         hint: what to do about an invalid key.
-        can_renew: whether reading again may return another key although `has_changed` is false.
+        can_renew: whether reading again may return another key although `detect_change` is false.
     """
 
     name: str
@@ -75,8 +75,8 @@ class KeySource(ABC):
             StartupError: the key is missing or cannot be read; the message has a hint.
         """
 
-    def has_changed(self) -> bool:
-        """Return whether the source is known to have changed since the last `read`; fast."""
+    def detect_change(self) -> bool:
+        """Look whether the source has changed since the last `read`; fast."""
         return False
 
     def renewal_delay_s(self, lifetime_s: float) -> float:
@@ -204,12 +204,13 @@ class _StoredLogin(KeySource):
         self._has_changed = False
         self._next_check_at = 0.0
 
-    def has_changed(self) -> bool:
+    def detect_change(self) -> bool:
         now = self._clock.monotonic()
         with self._lock:
             if now >= self._next_check_at:
                 self._next_check_at = now + CHECK_INTERVAL_S
-                self._has_changed = self._has_changed or _version_of(self._path) != self._version
+                if _version_of(self._path) != self._version:
+                    self._has_changed = True
             return self._has_changed
 
     def read(self) -> str:
