@@ -75,6 +75,8 @@ UNSUPPORTED = BreakerPolicy(
 UNSUPPORTED_LISTING = replace(UNSUPPORTED, threshold=1, no_response_threshold=1)
 #: The same for an endpoint that rejects what it does not support as a bad request.
 UNSUPPORTED_KIND = replace(UNSUPPORTED, trip_on=(errors.BadRequest,))
+#: The same for a page size, which the first refusal settles.
+UNSUPPORTED_PAGE_SIZE = replace(UNSUPPORTED_KIND, threshold=1, no_response_threshold=1)
 
 
 @dataclass(slots=True)

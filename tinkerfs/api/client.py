@@ -23,6 +23,7 @@ from tinkerfs.api.circuit_breaker import (
     UNSUPPORTED,
     UNSUPPORTED_KIND,
     UNSUPPORTED_LISTING,
+    UNSUPPORTED_PAGE_SIZE,
     CircuitBreakers,
 )
 from tinkerfs.api.credentials import Credentials
@@ -193,7 +194,7 @@ class Client:
 
         large_pages = (endpoints.USER_CHECKPOINTS.label, _ACCOUNT_PAGE_SIZE)
         try:
-            with self._capabilities.guard(large_pages, errors.BadRequest, threshold=1):
+            with self._breakers.guard(UNSUPPORTED_PAGE_SIZE, large_pages):
                 return fetch_all(_ACCOUNT_PAGE_SIZE)
         except errors.BadRequest:
             return fetch_all(pagination.PAGE_SIZE)
