@@ -9,16 +9,14 @@ After a key was rejected twice, requests fail locally for a while (5 s, doubling
 a wrong key does not cost one request per `stat`. No message, repr or log contains a key.
 """
 
-import base64
-import binascii
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from tinkerfs.api.jwt import expiry_of
 from tinkerfs.api.key_sources import COMMAND_TIMEOUT_S, RENEW_BEFORE_S, find_key_source
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.errors import ApiError, StartupError, TinkerfsError, Unauthorized
@@ -254,7 +252,7 @@ class Credentials:
         text, hint = self._source.read(), self._source.hint
         if not text.isascii() or not text.isprintable() or " " in text:
             raise StartupError(f"the key of {self.source} contains invalid characters {hint}")
-        expires_at_s = _expiry_of(text)
+        expires_at_s = expiry_of(text)
         if expires_at_s is None or expires_at_s > self._clock.now():
             return _Key(text, expires_at_s)
         # The local clock may be wrong: the API decides, so the token is sent once.
@@ -268,22 +266,6 @@ class Credentials:
 
 def _copy_of_error(error: TinkerfsError) -> TinkerfsError:
     return error.as_local() if isinstance(error, ApiError) else type(error)(*error.args)
-
-
-def _expiry_of(key: str) -> float | None:
-    """Return the `exp` of a JWT (RFC 7519, 4.1.4); None without one."""
-    parts = key.split(".")
-    if len(parts) != 3 or not key.startswith("eyJ"):
-        return None
-    try:
-        payload = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
-        claims = json.loads(payload)
-    except (ValueError, binascii.Error, RecursionError):
-        return None
-    expiry = claims.get("exp") if isinstance(claims, dict) else None
-    if isinstance(expiry, bool) or not isinstance(expiry, int | float):
-        return None
-    return float(expiry) if abs(expiry) < 1e15 else None
 
 
 def _format_time(seconds: float) -> str:

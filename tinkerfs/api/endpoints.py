@@ -108,3 +108,8 @@ SAMPLER = Endpoint("GET samplers/{sampler}", Scope.OPTIONAL_RESOURCE)
 CAPABILITIES = Endpoint("GET get_server_capabilities", Scope.ACCOUNT)
 HEALTH = Endpoint("GET healthz", Scope.ACCOUNT)
 WHOAMI = Endpoint("GET auth/apikey/me", Scope.ACCOUNT)
+CLIENT_CONFIG = Endpoint("POST client/config", Scope.ACCOUNT)
+TOKEN = Endpoint("POST auth/token", Scope.ACCOUNT)
+
+#: The version of the contract that requests declare: that of the Tinker SDK.
+SDK_VERSION = "0.38.0"

@@ -21,8 +21,6 @@ from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.retry import Backoff
 
-#: The version of the contract that a session declares: that of the Tinker SDK.
-SDK_VERSION: Final = "0.38.0"
 #: Seconds between heartbeats (Tinker SDK 0.38, `internal_client_holder.py`).
 HEARTBEAT_S: Final = 10.0
 #: Between polls of a future. A server may delay its response to a poll instead.
@@ -225,7 +223,7 @@ class Export:
         fields = {
             "tags": [],
             "user_metadata": {"created_by": "tinkerfs export"},
-            "sdk_version": SDK_VERSION,
+            "sdk_version": endpoints.SDK_VERSION,
             "type": "create_session",
         }
         found = self._client.post(endpoints.CREATE_SESSION, "create_session", fields)

@@ -7,18 +7,21 @@ a request share one deadline, because a file operation waits for them.
 """
 
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from tinkerfs import errors
+from tinkerfs.api import raw_json
 from tinkerfs.api.concurrency_limit import ConcurrencyLimiter
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.error_mapping import error_from_response
 from tinkerfs.api.http_client import ExchangeError, HttpClient, Response
+from tinkerfs.api.token_exchange import TokenExchange
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import DEMAND, Priority
 from tinkerfs.errors import ApiError, StartupError
@@ -114,6 +117,7 @@ class Transport:
         self._backoff = backoff
         self._clock = clock
         self._limiter = ConcurrencyLimiter(concurrency, clock)
+        self._tokens = TokenExchange(self._post_with_key, clock)
         self._http = HttpClient(
             base_url.rstrip("/") + "/api/v1/",
             telemetry,
@@ -150,20 +154,29 @@ class Transport:
     def send(self, request: Request, deadline: float, priority: Priority = DEMAND) -> Response:
         """Send a request, retry it if appropriate, and return a successful response.
 
-        After a 401 the request is sent once more if the credentials have changed. The deadline is
-        on the monotonic clock. Demand requests are sent before prefetches.
+        After a 401 the request is sent once more with a token of the key, if the server exchanges
+        keys for tokens, and once more if the key has changed. The deadline is on the monotonic
+        clock. Demand requests are sent before prefetches.
         """
-        is_second_key = False
+        is_second_token = is_second_key = False
         while True:
-            key = self._key(request)
+            key, credential = self._key(request), None
             try:
-                response = self._send_with_retries(request, key, deadline, priority)
+                credential = self._credential(request, key, deadline)
+                response = self._send_with_retries(request, credential, deadline, priority)
             except errors.Unauthorized as error:
                 if error.status != 401 or key is None or not request.needs_key:
                     raise
-                if not self._credentials.on_unauthorized(key, error) or is_second_key:
+                if (
+                    credential is not None
+                    and not is_second_token
+                    and self._tokens.on_unauthorized(key, credential, self._left_s(deadline))
+                ):
+                    is_second_token = True
+                elif not self._credentials.on_unauthorized(key, error) or is_second_key:
                     raise
-                is_second_key = True
+                else:
+                    is_second_key = True
                 if request.has_taken_effect(error, may_have_succeeded=False):
                     return _ALREADY_MADE
                 continue
@@ -186,6 +199,25 @@ class Transport:
                 raise
             message = error.message if isinstance(error, ApiError) else str(error)
             raise errors.Unauthorized(message, endpoint=request.endpoint.label) from None
+
+    def _credential(self, request: Request, key: str | None, deadline: float) -> str | None:
+        """Return what authenticates a request: the key, or a token of it."""
+        if key is None:
+            return None
+        if not request.needs_key:
+            return self._tokens.known_credential(key)
+        return self._tokens.credential(key, self._left_s(deadline))
+
+    def _post_with_key(
+        self, endpoint: Endpoint, path: str, fields: Mapping[str, object], key: str
+    ) -> dict[str, Any]:
+        """Send a POST request with the key itself; return the object in the response."""
+        request = Request(endpoint, path, raw_json.dumps(fields), str(uuid.uuid4()))
+        response = self._send_with_retries(request, key, self.deadline(), DEMAND)
+        return raw_json.parse_object(response.body)[1]
+
+    def _left_s(self, deadline: float) -> float:
+        return deadline - self._clock.monotonic()
 
     def _send_with_retries(
         self, request: Request, key: str | None, deadline: float, priority: Priority
@@ -245,7 +277,7 @@ class Transport:
             headers["X-API-Key"] = key
         if request.idempotency_key is not None:
             headers["X-Idempotency-Key"] = request.idempotency_key
-        left_s = deadline - self._clock.monotonic()
+        left_s = self._left_s(deadline)
         if left_s <= 0:
             message = f"no response within {self._timeout_s:g} s"
             raise ExchangeError(

@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -56,6 +57,7 @@ _ROUTES = (
     ("POST", "client/dynamic_config", "POST client/dynamic_config"),
     ("POST", "telemetry", "POST telemetry"),
     ("GET", "auth/apikey/me", "GET auth/apikey/me"),
+    ("POST", "auth/token", "POST auth/token"),
 )
 
 
@@ -68,6 +70,8 @@ def _pattern(template: str) -> re.Pattern[str]:
 _PATTERNS = [(method, _pattern(template), endpoint) for method, template, endpoint in _ROUTES]
 _OPEN = frozenset({"GET healthz", "GET download"})
 """Endpoints that require no API key."""
+_EXCHANGE = frozenset({"POST client/config", "POST auth/token"})
+"""Endpoints that accept an API key although the server requires tokens."""
 
 
 @dataclass(slots=True)
@@ -81,6 +85,8 @@ class Behaviour:
         sends_expiry: Whether that redirect has an `Expires` header.
         building_status: Status while an archive is being built: 503 or 425.
         retry_after: `Retry-After` header of that response; None to omit it.
+        requires_token: Whether API keys are accepted only in exchange for tokens.
+        token_lifetime_s: Lifetime of those tokens.
         exports: Delays and failures of exports.
     """
 
@@ -90,6 +96,8 @@ class Behaviour:
     sends_expiry: bool = True
     building_status: int = 503
     retry_after: str | None = "1"
+    requires_token: bool = False
+    token_lifetime_s: float = 3600.0
     exports: ExportOptions = field(default_factory=ExportOptions)
 
 
@@ -150,10 +158,11 @@ class Api:
             "GET samplers/{sampler}": self._get_sampler,
             "GET get_server_capabilities": self._capabilities,
             "GET healthz": lambda _request, _args: json_reply({"status": "ok"}),
-            "POST client/config": lambda _request, _args: json_reply({}),
+            "POST client/config": self._config,
             "POST client/dynamic_config": lambda _request, _args: json_reply({}),
             "POST telemetry": lambda _request, _args: json_reply({"status": "accepted"}),
             "GET auth/apikey/me": self._key,
+            "POST auth/token": self._token,
         }
 
     def endpoint(self, method: str, path: str) -> str:
@@ -165,7 +174,7 @@ class Api:
         if self._profile.requires_key and request.endpoint not in _OPEN:
             if request.api_key is None:
                 return error_reply(401, "Missing API key")
-            if not self._is_valid(request.api_key):
+            if not self._is_valid(request.api_key, request.endpoint):
                 return error_reply(401, "Invalid API key")
         endpoint, args = self._route(request.method, request.path)
         if endpoint == "?":
@@ -198,9 +207,9 @@ class Api:
                     return endpoint, match.groupdict()
         return "?", {}
 
-    def _is_valid(self, key: str) -> bool:
+    def _is_valid(self, key: str, endpoint: str) -> bool:
         if key in self._behaviour.api_keys:
-            return True
+            return not self._behaviour.requires_token or endpoint in _EXCHANGE
         if not self._behaviour.accepts_jwt or not key.startswith("eyJ"):
             return False
         try:
@@ -316,6 +325,15 @@ class Api:
         user = {"id": "demo-user", "name": "Demo user", "email": "demo@example.com"}
         details = {"org_details": organisation, "user_details": user}
         return json_reply({"key_id": 1, "name": "demo", "note": "", "details": details})
+
+    def _config(self, _request: Request, _args: dict[str, str]) -> Reply:
+        return json_reply({"pjwt_auth_enabled": self._behaviour.requires_token})
+
+    def _token(self, _request: Request, _args: dict[str, str]) -> Reply:
+        claims = {"exp": self._clock() + self._behaviour.token_lifetime_s, "jti": uuid.uuid4().hex}
+        parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))
+        encoded = (base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
+        return json_reply({"jwt": ".".join((*encoded, "demo"))})
 
     # Files
 

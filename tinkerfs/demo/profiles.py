@@ -90,7 +90,7 @@ _SESSIONS = frozenset(
     }
 )
 _CHANGES = frozenset({"POST publish", "DELETE publish", "PUT ttl"})
-_ACCOUNT = frozenset({"GET checkpoints", "GET auth/apikey/me"})
+_ACCOUNT = frozenset({"GET checkpoints", "GET auth/apikey/me", "POST auth/token"})
 _EXPORTS = frozenset(
     {
         "POST create_session",

@@ -49,7 +49,8 @@ class DemoServer:
         building_polls: Number of requests for each archive during which it is "being built".
         signed_url_lifetime_s: Lifetime of signed URLs.
         **behaviour: Further attributes of `Behaviour`: `archive_response`, `sends_expiry`,
-            `building_status`, `retry_after`, `accepts_jwt`, `exports`.
+            `building_status`, `retry_after`, `accepts_jwt`, `requires_token`, `token_lifetime_s`,
+            `exports`.
 
     Attributes:
         account: The records; changes take effect at once.

@@ -334,11 +334,11 @@ def test_wrong_key_is_sent_once_per_backoff(server, client_of):
             client.all_training_runs()
     assert caught.value.status == 401
     assert caught.value.is_local
-    assert server.journal.count() == 1
+    assert server.journal.count(RUNS) == 1
     time.advance(5)
     with pytest.raises(errors.Unauthorized):
         client.all_training_runs()
-    assert server.journal.count() == 2
+    assert server.journal.count(RUNS) == 2
 
 
 def test_rotated_key_is_reloaded(server, client_of, tmp_path):
@@ -380,7 +380,7 @@ def test_second_rejected_key_is_not_retried(server, client_of, tmp_path):
         client.all_training_runs()
     with pytest.raises(errors.Unauthorized):
         client.all_training_runs()
-    assert server.journal.count() == 2
+    assert server.journal.count(RUNS) == 2
 
 
 def test_concurrent_requests_with_wrong_key_fail(server, client_of):

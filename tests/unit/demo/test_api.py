@@ -203,7 +203,9 @@ def test_search_sessions_filters_and_pages(api, server):
 
 
 def test_other_endpoints_respond(api, server, web):
-    assert api.post("client/config", json={"sdk_version": "1"}).json() == {}
+    assert api.post("client/config", json={"sdk_version": "1"}).json() == {
+        "pjwt_auth_enabled": False
+    }
     assert api.post("client/dynamic_config").json() == {}
     assert api.post("telemetry", json={"events": []}).json() == {"status": "accepted"}
     models = api.get("get_server_capabilities").json()["supported_models"]
