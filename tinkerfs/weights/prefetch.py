@@ -1,9 +1,9 @@
 """Download files of weights into the block cache by concurrent requests."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from itertools import chain
 
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
@@ -36,6 +36,16 @@ class BlockResult:
     error: Exception | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiter:
+    """A block of a file that is in flight, `size_bytes` of which belong to the file."""
+
+    request: int
+    number: int
+    block: int
+    size_bytes: int
+
+
 def required_cache_bytes(files: Sequence[WeightsFile]) -> int:
     """Return the maximum disk usage of some files once all of them are cached."""
     blocks = {
@@ -51,23 +61,27 @@ def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[Bloc
     waits for blocks cannot be interrupted, so callers that may be cancelled run it on a thread of
     its own. Downloads in flight continue after the iterator is closed.
     """
-    # The waiters of each block: file number, block index, bytes of the file, request number.
-    in_flight: dict[Future[bytes | None], list[tuple[int, int, int, int]]] = {}
+    in_flight: dict[Future[bytes | None], list[_Waiter]] = {}
+    #: The number of waiters of each request that has any.
+    waiting: Counter[int] = Counter()
     failed: set[int] = set()
 
     def completed() -> Iterator[BlockResult]:
         done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
         for future in done:
-            for number, block, size_bytes, _request in in_flight.pop(future):
+            for waiter in in_flight.pop(future):
+                waiting[waiter.request] -= 1
+                if not waiting[waiter.request]:
+                    del waiting[waiter.request]
                 error = future.exception()
-                if error is None and not files[number].is_cached(block):
+                if error is None and not files[waiter.number].is_cached(waiter.block):
                     error = errors.no_space("", _CACHE_REJECTED)
                 if error is None:
-                    yield BlockResult(number, size_bytes)
-                elif number not in failed:
-                    failed.add(number)
+                    yield BlockResult(waiter.number, waiter.size_bytes)
+                elif waiter.number not in failed:
+                    failed.add(waiter.number)
                     assert isinstance(error, Exception)
-                    yield BlockResult(number, 0, error)
+                    yield BlockResult(waiter.number, 0, error)
 
     missing = [
         {
@@ -86,7 +100,7 @@ def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[Bloc
         for run in group_consecutive(blocks, blocks_per_request)
     ]
     for request, (number, run) in enumerate(requests):
-        while len({each[-1] for each in chain(*in_flight.values())}) >= _MAX_REQUESTS:
+        while len(waiting) >= _MAX_REQUESTS:
             yield from completed()
         for block in run:
             file, size_bytes = files[number], missing[number][block]
@@ -101,6 +115,8 @@ def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[Bloc
                 failed.add(number)
                 yield BlockResult(number, 0, error)
                 break
-            in_flight.setdefault(future, []).append((number, block, size_bytes, request))
+            waiter = _Waiter(request, number, block, size_bytes)
+            in_flight.setdefault(future, []).append(waiter)
+            waiting[request] += 1
     while in_flight:
         yield from completed()

@@ -3,15 +3,11 @@
 A block is looked up in memory, then in the disk cache, and otherwise downloaded. Concurrent readers
 of a block share one download, also across processes that share the cache (byte-range locks).
 Downloads run on threads of their own, by range requests of one or two blocks; readers only wait.
-A store without range support and a gzip archive send the whole file. One full scan of that body
-serves all waiting readers and fills the cache, as long as the file is open. Thread-safe.
+`downloaders` stores what a response contains, which may be the whole file. Thread-safe.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import ExitStack
-from itertools import chain
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -22,10 +18,21 @@ from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.block_check import BlockCheck
-from tinkerfs.weights.block_download import BlockDownload, CacheWriteLost
+from tinkerfs.weights.block_download import CacheWriteLost
 from tinkerfs.weights.block_math import BLOCK_BYTES, block_range, group_consecutive, split_by_block
-from tinkerfs.weights.block_source import BlockSource, ByteStream
+from tinkerfs.weights.block_source import BlockSource
+from tinkerfs.weights.downloaders import (
+    BlockClaims,
+    BlockRequest,
+    BlockSink,
+    Downloader,
+    RangeDownloader,
+    SequentialDownloader,
+)
 from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 #: Concurrent requests per file. Prefetches leave some of them to demand reads.
 CONNECTIONS = 24
@@ -73,40 +80,34 @@ class RemoteFile:
         is_needed = not source.is_exact
         self._check = BlockCheck(disk, self.peek, size_bytes, digests=digests, is_needed=is_needed)
         source.use_samples(self._check.sample)
+        self._sink = BlockSink(
+            key, path, size_bytes, source, disk, memory, self._check, telemetry, timeout_s
+        )
+        self._ranges = RangeDownloader(self._sink, disk)
+        self._sequential = SequentialDownloader(self._sink, is_in_use=lambda: self._users > 1)
         self._connections = threading.BoundedSemaphore(CONNECTIONS)
-        self._lock = threading.RLock()
-        # All guarded by _lock.
+        # All guarded by the lock of the sink.
         self._users = 0
         self._is_closed = False
-        #: By block index. The result is the block, or None if it is on disk.
-        self._in_flight: dict[int, Future[bytes | None]] = {}
         self._requests = 0
-        #: Index of the next block of the running full scan, None if there is none.
-        self._scan_position: int | None = None
-        #: Blocks in flight that the full scan will deliver.
-        self._left_to_scan: set[int] = set()
-        #: Blocks that disappeared from the disk while they were stored: the cache was cleared in
-        #: that instant, or its disk is faulty. They stay in memory.
-        self._memory_only: set[int] = set()
-        self._stale_error: OSError | None = None
 
     def acquire(self) -> bool:
         """Begin a use; return False if the file is closed or stale."""
-        with self._lock:
-            if self._is_closed or self._stale_error is not None:
+        with self._sink.lock:
+            if self._is_closed or self._sink.stale_error is not None:
                 return False
             self._users += 1
             return True
 
     def release(self) -> None:
         """End a use of the file; close it after the last one."""
-        with self._lock:
+        with self._sink.lock:
             self._users -= 1
             is_last = self._is_closed = not self._users
         if is_last:
             self._memory.demote_prefetched(self.key)
-            if self._stale_error is not None and self._check.is_needed:
-                self._drop_blocks()  # also blocks that arrived after the change was detected
+            if self._sink.stale_error is not None and self._check.is_needed:
+                self._sink.drop_blocks()  # also blocks that arrived after the change was detected
             self._disk.close()
 
     def read_into(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
@@ -120,8 +121,8 @@ class RemoteFile:
             OSError: ESTALE if the file has changed or is gone; EIO if it is corrupt; EINTR if the
                 caller was interrupted; see also `SignedUrlCache.url`.
         """
-        if self._stale_error is not None:
-            raise errors.stale(self._path, self._stale_error.strerror or "")
+        if self._sink.stale_error is not None:
+            raise errors.stale(self._path, self._sink.stale_error.strerror or "")
         index, first = divmod(start, BLOCK_BYTES)
         is_one_block = first + len(buffer) <= BLOCK_BYTES
         is_one_block = is_one_block and not self._check.verifies_cached
@@ -165,8 +166,8 @@ class RemoteFile:
 
     def is_idle(self) -> bool:
         """Return whether no download is in flight."""
-        with self._lock:
-            return not self._in_flight
+        with self._sink.lock:
+            return not self._sink.in_flight
 
     def prepare(self, ctx: RequestContext) -> None:
         """Get a signed URL; wait until the archive is built.
@@ -194,19 +195,14 @@ class RemoteFile:
 
     def block_bytes(self, index: int) -> int:
         """Return the length of a block; the last one may be shorter."""
-        return min(BLOCK_BYTES, self.size_bytes - index * BLOCK_BYTES)
-
-    def _drop_blocks(self) -> None:
-        """Remove all cached blocks, because the next version may have the same key."""
-        self._check.drop_all()
-        self._memory.drop(self.key)
+        return self._sink.block_bytes(index)
 
     def _is_cached(self, index: int) -> bool:
         return self._memory.has((self.key, index)) or self._disk.has(index)
 
     def _is_cached_or_in_flight(self, index: int) -> bool:
         """Return whether a block is cached or in flight."""
-        return index in self._in_flight or self._is_cached(index)
+        return index in self._sink.in_flight or self._is_cached(index)
 
     def _fill(self, buffer: memoryview, index: int, first: int, ctx: RequestContext) -> bool:
         """Fill a buffer from a block in memory or on disk; return whether it is there."""
@@ -238,15 +234,15 @@ class RemoteFile:
                     return
             except CacheWriteLost:
                 pass
-            with self._lock:
-                self._memory_only.add(index)
+            with self._sink.lock:
+                self._sink.memory_only.add(index)
             future = self._ensure_download(range(index, index + 1), ctx)
         raise errors.corrupt(self._path, "the disk of the cache loses what is downloaded of it")
 
     def _ensure_download(self, run: range, ctx: RequestContext) -> "Future[bytes | None]":
         """Return the future of the first block of a run; start its download if necessary."""
-        with self._lock:
-            future = self._in_flight.get(run[0])
+        with self._sink.lock:
+            future = self._sink.in_flight.get(run[0])
         if future is None:
             self._source.prepare(ctx)
             future = self._start_download(run)
@@ -263,15 +259,12 @@ class RemoteFile:
 
     def _start_download(self, run: range) -> "Future[bytes | None]":
         """Download a run up to the next block in flight; return the first future."""
-        with self._lock:
-            future = self._in_flight.get(run[0])
+        with self._sink.lock:
+            future = self._sink.in_flight.get(run[0])
             if future is not None:
                 return future
-            stop = next((index for index in run if index in self._in_flight), run.stop)
-            futures = {index: Future[bytes | None]() for index in range(run.start, stop)}
-            self._in_flight |= futures
-            if self._scan_position is not None and run[0] >= self._scan_position:
-                self._left_to_scan |= futures.keys()
+            futures = self._sink.add(run)
+            if self._sequential.join(futures, run[0]):
                 return futures[run[0]]
             self._users += 1
             self._requests += 1
@@ -297,197 +290,46 @@ class RemoteFile:
         self, futures: "dict[int, Future[bytes | None]]", error: BaseException | None
     ) -> None:
         """Fail the blocks that were not delivered, except those left to a full scan."""
-        with self._lock:
+        with self._sink.lock:
             self._requests -= 1
-            left = {i: future for i, future in futures.items() if i not in self._left_to_scan}
-        self._fail(left, error or self._too_short())
+            left = {i: f for i, f in futures.items() if not self._sequential.delivers(i)}
+        self._sink.fail(left, error)
         self.release()
 
     def _fetch(self, futures: "dict[int, Future[bytes | None]]") -> None:
         """Download a run by one request, split where another process downloads a block."""
         self._disk.ensure_directory()
         run = range(min(futures), max(futures) + 1)
-        claims: dict[int, ExitStack] = {}
-        try:
+        with BlockClaims(self._disk) as claims:
             while run:
                 first, stop = run[0], run[0] + 1
-                self._claim(first, claims, self._timeout_s)
+                claims.claim(first, self._timeout_s)
                 data = self._memory.get((self.key, first))
-                is_pending = self._in_flight.get(first) is futures[first]  # not delivered by a scan
+                is_pending = self._sink.in_flight.get(first) is futures[first]  # else by a scan
                 if is_pending and (data is not None or self._is_intact_on_disk(first)):
                     # It arrived since the cache lookup, or another process has stored it.
-                    self._resolve(first, data)
+                    self._sink.resolve(first, data)
                 elif is_pending:
-                    while stop < run.stop and self._try_claim_next(stop, claims):
+                    while stop < run.stop and claims.claim_if_missing(stop):
                         stop += 1
                     self._request(range(first, stop), claims)
-                for index in list(claims):
-                    claims.pop(index).close()
+                claims.release_all()
                 run = range(stop, run.stop)
-        finally:
-            for claim in claims.values():
-                claim.close()
-
-    def _claim(self, index: int, claims: dict[int, ExitStack], timeout_s: float) -> bool:
-        claims[index] = ExitStack()
-        return claims[index].enter_context(self._disk.lock_block(index, timeout_s))
 
     def _is_intact_on_disk(self, index: int) -> bool:
         probe = memoryview(bytearray(1))
         length = self.block_bytes(index)
-        is_on_disk = index not in self._memory_only and self._disk.read_into(
+        is_on_disk = index not in self._sink.memory_only and self._disk.read_into(
             index, 0, probe, length
         )
         return is_on_disk and self._check.verify_block(index)
 
-    def _try_claim_next(self, index: int, claims: dict[int, ExitStack]) -> bool:
-        """Lock the next block for the same request; return whether it is still needed."""
-        is_claimed = self._claim(index, claims, 0.0)
-        return is_claimed and not self._disk.has(index) and not self._disk.has_partial(index)
-
-    def _request(self, run: range, claims: dict[int, ExitStack]) -> None:
+    def _request(self, run: range, claims: BlockClaims) -> None:
         """Download a run by one request; unlock each block once it is stored."""
-        begin, stop = run[0] * BLOCK_BYTES, run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])
         partial = self._disk.read_partial(run[0])
         partial = partial if len(partial) < self.block_bytes(run[0]) else b""
-        before = self._check.before(begin + len(partial), partial)
-        with self._source.open(begin + len(partial), stop, before) as transfer:
-            if not transfer.is_full_body:
-                chunks = chain([partial], transfer) if partial else transfer
-                for index, download in self._downloads(chunks, run[0]):
-                    self._commit_block(index, download)
-                    claims.pop(index).close()
-                    if partial:
-                        self._disk.drop_partial(index)
-                        partial = b""
-                return
-            with self._lock:
-                is_first_scan = self._scan_position is None
-                position = self._scan_position = self._scan_position or 0
-                self._left_to_scan |= {index for index in run if index >= position}
-            if is_first_scan:
-                self._full_scan(transfer, None)
-            elif run[0] < position:
-                self._full_scan(transfer, range(run[0], min(run.stop, position)))
-
-    def _full_scan(self, transfer: ByteStream, only: range | None) -> None:
-        """Store blocks of a full body: all while the file is in use, or just `only`."""
-        error: BaseException | None = None
-        first = 0 if only is None else only[0]
-        chunks = _skip_bytes(transfer, first * BLOCK_BYTES)
-        try:
-            for index, download in self._downloads(chunks, first, keeps_partial=False):
-                if only is None:
-                    with self._lock:
-                        self._scan_position = index + 1
-                self._commit_block(index, download)
-                with self._lock:
-                    if only is None:
-                        self._left_to_scan.discard(index)
-                        is_done = self._users <= 1 and not self._in_flight
-                    else:
-                        is_done = index == only[-1]
-                if is_done:
-                    return
-        except BaseException as failure:
-            error = failure
-            raise
-        finally:
-            if only is None:
-                self._end_full_scan(error)
-
-    def _end_full_scan(self, error: BaseException | None) -> None:
-        with self._lock:
-            self._scan_position = None
-            left = {
-                index: self._in_flight[index]
-                for index in self._left_to_scan & self._in_flight.keys()
-            }
-            self._left_to_scan.clear()
-        if left:
-            self._fail(left, error or self._too_short())
-
-    def _too_short(self) -> OSError:
-        return errors.corrupt(self._path, "it is shorter than it was")
-
-    def _downloads(
-        self, chunks: Iterable[bytes], index: int, *, keeps_partial: bool = True
-    ) -> Iterator[tuple[int, BlockDownload]]:
-        """Yield each completed block with its index, starting at `index`.
-
-        If the chunks end within a block, its start is stored on disk (`keeps_partial`).
-        """
-        download: BlockDownload | None = None
-        try:
-            for chunk in chunks:
-                rest = memoryview(chunk)
-                while rest:
-                    if download is None:
-                        download = self._start_block(index)
-                    rest = download.feed(rest)
-                    if not download.remaining_bytes:
-                        yield index, download
-                        download.close()
-                        download, index = None, index + 1
-        finally:
-            if download is not None:
-                if keeps_partial and download.remaining_bytes:
-                    download.commit_partial()
-                download.close()
-
-    def _start_block(self, index: int) -> BlockDownload:
-        length = self.block_bytes(index)
-        if length <= 0:
-            raise errors.corrupt(self._path, "it is longer than it was")
-        return BlockDownload(
-            self.key,
-            index,
-            length,
-            self._disk,
-            self._memory,
-            self._timeout_s,
-            digest=self._check.expected_digest(index),
-            uses_disk=index not in self._memory_only,
-        )
-
-    def _commit_block(self, index: int, download: BlockDownload) -> None:
-        """Store a completed block, and wake the waiting readers."""
-        if not download.is_intact():
-            if self._check.is_needed:
-                raise self._source.report_stale("the store has another version of it now")
-            raise errors.corrupt(self._path, f"block {index} is not what it was")
-        self._telemetry.count("blocks_downloaded")
-        try:
-            block = download.commit()
-        except CacheWriteLost as error:
-            future = self._in_flight.get(index)
-            self._fail({} if future is None else {index: future}, error)
-        else:
-            self._resolve(index, block)
-
-    def _resolve(self, index: int, block: bytes | None) -> None:
-        with self._lock:
-            future = self._in_flight.pop(index, None)
-        if future is not None:
-            future.set_result(block)
-
-    def _fail(self, futures: "dict[int, Future[bytes | None]]", error: BaseException) -> None:
-        with self._lock:
-            if isinstance(error, OSError) and errors.is_stale(error):
-                self._stale_error = error
-                if self._check.is_needed:
-                    self._drop_blocks()
-            failed = [i for i, future in futures.items() if self._in_flight.get(i) is future]
-            for index in failed:
-                del self._in_flight[index]
-        for index in failed:
-            futures[index].set_exception(error)
-
-
-def _skip_bytes(chunks: Iterable[bytes], skipped_bytes: int) -> Iterator[bytes]:
-    """Yield the chunks without the first `skipped_bytes` bytes."""
-    for chunk in chunks:
-        rest = chunk[skipped_bytes:]
-        skipped_bytes -= len(chunk) - len(rest)
-        if rest:
-            yield rest
+        start = run[0] * BLOCK_BYTES + len(partial)
+        stop = run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])
+        with self._source.open(start, stop, self._check.before(start, partial)) as transfer:
+            downloader: Downloader = self._sequential if transfer.is_full_body else self._ranges
+            downloader.receive(transfer, BlockRequest(run, partial, claims))
