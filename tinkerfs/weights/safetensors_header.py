@@ -30,7 +30,9 @@ _BITS = {
 }
 
 
-class _Tensor(msgspec.Struct):
+class Tensor(msgspec.Struct):
+    """A tensor of a header; offsets are relative to the data."""
+
     dtype: str
     shape: list[int]
     data_offsets: tuple[int, int]
@@ -57,10 +59,25 @@ def tensor_end_offsets(header: bytes, size_bytes: int) -> list[int]:
         ValueError: the header is invalid.
     """
     start = LENGTH_BYTES + len(header)
-    entries = _entries("it", header)
+    tensors = parse_tensors("it", header, size_bytes)
+    return sorted(start + tensor.data_offsets[1] for tensor in tensors.values())
+
+
+def parse_tensors(file: str, header: bytes, size_bytes: int) -> dict[str, Tensor]:
+    """Return the tensors of a file by name, in the order of the header.
+
+    Args:
+        file: name of the file, for messages.
+        header: the header without its length prefix.
+        size_bytes: size of the file.
+
+    Raises:
+        ValueError: the header is invalid.
+    """
+    data_bytes = size_bytes - LENGTH_BYTES - len(header)
+    entries = _entries(file, header)
     entries.pop("__metadata__", None)
-    tensors = [_tensor("it", name, value, size_bytes - start) for name, value in entries.items()]
-    return sorted(start + tensor.data_offsets[1] for tensor in tensors)
+    return {name: _tensor(file, name, value, data_bytes) for name, value in entries.items()}
 
 
 def tensors_json(headers: "dict[str, tuple[bytes, int]]") -> bytes:
@@ -101,9 +118,9 @@ def _entries(file: str, header: bytes) -> dict[str, Any]:
         raise ValueError(f"{file}: its header is not a JSON object: {error}") from None
 
 
-def _tensor(file: str, name: str, value: object, data_bytes: int) -> _Tensor:
+def _tensor(file: str, name: str, value: object, data_bytes: int) -> Tensor:
     try:
-        tensor = msgspec.convert(value, _Tensor)
+        tensor = msgspec.convert(value, Tensor)
     except msgspec.ValidationError as error:
         raise ValueError(f"{file}: tensor {name!r}: {error}") from None
     begin, end = tensor.data_offsets

@@ -1,0 +1,301 @@
+"""Lay out an adapter in PEFT's form over the bytes of a Tinker adapter (pure).
+
+The result has a new header and the tensors' bytes where they lie. Nothing is computed: a tensor is
+renamed, divided by its first dimension, repeated, or put between zeros. The rules of each model
+family are in `adapter_families`.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final
+
+from tinkerfs.weights.adapter_families import Family, family_of, peft_module
+from tinkerfs.weights.base_models import BaseModel
+from tinkerfs.weights.extents import Data, Extent, ExtentMap, Range, Rows, Zeros
+from tinkerfs.weights.safetensors_header import LENGTH_BYTES, Tensor, parse_tensors
+
+#: Maximum size of the new header: that of the format (safetensors, src/tensor.rs).
+MAX_HEADER_BYTES: Final = 100_000_000
+
+#: Data keep their place modulo this, the size of a page.
+_ALIGNMENT: Final = 4096
+
+_LORA_NAME: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_EXPERTS: Final = re.compile(r"(?P<before>.+\.experts)\.(?P<leaf>[A-Za-z]\w*)")
+
+
+class ConversionError(ValueError):
+    """An adapter cannot be converted; the message names the rule that is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeftAdapter:
+    """An adapter in PEFT's form.
+
+    Attributes:
+        extents: `adapter_model.safetensors`, over the bytes of the Tinker adapter.
+        config: content of `adapter_config.json`.
+    """
+
+    extents: ExtentMap
+    config: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The two factors of a module: B (out, rank) times A (rank, in)."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """A tensor of the result."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+
+def convert(
+    header: bytes, size_bytes: int, config: Mapping[str, Any], base: BaseModel
+) -> PeftAdapter:
+    """Return an adapter in PEFT's form.
+
+    Args:
+        header: header of the Tinker adapter's safetensors file, without its length prefix.
+        size_bytes: size of that file.
+        config: the Tinker adapter's `adapter_config.json`.
+        base: the base model.
+
+    Raises:
+        ConversionError: the adapter is invalid, or no rule says how to convert it.
+    """
+    family = family_of(base)
+    if family.refusal is not None:
+        raise ConversionError(family.refusal)
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool):
+            raise ConversionError(f"adapter_config.json has no number {key!r}")
+    start = LENGTH_BYTES + len(header)
+    tensors = _contiguous_tensors(header, size_bytes)
+    outputs, modules, ranks = _Conversion(base, family, start).run(_pairs(tensors))
+    if [(each.name, list(each.shape)) for each in outputs] == [
+        (name, tensor.shape) for name, tensor in tensors.items()
+    ]:
+        extents = ExtentMap([Range(0, size_bytes)])
+    else:
+        new_header = _new_header(outputs, start)
+        extents = ExtentMap(
+            [Data(new_header), *(extent for each in outputs for extent in each.extents)]
+        )
+    return PeftAdapter(extents, _peft_config(config, base, modules, ranks))
+
+
+def _contiguous_tensors(header: bytes, size_bytes: int) -> dict[str, Tensor]:
+    """Return the tensors by name in the order of their data."""
+    try:
+        tensors = parse_tensors("adapter_model.safetensors", header, size_bytes)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
+    ordered = dict(sorted(tensors.items(), key=lambda item: item[1].data_offsets))
+    end = 0
+    for name, tensor in ordered.items():
+        if tensor.data_offsets[0] != end:
+            raise ConversionError(f"tensor {name!r} leaves a hole or overlaps another one")
+        end = tensor.data_offsets[1]
+    if LENGTH_BYTES + len(header) + end != size_bytes:
+        raise ConversionError("the file has bytes after its last tensor")
+    return ordered
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, _Pair]:
+    """Return the factors by Tinker's path of their module, in the order of their data."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _LORA_NAME.fullmatch(name)
+        if match is None:
+            raise ConversionError(f"{name!r} is not the name of a LoRA factor")
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    for module, found in sides.items():
+        if len(found) != 2:
+            raise ConversionError(f"one of the two factors of {module!r} is missing")
+    if not sides:
+        raise ConversionError("it has no LoRA factors")
+    return {module: _Pair(found["A"], found["B"]) for module, found in sides.items()}
+
+
+class _Conversion:
+    """One conversion: collects outputs, and the parts of fused modules until all are there."""
+
+    def __init__(self, base: BaseModel, family: Family, start: int) -> None:
+        self._base, self._family, self._start = base, family, start
+        self._outputs: dict[str, _Output] = {}
+        self._header_bytes = 0
+        self._modules: set[str] = set()
+        self._ranks: dict[str, int] = {}
+        self._fused = {part: target for target, parts in family.fused for part in parts}
+        self._parts: dict[tuple[str, str], dict[str, _Pair]] = {}
+
+    def run(self, pairs: Mapping[str, _Pair]) -> tuple[list[_Output], set[str], dict[str, int]]:
+        """Return the outputs in the order of their data, target modules, and other ranks."""
+        for path, pair in pairs.items():
+            try:
+                module = peft_module(path, self._base, self._family)
+            except LookupError as error:
+                raise ConversionError(f"not known of {self._base.name}: {error}") from None
+            before, _, leaf = module.rpartition(".")
+            experts = _EXPERTS.fullmatch(module)
+            if experts is not None:
+                self._add_experts(experts["before"], experts["leaf"], pair)
+            elif leaf in self._fused:
+                self._parts.setdefault((before, self._fused[leaf]), {})[leaf] = pair
+            else:
+                _check_shapes(path, pair)
+                self._add(module, self._whole(pair.a), self._whole(pair.b))
+        for (before, target), parts in self._parts.items():
+            self._add_fused(before, target, parts)
+        outputs = sorted(self._outputs.values(), key=_first_offset)
+        return outputs, self._modules, self._ranks
+
+    def _add(self, module: str, a: _Output, b: _Output) -> None:
+        for side, factor in (("A", a), ("B", b)):
+            name = f"base_model.model.{module}.lora_{side}.weight"
+            if name in self._outputs:
+                raise ConversionError(f"two tensors would be named {name!r}")
+            self._outputs[name] = _Output(name, factor.dtype, factor.shape, factor.extents)
+            self._header_bytes += len(name) + 64
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise ConversionError("its header would be longer than the format allows")
+        self._modules.add(module.rpartition(".")[2])
+
+    def _whole(self, tensor: Tensor) -> _Output:
+        begin, end = tensor.data_offsets
+        extent = Range(self._start + begin, end - begin)
+        return _Output("", tensor.dtype, tuple(tensor.shape), (extent,))
+
+    def _add_experts(self, before: str, leaf: str, pair: _Pair) -> None:
+        """Add the factors of each expert, which lie one after another in a tensor."""
+        if not prod(pair.a.shape) and not prod(pair.b.shape):
+            return  # a projection that the model does not have
+        if len(pair.a.shape) != 3 or len(pair.b.shape) != 3:
+            raise ConversionError(f"the factors of {before}.{leaf} have no dimension of experts")
+        counts = {pair.a.shape[0], pair.b.shape[0]}
+        count = max(counts)
+        if counts not in ({1, count}, {count}) or count == 1:
+            raise ConversionError(f"the factors of {before}.{leaf} are of {counts} experts")
+        leaf = dict(self._family.experts).get(leaf, leaf)
+        for index in range(count):
+            a, b = self._expert(pair.a, index), self._expert(pair.b, index)
+            self._add(f"{before}.{index}.{leaf}", a, b)
+
+    def _expert(self, tensor: Tensor, index: int) -> _Output:
+        begin, end = tensor.data_offsets
+        length = (end - begin) // tensor.shape[0]
+        if tensor.shape[0] > 1:  # a factor with one expert is shared by all
+            begin += index * length
+        extent = Range(self._start + begin, length)
+        return _Output("", tensor.dtype, tuple(tensor.shape[1:]), (extent,))
+
+    def _add_fused(self, before: str, target: str, parts: Mapping[str, _Pair]) -> None:
+        """Add one module for its parts: A stacked, B block-diagonal."""
+        order = dict(self._family.fused)[target]
+        missing = [part for part in order if part not in parts]
+        if missing:
+            raise ConversionError(f"{before}.{target} lacks its part {missing[0]}")
+        layer = re.search(r"\.layers\.(\d+)\.", f".{before}.")
+        rows = self._base.rows.get((layer[1] if layer else "", target))
+        if rows is None:
+            raise ConversionError(f"not known of {self._base.name}: the rows of {before}.{target}")
+        pairs = [parts[part] for part in order]
+        for part, pair in zip(order, pairs, strict=True):
+            _check_shapes(f"{before}.{part}", pair)
+        rank = sum(pair.a.shape[0] for pair in pairs)
+        width = pairs[0].a.shape[1]
+        dtypes = {tensor.dtype for pair in pairs for tensor in (pair.a, pair.b)}
+        rest = rows - sum(pair.b.shape[0] for pair in pairs)
+        if len(dtypes) > 1 or rest < 0 or any(pair.a.shape[1] != width for pair in pairs):
+            raise ConversionError(f"the parts of {before}.{target} do not fit together")
+        dtype = dtypes.pop()
+        begin, end = pairs[0].a.data_offsets
+        value_bytes = (end - begin) // max(prod(pairs[0].a.shape), 1)
+        stacked = tuple(self._whole(pair.a).extents[0] for pair in pairs)
+        blocks: list[Extent] = []
+        column = 0
+        for pair in pairs:
+            count, part_rank = pair.b.shape
+            blocks.append(
+                Rows(
+                    self._start + pair.b.data_offsets[0],
+                    count,
+                    part_rank * value_bytes,
+                    column * value_bytes,
+                    (rank - column - part_rank) * value_bytes,
+                )
+            )
+            column += part_rank
+        blocks.append(Zeros(rest * rank * value_bytes))
+        a = _Output("", dtype, (rank, width), stacked)
+        self._add(f"{before}.{target}", a, _Output("", dtype, (rows, rank), tuple(blocks)))
+        self._ranks[target] = rank
+
+
+def _check_shapes(path: str, pair: _Pair) -> None:
+    if len(pair.a.shape) != 2 or len(pair.b.shape) != 2 or pair.a.shape[0] != pair.b.shape[1]:
+        raise ConversionError(
+            f"the factors of {path} have the shapes {pair.a.shape} and {pair.b.shape}"
+        )
+
+
+def _first_offset(output: _Output) -> int:
+    first = output.extents[0]
+    return first.start if isinstance(first, Range | Rows) else 0
+
+
+def _new_header(outputs: Iterable[_Output], start: int) -> bytes:
+    """Return the header with its length prefix; the data begin at `start` modulo a page."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for each in outputs:
+        end = begin + sum(extent.length for extent in each.extents)
+        entries[each.name] = {
+            "dtype": each.dtype,
+            "shape": each.shape,
+            "data_offsets": (begin, end),
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padding = (start - LENGTH_BYTES - len(text)) % _ALIGNMENT
+    if len(text) + padding > MAX_HEADER_BYTES:
+        raise ConversionError("its header would be longer than the format allows")
+    return (len(text) + padding).to_bytes(LENGTH_BYTES, "little") + text + b" " * padding
+
+
+def _peft_config(
+    config: Mapping[str, Any], base: BaseModel, modules: set[str], ranks: Mapping[str, int]
+) -> bytes:
+    """Return `adapter_config.json`, with the scale of fused modules kept."""
+    rank, alpha = config["r"], config["lora_alpha"]
+    value = {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "r": rank,
+        "rank_pattern": dict(ranks),
+        "alpha_pattern": {module: int(alpha * each / rank) for module, each in ranks.items()},
+        "target_modules": sorted(modules),
+        "task_type": "CAUSAL_LM",
+    }
+    return json.dumps(value, indent=2).encode() + b"\n"
