@@ -56,11 +56,16 @@ FAMILIES = (
     ),
     Family(
         name="nemotron_h",
-        architectures=("NemotronH",),
+        model_types=frozenset({"nemotron_h"}),
         # The checkpoint's name of the layers is backbone, that of the engines is model.
         renames=(("model.lm_head", "lm_head"), ("backbone.", "model.")),
         experts=(("w1", "up_proj"), ("w2", "down_proj")),
         fused=(("in_proj", ("gate_proj", "x_proj")),),
+    ),
+    Family(
+        name="nemotron_h with other parts",
+        architectures=("NemotronH",),
+        refusal="no rule names the modules of Nemotron models with vision or sound",
     ),
 )
 

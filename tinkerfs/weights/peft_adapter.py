@@ -148,7 +148,7 @@ class _Conversion:
             try:
                 module = peft_module(path, self._base, self._family)
             except LookupError as error:
-                raise ConversionError(f"not known of {self._base.name}: {error}") from None
+                raise _unknown(self._base, str(error)) from None
             before, _, leaf = module.rpartition(".")
             experts = _EXPERTS.fullmatch(module)
             if experts is not None:
@@ -209,9 +209,9 @@ class _Conversion:
         if missing:
             raise ConversionError(f"{before}.{target} lacks its part {missing[0]}")
         layer = re.search(r"\.layers\.(\d+)\.", f".{before}.")
-        rows = self._base.rows.get((layer[1] if layer else "", target))
+        rows = self._base.rows_of(layer[1], target) if layer else None
         if rows is None:
-            raise ConversionError(f"not known of {self._base.name}: the rows of {before}.{target}")
+            raise _unknown(self._base, f"the rows of {before}.{target}")
         pairs = [parts[part] for part in order]
         for part, pair in zip(order, pairs, strict=True):
             _check_shapes(f"{before}.{part}", pair)
@@ -243,6 +243,10 @@ class _Conversion:
         a = _Output("", dtype, (rank, width), stacked)
         self._add(f"{before}.{target}", a, _Output("", dtype, (rows, rank), tuple(blocks)))
         self._ranks[target] = rank
+
+
+def _unknown(base: BaseModel, fact: str) -> ConversionError:
+    return ConversionError(f"not known of {base.name}: {fact} (hint: --base-models)")
 
 
 def _check_shapes(path: str, pair: _Pair) -> None:

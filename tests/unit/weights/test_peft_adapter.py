@@ -27,6 +27,12 @@ NEMOTRON = BaseModel(
     has_lm_head=True,
     rows={("0", "in_proj"): 20},
 )
+NEMOTRON_VISION = BaseModel(
+    name="nvidia/Nemotron-3.5-Super-VL",
+    model_type="nemotron_h_vl",
+    architectures=("NemotronH_VL",),
+    has_lm_head=True,
+)
 DEEPSEEK = BaseModel(name="deepseek-ai/DeepSeek-V3.1", model_type="deepseek_v3", has_lm_head=True)
 
 
@@ -208,6 +214,7 @@ def test_config_is_that_of_a_peft_adapter():
     ("base", "tensors", "message"),
     [
         (DEEPSEEK, factors("model.layers.0.mlp.up_proj"), "DeepSeek V3"),
+        (NEMOTRON_VISION, factors("model.layers.0.mlp.up_proj"), "with vision or sound"),
         (LLAMA, {"x": np.zeros(3, np.float32)}, "'x' is not the name"),
         (LLAMA, dict([*factors("model.a").items()][:1]), "one of the two factors of 'model.a'"),
         (LLAMA, {}, "no LoRA factors"),
@@ -219,7 +226,7 @@ def test_config_is_that_of_a_peft_adapter():
         (
             NEMOTRON,
             factors("model.layers.1.mixer.x_proj") | factors("model.layers.1.mixer.gate_proj"),
-            "the rows of model.layers.1.mixer.in_proj",
+            r"the rows of model.layers.1.mixer.in_proj \(hint: --base-models\)",
         ),
         (
             NEMOTRON,
