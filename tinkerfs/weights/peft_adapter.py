@@ -8,7 +8,7 @@ family are in `adapter_families`.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final
 
@@ -53,13 +53,32 @@ class _Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class _Output:
-    """A tensor of the result."""
+class _Block:
+    """Adjacent tensors of the result that differ only in their names and bytes.
 
-    name: str
+    The tensors of all experts are one block: an adapter may have 100,000 of them.
+
+    Attributes:
+        names: the names, in the order of the data.
+        dtype, shape: those of each tensor.
+        extents: the data of all tensors.
+    """
+
+    names: list[str]
     dtype: str
-    shape: tuple[int, ...]
+    shape: list[int]
     extents: tuple[Extent, ...]
+
+    @property
+    def first_offset(self) -> int:
+        """The offset of the first data in the source."""
+        first = self.extents[0]
+        return first.start if isinstance(first, Range | Rows) else 0
+
+    @property
+    def length(self) -> int:
+        """The length of each tensor in bytes."""
+        return sum(extent.length for extent in self.extents) // len(self.names)
 
 
 def convert(
@@ -84,15 +103,13 @@ def convert(
             raise ConversionError(f"adapter_config.json has no number {key!r}")
     start = LENGTH_BYTES + len(header)
     tensors = _contiguous_tensors(header, size_bytes)
-    outputs, modules, ranks = _Conversion(base, family, start).run(_pairs(tensors))
-    if [(each.name, list(each.shape)) for each in outputs] == [
-        (name, tensor.shape) for name, tensor in tensors.items()
-    ]:
+    blocks, modules, ranks = _Conversion(base, family, start).run(_pairs(tensors))
+    if [name for block in blocks for name in block.names] == list(tensors):
         extents = ExtentMap([Range(0, size_bytes)])
     else:
-        new_header = _new_header(outputs, start)
+        new_header = _new_header(blocks, start)
         extents = ExtentMap(
-            [Data(new_header), *(extent for each in outputs for extent in each.extents)]
+            [Data(new_header), *(extent for block in blocks for extent in block.extents)]
         )
     return PeftAdapter(extents, _peft_config(config, base, modules, ranks))
 
@@ -131,19 +148,20 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, _Pair]:
 
 
 class _Conversion:
-    """One conversion: collects outputs, and the parts of fused modules until all are there."""
+    """One conversion: collects blocks, and the parts of fused modules until all are there."""
 
     def __init__(self, base: BaseModel, family: Family, start: int) -> None:
         self._base, self._family, self._start = base, family, start
-        self._outputs: dict[str, _Output] = {}
+        self._blocks: list[_Block] = []
+        self._names: set[str] = set()
         self._header_bytes = 0
         self._modules: set[str] = set()
         self._ranks: dict[str, int] = {}
         self._fused = {part: target for target, parts in family.fused for part in parts}
         self._parts: dict[tuple[str, str], dict[str, _Pair]] = {}
 
-    def run(self, pairs: Mapping[str, _Pair]) -> tuple[list[_Output], set[str], dict[str, int]]:
-        """Return the outputs in the order of their data, target modules, and other ranks."""
+    def run(self, pairs: Mapping[str, _Pair]) -> tuple[list[_Block], set[str], dict[str, int]]:
+        """Return the blocks in the order of their data, target modules, and other ranks."""
         for path, pair in pairs.items():
             try:
                 module = peft_module(path, self._base, self._family)
@@ -157,27 +175,27 @@ class _Conversion:
                 self._parts.setdefault((before, self._fused[leaf]), {})[leaf] = pair
             else:
                 _check_shapes(path, pair)
-                self._add(module, self._whole(pair.a), self._whole(pair.b))
+                for side, tensor in (("A", pair.a), ("B", pair.b)):
+                    data = (self._range(tensor),)
+                    self._add([module], side, _Block([], tensor.dtype, tensor.shape, data))
         for (before, target), parts in self._parts.items():
             self._add_fused(before, target, parts)
-        outputs = sorted(self._outputs.values(), key=_first_offset)
-        return outputs, self._modules, self._ranks
+        blocks = sorted(self._blocks, key=lambda block: block.first_offset)
+        return blocks, self._modules, self._ranks
 
-    def _add(self, module: str, a: _Output, b: _Output) -> None:
-        for side, factor in (("A", a), ("B", b)):
-            name = f"base_model.model.{module}.lora_{side}.weight"
-            if name in self._outputs:
-                raise ConversionError(f"two tensors would be named {name!r}")
-            self._outputs[name] = _Output(name, factor.dtype, factor.shape, factor.extents)
-            self._header_bytes += len(name) + 64
-        if self._header_bytes > MAX_HEADER_BYTES:
-            raise ConversionError("its header would be longer than the format allows")
-        self._modules.add(module.rpartition(".")[2])
+    def _add(self, modules: list[str], side: str, block: _Block) -> None:
+        """Add a block, with the names of the factors of some modules."""
+        names = [f"base_model.model.{module}.lora_{side}.weight" for module in modules]
+        count = len(self._names)
+        self._names.update(names)
+        if len(self._names) < count + len(names):
+            raise ConversionError(f"two tensors would be named {names[0]!r}")
+        self._blocks.append(replace(block, names=names))
+        self._modules.add(modules[0].rpartition(".")[2])
 
-    def _whole(self, tensor: Tensor) -> _Output:
+    def _range(self, tensor: Tensor) -> Range:
         begin, end = tensor.data_offsets
-        extent = Range(self._start + begin, end - begin)
-        return _Output("", tensor.dtype, tuple(tensor.shape), (extent,))
+        return Range(self._start + begin, end - begin)
 
     def _add_experts(self, before: str, leaf: str, pair: _Pair) -> None:
         """Add the factors of each expert, which lie one after another in a tensor."""
@@ -189,18 +207,16 @@ class _Conversion:
         count = max(counts)
         if counts not in ({1, count}, {count}) or count == 1:
             raise ConversionError(f"the factors of {before}.{leaf} are of {counts} experts")
+        # Checked before the names are made: a tensor without bytes may claim any number.
+        self._header_bytes += 2 * count * (len(before) + 64)
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise ConversionError("its header would be longer than the format allows")
         leaf = dict(self._family.experts).get(leaf, leaf)
-        for index in range(count):
-            a, b = self._expert(pair.a, index), self._expert(pair.b, index)
-            self._add(f"{before}.{index}.{leaf}", a, b)
-
-    def _expert(self, tensor: Tensor, index: int) -> _Output:
-        begin, end = tensor.data_offsets
-        length = (end - begin) // tensor.shape[0]
-        if tensor.shape[0] > 1:  # a factor with one expert is shared by all
-            begin += index * length
-        extent = Range(self._start + begin, length)
-        return _Output("", tensor.dtype, tuple(tensor.shape[1:]), (extent,))
+        modules = [f"{before}.{index}.{leaf}" for index in range(count)]
+        for side, tensor in (("A", pair.a), ("B", pair.b)):
+            # A factor with one expert is shared by all.
+            data = (self._range(tensor),) * (count if tensor.shape[0] == 1 else 1)
+            self._add(modules, side, _Block([], tensor.dtype, tensor.shape[1:], data))
 
     def _add_fused(self, before: str, target: str, parts: Mapping[str, _Pair]) -> None:
         """Add one module for its parts: A stacked, B block-diagonal."""
@@ -224,7 +240,7 @@ class _Conversion:
         dtype = dtypes.pop()
         begin, end = pairs[0].a.data_offsets
         value_bytes = (end - begin) // max(prod(pairs[0].a.shape), 1)
-        stacked = tuple(self._whole(pair.a).extents[0] for pair in pairs)
+        stacked = tuple(self._range(pair.a) for pair in pairs)
         blocks: list[Extent] = []
         column = 0
         for pair in pairs:
@@ -240,8 +256,9 @@ class _Conversion:
             )
             column += part_rank
         blocks.append(Zeros(rest * rank * value_bytes))
-        a = _Output("", dtype, (rank, width), stacked)
-        self._add(f"{before}.{target}", a, _Output("", dtype, (rows, rank), tuple(blocks)))
+        module = [f"{before}.{target}"]
+        self._add(module, "A", _Block([], dtype, [rank, width], stacked))
+        self._add(module, "B", _Block([], dtype, [rows, rank], tuple(blocks)))
         self._ranks[target] = rank
 
 
@@ -256,24 +273,20 @@ def _check_shapes(path: str, pair: _Pair) -> None:
         )
 
 
-def _first_offset(output: _Output) -> int:
-    first = output.extents[0]
-    return first.start if isinstance(first, Range | Rows) else 0
-
-
-def _new_header(outputs: Iterable[_Output], start: int) -> bytes:
+def _new_header(blocks: Iterable[_Block], start: int) -> bytes:
     """Return the header with its length prefix; the data begin at `start` modulo a page."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries = ['"__metadata__":{"format":"pt"}']
     begin = 0
-    for each in outputs:
-        end = begin + sum(extent.length for extent in each.extents)
-        entries[each.name] = {
-            "dtype": each.dtype,
-            "shape": each.shape,
-            "data_offsets": (begin, end),
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    for block in blocks:
+        length = block.length
+        shape = json.dumps(block.shape, separators=(",", ":"))
+        fields = f'"dtype":{json.dumps(block.dtype)},"shape":{shape}'
+        # All names in one call; no JSON string has a line break in it.
+        for name in json.dumps(block.names, separators=("\n", ":"))[1:-1].split("\n"):
+            end = begin + length
+            entries.append(f'{name}:{{{fields},"data_offsets":[{begin},{end}]}}')
+            begin = end
+    text = f"{{{','.join(entries)}}}".encode()
     padding = (start - LENGTH_BYTES - len(text)) % _ALIGNMENT
     if len(text) + padding > MAX_HEADER_BYTES:
         raise ConversionError("its header would be longer than the format allows")
