@@ -39,14 +39,20 @@ SECOND = (("peft", "runs"), ("transformers", "adapters"))
 
 
 class Loaders:
-    """The subprocess of interop_adapter.py; exchanges lines of JSON."""
+    """A script in the environment of the loaders; exchanges lines of JSON.
 
-    def __init__(self, python: str) -> None:
+    Args:
+        python: Interpreter of the environment.
+        script: The script.
+    """
+
+    def __init__(self, python: str, script: Path) -> None:
+        self._script = script
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         # Offline, so that a path mistaken for a name on the hub fails at once.
         environment = inherited | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         self._process = subprocess.Popen(
-            [python, "-W", "ignore::FutureWarning", str(ADAPTER_SCRIPT)],
+            [python, "-W", "ignore::FutureWarning", str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -82,7 +88,7 @@ class Loaders:
         line = self._process.stdout.readline()
         if not line:
             raise ChildProcessError(
-                f"{ADAPTER_SCRIPT.name} exited with status {self._process.wait(10)}"
+                f"{self._script.name} exited with status {self._process.wait(10)}"
             )
         return json.loads(line)
 
@@ -170,7 +176,7 @@ def check_all(python: str) -> int:
     with (
         tempfile.TemporaryDirectory() as home,
         FaultyServer(runs=0, api_key=KEY) as server,
-        Loaders(python) as loaders,
+        Loaders(python, ADAPTER_SCRIPT) as loaders,
     ):
         print("loaders:", ", ".join(f"{k} {v}" for k, v in loaders.about["versions"].items()))
         adapters = {

@@ -1,0 +1,143 @@
+"""Compare converted adapters with those of tinker_cookbook, for every model family.
+
+The interpreter given as an argument runs interop_cookbook.py, which creates for each family a tiny
+base model and an adapter in Tinker's names, and converts the adapter with the cookbook. This script
+converts the same adapter with `tinkerfs.weights.peft_adapter`. All tensors and
+`adapter_config.json` must be equal. Where PEFT and transformers know the family, the loaded adapter
+must give the logits of a model merged by the cookbook.
+"""
+
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from interop_hub import Hub
+from interop_loaders import Loaders
+
+from tinkerfs.weights.base_models import BaseModels
+from tinkerfs.weights.peft_adapter import ConversionError, convert
+from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, parse_tensors
+
+COOKBOOK_SCRIPT = Path(__file__).with_name("interop_cookbook.py")
+
+
+def converted(source: Path, base: str, models: BaseModels) -> tuple[Path, str]:
+    """Convert an adapter into a directory beside it; return the directory and a summary."""
+    data = (source / "adapter_model.safetensors").read_bytes()
+    length = header_length(data[:LENGTH_BYTES], len(data))
+    header = data[LENGTH_BYTES : LENGTH_BYTES + length]
+    config = json.loads((source / "adapter_config.json").read_text())
+    known = models.get(base)
+    assert known is not None, f"{base} is unknown"
+    adapter = convert(header, len(data), config, known)
+
+    def read_source(buffer: memoryview, start: int) -> None:
+        buffer[:] = data[start : start + len(buffer)]
+
+    result = bytearray(adapter.extents.size_bytes)
+    adapter.extents.read_into(memoryview(result), 0, read_source)
+    directory = source.with_name(f"{source.name}-converted")
+    directory.mkdir()
+    (directory / "adapter_model.safetensors").write_bytes(result)
+    (directory / "adapter_config.json").write_bytes(adapter.config)
+    return directory, fates_of(header, len(data), bytes(result))
+
+
+def refused(source: Path, base: str, models: BaseModels) -> str:
+    """Convert an adapter that must be refused; return the message."""
+    try:
+        converted(source, base, models)
+    except ConversionError as error:
+        return str(error)
+    raise AssertionError("refused only by the cookbook")
+
+
+def fates_of(header: bytes, size_bytes: int, result: bytes) -> str:
+    """Say what became of the tensors of an adapter."""
+    length = header_length(result[:LENGTH_BYTES], len(result))
+    outputs = parse_tensors("it", result[LENGTH_BYTES : LENGTH_BYTES + length], len(result))
+    counts = dict.fromkeys(("kept", "renamed", "split", "repeated", "dropped"), 0)
+    for name, tensor in parse_tensors("it", header, size_bytes).items():
+        if name in outputs:
+            counts["kept"] += 1
+        elif tensor.data_offsets[0] == tensor.data_offsets[1]:
+            counts["dropped"] += 1
+        elif len(tensor.shape) == 3:
+            counts["split" if tensor.shape[0] > 1 else "repeated"] += 1
+        else:
+            counts["renamed"] += 1
+    fates = ", ".join(f"{count} {fate}" for fate, count in counts.items() if count)
+    return f"{fates}; {len(outputs)} tensors, a header of {length} bytes"
+
+
+def check_family(name: str, base: str, loaders: Loaders, home: Path) -> str:
+    """Check one family; return a summary.
+
+    Raises:
+        AssertionError, ConversionError, RuntimeError: the results differ, or only one is refused.
+    """
+    models = BaseModels(str(home / "bases"), str(home / "no-cache"))
+    refusal = loaders.ask("make", name, home)["refusal"]
+    if refusal is not None:
+        return f"refused by both: {refused(home / name / 'adapter', base, models)}"
+    directory, fates = converted(home / name / "adapter", base, models)
+    count = loaders.ask("compare", name, directory)["tensors"]
+    fates += f"; {count} equal"
+    loadable = home / name / "loadable"
+    if loadable.exists():
+        directory, _ = converted(loadable, base, models)
+        loaded = loaders.ask("load", name, directory)
+        fates += f"; PEFT loads {loaded['tensors']}, logits within {loaded['difference']:.0e}"
+    return fates
+
+
+def check_all(python: str) -> int:
+    """Check all families; return the number of failures.
+
+    Raises:
+        ChildProcessError: the packages are missing, or the process has died.
+    """
+    failures = 0
+    with tempfile.TemporaryDirectory() as directory, Loaders(python, COOKBOOK_SCRIPT) as loaders:
+        home = Path(directory)
+        print("families:", ", ".join(f"{k} {v}" for k, v in loaders.about["versions"].items()))
+        for name, base in loaders.about["bases"].items():
+            failures += attempt(name, partial(check_family, name, base, loaders, home))
+        with Hub() as hub:
+            hf = str(Path(python).with_name("hf"))
+            uploaded = home / "llama/adapter-converted"
+            failures += attempt("hf upload", partial(hub.upload, hf, uploaded, home))
+    return failures
+
+
+def attempt(name: str, check: Callable[[], str]) -> int:
+    """Run a check and print its summary; return 1 if it failed."""
+    started = time.monotonic()
+    try:
+        summary = check()
+    except (AssertionError, ConversionError, OSError, RuntimeError) as error:
+        print(f"families: FAIL {name}: {error}"[:500])
+        return 1
+    print(f"families: ok {name}: {summary}, {time.monotonic() - started:.1f} s")
+    return 0
+
+
+def main() -> int:
+    """Run all checks; return the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        failures = check_all(sys.argv[1])
+    except ChildProcessError as error:
+        print(f"families: FAIL {error}")
+        failures = 1
+    print("interop: all passed" if not failures else f"interop: {failures} FAILED")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
