@@ -64,10 +64,10 @@ _NEMOTRON: Final = {"model_type": "nemotron_h", "architectures": ("NemotronHForC
 #: Models that the service offers, with what is known of them, as of 2026-11. A model is listed if
 #: tinker_cookbook 0.6.1 converts its adapters (`weights/README.md`; `model_info.py` has the names)
 #: and all facts have a source. `model_type`, `architectures` and prefixes are those of transformers
-#: 5.23 and of the cookbook (`weights/_merge*.py`). The sources of `has_lm_head`:
-#: (1) `tie_word_embeddings` in the config.json of the model at Hugging Face;
-#: (2) the cookbook names the output layer or the tied embedding of this model;
-#: (3) the number of parameters is that of an output layer of its own (8.95 billion for 9B).
+#: 5.23 and of the cookbook (`weights/_merge*.py`). Three sources say if the output layer is tied:
+#: (1) `tie_word_embeddings` in the config.json of the model at Hugging Face.
+#: (2) The cookbook, where it names the layer of this model.
+#: (3) The number of parameters, such as 8.95 billion for 9B.
 #: Rows of `in_proj` follow from config.json: 64 heads for Nano and Lightning, 128 for Super.
 _KNOWN: Final[tuple[tuple[tuple[str, ...], bool, dict[str, Any]], ...]] = (
     (  # (1)
@@ -181,8 +181,8 @@ class BaseModels:
             yield Path(self._directory, parts[-1])
         repository = Path(self._hub_cache, "models--" + "--".join(parts))
         try:
-            revision = (repository / "refs/main").read_text().strip()
-        except OSError:
+            revision = read_regular(repository / "refs/main", 256).decode().strip()
+        except (OSError, ValueError):
             return
         yield repository / "snapshots" / revision
 

@@ -15,7 +15,7 @@ ReadSource: TypeAlias = Callable[[memoryview, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
+class OwnBytes:
     """Bytes of the virtual file itself."""
 
     data: bytes
@@ -69,7 +69,7 @@ class Rows:
         return self.count * self.width
 
 
-Extent: TypeAlias = Data | Range | Zeros | Rows
+Extent: TypeAlias = OwnBytes | Range | Zeros | Rows
 
 
 class ExtentMap:
@@ -129,7 +129,7 @@ def _fill(buffer: memoryview, extent: Extent, start: int, read_source: ReadSourc
     """Fill `buffer` with the bytes of an extent from `start` on."""
     if isinstance(extent, Range):
         read_source(buffer, extent.start + start)
-    elif isinstance(extent, Data):
+    elif isinstance(extent, OwnBytes):
         buffer[:] = extent.data[start : start + len(buffer)]
     elif isinstance(extent, Zeros):
         buffer[:] = bytes(len(buffer))

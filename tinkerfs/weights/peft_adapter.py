@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from tinkerfs.weights.adapter_families import Family, family_of, peft_module
 from tinkerfs.weights.base_models import BaseModel
-from tinkerfs.weights.extents import Data, Extent, ExtentMap, Range, Rows, Zeros
+from tinkerfs.weights.extents import Extent, ExtentMap, OwnBytes, Range, Rows, Zeros
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, Tensor, parse_tensors
 
 #: Maximum size of the new header: that of the format (safetensors, src/tensor.rs).
@@ -109,7 +109,7 @@ def convert(
     else:
         new_header = _new_header(blocks, start)
         extents = ExtentMap(
-            [Data(new_header), *(extent for block in blocks for extent in block.extents)]
+            [OwnBytes(new_header), *(extent for block in blocks for extent in block.extents)]
         )
     return PeftAdapter(extents, _peft_config(config, base, modules, ranks))
 

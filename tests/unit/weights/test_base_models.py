@@ -69,7 +69,7 @@ def test_directory_of_models_has_precedence(tmp_path, path):
     )
 
 
-def test_base_without_output_layer_or_embedding_is_not_called_tied(tmp_path):
+def test_base_without_known_embedding_is_not_called_tied(tmp_path):
     write_model(tmp_path / "org/name", ["head.weight", "embed.weight"])
     assert BaseModels(str(tmp_path), str(tmp_path / "hub")).get("org/name").has_lm_head is None
 
@@ -101,7 +101,7 @@ def test_hub_cache_is_read_through_its_links(tmp_path):
     assert BaseModels(None, str(tmp_path)).get("org/name").has_lm_head
 
 
-def test_index_tells_names_of_absent_files(tmp_path):
+def test_index_lists_names_of_absent_files(tmp_path):
     directory = tmp_path / "org/name"
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(CONFIG))

@@ -1,13 +1,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinkerfs.weights.extents import Data, ExtentMap, Range, Rows, Zeros
+from tinkerfs.weights.extents import ExtentMap, OwnBytes, Range, Rows, Zeros
 
 SOURCE = bytes(range(256)) * 20
 
 EXTENTS = st.lists(
     st.one_of(
-        st.binary(max_size=9).map(Data),
+        st.binary(max_size=9).map(OwnBytes),
         st.builds(Range, st.integers(0, 1000), st.integers(0, 50)),
         st.builds(Zeros, st.integers(0, 9)),
         st.builds(
@@ -24,7 +24,7 @@ EXTENTS = st.lists(
 
 
 def expected_bytes(extent):
-    if isinstance(extent, Data):
+    if isinstance(extent, OwnBytes):
         return extent.data
     if isinstance(extent, Zeros):
         return bytes(extent.length)
