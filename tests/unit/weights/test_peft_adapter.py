@@ -263,6 +263,23 @@ def test_header_over_the_limit_is_refused(monkeypatch):
         converted(factors("m.experts.w1", experts=(1, 500)), LLAMA)
 
 
+def test_experts_without_bytes_are_refused_before_they_are_named():
+    module = "base_model.model.m.experts.w1"
+    tensors = {
+        f"{module}.lora_A.weight": np.zeros((10**12, 4, 0), np.float32),
+        f"{module}.lora_B.weight": np.zeros((1, 6, 4), np.float32),
+    }
+    with pytest.raises(ConversionError, match="longer than the format allows"):
+        converted(tensors, LLAMA)
+
+
+def test_names_are_escaped_in_the_header():
+    module = 'model.a"\\\t, é.b'
+    found, _config = converted(factors(f"{module}.experts.w1", experts=(2, 2)), LLAMA)
+    names = {f"base_model.model.{module}.experts.{i}.gate_proj.lora_A.weight" for i in range(2)}
+    assert names < set(found)
+
+
 @given(st.binary(max_size=200))
 def test_damaged_header_is_refused(header):
     with pytest.raises(ConversionError):
