@@ -1,6 +1,7 @@
 """Copying a directory onto a checkpoint changes nothing, and writing a single control does.
 
-A checkpoint directory has two controls, files that act when written: `published` and `expires_at`.
+A checkpoint directory has controls, files that act when written: `published`, `expires_at` and
+`export`.
 """
 
 import sys
@@ -88,8 +89,9 @@ def test_copy_of_directory_changes_no_checkpoint(account, pair, tmp_path, name):
     changes = {entry.method for entry in account.server.journal.entries("api")} - {"GET"}
     assert changes <= {"POST"}
     assert not [e for e in account.server.journal.entries("api") if "publish" in e.endpoint]
+    assert not account.server.journal.count("POST create_session")
     listed = account.sh(f"ls {pair[1]}/checkpoints/weights/0001").stdout.split()
-    assert len(listed) == 8
+    assert len(listed) == 9
 
 
 def test_rejected_control_write_reports_reason_and_hint(account, pair, tmp_path):

@@ -95,7 +95,7 @@ def test_removal_after_copy_deletes_nothing(account, run, tmp_path, name):
     assert any("(hint: tinkerfs get PATH DEST, then rm -r PATH" in line for line in logged)
     # Nothing stays hidden, and deliberate removal still deletes.
     listed = account.sh(f"ls {run}/checkpoints/weights/0001").stdout.split()
-    assert len(listed) == 8
+    assert len(listed) == 9
     assert account.sh(f"rm -r {run}/checkpoints/weights/0001").returncode == 0
     assert account.checkpoint_ids(run) == {*NAMES} - {"weights/0001"}
 
@@ -162,7 +162,7 @@ def test_move_within_or_onto_the_mount_changes_nothing(account, run, tmp_path, m
     assert "Operation not permitted" in done.stderr
     assert {e.method for e in account.server.journal.entries("api")} <= {"GET", "POST"}
     assert not account.server.account.checkpoint(run.partition("/")[2], "weights/0001").is_public
-    assert len(account.sh(script(run, tmp_path, "ls $X")).stdout.split()) == 8
+    assert len(account.sh(script(run, tmp_path, "ls $X")).stdout.split()) == 9
     assert account.checkpoint_ids(run) == set(NAMES)
 
 

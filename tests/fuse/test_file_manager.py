@@ -333,4 +333,4 @@ def test_cut_and_paste_of_checkpoint_moves_nothing(account, run, desktop):
     assert account.checkpoint_ids() == everything
     assert "(hint: tinkerfs get PATH DEST, then rm -r PATH" in account.errors()
     assert not [e for e in account.server.journal.entries("api") if e.method == "DELETE"]
-    assert len(os.listdir(run / "checkpoints/weights/final")) == 8
+    assert len(os.listdir(run / "checkpoints/weights/final")) == 9

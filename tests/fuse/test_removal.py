@@ -177,7 +177,7 @@ DELIBERATE = {
     ),
     "by hand": (
         "cd $CK/weights/0001 && rm info.json archive_url published expires_at tinker_path files"
-        " archive.tar tensors.json && cd .. && rmdir 0001",
+        " archive.tar tensors.json export && cd .. && rmdir 0001",
         {"weights/0001"},
     ),
     "rmtree": (
@@ -331,6 +331,7 @@ def test_rejected_deletion_fails_and_restores_the_files(spare, response, message
             "archive.tar",
             "archive_url",
             "expires_at",
+            "export",
             "files",
             "info.json",
             "published",

@@ -198,7 +198,7 @@ def test_kill_during_rm_neither_loses_nor_hides(
     mount, server, env, run_id, endpoint, effect, is_removed
 ):
     root = mount("a", "--trash=30d")
-    assert len(os.listdir(checkpoint_of(root, run_id))) == 8
+    assert len(os.listdir(checkpoint_of(root, run_id))) == 9
     fault = server.faults.add(endpoint, times=None, **effect)
     with run_in_background("rm", "-r", checkpoint_of(root, run_id)) as removing:
         fault.wait_for(1)

@@ -13,6 +13,7 @@ FILES = [
     "files",
     "archive.tar",
     "tensors.json",
+    "export",
 ]
 
 

@@ -129,6 +129,15 @@ class Mutations:
             expected, "restore from the trash", self._restore, path, ctx, in_trash=True
         )
 
+    def check_current(self, expected: ListedCheckpoint) -> None:
+        """Request the checkpoints of the run, and compare the version of one.
+
+        Raises:
+            ApiError: the request failed; Conflict if the checkpoint was saved again; NotFound if it
+                was removed.
+        """
+        self._refetch_expected(expected, in_trash=False)
+
     def _delete(self, checkpoint: ListedCheckpoint) -> None:
         recheck = self._recheck(checkpoint, lambda current: current is None)
         try:

@@ -114,7 +114,7 @@ class DeletionGuard:
             raise errors.read_only(node.path)
         if not isinstance(node.row, ControlFile):
             raise errors.not_permitted(
-                node.path, "only published, expires_at and refresh are writable"
+                node.path, "only published, expires_at, export and refresh are writable"
             )
 
     def check_open_to_write(self, node: Node, caller: Callable[[], Caller]) -> None:

@@ -13,7 +13,16 @@ from tinkerfs.api import models
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.tinker_path import KINDS
-from tinkerfs.vfs import controls, entities, readme, render, trash, views, weights_nodes
+from tinkerfs.vfs import (
+    controls,
+    entities,
+    export_control,
+    readme,
+    render,
+    trash,
+    views,
+    weights_nodes,
+)
 from tinkerfs.vfs.schema import (
     ContentFile,
     ControlFile,
@@ -224,6 +233,7 @@ _CHECKPOINT_ROWS: tuple[NodeSpec, ...] = (
     weights_nodes.LINKS["files"],
     weights_nodes.LINKS["archive.tar"],
     weights_nodes.LINKS["tensors.json"],
+    export_control.EXPORT,
 )
 
 

@@ -10,6 +10,7 @@ TEXT = b"""\
         archive_url    a fresh signed URL of the archive; requested when you read it
         published      1 or 0; write 1 to publish, 0 to unpublish
         expires_at     a time or "never"; write 12h, 30d, seconds, an RFC 3339 time, or never
+        export         of a training checkpoint: write 1h to export it, if the server has no archive
         tinker_path    tinker://<run_id>/<kind>/<name>
         files/         the weight files; only the blocks that you read are downloaded
         archive.tar    the archive; tensors.json: name, dtype and shape of its tensors

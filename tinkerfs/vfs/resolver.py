@@ -186,6 +186,12 @@ class PathResolver:
             and row.target(self.context_for(node, ctx)) is None
         ):
             return False
+        if (
+            isinstance(row, ControlFile)
+            and row.applies_to is not None
+            and not row.applies_to(node.entity)
+        ):
+            return False
         if not self._removals.has_tombstones:
             return True
         ctx.mark_uncacheable()

@@ -141,12 +141,14 @@ class ControlFile:
     """A file that triggers an action when it is written.
 
     `on_write` receives one whole value. An error that it raises becomes the error of write(2).
+    `applies_to` returns whether an entity has the file; None if all have it.
     """
 
     name: str
     doc: str
     render: Callable[[NodeContext], bytes]
     on_write: Callable[[NodeContext, str], None]
+    applies_to: Callable[[Any], bool] | None = None
     mode: int = 0o644
     mtime_ns: Callable[[NodeContext], int] | None = None
 

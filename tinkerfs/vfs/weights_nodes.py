@@ -102,6 +102,11 @@ def _version_path(checkpoint: ListedCheckpoint) -> str:
     return f"{run_id}/{kind}/{name}/{checkpoint.version}"
 
 
+def version_of(node: NodeContext) -> CheckpointVersion:
+    """Return the version of the checkpoint that a node belongs to."""
+    return _version(node, node.entity)
+
+
 def _version(node: NodeContext, checkpoint: ListedCheckpoint) -> CheckpointVersion:
     own_runs = node.backend.catalog.runs.peek()
     is_foreign = own_runs is not None and checkpoint.run_id not in own_runs.by_id

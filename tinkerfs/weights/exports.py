@@ -9,6 +9,7 @@ begins and when it ends. A killed process leaves a record of an export that bega
 for the weights looks for what it may have saved. Thread-safe.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,10 +27,11 @@ from tinkerfs.api.exports import Export, ExportProgress, ExportRequest, ExportSt
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import SingleFlight, run_in_thread
-from tinkerfs.context import RequestContext
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.processes import ProcessId
 from tinkerfs.telemetry import MutationRecord, Telemetry, rfc3339
 from tinkerfs.tinker_path import TinkerPath
+from tinkerfs.validity import Expiry
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 
 T = TypeVar("T")
@@ -115,6 +117,8 @@ class Exports:
         self._running: dict[str, tuple[Export, ExportProgress]] = {}
         self._records: dict[str, ExportRecord] = {}
         self._data_version: int | None = None
+        #: Of all descriptions; replaced when a record changes.
+        self._expiry = Expiry(math.inf)
 
     def __enter__(self) -> Self:
         """Return the exports themselves."""
@@ -158,23 +162,32 @@ class Exports:
             self._keep(checkpoint.cache_key, found)
         return found
 
-    def describe(self, checkpoint: CheckpointVersion) -> str:
-        """Return one line about the export of a checkpoint; send no request."""
+    def describe(
+        self, checkpoint: CheckpointVersion, ctx: RequestContext = BACKGROUND_CONTEXT
+    ) -> str:
+        """Return one line about the export of a checkpoint; send no request.
+
+        The validity of the line is added to `ctx`.
+        """
         key = checkpoint.cache_key
+        ctx.depends_on(self._expiry)
         record = self._record(key)
         if record is None:
             return "none"
         if record.state is ExportState.FAILED:
             return f"failed: {record.failure}"
         if record.state is ExportState.BEGUN:
+            ctx.mark_uncacheable()
             if self._is_abandoned(key, record):
                 return "failed: the process that exported was killed"
             with self._lock:
                 running = self._running.get(key)
             state = str(running[1]) if running else f"by process {record.process.partition(':')[0]}"
             return f"exporting: {state}, {max(self._clock.now() - record.began_at_s, 0.0):.0f} s"
-        if self.find(checkpoint) is None:
+        left_s = record.expires_at_s - EXPIRY_MARGIN_S - self._clock.now()
+        if left_s <= 0:
             return "none"
+        ctx.depends_on(Expiry(self._clock.monotonic() + left_s))
         size = "" if record.size_bytes is None else f", {record.size_bytes} bytes"
         return f"{record.path}, until {rfc3339(record.expires_at_s)}{size}"
 
@@ -185,6 +198,8 @@ class Exports:
         path: str,
         ctx: RequestContext,
         recipients: Sequence[str] = (),
+        *,
+        check_current: Callable[[], object] = lambda: None,
     ) -> ExportRecord:
         """Export a checkpoint, and wait until that is done; join an export in flight.
 
@@ -195,6 +210,8 @@ class Exports:
             ttl_s: time until the server deletes the export, seconds, 3600 to 315360000.
             path: the file that was written, for messages.
             recipients: age recipients for which the files are encrypted; empty for plain files.
+            check_current: raises ApiError if the server has another version of the checkpoint. It
+                is called before the export and after it, because the server exports by name.
 
         Raises:
             ApiError: the server refused or failed; RequestTimeout after `timeout_s`.
@@ -203,7 +220,7 @@ class Exports:
         mutation = self._telemetry.begin_mutation(path, f"export for {ttl_s} s", ctx.caller())
         future = self._flights.run(
             checkpoint.cache_key,
-            lambda: self._export(checkpoint, ttl_s, recipients),
+            lambda: self._export(checkpoint, ttl_s, recipients, check_current),
             f"export {path}",
             Future[ExportRecord](),
         )
@@ -213,7 +230,7 @@ class Exports:
         """Delete the export of a checkpoint, or stop one in flight; succeed if there is none.
 
         Raises:
-            ApiError: the request failed.
+            ApiError: the request failed; Conflict if another process exports the checkpoint.
             OSError: EINTR if the caller was interrupted.
         """
         key = checkpoint.cache_key
@@ -222,8 +239,15 @@ class Exports:
         def delete() -> None:
             with self._lock:
                 running = self._running.get(key)
+            flight = self._flights.get(key)
             if running is not None:
                 running[0].stop()
+            if flight is not None:
+                with suppress(Exception):
+                    flight.exception(timeout=self._timeout_s)
+            record = self._record(key)
+            if record is not None and self._is_elsewhere(key, record):
+                raise errors.Conflict(f"process {record.process} exports the checkpoint")
             record = self.recover(checkpoint)
             if record is not None:
                 with suppress(errors.NotFound):
@@ -247,10 +271,15 @@ class Exports:
             self._renew(checkpoint.cache_key, record, ttl_s)
 
     def _export(
-        self, checkpoint: CheckpointVersion, ttl_s: int, recipients: Sequence[str]
+        self,
+        checkpoint: CheckpointVersion,
+        ttl_s: int,
+        recipients: Sequence[str],
+        check_current: Callable[[], object],
     ) -> ExportRecord:
         key = checkpoint.cache_key
         self._wait_for_other_process(key)
+        check_current()
         record = self.recover(checkpoint)
         if record is not None:
             return self._renew(key, record, ttl_s)
@@ -273,12 +302,15 @@ class Exports:
         self._on_progress(key, export, ExportProgress("starting"))
         self._telemetry.count("exports_started")
         try:
-            with self._telemetry.track_pending(lambda: f"export {self._progress(key)}"):
+            with self._telemetry.track_pending(
+                lambda: f"export of {checkpoint.about}: {self._progress(key)}"
+            ):
                 path = export.run()
             expires_at_s = self._clock.now() + ttl_s
             done = self._saved(record, path, expires_at_s=expires_at_s) or msgspec.structs.replace(
                 record, state=ExportState.DONE, path=path, expires_at_s=expires_at_s
             )
+            self._check_exported(done, check_current)
         except ExportStopped:
             self._forget(key)
             raise errors.interrupted() from None
@@ -289,12 +321,28 @@ class Exports:
                 key, msgspec.structs.replace(record, state=ExportState.FAILED, failure=failure)
             )
             raise
+        except Exception:
+            self._forget(key)
+            raise
         finally:
             with self._lock:
                 self._running.pop(key, None)
         self.on_exported(checkpoint)
         self._keep(key, done)
         return done
+
+    def _check_exported(self, done: ExportRecord, check_current: Callable[[], object]) -> None:
+        """Delete the export again if the checkpoint was saved again meanwhile.
+
+        Raises:
+            ApiError: as `check_current`.
+        """
+        try:
+            check_current()
+        except errors.ApiError:
+            with suppress(errors.ApiError):  # it expires anyway
+                self._client.delete(done.ref)
+            raise
 
     def _on_session(self, key: str, record: ExportRecord, session_id: str) -> None:
         self._keep(key, msgspec.structs.replace(record, run_id=f"{session_id}:train:0"))
@@ -315,14 +363,19 @@ class Exports:
             ApiError: RequestTimeout after `timeout_s`.
         """
         deadline = self._clock.monotonic() + self._timeout_s
-        while (record := self._record(key)) is not None:
-            if record.state is not ExportState.BEGUN or self._is_abandoned(key, record):
-                return
+        while (record := self._record(key)) is not None and self._is_elsewhere(key, record):
             if self._clock.monotonic() > deadline:
                 raise errors.RequestTimeout(
                     f"process {record.process} did not export it within {self._timeout_s:g} s"
                 )
             time.sleep(_LOOK_S)
+
+    def _is_elsewhere(self, key: str, record: ExportRecord) -> bool:
+        """Return whether another process exports the checkpoint."""
+        if record.state is not ExportState.BEGUN or self._is_abandoned(key, record):
+            return False
+        with self._lock:
+            return key not in self._running
 
     def _is_abandoned(self, key: str, record: ExportRecord) -> bool:
         """Return whether the process of an unfinished export has ended."""
@@ -384,20 +437,30 @@ class Exports:
         with self._lock:
             if version is not None and version != self._data_version:
                 self._data_version = version
-                self._records = _decode(self._store.durable(_NAMESPACE))
+                records = _decode(self._store.durable(_NAMESPACE))
+                if records != self._records:
+                    self._records = records
+                    self._expire_descriptions()
             return self._records.get(key)
 
     def _keep(self, key: str, record: ExportRecord) -> None:
         with self._lock:
             self._records[key] = record
+            self._expire_descriptions()
         with suppress(OSError):  # without a cache directory it is known to this mount alone
             self._store.put_durable(_NAMESPACE, key, msgspec.json.encode(record))
 
     def _forget(self, key: str) -> None:
         with self._lock:
             self._records.pop(key, None)
+            self._expire_descriptions()
         with suppress(OSError):
             self._store.delete_durable(_NAMESPACE, key)
+
+    def _expire_descriptions(self) -> None:
+        """Invalidate all that `describe` has returned; the caller holds the lock."""
+        self._expiry.fresh_until = -math.inf
+        self._expiry = Expiry(math.inf)
 
 
 def _decode(values: dict[str, bytes]) -> dict[str, ExportRecord]:

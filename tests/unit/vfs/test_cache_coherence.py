@@ -508,4 +508,5 @@ def test_names_of_the_table_are_shared_objects(account):
     ]
     assert len(entries) == 3
     for other in entries[1:]:
-        assert all(a.name is b.name for a, b in zip(entries[0], other, strict=True))
+        # Only a training checkpoint has `export`, the last entry.
+        assert all(a.name is b.name for a, b in zip(entries[0], other, strict=False))

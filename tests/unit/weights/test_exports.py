@@ -140,7 +140,7 @@ def test_state_of_the_queue_is_described_and_pending(server, exports, checkpoint
         pending.update(what for what, _age_s in telemetry.pending())
         thread.join(0.02)
     assert any("loading weights, waiting for capacity, 0 s" in text for text in seen)
-    assert "export loading weights, waiting for capacity" in pending
+    assert f"export of {checkpoint.about}: loading weights, waiting for capacity" in pending
     assert telemetry.pending() == []
 
 

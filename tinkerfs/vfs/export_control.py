@@ -1,0 +1,49 @@
+"""The control file `export` of a training checkpoint.
+
+A server without archives exports a training checkpoint as external weights. That takes minutes and
+uses the account's capacity, so only a write starts it.
+"""
+
+from msgspec.structs import replace
+
+from tinkerfs.catalog.listings import ListedCheckpoint
+from tinkerfs.vfs import controls, render, weights_nodes
+from tinkerfs.vfs.schema import ControlFile, NodeContext
+
+
+def _describe(node: NodeContext) -> bytes:
+    description = node.backend.exports.describe(weights_nodes.version_of(node), node.ctx)
+    return render.line(description)
+
+
+def _write(node: NodeContext, text: str) -> None:
+    """Export the checkpoint for some time, or delete its export."""
+    if not text.strip():
+        return
+    backend, checkpoint = node.backend, node.entity
+    ttl_s = controls.parse_expiry_s(text, backend.clock.now(), node.path)
+    version = weights_nodes.version_of(node)
+    # An export has its own time-out, which is that of archives.
+    ctx = replace(node.ctx, timeout_s=None)
+    if ttl_s is None:
+        backend.exports.delete(version, node.path, ctx)
+        return
+
+    def check_current() -> None:
+        if not version.ref.is_foreign:  # the checkpoints of another account cannot be listed
+            backend.mutations.check_current(checkpoint)
+
+    backend.exports.export(version, ttl_s, node.path, ctx, check_current=check_current)
+
+
+def _is_training(checkpoint: ListedCheckpoint) -> bool:
+    return checkpoint.kind == "weights"
+
+
+EXPORT = ControlFile(
+    "export",
+    "state of the export of a training checkpoint; write a duration to export, never to delete it",
+    _describe,
+    _write,
+    applies_to=_is_training,
+)
