@@ -1,0 +1,238 @@
+"""The control `export` on real mounts: a server without archives exports checkpoints."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors import safe_open
+
+from tests.support.account import Account, account, every_binding, make_account, mounted, new_run
+from tests.support.faulty_server import FaultyServer
+from tests.support.mount import BINDINGS, ROOT, force_unmount, wait_until
+from tinkerfs.demo.exports import ExportOptions
+
+__all__ = ["make_account"]
+
+
+@pytest.fixture(scope="module")
+def account(make_account):  # noqa: F811
+    """An account at a service without archives."""
+    return make_account(
+        runs=1, checkpoints=1, profile="official-0.36", settings={"archive_timeout_s": 20.0}
+    )
+
+
+@pytest.fixture
+def directory(account):
+    """Return the directory of a training checkpoint; the options are reset after the test."""
+    run = account.new_run("weights/1")
+    yield f"{run}/checkpoints/weights/1"
+    options(account, **dataclasses.asdict(ExportOptions()))
+    account.server.faults.clear()
+
+
+def options(account, **values):
+    for name, value in values.items():
+        setattr(account.server.behaviour.exports, name, value)
+
+
+def last_session(account):
+    """Return the status of the newest session of an export."""
+    ids = [each for each in account.server.account.session_ids() if each.startswith("export-")]
+    newest = max(ids, key=lambda each: int(each.rpartition("-")[2]))
+    return account.server.account.session(newest).status
+
+
+def test_written_duration_exports_the_checkpoint(account, directory):
+    done = account.sh(f"echo 1h > {directory}/export && cat {directory}/export")
+    assert done.returncode == 0, done
+    assert done.stdout.startswith("tinker://export-session-"), done
+    assert last_session(account)["reason"] == {"type": "success"}
+    run_id = directory.split("/")[1]
+    files = account.root / directory / "files"
+    expected = account.server.files(run_id, "weights/1")
+    assert set(os.listdir(files)) == set(expected)
+    for name, content in expected.items():
+        assert (files / name).read_bytes() == content.read(0, content.size_bytes)
+    with safe_open(files / "adapter_model.safetensors", framework="np") as weights:
+        tensors = json.loads((account.root / directory / "tensors.json").read_text())["tensors"]
+        assert set(weights.keys()) == set(tensors)
+    assert f"/{directory}/export\texport for 3600 s\t" in account.changes()
+
+
+def test_look_at_export_costs_no_request(account, directory):
+    account.sh(f"ls -l {directory}")
+    account.server.journal.clear()
+    done = account.sh(f"ls -l {directory}; cat {directory}/export; grep -r none {directory}/export")
+    assert done.stdout.count("none") == 2
+    assert account.server.journal.count("api") == 0
+
+
+def test_refused_listing_says_how_to_export(account, directory):
+    done = account.sh(f"ls {directory}/files/")
+    assert "Operation not supported" in done.stderr
+    assert "`echo 1h > export`" in account.errors().splitlines()[-1]
+
+
+@every_binding
+def test_ctrl_c_leaves_the_export_running(make_account):
+    account = make_account(runs=1, checkpoints=1, profile="official-0.36")
+    directory = f"{account.new_run('weights/1')}/checkpoints/weights/1"
+    options(account, load_s=1.5, queue_state="paused_capacity")
+    process = account.start("bash", "-c", f"echo 1h > {directory}/export")
+    path = account.root / directory / "export"
+    wait_until(lambda: "waiting for capacity" in path.read_text())
+    stats = json.loads((account.root / ".tinkerfs/stats.json").read_text())
+    assert [each for each in stats["pending"] if "waiting for capacity" in each["what"]]
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert time.monotonic() - started < 1.0
+    assert process.returncode != 0
+    assert path.read_text().startswith("exporting: ")
+    wait_until(lambda: path.read_text().startswith("tinker://"))
+    assert "done (its caller: EINTR)" in account.changes()
+
+
+def test_concurrent_writers_share_an_export(account, directory):
+    options(account, load_s=0.4)
+    done = account.sh(
+        f"for n in 1 2 3; do echo 1h > {directory}/export & done; wait; cat {directory}/export"
+    )
+    assert done.stdout.startswith("tinker://"), done
+    assert account.server.journal.count("POST create_session") == 1
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "status", "message"),
+    [
+        ("POST create_session", 403, "Permission denied"),
+        ("POST create_session", 402, "Disk quota exceeded"),
+        ("POST load_weights", 422, "Invalid argument"),
+        ("POST retrieve_future", 402, "Disk quota exceeded"),
+        ("POST save_weights_external", 403, "Permission denied"),
+    ],
+)
+def test_failure_of_a_step_is_reported(account, directory, endpoint, status, message):
+    account.server.faults.add(
+        endpoint, times=None, status=status, body={"detail": "the words of the service"}
+    )
+    done = account.sh(f"echo 1h > {directory}/export; cat {directory}/export")
+    assert message in done.stderr, done
+    assert done.stdout == "failed: the words of the service\n"
+    assert "the words of the service" in account.errors().splitlines()[-1]
+    assert "the words of the service" in account.changes().splitlines()[-1]
+    if endpoint != "POST create_session":
+        assert last_session(account)["reason"] == {"type": "errored"}
+    account.server.faults.clear()
+    assert account.sh(f"echo 1h > {directory}/export").returncode == 0
+
+
+def test_retired_base_model_is_reported(account, directory):
+    run_id = directory.split("/")[1]
+    base_model = account.server.account.run(run_id).base_model
+    options(account, retired_models=frozenset({base_model}))
+    done = account.sh(f"echo 1h > {directory}/export; cat {directory}/export")
+    assert "Invalid argument" in done.stderr
+    assert f"{base_model} was retired" in done.stdout
+
+
+def test_missing_capacity_ends_with_the_archive_timeout(make_account):
+    account = make_account(
+        runs=1, checkpoints=1, profile="official-0.36", settings={"archive_timeout_s": 1.0}
+    )
+    directory = f"{account.new_run('weights/1')}/checkpoints/weights/1"
+    options(account, load_s=600.0, queue_state="paused_capacity")
+    done = account.sh(f"echo 1h > {directory}/export; cat {directory}/export")
+    assert "Connection timed out" in done.stderr, done
+    assert "waiting for capacity" in done.stdout
+    assert last_session(account)["reason"] == {"type": "errored"}
+
+
+def test_never_deletes_the_export(account, directory):
+    script = f"cd {directory} && echo 1h > export && echo never > export && cat export"
+    assert account.sh(script).stdout == "none\n"
+    assert account.server.journal.count("DELETE checkpoint") == 1
+
+
+def test_removal_deletes_a_checkpoint_with_an_export(account, directory):
+    run = directory.partition("/checkpoints")[0]
+    done = account.sh(f"echo 1h > {directory}/export; ls -l {directory}; rm -r {directory}")
+    assert done.returncode == 0, done
+    assert account.checkpoint_ids(run) == set()
+
+
+def test_read_only_mount_starts_no_export(make_account):
+    account = make_account(
+        runs=1, checkpoints=1, profile="official-0.36", settings={"read_only": True}
+    )
+    run_id = new_run(account.server, "weights/1")
+    path = f"runs/{run_id}/checkpoints/weights/1/export"
+    done = account.sh(f"cat {path}; echo 1h > {path}")
+    assert "Read-only file system" in done.stderr
+    assert done.stdout == "none\n"
+    assert not account.server.journal.count("POST create_session")
+
+
+def exporting(server, directory, path):
+    """Mount, start an export of 10 minutes, and return the process of the mount."""
+    environment = {"TINKERFS_FUSE_BINDING": BINDINGS[-1], "HOME": str(directory)}
+    root, cache_dir = directory / "mnt", directory / "cache"
+    root.mkdir()
+    cache_dir.mkdir(mode=0o700)
+    settings = {"base_url": server.base_url, "cache_dir": str(cache_dir)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.account", str(root), json.dumps(settings)],
+        cwd=ROOT,
+        env=os.environ | environment | server.environment,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"ready\n"
+    server.behaviour.exports.load_s = 600.0
+    writer = Account(server, root).start("bash", "-c", f"echo 1h > {path}")
+    wait_until(lambda: (root / path).read_text().startswith("exporting: loading weights"))
+    return process, writer
+
+
+@pytest.fixture
+def lone(tmp_path):
+    """Return a server without archives, and the path of a checkpoint's export."""
+    with FaultyServer(
+        runs=1, checkpoints=1, profile="official-0.36", exports=ExportOptions()
+    ) as server:
+        run_id = new_run(server, "weights/1")
+        yield server, f"runs/{run_id}/checkpoints/weights/1/export"
+        force_unmount(str(tmp_path / "mnt"))
+
+
+def test_next_mount_finds_the_export_of_a_killed_one(lone, tmp_path):
+    server, path = lone
+    process, writer = exporting(server, tmp_path, path)
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+    writer.communicate(timeout=10)
+    force_unmount(str(tmp_path / "mnt"))
+    server.behaviour.exports.load_s = 0.0
+    with mounted(server, tmp_path, BINDINGS[-1]) as root:
+        assert (root / path).read_text() == "failed: the process that exported was killed\n"
+        (root / path).write_text("1h")
+        assert (root / path).read_text().startswith("tinker://")
+
+
+def test_unmount_finishes_the_session_of_an_export(lone, tmp_path):
+    server, path = lone
+    process, writer = exporting(server, tmp_path, path)
+    process.terminate()
+    assert process.wait(10) == 0
+    process.stdout.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        writer.communicate(timeout=5)
+    assert writer.returncode != 0
+    assert last_session(Account(server, tmp_path))["reason"] == {"type": "interrupted"}
