@@ -5,6 +5,8 @@ base model and an adapter in Tinker's names, and converts the adapter with the c
 converts the same adapter with `tinkerfs.weights.peft_adapter`. All tensors and
 `adapter_config.json` must be equal. Where PEFT and transformers know the family, the loaded adapter
 must give the logits of a model merged by the cookbook.
+
+It also uploads an adapter from a mount with `hf upload`.
 """
 
 import json
@@ -17,8 +19,11 @@ from functools import partial
 from pathlib import Path
 
 from interop_hub import Hub
-from interop_loaders import Loaders
+from interop_loaders import KEY, Loaders
+from interop_mount import mounted
 
+from tests.support.faulty_server import FaultyServer
+from tinkerfs.demo.content import Content, Data
 from tinkerfs.weights.base_models import BaseModels
 from tinkerfs.weights.peft_adapter import ConversionError, convert
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, parse_tensors
@@ -96,6 +101,14 @@ def check_family(name: str, base: str, loaders: Loaders, home: Path) -> str:
     return fates
 
 
+def serve(server: FaultyServer, base: str, source: Path) -> str:
+    """Serve an adapter as the checkpoint of a new run; return its path below a mount."""
+    files: dict[str, Content] = {path.name: Data(path.read_bytes()) for path in source.iterdir()}
+    run = server.account.add_run(base_model=base)
+    server.account.add_checkpoint(run.id, "sampler_weights/final", files=files)
+    return f"adapters/{run.id}@sampler_weights@final"
+
+
 def check_all(python: str) -> int:
     """Check all families; return the number of failures.
 
@@ -108,10 +121,11 @@ def check_all(python: str) -> int:
         print("families:", ", ".join(f"{k} {v}" for k, v in loaders.about["versions"].items()))
         for name, base in loaders.about["bases"].items():
             failures += attempt(name, partial(check_family, name, base, loaders, home))
-        with Hub() as hub:
-            hf = str(Path(python).with_name("hf"))
-            uploaded = home / "llama/adapter-converted"
-            failures += attempt("hf upload", partial(hub.upload, hf, uploaded, home))
+        with FaultyServer(runs=0, api_key=KEY) as server:
+            path = serve(server, loaders.about["bases"]["llama"], home / "llama/adapter")
+            with mounted(server.base_url, home) as root, Hub() as hub:
+                hf = str(Path(python).with_name("hf"))
+                failures += attempt("hf upload", partial(hub.upload, hf, root / path, home))
     return failures
 
 
