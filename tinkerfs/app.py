@@ -119,7 +119,7 @@ def open_app(
             client, cache, store, telemetry, clock, policies, trash, settings.concurrency
         )
         mutations = Mutations(client, telemetry, clock, catalog, trash, settings.trash_s)
-        sessions = Sessions(client, cache, policies)
+        sessions = Sessions(client, cache, policies, settings.concurrency)
         url_cache = SignedUrlCache(
             client,
             telemetry,

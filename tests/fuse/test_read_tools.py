@@ -26,8 +26,13 @@ ALL_RUNS_LISTED = RUNS_LISTED | {"GET training_runs/{run}/checkpoints": RUNS}
 VIEWS_LISTED = {"GET checkpoints": 1, "POST sessions/search": 1, "GET sessions/{session}": 2}
 ALL_LISTED = ALL_RUNS_LISTED | VIEWS_LISTED
 #: Maximum requests for the whole mount. A tool that reads a view before the runs requests each run
-#: of the view, and `samplers` lists those of the sessions that were listed before.
-WHOLE = ALL_LISTED | {"GET training_runs/{run}": RUNS, "GET samplers/{sampler}": 5}
+#: of the view, and `samplers` lists those of the sessions that were listed before. `shared` lists
+#: the accessible runs.
+WHOLE = ALL_LISTED | {
+    "GET training_runs": 2,
+    "GET training_runs/{run}": RUNS,
+    "GET samplers/{sampler}": 5,
+}
 
 #: The default of dircolors: directories, links, and broken links in red.
 LS_COLORS = "di=01;34:ln=01;36:or=40;31;01:mi=00"

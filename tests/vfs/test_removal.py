@@ -70,6 +70,8 @@ def test_rmdir_deletes_after_every_file_was_unlinked(world):
         "rmdir runs",
         "rmdir .tinkerfs",
         "rmdir .content",
+        "rmdir shared",
+        "rmtree projects",
         "unlink .tinkerfs/errors",
         "unlink .tinkerfs/refresh",
         "unlink {run}/info.json",

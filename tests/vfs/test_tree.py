@@ -11,7 +11,17 @@ from tinkerfs.demo import serialization
 
 pytestmark = pytest.mark.every_binding
 
-VIEWS = ["checkpoints", "published", "expiring", "models", "adapters", "sessions", "samplers"]
+VIEWS = [
+    "checkpoints",
+    "published",
+    "expiring",
+    "models",
+    "shared",
+    "projects",
+    "adapters",
+    "sessions",
+    "samplers",
+]
 ROOT_NAMES = ["README.md", "runs", *VIEWS, ".content", ".tinkerfs"]
 RUN_NAMES = ["info.json", "checkpoints", "latest", "latest_sampler"]
 CHECKPOINT_NAMES = [

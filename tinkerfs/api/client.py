@@ -12,6 +12,7 @@ import dataclasses
 import uuid
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
@@ -133,9 +134,17 @@ class Client:
 
     # Training runs
 
-    def list_training_runs(self, limit: int = 100, offset: int = 0) -> Page[TrainingRun]:
-        """Return one page of the user's own training runs."""
-        return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset)
+    def list_training_runs(
+        self, limit: int = 100, offset: int = 0, *, scope: str | None = None
+    ) -> Page[TrainingRun]:
+        """Return one page of the user's own training runs.
+
+        Args:
+            limit: page size.
+            offset: number of runs before the page.
+            scope: "accessible" for the runs that the user may read, as well as the own ones.
+        """
+        return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset, scope)
 
     def all_training_runs(
         self, on_page: Callable[[tuple[TrainingRun, ...]], None] = lambda _runs: None
@@ -149,6 +158,11 @@ class Client:
             on_page: receives the runs of each page as it arrives, see `fetch_all_pages`.
         """
         return self._all(self.list_training_runs, lambda run: run.run_id, on_page)
+
+    def all_accessible_runs(self) -> tuple[TrainingRun, ...]:
+        """Return all training runs that the user may read; one request per page."""
+        fetch = partial(self.list_training_runs, scope="accessible")
+        return self._all(fetch, lambda run: run.run_id)
 
     def training_run(self, run_id: str) -> TrainingRun:
         """Return a training run that the user owns or that is public."""
@@ -395,8 +409,10 @@ class Client:
         parse: Callable[[bytes], Page[T]],
         limit: int,
         offset: int,
+        scope: str | None = None,
     ) -> Page[T]:
-        query = urlencode({"limit": limit, "offset": offset})
+        scope_query = {} if scope is None else {"access_scope": scope}
+        query = urlencode({"limit": limit, "offset": offset, **scope_query})
         path = endpoint.label.partition(" ")[2]
         page = self._fetch_one(Request(endpoint, f"{path}?{query}"), parse)
         return self._skipped.report(endpoint.label, page)

@@ -161,6 +161,7 @@ class SessionSummary(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     session_id: str
     display_name: str | None = None
+    project_id: str | None = None
     created_at_ns: int | None = None
     raw: bytes
 

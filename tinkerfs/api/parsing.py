@@ -209,6 +209,7 @@ def _session_summary(raw: bytes) -> SessionSummary | None:
     return SessionSummary(
         session_id=session_id,
         display_name=_text(fields, "display_name"),
+        project_id=_text(fields, "project_id"),
         created_at_ns=parse_time_ns(fields.get("created_at")),
         raw=raw,
     )

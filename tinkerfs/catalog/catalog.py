@@ -22,6 +22,7 @@ from tinkerfs.catalog.listings import (
     CheckpointListing,
     ListedCheckpoint,
     RunListing,
+    SharedRunListing,
     apply_to_run,
     apply_to_runs,
     checkpoints_of,
@@ -82,6 +83,7 @@ class Catalog:
         self._trash = trash
         self._concurrency = concurrency
         self.runs = CachedListing(cache, ("runs",), self._load_runs, policies.listing)
+        self.shared = CachedListing(cache, ("shared",), self._load_shared, policies.listing)
         self.account_with_trash = CachedListing(
             cache, ("user",), self._load_account, policies.listing, self._expire_changed
         )
@@ -135,6 +137,10 @@ class Catalog:
         run: models.TrainingRun | None = self.runs.peek_partial(run_id, ctx)
         if run is None and self.runs.peek() is not None:
             run = self.runs.get(ctx).by_id.get(run_id)
+        if run is None:
+            shared = self.shared.peek()
+            if shared is not None and run_id in shared.by_id:
+                run = self.shared.get(ctx).by_id.get(run_id)
         if run is not None:
             return run
         load = partial(self._load_run, run_id)
@@ -313,6 +319,11 @@ class Catalog:
                 lambda runs: priority.on_partial((run.run_id, run) for run in runs)
             )
         )
+
+    def _load_shared(self, priority: Priority) -> SharedRunListing:
+        own = self.runs.get(BACKGROUND_CONTEXT).by_id
+        runs = self._client.with_priority(priority).all_accessible_runs()
+        return SharedRunListing.from_accessible(runs, own)
 
     def _load_run(self, run_id: str, priority: Priority) -> models.TrainingRun:
         try:

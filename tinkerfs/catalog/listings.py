@@ -4,7 +4,7 @@ Servers list bare checkpoint ids, ids with a kind, or both. Here every checkpoin
 and a name. All functions are pure.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -105,6 +105,8 @@ _KIND_AND_NAME = attrgetter("kind", "name")
 
 #: Replaces the base model of a run without one.
 UNKNOWN_MODEL = "unknown"
+#: Replaces the owner of a run without one.
+UNKNOWN_OWNER = "unknown"
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,36 @@ class RunListing:
     def order(self) -> OrderIndex[str]:
         """The run ids in the orders of traversals; slow to make for many runs."""
         return OrderIndex(self.by_id)
+
+
+@dataclass(frozen=True)
+class SharedRunListing:
+    """The training runs of other users that the user may read, in the server's order.
+
+    Attributes:
+        by_id: every run by its id.
+        by_owner: every run by its owner and its id.
+    """
+
+    by_id: dict[str, models.TrainingRun]
+    by_owner: dict[str, dict[str, models.TrainingRun]]
+
+    @classmethod
+    def from_accessible(
+        cls, runs: Iterable[models.TrainingRun], own: Container[str]
+    ) -> "SharedRunListing":
+        """Index the runs that the user may read, without the own ones."""
+        by_id = {run.run_id: run for run in runs if run.run_id not in own}
+        by_owner: dict[str, dict[str, models.TrainingRun]] = {}
+        for run in by_id.values():
+            owner = (raw_json.loads_object(run.raw) or {}).get("model_owner")
+            name = owner if isinstance(owner, str) and owner else UNKNOWN_OWNER
+            by_owner.setdefault(name, {})[run.run_id] = run
+        return cls(by_id, by_owner)
+
+    def __iter__(self) -> Iterator[models.TrainingRun]:
+        """Return an iterator over all runs."""
+        return iter(self.by_id.values())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Read-through cache of the account's sessions and samplers."""
 
 from functools import partial
+from itertools import islice
 
 from tinkerfs import errors
 from tinkerfs.api import models, raw_json
@@ -21,8 +22,11 @@ class Sessions:
             supports searches, otherwise only ids.
     """
 
-    def __init__(self, client: Client, cache: MetadataCache, policies: CachePolicies) -> None:
+    def __init__(
+        self, client: Client, cache: MetadataCache, policies: CachePolicies, concurrency: int
+    ) -> None:
         self._client = client
+        self._concurrency = concurrency
         self._cache = cache
         self._policies = policies
         self.listing = CachedListing(cache, ("sessions",), self._load_sessions, policies.listing)
@@ -43,6 +47,30 @@ class Sessions:
         """Return a session's record; one request if it is not fresh."""
         load = partial(self._load_session, session_id)
         return self._cache.get(("session", session_id), load, self._policies.by_name, ctx)
+
+    def project_ids(self, ctx: RequestContext) -> list[str]:
+        """Return the projects of the user's sessions; empty if the server names none."""
+        found = (session.project_id for session in self.listing.get(ctx).values())
+        return list(dict.fromkeys(project_id for project_id in found if project_id))
+
+    def runs_of_project(self, project_id: str, ctx: RequestContext) -> list[str]:
+        """Return the ids of a project's training runs; one request per session of the project."""
+        listed = self.listing.get(ctx).values()
+        session_ids = [s.session_id for s in listed if s.project_id == project_id]
+        prefetches = iter(session_ids)
+        run_ids: dict[str, None] = {}
+        for position, session_id in enumerate(session_ids):
+            for following in islice(prefetches, 1 if position else self._concurrency):
+                self._prefetch_record(following)
+            try:
+                run_ids.update(dict.fromkeys(self.record(session_id, ctx).training_run_ids))
+            except errors.NOT_FOUND_ERRORS:  # the session was removed after it was listed
+                continue
+        return list(run_ids)
+
+    def _prefetch_record(self, session_id: str) -> None:
+        load = partial(self._load_session, session_id)
+        self._cache.prefetch(("session", session_id), load, self._policies.by_name)
 
     def sampler(self, sampler_id: str, ctx: RequestContext) -> models.Sampler:
         """Return a sampler's record; one request if it is not fresh."""

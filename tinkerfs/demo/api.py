@@ -223,10 +223,16 @@ class Api:
 
     def _list_runs(self, request: Request, _args: dict[str, str]) -> Reply:
         offset, limit = self._page(request, 20, self._profile.page_max)
-        runs = [
-            serialization.run_json(run, self._profile) for run in self._account.runs(offset, limit)
-        ]
-        cursor = serialization.cursor_json(offset, limit, self._account.run_count, self._profile)
+        is_accessible = (
+            self._profile.lists_accessible and request.query.get("access_scope") == "accessible"
+        )
+        foreign = self._account.foreign_run_ids if is_accessible else []
+        page = self._account.runs(offset, limit)
+        others = foreign[max(offset - self._account.run_count, 0) :][: limit - len(page)]
+        page += [self._lookup.run(run_id) for run_id in others]
+        runs = [serialization.run_json(run, self._profile) for run in page]
+        total_count = self._account.run_count + len(foreign)
+        cursor = serialization.cursor_json(offset, limit, total_count, self._profile)
         return json_reply({"training_runs": runs, "cursor": cursor})
 
     def _list_run_checkpoints(self, _request: Request, args: dict[str, str]) -> Reply:

@@ -47,6 +47,7 @@ class Profile:
         archive_form: Format of archives.
         serves_archives_itself: Whether the API's origin serves archives, without signature, Range
             and ETag.
+        lists_accessible: Whether runs of other users that the account may read can be listed.
         page_max: Maximum page size, to which limits are silently reduced; None if unbounded.
         account_page_max: The same for the listing of the account's checkpoints.
         is_total_zero_past_end: Whether `total_count` is 0 on a page past the end.
@@ -74,6 +75,7 @@ class Profile:
     archive_kinds: frozenset[str] = frozenset({"weights", "sampler_weights"})
     archive_form: Literal["tar", "gzip"] = "tar"
     serves_archives_itself: bool = False
+    lists_accessible: bool = False
     page_max: int | None = 100
     account_page_max: int | None = 100
     is_total_zero_past_end: bool = False
@@ -106,10 +108,16 @@ _EXPORTS = frozenset(
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile("official", missing=frozenset({"GET download"}), account_page_max=1000),
+        Profile(
+            "official",
+            missing=frozenset({"GET download"}),
+            lists_accessible=True,
+            account_page_max=1000,
+        ),
         Profile(
             "official-0.36",
             missing=frozenset({"GET archive", "GET download"}),
+            lists_accessible=True,
             account_page_max=1000,
         ),
         Profile(

@@ -105,6 +105,7 @@ class Session:
         display_name: Name set by the user.
         user_metadata: Metadata set by the user.
         status: Its status in the API's form.
+        project_id: The project that it belongs to.
     """
 
     id: str
@@ -116,6 +117,7 @@ class Session:
     status: dict[str, Any] = field(
         default_factory=lambda: {"type": "client_finished", "reason": {"type": "success"}}
     )
+    project_id: str = "demo-project"
 
 
 @dataclass(frozen=True, slots=True)

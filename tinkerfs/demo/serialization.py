@@ -86,7 +86,7 @@ def session_summary_json(session: Session, runs: Sequence[Run], profile: Profile
         "session_id": session.id,
         "created_at": time_json(session.created_at_s, profile),
         "owner": "demo-user",
-        "project_id": "demo-project",
+        "project_id": session.project_id,
         "status": session.status,
         "checkpoints_count": len(sizes),
         "display_name": session.display_name,

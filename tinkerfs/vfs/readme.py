@@ -16,6 +16,8 @@ TEXT = b"""\
         archive.tar    the archive; tensors.json: name, dtype and shape of its tensors
     checkpoints/, published/, expiring/              the same checkpoints, as links
     models/                                          runs by base model
+    shared/<owner>/<run_id>                          runs of other users that you may read
+    projects/<project_id>/<run_id>                   runs by project, from your sessions
     sessions/, samplers/                             sessions with their runs and samplers
     adapters/<run_id>@<kind>@<name>                  the files of each sampler checkpoint
 

@@ -85,8 +85,19 @@ def test_malformed_number_is_rejected(api, query):
 
 
 def test_unknown_parameters_are_ignored(api):
-    query = {"access_scope": "accessible", "project_id": "p", "whatever": "1"}
+    query = {"access_scope": "owned", "project_id": "p", "whatever": "1"}
     assert len(api.get("training_runs", params=query).json()["training_runs"]) == 10
+
+
+@pytest.mark.parametrize("limit", [1, 5, 7, 100])
+def test_accessible_runs_include_those_of_others(api, server, limit):
+    found, total = [], 12
+    for offset in range(0, total, limit):
+        query = {"access_scope": "accessible", "limit": limit, "offset": offset}
+        page = api.get("training_runs", params=query).json()
+        assert page["cursor"]["total_count"] == total
+        found += [run["training_run_id"] for run in page["training_runs"]]
+    assert found == server.account.run_ids + server.account.foreign_run_ids
 
 
 def test_list_checkpoints_of_all_runs_is_newest_first(demo_server):
