@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from tests.support.account import Account, account, every_binding, make_account, mounted, new_run
 from tests.support.faulty_server import FaultyServer
-from tests.support.mount import BINDINGS, ROOT, force_unmount, wait_until
+from tests.support.mount import BINDINGS, ROOT, force_unmount, tinkerfs, wait_until
 from tinkerfs.demo.exports import ExportOptions
 
 __all__ = ["make_account"]
@@ -64,6 +64,25 @@ def test_written_duration_exports_the_checkpoint(account, directory):
         tensors = json.loads((account.root / directory / "tensors.json").read_text())["tensors"]
         assert set(weights.keys()) == set(tensors)
     assert f"/{directory}/export\texport for 3600 s\t" in account.changes()
+
+
+def test_prefetch_and_get_read_an_export(account, directory, tmp_path):
+    def command(name, *arguments):
+        return tinkerfs(name, account.root / directory, *arguments, env=env)
+
+    env = {**os.environ, **account.server.environment, "HOME": str(tmp_path)}
+    refused = command("get", tmp_path / "copy")
+    assert refused.returncode == 1
+    assert "`echo 1h > export`" in refused.stderr
+    account.sh(f"echo 1h > {directory}/export")
+    prefetched = command("prefetch")
+    assert prefetched.returncode == 0, prefetched
+    account.server.journal.clear()
+    copied = command("get", tmp_path / "copy")
+    assert copied.returncode == 0, copied
+    assert account.server.journal.count("store") == 0, "the mount and the command share the cache"
+    for name, content in account.server.files(directory.split("/")[1], "weights/1").items():
+        assert (tmp_path / "copy" / name).read_bytes() == content.read(0, content.size_bytes)
 
 
 def test_look_at_export_costs_no_request(account, directory):
@@ -236,3 +255,19 @@ def test_unmount_finishes_the_session_of_an_export(lone, tmp_path):
         writer.communicate(timeout=5)
     assert writer.returncode != 0
     assert last_session(Account(server, tmp_path))["reason"] == {"type": "interrupted"}
+
+
+def test_demo_of_a_service_without_archives_shows_exports(mountpoint, tmp_path):
+    command = [sys.executable, "-m", "tinkerfs", "demo", "--profile=official-0.36", mountpoint]
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+        tour = ""
+        for line in process.stdout:
+            tour += line
+            if "Ctrl-C" in line:
+                break
+        assert "echo 1h > checkpoints/weights/" in tour
+        paths = list(mountpoint.glob("runs/*/checkpoints/weights/*/export"))
+        assert {path.read_text() for path in paths} == {"none\n"}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0

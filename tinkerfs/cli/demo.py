@@ -31,6 +31,17 @@ A sample account with {runs} training runs is mounted on {path}. In another term
   rm -r checkpoints/weights/{checkpoint}        deletes that checkpoint of the sample account
 """
 
+_EXPORT_TOUR = """\
+This service has no archives. Its training checkpoints are exported, which a write starts:
+
+  echo 1h > checkpoints/weights/{checkpoint}/export
+  cat checkpoints/weights/{checkpoint}/export
+  ls -l checkpoints/weights/{checkpoint}/files/
+"""
+
+#: Duration of each of the two steps of an export, seconds: long enough to be seen.
+_EXPORT_STEP_S = 2.0
+
 
 @click.command(short_help="Mount a sample account; needs no key and no network.")
 @mountpoint_argument()
@@ -52,6 +63,13 @@ A sample account with {runs} training runs is mounted on {path}. In another term
     show_default=True,
     help="Number of checkpoints per run.",
 )
+@click.option(
+    "--profile",
+    type=click.Choice(("official", "official-0.36")),
+    default="official",
+    show_default=True,
+    help="Service to emulate; official-0.36 has exports instead of archives.",
+)
 @settings_options(*_FLAGS)
 def demo(
     mountpoint: str,
@@ -59,6 +77,7 @@ def demo(
     foreground: bool,
     runs: int,
     checkpoints: int,
+    profile: str,
     **flags: str | bool | None,
 ) -> None:
     """Mount an embedded server with sample runs on the empty directory MOUNTPOINT.
@@ -67,18 +86,25 @@ def demo(
     Ctrl-C, which unmounts; with --detach, until `tinkerfs umount MOUNTPOINT`.
     """
     if detach and not foreground:
-        arguments = [f"--runs={runs}", f"--checkpoints={checkpoints}"]
+        arguments = [f"--runs={runs}", f"--checkpoints={checkpoints}", f"--profile={profile}"]
         arguments += as_arguments(resolve(flags), flags)
         start_in_background("demo", mountpoint, arguments)
         return
 
     # lazy: imports the FUSE adapter and the server
     from tinkerfs.cli import mount_process
+    from tinkerfs.demo.exports import ExportOptions
     from tinkerfs.demo.server import DemoServer
     from tinkerfs.fuse import session
 
     session.block_signals()  # before the threads of the server start
-    server = DemoServer(runs=runs, checkpoints=checkpoints, reference_time_s=time.time())
+    server = DemoServer(
+        runs=runs,
+        checkpoints=checkpoints,
+        profile=profile,
+        exports=ExportOptions(load_s=_EXPORT_STEP_S, save_s=_EXPORT_STEP_S),
+        reference_time_s=time.time(),
+    )
 
     def ready(path: str) -> None:
         run = sorted(os.listdir(f"{path}/runs"))[0]
@@ -89,6 +115,8 @@ def demo(
             else "NAME"
         )
         click.echo(_TOUR.format(runs=runs, path=path, run=run, checkpoint=checkpoint))
+        if "GET archive" in server.profile.missing:
+            click.echo(_EXPORT_TOUR.format(checkpoint=checkpoint))
         click.echo("Press Ctrl-C to unmount.")
 
     with server, tempfile.TemporaryDirectory(prefix="tinkerfs-demo-") as cache_dir:
