@@ -25,6 +25,7 @@ import safetensors
 import safetensors.torch
 import torch
 import transformers
+from tinker_cookbook import model_info
 from tinker_cookbook.exceptions import WeightsAdapterError
 from tinker_cookbook.weights import build_hf_model, build_lora_adapter
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -360,6 +361,12 @@ class Truth:
         return {"tensors": self._count, "difference": difference}
 
 
+def offered_models() -> list[str]:
+    """Return the models of the service that the cookbook lists."""
+    tables = [get() for name, get in vars(model_info).items() if re.fullmatch("get_.+_info", name)]
+    return [f"{each.organization}/{name}" for table in tables for name, each in table.items()]
+
+
 def auto_class(family: Family) -> Any:
     """Return the class that creates the models of a family."""
     is_text = "text_config" not in family.config
@@ -397,7 +404,8 @@ def main() -> None:
     versions = {each.__name__: each.__version__ for each in modules}
     versions["tinker_cookbook"] = metadata.version("tinker_cookbook")
     bases = {name: family.base for name, family in FAMILIES.items()}
-    print(json.dumps({"versions": versions, "bases": bases}), file=replies, flush=True)
+    about = {"versions": versions, "bases": bases, "models": offered_models()}
+    print(json.dumps(about), file=replies, flush=True)
     truths: dict[str, Truth] = {}
     for line in sys.stdin:
         request = json.loads(line)

@@ -24,7 +24,7 @@ from interop_mount import mounted
 
 from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.content import Content, Data
-from tinkerfs.weights.base_models import BaseModels
+from tinkerfs.weights.base_models import _KNOWN, BaseModels
 from tinkerfs.weights.peft_adapter import ConversionError, convert
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, parse_tensors
 
@@ -101,6 +101,20 @@ def check_family(name: str, base: str, loaders: Loaders, home: Path) -> str:
     return fates
 
 
+def check_models(offered: list[str], home: Path) -> str:
+    """Check the shipped table against the models of the service; return a summary.
+
+    Raises:
+        AssertionError: the table has a model that the service does not offer.
+    """
+    models = BaseModels(None, str(home / "no-cache"))
+    unknown = [name for name in offered if models.get(name) is None]
+    surplus = {name for names, _, _ in _KNOWN for name in names} - set(offered)
+    assert not surplus, f"the service does not offer {sorted(surplus)}"
+    known = len(offered) - len(unknown)
+    return f"{known} models known without a directory; unknown: {', '.join(unknown)}"
+
+
 def serve(server: FaultyServer, base: str, source: Path) -> str:
     """Serve an adapter as the checkpoint of a new run; return its path below a mount."""
     files: dict[str, Content] = {path.name: Data(path.read_bytes()) for path in source.iterdir()}
@@ -121,6 +135,8 @@ def check_all(python: str) -> int:
         print("families:", ", ".join(f"{k} {v}" for k, v in loaders.about["versions"].items()))
         for name, base in loaders.about["bases"].items():
             failures += attempt(name, partial(check_family, name, base, loaders, home))
+        offered = loaders.about["models"]
+        failures += attempt("models", partial(check_models, offered, home))
         with FaultyServer(runs=0, api_key=KEY) as server:
             path = serve(server, loaders.about["bases"]["llama"], home / "llama/adapter")
             with mounted(server.base_url, home) as root, Hub() as hub:
