@@ -31,6 +31,8 @@ from tinkerfs.config import Settings
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.schema import Backend
+from tinkerfs.weights.adapters import AdapterReader
+from tinkerfs.weights.base_models import BaseModels
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
@@ -54,6 +56,7 @@ class App:
 
     filesystem: FileSystem
     weights: WeightsReader
+    adapters: AdapterReader
     exports: Exports
     client: Client
     telemetry: Telemetry
@@ -150,16 +153,22 @@ def open_app(
                 url_age_s=settings.ttl_s,
             )
         )
+        adapters = AdapterReader(
+            weights,
+            BaseModels(settings.base_models),
+            lambda tinker_path: client.weights_info(tinker_path).base_model,
+        )
         backend = Backend(
             settings=settings,
             catalog=catalog,
             mutations=mutations,
             sessions=sessions,
             weights=weights,
+            adapters=adapters,
             exports=exports,
             telemetry=telemetry,
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
         filesystem = FileSystem(backend, cache_dir or Path("/"))
-        yield App(filesystem, weights, exports, client, telemetry, settings)
+        yield App(filesystem, weights, adapters, exports, client, telemetry, settings)

@@ -236,6 +236,14 @@ class Settings:
         " `tinkerfs undelete` restores them.",
         value=None,
     )
+    base_models: str | None = _option(
+        "base-models DIR",
+        _parse_path,
+        "none",
+        "Directory of base models, as ORGANIZATION/NAME or NAME, for the names of adapters'"
+        " tensors; only config.json and headers are read.",
+        value=None,
+    )
     xattr: bool = _option(
         "xattr",
         _parse_bool,

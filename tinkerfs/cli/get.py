@@ -52,6 +52,7 @@ def get(
             job = CopyJob(
                 app.filesystem,
                 app.weights,
+                app.adapters,
                 progress,
                 dest,
                 force=force,

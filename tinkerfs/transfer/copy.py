@@ -13,6 +13,7 @@ from tinkerfs.transfer.job import OpenCheckpoint, TransferJob
 from tinkerfs.transfer.progress import Item, TransferProgress
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.weights_nodes import WeightsRef
+from tinkerfs.weights.adapters import AdapterReader
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
 
@@ -40,6 +41,7 @@ class CopyJob(TransferJob[CopiedFile]):
     Args:
         filesystem: the file system of the path.
         weights: the weights of its checkpoints.
+        adapters: the same, as serving engines load them.
         progress: is updated during the transfer.
         dest: path of the directory, or of the tar file.
         force: replace files that have other content.
@@ -53,6 +55,7 @@ class CopyJob(TransferJob[CopiedFile]):
         self,
         filesystem: FileSystem,
         weights: WeightsReader,
+        adapters: AdapterReader,
         progress: TransferProgress,
         dest: str,
         *,
@@ -61,6 +64,7 @@ class CopyJob(TransferJob[CopiedFile]):
         mode: int,
     ) -> None:
         super().__init__(filesystem, weights, progress)
+        self._adapters = adapters
         self._dest = dest
         self._is_forced = force
         self._wants_archive = archive
@@ -68,6 +72,9 @@ class CopyJob(TransferJob[CopiedFile]):
         self._is_single = False
         #: Path -> destination directory, for one pass over the checkpoints.
         self._destinations: dict[str, Destination] = {}
+
+    def _reader(self, ref: WeightsRef) -> WeightsReader | AdapterReader:
+        return self._adapters if ref.is_adapter else self._weights
 
     def _select(self, refs: list[WeightsRef], *, is_single: bool) -> list[WeightsRef]:
         self._is_single = is_single

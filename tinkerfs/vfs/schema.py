@@ -24,6 +24,7 @@ from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import Validity
+from tinkerfs.weights.adapters import AdapterReader
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
@@ -38,6 +39,7 @@ class Backend:
     mutations: Mutations
     sessions: Sessions
     weights: WeightsReader
+    adapters: AdapterReader
     exports: Exports
     telemetry: Telemetry
     clock: Clock

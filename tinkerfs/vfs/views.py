@@ -85,17 +85,13 @@ EXPIRING = _view(
 
 # Adapters: the files that serving engines load.
 
-SERVED_KINDS = ("sampler_weights", "external_weights")
-
 
 def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
-    for key, checkpoint in node.backend.catalog.account.get(node.ctx).by_key.items():
-        if checkpoint.kind in SERVED_KINDS:
-            yield key, checkpoint
+    yield from node.backend.catalog.account.get(node.ctx).by_key.items()
 
 
 def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
-    if len(parts) != 3 or parts[1] not in SERVED_KINDS:
+    if len(parts) != 3:
         return None
     run_id, kind, name = parts
     listing = node.backend.catalog.account.peek()
@@ -110,22 +106,16 @@ def adapters(files: Directory) -> Directory:
     Args:
         files: the unlisted directory that contains the targets of the links.
     """
-    link = Symlink(
-        "<run_id>@<kind>@<name>",
-        "the checkpoint's files; checkpoints that are not listed resolve too",
-        lambda node: weights_nodes.adapter_path(node.entity),
-        mtime_ns=entities.checkpoint_ns,
-    )
 
     def find_files(_node: NodeContext, name: str) -> str | None:
         return name if name == files.name else None
 
     return Directory(
         "adapters",
-        "every sampler and external checkpoint, as a directory that serving engines load",
+        "every checkpoint, as a directory that serving engines load",
         (
             DynamicEntries(
-                link,
+                weights_nodes.ADAPTER_LINK,
                 _list_adapters,
                 _find_adapter,
                 True,

@@ -23,6 +23,8 @@ MAX_HEADER_BYTES: Final = 100_000_000
 #: Data keep their place modulo this, the size of a page.
 _ALIGNMENT: Final = 4096
 
+CONFIG_NAME: Final = "adapter_config.json"
+
 _LORA_NAME: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _EXPERTS: Final = re.compile(r"(?P<before>.+\.experts)\.(?P<leaf>[A-Za-z]\w*)")
 
@@ -112,6 +114,31 @@ def convert(
             [OwnBytes(new_header), *(extent for block in blocks for extent in block.extents)]
         )
     return PeftAdapter(extents, _peft_config(config, base, modules, ranks))
+
+
+def pass_on(header: bytes, size_bytes: int, config: Mapping[str, Any], raw: bytes) -> PeftAdapter:
+    """Return an adapter of an unknown base model as it is, if it is in PEFT's form.
+
+    It is if its config is PEFT's own: it names every module that the tensors are of.
+
+    Args:
+        header, size_bytes, config: as for `convert`.
+        raw: the config as it is stored.
+
+    Raises:
+        ConversionError: the adapter is not in PEFT's form, or is invalid.
+    """
+    pairs = _pairs(_contiguous_tensors(header, size_bytes))
+    modules = {path.rpartition(".")[2] for path in pairs}
+    targets = config.get("target_modules")
+    is_peft = config.get("peft_type") == "LORA" and isinstance(targets, list)
+    if not is_peft or modules - {str(each) for each in targets or ()}:
+        raise ConversionError(f"{CONFIG_NAME} is not one of PEFT for these tensors")
+    for path, pair in pairs.items():
+        _check_shapes(path, pair)
+        if path == "model.unembed_tokens":
+            raise ConversionError(f"{path} is not a module of a base model")
+    return PeftAdapter(ExtentMap([Range(0, size_bytes)]), raw)
 
 
 def _contiguous_tensors(header: bytes, size_bytes: int) -> dict[str, Tensor]:

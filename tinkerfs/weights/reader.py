@@ -27,7 +27,7 @@ from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archive_index import PROBE_BYTES, Index, block_key, find_member
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.exports import Exports
-from tinkerfs.weights.file import WeightsFile
+from tinkerfs.weights.file import MemberFile, WeightsFile
 from tinkerfs.weights.index_cache import IndexCache
 from tinkerfs.weights.origins import Origins, StoredFile
 from tinkerfs.weights.probe import read_range
@@ -149,7 +149,7 @@ class WeightsReader:
     def _open_member(self, checkpoint: CheckpointVersion, index: Index, name: str) -> WeightsFile:
         member = find_member(index, name, checkpoint.path)
         stored = self._origins.of(checkpoint, index).stored_file(index, name)
-        return WeightsFile(self._acquire(checkpoint, stored), member)
+        return MemberFile(self._acquire(checkpoint, stored), member)
 
     def archive_bytes(self, checkpoint: CheckpointVersion) -> int | None:
         """Return the length of the archive if it is cached; send no request."""
@@ -173,7 +173,7 @@ class WeightsReader:
         member = Member("", size_bytes, checkpoint.mtime_ns, segments)
         index = self._indexes.cached(checkpoint.cache_key)
         stored = self._origins.archive_of(checkpoint).whole(version, index)
-        return WeightsFile(self._acquire(checkpoint, stored), member)
+        return MemberFile(self._acquire(checkpoint, stored), member)
 
     def archive_url(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> str:
         """Return a valid signed URL of the archive; wait until the archive is built.
@@ -224,6 +224,17 @@ class WeightsReader:
             raise errors.corrupt(checkpoint.path, str(error)) from None
         self._store.put(_TENSORS, checkpoint.cache_key, document)
         return document
+
+    def header(self, checkpoint: CheckpointVersion, name: str, ctx: RequestContext) -> bytes:
+        """Return the header of a safetensors file, without its length prefix.
+
+        Raises:
+            ValueError: the file is not a safetensors file, or its header is too large.
+            ApiError, OSError: as `files`.
+        """
+        index = self._index(checkpoint, ctx)
+        member = find_member(index, name, checkpoint.path)
+        return self._header(checkpoint, index, member, ctx)
 
     def cached_bytes(self, checkpoint: CheckpointVersion, name: str) -> int:
         """Return how many bytes of a member are on disk, 0 if the index is not cached."""
