@@ -9,10 +9,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.concurrency import SingleFlight
