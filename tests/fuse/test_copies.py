@@ -7,7 +7,7 @@ import pytest
 from tests.support.faulty_server import FaultyServer
 from tests.support.limited_fs import LIMITS, limited_mount
 from tests.support.mount import tinkerfs
-from tests.unit.transfer.test_exported_file import DATA, copy, partial, target
+from tests.unit.transfer.test_target_file import DATA, copy, partial, target
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.transfer.destination import Destination
 

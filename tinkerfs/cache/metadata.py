@@ -2,7 +2,7 @@
 
 Concurrent misses for a key share one load and its outcome, including errors, so that a hanging
 server costs one timeout and not one per waiter. A value that was read recently is served once more
-while it is refreshed (stale-while-revalidate). During an outage the last good value is served
+while it is refreshed (stale-while-revalidate). During an outage the last known good value is served
 (stale-if-error). No lock is held while a value is loaded. Thread-safe.
 """
 

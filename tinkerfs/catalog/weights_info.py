@@ -52,25 +52,25 @@ class WeightsInfoCache:
         if cached is not None:
             return cached
         load, policy = self._loader(checkpoint), self._policy(checkpoint)
-        return self._cache.get(_key(checkpoint), load, policy, ctx)
+        return self._cache.get(_memory_key(checkpoint), load, policy, ctx)
 
     def prefetch(self, checkpoint: ListedCheckpoint) -> bool:
         """Request a weights info in the background; return False if it is cached."""
         return self._cached(checkpoint) is None and self._cache.prefetch(
-            _key(checkpoint), self._loader(checkpoint), self._policy(checkpoint)
+            _memory_key(checkpoint), self._loader(checkpoint), self._policy(checkpoint)
         )
 
     def put(self, checkpoint: ListedCheckpoint, info: bytes) -> None:
         """Cache a weights info that was received by another request."""
         if checkpoint.is_dated:
-            self._store.put(self._namespace, _name(checkpoint), info)
+            self._store.put(self._namespace, _store_key(checkpoint), info)
         else:
-            self._cache.put(_key(checkpoint), info, self._policies.undated)
+            self._cache.put(_memory_key(checkpoint), info, self._policies.undated)
 
     def invalidate(self, checkpoint: ListedCheckpoint) -> None:
         """Discard the weights info of a deleted checkpoint, in memory and on disk."""
-        self._cache.drop(_key(checkpoint))
-        self._store.delete(self._namespace, _name(checkpoint))
+        self._cache.drop(_memory_key(checkpoint))
+        self._store.delete(self._namespace, _store_key(checkpoint))
 
     def clear(self) -> None:
         """Discard every weights info in memory."""
@@ -84,8 +84,8 @@ class WeightsInfoCache:
         """Return a cached weights info if the version is certain, without a request."""
         if not checkpoint.is_dated:
             return None
-        in_memory: bytes | None = self._cache.peek(_key(checkpoint))
-        return in_memory or self._store.get(self._namespace, _name(checkpoint))
+        in_memory: bytes | None = self._cache.peek(_memory_key(checkpoint))
+        return in_memory or self._store.get(self._namespace, _store_key(checkpoint))
 
     def _policy(self, checkpoint: ListedCheckpoint) -> CachePolicy:
         return self._policies.immutable if checkpoint.is_dated else self._policies.undated
@@ -94,15 +94,15 @@ class WeightsInfoCache:
         def load(priority: Priority) -> bytes:
             info = self._load(checkpoint, priority)
             if checkpoint.is_dated:
-                self._store.put(self._namespace, _name(checkpoint), info)
+                self._store.put(self._namespace, _store_key(checkpoint), info)
             return info
 
         return load
 
 
-def _name(checkpoint: ListedCheckpoint) -> str:
+def _store_key(checkpoint: ListedCheckpoint) -> str:
     return compound_key(checkpoint.tinker_path, *checkpoint.fingerprint)
 
 
-def _key(checkpoint: ListedCheckpoint) -> tuple[str, str, str, int | None]:
+def _memory_key(checkpoint: ListedCheckpoint) -> tuple[str, str, str, int | None]:
     return ("weights_info", checkpoint.tinker_path, *checkpoint.fingerprint)

@@ -1,6 +1,6 @@
 """libfuse's C interface: argument types, and access to its structures and buffers.
 
-Arguments of the callbacks that a walk calls most are addresses, and not objects that ctypes creates
+Arguments of the callbacks of walks and reads are addresses, and not objects that ctypes creates
 for each pointer. The functions here keep the GIL, because releasing it takes longer than the call.
 """
 

@@ -69,7 +69,7 @@ def build_operations(
     """
     structure = module.fuse_operations()
     types = {field[0]: field[1] for field in structure._fields_}
-    for name, function in _walk_callbacks(operations, module, major).items():
+    for name, function in _frequent_callbacks(operations, module, major).items():
         setattr(structure, name, ctypes.cast(function, types[name]))
     for name, call in _other_callbacks(operations, major, configure).items():
         setattr(structure, name, types[name](call))
@@ -79,8 +79,8 @@ def build_operations(
     return structure
 
 
-def _walk_callbacks(operations: Operations, module: Any, major: int) -> dict[str, Any]:
-    """Return the callbacks that a walk calls most; their arguments are plain addresses."""
+def _frequent_callbacks(operations: Operations, module: Any, major: int) -> dict[str, Any]:
+    """Return the callbacks of walks and reads; their arguments are plain addresses."""
     stats = StatCallbacks(operations, module)
     files = FileCallbacks(operations, module)
     directories = DirectoryCallbacks(operations, module, major)

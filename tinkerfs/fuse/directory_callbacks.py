@@ -143,13 +143,13 @@ class DirectoryCallbacks:
         # With a nonzero offset, libfuse stops when its buffer is full, and resumes there. With 0 it
         # would collect all entries first, and libfuse 3 would drop their attributes.
         for index, entry in enumerate(entries, offset + 1):
-            rest = plain
+            fill_flags = plain
             # The kernel looks up an entry without PLUS only if a process needs its attributes, so
             # that a plain `ls` does not pay for them. An entry with PLUS uses memory in the kernel
             # and in libfuse. Directories always have PLUS, because most callers will enter them.
             if entry.attr is not None and (wants_files or (is_plus and stat.S_ISDIR(entry.mode))):
-                rest = plus
-            if fill(buffer, encoded(entry.name), packed(entry), index, *rest):
+                fill_flags = plus
+            if fill(buffer, encoded(entry.name), packed(entry), index, *fill_flags):
                 break
         return 0
 
@@ -185,8 +185,9 @@ class DirectoryCallbacks:
         stat_bytes, plain, plus = self._stat_bytes, self._plain, self._plus
         address = prepared.address + offset * stat_bytes
         for index, name in enumerate(prepared.names[offset:], offset + 1):
-            rest = plus if index > DOT_ENTRY_COUNT else plain  # `.` and `..` have no attributes
-            if fill(buffer, name, address, index, *rest):
+            # `.` and `..` have no attributes.
+            fill_flags = plus if index > DOT_ENTRY_COUNT else plain
+            if fill(buffer, name, address, index, *fill_flags):
                 break
             address += stat_bytes
         return 0

@@ -56,14 +56,14 @@ Self = TypeVar("Self", bound="Operations")
 def _operation(
     method: Callable[Concatenate[Self, P], R],
 ) -> Callable[Concatenate[Self, P], R]:
-    """Make a method the operation of its name."""
+    """Log a FUSE operation, and raise only `OSError`s that have an errno."""
     return _named_operation(method.__name__, method)
 
 
 def _named_operation(
     name: str, method: Callable[Concatenate[Self, P], R]
 ) -> Callable[Concatenate[Self, P], R]:
-    """Log an operation in one line, and raise only `OSError`s that have an errno."""
+    """Wrap a method as `_operation` does; `name` is that of the FUSE operation."""
 
     @functools.wraps(method)
     def wrapped(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from tinkerfs import errors, name_encoding
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.transfer.destination import Destination
-from tinkerfs.transfer.exported_file import ExportedFile
 from tinkerfs.transfer.failure import Failure
 from tinkerfs.transfer.job import OpenCheckpoint, TransferJob
 from tinkerfs.transfer.progress import Item, TransferProgress
+from tinkerfs.transfer.target_file import TargetFile
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.weights_nodes import WeightsRef
 from tinkerfs.weights.adapters import AdapterReader
@@ -82,7 +82,7 @@ class CopyJob(TransferJob[CopiedFile]):
 
     def _transfer(self, checkpoints: Sequence[OpenCheckpoint]) -> None:
         self._destinations = {}
-        work: list[tuple[WeightsRef, list[tuple[ExportedFile, Item]]]] = []
+        work: list[tuple[WeightsRef, list[tuple[TargetFile, Item]]]] = []
         for checkpoint in checkpoints:
             targets = [self._target(checkpoint.ref, *each) for each in checkpoint.files]
             if self._has_conflicts(targets):
@@ -107,7 +107,7 @@ class CopyJob(TransferJob[CopiedFile]):
             if self._is_disk_full:
                 break
 
-    def _copy(self, target: ExportedFile, item: Item) -> str:
+    def _copy(self, target: TargetFile, item: Item) -> str:
         outcome = "already present"
         if not target.is_complete():
             outcome = "resumed" if item.initial_bytes else "copied"
@@ -117,7 +117,7 @@ class CopyJob(TransferJob[CopiedFile]):
         self._progress.finish(item)
         return outcome
 
-    def _has_conflicts(self, targets: list[ExportedFile]) -> bool:
+    def _has_conflicts(self, targets: list[TargetFile]) -> bool:
         """Return whether files exist that must not be replaced; add their failures."""
         try:
             if self._is_forced:
@@ -134,20 +134,20 @@ class CopyJob(TransferJob[CopiedFile]):
         self.failures += [Failure(path, errors.exists(path, reason)) for path in conflicts]
         return bool(conflicts)
 
-    def _target(self, ref: WeightsRef, name: str, file: WeightsFile) -> ExportedFile:
+    def _target(self, ref: WeightsRef, name: str, file: WeightsFile) -> TargetFile:
         checkpoint_name = name_encoding.encode_composite(ref.checkpoint.key)
         if ref.is_archive:
             directory, tar_name = os.path.split(self._dest)
             if not self._is_single or not tar_name or os.path.isdir(self._dest):
                 directory, tar_name = self._dest, f"{checkpoint_name}.tar"
-            return ExportedFile(self._destination(directory), tar_name, file, "archive")
+            return TargetFile(self._destination(directory), tar_name, file, "archive")
         directory = self._dest if self._is_single else os.path.join(self._dest, checkpoint_name)
         encoded = "/".join(map(name_encoding.encode, name.split("/")))
         prefix = ref.member_path
         if encoded == prefix:
             prefix = os.path.dirname(prefix)
         relative = encoded.removeprefix(f"{prefix}/") if prefix else encoded
-        return ExportedFile(self._destination(directory), relative, file, name)
+        return TargetFile(self._destination(directory), relative, file, name)
 
     def _destination(self, path: str) -> Destination:
         return self._destinations.setdefault(path, Destination(path))

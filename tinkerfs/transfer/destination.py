@@ -1,8 +1,8 @@
-"""An export directory, which may be writable by other users.
+"""The directory of a copy, which may be writable by other users.
 
 No file in it is trusted because of its name. Directories and files are opened by descriptor,
 without following symbolic links. A file is trusted only if its owner, type and link count are
-right. The same holds for the record of exported files. Not thread-safe.
+right. The same holds for the record of copied files. Not thread-safe.
 """
 
 import json
@@ -26,7 +26,7 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Destination:
-    """An export directory.
+    """The directory of a copy.
 
     Args:
         path: of the directory, which may be a symbolic link; it is created on demand.
@@ -34,7 +34,7 @@ class Destination:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        #: Files exported by this process, by device and inode.
+        #: Files copied by this process, by device and inode.
         self._copied: set[tuple[int, int]] = set()
 
     @staticmethod
@@ -106,7 +106,7 @@ class Destination:
         return _create(name, directory_fd)
 
     def require_unused(self, name: str, directory_fd: int) -> None:
-        """Raise an error if a file exported by this process has the name.
+        """Raise an error if a file copied by this process has the name.
 
         Raises:
             OSError: EEXIST, for example on a case-insensitive file system.
@@ -115,7 +115,7 @@ class Destination:
             status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
             if (status.st_dev, status.st_ino) in self._copied:
                 raise errors.exists(
-                    name, "the file system takes this name for that of another file of the export"
+                    name, "the file system takes this name for that of another file of the copy"
                 )
 
     def rename(self, old: str, new: str, directory_fd: int, fd: int) -> None:
@@ -141,7 +141,7 @@ class Destination:
         return _is_own(status) and line in self._recorded_lines()
 
     def record(self, name: str, version: str, status: os.stat_result) -> None:
-        """Append a line to the record; without it, a later export copies the file again."""
+        """Append a line to the record; without it, a later `get` copies the file again."""
         line = self.line(name, version, status)
         if line in self._recorded_lines():
             return

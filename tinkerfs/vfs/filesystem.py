@@ -90,9 +90,6 @@ class FileSystem:
             validity, generation
         )
 
-    # stat, scandir, readlink and open avoid `_reporting_errors`: a tree walk makes thousands of
-    # these calls, and a context manager is measurably slower than `try`.
-
     def wait_idle(self, ctx: RequestContext) -> None:
         """Wait until no metadata is being loaded in the background.
 
@@ -100,6 +97,9 @@ class FileSystem:
             OSError: EINTR or ETIMEDOUT if the wait ended before that.
         """
         self._backend.catalog.wait_idle(ctx)
+
+    # stat, scandir, readlink and open avoid `_reporting_errors`: a tree walk makes thousands of
+    # these calls, and a context manager is measurably slower than `try`.
 
     def stat(self, path: str, ctx: RequestContext) -> Attr:
         """Return the attributes of a path without following symbolic links.

@@ -198,7 +198,7 @@ def _account_totals(catalog: Catalog) -> dict[str, int]:
     }
 
 
-def _control_file_ns(node: NodeContext) -> int:
+def _now_ns(node: NodeContext) -> int:
     return int(node.backend.clock.now() * 1e9)
 
 
@@ -350,7 +350,7 @@ _TINKERFS = Directory(
             "counters: API requests by endpoint and status, cache hits, errors, uptime",
             _stats,
             is_volatile=True,
-            mtime_ns=_control_file_ns,
+            mtime_ns=_now_ns,
         ),
         GeneratedFile(
             "errors",
@@ -359,7 +359,7 @@ _TINKERFS = Directory(
             mode=0o600,
             journal=lambda node: node.backend.telemetry.errors,
             is_volatile=True,
-            mtime_ns=_control_file_ns,
+            mtime_ns=_now_ns,
         ),
         GeneratedFile(
             "changes",
@@ -368,7 +368,7 @@ _TINKERFS = Directory(
             mode=0o600,
             journal=lambda node: node.backend.telemetry.changes,
             is_volatile=True,
-            mtime_ns=_control_file_ns,
+            mtime_ns=_now_ns,
         ),
         ControlFile(
             "refresh",

@@ -37,20 +37,20 @@ class _Tombstone:
 
 
 @dataclass(frozen=True, slots=True)
-class _Refusal:
+class _Denial:
     hint: str
     at: float
 
 
 class RemovalTracker:
-    """Tombstones by directory and process group, refusals by process group."""
+    """Tombstones by directory and process group, denials by process group."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._tombstones: dict[Hashable, dict[int, _Tombstone]] = {}
-        self._refused: dict[int, _Refusal] = {}
+        self._denials: dict[int, _Denial] = {}
         self._hidden_until = 0.0
         #: Number of `hide` calls, which only increases.
         self.hide_count = 0
@@ -102,26 +102,26 @@ class RemovalTracker:
         """Raise EPERM if a removal of this group was denied within the last minute."""
         with self._lock:
             now = self._clock.monotonic()
-            refusal = self._refused.get(group)
-            if refusal is None:
+            denial = self._denials.get(group)
+            if denial is None:
                 return
-            if now - refusal.at >= WINDOW_S:
-                del self._refused[group]
+            if now - denial.at >= WINDOW_S:
+                del self._denials[group]
                 return
-            self._refused[group] = _Refusal(refusal.hint, now)
+            self._denials[group] = _Denial(denial.hint, now)
         raise errors.not_permitted(
             path,
             "this process group was refused a removal less than a minute ago,"
-            f" and is refused every removal until it stops trying; {refusal.hint}",
+            f" and is refused every removal until it stops trying; {denial.hint}",
         )
 
     def deny(self, group: int, path: str, hint: str = DELETE_HINT) -> OSError:
         """Record a denied removal, restore the group's files, and return the error."""
         with self._lock:
             now = self._clock.monotonic()
-            for other in [g for g, r in self._refused.items() if now - r.at >= WINDOW_S]:
-                del self._refused[other]
-            self._refused[group] = _Refusal(hint, now)
+            for other in [g for g, r in self._denials.items() if now - r.at >= WINDOW_S]:
+                del self._denials[other]
+            self._denials[group] = _Denial(hint, now)
             for key in [key for key, groups in self._tombstones.items() if group in groups]:
                 self._remove_tombstone(key, group)
         return errors.not_permitted(path, hint)

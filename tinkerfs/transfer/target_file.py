@@ -1,8 +1,8 @@
-"""Export weights to files in ordinary directories; resume interrupted exports.
+"""Copy weights to files in ordinary directories; resume interrupted copies.
 
     <directory>/.<name>.<digest>.partial   the start of the file; the digest identifies its version
     <directory>/<name>                     the complete file
-    <directory>/.tinkerfs-get              the record of exported files (JSON lines)
+    <directory>/.tinkerfs-get              the record of copied files (JSON lines)
 
 A partial file is written in order, and renamed when it is complete. A file under its own name is
 therefore always complete. Files of consecutive checkpoints often have the same name and length, so
@@ -35,8 +35,8 @@ _DIGEST_CHARACTERS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class ExportedFile:
-    """A file that weights are exported to. Not thread-safe.
+class TargetFile:
+    """A file that weights are copied to. Not thread-safe.
 
     Attributes:
         destination: the directory with the record.
@@ -69,7 +69,7 @@ class ExportedFile:
         return status is not None and stat.S_ISDIR(status.st_mode)
 
     def is_complete(self) -> bool:
-        """Return whether this version was exported and has not been modified since."""
+        """Return whether this version was copied and has not been modified since."""
         with suppress(OSError):
             status = self.destination.status(self._parts)
             if status is not None and status.st_size == self.file.size_bytes:
@@ -78,7 +78,7 @@ class ExportedFile:
         return False
 
     def resumable_bytes(self) -> int:
-        """Return how many bytes an interrupted export of this version has written."""
+        """Return how many bytes an interrupted copy of this version has written."""
         with suppress(OSError):
             status = self.destination.status((*self._parts[:-1], self._partial))
             if status is not None and status.st_size <= self.file.size_bytes:

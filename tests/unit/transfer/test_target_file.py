@@ -9,7 +9,7 @@ import pytest
 
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.transfer.destination import Destination
-from tinkerfs.transfer.exported_file import ExportedFile
+from tinkerfs.transfer.target_file import TargetFile
 
 DATA = bytes(range(256)) * 20_000
 MTIME_NS = 1_700_000_000_000_000_000
@@ -39,7 +39,7 @@ class File:
 
 
 def target(directory, name="file", destination=None, **fields):
-    return ExportedFile(destination or Destination(str(directory)), name, File(**fields), name)
+    return TargetFile(destination or Destination(str(directory)), name, File(**fields), name)
 
 
 def copy(directory, name="file", **fields):
