@@ -45,6 +45,17 @@ def test_checkpoint_info_merges_weights_info_and_record(world):
     assert text.endswith("\n}\n")
 
 
+@pytest.mark.parametrize("base_model", [None, "meta/other"])
+def test_checkpoint_info_has_the_base_model_of_either_record(world, base_model):
+    run = world.new_run()
+    run_id = run.partition("/")[2]
+    fields = {"base_model": base_model}
+    world.server.account.add_checkpoint(run_id, "weights/1", extra=fields)
+    world.refresh()
+    info = json.loads(world.driver.read(f"{run}/checkpoints/weights/1/info.json"))
+    assert info["base_model"] == (base_model or world.server.account.run(run_id).base_model)
+
+
 def test_checkpoint_info_preserves_unknown_fields(world):
     run = world.new_run("weights/1")
     world.server.faults.add("POST weights_info", edit=lambda info: info | {"new_in_2031": [1]})

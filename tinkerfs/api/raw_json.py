@@ -65,13 +65,18 @@ def with_fields(raw: bytes, **changes: object) -> bytes:
     return _joined(fields)
 
 
-def merge_objects(first: bytes, second: bytes) -> bytes:
+def merge_objects(first: bytes, second: bytes, *, skips_nulls: bool = False) -> bytes:
     """Merge two JSON objects; fields of the second win, and values keep their bytes.
+
+    With `skips_nulls`, a null of the second does not replace a field of the first.
 
     Raises:
         ProtocolError: an argument is not a JSON object.
     """
-    return _joined(_raw_fields(first) | _raw_fields(second))
+    fields, others = _raw_fields(first), _raw_fields(second)
+    if skips_nulls:
+        others = {k: v for k, v in others.items() if k not in fields or bytes(v) != b"null"}
+    return _joined(fields | others)
 
 
 def _joined(fields: dict[str, msgspec.Raw]) -> bytes:

@@ -44,10 +44,13 @@ def run_info(run: models.TrainingRun) -> bytes:
 
 
 def checkpoint_info(record: models.Checkpoint, weights_info: bytes | None) -> bytes:
-    """Return a checkpoint's info.json: the weights info, overridden by the record."""
+    """Return a checkpoint's info.json: the weights info, overridden by the record.
+
+    A null of the record, such as an unknown `base_model`, does not hide a value.
+    """
     if weights_info is None:
         return json_file(record.raw)
-    return json_file(raw_json.merge_objects(weights_info, record.raw))
+    return json_file(raw_json.merge_objects(weights_info, record.raw, skips_nulls=True))
 
 
 def session_info(summary: models.SessionSummary, session: models.Session) -> bytes:

@@ -38,6 +38,13 @@ def test_merge_objects_second_wins():
     assert merged == b'{"a":1.0,"b":2e0,"c":[ ]}'
 
 
+def test_merge_objects_skipping_nulls_keeps_values_of_the_first():
+    merged = raw_json.merge_objects(
+        b'{"a":1,"b":2}', b'{"a":null,"b":3,"c":null}', skips_nulls=True
+    )
+    assert merged == b'{"a":1,"b":3,"c":null}'
+
+
 @given(objects, objects)
 def test_merge_objects_equals_dict_merge(first, second):
     merged = raw_json.merge_objects(text_of(first), text_of(second))
