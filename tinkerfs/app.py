@@ -31,7 +31,6 @@ from tinkerfs.config import Settings
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.schema import Backend
-from tinkerfs.weights.adapters import AdapterReader
 from tinkerfs.weights.base_models import BaseModels
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.reader import WeightsReader
@@ -56,7 +55,6 @@ class App:
 
     filesystem: FileSystem
     weights: WeightsReader
-    adapters: AdapterReader
     exports: Exports
     client: Client
     telemetry: Telemetry
@@ -151,12 +149,8 @@ def open_app(
                 telemetry,
                 timeout_s=settings.timeout_s,
                 url_age_s=settings.ttl_s,
+                base_models=BaseModels(settings.base_models),
             )
-        )
-        adapters = AdapterReader(
-            weights,
-            BaseModels(settings.base_models),
-            lambda tinker_path: client.weights_info(tinker_path).base_model,
         )
         backend = Backend(
             settings=settings,
@@ -164,11 +158,10 @@ def open_app(
             mutations=mutations,
             sessions=sessions,
             weights=weights,
-            adapters=adapters,
             exports=exports,
             telemetry=telemetry,
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
         filesystem = FileSystem(backend, cache_dir or Path("/"))
-        yield App(filesystem, weights, adapters, exports, client, telemetry, settings)
+        yield App(filesystem, weights, exports, client, telemetry, settings)

@@ -240,8 +240,8 @@ class Settings:
         "base-models DIR",
         _parse_path,
         "none",
-        "Directory of base models, as ORGANIZATION/NAME or NAME, for the names of adapters'"
-        " tensors; only config.json and headers are read.",
+        "Directory of base models, which decide how the files in /adapters are named; without it,"
+        " the local Hugging Face cache and a table of the service's models are used.",
         value=None,
     )
     xattr: bool = _option(

@@ -73,6 +73,7 @@ def test_prefetched_files_are_read_without_requests(make_account, tmp_path, way)
     assert tinkerfs("prefetch", "--check", path, env=env).returncode == 0
     account.server.journal.clear()
     found = read_all(account, read)
+    assert (found.pop("tensors.json", None) is not None) == (way == "adapter")
     expected = account.server.files(run.id, newest.id)
     assert found == {name: c.read(0, c.size_bytes) for name, c in expected.items()}
     assert costly_calls(account) == []

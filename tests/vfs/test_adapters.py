@@ -1,112 +1,107 @@
-"""Adapters in the form that serving engines load, over every driver."""
+"""Tests of the files in `/adapters`, which are made for serving engines."""
 
 import json
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests.support.account import api_calls, deletes
 from tests.support.drivers import outcome_of
 
-pytestmark = pytest.mark.where(profile=lambda profile: profile.name == "official")
+MODEL = "adapter_model.safetensors"
 
-NAME = "adapter_model.safetensors"
+#: Tinker's names of the projections of experts, and those of the base models.
+EXPERTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
-
-@pytest.fixture(scope="module")
-def world(make_world):
-    """An account in which one process may start any number of archive builds."""
-    return make_world(runs=0, settings={"archive_build_limit": 0})
+pytestmark = pytest.mark.served("GET archive")
 
 
-EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+def add_adapter(world, base_model):
+    """Return the directory in `/adapters` of a new checkpoint, and its stored files."""
+    run = world.server.account.add_run(base_model=base_model)
+    checkpoint = world.server.account.add_checkpoint(run.id, "sampler_weights/1")
+    checkpoint.size_bytes = 2 << 20
+    world.refresh()
+    world.server.journal.clear()
+    files = world.server.files(run.id, checkpoint.id)
+    stored = {name: content.read(0, content.size_bytes) for name, content in files.items()}
+    return f"adapters/{run.id}@sampler_weights@1", stored
 
 
-def add(world, base_model, size_bytes=3_000_000, kind="sampler_weights"):
-    """Add a checkpoint of a run of a base model."""
-    account = world.server.account
-    run = account.add_run(base_model=base_model, lora_rank=8)
-    account.add_checkpoint(run.id, f"{kind}/s", size_bytes=size_bytes)
-    content = world.server.files(run.id, f"{kind}/s")[NAME]
-    data = content.read(0, content.size_bytes)
-    path = f"adapters/{run.id}@{kind}@s"
-    return SimpleNamespace(
-        path=path, data=data, tensors=safetensors.numpy.load(data), run_id=run.id
-    )
-
-
-def expected_tensors(tensors):
-    """Return the tensors with the names that PEFT expects of GPT-OSS and Qwen3 MoE."""
-    expected = {}
-    for name, value in tensors.items():
+def converted(tensors):
+    """Return the tensors that an engine expects, computed from those of Tinker."""
+    result = {}
+    for name, tensor in tensors.items():
         name = name.replace(".attn.", ".self_attn.")
-        if ".experts." not in name:
-            expected[name] = value
+        before, _, rest = name.partition(".experts.")
+        if not rest:
+            result[name] = tensor
             continue
-        before, _, leaf = name.partition(".experts.")
-        projection, _, rest = leaf.partition(".")
-        for index in range(4):
-            renamed = f"{before}.experts.{index}.{EXPERTS[projection]}.{rest}"
-            expected[renamed] = value[index if len(value) > 1 else 0]
-    return expected
+        leaf, side = rest.split(".", 1)
+        other = "lora_B.weight" if side == "lora_A.weight" else "lora_A.weight"
+        count = max(len(tensor), len(tensors[f"{before}.experts.{leaf}.{other}"]))
+        for index, each in enumerate(np.broadcast_to(tensor, (count, *tensor.shape[1:]))):
+            result[f"{before}.experts.{index}.{EXPERTS[leaf]}.{side}"] = each
+    return result
 
 
-@pytest.mark.parametrize("base_model", ["openai/gpt-oss-20b", "Qwen/Qwen3-30B-A3B"])
-@pytest.mark.parametrize("kind", ["weights", "sampler_weights", "external_weights"])
-def test_adapter_has_the_names_of_the_base_model(world, base_model, kind):
-    added = add(world, base_model, kind=kind)
-    found = safetensors.numpy.load(world.driver.read(f"{added.path}/{NAME}"))
-    expected = expected_tensors(added.tensors)
-    assert sorted(found) == sorted(expected)
-    for name, value in expected.items():
-        assert (found[name].shape, found[name].tobytes()) == (value.shape, value.tobytes())
-    config = json.loads(world.driver.read(f"{added.path}/adapter_config.json"))
-    assert config["base_model_name_or_path"] == base_model
-    assert {"q_proj", "gate_proj"} <= set(config["target_modules"])
+def test_dense_adapter_is_unchanged(world):
+    directory, stored = add_adapter(world, "Qwen/Qwen3-8B")
+    assert world.driver.read(f"{directory}/{MODEL}") == stored[MODEL]
+    config = world.driver.read(f"{directory}/adapter_config.json")
+    assert config == stored["adapter_config.json"]
 
 
-def test_adapter_in_the_form_of_peft_is_passed_on(world):
-    for base_model in ("Qwen/Qwen3-8B", "somebody/unknown"):
-        added = add(world, base_model)
-        assert world.driver.read(f"{added.path}/{NAME}") == added.data
+@pytest.mark.parametrize("base_model", ["Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"])
+def test_adapter_has_the_names_of_its_base_model(world, base_model):
+    directory, stored = add_adapter(world, base_model)
+    names = world.driver.listdir(directory)
+    assert {*names} == {*stored, "tensors.json"}
+    content = {name: world.driver.read(f"{directory}/{name}") for name in names}
+    for name, data in content.items():
+        assert world.driver.stat(f"{directory}/{name}").size == len(data)
+    found = safetensors.numpy.load(content[MODEL])
+    expected = converted(safetensors.numpy.load(stored[MODEL]))
+    assert found.keys() == expected.keys()
+    assert found.keys() != safetensors.numpy.load(stored[MODEL]).keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert np.array_equal(found[name].view(np.uint8), tensor.copy().view(np.uint8)), name
+    config = json.loads(content["adapter_config.json"])
+    assert config["target_modules"] == ["down_proj", "gate_proj", "q_proj", "up_proj", "v_proj"]
+    assert json.loads(content["tensors.json"])["tensors"].keys() == expected.keys()
+    assert content["checkpoint_complete"] == stored["checkpoint_complete"]
+    files = directory.replace("adapters/", "runs/").replace("@", "/checkpoints/", 1)
+    assert world.driver.read(f"{files.replace('@', '/')}/files/{MODEL}") == stored[MODEL]
 
 
-def test_sizes_are_those_of_the_converted_files(world):
-    added = add(world, "openai/gpt-oss-20b")
-    assert NAME in world.driver.listdir(added.path)
-    for name in (NAME, "adapter_config.json", "checkpoint_complete"):
-        path = f"{added.path}/{name}"
-        assert world.driver.stat(path).size == len(world.driver.read(path)), name
-    tensors = json.loads(world.driver.read(f"{added.path}/tensors.json"))["tensors"]
-    assert sorted(tensors) == sorted(expected_tensors(added.tensors))
+@pytest.mark.parametrize("base_model", ["deepseek-ai/DeepSeek-V3.1", "someone/unknown"])
+def test_adapter_without_a_rule_is_refused(world, base_model):
+    directory, _stored = add_adapter(world, base_model)
+    names = world.driver.listdir(directory)
+    assert {MODEL, "adapter_config.json"} <= {*names}, "not an empty directory"
+    for name in (MODEL, "adapter_config.json"):
+        assert outcome_of(lambda: world.driver.read(f"{directory}/{name}")) == "EOPNOTSUPP"  # noqa: B023
+    assert "tinker_cookbook.weights.build_lora_adapter" in world.errors()
 
 
-def test_files_stay_as_the_server_has_them(world):
-    added = add(world, "openai/gpt-oss-20b")
-    path = f"runs/{added.run_id}/checkpoints/sampler_weights/s/files/{NAME}"
-    assert world.driver.read(path) == added.data
+def test_reads_of_an_adapter_download_its_blocks_once(world):
+    directory, stored = add_adapter(world, "Qwen/Qwen3-30B-A3B")
+    world.driver.read(f"{directory}/{MODEL}")
+    world.server.journal.wait_until_idle()
+    world.server.journal.clear()
+    files = directory.replace("adapters/", "runs/").replace("@", "/checkpoints/", 1)
+    world.driver.read(f"{directory}/{MODEL}")
+    assert world.driver.read(f"{files.replace('@', '/')}/files/{MODEL}") == stored[MODEL]
+    world.server.journal.wait_until_idle()
+    assert [each for each in world.server.journal.entries() if each.origin == "store"] == []
+    assert "GET archive" not in api_calls(world.server)
 
 
-def test_adapter_without_a_rule_is_refused_at_open(world):
-    added = add(world, "deepseek-ai/DeepSeek-V3.1")
-    assert NAME in world.driver.listdir(added.path)
-    for name in (NAME, "adapter_config.json", "tensors.json"):
-        assert outcome_of(lambda name=name: world.driver.read(f"{added.path}/{name}")) == (
-            "EOPNOTSUPP"
-        ), name
-    errors = world.driver.read(".tinkerfs/errors").decode()
-    assert "DeepSeek V3" in errors
-    assert "build_lora_adapter" in errors
-
-
-def test_second_use_fetches_nothing(world):
-    added = add(world, "openai/gpt-oss-20b", size_bytes=9_000_000)
-    log = world.server.journal
-    log.clear()
-    world.driver.read(f"{added.path}/{NAME}")
-    whole_bytes = sum(record.sent_bytes for record in log if record.origin == "store")
-    log.clear()
-    world.driver.read(f"{added.path}/{NAME}")
-    world.driver.read(f"runs/{added.run_id}/checkpoints/sampler_weights/s/files/{NAME}")
-    assert log.count("store") == 0
-    assert whole_bytes < 1.2 * len(added.data)
+def test_removal_of_an_adapter_is_eperm(world):
+    directory, _stored = add_adapter(world, "Qwen/Qwen3-8B")
+    for step in (f"unlink {directory}", f"unlink {directory}/{MODEL}", f"rmdir {directory}"):
+        assert world.driver.remove(step)[0] in ("EPERM", "ENOTDIR"), step
+    assert world.driver.remove(f"unlink {directory}/{MODEL}") == ["EPERM"]
+    assert deletes(world.server) == 0

@@ -52,7 +52,6 @@ def get(
             job = CopyJob(
                 app.filesystem,
                 app.weights,
-                app.adapters,
                 progress,
                 dest,
                 force=force,

@@ -18,6 +18,7 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
     return settings_options(
         "base_url",
         "cache_dir",
+        "base_models",
         "cache_size_bytes",
         "timeout_s",
         "archive_timeout_s",

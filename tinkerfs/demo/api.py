@@ -32,7 +32,6 @@ _ROUTES = (
     ("GET", "training_runs/{run}/checkpoints", "GET training_runs/{run}/checkpoints"),
     ("GET", f"{_CHECKPOINT}/archive", "GET archive"),
     ("GET", f"{_CHECKPOINT}/download", "GET download"),
-    ("GET", "archives/{archive}/download", "GET download"),
     ("GET", f"{_CHECKPOINT}/external_weights_urls", "GET external_weights_urls"),
     ("POST", f"{_CHECKPOINT}/publish", "POST publish"),
     ("DELETE", f"{_CHECKPOINT}/publish", "DELETE publish"),
@@ -59,7 +58,6 @@ _ROUTES = (
     ("POST", "telemetry", "POST telemetry"),
     ("GET", "auth/apikey/me", "GET auth/apikey/me"),
     ("POST", "auth/token", "POST auth/token"),
-    ("GET", "billing/usage/checkpoints/current", "GET billing/usage/checkpoints/current"),
 )
 
 
@@ -72,8 +70,6 @@ def _pattern(template: str) -> re.Pattern[str]:
 _PATTERNS = [(method, _pattern(template), endpoint) for method, template, endpoint in _ROUTES]
 _OPEN = frozenset({"GET healthz", "GET download"})
 """Endpoints that require no API key."""
-_STORAGE_RATE = 0.2
-"""Price of a stored gigabyte, USD per month."""
 _EXCHANGE = frozenset({"POST client/config", "POST auth/token"})
 """Endpoints that accept an API key although the server requires tokens."""
 
@@ -167,7 +163,6 @@ class Api:
             "POST telemetry": lambda _request, _args: json_reply({"status": "accepted"}),
             "GET auth/apikey/me": self._key,
             "POST auth/token": self._token,
-            "GET billing/usage/checkpoints/current": self._storage,
         }
 
     def endpoint(self, method: str, path: str) -> str:
@@ -346,31 +341,14 @@ class Api:
         encoded = (base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
         return json_reply({"jwt": ".".join((*encoded, "demo"))})
 
-    def _storage(self, _request: Request, _args: dict[str, str]) -> Reply:
-        stored = [checkpoint.size_bytes or 0 for _run, checkpoint in self._account.checkpoints()]
-        gigabytes = sum(stored) / 1e9
-        usage = {
-            "project_id": "demo-project",
-            "user_email": "demo@example.com",
-            "checkpoint_count": len(stored),
-            "size_bytes": sum(stored),
-            "size_gigabytes": gigabytes,
-            "estimated_monthly_cost_usd": gigabytes * _STORAGE_RATE,
-        }
-        body = {"effective_rate_usd_per_gigabyte_month": _STORAGE_RATE, "data": [usage]}
-        return json_reply(body)
-
     # Files
 
     def _archive(self, _request: Request, args: dict[str, str]) -> Reply:
         run, checkpoint = self._ready(args)
         if self._profile.serves_archives_itself:
-            if self._profile.has_archive_ids:
-                archive_id = base64.urlsafe_b64encode(f"{run.id}\n{checkpoint.id}".encode())
-                place = f"archives/{archive_id.decode()}"
-            else:
-                place = f"training_runs/{run.id}/checkpoints/{checkpoint.name}"
-            url, expires_s = f"{self.base_url}/api/v1/{place}/download", self._clock() + 7200
+            bare = checkpoint.name if self._profile.archive_ids == "name" else checkpoint.id
+            base = f"{self.base_url}/api/v1/training_runs/{run.id}/checkpoints/{bare}"
+            url, expires_s = f"{base}/download", self._clock() + 7200
         else:
             url, expires_s = self._store.sign_archive(run, checkpoint)
         if self._behaviour.archive_response == "json":
@@ -383,13 +361,6 @@ class Api:
         return Reply(HTTPStatus.FOUND, headers)
 
     def _download(self, _request: Request, args: dict[str, str]) -> Reply:
-        if "archive" in args:
-            try:
-                text = base64.urlsafe_b64decode(args["archive"]).decode()
-            except ValueError:
-                raise HttpError(404) from None
-            run_id, _, checkpoint_id = text.partition("\n")
-            args = {"run": run_id, "ckpt": checkpoint_id}
         run, checkpoint = self._ready(args)
         content = self._store.archive(run, checkpoint)
         name = f"{run.id}_{checkpoint.name}.tar.gz"

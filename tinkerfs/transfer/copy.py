@@ -13,7 +13,6 @@ from tinkerfs.transfer.progress import Item, TransferProgress
 from tinkerfs.transfer.target_file import TargetFile
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.weights_nodes import WeightsRef
-from tinkerfs.weights.adapters import AdapterReader
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
 
@@ -41,7 +40,6 @@ class CopyJob(TransferJob[CopiedFile]):
     Args:
         filesystem: the file system of the path.
         weights: the weights of its checkpoints.
-        adapters: the same, as serving engines load them.
         progress: is updated during the transfer.
         dest: path of the directory, or of the tar file.
         force: replace files that have other content.
@@ -55,7 +53,6 @@ class CopyJob(TransferJob[CopiedFile]):
         self,
         filesystem: FileSystem,
         weights: WeightsReader,
-        adapters: AdapterReader,
         progress: TransferProgress,
         dest: str,
         *,
@@ -64,7 +61,6 @@ class CopyJob(TransferJob[CopiedFile]):
         mode: int,
     ) -> None:
         super().__init__(filesystem, weights, progress)
-        self._adapters = adapters
         self._dest = dest
         self._is_forced = force
         self._wants_archive = archive
@@ -72,9 +68,6 @@ class CopyJob(TransferJob[CopiedFile]):
         self._is_single = False
         #: Path -> destination directory, for one pass over the checkpoints.
         self._destinations: dict[str, Destination] = {}
-
-    def _reader(self, ref: WeightsRef) -> WeightsReader | AdapterReader:
-        return self._adapters if ref.is_adapter else self._weights
 
     def _select(self, refs: list[WeightsRef], *, is_single: bool) -> list[WeightsRef]:
         self._is_single = is_single

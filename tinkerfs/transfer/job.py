@@ -15,7 +15,6 @@ from tinkerfs.transfer.progress import Item, TransferProgress
 from tinkerfs.transfer.resolve import find_weights, select_members
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.weights_nodes import WeightsRef
-from tinkerfs.weights.adapters import AdapterReader
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
 
@@ -85,11 +84,6 @@ class TransferJob(ABC, Generic[R]):
         del is_single
         return refs
 
-    def _reader(self, ref: WeightsRef) -> WeightsReader | AdapterReader:
-        """Return what reads the files of a reference."""
-        del ref
-        return self._weights
-
     @abstractmethod
     def _transfer(self, checkpoints: Sequence[OpenCheckpoint]) -> None:
         """Transfer open checkpoints; add to `results`, and report errors to `_on_error`."""
@@ -124,9 +118,9 @@ class TransferJob(ABC, Generic[R]):
             names = [""]
             files = [stack.enter_context(self._weights.open_archive(version, context))]
         else:
-            reader = self._reader(ref)
-            names = select_members(ref, reader.files(version, context))
-            files = [stack.enter_context(reader.open(version, name, context)) for name in names]
+            source = ref.files(self._weights)
+            names = select_members(ref, source.files(version, context))
+            files = [stack.enter_context(source.open(version, name, context)) for name in names]
         if self._requests_archives:
             missing = next((file for file in files if file.cached_bytes() < file.size_bytes), None)
             if missing is not None:

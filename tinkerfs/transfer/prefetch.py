@@ -77,12 +77,13 @@ class PrefetchJob(TransferJob[PrefetchedFile]):
             with self._weights.open_archive(version, context) as file:
                 self._add_result(ref, "", file)
             return
-        listing = self._weights.cached_files(version)
+        source = ref.files(self._weights)
+        listing = source.cached_files(version)
         if listing is None:
             self._add_result(ref, ref.member_path, None)
             return
         for name in select_members(ref, listing):
-            with self._weights.open(version, name, context) as file:
+            with source.open(version, name, context) as file:
                 self._add_result(ref, name, file)
 
     def _add_result(self, ref: WeightsRef, name: str, file: WeightsFile | None) -> None:

@@ -66,7 +66,8 @@ def find_weights(
         if not below:
             failures.append(Failure(name, errors.StartupError("contains no checkpoints")))
         for each in below:
-            key = (each.checkpoint.key, each.is_archive, each.is_adapter, each.member_path)
+            is_adapter = each.base_model is not None
+            key = (each.checkpoint.key, each.is_archive, each.member_path, is_adapter)
             found.setdefault(key, each)
     return list(found.values()), one is not None
 

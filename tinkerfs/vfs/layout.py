@@ -6,7 +6,7 @@ row. The first and the last name of a directory above checkpoints cannot be remo
 removes everything gets an error before it reaches a checkpoint, whichever end it starts from.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tinkerfs import errors
 from tinkerfs.api import models
@@ -315,6 +315,7 @@ _RUN = Directory(
 def _content(
     doc: str,
     version: Directory,
+    find_kind: Callable[[NodeContext, str], tuple[models.TrainingRun, str] | None],
 ) -> Directory:
     """Return a directory of expensive content by run, kind, name and version.
 
@@ -329,17 +330,24 @@ def _content(
         (DynamicEntries(name, _list_content, _find_content, False),),
     )
     run = Directory(
-        "<run_id>", "a training run", (DynamicEntries(kind, _list_kinds, _find_kind, False),)
+        "<run_id>", "a training run", (DynamicEntries(kind, _list_kinds, find_kind, False),)
     )
     runs = DynamicEntries(run, entities.list_runs, entities.find_run, False)
     return Directory(".content", doc, (runs,))
 
 
+def _find_served_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
+    return _find_kind(node, kind) if kind in views.SERVED_KINDS else None
+
+
 _CONTENT = _content(
     "content that needs an archive, reached through the symlinks; its names are not listed",
     weights_nodes.VERSION,
+    _find_kind,
 )
-_ADAPTERS = views.adapters(_content("the targets of the links; not listed", weights_nodes.ADAPTER))
+_ADAPTERS = views.adapters(
+    _content("the targets of the links; not listed", weights_nodes.ADAPTER, _find_served_kind)
+)
 
 _TINKERFS = Directory(
     ".tinkerfs",

@@ -24,7 +24,6 @@ from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import Validity
-from tinkerfs.weights.adapters import AdapterReader
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
@@ -39,7 +38,6 @@ class Backend:
     mutations: Mutations
     sessions: Sessions
     weights: WeightsReader
-    adapters: AdapterReader
     exports: Exports
     telemetry: Telemetry
     clock: Clock

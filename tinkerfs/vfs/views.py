@@ -85,13 +85,17 @@ EXPIRING = _view(
 
 # Adapters: the files that serving engines load.
 
+SERVED_KINDS = ("sampler_weights", "external_weights")
+
 
 def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
-    yield from node.backend.catalog.account.get(node.ctx).by_key.items()
+    for key, checkpoint in node.backend.catalog.account.get(node.ctx).by_key.items():
+        if checkpoint.kind in SERVED_KINDS:
+            yield key, checkpoint
 
 
 def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
-    if len(parts) != 3:
+    if len(parts) != 3 or parts[1] not in SERVED_KINDS:
         return None
     run_id, kind, name = parts
     listing = node.backend.catalog.account.peek()
@@ -106,16 +110,22 @@ def adapters(files: Directory) -> Directory:
     Args:
         files: the unlisted directory that contains the targets of the links.
     """
+    link = Symlink(
+        "<run_id>@<kind>@<name>",
+        "the checkpoint as engines load it; checkpoints that are not listed resolve too",
+        lambda node: weights_nodes.adapter_path(node.entity),
+        mtime_ns=entities.checkpoint_ns,
+    )
 
     def find_files(_node: NodeContext, name: str) -> str | None:
         return name if name == files.name else None
 
     return Directory(
         "adapters",
-        "every checkpoint, as a directory that serving engines load",
+        "every sampler and external checkpoint, as a directory that serving engines load",
         (
             DynamicEntries(
-                weights_nodes.ADAPTER_LINK,
+                link,
                 _list_adapters,
                 _find_adapter,
                 True,
@@ -233,11 +243,6 @@ def _session(node: NodeContext) -> models.Session:
     return node.backend.sessions.record(node.entity.session_id, node.ctx)
 
 
-def _session_info(node: NodeContext) -> bytes:
-    summary = node.backend.sessions.summary(node.entity.session_id, node.ctx)
-    return render.session_info(summary, _session(node))
-
-
 def _list_session_runs(node: NodeContext) -> Iterator[tuple[str, str]]:
     for run_id in _session(node).training_run_ids:
         yield run_id, run_id
@@ -288,8 +293,8 @@ SESSIONS = Directory(
                 (
                     GeneratedFile(
                         "info.json",
-                        "the session's record and status, and its checkpoints' count and bytes",
-                        _session_info,
+                        "the session's record",
+                        lambda node: render.session_info(node.entity, _session(node)),
                         is_expensive=True,
                     ),
                     Directory(

@@ -5,14 +5,16 @@ They are reached through the symlinks of a checkpoint's directory, so that tree 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
+import msgspec
 from msgspec.structs import replace as with_fields
 
 from tinkerfs import errors, name_encoding
 from tinkerfs.catalog.listings import ListedCheckpoint
+from tinkerfs.context import RequestContext
 from tinkerfs.vfs import entities, render
 from tinkerfs.vfs.schema import (
-    Backend,
     ContentFile,
     Directory,
     DynamicEntries,
@@ -22,7 +24,7 @@ from tinkerfs.vfs.schema import (
     SizeHint,
     Symlink,
 )
-from tinkerfs.weights.adapters import AdapterReader
+from tinkerfs.weights.adapter_files import AdapterFiles
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.reader import WeightsReader
@@ -68,15 +70,20 @@ class WeightsRef:
         checkpoint: the checkpoint.
         version: the version, as `WeightsReader` expects it.
         is_archive: the archive is meant, not the files in it.
-        is_adapter: the files are meant as serving engines load them.
         member_path: path within `files/` of the file or directory that is meant; empty for all.
+        base_model: returns the base model's name for the files in `/adapters`; None for those in
+            `files/`.
     """
 
     checkpoint: ListedCheckpoint
     version: CheckpointVersion
     is_archive: bool = False
-    is_adapter: bool = False
     member_path: str = ""
+    base_model: Callable[[RequestContext], str | None] | None = None
+
+    def files(self, weights: WeightsReader) -> WeightsReader | AdapterFiles:
+        """Return what lists and opens the files that are meant."""
+        return weights if self.base_model is None else AdapterFiles(weights, self.base_model)
 
 
 def weights_ref(row: NodeSpec, node: NodeContext) -> WeightsRef | None:
@@ -86,17 +93,36 @@ def weights_ref(row: NodeSpec, node: NodeContext) -> WeightsRef | None:
         return None
     if not is_archive and not isinstance(row, Directory | Symlink):
         return None
-    is_adapter = row in (ADAPTER, ADAPTER_LINK)
-    return WeightsRef(entity, _version(node, entity), is_archive, is_adapter)
+    base_model = partial(_base_model, node, entity) if _is_adapter(node) else None
+    return WeightsRef(entity, _version(node, entity), is_archive, base_model=base_model)
 
 
-def _adapter_path(checkpoint: ListedCheckpoint) -> str:
+def adapter_path(checkpoint: ListedCheckpoint) -> str:
     """Return the path of a checkpoint's files for serving engines from the root.
 
     The path is within `/adapters`, because engines compare real paths and refuse to load files from
     outside of the configured directory.
     """
     return f"/adapters/.content/{_version_path(checkpoint)}"
+
+
+def _is_adapter(node: NodeContext) -> bool:
+    return node.path.startswith("/adapters/")
+
+
+def _base_model(node: NodeContext, checkpoint: ListedCheckpoint, ctx: RequestContext) -> str | None:
+    """Return the name of a checkpoint's base model by its weights info."""
+    info = msgspec.json.decode(node.backend.catalog.weights_info(checkpoint, ctx))
+    name = info.get("base_model") if isinstance(info, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _files(node: NodeContext, checkpoint: ListedCheckpoint) -> WeightsReader | AdapterFiles:
+    """Return what lists and opens the files of a directory."""
+    weights = node.backend.weights
+    if not _is_adapter(node):
+        return weights
+    return AdapterFiles(weights, partial(_base_model, node, checkpoint))
 
 
 def _path(checkpoint: ListedCheckpoint, name: str) -> str:
@@ -185,6 +211,26 @@ _REFUSAL = "REFUSED-see-.tinkerfs-errors"
 _REFUSALS = tuple(f"{_REFUSAL}{end}" for end in ("", ".json", ".safetensors"))
 
 
+def _list_refusals(node: NodeContext) -> Iterator[tuple[str, str]]:
+    try:
+        _members(node, _member_ref(node).checkpoint)
+    except errors.BurstExceeded:
+        yield from ((name, name) for name in _REFUSALS)
+        raise
+
+
+def _find_refusal(node: NodeContext, name: str) -> str | None:
+    version = _version(node, _member_ref(node).checkpoint)
+    if (
+        name not in _REFUSALS
+        or _files(node, _member_ref(node).checkpoint).cached_files(version) is not None
+    ):
+        return None
+    if name == _REFUSAL:
+        _refuse(node)
+    return name
+
+
 def _refuse(node: NodeContext) -> bytes:
     raise errors.burst_exceeded(
         node.path, "the directory was not listed (--archive-burst); its entries are incomplete"
@@ -193,6 +239,63 @@ def _refuse(node: NodeContext) -> bytes:
 
 def _member_ref(node: NodeContext) -> _MemberRef:
     return node.entity if isinstance(node.entity, _MemberRef) else _MemberRef(node.entity, "")
+
+
+def _members(
+    node: NodeContext, checkpoint: ListedCheckpoint, *, is_open: bool = False
+) -> dict[str, Member]:
+    """Return the members of the archive, without a deadline for building it.
+
+    opendir() delays no other request. A lookup delays other lookups in the same directory, because
+    the kernel serializes them; but these need the same archive, so a deadline would not help them.
+    Besides, `os.path.exists` would treat a timeout as a missing file.
+    """
+    node.ctx.mark_uncacheable()  # the archive may be rebuilt
+    ctx = with_fields(node.ctx, timeout_s=None)
+    try:
+        version = _version(node, checkpoint)
+        return _files(node, checkpoint).files(version, ctx, is_open=is_open).members
+    except errors.UnsupportedEndpoint as error:
+        # The checkpoint exists, so the directory is not empty and the name not absent.
+        raise errors.os_error_from_api(error, node.path) from error
+
+
+def _list_files(node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
+    ref = _member_ref(node)
+    for path, member in _members(node, ref.checkpoint, is_open=True).items():
+        name = path.removeprefix(ref.prefix)
+        if path.startswith(ref.prefix) and "/" not in name:
+            yield name, _MemberRef(ref.checkpoint, ref.prefix, member)
+
+
+def _list_directories(node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
+    ref = _member_ref(node)
+    members = _members(node, ref.checkpoint)
+    relative = (path.removeprefix(ref.prefix) for path in members if path.startswith(ref.prefix))
+    for name in dict.fromkeys(path.partition("/")[0] for path in relative if "/" in path):
+        yield name, _MemberRef(ref.checkpoint, f"{ref.prefix}{name}/")
+
+
+def _find_file(node: NodeContext, name: str) -> _MemberRef | None:
+    ref = _member_ref(node)
+    member = _members(node, ref.checkpoint).get(ref.prefix + name)
+    if member is None and not ref.checkpoint.is_dated:
+        member = _members(node, ref.checkpoint, is_open=True).get(ref.prefix + name)
+    return None if member is None else _MemberRef(ref.checkpoint, ref.prefix, member)
+
+
+def _find_directory(node: NodeContext, name: str) -> _MemberRef | None:
+    ref = _member_ref(node)
+    prefix = f"{ref.prefix}{name}/"
+    if not any(path.startswith(prefix) for path in _members(node, ref.checkpoint)):
+        return None
+    return _MemberRef(ref.checkpoint, prefix)
+
+
+def _open_file(node: NodeContext) -> WeightsFile:
+    ref = _member_ref(node)
+    version = _version(node, ref.checkpoint)
+    return _files(node, ref.checkpoint).open(version, _member(ref).name, node.ctx)
 
 
 def _member(ref: _MemberRef) -> Member:
@@ -204,159 +307,53 @@ def _member_size(node: NodeContext) -> SizeHint:
     return SizeHint(_member(_member_ref(node)).size_bytes, is_exact=True)
 
 
+def _cached_bytes(node: NodeContext) -> dict[str, str]:
+    ref = _member_ref(node)
+    version = _version(node, ref.checkpoint)
+    cached = _files(node, ref.checkpoint).cached_bytes(version, _member(ref).name)
+    return {"tinkerfs.cached_bytes": str(cached)}
+
+
 def _files_ns(node: NodeContext) -> int:
     return _version(node, _member_ref(node).checkpoint).mtime_ns
 
 
-class _FilesRows:
-    """The functions of a directory of weight files, over one reader of them.
-
-    Args:
-        reader_of: returns the reader: of the files as they are, or of converted ones.
-    """
-
-    def __init__(self, reader_of: Callable[[Backend], WeightsReader | AdapterReader]) -> None:
-        self._reader_of = reader_of
-
-    def list_refusals(self, node: NodeContext) -> Iterator[tuple[str, str]]:
-        try:
-            self.members(node, _member_ref(node).checkpoint)
-        except errors.BurstExceeded:
-            yield from ((name, name) for name in _REFUSALS)
-            raise
-
-    def find_refusal(self, node: NodeContext, name: str) -> str | None:
-        version = _version(node, _member_ref(node).checkpoint)
-        if name not in _REFUSALS or self._reader_of(node.backend).cached_files(version) is not None:
-            return None
-        if name == _REFUSAL:
-            _refuse(node)
-        return name
-
-    def members(
-        self, node: NodeContext, checkpoint: ListedCheckpoint, *, is_open: bool = False
-    ) -> dict[str, Member]:
-        """Return the members of the archive, without a deadline for building it.
-
-        opendir() delays no other request. A lookup delays other lookups in the same directory,
-        because the kernel serializes them; but these need the same archive, so a deadline would not
-        help them. Besides, `os.path.exists` would treat a timeout as a missing file.
-        """
-        node.ctx.mark_uncacheable()  # the archive may be rebuilt
-        ctx = with_fields(node.ctx, timeout_s=None)
-        try:
-            version = _version(node, checkpoint)
-            return self._reader_of(node.backend).files(version, ctx, is_open=is_open).members
-        except errors.UnsupportedEndpoint as error:
-            # The checkpoint exists, so the directory is not empty and the name not absent.
-            raise errors.os_error_from_api(error, node.path) from error
-
-    def list_files(self, node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
-        ref = _member_ref(node)
-        for path, member in self.members(node, ref.checkpoint, is_open=True).items():
-            name = path.removeprefix(ref.prefix)
-            if path.startswith(ref.prefix) and "/" not in name:
-                yield name, _MemberRef(ref.checkpoint, ref.prefix, member)
-
-    def list_directories(self, node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
-        ref = _member_ref(node)
-        members = self.members(node, ref.checkpoint)
-        relative = (
-            path.removeprefix(ref.prefix) for path in members if path.startswith(ref.prefix)
-        )
-        for name in dict.fromkeys(path.partition("/")[0] for path in relative if "/" in path):
-            yield name, _MemberRef(ref.checkpoint, f"{ref.prefix}{name}/")
-
-    def find_file(self, node: NodeContext, name: str) -> _MemberRef | None:
-        ref = _member_ref(node)
-        member = self.members(node, ref.checkpoint).get(ref.prefix + name)
-        if member is None and not ref.checkpoint.is_dated:
-            member = self.members(node, ref.checkpoint, is_open=True).get(ref.prefix + name)
-        return None if member is None else _MemberRef(ref.checkpoint, ref.prefix, member)
-
-    def find_directory(self, node: NodeContext, name: str) -> _MemberRef | None:
-        ref = _member_ref(node)
-        prefix = f"{ref.prefix}{name}/"
-        if not any(path.startswith(prefix) for path in self.members(node, ref.checkpoint)):
-            return None
-        return _MemberRef(ref.checkpoint, prefix)
-
-    def open_file(self, node: NodeContext) -> WeightsFile:
-        ref = _member_ref(node)
-        version = _version(node, ref.checkpoint)
-        return self._reader_of(node.backend).open(version, _member(ref).name, node.ctx)
-
-    def cached_bytes(self, node: NodeContext) -> dict[str, str]:
-        ref = _member_ref(node)
-        version = _version(node, ref.checkpoint)
-        cached = self._reader_of(node.backend).cached_bytes(version, _member(ref).name)
-        return {"tinkerfs.cached_bytes": str(cached)}
-
-
-def _files_directory(name: str, doc: str, rows: _FilesRows, *more: GeneratedFile) -> Directory:
-    """Return a directory of weight files, and of `more` files."""
-    return Directory(
-        name,
-        doc,
-        (
-            *more,
-            DynamicEntries(
-                GeneratedFile(
-                    f"{_REFUSAL}<ending>",
-                    "precedes the error EBUSY if `--archive-burst` refuses the listing",
-                    _refuse,
-                    # Some programs do not open an empty file.
-                    size_hint=lambda _node: SizeHint(1, is_exact=False),
-                    is_expensive=True,
-                ),
-                rows.list_refusals,
-                rows.find_refusal,
+FILES = Directory(
+    "files",
+    _DOCS["files"],
+    (
+        DynamicEntries(
+            GeneratedFile(
+                f"{_REFUSAL}<ending>",
+                "precedes the error EBUSY if `--archive-burst` refuses the listing",
+                _refuse,
+                # Some programs do not open an empty file.
+                size_hint=lambda _node: SizeHint(1, is_exact=False),
+                is_expensive=True,
             ),
-            DynamicEntries(
-                ContentFile(
-                    "<file>",
-                    "a weight file; only the ranges that are read are downloaded",
-                    rows.open_file,
-                    _member_size,
-                    mtime_ns=lambda node: _member(_member_ref(node)).mtime_ns,
-                    xattrs=rows.cached_bytes,
-                ),
-                rows.list_files,
-                rows.find_file,
-            ),
-            DynamicEntries(None, rows.list_directories, rows.find_directory),
+            _list_refusals,
+            _find_refusal,
         ),
-        _files_ns,
-    )
-
-
-FILES = _files_directory("files", _DOCS["files"], _FilesRows(lambda backend: backend.weights))
-
-
-def _adapter_tensors(node: NodeContext) -> bytes:
-    version = _version(node, node.entity)
-    return node.backend.adapters.tensors(version, with_fields(node.ctx, timeout_s=None))
-
-
-#: The files as serving engines load them, in the place that these accept.
-ADAPTER = _files_directory(
-    "<version>",
-    "the checkpoint as serving engines load it; resolved when listed",
-    _FilesRows(lambda backend: backend.adapters),
-    GeneratedFile(
-        "tensors.json",
-        "name, dtype, shape and bytes of every tensor of the converted adapter",
-        _adapter_tensors,
-        size_hint=lambda _node: SizeHint(_MAX_TENSORS_BYTES, is_exact=False),
-        awaits_exact_size=True,
+        DynamicEntries(
+            ContentFile(
+                "<file>",
+                "a weight file; only the ranges that are read are downloaded",
+                _open_file,
+                _member_size,
+                mtime_ns=lambda node: _member(_member_ref(node)).mtime_ns,
+                xattrs=_cached_bytes,
+            ),
+            _list_files,
+            _find_file,
+        ),
+        DynamicEntries(None, _list_directories, _find_directory),
     ),
+    _files_ns,
 )
 
-ADAPTER_LINK = Symlink(
-    "<run_id>@<kind>@<name>",
-    "the checkpoint as serving engines load it; unlisted ones resolve too",
-    lambda node: _adapter_path(node.entity),
-    mtime_ns=entities.checkpoint_ns,
+#: The files of the form that serving engines load, in the place that they load them from.
+ADAPTER = replace(
+    FILES, name="<version>", doc="that version in the form that engines load; resolved when listed"
 )
 
 VERSION = Directory(

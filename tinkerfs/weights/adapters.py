@@ -1,255 +1,194 @@
-"""Read checkpoints as serving engines load them: adapters in PEFT's form.
+"""Convert the adapters of checkpoints to the form that serving engines load.
 
-The files are those of the checkpoint, except two. `adapter_model.safetensors` is laid out over the
-bytes of the Tinker adapter, and `adapter_config.json` is made for it. What must be known for that
-is the header and the config, so a conversion costs two small reads and no copy. Thread-safe.
+`adapter_config.json`, `adapter_model.safetensors` and `tensors.json` are made from the header and
+the configuration of the Tinker adapter. Tensors are read from its bytes, so they share its blocks.
 """
 
-import threading
+import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Any, Final
+from functools import partial
+from threading import Lock
+from typing import Any, TypeAlias
 
 import msgspec
-from msgspec.structs import replace
 
-from tinkerfs import errors
+from tinkerfs.cache.store import MetadataStore
 from tinkerfs.concurrency import SingleFlight
-from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
+from tinkerfs.context import RequestContext
 from tinkerfs.weights.base_models import BaseModels
-from tinkerfs.weights.checkpoint_version import CheckpointVersion
-from tinkerfs.weights.extents import ExtentMap
-from tinkerfs.weights.file import WeightsFile
-from tinkerfs.weights.peft_adapter import (
-    CONFIG_NAME,
-    ConversionError,
-    PeftAdapter,
-    convert,
-    pass_on,
-)
-from tinkerfs.weights.reader import MemberListing, WeightsReader
-from tinkerfs.weights.safetensors_header import LENGTH_BYTES, tensors_json
+from tinkerfs.weights.extents import ExtentMap, OwnBytes
+from tinkerfs.weights.peft_adapter import ConversionError, convert
+from tinkerfs.weights.safetensors_header import tensors_json
+from tinkerfs.weights.tar_index import Member
+from tinkerfs.weights.virtual_file import Layout
 
-#: The names that PEFT gives to the two files of an adapter.
-MODEL: Final = "adapter_model.safetensors"
-CONFIG: Final = CONFIG_NAME
+MODEL, CONFIG, TENSORS = "adapter_model.safetensors", "adapter_config.json", "tensors.json"
 
-#: Maximum number of conversions in memory. One of 100,000 tensors takes 20 MB.
-_MAX_CONVERSIONS: Final = 8
-#: Maximum size of an `adapter_config.json`.
-_MAX_CONFIG_BYTES: Final = 1 << 20
+#: The files that are made.
+MADE_FILES = (CONFIG, MODEL, TENSORS)
 
-_HINT: Final = (
-    "(hint: files/ has the files as they are; `tinker_cookbook.weights.build_lora_adapter` converts"
-    " a local copy)"
-)
+#: Maximum size of `adapter_config.json`.
+MAX_CONFIG_BYTES = 1 << 20
+
+#: Maximum number of converted adapters in memory. The largest take 100 MB each.
+_MAX_ADAPTERS = 8
+
+#: Namespace of the metadata store. The number is the version of the stored format.
+_NAMESPACE = "weights adapter 1"
+
+#: Endings of files with weights that engines would load without a conversion.
+WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".age")
 
 
-class AdapterReader:
-    """Reads adapters in PEFT's form, with the interface of `WeightsReader` for files.
+class AdapterSource(msgspec.Struct, frozen=True):
+    """What an adapter is converted from: the stored files without their tensors.
 
-    Args:
-        weights: reads the checkpoints' own files.
-        base_models: knows the structure of base models.
-        base_model_of: returns the name of the base model for a tinker path; sends a request.
+    Attributes:
+        header: the header of `adapter_model.safetensors`, without its length prefix.
+        size_bytes: the size of that file.
+        config: content of `adapter_config.json`.
+        base_model: the base model's name.
     """
 
-    def __init__(
-        self,
-        weights: WeightsReader,
-        base_models: BaseModels,
-        base_model_of: Callable[[str], str | None],
-    ) -> None:
-        self._weights = weights
-        self._base_models = base_models
-        self._base_model_of = base_model_of
-        self._flights: SingleFlight[str, Future[PeftAdapter]] = SingleFlight()
-        self._lock = threading.Lock()
-        self._converted: OrderedDict[str, PeftAdapter] = OrderedDict()  # guarded by _lock
+    header: bytes
+    size_bytes: int
+    config: bytes
+    base_model: str = ""
 
-    def files(
-        self, checkpoint: CheckpointVersion, ctx: RequestContext, *, is_open: bool = True
-    ) -> MemberListing:
-        """Return the files, with the sizes of the converted ones.
 
-        An adapter that cannot be converted is listed as it is; `open` says why.
+#: The made files of an adapter by name, over the bytes of its stored safetensors file.
+Adapter: TypeAlias = Mapping[str, Layout]
 
-        Raises:
-            ApiError, OSError: as `WeightsReader.files`.
-        """
-        listing = self._weights.files(checkpoint, ctx, is_open=is_open)
-        try:
-            adapter = self._adapter(checkpoint, listing, ctx)
-        except ConversionError:
-            return listing
-        members = dict(listing.members)
-        sizes = {MODEL: adapter.extents.size_bytes, CONFIG: len(adapter.config)}
-        for name, size_bytes in sizes.items():
-            members[name] = replace(members[name], size_bytes=size_bytes)
-        return MemberListing(members, listing.skipped)
 
-    def cached_files(self, checkpoint: CheckpointVersion) -> MemberListing | None:
-        """Return the checkpoint's own files if their index is cached; send no request."""
-        return self._weights.cached_files(checkpoint)
+class AdapterCache:
+    """The converted adapters in memory, by checkpoint version. Thread-safe.
 
-    def open(self, checkpoint: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
-        """Open a file.
+    Concurrent callers share one conversion. A failed conversion is not cached. What they are
+    converted from is cached in the metadata store, across mounts.
+    """
 
-        Raises:
-            ApiError: as `WeightsReader.open`.
-            OSError: EOPNOTSUPP if no rule says how to convert the adapter; else as
-                `WeightsReader.open`.
-        """
-        if name not in (MODEL, CONFIG) and not name.endswith(".age"):
-            return self._weights.open(checkpoint, name, ctx)
-        listing = self._weights.files(checkpoint, ctx)
-        try:
-            adapter = self._adapter(checkpoint, listing, ctx)
-        except ConversionError as error:
-            raise errors.not_supported(checkpoint.path, f"{error} {_HINT}") from None
-        file = self._weights.open(checkpoint, name, ctx)
-        extents = adapter.extents if name == MODEL else ExtentMap.of_bytes(adapter.config)
-        return AdapterFile(file, extents)
+    def __init__(self, store: MetadataStore) -> None:
+        self._store = store
+        self._conversions: SingleFlight[str, Future[Adapter]] = SingleFlight()
+        self._lock = Lock()
+        self._adapters: OrderedDict[str, Adapter] = OrderedDict()  # guarded by _lock
 
-    def tensors(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> bytes:
-        """Return the tensors of the converted adapter, as `WeightsReader.tensors`.
-
-        Raises:
-            ApiError, OSError: as `open`.
-        """
-        with self.open(checkpoint, MODEL, ctx) as file:
-            length = int.from_bytes(file.read(LENGTH_BYTES, 0, ctx), "little")
-            header = file.read(length, LENGTH_BYTES, ctx)
-        return tensors_json({MODEL: (header, file.size_bytes)})
-
-    def cached_bytes(self, checkpoint: CheckpointVersion, name: str) -> int:
-        """Return how many bytes of the checkpoint's own file are on disk."""
-        return self._weights.cached_bytes(checkpoint, name)
-
-    def _adapter(
-        self, checkpoint: CheckpointVersion, listing: MemberListing, ctx: RequestContext
-    ) -> PeftAdapter:
-        """Return the converted adapter; concurrent callers share one conversion.
-
-        Raises:
-            ConversionError: no rule says how to convert it.
-            ApiError, OSError: as `WeightsReader.open`.
-        """
-        for name in (MODEL, CONFIG):
-            if name not in listing.members:
-                encrypted = f"{name}.age" in listing.members
-                reason = "its files are encrypted" if encrypted else f"it has no {name}"
-                raise ConversionError(reason)
-        # The size distinguishes versions of a checkpoint that is not dated.
-        key = f"{checkpoint.cache_key}\0{listing.members[MODEL].size_bytes}"
+    def cached(self, cache_key: str) -> Adapter | None:
+        """Return a converted adapter, None if it is not cached."""
         with self._lock:
-            adapter = self._converted.get(key)
+            adapter = self._adapters.get(cache_key)
             if adapter is not None:
-                self._converted.move_to_end(key)
+                self._adapters.move_to_end(cache_key)
+            return adapter
+
+    def get(self, cache_key: str, work: Callable[[], Adapter], ctx: RequestContext) -> Adapter:
+        """Return an adapter; convert it by `work`, on a thread, unless it is cached.
+
+        Raises:
+            ValueError: as raised by `work`.
+            OSError: EINTR if the caller was interrupted.
+        """
+        future = Future[Adapter]()
+        with self._lock:
+            adapter = self._adapters.get(cache_key)
+            if adapter is not None:
                 return adapter
-            future = self._flights.run(
-                key,
-                lambda: self._convert(key, checkpoint, listing.members[MODEL].size_bytes),
-                f"adapter of {checkpoint.path}",
-                Future[PeftAdapter](),
-            )
+            task = partial(self._convert, cache_key, work, future)
+            future = self._conversions.run(cache_key, task, "adapter", future)
         return ctx.wait_for(future)
 
-    def _convert(self, key: str, checkpoint: CheckpointVersion, size_bytes: int) -> PeftAdapter:
-        raw, config = self._config(checkpoint)
-        name = config.get("base_model_name_or_path")
-        if not isinstance(name, str) or not name:
-            name = self._base_model_of(checkpoint.about)
+    def source(self, cache_key: str) -> AdapterSource | None:
+        """Return what an adapter is converted from if it is cached."""
+        raw = self._store.get(_NAMESPACE, cache_key)
         try:
-            header = self._weights.header(checkpoint, MODEL, BACKGROUND_CONTEXT)
-            base = self._base_models.get(name) if name else None
-        except ValueError as error:
-            raise ConversionError(str(error)) from None
-        if base is not None:
-            adapter = convert(header, size_bytes, config, base)
-        else:
-            try:
-                adapter = pass_on(header, size_bytes, config, raw)
-            except ConversionError as error:
-                raise ConversionError(
-                    f"no rule for the base model {errors.redact(name or '(unknown)')}, which is"
-                    " neither in --base-models nor in the cache of Hugging Face nor among the"
-                    f" known ones; and {error}"
-                ) from None
+            return None if raw is None else msgspec.msgpack.decode(raw, type=AdapterSource)
+        except msgspec.MsgspecError:
+            return None
+
+    def put_source(self, cache_key: str, source: AdapterSource) -> None:
+        """Cache what an adapter is converted from."""
+        self._store.put(_NAMESPACE, cache_key, msgspec.msgpack.encode(source))
+
+    def drop(self, cache_key: str) -> None:
+        """Drop an adapter, because its weights have changed."""
         with self._lock:
-            self._converted[key] = adapter
-            if len(self._converted) > _MAX_CONVERSIONS:
-                self._converted.popitem(last=False)
+            self._adapters.pop(cache_key, None)
+            self._conversions.forget(cache_key)
+        self._store.delete(_NAMESPACE, cache_key)
+
+    def _convert(
+        self, cache_key: str, work: Callable[[], Adapter], future: "Future[Adapter]"
+    ) -> Adapter:
+        """Convert an adapter, and cache it unless it was dropped meanwhile."""
+        adapter = work()
+        with self._lock:
+            if self._conversions.get(cache_key) is future:
+                self._adapters[cache_key] = adapter
+                if len(self._adapters) > _MAX_ADAPTERS:
+                    self._adapters.popitem(last=False)
         return adapter
 
-    def _config(self, checkpoint: CheckpointVersion) -> tuple[bytes, dict[str, Any]]:
-        """Return `adapter_config.json` as it is stored, and parsed."""
-        with self._weights.open(checkpoint, CONFIG, BACKGROUND_CONTEXT) as file:
-            data = file.read(min(file.size_bytes, _MAX_CONFIG_BYTES), 0, BACKGROUND_CONTEXT)
-        try:
-            return data, msgspec.json.decode(data, type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise ConversionError(f"its {CONFIG} is not a JSON object: {error}") from None
 
+def find_stored_files(members: Mapping[str, Member]) -> tuple[Member, Member]:
+    """Return the files that an adapter is converted from: tensors and configuration.
 
-class AdapterFile(WeightsFile):
-    """A virtual file, laid out over a file of the checkpoint.
-
-    Args:
-        source: the file with the bytes; closed with this one.
-        extents: the layout.
+    Raises:
+        ConversionError: a file is missing or too large.
     """
+    for name in (MODEL, CONFIG):
+        if name in members:
+            continue
+        if any(each.endswith(".age") for each in members):
+            raise ConversionError("its files are encrypted (.age)")
+        others = [each for each in members if each.endswith(WEIGHTS_ENDINGS)]
+        reason = f"; no rule for {others[0]}" if others and name == MODEL else ""
+        raise ConversionError(f"it has no {name}{reason}")
+    if members[CONFIG].size_bytes > MAX_CONFIG_BYTES:
+        raise ConversionError(f"{CONFIG} is larger than {MAX_CONFIG_BYTES} bytes")
+    return members[MODEL], members[CONFIG]
 
-    def __init__(self, source: WeightsFile, extents: ExtentMap) -> None:
-        self.key = f"{source.key}\0peft"  # these are other bytes than those of the source
-        self.size_bytes = extents.size_bytes
-        self.mtime_ns = source.mtime_ns
-        self._source = source
-        self._extents = extents
 
-    def close(self) -> None:
-        """Close the source."""
-        self._source.close()
+def parse_config(data: bytes) -> dict[str, Any]:
+    """Return the content of `adapter_config.json`.
 
-    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """See `WeightsFile.read_into`."""
+    Raises:
+        ConversionError: it is not a JSON object.
+    """
+    try:
+        return msgspec.json.decode(data, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConversionError(f"{CONFIG} is not a JSON object: {error}") from None
 
-        def read_source(view: memoryview, start: int) -> None:
-            self._source.read_into(view, start, ctx)
 
-        return self._extents.read_into(buffer, offset, read_source)
+def convert_source(source: AdapterSource, base_models: BaseModels) -> Adapter:
+    """Return the converted adapter.
 
-    def peek(self, start: int, stop: int) -> bytes | None:
-        """Return the bytes [start, stop) if all are cached, else None; send no request."""
-        ranges = self._extents.source_ranges(start, stop)
-        if any(self._source.peek(*each) is None for each in ranges):
-            return None
-        return self.read(stop - start, start, BACKGROUND_CONTEXT)
+    Raises:
+        ConversionError: it is invalid, or no rule says how to convert it.
+    """
+    try:
+        base = base_models.get(source.base_model)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"the files of its base model are invalid: {error}") from None
+    if base is None:
+        raise ConversionError(
+            f"the base model {source.base_model!r} is unknown; --base-models names a directory"
+            " that has it"
+        )
+    config = parse_config(source.config)
+    peft = convert(source.header, source.size_bytes, config, base)
+    header = source.header if peft.header is None else peft.header
+    made = {
+        CONFIG: source.config if peft.config is None else peft.config,
+        TENSORS: tensors_json({MODEL: (header, peft.extents.size_bytes)}),
+    }
+    return {
+        MODEL: Layout(peft.extents, _digest(header)),
+        **{name: Layout(ExtentMap([OwnBytes(data)]), _digest(data)) for name, data in made.items()},
+    }
 
-    def blocks(self) -> dict[int, int]:
-        """Return the blocks of the source; a dropped or repeated byte counts once."""
-        return self._source.blocks()
 
-    def block_bytes(self, block: int) -> int:
-        """Return the length of a block of the source."""
-        return self._source.block_bytes(block)
-
-    def is_cached(self, block: int) -> bool:
-        """Return whether a block of the source is on disk; send no request."""
-        return self._source.is_cached(block)
-
-    def cached_bytes(self) -> int:
-        """Return how many bytes are on disk: all, or at most those of the source."""
-        cached_bytes = self._source.cached_bytes()
-        if cached_bytes == self._source.size_bytes:
-            return self.size_bytes
-        return min(cached_bytes, self.size_bytes - 1)
-
-    def prepare(self, ctx: RequestContext) -> None:
-        """See `WeightsFile.prepare`."""
-        self._source.prepare(ctx)
-
-    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
-        """Start to download a block of the source."""
-        return self._source.fetch(block, ctx, count)
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -8,7 +8,7 @@ memory of its extents and no copy of the data.
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import TypeAlias
 
 #: Fills a buffer with the bytes of the source at an offset.
 ReadSource: TypeAlias = Callable[[memoryview, int], None]
@@ -88,11 +88,6 @@ class ExtentMap:
         for extent in self._extents:
             self.size_bytes += extent.length
             self._ends.append(self.size_bytes)
-
-    @classmethod
-    def of_bytes(cls, data: bytes) -> Self:
-        """Return the layout of a file that has no bytes of the source."""
-        return cls([OwnBytes(data)])
 
     def __len__(self) -> int:
         """Return the number of extents."""

@@ -1,8 +1,7 @@
 """Positional reads of an open file of weights, mapped to archive segments."""
 
-from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Self
 
@@ -17,92 +16,16 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
-class WeightsFile(ABC):
+class WeightsFile:
     """An open file of weights. Thread-safe; reads are positional; a context manager.
-
-    Attributes:
-        key: unique for the stored file and its version.
-        size_bytes: the exact length.
-        mtime_ns: nanoseconds since 1970.
-    """
-
-    key: str
-    size_bytes: int
-    mtime_ns: int
-
-    def __enter__(self) -> Self:
-        """Return the file itself."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Close the file."""
-        self.close()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release the file. Call it once; no other method may be called afterwards."""
-
-    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
-        """Return the bytes of [offset, offset + size); see `read_into`."""
-        data = bytearray(max(min(size, self.size_bytes - offset), 0))
-        self.read_into(memoryview(data), offset, ctx)
-        return bytes(data)
-
-    @abstractmethod
-    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """Fill `buffer` with the bytes at `offset`; return how many were read.
-
-        Fewer bytes than requested are read only at the end of the file. The buffer is not used
-        after the return. `ctx` cancels the wait.
-
-        Raises:
-            ApiError: the download fails.
-            OSError: ESTALE if the archive has changed or is gone; EIO if it is corrupt; EINTR if
-                the caller was interrupted; see also `SignedUrlCache.url`.
-        """
-
-    @abstractmethod
-    def peek(self, start: int, stop: int) -> bytes | None:
-        """Return the bytes [start, stop) if all are cached, else None; send no request."""
-
-    @abstractmethod
-    def blocks(self) -> dict[int, int]:
-        """Return how many bytes of the file each block of the stored file holds."""
-
-    @abstractmethod
-    def block_bytes(self, block: int) -> int:
-        """Return the length of a block, including bytes of other members."""
-
-    @abstractmethod
-    def is_cached(self, block: int) -> bool:
-        """Return whether a block is on disk; send no request."""
-
-    def cached_bytes(self) -> int:
-        """Return how many bytes are on disk; holes count as on disk."""
-        return self.size_bytes - sum(
-            held_bytes for index, held_bytes in self.blocks().items() if not self.is_cached(index)
-        )
-
-    @abstractmethod
-    def prepare(self, ctx: RequestContext) -> None:
-        """Get a signed URL for later fetches; wait until the archive is built.
-
-        Raises:
-            ApiError: the request fails.
-            OSError: ESTALE if the checkpoint is gone; see also `SignedUrlCache.url`.
-        """
-
-    @abstractmethod
-    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
-        """Start to download a block, or join its download; see `RemoteFile.fetch`."""
-
-
-class MemberFile(WeightsFile):
-    """A member of an archive, or a whole file of the store.
 
     Args:
         file: holds the bytes; already acquired, released by `close`.
         member: the segments of `file` that make up this file.
+
+    Attributes:
+        key: unique for a file and its version.
+        mtime_ns: nanoseconds since 1970.
     """
 
     def __init__(self, file: RemoteFile, member: Member) -> None:
@@ -119,12 +42,35 @@ class MemberFile(WeightsFile):
         )
         self._readahead = ReadaheadState(member.size_bytes)
 
+    def __enter__(self) -> Self:
+        """Return the file itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the file."""
+        self.close()
+
     def close(self) -> None:
         """Release the file. Call it once; no other method may be called afterwards."""
         self._file.release()
 
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
+        """Return the bytes of [offset, offset + size); see `read_into`."""
+        data = bytearray(max(min(size, self.size_bytes - offset), 0))
+        self.read_into(memoryview(data), offset, ctx)
+        return bytes(data)
+
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """See `WeightsFile.read_into`."""
+        """Fill `buffer` with the bytes at `offset`; return how many were read.
+
+        Fewer bytes than requested are read only at the end of the file. The buffer is not used
+        after the return. `ctx` cancels the wait.
+
+        Raises:
+            ApiError: the download fails.
+            OSError: ESTALE if the archive has changed or is gone; EIO if it is corrupt; EINTR if
+                the caller was interrupted; see also `SignedUrlCache.url`.
+        """
         size = min(len(buffer), self.size_bytes - offset)
         if size <= 0:
             return 0
@@ -143,9 +89,7 @@ class MemberFile(WeightsFile):
         parts = []
         for segment in self._segments_in(start, stop):
             data = (
-                bytes(segment.length)
-                if segment.archive_offset < 0
-                else self._file.peek(*_span(segment))
+                bytes(segment.length) if not segment.is_stored else self._file.peek(*_span(segment))
             )
             if data is None:
                 return None
@@ -155,7 +99,7 @@ class MemberFile(WeightsFile):
     def blocks(self) -> dict[int, int]:
         """Return how many bytes of the file each block holds; holes are in no block."""
         found: dict[int, int] = {}
-        for segment in self._segments:
+        for segment in self._stored_segments():
             start, stop = _span(segment)
             for index in block_range(start, stop):
                 begin = index * BLOCK_BYTES
@@ -163,16 +107,32 @@ class MemberFile(WeightsFile):
                 found[index] = found.get(index, 0) + held_bytes
         return found
 
+    @property
+    def block_key(self) -> str:
+        """The key of the blocks, which files over the same bytes share."""
+        return self._file.key
+
     def block_bytes(self, block: int) -> int:
         """Return the length of a block, including bytes of other members."""
         return self._file.block_bytes(block)
+
+    def cached_bytes(self) -> int:
+        """Return how many bytes are on disk; holes count as on disk."""
+        return self.size_bytes - sum(
+            held_bytes for index, held_bytes in self.blocks().items() if not self.is_cached(index)
+        )
 
     def is_cached(self, block: int) -> bool:
         """Return whether a block is on disk; send no request."""
         return self._file.is_on_disk(block)
 
     def prepare(self, ctx: RequestContext) -> None:
-        """See `WeightsFile.prepare`."""
+        """Get a signed URL for later fetches; wait until the archive is built.
+
+        Raises:
+            ApiError: the request fails.
+            OSError: ESTALE if the checkpoint is gone; see also `SignedUrlCache.url`.
+        """
         self._file.prepare(ctx)
 
     def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
@@ -185,10 +145,14 @@ class MemberFile(WeightsFile):
             return
         for segment in self._segments_in(start, start + len(buffer)):
             view = buffer[segment.offset - start :][: segment.length]
-            if segment.archive_offset < 0:
+            if not segment.is_stored:
                 view[:] = bytes(segment.length)
             else:
                 self._file.read_into(view, segment.archive_offset, ctx)
+
+    def _stored_segments(self) -> Iterable[Segment]:
+        """Return the segments that hold the bytes of the file, some of them repeatedly."""
+        return self._segments
 
     def _load_tensor_offsets(self) -> None:
         """Read the tensor offsets from the header, if it is cached."""
@@ -205,7 +169,7 @@ class MemberFile(WeightsFile):
 
     def _fetch_ahead(self, plan: ReadaheadPlan) -> None:
         for segment in self._segments_in(plan.start, plan.stop):
-            if segment.archive_offset < 0:
+            if not segment.is_stored:
                 continue
             begin, end = _span(segment)
             reached = self._file.fetch_ahead(begin, end, plan.request_bytes)

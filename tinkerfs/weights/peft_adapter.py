@@ -6,6 +6,7 @@ family are in `adapter_families`.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,10 +21,15 @@ from tinkerfs.weights.safetensors_header import LENGTH_BYTES, Tensor, parse_tens
 #: Maximum size of the new header: that of the format (safetensors, src/tensor.rs).
 MAX_HEADER_BYTES: Final = 100_000_000
 
+#: Maximum number of experts in one tensor.
+MAX_EXPERTS: Final = 1024
+
+#: Fields of `adapter_config.json` that change what the factors mean. Where one is set, a new
+#: configuration would be wrong.
+_MEANINGFUL: Final = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+
 #: Data keep their place modulo this, the size of a page.
 _ALIGNMENT: Final = 4096
-
-CONFIG_NAME: Final = "adapter_config.json"
 
 _LORA_NAME: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _EXPERTS: Final = re.compile(r"(?P<before>.+\.experts)\.(?P<leaf>[A-Za-z]\w*)")
@@ -39,11 +45,14 @@ class PeftAdapter:
 
     Attributes:
         extents: `adapter_model.safetensors`, over the bytes of the Tinker adapter.
-        config: content of `adapter_config.json`.
+        config: content of `adapter_config.json`; None if that of the Tinker adapter is right.
+        header: the header of the safetensors file, without its length prefix; None if that of the
+            Tinker adapter is right.
     """
 
     extents: ExtentMap
-    config: bytes
+    config: bytes | None
+    header: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,45 +109,39 @@ def convert(
     family = family_of(base)
     if family.refusal is not None:
         raise ConversionError(family.refusal)
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or isinstance(config.get(key), bool):
-            raise ConversionError(f"adapter_config.json has no number {key!r}")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise ConversionError("adapter_config.json has no number 'r' above 0")
+    if not isinstance(alpha, int | float) or type(alpha) is bool or not math.isfinite(alpha):
+        raise ConversionError("adapter_config.json has no number 'lora_alpha'")
     start = LENGTH_BYTES + len(header)
     tensors = _contiguous_tensors(header, size_bytes)
     blocks, modules, ranks = _Conversion(base, family, start).run(_pairs(tensors))
-    if [name for block in blocks for name in block.names] == list(tensors):
-        extents = ExtentMap([Range(0, size_bytes)])
-    else:
-        new_header = _new_header(blocks, start)
-        extents = ExtentMap(
-            [OwnBytes(new_header), *(extent for block in blocks for extent in block.extents)]
-        )
-    return PeftAdapter(extents, _peft_config(config, base, modules, ranks))
+    is_unchanged = [name for block in blocks for name in block.names] == list(tensors)
+    if is_unchanged and _is_complete(config, modules):
+        return PeftAdapter(ExtentMap([Range(0, size_bytes)]), None, None)
+    meaningful = [key for key in _MEANINGFUL if config.get(key)]
+    if meaningful:
+        raise ConversionError(f"no rule for {meaningful[0]!r} of adapter_config.json")
+    new_config = _peft_config(config, base, modules, ranks)
+    if is_unchanged:
+        return PeftAdapter(ExtentMap([Range(0, size_bytes)]), new_config, None)
+    prefixed = _new_header(blocks, start)
+    data = [extent for block in blocks for extent in block.extents]
+    extents = ExtentMap([OwnBytes(prefixed), *data])
+    return PeftAdapter(extents, new_config, prefixed[LENGTH_BYTES:])
 
 
-def pass_on(header: bytes, size_bytes: int, config: Mapping[str, Any], raw: bytes) -> PeftAdapter:
-    """Return an adapter of an unknown base model as it is, if it is in PEFT's form.
-
-    It is if its config is PEFT's own: it names every module that the tensors are of.
-
-    Args:
-        header, size_bytes, config: as for `convert`.
-        raw: the config as it is stored.
-
-    Raises:
-        ConversionError: the adapter is not in PEFT's form, or is invalid.
-    """
-    pairs = _pairs(_contiguous_tensors(header, size_bytes))
-    modules = {path.rpartition(".")[2] for path in pairs}
-    targets = config.get("target_modules")
-    is_peft = config.get("peft_type") == "LORA" and isinstance(targets, list)
-    if not is_peft or modules - {str(each) for each in targets or ()}:
-        raise ConversionError(f"{CONFIG_NAME} is not one of PEFT for these tensors")
-    for path, pair in pairs.items():
-        _check_shapes(path, pair)
-        if path == "model.unembed_tokens":
-            raise ConversionError(f"{path} is not a module of a base model")
-    return PeftAdapter(ExtentMap([Range(0, size_bytes)]), raw)
+def _is_complete(config: Mapping[str, Any], modules: set[str]) -> bool:
+    """Return whether a configuration is PEFT's and names the modules that the adapter has."""
+    targets, name = config.get("target_modules"), config.get("base_model_name_or_path")
+    return (
+        config.get("peft_type") == "LORA"
+        and isinstance(name, str)
+        and name != ""
+        and isinstance(targets, list)
+        and modules <= {each for each in targets if isinstance(each, str)}
+    )
 
 
 def _contiguous_tensors(header: bytes, size_bytes: int) -> dict[str, Tensor]:
@@ -232,9 +235,11 @@ class _Conversion:
             raise ConversionError(f"the factors of {before}.{leaf} have no dimension of experts")
         counts = {pair.a.shape[0], pair.b.shape[0]}
         count = max(counts)
-        if counts not in ({1, count}, {count}) or count == 1:
+        if counts not in ({1, count}, {count}) or not 1 < count <= MAX_EXPERTS:
             raise ConversionError(f"the factors of {before}.{leaf} are of {counts} experts")
-        # Checked before the names are made: a tensor without bytes may claim any number.
+        if not prod(pair.a.shape) or not prod(pair.b.shape) or pair.a.shape[1] != pair.b.shape[2]:
+            raise ConversionError(f"the factors of {before}.{leaf} do not fit together")
+        # Checked before the names are made.
         self._header_bytes += 2 * count * (len(before) + 64)
         if self._header_bytes > MAX_HEADER_BYTES:
             raise ConversionError("its header would be longer than the format allows")

@@ -24,10 +24,12 @@ from tinkerfs.cache.store import MetadataStore
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import RequestContext
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.weights.adapters import AdapterCache, AdapterSource, find_stored_files
 from tinkerfs.weights.archive_index import PROBE_BYTES, Index, block_key, find_member
+from tinkerfs.weights.base_models import BaseModels
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.exports import Exports
-from tinkerfs.weights.file import MemberFile, WeightsFile
+from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.index_cache import IndexCache
 from tinkerfs.weights.origins import Origins, StoredFile
 from tinkerfs.weights.probe import read_range
@@ -38,6 +40,7 @@ from tinkerfs.weights.tar_index import Member, Segment
 from tinkerfs.weights.transfer_monitor import TransferMonitor
 from tinkerfs.weights.url_cache import SignedUrlCache
 from tinkerfs.weights.version import Version
+from tinkerfs.weights.virtual_file import Layout, VirtualFile
 
 T = TypeVar("T")
 
@@ -71,6 +74,10 @@ class WeightsReader:
         timeout_s: how long a transfer may make no progress, seconds.
         url_age_s: maximum age of a signed URL that revalidates an undated checkpoint, seconds.
         memory_bytes: memory bound for the blocks of all open files together.
+        base_models: what is known of base models, for adapters; None for the models of the service.
+
+    Attributes:
+        adapters: the converted adapters, for `AdapterFiles`.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class WeightsReader:
         timeout_s: float,
         url_age_s: float = 0.0,
         memory_bytes: int = MEMORY_BYTES,
+        base_models: BaseModels | None = None,
     ) -> None:
         self._store = store
         self._cache = cache
@@ -94,6 +102,8 @@ class WeightsReader:
         self._origins = Origins(url_cache, exports, cache, monitor, on_stale=self.invalidate)
         exports.on_exported = self.invalidate
         self._indexes = IndexCache(store)
+        self.adapters = AdapterCache(store)
+        self.base_models = base_models or BaseModels(None)
         self.memory = BlockMemoryPool(memory_bytes)
         self._lock = threading.Lock()
         #: By block cache key; guarded by _lock.
@@ -137,19 +147,28 @@ class WeightsReader:
             self._revalidate(checkpoint, ctx)
         return _listing(self._index(checkpoint, ctx))
 
-    def open(self, checkpoint: CheckpointVersion, name: str, ctx: RequestContext) -> WeightsFile:
-        """Open a member by its name in `MemberListing.members`.
+    def open(
+        self,
+        checkpoint: CheckpointVersion,
+        name: str,
+        ctx: RequestContext,
+        layout: Layout | None = None,
+    ) -> WeightsFile:
+        """Open a member by its name in `MemberListing.members`, or a layout over its bytes.
 
         Raises:
             ApiError, OSError: as `files`; ENOENT if the member does not exist.
         """
         self._revalidate(checkpoint, ctx, name)
-        return self._open_member(checkpoint, self._index(checkpoint, ctx), name)
+        return self._open_member(checkpoint, self._index(checkpoint, ctx), name, layout)
 
-    def _open_member(self, checkpoint: CheckpointVersion, index: Index, name: str) -> WeightsFile:
+    def _open_member(
+        self, checkpoint: CheckpointVersion, index: Index, name: str, layout: Layout | None = None
+    ) -> WeightsFile:
         member = find_member(index, name, checkpoint.path)
         stored = self._origins.of(checkpoint, index).stored_file(index, name)
-        return MemberFile(self._acquire(checkpoint, stored), member)
+        file = self._acquire(checkpoint, stored)
+        return WeightsFile(file, member) if layout is None else VirtualFile(file, member, layout)
 
     def archive_bytes(self, checkpoint: CheckpointVersion) -> int | None:
         """Return the length of the archive if it is cached; send no request."""
@@ -173,7 +192,7 @@ class WeightsReader:
         member = Member("", size_bytes, checkpoint.mtime_ns, segments)
         index = self._indexes.cached(checkpoint.cache_key)
         stored = self._origins.archive_of(checkpoint).whole(version, index)
-        return MemberFile(self._acquire(checkpoint, stored), member)
+        return WeightsFile(self._acquire(checkpoint, stored), member)
 
     def archive_url(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> str:
         """Return a valid signed URL of the archive; wait until the archive is built.
@@ -225,24 +244,34 @@ class WeightsReader:
         self._store.put(_TENSORS, checkpoint.cache_key, document)
         return document
 
-    def header(self, checkpoint: CheckpointVersion, name: str, ctx: RequestContext) -> bytes:
-        """Return the header of a safetensors file, without its length prefix.
-
-        Raises:
-            ValueError: the file is not a safetensors file, or its header is too large.
-            ApiError, OSError: as `files`.
-        """
-        index = self._index(checkpoint, ctx)
-        member = find_member(index, name, checkpoint.path)
-        return self._header(checkpoint, index, member, ctx)
-
-    def cached_bytes(self, checkpoint: CheckpointVersion, name: str) -> int:
+    def cached_bytes(
+        self, checkpoint: CheckpointVersion, name: str, layout: Layout | None = None
+    ) -> int:
         """Return how many bytes of a member are on disk, 0 if the index is not cached."""
         index = self._indexes.cached(checkpoint.cache_key)
         if index is None:
             return 0
-        with self._open_member(checkpoint, index, name) as file:
+        with self._open_member(checkpoint, index, name, layout) as file:
             return file.cached_bytes()
+
+    def adapter_source(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> AdapterSource:
+        """Return what the adapter of a checkpoint is converted from.
+
+        Sends at most three range requests, in addition to those of `files`.
+
+        Raises:
+            ApiError, OSError: as `files`; EIO if the header is corrupt or too large.
+            ConversionError: a file is missing.
+        """
+        index = self._index(checkpoint, ctx)
+        model, config = find_stored_files({each.name: each for each in index.members})
+        try:
+            header = self._header(checkpoint, index, model, ctx)
+        except ValueError as error:
+            raise errors.corrupt(checkpoint.path, str(error)) from None
+        with self._open_member(checkpoint, index, config.name) as file:
+            data = self._read_range(checkpoint, index, config, file, 0, config.size_bytes, ctx)
+        return AdapterSource(header, model.size_bytes, data)
 
     def usage_bytes(self) -> int:
         """Return the disk usage of the whole block cache.
@@ -255,6 +284,7 @@ class WeightsReader:
     def invalidate(self, checkpoint: CheckpointVersion) -> None:
         """Drop the cached index, version and tensors, because the weights have changed."""
         self._indexes.drop(checkpoint.cache_key)
+        self.adapters.drop(checkpoint.cache_key)
         for namespace in (_VERSIONS, _TENSORS):
             self._store.delete(namespace, checkpoint.cache_key)
 

@@ -18,6 +18,9 @@ LENGTH_BYTES = 8
 #: allows 100 MB.
 MAX_HEADER_BYTES = 16 << 20
 
+#: Maximum number of dimensions: that of numpy and torch. It bounds the product of a shape.
+_MAX_DIMENSIONS = 64
+
 #: Bits per value (safetensors, src/tensor.rs).
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
@@ -123,6 +126,8 @@ def _tensor(file: str, name: str, value: object, data_bytes: int) -> Tensor:
         tensor = msgspec.convert(value, Tensor)
     except msgspec.ValidationError as error:
         raise ValueError(f"{file}: tensor {name!r}: {error}") from None
+    if len(tensor.shape) > _MAX_DIMENSIONS:
+        raise ValueError(f"{file}: tensor {name!r} has {len(tensor.shape)} dimensions")
     begin, end = tensor.data_offsets
     if not 0 <= begin <= end <= data_bytes or min(tensor.shape, default=0) < 0:
         raise ValueError(f"{file}: tensor {name!r} is outside of the file")

@@ -45,6 +45,11 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
     length: int
     archive_offset: int
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether the archive has the bytes; those of a hole are zeros."""
+        return self.archive_offset >= 0
+
 
 class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One file of an archive.

@@ -27,6 +27,9 @@ class Ref:
     is_archive: bool = False
     member_path: str = ""
 
+    def files(self, weights):
+        return weights
+
 
 @dataclass
 class Listing:
