@@ -1,11 +1,16 @@
 """Freshness on real mounts, with the system clock and the kernel's caches of one second."""
 
+import ctypes
+import mmap
 import os
 import time
 
 from tests.support.account import account, api_calls, every_binding, make_account
 
 __all__ = ["account", "make_account"]
+
+#: Time until names and attributes expire in the kernel.
+KERNEL_EXPIRY_S = 1.1
 
 RUN_CHECKPOINTS = "GET training_runs/{run}/checkpoints"
 
@@ -74,6 +79,54 @@ def test_local_change_is_visible_everywhere_at_once(account):
     assert lines[:2] == ["1", "1"]
     assert [line[-1] for line in lines[2:4]] == ["1", "1"]
     assert lines[4:] == ["1", "0"], done
+
+
+@every_binding
+def test_change_keeps_cached_pages_of_weights(account):
+    run = account.new_run("weights/1", "weights/2")
+    (file,) = account.path(run).glob("checkpoints/weights/1/files/*.safetensors")
+    content = file.read_bytes()
+    assert are_pages_cached(file)
+    assert account.sh(f"rm -r {run}/checkpoints/weights/2").returncode == 0
+    account.server.account.add_checkpoint(run.partition("/")[2], "weights/3")
+    account.refresh()
+    time.sleep(KERNEL_EXPIRY_S)
+    assert account.sh(f"ls {run}/checkpoints/weights").stdout.split() == ["1", "3"]
+    assert are_pages_cached(file)
+    assert file.read_bytes() == content
+
+
+def are_pages_cached(file):
+    """Return whether every page of a file is in the kernel's page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE) as mapped,
+    ):
+        is_cached = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        start = (ctypes.c_char * len(mapped)).from_buffer(mapped)
+        size = ctypes.c_size_t(len(mapped))
+        result = libc.mincore(ctypes.byref(start), size, is_cached)
+        del start  # otherwise the mapping cannot be closed
+    assert result == 0, os.strerror(ctypes.get_errno())
+    return all(page & 1 for page in is_cached)
+
+
+@every_binding
+def test_change_keeps_mounts_below(account, needs_root):
+    run = account.new_run("weights/1", "weights/2")
+    directory = f"{run}/checkpoints/weights/1"
+    done = account.sh(
+        f"""mount --bind /usr {directory}
+        rm -r {run}/checkpoints/weights/2
+        echo > .tinkerfs/refresh
+        sleep {KERNEL_EXPIRY_S}
+        ls {run}/checkpoints/weights
+        mountpoint {directory}
+        """,
+        shell=("unshare", "-m", "bash", "-c"),
+    )
+    assert done.stdout.splitlines() == ["1", f"{directory} is a mountpoint"], done
 
 
 def test_outage_serves_last_known_good_value_at_once(make_account):
