@@ -66,7 +66,7 @@ def test_sparse_copy_is_complete(weights, name, tmp_path):
     assert (done.returncode, done.stderr) == (0, ""), done
     copied = contents(to)
     expected = contents(source)
-    assert len(expected) == 1 + 4 * 2
+    assert len(expected) == 1 + 5 + 4  # the run, its training and its sampler checkpoint
     if FOLLOWS_LINKS.search(name):
         run_id = run.partition("/")[2]
         for checkpoint in ("weights/0001", "sampler_weights/final"):
