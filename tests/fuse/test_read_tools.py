@@ -113,7 +113,7 @@ LOOKS = {
         {"GET training_runs/{run}": 1, "GET training_runs/{run}/checkpoints": 1},
     ),
     "find -size": Look(
-        "find README.md runs -type f -size +0 -size -100k | wc -l",
+        "find README.md runs -type f ! -name export -size +0 -size -100k | wc -l",
         (rf"^{1 + RUNS + 4 * COUNT}\n",),
         ALL_RUNS_LISTED,
     ),
