@@ -1,11 +1,14 @@
 """Adapters on a real mount, accessed as serving engines do."""
 
+import hashlib
 import os
 import sys
 
 import pytest
+import safetensors.numpy
 
 from tests.support.account import api_calls, make_account
+from tests.support.mount import run as run_process
 from tests.support.mount import tinkerfs
 
 __all__ = ["make_account"]
@@ -88,3 +91,51 @@ def test_url_of_adapter_is_that_of_its_checkpoint(adapters):
     for name in (names[0], f"{names[0]}/adapter_config.json"):
         done = tinkerfs("url", account.path(f"adapters/{name}"))
         assert done.stdout == f"tinker://{run_id}/sampler_weights/0\n", done
+
+
+LOAD = """
+import hashlib, mmap, sys
+from safetensors import safe_open
+with open(sys.argv[1], "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+    print(hashlib.sha256(mapped).hexdigest())
+with safe_open(sys.argv[1], framework="np") as weights:
+    for name in weights.keys():
+        print(name, hashlib.sha256(weights.get_tensor(name).tobytes()).hexdigest())
+"""
+
+
+def test_converted_adapter_is_loaded_mapped_and_copied(make_account, tmp_path):
+    account = make_account(runs=0, settings={"xattr": True})
+    run = account.new_run("sampler_weights/1", base_model="Qwen/Qwen3-30B-A3B")
+    directory = account.path(f"adapters/{run[5:]}@sampler_weights@1")
+    model = directory / "adapter_model.safetensors"
+    files = account.server.files(run[5:], "sampler_weights/1")
+    content = files["adapter_model.safetensors"]
+    stored = safetensors.numpy.load(content.read(0, content.size_bytes))
+    # In a separate process, because it holds the GIL while it opens, and the server runs here.
+    done = run_process(sys.executable, "-c", LOAD, model)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    mapped, *lines = done.stdout.splitlines()
+    assert mapped == hashlib.sha256(model.read_bytes()).hexdigest()
+    found = dict(line.split() for line in lines)
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    for index in range(4):
+        for leaf, tinker_leaf in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+            for side in "AB":
+                tensor = stored[f"{experts}.{tinker_leaf}.lora_{side}.weight"]
+                one = tensor[index if len(tensor) > 1 else 0]
+                name = f"{experts}.{index}.{leaf}.lora_{side}.weight"
+                assert found[name] == hashlib.sha256(one.tobytes()).hexdigest(), name
+    cached_bytes = os.getxattr(model, "user.tinkerfs.cached_bytes")
+    assert int(cached_bytes) == model.stat().st_size
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "TINKER_API_KEY": account.server.api_key,
+    }
+    done = tinkerfs("get", directory, tmp_path / "copy", env=env)
+    assert done.returncode == 0, done.stderr
+    names = os.listdir(directory)
+    assert {"adapter_model.safetensors", "tensors.json"} < {*names}
+    for name in names:
+        assert (tmp_path / "copy" / name).read_bytes() == (directory / name).read_bytes()
