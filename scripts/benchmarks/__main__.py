@@ -11,20 +11,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench_calls import count_calls, measure_waits
-from bench_cold import measure_cold, measure_commands
-from bench_endurance import measure_endurance
-from bench_harness import BINDINGS, Bench
-from bench_markdown import write_into
-from bench_outage import measure_outages
-from bench_reads import measure_reads
-from bench_requests import count_requests
-from bench_rivals import measure_rivals
-from bench_scale import measure_parsing, measure_scale
-from bench_speed import measure_speed
-from bench_views import count_views
-from bench_weights import measure_weights
-
+from scripts.benchmarks.calls import count_calls
+from scripts.benchmarks.cold import measure_cold, measure_commands
+from scripts.benchmarks.downloaders import measure_weights
+from scripts.benchmarks.endurance import measure_endurance
+from scripts.benchmarks.harness import BINDINGS, Bench
+from scripts.benchmarks.latency import measure_speed
+from scripts.benchmarks.other_mounts import measure_rivals
+from scripts.benchmarks.outages import measure_outages
+from scripts.benchmarks.parsing import measure_parsing
+from scripts.benchmarks.report import write_into
+from scripts.benchmarks.requests import count_requests
+from scripts.benchmarks.scale import measure_scale
+from scripts.benchmarks.throughput import measure_reads
+from scripts.benchmarks.views import count_views
+from scripts.benchmarks.waits import measure_waits
 from tinkerfs.fuse.binding import load_binding
 
 PARTS = (

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench_harness import TINKERFS, Bench, daemon_of, mounted, shell, timed
-from bench_server import Server
-from bench_sides import Side, on_one_cpu
+from scripts.benchmarks.comparison import Side, on_one_cpu
+from scripts.benchmarks.harness import TINKERFS, Bench, daemon_of, mounted, shell, timed
+from scripts.benchmarks.server import Server
 
 LATENCY_S = 0.05
 RUNS = 2000
@@ -29,9 +29,9 @@ def measure_cold(bench: Bench, binding: str) -> None:
         results = [measure_first(server, binding, "ls runs") for _ in range(ROUNDS)]
         what = f"ls of {RUNS:,} runs, cold, {LATENCY_S * 1000:.0f} ms"
         goal = 3 * LATENCY_S + RUNS / PAGE_SIZE * LATENCY_S / CONCURRENCY
-        spans, made = zip(*results, strict=True)
+        spans, counts = zip(*results, strict=True)
         bench.add(what, statistics.median(spans), "s", goal=goal)
-        bench.add("... its calls", max(made), "calls", math.ceil(RUNS / PAGE_SIZE))
+        bench.add("... its calls", max(counts), "calls", math.ceil(RUNS / PAGE_SIZE))
     with Server(runs=WALKED_RUNS, checkpoints=CHECKPOINTS, latency_s=LATENCY_S) as server:
         walk = "ls -lR runs"
         what = f"{walk[:6]} of {WALKED_RUNS} runs x {CHECKPOINTS}, {LATENCY_S * 1000:.0f} ms"

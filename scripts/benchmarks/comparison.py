@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bench_harness import Bench
+from scripts.benchmarks.harness import Bench
 
 TMPFS = Path("/dev/shm")
 #: The kernel caches entries and attributes of every side for 1 s; with a margin for its clock.
@@ -128,8 +128,6 @@ def copy_shape(source: Path, target: Path, depth: int) -> None:
 @contextmanager
 def bindfs(source: Path) -> Iterator[Side]:
     """Mount bindfs over a tree, with its default options."""
-    if shutil.which("bindfs") is None:
-        sys.exit("scripts/bench needs bindfs for comparison (hint: apt install bindfs)")
     with served("bindfs", ["bindfs", "-f", "--no-allow-other"], source) as side:
         yield side
 
@@ -137,9 +135,9 @@ def bindfs(source: Path) -> Iterator[Side]:
 @contextmanager
 def null(source: Path, binding: str) -> Iterator[Side]:
     """Mount a null filesystem with a copy of a tree, through a binding."""
-    script = Path(__file__).with_name("bench_null.py")
+    command = [sys.executable, "-m", "scripts.benchmarks.null_filesystem"]
     environ = {"TINKERFS_FUSE_BINDING": binding}
-    with served("null", [sys.executable, str(script)], source, **environ) as side:
+    with served("null", command, source, **environ) as side:
         yield side
 
 

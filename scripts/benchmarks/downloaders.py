@@ -8,14 +8,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from bench_harness import Bench, daemon_of, mounted, resident_mb, timed
-from bench_server import Server
-from bench_sides import TMPFS
+from scripts.benchmarks.comparison import TMPFS
+from scripts.benchmarks.harness import Bench, daemon_of, mounted, resident_mb, timed
+from scripts.benchmarks.server import Server
 
 GB = 1_000_000_000
 #: Upper bound of the other files of a checkpoint, and of the unused ends of blocks.
@@ -69,6 +69,12 @@ def dd(*paths: Path) -> None:
     assert not any(process.wait(600) for process in started)
 
 
+def dd_each(paths: Sequence[Path]) -> None:
+    """Read files one after the other."""
+    for path in paths:
+        dd(path)
+
+
 def curl(url: str, ranges: int, directory: Path | None = None) -> None:
     """Download ranges over `ranges` connections, into a directory or to /dev/null."""
     step = GB // ranges
@@ -108,7 +114,7 @@ def to_disk(download: Callable[[str, int, Path], None], url: str) -> tuple[float
     """Return the seconds to download over 8 connections, and to read the result."""
     with tempfile.TemporaryDirectory(prefix="tinkerfs-bench-download-") as directory:
         download_s = seconds(partial(download, url, 8, Path(directory)))
-        return download_s, seconds(lambda: [dd(part) for part in sorted(Path(directory).iterdir())])
+        return download_s, seconds(partial(dd_each, sorted(Path(directory).iterdir())))
 
 
 FIRST_BYTES = """

@@ -3,9 +3,9 @@
 import time
 from pathlib import Path
 
-from bench_harness import Bench, daemon_of, mounted, resident_mb, shell
-from bench_server import Server
-from bench_soak import soak
+from scripts.benchmarks.harness import Bench, daemon_of, mounted, resident_mb, shell
+from scripts.benchmarks.server import Server
+from scripts.benchmarks.soak import soak
 
 RUNS, CHECKPOINTS = 1000, 100
 MEMORY_MB = 150.0

@@ -53,7 +53,12 @@ class Bench:
             goal: Desired maximum figure; if it is exceeded, the row is only marked.
             details: Name -> value of the measurements that the figure is derived from.
         """
-        row = {"what": what, "binding": self._binding, "figure": figure, "unit": unit}
+        row: dict[str, Any] = {
+            "what": what,
+            "binding": self._binding,
+            "figure": figure,
+            "unit": unit,
+        }
         row |= {"bound": bound, "ok": bound is None or figure <= bound}
         if goal is not None:
             row |= {"goal": goal, "met": figure <= goal}
@@ -169,7 +174,7 @@ def seconds_to_leave(process: "subprocess.Popen[bytes]") -> float:
     return time.perf_counter() - began
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], object]) -> float:
     """Return the median time of several runs, seconds."""
     spans = []
     for _ in range(TIMED_REPETITIONS):

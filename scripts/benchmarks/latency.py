@@ -9,9 +9,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from bench_harness import Bench, daemon_of, mounted
-from bench_server import Server
-from bench_sides import Side, add_ratio, bindfs, compare, copy_shape, null, on_one_cpu, tmpfs
+from scripts.benchmarks.comparison import (
+    Side,
+    add_ratio,
+    bindfs,
+    compare,
+    copy_shape,
+    null,
+    on_one_cpu,
+    tmpfs,
+)
+from scripts.benchmarks.harness import Bench, daemon_of, mounted
+from scripts.benchmarks.server import Server
 
 FLAT_RUNS = 10_000
 DEEP_RUNS, DEEP_CHECKPOINTS = 1000, 10

@@ -1,8 +1,8 @@
 """A null filesystem that replies from dicts: the minimal cost of FUSE in Python.
 
-`python scripts/bench_null.py SOURCE MOUNTPOINT` serves a copy of the tree SOURCE until it is
-unmounted. It uses the binding that TINKERFS_FUSE_BINDING names, without the options and the
-readdirplus replies of tinkerfs.
+`python -m scripts.benchmarks.null_filesystem SOURCE MOUNTPOINT` serves a copy of the tree SOURCE
+until it is unmounted. It uses the binding that TINKERFS_FUSE_BINDING names, without the options
+and the readdirplus replies of tinkerfs.
 """
 
 import errno

@@ -18,9 +18,9 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from bench_harness import Bench, daemon_of, mounted, resident_mb
-from bench_server import Server
-from bench_weights import GB, dd, members, random_read_us, script, seconds
+from scripts.benchmarks.downloaders import GB, dd, members, random_read_us, script, seconds
+from scripts.benchmarks.harness import Bench, daemon_of, mounted, resident_mb
+from scripts.benchmarks.server import Server
 
 LATENCY_S = 0.05
 BYTES_PER_S = 100_000_000

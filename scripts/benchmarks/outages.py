@@ -3,8 +3,7 @@
 import time
 from pathlib import Path
 
-from bench_harness import Bench, mounted, stderr_of, succeeds
-
+from scripts.benchmarks.harness import Bench, mounted, stderr_of, succeeds
 from tests.support.faulty_server import FaultyServer
 
 KINDS: dict[str, dict[str, object]] = {

@@ -1,6 +1,6 @@
 """Count the FUSE requests of commands, from the debug output of libfuse (-d).
 
-Run as a script, this is the command `tinkerfs` with this option, so that libfuse prints each
+Run as the main module, this is the command `tinkerfs` with this option, so that libfuse prints each
 request to standard error.
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench_harness import Bench, daemon_environment, succeeds
-from bench_server import Server
-from bench_sides import unmount
+from scripts.benchmarks.comparison import unmount
+from scripts.benchmarks.harness import Bench, daemon_environment, succeeds
+from scripts.benchmarks.server import Server
 
 RUNS, CHECKPOINTS = 100, 10
 COMMANDS = (
@@ -76,9 +76,9 @@ def mounted_with_debug(server: Server, binding: str, cache: Path) -> Iterator[tu
         tempfile.TemporaryDirectory(prefix="tinkerfs-bench-") as directory,
         tempfile.NamedTemporaryFile(prefix="tinkerfs-bench-requests-") as log,
     ):
-        arguments = ["mount", "--foreground", "--ttl", "3600", "--cache-dir", cache, directory]
+        arguments = ["mount", "--foreground", "--ttl", "3600", "--cache-dir", str(cache), directory]
         process = subprocess.Popen(
-            [sys.executable, __file__, *arguments],
+            [sys.executable, "-m", __name__, *arguments],
             env=daemon_environment(server, binding),
             stdout=log,
             stderr=log,
@@ -102,7 +102,7 @@ def main() -> None:
     def with_debug(self: Binding, **kwargs: bool) -> dict[str, str | bool]:
         return options(self, **kwargs) | {"debug": True}
 
-    Binding.mount_options = with_debug  # type: ignore[method-assign,assignment]
+    Binding.mount_options = with_debug  # type: ignore[method-assign]
     main()
 
 

@@ -1,6 +1,5 @@
 """Large accounts: time to the first and last entry, memory, disk usage."""
 
-import json
 import os
 import subprocess
 import tempfile
@@ -9,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench_harness import Bench, daemon_of, mounted, resident_mb, timed
-from bench_server import Server
-
-from tinkerfs.api.parsing import parse_checkpoints
+from scripts.benchmarks.harness import Bench, daemon_of, mounted, resident_mb
+from scripts.benchmarks.server import Server
 
 #: Number of runs, and of checkpoints per run; the checkpoints of a run are listed by one request.
 SHAPES = (
@@ -28,36 +25,6 @@ SHAPES = (
 MAX_WALKED_CHECKPOINTS = 100_000
 #: Nothing expires during a measurement, and listing a million checkpoints may take minutes.
 OPTIONS = ("--ttl", "3600", "--timeout", "600")
-
-PARSED_RECORDS, PARSING_GOAL_S = 10_000, 0.1
-
-
-def measure_parsing(bench: Bench) -> None:
-    """Measure parsing a response with many checkpoints, compared with `json.loads`.
-
-    `json.loads` does less: it neither saves the text of each record nor parses timestamps.
-    """
-    records = [
-        {
-            "checkpoint_id": f"weights/{number:05}",
-            "checkpoint_type": "training",
-            "time": "2026-11-23T10:20:30Z",
-            "tinker_path": f"tinker://run/weights/{number:05}",
-            "size_bytes": number,
-            "public": False,
-            "expires_at": None,
-        }
-        for number in range(PARSED_RECORDS)
-    ]
-    body = json.dumps({"checkpoints": records}).encode()
-    own_s, json_s = timed(lambda: parse_checkpoints(body)), timed(lambda: json.loads(body))
-    bench.add(
-        f"parsing {PARSED_RECORDS:,} checkpoints",
-        own_s,
-        "s",
-        goal=PARSING_GOAL_S,
-        details={"tinkerfs": own_s, "json.loads": json_s},
-    )
 
 
 def measure_scale(bench: Bench, binding: str) -> None:

@@ -20,7 +20,7 @@ class Server:
 
     def __init__(self, *, bytes_per_s: int = 0, **arguments: object) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps({"bytes_per_s": bytes_per_s} | arguments)],
+            [sys.executable, "-m", __name__, json.dumps({"bytes_per_s": bytes_per_s} | arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,6 +1,6 @@
 """Soak test: many processes list, read and change; count errors and requests.
 
-Run as a script, this is one of the processes: DIRECTORY SEED SECONDS.
+Run as the main module, this is one of the processes: DIRECTORY SEED SECONDS.
 """
 
 import json
@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench_harness import Bench, daemon_of, mounted, resident_mb
-from bench_server import Server
+from scripts.benchmarks.harness import Bench, daemon_of, mounted, resident_mb
+from scripts.benchmarks.server import Server
 
 PROCESSES = 16
 RUNS, CHECKPOINTS = 40, 10
@@ -39,7 +39,7 @@ def soak(bench: Bench, binding: str, seconds: float) -> None:
             json.loads(worker.communicate(timeout=seconds + 120)[0])
             for worker in [
                 subprocess.Popen(
-                    [sys.executable, __file__, str(directory), str(seed), str(seconds)],
+                    [sys.executable, "-m", __name__, str(directory), str(seed), str(seconds)],
                     stdout=subprocess.PIPE,
                     text=True,
                     start_new_session=True,
@@ -172,8 +172,16 @@ class Worker:
 
     def work(self, seconds: float) -> dict[str, Any]:
         """Run random actions for some seconds; return the count of each, and the errors."""
-        actions = (self.ls_of_runs, self.ls_of_checkpoints, self.walk, self.cat, self.stat)
-        actions += (self.weights, self.change, self.expire)
+        actions = (
+            self.ls_of_runs,
+            self.ls_of_checkpoints,
+            self.walk,
+            self.cat,
+            self.stat,
+            self.weights,
+            self.change,
+            self.expire,
+        )
         done: Counter[str] = Counter()
         errors = []
         end = time.monotonic() + seconds

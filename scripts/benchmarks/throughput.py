@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from bench_harness import Bench, daemon_of, mounted
-from bench_server import Server
-from bench_sides import TMPFS, Side, add_ratio, bindfs, compare, on_one_cpu, tmpfs
+from scripts.benchmarks.comparison import TMPFS, Side, add_ratio, bindfs, compare, on_one_cpu, tmpfs
+from scripts.benchmarks.harness import Bench, daemon_of, mounted
+from scripts.benchmarks.server import Server
 
 GB = 1_000_000_000
 RANDOM_READS = 4000

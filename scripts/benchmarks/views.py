@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from bench_harness import Bench, calls, mounted
-
+from scripts.benchmarks.harness import Bench, calls, mounted
 from tests.support.faulty_server import FaultyServer
 
 #: View -> maximum number of requests of a cold listing. There are 4,000 checkpoints in pages of

@@ -1,6 +1,6 @@
 """Create tiny base models and adapters in Tinker's names; convert them with the cookbook.
 
-interop_families.py runs this script inside the environment of the loaders. Requests on standard
+families.py runs this script inside the environment of the loaders. Requests on standard
 input and replies on standard output are lines of JSON. A reply is a result or `{"error": "..."}`.
 
 The modules of an adapter are those that Tinker trains: their sizes add up to the parameter counts
@@ -267,7 +267,8 @@ def create_adapter(family: Family, shapes: dict[str, list[int]]) -> Tensors:
     torch.manual_seed(1)
     tensors: Tensors = {}
     for module, rows, columns, experts in trained_modules(family, shapes):
-        a, b = (RANK, columns), (rows, RANK)
+        a: tuple[int, ...] = (RANK, columns)
+        b: tuple[int, ...] = (rows, RANK)
         if experts:
             is_outer = module.endswith(".w2")
             a, b = (experts if is_outer else 1, *a), (1 if is_outer else experts, *b)

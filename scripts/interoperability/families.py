@@ -1,6 +1,6 @@
 """Compare converted adapters with those of tinker_cookbook, for every model family.
 
-The interpreter given as an argument runs interop_cookbook.py, which creates for each family a tiny
+The interpreter given as an argument runs cookbook.py, which creates for each family a tiny
 base model and an adapter in Tinker's names, and converts the adapter with the cookbook. This script
 converts the same adapter with `tinkerfs.weights.peft_adapter`. All tensors and
 `adapter_config.json` must be equal. Where PEFT and transformers know the family, the loaded adapter
@@ -18,17 +18,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from interop_hub import Hub
-from interop_loaders import KEY, Loaders
-from interop_mount import mounted
-
+from scripts.interoperability.hub import Hub
+from scripts.interoperability.mount_checks import mounted
+from scripts.interoperability.peft_loaders import KEY, Loaders
 from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.content import Content, Data
 from tinkerfs.weights.base_models import _KNOWN, BaseModels
 from tinkerfs.weights.peft_adapter import ConversionError, convert
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, parse_tensors
 
-COOKBOOK_SCRIPT = Path(__file__).with_name("interop_cookbook.py")
+COOKBOOK_SCRIPT = Path(__file__).with_name("cookbook.py")
 
 
 def converted(source: Path, base: str, models: BaseModels) -> tuple[Path, str]:
@@ -40,6 +39,7 @@ def converted(source: Path, base: str, models: BaseModels) -> tuple[Path, str]:
     known = models.get(base)
     assert known is not None, f"{base} is unknown"
     adapter = convert(header, len(data), config, known)
+    assert adapter.config is not None
 
     def read_source(buffer: memoryview, start: int) -> None:
         buffer[:] = data[start : start + len(buffer)]

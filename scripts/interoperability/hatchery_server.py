@@ -1,6 +1,6 @@
 """Serve the gateway of hatchery-core with a generated account, without a worker.
 
-interop_mount.py runs this script inside the environment of hatchery. It prints one line of JSON
+mount_checks.py runs this script inside the environment of hatchery. It prints one line of JSON
 with its URL and account, and serves until standard input ends. The gateway imports neither torch
 nor peft.
 """

@@ -1,6 +1,6 @@
 """Mount the servers of other projects; walk, read and change their accounts.
 
-    interop_mount.py SCRIPT PYTHON ...      the script of each server, and its interpreter
+    mount_checks.py SCRIPT PYTHON ...      the script of each server, and its interpreter
 
 A script serves a generated account and prints the expected data. This program mounts the account
 with the command `tinkerfs`, and checks it through the kernel as a user does.
@@ -280,7 +280,7 @@ def main() -> int:
     scripts, pythons = sys.argv[1::2], sys.argv[2::2]
     failures = 0
     for script, python in zip(scripts, pythons, strict=True):
-        failures += check_server(Path(script).stem.removeprefix("interop_"), script, python)
+        failures += check_server(Path(script).stem.removesuffix("_server"), script, python)
     print("interop: all passed" if not failures else f"interop: {failures} FAILED")
     return 1 if failures else 0
 

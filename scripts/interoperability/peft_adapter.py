@@ -1,6 +1,6 @@
 """Create adapters of tiny models; load them with PEFT, transformers, safetensors.
 
-interop_loaders.py runs this script inside the environment of the loaders. Requests on standard
+peft_loaders.py runs this script inside the environment of the loaders. Requests on standard
 input and replies on standard output are lines of JSON. A reply is a result or `{"error": "..."}`.
 """
 
@@ -179,7 +179,7 @@ def main() -> None:
         try:
             if step == "make":
                 adapters[name] = Adapter(name, Path(path))
-                reply = {"tensors": len(adapters[name].tensors)}
+                reply: dict[str, Any] = {"tensors": len(adapters[name].tensors)}
             else:
                 reply = getattr(adapters[name], step)(path)
         except Exception as error:  # noqa: BLE001 - reported, and the next request is processed

@@ -1,9 +1,9 @@
 """Load adapters through a mount with PEFT, transformers and safetensors.
 
-    interop_loaders.py PYTHON       the interpreter for interop_adapter.py, with these packages
+    peft_loaders.py PYTHON       the interpreter for peft_adapter.py, with these packages
 
-interop_adapter.py creates adapters of tiny models, and the embedded server serves them as archives.
-Then interop_adapter.py loads them from the mount, and compares them with the saved adapters.
+peft_adapter.py creates adapters of tiny models, and the embedded server serves them as archives.
+Then peft_adapter.py loads them from the mount, and compares them with the saved adapters.
 """
 
 import json
@@ -16,14 +16,13 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from interop_mount import mounted
-
+from scripts.interoperability.mount_checks import mounted
 from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.content import Content, Data
 
-ADAPTER_SCRIPT = Path(__file__).with_name("interop_adapter.py")
+ADAPTER_SCRIPT = Path(__file__).with_name("peft_adapter.py")
 KIND, NAME = "sampler_weights", "final"
-KEY = "tml-interop"  # the key of the mounts of interop_mount
+KEY = "tml-interop"  # the key of the mounts of mount_checks
 #: Maximum ratio of downloaded bytes to file sizes in a first load.
 MAX_OVERHEAD = 1.1
 #: (loader, view) pairs for an empty cache, and for the cache of an earlier mount.

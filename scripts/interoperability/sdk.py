@@ -1,6 +1,6 @@
 """Run the official client of each given environment against the embedded server.
 
-interop_client.py tests the library of the client, inside the environment. This script tests its
+sdk_client.py tests the library of the client, inside the environment. This script tests its
 command line, and checks the state of the server after every command.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.sample_data import Checkpoint, Run
 
-CLIENT = Path(__file__).with_name("interop_client.py")
+CLIENT = Path(__file__).with_name("sdk_client.py")
 
 
 def expected_of(server: FaultyServer) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def environment(server: FaultyServer, home: Path) -> dict[str, str]:
 
 
 def check_library(venv: Path, home: Path) -> list[str]:
-    """Run interop_client.py inside an environment; return one line per step."""
+    """Run sdk_client.py inside an environment; return one line per step."""
     with FaultyServer(runs=45, checkpoints=6, prefix="/services/tinker-prod") as server:
         command = ["timeout", "100", str(venv / "bin" / "python"), str(CLIENT)]
         done = subprocess.run(

@@ -31,7 +31,7 @@ def same_time(found: Any, expected_s: float | None) -> bool:
     """Return whether a time is the expected one."""
     if found is None or expected_s is None:
         return found is expected_s
-    return abs(found.timestamp() - expected_s) < 0.001
+    return bool(abs(found.timestamp() - expected_s) < 0.001)
 
 
 def check_checkpoint(found: Any, expected: dict[str, Any]) -> None:

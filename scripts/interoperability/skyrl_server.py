@@ -1,6 +1,6 @@
 """Serve the Tinker API of SkyRL with a generated account, without its engine.
 
-interop_mount.py runs this script inside the environment of SkyRL. It prints one line of JSON with
+mount_checks.py runs this script inside the environment of SkyRL. It prints one line of JSON with
 its URL and account, and serves until standard input ends.
 
 These parts of SkyRL are replaced:
@@ -107,7 +107,8 @@ def generate_account(directory: Path) -> tuple[list[SQLModel], dict[str, Any]]:
                 created_at=created_at,
             )
         )
-        paths = expected["runs"][run_id] = {"base_model": base_model, "checkpoints": []}
+        paths: list[str] = []
+        expected["runs"][run_id] = {"base_model": base_model, "checkpoints": paths}
         if number >= RUNS_WITH_CHECKPOINTS:
             continue
         for kind, names in NAMES.items():
@@ -118,7 +119,7 @@ def generate_account(directory: Path) -> tuple[list[SQLModel], dict[str, Any]]:
                     status = CheckpointStatus.PENDING
                     expected["refused_deletions"][f"{run_id}/checkpoints/{KIND[kind]}/{name}"] = 425
                 else:
-                    paths["checkpoints"].append(path)
+                    paths.append(path)
                 rows.append(
                     CheckpointDB(
                         model_id=run_id,

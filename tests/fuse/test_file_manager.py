@@ -1,6 +1,6 @@
 """A real file manager on a real mount: Thunar, on a virtual screen.
 
-If `TINKERFS_PHOTOGRAPHS` is set, screenshots for the documentation are saved in that directory.
+If `TINKERFS_SCREENSHOTS` is set, screenshots for the documentation are saved in that directory.
 """
 
 import json
@@ -187,9 +187,9 @@ class Desktop:
         self.show_list()
         return window
 
-    def photograph(self, name):
-        """Save a screenshot, if `TINKERFS_PHOTOGRAPHS` is set."""
-        target = os.environ.get("TINKERFS_PHOTOGRAPHS")
+    def save_screenshot(self, name):
+        """Save a screenshot, if `TINKERFS_SCREENSHOTS` is set."""
+        target = os.environ.get("TINKERFS_SCREENSHOTS")
         if target:
             picture = Path(target).resolve() / f"{name}.png"
             subprocess.run(
@@ -227,7 +227,7 @@ def test_browse_sort_show_properties_and_open_a_file(account, run, desktop):
     desktop.open(account.root)
     desktop.go(run / "checkpoints/weights")
     desktop.click(HEAD_OF_TIMES)
-    desktop.photograph("file-manager")
+    desktop.save_screenshot("file-manager")
     desktop.click(FIRST_ROW, times=2)
     desktop.window("warm-up -")  # the oldest checkpoint
     desktop.settle()
@@ -301,7 +301,7 @@ def test_delete_removes_a_checkpoint_and_not_a_run(account, run, desktop):
     assert mount_table.wait_until(lambda: len(desktop.windows("^Attention")) > 0, 20)
     desktop.xdotool("windowmove", progress, 0, HEIGHT - 80)
     desktop.settle()
-    desktop.photograph("file-manager-refused")
+    desktop.save_screenshot("file-manager-refused")
     assert account.checkpoint_ids() == everything
     *_, last = account.errors().splitlines()
     first = rf"/{run_directory}/(info\.json|latest)\tunlink\tEPERM\tonly checkpoints can be removed"
