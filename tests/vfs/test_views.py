@@ -153,6 +153,7 @@ def test_session_contains_its_runs_and_samplers(world):
     assert info["session_id"] == session.id
     assert info["training_run_ids"] == session.run_ids
     assert info["created_at"]
+    assert info["status"] == session.status
     runs = {
         target(world, f"{directory}/runs/{n}") for n in world.driver.listdir(f"{directory}/runs")
     }
@@ -168,6 +169,33 @@ def test_session_contains_its_runs_and_samplers(world):
         else:
             assert world.driver.read(f"{serves}/tinker_path").decode().strip() == path
     assert set(world.driver.listdir("samplers")) >= set(session.samplers)
+
+
+@pytest.mark.served("GET sessions")
+def test_session_info_has_the_search_result_without_a_listing(make_world):
+    world = make_world(runs=0)
+    run = world.new_run("weights/a", "weights/b")[5:]
+    failed = {"type": "server_failed"}
+    session = Session(
+        id="s", created_at_s=1.7e9, run_ids=[run], samplers={}, display_name=None, status=failed
+    )
+    world.server.account.add_session(session)
+    info = json.loads(world.driver.read("sessions/s/info.json"))
+    assert (info["status"], info["checkpoints_count"]) == (failed, 2)
+    assert info["checkpoint_storage_bytes"] == 2 * 64 * 1024
+    assert api_calls(world.server) == {"POST sessions/search": 1, "GET sessions/{session}": 1}
+
+
+@pytest.mark.served("GET sessions")
+def test_session_info_without_a_search_has_the_record(make_world):
+    world = make_world(runs=4, checkpoints=1)
+    world.server.faults.add("POST sessions/search", times=None, status=404)
+    first, second = world.server.account.session_ids()
+    for session_id in (first, second):
+        info = json.loads(world.driver.read(f"sessions/{session_id}/info.json"))
+        assert info["session_id"] == session_id
+        assert info["training_run_ids"]
+    assert world.server.journal.count("POST sessions/search") == 1
 
 
 @pytest.mark.served("GET samplers/{sampler}")

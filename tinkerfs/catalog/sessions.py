@@ -27,6 +27,7 @@ class Sessions:
     ) -> None:
         self._client = client
         self._concurrency = concurrency
+        self._supports_search = True  # until the server refuses one
         self._cache = cache
         self._policies = policies
         self.listing = CachedListing(cache, ("sessions",), self._load_sessions, policies.listing)
@@ -41,6 +42,22 @@ class Sessions:
         if session_id in listed:
             return listed[session_id]
         self.record(session_id, ctx)
+        return _summary_from_id(session_id)
+
+    def summary(self, session_id: str, ctx: RequestContext) -> models.SessionSummary:
+        """Return the search result of a session; only its id if that is unavailable.
+
+        One request per 200 sessions if the listing is not fresh, and none if the server is known
+        to support no search.
+        """
+        if self._supports_search:
+            try:
+                found = self.listing.get(ctx).get(session_id)
+            except errors.ApiError:
+                ctx.mark_uncacheable()
+                found = None
+            if found is not None:
+                return found
         return _summary_from_id(session_id)
 
     def record(self, session_id: str, ctx: RequestContext) -> models.Session:
@@ -90,7 +107,9 @@ class Sessions:
         client = self._client.with_priority(priority)
         try:
             found = client.all_found_sessions()
+            self._supports_search = True
         except (errors.UnsupportedEndpoint, errors.BadRequest):
+            self._supports_search = False
             found = tuple(map(_summary_from_id, client.all_sessions()))
         return {session.session_id: session for session in found}
 

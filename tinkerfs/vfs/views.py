@@ -243,6 +243,11 @@ def _session(node: NodeContext) -> models.Session:
     return node.backend.sessions.record(node.entity.session_id, node.ctx)
 
 
+def _session_info(node: NodeContext) -> bytes:
+    summary = node.backend.sessions.summary(node.entity.session_id, node.ctx)
+    return render.session_info(summary, _session(node))
+
+
 def _list_session_runs(node: NodeContext) -> Iterator[tuple[str, str]]:
     for run_id in _session(node).training_run_ids:
         yield run_id, run_id
@@ -293,8 +298,8 @@ SESSIONS = Directory(
                 (
                     GeneratedFile(
                         "info.json",
-                        "the session's record",
-                        lambda node: render.session_info(node.entity, _session(node)),
+                        "the session's record and status, and its checkpoints' count and bytes",
+                        _session_info,
                         is_expensive=True,
                     ),
                     Directory(
