@@ -294,6 +294,18 @@ def test_prefetched_weights(sample, run_recipe):
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 
+def test_cost_of_storage(sample, run_recipe):
+    _shown, calls = run_recipe("What the stored bytes cost a month", 2)
+    sessions = len(sample.server.account.session_ids())
+    allowed = {
+        "GET billing/usage/checkpoints/current": 1,
+        "POST sessions/search": 1,
+        "GET sessions/{session}": sessions,
+        "POST weights_info": RUNS * CHECKPOINTS,
+    }
+    assert unexpected(calls, ALL_LISTED | allowed) == {}
+
+
 def test_storage_by_run(sample, run_recipe):
     _shown, calls = run_recipe("Storage by run")
     assert unexpected(calls, ALL_LISTED | {"POST weights_info": RUNS * CHECKPOINTS}) == {}

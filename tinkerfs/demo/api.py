@@ -58,6 +58,7 @@ _ROUTES = (
     ("POST", "telemetry", "POST telemetry"),
     ("GET", "auth/apikey/me", "GET auth/apikey/me"),
     ("POST", "auth/token", "POST auth/token"),
+    ("GET", "billing/usage/checkpoints/current", "GET billing/usage/checkpoints/current"),
 )
 
 
@@ -70,6 +71,8 @@ def _pattern(template: str) -> re.Pattern[str]:
 _PATTERNS = [(method, _pattern(template), endpoint) for method, template, endpoint in _ROUTES]
 _OPEN = frozenset({"GET healthz", "GET download"})
 """Endpoints that require no API key."""
+_STORAGE_RATE = 0.2
+"""Price of a stored gigabyte, USD per month."""
 _EXCHANGE = frozenset({"POST client/config", "POST auth/token"})
 """Endpoints that accept an API key although the server requires tokens."""
 
@@ -163,6 +166,7 @@ class Api:
             "POST telemetry": lambda _request, _args: json_reply({"status": "accepted"}),
             "GET auth/apikey/me": self._key,
             "POST auth/token": self._token,
+            "GET billing/usage/checkpoints/current": self._storage,
         }
 
     def endpoint(self, method: str, path: str) -> str:
@@ -340,6 +344,20 @@ class Api:
         parts = (json.dumps(part).encode() for part in ({"alg": "none"}, claims))
         encoded = (base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
         return json_reply({"jwt": ".".join((*encoded, "demo"))})
+
+    def _storage(self, _request: Request, _args: dict[str, str]) -> Reply:
+        stored = [checkpoint.size_bytes or 0 for _run, checkpoint in self._account.checkpoints()]
+        gigabytes = sum(stored) / 1e9
+        usage = {
+            "project_id": "demo-project",
+            "user_email": "demo@example.com",
+            "checkpoint_count": len(stored),
+            "size_bytes": sum(stored),
+            "size_gigabytes": gigabytes,
+            "estimated_monthly_cost_usd": gigabytes * _STORAGE_RATE,
+        }
+        body = {"effective_rate_usd_per_gigabyte_month": _STORAGE_RATE, "data": [usage]}
+        return json_reply(body)
 
     # Files
 

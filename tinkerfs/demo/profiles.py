@@ -92,7 +92,14 @@ _SESSIONS = frozenset(
     }
 )
 _CHANGES = frozenset({"POST publish", "DELETE publish", "PUT ttl"})
-_ACCOUNT = frozenset({"GET checkpoints", "GET auth/apikey/me", "POST auth/token"})
+_ACCOUNT = frozenset(
+    {
+        "GET checkpoints",
+        "GET auth/apikey/me",
+        "POST auth/token",
+        "GET billing/usage/checkpoints/current",
+    }
+)
 _EXPORTS = frozenset(
     {
         "POST create_session",

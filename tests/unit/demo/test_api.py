@@ -219,6 +219,8 @@ def test_other_endpoints_respond(api, server, web):
     }
     assert api.post("client/dynamic_config").json() == {}
     assert api.post("telemetry", json={"events": []}).json() == {"status": "accepted"}
+    storage = api.get("billing/usage/checkpoints/current").json()
+    assert storage["data"][0]["checkpoint_count"] == server.account.checkpoint_count
     models = api.get("get_server_capabilities").json()["supported_models"]
     assert "Qwen/Qwen3-8B" in [model["model_name"] for model in models]
     session = server.account.session_ids()[0]
