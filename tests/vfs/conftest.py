@@ -83,6 +83,10 @@ class World:
     def serves(self, endpoint):
         return endpoint not in self.profile.missing
 
+    def member(self, name):
+        """Return the name in `files/` of a file of an adapter, given by PEFT's name."""
+        return self.profile.member_names.get(name, name)
+
     def kind_directory(self, run, kind="weights"):
         """Return the directory of a run's checkpoints of one kind."""
         return f"{run}/checkpoints/{kind}"

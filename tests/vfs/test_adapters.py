@@ -46,6 +46,7 @@ def converted(tensors):
     return result
 
 
+@pytest.mark.where(profile=lambda profile: not profile.member_names)
 def test_dense_adapter_is_unchanged(world):
     directory, stored = add_adapter(world, "Qwen/Qwen3-8B")
     assert world.driver.read(f"{directory}/{MODEL}") == stored[MODEL]
@@ -54,6 +55,7 @@ def test_dense_adapter_is_unchanged(world):
 
 
 @pytest.mark.parametrize("base_model", ["Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"])
+@pytest.mark.where(profile=lambda profile: not profile.member_names)
 def test_adapter_has_the_names_of_its_base_model(world, base_model):
     directory, stored = add_adapter(world, base_model)
     names = world.driver.listdir(directory)
@@ -86,6 +88,7 @@ def test_adapter_without_a_rule_is_refused(world, base_model):
     assert "tinker_cookbook.weights.build_lora_adapter" in world.errors()
 
 
+@pytest.mark.where(profile=lambda profile: not profile.member_names)
 def test_reads_of_an_adapter_download_its_blocks_once(world):
     directory, stored = add_adapter(world, "Qwen/Qwen3-30B-A3B")
     world.driver.read(f"{directory}/{MODEL}")

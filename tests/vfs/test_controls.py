@@ -15,7 +15,7 @@ def new_checkpoint(world, **fields):
     return f"{run}/checkpoints/weights/1", checkpoint
 
 
-@pytest.mark.served("POST publish")
+@pytest.mark.served("POST publish", "DELETE publish")
 @pytest.mark.parametrize(
     "value", [b"1", b"1\n", b"true", b"yes\n", b" on \n", b"TRUE", b"Yes", b"\t1"]
 )
@@ -27,7 +27,7 @@ def test_published_accepts_words_that_publish(world, value):
     assert b'"public": true' in world.driver.read(f"{checkpoint_dir}/info.json")
 
 
-@pytest.mark.served("POST publish")
+@pytest.mark.served("POST publish", "DELETE publish")
 @pytest.mark.parametrize("value", [b"0", b"0\n", b"false", b"no\n", b" off \n", b"FALSE"])
 def test_published_accepts_words_that_unpublish(world, value):
     checkpoint_dir, checkpoint = new_checkpoint(world, is_public=True)
@@ -57,7 +57,7 @@ def test_control_file_ignores_white_space(world, control, value):
     assert not checkpoint.is_public
 
 
-@pytest.mark.served("POST publish")
+@pytest.mark.served("POST publish", "DELETE publish")
 def test_publish_of_a_published_checkpoint_succeeds(world):
     checkpoint_dir, checkpoint = new_checkpoint(world, is_public=True)
     world.driver.write(f"{checkpoint_dir}/published", b"1")
@@ -168,7 +168,7 @@ def test_change_in_conflict_is_ebusy(world):
     assert outcome_of(lambda: world.driver.write(f"{checkpoint_dir}/expires_at", b"30d")) == "EBUSY"
 
 
-@pytest.mark.served("POST publish")
+@pytest.mark.served("POST publish", "DELETE publish")
 def test_published_is_consistent_in_all_views(world):
     checkpoint_dir, _checkpoint = new_checkpoint(world)
     run = checkpoint_dir.partition("/checkpoints")[0]
@@ -179,7 +179,7 @@ def test_published_is_consistent_in_all_views(world):
     assert b'"public": true' in world.driver.read(f"{run}/info.json")
 
 
-@pytest.mark.served("POST publish")
+@pytest.mark.served("POST publish", "DELETE publish")
 def test_open_control_file_reads_the_written_value(world):
     if world.kind == "fsspec":
         return  # fsspec opens a file either for reading or for writing
@@ -204,7 +204,7 @@ def test_open_control_file_reads_the_written_value(world):
     assert checkpoint.is_public
 
 
-@pytest.mark.served("POST publish")
+@pytest.mark.served("POST publish", "DELETE publish")
 def test_changes_file_contains_the_calling_process(world):
     checkpoint_dir, _checkpoint = new_checkpoint(world)
     world.driver.write(f"{checkpoint_dir}/published", b"1")

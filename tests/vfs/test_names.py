@@ -69,7 +69,7 @@ def test_hostile_checkpoints_can_be_published_and_deleted(world):
     for name in good:
         checkpoint_dir = f"{run}/checkpoints/weights/{name_encoding.encode(name)}"
         if name != "\udcff\udcfe":  # the demo server decodes URLs as UTF-8
-            if world.serves("POST publish"):
+            if world.serves("DELETE publish"):
                 world.driver.write(f"{checkpoint_dir}/published", b"1\n")
                 checkpoint = world.server.account.checkpoint(server_run.id, f"weights/{name}")
                 assert checkpoint.is_public, name

@@ -151,6 +151,22 @@ def test_unsupported_change_is_eopnotsupp_and_rarely_retried(world, endpoint, co
         assert requests < world.server.journal.count(endpoint) <= requests + 2
 
 
+@pytest.mark.where(profile=lambda profile: profile.publishes_to_hub)
+def test_publishing_to_a_hub_succeeds_once_and_changes_no_record(world):
+    checkpoint_dir = f"{world.new_run('weights/a')}/checkpoints/weights/a"
+    world.driver.write(f"{checkpoint_dir}/published", b"1")
+    assert world.server.journal.count("POST publish") == 1
+    world.refresh()
+    assert world.driver.read(f"{checkpoint_dir}/published") == b"0\n"
+
+
+@pytest.mark.where(profile=lambda profile: profile.has_archive_ids)
+def test_archive_with_an_own_id_has_the_members_of_mlx(world):
+    files = f"{world.new_run('weights/a')}/checkpoints/weights/a/files"
+    assert {"adapters.safetensors", "config.json"} <= set(world.driver.listdir(files))
+    assert "/api/v1/archives/" in world.driver.read(files.replace("files", "archive_url")).decode()
+
+
 @pytest.mark.where(profile=lambda profile: "GET archive" in profile.missing)
 def test_unsupported_archive_is_eopnotsupp_and_rarely_retried(world):
     run = world.new_run(*(f"weights/{n}" for n in range(6)))

@@ -11,6 +11,9 @@ import pytest
 from tests.support.drivers import outcome_of
 from tinkerfs import name_encoding
 
+#: Files with the names of MLX are not converted for serving engines.
+has_peft_names = pytest.mark.where(profile=lambda profile: not profile.member_names)
+
 
 @pytest.fixture(scope="module")
 def checkpoint_dir(world):
@@ -36,7 +39,7 @@ def test_members_are_files_with_exact_sizes(world, checkpoint_dir):
         assert world.driver.read(f"{checkpoint_dir}/files/{name}") == data
     assert outcome_of(lambda: world.driver.stat(f"{checkpoint_dir}/files/none")) == "ENOENT"
     assert outcome_of(lambda: world.driver.create(f"{checkpoint_dir}/files/new")) == "EPERM"
-    member = f"{checkpoint_dir}/files/adapter_config.json"
+    member = f"{checkpoint_dir}/files/{world.member('adapter_config.json')}"
     assert outcome_of(lambda: world.driver.write(member, b"x")) == "EPERM"
 
 
@@ -66,7 +69,7 @@ def test_content_files_have_blocks_before_and_after_open(world, checkpoint_dir):
 @pytest.mark.served("GET archive")
 def test_tensors_json_matches_the_header(world, checkpoint_dir):
     _data, members = stored_archive(world, checkpoint_dir)
-    weights = members["adapter_model.safetensors"]
+    weights = members[world.member("adapter_model.safetensors")]
     length = int.from_bytes(weights[:8], "little")
     header = json.loads(weights[8 : 8 + length])
     tensors = json.loads(world.driver.read(f"{checkpoint_dir}/tensors.json"))["tensors"]
@@ -98,11 +101,12 @@ def test_archive_is_downloaded_on_demand(make_world):
     ranges = world.server.journal.count("GET store/archive")
     assert 1 <= ranges <= 2
     world.driver.listdir(f"{checkpoint_dir}/files")
-    world.driver.stat(f"{checkpoint_dir}/files/adapter_config.json")
+    world.driver.stat(f"{checkpoint_dir}/files/{world.member('adapter_config.json')}")
     assert world.server.journal.count("GET store/archive") == ranges
 
 
 @pytest.mark.served("GET archive")
+@has_peft_names
 def test_adapters_contain_the_files_of_sampler_checkpoints(world, checkpoint_dir):
     _runs, run_id, _checkpoints, kind, name = checkpoint_dir.split("/")
     adapter = name_encoding.encode_composite((run_id, kind, name))
@@ -124,12 +128,13 @@ def test_adapters_contain_the_files_of_sampler_checkpoints(world, checkpoint_dir
     )
     path = name_encoding.encode_composite((foreign.id, *unlisted.id.split("/", 1)))
     assert path not in listed
-    assert "adapter_config.json" in world.driver.listdir(f"adapters/{path}")
+    assert world.member("adapter_config.json") in world.driver.listdir(f"adapters/{path}")
     assert outcome_of(lambda: world.driver.listdir("adapters/no@sampler_weights@1")) == "ENOENT"
     assert outcome_of(lambda: world.driver.listdir(f"adapters/{run_id}@weights@1")) == "ENOENT"
 
 
 @pytest.mark.served("GET archive")
+@has_peft_names
 def test_adapter_links_lead_to_targets_within_adapters(make_world):
     world = make_world(runs=1, checkpoints=1)
     run = world.new_run("sampler_weights/1", "weights/1")
@@ -160,10 +165,11 @@ def test_adapter_links_lead_to_targets_within_adapters(make_world):
 @pytest.mark.served("GET archive")
 def test_second_read_sends_no_request(world, checkpoint_dir):
     world.driver.listdir(f"{checkpoint_dir}/files")
-    digest = hashlib.sha256(world.driver.read(f"{checkpoint_dir}/files/adapter_model.safetensors"))
+    weights = f"{checkpoint_dir}/files/{world.member('adapter_model.safetensors')}"
+    digest = hashlib.sha256(world.driver.read(weights))
     world.refresh()
     world.server.journal.clear()
-    again = world.driver.read(f"{checkpoint_dir}/files/adapter_model.safetensors")
+    again = world.driver.read(weights)
     assert hashlib.sha256(again).digest() == digest.digest()
     assert world.server.journal.count("GET archive") == 0
     assert world.server.journal.count("store") == 0
@@ -190,7 +196,7 @@ def test_external_weights_take_one_request(make_world):
     run = world.new_run("external_weights/1")
     checkpoint_dir = f"{run}/checkpoints/external_weights/1"
     listed = world.driver.listdir(f"{checkpoint_dir}/files")
-    assert "adapter_config.json" in listed
+    assert world.member("adapter_config.json") in listed
     for name in listed:
         path = f"{checkpoint_dir}/files/{name}"
         assert len(world.driver.read(path)) == world.driver.stat(path).size

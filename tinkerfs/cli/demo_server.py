@@ -10,7 +10,7 @@ import time
 
 import click
 
-_PROFILES = ("official", "official-0.36", "skyrl", "hatchery")
+_PROFILES = ("official", "official-0.36", "skyrl", "hatchery", "twinkle", "mlx_tinker")
 
 
 @click.command("demo-server")

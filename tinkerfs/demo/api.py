@@ -32,6 +32,7 @@ _ROUTES = (
     ("GET", "training_runs/{run}/checkpoints", "GET training_runs/{run}/checkpoints"),
     ("GET", f"{_CHECKPOINT}/archive", "GET archive"),
     ("GET", f"{_CHECKPOINT}/download", "GET download"),
+    ("GET", "archives/{archive}/download", "GET download"),
     ("GET", f"{_CHECKPOINT}/external_weights_urls", "GET external_weights_urls"),
     ("POST", f"{_CHECKPOINT}/publish", "POST publish"),
     ("DELETE", f"{_CHECKPOINT}/publish", "DELETE publish"),
@@ -364,9 +365,12 @@ class Api:
     def _archive(self, _request: Request, args: dict[str, str]) -> Reply:
         run, checkpoint = self._ready(args)
         if self._profile.serves_archives_itself:
-            bare = checkpoint.name if self._profile.archive_ids == "name" else checkpoint.id
-            base = f"{self.base_url}/api/v1/training_runs/{run.id}/checkpoints/{bare}"
-            url, expires_s = f"{base}/download", self._clock() + 7200
+            if self._profile.has_archive_ids:
+                archive_id = base64.urlsafe_b64encode(f"{run.id}\n{checkpoint.id}".encode())
+                place = f"archives/{archive_id.decode()}"
+            else:
+                place = f"training_runs/{run.id}/checkpoints/{checkpoint.name}"
+            url, expires_s = f"{self.base_url}/api/v1/{place}/download", self._clock() + 7200
         else:
             url, expires_s = self._store.sign_archive(run, checkpoint)
         if self._behaviour.archive_response == "json":
@@ -379,6 +383,13 @@ class Api:
         return Reply(HTTPStatus.FOUND, headers)
 
     def _download(self, _request: Request, args: dict[str, str]) -> Reply:
+        if "archive" in args:
+            try:
+                text = base64.urlsafe_b64decode(args["archive"]).decode()
+            except ValueError:
+                raise HttpError(404) from None
+            run_id, _, checkpoint_id = text.partition("\n")
+            args = {"run": run_id, "ckpt": checkpoint_id}
         run, checkpoint = self._ready(args)
         content = self._store.archive(run, checkpoint)
         name = f"{run.id}_{checkpoint.name}.tar.gz"

@@ -70,6 +70,9 @@ class Lookup:
                     f"Invalid checkpoint id {reference!r}: expected <type>/<name>",
                 )
             wanted = [(kind, name)]
+        elif form == "any" and "/" in reference:
+            kind, _, name = reference.partition("/")
+            wanted = [(kind, name)]
         elif "/" in reference:
             # The error of the framework, because the route matches one segment.
             raise HttpError(405 if self._profile.has_open_delete_route else 404)

@@ -2,9 +2,11 @@
 
 Handlers depend on the attributes of a profile and never on its name. Sources: the official service
 through its SDK, SkyRL's `skyrl/tinker/api.py` 0.4.0, and hatchery-core's `tinker_compat.py` 0.3.0.
+Of Twinkle and mlx_tinker only the endpoints and archives are known; their records are assumed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 KIND_TYPES = {
@@ -16,7 +18,7 @@ KIND_TYPES = {
 
 _ALL_KINDS = frozenset(KIND_TYPES)
 
-IdForm = Literal["kind/name", "name"]
+IdForm = Literal["kind/name", "name", "any"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,9 @@ class Profile:
         page_max: Maximum page size, to which limits are silently reduced; None if unbounded.
         account_page_max: The same for the listing of the account's checkpoints.
         is_total_zero_past_end: Whether `total_count` is 0 on a page past the end.
+        publishes_to_hub: Whether publishing uploads to a model hub and changes no record.
+        has_archive_ids: Whether the URL of an archive that the API serves has an opaque id.
+        member_names: Names of files, by the names that an adapter of PEFT has.
         change_status: Status of a successful mutation.
     """
 
@@ -79,6 +84,9 @@ class Profile:
     page_max: int | None = 100
     account_page_max: int | None = 100
     is_total_zero_past_end: bool = False
+    publishes_to_hub: bool = False
+    has_archive_ids: bool = False
+    member_names: Mapping[str, str] = field(default_factory=dict)
     change_status: int = 200
 
 
@@ -177,6 +185,39 @@ PROFILES: dict[str, Profile] = {
             forgets_times=True,
             omitted=frozenset({"size_bytes", "user_metadata"}),
             archive_kinds=frozenset(),
+        ),
+        Profile(
+            "twinkle",
+            missing=_EXTERNAL
+            | _SESSIONS
+            | _ACCOUNT
+            | _EXPORTS
+            | {
+                "DELETE publish",
+                "PUT ttl",
+                "GET samplers/{sampler}",
+                "GET archive",
+                "GET download",
+            },
+            kinds=frozenset({"weights", "sampler_weights"}),
+            archive_kinds=frozenset(),
+            publishes_to_hub=True,
+            change_status=204,
+        ),
+        Profile(
+            "mlx_tinker",
+            requires_key=False,
+            missing=_EXTERNAL | _SESSIONS | _CHANGES | _ACCOUNT | _EXPORTS,
+            kinds=frozenset({"weights", "sampler_weights"}),
+            archive_ids="any",
+            change_ids="any",
+            archive_form="gzip",
+            serves_archives_itself=True,
+            has_archive_ids=True,
+            member_names={
+                "adapter_config.json": "config.json",
+                "adapter_model.safetensors": "adapters.safetensors",
+            },
         ),
     )
 }

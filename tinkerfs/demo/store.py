@@ -58,7 +58,9 @@ class Store:
             return checkpoint.files
         identity = f"{run.id}/{checkpoint.id}/{checkpoint.time_s}/{checkpoint.generation}"
         size_bytes = checkpoint.size_bytes or 16 * MIN_SIZE_BYTES
-        return adapter_files(Adapter(run.base_model, run.lora_rank, size_bytes, identity))
+        files = adapter_files(Adapter(run.base_model, run.lora_rank, size_bytes, identity))
+        names = self._profile.member_names
+        return {names.get(name, name): content for name, content in files.items()}
 
     def archive(self, run: Run, checkpoint: Checkpoint) -> Content:
         """Return the archive of a checkpoint."""

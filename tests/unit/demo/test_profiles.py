@@ -155,6 +155,34 @@ def test_hatchery_deletes_by_bare_name_and_blindly(at):
     assert api.delete(f"{run}/checkpoints/0001").json() == {"deleted": True}
 
 
+def test_twinkle_publishes_to_its_hub(at):
+    server, api, run = at("twinkle")
+    run_id = server.account.run_ids[0]
+    checkpoint = server.account.checkpoint(run_id, "weights/0001")
+    was_public = checkpoint.is_public
+    assert api.post(f"{run}/checkpoints/weights/0001/publish").status_code == 204
+    assert checkpoint.is_public == was_public
+    for method, path in (
+        ("DELETE", "weights/0001/publish"),
+        ("PUT", "weights/0001/ttl"),
+        ("GET", "sampler_weights/0001/archive"),
+    ):
+        assert api.request(method, f"{run}/checkpoints/{path}").status_code == 404, path
+    assert api.delete(f"{run}/checkpoints/weights/0001").status_code == 204
+
+
+@pytest.mark.parametrize("checkpoint_id", ["0001", "weights/0001"])
+def test_mlx_tinker_serves_archives_under_their_own_ids(at, web, checkpoint_id):
+    server, api, run = at("mlx_tinker")
+    response = api.get(f"{run}/checkpoints/{checkpoint_id}/archive")
+    assert response.status_code == 302
+    url = response.headers["location"]
+    assert url.startswith(f"{server.base_url}/api/v1/archives/")
+    with tarfile.open(fileobj=io.BytesIO(web.get(url).content)) as archive:
+        assert {"adapters.safetensors", "config.json"} <= set(archive.getnames())
+    assert web.get(f"{server.base_url}/api/v1/archives/x/download").status_code == 404
+
+
 def test_custom_profile_is_supported(at):
     profile = replace(PROFILES["official"], name="odd", page_max=7, change_status=204)
     _, api, run = at(profile)
