@@ -8,7 +8,7 @@ family are in `adapter_families`.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final
@@ -116,9 +116,10 @@ def convert(
         raise ConversionError("adapter_config.json has no number 'lora_alpha'")
     start = LENGTH_BYTES + len(header)
     tensors = _contiguous_tensors(header, size_bytes)
-    blocks, modules, ranks = _Conversion(base, family, start).run(_pairs(tensors))
+    pairs = _pairs(tensors)
+    blocks, modules, ranks = _Conversion(base, family, start).run(pairs)
     is_unchanged = [name for block in blocks for name in block.names] == list(tensors)
-    if is_unchanged and _is_complete(config, modules):
+    if is_unchanged and _is_complete(config, pairs):
         return PeftAdapter(ExtentMap([Range(0, size_bytes)]), None, None)
     meaningful = [key for key in _MEANINGFUL if config.get(key)]
     if meaningful:
@@ -132,16 +133,19 @@ def convert(
     return PeftAdapter(extents, new_config, prefixed[LENGTH_BYTES:])
 
 
-def _is_complete(config: Mapping[str, Any], modules: set[str]) -> bool:
+def _is_complete(config: Mapping[str, Any], paths: Iterable[str]) -> bool:
     """Return whether a configuration is PEFT's and names the modules that the adapter has."""
-    targets, name = config.get("target_modules"), config.get("base_model_name_or_path")
-    return (
-        config.get("peft_type") == "LORA"
-        and isinstance(name, str)
-        and name != ""
-        and isinstance(targets, list)
-        and modules <= {each for each in targets if isinstance(each, str)}
-    )
+    listed, name = config.get("target_modules"), config.get("base_model_name_or_path")
+    if config.get("peft_type") != "LORA" or not isinstance(name, str) or not name:
+        return False
+    targets = {each for each in listed if isinstance(each, str)} if type(listed) is list else set()
+    return all(_is_target(path, targets) for path in paths)
+
+
+def _is_target(path: str, targets: Set[str]) -> bool:
+    """Return whether a module is named: by its path, or by the end of it."""
+    parts = path.split(".")
+    return any(".".join(parts[index:]) in targets for index in range(len(parts)))
 
 
 def _contiguous_tensors(header: bytes, size_bytes: int) -> dict[str, Tensor]:

@@ -189,6 +189,23 @@ def test_fused_module_stacks_a_and_places_b_diagonally():
     assert config["alpha_pattern"] == {"in_proj": 16}
 
 
+@pytest.mark.parametrize(
+    ("targets", "is_kept"),
+    [
+        (["q_proj"], True),
+        (["self_attn.q_proj"], True),
+        (["model.layers.0.self_attn.q_proj", "v_proj"], True),
+        (["proj", "layers.0"], False),
+        ("all-linear", False),
+    ],
+)
+def test_config_that_names_all_modules_is_kept(targets, is_kept):
+    config = CONFIG | {"peft_type": "LORA", "base_model_name_or_path": "x"}
+    data = save(factors("model.layers.0.self_attn.q_proj"))
+    adapter = convert(header_of(data), len(data), config | {"target_modules": targets}, LLAMA)
+    assert (adapter.config is None) == is_kept
+
+
 def test_config_is_that_of_a_peft_adapter():
     _found, config = converted(factors("model.layers.0.mlp.up_proj"), LLAMA)
     assert config == {
