@@ -2,14 +2,16 @@
 
 The interpreter given as an argument runs cookbook.py, which creates for each family a tiny
 base model and an adapter in Tinker's names, and converts the adapter with the cookbook. This script
-converts the same adapter with `tinkerfs.weights.peft_adapter`. All tensors and
-`adapter_config.json` must be equal. Where PEFT and transformers know the family, the loaded adapter
-must give the logits of a model merged by the cookbook.
+converts the same adapter with `tinkerfs.weights.peft_adapter`, and reads it from `/adapters` of a
+mount. All tensors and `adapter_config.json` must be equal. Where PEFT and transformers know the
+family, the loaded adapter must give the logits of a model merged by the cookbook.
 
-It also uploads an adapter from a mount with `hf upload`.
+It also uploads an adapter from the mount with `hf upload`.
 """
 
+import errno
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -28,6 +30,8 @@ from tinkerfs.weights.peft_adapter import ConversionError, convert
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, parse_tensors
 
 COOKBOOK_SCRIPT = Path(__file__).with_name("cookbook.py")
+#: Families that the cookbook refuses to convert.
+REFUSED = ("deepseek_v3",)
 
 
 def converted(source: Path, base: str, models: BaseModels) -> tuple[Path, str]:
@@ -123,6 +127,41 @@ def serve(server: FaultyServer, base: str, source: Path) -> str:
     return f"adapters/{run.id}@sampler_weights@final"
 
 
+def read_errno(path: Path) -> int | None:
+    """Read a file; return the errno, None if it can be read."""
+    try:
+        path.read_bytes()
+    except OSError as error:
+        return error.errno
+    return None
+
+
+def check_view(name: str, paths: dict[str, str], loaders: Loaders, root: Path) -> str:
+    """Check an adapter in `/adapters`; return a summary.
+
+    Args:
+        paths: the paths below the mount, by directory of the family.
+        root: the mountpoint.
+
+    Raises:
+        AssertionError, OSError, RuntimeError: the view differs from what the cookbook makes.
+    """
+    view = root / paths["adapter"]
+    if name in REFUSED:
+        code = read_errno(view / "adapter_model.safetensors")
+        assert code == errno.EOPNOTSUPP, code
+        errors = (root / ".tinkerfs/errors").read_text()
+        assert "DeepSeek V3" in errors, errors
+        return "refused in the mount"
+    count = loaders.ask("compare", name, view)["tensors"]
+    fates = f"{count} equal in the mount"
+    assert view.resolve().is_relative_to(root / "adapters"), view.resolve()
+    if "loadable" in paths:
+        loaded = loaders.ask("load", name, root / paths["loadable"])
+        fates += f"; PEFT loads {loaded['tensors']}, logits within {loaded['difference']:.0e}"
+    return fates
+
+
 def check_all(python: str) -> int:
     """Check all families; return the number of failures.
 
@@ -137,11 +176,22 @@ def check_all(python: str) -> int:
             failures += attempt(name, partial(check_family, name, base, loaders, home))
         offered = loaders.about["models"]
         failures += attempt("models", partial(check_models, offered, home))
+        os.environ["TINKERFS_BASE_MODELS"] = str(home / "bases")
         with FaultyServer(runs=0, api_key=KEY) as server:
-            path = serve(server, loaders.about["bases"]["llama"], home / "llama/adapter")
+            served = {
+                name: {
+                    kind: serve(server, base, home / name / kind)
+                    for kind in ("adapter", "loadable")
+                    if (home / name / kind).exists()
+                }
+                for name, base in loaders.about["bases"].items()
+            }
             with mounted(server.base_url, home) as root, Hub() as hub:
+                for name, paths in served.items():
+                    failures += attempt(name, partial(check_view, name, paths, loaders, root))
                 hf = str(Path(python).with_name("hf"))
-                failures += attempt("hf upload", partial(hub.upload, hf, root / path, home))
+                view = root / served["gpt_oss"]["adapter"]
+                failures += attempt("hf upload", partial(hub.upload, hf, view, home))
     return failures
 
 

@@ -49,7 +49,7 @@ class Hub:
         self._server.server_close()
 
     def upload(self, hf: str, directory: Path, home: Path) -> str:
-        """Upload a directory with `hf upload`; return a summary.
+        """Upload an adapter's directory with `hf upload`; return a summary.
 
         Raises:
             AssertionError: `hf` failed, or the committed files are not those of the directory.
@@ -61,12 +61,13 @@ class Hub:
             "HF_TOKEN": "hf_interop",
             "HOME": str(home),
         }
-        command = [hf, "upload", REPOSITORY, str(directory)]
+        command = [hf, "upload", REPOSITORY, str(directory), "--exclude", "tensors.json"]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode == 0, f"hf upload: {done.stderr[-300:]}"
-        expected = {path.name: path.read_bytes() for path in directory.iterdir()}
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        expected = {name: (directory / name).read_bytes() for name in names}
         assert self.files == expected, f"committed: {sorted(self.files)}"
         return f"committed {', '.join(sorted(self.files))}"
 

@@ -77,6 +77,8 @@ class Adapter:
         self.tensors = copy.deepcopy(peft.get_peft_model_state_dict(self.saved))
         self.logits = logits(self.saved)
         assert not torch.equal(self.logits, self._logits_of_base), "the adapter changes nothing"
+        # Its name below --base-models.
+        self.saved.peft_config["default"].base_model_name_or_path = f"{name}/base"
         self.saved.save_pretrained(directory / "adapter")
 
     def base(self) -> Any:

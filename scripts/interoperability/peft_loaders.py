@@ -111,7 +111,7 @@ class Adapter:
         }
         files["checkpoint_complete"] = Data(b"")
         self._size_bytes = sum(content.size_bytes for content in files.values())
-        run = server.account.add_run(base_model=f"tiny/{model}")
+        run = server.account.add_run(base_model=f"{model}/base")
         server.account.add_checkpoint(
             run.id, f"{KIND}/{NAME}", files=files, size_bytes=self._size_bytes
         )
@@ -178,6 +178,7 @@ def check_all(python: str) -> int:
         Loaders(python, ADAPTER_SCRIPT) as loaders,
     ):
         print("loaders:", ", ".join(f"{k} {v}" for k, v in loaders.about["versions"].items()))
+        os.environ["TINKERFS_BASE_MODELS"] = home
         adapters = {
             model: Adapter(model, loaders, server, Path(home, model))
             for model in loaders.about["models"]
