@@ -86,7 +86,7 @@ class MemoryFileSystem:
     lock: threading.Lock = field(default_factory=threading.Lock)
     #: Validity of cached results ends when this number changes; 0 disables caching.
     generation: int = 0
-    local_mutations: int = 0
+    local_mutation_count: int = 0
     #: Listings of directories by path.
     listings: dict[str, CachedDirectory] = field(default_factory=dict)
     #: Notified of operations that the FUSE layer serves from its caches.

@@ -175,7 +175,7 @@ class MetadataCache:
             max_entries, ttu=lambda _key, entry, _now: entry.stored_until, timer=clock.monotonic
         )
         self._generation = 0
-        self._local_mutations = 0
+        self._local_mutation_count = 0
         #: Kinds of key for which the last load failed or exceeded its wait.
         self._degraded_kinds: set[Hashable] = set()
         # A load is superseded under _lock, and caches its result under it unless superseded.
@@ -190,9 +190,9 @@ class MetadataCache:
         return self._generation
 
     @property
-    def local_mutations(self) -> int:
+    def local_mutation_count(self) -> int:
         """The number of calls of `update`."""
-        return self._local_mutations
+        return self._local_mutation_count
 
     def get(self, key: Hashable, load: Loader[T], policy: CachePolicy, ctx: RequestContext) -> T:
         """Return the value of `key`, loading it unless a fresh one is cached.
@@ -347,7 +347,7 @@ class MetadataCache:
         """
         with self._lock:
             self._loads.forget(key)
-            self._local_mutations += 1
+            self._local_mutation_count += 1
             entry = self._entries.get(key, _ABSENT)
             if entry.has_value:
                 now = self._clock.monotonic()

@@ -112,9 +112,9 @@ class Catalog:
         return self._cache.generation + self._trash.generation
 
     @property
-    def local_mutations(self) -> int:
+    def local_mutation_count(self) -> int:
         """A number that changes with every mutation that is made through this mount."""
-        return self._cache.local_mutations + self._trash.generation
+        return self._cache.local_mutation_count + self._trash.generation
 
     def wait_idle(self, ctx: RequestContext) -> None:
         """Wait until no load is in flight, prefetches and background revalidations included.

@@ -21,9 +21,9 @@ class OpenDirectory(NamedTuple):
     """An open directory.
 
     Attributes:
-        mutations: `FileSystem.local_mutations` when the directory was opened.
+        mutation_count: `FileSystem.local_mutation_count` when the directory was opened.
     """
 
     path: str
     stream: "DirectoryStream"
-    mutations: int
+    mutation_count: int

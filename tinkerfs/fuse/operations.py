@@ -226,10 +226,10 @@ class Operations:
 
         The kernel locks the directory for READDIR and not for OPENDIR, so the wait belongs here.
         """
-        mutations = self._filesystem.local_mutations
+        mutation_count = self._filesystem.local_mutation_count
         stream = self._filesystem.scandir(path, self._listing_ctx)
         number = next(self._numbers)
-        self._directories[number] = OpenDirectory(path, stream, mutations)
+        self._directories[number] = OpenDirectory(path, stream, mutation_count)
         return number
 
     def open_directory(self, fh: int) -> OpenDirectory:
@@ -254,7 +254,7 @@ class Operations:
 
     def is_unmodified(self, directory: OpenDirectory) -> bool:
         """Return whether nothing was changed through this mount since the directory was opened."""
-        return directory.mutations == self._filesystem.local_mutations
+        return directory.mutation_count == self._filesystem.local_mutation_count
 
     @_operation
     def releasedir(self, fh: int) -> None:

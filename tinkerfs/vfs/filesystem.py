@@ -80,9 +80,9 @@ class FileSystem:
         return self._backend.catalog.generation
 
     @property
-    def local_mutations(self) -> int:
+    def local_mutation_count(self) -> int:
         """A counter that every change through this mount increases."""
-        return self._backend.catalog.local_mutations + self.guard.removals.hide_count
+        return self._backend.catalog.local_mutation_count + self.guard.removals.hide_count
 
     def check_and_touch(self, validity: Validity, generation: int) -> bool:
         """Return whether a result is still valid; if so, mark its cached values as used."""

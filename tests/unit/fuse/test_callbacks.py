@@ -469,7 +469,7 @@ def test_listing_from_before_a_change_has_no_attributes(generation):
     scandir = libfuse.filesystem.scandir
 
     def scandir_and_change(path, ctx):
-        libfuse.filesystem.local_mutations += 1
+        libfuse.filesystem.local_mutation_count += 1
         return scandir(path, ctx)
 
     libfuse.filesystem.scandir = scandir_and_change
