@@ -107,15 +107,12 @@ def test_archive_is_downloaded_on_demand(make_world):
 
 @pytest.mark.served("GET archive")
 @has_peft_names
-def test_adapters_contain_the_files_of_sampler_checkpoints(world, checkpoint_dir):
+def test_adapters_contain_the_files_of_every_checkpoint(world, checkpoint_dir):
     _runs, run_id, _checkpoints, kind, name = checkpoint_dir.split("/")
     adapter = name_encoding.encode_composite((run_id, kind, name))
     listed = world.driver.listdir("adapters")
     assert adapter in listed
-    assert all(
-        name_encoding.decode_composite(each)[1] in ("sampler_weights", "external_weights")
-        for each in listed
-    )
+    assert listed == world.driver.listdir("checkpoints")
     _data, members = stored_archive(world, checkpoint_dir)
     listed_files = world.driver.listdir(f"adapters/{adapter}")
     assert set(listed_files) == {*members, "tensors.json"}
@@ -130,7 +127,7 @@ def test_adapters_contain_the_files_of_sampler_checkpoints(world, checkpoint_dir
     assert path not in listed
     assert world.member("adapter_config.json") in world.driver.listdir(f"adapters/{path}")
     assert outcome_of(lambda: world.driver.listdir("adapters/no@sampler_weights@1")) == "ENOENT"
-    assert outcome_of(lambda: world.driver.listdir(f"adapters/{run_id}@weights@1")) == "ENOENT"
+    assert outcome_of(lambda: world.driver.listdir(f"adapters/{run_id}@weights@none")) == "ENOENT"
 
 
 @pytest.mark.served("GET archive")
@@ -155,7 +152,7 @@ def test_adapter_links_lead_to_targets_within_adapters(make_world):
     assert world.server.journal.count("GET archive") == (
         2 if world.profile.archive_ids == "name" else 1
     )
-    for absent in (f"{run[5:]}/weights/1/{version}", f"{run[5:]}/sampler_weights/1/0", "nobody"):
+    for absent in (f"{run[5:]}/weights/none/{version}", f"{run[5:]}/sampler_weights/1/0", "nobody"):
         path = f"adapters/.content/{absent}"
         assert outcome_of(lambda path=path: world.driver.stat(path)) == "ENOENT"
     steps = [f"rmdir {directory}", f"rmtree {run}/checkpoints/weights/1"]

@@ -336,17 +336,13 @@ def _content(
     return Directory(".content", doc, (runs,))
 
 
-def _find_served_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
-    return _find_kind(node, kind) if kind in views.SERVED_KINDS else None
-
-
 _CONTENT = _content(
     "content that needs an archive, reached through the symlinks; its names are not listed",
     weights_nodes.VERSION,
     _find_kind,
 )
 _ADAPTERS = views.adapters(
-    _content("the targets of the links; not listed", weights_nodes.ADAPTER, _find_served_kind)
+    _content("the targets of the links; not listed", weights_nodes.ADAPTER, _find_kind)
 )
 
 _TINKERFS = Directory(

@@ -19,7 +19,7 @@ TEXT = b"""\
     shared/<owner>/<run_id>                          runs of other users that you may read
     projects/<project_id>/<run_id>                   runs by project, from your sessions
     sessions/, samplers/                             sessions with their runs and samplers
-    adapters/<run_id>@<kind>@<name>                  sampler checkpoints as engines load them
+    adapters/<run_id>@<kind>@<name>                  the checkpoints as engines load them
 
 Try:
 

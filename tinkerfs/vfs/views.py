@@ -85,17 +85,13 @@ EXPIRING = _view(
 
 # Adapters: the files that serving engines load.
 
-SERVED_KINDS = ("sampler_weights", "external_weights")
-
 
 def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
-    for key, checkpoint in node.backend.catalog.account.get(node.ctx).by_key.items():
-        if checkpoint.kind in SERVED_KINDS:
-            yield key, checkpoint
+    yield from node.backend.catalog.account.get(node.ctx).by_key.items()
 
 
 def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
-    if len(parts) != 3 or parts[1] not in SERVED_KINDS:
+    if len(parts) != 3:
         return None
     run_id, kind, name = parts
     listing = node.backend.catalog.account.peek()
@@ -122,7 +118,7 @@ def adapters(files: Directory) -> Directory:
 
     return Directory(
         "adapters",
-        "every sampler and external checkpoint, as a directory that serving engines load",
+        "every checkpoint of the user, as a directory that serving engines load",
         (
             DynamicEntries(
                 link,
