@@ -172,7 +172,8 @@ class Origin(ABC):
             self._url_provider(name),
             version,
             sample,
-            # Only the length of a file of external weights is derived from its content.
+            # The index of an archive is derived from its content, and must be of the same version.
+            # External files have no such index.
             is_plain=bool(name),
             on_stale=lambda: self._origins.on_stale(self._checkpoint),
         )
