@@ -140,7 +140,8 @@ def picture_of(events: list[tuple[float, str]]) -> str:
     with Path(os.devnull).open("w") as nowhere:
         console = Console(width=WIDTH, record=True, file=nowhere, force_terminal=True)
         console.print(Text.from_ansi(text.removesuffix("$ ").rstrip()))
-        return console.export_svg(title="tinkerfs", unique_id="session")
+        picture: str = console.export_svg(title="tinkerfs", unique_id="session")
+        return picture
 
 
 def main() -> int:
