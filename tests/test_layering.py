@@ -85,6 +85,7 @@ CONFINED = {
     "httpcore": {"api"},
     "httpx": {"api"},
     "mfusepy": {"fuse"},
+    "pyrage": {"transfer.age"},
     "sqlite3": {"cache"},
     "urllib3": {"api.network_backend", "weights.http", "weights.store_connection"},
     "xxhash": {"cache"},
@@ -300,7 +301,8 @@ def test_import_circles_finds_circle(a, circles):
 
 def test_third_party_imports_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["fsspec"]]
+    extras = project["optional-dependencies"].values()
+    requirements = [*project["dependencies"], *(each for extra in extras for each in extra)]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
     imported = set()
     for module, path in modules():

@@ -115,6 +115,10 @@ class BadRequest(ApiError):
     """The API rejected the content of the request."""
 
 
+class NotExported(OSError):
+    """EOPNOTSUPP: the server has neither an archive nor an export of the checkpoint."""
+
+
 class BurstExceeded(OSError):
     """EBUSY: the process group has reached its limit of archive builds per minute."""
 
@@ -294,6 +298,11 @@ def no_attribute(path: str, name: str) -> OSError:
 def not_supported(path: str, reason: str) -> OSError:
     """EOPNOTSUPP: the operation is not supported."""
     return OSError(errno.EOPNOTSUPP, reason, path)
+
+
+def not_exported(path: str, reason: str) -> NotExported:
+    """EOPNOTSUPP: the server has neither an archive nor an export of the checkpoint."""
+    return NotExported(errno.EOPNOTSUPP, reason, path)
 
 
 def interrupted(path: str = "") -> OSError:

@@ -10,7 +10,9 @@ from tinkerfs.cli.progress import Progress
 from tinkerfs.cli.transfers import (
     exit_on_signal,
     exit_with_failures,
+    export_options,
     print_report,
+    temporary_exports,
     transfer_options,
 )
 from tinkerfs.concurrency import run_in_thread
@@ -31,9 +33,18 @@ _RESUME_HINT = "downloaded blocks are cached; run the same command again to resu
 @click.option(
     "--check", is_flag=True, help="Download nothing; exit 0 if all weights are cached, else 1."
 )
+@export_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: the cached bytes of each file.")
 @transfer_options
-def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | None) -> None:
+def prefetch(
+    paths: tuple[str, ...],
+    check: bool,
+    export: bool,
+    keep_export: bool,
+    age_recipient: tuple[str, ...],
+    as_json: bool,
+    **flags: str | None,
+) -> None:
     """Download the weights at each PATH into the disk cache, where mounts read them.
 
     PATH is a tinker path or a path below a mount: a checkpoint, its files or one of them, its
@@ -42,7 +53,9 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
     tinker path needs no mount and no FUSE.
 
     Cached weights are not downloaded again. After an interruption, run the same command again to
-    resume. Exits 1 if some weights could not be cached, or if the cache is too small.
+    resume. With --export, training checkpoints without an archive are exported for an hour, and the
+    exports deleted after they were read. Exits 1 if some weights could not be cached, or if the
+    cache is too small.
 
     \b
         tinkerfs prefetch ~/tinker/runs/79db3d29:train:0/latest_sampler
@@ -57,7 +70,8 @@ def prefetch(paths: tuple[str, ...], check: bool, as_json: bool, **flags: str | 
             location = parse_location(path, flags)
             accounts.setdefault(location.settings, {})[path] = location.path
         for settings, tree_paths in accounts.items():
-            _prefetch(settings, tree_paths, files, failures, check=check)
+            options = (export, keep_export, age_recipient)
+            _prefetch(settings, tree_paths, files, failures, options, check=check)
     is_complete = not failures and all(file.is_complete for file in files)
     if as_json:
         totals = [file.total_bytes for file in files]
@@ -84,15 +98,18 @@ def _prefetch(
     paths: dict[str, str],
     files: "list[PrefetchedFile]",
     failures: list[Failure],
+    export_flags: tuple[bool, bool, tuple[str, ...]],
     *,
     check: bool,
 ) -> None:
     """Download or check the weights of one account; add to `files` and `failures`."""
     from tinkerfs.transfer.prefetch import PrefetchJob  # lazy: imports HTTP and SQLite
 
-    with open_account(settings) as app:
+    with open_account(settings) as app, temporary_exports(app, *export_flags) as exports:
         progress = TransferProgress(app.telemetry)
-        job = PrefetchJob(app.filesystem, app.weights, progress, app.settings.cache_size_bytes)
+        job = PrefetchJob(
+            app.filesystem, app.weights, progress, app.settings.cache_size_bytes, exports
+        )
         if check:
             job.check(paths)
         else:

@@ -4,13 +4,17 @@ import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from tinkerfs.cli.options import settings_options
 from tinkerfs.printable import escape_control_chars
 from tinkerfs.transfer.failure import Failure
+
+if TYPE_CHECKING:
+    from tinkerfs.app import App
+    from tinkerfs.transfer.exports import TemporaryExports
 
 
 def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -25,6 +29,48 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
         "log_file",
         "log_level",
     )(command)
+
+
+def export_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the flags that export checkpoints without an archive to a command."""
+    options = [
+        click.option(
+            "--export", is_flag=True, help="Export training checkpoints that have no archive."
+        ),
+        click.option(
+            "--keep-export", is_flag=True, help="Keep the exports until they expire, after 1 h."
+        ),
+        click.option(
+            "--age-recipient",
+            metavar="KEY",
+            multiple=True,
+            help="Let the server encrypt the files of an export for this age recipient.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def temporary_exports(
+    app: "App", export: bool, keep_export: bool, age_recipient: tuple[str, ...]
+) -> "Iterator[TemporaryExports | None]":
+    """Return the exports of a transfer by its flags; None without --export."""
+    if not export:
+        if keep_export or age_recipient:
+            raise click.UsageError("--keep-export and --age-recipient need --export")
+        yield None
+        return
+    from tinkerfs.transfer.exports import TemporaryExports  # lazy: imports HTTP and SQLite
+
+    def announce(text: str) -> None:
+        click.echo(escape_control_chars(f"tinkerfs: {text}"), err=True)
+
+    with TemporaryExports(
+        app.exports, announce, recipients=age_recipient, keeps=keep_export
+    ) as exports:
+        yield exports
 
 
 def print_report(report: dict[str, Any], failures: list[Failure]) -> None:

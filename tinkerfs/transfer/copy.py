@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 from tinkerfs import errors, name_encoding
 from tinkerfs.context import BACKGROUND_CONTEXT
+from tinkerfs.transfer.age import SUFFIX, Identities
 from tinkerfs.transfer.destination import Destination
+from tinkerfs.transfer.exports import TemporaryExports
 from tinkerfs.transfer.failure import Failure
 from tinkerfs.transfer.job import OpenCheckpoint, TransferJob
 from tinkerfs.transfer.progress import Item, TransferProgress
@@ -45,6 +47,8 @@ class CopyJob(TransferJob[CopiedFile]):
         force: replace files that have other content.
         archive: copy the archives instead of their files.
         mode: permission bits of the files.
+        exports: exports checkpoints that have no archive; None to fail for them.
+        identities: decrypt the files that end in `.age`; None to copy them as they are.
     """
 
     _hint = RESUME_HINT
@@ -59,8 +63,11 @@ class CopyJob(TransferJob[CopiedFile]):
         force: bool,
         archive: bool,
         mode: int,
+        exports: TemporaryExports | None = None,
+        identities: Identities | None = None,
     ) -> None:
-        super().__init__(filesystem, weights, progress)
+        super().__init__(filesystem, weights, progress, exports)
+        self._identities = identities
         self._dest = dest
         self._is_forced = force
         self._wants_archive = archive
@@ -94,8 +101,15 @@ class CopyJob(TransferJob[CopiedFile]):
                 except (errors.ApiError, OSError) as error:
                     self._on_error(ref, item, error)
                     break
+                path = item.name
+                if self._identities is not None and path.endswith(SUFFIX):
+                    try:
+                        path = self._identities.decrypt(path, self._mode)
+                    except (errors.StartupError, OSError) as error:
+                        self.failures.append(Failure(path, error))
+                        continue
                 self.results.append(
-                    CopiedFile(ref.checkpoint.tinker_path, item.name, item.total_bytes, outcome)
+                    CopiedFile(ref.checkpoint.tinker_path, path, item.total_bytes, outcome)
                 )
             if self._is_disk_full:
                 break

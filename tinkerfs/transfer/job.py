@@ -10,6 +10,7 @@ from typing import ClassVar, Generic, TypeVar
 from tinkerfs import errors
 from tinkerfs.concurrency import run_concurrently
 from tinkerfs.context import BACKGROUND_CONTEXT
+from tinkerfs.transfer.exports import TemporaryExports
 from tinkerfs.transfer.failure import Failure
 from tinkerfs.transfer.progress import Item, TransferProgress
 from tinkerfs.transfer.resolve import find_weights, select_members
@@ -44,6 +45,9 @@ class TransferJob(ABC, Generic[R]):
     Attributes:
         results: a value for each transferred file.
         failures: what could not be transferred.
+
+    Args:
+        exports: exports checkpoints that have no archive; None to fail for them.
     """
 
     #: Whether to request the archive if the file list is cached but a file is not.
@@ -53,13 +57,18 @@ class TransferJob(ABC, Generic[R]):
     _hint: ClassVar[str] = ""
 
     def __init__(
-        self, filesystem: FileSystem, weights: WeightsReader, progress: TransferProgress
+        self,
+        filesystem: FileSystem,
+        weights: WeightsReader,
+        progress: TransferProgress,
+        exports: TemporaryExports | None = None,
     ) -> None:
         self.results: list[R] = []
         self.failures: list[Failure] = []
         self._filesystem = filesystem
         self._weights = weights
         self._progress = progress
+        self._exports = exports
         self._changed: list[WeightsRef] = []
         self._is_retry = False
         self._is_disk_full = False
@@ -75,6 +84,8 @@ class TransferJob(ABC, Generic[R]):
         if self._changed:
             changed, self._changed, self._is_retry = self._changed, [], True
             self._open_and_transfer(changed)
+        if self._exports is not None and not self.failures:
+            self._exports.delete_all()
 
     def _select(self, refs: list[WeightsRef], *, is_single: bool) -> list[WeightsRef]:
         """Return the references to transfer.
@@ -113,6 +124,17 @@ class TransferJob(ABC, Generic[R]):
             self._transfer(checkpoints)
 
     def _open(self, ref: WeightsRef, stack: ExitStack) -> OpenCheckpoint:
+        """Open the files of a checkpoint; export it first if that is permitted and needed."""
+        try:
+            return self._open_files(ref, stack)
+        except errors.NotExported:
+            is_exportable = ref.checkpoint.kind == "weights" and not ref.is_archive
+            if self._exports is None or not is_exportable:
+                raise
+        self._exports.export(ref)
+        return self._open_files(ref, stack)
+
+    def _open_files(self, ref: WeightsRef, stack: ExitStack) -> OpenCheckpoint:
         version, context = ref.version, BACKGROUND_CONTEXT
         if ref.is_archive:
             names = [""]
@@ -121,7 +143,7 @@ class TransferJob(ABC, Generic[R]):
             source = ref.files(self._weights)
             names = select_members(ref, source.files(version, context))
             files = [stack.enter_context(source.open(version, name, context)) for name in names]
-        if self._requests_archives:
+        if self._requests_archives or self._exports is not None:
             missing = next((file for file in files if file.cached_bytes() < file.size_bytes), None)
             if missing is not None:
                 missing.prepare(context)

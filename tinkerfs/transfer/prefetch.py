@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.errors import StartupError
 from tinkerfs.formatting import format_size
+from tinkerfs.transfer.exports import TemporaryExports
 from tinkerfs.transfer.failure import Failure
 from tinkerfs.transfer.job import OpenCheckpoint, TransferJob
 from tinkerfs.transfer.progress import Item, TransferProgress
@@ -45,6 +46,7 @@ class PrefetchJob(TransferJob[PrefetchedFile]):
         weights: the weights of its checkpoints.
         progress: is updated during the transfer.
         max_cache_bytes: maximum size of the cache.
+        exports: exports checkpoints that have no archive; None to fail for them.
     """
 
     _requests_archives = True
@@ -55,8 +57,9 @@ class PrefetchJob(TransferJob[PrefetchedFile]):
         weights: WeightsReader,
         progress: TransferProgress,
         max_cache_bytes: int,
+        exports: TemporaryExports | None = None,
     ) -> None:
-        super().__init__(filesystem, weights, progress)
+        super().__init__(filesystem, weights, progress, exports)
         self._max_cache_bytes = max_cache_bytes
 
     def check(self, paths: Mapping[str, str]) -> None:

@@ -51,8 +51,9 @@ def without_weights(
         advice = _NO_ARCHIVE if is_archive else _NOT_EXPORTED
     if error is None:
         message = f"{checkpoint.about} has no export any more; {advice}"
-        return errors.not_supported(checkpoint.path, message)
-    return errors.os_error_from_api(error.with_consequence(advice), checkpoint.path)
+    else:
+        message = str(error.with_consequence(advice))
+    return errors.not_exported(checkpoint.path, message)
 
 
 @dataclass(frozen=True, slots=True)
