@@ -31,6 +31,12 @@ def calls_of(account, script):
     return done, api_calls(account.server)
 
 
+def training_count(account):
+    """Return the number of checkpoints with the control `export`."""
+    checkpoints = [c for run in account.server.account.runs() for c in run.checkpoints]
+    return sum(checkpoint.kind == "weights" for checkpoint in checkpoints)
+
+
 ALL_LISTED = {"GET training_runs": 1, "GET training_runs/{run}/checkpoints": RUNS}
 
 
@@ -101,7 +107,8 @@ def test_ls_lR_shows_everything_with_listing_requests_only(warm):
         for checkpoint in run.checkpoints:
             assert f"runs/{run.id}/checkpoints/{checkpoint.id}:" in done.stdout
     assert done.stdout.count("archive_url -> ../../../../../.content/") == RUNS * CHECKPOINTS
-    assert done.stdout.count("-rw-r--r-- 1 ") == RUNS * CHECKPOINTS * 4
+    files = RUNS * CHECKPOINTS * 4 + training_count(warm)
+    assert done.stdout.count("-rw-r--r-- 1 ") == files
     again, calls = warm.sh("ls -lR --time-style=+%s runs"), api_calls(warm.server)
     assert again.stdout == done.stdout
     assert calls == ALL_LISTED, "the second ls -lR sends no request"
@@ -133,7 +140,8 @@ def test_find_ls_shows_every_entry(warm):
     inodes = [line.split()[0] for line in lines]
     assert len(set(inodes)) == len(inodes)
     kinds = sum(len({c.kind for c in run.checkpoints}) for run in warm.server.account.runs())
-    assert len(lines) == 1 + RUNS * 5 + kinds + RUNS * CHECKPOINTS * 9
+    entries = RUNS * CHECKPOINTS * 9 + training_count(warm)
+    assert len(lines) == 1 + RUNS * 5 + kinds + entries
     assert calls == ALL_LISTED
 
 
@@ -280,7 +288,7 @@ with os.scandir("runs") as runs:
     count = RUNS * CHECKPOINTS
     found = done.stdout.split()
     assert found[:2] == [str(count), str(count)]
-    assert found[2] == str(count * 7 + RUNS)
+    assert found[2] == str(count * 7 + training_count(warm) + RUNS)
     assert found[3] == "True"
 
 

@@ -10,8 +10,13 @@ from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.vfs import controls, render, weights_nodes
 from tinkerfs.vfs.schema import ControlFile, NodeContext
 
+#: The text without an export; every checkpoint directory shows its length.
+_NONE = render.line("none")
+
 
 def _describe(node: NodeContext) -> bytes:
+    if node.backend.exports.is_idle(node.ctx):
+        return _NONE
     description = node.backend.exports.describe(weights_nodes.version_of(node), node.ctx)
     return render.line(description)
 

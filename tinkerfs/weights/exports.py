@@ -43,6 +43,10 @@ _LOOK_S: Final = 1.0
 #: Time for a stopped export to finish its session, seconds.
 _STOPPING_S: Final = 3.0
 
+#: How long a description may lack a change by another process, seconds: a check costs as much as
+#: the rest of a directory entry.
+_DESCRIPTION_AGE_S: Final = 0.5
+
 _NAMESPACE: Final = "exports 1"
 _NAME: Final = "tinkerfs"
 _NS: Final = 1_000_000_000
@@ -117,6 +121,7 @@ class Exports:
         self._running: dict[str, tuple[Export, ExportProgress]] = {}
         self._records: dict[str, ExportRecord] = {}
         self._data_version: int | None = None
+        self._checked_at = -math.inf
         #: Of all descriptions; replaced when a record changes.
         self._expiry = Expiry(math.inf)
 
@@ -162,6 +167,15 @@ class Exports:
             self._keep(checkpoint.cache_key, found)
         return found
 
+    def is_idle(self, ctx: RequestContext) -> bool:
+        """Return whether there are no exports at all, as is usual; send no request.
+
+        The validity of the result is added to `ctx`.
+        """
+        ctx.depends_on(self._expiry)
+        self._reload_records(_DESCRIPTION_AGE_S)
+        return not self._records
+
     def describe(
         self, checkpoint: CheckpointVersion, ctx: RequestContext = BACKGROUND_CONTEXT
     ) -> str:
@@ -171,7 +185,7 @@ class Exports:
         """
         key = checkpoint.cache_key
         ctx.depends_on(self._expiry)
-        record = self._record(key)
+        record = self._record(key, _DESCRIPTION_AGE_S)
         if record is None:
             return "none"
         if record.state is ExportState.FAILED:
@@ -431,17 +445,25 @@ class Exports:
 
     # Records
 
-    def _record(self, key: str) -> ExportRecord | None:
-        """Return the record of a checkpoint; read the store if another process has changed it."""
+    def _record(self, key: str, max_age_s: float = 0.0) -> ExportRecord | None:
+        """Return the record of a checkpoint, at most `max_age_s` after a change of it."""
+        self._reload_records(max_age_s)
+        return self._records.get(key)
+
+    def _reload_records(self, max_age_s: float) -> None:
+        """Read the store if another process has changed it."""
+        now = self._clock.monotonic()
+        if now < self._checked_at + max_age_s:
+            return
         version = self._store.data_version()
         with self._lock:
+            self._checked_at = now
             if version is not None and version != self._data_version:
                 self._data_version = version
                 records = _decode(self._store.durable(_NAMESPACE))
                 if records != self._records:
                     self._records = records
                     self._expire_descriptions()
-            return self._records.get(key)
 
     def _keep(self, key: str, record: ExportRecord) -> None:
         with self._lock:
