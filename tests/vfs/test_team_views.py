@@ -51,6 +51,14 @@ def test_shared_lists_the_runs_of_others_by_owner(make_world):
 
 
 @lists_shared
+def test_shared_omits_an_own_run_newer_than_the_listing(make_world):
+    world = make_world(runs=2)
+    world.driver.listdir("runs")
+    world.server.account.add_run()
+    assert world.driver.listdir("shared") == [OTHER_OWNER]
+
+
+@lists_shared
 def test_shared_is_listed_by_pages(make_world):
     world = make_world(runs=150, checkpoints=1, foreign_runs=130)
     assert len(world.driver.listdir(f"shared/{OTHER_OWNER}")) == 130

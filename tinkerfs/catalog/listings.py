@@ -4,7 +4,7 @@ Servers list bare checkpoint ids, ids with a kind, or both. Here every checkpoin
 and a name. All functions are pure.
 """
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -159,20 +159,30 @@ class SharedRunListing:
 
     @classmethod
     def from_accessible(
-        cls, runs: Iterable[models.TrainingRun], own: Container[str]
+        cls, runs: Iterable[models.TrainingRun], own: Mapping[str, models.TrainingRun]
     ) -> "SharedRunListing":
-        """Index the runs that the user may read, without the own ones."""
-        by_id = {run.run_id: run for run in runs if run.run_id not in own}
+        """Index the runs that the user may read, without the own ones.
+
+        `own` may be older than `runs`. So a run of the same owner as one of them is an own run.
+        """
+        own_owners = {_owner(run) for run in own.values()} - {UNKNOWN_OWNER}
+        by_id: dict[str, models.TrainingRun] = {}
         by_owner: dict[str, dict[str, models.TrainingRun]] = {}
-        for run in by_id.values():
-            owner = (raw_json.loads_object(run.raw) or {}).get("model_owner")
-            name = owner if isinstance(owner, str) and owner else UNKNOWN_OWNER
-            by_owner.setdefault(name, {})[run.run_id] = run
+        for run in runs:
+            owner = _owner(run)
+            if run.run_id not in own and owner not in own_owners:
+                by_id[run.run_id] = run
+                by_owner.setdefault(owner, {})[run.run_id] = run
         return cls(by_id, by_owner)
 
     def __iter__(self) -> Iterator[models.TrainingRun]:
         """Return an iterator over all runs."""
         return iter(self.by_id.values())
+
+
+def _owner(run: models.TrainingRun) -> str:
+    owner = (raw_json.loads_object(run.raw) or {}).get("model_owner")
+    return owner if isinstance(owner, str) and owner else UNKNOWN_OWNER
 
 
 @dataclass(frozen=True)
