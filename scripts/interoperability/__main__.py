@@ -23,6 +23,7 @@ def main() -> int:
         mounts += [script, directory / name / "bin/python"]
     checks: dict[str, list[str | Path]] = {
         "sdk": [directory / "0.35.0", directory / "newest"],
+        "exports": [directory / "newest", loaders],
         "peft_loaders": [loaders],
         "families": [loaders],
         "mount_checks": mounts,

@@ -154,13 +154,13 @@ class CommandLine:
         directory = self._home / "ext" / f"{self.run.id}_external_weights_export"
         if not directory.exists():
             (directory,) = (self._home / "ext").iterdir()
-        self._compare(directory, "external_weights/export")
+        self.compare(directory, "external_weights/export")
 
     def download_archive(self) -> None:
         """`checkpoint download` of a training checkpoint unpacks its archive."""
         self.tinker("checkpoint", "download", self.path("weights/0001"), "-o", "tar")
         (directory,) = (self._home / "tar").iterdir()
-        self._compare(directory, "weights/0001")
+        self.compare(directory, "weights/0001")
 
     def delete(self) -> None:
         """`checkpoint delete` deletes only the named checkpoint."""
@@ -168,7 +168,8 @@ class CommandLine:
         assert self.checkpoint("weights/0001") is None
         assert self.checkpoint("sampler_weights/0001") is not None
 
-    def _compare(self, directory: Path, checkpoint_id: str) -> None:
+    def compare(self, directory: Path, checkpoint_id: str) -> None:
+        """Compare the files below a directory with those of a checkpoint."""
         record = self.checkpoint(checkpoint_id)
         assert record is not None
         files = self.server.files(self.run.id, checkpoint_id)
