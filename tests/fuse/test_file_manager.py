@@ -3,6 +3,7 @@
 If `TINKERFS_SCREENSHOTS` is set, screenshots for the documentation are saved in that directory.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -103,7 +104,8 @@ class Desktop:
 
     def close(self):
         for process in reversed(self._started):
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it exited before it had a window
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
 
     def open(self, directory):

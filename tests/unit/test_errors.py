@@ -10,6 +10,7 @@ from tinkerfs import errors
 #: The table of the specification, by kind.
 WANTED = {
     errors.Unauthorized: errno.EACCES,
+    errors.PaymentRequired: errno.EDQUOT,
     errors.NotFound: errno.ENOENT,
     errors.UnsupportedEndpoint: errno.EOPNOTSUPP,
     errors.BadRequest: errno.EINVAL,

@@ -37,6 +37,7 @@ def served(identity=None, host="tinker.invalid"):
     context = None if identity is None else tls_context(SUPPORT / identity)
     with HostileServer(runs=2, tls=context) as server:
         server.on("/object", response(200, b"bytes"), times=None)
+        server.on("GET training_runs", response(200, b'{"training_runs": []}'), times=None)
         yield server, server.base_url.replace("127.0.0.1", host)
 
 
@@ -47,10 +48,7 @@ def ask(request, tmp_path):
     def ask_api(base_url, timeout_s=10):
         credentials = Credentials({"TINKER_API_KEY": "tml-k"}, home=str(tmp_path))
         with Client(base_url, credentials, Telemetry(), timeout_s=timeout_s) as client:
-            try:
-                client.list_training_runs(limit=1)
-            except errors.Unauthorized:  # by the server itself
-                return
+            assert client.list_training_runs(limit=1).items == ()
 
     def ask_store(base_url, timeout_s=10):
         with ObjectStoreClient(TransferMonitor(Telemetry(), timeout_s)) as client:
