@@ -50,32 +50,21 @@ def test_budget_limits_attempts(time):
 
 
 def test_budget_limits_failures_of_a_kind(time):
-    limits = {FailureKind.STALLED: 2}
+    limits = {FailureKind.NOT_SENT: 2}
     budget = RetryBudget(BACKOFF, 1000, max_failures=limits, clock=time.clock)
-    assert budget.next_delay_s(FailureKind.STALLED) is not None
+    assert budget.next_delay_s(FailureKind.NOT_SENT) is not None
     for _ in range(5):
         assert budget.next_delay_s() is not None
-    assert budget.next_delay_s(FailureKind.STALLED) is None
+    assert budget.next_delay_s(FailureKind.NOT_SENT) is None
 
 
-@pytest.mark.parametrize("has_last_attempt", [False, True])
-def test_budget_ends_at_the_deadline(time, has_last_attempt):
-    budget = RetryBudget(Backoff(8.0, 8.0), 10, has_last_attempt=has_last_attempt, clock=time.clock)
+def test_budget_ends_at_the_deadline(time):
+    budget = RetryBudget(Backoff(8.0, 8.0), 10, clock=time.clock)
     assert budget.next_delay_s() >= 6
     time.advance(5)
-    assert budget.next_delay_s() == (5 if has_last_attempt else None)
+    assert budget.next_delay_s() is None
     time.advance(5)
     assert budget.next_delay_s(requested_s=0.0) is None
-
-
-def test_restarted_budget_is_whole_again(time):
-    budget = RetryBudget(BACKOFF, 10, max_attempts=2, clock=time.clock)
-    assert budget.next_delay_s() <= 1
-    time.advance(9)
-    budget.restart()
-    time.advance(9)
-    assert budget.failures == 0
-    assert budget.next_delay_s() <= 1
 
 
 @given(st.text())
