@@ -54,6 +54,7 @@ class App:
     """
 
     filesystem: FileSystem
+    mutations: Mutations
     weights: WeightsReader
     exports: Exports
     client: Client
@@ -164,4 +165,4 @@ def open_app(
             started_ns=int(clock.now() * 1e9),
         )
         filesystem = FileSystem(backend, cache_dir or Path("/"))
-        yield App(filesystem, weights, exports, client, telemetry, settings)
+        yield App(filesystem, mutations, weights, exports, client, telemetry, settings)

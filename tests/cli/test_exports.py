@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 
 import pyrage
@@ -120,6 +121,37 @@ def test_failed_export_has_the_words_of_the_server(server, env, path, tmp_path):
     assert done.returncode == 1
     assert "out of memory" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("endpoint", ["POST load_weights", "POST save_weights_external"])
+def test_checkpoint_saved_again_leaves_no_export(server, env, path, tmp_path, endpoint):
+    def save_again():
+        run_id = server.account.run_ids[-1]
+        server.account.add_checkpoint(run_id, "weights/w", size_bytes=MIB, time_s=1.9e9)
+
+    server.faults.add(endpoint, call=save_again)
+    done = tinkerfs("get", "--export", path, tmp_path / "out", env=env)
+    assert done.returncode == 1
+    assert f"{path}: API: the checkpoint was saved again" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert exports_of(server) == []
+    done = tinkerfs("get", "--export", path, tmp_path / "out", env=env)
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path / "out") == expected_files(server)
+
+
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_public_checkpoint_of_other_user_is_exported(server, env, tmp_path, is_listed):
+    run_id = server.account.foreign_run_ids[0]
+    server.account.add_checkpoint(run_id, "weights/p", size_bytes=MIB, is_public=True)
+    if not is_listed:
+        hidden = re.compile(f"GET .*/{run_id.partition(':')[0]}.*/checkpoints$")
+        server.faults.add(hidden, status=404, times=None)
+    done = tinkerfs("get", "--export", f"tinker://{run_id}/weights/p", tmp_path / "out", env=env)
+    assert done.returncode == 0, done.stderr
+    assert NAME in files_in(tmp_path / "out")
+    assert server.journal.count("POST create_session") == 1
+    assert exports_of(server) == []
 
 
 def test_age_files_are_copied_and_decrypted(server, env, path, tmp_path):

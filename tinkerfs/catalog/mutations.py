@@ -132,11 +132,15 @@ class Mutations:
     def check_current(self, expected: ListedCheckpoint) -> None:
         """Request the checkpoints of the run, and compare the version of one.
 
+        A record without a time is not compared. It identifies no version, and that of another
+        account's checkpoint may be in no listing.
+
         Raises:
             ApiError: the request failed; Conflict if the checkpoint was saved again; NotFound if it
                 was removed.
         """
-        self._refetch_expected(expected, in_trash=False)
+        if expected.is_dated:
+            self._refetch_expected(expected, in_trash=False)
 
     def _delete(self, checkpoint: ListedCheckpoint) -> None:
         recheck = self._recheck(checkpoint, lambda current: current is None)

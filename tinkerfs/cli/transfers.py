@@ -68,7 +68,11 @@ def temporary_exports(
         click.echo(escape_control_chars(f"tinkerfs: {text}"), err=True)
 
     with TemporaryExports(
-        app.exports, announce, recipients=age_recipient, keeps=keep_export
+        app.exports,
+        app.mutations.check_current,
+        announce,
+        recipients=age_recipient,
+        keeps=keep_export,
     ) as exports:
         yield exports
 

@@ -3,9 +3,11 @@
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final, Self
 
 from tinkerfs import errors
+from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.vfs.weights_nodes import WeightsRef
 from tinkerfs.weights.exports import Exports
@@ -23,6 +25,7 @@ class TemporaryExports:
     of a failed one only by their expiry, so that the same command can resume.
 
     Args:
+        check_current: raises ApiError if the server has another version of a checkpoint.
         announce: tells the user what is about to start.
         recipients: age recipients for which the files are encrypted; empty for plain files.
         keeps: whether to keep the exports after the transfer.
@@ -31,12 +34,14 @@ class TemporaryExports:
     def __init__(
         self,
         exports: Exports,
+        check_current: Callable[[ListedCheckpoint], None],
         announce: Callable[[str], None],
         *,
         recipients: Sequence[str] = (),
         keeps: bool = False,
     ) -> None:
         self._exports = exports
+        self._check_current = check_current
         self._announce = announce
         self._recipients = recipients
         self._keeps = keeps
@@ -57,14 +62,21 @@ class TemporaryExports:
         """Export a checkpoint, and wait until that is done.
 
         Raises:
-            ApiError: the server refused or failed.
+            ApiError: the server refused or failed; Conflict if the checkpoint was saved again.
         """
         path = ref.checkpoint.tinker_path
         self._announce(
             f"exporting {path}: the server has no archive of it; this starts a training session on"
             " its base model, takes minutes, needs capacity and may cost"
         )
-        self._exports.export(ref.version, TTL_S, path, BACKGROUND_CONTEXT, self._recipients)
+        self._exports.export(
+            ref.version,
+            TTL_S,
+            path,
+            BACKGROUND_CONTEXT,
+            self._recipients,
+            check_current=partial(self._check_current, ref.checkpoint),
+        )
         with self._lock:
             self._refs.append(ref)
 

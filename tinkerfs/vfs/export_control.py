@@ -4,6 +4,8 @@ A server without archives exports a training checkpoint as external weights. Tha
 uses the account's capacity, so only a write starts it.
 """
 
+from functools import partial
+
 from msgspec.structs import replace
 
 from tinkerfs.catalog.listings import ListedCheckpoint
@@ -33,11 +35,7 @@ def _write(node: NodeContext, text: str) -> None:
     if ttl_s is None:
         backend.exports.delete(version, node.path, ctx)
         return
-
-    def check_current() -> None:
-        if not version.ref.is_foreign:  # the checkpoints of another account cannot be listed
-            backend.mutations.check_current(checkpoint)
-
+    check_current = partial(backend.mutations.check_current, checkpoint)
     backend.exports.export(version, ttl_s, node.path, ctx, check_current=check_current)
 
 
