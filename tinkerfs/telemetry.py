@@ -157,14 +157,6 @@ class Telemetry:
                 "last_errors": [_format_error(error) for error in self.errors.entries()[-5:]],
             }
 
-    def errors_text(self) -> str:
-        """Return the last failures, one per line, newest last."""
-        return self.errors.text().decode()
-
-    def changes_text(self) -> str:
-        """Return the last changes, one per line, newest last."""
-        return self.changes.text().decode()
-
 
 def rfc3339(seconds: float) -> str:
     """Return a time (seconds since 1970) as RFC 3339 in UTC, to the second."""

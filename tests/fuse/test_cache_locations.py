@@ -113,7 +113,7 @@ def test_cache_without_locks_stays_within_max_size(loopback, seems_lockable, mon
         assert cache.usage_bytes() <= LIMIT_BYTES
     for file in opened:
         file.close()
-    messages = telemetry.errors_text()
+    messages = telemetry.errors.text().decode()
     assert "disk is full" not in messages
     assert messages.count("\n") == (1 if seems_lockable else 0), messages
     assert ("files cannot be locked there (No locks available)" in messages) == seems_lockable

@@ -24,7 +24,7 @@ def test_errors_are_listed_newest_last_without_secrets(telemetry, time):
     telemetry.record_error("/a", "open", OSError(errno.EIO, "https://s/x?sig=secret tml-key"))
     time.advance(1)
     telemetry.record_error("/b\n", "stat", OSError(errno.EPERM, "no"))
-    first, second = telemetry.errors_text().splitlines()
+    first, second = telemetry.errors.text().decode().splitlines()
     assert first.split("\t")[1:4] == ["/a", "open", "EIO"]
     assert "secret" not in first
     assert "tml-key" not in first
@@ -35,7 +35,7 @@ def test_repeated_error_increments_its_count(telemetry):
     telemetry.record_error("/first", "open", OSError(errno.EIO, "x"))
     for _ in range(1000):
         telemetry.record_error("/loop", "open", OSError(errno.EIO, "x"))
-    lines = telemetry.errors_text().splitlines()
+    lines = telemetry.errors.text().decode().splitlines()
     assert len(lines) == 2
     assert lines[1].endswith("(1000 times)")
     assert telemetry.snapshot()["counters"] == {"errors": 1001}
@@ -45,19 +45,20 @@ def test_errors_and_changes_have_at_most_100_lines(telemetry):
     for number in range(MAX_LOG_LINES + 5):
         telemetry.record_error(f"/{number}", "open", OSError(errno.EIO, "x"))
         telemetry.begin_mutation(f"/{number}", "delete", Caller(1, 0, 1))
-    assert len(telemetry.errors_text().splitlines()) == MAX_LOG_LINES
-    assert len(telemetry.changes_text().splitlines()) == MAX_LOG_LINES
-    assert "\t/5\t" in telemetry.errors_text().splitlines()[0]
+    assert len(telemetry.errors.text().decode().splitlines()) == MAX_LOG_LINES
+    assert len(telemetry.changes.text().decode().splitlines()) == MAX_LOG_LINES
+    assert "\t/5\t" in telemetry.errors.text().decode().splitlines()[0]
 
 
 def test_change_is_listed_from_its_request_on(telemetry):
     change = telemetry.begin_mutation("/c", "delete", Caller(0, 1000, 0))
     assert (
-        telemetry.changes_text() == "2027-01-15T08:00:00Z\t/c\tdelete\t?[0] uid 1000\tin flight\n"
+        telemetry.changes.text().decode()
+        == "2027-01-15T08:00:00Z\t/c\tdelete\t?[0] uid 1000\tin flight\n"
     )
     change.abandoned_with = "EINTR"
     telemetry.end_mutation(change, "done")
-    assert telemetry.changes_text().endswith("\tdone (its caller: EINTR)\n")
+    assert telemetry.changes.text().decode().endswith("\tdone (its caller: EINTR)\n")
 
 
 def test_snapshot_has_requests_waits_and_hits(telemetry, time):

@@ -189,7 +189,7 @@ def test_corrupt_block_is_never_returned(cache_of, telemetry, spoil, is_remounte
     assert whole(file, 0) == left
     assert whole(file, 1) is None
     if spoil is not swap:
-        assert "altered" in telemetry.errors_text()
+        assert "altered" in telemetry.errors.text().decode()
     assert file.put(0, block(0))
     assert whole(file, 0) == block(0)
     file.close()
@@ -256,14 +256,14 @@ def test_cache_full_of_open_files_rejects_blocks(cache_of, telemetry):
         assert stored[:3] == [True] * 3
         assert not any(stored[5:])
         assert whole(file, 0) == block(0)
-    assert telemetry.errors_text().count("full of open files") == 1
+    assert telemetry.errors.text().decode().count("full of open files") == 1
 
 
 def test_minimum_free_disk_space_is_respected(cache_of, telemetry):
     cache = cache_of(min_free_bytes=1 << 62)
     with contextlib.closing(cache.open("key", "about")) as file:
         assert not file.put(0, block(0))
-    assert "ENOSPC" in telemetry.errors_text()
+    assert "ENOSPC" in telemetry.errors.text().decode()
 
 
 def test_smaller_bound_evicts_blocks_of_a_larger_one(cache_of):
@@ -299,7 +299,7 @@ def test_unwritable_directory_is_reported_once(cache_of, telemetry, tmp_path):
         for index in range(5):
             assert not file.put(index, block(0))
             assert whole(file, index) is None
-    assert len(telemetry.errors_text().splitlines()) == 1
+    assert len(telemetry.errors.text().decode().splitlines()) == 1
 
 
 def test_full_disk_leaves_no_partial_block(cache_of, telemetry):
@@ -318,7 +318,7 @@ cache = BlockCache(Path({str(cache.directory)!r}), telemetry, max_bytes=1 << 30,
 file = cache.open("key", "about")
 assert not file.put(0, bytes({BLOCK}))
 assert [file.read(0, 0, 10, {BLOCK})] == [None]
-assert "EFBIG" in telemetry.errors_text()
+assert "EFBIG" in telemetry.errors.text().decode()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [path.name for path in cache.directory.rglob("*") if path.name[0] in ".0123456789"] == [

@@ -247,7 +247,7 @@ def test_outage_serves_the_stale_value_and_is_reported(cache, time, telemetry):
     time.advance(31)
     load.result = errors.ConnectionFailed("refused")
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"
-    assert "refused" in telemetry.errors_text()
+    assert "refused" in telemetry.errors.text().decode()
     assert telemetry.snapshot()["counters"]["stale_if_error_hits"] == 1
     calls = load.calls
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "one"

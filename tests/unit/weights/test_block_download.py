@@ -74,7 +74,7 @@ def test_download_with_failing_disk_continues_in_memory(opened, monkeypatch, at,
     monkeypatch.setattr(BlockWriter, "write", failing(BlockWriter.write, at, error))
     assert read(mount, subject) == truth(server, subject, NAME)
     assert requested(server)[1] < 31 * MIB, "nothing was downloaded again"
-    assert errno.errorcode[error] in mount.telemetry.errors_text()
+    assert errno.errorcode[error] in mount.telemetry.errors.text().decode()
     assert not [path for path in mount.cache.directory.rglob(".*") if path.is_file()]
 
 

@@ -89,8 +89,8 @@ def test_export_is_known_to_the_next_mount(server, exports, open_exports, checkp
     other = open_exports()
     assert other.find(checkpoint) == record
     assert other.describe(checkpoint) == text
-    assert "export for 3600 s" in telemetry.changes_text()
-    assert telemetry.changes_text().rstrip().endswith("done")
+    assert "export for 3600 s" in telemetry.changes.text().decode()
+    assert telemetry.changes.text().decode().rstrip().endswith("done")
 
 
 def test_second_export_renews_the_expiry_of_the_first(server, exports, checkpoint):

@@ -85,7 +85,7 @@ def test_fault_gives_the_right_bytes_or_an_error(fault, times, read, demo_server
     server.faults.clear()
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         check(sequential(file), expected)
-    assert "X-Signature" not in mount.telemetry.errors_text()
+    assert "X-Signature" not in mount.telemetry.errors.text().decode()
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -77,4 +77,4 @@ def test_killed_readers_leave_only_valid_blocks(demo_server, tmp_path, weights_o
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         assert file.read(len(expected), 0, BACKGROUND_CONTEXT) == expected
     assert cached_bytes > 0
-    assert "altered" not in mount.telemetry.errors_text()
+    assert "altered" not in mount.telemetry.errors.text().decode()

@@ -249,7 +249,7 @@ def test_external_weights_are_listed_as_files(demo_server, weights_of):
     sizes = {name: member.size_bytes for name, member in listing.members.items()}
     assert sizes == {"b.safetensors": 9 * MIB, "empty": 0, "directory/deep/a.age": 6}
     assert len(listing.skipped) == 2
-    assert "left out" in mount.telemetry.errors_text()
+    assert "left out" in mount.telemetry.errors.text().decode()
     for name in sizes:
         assert read(mount, subject, name) == checkpoint.files[name].read(0, sizes[name])
     assert server.journal.count("GET external_weights_urls") == 1
@@ -310,7 +310,7 @@ def test_unsafe_members_are_skipped_and_reported(demo_server, weights_of):
     subject, mount = mounted(demo_server(runs=1), weights_of, archive)
     listing = mount.weights.files(subject, BACKGROUND_CONTEXT)
     assert (set(listing.members), len(listing.skipped)) == ({"good"}, 2)
-    assert "'../up'" in mount.telemetry.errors_text()
+    assert "'../up'" in mount.telemetry.errors.text().decode()
     with pytest.raises(FileNotFoundError):
         mount.weights.open(subject, "../up", BACKGROUND_CONTEXT)
 
@@ -566,7 +566,7 @@ def test_no_secret_is_logged(small, weights_of, caplog):
     subject, mount = subject_of(small), weights_of(small)
     small.faults.add("store", status=500, times=2)
     read(mount, subject)
-    assert "X-Signature" not in caplog.text + mount.telemetry.errors_text()
+    assert "X-Signature" not in caplog.text + mount.telemetry.errors.text().decode()
     assert "X-Signature" not in json.dumps(mount.telemetry.snapshot())
 
 
