@@ -16,7 +16,7 @@ from tinkerfs.vfs.resolver import Node
 
 #: Maximum number of cached entries, enough for 1,000 runs with 10 checkpoints each. An entry takes
 #: 290 bytes.
-_MAX_ENTRIES = 98_304
+_MAX_ENTRIES = 114_688
 
 #: Maximum number of entries that are searched linearly; larger directories are indexed by name.
 _LINEAR_SEARCH_MAX = 16

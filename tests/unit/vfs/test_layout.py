@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tinkerfs.vfs import directory_cache
 from tinkerfs.vfs.layout import ROOT, render_layout_docs
 from tinkerfs.vfs.node import inode_for_path
 from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, RemovalPolicy
@@ -72,3 +73,12 @@ def test_inode_for_path_sorts_by_rank(compared):
 
 def test_inode_for_path_is_unique():
     assert len({inode_for_path(f"/runs/{number}") for number in range(10_000)}) == 10_000
+
+
+def test_listings_of_1000_runs_with_10_checkpoints_fit_the_cache():
+    """A walk in order over more entries than the cache holds finds none of them again."""
+    rows = {path: len(directory.rows) for path, directory in directories(ROOT)}
+    # Of each also its name in the directory above, and of a run the three kinds.
+    per_checkpoint = rows["/runs/<run_id>/checkpoints/<kind>/<name>"] + 1
+    per_run = rows["/runs/<run_id>"] + 3 + 1
+    assert 1000 * (10 * per_checkpoint + per_run) <= directory_cache._MAX_ENTRIES
