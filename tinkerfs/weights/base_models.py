@@ -64,10 +64,11 @@ _NEMOTRON: Final = {"model_type": "nemotron_h", "architectures": ("NemotronHForC
 #: Models that the service offers, with what is known of them, as of 2026-11. A model is listed if
 #: tinker_cookbook 0.6.1 converts its adapters (`weights/README.md`; `model_info.py` has the names)
 #: and all facts have a source. `model_type`, `architectures` and prefixes are those of transformers
-#: 5.23 and of the cookbook (`weights/_merge*.py`). Three sources say if the output layer is tied:
+#: 5.23 and of the cookbook (`weights/_merge*.py`). Four sources say if the output layer is tied:
 #: (1) `tie_word_embeddings` in the config.json of the model at Hugging Face.
 #: (2) The cookbook, where it names the layer of this model.
 #: (3) The number of parameters, such as 8.95 billion for 9B.
+#: (4) The default of the model's configuration class in transformers 5.23.
 #: Rows of `in_proj` follow from config.json: 64 heads for Nano and Lightning, 128 for Super.
 _KNOWN: Final[tuple[tuple[tuple[str, ...], bool, dict[str, Any]], ...]] = (
     (  # (1)
@@ -93,7 +94,7 @@ _KNOWN: Final[tuple[tuple[tuple[str, ...], bool, dict[str, Any]], ...]] = (
         True,
         {"model_type": "qwen3_moe"},
     ),
-    (  # (1)
+    (  # (4)
         ("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct"),
         True,
         _QWEN3_VL_MOE,
