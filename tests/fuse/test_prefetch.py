@@ -1,5 +1,6 @@
 """`tinkerfs prefetch` and `get` of paths below a mount, and the requests of later reads."""
 
+import json
 import os
 from pathlib import Path
 
@@ -78,6 +79,33 @@ def test_prefetched_files_are_read_without_requests(make_account, tmp_path, way)
     assert found == {name: c.read(0, c.size_bytes) for name, c in expected.items()}
     assert costly_calls(account) == []
     assert not (tmp_path / ".cache").exists(), "the mount's cache was used"
+
+
+def test_prefetch_and_get_name_the_files_of_an_adapter(account, tmp_path):
+    run = account.server.account.runs()[0]
+    name = f"{run.id}@{run.checkpoints[0].id.replace('/', '@')}"
+    adapter = account.path(f"adapters/{name}")
+    env = env_of(account, tmp_path)
+    done = tinkerfs("prefetch", "--check", "--json", adapter, env=env)
+    assert [row["file"] for row in json.loads(done.stdout)["files"]] == [f"adapters/{name}/"]
+    done = tinkerfs("prefetch", "--json", adapter, env=env)
+    rows = json.loads(done.stdout)["files"]
+    assert {row["file"] for row in rows} == {
+        f"adapters/{name}/{each}" for each in os.listdir(adapter)
+    }
+    assert {row["checkpoint"] for row in rows} == {f"tinker://{run.id}/{run.checkpoints[0].id}"}
+    assert f"adapters/{name}/adapter_model.safetensors: 9.0 MiB" in done.stderr
+    config = adapter / "adapter_config.json"
+    done = tinkerfs("get", "--archive", config, tmp_path / "x.tar", env=env)
+    assert f"not adapters/{name}/adapter_config.json" in done.stderr
+    run.base_model = "deepseek-ai/DeepSeek-V3.1"
+    refused = account.path(f"adapters/{run.id}@{run.checkpoints[1].id.replace('/', '@')}")
+    for arguments in (("prefetch", refused), ("get", refused, tmp_path / "out")):
+        done = tinkerfs(*arguments, env=env)
+        assert done.returncode == 1
+        [line] = done.stderr.splitlines()
+        assert f"{refused.name}" in line
+        assert "DeepSeek V3" in line
 
 
 def test_prefetch_of_one_member_and_of_the_archive(account, tmp_path):

@@ -168,6 +168,6 @@ def _to_archive(ref: WeightsRef) -> WeightsRef:
     """
     if ref.member_path:
         raise errors.StartupError(
-            f"--archive needs a whole checkpoint, not files/{ref.member_path}"
+            f"--archive needs a whole checkpoint, not {ref.directory}/{ref.member_path}"
         )
     return replace(ref, is_archive=True)

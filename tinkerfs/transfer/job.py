@@ -120,7 +120,7 @@ class TransferJob(ABC, Generic[R]):
                     checkpoints.append(future.result())
                 else:
                     assert isinstance(error, Exception)
-                    self.failures.append(Failure(ref.checkpoint.tinker_path, error))
+                    self.failures.append(Failure(ref.label, error))
             self._transfer(checkpoints)
 
     def _open(self, ref: WeightsRef, stack: ExitStack) -> OpenCheckpoint:

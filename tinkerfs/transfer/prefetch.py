@@ -23,7 +23,8 @@ class PrefetchedFile:
     """What is cached of one file.
 
     Attributes:
-        file: path within the directory of the checkpoint.
+        file: path within the directory of the checkpoint, or within the tree if it begins with
+            `adapters/`.
         total_bytes: length of the file; None if it is unknown.
     """
 
@@ -69,7 +70,7 @@ class PrefetchJob(TransferJob[PrefetchedFile]):
             try:
                 self._check(ref)
             except OSError as error:
-                self.failures.append(Failure(ref.checkpoint.tinker_path, error))
+                self.failures.append(Failure(ref.label, error))
 
     def _check(self, ref: WeightsRef) -> None:
         version, context = ref.version, BACKGROUND_CONTEXT
@@ -90,7 +91,7 @@ class PrefetchJob(TransferJob[PrefetchedFile]):
                 self._add_result(ref, name, file)
 
     def _add_result(self, ref: WeightsRef, name: str, file: WeightsFile | None) -> None:
-        shown = "archive.tar" if ref.is_archive else f"files/{name}"
+        shown = "archive.tar" if ref.is_archive else f"{ref.directory}/{name}"
         cached_bytes = file.cached_bytes() if file else 0
         total_bytes = file.size_bytes if file else None
         tinker_path = ref.checkpoint.tinker_path
@@ -102,7 +103,7 @@ class PrefetchJob(TransferJob[PrefetchedFile]):
         self._require_cache_size(files)
         items = [
             Item(
-                f"{ref.checkpoint.tinker_path}/{name}".rstrip("/"),
+                f"{ref.label}/{name}".rstrip("/"),
                 file.size_bytes,
                 file.cached_bytes(),
             )

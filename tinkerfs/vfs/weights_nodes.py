@@ -81,6 +81,18 @@ class WeightsRef:
     member_path: str = ""
     base_model: Callable[[RequestContext], str | None] | None = None
 
+    @property
+    def directory(self) -> str:
+        """The directory of the files: within the checkpoint's directory, or within the tree."""
+        if self.base_model is None:
+            return "files"
+        return f"adapters/{name_encoding.encode_composite(self.checkpoint.key)}"
+
+    @property
+    def label(self) -> str:
+        """The name in messages: the tinker path, or the directory in `/adapters`."""
+        return self.checkpoint.tinker_path if self.base_model is None else self.directory
+
     def files(self, weights: WeightsReader) -> WeightsReader | AdapterFiles:
         """Return what lists and opens the files that are meant."""
         return weights if self.base_model is None else AdapterFiles(weights, self.base_model)
