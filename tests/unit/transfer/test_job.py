@@ -27,6 +27,10 @@ class Ref:
     is_archive: bool = False
     member_path: str = ""
 
+    @property
+    def label(self):
+        return self.checkpoint.tinker_path
+
     def files(self, weights):
         return weights
 
