@@ -70,7 +70,6 @@ ALLOWED_CIRCLES: set[tuple[str, ...]] = set()
 ALLOWED_NAMESAKES = {
     "Checkpoint": ["api.models", "demo.sample_data"],
     "Request": ["api.transport", "demo.request"],
-    "RetryBudget": ["retry", "weights.retry"],
     "Session": ["api.models", "demo.sample_data"],
 }
 

@@ -27,6 +27,11 @@ def test_backoff_doubles_up_to_its_maximum():
     assert BACKOFF.delay_s(10**9) == 10
 
 
+def test_backoff_starts_after_the_immediate_retries():
+    backoff = Backoff(1.0, 10.0, immediate_retries=2)
+    assert [backoff.delay_s(failures) for failures in range(1, 7)] == [0, 0, 1, 2, 4, 8]
+
+
 def test_budget_delays_are_jittered_backoffs(time):
     budget = RetryBudget(BACKOFF, 1000, clock=time.clock)
     for expected_s in (1, 2, 4, 8, 10, 10):
@@ -50,21 +55,44 @@ def test_budget_limits_attempts(time):
 
 
 def test_budget_limits_failures_of_a_kind(time):
-    limits = {FailureKind.NOT_SENT: 2}
+    limits = {FailureKind.UNUSABLE_RESPONSE: 2}
     budget = RetryBudget(BACKOFF, 1000, max_failures=limits, clock=time.clock)
-    assert budget.next_delay_s(FailureKind.NOT_SENT) is not None
+    assert budget.next_delay_s(FailureKind.UNUSABLE_RESPONSE) is not None
     for _ in range(5):
         assert budget.next_delay_s() is not None
-    assert budget.next_delay_s(FailureKind.NOT_SENT) is None
+    assert budget.next_delay_s(FailureKind.UNUSABLE_RESPONSE) is None
 
 
-def test_budget_ends_at_the_deadline(time):
-    budget = RetryBudget(Backoff(8.0, 8.0), 10, clock=time.clock)
+@pytest.mark.parametrize("has_last_attempt", [False, True])
+def test_budget_ends_at_the_deadline(time, has_last_attempt):
+    budget = RetryBudget(Backoff(8.0, 8.0), 10, has_last_attempt=has_last_attempt, clock=time.clock)
     assert budget.next_delay_s() >= 6
     time.advance(5)
-    assert budget.next_delay_s() is None
+    assert budget.next_delay_s() == (5 if has_last_attempt else None)
+    assert budget.next_delay_s(requested_s=6.0) is None
     time.advance(5)
     assert budget.next_delay_s(requested_s=0.0) is None
+
+
+def test_budget_is_extended_by_a_stall(time):
+    budget = RetryBudget(BACKOFF, 10, clock=time.clock)
+    time.advance(11)
+    assert budget.next_delay_s(FailureKind.STALLED, requested_s=9.0) == 9.0
+    assert budget.next_delay_s(requested_s=10.0) is None
+    time.advance(9)
+    assert budget.next_delay_s(requested_s=0.0) is None
+
+
+def test_budget_restarts_after_progress(time):
+    budget = RetryBudget(BACKOFF, 10, max_attempts=2, clock=time.clock)
+    assert budget.next_delay_s(FailureKind.STALLED) <= 1
+    time.advance(19)
+    budget.restart()
+    time.advance(9)
+    assert budget.next_delay_s() <= 1
+    budget.restart()
+    time.advance(10)
+    assert budget.next_delay_s() is None
 
 
 @given(st.text())

@@ -15,8 +15,7 @@ from tinkerfs.api.credentials import Credentials
 from tinkerfs.errors import StartupError
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.http import ObjectStoreClient
-from tinkerfs.weights.retry import TransferInterrupted
-from tinkerfs.weights.transfer_monitor import TransferMonitor
+from tinkerfs.weights.transfer_monitor import TransferInterrupted, TransferMonitor
 
 SUPPORT = Path(__file__).parents[1] / "support"
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

@@ -25,9 +25,9 @@ from tinkerfs.weights.extracted_tree import ExtractedTree, MemberRejected
 from tinkerfs.weights.gzip_stream import GZIP_MAGIC, inflated
 from tinkerfs.weights.probe import empty_archive
 from tinkerfs.weights.range_source import Connect, RangeSource
-from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.tar_index import Member, Segment, read_members, sanitize_member_name
 from tinkerfs.weights.transfer import OVERLAP_BYTES
+from tinkerfs.weights.transfer_monitor import TransferInterrupted
 from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
@@ -151,12 +151,12 @@ def archive_index(
         ApiError: the download fails.
         OSError: EIO if the archive is corrupt.
     """
-    retry_budget, number = RetryBudget(connect().monitor.stall_timeout_s), 0
+    retry_budget, number = connect().monitor.retry_budget(), 0
     while True:
         try:
             return _archive_index(connect, url_provider, cache, cache_key, description)
         except TransferInterrupted as interruption:
-            retry_budget.backoff_or_raise(interruption)
+            interruption.wait_or_raise(retry_budget)
         except ValueError as error:
             number += 1
             if number == TRIES:

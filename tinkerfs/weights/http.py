@@ -16,9 +16,14 @@ import urllib3
 
 from tinkerfs import __version__, errors, proxies, tls
 from tinkerfs.errors import StartupError
-from tinkerfs.weights.retry import TransferInterrupted
+from tinkerfs.retry import FailureKind
 from tinkerfs.weights.store_connection import StaleConnection, TlsSocket, use_deadlines
-from tinkerfs.weights.transfer_monitor import CHUNK_BYTES, STORE_ENDPOINT, TransferMonitor
+from tinkerfs.weights.transfer_monitor import (
+    CHUNK_BYTES,
+    STORE_ENDPOINT,
+    TransferInterrupted,
+    TransferMonitor,
+)
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -164,7 +169,8 @@ class ObjectStoreClient:
             return self.monitor.stall_error(host)
         if isinstance(error, urllib3.exceptions.InvalidHeader):  # two different lengths
             return TransferInterrupted(
-                errors.ProtocolError(f"no HTTP from {host}: {detail}", endpoint=STORE_ENDPOINT)
+                errors.ProtocolError(f"no HTTP from {host}: {detail}", endpoint=STORE_ENDPOINT),
+                FailureKind.UNUSABLE_RESPONSE,
             )
         if isinstance(error, urllib3.exceptions.ProtocolError):
             return TransferInterrupted(

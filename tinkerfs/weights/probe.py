@@ -2,8 +2,7 @@
 
 from tinkerfs import errors
 from tinkerfs.weights.range_source import Connect, RangeSource
-from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
-from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT, TransferInterrupted
 from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
@@ -27,9 +26,9 @@ def read_archive_version(connect: Connect, url_provider: UrlProvider) -> Version
     Raises:
         ApiError: the request fails, or the archive stays empty.
     """
-    retry_budget = RetryBudget(connect().monitor.stall_timeout_s)
+    retry_budget = connect().monitor.retry_budget()
     while not (version := _read_version(connect, url_provider)).size_bytes:
-        retry_budget.backoff_or_raise(empty_archive())
+        empty_archive().wait_or_raise(retry_budget)
     return version
 
 

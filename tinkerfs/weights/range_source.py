@@ -15,7 +15,7 @@ from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.errors import ApiError
-from tinkerfs.retry import parse_retry_after_s
+from tinkerfs.retry import RetryBudget, parse_retry_after_s
 from tinkerfs.weights.etags import SAMPLE_BYTES, EtagAliases, Sample, sample_of
 from tinkerfs.weights.responses import (
     ContentRange,
@@ -23,9 +23,8 @@ from tinkerfs.weights.responses import (
     parse_content_range,
     unsatisfied_size,
 )
-from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
 from tinkerfs.weights.transfer import RangeResponse, Transfer
-from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT, TransferInterrupted
 from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
@@ -105,7 +104,7 @@ class RangeSource:
             ApiError: all attempts fail.
             OSError: ESTALE if the file has changed or is gone.
         """
-        retry_budget = RetryBudget(self._connect().monitor.stall_timeout_s)
+        retry_budget = self._connect().monitor.retry_budget()
         response = self.send(start - len(before), stop, retry_budget)
         return Transfer(self, response, start, stop, retry_budget, before)
 
@@ -141,7 +140,7 @@ class RangeSource:
             except _RetryWithoutIfRange:
                 pass
             except TransferInterrupted as interruption:
-                retry_budget.backoff_or_raise(interruption)
+                interruption.wait_or_raise(retry_budget)
             else:
                 if self._version is None:
                     # A resumed transfer must be of the same version.
@@ -236,9 +235,9 @@ class RangeSource:
             raise _UrlRejected(kind(message, endpoint=STORE_ENDPOINT, status=status))
         if status in _RETRIABLE or status >= 500:
             kind = errors.RateLimited if status == 429 else errors.ServerError
-            wait_s = parse_retry_after_s(response.headers, time.time())
+            requested_s = parse_retry_after_s(response.headers, time.time())
             raise TransferInterrupted(
-                kind(message, endpoint=STORE_ENDPOINT, status=status), wait_s=wait_s
+                kind(message, endpoint=STORE_ENDPOINT, status=status), requested_s=requested_s
             )
         raise errors.ClientError(message, endpoint=STORE_ENDPOINT, status=status)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tinkerfs import errors
-from tinkerfs.weights.retry import TransferInterrupted
-from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
+from tinkerfs.retry import FailureKind
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT, TransferInterrupted
 from tinkerfs.weights.version import UNKNOWN_BYTES
 
 if TYPE_CHECKING:
@@ -92,5 +92,6 @@ def invalid_response(response: "StreamedResponse", reason: str) -> TransferInter
     """Return the retryable error of a response that fails validation."""
     message = f"invalid response from {response.host}: {reason}"
     return TransferInterrupted(
-        errors.ProtocolError(message, endpoint=STORE_ENDPOINT, status=response.status)
+        errors.ProtocolError(message, endpoint=STORE_ENDPOINT, status=response.status),
+        FailureKind.UNUSABLE_RESPONSE,
     )

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 from msgspec.structs import replace
 
 from tinkerfs import errors
+from tinkerfs.retry import RetryBudget
 from tinkerfs.weights.responses import ContentRange, invalid_response
-from tinkerfs.weights.retry import RetryBudget, TransferInterrupted
-from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
+from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT, TransferInterrupted
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 #: Bytes that a resumed transfer requests again, to verify that the version is the same.
 OVERLAP_BYTES = 4096
+
+#: Progress that restarts the retry budget. So a slow transfer that makes progress is never aborted,
+#: and a dead store is reported within the timeout.
+PROGRESS_BYTES = 64 << 10
 
 _WITHOUT_END = 1 << 62
 
@@ -93,6 +97,7 @@ class Transfer:
         self._source = source
         self._response = response
         self._retry_budget = retry_budget
+        self._progress_bytes = 0
         # A strong ETag distinguishes versions. Without one, only the bytes themselves do.
         self._verifies_overlap = not self.version.is_exact
         self._tail = b"" if self.is_full_body else before
@@ -114,7 +119,6 @@ class Transfer:
                         self._source.record_sample(offset, fresh)
                     offset += len(fresh)
                     self._record(fresh)
-                    self._retry_budget.record_progress(len(fresh))
                     yield fresh
                     # The body is read to its end, because only then its connection is reused.
                     if offset == self.stop < self._response.content_range.stop:
@@ -124,7 +128,7 @@ class Transfer:
                     self.version = replace(self.version, size_bytes=offset)
             except TransferInterrupted as interruption:
                 if offset < self.stop:
-                    self._retry_budget.backoff_or_raise(interruption)
+                    interruption.wait_or_raise(self._retry_budget)
             finally:
                 self._response.http.close()
             if offset < self.stop:
@@ -162,6 +166,10 @@ class Transfer:
             self._tail = (self._tail + chunk[-OVERLAP_BYTES:])[-OVERLAP_BYTES:]
         if self._digest is not None:
             self._digest.update(chunk)
+        self._progress_bytes += len(chunk)
+        if self._progress_bytes >= PROGRESS_BYTES:
+            self._progress_bytes = 0
+            self._retry_budget.restart()
 
     def close(self) -> None:
         """Close the connection, unless the body has been read to its end."""

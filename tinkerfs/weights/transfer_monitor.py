@@ -1,4 +1,4 @@
-"""Bounds and counters that all transfers from object stores share.
+"""Bounds, counters and retries that all transfers from object stores share.
 
 Unlike `http` this module does not import urllib3, so that a mount starts faster.
 """
@@ -7,14 +7,50 @@ import threading
 import time
 
 from tinkerfs import errors
+from tinkerfs.errors import ApiError
+from tinkerfs.retry import STORE_BACKOFF, FailureKind, RetryBudget
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.retry import TransferInterrupted
 
 #: The name of a request to a store in messages and counters.
 STORE_ENDPOINT = "GET store"
 
 #: Maximum size of a chunk. Smaller reads would contend more for the interpreter lock.
 CHUNK_BYTES = 1 << 20
+
+#: Number of failures of a kind since the last progress at which a transfer fails.
+MAX_FAILURES = {FailureKind.STALLED: 2, FailureKind.UNUSABLE_RESPONSE: 8}
+
+
+class TransferInterrupted(Exception):
+    """A request got no valid response, or the response broke off.
+
+    Attributes:
+        error: raised if the retry budget is exhausted.
+        requested_s: the store's Retry-After, seconds; None if it sent none.
+    """
+
+    def __init__(
+        self,
+        error: ApiError,
+        kind: FailureKind = FailureKind.OTHER,
+        *,
+        requested_s: float | None = None,
+    ) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.kind = kind
+        self.requested_s = requested_s
+
+    def wait_or_raise(self, retry_budget: RetryBudget) -> None:
+        """Wait before the next attempt, or raise the error if the budget is exhausted.
+
+        Raises:
+            ApiError: `error`.
+        """
+        delay_s = retry_budget.next_delay_s(self.kind, self.requested_s)
+        if delay_s is None:
+            raise self.error
+        time.sleep(delay_s)
 
 
 class TransferMonitor:
@@ -29,6 +65,12 @@ class TransferMonitor:
         self._telemetry = telemetry
         self._stopping = threading.Event()
         self._used_at = time.monotonic()
+
+    def retry_budget(self) -> RetryBudget:
+        """Return the budget of one transfer; progress restarts it."""
+        return RetryBudget(
+            STORE_BACKOFF, self.stall_timeout_s, max_failures=MAX_FAILURES, has_last_attempt=True
+        )
 
     def record_request(self, outcome: str) -> None:
         """Count a request by its status or failure."""
@@ -63,5 +105,5 @@ class TransferMonitor:
         """Return the error that a transfer made almost no progress for `stall_timeout_s`."""
         message = f"{host} sent next to nothing for {self.stall_timeout_s:g} s"
         return TransferInterrupted(
-            errors.RequestTimeout(message, endpoint=STORE_ENDPOINT), is_stall=True
+            errors.RequestTimeout(message, endpoint=STORE_ENDPOINT), FailureKind.STALLED
         )

@@ -12,7 +12,7 @@ from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT
-from tinkerfs.weights.retry import BACKOFF_S
+from tinkerfs.retry import STORE_BACKOFF, Backoff
 
 MIB = 1 << 20
 NAME = "adapter_model.safetensors"
@@ -144,7 +144,8 @@ def test_read_of_a_response_invalid_once_is_correct(server, weights_of, case):
 
 @pytest.mark.parametrize("case", INVALID)
 def test_read_of_a_response_always_invalid_fails(server, weights_of, case, monkeypatch):
-    monkeypatch.setattr("tinkerfs.weights.retry.BACKOFF_S", (0.001, 0.01))
+    backoff = Backoff(0.004, 0.01, immediate_retries=1)
+    monkeypatch.setattr("tinkerfs.weights.transfer_monitor.STORE_BACKOFF", backoff)
     mount = weights_of(server, timeout_s=TIMEOUT_S)
     with open_in(mount, server) as file:
         rule = server.on("store", edited(INVALID[case]), times=None)
@@ -232,7 +233,7 @@ def test_read_of_an_unreachable_store_fails_in_time(server, weights_of):
         began = time.monotonic()
         with pytest.raises(errors.ConnectionFailed, match="refused"):
             file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
-        assert TIMEOUT_S <= time.monotonic() - began < 10 * TIMEOUT_S + BACKOFF_S[1]
+        assert TIMEOUT_S <= time.monotonic() - began < 10 * TIMEOUT_S + STORE_BACKOFF.max_s
 
 
 # --- versions ------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from tinkerfs import errors
+from tinkerfs.retry import FailureKind
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import http
 from tinkerfs.weights.http import ObjectStoreClient
-from tinkerfs.weights.retry import TransferInterrupted
-from tinkerfs.weights.transfer_monitor import TransferMonitor
+from tinkerfs.weights.transfer_monitor import TransferInterrupted, TransferMonitor
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 BODY = bytes(100 << 10)  # several TLS records, less than a socket buffer
@@ -153,7 +153,7 @@ def test_stalled_response_ends_by_the_timeout(is_secured, start):
             TransferInterrupted, match=r"localhost sent next to nothing for 1\.5 s"
         ) as raised:
             fetch(client, url)
-        assert raised.value.is_stall
+        assert raised.value.kind is FailureKind.STALLED
         gone.set()
 
 

@@ -109,6 +109,28 @@ def test_slow_transfer_continues_beyond_the_timeout(demo_server, weights_of):
     assert entry.end_s - entry.start_s > 3 * 1.0
 
 
+def test_transfer_with_progress_survives_many_breaks(demo_server, weights_of):
+    """Without a fresh budget after progress the delays between 10 retries would take 30 s."""
+    server = demo_server(runs=1, size_bytes=MIB)
+    subject, mount = subject_of(server), weights_of(server, timeout_s=3.0)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
+    server.journal.clear()
+    server.faults.add("store", cut_after_bytes=100 * KIB, times=None)
+    assert read(mount, subject) == truth(server, subject, NAME)
+    assert server.journal.count(ARCHIVE) > 10
+
+
+def test_transfer_with_little_progress_fails(demo_server, weights_of):
+    server = demo_server(runs=1, size_bytes=MIB)
+    subject, mount = subject_of(server), weights_of(server, timeout_s=1.0)
+    mount.weights.files(subject, BACKGROUND_CONTEXT)
+    server.journal.clear()
+    server.faults.add("store", cut_after_bytes=KIB, times=None)
+    with pytest.raises(errors.ConnectionFailed):
+        read(mount, subject)
+    assert 2 < server.journal.count(ARCHIVE) < 10
+
+
 def test_stalled_transfer_is_dropped_and_retried(demo_server, weights_of):
     server = demo_server(runs=1, size_bytes=MIB)
     subject, mount = subject_of(server), weights_of(server, timeout_s=1.0)

@@ -10,8 +10,7 @@ from tinkerfs import errors, network
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import store_connection
 from tinkerfs.weights.http import ObjectStoreClient
-from tinkerfs.weights.retry import TransferInterrupted
-from tinkerfs.weights.transfer_monitor import TransferMonitor
+from tinkerfs.weights.transfer_monitor import TransferInterrupted, TransferMonitor
 
 TIMEOUT_S = 0.4
 #: Of one request on a busy machine; without a deadline each of these would last forever.
