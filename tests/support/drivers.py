@@ -137,7 +137,7 @@ class InProcess:
             parts.append(part)
         data = b"".join(parts)
         assert handle.size_bytes == len(data)
-        assert self.filesystem.fstat(place, handle, self.call).size_bytes == len(data)
+        assert self.filesystem.fstat(handle, self.call).size_bytes == len(data)
         handle.close()
         return data
 

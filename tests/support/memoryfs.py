@@ -172,10 +172,10 @@ class MemoryFileSystem:
             ctx.mark_uncacheable()
         return self.attr(path)
 
-    def fstat(self, path: str, handle: MemoryHandle, ctx: RequestContext) -> Attr:
+    def fstat(self, handle: MemoryHandle, ctx: RequestContext) -> Attr:
         # Works also after the file was unlinked.
-        data = self.data(path)
-        return Attr(stat.S_IFREG | 0o644, len(data), MTIME_NS, inode_for_path(path), 1, 0, 0)
+        length, ino = len(self.data(handle.path)), inode_for_path(handle.path)
+        return Attr(stat.S_IFREG | 0o644, length, MTIME_NS, ino, 1, 0, 0)
 
     def scandir(self, path: str, ctx: RequestContext) -> DirectoryStream:
         if path.startswith("/slow/list-"):

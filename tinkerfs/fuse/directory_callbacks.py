@@ -22,8 +22,7 @@ from tinkerfs.fuse.abi import (
     make_stat_packer,
     negative_errno,
 )
-from tinkerfs.fuse.handles import OpenDirectory
-from tinkerfs.fuse.operations import Operations
+from tinkerfs.fuse.operations import OpenDirectory, Operations
 from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, dot_entries
 
 #: Flag of readdir: the kernel wants attributes (libfuse's fuse.h, enum fuse_readdir_flags).

@@ -24,11 +24,11 @@ class FileCallbacks:
         """Open a file, and store its handle number and flags in `info`."""
         fields = self._file_info_at(info)
         try:
-            file = self._operations.open(path.decode("utf-8", "surrogateescape"), fields.flags)
+            handle = self._operations.open(path.decode("utf-8", "surrogateescape"), fields.flags)
         except OSError as error:
             return negative_errno(error)
-        fields.fh = self._operations.register_handle(file)
-        fields.direct_io, fields.keep_cache = file.direct_io, file.keep_cache
+        fields.fh = self._operations.register_handle(handle)
+        fields.direct_io, fields.keep_cache = handle.direct_io, handle.keep_cache
         return 0
 
     def read(self, _path: bytes | None, buffer: int, size: int, offset: int, info: int) -> int:

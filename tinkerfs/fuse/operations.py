@@ -15,14 +15,13 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.context import Caller, RequestContext
 from tinkerfs.fuse.callers import Callers
-from tinkerfs.fuse.handles import OpenDirectory, OpenFile
 from tinkerfs.fuse.stat_callers import StatCallers
 from tinkerfs.fuse.worker_pool import SessionWorkers
 from tinkerfs.validity import Validity
@@ -31,6 +30,7 @@ from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, Handle, dot_entries
 
 if TYPE_CHECKING:
     from tinkerfs.vfs.directory_cache import CachedDirectory
+    from tinkerfs.vfs.directory_stream import DirectoryStream
     from tinkerfs.vfs.filesystem import FileSystem
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,18 @@ def _named_operation(
     return wrapped
 
 
+class OpenDirectory(NamedTuple):
+    """An open directory.
+
+    Attributes:
+        mutation_count: `FileSystem.local_mutation_count` when the directory was opened.
+    """
+
+    path: str
+    stream: "DirectoryStream"
+    mutation_count: int
+
+
 class Operations:
     """FUSE operations over a `FileSystem`.
 
@@ -127,7 +139,7 @@ class Operations:
         self._listing_ctx = replace(self._io_ctx, page_timeout_s=PAGE_TIMEOUT_S)
         self._numbers = itertools.count(1)
         # Single operations on a dict are atomic, and each number belongs to one file.
-        self._files: dict[int, OpenFile] = {}
+        self._files: dict[int, Handle] = {}
         self._directories: dict[int, OpenDirectory] = {}
         self._stat_callers = StatCallers()
         self._callers = Callers()
@@ -144,7 +156,7 @@ class Operations:
         uid, _gid, pid = self._workers.context()
         return self._callers.get(pid, uid)
 
-    def _file(self, fh: int) -> OpenFile:
+    def _file(self, fh: int) -> Handle:
         try:
             return self._files[fh]
         except KeyError:
@@ -192,7 +204,7 @@ class Operations:
         # The kernel sends no path for an open file that was unlinked: the handle has it.
         file = None if fh is None else self._files.get(fh)
         if file is not None:
-            return self._filesystem.fstat(file.path, file.handle, self._lookup_ctx)
+            return self._filesystem.fstat(file, self._lookup_ctx)
         ctx = self._lookup_ctx if validity is None else self._lookup_ctx.tracking(validity)
         attr = self._filesystem.stat(_require_path(path), ctx)
         if not stat.S_ISDIR(attr.mode):
@@ -264,7 +276,7 @@ class Operations:
     # Files
 
     @_operation
-    def open(self, path: str, flags: int) -> OpenFile:
+    def open(self, path: str, flags: int) -> Handle:
         """Open a file; the deadline is that of the file system, and longer for an archive build."""
         started = time.monotonic()
         handle = self._filesystem.open(path, flags, self._open_ctx)
@@ -273,23 +285,23 @@ class Operations:
         except OSError:
             handle.close()
             raise
-        return OpenFile(path, handle, handle.direct_io, handle.keep_cache)
+        return handle
 
-    def register_handle(self, file: OpenFile) -> int:
-        """Return a handle number for an open file, valid until `release`."""
+    def register_handle(self, handle: Handle) -> int:
+        """Return a number for the handle of an open file, valid until `release`."""
         number = next(self._numbers)
-        self._files[number] = file
+        self._files[number] = handle
         return number
 
     @_operation
     def read(self, fh: int, buffer: memoryview, offset: int) -> int:
         """Fill a buffer from `offset` on; return the number of bytes read."""
-        return self._file(fh).handle.read_into(buffer, offset, self._io_ctx)
+        return self._file(fh).read_into(buffer, offset, self._io_ctx)
 
     @_operation
     def write(self, _path: str | None, data: bytes, fh: int) -> int:
         """Write one whole value. There is no offset, because `>>` writes at the old size."""
-        return self._file(fh).handle.write(data, self._io_ctx)
+        return self._file(fh).write(data, self._io_ctx)
 
     @_operation
     def truncate(self, path: str | None, length: int, fh: int | None = None) -> None:
@@ -304,7 +316,7 @@ class Operations:
         """Close an open file."""
         file = self._files.pop(fh, None)
         if file is not None:
-            file.handle.close()
+            file.close()
 
     # Changes
 

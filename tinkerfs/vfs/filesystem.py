@@ -23,7 +23,12 @@ from tinkerfs.vfs.deletion_guard import DeletionGuard
 from tinkerfs.vfs.directory_cache import CachedDirectory, DirectoryCache
 from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.generated_files import GeneratedFileCache
-from tinkerfs.vfs.handles import GeneratedFileHandle, JournalHandle, WeightsHandle
+from tinkerfs.vfs.handles import (
+    ControlHandle,
+    GeneratedFileHandle,
+    JournalHandle,
+    WeightsHandle,
+)
 from tinkerfs.vfs.kernel_cache import PageCacheTracker, SizeHintTracker
 from tinkerfs.vfs.layout import ROOT
 from tinkerfs.vfs.node import Attr, Entry, Handle, StatFs, relative_target
@@ -64,7 +69,7 @@ class FileSystem:
         #: An adapter that serves a request from its own cache reports it to the guard.
         self.guard = DeletionGuard(backend.clock, backend.settings)
         self._resolver = PathResolver(ROOT, backend, self.guard.removals)
-        self._generated_files = GeneratedFileCache(backend.clock)
+        self._generated_files = GeneratedFileCache(backend.clock, self.check_and_touch)
         self._directories = DirectoryCache(self.check_and_touch)
         self._uid = os.getuid() if settings.uid is None else settings.uid
         self._gid = os.getgid() if settings.gid is None else settings.gid
@@ -160,8 +165,9 @@ class FileSystem:
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "readlink")
 
-    def fstat(self, path: str, handle: Handle, ctx: RequestContext) -> Attr:
+    def fstat(self, handle: Handle, ctx: RequestContext) -> Attr:
         """Return the attributes of an open file, also if unlinked, with the exact size."""
+        path = handle.path
         with self._reporting_errors(path, "stat"):
             attr = self._attr(self._resolver.resolve(path, ctx, include_hidden=True), ctx)
             size_bytes = handle.size_bytes
@@ -201,14 +207,17 @@ class FileSystem:
     def open(self, path: str, flags: int, ctx: RequestContext) -> Handle:
         """Open a file and load its content, unless it is read block by block.
 
-        The validity of the content is added to `ctx`.
-
         Raises:
             OSError: EPERM if the file is not writable, EROFS on a read-only mount, EOPNOTSUPP for
                 O_NOATIME on a file whose content needs an archive, or a failure to load it.
         """
-        is_for_writing = (flags & os.O_ACCMODE) != os.O_RDONLY
-        is_for_reading = (flags & os.O_ACCMODE) != os.O_WRONLY
+        access = flags & os.O_ACCMODE
+        if access == os.O_RDONLY:
+            shared = self._generated_files.shared_handle(path)
+            if shared is not None:
+                self.guard.on_open(path, flags, ctx.caller)
+                return shared
+        generation = self.generation
         try:
             node = self._resolver.resolve(path, ctx)
             row = node.row
@@ -216,7 +225,7 @@ class FileSystem:
                 raise errors.is_a_directory(path)
             if isinstance(row, Symlink):
                 raise errors.not_a_file(path)
-            if is_for_writing:
+            if access != os.O_RDONLY:
                 self.guard.check_open_to_write(node, ctx.caller)
             elif flags & os.O_NOATIME and _has_size_hint(row):
                 # GIO (Thunar, Nautilus, `gio info`) opens a file with this flag to guess its type,
@@ -232,23 +241,26 @@ class FileSystem:
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "open")
         try:
-            if is_for_reading:
+            if access != os.O_WRONLY:
                 self.guard.on_open(path, flags, ctx.caller)
-            data = self._render(node, ctx) if is_for_reading else None
+            if access != os.O_RDONLY:
+                data = None if access == os.O_WRONLY else self._render(node, ctx)
+                return ControlHandle(
+                    path,
+                    data,
+                    lambda ctx: self._render_path(path, ctx),
+                    lambda text, ctx: self._write_control(node, text, ctx),
+                )
+            if isinstance(row, GeneratedFile) and row.is_cacheable:
+                context = self._resolver.context_for(node, ctx)
+                return self._generated_files.open(node, context, generation)
+            data = self._render(node, ctx)
+            return GeneratedFileHandle(path, data, True, self._size_hints.reported_at(path))
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "read")
-        return GeneratedFileHandle(
-            path,
-            data,
-            lambda ctx: self._render_path(path, ctx),
-            (lambda text, ctx: self._write_control(node, text, ctx)) if is_for_writing else None,
-            direct_io=not self._generated_files.may_use_page_cache(node),
-            size_hint_reported_at=self._size_hints.reported_at(path),
-        )
 
     def _open_content(self, node: Node, row: ContentFile, ctx: RequestContext) -> Handle:
         path = node.path
-        ctx.mark_uncacheable()  # each handle owns the source that it reads from
         context = self._resolver.context_for(node, ctx)
         hint = row.size_hint(context)
         file = row.open(context)
@@ -401,7 +413,7 @@ class FileSystem:
 
     def _size_bytes(self, node: Node, row: FileSpec, ctx: RequestContext) -> int:
         if isinstance(row, ControlFile) or row.size_hint is None:
-            return len(self._render(node, ctx, is_read=False))
+            return len(self._render(node, ctx))
         ctx.mark_uncacheable()
         context = self._resolver.context_for(node, ctx)
         hint = row.size_hint(context)
@@ -429,17 +441,16 @@ class FileSystem:
             raise errors.not_found(node.path)
         return relative_target(target, node.path)
 
-    def _render(self, node: Node, ctx: RequestContext, *, is_read: bool = True) -> bytes:
-        """Return the content of a generated file, from the cache if it is valid there.
+    def _render(self, node: Node, ctx: RequestContext) -> bytes:
+        """Return the content of a file; expensive content is cached.
 
-        Content that is cheap to render is not cached if only its length is needed (`is_read` is
-        false), because the directory cache stores the length.
+        Other content need not be cached for stat(), because the directory cache stores its length.
         """
         row, context = node.row, self._resolver.context_for(node, ctx)
         if isinstance(row, GeneratedFile):
-            if row.is_volatile or row.size_hint is not None:
+            if not row.is_cacheable:
                 ctx.mark_uncacheable()
-            elif is_read or row.is_expensive:
+            elif row.is_expensive:
                 return self._generated_files.get(node, context)
         return row.render(context)  # type: ignore[no-any-return]
 

@@ -1,7 +1,9 @@
-"""Handles of open files: generated files, journals and weights."""
+"""Handles of open files: generated files, controls, journals and weights."""
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
+
+import msgspec
 
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
@@ -10,47 +12,79 @@ from tinkerfs.vfs.kernel_cache import PageCacheTracker
 from tinkerfs.weights.file import WeightsFile
 
 
-class GeneratedFileHandle:
-    """A file that is rendered at open(); a write acts immediately. Thread-safe.
+class GeneratedFileHandle(msgspec.Struct, frozen=True):
+    """A generated file that is open for reading. Immutable: opens of one content may share it.
 
-    Args:
-        path: for error messages.
-        data: the content; None if the file was not opened for reading.
-        render: returns the content after a write.
-        on_write: acts on a written value; None if the file was not opened for writing.
+    Attributes:
+        path: as `Handle.path`.
+        data: the content.
         direct_io: as `Handle.direct_io`. The content changes without the kernel's knowledge, and
             stat() may have reported an upper bound as the size.
         size_hint_reported_at: as `Handle.size_hint_reported_at`.
     """
 
-    __slots__ = ("_data", "_on_write", "_path", "_render", "direct_io", "size_hint_reported_at")
+    path: str
+    data: bytes
+    direct_io: bool
+    size_hint_reported_at: float | None = None
 
     #: Pages that another handle has cached may belong to another version.
+    keep_cache: ClassVar[bool] = False
+
+    @property
+    def size_bytes(self) -> int:
+        """The length."""
+        return len(self.data)
+
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
+        """Return the bytes of [offset, offset + size); fewer only at the end."""
+        del ctx
+        return self.data[offset : offset + size]
+
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
+        """Fill a buffer with the bytes from `offset` on, and return their number."""
+        del ctx
+        data = self.data[offset : offset + len(buffer)]
+        buffer[: len(data)] = data
+        return len(data)
+
+    def write(self, data: bytes, ctx: RequestContext) -> int:
+        """Raise EBADF."""
+        del data, ctx
+        raise errors.bad_handle(self.path, "not opened for writing")
+
+    def close(self) -> None:
+        """Do nothing: the handle owns only memory."""
+
+
+class ControlHandle:
+    """A control file that is open for writing; a write acts immediately. Thread-safe.
+
+    Args:
+        path: as `Handle.path`.
+        data: the content; None if the file was not opened for reading.
+        render: returns the content after a write.
+        on_write: acts on a written value.
+    """
+
+    __slots__ = ("_data", "_on_write", "_render", "path")
+
+    #: A write changes the content without the kernel's knowledge.
+    direct_io = True
     keep_cache = False
+    size_hint_reported_at = None
 
     def __init__(
         self,
         path: str,
         data: bytes | None,
         render: Callable[[RequestContext], bytes],
-        on_write: Callable[[str, RequestContext], None] | None,
-        *,
-        direct_io: bool,
-        size_hint_reported_at: float | None,
+        on_write: Callable[[str, RequestContext], None],
     ) -> None:
-        self.direct_io = direct_io
-        self.size_hint_reported_at = size_hint_reported_at
-        self._path = path
+        self.path = path
+        self._data = data
         self._render = render
         self._on_write = on_write
-        self._data = data
-
-    def load(self, ctx: RequestContext) -> bytes:
-        """Return the content, rendered first if there was a write since the last read."""
-        data = self._data
-        if data is None:
-            data = self._data = self._render(ctx)
-        return data
 
     @property
     def size_bytes(self) -> int | None:
@@ -58,8 +92,11 @@ class GeneratedFileHandle:
         return None if self._data is None else len(self._data)
 
     def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
-        """Return the bytes of [offset, offset + size); fewer only at the end."""
-        return self.load(ctx)[offset : offset + size]
+        """Return the bytes of [offset, offset + size), rendered again after a write."""
+        data = self._data
+        if data is None:
+            data = self._data = self._render(ctx)
+        return data[offset : offset + size]
 
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
         """Fill a buffer with the bytes from `offset` on, and return their number."""
@@ -68,13 +105,7 @@ class GeneratedFileHandle:
         return len(data)
 
     def write(self, data: bytes, ctx: RequestContext) -> int:
-        """Act on one whole value; the offset of the write does not matter.
-
-        Raises:
-            OSError: EBADF if the file was not opened for writing, or the failure of the action.
-        """
-        if self._on_write is None:
-            raise errors.bad_handle(self._path, "not opened for writing")
+        """Act on one whole value; the offset of the write does not matter."""
         self._on_write(data.decode("utf-8", "replace"), ctx)
         self._data = None
         return len(data)
@@ -92,7 +123,7 @@ class JournalHandle:
     size_hint_reported_at = None
 
     def __init__(self, path: str, journal: Journal[Any]) -> None:
-        self._path = path
+        self.path = path
         self._journal = journal
         journal.open()
 
@@ -115,7 +146,7 @@ class JournalHandle:
     def write(self, data: bytes, ctx: RequestContext) -> int:
         """Raise EBADF."""
         del data, ctx
-        raise errors.bad_handle(self._path, "not opened for writing")
+        raise errors.bad_handle(self.path, "not opened for writing")
 
     def close(self) -> None:
         """Release the journal, which then drops its oldest lines."""
@@ -126,7 +157,7 @@ class WeightsHandle:
     """An open file of weights. Thread-safe.
 
     Args:
-        path: for error messages.
+        path: as `Handle.path`.
         file: owned by the handle, which closes it.
         raise_os_error: records the failure of a read and raises it as an OSError.
         page_cache: notified of the open and the close.
@@ -142,7 +173,7 @@ class WeightsHandle:
         page_cache: PageCacheTracker,
         size_hint_reported_at: float | None,
     ) -> None:
-        self._path = path
+        self.path = path
         self._file = file
         self._raise_os_error = raise_os_error
         self._page_cache = page_cache
@@ -176,9 +207,9 @@ class WeightsHandle:
     def write(self, data: bytes, ctx: RequestContext) -> int:
         """Raise EBADF."""
         del data, ctx
-        raise errors.bad_handle(self._path, "not opened for writing")
+        raise errors.bad_handle(self.path, "not opened for writing")
 
     def close(self) -> None:
         """Close the file."""
-        self._page_cache.on_close(self._path, self._file.key)
+        self._page_cache.on_close(self.path, self._file.key)
         self._file.close()

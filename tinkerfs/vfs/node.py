@@ -87,6 +87,11 @@ class Handle(Protocol):
     """One open file. Thread-safe; reads are positional."""
 
     @property
+    def path(self) -> str:
+        """The path by which the file was opened."""
+        ...
+
+    @property
     def direct_io(self) -> bool:
         """Whether reads must bypass the kernel's page cache and its cached file size."""
         ...

@@ -126,7 +126,7 @@ class PathResolver:
         assert directory.validity is not None
         static = directory.row.static_children.get(name)
         if static is not None and not isinstance(static, Directory):
-            return Node(static, directory.entity, path, directory)
+            return Node(static, directory.entity, path, directory, directory.validity)
         validity = directory.validity.copy()
         if static is not None:
             node = Node(static, directory.entity, path, directory, validity)

@@ -110,6 +110,11 @@ class GeneratedFile:
     journal: Callable[[NodeContext], Journal[Any]] | None = None
     mtime_ns: Callable[[NodeContext], int] | None = None
 
+    @property
+    def is_cacheable(self) -> bool:
+        """Whether the content may be cached: it depends only on metadata."""
+        return not self.is_volatile and self.size_hint is None
+
 
 @dataclass(frozen=True, slots=True)
 class ContentFile:
