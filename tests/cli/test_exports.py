@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import tarfile
 
 import pyrage
 import pytest
@@ -71,6 +72,48 @@ def test_get_exports_copies_and_deletes(server, env, path, tmp_path):
     assert exports_of(server) == []
     assert server.journal.count("POST create_session") == 1
     assert server.journal.count("POST finish") == 1
+
+
+def test_get_archive_exports_and_makes_a_tar(server, env, path, tmp_path):
+    tar = tmp_path / "w.tar"
+    done = tinkerfs("get", "--archive", path, tar, env=env)
+    assert done.returncode == 1
+    assert "tinkerfs get --export" in done.stderr
+    done = tinkerfs("get", "--archive", "--export", path, tar, env=env)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tar) as opened:
+        found = {member.name: opened.extractfile(member).read() for member in opened}
+    assert found == expected_files(server)
+    assert exports_of(server) == []
+    server.journal.clear()
+    done = tinkerfs("get", "--archive", path, tar, env=env)
+    assert done.returncode == 0, done.stderr
+    done = tinkerfs("get", path, tmp_path / "files", env=env)
+    assert done.returncode == 0, done.stderr
+    assert files_in(tmp_path / "files") == expected_files(server)
+    assert server.journal.count("store") == 0, "the files have the blocks of the tar"
+
+
+def is_after_4_mib(record):
+    return int(record.range.removeprefix("bytes=").partition("-")[0]) >= 4 * MIB
+
+
+def test_get_archive_resumes_a_tar_of_files(server, env, path, tmp_path):
+    run_id = path.split("/")[2]
+    server.account.add_checkpoint(run_id, "external_weights/e", size_bytes=9 * MIB)
+    external = f"tinker://{run_id}/external_weights/e"
+    tar = tmp_path / "e.tar"
+    rule = server.faults.add("GET store/file", status=500, times=None, when=is_after_4_mib)
+    failed = tinkerfs("get", "--archive", "--timeout=1", external, tar, env=env)
+    assert failed.returncode == 1, failed
+    rule.remove()
+    done = tinkerfs("get", "--archive", "--json", external, tar, env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["files"][0]["outcome"] == "resumed"
+    with tarfile.open(tar) as opened:
+        members = {member.name: opened.extractfile(member).read() for member in opened}
+    expected = server.files(run_id, "external_weights/e")
+    assert members == {name: each.read(0, each.size_bytes) for name, each in expected.items()}
 
 
 def test_get_keeps_an_export_on_request(server, env, path, tmp_path):

@@ -66,6 +66,42 @@ def test_written_duration_exports_the_checkpoint(account, directory):
     assert f"/{directory}/export\texport for 3600 s\t" in account.changes()
 
 
+@every_binding
+def test_tar_and_cp_read_the_archive_of_an_export(make_account, tmp_path):
+    account = make_account(runs=1, checkpoints=1, profile="official-0.36")
+    directory = f"{account.new_run('weights/1')}/checkpoints/weights/1"
+    done = account.sh(f"echo 1h > {directory}/export && ls -lL {directory}/archive.tar")
+    assert done.returncode == 0, done
+    out = tmp_path / "out"
+    out.mkdir()
+    script = f"""
+        set -e
+        cd {directory}
+        cp archive.tar {out}/copy.tar
+        stat -Lc %s archive.tar
+        tar xf archive.tar -C {out}
+        tar tvf archive.tar --full-time --utc --numeric-owner
+        diff -r --exclude=copy.tar files/ {out}
+        tar tf {out}/copy.tar | sort | diff - <(ls files/)
+        tail -c 10240 archive.tar | cmp - <(tail -c 10240 {out}/copy.tar)
+        rsync -L archive.tar {out}/again.tar && cmp {out}/copy.tar {out}/again.tar
+    """
+    done = account.sh(script)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    size, *listed = done.stdout.splitlines()
+    assert int(size) == (out / "copy.tar").stat().st_size
+    expected = account.server.files(directory.split("/")[1], "weights/1")
+    assert len(listed) == len(expected)
+    saved_at = time.strftime(
+        "%Y-%m-%d %H:%M", time.gmtime((account.root / directory).stat().st_mtime)
+    )
+    for line in listed:
+        mode, owner, size, *when, name = line.split()
+        assert (mode, owner) == ("-rw-r--r--", "0/0")
+        assert int(size) == expected[name].size_bytes
+        assert " ".join(when).startswith(saved_at)
+
+
 def test_prefetch_and_get_read_an_export(account, directory, tmp_path):
     def command(name, *arguments):
         return tinkerfs(name, account.root / directory, *arguments, env=env)

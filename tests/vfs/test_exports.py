@@ -1,6 +1,8 @@
 """Tests of exports: the control file `export`, and where weights come from."""
 
+import io
 import json
+import tarfile
 
 import pytest
 
@@ -22,6 +24,13 @@ def true_files(world, checkpoint_dir):
         name: content.read(0, content.size_bytes)
         for name, content in world.server.files(run_id, f"{kind}/{name}").items()
     }
+
+
+def tar_members(world, checkpoint_dir):
+    """Return the files in a checkpoint's `archive.tar` by name."""
+    data = world.driver.read(f"{checkpoint_dir}/archive.tar")
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
 
 
 def last_error(world, checkpoint_dir):
@@ -69,10 +78,9 @@ def test_write_exports_and_files_are_readable(world):
     assert world.server.journal.count("GET external_weights_urls") == 1
     assert world.server.journal.count("GET archive") <= 1
     assert f"/{directory}/export\texport for 3600 s\t" in world.changes()
-    for name in ("archive.tar", "archive_url"):
-        outcome = outcome_of(lambda name=name: world.driver.read(f"{directory}/{name}"))
-        assert outcome == "EOPNOTSUPP"
-        assert "an export has no archive (hint: " in last_error(world, directory)
+    assert tar_members(world, directory) == expected
+    assert outcome_of(lambda: world.driver.read(f"{directory}/archive_url")) == "EOPNOTSUPP"
+    assert "have no URL of an archive (hint: read archive.tar" in last_error(world, directory)
 
 
 @exports

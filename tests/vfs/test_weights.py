@@ -197,4 +197,11 @@ def test_external_weights_take_one_request(make_world):
     for name in listed:
         path = f"{checkpoint_dir}/files/{name}"
         assert len(world.driver.read(path)) == world.driver.stat(path).size
+    with tarfile.open(
+        fileobj=io.BytesIO(world.driver.read(f"{checkpoint_dir}/archive.tar"))
+    ) as tar:
+        for name in listed:
+            data = world.driver.read(f"{checkpoint_dir}/files/{name}")
+            assert tar.extractfile(name).read() == data
+    assert world.server.journal.count("GET archive") == 0
     assert world.server.journal.count("GET external_weights_urls") == 1

@@ -22,7 +22,7 @@ from tinkerfs.transfer.progress import TransferProgress
 @click.command(short_help="Copy a checkpoint's files to a directory; needs no mount.")
 @click.argument("path", shell_complete=complete_path)
 @click.argument("dest", shell_complete=complete_path)
-@click.option("--archive", is_flag=True, help="Copy the stored archive instead of its files.")
+@click.option("--archive", is_flag=True, help="Copy the archive instead of its files.")
 @click.option("--force", is_flag=True, help="Replace files in DEST that have other content.")
 @export_options
 @click.option(
@@ -48,7 +48,8 @@ def get(
 
     PATH is a tinker path or a path below a mount: a checkpoint, its files or one of them. For a
     run, /adapters or /runs, every checkpoint is copied to its own subdirectory of DEST. With
-    --archive, or if PATH is an archive.tar, DEST is the name of the tar file, or a directory.
+    --archive, or if PATH is an archive.tar, DEST is the name of the tar file, or a directory. The
+    files of an export or of external weights are copied as a tar then.
 
     Each file is written under a temporary name and renamed when it is complete. After an
     interruption, run the same command again: it resumes, unless the server has a new version. If

@@ -128,8 +128,7 @@ class TransferJob(ABC, Generic[R]):
         try:
             return self._open_files(ref, stack)
         except errors.NotExported:
-            is_exportable = ref.checkpoint.kind == "weights" and not ref.is_archive
-            if self._exports is None or not is_exportable:
+            if self._exports is None or ref.checkpoint.kind != "weights":
                 raise
         self._exports.export(ref)
         return self._open_files(ref, stack)

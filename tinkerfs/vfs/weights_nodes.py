@@ -42,7 +42,7 @@ _MAX_TENSORS_BYTES = 256 << 20
 _DOCS = {
     "archive_url": "a fresh signed URL of the archive and a newline; resolved when opened",
     "files": "the weight files; resolved when listed",
-    "archive.tar": "the archive, unmodified; resolved when opened",
+    "archive.tar": "the archive, or a tar of separate files; resolved when opened",
     "tensors.json": "name, dtype, shape and bytes of every tensor; resolved when opened",
 }
 

@@ -24,31 +24,39 @@ _SAMPLER = (
     "without archives, the service does not provide a sampler checkpoint for download"
     " (hint: save a training checkpoint or external weights instead)"
 )
-_NO_ARCHIVE = (
-    "an export has no archive"
-    " (hint: `echo 1h > export` in its directory, then use files/; this starts a training session"
-    " on the server, takes minutes, needs capacity and may cost)"
+_NO_ARCHIVE_URL = (
+    "separate files have no URL of an archive (hint: read archive.tar, which is made of {source})"
 )
+_SOURCES = {True: "its files", False: "an export: `echo 1h > export` in its directory"}
 
 
 def without_weights(
-    checkpoint: CheckpointVersion,
-    error: errors.UnsupportedEndpoint | None = None,
-    *,
-    is_archive: bool = False,
+    checkpoint: CheckpointVersion, error: errors.UnsupportedEndpoint | None = None
 ) -> OSError | errors.ApiError:
     """Return the error EOPNOTSUPP for weights that the server does not provide.
 
     Args:
         error: the response to the request for the archive; None if an export had been used.
-        is_archive: whether the archive itself was requested, and not its files.
     """
+    return _refusal(checkpoint, error, _NOT_EXPORTED)
+
+
+def without_archive_url(
+    checkpoint: CheckpointVersion, error: errors.UnsupportedEndpoint
+) -> OSError | errors.ApiError:
+    """Return the error EOPNOTSUPP for the URL of an archive that the server does not have."""
+    return _refusal(
+        checkpoint, error, _NO_ARCHIVE_URL.format(source=_SOURCES[checkpoint.is_external])
+    )
+
+
+def _refusal(
+    checkpoint: CheckpointVersion, error: errors.UnsupportedEndpoint | None, advice: str
+) -> OSError | errors.ApiError:
     if checkpoint.is_sampler:
         if error is not None and checkpoint.ref.is_foreign:
             return error
         advice = _SAMPLER
-    else:
-        advice = _NO_ARCHIVE if is_archive else _NOT_EXPORTED
     if error is None:
         message = f"{checkpoint.about} has no export any more; {advice}"
     else:

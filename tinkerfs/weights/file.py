@@ -1,5 +1,6 @@
-"""Positional reads of an open file of weights, mapped to archive segments."""
+"""Positional reads of open files of weights."""
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -16,16 +17,97 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
-class WeightsFile:
+class WeightsFile(ABC):
     """An open file of weights. Thread-safe; reads are positional; a context manager.
-
-    Args:
-        file: holds the bytes; already acquired, released by `close`.
-        member: the segments of `file` that make up this file.
 
     Attributes:
         key: unique for a file and its version.
         mtime_ns: nanoseconds since 1970.
+    """
+
+    key: str
+    size_bytes: int
+    mtime_ns: int
+
+    def __enter__(self) -> Self:
+        """Return the file itself."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the file."""
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the file. Call it once; no other method may be called afterwards."""
+
+    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
+        """Return the bytes of [offset, offset + size); see `read_into`."""
+        data = bytearray(max(min(size, self.size_bytes - offset), 0))
+        self.read_into(memoryview(data), offset, ctx)
+        return bytes(data)
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
+        """Fill `buffer` with the bytes at `offset`; return how many were read.
+
+        Fewer bytes than requested are read only at the end of the file. The buffer is not used
+        after the return. `ctx` cancels the wait.
+
+        Raises:
+            ApiError: the download fails.
+            OSError: ESTALE if the archive has changed or is gone; EIO if it is corrupt; EINTR if
+                the caller was interrupted; see also `SignedUrlCache.url`.
+        """
+
+    @abstractmethod
+    def blocks(self) -> dict[int, int]:
+        """Return how many bytes of the file each block holds.
+
+        Bytes that need no download are in no block, such as those of holes.
+        """
+
+    @abstractmethod
+    def block_key(self, block: int) -> tuple[str, int]:
+        """Return what identifies a block; files over the same bytes share it."""
+
+    @abstractmethod
+    def block_bytes(self, block: int) -> int:
+        """Return the length of a block, including bytes of other members."""
+
+    def cached_bytes(self) -> int:
+        """Return how many bytes are on disk; those in no block count as on disk."""
+        return self.size_bytes - sum(
+            held_bytes for index, held_bytes in self.blocks().items() if not self.is_cached(index)
+        )
+
+    @abstractmethod
+    def is_cached(self, block: int) -> bool:
+        """Return whether a block is on disk; send no request."""
+
+    @abstractmethod
+    def prepare(self, ctx: RequestContext) -> None:
+        """Get a signed URL for later fetches; wait until the archive is built.
+
+        Raises:
+            ApiError: the request fails.
+            OSError: ESTALE if the checkpoint is gone; see also `SignedUrlCache.url`.
+        """
+
+    @abstractmethod
+    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
+        """Start to download a block, or join its download; see `RemoteFile.fetch`.
+
+        `count` is the number of blocks that one request may download, from this one on.
+        """
+
+
+class MemberFile(WeightsFile):
+    """An open file that consists of segments of a remote file, such as an archive.
+
+    Args:
+        file: holds the bytes; already acquired, released by `close`.
+        member: the segments of `file` that make up this file.
     """
 
     def __init__(self, file: RemoteFile, member: Member) -> None:
@@ -42,35 +124,12 @@ class WeightsFile:
         )
         self._readahead = ReadaheadState(member.size_bytes)
 
-    def __enter__(self) -> Self:
-        """Return the file itself."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Close the file."""
-        self.close()
-
     def close(self) -> None:
-        """Release the file. Call it once; no other method may be called afterwards."""
+        """See `WeightsFile.close`."""
         self._file.release()
 
-    def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
-        """Return the bytes of [offset, offset + size); see `read_into`."""
-        data = bytearray(max(min(size, self.size_bytes - offset), 0))
-        self.read_into(memoryview(data), offset, ctx)
-        return bytes(data)
-
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
-        """Fill `buffer` with the bytes at `offset`; return how many were read.
-
-        Fewer bytes than requested are read only at the end of the file. The buffer is not used
-        after the return. `ctx` cancels the wait.
-
-        Raises:
-            ApiError: the download fails.
-            OSError: ESTALE if the archive has changed or is gone; EIO if it is corrupt; EINTR if
-                the caller was interrupted; see also `SignedUrlCache.url`.
-        """
+        """See `WeightsFile.read_into`."""
         size = min(len(buffer), self.size_bytes - offset)
         if size <= 0:
             return 0
@@ -97,7 +156,7 @@ class WeightsFile:
         return b"".join(parts)
 
     def blocks(self) -> dict[int, int]:
-        """Return how many bytes of the file each block holds; holes are in no block."""
+        """See `WeightsFile.blocks`; holes are in no block."""
         found: dict[int, int] = {}
         for segment in self._stored_segments():
             start, stop = _span(segment)
@@ -107,36 +166,24 @@ class WeightsFile:
                 found[index] = found.get(index, 0) + held_bytes
         return found
 
-    @property
-    def block_key(self) -> str:
-        """The key of the blocks, which files over the same bytes share."""
-        return self._file.key
+    def block_key(self, block: int) -> tuple[str, int]:
+        """See `WeightsFile.block_key`."""
+        return self._file.key, block
 
     def block_bytes(self, block: int) -> int:
-        """Return the length of a block, including bytes of other members."""
+        """See `WeightsFile.block_bytes`."""
         return self._file.block_bytes(block)
 
-    def cached_bytes(self) -> int:
-        """Return how many bytes are on disk; holes count as on disk."""
-        return self.size_bytes - sum(
-            held_bytes for index, held_bytes in self.blocks().items() if not self.is_cached(index)
-        )
-
     def is_cached(self, block: int) -> bool:
-        """Return whether a block is on disk; send no request."""
+        """See `WeightsFile.is_cached`."""
         return self._file.is_on_disk(block)
 
     def prepare(self, ctx: RequestContext) -> None:
-        """Get a signed URL for later fetches; wait until the archive is built.
-
-        Raises:
-            ApiError: the request fails.
-            OSError: ESTALE if the checkpoint is gone; see also `SignedUrlCache.url`.
-        """
+        """See `WeightsFile.prepare`."""
         self._file.prepare(ctx)
 
     def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
-        """Start to download a block, or join its download; see `RemoteFile.fetch`."""
+        """See `WeightsFile.fetch`."""
         return self._file.fetch(block, ctx, count)
 
     def _fill(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:

@@ -18,7 +18,7 @@ from tinkerfs.weights.archive_index import Index, archive_index, external_index
 from tinkerfs.weights.block_source import BlockSource
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.etags import Sample
-from tinkerfs.weights.export_urls import ExportUrlProvider, ExportUrls, without_weights
+from tinkerfs.weights.export_urls import ExportUrlProvider, ExportUrls, without_archive_url
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.gzip_stream import GzipSource
 from tinkerfs.weights.probe import has_version, read_archive_version
@@ -89,6 +89,15 @@ class Origins:
     def archive_of(self, checkpoint: CheckpointVersion) -> "Archive":
         """Return the archive of a checkpoint, which is requested from the server in any case."""
         return Archive(self, checkpoint)
+
+    def export_of(
+        self, checkpoint: CheckpointVersion, refusal: errors.UnsupportedEndpoint
+    ) -> "ExportedFiles":
+        """Return the export of a checkpoint without an archive.
+
+        `refusal` is the response to the request for the archive.
+        """
+        return ExportedFiles(self, checkpoint, refusal)
 
     def connect(self) -> "ObjectStoreClient":
         """Return the HTTP client; import it at the first call, because that takes 0.08 s.
@@ -197,7 +206,7 @@ class Archive(Origin):
         try:
             url_provider.url(ctx)
         except errors.UnsupportedEndpoint as refusal:
-            return ExportedFiles(origins, checkpoint, refusal).index_loader(ctx)
+            return origins.export_of(checkpoint, refusal).index_loader(ctx)
         return lambda: archive_index(
             origins.connect, url_provider, origins.cache, checkpoint.cache_key, checkpoint.about
         )
@@ -235,10 +244,13 @@ class Archive(Origin):
         """Get the URL on the calling thread; return the function that requests the version.
 
         Raises:
-            ApiError, OSError: as `url`. The function raises ApiError too.
+            ApiError: the request fails; UnsupportedEndpoint if the server has no archive. The
+                function raises it too.
+            OSError: see `SignedUrlCache.url`.
         """
-        self.url(ctx)
-        return lambda: read_archive_version(self._origins.connect, self._url_provider())
+        url_provider = self._url_provider()
+        url_provider.url(ctx)
+        return lambda: read_archive_version(self._origins.connect, url_provider)
 
     def url(self, ctx: RequestContext) -> SignedUrl:
         """Return a valid URL of the archive.
@@ -250,7 +262,7 @@ class Archive(Origin):
         try:
             return self._url_provider().url(ctx)
         except errors.UnsupportedEndpoint as refusal:
-            raise without_weights(self._checkpoint, refusal, is_archive=True) from refusal
+            raise without_archive_url(self._checkpoint, refusal) from refusal
 
     def cached_url(self) -> SignedUrl | None:
         """Return a valid cached URL of the archive, None if absent; send no request."""

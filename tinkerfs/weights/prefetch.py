@@ -49,9 +49,7 @@ class _Waiter:
 def required_cache_bytes(files: Sequence[WeightsFile]) -> int:
     """Return the maximum disk usage of some files once all of them are cached."""
     blocks = {
-        (file.block_key, block): file.block_bytes(block)
-        for file in files
-        for block in file.blocks()
+        file.block_key(block): file.block_bytes(block) for file in files for block in file.blocks()
     }
     return sum(size_bytes + _OVERHEAD_BYTES for size_bytes in blocks.values())
 

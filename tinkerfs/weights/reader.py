@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Self, TypeVar
@@ -29,14 +30,16 @@ from tinkerfs.weights.archive_index import PROBE_BYTES, Index, block_key, find_m
 from tinkerfs.weights.base_models import BaseModels
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.exports import Exports
-from tinkerfs.weights.file import WeightsFile
+from tinkerfs.weights.file import MemberFile, WeightsFile
 from tinkerfs.weights.index_cache import IndexCache
-from tinkerfs.weights.origins import Origins, StoredFile
+from tinkerfs.weights.joined_file import JoinedFile
+from tinkerfs.weights.origins import Origin, Origins, StoredFile
 from tinkerfs.weights.probe import read_range
 from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.remote_file import RemoteFile
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensors_json
 from tinkerfs.weights.tar_index import Member, Segment
+from tinkerfs.weights.tar_layout import tar_layout
 from tinkerfs.weights.transfer_monitor import TransferMonitor
 from tinkerfs.weights.url_cache import SignedUrlCache
 from tinkerfs.weights.version import Version
@@ -164,35 +167,65 @@ class WeightsReader:
 
     def _open_member(
         self, checkpoint: CheckpointVersion, index: Index, name: str, layout: Layout | None = None
-    ) -> WeightsFile:
+    ) -> MemberFile:
         member = find_member(index, name, checkpoint.path)
         stored = self._origins.of(checkpoint, index).stored_file(index, name)
         file = self._acquire(checkpoint, stored)
-        return WeightsFile(file, member) if layout is None else VirtualFile(file, member, layout)
+        return MemberFile(file, member) if layout is None else VirtualFile(file, member, layout)
 
     def archive_bytes(self, checkpoint: CheckpointVersion) -> int | None:
         """Return the length of the archive if it is cached; send no request."""
+        index = self._indexes.cached(checkpoint.cache_key)
+        if index is not None and index.form == "files":
+            return tar_layout(index.members).extents.size_bytes
         version = self._cached_version(checkpoint)
         return None if version is None else version.size_bytes
 
     def open_archive(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> WeightsFile:
-        """Open the archive itself, with the bytes that the store has.
+        """Open the archive: as the store has it, otherwise a tar of the separate files.
 
         Raises:
             ApiError, OSError: as `files`.
         """
         self._revalidate(checkpoint, ctx)
-        version = self._cached_version(checkpoint)
-        if version is None:
-            load = self._origins.archive_of(checkpoint).version_loader(ctx)
-            version = _run_and_wait(ctx, load, f"size of {checkpoint.path}")
-            self._store.put(_VERSIONS, checkpoint.cache_key, msgspec.json.encode(version))
-        size_bytes = version.size_bytes
+        found = self._archive_version(checkpoint, ctx)
+        if isinstance(found, Index):
+            return self._open_tar(checkpoint, found)
+        size_bytes = found.size_bytes
         segments = (Segment(0, size_bytes, 0),) if size_bytes else ()
         member = Member("", size_bytes, checkpoint.mtime_ns, segments)
         index = self._indexes.cached(checkpoint.cache_key)
-        stored = self._origins.archive_of(checkpoint).whole(version, index)
-        return WeightsFile(self._acquire(checkpoint, stored), member)
+        stored = self._origins.archive_of(checkpoint).whole(found, index)
+        return MemberFile(self._acquire(checkpoint, stored), member)
+
+    def _archive_version(
+        self, checkpoint: CheckpointVersion, ctx: RequestContext
+    ) -> Version | Index:
+        """Return the version of the archive, or the index of separate files without one."""
+        version = self._cached_version(checkpoint)
+        if version is not None:
+            return version
+        index, origin = self._indexes.cached(checkpoint.cache_key), None
+        if index is None and not checkpoint.is_external:
+            try:
+                load = self._origins.archive_of(checkpoint).version_loader(ctx)
+            except errors.UnsupportedEndpoint as refusal:
+                origin = self._origins.export_of(checkpoint, refusal)
+            else:
+                version = _run_and_wait(ctx, load, f"size of {checkpoint.path}")
+                self._store.put(_VERSIONS, checkpoint.cache_key, msgspec.json.encode(version))
+                return version
+        index = self._index(checkpoint, ctx, origin)
+        return index if index.form == "files" else index.version
+
+    def _open_tar(self, checkpoint: CheckpointVersion, index: Index) -> WeightsFile:
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(self._open_member(checkpoint, index, member.name))
+                for member in index.members
+            ]
+            stack.pop_all()
+        return JoinedFile(files, tar_layout(index.members), checkpoint.mtime_ns)
 
     def archive_url(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> str:
         """Return a valid signed URL of the archive; wait until the archive is built.
@@ -329,9 +362,13 @@ class WeightsReader:
         check = self._origins.of(checkpoint, index).version_check(version, name, ctx)
         return _run_and_wait(ctx, check, f"version of {name}")
 
-    def _index(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> Index:
+    def _index(
+        self, checkpoint: CheckpointVersion, ctx: RequestContext, origin: Origin | None = None
+    ) -> Index:
+        """Return the index, loaded from `origin` unless it is cached; None for the preferred."""
+
         def prepare() -> Callable[[], Index]:
-            load = self._origins.of(checkpoint, None).index_loader(ctx)
+            load = (origin or self._origins.of(checkpoint, None)).index_loader(ctx)
 
             def load_and_report() -> Index:
                 index = load()
@@ -398,7 +435,7 @@ class WeightsReader:
         checkpoint: CheckpointVersion,
         index: Index,
         member: Member,
-        file: WeightsFile,
+        file: MemberFile,
         start: int,
         stop: int,
         ctx: RequestContext,

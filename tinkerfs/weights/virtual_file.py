@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.extents import ExtentMap
-from tinkerfs.weights.file import WeightsFile
+from tinkerfs.weights.file import MemberFile
 from tinkerfs.weights.readahead import ReadaheadPlan, ReadaheadState
 from tinkerfs.weights.remote_file import RemoteFile
 from tinkerfs.weights.tar_index import Member, Segment
@@ -24,7 +24,7 @@ class Layout:
     key: str
 
 
-class VirtualFile(WeightsFile):
+class VirtualFile(MemberFile):
     """An open virtual file. Its blocks are those of its source, so it shares their cache.
 
     Args:
@@ -41,7 +41,7 @@ class VirtualFile(WeightsFile):
         self._readahead = ReadaheadState(self.size_bytes)
 
     def peek(self, start: int, stop: int) -> bytes | None:
-        """Return the bytes [start, stop) if all are cached, else None; send no request."""
+        """See `MemberFile.peek`."""
         data = bytearray(max(min(stop, self.size_bytes) - start, 0))
         try:
             self._extents.read_into(memoryview(data), start, self._peek_source)

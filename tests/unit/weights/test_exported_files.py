@@ -106,12 +106,13 @@ def test_refusal_says_what_to_do(server, mount, kind, words):
     assert server.journal.endpoints() == {ARCHIVE: 3}
 
 
-def test_archive_is_refused_although_there_is_an_export(server, mount, subject):
-    export(mount, subject)
-    for action in (mount.weights.open_archive, mount.weights.archive_url):
-        text = refusal_of(lambda action=action: action(subject, BACKGROUND_CONTEXT))
-        assert "an export has no archive" in text
-        assert "files/" in text
+@pytest.mark.parametrize(("kind", "source"), [("weights", "export"), ("external_weights", "its")])
+def test_url_of_the_archive_is_refused_for_separate_files(server, mount, kind, source):
+    server.account.add_checkpoint(server.account.run_ids[0], f"{kind}/new")
+    refused = subject_of(server, kind)
+    text = refusal_of(lambda: mount.weights.archive_url(refused, BACKGROUND_CONTEXT))
+    assert "separate files have no URL of an archive (hint: read archive.tar" in text
+    assert source in text.partition("made of")[2]
 
 
 def test_archives_are_preferred_to_exports(demo_server, weights_of):
