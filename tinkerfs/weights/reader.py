@@ -7,9 +7,7 @@ threads. The calling thread itself waits for an archive build, so that the build
 the rate limit of its process group and the wait can be interrupted. Thread-safe.
 """
 
-import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.adapters import AdapterCache, AdapterSource, find_stored_files
-from tinkerfs.weights.archive_index import PROBE_BYTES, Index, block_key, find_member
+from tinkerfs.weights.archive_index import PROBE_BYTES, Index, find_member
 from tinkerfs.weights.base_models import BaseModels
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.exports import Exports
@@ -37,6 +35,7 @@ from tinkerfs.weights.origins import Origin, Origins, StoredFile
 from tinkerfs.weights.probe import read_range
 from tinkerfs.weights.range_source import RangeSource
 from tinkerfs.weights.remote_file import RemoteFile
+from tinkerfs.weights.remote_file_pool import RemoteFilePool
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensors_json
 from tinkerfs.weights.tar_index import Member, Segment
 from tinkerfs.weights.tar_layout import tar_layout
@@ -99,7 +98,6 @@ class WeightsReader:
         self._store = store
         self._cache = cache
         self._telemetry = telemetry
-        self._timeout_s = timeout_s
         self._url_age_s = url_age_s
         monitor = TransferMonitor(telemetry, timeout_s)
         self._origins = Origins(url_cache, exports, cache, monitor, on_stale=self.invalidate)
@@ -108,9 +106,7 @@ class WeightsReader:
         self.adapters = AdapterCache(store)
         self.base_models = base_models or BaseModels(None)
         self.memory = BlockMemoryPool(memory_bytes)
-        self._lock = threading.Lock()
-        #: By block cache key; guarded by _lock.
-        self._files: weakref.WeakValueDictionary[str, RemoteFile] = weakref.WeakValueDictionary()
+        self._files = RemoteFilePool(cache, self.memory, telemetry, timeout_s=timeout_s)
 
     def __enter__(self) -> Self:
         """Return the reader itself."""
@@ -124,7 +120,7 @@ class WeightsReader:
         """Close all connections. Reads in progress fail; what they received is cached."""
         self._origins.stop()
         deadline = time.monotonic() + STOPPING_S
-        while any(not file.is_idle() for file in list(self._files.values())):
+        while not self._files.is_idle():
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.01)
@@ -383,26 +379,7 @@ class WeightsReader:
         return self._indexes.get(checkpoint.cache_key, prepare, name, ctx)
 
     def _acquire(self, checkpoint: CheckpointVersion, stored: StoredFile) -> RemoteFile:
-        """Return the acquired file of a version; all handles share it."""
-        key = block_key(checkpoint.cache_key, stored.version, stored.kind)
-        with self._lock:
-            file = self._files.get(key)
-            if file is not None and file.acquire():
-                return file
-            file = RemoteFile(
-                key,
-                checkpoint.path,
-                stored.size_bytes,
-                stored.source,
-                self._cache.open(key, f"{checkpoint.about} {stored.kind}", stored.size_bytes),
-                self.memory,
-                self._telemetry,
-                timeout_s=self._timeout_s,
-                digests=stored.digests,
-            )
-            file.acquire()
-            self._files[key] = file
-            return file
+        return self._files.acquire(checkpoint.cache_key, checkpoint.path, checkpoint.about, stored)
 
     def _cached_version(self, checkpoint: CheckpointVersion) -> Version | None:
         index = self._indexes.cached(checkpoint.cache_key)
