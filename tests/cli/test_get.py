@@ -312,6 +312,26 @@ def test_get_while_another_get_writes_fails(env, server, dest):
     assert visible_files(dest) == expected_files(server, run_id, checkpoint)
 
 
+def test_get_that_cannot_rename_a_file_fails(env, server, dest):
+    run_id, [checkpoint, _] = ids(server)
+    path = f"tinker://{run_id}/{checkpoint}"
+    rule = server.faults.add(STORE, times=None, after=4, hang=True)
+    with started("get", "--json", path, dest, env=env) as get:
+        rule.wait_for(1)
+        wait_until(lambda: any(NAME in each.name for each in partials(dest)))
+        (dest / NAME).mkdir()
+        server.faults.clear()
+        output, message = get.communicate(timeout=20)
+    assert get.returncode == 1
+    report = json.loads(output)
+    assert not report["is_complete"]
+    assert [each["path"] for each in report["errors"]] == [f"{dest}/{NAME}"]
+    assert f"tinkerfs: {dest}/{NAME}: Is a directory" in message
+    (dest / NAME).rmdir()
+    assert tinkerfs("get", path, dest, env=env).returncode == 0
+    assert visible_files(dest) == expected_files(server, run_id, checkpoint)
+
+
 def test_get_with_failing_requests_prints_one_line(env, server, dest, tmp_path):
     run_id, [checkpoint, _] = ids(server)
     path = f"tinker://{run_id}/{checkpoint}"
