@@ -32,7 +32,6 @@ from tinkerfs.api.endpoints import Endpoint, Scope
 from tinkerfs.api.error_mapping import withheld
 from tinkerfs.api.http_client import Response
 from tinkerfs.api.models import (
-    Capabilities,
     Checkpoint,
     Page,
     Sampler,
@@ -364,17 +363,6 @@ class Client:
         return self._fetch_one(request, lambda body: raw_json.loads_object(body) or {})
 
     # The server
-
-    def capabilities(self) -> Capabilities:
-        """Return the base models that the server offers."""
-        request = Request(endpoints.CAPABILITIES, "get_server_capabilities")
-        return self._fetch_one(request, parsing.parse_capabilities)
-
-    def health(self) -> str:
-        """Return the server's health status, usually "ok"; works without an API key."""
-        request = Request(endpoints.HEALTH, "healthz", needs_key=False)
-        _, fields = self._fetch_one(request, raw_json.parse_object)
-        return errors.redact(str(fields.get("status", "")))
 
     def whoami(self) -> bytes:
         """Return the server's record of the API key as JSON without secrets.

@@ -175,13 +175,6 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     raw: bytes
 
 
-class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """Names of the base models that the server offers."""
-
-    models: tuple[str, ...] = ()
-    raw: bytes
-
-
 @dataclass(frozen=True, slots=True)
 class SignedUrl:
     """A signed http or https URL. It is a secret, so its repr omits it.

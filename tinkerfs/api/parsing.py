@@ -15,7 +15,6 @@ import msgspec
 from msgspec.structs import replace
 
 from tinkerfs.api.models import (
-    Capabilities,
     Checkpoint,
     Page,
     Sampler,
@@ -258,22 +257,6 @@ def parse_sampler(sampler_id: str, body: bytes) -> Sampler:
         model_path=_text(fields, "model_path"),
         raw=raw,
     )
-
-
-def parse_capabilities(body: bytes) -> Capabilities:
-    """Parse the response of the server capabilities endpoint.
-
-    Raises:
-        ProtocolError: the response is not a JSON object.
-    """
-    raw, fields = parse_object(body)
-    listed = fields.get("supported_models")
-    models = [
-        name
-        for item in (listed if isinstance(listed, list) else [])
-        if (name := _text(item, "model_name") if isinstance(item, dict) else item)
-    ]
-    return Capabilities(models=_texts(models), raw=raw)
 
 
 def check_change_response(body: bytes) -> None:

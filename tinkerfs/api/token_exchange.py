@@ -73,14 +73,6 @@ class TokenExchange:
             flight = self._flights.run(key, lambda: self._exchange(key), "token exchange", Future())
         return token.text if token is not None else self._result(flight, timeout_s)
 
-    def known_credential(self, key: str) -> str | None:
-        """Return the key or its valid token without a request; None without a token."""
-        if not self._is_required:
-            return key
-        with self._lock:
-            token = self._valid_token(key)
-        return None if token is None else token.text
-
     def on_unauthorized(self, key: str, sent: str, timeout_s: float) -> bool:
         """Handle a 401; return whether `credential` now returns something else to send.
 

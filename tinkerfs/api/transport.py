@@ -56,8 +56,6 @@ class Request:
         body: JSON; None for no body.
         idempotency_key: UUID of a POST, the same for all attempts.
         exists: whether the requested resource is known to exist.
-        needs_key: whether the request fails without an API key. If False, the key is sent if there
-            is one.
         hold_s: how long the server may delay its response, seconds. It may exceed the transport's
             timeout, but the request is not retried after that timeout.
         recheck: called before each retry of a change. Without it a change is retried only if the
@@ -69,7 +67,6 @@ class Request:
     body: bytes | None = None
     idempotency_key: str | None = None
     exists: bool = False
-    needs_key: bool = True
     hold_s: float = 0.0
     recheck: Recheck | None = None
 
@@ -162,10 +159,10 @@ class Transport:
         while True:
             key, credential = self._key(request), None
             try:
-                credential = self._credential(request, key, deadline)
+                credential = self._tokens.credential(key, self._left_s(deadline))
                 response = self._send_with_retries(request, credential, deadline, priority)
             except errors.Unauthorized as error:
-                if error.status != 401 or key is None or not request.needs_key:
+                if error.status != 401:
                     raise
                 if (
                     credential is not None
@@ -180,33 +177,22 @@ class Transport:
                 if request.has_taken_effect(error, may_have_succeeded=False):
                     return _ALREADY_MADE
                 continue
-            if key is not None and request.needs_key:
-                self._credentials.on_authorized(key)
+            self._credentials.on_authorized(key)
             return response
 
-    def _key(self, request: Request) -> str | None:
-        """Return the API key to send, None if it is optional and unavailable.
+    def _key(self, request: Request) -> str:
+        """Return the API key to send.
 
         Raises:
-            Unauthorized: the key is required, and it is unavailable or was rejected recently.
+            Unauthorized: the key is unavailable or was rejected recently.
         """
         try:
             return self._credentials.get()
         except (StartupError, errors.Unauthorized) as error:
-            if not request.needs_key:
-                return None
             if isinstance(error, errors.Unauthorized) and error.endpoint:
                 raise
             message = error.message if isinstance(error, ApiError) else str(error)
             raise errors.Unauthorized(message, endpoint=request.endpoint.label) from None
-
-    def _credential(self, request: Request, key: str | None, deadline: float) -> str | None:
-        """Return what authenticates a request: the key, or a token of it."""
-        if key is None:
-            return None
-        if not request.needs_key:
-            return self._tokens.known_credential(key)
-        return self._tokens.credential(key, self._left_s(deadline))
 
     def _post_with_key(
         self, endpoint: Endpoint, path: str, fields: Mapping[str, object], key: str
@@ -220,7 +206,7 @@ class Transport:
         return deadline - self._clock.monotonic()
 
     def _send_with_retries(
-        self, request: Request, key: str | None, deadline: float, priority: Priority
+        self, request: Request, key: str, deadline: float, priority: Priority
     ) -> Response:
         retry_deadline = min(deadline, self.deadline())
 
@@ -246,7 +232,7 @@ class Transport:
     def _send_once(
         self,
         request: Request,
-        key: str | None,
+        key: str,
         deadline: float,
         retry_deadline: float,
         priority: Priority,
@@ -265,16 +251,16 @@ class Transport:
         except ApiError as error:
             raise ExchangeError(error, request_not_sent=True, is_final=True) from None
 
-    def _exchange(self, request: Request, key: str | None, deadline: float) -> Response:
+    def _exchange(self, request: Request, key: str, deadline: float) -> Response:
         """Send a request once, without a permit.
 
         Raises:
             ExchangeError: no complete response was received.
         """
         endpoint = request.endpoint
-        headers = {"Content-Type": "application/json"} if request.body is not None else {}
-        if key is not None:
-            headers["X-API-Key"] = key
+        headers = {"X-API-Key": key}
+        if request.body is not None:
+            headers["Content-Type"] = "application/json"
         if request.idempotency_key is not None:
             headers["X-Idempotency-Key"] = request.idempotency_key
         left_s = self._left_s(deadline)

@@ -337,8 +337,6 @@ CALLS = {
     "session": lambda c: c.session("s"),
     "found sessions": lambda c: c.all_found_sessions(),
     "sampler": lambda c: c.sampler("s:sample:0"),
-    "capabilities": lambda c: c.capabilities(),
-    "health": lambda c: c.health(),
     "whoami": lambda c: c.whoami(),
 }
 

@@ -176,7 +176,6 @@ def test_parse_any_response_raises_only_protocol_error(value):
         parsing.parse_session_ids,
         parsing.parse_found_sessions,
         parsing.parse_weights_info,
-        parsing.parse_capabilities,
         lambda body: parsing.parse_session("s", body),
         lambda body: parsing.parse_sampler("s", body),
     ):
@@ -193,8 +192,6 @@ def test_parse_small_records_returns_fields():
     assert (session.training_run_ids, session.sampler_ids) == (("a",), ())
     sampler = parsing.parse_sampler("p", b'{"base_model":"m"}')
     assert (sampler.sampler_id, sampler.model_path) == ("p", None)
-    body = b'{"supported_models":[{"model_name":"a"},{},1,"b"]}'
-    assert parsing.parse_capabilities(body).models == ("a", "b")
     assert parsing.parse_session_ids(b'{"sessions":["a",{"session_id":"b"},null]}').items == (
         "a",
         "b",

@@ -90,7 +90,7 @@ def test_base_url_with_path_is_used(demo_server, tmp_path, prefix, end):
     credentials = Credentials(server.environment, home=str(tmp_path))
     with Client(server.base_url + end, credentials, Telemetry()) as client:
         assert client.base_url == server.base_url
-        assert client.health() == "ok"
+        assert b"key_id" in client.whoami()
 
 
 def test_proxy_of_environment_is_used(bytes_of, monkeypatch, tmp_path):
@@ -320,7 +320,7 @@ def test_close_kills_credential_command(server, tmp_path):
 def test_closed_client_raises_connection_failed(server, client):
     client.close()
     with pytest.raises(errors.ConnectionFailed, match="closed"):
-        client.health()
+        client.whoami()
 
 
 # --- API keys ------------------------------------------------------------------------------------
@@ -412,12 +412,11 @@ def test_status_403_does_not_reject_key(server, client):
     assert len(client.all_training_runs()) == 10
 
 
-def test_only_health_works_without_key(server, client_of):
+def test_request_without_key_is_not_sent(server, client_of):
     client = client_of(server, environ={})
     with pytest.raises(errors.Unauthorized, match="tinker auth login"):
         client.all_training_runs()
     assert server.journal.count() == 0
-    assert client.health() == "ok"
 
 
 def test_logs_contain_no_keys_or_urls(server, client, caplog):
@@ -445,7 +444,7 @@ def test_timeout_limits_connecting(client_of):
         server = SimpleNamespace(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}")
         started_at = real_time.monotonic()
         with pytest.raises(errors.RequestTimeout, match="no connection"):
-            client_of(server, timeout_s=0.3).health()
+            client_of(server, timeout_s=0.3).whoami()
         assert real_time.monotonic() - started_at < 3
 
 
