@@ -139,7 +139,14 @@ def open_app(
             min_free_bytes=FREE_BYTES,
         )
         exports = stack.enter_context(
-            Exports(client, store, telemetry, clock, timeout_s=settings.archive_timeout_s)
+            Exports(
+                client,
+                store,
+                telemetry,
+                clock,
+                timeout_s=settings.archive_timeout_s,
+                renews=not settings.read_only,
+            )
         )
         weights = stack.enter_context(
             WeightsReader(

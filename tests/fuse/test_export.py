@@ -307,3 +307,75 @@ def test_demo_of_a_service_without_archives_shows_exports(mountpoint, tmp_path):
         assert {path.read_text() for path in paths} == {"none\n"}
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
+
+
+#: Maps a file, and prints 4 KiB from each offset that it reads. It is a process of its own, because
+#: a page fault holds the interpreter's lock, which the server needs.
+MAPPED = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+mapped.madvise(mmap.MADV_RANDOM)
+for line in sys.stdin:
+    offset = int(line)
+    print(mapped[offset : offset + 4096].hex(), flush=True)
+"""
+
+
+def test_mapped_file_outlives_the_duration_of_its_export(tmp_path):
+    offset_file, name = tmp_path / "offset", "adapter_model.safetensors"
+
+    def offset_s():
+        return float(offset_file.read_text())
+
+    def advance(seconds):
+        # Replaced at once, because the mount reads it at any time.
+        new = tmp_path / "new offset"
+        new.write_text(str(offset_s() + seconds))
+        new.replace(offset_file)
+
+    def read(offset):
+        reader.stdin.write(f"{offset}\n")
+        reader.stdin.flush()
+        return bytes.fromhex(reader.stdout.readline())
+
+    offset_file.write_text("0")
+    with FaultyServer(
+        runs=1,
+        checkpoints=1,
+        profile="official-0.36",
+        exports=ExportOptions(),
+        size_bytes=40 << 20,
+        clock=lambda: time.time() + offset_s(),
+    ) as server:
+        run_id = server.account.run_ids[0]
+        server.account.add_checkpoint(run_id, "weights/1", size_bytes=40 << 20)
+        expected = server.files(run_id, "weights/1")[name]
+        settings = {"clock_offset_file": str(offset_file), "export_check_s": 0.05}
+        with mounted(server, tmp_path, BINDINGS[-1], **settings) as root:
+            directory = root / f"runs/{run_id}/checkpoints/weights/1"
+            (directory / "export").write_text("1h")
+            path = (directory / "export").read_text().partition(",")[0]
+            with subprocess.Popen(
+                [sys.executable, "-c", MAPPED, directory / "files" / name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as reader:
+                assert read(0) == expected.read(0, 4096)
+                server.journal.clear()
+                for number in range(1, 6):
+                    advance(1810)
+                    wait_until(lambda number=number: server.journal.count("PUT ttl") == number)
+                offset = 36 << 20
+                assert read(offset) == expected.read(offset, offset + 4096)
+                assert server.journal.count("store") > 0
+                reader.stdin.close()
+                assert reader.wait(10) == 0
+            advance(3700)
+            server.account.delete_expired()
+            exported, checkpoint_id = path.removeprefix("tinker://").split("/", 1)
+            assert server.account.checkpoint(exported, checkpoint_id) is None
+            assert server.journal.count("PUT ttl") == 5
+            assert (directory / "export").read_text() == "none\n"
+            assert (root / ".tinkerfs/errors").read_text() == ""

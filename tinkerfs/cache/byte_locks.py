@@ -12,6 +12,9 @@ import time
 
 _POLL_S = 0.02
 
+#: struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for these locks).
+_FLOCK = "@hhqqi4x"
+
 
 class ByteRangeLocks:
     """The locks of one open file; each byte may be used by one thread at a time.
@@ -44,6 +47,16 @@ class ByteRangeLocks:
         """Unlock a byte."""
         self._set(fcntl.F_UNLCK, byte)
 
+    def is_locked(self, byte: int) -> bool:
+        """Return whether a byte is locked through another open file; lock nothing.
+
+        Raises:
+            OSError: the file system does not support these locks.
+        """
+        query = _flock(fcntl.F_WRLCK, byte)
+        kind: int = struct.unpack(_FLOCK, fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, query))[0]
+        return kind != fcntl.F_UNLCK
+
     def is_linked(self) -> bool:
         """Return whether the file still has a name."""
         return os.fstat(self._fd).st_nlink > 0
@@ -53,7 +66,8 @@ class ByteRangeLocks:
         os.close(self._fd)
 
     def _set(self, kind: int, byte: int) -> None:
-        # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for these locks)
-        fcntl.fcntl(
-            self._fd, fcntl.F_OFD_SETLK, struct.pack("@hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
-        )
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(kind, byte))
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)

@@ -70,9 +70,13 @@ class MetadataStore:
 
     Args:
         directory: directory of the database; None stores nothing.
+
+    Attributes:
+        directory: see above.
     """
 
     def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
         self._is_on = directory is not None
         self._path = (directory or Path()) / FILE_NAME
         self.lock = threading.Lock()

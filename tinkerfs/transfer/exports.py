@@ -2,20 +2,18 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Final, Self
 
 from tinkerfs import errors
 from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.context import BACKGROUND_CONTEXT
+from tinkerfs.processes import ProcessId
 from tinkerfs.vfs.weights_nodes import WeightsRef
 from tinkerfs.weights.exports import Exports
 
 #: Time until the server deletes an export, seconds: the shortest that it accepts.
 TTL_S: Final = 3600
-#: Interval at which the expiry of an export is set again, seconds.
-RENEW_S: Final = 1200.0
 
 
 class TemporaryExports:
@@ -51,7 +49,6 @@ class TemporaryExports:
 
     def __enter__(self) -> Self:
         """Return the exports themselves."""
-        threading.Thread(target=self._renew, name="renew exports", daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -69,16 +66,19 @@ class TemporaryExports:
             f"exporting {path}: the server has no archive of it; this starts a training session on"
             " its base model, takes minutes, needs capacity and may cost"
         )
-        self._exports.export(
+        record = self._exports.export(
             ref.version,
             TTL_S,
             path,
             BACKGROUND_CONTEXT,
             self._recipients,
             check_current=partial(self._check_current, ref.checkpoint),
+            keeps_expiry=True,
         )
-        with self._lock:
-            self._refs.append(ref)
+        self._exports.renewal.add_use(ref.version, lambda: not self._ended.is_set())
+        if record.process == str(ProcessId.current()):  # else another process wants it too
+            with self._lock:
+                self._refs.append(ref)
 
     def delete_all(self) -> None:
         """Delete the exports after a complete transfer, unless they are to be kept."""
@@ -90,11 +90,3 @@ class TemporaryExports:
                 self._exports.delete(ref.version, path, BACKGROUND_CONTEXT)
             except (errors.ApiError, OSError) as error:
                 self._announce(f"the export of {path} was not deleted and expires: {error}")
-
-    def _renew(self) -> None:
-        while not self._ended.wait(RENEW_S):
-            with self._lock:
-                refs = list(self._refs)
-            for ref in refs:
-                with suppress(errors.ApiError):
-                    self._exports.renew(ref.version, TTL_S)

@@ -12,7 +12,8 @@ from tinkerfs.api.models import SignedUrl
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
-from tinkerfs.weights.exports import ExportRecord, Exports
+from tinkerfs.weights.export_records import ExportRecord
+from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.url_cache import SignedUrlCache, find_url
 
 _NOT_EXPORTED = (
@@ -93,6 +94,7 @@ class ExportUrls:
             record = ctx.wait_for(recovery)
         if record is None:
             raise without_weights(checkpoint, self.refusal)
+        self.exports.renewal.on_read(checkpoint)
         try:
             return self.url_cache.external_urls(self._key(record), record.ref, checkpoint.path, ctx)
         except (errors.NotFound, errors.UnsupportedEndpoint):

@@ -4,24 +4,21 @@ A newer service has no archives. It lets a training checkpoint be exported as ex
 which takes minutes and uses the account's capacity. So nothing but an explicit request starts an
 export, and each version of a checkpoint has one at a time, on all mounts of this host.
 
-A record in the store says which export belongs to which version. It is written before the export
-begins and when it ends. A killed process leaves a record of an export that began. The next request
-for the weights looks for what it may have saved. Thread-safe.
+`export_records` has the records. One is written before the export begins and when it ends. A killed
+process leaves a record of an export that began. The next request for the weights looks for what it
+may have saved. Thread-safe.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from enum import Enum
 from typing import Final, Self, TypeVar
 
 import msgspec
 
 from tinkerfs import errors
-from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.exports import Export, ExportProgress, ExportRequest, ExportStopped
 from tinkerfs.cache.store import MetadataStore
@@ -30,64 +27,30 @@ from tinkerfs.concurrency import SingleFlight, run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.processes import ProcessId
 from tinkerfs.telemetry import MutationRecord, Telemetry, rfc3339
-from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.validity import Expiry
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
+from tinkerfs.weights.export_records import (
+    EXPIRY_MARGIN_S,
+    EXPORT_NAME,
+    ExportLock,
+    ExportRecord,
+    ExportRecords,
+    ExportState,
+    find_saved,
+)
+from tinkerfs.weights.export_renewal import ExportRenewal
 
 T = TypeVar("T")
 
-#: An export is not used within this time of its expiry, seconds: a URL may take some to be used.
-EXPIRY_MARGIN_S: Final = 60.0
-#: Between looks at an export of another process, seconds.
-_LOOK_S: Final = 1.0
 #: Time for a stopped export to finish its session, seconds.
 _STOPPING_S: Final = 3.0
+
+#: Time for another process to end a change of an export, seconds.
+_UNLOCK_S: Final = 5.0
 
 #: How long a description may lack a change by another process, seconds: a check costs as much as
 #: the rest of a directory entry.
 _DESCRIPTION_AGE_S: Final = 0.5
-
-_NAMESPACE: Final = "exports 1"
-_NAME: Final = "tinkerfs"
-_NS: Final = 1_000_000_000
-
-
-class ExportState(Enum):
-    """Progress of an export."""
-
-    BEGUN = "begun"
-    DONE = "done"
-    FAILED = "failed"
-
-
-class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The export of one version of a checkpoint.
-
-    Attributes:
-        process: the process that exports.
-        began_at_s: seconds since 1970.
-        run_id: the run that the export creates; empty before its session exists.
-        path: tinker path of the external weights, once they are saved.
-        expires_at_s: when the server deletes them, seconds since 1970.
-        size_bytes: total size of the files, None if the server does not tell.
-        failure: the server's message.
-    """
-
-    state: ExportState
-    process: str
-    began_at_s: float
-    run_id: str = ""
-    path: str = ""
-    expires_at_s: float = 0.0
-    size_bytes: int | None = None
-    failure: str = ""
-
-    @property
-    def ref(self) -> CheckpointRef:
-        """The external weights, for requests."""
-        path = TinkerPath.parse(self.path)
-        checkpoint_id = f"{path.kind}/{path.name}"
-        return CheckpointRef(path.run_id, checkpoint_id, checkpoint_id)
 
 
 class Exports:
@@ -97,6 +60,10 @@ class Exports:
         store: keeps the records across mounts.
         telemetry: records each export and its outcome, and shows the running ones.
         timeout_s: time for one export, seconds.
+        renews: whether the expiry of an export is set again while its files are read.
+
+    Attributes:
+        renewal: sets expiries again.
     """
 
     def __init__(
@@ -107,23 +74,19 @@ class Exports:
         clock: Clock,
         *,
         timeout_s: float,
+        renews: bool = True,
     ) -> None:
         self._client = client
-        self._store = store
         self._telemetry = telemetry
         self._clock = clock
         self._timeout_s = timeout_s
         #: Called with a checkpoint before its new export is used.
         self.on_exported: Callable[[CheckpointVersion], None] = lambda _checkpoint: None
+        self._records = ExportRecords(store, clock)
+        self.renewal = ExportRenewal(client, self._records, telemetry, clock, is_enabled=renews)
         self._flights: SingleFlight[str, Future[ExportRecord]] = SingleFlight()
         self._lock = threading.Lock()
-        # All guarded by _lock.
-        self._running: dict[str, tuple[Export, ExportProgress]] = {}
-        self._records: dict[str, ExportRecord] = {}
-        self._data_version: int | None = None
-        self._checked_at = -math.inf
-        #: Of all descriptions; replaced when a record changes.
-        self._expiry = Expiry(math.inf)
+        self._running: dict[str, tuple[Export, ExportProgress]] = {}  # guarded by _lock
 
     def __enter__(self) -> Self:
         """Return the exports themselves."""
@@ -131,6 +94,7 @@ class Exports:
 
     def __exit__(self, *exc: object) -> None:
         """Stop running exports and let them finish their sessions."""
+        self.renewal.close()
         with self._lock:
             running = list(self._running.values())
         for export, _progress in running:
@@ -142,29 +106,47 @@ class Exports:
 
     def find(self, checkpoint: CheckpointVersion) -> ExportRecord | None:
         """Return the export of a checkpoint that can be read; send no request."""
-        record = self._record(checkpoint.cache_key)
-        is_usable = (
-            record is not None
-            and record.state is ExportState.DONE
-            and record.expires_at_s - EXPIRY_MARGIN_S > self._clock.now()
-        )
-        return record if is_usable else None
+        record = self._records.get(checkpoint.cache_key)
+        return record if record is not None and record.is_usable(self._clock.now()) else None
 
     def recover(self, checkpoint: CheckpointVersion) -> ExportRecord | None:
-        """Return the export of a checkpoint that can be read, also that of a killed process.
+        """Return the export of a checkpoint that can be read, and look for it on the server.
+
+        The process that exported may have been killed, and the user may have set the expiry of an
+        export on the server.
 
         Raises:
-            ApiError: the request for what a killed process has saved failed.
+            ApiError: the request failed.
         """
-        record = self._record(checkpoint.cache_key)
-        if record is None or not self._is_abandoned(checkpoint.cache_key, record):
-            return self.find(checkpoint)
-        path = f"tinker://{record.run_id}/external_weights/{_NAME}"
-        found = self._saved(record, path, expires_at_s=0.0) if record.run_id else None
-        if found is None:
-            self._forget(checkpoint.cache_key)
-        else:
-            self._keep(checkpoint.cache_key, found)
+        key = checkpoint.cache_key
+        record = self.find(checkpoint)
+        if record is not None or self._records.get(key) is None:
+            return record
+        lock = self._records.lock(key)
+        if lock is None:  # another process exports the checkpoint
+            return None
+        with lock:
+            return self._recover(checkpoint)
+
+    def _recover(self, checkpoint: CheckpointVersion) -> ExportRecord | None:
+        """See `recover`; the caller holds the lock of the export."""
+        key = checkpoint.cache_key
+        record = self._records.get(key)
+        if record is None or record.state is ExportState.FAILED:
+            return None
+        if record.is_usable(self._clock.now()):
+            return record
+        found = find_saved(self._client, record) if record.run_id else None
+        if found is not None and record.state is ExportState.DONE:
+            # Another client has set the expiry, so it is not set again.
+            found = msgspec.structs.replace(found, ttl_s=0)
+        elif found is not None and found.expires_at_s is None:  # the server does not list it
+            expires_at_s = record.began_at_s + record.ttl_s
+            found = msgspec.structs.replace(found, expires_at_s=expires_at_s)
+        if found is None or not found.is_usable(self._clock.now()):
+            self._records.delete(key)
+            return None
+        self._records.put(key, found)
         return found
 
     def is_idle(self, ctx: RequestContext) -> bool:
@@ -172,9 +154,8 @@ class Exports:
 
         The validity of the result is added to `ctx`.
         """
-        ctx.depends_on(self._expiry)
-        self._reload_records(_DESCRIPTION_AGE_S)
-        return not self._records
+        ctx.depends_on(self._records.expiry)
+        return self._records.is_empty(_DESCRIPTION_AGE_S)
 
     def describe(
         self, checkpoint: CheckpointVersion, ctx: RequestContext = BACKGROUND_CONTEXT
@@ -183,27 +164,34 @@ class Exports:
 
         The validity of the line is added to `ctx`.
         """
-        key = checkpoint.cache_key
-        ctx.depends_on(self._expiry)
-        record = self._record(key, _DESCRIPTION_AGE_S)
+        ctx.depends_on(self._records.expiry)
+        record = self._records.get(checkpoint.cache_key, _DESCRIPTION_AGE_S)
         if record is None:
             return "none"
         if record.state is ExportState.FAILED:
             return f"failed: {record.failure}"
         if record.state is ExportState.BEGUN:
             ctx.mark_uncacheable()
-            if self._is_abandoned(key, record):
-                return "failed: the process that exported was killed"
-            with self._lock:
-                running = self._running.get(key)
-            state = str(running[1]) if running else f"by process {record.process.partition(':')[0]}"
-            return f"exporting: {state}, {max(self._clock.now() - record.began_at_s, 0.0):.0f} s"
-        left_s = record.expires_at_s - EXPIRY_MARGIN_S - self._clock.now()
+            return self._describe_unfinished(checkpoint.cache_key, record)
+        left_s = record.left_s(self._clock.now()) - EXPIRY_MARGIN_S
         if left_s <= 0:
             return "none"
         ctx.depends_on(Expiry(self._clock.monotonic() + left_s))
+        until = "without expiry"
+        if record.expires_at_s is not None:
+            until = f"until {rfc3339(record.expires_at_s)}"
         size = "" if record.size_bytes is None else f", {record.size_bytes} bytes"
-        return f"{record.path}, until {rfc3339(record.expires_at_s)}{size}"
+        return f"{record.path}, {until}{size}"
+
+    def _describe_unfinished(self, key: str, record: ExportRecord) -> str:
+        with self._lock:
+            running = self._running.get(key)
+        if running is None and not self._records.is_locked(key):
+            current = self._records.get(key)  # it may have ended since `record` was read
+            if current is not None and current.state is ExportState.BEGUN:
+                return "failed: the process that exported was killed"
+        state = str(running[1]) if running else f"by process {record.process.partition(':')[0]}"
+        return f"exporting: {state}, {max(self._clock.now() - record.began_at_s, 0.0):.0f} s"
 
     def export(
         self,
@@ -214,6 +202,7 @@ class Exports:
         recipients: Sequence[str] = (),
         *,
         check_current: Callable[[], object] = lambda: None,
+        keeps_expiry: bool = False,
     ) -> ExportRecord:
         """Export a checkpoint, and wait until that is done; join an export in flight.
 
@@ -226,15 +215,19 @@ class Exports:
             recipients: age recipients for which the files are encrypted; empty for plain files.
             check_current: raises ApiError if the server has another version of the checkpoint. It
                 is called before the export and after it, because the server exports by name.
+            keeps_expiry: leave the expiry of an export that can be read already.
 
         Raises:
-            ApiError: the server refused or failed; RequestTimeout after `timeout_s`.
+            ApiError: the server refused or failed; RequestTimeout after `timeout_s`; Conflict if
+                another process did not end its export in that time.
             OSError: EINTR if the caller was interrupted or the export was stopped.
         """
         mutation = self._telemetry.begin_mutation(path, f"export for {ttl_s} s", ctx.caller())
         future = self._flights.run(
             checkpoint.cache_key,
-            lambda: self._export(checkpoint, ttl_s, recipients, check_current),
+            lambda: self._export(
+                checkpoint, ttl_s, recipients, check_current, keeps_expiry=keeps_expiry
+            ),
             f"export {path}",
             Future[ExportRecord](),
         )
@@ -259,30 +252,18 @@ class Exports:
             if flight is not None:
                 with suppress(Exception):
                     flight.exception(timeout=self._timeout_s)
-            record = self._record(key)
-            if record is not None and self._is_elsewhere(key, record):
-                raise errors.Conflict(f"process {record.process} exports the checkpoint")
-            record = self.recover(checkpoint)
-            if record is not None:
-                with suppress(errors.NotFound):
-                    self._client.delete(record.ref)
-            self._forget(key)
+            with self._wait_for_lock(key, _UNLOCK_S):
+                record = self._recover(checkpoint)
+                if record is not None:
+                    with suppress(errors.NotFound):
+                        self._client.delete(record.ref)
+                self._records.delete(key)
 
         self._wait(run_in_thread(delete, f"delete the export of {path}"), mutation, ctx)
 
     def forget(self, checkpoint: CheckpointVersion) -> None:
         """Forget an export that the server no longer has."""
-        self._forget(checkpoint.cache_key)
-
-    def renew(self, checkpoint: CheckpointVersion, ttl_s: int) -> None:
-        """Set the expiry of an export again, because a reader needs it.
-
-        Raises:
-            ApiError: the request failed.
-        """
-        record = self.find(checkpoint)
-        if record is not None:
-            self._renew(checkpoint.cache_key, record, ttl_s)
+        self._records.delete(checkpoint.cache_key)
 
     def _export(
         self,
@@ -290,27 +271,59 @@ class Exports:
         ttl_s: int,
         recipients: Sequence[str],
         check_current: Callable[[], object],
+        *,
+        keeps_expiry: bool,
     ) -> ExportRecord:
         key = checkpoint.cache_key
-        self._wait_for_other_process(key)
-        check_current()
-        record = self.recover(checkpoint)
-        if record is not None:
-            return self._renew(key, record, ttl_s)
+        with self._wait_for_lock(key, self._timeout_s):
+            check_current()
+            found = self._recover(checkpoint)
+            if found is not None:
+                if keeps_expiry:
+                    return found
+                self._client.set_ttl(found.ref, ttl_s)
+                expires_at_s = self._clock.now() + ttl_s
+                found = msgspec.structs.replace(found, expires_at_s=expires_at_s, ttl_s=ttl_s)
+                self._records.put(key, found)
+                return found
+            done = self._start(checkpoint, ttl_s, recipients, check_current)
+            self.on_exported(checkpoint)
+            self._records.put(key, done)
+            return done
+
+    def _start(
+        self,
+        checkpoint: CheckpointVersion,
+        ttl_s: int,
+        recipients: Sequence[str],
+        check_current: Callable[[], object],
+    ) -> ExportRecord:
+        """Export a checkpoint; the caller holds the lock of the export."""
+        key = checkpoint.cache_key
         record = ExportRecord(
             state=ExportState.BEGUN,
             process=str(ProcessId.current()),
             began_at_s=self._clock.now(),
+            ttl_s=ttl_s,
         )
-        self._keep(key, record)
+        self._records.put(key, record)
+
+        def on_session(session_id: str) -> None:
+            nonlocal record
+            record = msgspec.structs.replace(record, run_id=f"{session_id}:train:0")
+            self._records.put(key, record)
+
         export = Export(
             self._client,
             ExportRequest(
-                source=checkpoint.about, name=_NAME, ttl_s=ttl_s, recipients=tuple(recipients)
+                source=checkpoint.about,
+                name=EXPORT_NAME,
+                ttl_s=ttl_s,
+                recipients=tuple(recipients),
             ),
             self._clock,
             timeout_s=self._timeout_s,
-            on_session=lambda session_id: self._on_session(key, record, session_id),
+            on_session=on_session,
             on_progress=lambda progress: self._on_progress(key, export, progress),
         )
         self._on_progress(key, export, ExportProgress("starting"))
@@ -320,29 +333,27 @@ class Exports:
                 lambda: f"export of {checkpoint.about}: {self._progress(key)}"
             ):
                 path = export.run()
-            expires_at_s = self._clock.now() + ttl_s
-            done = self._saved(record, path, expires_at_s=expires_at_s) or msgspec.structs.replace(
-                record, state=ExportState.DONE, path=path, expires_at_s=expires_at_s
-            )
+            done = record.saved_as(path, self._clock.now() + ttl_s)
+            found = find_saved(self._client, done)
+            if found is not None:
+                expires_at_s = found.expires_at_s or done.expires_at_s
+                done = msgspec.structs.replace(found, expires_at_s=expires_at_s)
             self._check_exported(done, check_current)
         except ExportStopped:
-            self._forget(key)
+            self._records.delete(key)
             raise errors.interrupted() from None
         except errors.ApiError as error:
             self._telemetry.count("exports_failed")
             failure = errors.redact(error.message)
-            self._keep(
-                key, msgspec.structs.replace(record, state=ExportState.FAILED, failure=failure)
-            )
+            failed = msgspec.structs.replace(record, state=ExportState.FAILED, failure=failure)
+            self._records.put(key, failed)
             raise
         except Exception:
-            self._forget(key)
+            self._records.delete(key)
             raise
         finally:
             with self._lock:
                 self._running.pop(key, None)
-        self.on_exported(checkpoint)
-        self._keep(key, done)
         return done
 
     def _check_exported(self, done: ExportRecord, check_current: Callable[[], object]) -> None:
@@ -358,9 +369,6 @@ class Exports:
                 self._client.delete(done.ref)
             raise
 
-    def _on_session(self, key: str, record: ExportRecord, session_id: str) -> None:
-        self._keep(key, msgspec.structs.replace(record, run_id=f"{session_id}:train:0"))
-
     def _on_progress(self, key: str, export: Export, progress: ExportProgress) -> None:
         with self._lock:
             self._running[key] = (export, progress)
@@ -370,62 +378,18 @@ class Exports:
             running = self._running.get(key)
         return str(running[1]) if running else ""
 
-    def _wait_for_other_process(self, key: str) -> None:
-        """Wait until no other process of this host exports the checkpoint.
+    def _wait_for_lock(self, key: str, timeout_s: float) -> ExportLock:
+        """Lock an export as soon as no other process of this host does.
 
         Raises:
-            ApiError: RequestTimeout after `timeout_s`.
+            ApiError: Conflict after `timeout_s`.
         """
-        deadline = self._clock.monotonic() + self._timeout_s
-        while (record := self._record(key)) is not None and self._is_elsewhere(key, record):
-            if self._clock.monotonic() > deadline:
-                raise errors.RequestTimeout(
-                    f"process {record.process} did not export it within {self._timeout_s:g} s"
-                )
-            time.sleep(_LOOK_S)
-
-    def _is_elsewhere(self, key: str, record: ExportRecord) -> bool:
-        """Return whether another process exports the checkpoint."""
-        if record.state is not ExportState.BEGUN or self._is_abandoned(key, record):
-            return False
-        with self._lock:
-            return key not in self._running
-
-    def _is_abandoned(self, key: str, record: ExportRecord) -> bool:
-        """Return whether the process of an unfinished export has ended."""
-        if record.state is not ExportState.BEGUN:
-            return False
-        with self._lock:
-            if key in self._running:
-                return False
-        return not ProcessId.parse(record.process).is_running()
-
-    def _saved(
-        self, record: ExportRecord, path: str, *, expires_at_s: float
-    ) -> ExportRecord | None:
-        """Return the record of the weights saved at `path`, None if the server has none."""
-        run_id = TinkerPath.parse(path).run_id
-        try:
-            listed = self._client.list_checkpoints(run_id)
-        except errors.NotFound:
-            return None
-        for each in listed:
-            if each.tinker_path == path:
-                listed_s = None if each.expires_at_ns is None else each.expires_at_ns / _NS
-                return msgspec.structs.replace(
-                    record,
-                    state=ExportState.DONE,
-                    path=path,
-                    expires_at_s=listed_s or expires_at_s,
-                    size_bytes=each.size_bytes,
-                )
-        return None
-
-    def _renew(self, key: str, record: ExportRecord, ttl_s: int) -> ExportRecord:
-        self._client.set_ttl(record.ref, ttl_s)
-        renewed = msgspec.structs.replace(record, expires_at_s=self._clock.now() + ttl_s)
-        self._keep(key, renewed)
-        return renewed
+        lock = self._records.lock(key, timeout_s)
+        if lock is None:
+            record = self._records.get(key)
+            owner = "another process" if record is None else f"process {record.process}"
+            raise errors.Conflict(f"{owner} uses the export of the checkpoint")
+        return lock
 
     def _wait(self, future: "Future[T]", mutation: MutationRecord, ctx: RequestContext) -> T:
         """Return the result of a future, and record its outcome for the file `changes`."""
@@ -442,53 +406,3 @@ class Exports:
             if not future.done():
                 mutation.abandoned_with = errors.errno_name(error)
             raise
-
-    # Records
-
-    def _record(self, key: str, max_age_s: float = 0.0) -> ExportRecord | None:
-        """Return the record of a checkpoint, at most `max_age_s` after a change of it."""
-        self._reload_records(max_age_s)
-        return self._records.get(key)
-
-    def _reload_records(self, max_age_s: float) -> None:
-        """Read the store if another process has changed it."""
-        now = self._clock.monotonic()
-        if now < self._checked_at + max_age_s:
-            return
-        version = self._store.data_version()
-        with self._lock:
-            self._checked_at = now
-            if version is not None and version != self._data_version:
-                self._data_version = version
-                records = _decode(self._store.durable(_NAMESPACE))
-                if records != self._records:
-                    self._records = records
-                    self._expire_descriptions()
-
-    def _keep(self, key: str, record: ExportRecord) -> None:
-        with self._lock:
-            self._records[key] = record
-            self._expire_descriptions()
-        with suppress(OSError):  # without a cache directory it is known to this mount alone
-            self._store.put_durable(_NAMESPACE, key, msgspec.json.encode(record))
-
-    def _forget(self, key: str) -> None:
-        with self._lock:
-            self._records.pop(key, None)
-            self._expire_descriptions()
-        with suppress(OSError):
-            self._store.delete_durable(_NAMESPACE, key)
-
-    def _expire_descriptions(self) -> None:
-        """Invalidate all that `describe` has returned; the caller holds the lock."""
-        self._expiry.fresh_until = -math.inf
-        self._expiry = Expiry(math.inf)
-
-
-def _decode(values: dict[str, bytes]) -> dict[str, ExportRecord]:
-    """Return the records that can be read; a damaged one is worth no more than none."""
-    records: dict[str, ExportRecord] = {}
-    for key, value in values.items():
-        with suppress(msgspec.MsgspecError):
-            records[key] = msgspec.json.decode(value, type=ExportRecord)
-    return records

@@ -7,7 +7,8 @@ separate files. All other modules read the files of a store and need not know wh
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from tinkerfs import errors
@@ -40,6 +41,7 @@ class StoredFile:
         size_bytes: length of the file, after decompression.
         source: downloads bytes of the file.
         digests: of each block; empty if unknown.
+        on_open: called with a function that returns whether the file is still open.
     """
 
     kind: str
@@ -47,6 +49,7 @@ class StoredFile:
     size_bytes: int
     source: BlockSource
     digests: tuple[bytes, ...] = ()
+    on_open: Callable[[Callable[[], bool]], None] = lambda _is_open: None
 
 
 class Origins:
@@ -316,6 +319,11 @@ class ExportedFiles(ExternalFiles):
     ) -> None:
         super().__init__(origins, checkpoint)
         self._export = ExportUrls(origins.url_cache, origins.exports, checkpoint, refusal)
+
+    def stored_file(self, index: Index, name: str) -> StoredFile:
+        """Return the file itself; its export is renewed while it is open."""
+        on_open = partial(self._origins.exports.renewal.add_use, self._checkpoint)
+        return replace(super().stored_file(index, name), on_open=on_open)
 
     def expire_urls(self, age_s: float) -> None:
         """See `Origin.expire_urls`."""

@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from functools import partial
 
 from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.memory_pool import BlockMemoryPool
@@ -58,8 +59,18 @@ class RemoteFilePool:
             )
             file.acquire()
             self._files[key] = file
-            return file
+        stored.on_open(partial(_is_open, weakref.ref(file)))
+        return file
 
     def is_idle(self) -> bool:
         """Return whether no download is in flight."""
         return all(file.is_idle() for file in list(self._files.values()))
+
+
+def _is_open(file: "weakref.ref[RemoteFile]") -> bool:
+    """Return whether a file is open, and not stale."""
+    found = file()
+    if found is None or not found.acquire():
+        return False
+    found.release()
+    return True

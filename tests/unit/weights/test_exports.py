@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 import threading
@@ -7,11 +8,13 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
+from tests.support.account import needs
 from tinkerfs import errors
 from tinkerfs.api import exports as api_exports
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
+from tinkerfs.cache.byte_locks import ByteRangeLocks
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
@@ -26,7 +29,6 @@ from tinkerfs.weights.exports import Exports
 @pytest.fixture(autouse=True)
 def _quick_polls(monkeypatch):
     monkeypatch.setattr(api_exports, "POLL", Backoff(0.01, 0.05))
-    monkeypatch.setattr(weights_exports, "_LOOK_S", 0.02)
 
 
 @pytest.fixture
@@ -102,6 +104,13 @@ def test_second_export_renews_the_expiry_of_the_first(server, exports, checkpoin
     assert server.journal.count("PUT ttl") == 1
 
 
+def test_export_that_exists_may_keep_its_expiry(server, exports, checkpoint):
+    first = exports.export(checkpoint, 86_400, "/x/export", BACKGROUND_CONTEXT)
+    second = exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT, keeps_expiry=True)
+    assert second == first
+    assert server.journal.count("PUT ttl") == 0
+
+
 def test_concurrent_writers_share_one_export(server, exports, open_exports, checkpoint):
     server.behaviour.exports.load_s = 0.5
     all_exports = [exports, exports, open_exports()]
@@ -157,7 +166,7 @@ def test_failure_is_described_until_the_next_export(server, exports, open_export
 def test_expired_export_is_no_longer_known(server, exports, checkpoint):
     record = exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT)
     past = msgspec.structs.replace(record, expires_at_s=SYSTEM_CLOCK.now() + 30)
-    exports._keep(checkpoint.cache_key, past)
+    exports._records.put(checkpoint.cache_key, past)
     assert exports.find(checkpoint) is None
     assert exports.describe(checkpoint) == "none"
 
@@ -201,6 +210,7 @@ KILLED = """
 import sys, os, threading, time
 from tests.unit.weights.test_exports import *
 from tinkerfs.api import exports as api_exports
+from tinkerfs.weights import exports as weights_exports
 api_exports.POLL = Backoff(0.01, 0.05)
 base_url, directory, step = sys.argv[1:]
 store = MetadataStore(__import__("pathlib").Path(directory)); store.__enter__()
@@ -218,7 +228,7 @@ def on_progress(key, export, progress):
         os.kill(os.getpid(), 9)
 exports._on_progress = on_progress
 if step == "saved":
-    exports._saved = lambda *args, **kwargs: os.kill(os.getpid(), 9)
+    weights_exports.find_saved = lambda *args: os.kill(os.getpid(), 9)
 exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT)
 """
 
@@ -242,18 +252,48 @@ def test_next_mount_recovers_what_a_killed_process_saved(
         assert exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT).path
 
 
+@pytest.mark.parametrize("prefix", [[], ["unshare", "--pid", "--fork", "--kill-child"]])
+def test_export_of_other_pid_namespace_is_not_repeated(
+    server, open_exports, checkpoint, tmp_path, prefix, needs_root, monkeypatch
+):
+    monkeypatch.setattr(weights_exports, "_UNLOCK_S", 0.1)
+    needs(prefix[:1])
+    server.behaviour.exports.load_s = 3600
+    command = [sys.executable, "-c", KILLED, server.base_url, str(tmp_path), "never"]
+    with subprocess.Popen([*prefix, *command]) as process:
+        exports = open_exports(timeout_s=0.2)
+        while count(server, "load_weights") == 0:
+            threading.Event().wait(0.02)
+        assert exports.describe(checkpoint).startswith("exporting: by process ")
+        assert exports.recover(checkpoint) is None
+        with pytest.raises(errors.Conflict, match=r"process .* uses the export"):
+            exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT)
+        with pytest.raises(errors.Conflict, match=r"process .* uses the export"):
+            exports.delete(checkpoint, "/x/export", BACKGROUND_CONTEXT)
+        assert count(server, "create_session") == 1
+        process.kill()
+    while exports._records.is_locked(checkpoint.cache_key):  # the child ends after its parent
+        threading.Event().wait(0.02)
+    assert exports.describe(checkpoint) == "failed: the process that exported was killed"
+    server.behaviour.exports.load_s = 0.0
+    assert exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT).path
+    assert count(server, "create_session") == 2
+
+
+def test_file_system_without_locks_allows_exports(server, exports, checkpoint, monkeypatch):
+    def refuse(*_args):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(ByteRangeLocks, "acquire", refuse)
+    monkeypatch.setattr(ByteRangeLocks, "is_locked", refuse)
+    assert exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT).path
+    assert exports.describe(checkpoint).startswith("tinker://")
+
+
 def test_export_without_a_cache_directory_is_known_to_its_mount(server, open_exports, checkpoint):
     exports = open_exports(directory=None)
     record = exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT)
     assert exports.find(checkpoint) == record
-
-
-def test_renew_sets_the_expiry_again(server, exports, checkpoint):
-    exports.renew(checkpoint, 3600)
-    assert server.journal.count("PUT ttl") == 0, "there is no export"
-    exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT)
-    exports.renew(checkpoint, 7200)
-    assert server.journal.count("PUT ttl") == 1
 
 
 def test_damaged_record_counts_as_none(open_exports, checkpoint, tmp_path):
