@@ -158,6 +158,7 @@ def open_app(
                 timeout_s=settings.timeout_s,
                 url_age_s=settings.ttl_s,
                 base_models=BaseModels(settings.base_models),
+                moe_layout=settings.moe_layout,
             )
         )
         backend = Backend(

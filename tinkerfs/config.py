@@ -22,6 +22,9 @@ TTL_RANGE_S = (3600, 315_360_000)
 #: Maximum for `concurrency`; more requests at a time would overload a server.
 MAX_CONCURRENCY = 64
 
+#: Layouts of the experts of adapters; see `weights/peft_adapter.py`.
+MOE_LAYOUTS = ("peft", "packed")
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -161,6 +164,12 @@ def _parse_log_level(text: str) -> str:
     return text.strip().lower()
 
 
+def _parse_moe_layout(text: str) -> str:
+    if text.strip().lower() not in MOE_LAYOUTS:
+        raise ValueError(f"not one of {', '.join(MOE_LAYOUTS)}: {text!r}")
+    return text.strip().lower()
+
+
 def _parse_path(text: str) -> str:
     if not text or "\0" in text:
         raise ValueError(f"not a path: {text!r}")
@@ -243,6 +252,13 @@ class Settings:
         "Directory of base models, which decide how the files in /adapters are named; without it,"
         " the local Hugging Face cache and a table of the service's models are used.",
         value=None,
+    )
+    moe_layout: str = _option(
+        "moe-layout LAYOUT",
+        _parse_moe_layout,
+        "peft",
+        "Layout of experts in /adapters: peft, one tensor per expert; or packed, one for all of"
+        " them, as vLLM loads it with --enable-moe-shared-loras.",
     )
     xattr: bool = _option(
         "xattr",

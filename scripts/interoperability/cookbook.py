@@ -103,6 +103,7 @@ class Family:
         saved_below: prefix of the names of the saved tensors.
         not_loaded: pattern of the modules that PEFT with transformers ignores or refuses; None if
             transformers names the layers differently from the cookbook.
+        is_tied: whether the output layer is tied to the embedding.
     """
 
     base: str
@@ -113,6 +114,7 @@ class Family:
     saved_as: dict[str, Any] | None = None
     saved_below: str = ""
     not_loaded: str | None = "$^"
+    is_tied: bool = False
 
 
 FAMILIES = {
@@ -123,8 +125,7 @@ FAMILIES = {
         model_type="qwen3",
         config=TEXT | {"tie_word_embeddings": True},
         dtype=torch.float16,
-        # PEFT transposes the factors of an embedding.
-        not_loaded="unembed_tokens",
+        is_tied=True,
     ),
     "qwen3_moe": Family(base="Qwen/Qwen3-30B-A3B", model_type="qwen3_moe", config=MOE),
     "qwen3_vl_moe": Family(
@@ -140,7 +141,6 @@ FAMILIES = {
         base="Qwen/Qwen3.6-27B",
         model_type="qwen3_5",
         config={"text_config": TEXT | LINEAR_ATTENTION, "vision_config": QWEN_VISION},
-        not_loaded=r"in_proj_[qkv]\.",
     ),
     "qwen3_5-tied": Family(
         base="Qwen/Qwen3.5-4B",
@@ -150,7 +150,7 @@ FAMILIES = {
             "vision_config": QWEN_VISION,
             "tie_word_embeddings": True,
         },
-        not_loaded=r"in_proj_[qkv]\.|unembed_tokens",
+        is_tied=True,
     ),
     "qwen3_5_moe": Family(
         base="Qwen/Qwen3.6-35B-A3B",
@@ -160,7 +160,7 @@ FAMILIES = {
             "vision_config": QWEN_VISION,
         },
         dtype=torch.bfloat16,
-        not_loaded=r"in_proj_[qkv]\.|\.experts",
+        not_loaded=r"\.experts",
     ),
     "gpt_oss": Family(
         base="openai/gpt-oss-20b",
@@ -301,6 +301,11 @@ class Truth:
         self._own = directory / name
         shapes = create_base(self._family, self._base)
         tensors = create_adapter(self._family, shapes)
+        if self._family.is_tied:
+            # tinkerfs refuses it, because no engine loads the factors of the output layer.
+            save_adapter(tensors, self._own / "tied")
+            unembed = self._family.unembed
+            tensors = {name: each for name, each in tensors.items() if unembed not in name}
         save_adapter(tensors, self._own / "adapter")
         # So that the name of the base model is a path for the cookbook.
         os.chdir(directory / "bases")
@@ -337,9 +342,20 @@ class Truth:
         return type(model).from_pretrained(directory, config=config, dtype=torch.float32).eval()
 
     def compare(self, path: str) -> dict[str, Any]:
-        """Compare a directory with that of the cookbook: tensors by their bits, and the config."""
+        """Compare a directory with that of the cookbook: tensors by their bits, and the config.
+
+        Only the parts of the linear attention's `in_proj_qkv` differ, which the cookbook leaves as
+        they are: they are joined with their bits, and with the same product of the factors.
+        """
         expected_config = json.loads((self._own / "peft/adapter_config.json").read_text())
         config = json.loads(Path(path, "adapter_config.json").read_text())
+        expected = safetensors.torch.load_file(self._own / "peft/adapter_model.safetensors")
+        joined = join_parts(expected)
+        if joined:
+            targets = {*expected_config["target_modules"]} - {f"in_proj_{part}" for part in "qkv"}
+            expected_config["target_modules"] = sorted(targets | {"in_proj_qkv"})
+            expected_config["rank_pattern"] = {"in_proj_qkv": 3 * RANK}
+            expected_config["alpha_pattern"] = {"in_proj_qkv": 3 * ALPHA}
         differing = [
             field
             for field in expected_config.keys() | config.keys()
@@ -349,7 +365,6 @@ class Truth:
             or type(config[field]) is not type(expected_config[field])
         ]
         assert not differing, f"fields of adapter_config.json differ: {differing}"
-        expected = safetensors.torch.load_file(self._own / "peft/adapter_model.safetensors")
         return compare(safetensors.torch.load_file(f"{path}/adapter_model.safetensors"), expected)
 
     def load(self, path: str) -> dict[str, Any]:
@@ -388,6 +403,23 @@ def compare(found: Tensors, expected: Tensors) -> dict[str, Any]:
         assert found[name].shape == tensor.shape, (name, found[name].shape, tensor.shape)
         assert torch.equal(bits(found[name]), bits(tensor)), f"different values in {name}"
     return {"tensors": len(expected)}
+
+
+def join_parts(tensors: Tensors) -> int:
+    """Replace the factors of `in_proj_q`, `in_proj_k` and `in_proj_v`; return how many modules."""
+    paths = [match[1] for name in tensors if (match := re.match(r"(.+\.in_proj_)q\.lora_A", name))]
+    for path in paths:
+        a, b = (
+            [tensors.pop(f"{path}{part}.lora_{side}.weight") for part in "qkv"] for side in "AB"
+        )
+        tensors[f"{path}qkv.lora_A.weight"] = torch.cat(a)
+        tensors[f"{path}qkv.lora_B.weight"] = torch.block_diag(*b)
+        product = torch.cat(
+            [each_b.float() @ each_a.float() for each_a, each_b in zip(a, b, strict=True)]
+        )
+        difference = torch.block_diag(*b).float() @ torch.cat(a).float() - product
+        assert difference.abs().max() < 1e-5, f"the product of {path}qkv differs"
+    return len(paths)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

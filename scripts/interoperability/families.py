@@ -3,8 +3,10 @@
 The interpreter given as an argument runs cookbook.py, which creates for each family a tiny
 base model and an adapter in Tinker's names, and converts the adapter with the cookbook. This script
 converts the same adapter with `tinkerfs.weights.peft_adapter`, and reads it from `/adapters` of a
-mount. All tensors and `adapter_config.json` must be equal. Where PEFT and transformers know the
-family, the loaded adapter must give the logits of a model merged by the cookbook.
+mount. All tensors and `adapter_config.json` must be equal, except for the parts of `in_proj_qkv`,
+which the cookbook does not join. The factors of a tied output layer must be refused. Where PEFT and
+transformers know the family, the loaded adapter must give the logits of a model merged by the
+cookbook.
 
 It also uploads an adapter from the mount with `hf upload`.
 """
@@ -97,6 +99,11 @@ def check_family(name: str, base: str, loaders: Loaders, home: Path) -> str:
     directory, fates = converted(home / name / "adapter", base, models)
     count = loaders.ask("compare", name, directory)["tensors"]
     fates += f"; {count} equal"
+    tied = home / name / "tied"
+    if tied.exists():
+        message = refused(tied, base, models)
+        assert "train_unembed=False" in message, message
+        fates += "; refused with the tied output layer"
     loadable = home / name / "loadable"
     if loadable.exists():
         directory, _ = converted(loadable, base, models)
@@ -159,6 +166,9 @@ def check_view(name: str, paths: dict[str, str], loaders: Loaders, root: Path) -
     if "loadable" in paths:
         loaded = loaders.ask("load", name, root / paths["loadable"])
         fates += f"; PEFT loads {loaded['tensors']}, logits within {loaded['difference']:.0e}"
+    if "tied" in paths:
+        code = read_errno(root / paths["tied"] / "adapter_model.safetensors")
+        assert code == errno.EOPNOTSUPP, code
     return fates
 
 
@@ -181,7 +191,7 @@ def check_all(python: str) -> int:
             served = {
                 name: {
                     kind: serve(server, base, home / name / kind)
-                    for kind in ("adapter", "loadable")
+                    for kind in ("adapter", "loadable", "tied")
                     if (home / name / kind).exists()
                 }
                 for name, base in loaders.about["bases"].items()

@@ -1,15 +1,20 @@
 """Adapters on a real mount, accessed as serving engines do."""
 
 import hashlib
+import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.support.account import api_calls, make_account
+from tests.support.account import BINDINGS, api_calls, make_account, mounted, new_run
+from tests.support.faulty_server import FaultyServer
 from tests.support.mount import run as run_process
 from tests.support.mount import tinkerfs
+from tinkerfs.demo.archive import tar_of
+from tinkerfs.demo.content import Data
 
 __all__ = ["make_account"]
 
@@ -139,3 +144,86 @@ def test_converted_adapter_is_loaded_mapped_and_copied(make_account, tmp_path):
     assert {"adapter_model.safetensors", "tensors.json"} < {*names}
     for name in names:
         assert (tmp_path / "copy" / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_packed_layout_is_that_of_mount_prefetch_and_get(make_account, tmp_path):
+    account = make_account(runs=0, settings={"moe_layout": "packed"})
+    run = account.new_run("sampler_weights/1", base_model="Qwen/Qwen3-30B-A3B")
+    directory = account.path(f"adapters/{run[5:]}@sampler_weights@1")
+    assert os.path.realpath(directory).endswith("+packed"), "another path than that of peft"
+    files = account.server.files(run[5:], "sampler_weights/1")
+    content = files["adapter_model.safetensors"]
+    stored = content.read(0, content.size_bytes)
+    model = directory / "adapter_model.safetensors"
+    assert model.read_bytes() == stored, "the names of this base are those of Tinker"
+    tensors = json.loads((directory / "tensors.json").read_bytes())["tensors"]
+    assert tensors.keys() == safetensors.numpy.load(stored).keys()
+    config = json.loads((directory / "adapter_config.json").read_bytes())
+    assert {"gate_proj", "up_proj", "down_proj"} < {*config["target_modules"]}
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "TINKER_API_KEY": account.server.api_key,
+    }
+    done = tinkerfs("prefetch", directory, env=env)
+    assert done.returncode == 0, done.stderr
+    for name, arguments in {"packed": [], "peft": ["--moe-layout", "peft"]}.items():
+        done = tinkerfs("get", *arguments, directory, tmp_path / name, env=env)
+        assert done.returncode == 0, done.stderr
+        copy = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        assert (copy == stored) == (name == "packed")
+
+
+def test_get_uses_the_base_models_of_the_mount(make_account, tmp_path):
+    base = tmp_path / "models/someone/own"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text('{"model_type": "gpt_oss", "architectures": ["GptOss"]}')
+    names = {"weight_map": {"lm_head.weight": "model.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(names))
+    account = make_account(runs=0, settings={"base_models": str(tmp_path / "models")})
+    run = account.new_run("sampler_weights/1", base_model="someone/own")
+    module = "base_model.model.model.layers.0.attn.q_proj"
+    tensors = {
+        f"{module}.lora_A.weight": np.ones((4, 2)),
+        f"{module}.lora_B.weight": np.ones((2, 4)),
+    }
+    files = {
+        "adapter_model.safetensors": Data(safetensors.numpy.save(tensors)),
+        "adapter_config.json": Data(b'{"r": 4, "lora_alpha": 8}'),
+    }
+    [checkpoint] = account.server.account.runs()[0].checkpoints
+    checkpoint.archive = tar_of(files, 1_700_000_000)
+    env = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "TINKER_API_KEY": account.server.api_key,
+    }
+    directory = account.path(f"adapters/{run[5:]}@sampler_weights@1")
+    done = tinkerfs("get", directory, tmp_path / "copy", env=env)
+    assert done.returncode == 0, done.stderr
+    copy = safetensors.numpy.load((tmp_path / "copy/adapter_model.safetensors").read_bytes())
+    assert {name.split(".")[5] for name in copy} == {"self_attn"}
+
+
+def test_remounts_with_other_layouts_share_only_blocks(tmp_path):
+    binding = BINDINGS[-1]
+    with FaultyServer(runs=0) as server:
+        run_id = new_run(server, "sampler_weights/1", base_model="Qwen/Qwen3-30B-A3B")
+        content = server.files(run_id, "sampler_weights/1")["adapter_model.safetensors"]
+        stored = safetensors.numpy.load(content.read(0, content.size_bytes))
+        found, paths = {}, {}
+        for layout in ("peft", "packed", "peft"):
+            server.journal.clear()
+            with mounted(server, tmp_path, binding, moe_layout=layout) as root:
+                directory = root / f"adapters/{run_id}@sampler_weights@1"
+                tensors = safetensors.numpy.load(
+                    (directory / "adapter_model.safetensors").read_bytes()
+                )
+                assert found.setdefault(layout, tensors.keys()) == tensors.keys()
+                paths[layout] = os.path.realpath(directory)
+            server.journal.wait_until_idle()
+            is_first = len(found) == 1 and layout == "peft" and len(paths) == 1
+            downloads = [each for each in server.journal.entries() if each.origin == "store"]
+            assert bool(downloads) == is_first, "the second layout reads the same blocks"
+    assert paths["packed"] == f"{paths['peft']}+packed"
+    assert found["packed"] == stored.keys() != found["peft"]

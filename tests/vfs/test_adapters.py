@@ -8,6 +8,8 @@ import safetensors.numpy
 
 from tests.support.account import api_calls, deletes
 from tests.support.drivers import outcome_of
+from tinkerfs.demo.archive import tar_of
+from tinkerfs.demo.content import Data
 
 MODEL = "adapter_model.safetensors"
 
@@ -78,14 +80,32 @@ def test_adapter_has_the_names_of_its_base_model(world, base_model):
     assert world.driver.read(f"{files.replace('@', '/')}/files/{MODEL}") == stored[MODEL]
 
 
-@pytest.mark.parametrize("base_model", ["deepseek-ai/DeepSeek-V3.1", "someone/unknown"])
-def test_adapter_without_a_rule_is_refused(world, base_model):
-    directory, _stored = add_adapter(world, base_model)
+def assert_refused(world, directory):
     names = world.driver.listdir(directory)
     assert {MODEL, "adapter_config.json"} <= {*names}, "not an empty directory"
     for name in (MODEL, "adapter_config.json"):
         assert outcome_of(lambda: world.driver.read(f"{directory}/{name}")) == "EOPNOTSUPP"  # noqa: B023
-    assert "tinker_cookbook.weights.build_lora_adapter" in world.errors()
+    assert "tinker_cookbook.weights.build_" in world.errors()
+
+
+def test_adapter_of_a_refused_family_is_eopnotsupp(world):
+    directory, _stored = add_adapter(world, "deepseek-ai/DeepSeek-V3.1")
+    assert_refused(world, directory)
+
+
+@pytest.mark.where(profile=lambda profile: not profile.member_names)
+def test_adapter_of_an_unknown_base_needs_the_form_of_peft(world):
+    directory, stored = add_adapter(world, "someone/unknown")
+    for name in (MODEL, "adapter_config.json"):
+        assert world.driver.read(f"{directory}/{name}") == stored[name]
+    run = world.server.account.add_run(base_model="someone/unknown")
+    checkpoint = world.server.account.add_checkpoint(run.id, "sampler_weights/1")
+    config = {**json.loads(stored["adapter_config.json"]), "target_modules": "all-linear"}
+    files = {MODEL: stored[MODEL], "adapter_config.json": json.dumps(config).encode()}
+    content = {name: Data(data) for name, data in files.items()}
+    checkpoint.archive = tar_of(content, 1_700_000_000)
+    world.refresh()
+    assert_refused(world, f"adapters/{run.id}@sampler_weights@1")
 
 
 @pytest.mark.where(profile=lambda profile: not profile.member_names)

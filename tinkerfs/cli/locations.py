@@ -99,7 +99,7 @@ def _split_at_mount(argument: str) -> tuple[Mount, str]:
 
 
 def read_mount_settings(mount: Mount) -> dict[str, str | bool | None]:
-    """Read the settings of the account and the cache of a mount.
+    """Read the settings of the account, the cache and the adapters of a mount.
 
     Raises:
         StartupError: The mount does not respond, or runs another version of tinkerfs.
@@ -113,8 +113,8 @@ def read_mount_settings(mount: Mount) -> dict[str, str | bool | None]:
         raise StartupError(f"the mount at {mount.mountpoint} does not respond {hint}") from None
     except ValueError:
         stats = None
-    names = {"base_url": "base_url", "cache_dir": "cache_dir", "cache_size_bytes": "cache_size"}
-    if not isinstance(stats, dict) or not names.keys() <= stats.keys():
+    names = {"base_url", "cache_dir", "cache_size_bytes", "base_models", "moe_layout"}
+    if not isinstance(stats, dict) or not names <= stats.keys():
         raise StartupError(
             f"the mount at {mount.mountpoint} does not report its cache directory {hint}"
         )

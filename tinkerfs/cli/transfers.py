@@ -23,6 +23,7 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
         "base_url",
         "cache_dir",
         "base_models",
+        "moe_layout",
         "cache_size_bytes",
         "timeout_s",
         "archive_timeout_s",

@@ -173,12 +173,23 @@ def _find_version(node: NodeContext, version: str) -> ListedCheckpoint | None:
     return checkpoint if version == checkpoint.version else None
 
 
+def _list_adapter_version(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
+    return ((weights_nodes.adapter_version(node), node.entity),)
+
+
+def _find_adapter_version(node: NodeContext, version: str) -> ListedCheckpoint | None:
+    checkpoint: ListedCheckpoint = node.entity
+    return checkpoint if version == weights_nodes.adapter_version(node) else None
+
+
 def _stats(node: NodeContext) -> bytes:
     backend = node.backend
     settings = {
         "base_url": backend.settings.base_url,
         "cache_dir": backend.settings.cache_dir,
         "cache_size_bytes": backend.settings.cache_size_bytes,
+        "base_models": backend.settings.base_models,
+        "moe_layout": backend.settings.moe_layout,
         "account": _account_totals(backend.catalog),
     }
     return render.json_values({**settings, **backend.telemetry.snapshot()})
@@ -315,16 +326,14 @@ _RUN = Directory(
 
 def _content(
     doc: str,
-    version: Directory,
+    versions: DynamicEntries,
     find_kind: Callable[[NodeContext, str], tuple[models.TrainingRun, str] | None],
 ) -> Directory:
     """Return a directory of expensive content by run, kind, name and version.
 
     None of its names is listed, so that a tree walk does not reach the content.
     """
-    name = Directory(
-        "<name>", "a checkpoint", (DynamicEntries(version, _list_version, _find_version, False),)
-    )
+    name = Directory("<name>", "a checkpoint", (versions,))
     kind = Directory(
         "<kind>",
         "a kind of checkpoint",
@@ -339,11 +348,15 @@ def _content(
 
 _CONTENT = _content(
     "content that needs an archive, reached through the symlinks; its names are not listed",
-    weights_nodes.VERSION,
+    DynamicEntries(weights_nodes.VERSION, _list_version, _find_version, False),
     _find_kind,
 )
 _ADAPTERS = views.adapters(
-    _content("the targets of the links; not listed", weights_nodes.ADAPTER, _find_kind)
+    _content(
+        "the targets of the links; not listed",
+        DynamicEntries(weights_nodes.ADAPTER, _list_adapter_version, _find_adapter_version, False),
+        _find_kind,
+    )
 )
 
 _TINKERFS = Directory(

@@ -108,7 +108,7 @@ def adapters(files: Directory) -> Directory:
     link = Symlink(
         "<run_id>@<kind>@<name>",
         "the checkpoint as engines load it; checkpoints that are not listed resolve too",
-        lambda node: weights_nodes.adapter_path(node.entity),
+        weights_nodes.adapter_path,
         mtime_ns=entities.checkpoint_ns,
     )
 

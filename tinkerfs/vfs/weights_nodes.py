@@ -109,13 +109,25 @@ def weights_ref(row: NodeSpec, node: NodeContext) -> WeightsRef | None:
     return WeightsRef(entity, _version(node, entity), is_archive, base_model=base_model)
 
 
-def adapter_path(checkpoint: ListedCheckpoint) -> str:
+def adapter_path(node: NodeContext) -> str:
     """Return the path of a checkpoint's files for serving engines from the root.
 
     The path is within `/adapters`, because engines compare real paths and refuse to load files from
     outside of the configured directory.
     """
-    return f"/adapters/.content/{_version_path(checkpoint)}"
+    run_id, kind, name = map(name_encoding.encode, node.entity.key)
+    return f"/adapters/.content/{run_id}/{kind}/{name}/{adapter_version(node)}"
+
+
+def adapter_version(node: NodeContext) -> str:
+    """Return the version of a checkpoint's files for serving engines.
+
+    It names the layout of experts, so that an engine that keeps what it has loaded from a path does
+    not take it for the other layout.
+    """
+    version: str = node.entity.version
+    layout = node.backend.settings.moe_layout
+    return version if layout == "peft" else f"{version}+{layout}"
 
 
 def _is_adapter(node: NodeContext) -> bool:
@@ -138,12 +150,8 @@ def _files(node: NodeContext, checkpoint: ListedCheckpoint) -> WeightsReader | A
 
 
 def _path(checkpoint: ListedCheckpoint, name: str) -> str:
-    return f"/.content/{_version_path(checkpoint)}/{name}"
-
-
-def _version_path(checkpoint: ListedCheckpoint) -> str:
-    run_id, kind, name = map(name_encoding.encode, checkpoint.key)
-    return f"{run_id}/{kind}/{name}/{checkpoint.version}"
+    run_id, kind, encoded = map(name_encoding.encode, checkpoint.key)
+    return f"/.content/{run_id}/{kind}/{encoded}/{checkpoint.version}/{name}"
 
 
 def version_of(node: NodeContext) -> CheckpointVersion:

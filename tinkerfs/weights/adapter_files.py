@@ -28,8 +28,6 @@ from tinkerfs.weights.peft_adapter import ConversionError
 from tinkerfs.weights.reader import MemberListing, WeightsReader
 from tinkerfs.weights.tar_index import Member
 
-_HINT = "(hint: convert a copy with tinker_cookbook.weights.build_lora_adapter)"
-
 
 class AdapterFiles:
     """The files of adapters for serving engines. Thread-safe.
@@ -140,11 +138,12 @@ class AdapterFiles:
                 cache.put_source(checkpoint.cache_key, source)
             return self._convert(checkpoint, source, ctx)
         except ConversionError as error:
-            message = f"not convertible: {error} {_HINT}"
+            message = f"not convertible: {error} (hint: {error.hint})"
             raise errors.not_supported(checkpoint.path, message) from None
 
     def _convert(
         self, checkpoint: CheckpointVersion, source: AdapterSource, ctx: RequestContext
     ) -> Adapter:
-        work = partial(convert_source, source, self._reader.base_models)
+        reader = self._reader
+        work = partial(convert_source, source, reader.base_models, reader.moe_layout)
         return self._reader.adapters.get(checkpoint.cache_key, work, ctx)

@@ -17,9 +17,9 @@ import msgspec
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.concurrency import SingleFlight
 from tinkerfs.context import RequestContext
-from tinkerfs.weights.base_models import BaseModels
+from tinkerfs.weights.base_models import BaseModel, BaseModels
 from tinkerfs.weights.extents import ExtentMap, OwnBytes
-from tinkerfs.weights.peft_adapter import ConversionError, convert
+from tinkerfs.weights.peft_adapter import ConversionError, PeftAdapter, convert, pass_on
 from tinkerfs.weights.safetensors_header import tensors_json
 from tinkerfs.weights.tar_index import Member
 from tinkerfs.weights.virtual_file import Layout
@@ -162,8 +162,11 @@ def parse_config(data: bytes) -> dict[str, Any]:
         raise ConversionError(f"{CONFIG} is not a JSON object: {error}") from None
 
 
-def convert_source(source: AdapterSource, base_models: BaseModels) -> Adapter:
+def convert_source(source: AdapterSource, base_models: BaseModels, moe_layout: str) -> Adapter:
     """Return the converted adapter.
+
+    Args:
+        moe_layout: layout of the experts, as for `convert`.
 
     Raises:
         ConversionError: it is invalid, or no rule says how to convert it.
@@ -172,13 +175,7 @@ def convert_source(source: AdapterSource, base_models: BaseModels) -> Adapter:
         base = base_models.get(source.base_model)
     except (OSError, ValueError) as error:
         raise ConversionError(f"the files of its base model are invalid: {error}") from None
-    if base is None:
-        raise ConversionError(
-            f"the base model {source.base_model!r} is unknown; --base-models names a directory"
-            " that has it"
-        )
-    config = parse_config(source.config)
-    peft = convert(source.header, source.size_bytes, config, base)
+    peft = _convert(source, base, moe_layout)
     header = source.header if peft.header is None else peft.header
     made = {
         CONFIG: source.config if peft.config is None else peft.config,
@@ -188,6 +185,19 @@ def convert_source(source: AdapterSource, base_models: BaseModels) -> Adapter:
         MODEL: Layout(peft.extents, _digest(header)),
         **{name: Layout(ExtentMap([OwnBytes(data)]), _digest(data)) for name, data in made.items()},
     }
+
+
+def _convert(source: AdapterSource, base: BaseModel | None, moe_layout: str) -> PeftAdapter:
+    config = parse_config(source.config)
+    if base is not None:
+        return convert(source.header, source.size_bytes, config, base, moe_layout)
+    peft = pass_on(source.header, source.size_bytes, config, None, moe_layout)
+    if peft is None:
+        raise ConversionError(
+            f"the base model {source.base_model!r} is unknown; --base-models names a directory"
+            " that has it"
+        )
+    return peft
 
 
 def _digest(data: bytes) -> str:

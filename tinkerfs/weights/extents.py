@@ -93,6 +93,11 @@ class ExtentMap:
         """Return the number of extents."""
         return len(self._extents)
 
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """The extents in their order, adjacent ones merged."""
+        return self._extents
+
     def read_into(self, buffer: memoryview, offset: int, read_source: ReadSource) -> int:
         """Fill `buffer` with the bytes at `offset`; return how many, fewer only at the end."""
         size = max(min(len(buffer), self.size_bytes - offset), 0)

@@ -77,6 +77,7 @@ class WeightsReader:
         url_age_s: maximum age of a signed URL that revalidates an undated checkpoint, seconds.
         memory_bytes: memory bound for the blocks of all open files together.
         base_models: what is known of base models, for adapters; None for the models of the service.
+        moe_layout: layout of the experts of adapters, "peft" or "packed".
 
     Attributes:
         adapters: the converted adapters, for `AdapterFiles`.
@@ -94,6 +95,7 @@ class WeightsReader:
         url_age_s: float = 0.0,
         memory_bytes: int = MEMORY_BYTES,
         base_models: BaseModels | None = None,
+        moe_layout: str = "peft",
     ) -> None:
         self._store = store
         self._cache = cache
@@ -105,6 +107,7 @@ class WeightsReader:
         self._indexes = IndexCache(store)
         self.adapters = AdapterCache(store)
         self.base_models = base_models or BaseModels(None)
+        self.moe_layout = moe_layout
         self.memory = BlockMemoryPool(memory_bytes)
         self._files = RemoteFilePool(cache, self.memory, telemetry, timeout_s=timeout_s)
 

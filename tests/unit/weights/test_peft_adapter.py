@@ -7,13 +7,23 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from tinkerfs.weights import peft_adapter
+from tinkerfs.weights.adapter_families import family_of
 from tinkerfs.weights.base_models import BaseModel
-from tinkerfs.weights.peft_adapter import ConversionError, convert
+from tinkerfs.weights.peft_adapter import ConversionError, convert, pass_on
 
 CONFIG = {"r": 4, "lora_alpha": 8}
 LLAMA = BaseModel(name="meta-llama/Llama-3.1-8B", model_type="llama", has_lm_head=True)
 TIED = BaseModel(name="Qwen/Qwen3-4B", model_type="qwen3", has_lm_head=False)
-VISION = BaseModel(name="Qwen/Qwen3.5-4B", model_type="qwen3_5", has_lm_head=False, has_prefix=True)
+TIED_VISION = BaseModel(
+    name="Qwen/Qwen3.5-4B", model_type="qwen3_5", has_lm_head=False, has_prefix=True
+)
+VISION = BaseModel(
+    name="Qwen/Qwen3.5-9B",
+    model_type="qwen3_5",
+    has_lm_head=True,
+    has_prefix=True,
+    rows={("1", "in_proj_qkv"): 20},
+)
 GPT_OSS = BaseModel(
     name="openai/gpt-oss-20b",
     model_type="gpt_oss",
@@ -65,10 +75,10 @@ def materialize(data, adapter, step=None):
     return bytes(result)
 
 
-def converted(tensors, base, config=CONFIG, step=None):
+def converted(tensors, base, config=CONFIG, step=None, layout="peft"):
     """Return the tensors and the config that `convert` makes of some tensors."""
     data = save(tensors)
-    adapter = convert(header_of(data), len(data), config, base)
+    adapter = convert(header_of(data), len(data), config, base, layout)
     return load(materialize(data, adapter, step)), json.loads(adapter.config)
 
 
@@ -88,20 +98,20 @@ def test_dense_adapter_is_passed_on_as_it_is():
     assert json.loads(adapter.config)["target_modules"] == ["q_proj", "up_proj"]
 
 
-@pytest.mark.parametrize(
-    ("base", "module"),
-    [
-        (LLAMA, "lm_head"),
-        (TIED, "model.embed_tokens"),
-        (VISION, "model.language_model.embed_tokens"),
-    ],
-)
-def test_unembedding_gets_the_name_of_the_base_model(base, module):
+@pytest.mark.parametrize("base", [LLAMA, VISION])
+def test_unembedding_is_named_lm_head(base):
     found, config = converted(factors("model.unembed_tokens"), base)
     expected = factors("model.unembed_tokens").values()
-    names = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
+    names = [f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"]
     assert_equal(found, dict(zip(names, expected, strict=True)))
-    assert config["target_modules"] == [module.rpartition(".")[2]]
+    assert config["target_modules"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("base", [TIED, TIED_VISION])
+def test_tied_unembedding_is_refused(base):
+    with pytest.raises(ConversionError, match="train_unembed=False") as caught:
+        converted(factors("model.unembed_tokens"), base)
+    assert "build_hf_model" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -160,6 +170,98 @@ def test_experts_are_divided_and_shared_factors_repeated(projections, count, dty
     assert config["target_modules"] == sorted(EXPERTS[leaf] for leaf in projections)
 
 
+def layer_of_experts(count, dtype=np.float32, rank=4, names=("w1", "w3", "w2"), path="mlp"):
+    """Return the factors of experts, with A of w1 and w3 and B of w2 shared by all."""
+    tensors = {}
+    for leaf in names:
+        experts = (count, 1) if leaf == "w2" else (1, count)
+        module = f"model.layers.3.{path}.experts.{leaf}"
+        tensors |= factors(module, rank=rank, experts=experts, dtype=dtype)
+    return tensors
+
+
+@given(
+    st.integers(2, 9),
+    st.integers(1, 5),
+    st.sampled_from([np.float32, np.float16]),
+    st.integers(1, 300),
+    st.sampled_from([LLAMA, GPT_OSS, VISION]),
+)
+def test_packed_experts_are_the_stacked_ones_of_peft(count, rank, dtype, step, base):
+    tensors = layer_of_experts(count, dtype, rank) | factors("model.layers.3.attn.q_proj")
+    packed, packed_config = converted(tensors, base, step=step, layout="packed")
+    peft, config = converted(tensors, base, step=step)
+    assert packed_config == config
+    for name, value in packed.items():
+        before, _, rest = name.partition(".experts.")
+        if not rest:
+            assert value.tobytes() == peft.pop(name).tobytes()
+            continue
+        leaf, side = rest.split(".", 1)
+        ones = [peft.pop(f"{before}.experts.{i}.{EXPERTS[leaf]}.{side}") for i in range(count)]
+        is_shared = (leaf == "w2") == side.startswith("lora_B")
+        assert len(value) == (1 if is_shared else count)
+        assert value.dtype == ones[0].dtype
+        assert np.array_equal(np.broadcast_to(value, (count, *value.shape[1:])), np.stack(ones))
+    assert not peft, "no expert is missing"
+
+
+def test_packed_experts_of_a_plain_base_are_the_stored_bytes():
+    data = save(layer_of_experts(3))
+    adapter = convert(header_of(data), len(data), CONFIG, LLAMA, "packed")
+    assert materialize(data, adapter) == data
+    targets = json.loads(adapter.config)["target_modules"]
+    assert targets == ["down_proj", "gate_proj", "up_proj"]
+
+
+@pytest.mark.parametrize("with_empty_w3", [False, True])
+def test_packed_experts_without_a_gate_have_an_empty_w3(with_empty_w3):
+    tensors = layer_of_experts(3, names=("w1", "w2"), path="mixer")
+    module = "base_model.model.model.layers.3.mixer.experts"
+    empty = {
+        f"{module}.w3.lora_A.weight": np.zeros((3, 0, 5), np.float32),
+        f"{module}.w3.lora_B.weight": np.zeros((3, 6, 0), np.float32),
+    }
+    found, config = converted(tensors | (empty if with_empty_w3 else {}), NEMOTRON, layout="packed")
+    a = np.zeros((1, 0, 5), np.float32)
+    b = np.zeros((3, 0, 4), np.float32)
+    assert_equal(
+        found, tensors | {f"{module}.w3.lora_A.weight": a, f"{module}.w3.lora_B.weight": b}
+    )
+    assert config["target_modules"] == ["down_proj", "up_proj"]
+
+
+def test_dense_adapter_is_the_same_in_both_layouts():
+    tensors = factors("model.layers.0.attn.q_proj") | factors("model.unembed_tokens")
+    packed, config = converted(tensors, GPT_OSS, layout="packed")
+    expected, expected_config = converted(tensors, GPT_OSS)
+    assert_equal(packed, expected)
+    assert config == expected_config
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (layer_of_experts(3, names=("w1", "w2")), "has w1, w2, but the packed layout requires"),
+        (
+            layer_of_experts(3) | factors("model.layers.3.mlp.experts.w1", experts=(3, 3)),
+            "each expert has its own A of model.layers.3.mlp.experts.w1",
+        ),
+        (
+            layer_of_experts(3) | factors("model.layers.3.mlp.experts.w2", experts=(3, 3)),
+            "each expert has its own B of model.layers.3.mlp.experts.w2",
+        ),
+        (
+            layer_of_experts(3) | factors("model.layers.3.mlp.experts.w3", experts=(1, 2)),
+            "has projections of 2 and 3 experts",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_packed_are_refused(tensors, message):
+    with pytest.raises(ConversionError, match=message):
+        converted(tensors, LLAMA, layout="packed")
+
+
 def test_empty_projection_of_experts_is_left_out():
     module = "model.layers.0.mixer.experts"
     tensors = factors(f"{module}.w1", experts=(1, 2)) | factors(f"{module}.w2", experts=(2, 1))
@@ -187,6 +289,26 @@ def test_fused_module_stacks_a_and_places_b_diagonally():
     assert_equal(found, expected)
     assert config["rank_pattern"] == {"in_proj": 8}
     assert config["alpha_pattern"] == {"in_proj": 16}
+
+
+@pytest.mark.parametrize("rows", [{("1", "in_proj_qkv"): 20}, {}])
+def test_split_qkv_is_joined_with_the_same_product(rows):
+    path = "model.layers.1.linear_attn"
+    sizes = {"q": 4, "k": 4, "v": 12}
+    parts = {part: factors(f"{path}.in_proj_{part}", rows=size) for part, size in sizes.items()}
+    tensors = {name: value for pair in parts.values() for name, value in pair.items()}
+    z = factors(f"{path}.in_proj_z")
+    base = BaseModel(name="x", model_type="qwen3_5_moe", has_lm_head=True, rows=rows)
+    found, config = converted(tensors | z, base, step=17)
+    name = f"base_model.model.{path}.in_proj_qkv"
+    a, b = (found.pop(f"{name}.lora_{side}.weight") for side in "AB")
+    assert_equal(found, z)
+    assert (a.shape, b.shape) == ((12, 5), (20, 12))
+    expected = np.concatenate([b @ a for a, b in (pair.values() for pair in parts.values())])
+    assert np.array_equal(b @ a, expected)
+    assert config["rank_pattern"] == {"in_proj_qkv": 12}
+    assert config["alpha_pattern"] == {"in_proj_qkv": 24}
+    assert config["target_modules"] == ["in_proj_qkv", "in_proj_z"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +373,16 @@ def test_config_is_that_of_a_peft_adapter():
             | factors("model.layers.0.mixer.gate_proj"),
             "do not fit together",
         ),
+        (VISION, factors("model.layers.1.linear_attn.in_proj_q"), "lacks its part in_proj_k"),
+        (
+            VISION,
+            {
+                name: value
+                for part in "qkv"
+                for name, value in factors(f"model.layers.1.linear_attn.in_proj_{part}").items()
+            },
+            "the parts of .*in_proj_qkv do not fit together",
+        ),
         (
             GPT_OSS,
             factors("model.attn.q_proj") | factors("model.self_attn.q_proj"),
@@ -266,6 +398,55 @@ def test_config_is_that_of_a_peft_adapter():
 def test_adapter_without_a_rule_is_refused(base, tensors, message):
     with pytest.raises(ConversionError, match=message):
         converted(tensors, base)
+
+
+PEFT_CONFIG = CONFIG | {"peft_type": "LORA", "base_model_name_or_path": "someone/new"}
+EXPERT = "model.layers.0.mlp.experts.0.gate_proj"
+
+
+def passed_on(tensors, base, targets, layout="peft"):
+    """Return whether an adapter with PEFT's configuration is passed on as it is."""
+    data = save(tensors)
+    config = PEFT_CONFIG | {"target_modules": targets, "use_rslora": True}
+    adapter = pass_on(header_of(data), len(data), config, base and family_of(base), layout)
+    if adapter is None:
+        return False
+    assert materialize(data, adapter) == data
+    assert (adapter.config, adapter.header) == (None, None)
+    return True
+
+
+@pytest.mark.parametrize("base", [None, LLAMA, DEEPSEEK, GPT_OSS, VISION])
+def test_adapter_in_the_form_of_peft_is_passed_on(base):
+    tensors = factors(EXPERT) | factors("model.layers.0.self_attn.q_proj")
+    embedding = "base_model.model.model.embed_tokens.lora_embedding"
+    tensors |= {f"{embedding}_A": np.zeros((4, 9)), f"{embedding}_B": np.zeros((5, 4))}
+    assert passed_on(tensors, base, ["gate_proj", "q_proj", "embed_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("base", "tensors", "targets"),
+    [
+        (None, factors(EXPERT), "all-linear"),
+        (None, factors(EXPERT), ["up_proj"]),
+        (None, factors("model.unembed_tokens"), ["unembed_tokens"]),
+        (None, factors("m.experts.w1", experts=(1, 2)), ["w1"]),
+        (None, factors("m.experts.w1"), ["w1"]),
+        (None, factors("m.q_proj", experts=(2, 2)), ["q_proj"]),
+        (None, factors("m.q_proj") | {"x": np.zeros(3)}, ["q_proj"]),
+        (GPT_OSS, factors("model.layers.0.attn.q_proj"), ["q_proj"]),
+        (VISION, factors("model.layers.0.linear_attn.in_proj_q"), ["in_proj_q"]),
+        (NEMOTRON, factors("backbone.layers.0.mixer.q_proj"), ["q_proj"]),
+    ],
+)
+def test_adapter_that_needs_a_rule_is_not_passed_on(base, tensors, targets):
+    assert not passed_on(tensors, base, targets)
+
+
+def test_experts_of_peft_are_refused_in_the_packed_layout():
+    with pytest.raises(ConversionError, match="one tensor per expert already"):
+        passed_on(factors(EXPERT), LLAMA, ["gate_proj"], "packed")
+    assert passed_on(factors("model.layers.0.mlp.gate_proj"), LLAMA, ["gate_proj"], "packed")
 
 
 @pytest.mark.parametrize("config", [{}, {"r": 4}, {"r": "4", "lora_alpha": 8}, {"r": True}])
