@@ -189,9 +189,15 @@ def environment(server: FaultyServer, home: Path) -> dict[str, str]:
     return inherited | server.environment | {"HOME": str(home)}
 
 
-def check_library(venv: Path, home: Path) -> list[str]:
-    """Run sdk_client.py inside an environment; return one line per step."""
-    with FaultyServer(runs=45, checkpoints=6, prefix="/services/tinker-prod") as server:
+def check_library(venv: Path, home: Path, *, requires_token: bool = False) -> list[str]:
+    """Run sdk_client.py inside an environment; return one line per step.
+
+    Args:
+        requires_token: Whether the server accepts the key only in exchange for a token.
+    """
+    with FaultyServer(
+        runs=45, checkpoints=6, prefix="/services/tinker-prod", requires_token=requires_token
+    ) as server:
         command = ["timeout", "100", str(venv / "bin" / "python"), str(CLIENT)]
         done = subprocess.run(
             command,
@@ -208,6 +214,10 @@ def check_library(venv: Path, home: Path) -> list[str]:
             lines.append("FAIL library: no step ran")
         if any(entry.had_key for entry in server.journal.entries("store")):
             lines.append("FAIL the key was sent to the store")
+        if requires_token:
+            lines = [f"{line}, with tokens" for line in lines]
+            if not server.journal.count("POST auth/token"):
+                lines.append("FAIL the client did not exchange its key")
         unknown = {e.path for e in server.journal.entries("?")}
         lines += [f"FAIL the server does not know {path}" for path in sorted(unknown)]
     return lines
@@ -248,6 +258,7 @@ def main() -> int:
         has_archives = tuple(map(int, version.split(".")[:2])) < (0, 36)
         with tempfile.TemporaryDirectory() as home:
             lines = check_library(venv, Path(home))
+            lines += check_library(venv, Path(home), requires_token=True)
             lines += check_command_line(venv, Path(home), has_archives=has_archives)
         failed = [line for line in lines if line.startswith("FAIL")]
         for line in lines:

@@ -379,3 +379,20 @@ def test_mapped_file_outlives_the_duration_of_its_export(tmp_path):
             assert server.journal.count("PUT ttl") == 5
             assert (directory / "export").read_text() == "none\n"
             assert (root / ".tinkerfs/errors").read_text() == ""
+
+
+def test_export_works_at_a_server_that_requires_tokens(tmp_path):
+    with FaultyServer(
+        runs=1,
+        checkpoints=1,
+        profile="official-0.36",
+        exports=ExportOptions(),
+        requires_token=True,
+    ) as server:
+        run_id = new_run(server, "weights/1")
+        with mounted(server, tmp_path, BINDINGS[-1]) as root:
+            path = root / f"runs/{run_id}/checkpoints/weights/1/export"
+            path.write_text("1h")
+            assert path.read_text().startswith("tinker://")
+        assert server.journal.count("POST auth/token") == 1
+        assert sum(entry.status == 401 for entry in server.journal.entries("api")) == 1

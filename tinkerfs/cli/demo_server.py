@@ -56,6 +56,11 @@ _PROFILES = ("official", "official-0.36", "skyrl", "hatchery", "twinkle", "mlx_t
     help="Duration of each of the two steps of an export, in seconds.",
 )
 @click.option(
+    "--require-token",
+    is_flag=True,
+    help="Accept the API key only in exchange for tokens that expire.",
+)
+@click.option(
     "--prefix", default="", help="Path of the base URL, for example /services/tinker-prod."
 )
 def demo_server(
@@ -67,6 +72,7 @@ def demo_server(
     seed: int,
     latency_ms: float,
     export_s: float,
+    require_token: bool,
     prefix: str,
 ) -> None:
     """Run a Tinker API server with a sample account.
@@ -104,6 +110,7 @@ def demo_server(
         prefix=prefix,
         latency_s=latency_ms / 1000,
         exports=ExportOptions(load_s=export_s, save_s=export_s),
+        requires_token=require_token,
         reference_time_s=time.time(),
     )
     try:

@@ -45,6 +45,23 @@ def test_demo_server_prints_two_lines_for_eval(end):
     assert "Ctrl-C" in err
 
 
+def test_demo_server_may_require_tokens():
+    with start("--require-token") as process:
+        url, key = (process.stdout.readline().partition("=")[2].strip() for _ in range(2))
+
+        def status(credential):
+            headers = {"X-API-Key": credential}
+            return httpx.get(f"{url}/api/v1/checkpoints", headers=headers, trust_env=False)
+
+        assert status(key).status_code == 401
+        exchange = httpx.post(
+            f"{url}/api/v1/auth/token", headers={"X-API-Key": key}, trust_env=False
+        )
+        assert status(exchange.json()["jwt"]).status_code == 200
+        process.terminate()
+        process.communicate(timeout=10)
+
+
 def test_demo_server_with_sigint_ignored_continues():
     with subprocess.Popen(
         ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *COMMAND],
