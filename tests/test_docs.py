@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 import pytest
 
+from tinkerfs.cli.mount import mount
+from tinkerfs.cli.options import settings_of
 from tinkerfs.clock import Clock
-from tinkerfs.config import OPTIONS, Settings
+from tinkerfs.config import Settings
 from tinkerfs.errors import ERRNO_OF_API_ERROR
 from tinkerfs.telemetry import Telemetry
 
@@ -44,6 +46,7 @@ def options_of(command):
     return {
         flag
         for option in options
+        if not getattr(option, "hidden", False)
         for flag in [*option.opts, *option.secondary_opts]
         if "--" in flag
     }
@@ -101,22 +104,23 @@ def test_every_option_is_documented():
     assert missing == [], "neither in README.md nor in docs/"
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)
+@pytest.mark.parametrize("option", settings_of(mount).values(), ids=lambda option: option.key)
 def test_every_setting_has_a_configuration_row(option):
-    flag = f"--{option.flag} {option.metavar}".strip()
+    flag = f"--{option.key} {option.metavar or ''}".strip()
     found = [row for row in rows("configuration.md") if row[0] == flag]
     assert len(found) == 1, f"docs/configuration.md: one row for {flag}"
     _, variable, default, meaning = found[0]
-    assert option.env_var in variable.split(", ")
+    assert variable.split(", ") == option.envvar
     assert meaning
-    value = getattr(Settings(), option.field)
-    assert default == option.default, "as in the help"
-    if value is not None and option.field != "base_url":
-        assert option.parse(default) == value
+    shown = "no" if option.is_flag else option.get_help_extra(click.Context(mount))["default"]
+    assert default == shown.strip("()"), "as in the help"
+    value = getattr(Settings(), option.name)
+    if value is not None and option.name != "base_url":
+        assert option.convert(default, "docs", click.Context(mount)) == value
 
 
 def test_documented_variables_exist():
-    known = {option.env_var for option in OPTIONS}
+    known = {name for option in settings_of(mount).values() for name in option.envvar}
     documented = set(re.findall(r"TINKERFS_[A-Z_]*[A-Z]", ALL_TEXT))
     other = {"TINKERFS_CONFIG", "TINKERFS_FUSE_BINDING", "TINKERFS_VENV"}
     other |= {"TINKERFS_REQUIRE_KERNEL_TESTS"}

@@ -9,7 +9,7 @@ import pytest
 from tests.support.mount import run, tinkerfs
 from tinkerfs import __version__
 from tinkerfs.cli.main import COMMANDS, cli
-from tinkerfs.config import OPTIONS
+from tinkerfs.cli.options import settings_of
 
 #: Modules that are slow to import, or that fail to import if a library is missing.
 HEAVY = {"httpx", "fuse", "mfusepy", "sqlite3", "cachetools", "msgspec", "asyncio"}
@@ -66,10 +66,13 @@ def test_every_command_and_option_has_help(name):
 @pytest.mark.parametrize("command", ["mount", "demo"])
 def test_help_shows_default_and_variable_of_each_setting(command):
     text = " ".join(tinkerfs(command, "--help").stdout.split())
-    flags = {parameter.name for parameter in cli.get_command(None, command).params}
-    for option in (each for each in OPTIONS if each.field in flags):
-        default = f"default: {option.default}; " if option.metavar else ""
-        assert f"[{default}env: {option.env_var}]" in text
+    options = settings_of(cli.get_command(None, command)).values()
+    shown = [option for option in options if not option.hidden]
+    assert len(shown) > 5
+    for option in shown:
+        assert f"[env var: {', '.join(option.envvar)}; default: " in text
+    assert "--config FILE" in text if command == "mount" else "--config" not in text
+    assert "default: 24h]" in text if command == "mount" else "--stale" not in text
 
 
 def test_help_lists_exit_codes():

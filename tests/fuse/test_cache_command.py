@@ -98,3 +98,18 @@ def test_info_resolves_mount_paths_without_key_or_archive(make_account, tmp_path
     assert done.returncode == 1
     assert done.stderr == f"tinkerfs: {checkpoint.with_name('nonsense')}: no such file\n"
     assert run_cache(account.root) == {one, other}
+
+
+def test_flag_overrides_cache_of_mount_and_variable_does_not(make_account, tmp_path):
+    account = make_account(runs=1, checkpoints=1)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "TINKERFS_CACHE_DIR": "variable"}
+
+    def cache_of(*arguments):
+        done = tinkerfs("cache", "info", account.root, "--json", *arguments, env=env)
+        report = json.loads(done.stdout)
+        return report["cache_dir"], report["max_bytes"]
+
+    directory, max_bytes = cache_of()
+    assert directory == str(account.root.parent / "cache")
+    assert cache_of(f"--cache-dir={tmp_path}") == (str(tmp_path), max_bytes)
+    assert cache_of("--cache-size", "1k") == (directory, 1024)

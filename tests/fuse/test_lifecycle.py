@@ -44,9 +44,9 @@ def daemon_of(mountpoint):
     return pid
 
 
-def error_line(done):
+def error_line(done, code=1):
     """Check that a command failed with one line of output; return the line."""
-    assert done.returncode == 1, done
+    assert done.returncode == code, done
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith("tinkerfs: ")
@@ -69,7 +69,7 @@ def test_daemon_detaches_from_terminal_and_directory(mounted, server, env):
     assert int(Path(f"{process}/stat").read_text().rpartition(")")[2].split()[3]) != os.getsid(0)
     command = Path(f"{process}/cmdline").read_bytes()
     assert server.api_key.encode() not in command
-    assert b"--foreground" in command
+    assert b"--serve" in command
 
 
 def test_captured_output_of_mount_ends_with_the_command(mountpoint, env):
@@ -266,7 +266,7 @@ def test_mount_with_invalid_options_fails(mountpoint, env):
         (("--ttl", "soon"), "--ttl"),
         (("-o", "nonsense"), "nonsense"),
     ):
-        assert word in error_line(tinkerfs("mount", *arguments, mountpoint, env=env))
+        assert word in error_line(tinkerfs("mount", *arguments, mountpoint, env=env), code=2)
 
 
 def test_mount_with_unwritable_cache_fails(mountpoint, tmp_path, env):

@@ -50,8 +50,10 @@ def test_mount_resolves_relative_paths_against_cwd(mountpoint, env, tmp_path):
     directory.mkdir()
     (directory / "config.toml").write_text("log-level = 'info'\n")
     env |= {"TINKERFS_LOG_FILE": "log", "TINKERFS_CONFIG": "config.toml"}
-    done = run(PROGRAM, "mount", "-o", "ttl=5,cache_dir=cache", mountpoint, env=env, cwd=directory)
+    arguments = ("-o", "ttl=5,cache_dir=cache", "--", os.path.relpath(mountpoint, directory))
+    done = run(PROGRAM, "mount", *arguments, env=env, cwd=directory)
     assert (done.returncode, done.stderr) == (0, "")
+    assert mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
     assert (directory / "cache/metadata.sqlite3").exists()
     assert "mounted by" in (directory / "log").read_text()
     assert tinkerfs("umount", mountpoint, env=env).returncode == 0

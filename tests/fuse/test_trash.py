@@ -304,7 +304,7 @@ def test_rm_with_unwritable_record_removes_nothing(mount, server, env, run_id):
 def test_mount_with_trash_out_of_range_fails(tmp_path, env):
     for text in ("59m", "3651d", "soon"):
         done = tinkerfs("mount", f"--trash={text}", tmp_path, env=env)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "--trash" in done.stderr
 
 

@@ -15,7 +15,7 @@ from tinkerfs import name_encoding
 from tinkerfs.cache import maintenance
 from tinkerfs.cache.maintenance import CachedFile
 from tinkerfs.cli.locations import Location, complete_path, open_account, parse_location
-from tinkerfs.cli.options import resolve, settings_options
+from tinkerfs.cli.options import settings_options
 from tinkerfs.cli.transfers import exit_with_failures
 from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError
@@ -71,13 +71,13 @@ def cache() -> None:
 @cache.command(epilog=_PATH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; sizes in bytes.")
 @_options
-def info(path: str | None, as_json: bool, **flags: str | None) -> None:
+def info(path: str | None, as_json: bool, **settings: Any) -> None:
     """Show the cached bytes of each checkpoint, most recently used first.
 
     CACHED is the number of cached bytes of weights. OF is the length of their archive or files, if
     it is known. The line `weights` has the disk usage. Exits 0, also if nothing is cached.
     """
-    with _select(path, flags) as selection:
+    with _select(path, Settings(**settings)) as selection:
         cached = maintenance.cached_files(selection.blocks)
         files = [each for each in cached if selection.matches(each.description)]
         rows = _rows(files)
@@ -95,14 +95,14 @@ def info(path: str | None, as_json: bool, **flags: str | None) -> None:
 @cache.command(epilog=_PATH_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_options
-def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
+def verify(path: str | None, as_json: bool, **settings: Any) -> None:
     """Check every cached block against its checksum, and remove corrupt blocks.
 
     Mounts verify blocks when they read them, and download corrupt blocks again; this command finds
     them earlier. Exits 0 if all blocks are intact. Exits 1 if a block was corrupt, which is
     printed, or if the cache cannot be read.
     """
-    with _select(path, flags) as selection:
+    with _select(path, Settings(**settings)) as selection:
         intact, corrupt = maintenance.verify(selection.blocks, selection.matches)
     if as_json:
         rows = [
@@ -124,12 +124,12 @@ def verify(path: str | None, as_json: bool, **flags: str | None) -> None:
 
 @cache.command(epilog=_PATH_HELP)
 @_options
-def clear(path: str | None, **flags: str | None) -> None:
+def clear(path: str | None, **settings: Any) -> None:
     """Remove cached weights, also of open files; the next read downloads them.
 
     The lists of their files and tensors are removed too. Exits 0, also if nothing was cached.
     """
-    with _select(path, flags) as selection:
+    with _select(path, Settings(**settings)) as selection:
         freed_bytes = maintenance.clear(selection.blocks, selection.matches)
         _clear_indexes(selection)
     directory = escape_control_chars(str(selection.blocks))
@@ -147,7 +147,7 @@ def _clear_indexes(selection: _Selection) -> None:
 
 
 @contextmanager
-def _select(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selection]:
+def _select(path: str | None, settings: Settings) -> Iterator[_Selection]:
     """Resolve PATH to a selection; report its I/O errors in one line.
 
     Raises:
@@ -155,7 +155,7 @@ def _select(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selecti
     """
     from tinkerfs.app import BLOCKS, cache_directory  # lazy: imports HTTP and SQLite
 
-    settings, matches = _resolve_selection(path, flags)
+    settings, matches = _resolve_selection(path, settings)
     directory = cache_directory(settings)
     try:
         yield _Selection(settings, directory, directory / BLOCKS, matches)
@@ -165,7 +165,7 @@ def _select(path: str | None, flags: dict[str, str | None]) -> Iterator[_Selecti
 
 
 def _resolve_selection(
-    path: str | None, flags: dict[str, str | None]
+    path: str | None, settings: Settings
 ) -> tuple[Settings, Callable[[str], bool]]:
     """Return the settings of a cache, and a predicate on file descriptions.
 
@@ -177,8 +177,8 @@ def _resolve_selection(
         StartupError: PATH is invalid.
     """
     if path is None:
-        return resolve(flags), lambda _description: True
-    location = parse_location(path, flags)
+        return settings, lambda _description: True
+    location = parse_location(path, settings)
     prefix = path if not location.mountpoint else _tinker_path_prefix(location)
     if prefix == "":
         return location.settings, lambda _description: True

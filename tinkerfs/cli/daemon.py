@@ -1,8 +1,9 @@
 """Start the daemon of a background mount: its command line and its environment.
 
-The daemon runs in `/` and imports no module from the caller's working directory: otherwise a
-`random.py` there would replace the standard module, and run as root under sudo. Therefore every
-relative path that a user gave is made absolute before the daemon starts.
+The daemon parses the arguments of its caller again, in the same working directory, and then runs in
+`/`. It imports no module from the former: otherwise a `random.py` there would replace the standard
+module, and run as root under sudo. Relative paths in variables that libraries read are made
+absolute before the daemon starts.
 """
 
 import os
@@ -10,14 +11,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+import click
+
 from tinkerfs import config
-from tinkerfs.config import OPTIONS
 from tinkerfs.fuse import daemonize
 
-#: Variables with one path as value, read by tinkerfs or by a library that it uses.
+#: Variables with one path as value, which are read after the options.
 _PATH_VARIABLES: Final = (
-    *(option.env_var for option in OPTIONS if option.is_path),
-    "TINKERFS_CONFIG",
     "FUSE_LIBRARY_PATH",
     "REQUESTS_CA_BUNDLE",
     "CURL_CA_BUNDLE",
@@ -32,17 +32,20 @@ _PATH_VARIABLES: Final = (
 _PATH_LIST_VARIABLES: Final = ("SSL_CERT_DIR", "PYTHONPATH")
 
 
-def start_in_background(command: str, mountpoint: str, arguments: Sequence[str]) -> None:
-    """Start `tinkerfs COMMAND --foreground MOUNTPOINT` and wait until it is ready.
+serve_option = click.option("--serve", metavar="MOUNTPOINT", hidden=True)
+
+
+def start_in_background(mountpoint: str) -> None:
+    """Start the current command again, with `--serve MOUNTPOINT`, and wait until it is ready.
 
     Raises:
         StartupError: The other process failed; the message is its own.
     """
-    # The daemon changes its directory, and other commands find it by this argument, so the path
-    # must be absolute. Symlinks are resolved only by the checks of the daemon: resolving one that
-    # leads to a dead mount would fail here.
+    # Other commands find the daemon by this argument, so it must be absolute. Symlinks are resolved
+    # only by the checks of the daemon: resolving one that leads to a dead mount would fail here.
     path = os.path.abspath(mountpoint)
-    full_command = daemon_command([command, "--foreground", *arguments, "--", path])
+    command, *arguments = click.get_current_context().find_root().obj
+    full_command = daemon_command([command, "--serve", path, *arguments])
     daemonize.start_in_background(full_command, daemon_environment(os.environ))
 
 

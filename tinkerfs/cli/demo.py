@@ -3,11 +3,13 @@
 import os
 import tempfile
 import time
+from typing import Any
 
 import click
 
-from tinkerfs.cli.daemon import start_in_background
-from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
+from tinkerfs.cli.daemon import serve_option, start_in_background
+from tinkerfs.cli.options import mountpoint_argument, settings_options
+from tinkerfs.config import Settings
 
 _FLAGS = (
     "read_only",
@@ -48,7 +50,7 @@ _EXPORT_STEP_S = 2.0
 @click.option(
     "--detach", is_flag=True, help="Return when the mount is ready; `tinkerfs umount` ends it."
 )
-@click.option("--foreground", is_flag=True, hidden=True)
+@serve_option
 @click.option(
     "--runs",
     type=click.IntRange(min=1),
@@ -74,21 +76,19 @@ _EXPORT_STEP_S = 2.0
 def demo(
     mountpoint: str,
     detach: bool,
-    foreground: bool,
+    serve: str | None,
     runs: int,
     checkpoints: int,
     profile: str,
-    **flags: str | bool | None,
+    **settings: Any,
 ) -> None:
     """Mount an embedded server with sample runs on the empty directory MOUNTPOINT.
 
     The mount behaves like that of a real account, and sends nothing over the network. Runs until
     Ctrl-C, which unmounts; with --detach, until `tinkerfs umount MOUNTPOINT`.
     """
-    if detach and not foreground:
-        arguments = [f"--runs={runs}", f"--checkpoints={checkpoints}", f"--profile={profile}"]
-        arguments += as_arguments(resolve(flags), flags)
-        start_in_background("demo", mountpoint, arguments)
+    if detach and serve is None:
+        start_in_background(mountpoint)
         return
 
     # lazy: imports the FUSE adapter and the server
@@ -122,8 +122,10 @@ def demo(
     with server, tempfile.TemporaryDirectory(prefix="tinkerfs-demo-") as cache_dir:
         os.environ.update(server.environment)  # a key of the embedded server, not a secret
         # The sample account has its own temporary cache, not that of the user.
-        base = {"base_url": server.base_url, "cache_dir": cache_dir}
-        settings = resolve({**flags, **base})
+        settings |= {"base_url": server.base_url, "cache_dir": cache_dir}
         mount_process.run_foreground(
-            settings, mountpoint, check_key=False, ready=None if foreground else ready
+            Settings(**settings),
+            serve or mountpoint,
+            check_key=False,
+            ready=ready if serve is None else None,
         )

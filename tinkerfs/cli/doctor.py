@@ -5,10 +5,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import click
 
-from tinkerfs.cli.options import resolve, settings_options
+from tinkerfs.cli.options import settings_options
 from tinkerfs.config import Settings
 from tinkerfs.errors import (
     NotFound,
@@ -30,20 +31,19 @@ class CheckResult:
 
 
 @click.command(short_help="Check the requirements of a mount.")
-@settings_options("base_url", "cache_dir", "timeout_s")
-@click.option("--config", metavar="FILE", help="Read options from this TOML file only.")
+@settings_options("base_url", "cache_dir", "timeout_s", "config")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: a list with an object per check."
 )
-def doctor(config: str | None, as_json: bool, **flags: str | bool | None) -> None:
+def doctor(as_json: bool, **settings: Any) -> None:
     """Check the requirements of a mount, and print a hint for each that is not met.
 
-    Checks /dev/fuse, libfuse, fusermount, the configuration file, the key and its source, the API,
-    and the cache directory. Sends one API request, or two to a server without a key check. Exits 1
-    if a check fails.
+    Checks /dev/fuse, libfuse, fusermount, the key and its source, the API, and the cache directory.
+    Sends one API request, or two to a server without a key check. Exits 1 if a check fails, and 2
+    if an option is invalid, such as one in a configuration file.
     """
     results = []
-    for result in _run_checks(flags, config):
+    for result in _run_checks(Settings(**settings)):
         results.append(result)
         if not as_json:
             mark = (
@@ -56,15 +56,10 @@ def doctor(config: str | None, as_json: bool, **flags: str | bool | None) -> Non
         raise SystemExit(1)
 
 
-def _run_checks(flags: dict[str, str | bool | None], config: str | None) -> Iterator[CheckResult]:
+def _run_checks(settings: Settings) -> Iterator[CheckResult]:
     yield _run_check("/dev/fuse", _device)
     yield _run_check("libfuse", _libfuse)
     yield _run_check("fusermount", _fusermount)
-    try:
-        settings = resolve(flags, config=config)
-    except TinkerfsError as error:
-        yield CheckResult("options", False, str(error))
-        return
     yield _run_check("cache", lambda: _cache(settings))
     key = _run_check("key", lambda: _key(settings))
     yield key

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from typing import Any
 
 import click
 
@@ -16,6 +17,7 @@ from tinkerfs.cli.transfers import (
     transfer_options,
 )
 from tinkerfs.concurrency import run_in_thread
+from tinkerfs.config import Settings
 from tinkerfs.transfer.progress import TransferProgress
 
 
@@ -42,7 +44,7 @@ def get(
     age_recipient: tuple[str, ...],
     age_identity: str | None,
     as_json: bool,
-    **flags: str | None,
+    **settings: Any,
 ) -> None:
     """Copy the weights at PATH to the directory DEST, which is created if missing.
 
@@ -66,7 +68,7 @@ def get(
     from tinkerfs.transfer.copy import RESUME_HINT, CopyJob  # lazy: imports HTTP and SQLite
 
     with exit_on_signal(RESUME_HINT):
-        location = parse_location(path, flags)
+        location = parse_location(path, Settings(**settings))
         umask = os.umask(0)
         os.umask(umask)
         identities = None if age_identity is None else Identities(age_identity)

@@ -2,22 +2,24 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from tinkerfs.cli import logs
-from tinkerfs.cli.options import resolve
+from tinkerfs.cli.options import settings_of
 from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 from tinkerfs.fuse.mount_table import Mount
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tinkerfs.app import App
 
 _SCHEME = "tinker://"
@@ -51,10 +53,10 @@ class Location:
     mountpoint: str = ""
 
 
-def parse_location(argument: str, flags: Mapping[str, str | bool | None]) -> Location:
-    """Parse a PATH argument: a tinker path or a path below a mount.
+def parse_location(argument: str, settings: Settings) -> Location:
+    """Parse a PATH argument of the current command: a tinker path or a path below a mount.
 
-    Only reads the settings of the mount, with a time limit.
+    Only reads the settings of the mount, with a time limit. A flag of the command precedes them.
 
     Raises:
         StartupError: The path is neither, or its mount does not respond.
@@ -62,11 +64,16 @@ def parse_location(argument: str, flags: Mapping[str, str | bool | None]) -> Loc
     if argument.startswith(_SCHEME):
         from tinkerfs.transfer.resolve import path_of  # lazy: imports the vfs layer
 
-        return Location(argument, path_of(argument), resolve(flags))
+        return Location(argument, path_of(argument), settings)
     mount, path = _split_at_mount(argument)
-    given_flags = {field: value for field, value in flags.items() if value is not None}
-    settings = resolve({**read_mount_settings(mount), **given_flags})
-    return Location(argument, path, settings, mount.mountpoint)
+    ctx = click.get_current_context()
+    options = {option.name: option for option in settings_of(ctx.command).values()}
+    changes: dict[str, Any] = {
+        field: options[field].convert(text, mount.mountpoint, ctx)
+        for field, text in read_mount_settings(mount).items()
+        if ctx.get_parameter_source(field) is not ParameterSource.COMMANDLINE
+    }
+    return Location(argument, path, replace(settings, **changes), mount.mountpoint)
 
 
 def _split_at_mount(argument: str) -> tuple[Mount, str]:
@@ -98,8 +105,8 @@ def _split_at_mount(argument: str) -> tuple[Mount, str]:
     )
 
 
-def read_mount_settings(mount: Mount) -> dict[str, str | bool | None]:
-    """Read the settings of the account, the cache and the adapters of a mount.
+def read_mount_settings(mount: Mount) -> dict[str, str]:
+    """Read the settings of the account, the cache and the adapters of a mount, as text.
 
     Raises:
         StartupError: The mount does not respond, or runs another version of tinkerfs.
@@ -119,7 +126,7 @@ def read_mount_settings(mount: Mount) -> dict[str, str | bool | None]:
             f"the mount at {mount.mountpoint} does not report its cache directory {hint}"
         )
     # A mount that caches in memory has no cache directory: processes cannot share its cache.
-    return {field: str(stats[field]) for field in names if stats[field] is not None}
+    return {name: str(stats[name]) for name in names if stats[name] is not None}
 
 
 @contextmanager

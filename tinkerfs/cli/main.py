@@ -41,7 +41,7 @@ _EPILOG = """\b
 Exit codes:
   0  success
   1  failure; one line on standard error gives the reason
-  2  invalid command line
+  2  invalid command line, environment variable or configuration file
   130  interrupted by Ctrl-C
 
 `tinkerfs SOURCE MOUNTPOINT -o OPTIONS`, the form that mount(8) and fstab use, is the same as
@@ -78,7 +78,9 @@ class LazyGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments; translate `SOURCE MOUNTPOINT ...` to `mount`."""
-        return super().parse_args(ctx, _as_command(args))
+        args = _as_command(args)
+        ctx.obj = tuple(args)  # for a daemon, which runs the command again
+        return super().parse_args(ctx, args)
 
 
 def _as_command(args: list[str]) -> list[str]:

@@ -1,36 +1,30 @@
 """The command `tinkerfs mount`."""
 
+from typing import Any
+
 import click
 
-from tinkerfs.cli.daemon import start_in_background
-from tinkerfs.cli.options import as_arguments, mountpoint_argument, resolve, settings_options
+from tinkerfs.cli.daemon import serve_option, start_in_background
+from tinkerfs.cli.mount_options import MountCommand
+from tinkerfs.cli.options import mountpoint_argument, settings_options
+from tinkerfs.config import Settings
 
 
-@click.command(short_help="Mount the account on a directory.")
+@click.command(cls=MountCommand, short_help="Mount the account on a directory.")
 @mountpoint_argument()
 @click.option("--foreground", is_flag=True, help="Do not detach; log to standard error.")
+@serve_option
 @settings_options()
 @click.option(
     "-o",
     "mount_options",
     metavar="OPT[,OPT]...",
     multiple=True,
+    expose_value=False,
     help="Options in the form of mount(8): any of the above as NAME=VALUE, ro, rw. Generic options"
     " of mount(8), fstab and FUSE are ignored.",
 )
-@click.option(
-    "--config",
-    metavar="FILE",
-    help="Read options from this TOML file instead of /etc/tinkerfs.toml and"
-    " ~/.config/tinkerfs/config.toml.  [env: TINKERFS_CONFIG]",
-)
-def mount(
-    mountpoint: str,
-    foreground: bool,
-    mount_options: tuple[str, ...],
-    config: str | None,
-    **flags: str | bool | None,
-) -> None:
+def mount(mountpoint: str, foreground: bool, serve: str | None, **settings: Any) -> None:
     """Mount the account on the empty directory MOUNTPOINT.
 
     Returns when the mount is ready, or exits with a one-line error. To unmount, run `tinkerfs
@@ -46,12 +40,9 @@ def mount(
         tinkerfs mount --foreground --log-level debug ~/tinker
         mount -t fuse.tinkerfs tinker /mnt/tinker -o ro,allow_other
     """  # noqa: D301
-    settings = resolve(flags, mount_options, config=config)
-    if foreground:
-        from tinkerfs.cli import mount_process  # lazy: imports the FUSE adapter
+    if not foreground and serve is None:
+        start_in_background(mountpoint)
+        return
+    from tinkerfs.cli import mount_process  # lazy: imports the FUSE adapter
 
-        mount_process.run_foreground(settings, mountpoint)
-    else:
-        start_in_background(
-            "mount", mountpoint, as_arguments(settings, flags, mount_options, config)
-        )
+    mount_process.run_foreground(Settings(**settings), serve or mountpoint)

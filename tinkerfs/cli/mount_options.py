@@ -1,4 +1,4 @@
-"""`-o` options of other programs: the ignored ones, and hints for the others.
+"""`-o` options of mount(8) and fstab: settings, ignored ones, and hints for the others.
 
 An fstab line is often adapted from a line for another FUSE program. An option is ignored if it
 requests what tinkerfs does anyway, if it only tunes performance, or if mount(8) or systemd acts on
@@ -6,12 +6,16 @@ it. Any other option is an error with a hint: the option to use instead.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
+
+import click
+
+from tinkerfs.cli.options import settings_of
 
 #: Options of mount(8), fstab and systemd for any filesystem, which act on them themselves.
 _MOUNT_OPTIONS: Final = """
-    defaults rw auto noauto user nouser users owner group nofail _netdev _rnetdev dev nodev suid
+    defaults auto noauto user nouser users owner group nofail _netdev _rnetdev dev nodev suid
     nosuid exec noexec async sync dirsync atime noatime diratime nodiratime relatime norelatime
     strictatime nostrictatime lazytime nolazytime silent loud iversion noiversion mand nomand
     symfollow nosymfollow comment bg fg
@@ -28,6 +32,9 @@ _FUSE_OPTIONS: Final = """
     reconnect delay_connect transform_symlinks follow_symlinks streams_interface windows_names
     enable_noobj_cache permissions acl noacl xattr_disabled args2env
 """
+#: Options of mount(8) -> item with the name of a flag; the last of both takes effect.
+_ALIASES: Final = {"ro": "read-only=yes", "rw": "read-only=no"}
+
 _BARE: Final = frozenset(_MOUNT_OPTIONS.split())
 _WITH_VALUE: Final = frozenset(_FUSE_OPTIONS.split())
 _IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "user=", "uhelper=", "helper=")
@@ -82,7 +89,37 @@ _HINTS: Final = {
 }
 
 
-def is_ignored(item: str) -> bool:
+class MountCommand(click.Command):
+    """A command with an option `-o`: its items become flags, before those of the command line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments, with flags in place of the items of `-o`."""
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        items = ",".join(given.get("mount_options") or ()).split(",")
+        flags = [] if ctx.resilient_parsing else list(_flags(ctx, items))
+        return super().parse_args(ctx, [*flags, *args])
+
+
+def _flags(ctx: click.Context, items: list[str]) -> Iterator[str]:
+    settings = settings_of(ctx.command)
+    for item in items:
+        if not item or _is_ignored(item):
+            continue
+        name, equals, text = _ALIASES.get(item, item).partition("=")
+        option = settings.get(name.replace("_", "-"))
+        if option is None:
+            raise click.UsageError(_explain_unknown(item, settings), ctx)
+        if not equals and not option.is_flag:
+            hint = f"(hint: -o {name}={option.metavar})"
+            raise click.UsageError(f"-o {name}: missing value {hint}", ctx)
+        value = option.convert(text if equals else "yes", f"-o {name}", ctx)
+        if option.is_flag:
+            yield option.opts[0] if value else option.secondary_opts[0]
+        else:
+            yield f"{option.opts[0]}={text}"
+
+
+def _is_ignored(item: str) -> bool:
     """Return whether an item of `-o`, a name or NAME=VALUE, has no effect."""
     # The flags `owner` and `group` restrict mounting, which mount(8) does. With a value they
     # would set an owner, so they are not ignored then.
@@ -90,7 +127,7 @@ def is_ignored(item: str) -> bool:
     return is_known or item.startswith(_IGNORED_PREFIXES)
 
 
-def explain_unknown(item: str, known: Iterable[str]) -> str:
+def _explain_unknown(item: str, known: Iterable[str]) -> str:
     """Return the error message for an unknown item of `-o`, with a hint.
 
     Args:

@@ -1,20 +1,30 @@
-"""Settings from flags, `-o`, environment variables and TOML files.
+"""Options of commands: the settings, from flags, environment variables and TOML files.
 
-The options are those of the fields of `Settings`. Precedence, highest first: flag, `-o`,
-environment variable, file, default.
+Each field of `Settings` is set by the option of its name. Precedence, highest first: flag, `-o`
+(see `mount_options.py`), environment variable, TOML file, default. A command without the flag of a
+setting has its other sources all the same.
 """
 
 import os
+import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from tinkerfs.cli.mount_options import explain_unknown, is_ignored
-from tinkerfs.config import OPTIONS, Option, Settings
-from tinkerfs.errors import StartupError
+from tinkerfs.config import (
+    DEFAULT_BASE_URL,
+    LOG_LEVELS,
+    MAX_CONCURRENCY,
+    MOE_LAYOUTS,
+    TTL_RANGE_S,
+    parse_duration_s,
+)
 from tinkerfs.safe_open import open_regular
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -22,8 +32,304 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: The system-wide configuration file, for mounts at boot.
 SYSTEM_FILE: Final = "/etc/tinkerfs.toml"
 
-#: Names of mount(8) and libfuse for `-o` -> name of the flag.
-_ALIASES: Final = {"ro": "read-only", "allow_other": "allow-other"}
+
+class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.5
+    """A kind of value with a function that parses its text, or raises ValueError."""
+
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        try:
+            return self._parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _parse_timeout_s(text: str) -> float:
+    seconds = parse_duration_s(text)
+    if seconds <= 0:
+        raise ValueError(f"not more than 0 seconds: {text!r}")
+    return seconds
+
+
+def _parse_trash_s(text: str) -> float:
+    seconds = parse_duration_s(text)
+    shortest_s, longest_s = TTL_RANGE_S
+    if not shortest_s <= seconds <= longest_s:
+        raise ValueError(f"not between 1h and 3650d: {text!r}")
+    return seconds
+
+
+def _parse_base_url(text: str) -> str:
+    try:
+        parts = urlsplit(text.strip())
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"not a URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a URL must start with http:// or https:// and a host name")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a URL must not contain a user name or password, which ps would show")
+    if parts.query or parts.fragment:
+        raise ValueError("the URL of the API must not contain a query (?) or a fragment (#)")
+    del port
+    return text.strip().rstrip("/")
+
+
+def _parse_size_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d*)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError(f"not a size: {text!r} (hint: 500M, 20G or 0)")
+    return int(float(match.group(1)) * 1024 ** " kmgt".index(match.group(2) or " "))
+
+
+def _parse_umask(text: str) -> int:
+    if not re.fullmatch(r"(0o)?[0-7]{1,4}", text.strip()) or int(text, 8) > 0o777:
+        raise ValueError(f"not an octal umask between 000 and 777: {text!r}")
+    return int(text, 8)
+
+
+def _parse_path(text: str) -> str:
+    """Return an absolute path, because a mount is served in another directory.
+
+    click.Path would call stat(), which hangs below a mount that hangs.
+    """
+    if not text or "\0" in text:
+        raise ValueError(f"not a path: {text!r}")
+    return os.path.abspath(os.path.expanduser(text))
+
+
+_DURATION: Final = _Parsed("duration", parse_duration_s)
+_TIMEOUT: Final = _Parsed("duration", _parse_timeout_s)
+_PATH: Final = _Parsed("path", _parse_path)
+_UMASK: Final = _Parsed("umask", _parse_umask)
+_ID: Final = click.IntRange(0, 2**32 - 2)  # see chown(2): the next number means no change
+
+
+class Setting(click.Option):
+    """An option that has other sources than its flag, and only those if it is hidden."""
+
+    @property
+    def key(self) -> str:
+        """The flag without its dashes, which is also the TOML key and the name for `-o`."""
+        return self.opts[0].removeprefix("--")
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Accept the flag, unless it is hidden."""
+        if not self.hidden:
+            super().add_to_parser(parser, ctx)
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        """Return the source of an invalid value: the variable or the flag."""
+        if ctx and ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT:
+            return next(name for name in self.envvar or () if os.environ.get(name))
+        return self.opts[0]
+
+    def convert(self, text: str, source: str, ctx: click.Context) -> Any:
+        """Return the value of a text from a source that click does not know.
+
+        Raises:
+            BadParameter: The value is invalid; the message names the source.
+        """
+        try:
+            return self.type(text, self, ctx)
+        except click.BadParameter as error:
+            error.param_hint = source
+            raise
+
+
+def settings_options(*names: str) -> Callable[[F], F]:
+    """Return a decorator that adds the options of settings to a command.
+
+    The command gets a keyword argument for each field of `Settings`.
+
+    Args:
+        *names: Options that have a flag; without any, all have one.
+    """
+
+    def decorate(command: F) -> F:
+        for name, option in reversed(_OPTIONS.items()):
+            command = option(name, hidden=bool(names) and name not in names)(command)
+        return command
+
+    return decorate
+
+
+def settings_of(command: click.Command) -> dict[str, Setting]:
+    """Return the options of a command that set a field of `Settings`, by their keys."""
+    options = (option for option in command.params if isinstance(option, Setting))
+    return {option.key: option for option in options if option.expose_value}
+
+
+def _read_config(ctx: click.Context, _param: click.Parameter, path: str | None) -> None:
+    """Make the values of the named file, or of the default files, the defaults of the options.
+
+    Raises:
+        UsageError: A file is invalid; the message names the file and the key.
+    """
+    options = settings_of(ctx.command)
+    ctx.default_map = {}
+    for file in (path,) if path else (SYSTEM_FILE, _user_file()):
+        for key, value in _read_file(file, must_exist=bool(path)).items():
+            option, text, source = options.get(key.replace("_", "-")), str(value), f"{file}: {key}"
+            if option is None:
+                known = ", ".join(sorted(options))
+                raise click.UsageError(f"{source}: unknown option (valid options: {known})")
+            if not isinstance(value, str | int | float):
+                raise click.UsageError(f"{source}: not a string, number or boolean")
+            if option.type is _UMASK and not isinstance(value, str):
+                # 22 and 0o22 are different numbers in TOML, and 22 is never intended.
+                raise click.UsageError(f'{source}: not a string (hint: umask = "022")')
+            if option.type is _PATH and text:  # relative to the file
+                text = os.path.join(os.path.dirname(file), os.path.expanduser(text))
+            option.convert(text, source, ctx)
+            ctx.default_map[str(option.name)] = text
+
+
+def _user_file() -> str:
+    # See the XDG Base Directory Specification; tinkerfs supports Linux only.
+    home = os.environ.get("XDG_CONFIG_HOME", "").strip() or os.path.expanduser("~/.config")
+    return os.path.abspath(os.path.join(home, "tinkerfs", "config.toml"))
+
+
+def _read_file(path: str, *, must_exist: bool) -> dict[str, object]:
+    try:
+        with open(open_regular(path, os.O_RDONLY, follow_symlinks=True), "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        if not must_exist:  # also if e.g. a parent is not a directory, or is not readable
+            return {}
+        raise click.UsageError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise click.UsageError(f"{path}: not TOML: {error}") from None
+
+
+def _setting(
+    usage: str, type_: Any, default: str | bool | None, help: str, **attributes: Any
+) -> Callable[..., Callable[[F], F]]:
+    flag, _, metavar = usage.partition(" ")
+    key = flag.partition("/")[0].removeprefix("--")
+    attributes = {
+        "type": type_,
+        "metavar": metavar or None,
+        "envvar": ["TINKERFS_" + key.upper().replace("-", "_")],
+        "show_envvar": True,
+        "default": default,
+        "show_default": True,
+        "help": help,
+        **attributes,
+    }
+    return partial(click.option, flag, cls=Setting, **attributes)
+
+
+#: Name -> function of the name, which returns the option as a decorator.
+_OPTIONS: Final = {
+    "base_url": _setting(
+        "--base-url URL",
+        _Parsed("url", _parse_base_url),
+        DEFAULT_BASE_URL,
+        "URL of the API.",
+        show_default="the official service",
+        envvar=["TINKERFS_BASE_URL", "TINKER_BASE_URL"],  # the second is the official client's
+    ),
+    "read_only": _setting("--read-only/--no-read-only", bool, False, "Reject every change."),
+    "allow_other": _setting(
+        "--allow-other/--no-allow-other",
+        bool,
+        False,
+        "Allow other users, subject to permission checks.",
+    ),
+    "ttl_s": _setting("--ttl S", _DURATION, "30", "How long cached metadata is fresh."),
+    "stale_if_error_s": _setting(
+        "--stale S", _DURATION, "24h", "How long cached metadata is served while the API fails."
+    ),
+    "cache_dir": _setting(
+        "--cache-dir DIR", _PATH, None, "Directory of the cache.", show_default="~/.cache/tinkerfs"
+    ),
+    "cache_size_bytes": _setting(
+        "--cache-size SIZE",
+        _Parsed("size", _parse_size_bytes),
+        "10G",
+        "Maximum size of the weights cached on disk; 0 caches none.",
+    ),
+    "concurrency": _setting(
+        "--concurrency N",
+        click.IntRange(1, MAX_CONCURRENCY),
+        "8",
+        "API requests at a time; archive builds are not counted.",
+    ),
+    "timeout_s": _setting(
+        "--timeout S", _TIMEOUT, "30", "Timeout of every wait, except for archive builds."
+    ),
+    "archive_timeout_s": _setting(
+        "--archive-timeout S", _TIMEOUT, "15m", "Timeout of the wait for an archive build."
+    ),
+    "archive_build_limit": _setting(
+        "--archive-burst N",
+        click.IntRange(0),
+        "8",
+        "Archive builds that one process group may start per minute; 0 for no limit.",
+    ),
+    "trash_s": _setting(
+        "--trash DURATION",
+        _Parsed("duration", _parse_trash_s),
+        None,
+        "Make removed checkpoints expire after this time, 1h to 3650d, instead of deleting them;"
+        " `tinkerfs undelete` restores them.",
+        show_default="none",
+    ),
+    "base_models": _setting(
+        "--base-models DIR",
+        _PATH,
+        None,
+        "Directory of base models, which decide how the files in /adapters are named; without it,"
+        " the local Hugging Face cache and a table of the service's models are used.",
+        show_default="none",
+    ),
+    "moe_layout": _setting(
+        "--moe-layout LAYOUT",
+        click.Choice(MOE_LAYOUTS, case_sensitive=False),
+        "peft",
+        "Layout of experts in /adapters: peft, one tensor per expert; or packed, one for all of"
+        " them, as vLLM loads it with --enable-moe-shared-loras.",
+    ),
+    "xattr": _setting(
+        "--xattr/--no-xattr",
+        bool,
+        False,
+        "Provide extended attributes (user.tinker.*); makes ls -l slower.",
+    ),
+    "uid": _setting(
+        "--uid U", _ID, None, "Numeric owner of all files.", show_default="the mounting user"
+    ),
+    "gid": _setting(
+        "--gid G", _ID, None, "Numeric group of all files.", show_default="the mounting user's"
+    ),
+    "umask": _setting("--umask M", _UMASK, "000", "Permission bits to clear, octal."),
+    "log_file": _setting(
+        "--log-file F", _PATH, None, "Write the log to this file.", show_default="none"
+    ),
+    "log_level": _setting(
+        "--log-level L",
+        click.Choice(LOG_LEVELS, case_sensitive=False),
+        "warning",
+        f"Least severe level to log: {', '.join(LOG_LEVELS)}.",
+    ),
+    "config": _setting(
+        "--config FILE",
+        _PATH,
+        None,
+        "Read options from this TOML file instead of /etc/tinkerfs.toml and"
+        " ~/.config/tinkerfs/config.toml.",
+        is_eager=True,  # before the settings
+        expose_value=False,
+        callback=_read_config,
+    ),
+}
 
 
 def mountpoint_argument(*, required: bool = True) -> Callable[[F], F]:
@@ -46,188 +352,3 @@ def _complete_directory(
     _ctx: click.Context, _param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     return [CompletionItem(incomplete, type="dir")]
-
-
-def settings_options(*fields: str) -> Callable[[F], F]:
-    """Return a decorator that adds the flags of settings to a command.
-
-    Args:
-        *fields: Attributes of `Settings`; without any, the flags of all settings are added.
-    """
-
-    def decorate(command: F) -> F:
-        for option in reversed(OPTIONS):
-            if not fields or option.field in fields:
-                command = _flag(option)(command)
-        return command
-
-    return decorate
-
-
-def _flag(option: Option) -> Callable[[F], F]:
-    # Values stay strings here; `resolve` parses the values of all sources. click knows no defaults
-    # and cannot show them, because an absent flag must not override the other sources.
-    default = "" if option.is_switch else f"default: {option.default}; "
-    help_ = f"{option.help}  [{default}env: {option.env_var}]"
-    if option.is_switch:
-        return click.option(
-            f"--{option.flag}", option.field, is_flag=True, default=None, help=help_
-        )
-    return click.option(
-        f"--{option.flag}", option.field, metavar=option.metavar, default=None, help=help_
-    )
-
-
-def resolve(
-    flags: Mapping[str, str | bool | None],
-    mount_options: Iterable[str] = (),
-    *,
-    config: str | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Settings:
-    """Merge the settings of all sources.
-
-    Args:
-        flags: Field of `Settings` -> value of its flag, None if absent.
-        mount_options: The argument of each `-o`.
-        config: A TOML file that must exist; None for the default files.
-        environ: None for the environment of this process.
-
-    Raises:
-        StartupError: A value is invalid or an option is unknown; the message names the source.
-    """
-    environ = os.environ if environ is None else environ
-    values: dict[str, object] = {}
-    by_flag = {option.flag: option for option in OPTIONS}
-    for name, (text, file) in _file_values(config, environ).items():
-        option = by_flag.get(name)
-        if option is None:
-            known = ", ".join(sorted(by_flag))
-            raise StartupError(f"{file}: unknown option {name!r} (valid options: {known})")
-        if option.is_path and text:  # relative to the file, from any working directory
-            text = _absolute(text, os.path.dirname(os.path.abspath(file)))
-        values[option.field] = _parse(option, text, f"{file}: {name}")
-    for option in OPTIONS:
-        for variable in _variables(option):
-            if environ.get(variable):
-                values[option.field] = _parse(option, environ[variable], variable)
-                break
-    for option, text in _mount_options(mount_options):
-        values[option.field] = _parse(option, text, f"-o {option.flag}")
-    for option in OPTIONS:
-        value = flags.get(option.field)
-        if isinstance(value, bool):
-            values[option.field] = value
-        elif value is not None:
-            values[option.field] = _parse(option, value, f"--{option.flag}")
-    return Settings(**values)  # type: ignore[arg-type]  # each option parses to its field's type
-
-
-def as_arguments(
-    settings: Settings,
-    flags: Mapping[str, str | bool | None],
-    mount_options: Iterable[str] = (),
-    config: str | None = None,
-) -> list[str]:
-    """Return the equivalent command line for the daemon.
-
-    It runs in another directory, so every path is passed as a flag, which precedes the other
-    sources of the setting.
-    """
-    arguments = [argument for text in mount_options for argument in ("-o", text)]
-    for option in (each for each in OPTIONS if each.field in flags):
-        value = flags[option.field]
-        if option.is_path and (path := getattr(settings, option.field)) is not None:
-            value = _absolute(path)
-        if value is True:
-            arguments.append(f"--{option.flag}")
-        elif value is not None:
-            arguments.append(f"--{option.flag}={value}")
-    if config is not None:
-        arguments.append(f"--config={_absolute(config)}")
-    return arguments
-
-
-def _absolute(path: str, directory: str = "") -> str:
-    """Return an absolute path, relative to `directory` or the working directory."""
-    return os.path.abspath(os.path.join(directory, os.path.expanduser(path)))
-
-
-def _variables(option: Option) -> tuple[str, ...]:
-    # TINKER_BASE_URL is the variable of the official client, so that one setting serves both.
-    return (option.env_var, "TINKER_BASE_URL") if option.field == "base_url" else (option.env_var,)
-
-
-def _parse(option: Option, text: str, where: str) -> object:
-    try:
-        return option.parse(text)
-    except ValueError as error:
-        raise StartupError(f"{where}: {error}") from None
-
-
-def _mount_options(arguments: Iterable[str]) -> Iterable[tuple[Option, str]]:
-    by_flag = {option.flag: option for option in OPTIONS}
-    for argument in arguments:
-        for item in argument.split(","):
-            if item == "rw":  # the last of ro and rw takes effect, as in mount(8)
-                yield by_flag["read-only"], "no"
-            if not item or is_ignored(item):
-                continue
-            name, equals, text = item.partition("=")
-            option = by_flag.get(_ALIASES.get(name, name.replace("_", "-")))
-            if option is None:
-                raise StartupError(explain_unknown(item, by_flag))
-            if not equals:
-                if not option.is_switch:
-                    raise StartupError(
-                        f"-o {item}: missing value (hint: -o {name}={option.metavar})"
-                    )
-                text = "yes"
-            yield option, text
-
-
-def _file_values(config: str | None, environ: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Return option name -> (text, file) from the named or the default files."""
-    config = config or environ.get("TINKERFS_CONFIG") or None
-    if config is not None:
-        return _read_file(config, must_exist=True)
-    return {**_read_file(SYSTEM_FILE), **_read_file(_user_file(environ))}
-
-
-def _user_file(environ: Mapping[str, str]) -> str:
-    # See the XDG Base Directory Specification; tinkerfs supports Linux only.
-    home = environ.get("XDG_CONFIG_HOME", "").strip()
-    if not home:
-        home = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".config")
-    return os.path.join(home, "tinkerfs", "config.toml")
-
-
-def _read_file(path: str, *, must_exist: bool = False) -> dict[str, tuple[str, str]]:
-    try:
-        with open(open_regular(path, os.O_RDONLY, follow_symlinks=True), "rb") as file:
-            content = tomllib.load(file)
-    except FileNotFoundError:
-        if must_exist:
-            raise StartupError(f"{path}: no such file") from None
-        return {}
-    except OSError as error:
-        if not must_exist:  # e.g. a parent that is not a directory, or is not readable
-            return {}
-        raise StartupError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise StartupError(f"{path}: not TOML: {error}") from None
-    return {
-        name.replace("_", "-"): (_text(value, path, name), path) for name, value in content.items()
-    }
-
-
-def _text(value: object, path: str, name: str) -> str:
-    """Return a TOML value as text in the form of the command line."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if name == "umask" and not isinstance(value, str):
-        # 22 and 0o22 are different numbers in TOML, and 22 is never intended.
-        raise StartupError(f'{path}: umask: not a string (hint: umask = "022")')
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise StartupError(f"{path}: {name}: not a string, number or boolean")

@@ -1,7 +1,7 @@
 """The command `tinkerfs prefetch`."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -43,7 +43,7 @@ def prefetch(
     keep_export: bool,
     age_recipient: tuple[str, ...],
     as_json: bool,
-    **flags: str | None,
+    **settings: Any,
 ) -> None:
     """Download the weights at each PATH into the disk cache, where mounts read them.
 
@@ -67,11 +67,11 @@ def prefetch(
     with exit_on_signal(_RESUME_HINT):
         accounts: dict[Settings, dict[str, str]] = {}
         for path in paths:
-            location = parse_location(path, flags)
+            location = parse_location(path, Settings(**settings))
             accounts.setdefault(location.settings, {})[path] = location.path
-        for settings, tree_paths in accounts.items():
+        for account, tree_paths in accounts.items():
             options = (export, keep_export, age_recipient)
-            _prefetch(settings, tree_paths, files, failures, options, check=check)
+            _prefetch(account, tree_paths, files, failures, options, check=check)
     is_complete = not failures and all(file.is_complete for file in files)
     if as_json:
         totals = [file.total_bytes for file in files]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -16,6 +16,7 @@ from tinkerfs.cli.locations import (
 )
 from tinkerfs.cli.options import settings_options
 from tinkerfs.cli.transfers import exit_with_failures
+from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError, TinkerfsError
 from tinkerfs.fuse import mount_table
 from tinkerfs.printable import escape_control_chars
@@ -30,7 +31,7 @@ _TIMEOUT_S = 120.0
 @click.command(short_help="Restore checkpoints that were removed under --trash.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
 @settings_options("base_url", "cache_dir", "timeout_s", "log_file", "log_level")
-def undelete(paths: tuple[str, ...], **flags: str | None) -> None:
+def undelete(paths: tuple[str, ...], **settings: Any) -> None:
     """Restore checkpoints from the trash, with their expiry from before the removal.
 
     PATH is a link in .tinkerfs/trash, the path of a removed checkpoint, or a tinker path. The
@@ -45,7 +46,7 @@ def undelete(paths: tuple[str, ...], **flags: str | None) -> None:
     failures = list[Failure]()
     for path in paths:
         try:
-            location = parse_location(path, flags)
+            location = parse_location(path, Settings(**settings))
             restored = _restore_through_mount(location) or _restore_in_process(location)
         except (OSError, TinkerfsError) as error:
             failures.append(Failure(path, error))

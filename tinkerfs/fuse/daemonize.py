@@ -18,13 +18,17 @@ _READY: Final = b"ready\n"
 
 
 class ReadinessNotifier:
-    """The serving process's end of the pipe; does nothing if no parent waits."""
+    """The serving process's end of the pipe; does nothing if no parent waits.
+
+    It leaves the working directory of the parent, which the mount must not keep busy.
+    """
 
     def __init__(self, environ: "os._Environ[str] | dict[str, str]" = os.environ) -> None:
         number = environ.pop(VARIABLE, "")
         self._fd = int(number) if number.isdigit() else None
         if self._fd is not None:
             os.set_inheritable(self._fd, False)
+            os.chdir("/")
 
     @property
     def has_parent(self) -> bool:
@@ -32,10 +36,9 @@ class ReadinessNotifier:
         return self._fd is not None
 
     def ready(self) -> None:
-        """Report that the mount is ready, and detach from the terminal and working directory."""
+        """Report that the mount is ready, and detach from the terminal."""
         if self._fd is None:
             return
-        os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(null, fd)
@@ -61,7 +64,6 @@ class ReadinessNotifier:
 def start_in_background(command: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
     """Start a command that serves a mount; return its process id when the mount is ready.
 
-    The command runs in `/`, so its arguments and environment must not contain relative paths.
     Ctrl-C while waiting terminates the command.
 
     Raises:
@@ -75,7 +77,6 @@ def start_in_background(command: Sequence[str], environ: Mapping[str, str] | Non
                 env={**(os.environ if environ is None else environ), VARIABLE: str(writer)},
                 pass_fds=(writer,),
                 stdin=subprocess.DEVNULL,
-                cwd="/",
                 start_new_session=True,
             )
         finally:

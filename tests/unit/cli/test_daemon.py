@@ -15,13 +15,13 @@ def test_daemon_command_imports_nothing_from_directory():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("TINKERFS_CACHE_DIR", "c", "{}/c"),
-        ("TINKERFS_LOG_FILE", "~/l", "{home}/l"),
+        ("SSL_CERT_FILE", "c", "{}/c"),
+        ("XDG_CACHE_HOME", "~/l", "{home}/l"),
         ("SSL_CERT_DIR", "a:/b", "{}/a:/b"),
         ("PYTHONPATH", ":lib::/b", "{}/lib:/b"),
         ("FUSE_LIBRARY_PATH", "./lib.so", "{}/lib.so"),
         ("FUSE_LIBRARY_PATH", "libfuse3.so.3", "libfuse3.so.3"),
-        ("TINKERFS_TTL", "3", "3"),
+        ("TINKERFS_CACHE_DIR", "c", "c"),
     ],
 )
 def test_daemon_environment_has_absolute_paths(name, value, expected, monkeypatch, tmp_path):
