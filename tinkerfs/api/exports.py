@@ -226,7 +226,10 @@ class Export:
             "sdk_version": endpoints.SDK_VERSION,
             "type": "create_session",
         }
-        found = self._client.post(endpoints.CREATE_SESSION, "create_session", fields)
+        try:
+            found = self._client.post(endpoints.CREATE_SESSION, "create_session", fields)
+        except errors.UnsupportedEndpoint as error:
+            raise error.with_consequence("so it exports no checkpoints") from None
         return _required(found, "session_id", endpoints.CREATE_SESSION)
 
     def _load_weights(self, session_id: str) -> str:

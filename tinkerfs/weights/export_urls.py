@@ -17,7 +17,7 @@ from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.url_cache import SignedUrlCache, find_url
 
 _NOT_EXPORTED = (
-    "a training checkpoint can be exported instead"
+    "a server with exports can export a training checkpoint instead"
     " (hint: `echo 1h > export` in its directory, or tinkerfs get --export; this starts a training"
     " session on the server, takes minutes, needs capacity and may cost)"
 )
