@@ -107,7 +107,7 @@ class Operations:
     Args:
         workers: the threads that serve the requests.
         timeout_s: deadline of every operation without a deadline of its own.
-        lookup_timeout_s: deadline of a lookup, where the row of the name sets none.
+        lookup_timeout_s: deadline of a lookup; one that needs an archive waits for it.
         stopping: set when the mount is going down; blocked requests then fail with ENOTCONN.
         ready: called when the kernel's first request has arrived.
     """

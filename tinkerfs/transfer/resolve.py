@@ -104,17 +104,17 @@ def resolve_weights(filesystem: FileSystem, path: str, ctx: RequestContext) -> W
     resolved, pending = "/", [name for name in path.split("/") if name]
     while pending:
         resolved = filesystem.realpath(posixpath.join(resolved, pending.pop(0)), ctx)
-        row, context = filesystem.resolve(resolved, ctx)
-        weights = weights_nodes.weights_ref(row, context)
+        node = filesystem.resolve(resolved, ctx)
+        weights = weights_nodes.weights_ref(node)
         if (
-            row in (weights_nodes.FILES, weights_nodes.ADAPTER)
+            node.spec in (weights_nodes.FILES, weights_nodes.ADAPTER)
             and weights is not None
             and ".." not in pending
         ):
             return replace(weights, member_path="/".join(pending))
-    row, context = filesystem.resolve(resolved, ctx)
-    weights = weights_nodes.weights_ref(row, context)
-    if weights is None and not isinstance(row, Directory):
+    node = filesystem.resolve(resolved, ctx)
+    weights = weights_nodes.weights_ref(node)
+    if weights is None and not isinstance(node.spec, Directory):
         raise errors.invalid(path, "neither a checkpoint nor weights")
     return weights
 
@@ -136,11 +136,11 @@ def iter_weights(filesystem: FileSystem, path: str, ctx: RequestContext) -> list
 
     def visit(child: str) -> bool:
         # Adds the weights of a path or queues a directory, and returns whether there were weights.
-        row, context = filesystem.resolve(child, ctx)
-        weights = weights_nodes.weights_ref(row, context)
+        node = filesystem.resolve(child, ctx)
+        weights = weights_nodes.weights_ref(node)
         if weights is not None:
             found.setdefault(weights.checkpoint.key, weights)
-        elif isinstance(row, Directory) and child not in seen:
+        elif isinstance(node.spec, Directory) and child not in seen:
             seen.add(child)
             pending.append(child)
         return weights is not None

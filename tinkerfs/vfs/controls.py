@@ -13,7 +13,8 @@ from tinkerfs import errors
 from tinkerfs.config import TTL_RANGE_S, parse_duration_s
 
 if TYPE_CHECKING:
-    from tinkerfs.vfs.schema import NodeContext
+    from tinkerfs.context import RequestContext
+    from tinkerfs.vfs.schema import Node
 
 _YES = frozenset(("1", "true", "yes", "on"))
 _NO = frozenset(("0", "false", "no", "off"))
@@ -76,23 +77,23 @@ def _out_of_range(path: str) -> OSError:
     )
 
 
-def write_published(node: "NodeContext", text: str) -> None:
+def write_published(node: "Node", text: str, ctx: "RequestContext") -> None:
     """Publish or unpublish the checkpoint."""
     if not text.strip():
         return
     is_published = parse_flag(text, node.path)
-    node.backend.mutations.set_published(node.entity, is_published, node.path, node.ctx)
+    node.backend.mutations.set_published(node.entity, is_published, node.path, ctx)
 
 
-def write_expires_at(node: "NodeContext", text: str) -> None:
+def write_expires_at(node: "Node", text: str, ctx: "RequestContext") -> None:
     """Set or clear the checkpoint's expiry."""
     if not text.strip():
         return
     ttl_s = parse_expiry_s(text, node.backend.clock.now(), node.path)
-    node.backend.mutations.set_ttl(node.entity, ttl_s, node.path, node.ctx)
+    node.backend.mutations.set_ttl(node.entity, ttl_s, node.path, ctx)
 
 
-def write_trashed_expires_at(node: "NodeContext", text: str) -> None:
+def write_trashed_expires_at(node: "Node", text: str, ctx: "RequestContext") -> None:
     """Restore a checkpoint from the trash, with the expiry that it had before."""
     value = text.strip().lower()
     if not value:
@@ -102,10 +103,10 @@ def write_trashed_expires_at(node: "NodeContext", text: str) -> None:
             node.path,
             "invalid value (hint: write never to restore the checkpoint with its previous expiry)",
         )
-    node.backend.mutations.undelete(node.entity, node.path, node.ctx)
+    node.backend.mutations.undelete(node.entity, node.path, ctx)
 
 
-def write_refresh(node: "NodeContext", text: str) -> None:
+def write_refresh(node: "Node", text: str, _ctx: "RequestContext") -> None:
     """Invalidate all cached metadata and signed URLs."""
     del text
     node.backend.catalog.refresh()

@@ -14,8 +14,8 @@ from tinkerfs.config import Settings
 from tinkerfs.context import Caller
 from tinkerfs.vfs.copy_tracker import COPIED_FILES, COPIED_LINKS, CopyTracker
 from tinkerfs.vfs.removal_tracker import MOVE_HINT, RemovalTracker
-from tinkerfs.vfs.resolver import Node, is_checkpoint
-from tinkerfs.vfs.schema import ControlFile, RemovalPolicy
+from tinkerfs.vfs.resolver import is_checkpoint
+from tinkerfs.vfs.schema import ControlFile, Node, RemovalPolicy
 
 _FILES, _LINKS = frozenset(COPIED_FILES), frozenset(COPIED_LINKS)
 #: The path of every checkpoint directory contains this; see `layout.py`.
@@ -82,11 +82,11 @@ class DeletionGuard:
             # cp unlinks a link before it replaces it, and then writes the control files.
             self._record_denied_write(node, caller)
             raise
-        self.removals.hide(directory.path, node.row.name, remover.pgid)
+        self.removals.hide(directory.path, node.spec.name, remover.pgid)
 
     def check_rmdir(self, directory: Node, caller: Caller) -> None:
         """Deny the removal of a permanent directory, or of one that the group copied."""
-        if directory.row.removal is RemovalPolicy.NEVER:
+        if directory.spec.removal is RemovalPolicy.NEVER:
             raise self.removals.deny(caller.pgid, directory.path)
         if is_checkpoint(directory) and self.removals.hidden(directory.path, caller.pgid):
             self._check_copied(directory, directory.path, caller)
@@ -112,7 +112,7 @@ class DeletionGuard:
         """Deny changes of files other than control files."""
         if self._settings.read_only:
             raise errors.read_only(node.path)
-        if not isinstance(node.row, ControlFile):
+        if not isinstance(node.spec, ControlFile):
             raise errors.not_permitted(
                 node.path, "only published, expires_at, export and refresh are writable"
             )

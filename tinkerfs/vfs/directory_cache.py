@@ -12,7 +12,7 @@ from tinkerfs.context import RequestContext
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.directory_stream import DirectoryStream
 from tinkerfs.vfs.node import Entry
-from tinkerfs.vfs.resolver import Node
+from tinkerfs.vfs.schema import Node
 
 #: Maximum number of cached entries, enough for 1,000 runs with 10 checkpoints each. An entry takes
 #: 290 bytes.

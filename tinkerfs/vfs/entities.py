@@ -6,9 +6,10 @@ from typing import ParamSpec, TypeVar
 from tinkerfs import errors, name_encoding
 from tinkerfs.api import models
 from tinkerfs.catalog.listings import ListedCheckpoint
+from tinkerfs.context import RequestContext
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import render
-from tinkerfs.vfs.schema import NodeContext
+from tinkerfs.vfs.schema import Node
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,14 +33,14 @@ def path_for_tinker_path(path: TinkerPath) -> str:
     return f"{run_path(path.run_id)}/checkpoints/{kind}{name_encoding.encode(path.name)}"
 
 
-def list_runs(node: NodeContext) -> Iterator[tuple[str, models.TrainingRun]]:
+def list_runs(node: Node, ctx: RequestContext) -> Iterator[tuple[str, models.TrainingRun]]:
     """Yield the user's training runs by id."""
-    return ((run.run_id, run) for run in node.backend.catalog.runs.iter(node.ctx))
+    return ((run.run_id, run) for run in node.backend.catalog.runs.iter(ctx))
 
 
-def find_run(node: NodeContext, run_id: str) -> models.TrainingRun | None:
+def find_run(node: Node, run_id: str, ctx: RequestContext) -> models.TrainingRun | None:
     """Return a training run, which need not be listed, or None."""
-    return absent_as_none(node.backend.catalog.run, run_id, node.ctx)
+    return absent_as_none(node.backend.catalog.run, run_id, ctx)
 
 
 def absent_as_none(find: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -55,31 +56,31 @@ def absent_as_none(find: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T
         raise
 
 
-def run_ns(node: NodeContext) -> int:
+def run_ns(node: Node, _ctx: RequestContext) -> int:
     """Return the time of the last request to a training run."""
     time_ns: int | None = node.entity.last_request_time_ns
     return node.backend.started_ns if time_ns is None else time_ns
 
 
-def newest_run_ns(node: NodeContext) -> int:
+def newest_run_ns(node: Node, _ctx: RequestContext) -> int:
     """Return the time of the last request to any run of the user, from the cache."""
     runs = node.backend.catalog.runs.peek()
     changed_ns = node.backend.catalog.runs.last_changed_ns()
     return mtime_or_mount_time(node, changed_ns, runs.newest_ns if runs else None)
 
 
-def checkpoint_ns(node: NodeContext) -> int:
+def checkpoint_ns(node: Node, _ctx: RequestContext) -> int:
     """Return when a checkpoint was saved."""
     time_ns: int | None = node.entity.record.time_ns
     return node.backend.started_ns if time_ns is None else time_ns
 
 
-def stored_bytes(node: NodeContext) -> int:
+def stored_bytes(node: Node) -> int:
     """Return the number of bytes that the server stores for a checkpoint."""
     return node.entity.record.size_bytes or 0
 
 
-def run_xattrs(node: NodeContext) -> dict[str, str]:
+def run_xattrs(node: Node, _ctx: RequestContext) -> dict[str, str]:
     """Return the extended attributes of a training run."""
     run: models.TrainingRun = node.entity
     return _without_none(
@@ -91,11 +92,11 @@ def run_xattrs(node: NodeContext) -> dict[str, str]:
     )
 
 
-def checkpoint_xattrs(node: NodeContext) -> dict[str, str]:
+def checkpoint_xattrs(node: Node, ctx: RequestContext) -> dict[str, str]:
     """Return the extended attributes of a checkpoint."""
     checkpoint: ListedCheckpoint = node.entity
     # Resolving the checkpoint has loaded the run already.
-    run, record = node.backend.catalog.run(checkpoint.run_id, node.ctx), checkpoint.record
+    run, record = node.backend.catalog.run(checkpoint.run_id, ctx), checkpoint.record
     return _without_none(
         {
             "tinker.path": checkpoint.tinker_path,
@@ -118,7 +119,7 @@ def _without_none(values: dict[str, str | int | None]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items() if value is not None}
 
 
-def mtime_or_mount_time(node: NodeContext, *times_ns: int | None) -> int:
+def mtime_or_mount_time(node: Node, *times_ns: int | None) -> int:
     """Return the latest of the known times, but not a time before the mount.
 
     It is for directories that stat() does not list: the time must not change when tar reads one.
@@ -126,7 +127,7 @@ def mtime_or_mount_time(node: NodeContext, *times_ns: int | None) -> int:
     return newest_ns(node, node.backend.started_ns, *times_ns)
 
 
-def newest_ns(node: NodeContext, *times_ns: int | None) -> int:
+def newest_ns(node: Node, *times_ns: int | None) -> int:
     """Return the latest of the known times, or the time of mounting.
 
     A directory is as new as its newest entry and as the last change that was observed in it. So

@@ -9,21 +9,22 @@ from functools import partial
 from msgspec.structs import replace
 
 from tinkerfs.catalog.listings import ListedCheckpoint
+from tinkerfs.context import RequestContext
 from tinkerfs.vfs import controls, render, weights_nodes
-from tinkerfs.vfs.schema import ControlFile, NodeContext
+from tinkerfs.vfs.schema import ControlFile, Node
 
 #: The text without an export; every checkpoint directory shows its length.
 _NONE = render.line("none")
 
 
-def _describe(node: NodeContext) -> bytes:
-    if node.backend.exports.is_idle(node.ctx):
+def _describe(node: Node, ctx: RequestContext) -> bytes:
+    if node.backend.exports.is_idle(ctx):
         return _NONE
-    description = node.backend.exports.describe(weights_nodes.version_of(node), node.ctx)
+    description = node.backend.exports.describe(weights_nodes.version_of(node), ctx)
     return render.line(description)
 
 
-def _write(node: NodeContext, text: str) -> None:
+def _write(node: Node, text: str, ctx: RequestContext) -> None:
     """Export the checkpoint for some time, or delete its export."""
     if not text.strip():
         return
@@ -31,7 +32,7 @@ def _write(node: NodeContext, text: str) -> None:
     ttl_s = controls.parse_expiry_s(text, backend.clock.now(), node.path)
     version = weights_nodes.version_of(node)
     # An export has its own time-out, which is that of archives.
-    ctx = replace(node.ctx, timeout_s=None)
+    ctx = replace(ctx, timeout_s=None)
     if ttl_s is None:
         backend.exports.delete(version, node.path, ctx)
         return

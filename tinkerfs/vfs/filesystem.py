@@ -32,7 +32,7 @@ from tinkerfs.vfs.handles import (
 from tinkerfs.vfs.kernel_cache import PageCacheTracker, SizeHintTracker
 from tinkerfs.vfs.layout import ROOT
 from tinkerfs.vfs.node import Attr, Entry, Handle, StatFs, relative_target
-from tinkerfs.vfs.resolver import Node, PathResolver, inode_of, is_checkpoint
+from tinkerfs.vfs.resolver import PathResolver, inode_of, is_checkpoint
 from tinkerfs.vfs.schema import (
     Backend,
     ContentFile,
@@ -40,8 +40,7 @@ from tinkerfs.vfs.schema import (
     Directory,
     FileSpec,
     GeneratedFile,
-    NodeContext,
-    NodeSpec,
+    Node,
     Symlink,
 )
 
@@ -140,7 +139,7 @@ class FileSystem:
         generation = self.generation
         try:
             directory = self._resolver.resolve(path, ctx)
-            if not isinstance(directory.row, Directory):
+            if not isinstance(directory.spec, Directory):
                 raise errors.not_a_directory(path)
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "list")
@@ -159,7 +158,7 @@ class FileSystem:
             return entry.target
         try:
             node = self._resolver.resolve(path, ctx)
-            if not isinstance(node.row, Symlink):
+            if not isinstance(node.spec, Symlink):
                 raise errors.not_a_link(path)
             return self._target(node, ctx)
         except (errors.ApiError, OSError) as error:
@@ -187,11 +186,10 @@ class FileSystem:
                 resolved = posixpath.dirname(resolved)
         return resolved
 
-    def resolve(self, path: str, ctx: RequestContext) -> tuple[NodeSpec, NodeContext]:
-        """Return the row of the layout table for a path, and its context."""
+    def resolve(self, path: str, ctx: RequestContext) -> Node:
+        """Return the node of a path."""
         with self._reporting_errors(path, "lookup"):
-            node = self._resolver.resolve(path, ctx)
-            return node.row, self._resolver.context_for(node, ctx)
+            return self._resolver.resolve(path, ctx)
 
     def statfs(self) -> StatFs:
         """Return the maximum size of the block cache, and how much of it is free.
@@ -220,24 +218,24 @@ class FileSystem:
         generation = self.generation
         try:
             node = self._resolver.resolve(path, ctx)
-            row = node.row
-            if isinstance(row, Directory):
+            spec = node.spec
+            if isinstance(spec, Directory):
                 raise errors.is_a_directory(path)
-            if isinstance(row, Symlink):
+            if isinstance(spec, Symlink):
                 raise errors.not_a_file(path)
             if access != os.O_RDONLY:
                 self.guard.check_open_to_write(node, ctx.caller)
-            elif flags & os.O_NOATIME and _has_size_hint(row):
+            elif flags & os.O_NOATIME and _has_size_hint(spec):
                 # GIO (Thunar, Nautilus, `gio info`) opens a file with this flag to guess its type,
                 # if the suffix is unknown. An icon is not worth building an archive; after any
                 # errno but EPERM, GIO uses the name.
                 raise errors.not_supported(
                     path, "cannot be opened with O_NOATIME, which file managers use for previews"
                 )
-            if isinstance(row, ContentFile):
-                return self._open_content(node, row, ctx)
-            if isinstance(row, GeneratedFile) and row.journal is not None:
-                return JournalHandle(path, row.journal(self._resolver.context_for(node, ctx)))
+            if isinstance(spec, ContentFile):
+                return self._open_content(node, spec, ctx)
+            if isinstance(spec, GeneratedFile) and spec.journal is not None:
+                return JournalHandle(path, spec.journal(node))
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "open")
         try:
@@ -251,20 +249,18 @@ class FileSystem:
                     lambda ctx: self._render_path(path, ctx),
                     lambda text, ctx: self._write_control(node, text, ctx),
                 )
-            if isinstance(row, GeneratedFile) and row.is_cacheable:
-                context = self._resolver.context_for(node, ctx)
-                return self._generated_files.open(node, context, generation)
+            if isinstance(spec, GeneratedFile) and spec.is_cacheable:
+                return self._generated_files.open(node, generation, ctx)
             data = self._render(node, ctx)
             return GeneratedFileHandle(path, data, True, self._size_hints.reported_at(path))
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "read")
 
-    def _open_content(self, node: Node, row: ContentFile, ctx: RequestContext) -> Handle:
+    def _open_content(self, node: Node, spec: ContentFile, ctx: RequestContext) -> Handle:
         path = node.path
-        context = self._resolver.context_for(node, ctx)
-        hint = row.size_hint(context)
-        file = row.open(context)
-        if not row.awaits_exact_size and file.size_bytes != hint.size_bytes:
+        hint = spec.size_hint(node)
+        file = spec.open(node, ctx)
+        if not spec.awaits_exact_size and file.size_bytes != hint.size_bytes:
             self._size_hints.record(path)  # the opened version differs from the listed one
         return WeightsHandle(
             path,
@@ -325,9 +321,9 @@ class FileSystem:
     def _xattrs(self, path: str, ctx: RequestContext) -> dict[str, str]:
         with self._reporting_errors(path, "attributes"):
             node = self._resolver.resolve(path, ctx)
-            if not isinstance(node.row, Directory | ContentFile) or node.row.xattrs is None:
+            if not isinstance(node.spec, Directory | ContentFile) or node.spec.xattrs is None:
                 return {}
-            values = node.row.xattrs(self._resolver.context_for(node, ctx))
+            values = node.spec.xattrs(node, ctx)
             return {f"{_XATTR_NAMESPACE}{name}": value for name, value in values.items()}
 
     # Removal.
@@ -336,7 +332,7 @@ class FileSystem:
         """Hide a file of a checkpoint's directory from the caller; refuse other files."""
         with self._reporting_errors(path, "unlink"):
             node = self._resolver.resolve(path, ctx)
-            if isinstance(node.row, Directory):
+            if isinstance(node.spec, Directory):
                 raise errors.is_a_directory(path)
             self.guard.unlink(node, ctx.caller)
 
@@ -352,7 +348,7 @@ class FileSystem:
         with self._reporting_errors(path, "rmdir"):
             caller = self.guard.check_removal(path, ctx.caller)
             node = self._resolver.resolve(path, ctx)
-            if not isinstance(node.row, Directory):
+            if not isinstance(node.spec, Directory):
                 raise errors.not_a_directory(path)
             self.guard.check_rmdir(node, caller)
             if any(True for _child in self._resolver.children(node, ctx)):
@@ -367,15 +363,15 @@ class FileSystem:
         try:
             mtime_ns = self._mtime_ns(directory, ctx)
             for name, node in self._resolver.children(directory, ctx):
-                row = node.row
+                spec = node.spec
                 if (
-                    isinstance(row, GeneratedFile)
-                    and row.is_expensive
+                    isinstance(spec, GeneratedFile)
+                    and spec.is_expensive
                     and not self._generated_files.has(node)
                 ):
-                    yield Entry(name, inode_of(node), self._file_mode(row), None)
+                    yield Entry(name, inode_of(node), self._file_mode(spec), None)
                 else:
-                    target = self._target(node, ctx) if isinstance(row, Symlink) else None
+                    target = self._target(node, ctx) if isinstance(spec, Symlink) else None
                     attr = self._attr(node, ctx, mtime_ns, target)
                     yield Entry(name, attr.ino, attr.mode, attr, target)
         except (errors.ApiError, OSError) as error:
@@ -389,35 +385,34 @@ class FileSystem:
         target: str | None = None,
     ) -> Attr:
         # The last two arguments save work if the caller has the values already.
-        row, context = node.row, self._resolver.context_for(node, ctx)
+        spec = node.spec
         nlink, size_bytes = 1, 0
-        if isinstance(row, Directory):
+        if isinstance(spec, Directory):
             mode = _DIRECTORY_MODE & self._mode_mask
-            nlink = row.nlink
-            size_bytes = row.stored_bytes(context) if row.stored_bytes is not None else 0
-        elif isinstance(row, Symlink):
+            nlink = spec.nlink
+            size_bytes = spec.stored_bytes(node) if spec.stored_bytes is not None else 0
+        elif isinstance(spec, Symlink):
             mode = _SYMLINK_MODE
             target = self._target(node, ctx) if target is None else target
             size_bytes = len(target.encode("utf-8", "surrogateescape"))
         else:
-            mode = self._file_mode(row)
-            size_bytes = self._size_bytes(node, row, ctx)
-        if row.mtime_ns is not None:
-            mtime_ns = row.mtime_ns(context)
-        elif parent_mtime_ns is not None and not isinstance(row, Directory):
+            mode = self._file_mode(spec)
+            size_bytes = self._size_bytes(node, spec, ctx)
+        if spec.mtime_ns is not None:
+            mtime_ns = spec.mtime_ns(node, ctx)
+        elif parent_mtime_ns is not None and not isinstance(spec, Directory):
             mtime_ns = parent_mtime_ns
         else:
             mtime_ns = self._mtime_ns(node, ctx)
         ino = inode_of(node)
         return Attr(mode, size_bytes, mtime_ns, ino, nlink, self._uid, self._gid)
 
-    def _size_bytes(self, node: Node, row: FileSpec, ctx: RequestContext) -> int:
-        if isinstance(row, ControlFile) or row.size_hint is None:
+    def _size_bytes(self, node: Node, spec: FileSpec, ctx: RequestContext) -> int:
+        if isinstance(spec, ControlFile) or spec.size_hint is None:
             return len(self._render(node, ctx))
         ctx.mark_uncacheable()
-        context = self._resolver.context_for(node, ctx)
-        hint = row.size_hint(context)
-        if row.awaits_exact_size:
+        hint = spec.size_hint(node)
+        if spec.awaits_exact_size:
             if hint.is_exact:
                 self._size_hints.on_exact(node.path)
             else:
@@ -425,18 +420,18 @@ class FileSystem:
         return hint.size_bytes
 
     def _mtime_ns(self, node: Node, ctx: RequestContext) -> int:
-        if node.row.mtime_ns is not None:
-            return int(node.row.mtime_ns(self._resolver.context_for(node, ctx)))
-        if isinstance(node.row, Directory) or node.parent is None:
+        if node.spec.mtime_ns is not None:
+            return int(node.spec.mtime_ns(node, ctx))
+        if isinstance(node.spec, Directory) or node.parent is None:
             return self._backend.started_ns
         return self._mtime_ns(node.parent, ctx)
 
-    def _file_mode(self, row: FileSpec) -> int:
-        return stat.S_IFREG | (row.mode & self._mode_mask)
+    def _file_mode(self, spec: FileSpec) -> int:
+        return stat.S_IFREG | (spec.mode & self._mode_mask)
 
     def _target(self, node: Node, ctx: RequestContext) -> str:
-        assert isinstance(node.row, Symlink)
-        target = node.row.target(self._resolver.context_for(node, ctx))
+        assert isinstance(node.spec, Symlink)
+        target = node.spec.target(node, ctx)
         if target is None:
             raise errors.not_found(node.path)
         return relative_target(target, node.path)
@@ -446,13 +441,13 @@ class FileSystem:
 
         Other content need not be cached for stat(), because the directory cache stores its length.
         """
-        row, context = node.row, self._resolver.context_for(node, ctx)
-        if isinstance(row, GeneratedFile):
-            if not row.is_cacheable:
+        spec = node.spec
+        if isinstance(spec, GeneratedFile):
+            if not spec.is_cacheable:
                 ctx.mark_uncacheable()
-            elif row.is_expensive:
-                return self._generated_files.get(node, context)
-        return row.render(context)  # type: ignore[no-any-return]
+            elif spec.is_expensive:
+                return self._generated_files.get(node, ctx)
+        return spec.render(node, ctx)  # type: ignore[no-any-return]
 
     def _render_path(self, path: str, ctx: RequestContext) -> bytes:
         """Return the current content of a path, which may be unlinked."""
@@ -460,10 +455,10 @@ class FileSystem:
             return self._render(self._resolver.resolve(path, ctx, include_hidden=True), ctx)
 
     def _write_control(self, node: Node, text: str, ctx: RequestContext) -> None:
-        assert isinstance(node.row, ControlFile)
+        assert isinstance(node.spec, ControlFile)
         with self._reporting_errors(node.path, "write"):
             self.guard.check_control_write(node, ctx.caller)
-            node.row.on_write(self._resolver.context_for(node, ctx), text)
+            node.spec.on_write(node, text, ctx)
 
     # Errors.
 
@@ -490,7 +485,7 @@ class FileSystem:
         raise error
 
 
-def _has_size_hint(row: FileSpec) -> bool:
-    if isinstance(row, ContentFile):
-        return row.awaits_exact_size
-    return isinstance(row, GeneratedFile) and row.size_hint is not None
+def _has_size_hint(spec: FileSpec) -> bool:
+    if isinstance(spec, ContentFile):
+        return spec.awaits_exact_size
+    return isinstance(spec, GeneratedFile) and spec.size_hint is not None

@@ -10,11 +10,11 @@ import msgspec
 
 from tinkerfs.cache.validated_cache import ValidatedCache
 from tinkerfs.clock import Clock
+from tinkerfs.context import RequestContext
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.handles import GeneratedFileHandle
 from tinkerfs.vfs.kernel_cache import ATTR_SETTLED_S
-from tinkerfs.vfs.resolver import Node
-from tinkerfs.vfs.schema import NodeContext
+from tinkerfs.vfs.schema import Node
 
 #: Size of the cache: some 10,000 files.
 _MAX_BYTES = 16 << 20
@@ -75,15 +75,15 @@ class GeneratedFileCache:
             return None
         return opened.handle
 
-    def open(self, node: Node, context: NodeContext, generation: int) -> GeneratedFileHandle:
+    def open(self, node: Node, generation: int, ctx: RequestContext) -> GeneratedFileHandle:
         """Return a handle with the content of a file.
 
         Args:
             node: the file, as the resolver returned it for its path.
-            context: as `get`.
             generation: the generation of the metadata before the node was resolved.
+            ctx: as `get`.
         """
-        data = self.get(node, context)
+        data = self.get(node, ctx)
         file = self._cached(node)
         if file is None or not self._may_use_page_cache(file):
             return GeneratedFileHandle(node.path, data, direct_io=True)
@@ -92,18 +92,17 @@ class GeneratedFileCache:
         file.opened = _SharedHandle(handle, node.validity, generation)
         return handle
 
-    def get(self, node: Node, context: NodeContext) -> bytes:
+    def get(self, node: Node, ctx: RequestContext) -> bytes:
         """Return the content of a file, rendered now unless it is cached."""
         cached = self._cached(node)
         if cached is not None:
-            context.ctx.depends_on_all(cached.validity)
+            ctx.depends_on_all(cached.validity)
             return cached.data
         now, validity = self._clock.monotonic(), Validity()
-        tracking_context = msgspec.structs.replace(context, ctx=context.ctx.tracking(validity))
         try:
-            data: bytes = node.row.render(tracking_context)
+            data: bytes = node.spec.render(node, ctx.tracking(validity))
         finally:
-            context.ctx.depends_on_all(validity)
+            ctx.depends_on_all(validity)
         previous = self._files.peek(node.path)
         made_at = now if previous is None or previous.data != data else previous.made_at
         file = _CachedFile(data, node.entity, validity, made_at)

@@ -1,9 +1,9 @@
 """The layout table: every directory, file and link of the mount.
 
-To add a file, write a pure function in `render.py` (or a function that uses the backend), add a row
-here and run `scripts/docs`. Listing, lookup, attributes and `docs/layout.md` are derived from the
-row. The first and the last name of a directory above checkpoints cannot be removed. So a tool that
-removes everything gets an error before it reaches a checkpoint, whichever end it starts from.
+To add a file, write a pure function in `render.py` (or a function that uses the backend), add a
+spec here and run `scripts/docs`. Listing, lookup, attributes and `docs/layout.md` are derived from
+the spec. The first and the last name of a directory above checkpoints cannot be removed. So a tool
+that removes everything gets an error before it reaches a checkpoint, whichever end it starts from.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +12,7 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.listings import ListedCheckpoint
+from tinkerfs.context import RequestContext
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import (
     controls,
@@ -31,20 +32,20 @@ from tinkerfs.vfs.schema import (
     Directory,
     DynamicEntries,
     GeneratedFile,
-    NodeContext,
+    Node,
     NodeSpec,
     RemovalPolicy,
     Symlink,
 )
 
-# The functions of the rows, in the order of the table.
+# The functions of the specs, in the order of the table.
 
 
-def _latest(node: NodeContext) -> str | None:
+def _latest(node: Node, _ctx: RequestContext) -> str | None:
     return _latest_path(node.entity, node.entity.last_checkpoint)
 
 
-def _latest_sampler(node: NodeContext) -> str | None:
+def _latest_sampler(node: Node, _ctx: RequestContext) -> str | None:
     return _latest_path(node.entity, node.entity.last_sampler_checkpoint)
 
 
@@ -56,76 +57,84 @@ def _latest_path(run: models.TrainingRun, record: models.Checkpoint | None) -> s
     return entities.checkpoint_path(checkpoint)
 
 
-def _list_kinds(node: NodeContext) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
-    listing = node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx)
+def _list_kinds(
+    node: Node, ctx: RequestContext
+) -> Iterator[tuple[str, tuple[models.TrainingRun, str]]]:
+    listing = node.backend.catalog.checkpoints(node.entity.run_id).get(ctx)
     for kind in listing.kinds:
         if listing.of_kind(kind):
             yield kind, (node.entity, kind)
 
 
-def _find_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
+def _find_kind(node: Node, kind: str, ctx: RequestContext) -> tuple[models.TrainingRun, str] | None:
     # The three kinds always resolve, so that `rmdir` finds a directory that has become empty.
     if kind in KINDS:
         return node.entity, kind
-    listing = node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx)
+    listing = node.backend.catalog.checkpoints(node.entity.run_id).get(ctx)
     return (node.entity, kind) if kind in listing.kinds else None
 
 
-def _list_bare(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
-    return node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx).bare.items()
+def _list_bare(node: Node, ctx: RequestContext) -> Iterable[tuple[str, ListedCheckpoint]]:
+    return node.backend.catalog.checkpoints(node.entity.run_id).get(ctx).bare.items()
 
 
-def _find_bare(node: NodeContext, name: str) -> ListedCheckpoint | None:
-    return node.backend.catalog.checkpoints(node.entity.run_id).get(node.ctx).bare.get(name)
+def _find_bare(node: Node, name: str, ctx: RequestContext) -> ListedCheckpoint | None:
+    return node.backend.catalog.checkpoints(node.entity.run_id).get(ctx).bare.get(name)
 
 
-def _find_path_kind(node: NodeContext, kind: str) -> tuple[models.TrainingRun, str] | None:
+def _find_path_kind(
+    node: Node, kind: str, ctx: RequestContext
+) -> tuple[models.TrainingRun, str] | None:
     run: models.TrainingRun = node.entity
-    return (run, kind) if _of_path(node, run, kind) else None
+    return (run, kind) if _of_path(node, run, kind, ctx) else None
 
 
-def _list_of_path(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
-    return _of_path(node, *node.entity).items()
-
-
-def _find_of_path(node: NodeContext, name: str) -> ListedCheckpoint | None:
-    return _of_path(node, *node.entity).get(name)
-
-
-def _of_path(node: NodeContext, run: models.TrainingRun, kind: str) -> dict[str, ListedCheckpoint]:
-    return node.backend.catalog.checkpoints(run.run_id).get(node.ctx).of_path(kind)
-
-
-def _list_of_kind(node: NodeContext) -> Iterator[tuple[str, ListedCheckpoint]]:
+def _list_of_path(node: Node, ctx: RequestContext) -> Iterable[tuple[str, ListedCheckpoint]]:
     run, kind = node.entity
-    for checkpoint in node.backend.catalog.checkpoints(run.run_id).get(node.ctx).of_kind(kind):
+    return _of_path(node, run, kind, ctx).items()
+
+
+def _find_of_path(node: Node, name: str, ctx: RequestContext) -> ListedCheckpoint | None:
+    run, kind = node.entity
+    return _of_path(node, run, kind, ctx).get(name)
+
+
+def _of_path(
+    node: Node, run: models.TrainingRun, kind: str, ctx: RequestContext
+) -> dict[str, ListedCheckpoint]:
+    return node.backend.catalog.checkpoints(run.run_id).get(ctx).of_path(kind)
+
+
+def _list_of_kind(node: Node, ctx: RequestContext) -> Iterator[tuple[str, ListedCheckpoint]]:
+    run, kind = node.entity
+    for checkpoint in node.backend.catalog.checkpoints(run.run_id).get(ctx).of_kind(kind):
         yield checkpoint.name, checkpoint
 
 
-def _find_of_kind(node: NodeContext, name: str) -> ListedCheckpoint | None:
+def _find_of_kind(node: Node, name: str, ctx: RequestContext) -> ListedCheckpoint | None:
     run, kind = node.entity
-    return node.backend.catalog.checkpoint(run.run_id, kind, name, node.ctx)
+    return node.backend.catalog.checkpoint(run.run_id, kind, name, ctx)
 
 
 # `.content` includes trashed checkpoints, because their links in the trash lead there.
 
 
-def _list_content(node: NodeContext) -> Iterator[tuple[str, ListedCheckpoint]]:
+def _list_content(node: Node, ctx: RequestContext) -> Iterator[tuple[str, ListedCheckpoint]]:
     run, kind = node.entity
-    for checkpoint in node.backend.catalog.checkpoints_with_trash(run.run_id).get(node.ctx).all:
+    for checkpoint in node.backend.catalog.checkpoints_with_trash(run.run_id).get(ctx).all:
         if checkpoint.kind == kind:
             yield checkpoint.name, checkpoint
 
 
-def _find_content(node: NodeContext, name: str) -> ListedCheckpoint | None:
+def _find_content(node: Node, name: str, ctx: RequestContext) -> ListedCheckpoint | None:
     run, kind = node.entity
-    return node.backend.catalog.checkpoint(run.run_id, kind, name, node.ctx, include_trashed=True)
+    return node.backend.catalog.checkpoint(run.run_id, kind, name, ctx, include_trashed=True)
 
 
-def _kind_ns(node: NodeContext) -> int:
+def _kind_ns(node: Node, ctx: RequestContext) -> int:
     run, kind = node.entity
     try:
-        listing = node.backend.catalog.checkpoints(run.run_id).get(node.ctx)
+        listing = node.backend.catalog.checkpoints(run.run_id).get(ctx)
     except errors.ApiError:  # another user's run: its checkpoints cannot be listed
         listing = None
     newest_ns = run.last_request_time_ns
@@ -135,54 +144,58 @@ def _kind_ns(node: NodeContext) -> int:
     return entities.newest_ns(node, changed_ns, newest_ns)
 
 
-def _checkpoints_ns(node: NodeContext) -> int:
+def _checkpoints_ns(node: Node, _ctx: RequestContext) -> int:
     run: models.TrainingRun = node.entity
     changed_ns = node.backend.catalog.checkpoints(run.run_id).last_changed_ns()
     return entities.newest_ns(node, changed_ns, run.last_request_time_ns)
 
 
-def _checkpoint_info(node: NodeContext) -> bytes:
+def _checkpoint_info(node: Node, ctx: RequestContext) -> bytes:
     try:
-        info = node.backend.catalog.weights_info(node.entity, node.ctx)
+        info = node.backend.catalog.weights_info(node.entity, ctx)
     except errors.ApiError as error:
         # Without the weights info the file still has the record; `errors` has the reason.
         if not error.is_local:
             node.backend.telemetry.record_error(
                 node.path, "weights info", errors.os_error_from_api(error, node.path)
             )
-        node.ctx.mark_uncacheable()
+        ctx.mark_uncacheable()
         info = None
     return render.checkpoint_info(node.entity.record, info)
 
 
-def _published(node: NodeContext) -> bytes:
+def _published(node: Node, _ctx: RequestContext) -> bytes:
     return render.line("1" if node.entity.record.is_public else "0")
 
 
-def _expires_at(node: NodeContext) -> bytes:
+def _expires_at(node: Node, _ctx: RequestContext) -> bytes:
     expires_at_ns = node.entity.record.expires_at_ns
     return render.line("never" if expires_at_ns is None else render.rfc3339_ns(expires_at_ns))
 
 
-def _list_version(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
+def _list_version(node: Node, _ctx: RequestContext) -> Iterable[tuple[str, ListedCheckpoint]]:
     return ((node.entity.version, node.entity),)
 
 
-def _find_version(node: NodeContext, version: str) -> ListedCheckpoint | None:
+def _find_version(node: Node, version: str, _ctx: RequestContext) -> ListedCheckpoint | None:
     checkpoint: ListedCheckpoint = node.entity
     return checkpoint if version == checkpoint.version else None
 
 
-def _list_adapter_version(node: NodeContext) -> Iterable[tuple[str, ListedCheckpoint]]:
+def _list_adapter_version(
+    node: Node, _ctx: RequestContext
+) -> Iterable[tuple[str, ListedCheckpoint]]:
     return ((weights_nodes.adapter_version(node), node.entity),)
 
 
-def _find_adapter_version(node: NodeContext, version: str) -> ListedCheckpoint | None:
+def _find_adapter_version(
+    node: Node, version: str, _ctx: RequestContext
+) -> ListedCheckpoint | None:
     checkpoint: ListedCheckpoint = node.entity
     return checkpoint if version == weights_nodes.adapter_version(node) else None
 
 
-def _stats(node: NodeContext) -> bytes:
+def _stats(node: Node, _ctx: RequestContext) -> bytes:
     backend = node.backend
     settings = {
         "base_url": backend.settings.base_url,
@@ -210,13 +223,13 @@ def _account_totals(catalog: Catalog) -> dict[str, int]:
     }
 
 
-def _now_ns(node: NodeContext) -> int:
+def _now_ns(node: Node, _ctx: RequestContext) -> int:
     return int(node.backend.clock.now() * 1e9)
 
 
 # The table.
 
-_CHECKPOINT_ROWS: tuple[NodeSpec, ...] = (
+_CHECKPOINT_SPECS: tuple[NodeSpec, ...] = (
     GeneratedFile(
         "info.json",
         "weights info, merged with the checkpoint's record",
@@ -240,7 +253,7 @@ _CHECKPOINT_ROWS: tuple[NodeSpec, ...] = (
     GeneratedFile(
         "tinker_path",
         "the tinker:// path and a newline",
-        lambda node: render.line(node.entity.tinker_path),
+        lambda node, _ctx: render.line(node.entity.tinker_path),
         mode=0o644,
     ),
     weights_nodes.LINKS["files"],
@@ -253,7 +266,7 @@ _CHECKPOINT_ROWS: tuple[NodeSpec, ...] = (
 _CHECKPOINT = Directory(
     "<name>",
     "a checkpoint",
-    _CHECKPOINT_ROWS,
+    _CHECKPOINT_SPECS,
     entities.checkpoint_ns,
     entities.stored_bytes,
     RemovalPolicy.CHECKPOINT,
@@ -261,12 +274,12 @@ _CHECKPOINT = Directory(
 )
 
 #: A trashed checkpoint cannot be published, and its `expires_at` has another meaning.
-_TRASHED_ROWS = tuple(row for row in _CHECKPOINT_ROWS if not isinstance(row, ControlFile))
+_TRASHED_SPECS = tuple(spec for spec in _CHECKPOINT_SPECS if not isinstance(spec, ControlFile))
 
 _ALIAS = Symlink(
     "<name>",
     "the checkpoint of that name, if the server's ids have no kind; not listed",
-    lambda node: entities.checkpoint_path(node.entity),
+    lambda node, _ctx: entities.checkpoint_path(node.entity),
     mtime_ns=entities.checkpoint_ns,
 )
 
@@ -294,7 +307,7 @@ _CHECKPOINTS = Directory(
                 "the part of a tinker path in the place of a kind; not listed",
                 (DynamicEntries(_ALIAS, _list_of_path, _find_of_path, False),),
             ),
-            lambda _node: (),  # needed only for truncated names, which do not occur here
+            lambda _node, _ctx: (),  # needed only for truncated names, which do not occur here
             _find_path_kind,
             False,
         ),
@@ -308,7 +321,9 @@ _RUN = Directory(
     "a training run",
     (
         GeneratedFile(
-            "info.json", "the training run's record", lambda node: render.run_info(node.entity)
+            "info.json",
+            "the training run's record",
+            lambda node, _ctx: render.run_info(node.entity),
         ),
         _CHECKPOINTS,
         Symlink("latest", "the newest training checkpoint, if there is one", _latest, True),
@@ -327,7 +342,7 @@ _RUN = Directory(
 def _content(
     doc: str,
     versions: DynamicEntries,
-    find_kind: Callable[[NodeContext, str], tuple[models.TrainingRun, str] | None],
+    find_kind: Callable[[Node, str, RequestContext], tuple[models.TrainingRun, str] | None],
 ) -> Directory:
     """Return a directory of expensive content by run, kind, name and version.
 
@@ -373,7 +388,7 @@ _TINKERFS = Directory(
         GeneratedFile(
             "errors",
             "the last 100 failures, newest last",
-            lambda node: node.backend.telemetry.errors.text(),
+            lambda node, _ctx: node.backend.telemetry.errors.text(),
             mode=0o600,
             journal=lambda node: node.backend.telemetry.errors,
             is_volatile=True,
@@ -382,7 +397,7 @@ _TINKERFS = Directory(
         GeneratedFile(
             "changes",
             "the last 100 changes requested through this mount, newest last",
-            lambda node: node.backend.telemetry.changes.text(),
+            lambda node, _ctx: node.backend.telemetry.changes.text(),
             mode=0o600,
             journal=lambda node: node.backend.telemetry.changes,
             is_volatile=True,
@@ -391,10 +406,10 @@ _TINKERFS = Directory(
         ControlFile(
             "refresh",
             "write anything to invalidate all cached metadata",
-            lambda _node: b"",
+            lambda _node, _ctx: b"",
             controls.write_refresh,
         ),
-        trash.trash_directory(_TRASHED_ROWS),
+        trash.trash_directory(_TRASHED_SPECS),
     ),
 )
 
@@ -402,7 +417,7 @@ ROOT = Directory(
     "",
     "the account",
     (
-        GeneratedFile("README.md", "a guide to the mount", lambda _node: readme.TEXT),
+        GeneratedFile("README.md", "a guide to the mount", lambda _node, _ctx: readme.TEXT),
         Directory(
             "runs",
             "every training run of the account",
@@ -433,7 +448,7 @@ def render_layout_docs() -> str:
         "",
         "| path | kind | mode | description |",
         "|---|---|---|---|",
-        *_layout_rows(ROOT, ""),
+        *_layout_lines(ROOT, ""),
         "",
         "The permissions of a symlink are those of its target."
         " A read-only mount has no write permissions.",
@@ -451,16 +466,16 @@ _KINDS: dict[type, str] = {
 }
 
 
-def _layout_rows(directory: Directory, path: str) -> Iterator[str]:
-    for row in directory.rows:
-        node = row.node if isinstance(row, DynamicEntries) else row
-        if node is None:  # directories of the same kind as this one
+def _layout_lines(directory: Directory, path: str) -> Iterator[str]:
+    for child in directory.specs:
+        spec = child.spec if isinstance(child, DynamicEntries) else child
+        if spec is None:  # directories of the same kind as this one
             continue
-        child_path = f"{path}/{node.name}"
-        if isinstance(node, Directory):
+        child_path = f"{path}/{spec.name}"
+        if isinstance(spec, Directory):
             mode = "0755"
         else:
-            mode = "-" if isinstance(node, Symlink) else f"{node.mode:04o}"
-        yield f"| `{child_path}` | {_KINDS[type(node)]} | {mode} | {node.doc} |"
-        if isinstance(node, Directory):
-            yield from _layout_rows(node, child_path)
+            mode = "-" if isinstance(spec, Symlink) else f"{spec.mode:04o}"
+        yield f"| `{child_path}` | {_KINDS[type(spec)]} | {mode} | {spec.doc} |"
+        if isinstance(spec, Directory):
+            yield from _layout_lines(spec, child_path)

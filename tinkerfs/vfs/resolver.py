@@ -1,4 +1,4 @@
-"""Path resolution: finds the row of the layout table and the entity for a path.
+"""Path resolution: finds the spec in the layout table and the entity for a path.
 
 Resolved directories are cached. A cached directory is valid until one of the API responses that it
 was resolved from expires, or until the generation of the metadata changes. Looking up a name in a
@@ -7,8 +7,6 @@ cached directory does not start at the root. Thread-safe.
 
 from collections.abc import Iterator
 from typing import Any
-
-import msgspec
 
 from tinkerfs import errors, name_encoding
 from tinkerfs.cache.validated_cache import ValidatedCache
@@ -23,7 +21,7 @@ from tinkerfs.vfs.schema import (
     Directory,
     DynamicEntries,
     GeneratedFile,
-    NodeContext,
+    Node,
     NodeSpec,
     RemovalPolicy,
     Symlink,
@@ -37,29 +35,11 @@ _RANKS = {GeneratedFile: 0, ContentFile: 0, Directory: DIRECTORY_RANK, Symlink: 
 _MAX_DIRECTORIES = 16_384
 
 
-class Node(msgspec.Struct, frozen=True):
-    """A resolved path.
-
-    Attributes:
-        row: the row of the layout table; for a `DynamicEntries` row, its `node`.
-        entity: as `NodeContext.entity`.
-        path: from the mount's root.
-        parent: None for the root only.
-        validity: None for a child that came from a listing.
-    """
-
-    row: Any
-    entity: Any
-    path: str
-    parent: "Node | None"
-    validity: Validity | None = None
-
-
 class PathResolver:
     """Resolves paths and lists the children of directories.
 
     Args:
-        root: the root row of the layout table.
+        root: the spec of the root.
         backend: the services that the functions of the table use.
         removals: knows which names are hidden from which callers.
     """
@@ -67,7 +47,7 @@ class PathResolver:
     def __init__(self, root: Directory, backend: Backend, removals: RemovalTracker) -> None:
         self._backend = backend
         self._removals = removals
-        self._root = Node(root, None, "/", None, Validity())
+        self._root = Node(backend, root, None, "/", None, Validity())
         self._directory_nodes: ValidatedCache[str, Node] = ValidatedCache(
             backend.check_and_touch, _MAX_DIRECTORIES
         )
@@ -94,20 +74,21 @@ class PathResolver:
         Where possible a name is the string object of the table or of the record, so that cached
         listings share it.
         """
-        row, path, entity = directory.row, directory.path.rstrip("/"), directory.entity
-        for child in row.rows:
+        backend, spec, entity = self._backend, directory.spec, directory.entity
+        path = directory.path.rstrip("/")
+        for child in spec.specs:
             if not isinstance(child, DynamicEntries):
-                node = Node(child, entity, f"{path}/{child.name}", directory)
+                node = Node(backend, child, entity, f"{path}/{child.name}", directory)
                 if self._is_visible(node, ctx):
                     yield child.name, node
             elif child.is_listed:
                 for server_name, child_entity in self._list(child, directory, ctx):
                     name = child.encode(server_name)
-                    yield name, Node(child.node or row, child_entity, f"{path}/{name}", directory)
-
-    def context_for(self, node: Node, ctx: RequestContext) -> NodeContext:
-        """Return the argument for the functions of a node's row."""
-        return NodeContext(self._backend, node.entity, node.path, ctx)
+                    child_path = f"{path}/{name}"
+                    yield (
+                        name,
+                        Node(backend, child.spec or spec, child_entity, child_path, directory),
+                    )
 
     def _resolve(self, path: str, ctx: RequestContext) -> Node:
         if path == "/":
@@ -119,55 +100,57 @@ class PathResolver:
         generation = self._backend.catalog.generation
         parent, _, name = path.rpartition("/")
         directory = self._resolve(parent or "/", ctx)
-        if not isinstance(directory.row, Directory):
+        if not isinstance(directory.spec, Directory):
             raise errors.not_a_directory(path)
         if not self._is_visible(directory, ctx):
             raise errors.not_found(path)
         assert directory.validity is not None
-        static = directory.row.static_children.get(name)
+        static = directory.spec.static_children.get(name)
         if static is not None and not isinstance(static, Directory):
-            return Node(static, directory.entity, path, directory, directory.validity)
+            return Node(
+                self._backend, static, directory.entity, path, directory, directory.validity
+            )
         validity = directory.validity.copy()
         if static is not None:
-            node = Node(static, directory.entity, path, directory, validity)
+            node = Node(self._backend, static, directory.entity, path, directory, validity)
         else:
             try:
-                row, entity = self._look_up(directory, name, ctx.tracking(validity), path)
+                spec, entity = self._look_up(directory, name, ctx.tracking(validity), path)
             finally:
                 ctx.depends_on_all(validity)
-            node = Node(row, entity, path, directory, validity)
-        if isinstance(node.row, Directory):
+            node = Node(self._backend, spec, entity, path, directory, validity)
+        if isinstance(node.spec, Directory):
             self._directory_nodes.put(path, node, validity, generation)
         return node
 
     def _look_up(
         self, directory: Node, name: str, ctx: RequestContext, path: str
     ) -> tuple[NodeSpec, Any]:
-        for row in directory.row.dynamic_children:
-            entity = self._look_up_in(row, directory, name, ctx)
+        for entries in directory.spec.dynamic_children:
+            entity = self._look_up_in(entries, directory, name, ctx)
             if entity is not None:
-                return row.node or directory.row, entity
+                return entries.spec or directory.spec, entity
         raise errors.not_found(path)
 
     def _look_up_in(
-        self, row: DynamicEntries, directory: Node, name: str, ctx: RequestContext
+        self, entries: DynamicEntries, directory: Node, name: str, ctx: RequestContext
     ) -> Any:
         if name_encoding.is_probe_name(name):
             return None
-        context = self.context_for(directory, ctx)
         if name_encoding.is_truncated(name):
-            return next((e for n, e in row.list(context) if row.encode(n) == name), None)
+            listed = entries.list(directory, ctx)
+            return next((e for n, e in listed if entries.encode(n) == name), None)
         try:
-            return row.lookup(context, row.decode(name))
+            return entries.lookup(directory, entries.decode(name), ctx)
         except ValueError:  # not the encoding of a server name
             return None
 
     def _list(
-        self, row: DynamicEntries, directory: Node, ctx: RequestContext
+        self, entries: DynamicEntries, directory: Node, ctx: RequestContext
     ) -> Iterator[tuple[Any, Any]]:
         is_empty = True
         try:
-            for item in row.list(self.context_for(directory, ctx)):
+            for item in entries.list(directory, ctx):
                 is_empty = False
                 yield item
         except errors.UnsupportedEndpoint as error:
@@ -179,17 +162,13 @@ class PathResolver:
                 self._backend.telemetry.record_error(directory.path, "list", failure)
 
     def _is_visible(self, node: Node, ctx: RequestContext) -> bool:
-        row, directory = node.row, node.parent
-        if (
-            isinstance(row, Symlink)
-            and row.is_optional
-            and row.target(self.context_for(node, ctx)) is None
-        ):
+        spec, directory = node.spec, node.parent
+        if isinstance(spec, Symlink) and spec.is_optional and spec.target(node, ctx) is None:
             return False
         if (
-            isinstance(row, ControlFile)
-            and row.applies_to is not None
-            and not row.applies_to(node.entity)
+            isinstance(spec, ControlFile)
+            and spec.applies_to is not None
+            and not spec.applies_to(node.entity)
         ):
             return False
         if not self._removals.has_tombstones:
@@ -199,15 +178,15 @@ class PathResolver:
             directory is None
             or not is_checkpoint(directory)
             or not self._removals.is_hidden_in(directory.path)
-            or row.name not in self._removals.hidden(directory.path, ctx.caller().pgid)
+            or spec.name not in self._removals.hidden(directory.path, ctx.caller().pgid)
         )
 
 
 def is_checkpoint(node: Node) -> bool:
     """Return whether a node is the directory of a checkpoint, which `rm -r` deletes."""
-    return isinstance(node.row, Directory) and node.row.removal is RemovalPolicy.CHECKPOINT
+    return isinstance(node.spec, Directory) and node.spec.removal is RemovalPolicy.CHECKPOINT
 
 
 def inode_of(node: Node) -> int:
     """Return the inode number of a node."""
-    return inode_for_path(node.path, _RANKS[type(node.row)])
+    return inode_for_path(node.path, _RANKS[type(node.spec)])

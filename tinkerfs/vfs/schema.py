@@ -1,10 +1,10 @@
-"""Row types of the layout table.
+"""Nodes, and their specs in the layout table.
 
-A directory is a tuple of rows. A row is either one fixed name (`GeneratedFile`, `ContentFile`,
+A directory has a tuple of specs. A spec is either one fixed name (`GeneratedFile`, `ContentFile`,
 `ControlFile`, `Symlink`, `Directory`) or a `DynamicEntries`, which stands for one node per name
 that the account has. Every directory has an *entity*: None, a training run or a checkpoint, for
-example. The functions of its rows receive the entity in a `NodeContext`. Listing, lookup and
-documentation are derived from the same row, so a new name needs one row and one function.
+example. The functions of a spec receive a `Node`, which has the entity. Listing, lookup and
+documentation are derived from the same spec, so a new name needs one spec and one function.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,20 +50,24 @@ class Backend:
         )
 
 
-class NodeContext(msgspec.Struct, frozen=True):
-    """The argument of every function in the layout table: the node and the request.
+class Node(msgspec.Struct, frozen=True):
+    """A resolved path.
 
     Attributes:
         backend: the services of the mount.
+        spec: what the table says of the node; for an entry of `DynamicEntries`, its `spec`.
         entity: what the node represents; a file has the entity of its directory.
-        path: the node's path from the mount's root, for error messages.
-        ctx: deadline and cancellation of the request.
+        path: from the mount's root.
+        parent: the directory; None for the root only.
+        validity: how long the path leads to this node; None for a child that came from a listing.
     """
 
     backend: Backend
+    spec: Any
     entity: Any
     path: str
-    ctx: RequestContext
+    parent: "Node | None"
+    validity: Validity | None = None
 
 
 class SizeHint(NamedTuple):
@@ -101,14 +105,14 @@ class GeneratedFile:
 
     name: str
     doc: str
-    render: Callable[[NodeContext], bytes]
+    render: Callable[[Node, RequestContext], bytes]
     mode: int = 0o444
-    size_hint: Callable[[NodeContext], SizeHint] | None = None
+    size_hint: Callable[[Node], SizeHint] | None = None
     awaits_exact_size: bool = False
     is_expensive: bool = False
     is_volatile: bool = False
-    journal: Callable[[NodeContext], Journal[Any]] | None = None
-    mtime_ns: Callable[[NodeContext], int] | None = None
+    journal: Callable[[Node], Journal[Any]] | None = None
+    mtime_ns: Callable[[Node, RequestContext], int] | None = None
 
     @property
     def is_cacheable(self) -> bool:
@@ -133,12 +137,12 @@ class ContentFile:
 
     name: str
     doc: str
-    open: Callable[[NodeContext], WeightsFile]
-    size_hint: Callable[[NodeContext], SizeHint]
+    open: Callable[[Node, RequestContext], WeightsFile]
+    size_hint: Callable[[Node], SizeHint]
     awaits_exact_size: bool = False
     mode: int = 0o444
-    mtime_ns: Callable[[NodeContext], int] | None = None
-    xattrs: Callable[[NodeContext], dict[str, str]] | None = None
+    mtime_ns: Callable[[Node, RequestContext], int] | None = None
+    xattrs: Callable[[Node, RequestContext], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +155,11 @@ class ControlFile:
 
     name: str
     doc: str
-    render: Callable[[NodeContext], bytes]
-    on_write: Callable[[NodeContext, str], None]
+    render: Callable[[Node, RequestContext], bytes]
+    on_write: Callable[[Node, str, RequestContext], None]
     applies_to: Callable[[Any], bool] | None = None
     mode: int = 0o644
-    mtime_ns: Callable[[NodeContext], int] | None = None
+    mtime_ns: Callable[[Node, RequestContext], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +176,9 @@ class Symlink:
 
     name: str
     doc: str
-    target: Callable[[NodeContext], str | None]
+    target: Callable[[Node, RequestContext], str | None]
     is_optional: bool = False
-    mtime_ns: Callable[[NodeContext], int] | None = None
+    mtime_ns: Callable[[Node, RequestContext], int] | None = None
 
 
 class RemovalPolicy(Enum):
@@ -192,32 +196,32 @@ class Directory:
     Attributes:
         name: file name.
         doc: one line for the documentation.
-        rows: the children, in listing order.
+        specs: the children, in listing order.
         mtime_ns: None to use the time of mounting.
         stored_bytes: returns the size that the server stores; None for 0.
         removal: what rmdir and unlink do here.
         xattrs: returns the extended attributes, without their namespace; must not send a request.
-        static_children: the rows with a fixed name, by name.
-        dynamic_children: the other rows.
+        static_children: the specs with a fixed name, by name.
+        dynamic_children: the other specs.
         nlink: 2 plus the number of subdirectories. It is 1 (not counted) for a directory with
             dynamic children, because counting these would require a request.
     """
 
     name: str
     doc: str
-    rows: "tuple[NodeSpec, ...]"
-    mtime_ns: Callable[[NodeContext], int] | None = None
-    stored_bytes: Callable[[NodeContext], int] | None = None
+    specs: "tuple[NodeSpec, ...]"
+    mtime_ns: Callable[[Node, RequestContext], int] | None = None
+    stored_bytes: Callable[[Node], int] | None = None
     removal: RemovalPolicy = RemovalPolicy.NEVER
-    xattrs: Callable[[NodeContext], dict[str, str]] | None = None
+    xattrs: Callable[[Node, RequestContext], dict[str, str]] | None = None
     static_children: "dict[str, _StaticSpec]" = field(init=False, repr=False)
     dynamic_children: "tuple[DynamicEntries, ...]" = field(init=False, repr=False)
     nlink: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        static = {row.name: row for row in self.rows if not isinstance(row, DynamicEntries)}
-        dynamic = tuple(row for row in self.rows if isinstance(row, DynamicEntries))
-        subdirectories = sum(isinstance(row, Directory) for row in self.rows)
+        static = {spec.name: spec for spec in self.specs if not isinstance(spec, DynamicEntries)}
+        dynamic = tuple(spec for spec in self.specs if isinstance(spec, DynamicEntries))
+        subdirectories = sum(isinstance(spec, Directory) for spec in self.specs)
         object.__setattr__(self, "static_children", static)
         object.__setattr__(self, "dynamic_children", dynamic)
         object.__setattr__(self, "nlink", 1 if dynamic else 2 + subdirectories)
@@ -228,7 +232,7 @@ class DynamicEntries:
     """One node for each name of the account.
 
     Attributes:
-        node: the row for each name; its own name is the pattern shown in the documentation. None
+        spec: that of each name; its own name is the pattern shown in the documentation. None
             for a directory of the same kind as its parent.
         list: returns server names and entities, in order. Lookup searches it for a file name
             that was truncated.
@@ -240,9 +244,9 @@ class DynamicEntries:
             encoded like that.
     """
 
-    node: Directory | Symlink | GeneratedFile | ContentFile | None
-    list: Callable[[NodeContext], Iterable[tuple[Any, Any]]]
-    lookup: Callable[[NodeContext, Any], Any]
+    spec: Directory | Symlink | GeneratedFile | ContentFile | None
+    list: Callable[[Node, RequestContext], Iterable[tuple[Any, Any]]]
+    lookup: Callable[[Node, Any, RequestContext], Any]
     is_listed: bool = True
     encode: Callable[[Any], str] = name_encoding.encode
     decode: Callable[[str], Any] = name_encoding.decode

@@ -7,30 +7,31 @@ from collections.abc import Iterable, Iterator
 
 from tinkerfs import name_encoding
 from tinkerfs.api import models
+from tinkerfs.context import RequestContext
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import entities, render
-from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, NodeContext, Symlink
+from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, Node, Symlink
 
 
-def _list_sessions(node: NodeContext) -> Iterable[tuple[str, models.SessionSummary]]:
-    return node.backend.sessions.listing.get(node.ctx).items()
+def _list_sessions(node: Node, ctx: RequestContext) -> Iterable[tuple[str, models.SessionSummary]]:
+    return node.backend.sessions.listing.get(ctx).items()
 
 
-def _find_session(node: NodeContext, session_id: str) -> models.SessionSummary | None:
-    return entities.absent_as_none(node.backend.sessions.find, session_id, node.ctx)
+def _find_session(node: Node, session_id: str, ctx: RequestContext) -> models.SessionSummary | None:
+    return entities.absent_as_none(node.backend.sessions.find, session_id, ctx)
 
 
-def _session_ns(node: NodeContext) -> int:
+def _session_ns(node: Node, _ctx: RequestContext) -> int:
     time_ns: int | None = node.entity.created_at_ns
     return node.backend.started_ns if time_ns is None else time_ns
 
 
-def _session_xattrs(node: NodeContext) -> dict[str, str]:
+def _session_xattrs(node: Node, _ctx: RequestContext) -> dict[str, str]:
     name = node.entity.display_name
     return {} if name is None else {"tinker.display_name": name}
 
 
-def _newest_session_ns(node: NodeContext) -> int:
+def _newest_session_ns(node: Node, _ctx: RequestContext) -> int:
     sessions = (node.backend.sessions.listing.peek() or {}).values()
     changed_ns = node.backend.sessions.listing.last_changed_ns()
     return entities.mtime_or_mount_time(
@@ -38,50 +39,50 @@ def _newest_session_ns(node: NodeContext) -> int:
     )
 
 
-def _session(node: NodeContext) -> models.Session:
-    return node.backend.sessions.record(node.entity.session_id, node.ctx)
+def _session(node: Node, ctx: RequestContext) -> models.Session:
+    return node.backend.sessions.record(node.entity.session_id, ctx)
 
 
-def _session_info(node: NodeContext) -> bytes:
-    summary = node.backend.sessions.summary(node.entity.session_id, node.ctx)
-    return render.session_info(summary, _session(node))
+def _session_info(node: Node, ctx: RequestContext) -> bytes:
+    summary = node.backend.sessions.summary(node.entity.session_id, ctx)
+    return render.session_info(summary, _session(node, ctx))
 
 
-def _list_session_runs(node: NodeContext) -> Iterator[tuple[str, str]]:
-    for run_id in _session(node).training_run_ids:
+def _list_session_runs(node: Node, ctx: RequestContext) -> Iterator[tuple[str, str]]:
+    for run_id in _session(node, ctx).training_run_ids:
         yield run_id, run_id
 
 
-def _find_session_run(node: NodeContext, run_id: str) -> str | None:
-    return run_id if run_id in _session(node).training_run_ids else None
+def _find_session_run(node: Node, run_id: str, ctx: RequestContext) -> str | None:
+    return run_id if run_id in _session(node, ctx).training_run_ids else None
 
 
-def _list_session_samplers(node: NodeContext) -> Iterator[tuple[str, str]]:
-    for sampler_id in _session(node).sampler_ids:
+def _list_session_samplers(node: Node, ctx: RequestContext) -> Iterator[tuple[str, str]]:
+    for sampler_id in _session(node, ctx).sampler_ids:
         yield sampler_id, sampler_id
 
 
-def _find_session_sampler(node: NodeContext, sampler_id: str) -> str | None:
-    return sampler_id if sampler_id in _session(node).sampler_ids else None
+def _find_session_sampler(node: Node, sampler_id: str, ctx: RequestContext) -> str | None:
+    return sampler_id if sampler_id in _session(node, ctx).sampler_ids else None
 
 
-def _list_samplers(node: NodeContext) -> Iterator[tuple[str, str]]:
+def _list_samplers(node: Node, _ctx: RequestContext) -> Iterator[tuple[str, str]]:
     for sampler_id in node.backend.sessions.cached_sampler_ids():
         yield sampler_id, sampler_id
 
 
-def _find_sampler(node: NodeContext, sampler_id: str) -> str | None:
-    sampler = entities.absent_as_none(node.backend.sessions.sampler, sampler_id, node.ctx)
+def _find_sampler(node: Node, sampler_id: str, ctx: RequestContext) -> str | None:
+    sampler = entities.absent_as_none(node.backend.sessions.sampler, sampler_id, ctx)
     return None if sampler is None else sampler_id
 
 
-def _sampler(node: NodeContext) -> models.Sampler:
-    return node.backend.sessions.sampler(node.entity, node.ctx)
+def _sampler(node: Node, ctx: RequestContext) -> models.Sampler:
+    return node.backend.sessions.sampler(node.entity, ctx)
 
 
-def _sampler_checkpoint(node: NodeContext) -> str | None:
+def _sampler_checkpoint(node: Node, ctx: RequestContext) -> str | None:
     try:
-        return entities.path_for_tinker_path(TinkerPath.parse(_sampler(node).model_path or ""))
+        return entities.path_for_tinker_path(TinkerPath.parse(_sampler(node, ctx).model_path or ""))
     except ValueError:  # the sampler serves its base model
         return None
 
@@ -109,7 +110,7 @@ SESSIONS = Directory(
                                 Symlink(
                                     "<run_id>",
                                     "the training run",
-                                    lambda node: entities.run_path(node.entity),
+                                    lambda node, _ctx: entities.run_path(node.entity),
                                 ),
                                 _list_session_runs,
                                 _find_session_run,
@@ -125,7 +126,9 @@ SESSIONS = Directory(
                                 Symlink(
                                     "<sampler_id>",
                                     "the sampler",
-                                    lambda node: f"/samplers/{name_encoding.encode(node.entity)}",
+                                    lambda node, _ctx: (
+                                        f"/samplers/{name_encoding.encode(node.entity)}"
+                                    ),
                                 ),
                                 _list_session_samplers,
                                 _find_session_sampler,
@@ -156,7 +159,7 @@ SAMPLERS = Directory(
                     GeneratedFile(
                         "info.json",
                         "the sampler's record",
-                        lambda node: render.json_file(_sampler(node).raw),
+                        lambda node, ctx: render.json_file(_sampler(node, ctx).raw),
                         is_expensive=True,
                     ),
                     Symlink(

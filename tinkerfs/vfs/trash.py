@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 from tinkerfs import name_encoding
 from tinkerfs.catalog.listings import ListedCheckpoint
+from tinkerfs.context import RequestContext
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import controls, entities, render
 from tinkerfs.vfs.schema import (
     ControlFile,
     Directory,
     DynamicEntries,
-    NodeContext,
+    Node,
     NodeSpec,
     Symlink,
 )
@@ -22,51 +23,59 @@ from tinkerfs.vfs.schema import (
 _TRASH = "/.tinkerfs/trash"
 
 
-def _list_trashed(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
-    for checkpoint in node.backend.catalog.trashed_checkpoints(node.ctx):
+def _list_trashed(
+    node: Node, ctx: RequestContext
+) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
+    for checkpoint in node.backend.catalog.trashed_checkpoints(ctx):
         yield checkpoint.key, checkpoint
 
 
-def _find_trashed(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
+def _find_trashed(
+    node: Node, parts: tuple[str, ...], ctx: RequestContext
+) -> ListedCheckpoint | None:
     if len(parts) != 3:
         return None
     run_id, kind, name = parts
-    return node.backend.catalog.trashed_checkpoint((run_id, kind, name), node.ctx)
+    return node.backend.catalog.trashed_checkpoint((run_id, kind, name), ctx)
 
 
-def _list_versions(node: NodeContext) -> Iterator[tuple[tuple[str, ...], ListedCheckpoint]]:
-    for checkpoint in node.backend.catalog.trashed_checkpoints(node.ctx):
+def _list_versions(
+    node: Node, ctx: RequestContext
+) -> Iterator[tuple[tuple[str, ...], ListedCheckpoint]]:
+    for checkpoint in node.backend.catalog.trashed_checkpoints(ctx):
         yield (*checkpoint.key, checkpoint.version), checkpoint
 
 
-def _find_version(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
-    checkpoint = _find_trashed(node, parts[:3]) if len(parts) == 4 else None
+def _find_version(
+    node: Node, parts: tuple[str, ...], ctx: RequestContext
+) -> ListedCheckpoint | None:
+    checkpoint = _find_trashed(node, parts[:3], ctx) if len(parts) == 4 else None
     return checkpoint if checkpoint is not None and checkpoint.version == parts[3] else None
 
 
-def _expiry_ns(node: NodeContext) -> int:
+def _expiry_ns(node: Node, _ctx: RequestContext) -> int:
     expires_at_ns: int | None = node.entity.record.expires_at_ns
     return node.backend.started_ns if expires_at_ns is None else expires_at_ns
 
 
-def _expires_at(node: NodeContext) -> bytes:
-    return render.line(render.rfc3339_ns(_expiry_ns(node)))
+def _expires_at(node: Node, ctx: RequestContext) -> bytes:
+    return render.line(render.rfc3339_ns(_expiry_ns(node, ctx)))
 
 
-def _trash_ns(node: NodeContext) -> int:
+def _trash_ns(node: Node, _ctx: RequestContext) -> int:
     return entities.mtime_or_mount_time(node, node.backend.catalog.trash_last_changed_ns())
 
 
-def _target(node: NodeContext) -> str:
+def _target(node: Node, _ctx: RequestContext) -> str:
     checkpoint: ListedCheckpoint = node.entity
     return f"{_TRASH}/{name_encoding.encode_composite((*checkpoint.key, checkpoint.version))}"
 
 
-def trash_directory(rows: tuple[NodeSpec, ...]) -> Directory:
+def trash_directory(specs: tuple[NodeSpec, ...]) -> Directory:
     """Return the trash directory.
 
     Args:
-        rows: the rows of a checkpoint's directory that have the same meaning in the trash.
+        specs: those of a checkpoint's directory that have the same meaning in the trash.
     """
     expires_at = ControlFile(
         "expires_at",
@@ -83,7 +92,7 @@ def trash_directory(rows: tuple[NodeSpec, ...]) -> Directory:
     checkpoint = Directory(
         "<run_id>@<kind>@<name>@<version>",
         "the target of the link; not listed",
-        (*rows, expires_at),
+        (*specs, expires_at),
         entities.checkpoint_ns,
         entities.stored_bytes,
         xattrs=entities.checkpoint_xattrs,

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from tinkerfs import name_encoding
 from tinkerfs.api import models
 from tinkerfs.catalog.listings import ListedCheckpoint
+from tinkerfs.context import RequestContext
 from tinkerfs.vfs import entities, weights_nodes
-from tinkerfs.vfs.schema import Directory, DynamicEntries, NodeContext, Symlink
+from tinkerfs.vfs.schema import Directory, DynamicEntries, Node, Symlink
 
 # Checkpoints.
 
@@ -18,25 +19,26 @@ def _view(
     name: str,
     doc: str,
     shows: Callable[[ListedCheckpoint], bool],
-    time_ns: Callable[[NodeContext], int] = entities.checkpoint_ns,
+    time_ns: Callable[[Node, RequestContext], int] = entities.checkpoint_ns,
 ) -> Directory:
     """Return a directory with a link to every checkpoint that matches `shows`."""
 
     def list_checkpoints(
-        node: NodeContext,
+        node: Node,
+        ctx: RequestContext,
     ) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
-        for checkpoint in node.backend.catalog.account.iter(node.ctx):
+        for checkpoint in node.backend.catalog.account.iter(ctx):
             if shows(checkpoint):
                 yield checkpoint.key, checkpoint
 
-    def find(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
+    def find(node: Node, parts: tuple[str, ...], ctx: RequestContext) -> ListedCheckpoint | None:
         if len(parts) != 3:
             return None
         run_id, kind, name = parts
-        checkpoint = node.backend.catalog.account_checkpoint((run_id, kind, name), node.ctx)
+        checkpoint = node.backend.catalog.account_checkpoint((run_id, kind, name), ctx)
         return checkpoint if checkpoint is not None and shows(checkpoint) else None
 
-    def view_ns(node: NodeContext) -> int:
+    def view_ns(node: Node, _ctx: RequestContext) -> int:
         listing = node.backend.catalog.account.peek()
         newest_first = listing.by_key.values() if listing else ()
         times_ns = (c.record.time_ns for c in newest_first if shows(c))
@@ -47,7 +49,7 @@ def _view(
     link = Symlink(
         "<run_id>@<kind>@<name>",
         "the checkpoint",
-        lambda node: entities.checkpoint_path(node.entity),
+        lambda node, _ctx: entities.checkpoint_path(node.entity),
         mtime_ns=time_ns,
     )
     return Directory(
@@ -67,7 +69,7 @@ def _view(
     )
 
 
-def _expiry_ns(node: NodeContext) -> int:
+def _expiry_ns(node: Node, _ctx: RequestContext) -> int:
     expires_at_ns: int = node.entity.record.expires_at_ns
     return expires_at_ns
 
@@ -85,18 +87,22 @@ EXPIRING = _view(
 # Adapters: the files that serving engines load.
 
 
-def _list_adapters(node: NodeContext) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
-    yield from node.backend.catalog.account.get(node.ctx).by_key.items()
+def _list_adapters(
+    node: Node, ctx: RequestContext
+) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
+    yield from node.backend.catalog.account.get(ctx).by_key.items()
 
 
-def _find_adapter(node: NodeContext, parts: tuple[str, ...]) -> ListedCheckpoint | None:
+def _find_adapter(
+    node: Node, parts: tuple[str, ...], ctx: RequestContext
+) -> ListedCheckpoint | None:
     if len(parts) != 3:
         return None
     run_id, kind, name = parts
     listing = node.backend.catalog.account.peek()
     if listing is not None and (run_id, kind, name) in listing.by_key:
-        return node.backend.catalog.account.get(node.ctx).by_key.get((run_id, kind, name))
-    return entities.absent_as_none(node.backend.catalog.checkpoint, run_id, kind, name, node.ctx)
+        return node.backend.catalog.account.get(ctx).by_key.get((run_id, kind, name))
+    return entities.absent_as_none(node.backend.catalog.checkpoint, run_id, kind, name, ctx)
 
 
 def adapters(files: Directory) -> Directory:
@@ -112,7 +118,7 @@ def adapters(files: Directory) -> Directory:
         mtime_ns=entities.checkpoint_ns,
     )
 
-    def find_files(_node: NodeContext, name: str) -> str | None:
+    def find_files(_node: Node, name: str, _ctx: RequestContext) -> str | None:
         return name if name == files.name else None
 
     return Directory(
@@ -127,7 +133,7 @@ def adapters(files: Directory) -> Directory:
                 name_encoding.encode_composite,
                 name_encoding.decode_composite,
             ),
-            DynamicEntries(files, lambda _node: (), find_files, False),
+            DynamicEntries(files, lambda _node, _ctx: (), find_files, False),
         ),
         CHECKPOINTS.mtime_ns,
     )
@@ -136,44 +142,46 @@ def adapters(files: Directory) -> Directory:
 # Runs by base model. The entity is an organisation, or a pair of organisation and model.
 
 
-def _list_orgs(node: NodeContext) -> Iterator[tuple[str, str]]:
-    for org in node.backend.catalog.runs.get(node.ctx).by_model:
+def _list_orgs(node: Node, ctx: RequestContext) -> Iterator[tuple[str, str]]:
+    for org in node.backend.catalog.runs.get(ctx).by_model:
         yield org, org
 
 
-def _find_org(node: NodeContext, org: str) -> str | None:
-    return org if org in node.backend.catalog.runs.get(node.ctx).by_model else None
+def _find_org(node: Node, org: str, ctx: RequestContext) -> str | None:
+    return org if org in node.backend.catalog.runs.get(ctx).by_model else None
 
 
-def _list_models(node: NodeContext) -> Iterator[tuple[str, tuple[str, str]]]:
-    for model in node.backend.catalog.runs.get(node.ctx).by_model.get(node.entity, ()):
+def _list_models(node: Node, ctx: RequestContext) -> Iterator[tuple[str, tuple[str, str]]]:
+    for model in node.backend.catalog.runs.get(ctx).by_model.get(node.entity, ()):
         if model:
             yield model, (node.entity, model)
 
 
-def _find_model(node: NodeContext, model: str) -> tuple[str, str] | None:
-    models_of_org = node.backend.catalog.runs.get(node.ctx).by_model.get(node.entity, {})
+def _find_model(node: Node, model: str, ctx: RequestContext) -> tuple[str, str] | None:
+    models_of_org = node.backend.catalog.runs.get(ctx).by_model.get(node.entity, {})
     return (node.entity, model) if model and model in models_of_org else None
 
 
-def _runs_of_model(node: NodeContext) -> dict[str, models.TrainingRun]:
+def _runs_of_model(node: Node, ctx: RequestContext) -> dict[str, models.TrainingRun]:
     org, model = (node.entity, "") if isinstance(node.entity, str) else node.entity
-    return node.backend.catalog.runs.get(node.ctx).by_model.get(org, {}).get(model, {})
+    return node.backend.catalog.runs.get(ctx).by_model.get(org, {}).get(model, {})
 
 
-def _list_runs_of_model(node: NodeContext) -> Iterable[tuple[str, models.TrainingRun]]:
-    return _runs_of_model(node).items()
+def _list_runs_of_model(
+    node: Node, ctx: RequestContext
+) -> Iterable[tuple[str, models.TrainingRun]]:
+    return _runs_of_model(node, ctx).items()
 
 
-def _find_run_of_model(node: NodeContext, run_id: str) -> models.TrainingRun | None:
-    return _runs_of_model(node).get(run_id)
+def _find_run_of_model(node: Node, run_id: str, ctx: RequestContext) -> models.TrainingRun | None:
+    return _runs_of_model(node, ctx).get(run_id)
 
 
 _RUNS_OF_MODEL = DynamicEntries(
     Symlink(
         "<run_id>",
         "a training run of that base model",
-        lambda node: entities.run_path(node.entity.run_id),
+        lambda node, _ctx: entities.run_path(node.entity.run_id),
         mtime_ns=entities.run_ns,
     ),
     _list_runs_of_model,

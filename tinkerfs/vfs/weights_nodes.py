@@ -1,4 +1,4 @@
-"""Rows of `.content`: files of a checkpoint's version that need an archive.
+"""Specs of `.content`: files of a checkpoint's version that need an archive.
 
 They are reached through the symlinks of a checkpoint's directory, so that tree walks avoid them.
 """
@@ -19,8 +19,7 @@ from tinkerfs.vfs.schema import (
     Directory,
     DynamicEntries,
     GeneratedFile,
-    NodeContext,
-    NodeSpec,
+    Node,
     SizeHint,
     Symlink,
 )
@@ -98,18 +97,18 @@ class WeightsRef:
         return weights if self.base_model is None else AdapterFiles(weights, self.base_model)
 
 
-def weights_ref(row: NodeSpec, node: NodeContext) -> WeightsRef | None:
+def weights_ref(node: Node) -> WeightsRef | None:
     """Return the weights of a node; None if it does not belong to one checkpoint."""
-    entity, is_archive = node.entity, isinstance(row, ContentFile)
+    entity, is_archive = node.entity, isinstance(node.spec, ContentFile)
     if not isinstance(entity, ListedCheckpoint):
         return None
-    if not is_archive and not isinstance(row, Directory | Symlink):
+    if not is_archive and not isinstance(node.spec, Directory | Symlink):
         return None
     base_model = partial(_base_model, node, entity) if _is_adapter(node) else None
     return WeightsRef(entity, _version(node, entity), is_archive, base_model=base_model)
 
 
-def adapter_path(node: NodeContext) -> str:
+def adapter_path(node: Node, _ctx: RequestContext) -> str:
     """Return the path of a checkpoint's files for serving engines from the root.
 
     The path is within `/adapters`, because engines compare real paths and refuse to load files from
@@ -119,7 +118,7 @@ def adapter_path(node: NodeContext) -> str:
     return f"/adapters/.content/{run_id}/{kind}/{name}/{adapter_version(node)}"
 
 
-def adapter_version(node: NodeContext) -> str:
+def adapter_version(node: Node) -> str:
     """Return the version of a checkpoint's files for serving engines.
 
     It names the layout of experts, so that an engine that keeps what it has loaded from a path does
@@ -130,18 +129,18 @@ def adapter_version(node: NodeContext) -> str:
     return version if layout == "peft" else f"{version}+{layout}"
 
 
-def _is_adapter(node: NodeContext) -> bool:
+def _is_adapter(node: Node) -> bool:
     return node.path.startswith("/adapters/")
 
 
-def _base_model(node: NodeContext, checkpoint: ListedCheckpoint, ctx: RequestContext) -> str | None:
+def _base_model(node: Node, checkpoint: ListedCheckpoint, ctx: RequestContext) -> str | None:
     """Return the name of a checkpoint's base model by its weights info."""
     info = msgspec.json.decode(node.backend.catalog.weights_info(checkpoint, ctx))
     name = info.get("base_model") if isinstance(info, dict) else None
     return name if isinstance(name, str) else None
 
 
-def _files(node: NodeContext, checkpoint: ListedCheckpoint) -> WeightsReader | AdapterFiles:
+def _files(node: Node, checkpoint: ListedCheckpoint) -> WeightsReader | AdapterFiles:
     """Return what lists and opens the files of a directory."""
     weights = node.backend.weights
     if not _is_adapter(node):
@@ -154,12 +153,12 @@ def _path(checkpoint: ListedCheckpoint, name: str) -> str:
     return f"/.content/{run_id}/{kind}/{encoded}/{checkpoint.version}/{name}"
 
 
-def version_of(node: NodeContext) -> CheckpointVersion:
+def version_of(node: Node) -> CheckpointVersion:
     """Return the version of the checkpoint that a node belongs to."""
     return _version(node, node.entity)
 
 
-def _version(node: NodeContext, checkpoint: ListedCheckpoint) -> CheckpointVersion:
+def _version(node: Node, checkpoint: ListedCheckpoint) -> CheckpointVersion:
     own_runs = node.backend.catalog.runs.peek()
     is_foreign = own_runs is not None and checkpoint.run_id not in own_runs.by_id
     return CheckpointVersion(
@@ -179,11 +178,11 @@ def _version(node: NodeContext, checkpoint: ListedCheckpoint) -> CheckpointVersi
 # archive_url
 
 
-def _archive_url(node: NodeContext) -> bytes:
-    return render.line(node.backend.weights.archive_url(_version(node, node.entity), node.ctx))
+def _archive_url(node: Node, ctx: RequestContext) -> bytes:
+    return render.line(node.backend.weights.archive_url(_version(node, node.entity), ctx))
 
 
-def _archive_url_size(node: NodeContext) -> SizeHint:
+def _archive_url_size(node: Node) -> SizeHint:
     cached = node.backend.weights.cached_archive_url(_version(node, node.entity))
     if cached is None:
         return SizeHint(_MAX_URL_BYTES, is_exact=False)
@@ -193,7 +192,7 @@ def _archive_url_size(node: NodeContext) -> SizeHint:
 # archive.tar and tensors.json
 
 
-def _archive_size(node: NodeContext) -> SizeHint:
+def _archive_size(node: Node) -> SizeHint:
     version = _version(node, node.entity)
     archive_bytes = node.backend.weights.archive_bytes(version)
     if archive_bytes is not None:
@@ -205,15 +204,15 @@ def _archive_size(node: NodeContext) -> SizeHint:
     return SizeHint(stored_bytes + _MAX_TAR_OVERHEAD_BYTES, is_exact=False)
 
 
-def _open_archive(node: NodeContext) -> WeightsFile:
-    return node.backend.weights.open_archive(_version(node, node.entity), node.ctx)
+def _open_archive(node: Node, ctx: RequestContext) -> WeightsFile:
+    return node.backend.weights.open_archive(_version(node, node.entity), ctx)
 
 
-def _tensors(node: NodeContext) -> bytes:
-    return node.backend.weights.tensors(_version(node, node.entity), node.ctx)
+def _tensors(node: Node, ctx: RequestContext) -> bytes:
+    return node.backend.weights.tensors(_version(node, node.entity), ctx)
 
 
-def _tensors_size(node: NodeContext) -> SizeHint:
+def _tensors_size(node: Node) -> SizeHint:
     version = _version(node, node.entity)
     cached = node.backend.weights.cached_tensors(version)
     if cached is None or not version.is_dated:
@@ -231,15 +230,15 @@ _REFUSAL = "REFUSED-see-.tinkerfs-errors"
 _REFUSALS = tuple(f"{_REFUSAL}{end}" for end in ("", ".json", ".safetensors"))
 
 
-def _list_refusals(node: NodeContext) -> Iterator[tuple[str, str]]:
+def _list_refusals(node: Node, ctx: RequestContext) -> Iterator[tuple[str, str]]:
     try:
-        _members(node, _member_ref(node).checkpoint)
+        _members(node, _member_ref(node).checkpoint, ctx)
     except errors.BurstExceeded:
         yield from ((name, name) for name in _REFUSALS)
         raise
 
 
-def _find_refusal(node: NodeContext, name: str) -> str | None:
+def _find_refusal(node: Node, name: str, ctx: RequestContext) -> str | None:
     version = _version(node, _member_ref(node).checkpoint)
     if (
         name not in _REFUSALS
@@ -247,22 +246,22 @@ def _find_refusal(node: NodeContext, name: str) -> str | None:
     ):
         return None
     if name == _REFUSAL:
-        _refuse(node)
+        _refuse(node, ctx)
     return name
 
 
-def _refuse(node: NodeContext) -> bytes:
+def _refuse(node: Node, _ctx: RequestContext) -> bytes:
     raise errors.burst_exceeded(
         node.path, "the directory was not listed (--archive-burst); its entries are incomplete"
     )
 
 
-def _member_ref(node: NodeContext) -> _MemberRef:
+def _member_ref(node: Node) -> _MemberRef:
     return node.entity if isinstance(node.entity, _MemberRef) else _MemberRef(node.entity, "")
 
 
 def _members(
-    node: NodeContext, checkpoint: ListedCheckpoint, *, is_open: bool = False
+    node: Node, checkpoint: ListedCheckpoint, ctx: RequestContext, *, is_open: bool = False
 ) -> dict[str, Member]:
     """Return the members of the archive, without a deadline for building it.
 
@@ -270,8 +269,8 @@ def _members(
     the kernel serializes them; but these need the same archive, so a deadline would not help them.
     Besides, `os.path.exists` would treat a timeout as a missing file.
     """
-    node.ctx.mark_uncacheable()  # the archive may be rebuilt
-    ctx = with_fields(node.ctx, timeout_s=None)
+    ctx.mark_uncacheable()  # the archive may be rebuilt
+    ctx = with_fields(ctx, timeout_s=None)
     try:
         version = _version(node, checkpoint)
         return _files(node, checkpoint).files(version, ctx, is_open=is_open).members
@@ -280,42 +279,42 @@ def _members(
         raise errors.os_error_from_api(error, node.path) from error
 
 
-def _list_files(node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
+def _list_files(node: Node, ctx: RequestContext) -> Iterator[tuple[str, _MemberRef]]:
     ref = _member_ref(node)
-    for path, member in _members(node, ref.checkpoint, is_open=True).items():
+    for path, member in _members(node, ref.checkpoint, ctx, is_open=True).items():
         name = path.removeprefix(ref.prefix)
         if path.startswith(ref.prefix) and "/" not in name:
             yield name, _MemberRef(ref.checkpoint, ref.prefix, member)
 
 
-def _list_directories(node: NodeContext) -> Iterator[tuple[str, _MemberRef]]:
+def _list_directories(node: Node, ctx: RequestContext) -> Iterator[tuple[str, _MemberRef]]:
     ref = _member_ref(node)
-    members = _members(node, ref.checkpoint)
+    members = _members(node, ref.checkpoint, ctx)
     relative = (path.removeprefix(ref.prefix) for path in members if path.startswith(ref.prefix))
     for name in dict.fromkeys(path.partition("/")[0] for path in relative if "/" in path):
         yield name, _MemberRef(ref.checkpoint, f"{ref.prefix}{name}/")
 
 
-def _find_file(node: NodeContext, name: str) -> _MemberRef | None:
+def _find_file(node: Node, name: str, ctx: RequestContext) -> _MemberRef | None:
     ref = _member_ref(node)
-    member = _members(node, ref.checkpoint).get(ref.prefix + name)
+    member = _members(node, ref.checkpoint, ctx).get(ref.prefix + name)
     if member is None and not ref.checkpoint.is_dated:
-        member = _members(node, ref.checkpoint, is_open=True).get(ref.prefix + name)
+        member = _members(node, ref.checkpoint, ctx, is_open=True).get(ref.prefix + name)
     return None if member is None else _MemberRef(ref.checkpoint, ref.prefix, member)
 
 
-def _find_directory(node: NodeContext, name: str) -> _MemberRef | None:
+def _find_directory(node: Node, name: str, ctx: RequestContext) -> _MemberRef | None:
     ref = _member_ref(node)
     prefix = f"{ref.prefix}{name}/"
-    if not any(path.startswith(prefix) for path in _members(node, ref.checkpoint)):
+    if not any(path.startswith(prefix) for path in _members(node, ref.checkpoint, ctx)):
         return None
     return _MemberRef(ref.checkpoint, prefix)
 
 
-def _open_file(node: NodeContext) -> WeightsFile:
+def _open_file(node: Node, ctx: RequestContext) -> WeightsFile:
     ref = _member_ref(node)
     version = _version(node, ref.checkpoint)
-    return _files(node, ref.checkpoint).open(version, _member(ref).name, node.ctx)
+    return _files(node, ref.checkpoint).open(version, _member(ref).name, ctx)
 
 
 def _member(ref: _MemberRef) -> Member:
@@ -323,18 +322,18 @@ def _member(ref: _MemberRef) -> Member:
     return ref.member
 
 
-def _member_size(node: NodeContext) -> SizeHint:
+def _member_size(node: Node) -> SizeHint:
     return SizeHint(_member(_member_ref(node)).size_bytes, is_exact=True)
 
 
-def _cached_bytes(node: NodeContext) -> dict[str, str]:
+def _cached_bytes(node: Node, _ctx: RequestContext) -> dict[str, str]:
     ref = _member_ref(node)
     version = _version(node, ref.checkpoint)
     cached = _files(node, ref.checkpoint).cached_bytes(version, _member(ref).name)
     return {"tinkerfs.cached_bytes": str(cached)}
 
 
-def _files_ns(node: NodeContext) -> int:
+def _files_ns(node: Node, _ctx: RequestContext) -> int:
     return _version(node, _member_ref(node).checkpoint).mtime_ns
 
 
@@ -360,7 +359,7 @@ FILES = Directory(
                 "a weight file; only the ranges that are read are downloaded",
                 _open_file,
                 _member_size,
-                mtime_ns=lambda node: _member(_member_ref(node)).mtime_ns,
+                mtime_ns=lambda node, _ctx: _member(_member_ref(node)).mtime_ns,
                 xattrs=_cached_bytes,
             ),
             _list_files,
@@ -408,7 +407,7 @@ VERSION = Directory(
 
 
 def _link(name: str) -> Symlink:
-    return Symlink(name, _DOCS[name], lambda node: _path(node.entity, name))
+    return Symlink(name, _DOCS[name], lambda node, _ctx: _path(node.entity, name))
 
 
 #: The links from a checkpoint's directory to its `VERSION`, by name.

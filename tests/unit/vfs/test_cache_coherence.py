@@ -301,7 +301,7 @@ def test_lookup_during_a_hide_is_not_cached(account, monkeypatch):
     is_visible = resolver.PathResolver._is_visible
 
     def hide_first(self, node, ctx):
-        if node.row.name == "tinker_path":
+        if node.spec.name == "tinker_path":
             libfuse.filesystem.guard.removals.hide(
                 node.parent.path, "tinker_path", ctx.caller().pgid
             )

@@ -39,9 +39,9 @@ def copy(copies, directory, caller=MOVER):
 
 
 def test_tracked_names_are_those_of_the_table():
-    rows = {row.name: row for row in layout._CHECKPOINT_ROWS}
-    assert all(isinstance(rows[name], GeneratedFile | ControlFile) for name in COPIED_FILES)
-    assert {name for name, row in rows.items() if isinstance(row, Symlink)} == set(COPIED_LINKS)
+    specs = {spec.name: spec for spec in layout._CHECKPOINT_SPECS}
+    assert all(isinstance(specs[name], GeneratedFile | ControlFile) for name in COPIED_FILES)
+    assert {name for name, spec in specs.items() if isinstance(spec, Symlink)} == set(COPIED_LINKS)
 
 
 def test_process_that_read_every_name_has_copied(copies):

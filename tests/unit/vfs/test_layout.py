@@ -14,45 +14,46 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 def directories(directory, path=""):
     yield path or "/", directory
-    for row in directory.rows:
-        node = row.node if isinstance(row, DynamicEntries) else row
-        if isinstance(node, Directory):
-            yield from directories(node, f"{path}/{node.name}")
+    for child in directory.specs:
+        spec = child.spec if isinstance(child, DynamicEntries) else child
+        if isinstance(spec, Directory):
+            yield from directories(spec, f"{path}/{spec.name}")
 
 
 def test_layout_docs_are_up_to_date():
     assert (DOCS / "layout.md").read_text() == render_layout_docs(), "run scripts/docs"
 
 
-def test_first_and_last_row_above_checkpoints_cannot_be_removed():
+def test_first_and_last_spec_above_checkpoints_cannot_be_removed():
     for path, directory in directories(ROOT):
         below = [d for _path, d in directories(directory) if d.removal is RemovalPolicy.CHECKPOINT]
         if (
             directory.removal is RemovalPolicy.NEVER
             and below
-            and not isinstance(directory.rows[0], DynamicEntries)
+            and not isinstance(directory.specs[0], DynamicEntries)
         ):
-            ends = (directory.rows[0], directory.rows[-1])
+            ends = (directory.specs[0], directory.specs[-1])
             assert all(
-                getattr(row, "removal", RemovalPolicy.NEVER) is RemovalPolicy.NEVER for row in ends
+                getattr(spec, "removal", RemovalPolicy.NEVER) is RemovalPolicy.NEVER
+                for spec in ends
             ), path
 
 
 def test_names_of_a_directory_are_unique():
     for path, directory in directories(ROOT):
-        literal = [row.name for row in directory.rows if not isinstance(row, DynamicEntries)]
+        literal = [spec.name for spec in directory.specs if not isinstance(spec, DynamicEntries)]
         assert len(literal) == len(set(literal)), path
 
 
 def test_files_with_size_hints_are_below_content():
     hinted = [
-        (path, row)
+        (path, spec)
         for path, directory in directories(ROOT)
-        for row in directory.rows
-        if isinstance(row, GeneratedFile) and row.size_hint is not None
+        for spec in directory.specs
+        if isinstance(spec, GeneratedFile) and spec.size_hint is not None
     ]
     assert hinted
-    assert all(re.match("/.content/", path) for path, _row in hinted)
+    assert all(re.match("/.content/", path) for path, _spec in hinted)
 
 
 @pytest.mark.parametrize("path", ["/", "/runs", "/runs/\udcff", "/" + "x" * 5000])
@@ -77,8 +78,8 @@ def test_inode_for_path_is_unique():
 
 def test_listings_of_1000_runs_with_10_checkpoints_fit_the_cache():
     """A walk in order over more entries than the cache holds finds none of them again."""
-    rows = {path: len(directory.rows) for path, directory in directories(ROOT)}
+    counts = {path: len(directory.specs) for path, directory in directories(ROOT)}
     # Of each also its name in the directory above, and of a run the three kinds.
-    per_checkpoint = rows["/runs/<run_id>/checkpoints/<kind>/<name>"] + 1
-    per_run = rows["/runs/<run_id>"] + 3 + 1
+    per_checkpoint = counts["/runs/<run_id>/checkpoints/<kind>/<name>"] + 1
+    per_run = counts["/runs/<run_id>"] + 3 + 1
     assert 1000 * (10 * per_checkpoint + per_run) <= directory_cache._MAX_ENTRIES
