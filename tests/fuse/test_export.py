@@ -351,7 +351,8 @@ def test_mapped_file_outlives_the_duration_of_its_export(tmp_path):
         run_id = server.account.run_ids[0]
         server.account.add_checkpoint(run_id, "weights/1", size_bytes=40 << 20)
         expected = server.files(run_id, "weights/1")[name]
-        settings = {"clock_offset_file": str(offset_file), "export_check_s": 0.05}
+        constants = {"tinkerfs.weights.export_renewal.CHECK_S": 0.05}
+        settings = {"clock_offset_file": str(offset_file), "constants": constants}
         with mounted(server, tmp_path, BINDINGS[-1], **settings) as root:
             directory = root / f"runs/{run_id}/checkpoints/weights/1"
             (directory / "export").write_text("1h")

@@ -96,8 +96,8 @@ def mounted(server, directory, binding, **settings):
         directory: parent of the mountpoint, the cache and the log.
         binding: the FUSE binding.
         settings: fields of Settings; `lookup_timeout_s` of `session.serve`; `clock_offset_file`, a
-            file with the seconds that the mount's clock is ahead; and `export_check_s`, the time
-            between checks of the exports in use.
+            file with the seconds that the mount's clock is ahead; and `constants`, values by
+            `<module>.<NAME>`.
     """
     directory.mkdir(exist_ok=True)
     mountpoint, cache_dir, log = directory / "mnt", directory / "cache", directory / "log"
@@ -245,18 +245,20 @@ def account(make_account):
 
 
 def _serve(mountpoint, values):
+    import importlib
     import logging
 
     from tinkerfs.app import open_app
     from tinkerfs.clock import SYSTEM_CLOCK, Clock
     from tinkerfs.config import Settings
     from tinkerfs.fuse import binding, session
-    from tinkerfs.weights import export_renewal
 
     logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d %(name)s %(message)s")
     session.block_signals()
     bounds = {name: values.pop(name) for name in ("lookup_timeout_s",) if name in values}
-    export_renewal.CHECK_S = values.pop("export_check_s", export_renewal.CHECK_S)
+    for name, value in values.pop("constants", {}).items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
     offset_file, clock = values.pop("clock_offset_file", None), SYSTEM_CLOCK
     if offset_file is not None:
         clock = Clock(now=lambda: time.time() + float(Path(offset_file).read_text()))
