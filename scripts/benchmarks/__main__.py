@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from scripts.benchmarks.adapter_table import print_table
+from scripts.benchmarks.adapters import measure_adapters
 from scripts.benchmarks.calls import count_calls
 from scripts.benchmarks.cold import measure_cold, measure_commands
 from scripts.benchmarks.downloaders import measure_weights
@@ -35,6 +37,7 @@ PARTS = (
     "waits",
     "speed",
     "weights",
+    "adapters",
     "outage",
     "endurance",
     "scale",
@@ -87,7 +90,10 @@ def main() -> int:
         with bench.under(binding):
             if "weights" in parts:
                 measure_weights(bench, binding)
+                measure_adapters(bench, binding)
                 measure_rivals(bench, binding)
+            if "adapters" in parts:
+                print_table(binding)
             if "outage" in parts:
                 measure_outages(bench, binding, Path(directory) / "outage", options.outage_s)
             if "endurance" in parts:

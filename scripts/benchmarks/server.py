@@ -70,6 +70,9 @@ def execute(server: Any, command: str, *values: Any) -> object:
     if command == "latency":
         (server.latency_s,) = values
         return None
+    if command == "base_model":  # of the first run
+        (server.account.runs()[0].base_model,) = values
+        return None
     server.journal.wait_until_idle()
     if command == "clear":
         server.journal.clear()
