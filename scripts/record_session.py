@@ -2,9 +2,9 @@
 
     python -m scripts.record_session TARGET
 
-The shell and its commands are real. They run in namespaces with an ordinary user and an empty home,
-which needs root. TARGET.cast is a recording in asciinema's format, version 2,
-and TARGET.svg a picture of the whole session.
+The shell and its commands are real. They run as an ordinary user with an empty home, which needs
+root. TARGET.cast is a recording in asciinema's format, version 2, and TARGET.svg a picture of the
+whole session.
 """
 
 import codecs
@@ -22,6 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
+
+from scripts.ordinary_user import ENVIRONMENT, as_user
 
 WIDTH, HEIGHT = 104, 32
 COMMANDS = (
@@ -42,37 +44,16 @@ COMMANDS = (
 KEY_S, PAUSE_S, TIMEOUT_S = 0.03, 1.0, 60.0
 #: The shell prints this before each prompt, with the exit status; terminals do not show it.
 MARK = re.compile(r"\x1b]133;D;(\d+)\x07")
-#: Replaces root by an ordinary user, which owns an empty home. The namespaces end with the shell,
-#: and with them the mount. The capability lets the user run an interpreter below /root.
-AS_USER = """
-mount -t tmpfs -o dev,mode=755 tmpfs /home
-mkdir /home/ada /home/etc
-chown 1000:1000 /home/ada
-printf 'root:x:0:0::/root:/bin/sh\\nada:x:1000:1000::/home/ada:/bin/bash\\n' >/home/etc/passwd
-printf 'root:x:0:\\nada:x:1000:\\n' >/home/etc/group
-echo 'set enable-bracketed-paste off' >/home/etc/inputrc
-mknod -m 666 /home/etc/fuse c 10 229
-mount --bind /home/etc/passwd /etc/passwd
-mount --bind /home/etc/group /etc/group
-mount --bind /home/etc/fuse /dev/fuse
-cd /home/ada
-exec setpriv --reuid 1000 --regid 1000 --clear-groups \\
-    --inh-caps +dac_read_search --ambient-caps +dac_read_search "$@"
-"""
 
 
 class Terminal:
     """A shell on a terminal; records its output."""
 
     def __init__(self) -> None:
-        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        bash = ["bash", "--norc", "--noprofile", "-i"]
-        shell = [*namespaces, "sh", "-ec", AS_USER, "sh", *bash]
+        bash = "echo 'set enable-bracketed-paste off' >~/.inputrc; exec bash --norc --noprofile -i"
+        shell = as_user("sh", "-ec", bash)
         environment = {
-            "HOME": "/home/ada",
-            "INPUTRC": "/home/etc/inputrc",
-            "LC_ALL": "C.UTF-8",
-            "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            **ENVIRONMENT,
             "PROMPT_COMMAND": r"printf '\e]133;D;%s\a' $?",
             "PS1": "$ ",
             "TERM": "xterm-256color",
