@@ -220,3 +220,9 @@ def test_readme_names_the_two_commands():
     text = README.read_text()
     assert "scripts/demo" in text
     assert "scripts/test" in text
+
+
+def test_every_image_is_small_and_shown():
+    for image in (ROOT / "docs/images").iterdir():
+        assert f"images/{image.name})" in ALL_TEXT, "in no page"
+        assert image.stat().st_size < 150_000, image.name
