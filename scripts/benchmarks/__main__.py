@@ -17,6 +17,7 @@ from scripts.benchmarks.calls import count_calls
 from scripts.benchmarks.cold import measure_cold, measure_commands
 from scripts.benchmarks.downloaders import measure_weights
 from scripts.benchmarks.endurance import measure_endurance
+from scripts.benchmarks.exports import measure_exports
 from scripts.benchmarks.harness import BINDINGS, Bench
 from scripts.benchmarks.latency import measure_speed
 from scripts.benchmarks.other_mounts import measure_rivals
@@ -33,6 +34,7 @@ from tinkerfs.fuse.binding import load_binding
 PARTS = (
     "calls",
     "views",
+    "exports",
     "requests",
     "waits",
     "speed",
@@ -49,6 +51,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--binding", choices=BINDINGS, action="append", help="default: all three")
     parser.add_argument("--short", action="store_true", help="only the counts")
+    parser.add_argument("--queue-s", type=float, default=60.0, help="queue of an export (60)")
     parser.add_argument("--outage-s", type=float, default=20.0, help="length of each outage (20)")
     parser.add_argument(
         "--walk-s", type=float, default=60.0, help="time of walking in endurance (60)"
@@ -61,7 +64,7 @@ def main() -> int:
         "--markdown", type=Path, metavar="PAGE", help="write the tables into a page"
     )
     options = parser.parse_args()
-    parts = ("calls", "views") if options.short else options.parts or PARTS
+    parts = ("calls", "views", "exports") if options.short else options.parts or PARTS
     bindings = options.binding or BINDINGS
     # Unmount on SIGTERM, by unwinding the stack.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -88,6 +91,8 @@ def main() -> int:
             measure_parsing(bench)
         binding = bindings[0] if options.binding else load_binding().name
         with bench.under(binding):
+            if "exports" in parts:
+                measure_exports(bench, binding, 0.0 if options.short else options.queue_s)
             if "weights" in parts:
                 measure_weights(bench, binding)
                 measure_adapters(bench, binding)

@@ -73,6 +73,10 @@ def execute(server: Any, command: str, *values: Any) -> object:
     if command == "base_model":  # of the first run
         (server.account.runs()[0].base_model,) = values
         return None
+    if command == "exports":  # attributes of `ExportOptions`
+        for name, value in values[0].items():
+            setattr(server.behaviour.exports, name, value)
+        return None
     server.journal.wait_until_idle()
     if command == "clear":
         server.journal.clear()

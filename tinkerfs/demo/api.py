@@ -190,8 +190,8 @@ class Api:
             return self._missing(endpoint, args)
         try:
             with self._account.lock:
+                self.exports.advance()
                 self._account.delete_expired()
-                self.exports.cancel_lost_sessions()
                 return self._handlers[endpoint](request, args)
         except HttpError as error:
             return error_reply(error.status, error.detail, error.headers)

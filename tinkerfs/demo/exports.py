@@ -56,7 +56,12 @@ class ExportOptions:
 
 @dataclass(slots=True)
 class _Future:
-    """A request that has a result after some time."""
+    """A request that has a result after some time, also if it is not polled.
+
+    Attributes:
+        due_s: Unix time of the result.
+        finish: Returns the result.
+    """
 
     session_id: str
     due_s: float
@@ -99,8 +104,10 @@ class ExportEndpoints:
         self._futures: dict[str, _Future] = {}
         self._numbers = itertools.count(1)
 
-    def cancel_lost_sessions(self) -> None:
-        """Cancel the sessions that have received nothing for too long."""
+    def advance(self) -> None:
+        """Finish what is due, and cancel the sessions that have received nothing for too long."""
+        for future in list(self._futures.values()):
+            self._finish_if_due(future)
         for export in self._exports.values():
             is_lost = self._clock() - export.seen_s > self._options.heartbeat_timeout_s
             if is_lost and self._is_active(export):
@@ -182,6 +189,7 @@ class ExportEndpoints:
         recipients = body.get("age_encryption_recipients") or ()
         source = export.source
         path = f"tinker://{model_id}/external_weights/{name}"
+        due_s = self._clock() + self._options.save_s
 
         def finish() -> Json:
             if self._account.checkpoint(model_id, f"external_weights/{name}") is not None:
@@ -189,7 +197,7 @@ class ExportEndpoints:
             files = self._store.files(*source)
             if recipients:
                 files = self._encrypted(files, recipients)
-            expires_at_s = None if ttl_s is None else math.floor(self._clock()) + ttl_s
+            expires_at_s = None if ttl_s is None else math.floor(due_s) + ttl_s
             checkpoint = self._account.add_checkpoint(
                 model_id,
                 f"external_weights/{name}",
@@ -210,13 +218,7 @@ class ExportEndpoints:
             raise HttpError(410, f"Request {request_id} is gone; send the original request again")
         if future.result is None and not self._is_active(self._exports[future.session_id]):
             future.result = {"error": "The session has ended", "category": "user"}
-        if future.result is None and self._clock() >= future.due_s:
-            failure = self._options.failure
-            future.result = (
-                future.finish()
-                if failure is None
-                else {"error": failure[0], "category": failure[1]}
-            )
+        self._finish_if_due(future)
         if future.result is not None:
             return json_reply(future.result)
         value = {
@@ -274,6 +276,17 @@ class ExportEndpoints:
             due_s = self._clock() + duration_s
             self._futures[request_id] = _Future(export.session.id, due_s, finish)
         return json_reply({"request_id": request_id, **values})
+
+    def _finish_if_due(self, future: _Future) -> None:
+        """Set the result of a future that was due before its session was lost."""
+        export = self._exports[future.session_id]
+        is_due = future.result is None and self._clock() >= future.due_s and self._is_active(export)
+        if not is_due or future.due_s > export.seen_s + self._options.heartbeat_timeout_s:
+            return
+        failure = self._options.failure
+        future.result = (
+            future.finish() if failure is None else {"error": failure[0], "category": failure[1]}
+        )
 
     def _export(self, session_id: Any) -> _Export:
         if session_id not in self._exports:

@@ -140,7 +140,22 @@ def test_lost_future_is_gone_until_the_request_is_repeated(server, api, clock, s
     assert poll(api, load)["type"] == "load_weights"
 
 
+def test_save_finishes_without_polls_before_its_session_is_lost(server, api, clock, source):
+    session_id, load = begin(api, source)
+    clock.now_s += 20
+    poll(api, load)
+    future = save(api, session_id, ttl_seconds=3600)
+    clock.now_s += 1810
+    (saved,) = api.get(f"training_runs/{session_id}:train:0/checkpoints").json()["checkpoints"]
+    assert saved["checkpoint_id"] == "external_weights/download"
+    assert server.account.session(session_id).status["type"] == "cancelled"
+    assert poll(api, future)["type"] == "save_weights_external"
+    clock.now_s += 1800
+    assert api.get(f"training_runs/{session_id}:train:0/checkpoints").json()["checkpoints"] == []
+
+
 def test_session_without_heartbeat_is_cancelled(server, api, clock, source):
+    server.behaviour.exports.load_s = 600
     session_id, load = begin(api, source)
     clock.now_s += 100
     assert api.post("session_heartbeat", json={"session_id": session_id}).is_success

@@ -2,13 +2,16 @@ import errno
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from tests.support.account import needs
+from tests.support.server import api_client
 from tinkerfs import errors
 from tinkerfs.api import exports as api_exports
 from tinkerfs.api.checkpoint_ids import CheckpointRef
@@ -218,7 +221,8 @@ telemetry = Telemetry()
 credentials = Credentials({"TINKER_API_KEY": "tml-demo-key"}, home=directory)
 client = Client(base_url, credentials, telemetry, timeout_s=5.0)
 exports = Exports(client, store, telemetry, SYSTEM_CLOCK, timeout_s=30.0)
-run_id = client.list_training_runs().items[0].run_id
+runs = [each.run_id for each in client.list_training_runs().items]
+run_id = next(each for each in runs if not each.startswith("export-"))
 ref = CheckpointRef(run_id, "weights/step-1", "weights/step-1", exists=True)
 checkpoint = CheckpointVersion(base_url, (run_id, "step-1", 1.0), ref, "/x", 0)
 original = exports._on_progress
@@ -227,6 +231,18 @@ def on_progress(key, export, progress):
     if str(progress).startswith(step):
         os.kill(os.getpid(), 9)
 exports._on_progress = on_progress
+if step.startswith("post "):
+    left = [int(step[5:])]
+    post = client.post
+    def killing_post(*args):
+        if not left[0]:
+            os.kill(os.getpid(), 9)
+        found = post(*args)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), 9)
+        return found
+    client.post = killing_post
 if step == "saved":
     weights_exports.find_saved = lambda *args: os.kill(os.getpid(), 9)
 exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT)
@@ -288,6 +304,72 @@ def test_file_system_without_locks_allows_exports(server, exports, checkpoint, m
     monkeypatch.setattr(ByteRangeLocks, "is_locked", refuse)
     assert exports.export(checkpoint, 3600, "/x/export", BACKGROUND_CONTEXT).path
     assert exports.describe(checkpoint).startswith("tinker://")
+
+
+def killed_table():
+    """Return the cells of the table "A killed export" of docs/development/decisions.md."""
+    page = Path(__file__).parents[3] / "docs/development/decisions.md"
+    section = page.read_text().partition("\n### A killed export")[2].partition("\n#")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def left_on(server, time_):
+    """Return what the server has of an export, in words."""
+    with api_client(server) as client:
+        client.get("training_runs").raise_for_status()  # the server catches up with its clock
+    account = server.account
+    sessions = [account.session(each) for each in account.session_ids()]
+    states = {"active": "active session", "cancelled": "ended session"}
+    states["client_finished"] = "ended session"
+    found = [states[s.status["type"]] for s in sessions if s.id.startswith("export-")]
+    runs = [run for run in account.runs() if run.id.startswith("export-")]
+    found += ["run"] * len(runs)
+    found += ["weights" for run in runs for each in run.checkpoints if each.name == "tinkerfs"]
+    return ", ".join(found) or "nothing"
+
+
+#: Requests of an export, in order, except those that read the checkpoint.
+POSTS = (
+    "create_session",
+    "load_weights",
+    "retrieve_future of the load",
+    "save_weights_external",
+    "retrieve_future of the save",
+    "finish",
+)
+
+
+@pytest.mark.parametrize("row", killed_table(), ids=lambda row: row[0])
+def test_table_of_a_killed_export(demo_server, tmp_path, row):
+    killed_after, at_once, after_minutes, after_an_hour, next_export = row
+    offset_s = [0.0]
+    server = demo_server(
+        profile="official-0.36",
+        exports=ExportOptions(),
+        clock=lambda: time.time() + offset_s[0],
+    )
+    server.account.add_checkpoint(server.account.run_ids[0], "weights/step-1")
+    posts = 0 if killed_after == "nothing" else POSTS.index(killed_after) + 1
+    command = [sys.executable, "-c", KILLED, server.base_url, str(tmp_path), f"post {posts}"]
+    assert subprocess.run(command, timeout=60).returncode == -9
+    assert left_on(server, offset_s) == at_once
+    again = [sys.executable, "-c", KILLED, server.base_url, str(tmp_path), "never"]
+    before = count(server, "create_session")
+    if next_export == "uses the weights":
+        assert subprocess.run(again, timeout=60).returncode == 0
+        assert count(server, "create_session") == before
+    offset_s[0] = 180.0
+    assert left_on(server, offset_s) == after_minutes
+    offset_s[0] = 3700.0
+    assert left_on(server, offset_s) == after_an_hour
+    if next_export == "starts again":
+        assert subprocess.run(again, timeout=60).returncode == 0
+        assert count(server, "create_session") == before + 1
+
+
+def test_table_of_a_killed_export_has_every_request():
+    assert [row[0] for row in killed_table()] == ["nothing", *POSTS]
 
 
 def test_export_without_a_cache_directory_is_known_to_its_mount(server, open_exports, checkpoint):
