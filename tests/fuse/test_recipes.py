@@ -61,7 +61,7 @@ def sample(make_account, request):
 def run_recipe(sample, tmp_path):
     """Return a function that runs scripts of a recipe, checks the output, and counts requests."""
 
-    def run_scripts(heading, number=0, *, status=0):
+    def run_scripts(heading, number=0, *, status=0, message=""):
         needs(["jq", "curl"])
         scripts = [script_of(heading, index) for index in range(number + 1)]
         texts, output = [text for text, _ in scripts], scripts[-1][1]
@@ -88,8 +88,9 @@ def run_recipe(sample, tmp_path):
             stdin=subprocess.DEVNULL,
         )
         sample.server.journal.wait_until_idle()
-        assert (done.returncode, done.stderr) == (status, "")
-        if output is not None:
+        assert done.returncode == status
+        assert done.stderr == "" if not message else message in done.stderr
+        if output is not None and not message:
             actual, expected = (_NOW.sub("<time>", text) for text in (done.stdout, output))
             assert actual == expected, f"the output differs from docs/examples.md: {heading}"
         return done.stdout, api_calls(sample.server)
@@ -304,6 +305,16 @@ def test_cost_of_storage(sample, run_recipe):
         "POST weights_info": RUNS * CHECKPOINTS,
     }
     assert unexpected(calls, ALL_LISTED | allowed) == {}
+
+
+def test_cost_of_storage_without_permission_to_ask(sample, run_recipe):
+    heading = "What the stored bytes cost a month"
+    by_given_rate, _calls = run_recipe(heading)
+    sample.server.faults.add(
+        "GET billing/usage/checkpoints/current", status=403, body={"detail": "administrators only"}
+    )
+    output, _calls = run_recipe(heading, 1, message="403")
+    assert output == 2 * by_given_rate
 
 
 def test_storage_by_run(sample, run_recipe):

@@ -96,6 +96,16 @@ def test_open_file_keeps_its_export_alive(server, mount, subject, record, time_)
     assert mount.exports.find(subject).path == record.path
 
 
+def test_open_archive_of_an_export_keeps_it_alive(server, mount, subject, record, time_):
+    with mount.weights.open_archive(subject, BACKGROUND_CONTEXT) as file:
+        server.journal.clear()
+        for _minute in range(90):
+            time_.advance(MINUTE_S)
+            mount.exports.renewal.renew_due()
+        assert requests(server) == (3, 3), "one renewal, and not one for each file"
+        assert len(file.read(file.size_bytes, 0, BACKGROUND_CONTEXT)) == file.size_bytes
+
+
 def test_closed_file_lets_its_export_expire(server, mount, subject, record, time_):
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         file.read(MIB, 0, BACKGROUND_CONTEXT)
@@ -144,6 +154,20 @@ def test_two_mounts_renew_an_export_once(server, mount, weights_of, subject, rec
         server.journal.clear()
         mount.exports.renewal.renew_due()
         other.exports.renewal.renew_due()
+    assert requests(server) == (1, 1)
+
+
+def test_export_that_another_process_changes_is_left_to_it(
+    server, mount, weights_of, subject, record, time_
+):
+    other = weights_of(server, clock=time_.clock)
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT):
+        time_.advance(HOUR_S / 2)
+        server.journal.clear()
+        with other.exports._records.lock(subject.cache_key):
+            mount.exports.renewal.renew_due()
+            assert requests(server) == (0, 0)
+        mount.exports.renewal.renew_due()
     assert requests(server) == (1, 1)
 
 
