@@ -31,7 +31,6 @@ BASE = {
     "name_encoding",
     "network",
     "printable",
-    "processes",
     "proxies",
     "retry",
     "safe_open",

@@ -8,7 +8,6 @@ from typing import Final, Self
 from tinkerfs import errors
 from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.context import BACKGROUND_CONTEXT
-from tinkerfs.processes import ProcessId
 from tinkerfs.vfs.weights_nodes import WeightsRef
 from tinkerfs.weights.exports import Exports
 
@@ -76,7 +75,7 @@ class TemporaryExports:
             keeps_expiry=True,
         )
         self._exports.renewal.add_use(ref.version, lambda: not self._ended.is_set())
-        if record.process == str(ProcessId.current()):  # else another process wants it too
+        if self._exports.is_own(record):  # else another process wants it too
             with self._lock:
                 self._refs.append(ref)
 

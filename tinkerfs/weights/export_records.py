@@ -51,7 +51,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The export of one version of a checkpoint.
 
     Attributes:
-        process: the process that exports, for messages.
+        process: the process that exports: its id, a colon, and what distinguishes it from others.
         began_at_s: seconds since 1970.
         run_id: the run that the export creates; empty before its session exists.
         path: tinker path of the external weights, once they are saved.
@@ -71,6 +71,11 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: int = 0
     size_bytes: int | None = None
     failure: str = ""
+
+    @property
+    def pid(self) -> str:
+        """The id of the process that exports, which may be in another PID namespace."""
+        return self.process.partition(":")[0]
 
     @property
     def ref(self) -> CheckpointRef:

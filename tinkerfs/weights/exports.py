@@ -9,6 +9,8 @@ process leaves a record of an export that began. The next request for the weight
 may have saved. Thread-safe.
 """
 
+import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +27,6 @@ from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import SingleFlight, run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
-from tinkerfs.processes import ProcessId
 from tinkerfs.telemetry import MutationRecord, Telemetry, rfc3339
 from tinkerfs.validity import Expiry
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
@@ -87,6 +88,8 @@ class Exports:
         self._flights: SingleFlight[str, Future[ExportRecord]] = SingleFlight()
         self._lock = threading.Lock()
         self._running: dict[str, tuple[Export, ExportProgress]] = {}  # guarded by _lock
+        # A process id alone may be used again, and is not unique among PID namespaces.
+        self._process = f"{os.getpid()}:{secrets.token_hex(8)}"
 
     def __enter__(self) -> Self:
         """Return the exports themselves."""
@@ -190,7 +193,7 @@ class Exports:
             current = self._records.get(key)  # it may have ended since `record` was read
             if current is not None and current.state is ExportState.BEGUN:
                 return "failed: the process that exported was killed"
-        state = str(running[1]) if running else f"by process {record.process.partition(':')[0]}"
+        state = str(running[1]) if running else f"by process {record.pid}"
         return f"exporting: {state}, {max(self._clock.now() - record.began_at_s, 0.0):.0f} s"
 
     def export(
@@ -261,6 +264,10 @@ class Exports:
 
         self._wait(run_in_thread(delete, f"delete the export of {path}"), mutation, ctx)
 
+    def is_own(self, record: ExportRecord) -> bool:
+        """Return whether this object, and no other process, began an export."""
+        return record.process == self._process
+
     def forget(self, checkpoint: CheckpointVersion) -> None:
         """Forget an export that the server no longer has."""
         self._records.delete(checkpoint.cache_key)
@@ -302,7 +309,7 @@ class Exports:
         key = checkpoint.cache_key
         record = ExportRecord(
             state=ExportState.BEGUN,
-            process=str(ProcessId.current()),
+            process=self._process,
             began_at_s=self._clock.now(),
             ttl_s=ttl_s,
         )
@@ -387,7 +394,7 @@ class Exports:
         lock = self._records.lock(key, timeout_s)
         if lock is None:
             record = self._records.get(key)
-            owner = "another process" if record is None else f"process {record.process}"
+            owner = "another process" if record is None else f"process {record.pid}"
             raise errors.Conflict(f"{owner} uses the export of the checkpoint")
         return lock
 
