@@ -120,6 +120,8 @@ def peft_module(path: str, base: BaseModel, family: Family) -> str:
         ValueError: no engine loads the module as it was trained.
     """
     prefix = "model.language_model." if base.has_prefix else "model."
+    if path.rpartition(".")[2] == "embed_tokens":
+        raise ValueError(_TIED)
     if path == "model.unembed_tokens":
         if base.has_lm_head is None:
             raise LookupError("whether its output layer is tied to the embedding")

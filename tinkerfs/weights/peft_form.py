@@ -19,6 +19,9 @@ _OTHER_NAME: Final = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(embedding_[AB]|magnitude_vector(\.weight)?)"
 )
 
+#: Modules that the cookbook gives factors of these names. PEFT has other ones for an embedding.
+_NOT_LINEAR: Final = ("unembed_tokens", "embed_tokens")
+
 
 def is_peft_form(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], family: Family | None
@@ -39,10 +42,12 @@ def is_peft_form(
         match = factor or _OTHER_NAME.fullmatch(name)
         if match is None or (factor and len(tensor.shape) != 2):
             return False
+        if factor and factor["module"].rpartition(".")[2] in _NOT_LINEAR:
+            return False
         modules.add(match["module"])
     if not modules or any(map(EXPERTS.fullmatch, modules)) or not is_complete(config, modules):
         return False
-    parts = {"unembed_tokens"}
+    parts: set[str] = set()
     renamed: tuple[str, ...] = ()
     if family is not None:
         parts.update(part for fused in family.fused for part in fused.parts)

@@ -107,10 +107,11 @@ def test_unembedding_is_named_lm_head(base):
     assert config["target_modules"] == ["lm_head"]
 
 
+@pytest.mark.parametrize("module", ["model.unembed_tokens", "model.embed_tokens"])
 @pytest.mark.parametrize("base", [TIED, TIED_VISION])
-def test_tied_unembedding_is_refused(base):
+def test_tied_unembedding_is_refused(base, module):
     with pytest.raises(ConversionError, match="train_unembed=False") as caught:
-        converted(factors("model.unembed_tokens"), base)
+        converted(factors(module), base)
     assert "build_hf_model" in caught.value.hint
 
 
@@ -430,6 +431,7 @@ def test_adapter_in_the_form_of_peft_is_passed_on(base):
         (None, factors(EXPERT), "all-linear"),
         (None, factors(EXPERT), ["up_proj"]),
         (None, factors("model.unembed_tokens"), ["unembed_tokens"]),
+        (None, factors("model.embed_tokens"), ["embed_tokens"]),
         (None, factors("m.experts.w1", experts=(1, 2)), ["w1"]),
         (None, factors("m.experts.w1"), ["w1"]),
         (None, factors("m.q_proj", experts=(2, 2)), ["q_proj"]),
