@@ -226,3 +226,11 @@ def test_every_image_is_small_and_shown():
     for image in (ROOT / "docs/images").iterdir():
         assert f"images/{image.name})" in ALL_TEXT, "in no page"
         assert image.stat().st_size < 150_000, image.name
+
+
+def test_glossary_has_at_most_20_own_terms_in_order():
+    text = (ROOT / "docs" / "development" / "architecture.md").read_text()
+    own = text.partition("| own term | meaning |")[2].partition("\n\n")[0]
+    terms = re.findall(r"^\| ([a-z ]+) \|", own, re.MULTILINE)
+    assert 10 < len(terms) <= 20
+    assert terms == sorted(terms)

@@ -74,7 +74,7 @@ ALLOWED_NAMESAKES = {
 
 #: Third-party module -> the parts, or single modules, that may import it.
 CONFINED = {
-    "cachetools": {"cache"},
+    "cachetools": {"cache", "vfs.copy_tracker", "vfs.deletion_guard"},
     "certifi": {"tls"},
     "click": {"cli"},
     "fsspec": {"fsspec"},

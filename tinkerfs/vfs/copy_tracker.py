@@ -15,10 +15,13 @@ GIO opens files with O_NOATIME and without O_NOFOLLOW to choose their icons. Thi
 Thread-safe.
 """
 
+import math
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final
+
+from cachetools import TTLCache
 
 from tinkerfs.clock import Clock
 from tinkerfs.context import Caller
@@ -76,7 +79,10 @@ class CopyTracker:
         # All are guarded by _lock. The order of _reads is that of the first read.
         self._reads: dict[tuple[int, int, int], _Read] = {}
         self._copies: dict[int, _Copies] = {}
-        self._writes: dict[tuple[int, Hashable], float] = {}
+        #: The directories, by group and key, that a group was refused a write in.
+        self._writes: TTLCache[tuple[int, Hashable], bool] = TTLCache(
+            math.inf, WRITE_WINDOW_S, clock.monotonic
+        )
 
     @property
     def is_idle(self) -> bool:
@@ -142,23 +148,19 @@ class CopyTracker:
                 copies.directories.discard(hash(directory))
 
     def on_write_refused(self, key: Hashable, name: str, group: int) -> None:
-        """Record a denied write, or a denied new name, in a checkpoint directory.
+        """Record a refused write, or a refused new name, in a checkpoint directory.
 
         rsync creates `.info.json.XXXXXX` before it replaces `info.json`. Names that contain only
         the name of a control file are ignored: editors create them.
         """
         if any(own in name for own in _READ_ONLY):
             with self._lock:
-                now = self._clock.monotonic()
-                for old in [k for k, at in self._writes.items() if now - at >= WRITE_WINDOW_S]:
-                    del self._writes[old]
-                self._writes[group, key] = now
+                self._writes[group, key] = True
 
     def is_written_over(self, key: Hashable, group: int) -> bool:
         """Return whether a group is copying a directory onto a checkpoint directory."""
         with self._lock:
-            at = self._writes.get((group, key))
-            return at is not None and self._clock.monotonic() - at < WRITE_WINDOW_S
+            return (group, key) in self._writes
 
     def _add_copy(self, directory: int, group: int, now: float) -> None:
         copies = self._copies.get(group)

@@ -32,7 +32,7 @@ from tinkerfs.vfs.handles import (
 from tinkerfs.vfs.kernel_cache import PageCacheTracker, SizeHintTracker
 from tinkerfs.vfs.layout import ROOT
 from tinkerfs.vfs.node import Attr, Entry, Handle, StatFs, relative_target
-from tinkerfs.vfs.resolver import PathResolver, inode_of, is_checkpoint
+from tinkerfs.vfs.resolver import PathResolver, inode_of
 from tinkerfs.vfs.schema import (
     Backend,
     ContentFile,
@@ -67,7 +67,7 @@ class FileSystem:
         self._cache_dir = cache_dir
         #: An adapter that serves a request from its own cache reports it to the guard.
         self.guard = DeletionGuard(backend.clock, backend.settings)
-        self._resolver = PathResolver(ROOT, backend, self.guard.removals)
+        self._resolver = PathResolver(ROOT, backend, self.guard)
         self._generated_files = GeneratedFileCache(backend.clock, self.check_and_touch)
         self._directories = DirectoryCache(self.check_and_touch)
         self._uid = os.getuid() if settings.uid is None else settings.uid
@@ -86,11 +86,11 @@ class FileSystem:
     @property
     def local_mutation_count(self) -> int:
         """A counter that every change through this mount increases."""
-        return self._backend.catalog.local_mutation_count + self.guard.removals.hide_count
+        return self._backend.catalog.local_mutation_count + self.guard.hide_count
 
     def check_and_touch(self, validity: Validity, generation: int) -> bool:
         """Return whether a result is still valid; if so, mark its cached values as used."""
-        return not self.guard.removals.has_tombstones and self._backend.check_and_touch(
+        return not self.guard.has_hidden_files and self._backend.check_and_touch(
             validity, generation
         )
 
@@ -353,7 +353,7 @@ class FileSystem:
             self.guard.check_rmdir(node, caller)
             if any(True for _child in self._resolver.children(node, ctx)):
                 raise errors.not_empty(path, "the directory is not empty (hint: rm -r)")
-            if is_checkpoint(node):
+            if node.is_checkpoint:
                 with self.guard.deleting(node, caller):
                     self._backend.mutations.remove(node.entity, path, ctx)
 

@@ -12,8 +12,8 @@ from tinkerfs import errors, name_encoding
 from tinkerfs.cache.validated_cache import ValidatedCache
 from tinkerfs.context import RequestContext
 from tinkerfs.validity import Validity
+from tinkerfs.vfs.deletion_guard import DeletionGuard
 from tinkerfs.vfs.node import DIRECTORY_RANK, inode_for_path
-from tinkerfs.vfs.removal_tracker import RemovalTracker
 from tinkerfs.vfs.schema import (
     Backend,
     ContentFile,
@@ -23,7 +23,6 @@ from tinkerfs.vfs.schema import (
     GeneratedFile,
     Node,
     NodeSpec,
-    RemovalPolicy,
     Symlink,
 )
 
@@ -41,12 +40,12 @@ class PathResolver:
     Args:
         root: the spec of the root.
         backend: the services that the functions of the table use.
-        removals: knows which names are hidden from which callers.
+        guard: knows which names are hidden from which callers.
     """
 
-    def __init__(self, root: Directory, backend: Backend, removals: RemovalTracker) -> None:
+    def __init__(self, root: Directory, backend: Backend, guard: DeletionGuard) -> None:
         self._backend = backend
-        self._removals = removals
+        self._guard = guard
         self._root = Node(backend, root, None, "/", None, Validity())
         self._directory_nodes: ValidatedCache[str, Node] = ValidatedCache(
             backend.check_and_touch, _MAX_DIRECTORIES
@@ -171,20 +170,14 @@ class PathResolver:
             and not spec.applies_to(node.entity)
         ):
             return False
-        if not self._removals.has_tombstones:
+        if not self._guard.has_hidden_files:
             return True
         ctx.mark_uncacheable()
         return (
             directory is None
-            or not is_checkpoint(directory)
-            or not self._removals.is_hidden_in(directory.path)
-            or spec.name not in self._removals.hidden(directory.path, ctx.caller().pgid)
+            or not directory.is_checkpoint
+            or spec.name not in self._guard.hidden(directory.path, ctx.caller().pgid)
         )
-
-
-def is_checkpoint(node: Node) -> bool:
-    """Return whether a node is the directory of a checkpoint, which `rm -r` deletes."""
-    return isinstance(node.spec, Directory) and node.spec.removal is RemovalPolicy.CHECKPOINT
 
 
 def inode_of(node: Node) -> int:

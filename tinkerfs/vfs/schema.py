@@ -69,6 +69,12 @@ class Node(msgspec.Struct, frozen=True):
     parent: "Node | None"
     validity: Validity | None = None
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is the directory of a checkpoint, which `rm -r` deletes."""
+        spec = self.spec
+        return isinstance(spec, Directory) and spec.removal is RemovalPolicy.CHECKPOINT
+
 
 class SizeHint(NamedTuple):
     """The size that stat() reports before the file has been opened.

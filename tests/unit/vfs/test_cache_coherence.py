@@ -75,7 +75,7 @@ class Account:
         """Return a file system with the same backend and empty caches."""
         filesystem = FileSystem(self.filesystem._backend, self.filesystem._cache_dir)
         filesystem.guard = self.filesystem.guard
-        filesystem._resolver._removals = filesystem.guard.removals
+        filesystem._resolver._guard = filesystem.guard
         return filesystem
 
     # The events of the property test below.
@@ -302,25 +302,22 @@ def test_lookup_during_a_hide_is_not_cached(account, monkeypatch):
 
     def hide_first(self, node, ctx):
         if node.spec.name == "tinker_path":
-            libfuse.filesystem.guard.removals.hide(
-                node.parent.path, "tinker_path", ctx.caller().pgid
-            )
+            libfuse.filesystem.guard._hide(node.parent.path, "tinker_path", ctx.caller().pgid)
         return is_visible(self, node, ctx)
 
     monkeypatch.setattr(resolver.PathResolver, "_is_visible", hide_first)
     assert packed(libfuse, path.encode())[0] == -errno.ENOENT
     monkeypatch.undo()
-    for key in list(libfuse.filesystem.guard.removals._tombstones):
-        libfuse.filesystem.guard.removals.restore(key)
+    libfuse.filesystem.guard._show()
     assert packed(libfuse, path.encode())[0] == 0
 
 
-def test_tombstones_expire_after_a_minute(account):
+def test_hidden_files_are_visible_after_a_minute(account):
     account.filesystem.stat(f"{account.checkpoint}/info.json", CTX)
     unlink(account.filesystem, f"{account.checkpoint}/tinker_path")
-    assert account.filesystem.guard.removals.has_tombstones
+    assert account.filesystem.guard.has_hidden_files
     account.time.advance(61)
-    assert not account.filesystem.guard.removals.has_tombstones
+    assert not account.filesystem.guard.has_hidden_files
     assert account.filesystem.stat(f"{account.checkpoint}/tinker_path", CTX).size_bytes
 
 
