@@ -224,7 +224,7 @@ def one_line_or_none(done):
     return next((x for x in done.stderr.splitlines() if x.startswith("tinkerfs: ")), None)
 
 
-def test_get_of_undated_checkpoint_saved_again_copies_new_one(env, server, tmp_path):
+def test_get_of_checkpoint_without_time_copies_the_new_one(env, server, tmp_path):
     run_id, [name, _] = ids(server)
     for number in range(2):
         server.account.add_checkpoint(run_id, name, time_s=None, size_bytes=MIB)

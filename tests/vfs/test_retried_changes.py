@@ -151,7 +151,7 @@ def test_refused_ttl_in_conflict_is_checked_before_the_retry(world):
 
 @served
 @pytest.mark.parametrize("change", CHANGES)
-def test_undated_checkpoint_is_not_changed_twice(world, change):
+def test_checkpoint_without_time_is_not_changed_twice(world, change):
     checkpoint_dir, checkpoint = new_checkpoint(world, change)
     checkpoint.time_s = None
     world.refresh()

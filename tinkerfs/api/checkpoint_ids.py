@@ -38,7 +38,7 @@ class CheckpointRef:
         exists: whether a recent listing includes the checkpoint. A "not found" response then refers
             to the endpoint.
         has_ambiguous_id: whether another checkpoint of the run is listed with the same bare id.
-        is_foreign: whether the run is known to belong to another account.
+        is_own: whether the run may belong to the account; False if it belongs to another one.
     """
 
     run_id: str
@@ -46,7 +46,7 @@ class CheckpointRef:
     listed_id: str
     exists: bool = False
     has_ambiguous_id: bool = False
-    is_foreign: bool = False
+    is_own: bool = True
 
     def is_of(self, tinker_path: str | None, checkpoint_id: str | None) -> bool:
         """Return whether a listed tinker path or id identifies this checkpoint."""

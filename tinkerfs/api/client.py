@@ -455,11 +455,11 @@ class Client:
             except errors.NotFound as error:
                 if not (ref.exists and endpoint.method == "GET" and self._is_listed(ref)):
                     raise
-                raise withheld(error, is_foreign=ref.is_foreign) from None
+                raise withheld(error, is_own=ref.is_own) from None
             except errors.UnsupportedEndpoint as error:
-                if not (ref.is_foreign and error.status in (404, 410)):
+                if ref.is_own or error.status not in (404, 410):
                     raise
-                raise withheld(error, is_foreign=True) from None
+                raise withheld(error, is_own=False) from None
 
     def _is_listed(self, ref: CheckpointRef) -> bool:
         """Return whether the run's listing includes the checkpoint."""
@@ -474,4 +474,4 @@ def _capability(endpoint: Endpoint, ref: CheckpointRef) -> Hashable:
     """Return what a server supports or not: an endpoint, for one kind of checkpoint."""
     kind = ref.path_id.partition("/")[0]  # SkyRL has archives only of sampler checkpoints
     # Refusals for another account's checkpoints say nothing about the user's own.
-    return (endpoint.label, kind, ref.run_id if ref.is_foreign else None)
+    return (endpoint.label, kind, None if ref.is_own else ref.run_id)

@@ -16,7 +16,7 @@ from tinkerfs.errors import ApiError
 from tinkerfs.retry import parse_retry_after_s
 
 
-def withheld(error: ApiError, *, is_foreign: bool) -> errors.UnsupportedEndpoint:
+def withheld(error: ApiError, *, is_own: bool) -> errors.UnsupportedEndpoint:
     """Return the error for a "not found" response about a listed checkpoint.
 
     The server lacks the endpoint or denies access: many servers send "not found" for public
@@ -24,13 +24,13 @@ def withheld(error: ApiError, *, is_foreign: bool) -> errors.UnsupportedEndpoint
 
     Args:
         error: error of a 404 or 410.
-        is_foreign: whether the checkpoint is known to belong to another account.
+        is_own: False if the checkpoint is known to belong to another account.
     """
     message = error.message
     if not isinstance(error, errors.UnsupportedEndpoint):
         message += " (but it is listed)"
     failure = errors.UnsupportedEndpoint(message, endpoint=error.endpoint, status=error.status)
-    if is_foreign:
+    if not is_own:
         failure.reason = "the server does not provide this for another account's checkpoint"
     elif not isinstance(error, errors.UnsupportedEndpoint):
         failure.reason += ", or not for this checkpoint"

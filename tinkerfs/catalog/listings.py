@@ -64,7 +64,7 @@ class ListedCheckpoint(msgspec.Struct, frozen=True, gc=False):
         return self.record.tinker_path or str(TinkerPath(self.run_id, self.kind, self.name))
 
     @property
-    def is_dated(self) -> bool:
+    def has_time(self) -> bool:
         """Whether the record has a creation time, which identifies the version."""
         return self.record.time_ns is not None
 
@@ -72,7 +72,7 @@ class ListedCheckpoint(msgspec.Struct, frozen=True, gc=False):
     def version(self) -> str:
         """A text that changes when the checkpoint is saved again under its name.
 
-        If the record has no time, the text may stay the same: see `is_dated`.
+        If the record has no time, the text may stay the same: see `has_time`.
         """
         if self.record.time_ns is not None:
             return str(self.record.time_ns)

@@ -139,7 +139,7 @@ class Mutations:
             ApiError: the request failed; Conflict if the checkpoint was saved again; NotFound if it
                 was removed.
         """
-        if expected.is_dated:
+        if expected.has_time:
             self._refetch_expected(expected, in_trash=False)
 
     def _delete(self, checkpoint: ListedCheckpoint) -> None:
@@ -147,7 +147,7 @@ class Mutations:
         try:
             self._client.delete(checkpoint.ref, recheck)
         except _UNCERTAIN_OUTCOME:
-            if not checkpoint.is_dated:  # a successor may have an identical record
+            if not checkpoint.has_time:  # a successor may have an identical record
                 self._catalog.invalidate(checkpoint)
             raise
         self._catalog.invalidate(checkpoint)
@@ -171,7 +171,7 @@ class Mutations:
             self._trash.discard(record)
             raise
         self._trash.mark_set(record)
-        if not checkpoint.is_dated:  # a successor may have an identical record
+        if not checkpoint.has_time:  # a successor may have an identical record
             self._catalog.invalidate(checkpoint)
         self._update_cached_listings(checkpoint, self._expiring_in(checkpoint, ttl_s))
         return f"done; expires in {ttl_s} s"
@@ -292,7 +292,7 @@ class Mutations:
                 return True
             if current is None:
                 raise errors.NotFound("the checkpoint no longer exists")
-            if may_have_succeeded and not current.is_dated:
+            if may_have_succeeded and not current.has_time:
                 raise failure  # a successor would have an identical record
             return False
 

@@ -18,13 +18,13 @@ class CachePolicies:
         listing: for listings and mutable records.
         by_name: for single records, where a status of 400 or 422 also means absence.
         immutable: for values that never change; errors are cached for `UNSUPPORTED_TTL_S`.
-        undated: for such values of a checkpoint without a time, which may have been replaced.
+        without_time: for such values of a checkpoint without a time, which may have been replaced.
     """
 
     listing: CachePolicy
     by_name: CachePolicy
     immutable: CachePolicy
-    undated: CachePolicy
+    without_time: CachePolicy
 
     @classmethod
     def from_settings(cls, ttl_s: float, stale_s: float) -> "CachePolicies":
@@ -38,5 +38,5 @@ class CachePolicies:
             listing=CachePolicy(ttl_s, stale_s, negative_ttl_s, absence),
             by_name=CachePolicy(ttl_s, stale_s, negative_ttl_s, absence_by_name),
             immutable=CachePolicy(forever, forever, UNSUPPORTED_TTL_S, rejection),
-            undated=CachePolicy(ttl_s, stale_s, UNSUPPORTED_TTL_S, rejection),
+            without_time=CachePolicy(ttl_s, stale_s, UNSUPPORTED_TTL_S, rejection),
         )

@@ -62,10 +62,10 @@ class WeightsInfoCache:
 
     def put(self, checkpoint: ListedCheckpoint, info: bytes) -> None:
         """Cache a weights info that was received by another request."""
-        if checkpoint.is_dated:
+        if checkpoint.has_time:
             self._store.put(self._namespace, _store_key(checkpoint), info)
         else:
-            self._cache.put(_memory_key(checkpoint), info, self._policies.undated)
+            self._cache.put(_memory_key(checkpoint), info, self._policies.without_time)
 
     def invalidate(self, checkpoint: ListedCheckpoint) -> None:
         """Discard the weights info of a deleted checkpoint, in memory and on disk."""
@@ -82,18 +82,18 @@ class WeightsInfoCache:
 
     def _cached(self, checkpoint: ListedCheckpoint) -> bytes | None:
         """Return a cached weights info if the version is certain, without a request."""
-        if not checkpoint.is_dated:
+        if not checkpoint.has_time:
             return None
         in_memory: bytes | None = self._cache.peek(_memory_key(checkpoint))
         return in_memory or self._store.get(self._namespace, _store_key(checkpoint))
 
     def _policy(self, checkpoint: ListedCheckpoint) -> CachePolicy:
-        return self._policies.immutable if checkpoint.is_dated else self._policies.undated
+        return self._policies.immutable if checkpoint.has_time else self._policies.without_time
 
     def _loader(self, checkpoint: ListedCheckpoint) -> Loader[bytes]:
         def load(priority: Priority) -> bytes:
             info = self._load(checkpoint, priority)
-            if checkpoint.is_dated:
+            if checkpoint.has_time:
                 self._store.put(self._namespace, _store_key(checkpoint), info)
             return info
 

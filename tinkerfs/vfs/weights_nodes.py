@@ -160,7 +160,7 @@ def version_of(node: Node) -> CheckpointVersion:
 
 def _version(node: Node, checkpoint: ListedCheckpoint) -> CheckpointVersion:
     own_runs = node.backend.catalog.runs.peek()
-    is_foreign = own_runs is not None and checkpoint.run_id not in own_runs.by_id
+    is_own = own_runs is None or checkpoint.run_id in own_runs.by_id
     return CheckpointVersion(
         server=node.backend.settings.base_url,
         key=(
@@ -168,10 +168,10 @@ def _version(node: Node, checkpoint: ListedCheckpoint) -> CheckpointVersion:
             *checkpoint.fingerprint,
             node.backend.catalog.incarnations.get(checkpoint.key),
         ),
-        ref=replace(checkpoint.ref, is_foreign=is_foreign),
+        ref=replace(checkpoint.ref, is_own=is_own),
         path=node.path,
         mtime_ns=checkpoint.record.time_ns or node.backend.started_ns,
-        is_dated=checkpoint.is_dated,
+        has_time=checkpoint.has_time,
     )
 
 
@@ -196,8 +196,8 @@ def _archive_size(node: Node) -> SizeHint:
     version = _version(node, node.entity)
     archive_bytes = node.backend.weights.archive_bytes(version)
     if archive_bytes is not None:
-        # open() may find another version of an undated checkpoint.
-        return SizeHint(archive_bytes, is_exact=version.is_dated)
+        # open() may find another version of a checkpoint without a time.
+        return SizeHint(archive_bytes, is_exact=version.has_time)
     stored_bytes = node.entity.record.size_bytes
     if stored_bytes is None:
         return SizeHint(_MAX_ARCHIVE_BYTES, is_exact=False)
@@ -215,7 +215,7 @@ def _tensors(node: Node, ctx: RequestContext) -> bytes:
 def _tensors_size(node: Node) -> SizeHint:
     version = _version(node, node.entity)
     cached = node.backend.weights.cached_tensors(version)
-    if cached is None or not version.is_dated:
+    if cached is None or not version.has_time:
         return SizeHint(_MAX_TENSORS_BYTES, is_exact=False)
     return SizeHint(len(cached), is_exact=True)
 
@@ -298,7 +298,7 @@ def _list_directories(node: Node, ctx: RequestContext) -> Iterator[tuple[str, _M
 def _find_file(node: Node, name: str, ctx: RequestContext) -> _MemberRef | None:
     ref = _member_ref(node)
     member = _members(node, ref.checkpoint, ctx).get(ref.prefix + name)
-    if member is None and not ref.checkpoint.is_dated:
+    if member is None and not ref.checkpoint.has_time:
         member = _members(node, ref.checkpoint, ctx, is_open=True).get(ref.prefix + name)
     return None if member is None else _MemberRef(ref.checkpoint, ref.prefix, member)
 

@@ -20,7 +20,7 @@ class CheckpointVersion:
         ref: identifies the checkpoint in API requests.
         path: the path that a user requested, for messages.
         mtime_ns: of files without a time of their own, nanoseconds since 1970.
-        is_dated: whether each version has its own key, because its record contains a time.
+        has_time: whether each version has its own key, because its record contains a time.
     """
 
     server: str
@@ -28,7 +28,7 @@ class CheckpointVersion:
     ref: CheckpointRef
     path: str
     mtime_ns: int
-    is_dated: bool = True
+    has_time: bool = True
 
     @property
     def cache_key(self) -> str:

@@ -55,7 +55,7 @@ def _refusal(
     checkpoint: CheckpointVersion, error: errors.UnsupportedEndpoint | None, advice: str
 ) -> OSError | errors.ApiError:
     if checkpoint.is_sampler:
-        if error is not None and checkpoint.ref.is_foreign:
+        if error is not None and not checkpoint.ref.is_own:
             return error
         advice = _SAMPLER
     if error is None:

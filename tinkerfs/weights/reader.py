@@ -74,7 +74,8 @@ class WeightsReader:
         cache: caches blocks across mounts.
         telemetry: records skipped members and counts cache hits.
         timeout_s: how long a transfer may make no progress, seconds.
-        url_age_s: maximum age of a signed URL that revalidates an undated checkpoint, seconds.
+        url_age_s: maximum age of a signed URL that revalidates a checkpoint without a time,
+            seconds.
         memory_bytes: memory bound for the blocks of all open files together.
         base_models: what is known of base models, for adapters; None for the models of the service.
         moe_layout: layout of the experts of adapters, "peft" or "packed".
@@ -234,7 +235,7 @@ class WeightsReader:
             OSError: see `SignedUrlCache.url`.
         """
         archive = self._origins.archive_of(checkpoint)
-        if not checkpoint.is_dated:
+        if not checkpoint.has_time:
             archive.expire_urls(self._url_age_s)
         return archive.url(ctx).url
 
@@ -323,9 +324,9 @@ class WeightsReader:
     def _revalidate(
         self, checkpoint: CheckpointVersion, ctx: RequestContext, name: str = ""
     ) -> None:
-        """Invalidate cached undated weights if the store has another version.
+        """Invalidate cached weights without a time if the store has another version.
 
-        If the store cannot be reached, the cached version stays valid. Dated weights need no
+        If the store cannot be reached, the cached version stays valid. Weights with a time need no
         request, because another version has another cache key. `name` is a file of external
         weights; empty for all files.
 
@@ -333,7 +334,7 @@ class WeightsReader:
             ApiError: NotFound if the server no longer has the weights.
             OSError: EINTR if the caller was interrupted.
         """
-        if checkpoint.is_dated or self._indexes.is_loading(checkpoint.cache_key):
+        if checkpoint.has_time or self._indexes.is_loading(checkpoint.cache_key):
             return
         index = self._indexes.cached(checkpoint.cache_key)
         self._origins.of(checkpoint, index).expire_urls(self._url_age_s)

@@ -147,13 +147,13 @@ def test_archives_are_preferred_to_tars_of_files(demo_server, weights_of):
     assert server.journal.count(URLS) == 0
 
 
-def test_changed_file_of_an_undated_checkpoint_changes_the_tar(server, mount):
+def test_changed_file_of_checkpoint_without_time_changes_the_tar(server, mount):
     run_id = server.account.run_ids[0]
     stored = server.account.add_checkpoint(
         run_id, "external_weights/undated", files=dict(FILES), time_s=None
     )
     found = subject_of(server, "external_weights", number=-1)
-    subject = type(found)(found.server, found.key, found.ref, found.path, 0, is_dated=False)
+    subject = type(found)(found.server, found.key, found.ref, found.path, 0, has_time=False)
     with open_tar(mount, subject) as file:
         first_key = file.key
         assert file.read(1 << 40, 0, BACKGROUND_CONTEXT) == tar_of(FILES)

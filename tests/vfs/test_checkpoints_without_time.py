@@ -1,4 +1,4 @@
-"""Tests of undated checkpoints: saving them again does not change the record."""
+"""Tests of checkpoints without a time: saving them again does not change the record."""
 
 import io
 import json
@@ -93,7 +93,7 @@ def checkpoint_dir_of(run, kind="sampler_weights"):
 
 
 @pytest.mark.parametrize("kind", ["sampler_weights", "external_weights"])
-def test_undated_checkpoint_saved_again_shows_the_new_one(world, kind):
+def test_checkpoint_without_time_saved_again_shows_the_new_one(world, kind):
     run = world.new_run()
     checkpoint_dir = checkpoint_dir_of(run, kind)
     for number in range(3):
@@ -103,7 +103,7 @@ def test_undated_checkpoint_saved_again_shows_the_new_one(world, kind):
 
 
 @pytest.mark.parametrize("validators", VALIDATORS)
-def test_open_of_an_undated_checkpoint_checks_its_version(world, validators):
+def test_open_of_checkpoint_without_time_checks_its_version(world, validators):
     run = world.new_run()
     checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     for number in range(3):
@@ -117,7 +117,7 @@ def test_open_of_an_undated_checkpoint_checks_its_version(world, validators):
         assert list(header["tensors"]) == [f"layer-{number}"]
 
 
-def test_new_member_of_an_undated_checkpoint_is_found_by_name(world):
+def test_new_member_of_checkpoint_without_time_is_found_by_name(world):
     run = world.new_run()
     checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     save(world.server, run_id, 0)
@@ -129,7 +129,7 @@ def test_new_member_of_an_undated_checkpoint_is_found_by_name(world):
     )
 
 
-def test_longer_member_of_an_undated_checkpoint_is_read_whole(world):
+def test_longer_member_of_checkpoint_without_time_is_read_whole(world):
     run = world.new_run()
     checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     save(world.server, run_id, 0)
@@ -141,7 +141,7 @@ def test_longer_member_of_an_undated_checkpoint_is_read_whole(world):
     assert world.driver.read(config) == files["adapter_config.json"]
 
 
-def test_open_of_an_undated_checkpoint_takes_one_request(world):
+def test_open_of_checkpoint_without_time_takes_one_request(world):
     run = world.new_run()
     checkpoint_dir = checkpoint_dir_of(run)
     save(world.server, run.partition("/")[2], 0)
@@ -154,7 +154,7 @@ def test_open_of_an_undated_checkpoint_takes_one_request(world):
 
 
 @pytest.mark.expect_warnings("EIO|EHOSTUNREACH|ETIMEDOUT")
-def test_undated_checkpoint_in_an_outage_shows_what_is_cached(world):
+def test_checkpoint_without_time_is_shown_stale_in_an_outage(world):
     run = world.new_run()
     checkpoint_dir = checkpoint_dir_of(run)
     files = save(world.server, run.partition("/")[2], 0)
@@ -166,13 +166,13 @@ def test_undated_checkpoint_in_an_outage_shows_what_is_cached(world):
     assert read(world.driver, checkpoint_dir) == files
 
 
-@pytest.mark.parametrize("is_dated", [False, True], ids=["undated", "dated"])
-def test_deletion_invalidates_the_cache(world, is_dated):
+@pytest.mark.parametrize("has_time", [False, True], ids=["without time", "with time"])
+def test_deletion_invalidates_the_cache(world, has_time):
     run = world.new_run()
     checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     for number in range(3):
         # Only the deletion distinguishes the versions.
-        files = save(world.server, run_id, number, time_s=1e9 if is_dated else None)
+        files = save(world.server, run_id, number, time_s=1e9 if has_time else None)
         world.server.faults.add("store", times=None, headers=NO_VALIDATORS)
         world.refresh()
         check(world.driver, checkpoint_dir, number, files)
@@ -192,7 +192,7 @@ def test_removal_to_the_trash_invalidates_the_cache(make_world):
         assert world.driver.remove(f"rmtree {checkpoint_dir}") == ["OK"]
 
 
-def test_dated_checkpoint_of_another_size_is_another_version(world):
+def test_checkpoint_of_another_size_is_another_version(world):
     run = world.new_run()
     checkpoint_dir, run_id = checkpoint_dir_of(run), run.partition("/")[2]
     for number in range(2):
@@ -201,7 +201,7 @@ def test_dated_checkpoint_of_another_size_is_another_version(world):
         check(world.driver, checkpoint_dir, number, files)
 
 
-def test_undated_checkpoint_saved_between_mounts_is_reloaded(variant, tmp_path):
+def test_checkpoint_without_time_is_reloaded_by_the_next_mount(variant, tmp_path):
     with FaultyServer(runs=0) as server:
         run = server.account.add_run()
         checkpoint_dir = checkpoint_dir_of(f"runs/{run.id}")
