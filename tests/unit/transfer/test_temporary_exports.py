@@ -1,10 +1,12 @@
 """Tests of exports for the time of a transfer."""
 
+import time
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
+from tests.support.clocks import FakeTime
 from tests.support.server import demo_server
 from tests.unit.weights.conftest import subject_of, weights_of
 from tinkerfs.context import BACKGROUND_CONTEXT
@@ -15,13 +17,24 @@ __all__ = ["demo_server", "weights_of"]
 
 
 @pytest.fixture
-def server(demo_server):
-    return demo_server(runs=1, checkpoints=1, profile="official-0.36", exports=ExportOptions())
+def time_():
+    return FakeTime(time.time())
 
 
 @pytest.fixture
-def mount(server, weights_of):
-    return weights_of(server)
+def server(demo_server, time_):
+    return demo_server(
+        runs=1,
+        checkpoints=1,
+        profile="official-0.36",
+        exports=ExportOptions(),
+        clock=lambda: time_.now,
+    )
+
+
+@pytest.fixture
+def mount(server, weights_of, time_):
+    return weights_of(server, clock=time_.clock)
 
 
 @pytest.fixture
@@ -41,6 +54,19 @@ def test_own_export_is_deleted_after_the_transfer(server, mount, ref):
     transfer(mount, ref)
     assert mount.exports.find(ref.version) is None
     assert server.journal.count("DELETE checkpoint") == 1
+
+
+def test_export_is_renewed_until_the_transfer_ends(server, mount, ref, time_):
+    renewal = mount.exports.renewal
+    with TemporaryExports(mount.exports, lambda _checkpoint: None, lambda _text: None) as exports:
+        exports.export(ref)
+        for number in range(1, 4):
+            time_.advance(1800)
+            renewal.renew_due()
+            assert server.journal.count("PUT ttl") == number
+    time_.advance(1800)
+    renewal.renew_due()
+    assert server.journal.count("PUT ttl") == 3
 
 
 def test_export_of_another_process_stays_with_its_expiry(server, mount, ref):
