@@ -26,6 +26,7 @@ def main() -> int:
         "exports": [directory / "newest", loaders],
         "peft_loaders": [loaders],
         "families": [loaders],
+        "vllm_engine": [loaders],
         "mount_checks": mounts,
     }
     for name, arguments in checks.items():

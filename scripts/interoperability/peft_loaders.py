@@ -66,15 +66,18 @@ class Loaders:
         self._process.kill()  # it has no state to save
         self._process.communicate()
 
-    def ask(self, step: str, model: str, path: Path) -> Any:
+    def ask(self, step: str, model: str, path: Path, **more: object) -> Any:
         """Send a request for a step; return the reply.
+
+        Args:
+            more: other fields of the request.
 
         Raises:
             ChildProcessError: The process has exited.
             RuntimeError: The step failed; the message is that of the process.
         """
         assert self._process.stdin is not None
-        request = {"step": step, "model": model, "path": str(path)}
+        request = {"step": step, "model": model, "path": str(path), **more}
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         reply = self._read_reply()
