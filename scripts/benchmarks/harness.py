@@ -147,7 +147,7 @@ def daemon_of(directory: Path) -> int:
                 command = (entry / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"--foreground" in command and os.fsencode(directory) in command:
+            if b"--serve" in command and os.fsencode(directory) in command:
                 return int(entry.name)
     raise LookupError(directory)
 
