@@ -10,6 +10,7 @@
         ├── BadRequest            400, 422
         ├── Conflict              409
         ├── ResourceNotReady      425, and 503 for an archive that is being built
+        ├── BuildFailed           the server could not build a file, such as a trace
         ├── ClientError           any other 4xx
         ├── RateLimited           429, after the retries
         ├── ServerError           5xx, after the retries
@@ -131,6 +132,10 @@ class ResourceNotReady(ApiError):
     """The object is still being created; the request may be retried later."""
 
 
+class BuildFailed(ApiError):
+    """The server reports that it could not build a file; a retry may start another build."""
+
+
 class ClientError(ApiError):
     """A client error (4xx) without a class of its own."""
 
@@ -168,6 +173,7 @@ ERRNO_OF_API_ERROR: dict[type[ApiError], int] = {
     BadRequest: errno.EINVAL,
     Conflict: errno.EBUSY,
     ResourceNotReady: errno.EBUSY,
+    BuildFailed: errno.EIO,
     ClientError: errno.EIO,
     RateLimited: errno.EBUSY,
     ServerError: errno.EIO,

@@ -17,11 +17,11 @@ LOOKS = {
     "ls -L": "ls -laL $CK/*/*",
     "ls --color": "ls --color=always -la $CK/*/*",
     "stat": "find . -exec stat {} +",
-    "stat -L": "stat -L $CK/*/*/archive_url",
+    "stat -L": "stat -L $CK/*/*/archive_url sessions/*/trace.pftrace",
     "find": "find . -ls",
     "grep": "grep -r lora_rank runs",
     "du": "du -a .",
-    "cp -r": "cp -r runs $OUT/copy",
+    "cp -r": "cp -r runs sessions $OUT/",
     "cp -a": "cp -a runs $OUT/copy",
     "tar": "tar cf $OUT/tar runs",
     "rsync": "rsync -a runs $OUT/",
@@ -44,6 +44,7 @@ def test_metadata_operations_request_no_archive(account, name, tmp_path):
     )
     assert done.returncode == 0, done
     assert account.server.journal.count("GET archive") == 0
+    assert account.server.journal.count("GET trace_export") == 0
     assert account.server.journal.count("store") == 0
     endpoints = {e.endpoint for e in account.server.journal.entries("api") if e.method != "GET"}
     assert endpoints <= {"POST weights_info", "POST sessions/search"}

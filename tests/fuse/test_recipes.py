@@ -295,6 +295,15 @@ def test_prefetched_weights(sample, run_recipe):
     assert unexpected(calls, RUNS_LISTED | allowed) == {}
 
 
+def test_timeline_of_a_session(sample, run_recipe, tmp_path):
+    _shown, calls = run_recipe("The timeline of a session")
+    newest = sample.server.account.session_ids()[0]
+    content = sample.server.trace(newest)
+    assert (tmp_path / "session.pftrace").read_bytes() == content.read(0, content.size_bytes)
+    allowed = {"POST sessions/search": 1, "GET trace_export": 1}
+    assert unexpected(calls, RUNS_LISTED | allowed) == {}
+
+
 def test_cost_of_storage(sample, run_recipe):
     _shown, calls = run_recipe("What the stored bytes cost a month", 2)
     sessions = len(sample.server.account.session_ids())

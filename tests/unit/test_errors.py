@@ -16,6 +16,7 @@ WANTED = {
     errors.BadRequest: errno.EINVAL,
     errors.Conflict: errno.EBUSY,
     errors.ResourceNotReady: errno.EBUSY,
+    errors.BuildFailed: errno.EIO,
     errors.ClientError: errno.EIO,
     errors.RateLimited: errno.EBUSY,
     errors.ServerError: errno.EIO,

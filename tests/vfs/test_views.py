@@ -148,7 +148,7 @@ def test_session_contains_its_runs_and_samplers(world):
     account = world.server.account
     session = account.session(world.driver.listdir("sessions")[0])
     directory = f"sessions/{session.id}"
-    assert world.driver.listdir(directory) == ["info.json", "runs", "samplers"]
+    assert world.driver.listdir(directory) == ["info.json", "trace.pftrace", "runs", "samplers"]
     info = json.loads(world.driver.read(f"{directory}/info.json"))
     assert info["session_id"] == session.id
     assert info["training_run_ids"] == session.run_ids

@@ -6,7 +6,7 @@ is tried first and the listed form second. The accepted form is remembered per e
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -147,3 +147,10 @@ def id_path(checkpoint_id: str) -> str:
     """Encode a checkpoint id for a URL path, except the slash after its kind."""
     kind, slash, name = checkpoint_id.partition("/")
     return quote_segment(kind) + slash + quote_segment(name) if slash else quote_segment(kind)
+
+
+def capability(endpoint: Endpoint, ref: CheckpointRef) -> Hashable:
+    """Return what a server supports or not: an endpoint, for one kind of checkpoint."""
+    kind = ref.path_id.partition("/")[0]  # SkyRL has archives only of sampler checkpoints
+    # Refusals for another account's checkpoints say nothing about the user's own.
+    return (endpoint.label, kind, None if ref.is_own else ref.run_id)

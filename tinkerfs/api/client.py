@@ -18,7 +18,7 @@ from urllib.parse import urlencode, urlsplit
 
 from tinkerfs import errors
 from tinkerfs.api import endpoints, pagination, parsing, raw_json, signed_urls
-from tinkerfs.api.checkpoint_ids import CheckpointRef, IdFormCache, id_path, id_segment
+from tinkerfs.api.checkpoint_ids import CheckpointRef, IdFormCache, capability, id_path, id_segment
 from tinkerfs.api.circuit_breaker import (
     OUTAGE,
     UNSUPPORTED,
@@ -247,9 +247,10 @@ class Client:
             request, ref, lambda response: signed_urls.archive_url(response, self._clock.now())
         )
 
-    def check_archives(self, ref: CheckpointRef) -> None:
-        """Raise UnsupportedEndpoint if `archive` would, without a request."""
-        self._breakers.check(UNSUPPORTED, _capability(endpoints.ARCHIVE, ref))
+    def check_supported(self, endpoint: Endpoint, ref: CheckpointRef | None = None) -> None:
+        """Raise UnsupportedEndpoint if a request would, without one; `ref` is its checkpoint."""
+        key = endpoint.label if ref is None else capability(endpoint, ref)
+        self._breakers.check(UNSUPPORTED, key)
 
     def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
         """Return signed URLs for an external checkpoint's files, and their expiry.
@@ -317,6 +318,19 @@ class Client:
             Request(endpoints.SESSION, path), lambda body: parsing.parse_session(session_id, body)
         )
 
+    def trace_url(self, session_id: str) -> SignedUrl:
+        """Return a signed URL of the trace of a session, which the server builds on request.
+
+        Raises:
+            ResourceNotReady, ApiError: as `archive`.
+            BuildFailed: the server could not build the trace.
+        """
+        path = f"sessions/{id_segment(endpoints.TRACE, session_id)}/trace_export"
+        request = Request(endpoints.TRACE, path)
+        return self._fetch(
+            request, lambda response: signed_urls.trace_url(response, self._clock.now())
+        )
+
     def search_sessions(
         self,
         *,
@@ -377,12 +391,15 @@ class Client:
     # Shared by all endpoints
 
     def _fetch_one(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        return self._fetch(request, lambda response: parse(response.body))
+
+    def _fetch(self, request: Request, parse: Callable[[Response], T]) -> T:
         endpoint = request.endpoint
         unsupported = UNSUPPORTED_LISTING if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED
         support_guard = self._breakers.guard(unsupported, endpoint.label)
         with support_guard, self._outage_guard(request) as deadline:
             response = self._transport.send(request, deadline, self._priority)
-            return self._parse(endpoint, response, lambda response: parse(response.body))
+            return self._parse(endpoint, response, parse)
 
     def _outage_guard(self, request: Request) -> AbstractContextManager[float]:
         """Return the guard of the request's endpoint; it yields the request's deadline."""
@@ -440,7 +457,7 @@ class Client:
         endpoint = request.endpoint
         run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
         with (
-            self._breakers.guard(UNSUPPORTED, _capability(endpoint, ref)),
+            self._breakers.guard(UNSUPPORTED, capability(endpoint, ref)),
             self._outage_guard(request) as deadline,
         ):
 
@@ -468,10 +485,3 @@ class Client:
         except errors.ApiError:
             return False
         return any(ref.is_of(record.tinker_path, record.checkpoint_id) for record in listed)
-
-
-def _capability(endpoint: Endpoint, ref: CheckpointRef) -> Hashable:
-    """Return what a server supports or not: an endpoint, for one kind of checkpoint."""
-    kind = ref.path_id.partition("/")[0]  # SkyRL has archives only of sampler checkpoints
-    # Refusals for another account's checkpoints say nothing about the user's own.
-    return (endpoint.label, kind, None if ref.is_own else ref.run_id)

@@ -90,6 +90,7 @@ DELETE = Endpoint(
 )
 SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT)
 SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_RESOURCE)
+TRACE = Endpoint("GET sessions/{session}/trace_export", Scope.OPTIONAL_RESOURCE)
 SESSION_SEARCH = Endpoint("POST sessions/search", Scope.ACCOUNT)
 CREATE_SESSION = Endpoint("POST create_session", Scope.ACCOUNT, is_change=True)
 # The server recognizes a repeated load or save by its sequence number, so both may be retried.

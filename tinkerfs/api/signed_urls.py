@@ -5,13 +5,13 @@ A signed URL is a bearer secret, so no error message contains one.
 
 from urllib.parse import urljoin, urlsplit
 
-from tinkerfs.api.endpoints import REDIRECTS
+from tinkerfs.api.endpoints import REDIRECTS, TRACE
 from tinkerfs.api.http_client import Response
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.api.raw_json import parse_object
 from tinkerfs.api.timestamps import parse_time_ns
-from tinkerfs.errors import ProtocolError
-from tinkerfs.retry import parse_http_date_s
+from tinkerfs.errors import BuildFailed, ProtocolError, ResourceNotReady, redact
+from tinkerfs.retry import parse_http_date_s, parse_retry_after_s
 
 #: Assumed lifetime of a signed URL without an expiry, seconds.
 LIFETIME_S = 15 * 60.0
@@ -55,6 +55,35 @@ def external_urls(response: Response, now_s: float) -> tuple[dict[str, str], flo
     return (
         {name: _validate(url) for name, url in urls.items()},
         _expiry_s(_seconds(fields.get("expires")), now_s),
+    )
+
+
+def trace_url(response: Response, now_s: float) -> SignedUrl:
+    """Return the URL of a session's trace (Tinker SDK 0.38, `rest_client.py`).
+
+    Args:
+        response: response of the trace endpoint.
+        now_s: seconds since 1970.
+
+    Raises:
+        ResourceNotReady: the server is still building the trace.
+        BuildFailed: the server could not build it.
+        ProtocolError: the response has no status, or no valid URL.
+    """
+    _, fields = parse_object(response.body)
+    status = fields.get("status")
+    if status == "failed":
+        reason = redact(str(fields.get("error") or "")) or "no reason given"
+        raise BuildFailed(f"the trace could not be built: {reason}", endpoint=TRACE.label)
+    if status == "ready" or fields.get("url") is not None:
+        url = _validate(fields.get("url"))
+        return SignedUrl(url, _expiry_s(_seconds(fields.get("expires")), now_s))
+    if not isinstance(status, str):
+        raise ProtocolError("the response has no status of the trace")
+    raise ResourceNotReady(
+        f"the trace is not built yet: {redact(status)}",
+        endpoint=TRACE.label,
+        retry_after_s=parse_retry_after_s(response.headers, now_s),
     )
 
 

@@ -263,16 +263,16 @@ _OPTIONS: Final = {
         "API requests at a time; archive builds are not counted.",
     ),
     "timeout_s": _setting(
-        "--timeout S", _TIMEOUT, "30", "Timeout of every wait, except for archive builds."
+        "--timeout S", _TIMEOUT, "30", "Timeout of every wait, except for archives and traces."
     ),
     "archive_timeout_s": _setting(
-        "--archive-timeout S", _TIMEOUT, "15m", "Timeout of the wait for an archive build."
+        "--archive-timeout S", _TIMEOUT, "15m", "Timeout of the wait for an archive or a trace."
     ),
     "archive_build_limit": _setting(
         "--archive-burst N",
         click.IntRange(0),
         "8",
-        "Archive builds that one process group may start per minute; 0 for no limit.",
+        "Archives and traces that one process group may request per minute; 0 for no limit.",
     ),
     "trash_s": _setting(
         "--trash DURATION",

@@ -260,7 +260,9 @@ class Account:
                 first = number * _RUNS_PER_SESSION
                 last = min(first + _RUNS_PER_SESSION, self.sample.runs)
                 runs = [self.sample.run(index) for index in range(first, last)]
-                self._sessions[session_id] = self.sample.session(number, runs)
+                session = self.sample.session(number, runs)
+                session.trace_polls = self._building_polls
+                self._sessions[session_id] = session
             return self._sessions[session_id]
 
     def add_session(self, session: Session) -> None:

@@ -22,7 +22,7 @@ from tinkerfs.demo.lookup import HttpError, Lookup
 from tinkerfs.demo.mutations import MutationEndpoints
 from tinkerfs.demo.profiles import Profile
 from tinkerfs.demo.request import Request
-from tinkerfs.demo.sample_data import BASE_MODELS, Checkpoint, Run
+from tinkerfs.demo.sample_data import BASE_MODELS, Checkpoint, Run, Session
 from tinkerfs.demo.store import Store
 
 _CHECKPOINT = "training_runs/{run}/checkpoints/{ckpt}"
@@ -88,7 +88,8 @@ class Behaviour:
         archive_response: Whether an archive's URL is sent as a redirect or as JSON.
         sends_expiry: Whether that redirect has an `Expires` header.
         building_status: Status while an archive is being built: 503 or 425.
-        retry_after: `Retry-After` header of that response; None to omit it.
+        retry_after: `Retry-After` header of that response, and of that for a pending trace; None
+            to omit it.
         requires_token: Whether API keys are accepted only in exchange for tokens.
         token_lifetime_s: Lifetime of those tokens.
         exports: Delays and failures of exports.
@@ -306,14 +307,26 @@ class Api:
         return json_reply(serialization.weights_info_json(run))
 
     def _get_session(self, _request: Request, args: dict[str, str]) -> Reply:
+        return json_reply(serialization.session_json(self._session(args)))
+
+    def _session(self, args: dict[str, str]) -> Session:
         session = self._account.session(args["session"])
         if session is None:
             raise HttpError(404, f"Session {args['session']} not found")
-        return json_reply(serialization.session_json(session))
+        return session
 
-    def _trace(self, request: Request, args: dict[str, str]) -> Reply:
-        self._get_session(request, args)
-        return json_reply({"status": "ready", "url": self._store.sign_trace(args["session"])})
+    def _trace(self, _request: Request, args: dict[str, str]) -> Reply:
+        session = self._session(args)
+        if session.trace_polls != 0:
+            if session.trace_polls is not None:
+                session.trace_polls -= 1
+            headers = self._retry_after()
+            return json_reply({"status": "pending", "url": None, "error": None}, headers=headers)
+        if session.trace_error is not None:
+            return json_reply({"status": "failed", "url": None, "error": session.trace_error})
+        return json_reply(
+            {"status": "ready", "url": self._store.sign_trace(session), "error": None}
+        )
 
     def _get_sampler(self, _request: Request, args: dict[str, str]) -> Reply:
         sampler_id = args["sampler"]
@@ -421,7 +434,10 @@ class Api:
         if checkpoint.building_polls != 0:
             if checkpoint.building_polls is not None:
                 checkpoint.building_polls -= 1
-            behaviour = self._behaviour
-            headers = {"Retry-After": behaviour.retry_after} if behaviour.retry_after else {}
-            raise HttpError(behaviour.building_status, "Archive is being created", headers)
+            status = self._behaviour.building_status
+            raise HttpError(status, "Archive is being created", self._retry_after())
         return run, checkpoint
+
+    def _retry_after(self) -> dict[str, str]:
+        retry_after = self._behaviour.retry_after
+        return {} if retry_after is None else {"Retry-After": retry_after}

@@ -106,6 +106,10 @@ class Session:
         user_metadata: Metadata set by the user.
         status: Its status in the API's form.
         project_id: The project that it belongs to.
+        trace: Replaces the generated trace.
+        trace_generation: Increment it to change the trace, as further requests of the session do.
+        trace_polls: Remaining requests during which its trace is "pending"; None for unlimited.
+        trace_error: Message with which the build of its trace fails; None to succeed.
     """
 
     id: str
@@ -118,6 +122,10 @@ class Session:
         default_factory=lambda: {"type": "client_finished", "reason": {"type": "success"}}
     )
     project_id: str = "demo-project"
+    trace: Content | None = None
+    trace_generation: int = 0
+    trace_polls: int | None = 0
+    trace_error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

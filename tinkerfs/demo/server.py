@@ -46,7 +46,8 @@ class DemoServer:
             past. Pass `time.time()` for a realistic demo.
         size_bytes: Size of every checkpoint; None for various sizes of 0.3 to 5 MB.
         foreign_runs: Number of public runs of other users, which are found by id but not listed.
-        building_polls: Number of requests for each archive during which it is "being built".
+        building_polls: Number of requests for each archive or trace during which it is "being
+            built".
         signed_url_lifetime_s: Lifetime of signed URLs.
         **behaviour: Further attributes of `Behaviour`: `archive_response`, `sends_expiry`,
             `building_status`, `retry_after`, `accepts_jwt`, `requires_token`, `token_lifetime_s`,
@@ -162,6 +163,17 @@ class DemoServer:
             KeyError: The checkpoint does not exist.
         """
         return self._store.archive(*self.account.find(run_id, checkpoint_id))
+
+    def trace(self, session_id: str) -> Content:
+        """Return the expected trace of a session.
+
+        Raises:
+            KeyError: The session does not exist.
+        """
+        session = self.account.session(session_id)
+        if session is None:
+            raise KeyError(session_id)
+        return self._store.trace(session)
 
     def archive_url(self, run_id: str, checkpoint_id: str) -> str:
         """Return a new signed URL of a checkpoint's archive, without a request.

@@ -34,7 +34,7 @@ class Signer:
         expires_s = round(self._clock() + self.lifetime_s, 3)
         fields = {"X-Id": str(next(self._numbers)), "X-Expires": f"{expires_s:.3f}"}
         query = urlencode(fields | {"X-Signature": self._signature(path, fields)})
-        return f"{origin}{quote(path)}?{query}", expires_s
+        return f"{origin}{quote(path, errors='surrogateescape')}?{query}", expires_s
 
     def rejection_reason(self, path: str, query: Mapping[str, str]) -> str | None:
         """Return the S3 error code for a request; None if its signature is valid."""

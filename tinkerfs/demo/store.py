@@ -17,8 +17,9 @@ from tinkerfs.demo.http import Reply
 from tinkerfs.demo.profiles import Profile
 from tinkerfs.demo.ranges import UnsatisfiableRange, parse_range
 from tinkerfs.demo.request import Request
-from tinkerfs.demo.sample_data import Checkpoint, Run
+from tinkerfs.demo.sample_data import Checkpoint, Run, Session
 from tinkerfs.demo.signing import Signer
+from tinkerfs.demo.trace import trace_of
 
 _MAX_CACHED_ARCHIVES = 32
 
@@ -48,9 +49,16 @@ class Store:
         urls = {name: url for name, (url, _) in signed.items()}
         return urls, min((expires_s for _, expires_s in signed.values()), default=0.0)
 
-    def sign_trace(self, session_id: str) -> str:
+    def sign_trace(self, session: Session) -> str:
         """Return a signed URL of a session's trace."""
-        return self._signer.sign(self.base_url, f"/traces/{session_id}")[0]
+        return self._signer.sign(self.base_url, f"/traces/{session.id}")[0]
+
+    def trace(self, session: Session) -> Content:
+        """Return the trace of a session."""
+        if session.trace is not None:
+            return session.trace
+        runs = [run for run in map(self._account.run, session.run_ids) if run is not None]
+        return Data(trace_of(session, runs))
 
     def files(self, run: Run, checkpoint: Checkpoint) -> dict[str, Content]:
         """Return the files of a checkpoint by name."""
@@ -99,21 +107,31 @@ class Store:
     def _find(self, path: str) -> tuple[Content, str, float] | None:
         """Return the content, ETag and modification time of an object."""
         if path.startswith("/traces/"):
-            return Data(b"\x0a\x00"), '"trace"', 0.0  # a Perfetto trace with one empty packet
+            session = self._account.session(path.removeprefix("/traces/"))
+            if session is None:
+                return None
+            content = self.trace(session)
+            etag = _etag(f"{path}\n{session.trace_generation}\n{content.size_bytes}")
+            return content, etag, session.created_at_s + session.trace_generation
         _, what, run_id, kind, bare, *rest = path.split("/")
         run = self._account.run(run_id)
         checkpoint = self._account.checkpoint(run_id, f"{kind}/{bare}")
         if run is None or checkpoint is None:
             return None
         if what == "archives":
-            content: Content | None = self.archive(run, checkpoint)
+            found: Content | None = self.archive(run, checkpoint)
         else:
-            content = self.files(run, checkpoint).get("/".join(rest))
-        if content is None:
+            found = self.files(run, checkpoint).get("/".join(rest))
+        if found is None:
             return None
-        identity = f"{path}\n{checkpoint.time_s}\n{checkpoint.generation}\n{content.size_bytes}"
-        digest = hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16)
-        return content, f'"{digest.hexdigest()}"', checkpoint.time_s or 0.0
+        identity = f"{path}\n{checkpoint.time_s}\n{checkpoint.generation}\n{found.size_bytes}"
+        return found, _etag(identity), checkpoint.time_s or 0.0
+
+
+def _etag(identity: str) -> str:
+    """Return the ETag of a version of an object."""
+    digest = hashlib.blake2b(identity.encode("utf-8", "surrogateescape"), digest_size=16)
+    return f'"{digest.hexdigest()}"'
 
 
 def _serve(request: Request, content: Content, etag: str, time_s: float) -> Reply:

@@ -343,8 +343,9 @@ def _content(
     doc: str,
     versions: DynamicEntries,
     find_kind: Callable[[Node, str, RequestContext], tuple[models.TrainingRun, str] | None],
+    *others: DynamicEntries,
 ) -> Directory:
-    """Return a directory of expensive content by run, kind, name and version.
+    """Return a directory of expensive content by run, kind, name and version, and of `others`.
 
     None of its names is listed, so that a tree walk does not reach the content.
     """
@@ -358,13 +359,14 @@ def _content(
         "<run_id>", "a training run", (DynamicEntries(kind, _list_kinds, find_kind, False),)
     )
     runs = DynamicEntries(run, entities.list_runs, entities.find_run, False)
-    return Directory(".content", doc, (runs,))
+    return Directory(".content", doc, (runs, *others))
 
 
 _CONTENT = _content(
-    "content that needs an archive, reached through the symlinks; its names are not listed",
+    "content that is built on request, reached through the symlinks; its names are not listed",
     DynamicEntries(weights_nodes.VERSION, _list_version, _find_version, False),
     _find_kind,
+    session_views.TRACES,
 )
 _ADAPTERS = views.adapters(
     _content(

@@ -19,6 +19,7 @@ TEXT = b"""\
     shared/<owner>/<run_id>                          runs of other users that you may read
     projects/<project_id>/<run_id>                   runs by project, from your sessions
     sessions/, samplers/                             sessions with their runs and samplers
+    sessions/<session_id>/trace.pftrace              its timeline, for https://ui.perfetto.dev
     adapters/<run_id>@<kind>@<name>                  the checkpoints as engines load them
 
 Try:

@@ -10,7 +10,17 @@ from tinkerfs.api import models
 from tinkerfs.context import RequestContext
 from tinkerfs.tinker_path import TinkerPath
 from tinkerfs.vfs import entities, render
-from tinkerfs.vfs.schema import Directory, DynamicEntries, GeneratedFile, Node, Symlink
+from tinkerfs.vfs.schema import (
+    ContentFile,
+    Directory,
+    DynamicEntries,
+    GeneratedFile,
+    Node,
+    SizeHint,
+    Symlink,
+)
+from tinkerfs.weights.file import WeightsFile
+from tinkerfs.weights.traces import SessionTrace
 
 
 def _list_sessions(node: Node, ctx: RequestContext) -> Iterable[tuple[str, models.SessionSummary]]:
@@ -22,6 +32,10 @@ def _find_session(node: Node, session_id: str, ctx: RequestContext) -> models.Se
 
 
 def _session_ns(node: Node, _ctx: RequestContext) -> int:
+    return _created_ns(node)
+
+
+def _created_ns(node: Node) -> int:
     time_ns: int | None = node.entity.created_at_ns
     return node.backend.started_ns if time_ns is None else time_ns
 
@@ -46,6 +60,38 @@ def _session(node: Node, ctx: RequestContext) -> models.Session:
 def _session_info(node: Node, ctx: RequestContext) -> bytes:
     summary = node.backend.sessions.summary(node.entity.session_id, ctx)
     return render.session_info(summary, _session(node, ctx))
+
+
+# The trace, which the server builds on request.
+
+#: Directory of the targets in `/.content`. No name of the server is encoded like this.
+_TRACES = "%~sessions"
+#: Upper bound of the size of a trace: it may be longer than when it was opened last.
+_MAX_TRACE_BYTES = 1 << 40
+
+
+def _trace(node: Node) -> SessionTrace:
+    return SessionTrace(
+        server=node.backend.settings.base_url,
+        session_id=node.entity.session_id,
+        path=node.path,
+        mtime_ns=_created_ns(node),
+    )
+
+
+def _trace_path(node: Node, _ctx: RequestContext) -> str:
+    return f"/.content/{_TRACES}/{name_encoding.encode(node.entity.session_id)}/trace.pftrace"
+
+
+def _trace_size(node: Node) -> SizeHint:
+    size_bytes = node.backend.weights.traces.size_bytes(_trace(node))
+    if size_bytes is None:
+        return SizeHint(_MAX_TRACE_BYTES, is_exact=False)
+    return SizeHint(size_bytes, is_exact=True)
+
+
+def _open_trace(node: Node, ctx: RequestContext) -> WeightsFile:
+    return node.backend.weights.traces.open(_trace(node), ctx)
 
 
 def _list_session_runs(node: Node, ctx: RequestContext) -> Iterator[tuple[str, str]]:
@@ -102,6 +148,11 @@ SESSIONS = Directory(
                         _session_info,
                         is_expensive=True,
                     ),
+                    Symlink(
+                        "trace.pftrace",
+                        "the session's timeline, for ui.perfetto.dev; resolved when opened",
+                        _trace_path,
+                    ),
                     Directory(
                         "runs",
                         "the training runs of the session",
@@ -145,6 +196,40 @@ SESSIONS = Directory(
         ),
     ),
     _newest_session_ns,
+)
+
+#: The targets of `trace.pftrace`, in `/.content`.
+TRACES = DynamicEntries(
+    Directory(
+        _TRACES,
+        "what belongs to sessions",
+        (
+            DynamicEntries(
+                Directory(
+                    "<session_id>",
+                    "a session",
+                    (
+                        ContentFile(
+                            "trace.pftrace",
+                            "the session's timeline as a Perfetto trace; resolved when opened",
+                            _open_trace,
+                            _trace_size,
+                            awaits_exact_size=True,
+                        ),
+                    ),
+                    _session_ns,
+                ),
+                _list_sessions,
+                _find_session,
+                False,
+            ),
+        ),
+    ),
+    lambda _node, _ctx: (),
+    lambda _node, name, _ctx: name if name == _TRACES else None,
+    is_listed=False,
+    encode=str,
+    decode=str,
 )
 
 SAMPLERS = Directory(

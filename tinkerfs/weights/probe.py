@@ -7,7 +7,7 @@ from tinkerfs.weights.url_cache import UrlProvider
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 
-def _read_version(connect: Connect, url_provider: UrlProvider) -> Version:
+def read_version(connect: Connect, url_provider: UrlProvider) -> Version:
     """Return the current version of a file.
 
     Raises:
@@ -27,7 +27,7 @@ def read_archive_version(connect: Connect, url_provider: UrlProvider) -> Version
         ApiError: the request fails, or the archive stays empty.
     """
     retry_budget = connect().monitor.retry_budget()
-    while not (version := _read_version(connect, url_provider)).size_bytes:
+    while not (version := read_version(connect, url_provider)).size_bytes:
         empty_archive().wait_or_raise(retry_budget)
     return version
 
@@ -44,7 +44,7 @@ def has_version(connect: Connect, url_provider: UrlProvider, version: Version) -
     Raises:
         ApiError: the request fails.
     """
-    now = _read_version(connect, url_provider)
+    now = read_version(connect, url_provider)
     return _comparable(now) == _comparable(version)
 
 

@@ -39,6 +39,7 @@ from tinkerfs.weights.remote_file_pool import RemoteFilePool
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensors_json
 from tinkerfs.weights.tar_index import Member, Segment
 from tinkerfs.weights.tar_layout import tar_layout
+from tinkerfs.weights.traces import Traces
 from tinkerfs.weights.transfer_monitor import TransferMonitor
 from tinkerfs.weights.url_cache import SignedUrlCache
 from tinkerfs.weights.version import Version
@@ -74,14 +75,15 @@ class WeightsReader:
         cache: caches blocks across mounts.
         telemetry: records skipped members and counts cache hits.
         timeout_s: how long a transfer may make no progress, seconds.
-        url_age_s: maximum age of a signed URL that revalidates a checkpoint without a time,
-            seconds.
+        url_age_s: maximum age of a signed URL that revalidates a trace, or a checkpoint without a
+            time, seconds.
         memory_bytes: memory bound for the blocks of all open files together.
         base_models: what is known of base models, for adapters; None for the models of the service.
         moe_layout: layout of the experts of adapters, "peft" or "packed".
 
     Attributes:
         adapters: the converted adapters, for `AdapterFiles`.
+        traces: the traces of sessions, which share the caches and connections of weights.
     """
 
     def __init__(
@@ -111,6 +113,9 @@ class WeightsReader:
         self.moe_layout = moe_layout
         self.memory = BlockMemoryPool(memory_bytes)
         self._files = RemoteFilePool(cache, self.memory, telemetry, timeout_s=timeout_s)
+        self.traces = Traces(
+            url_cache, self._origins.connect, self._files, store, url_age_s=url_age_s
+        )
 
     def __enter__(self) -> Self:
         """Return the reader itself."""

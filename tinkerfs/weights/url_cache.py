@@ -1,11 +1,11 @@
-"""Cache the signed URLs of checkpoints, and build each archive once.
+"""Cache the signed URLs of checkpoints and traces, and build each archive once.
 
 The server builds an archive at the first request for its URL, which is expensive and may take
 minutes. Concurrent callers therefore share one build, and a build continues after a caller is
 interrupted. A URL is reused until shortly before it expires. Each process group may start only
 a few builds a minute, because a walk that follows links would otherwise build every archive of
 the account. Files of external weights have one URL each; the server lists all of them in one
-response and builds nothing. Thread-safe.
+response and builds nothing. The trace of a session is built like an archive. Thread-safe.
 """
 
 import threading
@@ -17,6 +17,7 @@ from functools import partial
 from typing import Protocol
 
 from tinkerfs import errors
+from tinkerfs.api import endpoints
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.models import SignedUrl
@@ -32,13 +33,13 @@ EXPIRY_MARGIN_S = 60.0
 RATE_LIMIT_WINDOW_S = 60.0
 
 
-#: The name of the archive in `_CachedUrls.urls`; files of external weights have their own names.
-_ARCHIVE = ""
+#: The name of an archive or a trace in `_CachedUrls.urls`; external files have their own names.
+_ONLY = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class _CachedUrls:
-    """The URLs of one checkpoint by name, and when they were requested; all secrets."""
+    """The URLs of one checkpoint or trace by name, and when they were requested; all secrets."""
 
     urls: Mapping[str, SignedUrl]
     valid_until: float
@@ -46,7 +47,7 @@ class _CachedUrls:
 
 
 class SignedUrlCache:
-    """Signed URLs of archives and of external weights, by checkpoint.
+    """Signed URLs of archives and external weights by checkpoint, and of traces by session.
 
     Args:
         telemetry: tracks the pending builds.
@@ -82,19 +83,25 @@ class SignedUrlCache:
         # Guarded by _lock.
         self._entries: dict[Hashable, _CachedUrls] = {}
         self._started: dict[int, deque[float]] = {}
-        #: Archives that were built before: a new URL costs the server nothing.
+        #: What was built before: another URL costs the server little or nothing.
         self._built: set[Hashable] = set()
 
     def cached_url(self, key: Hashable) -> SignedUrl | None:
         """Return a valid cached URL of an archive, None if absent; send no request."""
         with self._lock:
             entry = self._cached((key, False))
-        return None if entry is None else entry.urls[_ARCHIVE]
+        return None if entry is None else entry.urls[_ONLY]
 
     def has_urls(self, key: Hashable, *, is_external: bool) -> bool:
         """Return whether valid URLs are cached."""
         with self._lock:
             return self._cached((key, is_external)) is not None
+
+    def is_younger(self, key: Hashable, age_s: float) -> bool:
+        """Return whether a valid URL of an archive or a trace is younger than `age_s`."""
+        with self._lock:
+            entry = self._cached((key, False))
+            return entry is not None and self._clock.now() - entry.requested_at < age_s
 
     def url(self, key: Hashable, ref: CheckpointRef, path: str, ctx: RequestContext) -> SignedUrl:
         """Return a valid URL of an archive; wait until the archive is built.
@@ -107,13 +114,32 @@ class SignedUrlCache:
                 started too many builds; EINTR if the caller was interrupted.
         """
         # A server without archives builds none, so its refusals do not count as builds.
-        self._client.check_archives(ref)
+        self._client.check_supported(endpoints.ARCHIVE, ref)
 
         def request(hold_s: float) -> _CachedUrls:
             url = self._client.archive(ref, hold_s)
-            return self._cache_entry({_ARCHIVE: url.url}, url.expires_at_s)
+            return self._cache_entry({_ONLY: url.url}, url.expires_at_s)
 
-        return self._get_or_build((key, False), request, path, ctx).urls[_ARCHIVE]
+        return self._get_or_build((key, False), request, path, ctx).urls[_ONLY]
+
+    def trace_url(
+        self, key: Hashable, session_id: str, path: str, ctx: RequestContext
+    ) -> SignedUrl:
+        """Return a valid URL of a session's trace; wait until the trace is built.
+
+        The rate limit of archives applies, because a walk that follows links reaches traces too.
+
+        Raises:
+            ApiError: as `url`; BuildFailed if the server could not build the trace.
+            OSError: as `url`.
+        """
+        self._client.check_supported(endpoints.TRACE)
+
+        def request(_hold_s: float) -> _CachedUrls:
+            url = self._client.trace_url(session_id)
+            return self._cache_entry({_ONLY: url.url}, url.expires_at_s)
+
+        return self._get_or_build((key, False), request, path, ctx, what="trace").urls[_ONLY]
 
     def external_urls(
         self, key: Hashable, ref: CheckpointRef, path: str, ctx: RequestContext
@@ -154,6 +180,8 @@ class SignedUrlCache:
         request: Callable[[float], _CachedUrls],
         path: str,
         ctx: RequestContext,
+        *,
+        what: str = "archive",
     ) -> _CachedUrls:
         is_external = key[1]
         with self._lock:
@@ -164,8 +192,8 @@ class SignedUrlCache:
             if future is None:
                 if not is_external and key not in self._built:
                     self._check_rate_limit(ctx.caller().pgid, path)
-                work = partial(self._build, key, request, path)
-                future = self._builds.run(key, work, f"archive {path}", Future())
+                work = partial(self._build, key, request, path, what)
+                future = self._builds.run(key, work, f"{what} {path}", Future())
         return ctx.with_timeout(self._timeout_s).wait_for(future)
 
     def _cached(self, key: Hashable) -> _CachedUrls | None:
@@ -191,7 +219,7 @@ class SignedUrlCache:
         if len(started) == self._burst and now - started[0] < RATE_LIMIT_WINDOW_S:
             raise errors.burst_exceeded(
                 path,
-                f"one process group may start {self._burst} archive builds a minute "
+                f"one process group may start {self._burst} builds of archives or traces a minute "
                 "(--archive-burst): this looks like a walk that follows links, or a process that "
                 "opens many adapters (hint: run tinkerfs prefetch or tinkerfs get first: what is "
                 "cached does not count)",
@@ -199,7 +227,7 @@ class SignedUrlCache:
         started.append(now)
 
     def _build(
-        self, key: Hashable, request: Callable[[float], _CachedUrls], path: str
+        self, key: Hashable, request: Callable[[float], _CachedUrls], path: str, what: str
     ) -> _CachedUrls:
         """Request the URLs until the archive is built; runs on its own thread.
 
@@ -207,7 +235,7 @@ class SignedUrlCache:
         """
         began = self._clock.monotonic()
         polls, outage_budget = 0, None
-        with self._telemetry.track_pending(f"archive {path}"):
+        with self._telemetry.track_pending(f"{what} {path}"):
             while True:
                 try:
                     entry = request(self._timeout_s - (self._clock.monotonic() - began))
@@ -227,7 +255,7 @@ class SignedUrlCache:
                     waited_s = self._clock.monotonic() - began
                     if waited_s + wait_s > self._timeout_s:
                         raise errors.RequestTimeout(
-                            f"the archive was not built within {self._timeout_s:g} s "
+                            f"the {what} was not built within {self._timeout_s:g} s "
                             f"(--archive-timeout); the server's last response: {error.message}",
                             endpoint=error.endpoint,
                             status=error.status,
@@ -287,7 +315,7 @@ class CheckpointUrlProvider:
     key: Hashable
     ref: CheckpointRef
     path: str
-    name: str = _ARCHIVE
+    name: str = _ONLY
 
     def url(self, ctx: RequestContext = BACKGROUND_CONTEXT) -> SignedUrl:
         """See `UrlProvider.url`."""
@@ -303,6 +331,33 @@ class CheckpointUrlProvider:
     def invalidate(self, url: SignedUrl) -> None:
         """Drop a URL that the store has rejected."""
         self.url_cache.invalidate(self.key, url, is_external=bool(self.name))
+
+
+@dataclass(frozen=True, slots=True)
+class TraceUrlProvider:
+    """The `UrlProvider` of a session's trace.
+
+    Attributes:
+        key: the session.
+        path: for messages.
+    """
+
+    url_cache: SignedUrlCache
+    key: Hashable
+    session_id: str
+    path: str
+
+    def url(self, ctx: RequestContext = BACKGROUND_CONTEXT) -> SignedUrl:
+        """See `UrlProvider.url`; NotFound if the session does not exist."""
+        return self.url_cache.trace_url(self.key, self.session_id, self.path, ctx)
+
+    def has_url(self) -> bool:
+        """Return whether a valid URL is cached."""
+        return self.url_cache.has_urls(self.key, is_external=False)
+
+    def invalidate(self, url: SignedUrl) -> None:
+        """Drop a URL that the store has rejected."""
+        self.url_cache.invalidate(self.key, url)
 
 
 def find_url(urls: Mapping[str, SignedUrl], name: str) -> SignedUrl:

@@ -346,6 +346,69 @@ def test_archive_with_json_response_returns_url(server, client, refs):
     assert signed.url.startswith(server.store_url)
 
 
+TRACE = "GET trace_export"
+
+
+def test_trace_url_is_returned_once_the_trace_is_built(server, client):
+    session = server.account.session(server.account.session_ids()[0])
+    session.trace_polls = 1
+    with pytest.raises(errors.ResourceNotReady, match="not built yet: pending") as caught:
+        client.trace_url(session.id)
+    assert caught.value.retry_after_s == 1.0
+    signed = client.trace_url(session.id)
+    assert signed.url.startswith(server.store_url)
+    assert 890 < signed.expires_at_s - SYSTEM_CLOCK.now() <= 900
+    assert server.journal.count(TRACE) == 2
+
+
+def test_failed_trace_has_the_redacted_words_of_the_server(server, client):
+    session = server.account.session(server.account.session_ids()[0])
+    session.trace_error = "no events at https://store/x?X-Signature=secret"
+    with pytest.raises(errors.BuildFailed, match="could not be built: no events") as caught:
+        client.trace_url(session.id)
+    assert "secret" not in str(caught.value)
+    assert server.journal.count(TRACE) == 1
+
+
+def test_trace_of_an_unknown_session_is_not_found(client):
+    with pytest.raises(errors.NotFound):
+        client.trace_url("none")
+
+
+def test_missing_trace_endpoint_is_remembered(server, client):
+    server.faults.add(TRACE, status=404, body={"detail": "Not Found"}, times=None)
+    client.check_supported(endpoints.TRACE)
+    for _ in range(5):
+        with pytest.raises(errors.UnsupportedEndpoint):
+            client.trace_url("s")
+    assert server.journal.count(TRACE) == 3
+    with pytest.raises(errors.UnsupportedEndpoint):
+        client.check_supported(endpoints.TRACE)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b'{"status": "ready"}',
+        b'{"status": "ready", "url": "ftp://store/x?sig=1"}',
+        b'{"status": 7}',
+        b"[]",
+    ],
+)
+def test_trace_without_status_or_url_raises_protocol_error(bytes_of, client_of, body):
+    _server, client = start(bytes_of, client_of, http(200, body))
+    with pytest.raises(errors.ProtocolError) as caught:
+        client.trace_url("s")
+    assert "sig" not in str(caught.value)
+
+
+def test_trace_with_an_unknown_status_is_not_ready(bytes_of, client_of):
+    _server, client = start(bytes_of, client_of, http(200, b'{"status": "queued"}'))
+    with pytest.raises(errors.ResourceNotReady, match="queued"):
+        client.trace_url("s")
+
+
 def start(bytes_of, client_of, *scripts, clock=None):
     server = bytes_of(*scripts)
     options = {} if clock is None else {"clock": clock}
@@ -446,6 +509,7 @@ READS = {
     "GET external_weights_urls": lambda client: client.external_weights_urls(REF),
     "GET sessions": lambda client: client.list_sessions(),
     "GET sessions/{session}": lambda client: client.session("s"),
+    "GET trace_export": lambda client: client.trace_url("s"),
     "POST sessions/search": lambda client: client.search_sessions(),
     "GET samplers/{sampler}": lambda client: client.sampler("s"),
     "GET auth/apikey/me": lambda client: client.whoami(),

@@ -375,3 +375,45 @@ def test_external_weights_urls_serve_the_files(api, server, run_id, web):
     assert sum(content.size_bytes for content in files.values()) == checkpoint.size_bytes
     assert api.get(url.replace("external_weights/export", "weights/0001")).status_code == 400
     assert api.get(url.replace("export", "none")).status_code == 404
+
+
+def fields_of(data):
+    """Return the fields of a protocol buffer, with the content of those that are messages."""
+    found, offset = {}, 0
+
+    def number():
+        nonlocal offset
+        value, shift = 0, 0
+        while True:
+            byte = data[offset]
+            offset, value, shift = offset + 1, value | (byte & 0x7F) << shift, shift + 7
+            if byte < 0x80:
+                return value
+
+    while offset < len(data):
+        key = number()
+        value = number()
+        if key & 7:
+            value, offset = data[offset : offset + value], offset + value
+        found.setdefault(key >> 3, []).append(value)
+    return found
+
+
+def test_trace_is_pending_then_ready_or_failed(api, server, web):
+    session = server.account.session(server.account.session_ids()[0])
+    session.trace_polls = 1
+    path = f"sessions/{session.id}/trace_export"
+    pending = api.get(path)
+    assert pending.json() == {"status": "pending", "url": None, "error": None}
+    assert pending.headers["retry-after"] == "1"
+    ready = api.get(path).json()
+    assert ready["status"] == "ready"
+    packets = fields_of(web.get(ready["url"]).content)[1]
+    tracks = [fields_of(fields_of(packet)[60][0]) for packet in packets if 60 in fields_of(packet)]
+    assert [track[2][0].decode().split()[0] for track in tracks[1:]] == session.run_ids
+    events = [fields_of(fields_of(packet)[11][0]) for packet in packets if 11 in fields_of(packet)]
+    assert {event[23][0] for event in events if 23 in event} == {b"forward_backward", b"optim_step"}
+    assert len(events) == len(packets) - len(tracks)
+    session.trace_error = "no events"
+    assert api.get(path).json() == {"status": "failed", "url": None, "error": "no events"}
+    assert api.get("sessions/none/trace_export").status_code == 404
