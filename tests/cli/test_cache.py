@@ -2,10 +2,11 @@
 
 import json
 import os
+import sys
 
 import pytest
 
-from tests.support.mount import tinkerfs
+from tests.support.mount import run, tinkerfs
 from tests.support.server import demo_server
 
 __all__ = ["demo_server"]
@@ -171,6 +172,22 @@ def test_cache_help_explains_exit_codes_and_path(command):
     text = " ".join(tinkerfs("cache", command, "--help").stdout.split())
     for phrase in ("Exits 0", "PATH is a tinker path", "TINKERFS_CACHE_DIR"):
         assert phrase in text
+
+
+def test_info_and_clear_include_traces_of_sessions(env, server):
+    session_id = server.account.session_ids()[0]
+    code = "import fsspec, sys; print(len(fsspec.filesystem('tinker').cat_file(sys.argv[1])))"
+    path = f"tinker://sessions/{session_id}/trace.pftrace"
+    done = run(sys.executable, "-c", code, path, env=env)
+    assert done.returncode == 0, done
+    [row] = cache_info(env)["checkpoints"]
+    assert row["checkpoint"] == f"session {session_id}"
+    size_bytes = server.trace(session_id).size_bytes
+    assert (int(done.stdout), row["cached_bytes"], row["total_bytes"]) == (size_bytes,) * 3
+    assert tinkerfs("cache", "clear", env=env).returncode == 0
+    assert cache_info(env)["checkpoints"] == []
+    again = run(sys.executable, "-c", code, path, env=env)
+    assert again.stdout == done.stdout, again
 
 
 def test_info_lists_external_weights_by_checkpoint(env, server):

@@ -34,8 +34,8 @@ _PATH_HELP = (
 #: The limit of Linux, see path_resolution(7).
 _MAX_LINKS = 40
 
-#: Suffixes after the tinker path in the description of a cached file.
-_DESCRIPTION_SUFFIXES = (" archive", " unpacked")
+#: Suffixes after the tinker path or the session in the description of a cached file.
+_DESCRIPTION_SUFFIXES = (" archive", " unpacked", " trace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +242,7 @@ def _tinker_path_prefix(location: Location) -> str | None:
 
 
 def _checkpoint_of(description: str) -> str:
-    """Return the tinker path in the description of a cached file or archive."""
+    """Return the tinker path or the session in the description of a cached file."""
     for suffix in _DESCRIPTION_SUFFIXES:
         if description.endswith(suffix):
             return description.removesuffix(suffix)

@@ -114,7 +114,7 @@ class WeightsReader:
         self.memory = BlockMemoryPool(memory_bytes)
         self._files = RemoteFilePool(cache, self.memory, telemetry, timeout_s=timeout_s)
         self.traces = Traces(
-            url_cache, self._origins.connect, self._files, store, url_age_s=url_age_s
+            url_cache, self._origins.connect, self._files, store, telemetry, url_age_s=url_age_s
         )
 
     def __enter__(self) -> Self:

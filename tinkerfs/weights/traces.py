@@ -21,6 +21,7 @@ from tinkerfs.cache.store import MetadataStore
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import RequestContext
 from tinkerfs.name_encoding import compound_key
+from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.file import MemberFile, WeightsFile
 from tinkerfs.weights.origins import StoredFile
 from tinkerfs.weights.probe import read_version
@@ -85,6 +86,7 @@ class Traces:
         connect: returns the HTTP client of the store.
         files: the open files, whose blocks are cached.
         store: caches the versions across mounts.
+        telemetry: records why another version than the current one is opened.
         url_age_s: maximum age of a signed URL that reveals the current version, seconds.
     """
 
@@ -94,6 +96,7 @@ class Traces:
         connect: Connect,
         files: RemoteFilePool,
         store: MetadataStore,
+        telemetry: Telemetry,
         *,
         url_age_s: float,
     ) -> None:
@@ -101,6 +104,7 @@ class Traces:
         self._connect = connect
         self._files = files
         self._store = store
+        self._telemetry = telemetry
         self._url_age_s = url_age_s
         self._lock = threading.Lock()
         #: The number of open handles, by trace and version; guarded by _lock.
@@ -149,9 +153,11 @@ class Traces:
                 lambda: read_version(self._connect, provider), f"size of {trace.path}"
             )
             version = ctx.wait_for(request)
-        except errors.UNAVAILABLE_ERRORS:
+        except errors.UNAVAILABLE_ERRORS as error:
             if known is None:
                 raise
+            failure = errors.os_error_from_api(error, trace.path)
+            self._telemetry.record_error(trace.path, "update", failure)
             return known
         except errors.NotFound:
             self._forget(trace)

@@ -176,11 +176,13 @@ def test_rejected_url_is_requested_again(server, mount, session, trace):
     assert server.journal.count(TRACE) == 2
 
 
+@pytest.mark.expect_warnings("update EHOSTUNREACH")
 def test_trace_in_an_outage_is_the_last_version(server, weights_of, trace):
     expected = read(weights_of(server), trace)
     later = weights_of(server, timeout_s=1.0)
     server.stop_listening()
     assert read(later, trace) == expected
+    assert f"{trace.path}\tupdate\tEHOSTUNREACH" in later.telemetry.errors.text().decode()
     other = SessionTrace(trace.server, "other", "/sessions/other", 0)
     with pytest.raises(errors.ConnectionFailed):
         read(later, other)
