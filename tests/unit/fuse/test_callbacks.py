@@ -195,7 +195,6 @@ class Libfuse:
         self.table = build_operations(
             self.operations, module, major, lambda *pointers: self.configured.append(pointers)
         )
-        gc.collect()  # the structure owns its callbacks
         self.call = {name: getattr(self.table, name) for name, *_type in structure._fields_}
 
     def on_ready(self):
@@ -246,7 +245,9 @@ class Libfuse:
 
 @pytest.fixture(params=[2, 3])
 def libfuse(request):
-    return Libfuse(request.param)
+    libfuse = Libfuse(request.param)
+    gc.collect()  # the structure owns its callbacks
+    return libfuse
 
 
 def test_getattr_works_by_path_and_by_handle(libfuse):

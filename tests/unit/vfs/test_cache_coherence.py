@@ -64,12 +64,15 @@ class Account:
         return f"/runs/{run_id}/checkpoints/{name}"
 
     def settle(self):
-        """Walk the tree until no background refresh changes the metadata."""
-        generation = None
-        while generation != self.filesystem.generation:
-            generation = self.filesystem.generation
+        """Walk the tree until a walk loads nothing and no refresh is running."""
+        misses = None
+        while misses != self.misses():
+            misses = self.misses()
             snapshot(self.filesystem, checks=False)
             self.filesystem.wait_idle(CTX)
+
+    def misses(self):
+        return self.filesystem._backend.telemetry.counter_value("metadata_cache_misses")
 
     def new_filesystem(self):
         """Return a file system with the same backend and empty caches."""
@@ -160,24 +163,36 @@ class ReplyChecker:
         self.paths = set()
 
     def check(self):
-        found = {path for path in snapshot(self.account.filesystem) if isinstance(path, str)}
-        self.paths |= {name for path in found for name in (path, f"{path}/nothing")}
+        for path, attr in snapshot(self.account.filesystem).items():
+            if isinstance(path, str):
+                self.paths.add(path)
+                if stat.S_ISDIR(attr.mode):
+                    self.paths.add(f"{path}/nothing")
+        paths = [path.encode() for path in sorted(self.paths)]
+        fresh = Libfuse(3, self.account.new_filesystem())
+        expected = {path: replies(fresh, path) for path in paths}
+        listings = {
+            path: [(name, offset) for name, _status, offset, _plus in fresh.listed(path, 1000, 0)]
+            for path in paths
+            if stat.S_ISDIR(fresh.stat(path)[1].st_mode)
+        }
         for _ in range(3):
-            fresh = Libfuse(3, self.account.new_filesystem())
-            for path in map(str.encode, sorted(self.paths)):
-                for query in (packed, Libfuse.target, data):
-                    assert query(self.cached, path) == query(fresh, path), path
-                if stat.S_ISDIR(fresh.stat(path)[1].st_mode):
+            for path in paths:
+                assert replies(self.cached, path) == expected[path], path
+                if path in listings:
                     self.cached.operations.note_file_stat()
-                    self.check_listing(path, fresh)
+                    self.check_listing(path, listings[path], fresh)
 
-    def check_listing(self, path, fresh):
+    def check_listing(self, path, names, fresh):
         cached = self.cached.listed(path, 9, 1)
-        names = [(name, offset) for name, _status, offset, _plus in cached]
-        assert names == [(name, at) for name, _status, at, _plus in fresh.listed(path, 1000, 0)]
+        assert [(name, offset) for name, _status, offset, _plus in cached] == names
         for name, status, _offset, plus in cached:
             if plus:
                 assert bytes(status) == packed(fresh, b"%b/%b" % (path, name))[1], (path, name)
+
+
+def replies(libfuse, path):
+    return packed(libfuse, path), libfuse.target(path), data(libfuse, path)
 
 
 def list_all(libfuse):
@@ -211,7 +226,7 @@ STEPS = st.one_of(
 
 
 @settings(
-    max_examples=8,
+    max_examples=30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
