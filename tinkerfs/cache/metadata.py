@@ -6,6 +6,7 @@ while it is refreshed (stale-while-revalidate). During an outage the last known 
 (stale-if-error). No lock is held while a value is loaded. Thread-safe.
 """
 
+import math
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
@@ -16,18 +17,15 @@ from typing import Any, TypeVar
 from cachetools import TLRUCache
 
 from tinkerfs import errors
+from tinkerfs.cache.cache_policy import CachePolicy
 from tinkerfs.cache.result_stream import ResultStream
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.concurrency import SingleFlight
-from tinkerfs.context import Priority, RequestContext
+from tinkerfs.context import BACKGROUND_CONTEXT, Priority, RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import Expiry
 
 T = TypeVar("T")
-
-#: TTL of a cached failure that says nothing about the object, seconds. A walk during an outage
-#: sends few requests, and a recovery is still noticed quickly.
-ERROR_TTL_S = 2.0
 
 #: Wait at most this long for a refresh if a stale value is available, seconds.
 REVALIDATE_WAIT_S = 2.0
@@ -39,47 +37,11 @@ DEGRADED_WAIT_S = 0.2
 #: Wait at most this long for all pages of a first load before they are streamed, seconds.
 STREAM_WAIT_S = 0.25
 
-#: A value that was read within this time, seconds, is served once after its expiry while it is
-#: refreshed in the background.
-STALE_WHILE_REVALIDATE_S = 2.0
-
 #: `Expiry.fresh_until` of a value that was replaced or removed.
-_EXPIRED = float("-inf")
+_EXPIRED = -math.inf
 
 #: Maximum number of entries; a listing is one entry.
 MAX_ENTRIES = 262_144
-
-
-@dataclass(frozen=True, slots=True)
-class CachePolicy:
-    """How long the outcomes of a load are cached.
-
-    Attributes:
-        ttl_s: freshness of a value.
-        stale_if_error_s: a value is served this long after its load while refreshes fail.
-        negative_ttl_s: TTL of a negative entry.
-        negative_errors: the errors that are cached as negative entries.
-    """
-
-    ttl_s: float
-    stale_if_error_s: float
-    negative_ttl_s: float
-    negative_errors: tuple[type[errors.ApiError], ...] = (
-        errors.NotFound,
-        errors.UnsupportedEndpoint,
-    )
-
-    @property
-    def revalidate_grace_s(self) -> float:
-        """Maximum time since the last read for stale-while-revalidate, seconds."""
-        return min(STALE_WHILE_REVALIDATE_S, self.ttl_s / 4)
-
-    def error_ttl_s(self, error: errors.ApiError) -> float:
-        """Return how long an error is cached, seconds."""
-        # An error that was raised without a request is cheap to raise again.
-        if error.is_local and isinstance(error, errors.UNAVAILABLE_ERRORS):
-            return 0.0
-        return self.negative_ttl_s if isinstance(error, self.negative_errors) else ERROR_TTL_S
 
 
 @dataclass(slots=True, eq=False)
@@ -110,6 +72,16 @@ class _Entry:
         error = self.error.as_local()
         error.is_local, self.is_unreported = not self.is_unreported, False
         return error
+
+
+class _EntryCache(TLRUCache[Hashable, _Entry]):
+    """The entries by key; the least recently used ones are evicted."""
+
+    def popitem(self) -> tuple[Hashable, _Entry]:
+        """Evict an entry, and expire it: derived values would miss its later changes."""
+        key, entry = super().popitem()
+        entry.expiry.fresh_until = _EXPIRED
+        return key, entry
 
 
 #: Stands for a key without an entry.
@@ -171,9 +143,11 @@ class MetadataCache:
         self._clock = clock
         self._lock = threading.Lock()
         # Guarded by _lock.
-        self._entries: TLRUCache[Hashable, _Entry] = TLRUCache(
+        self._entries = _EntryCache(
             max_entries, ttu=lambda _key, entry, _now: entry.stored_until, timer=clock.monotonic
         )
+        #: The expiry of what was derived from the absence of a value, by its key.
+        self._absences: dict[Hashable, Expiry] = {}
         self._generation = 0
         self._local_mutation_count = 0
         #: Kinds of key for which the last load failed or exceeded its wait.
@@ -183,9 +157,11 @@ class MetadataCache:
 
     @property
     def generation(self) -> int:
-        """A number that changes whenever a cached value is replaced, added or removed.
+        """A number that changes whenever a cached value is replaced or removed.
 
-        A value derived from several cached values is current while the number stays the same.
+        A value derived from several cached values is current while the number stays the same and
+        its `Validity` holds. The first value of a key only expires what was derived from its
+        absence. So the loads of a tree walk do not invalidate the directories before.
         """
         return self._generation
 
@@ -325,10 +301,16 @@ class MetadataCache:
             return None
         return pending.stream.find(part)
 
-    def peek(self, key: Hashable) -> Any:
-        """Return the cached value of `key`, fresh or stale; None if it is not cached."""
+    def peek(self, key: Hashable, ctx: RequestContext) -> Any:
+        """Return the cached value of `key`, fresh or stale; None if it is not cached.
+
+        The absence of a value is recorded in `ctx`, until the first value is cached.
+        """
         with self._lock:
-            return self._entries.get(key, _ABSENT).value
+            entry = self._entries.get(key, _ABSENT)
+            if not entry.has_value and ctx.validity is not None:
+                ctx.depends_on(self._absences.setdefault(key, Expiry(math.inf)))
+            return entry.value
 
     def last_changed(self, key: Hashable) -> float | None:
         """Return when the value of `key` was last seen to change, seconds since 1970.
@@ -390,11 +372,13 @@ class MetadataCache:
 
     def _put(self, key: Hashable, entry: _Entry) -> None:
         """Store an entry and expire the one that it replaces; the caller holds the lock."""
-        before = self._entries.get(key)
-        if before is not None and before is not entry:
-            before.expiry.fresh_until = _EXPIRED
+        before = self._entries.get(key, _ABSENT)
+        before.expiry.fresh_until = _EXPIRED
         self._entries[key] = entry
-        self._generation += 1
+        if before.has_value:
+            self._generation += 1
+        elif entry.has_value and key in self._absences:
+            self._absences.pop(key).fresh_until = _EXPIRED
 
     def _join_or_start(
         self, key: Hashable, load: Loader[T], policy: CachePolicy, *, is_demand: bool
@@ -411,7 +395,9 @@ class MetadataCache:
             except errors.ApiError as error:
                 self._on_error(key, pending, policy, error)
                 raise
-            before = self.peek(key)  # compared without the lock, because a listing may be long
+            before = self.peek(
+                key, BACKGROUND_CONTEXT
+            )  # compared without the lock, because a listing may be long
             is_change = before is not None and before != value
             if before is not None and not is_change:
                 value = before  # keep one of two equal values, and all values derived from it

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
-from tinkerfs.cache.metadata import CachePolicy, Loader, MetadataCache
+from tinkerfs.cache.cache_policy import CachePolicy
+from tinkerfs.cache.metadata import Loader, MetadataCache
 from tinkerfs.cache.result_stream import ResultStream
 from tinkerfs.catalog.trash import Trash
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
@@ -56,9 +57,12 @@ class CachedListing(Generic[T]):
         found = self._cache.get_or_stream(self._key, self._load, self._policy, ctx)
         return found.iterate(ctx) if isinstance(found, ResultStream) else iter(found)
 
-    def peek(self) -> T | None:
-        """Return the cached listing, fresh or stale, without a request."""
-        return self._cache.peek(self._key)  # type: ignore[no-any-return]
+    def peek(self, ctx: RequestContext) -> T | None:
+        """Return the cached listing, fresh or stale, without a request.
+
+        Its absence is recorded in `ctx`.
+        """
+        return self._cache.peek(self._key, ctx)  # type: ignore[no-any-return]
 
     def peek_partial(self, part: Hashable, ctx: RequestContext) -> Any:
         """Return one item of a first listing in flight; None if it has not arrived."""
@@ -121,9 +125,9 @@ class VisibleListing(Generic[T]):
         """Yield the checkpoints of the listing, see `CachedListing.iter`."""
         return (c for c in self._listing.iter(ctx) if not self._trash.is_trashed(c))
 
-    def peek(self) -> T | None:
-        """Return the cached listing, fresh or stale, without a request."""
-        listing = self._listing.peek()
+    def peek(self, ctx: RequestContext) -> T | None:
+        """Return the cached listing, see `CachedListing.peek`."""
+        listing = self._listing.peek(ctx)
         return None if listing is None else self._visible(listing)
 
     def last_changed_ns(self) -> int | None:

@@ -135,10 +135,10 @@ class Catalog:
 
     def _run(self, run_id: str, ctx: RequestContext) -> models.TrainingRun:
         run: models.TrainingRun | None = self.runs.peek_partial(run_id, ctx)
-        if run is None and self.runs.peek() is not None:
+        if run is None and self.runs.peek(ctx) is not None:
             run = self.runs.get(ctx).by_id.get(run_id)
         if run is None:
-            shared = self.shared.peek()
+            shared = self.shared.peek(ctx)
             if shared is not None and run_id in shared.by_id:
                 run = self.shared.get(ctx).by_id.get(run_id)
         if run is not None:
@@ -199,7 +199,7 @@ class Catalog:
         A checkpoint that the run's listing lacks is looked up by its tinker path. The user's own
         runs are exempt, because their listings are complete.
         """
-        own = self.runs.peek()
+        own = self.runs.peek(ctx)
         is_own = own is not None and run_id in own.by_id
         try:
             found = self.checkpoints(run_id).get(ctx).get(kind, name)
@@ -289,7 +289,7 @@ class Catalog:
 
     def update_last_checkpoints(self, run_id: str) -> None:
         """Update the last checkpoints in the cached records of a run from its cached listing."""
-        listing = self.checkpoints_with_trash(run_id).peek()
+        listing = self.checkpoints_with_trash(run_id).peek(BACKGROUND_CONTEXT)
         if listing is None:
             return
         self._cache.update(
@@ -345,7 +345,7 @@ class Catalog:
 
         Sends at most one successful request, and none if the runs have been listed.
         """
-        if self._supports_run_listing is None and self.runs.peek() is None:
+        if self._supports_run_listing is None and self.runs.peek(BACKGROUND_CONTEXT) is None:
             try:
                 self._client.list_training_runs(limit=1)
                 self._supports_run_listing = True
@@ -359,7 +359,7 @@ class Catalog:
         if priority.is_demand:
             self._run_prefetcher.on_access(run_id)
         records = self._client.with_priority(priority).list_checkpoints(run_id)
-        known = self.account.peek()
+        known = self.account.peek(BACKGROUND_CONTEXT)
         listing = CheckpointListing.from_records(run_id, records, known=known)
         self._reconcile_trash(run_id, listing)
         return listing
@@ -419,13 +419,14 @@ class Catalog:
     # Prefetching for traversals.
 
     def _following_run(self, run_id: str, order: Order) -> str | None:
-        runs = self.runs.peek()
+        runs = self.runs.peek(BACKGROUND_CONTEXT)
         return None if runs is None else runs.order.next(run_id, order)
 
     def _following_checkpoint(
         self, key: tuple[str, str, str], order: Order
     ) -> tuple[str, str, str] | None:
-        return following_checkpoint(key, order, self.runs.peek(), self._peek_checkpoints)
+        runs = self.runs.peek(BACKGROUND_CONTEXT)
+        return following_checkpoint(key, order, runs, self._peek_checkpoints)
 
     def _may_prefetch_listings(self) -> bool:
         """Return whether prefetched listings are likely to arrive, and to be fresh when read."""
@@ -436,7 +437,7 @@ class Catalog:
         return self.checkpoints_with_trash(run_id).prefetch()
 
     def _peek_checkpoints(self, run_id: str) -> CheckpointListing | None:
-        return self.checkpoints(run_id).peek()
+        return self.checkpoints(run_id).peek(BACKGROUND_CONTEXT)
 
     def _prefetch_info(self, key: tuple[str, str, str]) -> bool:
         run_id, kind, name = key

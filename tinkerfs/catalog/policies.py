@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tinkerfs import errors
 from tinkerfs.api.circuit_breaker import UNSUPPORTED_TTL_S
-from tinkerfs.cache.metadata import CachePolicy
+from tinkerfs.cache.cache_policy import CachePolicy
 
 #: Maximum TTL of negative entries, seconds; a shorter listing TTL applies to them too.
 NEGATIVE_TTL_S = 5.0

@@ -9,7 +9,7 @@ from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.catalog.cached_listing import CachedListing
 from tinkerfs.catalog.policies import CachePolicies
-from tinkerfs.context import Priority, RequestContext
+from tinkerfs.context import BACKGROUND_CONTEXT, Priority, RequestContext
 
 
 class Sessions:
@@ -38,7 +38,7 @@ class Sessions:
         Raises:
             ApiError: NotFound, BadRequest or UnsupportedEndpoint if the session does not exist.
         """
-        listed = self.listing.get(ctx) if self.listing.peek() else {}
+        listed = self.listing.get(ctx) if self.listing.peek(ctx) else {}
         if session_id in listed:
             return listed[session_id]
         self.record(session_id, ctx)
@@ -94,13 +94,15 @@ class Sessions:
         load = partial(self._load_sampler, sampler_id)
         return self._cache.get(("sampler", sampler_id), load, self._policies.by_name, ctx)
 
-    def cached_sampler_ids(self) -> list[str]:
+    def cached_sampler_ids(self, ctx: RequestContext) -> list[str]:
         """Return the samplers of all cached session records, without a request.
 
         The API lists samplers only in session records.
         """
-        session_ids = self.listing.peek() or ()
-        records = (self._cache.peek(("session", session_id)) for session_id in session_ids)
+        session_ids = self.listing.peek(ctx) or ()
+        records = [self._cache.peek(("session", id_), BACKGROUND_CONTEXT) for id_ in session_ids]
+        if None in records:
+            ctx.mark_uncacheable()
         return [sampler_id for record in records if record for sampler_id in record.sampler_ids]
 
     def _load_sessions(self, priority: Priority) -> dict[str, models.SessionSummary]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from tinkerfs.cache.metadata import CachePolicy, Loader, MetadataCache
+from tinkerfs.cache.cache_policy import CachePolicy
+from tinkerfs.cache.metadata import Loader, MetadataCache
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.catalog.policies import CachePolicies
-from tinkerfs.context import Priority, RequestContext
+from tinkerfs.context import BACKGROUND_CONTEXT, Priority, RequestContext
 from tinkerfs.name_encoding import compound_key
 
 #: Maximum number of entries in memory, 1 kB each; the number on disk is unlimited.
@@ -84,7 +85,7 @@ class WeightsInfoCache:
         """Return a cached weights info if the version is certain, without a request."""
         if not checkpoint.has_time:
             return None
-        in_memory: bytes | None = self._cache.peek(_memory_key(checkpoint))
+        in_memory: bytes | None = self._cache.peek(_memory_key(checkpoint), BACKGROUND_CONTEXT)
         return in_memory or self._store.get(self._namespace, _store_key(checkpoint))
 
     def _policy(self, checkpoint: ListedCheckpoint) -> CachePolicy:

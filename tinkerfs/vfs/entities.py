@@ -62,9 +62,9 @@ def run_ns(node: Node, _ctx: RequestContext) -> int:
     return node.backend.started_ns if time_ns is None else time_ns
 
 
-def newest_run_ns(node: Node, _ctx: RequestContext) -> int:
+def newest_run_ns(node: Node, ctx: RequestContext) -> int:
     """Return the time of the last request to any run of the user, from the cache."""
-    runs = node.backend.catalog.runs.peek()
+    runs = node.backend.catalog.runs.peek(ctx)
     changed_ns = node.backend.catalog.runs.last_changed_ns()
     return mtime_or_mount_time(node, changed_ns, runs.newest_ns if runs else None)
 

@@ -12,7 +12,7 @@ from tinkerfs import errors
 from tinkerfs.api import models
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.listings import ListedCheckpoint
-from tinkerfs.context import RequestContext
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.tinker_path import KINDS
 from tinkerfs.vfs import (
     controls,
@@ -210,10 +210,10 @@ def _stats(node: Node, _ctx: RequestContext) -> bytes:
 
 def _account_totals(catalog: Catalog) -> dict[str, int]:
     """Return totals of the cached listings; empty before the first listing."""
-    runs = catalog.runs.peek()
+    runs = catalog.runs.peek(BACKGROUND_CONTEXT)
     if runs is None:
         return {}
-    listings = [catalog.checkpoints(run_id).peek() for run_id in runs.by_id]
+    listings = [catalog.checkpoints(run_id).peek(BACKGROUND_CONTEXT) for run_id in runs.by_id]
     checkpoints = [c for listing in listings if listing for c in listing.all]
     return {
         "runs": len(runs.by_id),

@@ -45,8 +45,8 @@ def _session_xattrs(node: Node, _ctx: RequestContext) -> dict[str, str]:
     return {} if name is None else {"tinker.display_name": name}
 
 
-def _newest_session_ns(node: Node, _ctx: RequestContext) -> int:
-    sessions = (node.backend.sessions.listing.peek() or {}).values()
+def _newest_session_ns(node: Node, ctx: RequestContext) -> int:
+    sessions = (node.backend.sessions.listing.peek(ctx) or {}).values()
     changed_ns = node.backend.sessions.listing.last_changed_ns()
     return entities.mtime_or_mount_time(
         node, changed_ns, *(session.created_at_ns for session in sessions)
@@ -112,8 +112,8 @@ def _find_session_sampler(node: Node, sampler_id: str, ctx: RequestContext) -> s
     return sampler_id if sampler_id in _session(node, ctx).sampler_ids else None
 
 
-def _list_samplers(node: Node, _ctx: RequestContext) -> Iterator[tuple[str, str]]:
-    for sampler_id in node.backend.sessions.cached_sampler_ids():
+def _list_samplers(node: Node, ctx: RequestContext) -> Iterator[tuple[str, str]]:
+    for sampler_id in node.backend.sessions.cached_sampler_ids(ctx):
         yield sampler_id, sampler_id
 
 

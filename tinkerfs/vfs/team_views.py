@@ -36,8 +36,8 @@ def _find_run_of_owner(node: Node, run_id: str, ctx: RequestContext) -> models.T
     return _runs_of_owner(node, ctx).get(run_id)
 
 
-def _newest_shared_ns(node: Node, _ctx: RequestContext) -> int:
-    shared = node.backend.catalog.shared.peek()
+def _newest_shared_ns(node: Node, ctx: RequestContext) -> int:
+    shared = node.backend.catalog.shared.peek(ctx)
     times_ns = (run.last_request_time_ns for run in shared or ())
     changed_ns = node.backend.catalog.shared.last_changed_ns()
     return entities.mtime_or_mount_time(node, changed_ns, *times_ns)

@@ -38,8 +38,8 @@ def _view(
         checkpoint = node.backend.catalog.account_checkpoint((run_id, kind, name), ctx)
         return checkpoint if checkpoint is not None and shows(checkpoint) else None
 
-    def view_ns(node: Node, _ctx: RequestContext) -> int:
-        listing = node.backend.catalog.account.peek()
+    def view_ns(node: Node, ctx: RequestContext) -> int:
+        listing = node.backend.catalog.account.peek(ctx)
         newest_first = listing.by_key.values() if listing else ()
         times_ns = (c.record.time_ns for c in newest_first if shows(c))
         newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
@@ -99,7 +99,7 @@ def _find_adapter(
     if len(parts) != 3:
         return None
     run_id, kind, name = parts
-    listing = node.backend.catalog.account.peek()
+    listing = node.backend.catalog.account.peek(ctx)
     if listing is not None and (run_id, kind, name) in listing.by_key:
         return node.backend.catalog.account.get(ctx).by_key.get((run_id, kind, name))
     return entities.absent_as_none(node.backend.catalog.checkpoint, run_id, kind, name, ctx)

@@ -12,7 +12,7 @@ from msgspec.structs import replace as with_fields
 
 from tinkerfs import errors, name_encoding
 from tinkerfs.catalog.listings import ListedCheckpoint
-from tinkerfs.context import RequestContext
+from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.vfs import entities, render
 from tinkerfs.vfs.schema import (
     ContentFile,
@@ -159,7 +159,8 @@ def version_of(node: Node) -> CheckpointVersion:
 
 
 def _version(node: Node, checkpoint: ListedCheckpoint) -> CheckpointVersion:
-    own_runs = node.backend.catalog.runs.peek()
+    # Only errors of requests depend on it, and nothing that is cached.
+    own_runs = node.backend.catalog.runs.peek(BACKGROUND_CONTEXT)
     is_own = own_runs is None or checkpoint.run_id in own_runs.by_id
     return CheckpointVersion(
         server=node.backend.settings.base_url,

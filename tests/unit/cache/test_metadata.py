@@ -8,13 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.support.clocks import FakeTime
 from tests.support.mount import wait_until
 from tinkerfs import errors
-from tinkerfs.cache.metadata import (
-    DEGRADED_WAIT_S,
-    ERROR_TTL_S,
-    REVALIDATE_WAIT_S,
-    CachePolicy,
-    MetadataCache,
-)
+from tinkerfs.cache.cache_policy import ERROR_TTL_S, CachePolicy
+from tinkerfs.cache.metadata import DEGRADED_WAIT_S, REVALIDATE_WAIT_S, MetadataCache
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import Validity
@@ -65,7 +60,7 @@ def test_full_cache_evicts_the_least_recently_used_values(time, telemetry):
     for key in ("a", "b", "c", "a", "d"):
         cache.get(key, load, POLICY, BACKGROUND_CONTEXT)
     assert load.calls == 4
-    assert [key for key in "abcd" if cache.peek(key) is not None] == ["a", "c", "d"]
+    assert [key for key in "abcd" if cache.peek(key, BACKGROUND_CONTEXT)] == ["a", "c", "d"]
 
 
 def test_value_is_loaded_once_within_its_ttl(cache, time):
@@ -277,7 +272,7 @@ def test_definite_error_replaces_the_stale_value(cache, time, kind):
     load.result = kind("no more")
     with pytest.raises(kind):
         cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
-    assert cache.peek("k") is None
+    assert cache.peek("k", BACKGROUND_CONTEXT) is None
 
 
 def test_get_with_stale_value_waits_only_briefly(cache, time):
@@ -349,7 +344,7 @@ def test_get_after_non_authoritative_update_reloads(cache):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
     cache.update("k", lambda _value: "guess", is_authoritative=False)
-    assert cache.peek("k") == "guess"
+    assert cache.peek("k", BACKGROUND_CONTEXT) == "guess"
     load.result = "truth"
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "truth"
 
@@ -376,7 +371,7 @@ def test_load_in_flight_when_a_value_expires_is_not_cached(cache):
     cache.expire("k")
     load.held.set()
     caller.join()
-    assert cache.peek("k") is None
+    assert cache.peek("k", BACKGROUND_CONTEXT) is None
 
 
 @pytest.mark.expect_warnings("refused|down")
@@ -412,7 +407,7 @@ def test_wait_idle_ends_with_the_last_load_or_its_timeout(cache):
         cache.wait_idle(RequestContext(timeout_s=0.05))
     load.held.set()
     cache.wait_idle(WAIT)
-    assert cache.peek("k") == "one"
+    assert cache.peek("k", BACKGROUND_CONTEXT) == "one"
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -462,7 +457,8 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def peek_returns_model_values(self):
         for key in "abc":
-            assert self.cache.peek(key) in (None, self.model.get(key, (None,))[0])
+            value = self.cache.peek(key, BACKGROUND_CONTEXT)
+            assert value in (None, self.model.get(key, (None,))[0])
 
 
 TestCacheMachine = CacheMachine.TestCase
@@ -529,6 +525,58 @@ def test_reload_of_an_equal_value_returns_the_cached_object(cache, time):
     time.advance(20)
     assert validity.check_and_touch(time.monotonic), "fresh since the reload"
     assert cache.generation == generation
+
+
+def test_first_value_expires_only_what_its_absence_led_to(cache, time):
+    loads = Loads()
+    absence, other = Validity(), Validity()
+    assert cache.peek("key", BACKGROUND_CONTEXT.tracking(absence)) is None
+    cache.peek("another", BACKGROUND_CONTEXT.tracking(other))
+    generation = cache.generation
+    time.advance(1e6)
+    assert absence.check_and_touch(time.monotonic)
+    cache.get("key", loads, POLICY, BACKGROUND_CONTEXT)
+    assert not absence.check_and_touch(time.monotonic)
+    assert other.check_and_touch(time.monotonic)
+    assert cache.generation == generation
+
+
+def test_negative_entry_changes_generation_once(cache, time):
+    loads = Loads()
+    cache.get("key", loads, POLICY, BACKGROUND_CONTEXT)
+    generation, loads.result = cache.generation, errors.NotFound("gone")
+    for _ in range(3):
+        time.advance(31)
+        with pytest.raises(errors.NotFound):
+            cache.get("key", loads, POLICY, BACKGROUND_CONTEXT)
+    assert (loads.calls, cache.generation) == (4, generation + 1)
+    loads.result = "back"
+    time.advance(31)
+    assert cache.get("key", loads, POLICY, BACKGROUND_CONTEXT) == "back"
+    assert cache.generation == generation + 1
+
+
+def test_negative_entry_is_still_an_absence(cache):
+    absence, loads = Validity(), Loads()
+    cache.peek("key", BACKGROUND_CONTEXT.tracking(absence))
+    loads.result = errors.NotFound("no such thing")
+    with pytest.raises(errors.NotFound):
+        cache.get("key", loads, POLICY, BACKGROUND_CONTEXT)
+    assert absence.check_and_touch(0.0)
+    loads.result = "one"
+    assert cache.reload("key", loads, POLICY, BACKGROUND_CONTEXT) == "one"
+    assert not absence.check_and_touch(0.0)
+
+
+def test_eviction_expires_what_was_derived_from_the_value(time, telemetry):
+    """A later change of the value could not expire it."""
+    cache, loads = MetadataCache(telemetry, time.clock, max_entries=2), Loads()
+    validity_of_get(cache, loads, time)
+    validity = validity_of_get(cache, loads, time)
+    for key in ("another", "a third"):
+        assert validity.check_and_touch(time.monotonic)
+        cache.get(key, loads, POLICY, BACKGROUND_CONTEXT)
+    assert not validity.check_and_touch(time.monotonic)
 
 
 @pytest.mark.expect_warnings("key refresh")

@@ -73,9 +73,9 @@ def names(checkpoints):
 
 
 def test_peek_sends_no_request(server):
-    assert server.listing.peek() is None
+    assert server.listing.peek(CTX) is None
     listing = server.listing.get(CTX)
-    assert server.listing.peek() is server.listing.get(CTX) is listing
+    assert server.listing.peek(CTX) is server.listing.get(CTX) is listing
     assert (server.requests, server.reads) == (1, 2)
 
 
@@ -112,7 +112,7 @@ def test_iter_yields_arrived_items_of_a_slow_listing(server):
 def test_visible_listing_leaves_out_the_trash(server, time, tmp_path, is_slow):
     with MetadataStore(tmp_path) as store, Trash(store, "url", lambda: "key", time.clock) as trash:
         visible = VisibleListing(server.listing, trash, trash.visible_in_account)
-        assert visible.peek() is None
+        assert visible.peek(CTX) is None
         assert visible.last_changed_ns() is None
         checkpoint = server.listing.get(CTX).by_key[KEY]
         record = trash.plan(checkpoint, 86_400)
@@ -122,7 +122,7 @@ def test_visible_listing_leaves_out_the_trash(server, time, tmp_path, is_slow):
         server.expiries_ns["1"] = record.expires_at_ns
         server.listing.reload()
         assert names(server.listing.get(CTX)) == ["1", "2"]
-        assert names(visible.get(CTX)) == names(visible.peek()) == ["2"]
+        assert names(visible.get(CTX)) == names(visible.peek(CTX)) == ["2"]
         if is_slow:
             server.listing._cache.clear()
             server.second_page.clear()

@@ -27,11 +27,11 @@ RUNS = 2
 
 
 @contextlib.contextmanager
-def make_account(tmp_path):
+def make_account(tmp_path, runs=RUNS, **settings):
     fake_time = FakeTime()
     with (
-        FaultyServer(runs=RUNS, checkpoints=3, clock=fake_time.clock.now) as server,
-        opened("process", server, tmp_path, time=fake_time, trash_s=86_400.0) as driver,
+        FaultyServer(runs=runs, checkpoints=3, clock=fake_time.clock.now) as server,
+        opened("process", server, tmp_path, time=fake_time, trash_s=86_400.0, **settings) as driver,
     ):
         yield Account(server, driver.filesystem, fake_time)
 
@@ -245,6 +245,89 @@ def test_caches_after_any_changes_equal_a_new_filesystem(tmp_path_factory, steps
             in_trash = snapshot(account.filesystem, "/.tinkerfs/trash")
             assert in_trash == snapshot(account.new_filesystem(), "/.tinkerfs/trash")
             checker.check()
+
+
+#: Directories of which the first listing sends requests, or which show what others have requested.
+VISITS = (
+    *("/", "/runs", "/models", "/checkpoints", "/adapters", "/shared", "/sessions", "/samplers"),
+    *("{run}", "{run}/checkpoints", "{run}/checkpoints/weights", "{checkpoint}", "{session}"),
+    "{session}/samplers",
+)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(st.sampled_from(VISITS), max_size=8))
+def test_caches_after_any_first_loads_equal_a_new_filesystem(tmp_path_factory, visits):
+    with make_account(tmp_path_factory.mktemp("cache")) as account:
+        (session_id,) = account.server.account.session_ids(0, 1)
+        places = {
+            "run": account.run,
+            "checkpoint": account.checkpoint,
+            "session": f"/sessions/{session_id}",
+        }
+        visited = set()
+        for visit in visits:
+            visited.add(visit.format(**places))
+            for path in visited:
+                for _ in range(2):  # the first listing sends requests, the second one is cached
+                    children(account.filesystem, path)
+            for path in visited:
+                expected = children(account.new_filesystem(), path)
+                assert children(account.filesystem, path) == expected, path
+
+
+def children(filesystem, directory):
+    """Return the attributes of the entries of a directory by name, and the targets of links."""
+    found = {}
+    for entry in filesystem.listdir(directory, CTX):
+        path = f"{directory.rstrip('/')}/{entry.name}"
+        if entry.name != ".tinkerfs":
+            attr = filesystem.stat(path, CTX)
+            is_link = stat.S_ISLNK(attr.mode)
+            found[entry.name] = (attr, filesystem.readlink(path, CTX) if is_link else None)
+    return found
+
+
+def test_first_listing_of_a_run_keeps_cached_listings_of_others(tmp_path):
+    with make_account(tmp_path, runs=50) as account:
+        filesystem = account.filesystem
+        filesystem.listdir("/runs", CTX)
+        generation, cached = filesystem.generation, {}
+        for run_id in account.server.account.run_ids:
+            directory = f"/runs/{run_id}/checkpoints/weights"
+            filesystem.listdir(directory, CTX)  # requests the listing
+            cached[directory] = filesystem.listdir(directory, CTX)
+        for directory, entries in cached.items():
+            assert filesystem.listdir(directory, CTX) is entries
+        assert filesystem.generation == generation
+
+
+def test_unchanged_refresh_keeps_everything_derived(tmp_path):
+    # With a TTL this short no listing is prefetched, so that each refresh has one waiter.
+    with make_account(tmp_path, runs=50, ttl_s=5.0) as account:
+        account.settle()
+        filesystem, generation = account.filesystem, account.filesystem.generation
+        cached = {path: filesystem.cached_directory(path) for path in directories(filesystem)}
+        cached = {path: listing for path, listing in cached.items() if listing is not None}
+        assert len(cached) > 6 * 50
+        for _ in range(3):
+            account.time.advance(31)
+            account.server.journal.clear()
+            with pytest.raises(FileNotFoundError):
+                filesystem.stat("/runs/none", CTX)
+            account.settle()
+            assert len(account.server.journal.entries()) > 50
+            for path, listing in cached.items():
+                assert filesystem.cached_directory(path) is listing, path
+            assert filesystem.generation == generation
+
+
+def directories(filesystem):
+    return [path for path, attr in snapshot(filesystem).items() if is_directory(path, attr)]
 
 
 @pytest.mark.parametrize("is_listed", [False, True])
