@@ -115,7 +115,7 @@ def test_traces_count_for_the_archive_burst(make_world):
     world = make_world(runs=8, checkpoints=1, settings={"archive_build_limit": 2})
     outcomes = [outcome_of(lambda p=p: world.driver.read(p)) for p in paths_of(world).values()]
     assert outcomes == ["OK", "OK", "EBUSY", "EBUSY"]
-    assert "archives or traces" in last_error(world)
+    assert "archive or trace builds" in last_error(world)
 
 
 def test_session_that_was_removed_is_enoent(world):

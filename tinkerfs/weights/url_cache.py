@@ -219,7 +219,7 @@ class SignedUrlCache:
         if len(started) == self._burst and now - started[0] < RATE_LIMIT_WINDOW_S:
             raise errors.burst_exceeded(
                 path,
-                f"one process group may start {self._burst} builds of archives or traces a minute "
+                f"one process group may start {self._burst} archive or trace builds a minute "
                 "(--archive-burst): this looks like a walk that follows links, or a process that "
                 "opens many adapters (hint: run tinkerfs prefetch or tinkerfs get first: what is "
                 "cached does not count)",

@@ -219,7 +219,7 @@ def test_builds_of_traces_count_for_the_rate_limit(server, weights_of):
         for session_id in server.account.session_ids()
     )
     assert read(mount, first)
-    with pytest.raises(errors.BurstExceeded, match="archives or traces"):
+    with pytest.raises(errors.BurstExceeded, match="archive or trace builds a minute"):
         read(mount, second)
     assert read(mount, first)
 
