@@ -19,6 +19,7 @@ import math
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from cachetools import TTLCache
@@ -104,7 +105,10 @@ class CopyTracker:
             read = self._reads.get(key)
             if read is None:
                 if len(self._reads) >= _MAX_READS:
-                    del self._reads[next(iter(self._reads))]
+                    # The oldest eighth, because finding the first key of a dict takes the longer
+                    # the more keys were deleted before it.
+                    for old in list(islice(self._reads, -(-_MAX_READS // 8))):
+                        del self._reads[old]
                 self._reads[key] = _Read(bits, now)
                 return
             if now - read.at >= COPY_WINDOW_S:

@@ -105,7 +105,8 @@ def test_reads_are_bounded_and_the_oldest_is_evicted(copies, monkeypatch):
     open_files(copies, ONE, MOVER)
     for number in range(100):
         read_links(copies, f"{TWO}{number}", MOVER)
-    assert len(copies._reads) == 100
+        assert len(copies._reads) <= 100
+    assert len(copies._reads) > 80
     read_links(copies, ONE, MOVER)
     assert not copies.has_copied(ONE, MOVER)
 
