@@ -94,6 +94,12 @@ class ExtentMap:
         return len(self._extents)
 
     @property
+    def own_bytes(self) -> int:
+        """The number of bytes at the start that are in no source."""
+        first = self._extents[0] if self._extents else None
+        return first.length if isinstance(first, OwnBytes) else 0
+
+    @property
     def extents(self) -> tuple[Extent, ...]:
         """The extents in their order, adjacent ones merged."""
         return self._extents

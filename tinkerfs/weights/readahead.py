@@ -51,20 +51,21 @@ class _SequentialRun:
     start: int
     end: int
 
-    @property
-    def is_from_start(self) -> bool:
-        """Whether the run began at the file's start, for a header or the whole file."""
-        return self.start <= SEEK_TOLERANCE_BYTES
-
 
 class ReadaheadState:
-    """Tracks the reads of one open file. Thread-safe."""
+    """Tracks the reads of one open file. Thread-safe.
 
-    def __init__(self, size_bytes: int) -> None:
+    Args:
+        size_bytes: the length of the file.
+        data_start: where the first run begins; reads before it are not reported.
+    """
+
+    def __init__(self, size_bytes: int, data_start: int = 0) -> None:
         self._size_bytes = size_bytes
+        self._data_start = data_start
         self._lock = threading.Lock()
         # All guarded by _lock.
-        self._run = _SequentialRun(0, 0)
+        self._run = _SequentialRun(data_start, data_start)
         self._fetched_until = 0
         self._seek_bytes = 0
         self._equal_seeks = 0
@@ -74,7 +75,7 @@ class ReadaheadState:
         """Return whether tensor offsets are unknown and would matter for this run."""
         # Without the lock, because it runs at each read and a stale result is harmless.
         is_large = self._size_bytes > SMALL_FILE_BYTES
-        return self._tensor_ends is None and is_large and not self._run.is_from_start
+        return self._tensor_ends is None and is_large and not self._is_from_start(self._run)
 
     def set_tensor_offsets(self, tensor_ends: Sequence[int]) -> None:
         """Set the end offsets of the tensors, sorted; empty for a file without tensors."""
@@ -91,7 +92,7 @@ class ReadaheadState:
             is_first = run.end == run.start
             run.start, run.end = min(run.start, offset), max(run.end, end)
             ahead_bytes = run.end - run.start
-            if run.is_from_start and ahead_bytes > HEADER_BYTES:
+            if self._is_from_start(run) and ahead_bytes > HEADER_BYTES:
                 ahead_bytes *= _WHOLE_FILE_FACTOR
             ahead_bytes = min(ahead_bytes, MAX_READAHEAD_BYTES)
             if self._size_bytes <= SMALL_FILE_BYTES and not is_first:
@@ -114,9 +115,13 @@ class ReadaheadState:
             if stop > self._run.end:
                 self._fetched_until = stop
 
+    def _is_from_start(self, run: _SequentialRun) -> bool:
+        """Return whether a run began at the file's start, for a header or the whole file."""
+        return run.start <= self._data_start + SEEK_TOLERANCE_BYTES
+
     def _tensor_end(self, run: _SequentialRun) -> int:
         """Return where the run will probably end: at the end of its tensor or file."""
-        if self._tensor_ends and not run.is_from_start:
+        if self._tensor_ends and not self._is_from_start(run):
             index = bisect_left(self._tensor_ends, run.start + SEEK_TOLERANCE_BYTES)
             if index < len(self._tensor_ends):
                 tensor_end = self._tensor_ends[index]

@@ -38,7 +38,19 @@ class VirtualFile(MemberFile):
         self.key = f"{file.key} {layout.key}"
         self.size_bytes = layout.extents.size_bytes
         self._extents = layout.extents
-        self._readahead = ReadaheadState(self.size_bytes)
+        self._own_bytes = layout.extents.own_bytes
+        self._readahead = ReadaheadState(self.size_bytes, self._own_bytes)
+
+    def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
+        """See `MemberFile.read_into`.
+
+        A long header of this file says nothing about the reads of its source, so a read of it
+        prefetches nothing.
+        """
+        if offset + len(buffer) <= self._own_bytes:
+            self._fill(buffer, offset, ctx)
+            return len(buffer)
+        return super().read_into(buffer, offset, ctx)
 
     def peek(self, start: int, stop: int) -> bytes | None:
         """See `MemberFile.peek`."""

@@ -1,6 +1,9 @@
 """Tests of the files that are made for serving engines: blocks, requests, refusals."""
 
+import itertools
+import json
 import threading
+from math import prod
 
 import pytest
 
@@ -8,11 +11,12 @@ from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.archive import tar_of
-from tinkerfs.demo.content import Data
+from tinkerfs.demo.content import Concat, Data, Noise
 from tinkerfs.weights import adapters
 from tinkerfs.weights.adapter_files import AdapterFiles
 from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.prefetch import prefetch, required_cache_bytes
+from tinkerfs.weights.readahead import HEADER_BYTES
 
 MODEL = "adapter_model.safetensors"
 ARCHIVE = "GET store/archive"
@@ -71,6 +75,35 @@ def test_first_tensor_costs_one_block(demo_server, weights_of):
         header_bytes = int.from_bytes(file.read(8, 0, BACKGROUND_CONTEXT), "little")
         assert traffic(server) == (0, 0)
         file.read(header_bytes + 100, 8, BACKGROUND_CONTEXT)
+        requests, sent_bytes = traffic(server)
+    assert requests == 1
+    assert sent_bytes <= BLOCK_BYTES
+
+
+def test_long_header_is_read_without_requests(demo_server, weights_of):
+    server = demo_server(runs=1)
+    server.account.runs()[0].base_model = "Qwen/Qwen3-30B-A3B"
+    entries, end = {}, 0
+    for layer, leaf, side in itertools.product(range(12), ("w1", "w2", "w3"), "AB"):
+        is_shared = (leaf == "w2") == (side == "B")
+        shape = [1 if is_shared else 512, *((4, 256) if side == "A" else (256, 4))]
+        begin, end = end, end + 4 * prod(shape)
+        name = f"base_model.model.model.layers.{layer}.mlp.experts.{leaf}.lora_{side}.weight"
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    stored = Concat([Data(len(header).to_bytes(8, "little") + header), Noise(end, 0)])
+    files = {MODEL: stored, "adapter_config.json": Data(CONFIG)}
+    server.account.runs()[0].checkpoints[0].archive = tar_of(files, 1_700_000_000)
+    subject, source = subject_of(server), files_of(weights_of(server), "Qwen/Qwen3-30B-A3B")
+    with source.open(subject, MODEL, BACKGROUND_CONTEXT) as file:
+        traffic(server)
+        header_bytes = int.from_bytes(file.read(8, 0, BACKGROUND_CONTEXT), "little")
+        assert header_bytes > HEADER_BYTES
+        for offset in range(8, 8 + header_bytes, 256 << 10):
+            size = min(256 << 10, 8 + header_bytes - offset)
+            file.read(size, offset, BACKGROUND_CONTEXT)
+        assert traffic(server) == (0, 0)
+        file.read(100, 8 + header_bytes, BACKGROUND_CONTEXT)
         requests, sent_bytes = traffic(server)
     assert requests == 1
     assert sent_bytes <= BLOCK_BYTES

@@ -41,6 +41,16 @@ def test_header_of_large_file_is_prefetched_only_itself():
     assert max(prefetch_ends(state, [(0, 8), (8, 150 * KIB)])) <= 512 * KIB
 
 
+def test_data_after_a_long_header_begin_like_a_file():
+    start = 20 * MIB
+    reads = in_order(32 * MIB, step=MIB)
+    expected = prefetch_ends(ReadaheadState(5 * GIB), reads)
+    state = ReadaheadState(5 * GIB + start, start)
+    moved = prefetch_ends(state, [(offset + start, size) for offset, size in reads])
+    assert moved == [max(reached + start, 0) if reached else 0 for reached in expected]
+    assert not state.needs_tensor_offsets()
+
+
 def test_sequential_reads_grow_the_window_up_to_its_maximum():
     reached = prefetch_ends(ReadaheadState(5 * GIB), in_order(200 * MIB))
     assert is_far_ahead(max(reached), 200 * MIB)
