@@ -9,7 +9,6 @@ the rate limit of its process group and the wait can be interrupted. Thread-safe
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Self, TypeVar
@@ -24,13 +23,13 @@ from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.adapters import AdapterCache, AdapterSource, find_stored_files
-from tinkerfs.weights.archive_index import PROBE_BYTES, Index, find_member
+from tinkerfs.weights.archive_index import PROBE_BYTES, Index, block_key, find_member
 from tinkerfs.weights.base_models import BaseModels
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.file import MemberFile, WeightsFile
 from tinkerfs.weights.index_cache import IndexCache
-from tinkerfs.weights.joined_file import JoinedFile
+from tinkerfs.weights.joined_file import JoinedFile, JoinedPart
 from tinkerfs.weights.origins import Origin, Origins, StoredFile
 from tinkerfs.weights.probe import read_range
 from tinkerfs.weights.range_source import RangeSource
@@ -224,13 +223,14 @@ class WeightsReader:
         return index if index.form == "files" else index.version
 
     def _open_tar(self, checkpoint: CheckpointVersion, index: Index) -> WeightsFile:
-        with ExitStack() as stack:
-            files = [
-                stack.enter_context(self._open_member(checkpoint, index, member.name))
-                for member in index.members
-            ]
-            stack.pop_all()
-        return JoinedFile(files, tar_layout(index.members), checkpoint.mtime_ns)
+        origin = self._origins.of(checkpoint, index)
+        parts = []
+        for member in index.members:
+            stored = origin.stored_file(index, member.name)
+            key = block_key(checkpoint.cache_key, stored.version, stored.kind)
+            work = partial(self._open_member, checkpoint, index, member.name)
+            parts.append(JoinedPart(key, member.size_bytes, work))
+        return JoinedFile(parts, tar_layout(index.members), checkpoint.mtime_ns)
 
     def archive_url(self, checkpoint: CheckpointVersion, ctx: RequestContext) -> str:
         """Return a valid signed URL of the archive; wait until the archive is built.

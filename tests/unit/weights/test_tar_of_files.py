@@ -2,7 +2,10 @@
 
 import errno
 import io
+import os
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +16,7 @@ from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.content import Data, Noise
 from tinkerfs.demo.exports import ExportOptions
 from tinkerfs.weights.block_math import BLOCK_BYTES
+from tinkerfs.weights.joined_file import MAX_OPEN_FILES
 from tinkerfs.weights.prefetch import prefetch, required_cache_bytes
 
 MIB = 1 << 20
@@ -195,3 +199,24 @@ def test_blocks_of_the_tar_and_of_the_files_count_once(mount, subject):
     assert required_cache_bytes([tar, *files]) == required_cache_bytes([tar])
     for file in (tar, *files):
         file.close()
+
+
+def test_tar_of_many_files_keeps_few_of_them_open(server, mount):
+    files = {f"{number:03}": Data(f"file {number}".encode()) for number in range(100)}
+    run_id = server.account.run_ids[0]
+    server.account.add_checkpoint(run_id, "external_weights/many", files=files)
+    subject = subject_of(server, "external_weights", number=-1)
+    descriptors = Path("/proc/self/fd")
+    with open_tar(mount, subject) as file:
+        assert file.read(1 << 40, 0, BACKGROUND_CONTEXT) == tar_of(files)
+        server.journal.wait_until_idle()
+        with ThreadPoolExecutor(8) as pool:
+            reads = [
+                pool.submit(file.read, 5000, offset, BACKGROUND_CONTEXT)
+                for offset in range(0, file.size_bytes, 3000)
+            ]
+            for offset, found in zip(range(0, file.size_bytes, 3000), reads, strict=True):
+                assert found.result(10) == tar_of(files)[offset : offset + 5000]
+        locks = [fd for fd in descriptors.iterdir() if "/blocks/" in os.path.realpath(fd)]
+        # Blocks that were just read stay open too, in the cache of descriptors.
+        assert len([fd for fd in locks if fd.resolve().name == "lock"]) <= MAX_OPEN_FILES
