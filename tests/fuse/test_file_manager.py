@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.account import account, api_calls, make_account, needs
+from tests.support.account import api_calls, make_account, needs
 from tests.support.desktop import Desktop
 from tinkerfs.fuse import mount_table
 
-__all__ = ["account", "make_account"]
+__all__ = ["make_account"]
 
 #: Oldest first, which is not the order of the names.
 NAMES = ("weights/warm-up", "weights/epoch-1", "weights/final")
@@ -34,6 +34,12 @@ ASSOCIATIONS = """[Default Applications]
 application/json=reader.desktop
 text/plain=reader.desktop
 """
+
+
+@pytest.fixture(scope="module")
+def account(make_account):
+    """An account of which no listing expires during a test, however slow the machine is."""
+    return make_account(runs=3, checkpoints=4, settings={"ttl_s": 86_400.0})
 
 
 @pytest.fixture

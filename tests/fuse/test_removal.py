@@ -393,7 +393,7 @@ def test_interrupted_deletion_is_recorded_in_changes(spare):
 
 
 def test_deletion_that_times_out_is_recorded_in_changes(make_account):
-    account = make_account(runs=0, settings={"timeout_s": 1.0})
+    account = make_account(runs=0, settings={"timeout_s": 3.0})
     run = account.new_run("weights/1")
     checkpoint = f"{run}/checkpoints/weights/1"
     rule = account.server.faults.add("DELETE checkpoint", hang=True, times=None)

@@ -11,6 +11,21 @@ from pathlib import Path
 from tinkerfs.fuse import mount_table
 
 
+def is_any_child_running() -> bool:
+    """Return whether a thread of a child process is running or waits for a processor or a disk.
+
+    The children of a test are the programs on its screen, and its mounts.
+    """
+    for children in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            for pid in children.read_text().split():
+                for status in Path(f"/proc/{pid}/task").glob("*/stat"):
+                    with contextlib.suppress(OSError):
+                        if status.read_text().rpartition(")")[2].split()[0] in "RD":
+                            return True
+    return False
+
+
 class Desktop:
     """A virtual screen, and the programs on it.
 
@@ -74,15 +89,29 @@ class Desktop:
         screen.terminate()  # it removes its socket and its lock file
         screen.wait(10)
 
-    def settle(self, quiet_s: float = 0.5, timeout_s: float = 5.0) -> None:
-        """Wait until the screen is unchanged, or until the timeout, because a cursor may blink."""
-        deadline = time.monotonic() + timeout_s
-        before, since = b"", time.monotonic()
-        while time.monotonic() < min(since + quiet_s, deadline):
+    def settle(
+        self, quiet_s: float = 0.5, timeout_s: float = 5.0, busy_timeout_s: float = 60.0
+    ) -> None:
+        """Wait until the screen is unchanged and no program is running or waiting for a processor.
+
+        On a busy machine the screen is unchanged also before a program has handled a key.
+
+        Args:
+            quiet_s: How long both have to last.
+            timeout_s: Bound on the wait for the screen, because a cursor may blink.
+            busy_timeout_s: Bound on the whole wait.
+        """
+        began = time.monotonic()
+        before, changed, busy = b"", began, began
+        while (now := time.monotonic()) < began + busy_timeout_s:
+            if now >= max(min(changed, began + timeout_s), busy) + quiet_s:
+                break
             time.sleep(0.05)
-            now = self._frame.read_bytes()
-            if now != before:
-                before, since = now, time.monotonic()
+            frame = self._frame.read_bytes()
+            if frame != before:
+                before, changed = frame, time.monotonic()
+            if is_any_child_running():
+                busy = time.monotonic()
 
     def open(self, directory: Path) -> str:
         """Start the file manager in a directory; return its window."""
