@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import RequestContext
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.virtual_file import Layout
 
@@ -77,6 +77,8 @@ class JoinedFile(WeightsFile):
             first_block += part.blocks + 1
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _OpenPart] = OrderedDict()  # guarded by _lock
+        if parts:  # stays open, because an export is renewed as long as a file of it is open
+            self._open[0] = _OpenPart(parts[0].open(), users=1)
 
     def close(self) -> None:
         """See `WeightsFile.close`."""
