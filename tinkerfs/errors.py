@@ -410,6 +410,11 @@ def is_attribute_refused(error: OSError) -> bool:
     return is_unsupported(error) or error.errno in (errno.EPERM, errno.EACCES)
 
 
+def is_not_writable(error: OSError) -> bool:
+    """Return whether a file may exist, and cannot be opened for writing."""
+    return error.errno in (errno.EACCES, errno.EROFS)
+
+
 def is_not_regular(error: OSError) -> bool:
     """Return whether open(2) failed for a directory, a FIFO or a socket."""
     return error.errno in (errno.EISDIR, errno.ENXIO)

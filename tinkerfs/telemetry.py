@@ -52,13 +52,18 @@ class MutationRecord:
 
 
 class Telemetry:
-    """Counters and journals of one mount."""
+    """Counters and journals of one mount.
+
+    Attributes:
+        passthrough: whether the kernel itself reads cached files: "on", or "off" and the reason.
+    """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._started = clock.now()
         self._started_monotonic = clock.monotonic()
+        self.passthrough = "off: not a mount"
         #: The last failures and changes. Only this class changes their entries.
         self.errors: Journal[_ErrorRecord] = Journal(_format_error)
         self.changes: Journal[MutationRecord] = Journal(_format_mutation)
@@ -149,6 +154,7 @@ class Telemetry:
                 "api_requests": requests,
                 "api_requests_total": sum(sum(counts.values()) for counts in requests.values()),
                 "metadata_cache_hit_ratio": round(hits / lookups, 4) if lookups else None,
+                "passthrough": self.passthrough,
                 "counters": dict(sorted(self._counters.items())),
                 "pending": [
                     {"what": escape_control_chars(what()), "elapsed_s": round(now - since, 3)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from tests.support.server import demo_server
 
 __all__ = ["demo_server"]
 
-MIB = 1 << 20
+KIB, MIB = 1 << 10, 1 << 20
 
 
 @pytest.fixture
@@ -79,27 +80,29 @@ def test_info_with_tinker_path_selects_checkpoint_or_run(env, cached):
 
 def test_verify_with_corrupt_block_removes_it(env, cached, tmp_path, server):
     done = tinkerfs("cache", "verify", env=env)
-    assert (done.returncode, done.stdout) == (0, f"{3 * len(cached)} blocks are intact\n")
-    blocks = sorted((tmp_path / ".cache/tinkerfs/blocks").glob("*/[0-9]*"))
-    with blocks[0].open("r+b") as block:
-        block.seek(1000)
-        byte = block.read(1)
-        block.seek(1000)
-        block.write(bytes([byte[0] ^ 1]))
+    assert done.returncode == 0
+    assert re.fullmatch(r"[\d.]+ MiB intact\n", done.stdout)
+    intact_bytes = sum(row["cached_bytes"] for row in cache_info(env)["checkpoints"])
+    [data, *_] = sorted((tmp_path / ".cache/tinkerfs/blocks").glob("*/1"))
+    with data.open("r+b") as file:
+        file.seek(1 * MIB)
+        byte = file.read(1)
+        file.seek(1 * MIB)
+        file.write(bytes([byte[0] ^ 1]))
     done = tinkerfs("cache", "verify", env=env)
     assert done.returncode == 1
     line, summary = done.stdout.splitlines()
-    [path] = [path for path in cached if line == f"corrupt: {path} archive, block 0"]
-    assert summary.startswith(f"{3 * len(cached) - 1} blocks are intact; removed 1 corrupt")
-    assert not blocks[0].exists()
+    part = f"bytes {1 * MIB} to {1 * MIB + 256 * KIB}"
+    [path] = [path for path in cached if line == f"corrupt: {path} archive, {part}"]
+    assert "; 256.0 KiB removed, to be downloaded again" in summary
     row = next(row for row in cache_info(env)["checkpoints"] if row["checkpoint"] == path)
-    assert row["total_bytes"] - row["cached_bytes"] == 4 * MIB
+    assert row["total_bytes"] - row["cached_bytes"] == 256 * KIB
     done = tinkerfs("cache", "verify", "--json", env=env)
-    expected = {"intact_blocks": 3 * len(cached) - 1, "corrupt_blocks": 0, "corrupt": []}
+    expected = {"intact_bytes": intact_bytes - 256 * KIB, "corrupt": []}
     assert json.loads(done.stdout) == expected
     for path in cached:
         assert tinkerfs("prefetch", path, env=env).returncode == 0
-    assert len(server.journal.entries("store")) == 1, "only the removed block is downloaded again"
+    assert len(server.journal.entries("store")) == 1, "only one block is downloaded again"
 
 
 def test_clear_with_and_without_path_removes_one_and_all(env, cached):

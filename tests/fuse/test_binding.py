@@ -53,6 +53,8 @@ COMPARE = """
 import os, sys, threading
 from tests.support.memoryfs import MemoryFileSystem
 from tinkerfs.fuse import binding, mount_table, session
+from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.telemetry import Telemetry
 
 def contents(module):
     owners = [module, module._libfuse]
@@ -78,7 +80,8 @@ session.block_signals()
 loaded = binding.load_binding()
 assert loaded.module is module
 assert contents(module) == before
-session.serve(MemoryFileSystem(), loaded, mountpoint, timeout_s=9, ready=check)
+passthrough = Passthrough(Telemetry())
+session.serve(MemoryFileSystem(), loaded, mountpoint, passthrough, timeout_s=9, ready=check)
 assert contents(module) == before
 print("unchanged")
 """

@@ -47,14 +47,13 @@ def test_cleared_or_corrupt_blocks_are_downloaded_again(make_account, tmp_path):
     account.server.journal.wait_until_idle()
     assert account.server.journal.entries("store"), "the cleared blocks were downloaded again"
 
-    [block, *_] = (account.root.parent / "cache/blocks").glob("*/0")
-    with block.open("r+b") as file:
+    [data, *_] = (account.root.parent / "cache/blocks").glob("*/0")
+    with data.open("r+b") as file:
         file.write(b"spoilt")
     code, report = run_cache("verify")
-    assert (code, report["corrupt_blocks"]) == (1, 1)
-    corrupt = {"checkpoint": row["checkpoint"], "file": "archive", "block": 0}
-    assert report["corrupt"] == [corrupt]
-    assert run_cache("verify")[1]["corrupt_blocks"] == 0
+    [corrupt] = report["corrupt"]
+    assert (code, corrupt["checkpoint"], corrupt["start"]) == (1, row["checkpoint"], 0)
+    assert run_cache("verify")[1]["corrupt"] == []
     assert member.read_bytes() == expected
 
 

@@ -99,10 +99,11 @@ def test_corrupt_blocks_are_downloaded_again(weights, binding, tmp_path):
             assert altered
             for block in altered:
                 with block.open("r+b") as opened:
-                    opened.seek(MIB // 2)
-                    byte = opened.read(1)
-                    opened.seek(MIB // 2)
-                    opened.write(bytes([byte[0] ^ 1]))
+                    for offset in range(MIB // 8, block.stat().st_size, MIB // 4):
+                        opened.seek(offset)
+                        byte = opened.read(1)
+                        opened.seek(offset)
+                        opened.write(bytes([byte[0] ^ 1]))
             server.journal.clear()
             forget_pages(root / path)
             assert Reader(how, root / path).ends_with(expected)

@@ -252,6 +252,7 @@ def _serve(mountpoint, values):
     from tinkerfs.clock import SYSTEM_CLOCK, Clock
     from tinkerfs.config import Settings
     from tinkerfs.fuse import binding, session
+    from tinkerfs.fuse.passthrough import Passthrough
 
     logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d %(name)s %(message)s")
     session.block_signals()
@@ -268,6 +269,7 @@ def _serve(mountpoint, values):
             parts.filesystem,
             binding.load_binding(),
             str(Path(mountpoint).resolve()),
+            Passthrough(parts.telemetry),
             timeout_s=settings.timeout_s,
             **bounds,
             read_only=settings.read_only,

@@ -9,6 +9,8 @@ For tests of the FUSE layer: it can hang on purpose, and does not depend on Tink
     /many               the same without that and with a link, cached per `generation`
     /slow/read-<any>    opens immediately, reads hang
     /slow/open-<any>    opens hang; so do stats of stat-<any> and listings of list-<any>/
+    /backed             zeros, as long as the file `backing`, which the kernel may read instead;
+                        without it while the control is "cached", and unbuffered for "direct"
     /cached-<bytes>     that many bytes through the page cache; reads hang beyond `slow_from`
     /broken             reading raises an exception that is not an OSError
     /link               -> folder/0000
@@ -19,6 +21,7 @@ For tests of the FUSE layer: it can hang on purpose, and does not depend on Tink
 import os
 import stat
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -40,6 +43,7 @@ class MemoryHandle:
     path: str
     direct_io: bool = True
     size_hint_reported_at: float | None = None
+    backing_fd: Callable[[RequestContext], int | None] | None = None
 
     @property
     def keep_cache(self) -> bool:
@@ -80,6 +84,7 @@ class MemoryHandle:
 class MemoryFileSystem:
     many: int = 10
     read_only: bool = False
+    backing: str = "/dev/null"
     control: bytes = b"0\n"
     removed: set[str] = field(default_factory=set)
     stats: list[str] = field(default_factory=list)
@@ -95,6 +100,9 @@ class MemoryFileSystem:
             on_open=lambda *_call: None, on_readlink=lambda *_call: None
         )
     )
+
+    def __post_init__(self) -> None:
+        self.backing_bytes = os.stat(self.backing).st_size  # the file may be removed later
 
     def check_and_touch(self, validity: Validity, generation: int) -> bool:
         return bool(generation) and generation == self.generation and validity.check_and_touch(0.0)
@@ -115,6 +123,8 @@ class MemoryFileSystem:
             return bytes(1 << 20)
         if name.startswith("cached-"):
             return bytes(range(256)) * (int(name.removeprefix("cached-")) // 256)
+        if path == "/backed":
+            return bytes(self.backing_bytes)
         if path == "/stats":
             with self.lock:
                 return "".join(f"{line}\n" for line in self.stats).encode("utf-8", "replace")
@@ -129,6 +139,7 @@ class MemoryFileSystem:
                 "many",
                 "slow",
                 "cached-1048576",
+                "backed",
                 "cached-slow",
                 "broken",
             ]
@@ -207,7 +218,12 @@ class MemoryFileSystem:
             ctx.wait_for(NEVER)
         if flags & os.O_ACCMODE != os.O_RDONLY and path != "/control":
             raise errors.not_permitted(path, "not writable")
+        if path == "/backed":
+            return MemoryHandle(self, path, self.control == b"direct", backing_fd=self.backing_fd)
         return MemoryHandle(self, path, not name.startswith("cached-"))
+
+    def backing_fd(self, _ctx: RequestContext) -> int | None:
+        return None if self.control == b"cached" else os.open(self.backing, os.O_RDONLY)
 
     def truncate(self, path: str, size: int, ctx: RequestContext) -> None:
         self.setattr(path, ctx)

@@ -117,20 +117,24 @@ def _serve() -> None:
 
     from tests.support.memoryfs import MemoryFileSystem
     from tinkerfs.fuse import binding, session
+    from tinkerfs.fuse.passthrough import Passthrough
+    from tinkerfs.telemetry import Telemetry
 
     parser = argparse.ArgumentParser()
     parser.add_argument("mountpoint")
     parser.add_argument("--many", type=int, default=10)
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--backing", default="/dev/null")
     parser.add_argument("--allow-other", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)d %(name)s %(message)s")
     session.block_signals()
     session.serve(
-        MemoryFileSystem(arguments.many),  # type: ignore[arg-type]
+        MemoryFileSystem(arguments.many, backing=arguments.backing),  # type: ignore[arg-type]
         binding.load_binding(),
         arguments.mountpoint,
+        Passthrough(Telemetry()),
         timeout_s=arguments.timeout,
         read_only=arguments.read_only,
         allow_other=arguments.allow_other,

@@ -1,57 +1,66 @@
 """Block cache on disk, shared by all mounts of a user.
 
-    blocks/<file>/about      description of the file; its last line is the length, or empty
-                  lock       byte 0: shared lock of every process that has the file open;
-                             byte 1 + n: lock of the process that downloads block n
-                  <n>        block n, followed by its checksum
-                  .<n>.part  start of block n, followed by its checksum; evicted after some minutes
+    blocks/<file>/about           description of the file; its last line is the length, or empty
+                  lock            byte 0: shared lock of every process that has the file open;
+                                  byte 1 + n: lock of the process that downloads block n
+                  layout, index   see `data_files`
+                  0, 1, ...       the bytes, at their offsets in a remote file or in one of its
+                                  members
 
-The directory is its own index, so no second record can disagree with it. A block is written to a
-temporary file and renamed: a killed process leaves no partial block under a block's name. The
-checksum detects later corruption; a process verifies it when it first reads the block. Recency is
-the access time, which is set explicitly, because most file systems are mounted with `relatime`.
+A unit of a block is valid once this process has verified its checksum; it is verified again after
+the data file was changed by another one. Recency is the access time of `index`, which is set
+when the file is opened and closed, because most file systems are mounted with `relatime`.
 
 No method raises for disk errors. A block that cannot be read or written is downloaded again, and
 the error is reported once. All classes are thread-safe.
 """
 
 import hashlib
-import os
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from tinkerfs import errors
-from tinkerfs.cache.about import write_about
-from tinkerfs.cache.block_writer import TRAILER_BYTES, BlockWriter, is_intact
-from tinkerfs.cache.byte_locks import ByteRangeLocks
+from tinkerfs.cache.block_writer import BlockWriter
+from tinkerfs.cache.data_files import (
+    BlockingSection,
+    DataFiles,
+    Verification,
+)
+from tinkerfs.cache.data_layout import (
+    BLOCK_BYTES,
+    OVERHEAD_BYTES,
+    UNIT_BYTES,
+    UNITS_PER_BLOCK,
+    DataLayout,
+)
 from tinkerfs.cache.directory import can_lock_files
-from tinkerfs.cache.eviction import Evictor, scan_cache
-from tinkerfs.cache.fd_cache import BlockingSection, CachedFd, FdCache
+from tinkerfs.cache.eviction import Evictor, remove_data, scan_cache
+from tinkerfs.cache.file_locks import FileLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.safe_open import is_regular, open_regular
 from tinkerfs.telemetry import Telemetry
 
-#: Number of blocks of one file that can be verified at the same time.
-_CONCURRENT_CHECKS = 8
+#: Maximum number of files with a record of verified units; the record is cleared beyond it.
+_MAX_VERIFICATIONS = 4096
 
-#: The access time of a block is updated when it is older than this, seconds.
-_TOUCH_S = 60.0
-
-#: Wait at most this long for the lock of a file that another process is removing, seconds.
-_OPEN_TIMEOUT_S = 2.0
-
-#: Maximum number of blocks remembered as verified; the record is cleared beyond it.
-_MAX_VERIFIED = 262_144
+#: Maximum number of times that changed data is read again; the first read after an open is one.
+_MAX_READS = 4
 
 #: Maximum age of the cache's size on disk, seconds. File managers request the free space with
 #: every directory, and a scan of a large cache takes a noticeable time.
 _USAGE_TTL_S = 5.0
 
+#: Maximum size of a file that `backing_fd` verifies. The checksum of 1 GiB takes 0.3 s.
+_MAX_VERIFIED_AT_ONCE_BYTES = 1 << 30
+
+#: Part of the key of each file; another format of the files has another number.
+_FORMAT = 2
 
 #: Stands for a cache directory that does not exist and cannot be created.
 _NOWHERE = Path("/proc/self/no-cache")
+
+_PLAIN = DataLayout()
 
 
 class BlockCache:
@@ -80,7 +89,6 @@ class BlockCache:
         self.is_on = max_bytes > 0
         #: Whether the file system has locks that end with their process.
         self.has_locks = self.is_on and can_lock_files(self.directory)
-        self.fd_cache = FdCache()
         self._telemetry = telemetry
         self._clock = clock
         self._lock = threading.Lock()
@@ -92,24 +100,32 @@ class BlockCache:
             min_free_bytes=min_free_bytes,
             has_locks=self.has_locks,
         )
-        self._verified: dict[tuple[str, int], tuple[int, int, int]] = {}  # read without _lock
+        self._verifications: dict[str, Verification] = {}
         self._reported: set[str] = set()
         self._usage = (float("-inf"), 0)  # time of the scan on the monotonic clock, and bytes
 
-    def open(self, key: str, description: str, length_bytes: int | None = None) -> "BlockFile":
-        """Return the file of `key`. Its blocks are not evicted until it is closed.
+    def open(
+        self,
+        key: str,
+        description: str,
+        length_bytes: int | None = None,
+        layout: DataLayout = _PLAIN,
+    ) -> "BlockFile":
+        """Return the file of `key`. It is not evicted until it is closed.
 
         Args:
             key: identifies the content; another version of a file needs another key.
             description: text for users.
-            length_bytes: length of the whole file, for users; None if unknown.
+            length_bytes: length of the whole file; None if unknown.
+            layout: of new data files; those that exist keep theirs.
         """
         length = "" if length_bytes is None else str(length_bytes)
         about = f"{description}\n{length}".encode("utf-8", "surrogatepass")
-        return BlockFile(self, hashlib.sha256(key.encode("utf-8", "surrogatepass")), about)
+        digest = hashlib.sha256(f"{_FORMAT} {key}".encode("utf-8", "surrogatepass"))
+        return BlockFile(self, digest.hexdigest()[:40], about, length_bytes, layout)
 
     def reserve_space(self, size_bytes: int) -> bool:
-        """Make room for a block by eviction, and return whether it fits.
+        """Make room for a block by eviction, and return whether it fits; see `release_space`.
 
         Raises:
             OSError: the cache directory cannot be read.
@@ -124,6 +140,11 @@ class BlockCache:
             self.report_once(errors.no_space(str(self.directory), f"no room for a block: {reason}"))
         return is_reserved
 
+    def release_space(self, size_bytes: int) -> None:
+        """Record that a block, for which space was reserved, is written or discarded."""
+        with self._lock:
+            self._evictor.release(size_bytes)
+
     def usage_bytes(self) -> int:
         """Return the disk usage of the cache, including other processes; at most 5 s old.
 
@@ -134,7 +155,7 @@ class BlockCache:
             scanned_at, size_bytes = self._usage
         now = self._clock.monotonic()
         if self.is_on and now - scanned_at >= _USAGE_TTL_S:
-            size_bytes = sum(file.size_bytes for file in scan_cache(self.directory))
+            size_bytes = sum(each.size_bytes for each in scan_cache(self.directory))
             with self._lock:
                 self._usage = now, size_bytes
         return size_bytes
@@ -148,24 +169,18 @@ class BlockCache:
             self._reported.add(name)
         self._telemetry.record_error(str(self.directory), "cache", error)
 
-    def is_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> bool:
-        """Return whether a block was verified and its file is unchanged since."""
-        return self._verified.get(block) == signature
-
-    def mark_verified(self, block: tuple[str, int], signature: tuple[int, int, int]) -> None:
-        """Record that the checksum of a block matches."""
+    def verification(self, name: str) -> Verification:
+        """Return what this process has verified of a file."""
         with self._lock:
-            if len(self._verified) >= _MAX_VERIFIED:
-                self._verified.clear()
-            self._verified[block] = signature
+            if len(self._verifications) >= _MAX_VERIFICATIONS:
+                self._verifications.clear()
+            return self._verifications.setdefault(name, Verification())
 
-    def discard_corrupt(self, path: str) -> None:
-        """Remove a corrupt block, and report it."""
+    def report_corrupt(self, directory: str) -> None:
+        """Report a corrupt unit, which was dropped."""
         self._telemetry.count("block_cache_corruptions")
-        with suppress(OSError):
-            os.unlink(path)
         self.report_once(
-            errors.corrupt(path, "a block on disk was altered; it is downloaded again")
+            errors.corrupt(directory, "a block on disk was altered; it is downloaded again")
         )
 
     def now_ns(self) -> int:
@@ -176,34 +191,47 @@ class BlockCache:
 class BlockFile:
     """The cached blocks of one file, which are not evicted until it is closed."""
 
-    def __init__(self, cache: BlockCache, digest: "hashlib._Hash", about: bytes) -> None:
+    def __init__(
+        self,
+        cache: BlockCache,
+        name: str,
+        about: bytes,
+        length_bytes: int | None,
+        layout: DataLayout,
+    ) -> None:
         self._cache = cache
-        self._name = digest.hexdigest()[:40]
-        self._directory = str(cache.directory / self._name)
-        self._about = about
+        self._name = name
+        self._directory = str(cache.directory / name)
+        self._length_bytes = length_bytes
+        self._wanted_layout = layout
+        self._verification = cache.verification(name)
         self._lock = threading.Lock()
-        #: Held while a block is verified; each lock serves every nth block.
-        self._checks = tuple(threading.Lock() for _ in range(_CONCURRENT_CHECKS))
-        # Replaced under _lock after another process removed the directory. A thread that holds a
-        # block's lock in the old file continues with that, so all of them stay open until `close`.
-        self._locks: ByteRangeLocks | None = None
-        self._open_locks: list[ByteRangeLocks] = []
-        with self._lock:
-            if os.path.isdir(self._directory):
-                self._try_lock()
+        self._files: DataFiles | None = (
+            None  # replaced under _lock after another process removed them
+        )
+        self._locks = FileLocks(
+            self._directory,
+            about,
+            cache.report_once,
+            may_create=cache.is_on,
+            has_locks=cache.has_locks,
+        )
 
     def close(self) -> None:
-        """Allow the eviction of the blocks. No other method may be called afterwards."""
-        self._cache.fd_cache.drop(self._name)
-        with self._lock:
-            for locks in self._open_locks:
-                locks.close()
-            self._open_locks.clear()
-            self._locks = None
+        """Allow the eviction of the file. No other method may be called afterwards."""
+        if self._files is not None:
+            with suppress(OSError):
+                self._files.touch(self._cache.now_ns())
+        self._files = None
+        self._locks.close()
 
     def has(self, index: int) -> bool:
         """Return whether block `index` is cached; it is verified when it is read."""
-        return is_regular(self._path(index))
+        return self._cached_units(index) >= len(self._units(index))
+
+    def has_part(self, index: int) -> bool:
+        """Return whether the start of block `index` is cached, and not all of it."""
+        return 0 < self._cached_units(index) < len(self._units(index))
 
     def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
         """Return the bytes [start, stop) of block `index`; None if `read_into` fails."""
@@ -219,7 +247,7 @@ class BlockFile:
         length: int,
         blocking: BlockingSection = nullcontext,
     ) -> bool:
-        """Fill `buffer` from block `index`; return whether it is cached and intact.
+        """Fill `buffer` from block `index`; return whether these bytes are cached and intact.
 
         Args:
             index: block index.
@@ -230,31 +258,66 @@ class BlockFile:
             blocking: entered while the disk is read.
         """
         try:
-            fd = self._open_verified(index, length, blocking)
-            if fd is None:
+            files = self._files or self._open_files()
+            if files is None:
                 return False
-            return self._cache.fd_cache.read(fd, buffer, start, blocking)
-        except FileNotFoundError:
+            offset, size = index * BLOCK_BYTES + start, len(buffer)
+            first, stop = offset // UNIT_BYTES, (offset + size - 1) // UNIT_BYTES + 1
+            parts = files.layout.split(offset, size)
+            end = index * BLOCK_BYTES + length
+            for _ in range(_MAX_READS):
+                if not (
+                    files.is_verified(first, stop)
+                    or self._verify(files, range(first, stop), end, blocking)
+                ):
+                    return False
+                if not files.read(buffer, parts, blocking):
+                    files.distrust(first, stop)
+                elif files.is_unchanged(first, stop, parts):
+                    return True
+            return False  # other programs keep changing it
+        except FileNotFoundError:  # another process has removed it
+            self._forget_files()
             return False
         except OSError as error:
             self._cache.report_once(error)
             return False
 
-    def read_from_open_fd(
-        self, index: int, start: int, buffer: memoryview, blocking: BlockingSection
-    ) -> bool:
-        """Do the same as `read_into`, but only for a block that was read within a second.
-
-        This is the fast path: the block is neither opened nor verified again.
-        """
-        fd_cache = self._cache.fd_cache
-        fd = fd_cache.recent((self._name, index))
-        if fd is None:
-            return False
+    def is_intact(self, index: int, length: int) -> bool:
+        """Return whether all of block `index`, which has this length, is cached and intact."""
+        start = index * BLOCK_BYTES
         try:
-            return fd.is_intact() and fd_cache.read(fd, buffer, start, blocking)
-        except OSError:
-            return False  # `read_into` will report it
+            files = self._files or self._open_files()
+            return files is not None and self._verify_range(files, start, start + length)
+        except OSError:  # `read_into` will report it
+            return False
+
+    def backing_fd(
+        self, start: int, stop: int, blocking: BlockingSection = nullcontext
+    ) -> int | None:
+        """Return a new descriptor of the data file with exactly the bytes [start, stop).
+
+        The caller closes it. None if there is no such file, if a byte is missing or corrupt, or if
+        verifying it would take too long.
+        """
+        size_bytes = self._length_bytes
+        try:
+            files = self._files or self._open_files()
+            if files is None or size_bytes is None:
+                return None
+            number = files.layout.file_of(start, stop, size_bytes)
+            units = range(start // UNIT_BYTES, -(-stop // UNIT_BYTES))
+            if number is None or not all(record.length for record in files.records(units)):
+                return None
+            is_large = stop - start > _MAX_VERIFIED_AT_ONCE_BYTES
+            if is_large and not files.is_verified(units.start, units.stop):
+                return None
+            if not self._verify_range(files, start, stop, size_bytes, blocking):
+                return None
+            return files.dup(number, stop - start)
+        except OSError as error:
+            self._cache.report_once(error)
+            return None
 
     def put(self, index: int, data: bytes) -> bool:
         """Store a block; return whether it is on disk."""
@@ -272,7 +335,14 @@ class BlockFile:
     def begin_write(self, index: int, length: int) -> BlockWriter | None:
         """Return a writer for block `index`, to be closed; None if it does not fit."""
         try:
-            return self._begin(index) if self._cache.reserve_space(length + TRAILER_BYTES) else None
+            size_bytes = length + OVERHEAD_BYTES
+            if not self._cache.reserve_space(size_bytes):
+                return None
+            try:
+                return self._begin(index, size_bytes)
+            except BaseException:
+                self._cache.release_space(size_bytes)
+                raise
         except OSError as error:
             self._cache.report_once(error)
             return None
@@ -280,197 +350,148 @@ class BlockFile:
     def commit(self, index: int, writer: BlockWriter) -> bool:
         """Store a completely written block; return whether it is on disk."""
         try:
-            try:
-                self._commit(index, writer)
-            except FileNotFoundError:  # another process removed the directory
-                with closing(self._begin(index)) as second_writer:
-                    second_writer.write(writer.read_back())
-                    self._commit(index, second_writer)
+            if writer.commit():
+                return True
+            # Another process has removed the files.
+            with closing(self._begin(index, 0)) as second_writer:
+                second_writer.write(writer.read_back())
+                return second_writer.commit()
         except OSError as error:
             self._cache.report_once(error)
             return False
-        return True
 
-    def commit_partial(self, index: int, writer: BlockWriter) -> None:
-        """Store the start of block `index`, so that the next download can resume."""
+    def commit_part(self, writer: BlockWriter) -> None:
+        """Store the start of a block, so that the next download can resume."""
         with suppress(OSError):  # the next download starts at the beginning
-            writer.commit(self._partial_path(index), self._cache.now_ns())
+            writer.commit_complete_units()
 
-    def has_partial(self, index: int) -> bool:
-        """Return whether the start of block `index` is stored."""
-        return is_regular(self._partial_path(index))
+    def read_part(self, index: int) -> bytes:
+        """Return the cached start of block `index`, empty if there is none."""
+        units = self._cached_units(index)
+        if not units:
+            return b""
+        size = units * UNIT_BYTES
+        return self.read(index, 0, size, size) or b""
 
     def report(self, error: OSError) -> None:
         """Report an error that only makes reads slower, once for each errno."""
         self._cache.report_once(error)
 
-    def read_partial(self, index: int) -> bytes:
-        """Return the stored start of block `index`, empty if there is none."""
-        try:
-            fd = open_regular(self._partial_path(index), os.O_RDONLY)
-        except OSError:
-            return b""
-        try:
-            size_bytes = os.fstat(fd).st_size - TRAILER_BYTES
-            if is_intact(fd, self._name, index):
-                return os.pread(fd, size_bytes, 0)
-            os.unlink(self._partial_path(index))
-            return b""
-        except OSError:
-            return b""
-        finally:
-            os.close(fd)
-
-    def drop_partial(self, index: int) -> None:
-        """Remove the stored start of block `index`."""
-        with suppress(OSError):
-            os.unlink(self._partial_path(index))
-
     def drop(self, index: int) -> None:
         """Remove a block."""
-        with suppress(OSError):
-            os.unlink(self._path(index))
+        first = index * UNITS_PER_BLOCK
+        self._drop(self._files or self._open_files(), range(first, first + UNITS_PER_BLOCK))
 
-    @contextmanager
-    def lock_block(self, index: int, timeout_s: float) -> Iterator[bool]:
-        """Lock block `index` against downloads by other processes.
+    def drop_all(self) -> None:
+        """Remove all blocks; a process that reads them keeps the old data until then."""
+        remove_data(self._directory)
+        self._forget_files()
 
-        The body runs even if the lock is not free within `timeout_s` seconds, because a second
+    def lock_block(self, index: int, timeout_s: float) -> AbstractContextManager[bool]:
+        """Return a context manager that locks block `index` against other processes.
+
+        Its body runs even if the lock is not free within `timeout_s` seconds, because a second
         download does no harm. The caller should check whether the block is cached by then.
 
-        Yields:
-            whether no other process is known to download the block.
+        Its value is whether no other process is known to download the block.
         """
-        byte, locks = 1 + index, self._locks
-        is_locked, is_free = False, True
-        try:
-            if locks is not None:
-                is_locked = is_free = locks.acquire(byte, timeout_s=timeout_s)
-        except OSError as error:
-            self._cache.report_once(error)
-        try:
-            yield is_free
-        finally:
-            if is_locked and locks is not None:
-                with suppress(OSError):  # closed in the meantime, which also released the lock
-                    locks.release(byte)
+        return self._locks.lock_block(index, timeout_s)
 
     def ensure_directory(self) -> None:
         """Create the directory and the lock file, so that other processes see the locks."""
-        with self._lock:
-            if self._locks is None:
-                self._try_lock()
+        self._locks.ensure()
 
-    def _open_verified(self, index: int, length: int, blocking: BlockingSection) -> CachedFd | None:
-        """Return an open, verified block and update its access time; None if corrupt.
+    def _units(self, index: int) -> range:
+        """Return the units of a block, of which there are fewer at the end of the file."""
+        first = index * UNITS_PER_BLOCK
+        if self._length_bytes is None:
+            return range(first, first + 1)
+        return range(first, min(first + UNITS_PER_BLOCK, -(-self._length_bytes // UNIT_BYTES)))
 
-        Raises:
-            OSError: the block is not cached, or cannot be opened.
-        """
-        key, fd_cache = (self._name, index), self._cache.fd_cache
-        fd = fd_cache.get(key)
-        status = None if fd is None else os.fstat(fd.fd)
-        if fd is None or status is None or not status.st_nlink:
-            # Not open yet, or removed; a removed block may have been stored again.
-            fd = CachedFd(open_regular(self._path(index), os.O_RDONLY))
-            status = os.fstat(fd.fd)
-        if not self._verify(fd.fd, index, status, length, blocking):
-            self._cache.discard_corrupt(self._path(index))
-            return None
-        fd.mark_intact(status)
-        fd_cache.keep(key, fd)
-        now_ns = self._cache.now_ns()
-        if abs(now_ns - status.st_atime_ns) > _TOUCH_S * 1e9:
-            os.utime(fd.fd, ns=(now_ns, status.st_mtime_ns))
-        return fd
+    def _cached_units(self, index: int) -> int:
+        """Return how many units at the start of a block are recorded."""
+        try:
+            files = self._files or self._open_files()
+            if files is None:
+                return 0
+            count = 0
+            for record in files.records(self._units(index)):
+                if not record.length:
+                    break
+                count += 1
+        except OSError:  # `read_into` will report it
+            return 0
+        return count
+
+    def _verify_range(
+        self,
+        files: DataFiles,
+        start: int,
+        stop: int,
+        end: int | None = None,
+        blocking: BlockingSection = nullcontext,
+    ) -> bool:
+        """Return whether [start, stop) is intact now; its last unit ends at `end` or before it."""
+        parts = files.layout.split(start, stop - start)
+        first, last = start // UNIT_BYTES, -(-stop // UNIT_BYTES)
+        for _ in range(_MAX_READS):
+            is_verified = files.is_verified(first, last)
+            if not is_verified and not self._verify(
+                files, range(first, last), end or stop, blocking
+            ):
+                return False
+            if files.is_unchanged(first, last, parts):
+                return True
+        return False
 
     def _verify(
-        self, fd: int, index: int, status: os.stat_result, length: int, blocking: BlockingSection
+        self, files: DataFiles, units: range, end: int, blocking: BlockingSection = nullcontext
     ) -> bool:
-        """Return whether an open block is intact; concurrent readers share one check."""
-        block = (self._name, index)
-        signature = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if self._cache.is_verified(block, signature):
-            return True
-        with blocking(), self._checks[index % len(self._checks)]:
-            if self._cache.is_verified(block, signature):
-                return True
-            # The owner of the parent directory could have put a file of another user there.
-            is_ours = status.st_uid == os.getuid() and status.st_size == length + TRAILER_BYTES
-            if not is_ours or not is_intact(fd, self._name, index):
+        """Verify units, the last of which ends at `end` or before it; drop a corrupt one."""
+        for unit in units:
+            length = min(UNIT_BYTES, end - unit * UNIT_BYTES)
+            [record] = files.records(range(unit, unit + 1))
+            if not record.length:
                 return False
-            self._cache.mark_verified(block, signature)
-            return True
+            if not files.verify(unit, length, blocking):
+                self._drop(files, range(unit, unit + 1))
+                self._cache.report_corrupt(self._directory)
+                return False
+        return True
 
-    def _path(self, index: int) -> str:
-        return f"{self._directory}/{index}"
+    def _drop(self, files: DataFiles | None, units: range) -> None:
+        if files is not None:
+            with suppress(OSError):
+                files.drop_records(units)
 
-    def _partial_path(self, index: int) -> str:
-        return f"{self._directory}/.{index}.part"
+    def _forget_files(self) -> None:
+        self._files = None
+        self._verification.clear()
 
-    def _try_lock(self) -> None:
-        """Create the directory and lock it if possible; the caller holds `_lock`."""
-        if not self._cache.is_on and not os.path.isdir(self._directory):
-            return
-        try:
-            if self._cache.has_locks:
-                self._locks = self._open_lock()
-                self._open_locks.append(self._locks)
-            else:
-                _make_private(self._directory)
-        except OSError as error:
-            self._cache.report_once(error)
+    def _open_files(self) -> DataFiles | None:
+        """Return the open files; None if there are none yet.
+
+        Raises:
+            OSError: the files cannot be opened.
+        """
+        with self._lock:
+            if self._files is None:
+                with suppress(FileNotFoundError):
+                    self._files = self._new_files(None)
+            return self._files
+
+    def _new_files(self, wanted: DataLayout | None) -> DataFiles:
+        files = DataFiles(self._directory, self._name, wanted, self._verification)
         with suppress(OSError):
-            write_about(self._directory, self._about)
+            files.touch(self._cache.now_ns())
+        return files
 
-    def _open_lock(self) -> ByteRangeLocks:
-        while True:
-            _make_private(self._directory)
-            locks = ByteRangeLocks(_open_replacing(f"{self._directory}/lock"))
-            try:
-                is_locked = locks.acquire(0, is_shared=True, timeout_s=_OPEN_TIMEOUT_S)
-                if is_locked and not locks.is_linked():  # another process removed the directory
-                    locks.close()
-                    continue
-            except OSError as error:
-                locks.close()
-                raise errors.not_lockable(error) from None
-            return locks
-
-    def _begin(self, index: int) -> BlockWriter:
-        try:
-            return BlockWriter(self._directory, self._name, index)
-        except FileNotFoundError:  # the first block, or another process removed the directory
-            with self._lock:
-                self._try_lock()
-            return BlockWriter(self._directory, self._name, index)
-
-    def _commit(self, index: int, writer: BlockWriter) -> None:
-        status = writer.commit(self._path(index), self._cache.now_ns())
-        signature = (status.st_ino, status.st_mtime_ns, status.st_size)
-        self._cache.mark_verified((self._name, index), signature)
-
-
-def _open_replacing(path: str) -> int:
-    """Open or create a lock file, removing a file of another type that has its name."""
-    flags = os.O_RDWR | os.O_CREAT
-    try:
-        return open_regular(path, flags)
-    except OSError:
-        # That file would prevent the eviction of the blocks in its directory.
-        if is_regular(path) or not os.path.lexists(path):
-            raise
-        os.unlink(path)
-        return open_regular(path, flags)
-
-
-def _make_private(directory: str) -> None:
-    """Create a directory and its parents with mode 0700."""
-    try:
-        os.mkdir(directory, 0o700)
-    except FileExistsError:
-        pass
-    except FileNotFoundError:
-        _make_private(os.path.dirname(directory))
-        with suppress(FileExistsError):
-            os.mkdir(directory, 0o700)
+    def _begin(self, index: int, reserved_bytes: int) -> BlockWriter:
+        with self._lock:
+            files = self._files
+            if files is None or files.is_removed():
+                self._forget_files()
+                self._locks.ensure()
+                files = self._files = self._new_files(self._wanted_layout)
+        release_space = partial(self._cache.release_space, reserved_bytes)
+        return BlockWriter(files, self._name, index, on_close=release_space)

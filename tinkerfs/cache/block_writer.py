@@ -1,52 +1,38 @@
-"""Writer of a cached block: data and checksum in a temporary file.
+"""Writer of a cached block: its data at its place in the data files, then its records."""
 
-A killed process leaves no partial block under a block's name. The checksum detects later
-corruption on disk.
-"""
-
-import os
-import secrets
+from collections.abc import Callable
 from contextlib import suppress
 
-from xxhash import xxh3_64
-
 from tinkerfs import errors
-from tinkerfs.safe_open import open_regular
-
-#: Precedes the digest at the end of a block; another file format has another magic.
-_MAGIC = b"tkfsblk3"
-
-#: XXH3 of 64 bits: detects corruption, and is an order of magnitude faster than CRC-32 or SHA-256.
-_CHECKSUM_BYTES = 8
-
-#: Size of a block's file beyond the data.
-TRAILER_BYTES = len(_MAGIC) + _CHECKSUM_BYTES
-
-#: Size of the chunks that are written and verified; one fits into the processor's cache.
-_CHUNK_BYTES = 256 << 10
-
-_FLAGS = os.O_RDWR | os.O_CREAT | os.O_EXCL
+from tinkerfs.cache.data_files import DataFiles, Record, checksum_of
+from tinkerfs.cache.data_layout import BLOCK_BYTES, UNIT_BYTES, UNITS_PER_BLOCK
 
 
 class BlockWriter:
     """Writes one block; used by one thread, which must close it in any case.
 
     Args:
-        directory: directory of the file in the cache.
-        name: name of the file; part of the checksum.
-        index: block index; part of the checksum.
-
-    Raises:
-        OSError: the temporary file cannot be created: FileNotFoundError if there is no directory.
+        name: identifies the file; part of the checksums.
+        index: block index.
+        on_close: called when the block is written or discarded.
     """
 
-    def __init__(self, directory: str, name: str, index: int) -> None:
-        # A process id would not be unique: processes in containers often have the same one.
-        self._path = f"{directory}/.{index}.{secrets.token_hex(8)}"
-        self._fd = open_regular(self._path, _FLAGS)
-        self._checksum = _checksum_of(name, index)
+    def __init__(
+        self, files: DataFiles, name: str, index: int, on_close: Callable[[], None]
+    ) -> None:
+        self._on_close = on_close
+        self._files = files
+        self._name = name
+        self._first = index * UNITS_PER_BLOCK
+        self._start = index * BLOCK_BYTES
         self._size_bytes = 0
-        self._is_renamed = False
+        #: Of the complete units, and of all units before the write.
+        self._records: list[Record] = []
+        self._stored = files.records(range(self._first, self._first + UNITS_PER_BLOCK))
+        #: Bytes of a unit that is stored already, and not overwritten: others may read it.
+        self._held = bytearray()
+        self._checksum = checksum_of(name, self._first)
+        files.begin_writing()
 
     def write(self, data: bytes | memoryview) -> None:
         """Append data to the block.
@@ -54,76 +40,68 @@ class BlockWriter:
         Raises:
             OSError: the disk rejects the data; `read_back` still returns the data before it.
         """
-        with memoryview(data) as view:
-            for start in range(0, len(view), _CHUNK_BYTES):
-                chunk = view[start : start + _CHUNK_BYTES]
+        size_bytes = self._size_bytes
+        with memoryview(data) as rest:
+            while rest:
+                chunk = rest[: UNIT_BYTES - size_bytes % UNIT_BYTES]
                 self._checksum.update(chunk)
-                _write_all(self._fd, chunk)
-        self._size_bytes += len(data)
+                if self._stored[len(self._records)].length:
+                    self._held += chunk
+                else:
+                    self._files.write(chunk, self._start + size_bytes)
+                size_bytes += len(chunk)
+                if not size_bytes % UNIT_BYTES:
+                    self._end_unit(UNIT_BYTES)
+                rest = rest[len(chunk) :]
+        self._size_bytes = size_bytes
 
     def read_back(self) -> bytes:
         """Return all data that was written.
 
         Raises:
-            OSError: the temporary file cannot be read.
+            OSError: a data file cannot be read.
         """
-        data = os.pread(self._fd, self._size_bytes, 0)
-        if len(data) < self._size_bytes:
-            raise errors.corrupt(self._path, "the temporary file of a block was truncated")
-        return data
+        complete = len(self._records)
+        held = b""
+        if complete * UNIT_BYTES < self._size_bytes and self._stored[complete].length:
+            held = bytes(self._held[: self._size_bytes - complete * UNIT_BYTES])
+        data = bytearray(self._size_bytes - len(held))
+        parts = self._files.layout.split(self._start, len(data))
+        if data and not self._files.read(memoryview(data), parts):
+            raise errors.corrupt("", "a data file was truncated while a block was written")
+        return bytes(data) + held
 
-    def commit(self, path: str, now_ns: int) -> os.stat_result:
-        """Write the checksum, rename the file to `path`, and return its status.
-
-        Args:
-            path: replaced if it exists.
-            now_ns: access time, nanoseconds since 1970.
+    def commit(self) -> bool:
+        """Record the data; return False if the directory was removed meanwhile.
 
         Raises:
-            OSError: the file is not renamed: FileNotFoundError if the directory was removed.
+            OSError: the disk has rejected the data.
         """
-        _write_all(self._fd, memoryview(_trailer(self._checksum)))
-        os.utime(self._fd, ns=(now_ns, now_ns))
-        status = os.fstat(self._fd)
-        # On NFS the first `close` reports a failed write.
-        os.close(os.dup(self._fd))
-        os.rename(self._path, path)
-        self._is_renamed = True
-        return status
+        if self._size_bytes % UNIT_BYTES:
+            self._end_unit(self._size_bytes % UNIT_BYTES)
+        return self.commit_complete_units()
+
+    def commit_complete_units(self) -> bool:
+        """Record the start of a block, as far as it has complete units; see `commit`."""
+        self._files.flush()
+        if self._files.is_removed():
+            return False
+        self._files.set_records(self._first, self._records)
+        return True
 
     def close(self) -> None:
-        """Close the file, and remove it unless it was committed. To be called once."""
-        with suppress(OSError):
-            os.close(self._fd)
-        if not self._is_renamed:
-            with suppress(OSError):
-                os.unlink(self._path)
+        """End writing; data without a record is not valid. To be called once."""
+        with suppress(OSError):  # the files are then verified again
+            self._files.end_writing()
+        self._on_close()
 
-
-def is_intact(fd: int, name: str, index: int) -> bool:
-    """Return whether the checksum of an open block, or of its start, matches.
-
-    Raises:
-        OSError: the block cannot be read.
-    """
-    end = os.fstat(fd).st_size - TRAILER_BYTES
-    if end < 0:
-        return False
-    checksum = _checksum_of(name, index)
-    for start in range(0, end, _CHUNK_BYTES):
-        checksum.update(os.pread(fd, min(_CHUNK_BYTES, end - start), start))
-    return os.pread(fd, TRAILER_BYTES, end) == _trailer(checksum)
-
-
-def _checksum_of(name: str, index: int) -> xxh3_64:
-    """Return a new checksum that is seeded with the identity of the block."""
-    return xxh3_64(f"{name}/{index}:".encode())
-
-
-def _trailer(checksum: xxh3_64) -> bytes:
-    return _MAGIC + checksum.digest()
-
-
-def _write_all(fd: int, rest: memoryview) -> None:
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+    def _end_unit(self, length: int) -> None:
+        record = Record(self._checksum.intdigest(), length)
+        unit = self._first + len(self._records)
+        if self._held and (
+            record != self._stored[len(self._records)] or not self._files.is_intact(unit)
+        ):
+            self._files.write(memoryview(bytes(self._held)), unit * UNIT_BYTES)
+        self._held.clear()
+        self._records.append(record)
+        self._checksum = checksum_of(self._name, self._first + len(self._records))

@@ -1,23 +1,20 @@
-"""Bounds of the block cache on disk, and LRU eviction of its blocks.
+"""Bounds of the block cache on disk, and LRU eviction of its files.
 
 Every process that uses the cache counts the bytes that it adds, and scans the whole cache again
-after adding a 32nd of the bound. So independent processes stay within the bound together. Blocks
-of a file that any process has open (byte 0 of its lock file) are never evicted. On file systems
-without locks such blocks may be evicted, and their readers download them again.
+after adding a 32nd of the bound. So independent processes stay within the bound together. A file
+that any process has open (byte 0 of its lock file) is never evicted. On file systems without locks
+it may be; its readers keep the data until they have closed it.
 """
 
 import os
-import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinkerfs.cache.byte_locks import ByteRangeLocks
+from tinkerfs.cache.data_files import remove
 from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
-
-#: A temporary file of this age was left behind by a killed process, seconds.
-_TEMPORARY_FILE_AGE_S = 600.0
 
 #: Minimum time between two scans that could not free enough space, seconds.
 _FULL_RETRY_S = 1.0
@@ -25,28 +22,25 @@ _FULL_RETRY_S = 1.0
 #: A scan is due after this share (one nth) of the bound has been added.
 _SCAN_SHARE = 32
 
+#: Files of a directory that remain while a process has it open.
+_KEPT_NAMES = frozenset({"about", "lock"})
+
 
 @dataclass(frozen=True, slots=True)
-class CacheFileInfo:
-    """One file in a directory of the cache.
+class CacheDirectoryInfo:
+    """One directory of the cache, which has the data of one file.
 
     Attributes:
-        directory: name of the directory, without its parents.
-        path: path of the file.
-        index: block index; None for a temporary file or the start of a block.
-        length_bytes: file size, including the checksum.
+        name: without its parents.
         size_bytes: space on disk.
-        last_access_ns: time of the last read, nanoseconds since 1970.
-        fetched_ns: time of the write, nanoseconds since 1970.
+        last_access_ns: time of the last read, nanoseconds since 1970; 0 if there is no data.
+        created_ns: time of its creation, nanoseconds since 1970.
     """
 
-    directory: str
-    path: str
-    index: int | None
-    length_bytes: int
+    name: str
     size_bytes: int
     last_access_ns: int
-    fetched_ns: int
+    created_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +68,7 @@ class Evictor:
 
     Args:
         root: the directory that has one directory for each file.
-        clock: `now` measures the age of temporary files, `monotonic` spaces failed scans.
+        clock: spaces failed scans.
         max_bytes: bound on the size of the cache; 0 caches nothing.
         min_free_bytes: minimum free space to leave on the disk.
         has_locks: whether the file system has locks that end with their process.
@@ -96,13 +90,15 @@ class Evictor:
         self._has_locks = has_locks
         #: Why the last block was rejected.
         self.rejection = ""
-        #: Size of the cache at the last scan, None before the first; and bytes added since.
+        #: Size of the cache at the last scan, None before the first; bytes added since; and bytes
+        #: that are being written.
         self._scanned_bytes: int | None = None
         self._added_bytes = 0
+        self._reserved_bytes = 0
         self._retry_after = 0.0
 
     def reserve(self, size_bytes: int) -> bool:
-        """Make room for `size_bytes` more, and return whether they fit.
+        """Make room for `size_bytes` more, and return whether they fit; see `release`.
 
         Raises:
             OSError: the disk cannot be read.
@@ -126,52 +122,37 @@ class Evictor:
                 else f"less than {self._min_free_bytes >> 20} MiB would stay free on the disk"
             )
             return False
-        self._added_bytes += size_bytes
+        self._reserved_bytes += size_bytes
         return True
 
+    def release(self, size_bytes: int) -> None:
+        """Record that bytes, which were reserved, have been written."""
+        self._reserved_bytes -= size_bytes
+        self._added_bytes += size_bytes
+
     def _is_full(self, size_bytes: int) -> bool:
-        return (self._scanned_bytes or 0) + self._added_bytes + size_bytes > self._max_bytes
+        known_bytes = (self._scanned_bytes or 0) + self._added_bytes + self._reserved_bytes
+        return known_bytes + size_bytes > self._max_bytes
 
     def _evict(self, needed_bytes: int, shortfall_bytes: int) -> None:
         """Evict until `needed_bytes` fit and `shortfall_bytes` are freed."""
-        files = scan_cache(self._root)
-        now_ns = int(self._clock.now() * 1e9)
-        # A temporary file counts as a whole block, because space was reserved for one.
-        total_bytes = sum(_counted_bytes(file, needed_bytes) for file in files)
+        directories = scan_cache(self._root)
+        total_bytes = sum(each.size_bytes for each in directories) + self._reserved_bytes
         target_bytes = self._max_bytes - max(self._max_bytes // _SCAN_SHARE, needed_bytes)
         target_bytes = min(target_bytes, total_bytes - max(shortfall_bytes, 0))
-        locks: dict[str, DirectoryLock] = {}
-        try:
-            for file in sorted(files, key=lambda file: file.last_access_ns):
-                if file.index is None:
-                    should_evict = now_ns - file.fetched_ns > _TEMPORARY_FILE_AGE_S * 1e9
-                else:
-                    should_evict = total_bytes > target_bytes
-                    if should_evict and file.directory not in locks:
-                        locks[file.directory] = self._try_lock(self._root / file.directory)
-                    should_evict = should_evict and locks[file.directory].is_free
-                if should_evict:
-                    with suppress(FileNotFoundError):
-                        os.unlink(file.path)
-                    total_bytes -= _counted_bytes(file, needed_bytes)
-        finally:
-            for directory, lock in locks.items():
-                if lock.is_free:
-                    remove_directory(self._root / directory)
-                lock.close()
-        self._scanned_bytes, self._added_bytes = total_bytes, 0
+        for directory in sorted(directories, key=lambda each: each.last_access_ns):
+            if total_bytes <= target_bytes:
+                break
+            path = self._root / directory.name
+            lock = self._try_lock(path)
+            if lock.is_free:
+                remove_directory(path)
+                total_bytes -= directory.size_bytes
+            lock.close()
+        self._scanned_bytes, self._added_bytes = total_bytes - self._reserved_bytes, 0
 
     def _try_lock(self, directory: Path) -> DirectoryLock:
         return try_lock_exclusive(directory) if self._has_locks else DirectoryLock(is_free=True)
-
-
-def _counted_bytes(file: CacheFileInfo, block_bytes: int) -> int:
-    return file.size_bytes if file.index is not None else max(file.size_bytes, block_bytes)
-
-
-def block_of(name: str) -> int | None:
-    """Return the block index for a file name, None for a file that is not a block."""
-    return int(name) if name.isascii() and name.isdigit() else None
 
 
 def free_bytes(directory: Path) -> int:
@@ -189,33 +170,31 @@ def free_bytes(directory: Path) -> int:
             return status.f_bavail * status.f_frsize
 
 
-def scan_cache(root: Path) -> list[CacheFileInfo]:
-    """Return every block and temporary file; empty if there is no directory.
+def scan_cache(root: Path) -> list[CacheDirectoryInfo]:
+    """Return every directory; empty if the cache does not exist.
 
     Raises:
         OSError: the cache directory cannot be read.
     """
-    files: list[CacheFileInfo] = []
+    found: list[CacheDirectoryInfo] = []
     try:
         names = [entry.name for entry in os.scandir(root) if entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
-        return files
+        return found
     for name in names:
         with suppress(FileNotFoundError):  # removed by another process
+            size_bytes, last_access_ns = 0, 0
             for entry in os.scandir(root / name):
-                index = block_of(entry.name)
-                if index is None and not entry.name.startswith("."):
-                    continue
-                with suppress(FileNotFoundError):
-                    status = entry.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(status.st_mode):  # unlink(2) would fail at every eviction
-                        continue
-                    size_bytes = max(status.st_size, status.st_blocks * 512)
-                    times = status.st_atime_ns, status.st_mtime_ns
-                    files.append(
-                        CacheFileInfo(name, entry.path, index, status.st_size, size_bytes, *times)
-                    )
-    return files
+                status = entry.stat(follow_symlinks=False)
+                # Some file systems count no blocks.
+                size_bytes += status.st_blocks * 512 or status.st_size
+                if entry.name == "index":
+                    last_access_ns = status.st_atime_ns
+            created_ns = os.stat(root / name).st_mtime_ns
+            with suppress(FileNotFoundError):
+                created_ns = os.stat(root / name / "about").st_mtime_ns
+            found.append(CacheDirectoryInfo(name, size_bytes, last_access_ns, created_ns))
+    return found
 
 
 def try_lock_exclusive(directory: Path) -> DirectoryLock:
@@ -236,17 +215,24 @@ def try_lock_exclusive(directory: Path) -> DirectoryLock:
     return DirectoryLock(is_free=False)
 
 
-def remove_directory(directory: Path) -> None:
-    """Remove a cache directory unless it has blocks; the caller holds its lock.
-
-    The lock file is removed first, so that a process that opens the file in between creates both
-    again.
-    """
-    names = set()
+def remove_data(directory: str | Path) -> None:
+    """Remove the data of a directory; a process that has it open keeps it until it closes it."""
     with suppress(OSError):
-        names = set(os.listdir(directory))
-    if names <= {"about", "lock"}:
-        with suppress(OSError):
-            for name in sorted(names):
-                os.unlink(directory / name)
-            os.rmdir(directory)
+        # The index first, because it says that there is data.
+        for name in sorted(os.listdir(directory), reverse=True):
+            if name not in _KEPT_NAMES:
+                with suppress(OSError):
+                    remove(f"{directory}/{name}")
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory of the cache; the caller holds its lock.
+
+    A process that opens the file in between creates all files again.
+    """
+    remove_data(directory)
+    with suppress(OSError):
+        for name in sorted(_KEPT_NAMES, reverse=True):
+            with suppress(FileNotFoundError):
+                remove(f"{directory}/{name}")
+        os.rmdir(directory)

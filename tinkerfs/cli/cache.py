@@ -96,28 +96,29 @@ def info(path: str | None, as_json: bool, **settings: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_options
 def verify(path: str | None, as_json: bool, **settings: Any) -> None:
-    """Check every cached block against its checksum, and remove corrupt blocks.
+    """Check all cached weights against their checksums, and remove corrupt parts.
 
-    Mounts verify blocks when they read them, and download corrupt blocks again; this command finds
-    them earlier. Exits 0 if all blocks are intact. Exits 1 if a block was corrupt, which is
+    Mounts verify weights when they read them, and download corrupt parts again; this command finds
+    them earlier. Exits 0 if all weights are intact. Exits 1 if a part was corrupt, which is
     printed, or if the cache cannot be read.
     """
     with _select(path, Settings(**settings)) as selection:
-        intact, corrupt = maintenance.verify(selection.blocks, selection.matches)
+        intact_bytes, corrupt = maintenance.verify(selection.blocks, selection.matches)
     if as_json:
         rows = [
             {"checkpoint": _checkpoint_of(each.description), "file": _file_of(each.description)}
-            | {"block": each.index}
+            | {"start": each.start, "stop": each.stop}
             for each in corrupt
         ]
-        report = {"intact_blocks": intact, "corrupt_blocks": len(corrupt), "corrupt": rows}
+        report = {"intact_bytes": intact_bytes, "corrupt": rows}
         click.echo(json.dumps(report, indent=2))
     else:
         for each in corrupt:
-            click.echo(f"corrupt: {escape_control_chars(each.description)}, block {each.index}")
-        removed = f"; removed {len(corrupt)} corrupt, to be downloaded again by the next read"
-        verb = "block is" if intact == 1 else "blocks are"
-        click.echo(f"{intact} {verb} intact{removed if corrupt else ''}")
+            name = escape_control_chars(each.description)
+            click.echo(f"corrupt: {name}, bytes {each.start} to {each.stop}")
+        corrupt_bytes = sum(each.stop - each.start for each in corrupt)
+        removed = f"; {format_size(corrupt_bytes)} removed, to be downloaded again by the next read"
+        click.echo(f"{format_size(intact_bytes)} intact{removed if corrupt else ''}")
     if corrupt:
         raise SystemExit(1)
 

@@ -85,9 +85,11 @@ def _device() -> str:
 
 
 def _libfuse() -> str:
-    from tinkerfs.fuse import binding
+    from tinkerfs.fuse import binding, passthrough
 
-    return str(binding.load_binding())
+    loaded = binding.load_binding()
+    reason = passthrough.missing_requirement(loaded.library.version)
+    return f"{loaded}; {f'no passthrough: {reason}' if reason else 'with passthrough'}"
 
 
 def _fusermount() -> str:

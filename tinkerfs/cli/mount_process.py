@@ -15,6 +15,7 @@ from tinkerfs.fuse import binding as bindings
 from tinkerfs.fuse import preflight, session
 from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.malloc import tune_malloc
+from tinkerfs.fuse.passthrough import Passthrough
 
 if TYPE_CHECKING:
     from tinkerfs.api.client import Client
@@ -94,6 +95,7 @@ def _serve(
             app.filesystem,
             binding,
             path,
+            Passthrough(app.telemetry),
             timeout_s=settings.timeout_s,
             read_only=settings.read_only,
             allow_other=settings.allow_other,

@@ -92,6 +92,7 @@ def _text(report: dict[str, Any]) -> str:
         ("since", f"{report.get('started', '?')} ({format_duration(report.get('uptime_s', 0))})"),
         ("process", str(report.get("pid", "?"))),
         ("cache", "no lookups yet" if ratio is None else f"{ratio:.0%} of lookups were hits"),
+        ("kernel", _passthrough(report.get("passthrough", "?"))),
         ("requests", str(report.get("api_requests_total", 0))),
     ]
     lines += [f"  {name:<9}{escape_control_chars(text)}" for name, text in rows]
@@ -110,6 +111,13 @@ def _text(report: dict[str, Any]) -> str:
     errors = [escape_control_chars(each.replace("\t", "  ")) for each in report["last_errors"]]
     lines += _section("last errors", errors)
     return "\n".join(lines)
+
+
+def _passthrough(state: str) -> str:
+    """Describe whether the kernel reads whole cached files itself."""
+    if state == "on":
+        return "reads cached weights itself"
+    return f"reads cached weights through tinkerfs ({state.removeprefix('off: ')})"
 
 
 def _account(totals: dict[str, int]) -> str:

@@ -139,10 +139,17 @@ class Binding:
             for name, value in options.items()
             if value is not False
         ]
+
+        def configure(connection: Any, config: Any) -> None:
+            self.configure(connection, config)
+            operations.passthrough.negotiate(
+                connection, self.library.version, self.workers.session_fd()
+            )
+
         arguments = ["fuse", "-f", "-o", ",".join(texts), mountpoint]
         status = self.workers.main(
             [os.fsencode(argument) for argument in arguments],
-            build_operations(operations, self.module, self.library.major, self.configure),
+            build_operations(operations, self.module, self.library.major, configure),
         )
         if status:
             raise RuntimeError(status)

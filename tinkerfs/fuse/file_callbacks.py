@@ -4,6 +4,7 @@ from typing import Any
 
 from tinkerfs.fuse.abi import WRITABLE, make_fh_reader, memory_at, negative_errno
 from tinkerfs.fuse.operations import Operations
+from tinkerfs.fuse.passthrough import make_backing_id_writer
 
 
 class FileCallbacks:
@@ -13,12 +14,13 @@ class FileCallbacks:
         module: the binding, which defines the layout of the structures.
     """
 
-    __slots__ = ("_fh_of", "_file_info_at", "_operations")
+    __slots__ = ("_fh_of", "_file_info_at", "_operations", "_set_backing_id")
 
     def __init__(self, operations: Operations, module: Any) -> None:
         self._operations = operations
         self._file_info_at = module.fuse_file_info.from_address
         self._fh_of = make_fh_reader(module.fuse_file_info)
+        self._set_backing_id = make_backing_id_writer(module.fuse_file_info)
 
     def open(self, path: bytes, info: int) -> int:
         """Open a file, and store its handle number and flags in `info`."""
@@ -27,8 +29,11 @@ class FileCallbacks:
             handle = self._operations.open(path.decode("utf-8", "surrogateescape"), fields.flags)
         except OSError as error:
             return negative_errno(error)
-        fields.fh = self._operations.register_handle(handle)
+        fields.fh = fh = self._operations.register_handle(handle)
         fields.direct_io, fields.keep_cache = handle.direct_io, handle.keep_cache
+        if handle.backing_fd is not None and (backing_id := self._operations.back(fh, handle)):
+            self._set_backing_id(info, backing_id)
+            fields.keep_cache = False  # the kernel refuses it together with a backing file
         return 0
 
     def read(self, _path: bytes | None, buffer: int, size: int, offset: int, info: int) -> int:

@@ -11,6 +11,7 @@ Thread-safe: libfuse calls from several threads at once.
 import functools
 import itertools
 import logging
+import os
 import stat
 import threading
 import time
@@ -22,6 +23,7 @@ from msgspec.structs import replace
 from tinkerfs import errors
 from tinkerfs.context import Caller, RequestContext
 from tinkerfs.fuse.callers import Callers
+from tinkerfs.fuse.passthrough import Passthrough
 from tinkerfs.fuse.stat_callers import StatCallers
 from tinkerfs.fuse.worker_pool import SessionWorkers
 from tinkerfs.validity import Validity
@@ -106,6 +108,7 @@ class Operations:
 
     Args:
         workers: the threads that serve the requests.
+        passthrough: lets the kernel read cached files.
         timeout_s: deadline of every operation without a deadline of its own.
         lookup_timeout_s: deadline of a lookup; one that needs an archive waits for it.
         stopping: set when the mount is going down; blocked requests then fail with ENOTCONN.
@@ -116,6 +119,7 @@ class Operations:
         self,
         filesystem: "FileSystem",
         workers: SessionWorkers,
+        passthrough: Passthrough,
         *,
         timeout_s: float,
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
@@ -124,6 +128,7 @@ class Operations:
     ) -> None:
         self._filesystem = filesystem
         self._workers = workers
+        self.passthrough = passthrough
         self._stopping = stopping
         self._ready = ready
         #: Whether each operation is logged. Cached, because every operation checks it.
@@ -293,6 +298,16 @@ class Operations:
         self._files[number] = handle
         return number
 
+    def back(self, fh: int, handle: Handle) -> int:
+        """Return the backing file of an open file for the kernel to read; 0 if there is none."""
+        assert handle.backing_fd is not None
+        fd = handle.backing_fd(self._io_ctx) if self.passthrough.is_on else None
+        try:
+            return self.passthrough.open(fh, handle.path, fd, direct_io=handle.direct_io)
+        finally:
+            if fd is not None:
+                os.close(fd)
+
     @_operation
     def read(self, fh: int, buffer: memoryview, offset: int) -> int:
         """Fill a buffer from `offset` on; return the number of bytes read."""
@@ -316,6 +331,8 @@ class Operations:
         """Close an open file."""
         file = self._files.pop(fh, None)
         if file is not None:
+            if file.backing_fd is not None:
+                self.passthrough.close(fh)
             file.close()
 
     # Changes

@@ -24,6 +24,7 @@ from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table, preflight
 from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.operations import LOOKUP_TIMEOUT_S, Operations, XattrOperations
+from tinkerfs.fuse.passthrough import Passthrough
 
 if TYPE_CHECKING:
     from tinkerfs.vfs.filesystem import FileSystem
@@ -83,6 +84,7 @@ def serve(
     filesystem: "FileSystem",
     binding: Binding,
     mountpoint: str,
+    passthrough: Passthrough,
     *,
     timeout_s: float,
     lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
@@ -104,6 +106,7 @@ def serve(
     operations = (XattrOperations if xattr else Operations)(
         filesystem,
         binding.workers,
+        passthrough,
         timeout_s=timeout_s,
         lookup_timeout_s=lookup_timeout_s,
         stopping=session.stopping,

@@ -96,6 +96,10 @@ class SessionWorkers:
         context = self._get_context().contents
         return context.uid, context.gid, context.pid
 
+    def session_fd(self) -> int:
+        """Return the descriptor of /dev/fuse; libfuse 3 only, while the session is served."""
+        return int(self._libfuse.fuse_session_fd(self._session))
+
     @contextmanager
     def blocking(self) -> Iterator[None]:
         """Mark a blocking section; an extra worker takes requests meanwhile."""
@@ -236,6 +240,7 @@ def _declared(libfuse: Any, major: int) -> Any:
             "fuse_mount": (number, (address, address)),
             "fuse_unmount": (None, (address,)),
             "fuse_destroy": (None, (address,)),
+            "fuse_session_fd": (number, (address,)),
             "fuse_session_receive_buf": (number, (address, address)),
         }
         # Newer versions have two symbols named fuse_new and no default (fuse_versionscript).

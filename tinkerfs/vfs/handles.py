@@ -30,6 +30,7 @@ class GeneratedFileHandle(msgspec.Struct, frozen=True):
 
     #: Pages that another handle has cached may belong to another version.
     keep_cache: ClassVar[bool] = False
+    backing_fd: ClassVar[None] = None
 
     @property
     def size_bytes(self) -> int:
@@ -73,6 +74,7 @@ class ControlHandle:
     direct_io = True
     keep_cache = False
     size_hint_reported_at = None
+    backing_fd = None
 
     def __init__(
         self,
@@ -121,6 +123,7 @@ class JournalHandle:
     direct_io = True
     keep_cache = False
     size_hint_reported_at = None
+    backing_fd = None
 
     def __init__(self, path: str, journal: Journal[Any]) -> None:
         self.path = path
@@ -184,6 +187,10 @@ class WeightsHandle:
     def direct_io(self) -> bool:
         """Whether the kernel may have a wrong size, or must not cache pages."""
         return self.size_hint_reported_at is not None or not self._may_be_cached
+
+    def backing_fd(self, ctx: RequestContext) -> int | None:
+        """Return a new descriptor of the cached file, if it is whole and intact."""
+        return self._file.backing_fd(ctx)
 
     @property
     def size_bytes(self) -> int:

@@ -5,6 +5,7 @@ This module depends neither on the API client nor on FUSE.
 
 import hashlib
 import stat
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import msgspec
@@ -107,6 +108,14 @@ class Handle(Protocol):
 
         The time is on the machine's monotonic clock. A caller that cached that size must discard
         it before reading.
+        """
+        ...
+
+    @property
+    def backing_fd(self) -> Callable[[RequestContext], int | None] | None:
+        """Returns a new descriptor of a local file with the same bytes, if there is one.
+
+        None for files that never have one. The caller closes the descriptor.
         """
         ...
 

@@ -16,10 +16,10 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockCache, BlockFile
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.concurrency import run_concurrently
 from tinkerfs.name_encoding import compound_key
 from tinkerfs.weights.block_download import block_digest
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.etags import Sample, sample_of
 from tinkerfs.weights.extracted_tree import ExtractedTree, MemberRejected
 from tinkerfs.weights.gzip_stream import GZIP_MAGIC, inflated

@@ -8,8 +8,8 @@ the archive. Thread-safe.
 from collections.abc import Callable
 
 from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.weights.block_download import block_digest
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.etags import SAMPLE_BYTES, Sample, sample_of
 from tinkerfs.weights.transfer import OVERLAP_BYTES
 
@@ -94,9 +94,7 @@ class BlockCheck:
     def drop_all(self) -> None:
         """Remove all cached blocks, which are of another version than the store's file."""
         self._verified.clear()
-        for index in range(-(-self._size_bytes // BLOCK_BYTES)):
-            self._disk.drop(index)
-            self._disk.drop_partial(index)
+        self._disk.drop_all()
 
     def _length(self, index: int) -> int:
         return min(BLOCK_BYTES, self._size_bytes - index * BLOCK_BYTES)

@@ -58,7 +58,10 @@ class BlockDownload:
         self._chunks: list[bytes] = []
         self._is_unreadable = False
         self._reserved_bytes = 0
-        self._writer = disk.begin_write(index, length) if uses_disk else None
+        self._uses_disk = uses_disk
+        # A block with a digest may be of another version, and is not written before that is known.
+        # Blocks of that version may be on disk, and in use.
+        self._writer = disk.begin_write(index, length) if uses_disk and not digest else None
         try:
             self._reserve(length if self._writer is None else min(CHUNK_BYTES, length))
         except errors.RequestTimeout:
@@ -103,6 +106,8 @@ class BlockDownload:
             error = errors.corrupt("", "the disk of the cache has lost a block that was written")
             raise CacheWriteLost(error.errno, error.strerror)
         data = b"".join(self._chunks)
+        if self._digest and self._uses_disk and self._disk.put(self._index, data):
+            return None
         self._memory.keep((self._key, self._index), data)
         self._reserved_bytes = 0
         return data
@@ -110,7 +115,7 @@ class BlockDownload:
     def commit_partial(self) -> None:
         """Store an incomplete block for the next download; in memory it would be lost."""
         if self._writer is not None and self.remaining_bytes < self._length:
-            self._disk.commit_partial(self._index, self._writer)
+            self._disk.commit_part(self._writer)
 
     def close(self) -> None:
         """Free the resources; an uncommitted block is discarded."""

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-#: Unit of downloads, checksums and caching. Sixteen concurrent requests of this size hide the
-#: latency of a typical store, and a single one still completes soon.
-BLOCK_BYTES = 4 << 20
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 
 
 def block_range(start: int, stop: int) -> range:

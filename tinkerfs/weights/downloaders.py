@@ -15,11 +15,11 @@ from typing import Protocol, Self
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.block_check import BlockCheck
 from tinkerfs.weights.block_download import BlockDownload, CacheWriteLost
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.block_source import BlockSource, ByteStream
 
 
@@ -38,7 +38,7 @@ class BlockClaims:
     def claim_if_missing(self, index: int) -> bool:
         """Lock a block without a wait; return whether it is locked and still to be downloaded."""
         is_claimed = self.claim(index, 0.0)
-        return is_claimed and not self._disk.has(index) and not self._disk.has_partial(index)
+        return is_claimed and not self._disk.has(index) and not self._disk.has_part(index)
 
     def release(self, index: int) -> None:
         """Unlock a block."""
@@ -242,8 +242,6 @@ class RangeDownloader:
         for index, download in self._sink.receive(chunks, run[0]):
             self._sink.commit(index, download)
             request.claims.release(index)
-            if partial and index == run[0]:
-                self._disk.drop_partial(index)
 
 
 class SequentialDownloader:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Self
 
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import RequestContext
-from tinkerfs.weights.block_math import BLOCK_BYTES, block_range
+from tinkerfs.weights.block_math import block_range
 from tinkerfs.weights.readahead import ReadaheadPlan, ReadaheadState
 from tinkerfs.weights.remote_file import RemoteFile
 from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, tensor_end_offsets
@@ -85,6 +86,14 @@ class WeightsFile(ABC):
     def is_cached(self, block: int) -> bool:
         """Return whether a block is on disk; send no request."""
 
+    def backing_fd(self, ctx: RequestContext) -> int | None:
+        """Return a new descriptor of a local file with the same bytes, which the caller closes.
+
+        None if there is none, or if not all of it is cached.
+        """
+        del ctx
+        return None
+
     @abstractmethod
     def prepare(self, ctx: RequestContext) -> None:
         """Get a signed URL for later fetches; wait until the archive is built.
@@ -116,12 +125,8 @@ class MemberFile(WeightsFile):
         self.mtime_ns = member.mtime_ns
         self._file = file
         self._segments = member.segments
-        #: True for all but sparse files; their reads skip the segment lookup.
-        self._is_contiguous = (
-            len(member.segments) == 1
-            and member.segments[0].offset == 0
-            and member.segments[0].length == member.size_bytes
-        )
+        #: None for empty and sparse files; the reads of others skip the segment lookup.
+        self._range = member.archive_range
         self._readahead = ReadaheadState(member.size_bytes)
 
     def close(self) -> None:
@@ -178,6 +183,10 @@ class MemberFile(WeightsFile):
         """See `WeightsFile.is_cached`."""
         return self._file.is_on_disk(block)
 
+    def backing_fd(self, ctx: RequestContext) -> int | None:
+        """See `WeightsFile.backing_fd`."""
+        return None if self._range is None else self._file.backing_fd(*self._range, ctx)
+
     def prepare(self, ctx: RequestContext) -> None:
         """See `WeightsFile.prepare`."""
         self._file.prepare(ctx)
@@ -187,8 +196,8 @@ class MemberFile(WeightsFile):
         return self._file.fetch(block, ctx, count)
 
     def _fill(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
-        if self._is_contiguous:
-            self._file.read_into(buffer, self._segments[0].archive_offset + start, ctx)
+        if self._range is not None:
+            self._file.read_into(buffer, self._range[0] + start, ctx)
             return
         for segment in self._segments_in(start, start + len(buffer)):
             view = buffer[segment.offset - start :][: segment.length]

@@ -6,14 +6,15 @@ separate files. All other modules read the files of a store and need not know wh
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.data_layout import DataLayout, choose_layout
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.archive_index import Index, archive_index, external_index
 from tinkerfs.weights.block_source import BlockSource
@@ -40,6 +41,7 @@ class StoredFile:
         kind: distinguishes the files of a checkpoint; see `block_key`.
         size_bytes: length of the file, after decompression.
         source: downloads bytes of the file.
+        layout: of its bytes in the cache.
         digests: of each block; empty if unknown.
         on_open: called with a function that returns whether the file is still open.
     """
@@ -48,6 +50,7 @@ class StoredFile:
     version: Version
     size_bytes: int
     source: BlockSource
+    layout: DataLayout = field(default_factory=DataLayout)
     digests: tuple[bytes, ...] = ()
     on_open: Callable[[Callable[[], bool]], None] = lambda _is_open: None
 
@@ -235,12 +238,14 @@ class Archive(Origin):
 
     def whole(self, version: Version, index: Index | None) -> StoredFile:
         """Return the archive with the bytes that the store has, and what an index adds."""
+        tar_index = index if index is not None and index.form == "tar" else None
         return StoredFile(
             kind="archive",
             version=version,
             size_bytes=version.size_bytes,
             source=self._source(version, sample=None if index is None else index.sample),
-            digests=index.digests if index is not None and index.form == "tar" else (),
+            layout=DataLayout() if tar_index is None else choose_layout(_ranges(tar_index)),
+            digests=() if tar_index is None else tar_index.digests,
         )
 
     def version_loader(self, ctx: RequestContext) -> Callable[[], Version]:
@@ -336,3 +341,8 @@ class ExportedFiles(ExternalFiles):
 
     def _urls(self, ctx: RequestContext) -> Mapping[str, SignedUrl]:
         return self._export.get(ctx)
+
+
+def _ranges(index: Index) -> Iterator[tuple[int, int]]:
+    """Yield the range of each member that has one."""
+    return (each.archive_range for each in index.members if each.archive_range is not None)

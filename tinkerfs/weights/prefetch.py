@@ -6,17 +6,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from tinkerfs import errors
+from tinkerfs.cache.data_layout import BLOCK_BYTES, OVERHEAD_BYTES
 from tinkerfs.context import RequestContext
-from tinkerfs.weights.block_math import BLOCK_BYTES, group_consecutive
+from tinkerfs.weights.block_math import group_consecutive
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.readahead import MAX_READAHEAD_BYTES, READAHEAD_CONCURRENCY
 
 #: Maximum number of concurrent requests, and of blocks per request: as for sequential readahead.
 _MAX_REQUESTS = READAHEAD_CONCURRENCY
 _MAX_BLOCKS_PER_REQUEST = MAX_READAHEAD_BYTES // READAHEAD_CONCURRENCY // BLOCK_BYTES
-
-#: Maximum disk usage of a block beyond its bytes: its checksum takes a page of its own.
-_OVERHEAD_BYTES = 4096
 
 _CACHE_REJECTED = "the block cache cannot take it: its disk is full, or it is full of open files"
 
@@ -51,7 +49,7 @@ def required_cache_bytes(files: Sequence[WeightsFile]) -> int:
     blocks = {
         file.block_key(block): file.block_bytes(block) for file in files for block in file.blocks()
     }
-    return sum(size_bytes + _OVERHEAD_BYTES for size_bytes in blocks.values())
+    return sum(size_bytes + OVERHEAD_BYTES for size_bytes in blocks.values())
 
 
 def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[BlockResult]:

@@ -13,13 +13,14 @@ from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.block_check import BlockCheck
 from tinkerfs.weights.block_download import CacheWriteLost
-from tinkerfs.weights.block_math import BLOCK_BYTES, block_range, group_consecutive, split_by_block
+from tinkerfs.weights.block_math import block_range, group_consecutive, split_by_block
 from tinkerfs.weights.block_source import BlockSource
 from tinkerfs.weights.downloaders import (
     BlockClaims,
@@ -123,12 +124,6 @@ class RemoteFile:
         """
         if self._sink.stale_error is not None:
             raise errors.stale(self._path, self._sink.stale_error.strerror or "")
-        index, first = divmod(start, BLOCK_BYTES)
-        is_one_block = first + len(buffer) <= BLOCK_BYTES
-        is_one_block = is_one_block and not self._check.verifies_cached
-        if is_one_block and self._disk.read_from_open_fd(index, first, buffer, ctx.blocking):
-            self._telemetry.count("block_cache_hits")
-            return
         missing: list[tuple[memoryview, int, int, Future[bytes | None]]] = []
         for view, index, first in split_by_block(buffer, start):
             is_cached = self._fill(view, index, first, ctx)
@@ -181,6 +176,15 @@ class RemoteFile:
     def is_on_disk(self, index: int) -> bool:
         """Return whether a block is on disk; it is verified only when it is read."""
         return self._disk.has(index)
+
+    def backing_fd(self, start: int, stop: int, ctx: RequestContext) -> int | None:
+        """Return a new descriptor of the local file with the bytes [start, stop); see `BlockFile`.
+
+        None for a store where only `BlockCheck` can distinguish versions.
+        """
+        if self._check.is_needed or self._sink.stale_error is not None:
+            return None
+        return self._disk.backing_fd(start, stop, ctx.blocking)
 
     def fetch(self, index: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
         """Return the future of a block; start its download unless cached or in flight.
@@ -317,16 +321,14 @@ class RemoteFile:
                 run = range(stop, run.stop)
 
     def _is_intact_on_disk(self, index: int) -> bool:
-        probe = memoryview(bytearray(1))
-        length = self.block_bytes(index)
-        is_on_disk = index not in self._sink.memory_only and self._disk.read_into(
-            index, 0, probe, length
+        is_on_disk = index not in self._sink.memory_only and self._disk.is_intact(
+            index, self.block_bytes(index)
         )
         return is_on_disk and self._check.verify_block(index)
 
     def _request(self, run: range, claims: BlockClaims) -> None:
         """Download a run by one request; unlock each block once it is stored."""
-        partial = self._disk.read_partial(run[0])
+        partial = self._disk.read_part(run[0])
         partial = partial if len(partial) < self.block_bytes(run[0]) else b""
         start = run[0] * BLOCK_BYTES + len(partial)
         stop = run[-1] * BLOCK_BYTES + self.block_bytes(run[-1])

@@ -51,7 +51,7 @@ class RemoteFilePool:
                 path,
                 stored.size_bytes,
                 stored.source,
-                self._cache.open(key, f"{about} {stored.kind}", stored.size_bytes),
+                self._cache.open(key, f"{about} {stored.kind}", stored.size_bytes, stored.layout),
                 self._memory,
                 self._telemetry,
                 timeout_s=self._timeout_s,

@@ -66,6 +66,14 @@ class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
     mtime_ns: int
     segments: tuple[Segment, ...]
 
+    @property
+    def archive_range(self) -> tuple[int, int] | None:
+        """The range [start, stop) of the archive with all bytes; None if they are not adjacent."""
+        if len(self.segments) != 1 or self.segments[0].length != self.size_bytes:
+            return None
+        start = self.segments[0].archive_offset
+        return (start, start + self.size_bytes) if start >= 0 else None
+
 
 class HeaderFile(Protocol):
     """A file of headers that is read forward only, apart from one block backward."""

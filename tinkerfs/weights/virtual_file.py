@@ -61,6 +61,9 @@ class VirtualFile(MemberFile):
             return None
         return bytes(data)
 
+    def backing_fd(self, ctx: RequestContext) -> None:
+        """Return None: the bytes of the file are in no local file."""
+
     def _peek_source(self, buffer: memoryview, start: int) -> None:
         data = super().peek(start, start + len(buffer))
         if data is None:

@@ -8,7 +8,8 @@ import pytest
 from tests.support.clocks import FakeTime
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.block_cache import BlockCache
-from tinkerfs.cache.maintenance import CorruptBlock, cached_files, clear, verify
+from tinkerfs.cache.data_layout import BLOCK_BYTES
+from tinkerfs.cache.maintenance import CorruptRange, cached_files, clear, verify
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.telemetry import Telemetry
 
@@ -43,8 +44,8 @@ def test_cached_files_are_listed_latest_first(cache, time):
         one, two = cached_files(cache.directory)
         assert (one.description, two.description) == ("tinker://one", "tinker://two")
         assert (one.is_open, two.is_open) == (True, False)
-        assert (one.blocks, one.last_access_ns) == (3, time.now * 1e9)
-        assert one.fetched_ns < two.fetched_ns < one.last_access_ns
+        assert (one.data_bytes, one.last_access_ns) == (9 * BLOCK, time.now * 1e9)
+        assert one.fetched_ns <= two.fetched_ns
         assert 9 * BLOCK <= one.size_bytes < 10 * BLOCK
 
 
@@ -54,28 +55,29 @@ def test_missing_cache_is_empty(tmp_path):
     assert clear(tmp_path / "none", everything) == 0
 
 
-def blocks_of(cache, about):
+def files_of(cache, about):
+    """Return the directory of a file, and the path of its data."""
     [directory] = [each for each in cache.directory.iterdir() if read_about(each)[0] == about]
-    return sorted(path for path in directory.iterdir() if path.name.isdigit())
+    return directory, directory / "0"
 
 
-def test_verify_reports_and_removes_corrupt_blocks(cache):
-    first, second, _ = blocks_of(cache, "tinker://two")
-    first.write_bytes(bytes(first.stat().st_size))
-    second.unlink()
-    second.symlink_to(first)
-    corrupt = [CorruptBlock("tinker://two", 0), CorruptBlock("tinker://two", 1)]
-    assert verify(cache.directory, lambda text: text.endswith("one")) == (3, [])
-    assert verify(cache.directory, everything) == (4, corrupt)
-    assert verify(cache.directory, everything) == (4, [])
+def test_verify_reports_and_removes_corrupt_ranges(cache):
+    _, data = files_of(cache, "tinker://two")
+    with data.open("r+b") as file:
+        file.write(bytes(3 * BLOCK))
+        file.seek(2 * BLOCK_BYTES + 5)
+        file.write(b"?")
+    corrupt = [
+        CorruptRange("tinker://two", start, start + 3 * BLOCK) for start in (0, 2 * BLOCK_BYTES)
+    ]
+    assert verify(cache.directory, lambda text: text.endswith("one")) == (9 * BLOCK, [])
+    assert verify(cache.directory, everything) == (12 * BLOCK, corrupt)
+    assert verify(cache.directory, everything) == (12 * BLOCK, [])
 
 
 def test_cached_file_has_its_length_if_known(cache):
     with contextlib.closing(cache.open("three", "tinker://three", 5 * BLOCK)) as file:
-        file.put(4, b"x" * BLOCK)
-        with contextlib.closing(file.begin_write(3, BLOCK)) as writer:
-            writer.write(b"y" * 100)
-            file.commit_partial(3, writer)
+        file.put(0, b"x" * BLOCK)
     lengths = {
         each.description: (each.data_bytes, each.length_bytes)
         for each in cached_files(cache.directory)
@@ -101,20 +103,20 @@ def test_any_description_is_read_unchanged(cache, name, length):
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"\n7x", b"\n" + b"9" * 5000])
 def test_file_without_description_is_listed_and_cleared(cache, content):
-    about = blocks_of(cache, "tinker://one")[0].with_name("about")
+    about = files_of(cache, "tinker://one")[0] / "about"
     if content is None:
         about.unlink()
     else:
         about.write_bytes(content)
     [lost] = [each for each in cached_files(cache.directory) if each.description == "?"]
-    assert (lost.blocks, lost.length_bytes) == (3, None)
+    assert (lost.data_bytes, lost.length_bytes) == (9 * BLOCK, None)
     assert clear(cache.directory, lambda text: text == "?") == lost.size_bytes
     with contextlib.closing(cache.open("two", "tinker://two")):
         assert [each.description for each in cached_files(cache.directory)] == ["tinker://two"]
 
 
 def test_reopening_a_file_does_not_rewrite_about(cache):
-    about = blocks_of(cache, "tinker://one")[0].with_name("about")
+    about = files_of(cache, "tinker://one")[0] / "about"
     before = os.stat(about)
     with contextlib.closing(cache.open("one", "tinker://one")):
         after = os.stat(about)
@@ -135,14 +137,13 @@ def test_clear_removes_matching_files_even_if_open(cache):
 
 
 def test_verify_and_clear_with_a_fifo_end(cache):
-    path = blocks_of(cache, "tinker://one")[0]
-    path.unlink()
-    os.mkfifo(path)
-    path.with_name("7").mkdir()
+    directory, data = files_of(cache, "tinker://one")
+    data.unlink()
+    os.mkfifo(data)
+    (directory / "7").mkdir()
     intact, corrupt = run_in_thread(lambda: verify(cache.directory, everything), "verify").result(
         20
     )
-    assert (intact, corrupt) == (5, [CorruptBlock("tinker://one", 0)])
-    os.mkfifo(path)
+    assert (intact, len(corrupt)) == (9 * BLOCK, 3)
     run_in_thread(lambda: clear(cache.directory, everything), "clear").result(20)
     assert cached_files(cache.directory) == []

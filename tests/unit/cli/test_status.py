@@ -17,6 +17,7 @@ def test_text_shows_statistics_of_mount():
         "api_requests": {"GET a": {"200": 3, "503": 1}, "POST longer": {"200": 1}},
         "api_requests_total": 5,
         "metadata_cache_hit_ratio": 0.75,
+        "passthrough": "off: needs libfuse 3.17",
         "pending": [{"what": "archive /x", "elapsed_s": 5.2}],
         "last_errors": ["2026-01-01T00:00:01Z\t/x\topen\tEIO\tbroken"],
     }
@@ -26,6 +27,7 @@ def test_text_shows_statistics_of_mount():
         "  since    2026-01-01T00:00:00Z (1m 1s)",
         "  process  42",
         "  cache    75% of lookups were hits",
+        "  kernel   reads cached weights through tinkerfs (needs libfuse 3.17)",
         "    GET a        3 x 200, 1 x 503",
         "    archive /x (5s)",
         "    2026-01-01T00:00:01Z  /x  open  EIO  broken",

@@ -17,6 +17,8 @@ from tinkerfs.fuse import binding, directory_callbacks
 from tinkerfs.fuse.abi import make_stat_packer
 from tinkerfs.fuse.callbacks import build_operations
 from tinkerfs.fuse.operations import Operations, XattrOperations
+from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.directory_cache import CachedDirectory
 from tinkerfs.vfs.node import Attr, Entry
@@ -188,6 +190,7 @@ class Libfuse:
         self.operations = operations(
             self.filesystem,
             Requests(),
+            Passthrough(Telemetry()),
             timeout_s=30,
             stopping=threading.Event(),
             ready=self.on_ready,
@@ -601,7 +604,12 @@ def test_binding_structures_have_every_operation(module, major):
     theirs = pytest.importorskip(module, exc_type=(ImportError, OSError))
     loaded = binding._probe(theirs._libfuse._name)
     operations = XattrOperations(
-        MemoryFileSystem(), Requests(), timeout_s=1, stopping=threading.Event(), ready=lambda: None
+        MemoryFileSystem(),
+        Requests(),
+        Passthrough(Telemetry()),
+        timeout_s=1,
+        stopping=threading.Event(),
+        ready=lambda: None,
     )
     table = build_operations(operations, theirs, loaded.major)
     status = theirs.c_stat()

@@ -13,7 +13,9 @@ from tests.support.memoryfs import MemoryFileSystem
 from tinkerfs.context import RequestContext
 from tinkerfs.fuse import operations as operations_module
 from tinkerfs.fuse.operations import Operations, XattrOperations
+from tinkerfs.fuse.passthrough import Passthrough
 from tinkerfs.fuse.stat_callers import StatCallers
+from tinkerfs.telemetry import Telemetry
 
 
 class Requests:
@@ -40,7 +42,12 @@ def stopping():
 
 def make_operations(requests, stopping):
     return Operations(
-        MemoryFileSystem(), requests, timeout_s=30, stopping=stopping, ready=lambda: None
+        MemoryFileSystem(),
+        requests,
+        Passthrough(Telemetry()),
+        timeout_s=30,
+        stopping=stopping,
+        ready=lambda: None,
     )
 
 
@@ -189,7 +196,9 @@ def test_open_waits_until_kernel_drops_size_bound(
     reported_at = None if reported_ago_s is None else started - reported_ago_s
     now = iter([started, started + duration_s])
     monkeypatch.setattr(operations_module, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    handle = SimpleNamespace(size_hint_reported_at=reported_at, direct_io=True, keep_cache=False)
+    handle = SimpleNamespace(
+        size_hint_reported_at=reported_at, direct_io=True, keep_cache=False, backing_fd=None
+    )
     monkeypatch.setattr(RequestContext, "sleep", lambda _ctx, seconds: pauses.append(seconds))
     opening = SimpleNamespace(open=lambda _path, _flags, _ctx: handle)
     monkeypatch.setattr(operations, "_filesystem", opening)

@@ -10,6 +10,8 @@ import pytest
 
 from tinkerfs import errors
 from tinkerfs.fuse import session
+from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.telemetry import Telemetry
 
 
 class FailingBinding:
@@ -57,7 +59,14 @@ def _signals_blocked():
 def test_failed_mount_raises_error_with_reason(output, failure, message, monkeypatch):
     monkeypatch.setattr(session, "Operations", lambda *_a, **_k: None)
     with pytest.raises(errors.StartupError) as refusal:
-        session.serve(None, FailingBinding(output, failure), "/x", timeout_s=1, ready=lambda: None)
+        session.serve(
+            None,
+            FailingBinding(output, failure),
+            "/x",
+            Passthrough(Telemetry()),
+            timeout_s=1,
+            ready=lambda: None,
+        )
     assert str(refusal.value).startswith(message)
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs import errors
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.archive import tar_of
 from tinkerfs.demo.content import Concat, Data, Noise
 from tinkerfs.weights import adapters
 from tinkerfs.weights.adapter_files import AdapterFiles
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.prefetch import prefetch, required_cache_bytes
 from tinkerfs.weights.readahead import HEADER_BYTES
 

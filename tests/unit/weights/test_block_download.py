@@ -12,14 +12,14 @@ from functools import partial
 import pytest
 
 from tests.unit.weights.conftest import subject_of, truth
-from tinkerfs.cache import block_writer
+from tinkerfs.cache import data_files
 from tinkerfs.cache.block_cache import BlockCache, BlockFile
 from tinkerfs.cache.block_writer import BlockWriter
+from tinkerfs.cache.data_layout import BLOCK_BYTES, DataLayout
 from tinkerfs.concurrency import run_concurrently
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import remote_file as remote_module
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.prefetch import prefetch
 from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
 
@@ -88,12 +88,13 @@ def test_download_with_unreadable_disk_is_repeated(opened, monkeypatch):
 
 
 @pytest.mark.expect_warnings("telemetry")
-def test_block_that_cannot_be_renamed_is_kept_in_memory(opened, monkeypatch):
+def test_block_that_cannot_be_recorded_is_kept_in_memory(opened, monkeypatch):
     server, subject, mount = opened
     monkeypatch.setattr(BlockWriter, "commit", failing(BlockWriter.commit, 0, errno.EROFS))
     assert read(mount, subject) == truth(server, subject, NAME)
     assert requested(server)[1] < 31 * MIB
-    assert not [path for path in mount.cache.directory.rglob("*") if path.name.isdigit()]
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        assert not file.cached_bytes()
 
 
 def test_block_removed_during_commit_is_downloaded_to_memory(opened, monkeypatch):
@@ -128,9 +129,7 @@ def another_process(mount):
     """Open the same file of the cache as another process would."""
     cache = BlockCache(mount.cache.directory, Telemetry(), max_bytes=1 << 34, min_free_bytes=0)
     [directory] = [path for path in cache.directory.iterdir() if (path / "lock").exists()]
-    with closing(cache.open("?", "?")) as file:
-        file._name, file._directory = directory.name, str(directory)
-        file.ensure_directory()
+    with closing(BlockFile(cache, directory.name, b"?\n", None, DataLayout())) as file:
         yield file
 
 
@@ -199,7 +198,7 @@ def test_block_writer_is_closed_once_even_if_close_fails(opened, monkeypatch):
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         remote = file._file
         remote.fetch(0, BACKGROUND_CONTEXT).result(10)
-        monkeypatch.setattr(block_writer, "os", ModuleProxy(os, close=fail_first_close))
+        monkeypatch.setattr(data_files, "os", ModuleProxy(os, close=fail_first_close))
         futures = [remote.fetch(1, BACKGROUND_CONTEXT, 2), remote.fetch(2, BACKGROUND_CONTEXT)]
         assert [future.exception(10) for future in futures] == [None, None]
     assert closed
@@ -266,8 +265,8 @@ def test_full_scan_continues_on_disk_after_lost_block(opened, monkeypatch):
     monkeypatch.setattr(BlockWriter, "write", once)
     monkeypatch.setattr(BlockWriter, "read_back", failing(BlockWriter.read_back, 0, errno.EIO))
     assert read(mount, subject) == truth(server, subject, NAME)
-    stored = {path.name for path in mount.cache.directory.rglob("*") if path.name.isdigit()}
-    assert len(stored) >= 7
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        assert len([index for index in range(8) if file.is_cached(index)]) >= 7
 
 
 def test_fetch_without_a_free_thread_fails_and_recovers(opened, monkeypatch):
@@ -352,7 +351,7 @@ def test_concurrent_reads_with_bad_disk_and_store_are_correct(
     assert [each.result() for each in done] == [True] * 6
     assert not wrong
     eventually(lambda: not mount.weights.memory._reserved_bytes)
-    eventually(lambda: not [p for p in mount.cache.directory.rglob(".*") if p.suffix != ".part"])
+    eventually(lambda: not list(mount.cache.directory.rglob(".*")))
 
 
 def eventually(holds, timeout_s=10.0):

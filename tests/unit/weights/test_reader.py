@@ -17,10 +17,10 @@ from tests.support.clocks import FakeTime
 from tests.unit.weights.conftest import subject_of, truth
 from tests.unit.weights.test_tar_index import special, tar_of
 from tinkerfs import errors
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.demo.content import Data
 from tinkerfs.demo.profiles import PROFILES
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.version import Version
 
 MIB = 1 << 20

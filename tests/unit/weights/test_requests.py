@@ -13,12 +13,12 @@ import pytest
 from tests.unit.weights.conftest import subject_of, truth
 from tests.unit.weights.test_tar_index import special
 from tinkerfs import errors
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.demo.archive import tar_of
 from tinkerfs.demo.content import Data, Noise
 from tinkerfs.demo.profiles import PROFILES
 from tinkerfs.weights import tar_index
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
 from tinkerfs.weights.remote_file import CONNECTIONS
 

@@ -9,9 +9,9 @@ import pytest
 from tests.support.clocks import FakeTime
 from tests.support.mount import wait_until
 from tinkerfs import errors
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.demo.content import Data, Noise
-from tinkerfs.weights.block_math import BLOCK_BYTES
 from tinkerfs.weights.traces import SessionTrace
 
 MIB = 1 << 20
