@@ -405,6 +405,11 @@ def is_unsupported(error: OSError) -> bool:
     return error.errno in unsupported
 
 
+def is_cross_device(error: OSError) -> bool:
+    """Return whether an operation is not possible between two file systems."""
+    return error.errno == errno.EXDEV
+
+
 def is_attribute_refused(error: OSError) -> bool:
     """Return whether the file system refuses to store modes or times."""
     return is_unsupported(error) or error.errno in (errno.EPERM, errno.EACCES)

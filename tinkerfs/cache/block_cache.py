@@ -16,6 +16,7 @@ the error is reported once. All classes are thread-safe.
 """
 
 import hashlib
+import math
 import threading
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from functools import partial
@@ -50,9 +51,6 @@ _MAX_READS = 4
 #: Maximum age of the cache's size on disk, seconds. File managers request the free space with
 #: every directory, and a scan of a large cache takes a noticeable time.
 _USAGE_TTL_S = 5.0
-
-#: Maximum size of a file that `backing_fd` verifies. The checksum of 1 GiB takes 0.3 s.
-_MAX_VERIFIED_AT_ONCE_BYTES = 1 << 30
 
 #: Part of the key of each file; another format of the files has another number.
 _FORMAT = 2
@@ -293,12 +291,16 @@ class BlockFile:
             return False
 
     def backing_fd(
-        self, start: int, stop: int, blocking: BlockingSection = nullcontext
+        self,
+        start: int,
+        stop: int,
+        max_verified_bytes: float = math.inf,
+        blocking: BlockingSection = nullcontext,
     ) -> int | None:
         """Return a new descriptor of the data file with exactly the bytes [start, stop).
 
         The caller closes it. None if there is no such file, if a byte is missing or corrupt, or if
-        verifying it would take too long.
+        the file is longer than `max_verified_bytes` and was not verified before.
         """
         size_bytes = self._length_bytes
         try:
@@ -309,8 +311,8 @@ class BlockFile:
             units = range(start // UNIT_BYTES, -(-stop // UNIT_BYTES))
             if number is None or not all(record.length for record in files.records(units)):
                 return None
-            is_large = stop - start > _MAX_VERIFIED_AT_ONCE_BYTES
-            if is_large and not files.is_verified(units.start, units.stop):
+            is_long = stop - start > max_verified_bytes
+            if is_long and not files.is_verified(units.start, units.stop):
                 return None
             if not self._verify_range(files, start, stop, size_bytes, blocking):
                 return None

@@ -292,7 +292,7 @@ class DataFiles:
         self._verification.discard(range(first, stop))
 
     def dup(self, number: int, size_bytes: int) -> int | None:
-        """Return a new descriptor of a data file, which the caller closes.
+        """Return a new descriptor of a data file, which the caller closes; they share an offset.
 
         None if the file has another size.
 

@@ -27,6 +27,8 @@ from tinkerfs.weights.file import WeightsFile
 
 #: Size of a read and a write.
 _CHUNK_BYTES = 1 << 20
+#: Maximum size of a copy by the kernel, which no signal interrupts.
+_MAX_KERNEL_COPY_BYTES = 64 << 20
 
 #: Maximum length of the name in that of a partial file; file names have at most 255 bytes.
 _MAX_NAME_BYTES = 220
@@ -150,6 +152,9 @@ class TargetFile:
         if offset > self.file.size_bytes:
             os.ftruncate(descriptor, 0)
             offset = 0
+        for size_bytes in self._copy_cached(descriptor, offset, ctx):
+            offset += size_bytes
+            yield size_bytes
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         while offset < self.file.size_bytes:
             size_bytes = self.file.read_into(buffer, offset, ctx)
@@ -160,6 +165,28 @@ class TargetFile:
                 written_bytes = os.pwrite(descriptor, rest, offset)
                 rest, offset = rest[written_bytes:], offset + written_bytes
             yield size_bytes
+
+    def _copy_cached(self, descriptor: int, offset: int, ctx: RequestContext) -> Iterator[int]:
+        """Let the kernel copy a file that is whole in the cache, without a copy if it can.
+
+        The rest is to be read if the file systems do not support it.
+        """
+        cached = self.file.backing_fd(ctx)
+        if cached is None:
+            return
+        try:
+            while offset < self.file.size_bytes:
+                size_bytes = min(self.file.size_bytes - offset, _MAX_KERNEL_COPY_BYTES)
+                size_bytes = os.copy_file_range(cached, descriptor, size_bytes, offset, offset)
+                if not size_bytes:
+                    return
+                offset += size_bytes
+                yield size_bytes
+        except OSError as error:
+            if not (errors.is_unsupported(error) or errors.is_cross_device(error)):
+                raise
+        finally:
+            os.close(cached)
 
     def _lock(self, descriptor: int, partial: str, directory_fd: int) -> None:
         """Lock the partial file, unless another process has just renamed it.

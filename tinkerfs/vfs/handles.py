@@ -1,7 +1,7 @@
 """Handles of open files: generated files, controls, journals and weights."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Final, NoReturn
 
 import msgspec
 
@@ -10,6 +10,9 @@ from tinkerfs.context import RequestContext
 from tinkerfs.journal import Journal
 from tinkerfs.vfs.kernel_cache import PageCacheTracker
 from tinkerfs.weights.file import WeightsFile
+
+#: Maximum size of a file of weights that is verified while it is opened.
+_MAX_VERIFIED_AT_OPEN_BYTES: Final = 1 << 30
 
 
 class GeneratedFileHandle(msgspec.Struct, frozen=True):
@@ -190,7 +193,7 @@ class WeightsHandle:
 
     def backing_fd(self, ctx: RequestContext) -> int | None:
         """Return a new descriptor of the cached file, if it is whole and intact."""
-        return self._file.backing_fd(ctx)
+        return self._file.backing_fd(ctx, _MAX_VERIFIED_AT_OPEN_BYTES)
 
     @property
     def size_bytes(self) -> int:

@@ -177,14 +177,16 @@ class RemoteFile:
         """Return whether a block is on disk; it is verified only when it is read."""
         return self._disk.has(index)
 
-    def backing_fd(self, start: int, stop: int, ctx: RequestContext) -> int | None:
+    def backing_fd(
+        self, start: int, stop: int, ctx: RequestContext, max_verified_bytes: float
+    ) -> int | None:
         """Return a new descriptor of the local file with the bytes [start, stop); see `BlockFile`.
 
         None for a store where only `BlockCheck` can distinguish versions.
         """
         if self._check.is_needed or self._sink.stale_error is not None:
             return None
-        return self._disk.backing_fd(start, stop, ctx.blocking)
+        return self._disk.backing_fd(start, stop, max_verified_bytes, ctx.blocking)
 
     def fetch(self, index: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
         """Return the future of a block; start its download unless cached or in flight.

@@ -61,7 +61,7 @@ class VirtualFile(MemberFile):
             return None
         return bytes(data)
 
-    def backing_fd(self, ctx: RequestContext) -> None:
+    def backing_fd(self, ctx: RequestContext, max_verified_bytes: float = 0) -> None:
         """Return None: the bytes of the file are in no local file."""
 
     def _peek_source(self, buffer: memoryview, start: int) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,10 @@ class File:
     key: str = "version 1"
     mtime_ns: int = MTIME_NS
     read_bytes: int = 0
+    cached: Path | None = None
+
+    def backing_fd(self, ctx):
+        return None if self.cached is None else os.open(self.cached, os.O_RDONLY)
 
     @property
     def size_bytes(self):
@@ -73,6 +78,52 @@ def test_copy_resumes_its_partial_file(tmp_path):
     assert (tmp_path / "file").read_bytes() == DATA
     assert target(tmp_path).is_complete()
     assert sorted(os.listdir(tmp_path)) == [".tinkerfs-get", "file"]
+
+
+@pytest.fixture
+def cached(tmp_path_factory):
+    """Return a file of the cache with the bytes."""
+    path = tmp_path_factory.mktemp("cache") / "1"
+    path.write_bytes(DATA)
+    return path
+
+
+def test_file_in_the_cache_is_copied_by_the_kernel(tmp_path, cached):
+    assert copy(tmp_path, cached=cached) == 0
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def test_copy_by_the_kernel_resumes_a_partial_file(tmp_path, cached):
+    partial(tmp_path)
+    made = target(tmp_path, cached=cached)
+    assert list(made.copy(0o644, BACKGROUND_CONTEXT)) == [len(DATA) - (1 << 20)]
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
+def test_file_is_read_where_the_kernel_cannot_copy(tmp_path, cached, monkeypatch, error):
+    def refuse(*_arguments):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert copy(tmp_path, cached=cached) == len(DATA)
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def test_cached_file_that_is_cut_is_read_on(tmp_path, cached):
+    os.truncate(cached, 1000)
+    assert copy(tmp_path, cached=cached) == len(DATA) - 1000
+    assert (tmp_path / "file").read_bytes() == DATA
+
+
+def test_full_disk_during_a_copy_by_the_kernel_fails(tmp_path, cached, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    with pytest.raises(OSError, match="No space") as raised:
+        copy(tmp_path, cached=cached)
+    assert raised.value.errno == errno.ENOSPC
 
 
 def write_file(path, data=ZEROS, mode=0o600):

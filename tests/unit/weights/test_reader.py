@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import subprocess
 import sys
@@ -587,3 +588,37 @@ def test_validator_prefers_a_strong_etag():
     assert Version(1, '"strong"', "date").validator == '"strong"'
     assert Version(1, 'W/"weak"', "date").validator == "date"
     assert Version(1).validator == ""
+
+
+def content_of(fd):
+    """Return the content of a file, and close it."""
+    with open(fd, "rb") as file:
+        return os.pread(file.fileno(), 1 << 30, 0)
+
+
+def test_whole_cached_member_has_a_file_of_its_own(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    expected = truth(small, subject, NAME)
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        assert file.backing_fd(BACKGROUND_CONTEXT) is None
+        assert read_all(file) == expected
+        assert content_of(file.backing_fd(BACKGROUND_CONTEXT)) == expected
+    mount = weights_of(small)
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        assert file.backing_fd(BACKGROUND_CONTEXT, 1000) is None, "it is not verified yet"
+        assert content_of(file.backing_fd(BACKGROUND_CONTEXT)) == expected
+        assert content_of(file.backing_fd(BACKGROUND_CONTEXT, 1000)) == expected
+
+
+def test_altered_cached_member_has_no_file_of_its_own(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+        expected = read_all(file)
+        assert content_of(file.backing_fd(BACKGROUND_CONTEXT)) == expected
+        [data] = mount.cache.directory.glob("*/1")
+        with data.open("r+b") as altered:
+            altered.seek(1 << 20)
+            altered.write(b"?")
+        assert file.backing_fd(BACKGROUND_CONTEXT) is None
+        assert read_all(file) == expected
+        assert content_of(file.backing_fd(BACKGROUND_CONTEXT)) == expected
