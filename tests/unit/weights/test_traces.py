@@ -68,7 +68,8 @@ def test_trace_is_read_by_ranges_and_cached(server, mount, weights_of, session, 
     assert server.journal.count(TRACE) == server.journal.count(STORE) == 1
 
 
-def test_readers_share_one_build(server, mount, session, trace):
+def test_readers_share_one_build(server, weights_of, session, trace):
+    mount = weights_of(server, url_age_s=60)  # a reader that starts late uses the same URL
     rule = server.faults.add(TRACE, times=1, hang=True)
     with ThreadPoolExecutor(20) as pool:
         found = [pool.submit(read, mount, trace) for _ in range(20)]
