@@ -63,6 +63,7 @@ def one_line(done):
 
 def test_prefetch_downloads_each_byte_once(env, server):
     first = tinker_paths(server)[0]
+    server.faults.add(STORE, times=None, latency_s=0.3)  # so that requests overlap
     done = tinkerfs("prefetch", first, env=env)
     assert (done.returncode, done.stdout) == (0, "")
     assert f"{first}/adapter_model.safetensors: 30.0 MiB in" in done.stderr
