@@ -27,8 +27,9 @@ from tinkerfs.transfer.failure import Failure
 
 _PATH_HELP = (
     "PATH is a tinker path, tinker://<run>/<kind>/<name> or tinker://<run>, or a path below a"
-    " mount, which selects the cache of that mount. Without PATH, the whole cache is selected. A"
-    " file of a checkpoint selects the checkpoint, a mountpoint the whole cache of the mount."
+    " mount of yours or root's, which selects the cache of that mount. Without PATH, the whole"
+    " cache is selected. A file of a checkpoint selects the checkpoint, a mountpoint the whole"
+    " cache of the mount."
 )
 
 #: The limit of Linux, see path_resolution(7).

@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from tinkerfs.cli import logs
-from tinkerfs.cli.options import settings_of
+from tinkerfs.cli.options import Setting, settings_of
 from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
@@ -44,7 +44,8 @@ class Location:
         argument: The path as the user gave it.
         path: Path from the root of the tree.
         settings: Settings of the account, merged with those of the mount.
-        mountpoint: Mountpoint that the path is below; empty for a tinker path.
+        mountpoint: Mountpoint that the path is below; empty for a tinker path, and for a path below
+            a mount of another user.
     """
 
     argument: str
@@ -58,8 +59,12 @@ def parse_location(argument: str, settings: Settings) -> Location:
 
     Only reads the settings of the mount, with a time limit. A flag of the command precedes them.
 
+    A mount of another user than this one and root could name a server that steals the key, and a
+    cache directory to be cleared. Its settings are not used. A path below it is a path in the tree
+    of this user's account, if the user named the server or both use the same one.
+
     Raises:
-        StartupError: The path is neither, or its mount does not respond.
+        StartupError: The path is neither, its mount does not respond, or another user made it.
     """
     if argument.startswith(_SCHEME):
         from tinkerfs.transfer.resolve import path_of  # lazy: imports the vfs layer
@@ -68,12 +73,33 @@ def parse_location(argument: str, settings: Settings) -> Location:
     mount, path = _split_at_mount(argument)
     ctx = click.get_current_context()
     options = {option.name: option for option in settings_of(ctx.command).values()}
+    if not mount.is_trusted:
+        _check_server(mount, settings, options["base_url"], ctx)
+        return Location(argument, path, settings)
     changes: dict[str, Any] = {
         field: options[field].convert(text, mount.mountpoint, ctx)
         for field, text in read_mount_settings(mount).items()
         if ctx.get_parameter_source(field) is not ParameterSource.COMMANDLINE
     }
     return Location(argument, path, replace(settings, **changes), mount.mountpoint)
+
+
+def _check_server(mount: Mount, settings: Settings, option: Setting, ctx: click.Context) -> None:
+    """Raise StartupError unless a command may use its own server for another user's mount.
+
+    Commands without the flag use a cache, and the cache of that mount is not this user's.
+    """
+    if not option.hidden and (
+        ctx.get_parameter_source("base_url") is ParameterSource.COMMANDLINE
+        or read_mount_settings(mount).get("base_url") == settings.base_url
+    ):
+        return
+    owner = "an unknown user" if mount.owner_uid is None else f"uid {mount.owner_uid}"
+    alternative = "" if option.hidden else ", or --base-url URL with a server that you trust"
+    raise StartupError(
+        f"the mount at {mount.mountpoint} belongs to {owner}, so its settings are not used"
+        f" (hint: use a tinker path{alternative})"
+    )
 
 
 def _split_at_mount(argument: str) -> tuple[Mount, str]:
@@ -118,7 +144,7 @@ def read_mount_settings(mount: Mount) -> dict[str, str]:
         )
     except TimeoutError:
         raise StartupError(f"the mount at {mount.mountpoint} does not respond {hint}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         stats = None
     names = {"base_url", "cache_dir", "cache_size_bytes", "base_models", "moe_layout"}
     if not isinstance(stats, dict) or not names <= stats.keys():

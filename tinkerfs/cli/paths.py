@@ -8,6 +8,7 @@ from tinkerfs import name_encoding
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 from tinkerfs.fuse.mount_table import Mount
+from tinkerfs.printable import escape_control_chars
 
 _SCHEME = "tinker://"
 
@@ -60,14 +61,19 @@ def url(file_path: str) -> None:
         and len(parts) >= depth
         and os.path.isfile(tinker_path_file)
     ):
-        with open(tinker_path_file, "rb") as file:
-            click.echo(file.read(), nl=False)
-        return
+        content = mount_table.read_file(tinker_path_file) or b""
+        # A script passes the line to other commands: another user's mount must not send options.
+        if content.startswith(_SCHEME.encode()):
+            if not mount.is_trusted:
+                line = os.fsdecode(content.removesuffix(b"\n"))
+                content = os.fsencode(escape_control_chars(line)) + b"\n"
+            click.echo(content, nl=False)
+            return
     raise StartupError(f"{file_path} is not a checkpoint, nor in one")
 
 
 def _select_mount(mountpoint: str | None) -> Mount:
-    """Return the mount at `mountpoint`, or the only mount."""
+    """Return the mount at `mountpoint`, or the only mount of this user and root."""
     found = mount_table.tinkerfs_mounts()
     if mountpoint is not None:
         path = mount_table.canonical_mountpoint(mountpoint)
@@ -76,6 +82,8 @@ def _select_mount(mountpoint: str | None) -> Mount:
             raise StartupError(
                 f"{mountpoint} is not a tinkerfs mount (hint: tinkerfs mount {mountpoint})"
             )
+    else:
+        found = [mount for mount in found if mount.is_trusted]
     if not found:
         raise StartupError("nothing is mounted (hint: tinkerfs mount MOUNTPOINT)")
     if len({mount.mountpoint for mount in found}) > 1:

@@ -49,8 +49,8 @@ def prefetch(
 
     PATH is a tinker path or a path below a mount: a checkpoint, its files or one of them, its
     archive.tar, or a directory of /adapters or /checkpoints. For a run or /runs, all checkpoints
-    are downloaded. For a path below a mount, the server and the cache of that mount are used. A
-    tinker path needs no mount and no FUSE.
+    are downloaded. For a path below a mount of yours or root's, the server and the cache of that
+    mount are used. A tinker path needs no mount and no FUSE.
 
     Cached weights are not downloaded again. After an interruption, run the same command again to
     resume. With --export, training checkpoints without an archive are exported for an hour, and the

@@ -2,7 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -12,6 +12,9 @@ from tinkerfs.formatting import format_duration, format_size
 from tinkerfs.fuse import mount_table
 from tinkerfs.fuse.mount_table import Mount
 from tinkerfs.printable import escape_control_chars
+
+#: Maximum number of levels of objects and arrays in statistics.
+_MAX_DEPTH: Final = 8
 
 
 @click.command(short_help="Show the state, statistics and pending requests of mounts.")
@@ -60,13 +63,17 @@ def _report(mount: Mount) -> dict[str, Any]:
     try:
         content = mount_table.read_file(f"{mountpoint}/.tinkerfs/stats.json")
         stats = json.loads(content) if content is not None else None
+        if isinstance(stats, dict):
+            # The daemon reports its pid in its own PID namespace; one found here takes precedence.
+            merged = {**stats, **report}
+            # Another user's mount may report anything: no value of it may end the report of others.
+            _text(merged)
+            if not _is_nested_deeper(stats, _MAX_DEPTH):
+                return merged
     except TimeoutError:
         return {**report, "state": "unresponsive"}
-    except ValueError:
-        stats = None
-    if isinstance(stats, dict):
-        # The daemon reports its pid in its own PID namespace; the pid found here takes precedence.
-        return {**stats, **report}
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        pass  # not the statistics of tinkerfs
     health = mount_table.check_health(mountpoint)
     report["state"] = {"responsive": "unreadable"}.get(health, health)
     return report
@@ -75,8 +82,16 @@ def _report(mount: Mount) -> dict[str, Any]:
 _STATE_MESSAGES = {
     "dead": "dead: the daemon has exited (hint: tinkerfs umount {0}, or mount it again)",
     "unresponsive": "unresponsive (hint: tinkerfs umount --force {0})",
-    "unreadable": "its statistics are not readable by this user",
+    "unreadable": "its statistics are not readable by this user, or invalid",
 }
+
+
+def _is_nested_deeper(value: object, levels: int) -> bool:
+    """Return whether JSON has more levels of objects and arrays, for which Python may recurse."""
+    if not isinstance(value, dict | list):
+        return False
+    children = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_nested_deeper(child, levels - 1) for child in children)
 
 
 def _text(report: dict[str, Any]) -> str:
@@ -100,7 +115,7 @@ def _text(report: dict[str, Any]) -> str:
     width = max((len(endpoint) for endpoint in requests), default=0)
     for endpoint, outcomes in requests.items():
         counts = ", ".join(f"{count} x {outcome}" for outcome, count in outcomes.items())
-        lines.append(f"    {endpoint:<{width}}  {escape_control_chars(counts)}")
+        lines.append(f"    {escape_control_chars(f'{endpoint:<{width}}  {counts}')}")
     lines += _section(
         "pending",
         [

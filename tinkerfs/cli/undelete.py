@@ -104,6 +104,8 @@ def _candidate_mountpoints(location: Location) -> Iterator[str]:
         yield location.mountpoint
         return
     for mount in mount_table.tinkerfs_mounts():
+        if not mount.is_trusted:  # it may report a success without restoring anything
+            continue
         try:
             settings = read_mount_settings(mount)
         except StartupError:  # the mount is dead or unresponsive

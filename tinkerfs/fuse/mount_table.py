@@ -24,18 +24,34 @@ _UMOUNT_NOFOLLOW: Final = 8
 
 #: Timeout of a request that needs no server, after which a mount counts as unresponsive.
 PROBE_TIMEOUT_S: Final = 2.0
+#: Maximum number of bytes that are read of a file: another user's mount may send any number.
+_MAX_FILE_BYTES: Final = 16 << 20
 
 Health = Literal["responsive", "dead", "unresponsive"]
 
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A mount, from a line of /proc/self/mountinfo."""
+    """A mount, from a line of /proc/self/mountinfo.
+
+    Attributes:
+        owner_uid: The user that made a FUSE mount, see mount.fuse(8); None for other mounts.
+    """
 
     mountpoint: str
     fstype: str
     source: str
     device: str
+    owner_uid: int | None = None
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether this process may act on what the mount reports.
+
+        True if this user or root made it. Another user may imitate a mount of tinkerfs. Root can
+        read every key anyway, and makes the mounts in /etc/fstab for all users.
+        """
+        return self.owner_uid is not None and self.owner_uid in (0, os.geteuid())
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +69,24 @@ class MountUser:
 
 def list_mounts(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
     """Return all mounts in this process's namespace, oldest first (proc(5))."""
-    with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
-        lines = file.read().splitlines()
+    # The kernel escapes only "\n" in names, so another user's mount may contain other line ends.
+    with open(mountinfo, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        lines = file.read().split("\n")
     mounts = []
     for line in lines:
         left, _, right = line.partition(" - ")
         fields, kind = left.split(" "), right.split(" ")
         if len(fields) >= 5 and len(kind) >= 2:
-            mounts.append(Mount(_unescape(fields[4]), kind[0], _unescape(kind[1]), fields[2]))
+            owner = re.search(r"(?:^|,)user_id=(\d+)(?:,|$)", kind[-1]) if len(kind) == 3 else None
+            mounts.append(
+                Mount(
+                    _unescape(fields[4]),
+                    kind[0],
+                    _unescape(kind[1]),
+                    fields[2],
+                    int(owner[1]) if owner and kind[0].startswith("fuse") else None,
+                )
+            )
     return mounts
 
 
@@ -113,10 +139,12 @@ def check_health(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Heal
 def read_file(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> bytes | None:
     """Return the content of a small file of a mount that may hang; None if it cannot be read.
 
+    Content after the first 16 MiB is discarded.
+
     Raises:
         TimeoutError: the mount did not reply in time.
     """
-    result = _run_process(["cat", "--", path], timeout_s)
+    result = _run_process(["head", "-c", str(_MAX_FILE_BYTES), "--", path], timeout_s)
     if result is None:
         raise TimeoutError(path)
     return result[1] if result[0] == 0 else None

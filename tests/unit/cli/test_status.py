@@ -1,9 +1,13 @@
 """Text output of `tinkerfs status` for the statistics of a mount."""
 
+import json
+
 import click
 import pytest
 
-from tinkerfs.cli.status import _text
+from tinkerfs.cli.status import _report, _text
+from tinkerfs.fuse import mount_table
+from tinkerfs.fuse.mount_table import Mount
 
 
 def test_text_shows_statistics_of_mount():
@@ -53,3 +57,33 @@ def test_text_escapes_line_ends_in_values():
     for line in (r"/a\nb", r"    archive /x\x1b[31m (5s)", r"    now  /x  open  EIO  two\nlines"):
         assert line in text.splitlines()
     assert "1 checkpoints, 5.5 KiB, in" in text, "a small size is not rounded to 0.0 GiB"
+
+
+def test_text_escapes_names_of_endpoints():
+    report = {"mountpoint": "/mnt", "state": "mounted", "pending": [], "last_errors": []}
+    assert "\x1b[31m" not in _text({**report, "api_requests": {"GET \x1b[31m": {"200": 1}}})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        '{"pending": [{}], "last_errors": []}',
+        '{"pending": [], "last_errors": [7]}',
+        '{"pending": [], "last_errors": [], "api_requests": []}',
+        '{"pending": [], "last_errors": [], "api_requests": {"a": 1}}',
+        '{"pending": [], "last_errors": [], "uptime_s": "x"}',
+        '{"pending": [], "last_errors": [], "uptime_s": Infinity}',
+        '{"pending": [], "last_errors": [], "account": {"runs": 1}}',
+        '{"pending": [], "last_errors": [], "x": ' + "[" * 900 + "]" * 900 + "}",
+        "[" * 100_000,
+    ],
+)
+def test_report_of_foreign_statistics_is_unreadable(content, monkeypatch):
+    monkeypatch.setattr(mount_table, "read_file", lambda _path: content.encode())
+    monkeypatch.setattr(mount_table, "check_health", lambda _path: "responsive")
+    report = _report(Mount("/mnt", "fuse.tinkerfs", "x", "0:1", 1))
+    assert report == {"mountpoint": "/mnt", "state": "unreadable"}
+    assert json.dumps(report, indent=2)
+    assert "invalid" in _text(report)

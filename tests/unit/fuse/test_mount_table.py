@@ -35,8 +35,43 @@ def test_list_mounts_decodes_escapes(mountinfo):
         "/twice",
     ]
     assert mountinfo[1] == mount_table.Mount(
-        "/home/me/with space\\", "fuse.tinkerfs", "tinkerfs", "0:40"
+        "/home/me/with space\\", "fuse.tinkerfs", "tinkerfs", "0:40", 0
     )
+
+
+@pytest.mark.parametrize(
+    ("fstype", "options", "owner_uid"),
+    [
+        ("fuse.tinkerfs", "rw,user_id=1000,group_id=1,allow_other", 1000),
+        ("fuse", "rw,user_id=1000", 1000),
+        ("fuse.tinkerfs", "rw,x_user_id=0,group_id=0", None),
+        ("fuse.tinkerfs", "rw,user_id=0x", None),
+        ("cifs", "rw,domain=x,user_id=0", None),
+    ],
+)
+def test_owner_of_mount_is_its_user_id(tmp_path, fstype, options, owner_uid):
+    path = tmp_path / "mountinfo"
+    path.write_text(f"30 22 0:40 / /mnt rw - {fstype} user_id=7 {options}\n")
+    [mount] = mount_table.list_mounts(str(path))
+    assert mount.owner_uid == owner_uid
+
+
+@pytest.mark.parametrize(
+    ("owner_uid", "is_trusted"), [(1000, True), (0, True), (1001, False), (None, False)]
+)
+def test_mount_of_this_user_or_root_is_trusted(monkeypatch, owner_uid, is_trusted):
+    monkeypatch.setattr(mount_table.os, "geteuid", lambda: 1000)
+    assert (
+        mount_table.Mount("/mnt", "fuse.tinkerfs", "x", "0:1", owner_uid).is_trusted is is_trusted
+    )
+
+
+def test_list_mounts_reads_names_with_other_line_ends(tmp_path):
+    path = tmp_path / "mountinfo"
+    name = "/a\rb\x0bc\x1cd\u2028e"
+    path.write_text(f"30 22 0:40 / {name} rw - fuse.tinkerfs x rw,user_id=5\n", newline="\n")
+    [mount] = mount_table.list_mounts(str(path))
+    assert (mount.mountpoint, mount.owner_uid) == (name, 5)
 
 
 def test_find_mount_returns_topmost_mount(mountinfo):
@@ -92,6 +127,12 @@ def test_read_file_raises_timeout_error(tmp_path):
     with pytest.raises(TimeoutError):
         mount_table.read_file(str(tmp_path / "fifo"), timeout_s=0.2)
     assert time.monotonic() - started < 2
+
+
+def test_read_file_discards_what_exceeds_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(mount_table, "_MAX_FILE_BYTES", 3)
+    (tmp_path / "file").write_text("content")
+    assert mount_table.read_file(str(tmp_path / "file")) == b"con"
 
 
 def test_zombie_is_not_running():
