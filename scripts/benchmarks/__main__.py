@@ -23,6 +23,7 @@ from scripts.benchmarks.latency import measure_speed
 from scripts.benchmarks.other_mounts import measure_rivals
 from scripts.benchmarks.outages import measure_outages
 from scripts.benchmarks.parsing import measure_parsing
+from scripts.benchmarks.passthrough import measure_passthrough
 from scripts.benchmarks.report import write_into
 from scripts.benchmarks.requests import count_requests
 from scripts.benchmarks.scale import measure_scale
@@ -40,6 +41,7 @@ PARTS = (
     "speed",
     "weights",
     "adapters",
+    "passthrough",
     "outage",
     "endurance",
     "scale",
@@ -97,6 +99,8 @@ def main() -> int:
                 measure_weights(bench, binding)
                 measure_adapters(bench, binding)
                 measure_rivals(bench, binding)
+            if "passthrough" in parts:
+                measure_passthrough(bench, binding)
             if "adapters" in parts:
                 print_table(binding)
             if "outage" in parts:
