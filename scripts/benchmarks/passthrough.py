@@ -1,7 +1,7 @@
 """Cached weights beside the same file of the cache, read directly.
 
-With passthrough (see docs/caching.md) the kernel reads both in the same way. `scripts/debian13` runs
-the benchmark with a libfuse that supports it.
+With passthrough (see docs/caching.md) the kernel reads both in the same way. `scripts/debian13`
+runs the benchmark with a libfuse that supports it.
 """
 
 import json
