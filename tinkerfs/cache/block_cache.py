@@ -45,9 +45,6 @@ from tinkerfs.telemetry import Telemetry
 #: Maximum number of files with a record of verified units; the record is cleared beyond it.
 _MAX_VERIFICATIONS = 4096
 
-#: Maximum number of times that changed data is read again; the first read after an open is one.
-_MAX_READS = 4
-
 #: Maximum age of the cache's size on disk, seconds. File managers request the free space with
 #: every directory, and a scan of a large cache takes a noticeable time.
 _USAGE_TTL_S = 5.0
@@ -262,18 +259,19 @@ class BlockFile:
             offset, size = index * BLOCK_BYTES + start, len(buffer)
             first, stop = offset // UNIT_BYTES, (offset + size - 1) // UNIT_BYTES + 1
             parts = files.layout.split(offset, size)
-            end = index * BLOCK_BYTES + length
-            for _ in range(_MAX_READS):
-                if not (
-                    files.is_verified(first, stop)
-                    or self._verify(files, range(first, stop), end, blocking)
-                ):
-                    return False
-                if not files.read(buffer, parts, blocking):
-                    files.distrust(first, stop)
-                elif files.is_unchanged(first, stop, parts):
+            if files.is_verified(first, stop) and files.read(buffer, parts, blocking):
+                if files.is_unchanged(first, stop, parts):
                     return True
-            return False  # other programs keep changing it
+            else:
+                files.is_unchanged(first, stop, parts)
+            for unit in range(first, stop):
+                data = self._load(files, unit, index * BLOCK_BYTES + length, blocking)
+                if data is None:
+                    return False
+                skipped = unit * UNIT_BYTES - offset  # offset of the unit in the buffer
+                view = buffer[max(skipped, 0) : skipped + len(data)]
+                view[:] = memoryview(data)[max(-skipped, 0) :][: len(view)]
+            return True
         except FileNotFoundError:  # another process has removed it
             self._forget_files()
             return False
@@ -284,9 +282,16 @@ class BlockFile:
     def is_intact(self, index: int, length: int) -> bool:
         """Return whether all of block `index`, which has this length, is cached and intact."""
         start = index * BLOCK_BYTES
+        units = range(index * UNITS_PER_BLOCK, index * UNITS_PER_BLOCK + -(-length // UNIT_BYTES))
         try:
             files = self._files or self._open_files()
-            return files is not None and self._verify_range(files, start, start + length)
+            if files is None:
+                return False
+            files.is_unchanged(units.start, units.stop, files.layout.split(start, length))
+            return self._verify(files, units, start + length)
+        except FileNotFoundError:  # another process has removed it
+            self._forget_files()
+            return False
         except OSError:  # `read_into` will report it
             return False
 
@@ -314,7 +319,10 @@ class BlockFile:
             is_long = stop - start > max_verified_bytes
             if is_long and not files.is_verified(units.start, units.stop):
                 return None
-            if not self._verify_range(files, start, stop, size_bytes, blocking):
+            parts = files.layout.split(start, stop - start)
+            files.is_unchanged(units.start, units.stop, parts)
+            is_intact = self._verify(files, units, size_bytes, blocking)
+            if not is_intact or not files.is_unchanged(units.start, units.stop, parts):
                 return None
             return files.dup(number, stop - start)
         except OSError as error:
@@ -425,41 +433,29 @@ class BlockFile:
             return 0
         return count
 
-    def _verify_range(
+    def _verify(
         self,
         files: DataFiles,
-        start: int,
-        stop: int,
-        end: int | None = None,
+        units: range,
+        end: int,
         blocking: BlockingSection = nullcontext,
     ) -> bool:
-        """Return whether [start, stop) is intact now; its last unit ends at `end` or before it."""
-        parts = files.layout.split(start, stop - start)
-        first, last = start // UNIT_BYTES, -(-stop // UNIT_BYTES)
-        for _ in range(_MAX_READS):
-            is_verified = files.is_verified(first, last)
-            if not is_verified and not self._verify(
-                files, range(first, last), end or stop, blocking
-            ):
-                return False
-            if files.is_unchanged(first, last, parts):
-                return True
-        return False
+        """Return whether units are intact, the last of which ends at `end` or before it."""
+        if files.is_verified(units.start, units.stop):
+            return True
+        return all(self._load(files, unit, end, blocking) is not None for unit in units)
 
-    def _verify(
-        self, files: DataFiles, units: range, end: int, blocking: BlockingSection = nullcontext
-    ) -> bool:
-        """Verify units, the last of which ends at `end` or before it; drop a corrupt one."""
-        for unit in units:
-            length = min(UNIT_BYTES, end - unit * UNIT_BYTES)
-            [record] = files.records(range(unit, unit + 1))
-            if not record.length:
-                return False
-            if not files.verify(unit, length, blocking):
-                self._drop(files, range(unit, unit + 1))
-                self._cache.report_corrupt(self._directory)
-                return False
-        return True
+    def _load(
+        self, files: DataFiles, unit: int, end: int, blocking: BlockingSection
+    ) -> bytearray | None:
+        """Return the bytes of a unit that ends at `end` or before it; drop it if it is corrupt."""
+        if not files.records(range(unit, unit + 1))[0].length:
+            return None
+        data = files.load(unit, min(UNIT_BYTES, end - unit * UNIT_BYTES), blocking)
+        if data is None:
+            self._drop(files, range(unit, unit + 1))
+            self._cache.report_corrupt(self._directory)
+        return data
 
     def _drop(self, files: DataFiles | None, units: range) -> None:
         if files is not None:

@@ -185,7 +185,7 @@ class DataFiles:
         return True
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Write data at `offset` in the remote file, within `writing`.
+        """Write data at `offset` in the remote file, between `begin_writing` and `end_writing`.
 
         Raises:
             OSError: the disk rejects the data.
@@ -203,13 +203,15 @@ class DataFiles:
     def end_writing(self) -> None:
         """End a `begin_writing`."""
         with self._lock:
-            if self._writers == 1:
-                for number, fd in self._fds.items():
-                    status = os.fstat(fd)
-                    signature = (status.st_ino, status.st_mtime_ns)
-                    self._verification.signatures[number] = signature
-            self._write_changes += 1
-            self._writers -= 1
+            try:
+                if self._writers == 1:
+                    for number, fd in self._fds.items():
+                        status = os.fstat(fd)
+                        signature = (status.st_ino, status.st_mtime_ns)
+                        self._verification.signatures[number] = signature
+            finally:
+                self._write_changes += 1
+                self._writers -= 1
 
     def flush(self) -> None:
         """Report a failed write; on NFS the first `close` does.
@@ -225,10 +227,9 @@ class DataFiles:
         return self._verification.has(first, stop)
 
     def is_unchanged(self, first: int, stop: int, parts: list[Part]) -> bool:
-        """Return whether data did not change since its units were verified.
+        """Return whether data is as it was at the last call; units verified since then are valid.
 
-        To be called after the data was read. If it returns False, the units must be verified, and
-        the data be read, again.
+        To be called before units are verified, and after data was read that was verified earlier.
 
         Args:
             first, stop: the range of the units.
@@ -253,10 +254,10 @@ class DataFiles:
                 return False
         return True
 
-    def verify(
+    def load(
         self, unit: int, length: int | None = None, blocking: BlockingSection = nullcontext
-    ) -> bool:
-        """Return whether a unit is cached and its checksum matches; readers share one check.
+    ) -> bytearray | None:
+        """Return the bytes of a unit; None if it is not cached or does not match its checksum.
 
         Args:
             length: the expected length of the unit; None for that of the record.
@@ -268,28 +269,24 @@ class DataFiles:
         with blocking(), self._checks[unit % len(self._checks)]:
             [record] = self.records(range(unit, unit + 1))
             if not record.length or record.length != (length or record.length):
-                return False
+                return None
             data = bytearray(record.length)
             parts = self.layout.split(unit * UNIT_BYTES, record.length)
             if not self.read(memoryview(data), parts):
-                return False
+                return None
             checksum = checksum_of(self._name, unit)
             checksum.update(data)
             if checksum.intdigest() != record.checksum:
-                return False
+                return None
             self._verification.add((unit,))
-            return True
+            return data
 
     def is_intact(self, unit: int) -> bool:
         """Return whether a unit is cached, can be read, and matches its checksum."""
         try:
-            return self.verify(unit)
+            return self.load(unit) is not None
         except OSError:  # the disk cannot read it, or a data file is missing or not regular
             return False
-
-    def distrust(self, first: int, stop: int) -> None:
-        """Record that the units of [first, stop) must be verified again."""
-        self._verification.discard(range(first, stop))
 
     def dup(self, number: int, size_bytes: int) -> int | None:
         """Return a new descriptor of a data file, which the caller closes; they share an offset.

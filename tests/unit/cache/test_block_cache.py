@@ -228,10 +228,8 @@ def test_hole_is_noticed_while_another_block_is_written(cache_of):
 def test_units_are_not_verified_again_while_a_block_is_written(cache_of, monkeypatch):
     with contextlib.closing(cache_of().open("key", "about")) as file:
         file.put(0, block(0))
-        checked, verify = [], DataFiles.verify
-        monkeypatch.setattr(
-            DataFiles, "verify", lambda *call: checked.append(call) or verify(*call)
-        )
+        checked, load = [], DataFiles.load
+        monkeypatch.setattr(DataFiles, "load", lambda *call: checked.append(call) or load(*call))
         for index in range(1, 5):
             with contextlib.closing(file.begin_write(index, BLOCK)) as writer:
                 writer.write(block(index))
@@ -239,6 +237,30 @@ def test_units_are_not_verified_again_while_a_block_is_written(cache_of, monkeyp
                 file.commit(index, writer)
             assert whole(file, 0) == block(0)
     assert not checked
+
+
+def test_reads_find_blocks_while_another_process_writes(cache_of):
+    """Each write changes the time of the data file, as seen by a cache of another process."""
+    with (
+        contextlib.closing(cache_of().open("key", "about")) as file,
+        contextlib.closing(cache_of().open("key", "about")) as others,
+    ):
+        file.put(0, block(0))
+        is_over = threading.Event()
+
+        def write():
+            number = 1
+            while not is_over.is_set():
+                others.put(number % 50 + 1, block(number))
+                number += 1
+
+        writing = run_in_thread(write, "writer")
+        try:
+            found = [whole(file, 0) == block(0) for _ in range(2000)]
+        finally:
+            is_over.set()
+            writing.result(20)
+        assert all(found)
 
 
 def test_unit_of_a_removed_data_file_is_not_valid_in_a_new_one(cache_of):
