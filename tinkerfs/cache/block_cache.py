@@ -314,10 +314,12 @@ class BlockFile:
                 return None
             number = files.layout.file_of(start, stop, size_bytes)
             units = range(start // UNIT_BYTES, -(-stop // UNIT_BYTES))
-            if number is None or not all(record.length for record in files.records(units)):
+            if number is None:
                 return None
-            is_long = stop - start > max_verified_bytes
-            if is_long and not files.is_verified(units.start, units.stop):
+            if not files.is_verified(units.start, units.stop) and (
+                stop - start > max_verified_bytes
+                or not all(record.length for record in files.records(units))
+            ):
                 return None
             parts = files.layout.split(start, stop - start)
             files.is_unchanged(units.start, units.stop, parts)
