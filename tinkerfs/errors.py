@@ -410,6 +410,11 @@ def is_cross_device(error: OSError) -> bool:
     return error.errno == errno.EXDEV
 
 
+def is_stacked_too_deep(error: OSError) -> bool:
+    """Return whether the kernel refuses a file of a stacked file system as a backing file."""
+    return error.errno == errno.ELOOP
+
+
 def is_attribute_refused(error: OSError) -> bool:
     """Return whether the file system refuses to store modes or times."""
     return is_unsupported(error) or error.errno in (errno.EPERM, errno.EACCES)

@@ -131,6 +131,32 @@ def test_unprivileged_mount_reads_through_daemon(tmp_path, binding, backing):
     assert result.stdout == "{b''}\n", result.stderr
 
 
+@contextlib.contextmanager
+def overlay(directory, lower):
+    """Mount an overlay over a directory, with its writable layer on a file system of its own."""
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+    try:
+        for name in ("upper", "work", "merged"):
+            (directory / name).mkdir()
+        options = f"lowerdir={lower},upperdir={directory}/upper,workdir={directory}/work"
+        command = ["mount", "-t", "overlay", "overlay", "-o", options, directory / "merged"]
+        subprocess.run(command, check=True)
+        try:
+            yield directory / "merged"
+        finally:
+            subprocess.run(["umount", "--lazy", directory / "merged"], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def test_mount_can_be_a_layer_of_overlayfs(backed, expected, tmp_path):
+    assert backed.read_bytes() == expected
+    with overlay(tmp_path / "overlay", backed.parent) as merged:
+        assert (merged / "hello").read_text() == "hello\n"
+        assert len((merged / "backed").read_bytes()) == SIZE
+
+
 # --- Weights -------------------------------------------------------------------------------------
 
 NAME = "adapter_model.safetensors"
@@ -223,6 +249,20 @@ def test_file_cached_by_an_earlier_mount_is_verified_first(weights, tmp_path, bi
         if through:
             with open_through(root, path) as file:
                 assert file.read() == expected
+
+
+def test_cache_on_overlayfs_is_read_through_the_daemon(weights, tmp_path, binding, through):
+    server, path, expected = weights
+    (tmp_path / "lower").mkdir()
+    with (
+        overlay(tmp_path / "overlay", tmp_path / "lower") as merged,
+        mounted(server, tmp_path / "m", binding, cache_dir=str(merged / "cache")) as root,
+    ):
+        assert (root / path).read_bytes() == expected
+        if through:
+            wait_until(lambda: (root / path).read_bytes() and stats(root)["passthrough"] != "on")
+            assert "stacked file system" in stats(root)["passthrough"]
+        assert (root / path).read_bytes() == expected
 
 
 @pytest.mark.parametrize("change", ["clear", "delete"])

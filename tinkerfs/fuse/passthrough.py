@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from tinkerfs import errors
 from tinkerfs.telemetry import Telemetry
 
 #: `fuse_version()` of the first libfuse with `backing_id` in `struct fuse_file_info`.
@@ -30,8 +31,9 @@ _BACKING_OPEN: Final = 0x4010E501
 _BACKING_CLOSE: Final = 0x4004E502
 _BACKING_MAP: Final = struct.Struct("=iIQ")
 
-#: Number of file systems that may be stacked below the mount: the cache may be on an overlay.
-_MAX_STACK_DEPTH: Final = 1
+#: Depth of stacked file systems that may hold the cache. The kernel allows a depth of 2 in all, so
+#: with more than 0 the mount could not be a layer of overlayfs.
+_MAX_STACK_DEPTH: Final = 0
 
 #: Distance of `backing_id` from `fh` in `struct fuse_file_info` (libfuse's fuse_common.h).
 _BACKING_ID_OFFSET: Final = 20
@@ -150,7 +152,10 @@ class Passthrough:
         except PermissionError:
             self._telemetry.passthrough = "off: needs the capability SYS_ADMIN"
         except OSError as error:
-            self._telemetry.passthrough = f"off: {os.strerror(error.errno or 0)}"
+            reason = os.strerror(error.errno or 0)
+            if errors.is_stacked_too_deep(error):
+                reason = "the cache is on a stacked file system, such as overlayfs"
+            self._telemetry.passthrough = f"off: {reason}"
         else:
             self._telemetry.count("passthrough_opens")
             return backing_id
