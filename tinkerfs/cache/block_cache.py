@@ -327,6 +327,9 @@ class BlockFile:
             if not is_intact or not files.is_unchanged(units.start, units.stop, parts):
                 return None
             return files.dup(number, stop - start)
+        except FileNotFoundError:  # another process has removed it
+            self._forget_files()
+            return None
         except OSError as error:
             self._cache.report_once(error)
             return None

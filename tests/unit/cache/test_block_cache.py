@@ -815,3 +815,15 @@ def test_directory_of_an_earlier_format_is_evicted_first(cache_of):
     assert not earlier.exists()
     with contextlib.closing(cache.open("key 0", "about")) as file:
         assert whole(file, 0) == block(0)
+
+
+def test_backing_file_of_a_cleared_cache_is_none(cache_of, telemetry):
+    cache = cache_of()
+    with contextlib.closing(cache.open("key", "about", BLOCK)) as file:
+        file.put(0, block(0))
+        os.close(file.backing_fd(0, BLOCK))
+        data_path(cache).unlink()
+        assert file.backing_fd(0, BLOCK) is None
+        assert file.put(0, block(0))
+        os.close(file.backing_fd(0, BLOCK))
+    assert telemetry.errors.text() == b""
