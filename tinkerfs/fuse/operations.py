@@ -331,9 +331,11 @@ class Operations:
         """Close an open file."""
         file = self._files.pop(fh, None)
         if file is not None:
-            if file.backing_fd is not None:
-                self.passthrough.close(fh)
-            file.close()
+            try:
+                if file.backing_fd is not None:
+                    self.passthrough.close(fh)
+            finally:
+                file.close()
 
     # Changes
 
