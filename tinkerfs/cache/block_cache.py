@@ -260,10 +260,10 @@ class BlockFile:
             first, stop = offset // UNIT_BYTES, (offset + size - 1) // UNIT_BYTES + 1
             parts = files.layout.split(offset, size)
             if files.is_verified(first, stop) and files.read(buffer, parts, blocking):
-                if files.is_unchanged(first, stop, parts):
+                if files.is_unchanged(parts):
                     return True
             else:
-                files.is_unchanged(first, stop, parts)
+                files.is_unchanged(parts)
             for unit in range(first, stop):
                 data = self._load(files, unit, index * BLOCK_BYTES + length, blocking)
                 if data is None:
@@ -287,7 +287,7 @@ class BlockFile:
             files = self._files or self._open_files()
             if files is None:
                 return False
-            files.is_unchanged(units.start, units.stop, files.layout.split(start, length))
+            files.is_unchanged(files.layout.split(start, length))
             return self._verify(files, units, start + length)
         except FileNotFoundError:  # another process has removed it
             self._forget_files()
@@ -322,9 +322,9 @@ class BlockFile:
             ):
                 return None
             parts = files.layout.split(start, stop - start)
-            files.is_unchanged(units.start, units.stop, parts)
+            files.is_unchanged(parts)
             is_intact = self._verify(files, units, size_bytes, blocking)
-            if not is_intact or not files.is_unchanged(units.start, units.stop, parts):
+            if not is_intact or not files.is_unchanged(parts):
                 return None
             return files.dup(number, stop - start)
         except FileNotFoundError:  # another process has removed it

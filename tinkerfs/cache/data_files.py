@@ -152,7 +152,6 @@ class DataFiles:
     def set_records(self, first: int, records: Sequence[Record]) -> None:
         """Record units after `write` has written their data."""
         self._write_records(first, records)
-        self._verification.add(range(first, first + len(records)))
 
     def drop_records(self, units: range) -> None:
         """Record that units are not cached."""
@@ -201,10 +200,11 @@ class DataFiles:
             self._writers += 1
 
     def end_writing(self) -> None:
-        """End a `begin_writing`."""
+        """End a `begin_writing`; after the last one, all units must be verified again."""
         with self._lock:
             try:
                 if self._writers == 1:
+                    self._verification.clear()
                     for number, fd in self._fds.items():
                         status = os.fstat(fd)
                         signature = (status.st_ino, status.st_mtime_ns)
@@ -223,34 +223,31 @@ class DataFiles:
             os.close(os.dup(fd))
 
     def is_verified(self, first: int, stop: int) -> bool:
-        """Return whether the units of [first, stop) were verified at some time."""
-        return self._verification.has(first, stop)
+        """Return whether the units of [first, stop) were verified, and this process writes none."""
+        return not self._writers and self._verification.has(first, stop)
 
-    def is_unchanged(self, first: int, stop: int, parts: list[Part]) -> bool:
+    def is_unchanged(self, parts: list[Part]) -> bool:
         """Return whether data is as it was at the last call; units verified since then are valid.
 
         To be called before units are verified, and after data was read that was verified earlier.
 
         Args:
-            first, stop: the range of the units.
             parts: the data, as `layout.split` returns it.
 
         Raises:
             FileNotFoundError: the data was removed.
             OSError: a data file cannot be read.
         """
-        for number, position, length in parts:
+        for number, _position, _length in parts:
             fd = self._fds.get(number) or self._fd(number)
             write_changes = self._write_changes
             status = os.fstat(fd)
             if not status.st_nlink:
                 raise FileNotFoundError(self._directory)
+            # The time changes with each write of this process, and hides other changes.
             if self._writers or self._write_changes != write_changes:
-                # The time changes with each write of this process, but no write makes a hole.
-                if _has_hole(fd, position, length):
-                    self._verification.discard(range(first, stop))
-                    return False
-            elif not self._verification.is_current(number, status):
+                return False
+            if not self._verification.is_current(number, status):
                 return False
         return True
 
@@ -270,6 +267,7 @@ class DataFiles:
             [record] = self.records(range(unit, unit + 1))
             if not record.length or record.length != (length or record.length):
                 return None
+            write_changes = self._write_changes
             data = bytearray(record.length)
             parts = self.layout.split(unit * UNIT_BYTES, record.length)
             if not self.read(memoryview(data), parts):
@@ -278,7 +276,8 @@ class DataFiles:
             checksum.update(data)
             if checksum.intdigest() != record.checksum:
                 return None
-            self._verification.add((unit,))
+            if not self._writers and self._write_changes == write_changes:
+                self._verification.add((unit,))
             return data
 
     def is_intact(self, unit: int) -> bool:
@@ -407,13 +406,6 @@ def _open_owned(path: str, *, creates: bool) -> int:
         os.close(fd)
         raise errors.not_permitted(path, "the file belongs to another user")
     return fd
-
-
-def _has_hole(fd: int, position: int, length: int) -> bool:
-    try:
-        return os.lseek(fd, position, os.SEEK_HOLE) < position + length
-    except OSError:  # beyond the end
-        return True
 
 
 def _write_all(fd: int, rest: memoryview, offset: int) -> None:

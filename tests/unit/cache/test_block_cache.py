@@ -225,18 +225,23 @@ def test_hole_is_noticed_while_another_block_is_written(cache_of):
             assert whole(file, 0) is None
 
 
-def test_units_are_not_verified_again_while_a_block_is_written(cache_of, monkeypatch):
-    with contextlib.closing(cache_of().open("key", "about")) as file:
+@pytest.mark.parametrize("is_over", [True, False])
+def test_change_during_a_write_of_another_block_is_noticed(cache_of, is_over):
+    cache = cache_of()
+    with contextlib.closing(cache.open("key", "about")) as file:
         file.put(0, block(0))
-        checked, load = [], DataFiles.load
-        monkeypatch.setattr(DataFiles, "load", lambda *call: checked.append(call) or load(*call))
-        for index in range(1, 5):
-            with contextlib.closing(file.begin_write(index, BLOCK)) as writer:
-                writer.write(block(index))
-                assert whole(file, 0) == block(0)
-                file.commit(index, writer)
-            assert whole(file, 0) == block(0)
-    assert not checked
+        assert whole(file, 0) == whole(file, 0) == block(0)
+        writer = file.begin_write(1, BLOCK)
+        writer.write(block(1)[:1000])
+        assert whole(file, 0) == block(0)
+        spoil_byte(data_path(cache))
+        if is_over:
+            writer.write(block(1)[1000:])
+            assert file.commit(1, writer)
+            writer.close()
+        assert whole(file, 0) is None
+        if not is_over:
+            writer.close()
 
 
 def test_reads_find_blocks_while_another_process_writes(cache_of):
