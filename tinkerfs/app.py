@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
+from tinkerfs.audit import AuditLog
 from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.directory import (
     UnusableCacheError,
@@ -93,7 +94,7 @@ def open_app(
         is_one_transfer: see `SignedUrlCache`.
 
     Raises:
-        StartupError: the base URL, a proxy or the cache directory cannot be used.
+        StartupError: the base URL, a proxy, the cache directory or the audit log cannot be used.
     """
     cache_dir = _prepare_cache(settings)
     if cache_dir is None:
@@ -101,6 +102,9 @@ def open_app(
     else:
         settings = replace(settings, cache_dir=str(cache_dir))
     telemetry = Telemetry(clock)
+    if settings.audit is not None:
+        audit_log = AuditLog(settings.audit, clock, telemetry.record_error)
+        telemetry.on_change_ended = audit_log.record
     with ExitStack() as stack:
         credentials = Credentials(clock=clock)
         client = stack.enter_context(

@@ -21,6 +21,9 @@ MAX_CONCURRENCY = 64
 #: Layouts of the experts of adapters; see `weights/peft_adapter.py`.
 MOE_LAYOUTS = ("peft", "packed")
 
+#: Destination of the audit log: the system's log.
+SYSLOG = "syslog"
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -68,3 +71,4 @@ class Settings:
     umask: int = 0
     log_file: str | None = None
     log_level: str = "warning"
+    audit: str | None = None

@@ -352,6 +352,12 @@ def not_stored(reason: str) -> OSError:
     return OSError(errno.EIO, f"the record cannot be stored: {reason}")
 
 
+def not_audited(path: str, error: OSError) -> OSError:
+    """Return the error for an audit log that cannot be written, with its consequence."""
+    reason = f"changes are not written to the audit log: {error.strerror}"
+    return OSError(error.errno, reason, path)
+
+
 def exists(path: str, reason: str) -> OSError:
     """EEXIST: a file with that name exists and is not replaced."""
     return OSError(errno.EEXIST, reason, path)

@@ -1,11 +1,13 @@
 """Sanitize external text: one line without secrets or control characters.
 
-Used for `.tinkerfs/errors` and `changes`, the log, and the command line. Every regular expression
-here takes linear time, whatever a server sends.
+Used for `.tinkerfs/errors` and `changes`, the log, the audit log, bug reports, and the command
+line. Every regular expression here takes linear time, whatever a server sends. Thread-safe.
 """
 
 import re
+import threading
 from typing import Final
+from urllib.parse import quote
 
 #: Multiple of the limit that is examined, because redaction may shorten the text.
 _MARGIN: Final = 8
@@ -33,6 +35,48 @@ _KEY: Final = re.compile(
 )
 
 
+#: A shorter secret is not hidden by its value, because ordinary words would be hidden too.
+MIN_SECRET_CHARS: Final = 8
+#: Maximum number of secrets; the oldest ones are forgotten. Renewed tokens are added.
+_MAX_SECRETS: Final = 64
+
+
+class _KnownSecrets:
+    """The secrets of this process, which have no recognizable form.
+
+    The only state here: a key belongs to the process, and so does the log that must not show it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._secrets: dict[str, None] = {}  # modified under _lock
+        self.pattern: re.Pattern[str] | None = None
+
+    def add(self, secret: str) -> None:
+        if len(secret) < MIN_SECRET_CHARS or secret in self._secrets:
+            return
+        with self._lock:
+            self._secrets[secret] = None
+            if len(self._secrets) > _MAX_SECRETS:
+                del self._secrets[next(iter(self._secrets))]
+            forms = {form for each in self._secrets for form in forms_of_secret(each)}
+            longest_first = sorted(forms, key=len, reverse=True)
+            self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+
+_known_secrets: Final = _KnownSecrets()
+
+
+def hide_secret(secret: str) -> None:
+    """Redact a key or password of this process from now on, whatever its form."""
+    _known_secrets.add(secret)
+
+
+def forms_of_secret(secret: str) -> set[str]:
+    """Return the forms in which a secret may occur in text: itself, and quoted in a URL."""
+    return {secret, quote(secret, safe="")}
+
+
 def escape_control_chars(text: str) -> str:
     r"""Return text on one line that is safe on a terminal, e.g. `\x1b[31m` for red.
 
@@ -54,9 +98,33 @@ def redacted(text: str, *, limit: int) -> str:
         limit: maximum number of characters to return.
     """
     text = " ".join(text[: 40 * limit].split())[: _MARGIN * limit]
-    text = _KEY.sub("[redacted key]", _TOKEN.sub(_without_query, text))
-    text = escape_control_chars(_SECRET_PAIR.sub(r"\1[redacted]", text))
+    text = escape_control_chars(without_secrets(text))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def redacted_lines(text: str, *, limit: int) -> str:
+    """Return lines without keys and signatures, and with their indentation.
+
+    Args:
+        text: lines of a log or a file.
+        limit: maximum number of characters to return of a line.
+    """
+    # Not splitlines, which also splits at characters that are not line ends in a log.
+    return "\n".join(_redacted_line(line, limit) for line in text.split("\n"))
+
+
+def _redacted_line(line: str, limit: int) -> str:
+    indent = line[: len(line) - len(line.lstrip())][:limit]
+    return indent.replace("\r", "") + redacted(line, limit=limit)
+
+
+def without_secrets(text: str) -> str:
+    """Return text without keys, signatures and logins; white space is preserved."""
+    pattern = _known_secrets.pattern
+    if pattern is not None:
+        text = pattern.sub("[redacted key]", text)
+    text = _KEY.sub("[redacted key]", _TOKEN.sub(_without_query, text))
+    return _SECRET_PAIR.sub(r"\1[redacted]", text)
 
 
 def _without_query(match: re.Match[str]) -> str:

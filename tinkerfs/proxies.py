@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from tinkerfs import errors
 from tinkerfs.errors import StartupError
+from tinkerfs.printable import hide_secret
 
 #: Protocol of the proxy by the scheme of its URL. GNOME's settings write `socks`.
 _PROTOCOLS: Final = {
@@ -135,6 +136,7 @@ def _parse(value: str) -> Proxy:
     login = None
     if parts.username or parts.password:
         login = unquote(parts.username or ""), unquote(parts.password or "")
+        hide_secret(login[1])
     return Proxy(protocol, host, port or _DEFAULT_PORTS[protocol], login)
 
 

@@ -30,7 +30,7 @@ class _ErrorRecord:
     count: int = 1
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class MutationRecord:
     """One change that was requested through this mount.
 
@@ -38,7 +38,9 @@ class MutationRecord:
         time: time of the request, seconds since 1970.
         path: the file that was written or removed.
         action: the API operation.
-        actor: the process and user.
+        caller: the process and user.
+        command: name of the process, "?" if it had exited.
+        tinker_path: the checkpoint's tinker path.
         outcome: result of the change, or that it is in flight.
         abandoned_with: errno name with which the caller stopped waiting; empty if it did not.
     """
@@ -46,9 +48,16 @@ class MutationRecord:
     time: float
     path: str
     action: str
-    actor: str
+    caller: Caller
+    command: str
+    tinker_path: str
     outcome: str = "in flight"
     abandoned_with: str = ""
+
+    @property
+    def actor(self) -> str:
+        """The process and user, for messages."""
+        return f"{self.command}[{self.caller.pid}] uid {self.caller.uid}"
 
 
 class Telemetry:
@@ -56,6 +65,7 @@ class Telemetry:
 
     Attributes:
         passthrough: whether the kernel itself reads cached files: "on", or "off" and the reason.
+        on_change_ended: called with each change after its outcome is known.
     """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -64,6 +74,7 @@ class Telemetry:
         self._started = clock.now()
         self._started_monotonic = clock.monotonic()
         self.passthrough = "off: not a mount"
+        self.on_change_ended: Callable[[MutationRecord], None] = lambda _change: None
         #: The last failures and changes. Only this class changes their entries.
         self.errors: Journal[_ErrorRecord] = Journal(_format_error)
         self.changes: Journal[MutationRecord] = Journal(_format_mutation)
@@ -113,12 +124,20 @@ class Telemetry:
                 self._last_error = _ErrorRecord(self._clock.now(), text)
                 self.errors.add(self._last_error)
 
-    def begin_mutation(self, path: str, action: str, caller: Caller) -> MutationRecord:
+    def begin_mutation(
+        self, path: str, action: str, caller: Caller, tinker_path: str = ""
+    ) -> MutationRecord:
         """Record a change before it is sent; `end_mutation` records its outcome."""
-        actor = f"{caller.command()}[{caller.pid}] uid {caller.uid}"
-        mutation = MutationRecord(self._clock.now(), path, action, actor)
+        mutation = MutationRecord(
+            time=self._clock.now(),
+            path=path,
+            action=action,
+            caller=caller,
+            command=caller.command(),
+            tinker_path=tinker_path,
+        )
         self.changes.add(mutation)
-        log.info("%s: %s requested by %s", path, action, actor)
+        log.info("%s: %s requested by %s", path, action, mutation.actor)
         return mutation
 
     def end_mutation(self, mutation: MutationRecord, outcome: str) -> None:
@@ -126,6 +145,7 @@ class Telemetry:
         mutation.outcome = errors.redact(outcome)
         self.changes.amend(mutation)
         log.info("%s: %s: %s", mutation.path, mutation.action, mutation.outcome)
+        self.on_change_ended(mutation)
 
     @contextmanager
     def track_pending(self, what: str | Callable[[], str]) -> Iterator[None]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinkerfs.printable import escape_control_chars, redacted
+from tinkerfs.printable import escape_control_chars, hide_secret, redacted, redacted_lines
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,19 @@ def test_redacted_text_truncated_in_a_secret_hides_it():
 def test_redacted_of_any_repetition_is_quick(unit):
     # With quadratic time one of them would take minutes.
     assert len(redacted(unit * (2_000_000 // len(unit)), limit=20_000)) <= 20_000
+
+
+def test_hidden_secret_of_any_form_is_redacted():
+    hide_secret("opaque+key/0123")
+    hide_secret("opaque+key/0123-and-longer")
+    for text in ("opaque+key/0123", "opaque%2Bkey%2F0123", "opaque+key/0123-and-longer"):
+        assert redacted(f"the key '{text}' is invalid", limit=100) == (
+            "the key '[redacted key]' is invalid"
+        )
+    hide_secret("short")
+    assert redacted("a short word", limit=100) == "a short word"
+
+
+def test_redacted_lines_keep_lines_and_indentation():
+    text = "first\n    at https://s/x?sig=c0ffee\n\n\tlast\n"
+    assert redacted_lines(text, limit=50) == "first\n    at https://s/x?[redacted]\n\n\tlast\n"

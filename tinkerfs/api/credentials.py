@@ -20,6 +20,7 @@ from tinkerfs.api.jwt import expiry_of
 from tinkerfs.api.key_sources import COMMAND_TIMEOUT_S, RENEW_BEFORE_S, find_key_source
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.errors import ApiError, StartupError, TinkerfsError, Unauthorized
+from tinkerfs.printable import hide_secret
 from tinkerfs.retry import KEY_BACKOFF
 from tinkerfs.telemetry import rfc3339
 
@@ -252,6 +253,7 @@ class Credentials:
         text, hint = self._source.read(), self._source.hint
         if not text.isascii() or not text.isprintable() or " " in text:
             raise StartupError(f"the key of {self.source} contains invalid characters {hint}")
+        hide_secret(text)
         expires_at_s = expiry_of(text)
         if expires_at_s is None or expires_at_s > self._clock.now():
             return _Key(text, expires_at_s)

@@ -18,6 +18,7 @@ from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.jwt import expiry_of
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import SingleFlight
+from tinkerfs.printable import hide_secret
 
 #: Sends a POST request with an object, authenticated by a key; returns the object in the response.
 Post = Callable[[Endpoint, str, Mapping[str, object], str], dict[str, Any]]
@@ -145,6 +146,7 @@ class TokenExchange:
             with self._lock:
                 self._next_renewal_at = self._clock.monotonic() + RENEWAL_RETRY_S
             raise
+        hide_secret(text)
         now_s, expires_at_s = self._clock.now(), expiry_of(text)
         if expires_at_s is not None and expires_at_s <= now_s:
             expires_at_s = None  # the local clock is wrong: the server decides

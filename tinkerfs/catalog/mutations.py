@@ -226,7 +226,7 @@ class Mutations:
             ctx: the context of the operation, by which this method waits for the thread.
             in_trash: whether a checkpoint in the trash is acceptable.
         """
-        mutation = self._telemetry.begin_mutation(path, action, ctx.caller())
+        mutation = self._telemetry.begin_mutation(path, action, ctx.caller(), expected.tinker_path)
 
         def work() -> None:
             try:

@@ -4,11 +4,13 @@ import logging
 import os
 from typing import Final, TextIO
 
-from tinkerfs import errors
 from tinkerfs.errors import StartupError
-from tinkerfs.printable import escape_control_chars
+from tinkerfs.printable import escape_control_chars, redacted_lines
 
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+#: Maximum length of a line of a record.
+_MAX_LINE_CHARS: Final = 2000
 
 #: Libraries that log every request with its signed URL; only their warnings are logged.
 _VERBOSE_LOGGERS: Final = ("httpx", "httpcore", "urllib3", "fuse")
@@ -25,8 +27,7 @@ class _Redacting(logging.Formatter):
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        # Not splitlines, which also splits at characters that are not line ends in a log.
-        return "\n".join(_redacted(line) for line in super().format(record).split("\n"))
+        return redacted_lines(super().format(record), limit=_MAX_LINE_CHARS)
 
 
 class _OwnStream(logging.StreamHandler[TextIO]):
@@ -35,11 +36,6 @@ class _OwnStream(logging.StreamHandler[TextIO]):
     def close(self) -> None:
         super().close()
         self.stream.close()
-
-
-def _redacted(line: str) -> str:
-    indent = line[: len(line) - len(line.lstrip())]  # keeps the indentation of tracebacks
-    return indent + errors.redact(line, limit=2000)
 
 
 def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:

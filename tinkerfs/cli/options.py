@@ -22,6 +22,7 @@ from tinkerfs.config import (
     LOG_LEVELS,
     MAX_CONCURRENCY,
     MOE_LAYOUTS,
+    SYSLOG,
     TTL_RANGE_S,
     parse_duration_s,
 )
@@ -103,9 +104,14 @@ def _parse_path(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
+def _parse_audit(text: str) -> str:
+    return text if text == SYSLOG else _parse_path(text)
+
+
 _DURATION: Final = _Parsed("duration", parse_duration_s)
 _TIMEOUT: Final = _Parsed("duration", _parse_timeout_s)
 _PATH: Final = _Parsed("path", _parse_path)
+_AUDIT: Final = _Parsed("destination", _parse_audit)
 _UMASK: Final = _Parsed("umask", _parse_umask)
 _ID: Final = click.IntRange(0, 2**32 - 2)  # see chown(2): the next number means no change
 
@@ -184,7 +190,8 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: str | None) 
             if option.type is _UMASK and not isinstance(value, str):
                 # 22 and 0o22 are different numbers in TOML, and 22 is never intended.
                 raise click.UsageError(f'{source}: not a string (hint: umask = "022")')
-            if option.type is _PATH and text:  # relative to the file
+            is_path = option.type is _PATH or (option.type is _AUDIT and text != SYSLOG)
+            if is_path and text:  # relative to the file
                 text = os.path.join(os.path.dirname(file), os.path.expanduser(text))
             option.convert(text, source, ctx)
             ctx.default_map[str(option.name)] = text
@@ -318,6 +325,14 @@ _OPTIONS: Final = {
         click.Choice(LOG_LEVELS, case_sensitive=False),
         "warning",
         f"Least severe level to log: {', '.join(LOG_LEVELS)}.",
+    ),
+    "audit": _setting(
+        "--audit DEST",
+        _AUDIT,
+        None,
+        "Write a line per change to the system's log, if DEST is syslog, or to this file or"
+        " datagram socket.",
+        show_default="none",
     ),
     "config": _setting(
         "--config FILE",

@@ -225,7 +225,9 @@ class Exports:
                 another process did not end its export in that time.
             OSError: EINTR if the caller was interrupted or the export was stopped.
         """
-        mutation = self._telemetry.begin_mutation(path, f"export for {ttl_s} s", ctx.caller())
+        mutation = self._telemetry.begin_mutation(
+            path, f"export for {ttl_s} s", ctx.caller(), checkpoint.about
+        )
         future = self._flights.run(
             checkpoint.cache_key,
             lambda: self._export(
@@ -244,7 +246,9 @@ class Exports:
             OSError: EINTR if the caller was interrupted.
         """
         key = checkpoint.cache_key
-        mutation = self._telemetry.begin_mutation(path, "delete the export", ctx.caller())
+        mutation = self._telemetry.begin_mutation(
+            path, "delete the export", ctx.caller(), checkpoint.about
+        )
 
         def delete() -> None:
             with self._lock:
