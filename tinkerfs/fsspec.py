@@ -8,6 +8,9 @@ synchronous, so that no event loop has to survive a fork. Symbolic links are fol
 kernel. Listings show them as links, so that no recursive operation reaches files that are
 expensive for the server.
 
+The instances of a process with the same settings share one client and its caches. The API key is
+not an option, so it is in no pickle, token or cache name: each process reads it itself.
+
 Errors are `OSError`s with the errno of a mount. Thread-safe; a forked child opens its own client.
 """
 
@@ -17,9 +20,11 @@ import stat
 import threading
 import weakref
 from contextlib import ExitStack
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import msgspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 from tinkerfs import errors
@@ -34,6 +39,61 @@ from tinkerfs.vfs.node import Attr, Handle
 __all__ = ["TinkerFile", "TinkerFileSystem"]
 
 _REFRESH: Final = "/.tinkerfs/refresh"
+
+#: Options of every fsspec file system; `AbstractFileSystem` describes them.
+_COMMON_OPTIONS: Final = frozenset(
+    {"asynchronous", "listings_expiry_time", "loop", "max_paths", "use_listings_cache"}
+)
+
+
+class _OpenFileSystem:
+    """An open file system of one process, which closes it after the last use."""
+
+    def __init__(self, settings: Settings) -> None:
+        stack = ExitStack()
+        self.filesystem = stack.enter_context(open_app(settings)).filesystem
+        self.pid = os.getpid()
+        weakref.finalize(self, _close, stack, self.pid)
+
+
+class _OpenFileSystems:
+    """The open file systems of this process by their settings. Thread-safe.
+
+    fsspec creates an instance per thread. They share a file system, so that they also share its
+    caches and its limit of concurrent requests.
+    """
+
+    def __init__(self) -> None:
+        self._start()
+        #: A child never closes what its parent has opened.
+        self._inherited: list[list[_OpenFileSystem]] = []
+        os.register_at_fork(after_in_child=self._on_fork)
+
+    def get(self, settings: Settings) -> _OpenFileSystem:
+        """Return the file system for some settings, opened if none is open.
+
+        Raises:
+            StartupError: the settings cannot be used.
+        """
+        with self._lock:
+            found = self._by_settings.get(settings)
+            if found is None:
+                found = self._by_settings[settings] = _OpenFileSystem(settings)
+        return found
+
+    def _start(self) -> None:
+        self._lock = threading.Lock()
+        self._by_settings: weakref.WeakValueDictionary[Settings, _OpenFileSystem] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def _on_fork(self) -> None:
+        # A thread of the parent may have held the lock.
+        self._inherited.append(list(self._by_settings.values()))
+        self._start()
+
+
+_open_file_systems = _OpenFileSystems()
 
 
 class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
@@ -52,34 +112,29 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         base_url: str | None = None,
         settings: dict[str, Any] | None = None,
         filesystem: FileSystem | None = None,
-        **storage_options: Any,
+        **common_options: Any,
     ) -> None:
-        super().__init__(**storage_options)
+        unknown = sorted(common_options.keys() - _COMMON_OPTIONS)
+        if unknown:  # not the value, which may be a key
+            raise ValueError(
+                f"unknown option {unknown[0]!r} (valid options: base_url, settings; hint: the key"
+                " is read from TINKER_API_KEY or the stored login, and is not an option)"
+            )
+        super().__init__(**common_options)
         url = base_url or os.environ.get("TINKER_BASE_URL") or DEFAULT_BASE_URL
-        self._settings = Settings(**{"base_url": url.rstrip("/"), **(settings or {})})
+        self._settings = _settings({"base_url": url.rstrip("/"), **(settings or {})})
         self._given = filesystem
-        # By process id: a child never uses a lock that a thread of its parent may have held.
-        self._locks: dict[int, threading.Lock] = {}
-        #: File systems by process id; that of a parent stays referenced, and so is not closed.
-        self._opened: dict[int, FileSystem] = {}
+        self._open_file_system: _OpenFileSystem | None = None
 
     @property
-    def tree(self) -> FileSystem:
+    def filesystem(self) -> FileSystem:
         """The underlying file system; each process opens its own on first use."""
         if self._given is not None:
             return self._given
-        pid = os.getpid()
-        filesystem = self._opened.get(pid)
-        if filesystem is None:
-            # A single dict operation is atomic, and so complete in a forked child.
-            with self._locks.setdefault(pid, threading.Lock()):
-                filesystem = self._opened.get(pid)
-                if filesystem is None:
-                    stack = ExitStack()
-                    filesystem = stack.enter_context(open_app(self._settings)).filesystem
-                    weakref.finalize(self, _close, stack, pid)
-                    self._opened[pid] = filesystem
-        return filesystem
+        current = self._open_file_system
+        if current is None or current.pid != os.getpid():
+            current = self._open_file_system = _open_file_systems.get(self._settings)
+        return current.filesystem
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -94,16 +149,16 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         tree_path = self._follow(name)
         # Each name in `<run_id>/<kind>` is a tinker path, and so a link to files.
         has_links = _is_tinker_path(name, 2)
-        if not stat.S_ISDIR(self.tree.stat(tree_path, BACKGROUND_CONTEXT).mode):
+        if not stat.S_ISDIR(self.filesystem.stat(tree_path, BACKGROUND_CONTEXT).mode):
             return [self.info(name)] if detail else [name]
-        entries = self.tree.listdir(tree_path, BACKGROUND_CONTEXT)
+        entries = self.filesystem.listdir(tree_path, BACKGROUND_CONTEXT)
         if not detail:
             return [posixpath.join(name, entry.name) for entry in entries]
         infos = [
             _info(
                 posixpath.join(name, entry.name),
                 entry.attr
-                or self.tree.stat(posixpath.join(tree_path, entry.name), BACKGROUND_CONTEXT),
+                or self.filesystem.stat(posixpath.join(tree_path, entry.name), BACKGROUND_CONTEXT),
             )
             for entry in entries
         ]
@@ -112,8 +167,8 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def info(self, path: str, **_kwargs: Any) -> dict[str, Any]:
         """Return the attributes of a file; links are followed, and marked by `islink`."""
         name = self._strip_protocol(path)
-        info = _info(name, self.tree.stat(self._follow(name), BACKGROUND_CONTEXT))
-        own = self.tree.stat(self._follow_parents_of(name), BACKGROUND_CONTEXT)
+        info = _info(name, self.filesystem.stat(self._follow(name), BACKGROUND_CONTEXT))
+        own = self.filesystem.stat(self._follow_parents_of(name), BACKGROUND_CONTEXT)
         info["islink"] = stat.S_ISLNK(own.mode)
         return info
 
@@ -133,13 +188,48 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         if not recursive:
             return named  # type: ignore[no-any-return]
         found = super().expand_path(path, recursive=True, maxdepth=maxdepth, **kwargs)
-        return [p for p in found if p in named or not self.info(p)["islink"]]
+        return [p for p in found if p in named or not self._reads_link(p)]
+
+    def _reads_link(self, path: str) -> bool:
+        """Return whether a path is a link, and read it as `cp -r` does.
+
+        The deletion guard distinguishes a copy and a removal from a removal by the links.
+        """
+        tree_path = self._follow_parents_of(path)
+        if not stat.S_ISLNK(self.filesystem.stat(tree_path, BACKGROUND_CONTEXT).mode):
+            return False
+        self.filesystem.readlink(tree_path, BACKGROUND_CONTEXT)
+        return True
+
+    def du(
+        self,
+        path: str,
+        total: bool = True,
+        maxdepth: int | None = None,
+        withdirs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the lengths of the files below a path, without following links in it."""
+        found = self.find(path, maxdepth, withdirs, detail=True, **kwargs)
+        sizes = {name: (info or self.info(name))["size"] for name, info in found.items()}
+        return sum(sizes.values()) if total else sizes
+
+    def sign(self, path: str, expiration: int = 100, **_kwargs: Any) -> str:
+        """Return a signed URL of a checkpoint's archive.
+
+        Args:
+            path: the tinker path of the checkpoint, its directory, or its `archive.tar`.
+            expiration: ignored; the server chooses how long the URL is valid.
+        """
+        del expiration
+        directory = self._removable(self._strip_protocol(path).removesuffix("/archive.tar"))
+        return self.cat_file(posixpath.join(directory, "archive_url")).decode().strip()
 
     def invalidate_cache(self, path: str | None = None) -> None:
         """Drop every cached entry; does nothing for a single path."""
-        is_open = self._given is not None or os.getpid() in self._opened
+        is_open = self._given is not None or self._open_file_system is not None
         if path is None and is_open:
-            self.tree.open(_REFRESH, os.O_WRONLY, BACKGROUND_CONTEXT).write(
+            self.filesystem.open(_REFRESH, os.O_WRONLY, BACKGROUND_CONTEXT).write(
                 b"1", BACKGROUND_CONTEXT
             )
 
@@ -159,12 +249,12 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_kwargs: Any) -> None:
         """Write a complete value to a control file."""
         if mode == "create":
-            self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
+            self.filesystem.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
         self._handle(path, os.O_WRONLY).write(value, BACKGROUND_CONTEXT)
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> "TinkerFile":
         if "x" in mode:
-            self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
+            self.filesystem.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
         is_read = mode == "rb"
         handle = self._handle(path, os.O_RDONLY if is_read else os.O_WRONLY)
         # The offset of a write to a control file is ignored, so appending is the same as writing.
@@ -186,11 +276,11 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def rm_file(self, path: str) -> None:
         """Hide a generated file of a checkpoint for a minute, or until its removal."""
-        self.tree.unlink(self._follow_parents_of(path), BACKGROUND_CONTEXT)
+        self.filesystem.unlink(self._follow_parents_of(path), BACKGROUND_CONTEXT)
 
     def rmdir(self, path: str) -> None:
         """Remove an empty directory; for a checkpoint's directory, delete the checkpoint."""
-        self.tree.rmdir(self._removable(path), BACKGROUND_CONTEXT)
+        self.filesystem.rmdir(self._removable(path), BACKGROUND_CONTEXT)
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
         """Remove files, or checkpoints if `recursive`; the first error stops the removal."""
@@ -201,21 +291,21 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
             self._remove(self._removable(name), recursive=recursive)
 
     def _remove(self, path: str, *, recursive: bool) -> None:
-        if stat.S_ISDIR(self.tree.stat(path, BACKGROUND_CONTEXT).mode):
+        if stat.S_ISDIR(self.filesystem.stat(path, BACKGROUND_CONTEXT).mode):
             if not recursive:
                 raise errors.is_a_directory(path)
-            for entry in self.tree.listdir(path, BACKGROUND_CONTEXT):
+            for entry in self.filesystem.listdir(path, BACKGROUND_CONTEXT):
                 self._remove(posixpath.join(path, entry.name), recursive=True)
-            self.tree.rmdir(path, BACKGROUND_CONTEXT)
+            self.filesystem.rmdir(path, BACKGROUND_CONTEXT)
         else:
-            self.tree.unlink(path, BACKGROUND_CONTEXT)
+            self.filesystem.unlink(path, BACKGROUND_CONTEXT)
 
     # Unsupported operations.
 
     def mkdir(self, path: str, create_parents: bool = True, **_kwargs: Any) -> None:
         """Raise the error of the mount: no directories can be created."""
         del create_parents
-        self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
+        self.filesystem.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Raise the error of `mkdir`, unless the directory exists and `exist_ok` is set."""
@@ -230,7 +320,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def _follow(self, path: str) -> str:
         """Return the path in the tree with every link followed."""
-        return self.tree.realpath(_tree_path(self._strip_protocol(path)), BACKGROUND_CONTEXT)
+        return self.filesystem.realpath(_tree_path(self._strip_protocol(path)), BACKGROUND_CONTEXT)
 
     def _follow_parents_of(self, path: str) -> str:
         """Return the path in the tree with every link followed except the last component."""
@@ -246,7 +336,7 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def _follow_parents(self, tree_path: str) -> str:
         directory, name = posixpath.split(tree_path)
-        return posixpath.join(self.tree.realpath(directory, BACKGROUND_CONTEXT), name)
+        return posixpath.join(self.filesystem.realpath(directory, BACKGROUND_CONTEXT), name)
 
     def _handle(self, path: str, flags: int) -> Handle:
         try:
@@ -254,21 +344,26 @@ class TinkerFileSystem(AbstractFileSystem):  # type: ignore[misc]
         except OSError as error:
             if flags == os.O_RDONLY or not errors.is_missing(error):
                 raise
-            self.tree.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
+            self.filesystem.create(self._follow_parents_of(path), BACKGROUND_CONTEXT)
             raise
-        return self.tree.open(tree_path, flags, BACKGROUND_CONTEXT)
+        return self.filesystem.open(tree_path, flags, BACKGROUND_CONTEXT)
 
 
 class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
-    """An open file; a control file's value is written as a whole by `close`."""
+    """An open file; a control file's value is written as a whole by `close`.
+
+    Within a transaction of fsspec it is written when the transaction completes.
+    """
 
     def __init__(
         self, fs: TinkerFileSystem, path: str, handle: Handle, mode: str, **kwargs: Any
     ) -> None:
         self._handle = handle
         self._opened_by = os.getpid()
-        size = _size(handle) if mode == "rb" else None
-        super().__init__(fs, path, mode, size=size, **kwargs)
+        self._value = b""
+        # fsspec's caches and pickles pass the length that they know, which may be a size hint.
+        kwargs["size"] = _size(handle) if mode == "rb" else None
+        super().__init__(fs, path, mode, **kwargs)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         if self._opened_by != os.getpid():
@@ -278,10 +373,20 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
         return self._handle.read(end - start, start, BACKGROUND_CONTEXT)
 
     def _upload_chunk(self, final: bool = False) -> bool:
-        value = self.buffer.getvalue()
-        if final and value:
-            self._handle.write(value, BACKGROUND_CONTEXT)
+        if final:
+            self._value = self.buffer.getvalue()
+            if self.autocommit:
+                self.commit()
         return final
+
+    def commit(self) -> None:
+        """Write the value of a control file."""
+        if self._value:
+            self.fs.pipe_file(self.path, self._value)
+
+    def discard(self) -> None:
+        """Drop the value of a transaction that failed."""
+        self._value = b""
 
     def _initiate_upload(self) -> None:
         pass
@@ -292,6 +397,19 @@ class TinkerFile(AbstractBufferedFile):  # type: ignore[misc]
         super().close()
         if not was_closed and self._opened_by == os.getpid():
             self._handle.close()
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    """Return validated settings.
+
+    Raises:
+        ValueError: a setting is unknown or has another type.
+    """
+    known = [field.name for field in fields(Settings)]
+    unknown = sorted(values.keys() - {*known})
+    if unknown:
+        raise ValueError(f"unknown setting {unknown[0]!r} (valid settings: {', '.join(known)})")
+    return msgspec.convert(values, Settings)
 
 
 def _is_tinker_path(name: str, length: int) -> bool:

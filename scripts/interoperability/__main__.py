@@ -24,6 +24,7 @@ def main() -> int:
     checks: dict[str, list[str | Path]] = {
         "sdk": [directory / "0.35.0", directory / "newest"],
         "exports": [directory / "newest", loaders],
+        "data_libraries": [directory / "data"],
         "peft_loaders": [loaders],
         "families": [loaders],
         "vllm_engine": [loaders],

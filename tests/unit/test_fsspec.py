@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.account import checkpoint_ids
+from tests.support.drivers import outcome_of
 from tests.support.server import demo_server
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.fsspec import TinkerFileSystem
@@ -209,8 +210,17 @@ def test_recursion_over_tinker_paths_requests_no_archive(make, server):
 def test_removal_of_a_tinker_path_removes_the_checkpoint(make, server):
     fs, (run_id, checkpoint_id) = make(), checkpoint_of(server)
     before = checkpoint_ids(server)
-    with pytest.raises(OSError, match="only checkpoints can be removed"):
-        fs.rm(f"tinker://{run_id}/{checkpoint_id}/{NAME}")
-    fs = make()
     fs.rm(f"tinker://{run_id}/{checkpoint_id}", recursive=True)
     assert before - checkpoint_ids(server) == {f"{run_id}/{checkpoint_id}"}
+
+
+def test_removal_of_a_file_of_a_checkpoint_is_refused(make, server):
+    fs, (run_id, checkpoint_id) = make(), checkpoint_of(server)
+    before = checkpoint_ids(server)
+    with pytest.raises(OSError, match="only checkpoints can be removed"):
+        fs.rm(f"tinker://{run_id}/{checkpoint_id}/{NAME}")
+    assert (
+        outcome_of(lambda: make().rm(f"tinker://{run_id}/{checkpoint_id}", recursive=True))
+        == "EPERM"
+    )
+    assert checkpoint_ids(server) == before
