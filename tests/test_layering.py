@@ -205,6 +205,7 @@ OPENERS = {
     "context",
     "fuse.daemonize",
     "fuse.mount_table",
+    "fuse.mounted_fd",  # /proc
     "fuse.preflight",
     "fuse.session",
     "processes",

@@ -33,11 +33,17 @@ def default_cache_dir() -> Path:
     """Return the default cache directory.
 
     It is in the user's cache directory. If that is on a network file system or cannot be written,
-    e.g. because HOME is read-only or `/`, it is `/var/tmp/tinkerfs-<uid>`.
+    e.g. because HOME is read-only or `/`, it is `/var/tmp/tinkerfs-<uid>`. The same if there is no
+    home, as for a user id of a pod without HOME and without an entry in /etc/passwd.
     """
     import platformdirs
 
-    own = Path(platformdirs.user_cache_dir("tinkerfs", appauthor=False))
+    try:
+        own = Path(platformdirs.user_cache_dir("tinkerfs", appauthor=False))
+    except RuntimeError:
+        return _fallback()
+    if not own.is_absolute():  # as older versions return it
+        return _fallback()
     if file_system_of(own) in _NETWORK_FILE_SYSTEMS or not _may_be_written(own):
         return _fallback()
     return own

@@ -14,7 +14,7 @@ from typing import Final
 import click
 
 from tinkerfs import config
-from tinkerfs.fuse import daemonize
+from tinkerfs.fuse import daemonize, mounted_fd
 
 #: Variables with one path as value, which are read after the options.
 _PATH_VARIABLES: Final = (
@@ -44,9 +44,14 @@ def start_in_background(mountpoint: str) -> None:
     # Other commands find the daemon by this argument, so it must be absolute. Symlinks are resolved
     # only by the checks of the daemon: resolving one that leads to a dead mount would fail here.
     path = os.path.abspath(mountpoint)
+    fd = mounted_fd.parse_fd(path)
+    if fd is not None:
+        mounted_fd.check_fd(fd)  # before the pipe is opened, which may get the number
     command, *arguments = click.get_current_context().find_root().obj
     full_command = daemon_command([command, "--serve", path, *arguments])
-    daemonize.start_in_background(full_command, daemon_environment(os.environ))
+    daemonize.start_in_background(
+        full_command, daemon_environment(os.environ), pass_fds=() if fd is None else (fd,)
+    )
 
 
 def daemon_command(arguments: Sequence[str]) -> list[str]:

@@ -30,6 +30,9 @@ def mount(mountpoint: str, foreground: bool, serve: str | None, **settings: Any)
     Returns when the mount is ready, or exits with a one-line error. To unmount, run `tinkerfs
     umount` or umount(8), or send SIGTERM or SIGINT to the serving process.
 
+    MOUNTPOINT may also be /dev/fd/N, a descriptor that a privileged process mounted and passes on,
+    as in an unprivileged container. No privilege is needed then; the other process unmounts.
+
     The API key is read from TINKER_API_KEY, from the output of TINKER_CREDENTIAL_CMD, or from the
     login that `tinker auth login` stored, in this order. It is never passed on the command line.
     Times are seconds, or have a unit: 30s, 15m, 24h, 7d.

@@ -4,6 +4,7 @@ The commands `mount` and `demo` use this module.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -12,7 +13,8 @@ from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError, TinkerfsError, Unauthorized
 from tinkerfs.fuse import binding as bindings
-from tinkerfs.fuse import preflight, session
+from tinkerfs.fuse import mounted_fd, preflight, session
+from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.malloc import tune_malloc
 from tinkerfs.fuse.passthrough import Passthrough
@@ -35,8 +37,8 @@ def run_foreground(
 ) -> None:
     """Mount and serve until a signal or an unmount.
 
-    `mountpoint` is an empty directory, or has a dead mount of tinkerfs. `ready` is called with its
-    path when the mount is ready.
+    `mountpoint` is an empty directory, or has a dead mount of tinkerfs, or is `/dev/fd/N`. `ready`
+    is called with its path when the mount is ready.
 
     Raises:
         StartupError: The mount is not possible; the message has a hint.
@@ -67,12 +69,11 @@ def _serve(
     tune_malloc()
     session.raise_fd_limit()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
-    preflight.check_device()
-    binding = bindings.load_binding()
-    preflight.check_fusermount(binding.library.major)
-    if settings.allow_other:
-        preflight.check_allow_other()
-    path = preflight.prepare_mountpoint(mountpoint)
+    fd = mounted_fd.parse_fd(mountpoint)
+    if fd is None:
+        binding, path = _prepare_mountpoint(mountpoint, settings)
+    else:
+        binding, path = _prepare_fd(fd), mountpoint
 
     from tinkerfs.app import open_app  # lazy: imports HTTP and SQLite, the checks need neither
 
@@ -102,6 +103,28 @@ def _serve(
             xattr=settings.xattr,
             ready=on_ready,
         )
+
+
+def _prepare_mountpoint(mountpoint: str, settings: Settings) -> tuple[Binding, str]:
+    """Return the binding, and the path of a directory that can be mounted on."""
+    preflight.check_device()
+    binding = bindings.load_binding()
+    preflight.check_fusermount(binding.library.major)
+    if settings.allow_other:
+        preflight.check_allow_other()
+    return binding, preflight.prepare_mountpoint(mountpoint)
+
+
+def _prepare_fd(fd: int) -> Binding:
+    """Return the binding for a descriptor that another process mounted."""
+    mounted_fd.check_fd(fd)
+    os.set_inheritable(fd, False)
+    binding = bindings.load_binding()
+    if binding.library.major == 2:
+        raise StartupError(
+            f"{binding.library} cannot serve a descriptor, libfuse 3 can (hint: apt install fuse3)"
+        )
+    return binding
 
 
 def _verify_credentials(client: "Client") -> None:

@@ -11,6 +11,7 @@ from tinkerfs.errors import StartupError
 from tinkerfs.formatting import format_duration, format_size
 from tinkerfs.fuse import mount_table
 from tinkerfs.fuse.mount_table import Mount
+from tinkerfs.fuse.mounted_fd import parse_fd
 from tinkerfs.printable import escape_control_chars
 
 #: Maximum number of levels of objects and arrays in statistics.
@@ -34,15 +35,23 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         tinkerfs status ~/tinker --json | jq '.[].api_requests'
     """  # noqa: D301
     found = mount_table.tinkerfs_mounts()
+    devices = {mount.device for mount in found}
+    hidden = [each for each in mount_table.find_fd_daemons() if each.device not in devices]
     if mountpoint is not None:
         path = mount_table.canonical_mountpoint(mountpoint)
+        if parse_fd(mountpoint) is not None:
+            path = mountpoint  # every daemon of that argument, and not this process's descriptor
         found = [mount for mount in found if mount.mountpoint == path]
-        if not found:
+        hidden = [daemon for daemon in hidden if daemon.name == path]
+        if not found and not hidden:
             raise StartupError(
                 f"{mountpoint} is not a tinkerfs mount (hint: tinkerfs mount {mountpoint})"
             )
     with ThreadPoolExecutor(max_workers=8) as pool:  # an unresponsive mount takes 2 s to detect
         reports = list(pool.map(_report, found))
+    reports += [
+        {"mountpoint": daemon.name, "state": "elsewhere", "pid": daemon.pid} for daemon in hidden
+    ]
     if as_json:
         click.echo(json.dumps(reports, indent=2))
     elif not reports:
@@ -82,6 +91,7 @@ def _report(mount: Mount) -> dict[str, Any]:
 _STATE_MESSAGES = {
     "dead": "dead: the daemon has exited (hint: tinkerfs umount {0}, or mount it again)",
     "unresponsive": "unresponsive (hint: tinkerfs umount --force {0})",
+    "elsewhere": "served by process {1}; its mountpoint is in another mount namespace",
     "unreadable": "its statistics are not readable by this user, or invalid",
 }
 
@@ -98,7 +108,7 @@ def _text(report: dict[str, Any]) -> str:
     mountpoint = escape_control_chars(str(report["mountpoint"]))
     lines = [click.style(mountpoint, bold=True)]
     if report["state"] != "mounted":
-        lines.append(f"  {_STATE_MESSAGES[report['state']].format(mountpoint)}")
+        lines.append(f"  {_STATE_MESSAGES[report['state']].format(mountpoint, report.get('pid'))}")
         return "\n".join(lines)
     ratio = report.get("metadata_cache_hit_ratio")
     rows: list[tuple[str, str]] = [

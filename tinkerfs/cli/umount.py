@@ -9,6 +9,7 @@ from tinkerfs.cli.options import mountpoint_argument
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 from tinkerfs.fuse.mount_table import MountUser
+from tinkerfs.fuse.mounted_fd import parse_fd
 from tinkerfs.printable import escape_control_chars
 
 #: Wait at most this long for the daemon to exit after the unmount.
@@ -36,6 +37,11 @@ def umount(mountpoint: str, force: bool) -> None:
         tinkerfs umount ~/tinker
         tinkerfs umount --force ~/tinker
     """  # noqa: D301
+    if parse_fd(mountpoint) is not None:
+        raise StartupError(
+            f"{mountpoint} is unmounted by the process that mounted it (hint: tinkerfs umount of"
+            " the mountpoint, or end the daemon with SIGTERM)"
+        )
     path = mount_table.canonical_mountpoint(mountpoint)
     mount = mount_table.find_mount(path)
     if mount is None:

@@ -61,10 +61,20 @@ class ReadinessNotifier:
             self._fd = None
 
 
-def start_in_background(command: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
+def start_in_background(
+    command: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    *,
+    pass_fds: Sequence[int] = (),
+) -> int:
     """Start a command that serves a mount; return its process id when the mount is ready.
 
     Ctrl-C while waiting terminates the command.
+
+    Args:
+        command: the command.
+        environ: its environment; None for the one of this process.
+        pass_fds: descriptors that it inherits under the same numbers.
 
     Raises:
         StartupError: mounting failed; the message is the one that the command reported.
@@ -75,7 +85,7 @@ def start_in_background(command: Sequence[str], environ: Mapping[str, str] | Non
             child = subprocess.Popen(  # noqa: S603  (this program)
                 command,
                 env={**(os.environ if environ is None else environ), VARIABLE: str(writer)},
-                pass_fds=(writer,),
+                pass_fds=(writer, *pass_fds),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )

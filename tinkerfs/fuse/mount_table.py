@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from tinkerfs import errors
+from tinkerfs.fuse.mounted_fd import connection_device, parse_fd
 
 FSTYPE: Final = "fuse.tinkerfs"
 
@@ -52,6 +53,20 @@ class Mount:
         read every key anyway, and makes the mounts in /etc/fstab for all users.
         """
         return self.owner_uid is not None and self.owner_uid in (0, os.geteuid())
+
+
+@dataclass(frozen=True, slots=True)
+class FdDaemon:
+    """A daemon that serves a descriptor of /dev/fuse, which another process mounted.
+
+    Attributes:
+        name: The descriptor in the form `/dev/fd/N`.
+        device: Number of the mount as in `Mount.device`; None on Linux before 6.5.
+    """
+
+    name: str
+    pid: int
+    device: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +304,29 @@ def find_daemon_pids(mount: Mount) -> list[int]:
     return sorted(int(name) for name in numbers if _serves(f"/proc/{name}", mount))
 
 
+def find_fd_daemons() -> list[FdDaemon]:
+    """Return the daemons that serve a descriptor of another process's mount."""
+    found = []
+    for name in os.listdir("/proc"):
+        arguments = _arguments(f"/proc/{name}") if name.isdigit() else []
+        for fd in {parse_fd(argument) for argument in arguments} - {None}:
+            if _readlink(f"/proc/{name}/fd/{fd}") == "/dev/fuse":
+                device = connection_device(f"/proc/{name}", fd)
+                found.append(FdDaemon(f"/dev/fd/{fd}", int(name), device))
+    return sorted(found, key=lambda daemon: daemon.pid)
+
+
+def _arguments(process: str) -> list[str]:
+    """Return the command line of a process of tinkerfs; empty for other processes."""
+    try:
+        with open(f"{process}/cmdline", "rb") as file:
+            # Drop the empty string after the last NUL: joined to a directory it would match that.
+            arguments = [os.fsdecode(each) for each in file.read().split(b"\0") if each]
+    except OSError:
+        return []
+    return arguments if any("tinkerfs" in argument for argument in arguments) else []
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process is running; a zombie is not."""
     try:
@@ -300,12 +338,13 @@ def is_running(pid: int) -> bool:
 
 
 def _serves(process: str, mount: Mount) -> bool:
+    arguments = _arguments(process)
+    if not arguments:
+        return False
+    passed = {parse_fd(argument) for argument in arguments} - {None}
+    if any(connection_device(process, fd) == mount.device for fd in passed):
+        return True
     try:
-        with open(f"{process}/cmdline", "rb") as file:
-            # Drop the empty string after the last NUL: joined below it would match the directory.
-            arguments = [os.fsdecode(each) for each in file.read().split(b"\0") if each]
-        if not any("tinkerfs" in argument for argument in arguments):
-            return False
         numbers = os.listdir(f"{process}/fd")
         # In another mount namespace the same path may be a different mount.
         if all(each.device != mount.device for each in list_mounts(f"{process}/mountinfo")):

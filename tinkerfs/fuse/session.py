@@ -14,14 +14,13 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from tinkerfs import errors
 from tinkerfs.errors import StartupError
-from tinkerfs.fuse import mount_table, preflight
+from tinkerfs.fuse import mount_table, mounted_fd, preflight
 from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.operations import LOOKUP_TIMEOUT_S, Operations, XattrOperations
 from tinkerfs.fuse.passthrough import Passthrough
@@ -96,12 +95,14 @@ def serve(
     """Mount, and serve until a signal or an unmount; the mount is gone on return.
 
     Must be called in the main thread, after `block_signals`. `mountpoint` is an absolute path
-    without symbolic links. `ready` is called when the mount is ready. For the two timeouts see
-    `Operations`.
+    without symbolic links, or `/dev/fd/N`. The mount of a descriptor is not gone on return: its
+    requests fail with ENOTCONN when the process has exited, until the other process unmounts it.
+    `ready` is called when the mount is ready. For the two timeouts see `Operations`.
 
     Raises:
         StartupError: libfuse cannot mount, or the session failed.
     """
+    fd = mounted_fd.parse_fd(mountpoint)
     session = _SessionThread()
     operations = (XattrOperations if xattr else Operations)(
         filesystem,
@@ -120,8 +121,13 @@ def serve(
     if session.has_ended:
         raise _mount_error(mountpoint, output, session.failure)
     if not is_stopped:
-        # Returns once the session serves requests.
-        _raise_kernel_readahead(os.stat(mountpoint).st_dev)
+        if fd is None:
+            status = os.stat(mountpoint)  # returns once the session serves requests
+            device: str | None = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
+        else:
+            device = mounted_fd.connection_device("/proc/self", fd)
+        if device is not None:
+            _raise_kernel_readahead(device)
         log.info("%s: mounted by %s", mountpoint, binding)
         ready()
         is_stopped = session.wait_until_ended()
@@ -129,8 +135,11 @@ def serve(
         log.info("%s: received %s, unmounting", mountpoint, session.stop_signal)
         _exit_after_grace_period()
         session.stopping.set()
-        _lazy_unmount(mountpoint)
-        session.join(SHUTDOWN_GRACE_S / 2)
+        if fd is None:
+            _lazy_unmount(mountpoint)
+            session.join(SHUTDOWN_GRACE_S / 2)
+        else:
+            binding.workers.request_exit()
     elif session.failure is not None:
         raise StartupError(f"{mountpoint}: the mount failed: {session.failure}")
     else:
@@ -198,9 +207,9 @@ def _wake_main_thread() -> None:
         signal.pthread_kill(main, _WAKE)
 
 
-def _raise_kernel_readahead(device: int) -> None:
+def _raise_kernel_readahead(device: str) -> None:
     """Raise the kernel's readahead, so that it sends fewer and larger reads; only root may."""
-    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    path = f"/sys/class/bdi/{device}/read_ahead_kb"
     with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as file:
         file.write(str(_READAHEAD_KIB))
 
@@ -236,7 +245,8 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
     """Capture what libfuse writes to stderr; yields a function that returns it so far."""
     sys.stderr.flush()
     saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
+    # In memory, because a container may have no writable directory.
+    with os.fdopen(os.memfd_create("stderr"), "w+b") as file:
         os.dup2(file.fileno(), 2)
 
         def read_output() -> str:

@@ -100,6 +100,12 @@ class SessionWorkers:
         """Return the descriptor of /dev/fuse; libfuse 3 only, while the session is served."""
         return int(self._libfuse.fuse_session_fd(self._session))
 
+    def request_exit(self) -> None:
+        """Let each worker end after its next request; for a mount that stays mounted."""
+        with self._changed:
+            if self._session is not None:
+                self._libfuse.fuse_session_exit(self._session)
+
     @contextmanager
     def blocking(self) -> Iterator[None]:
         """Mark a blocking section; an extra worker takes requests meanwhile."""
@@ -220,6 +226,7 @@ def _declared(libfuse: Any, major: int) -> Any:
     types: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "fuse_get_session": (address, (address,)),
         "fuse_interrupted": (number, ()),
+        "fuse_session_exit": (None, (address,)),
         "fuse_session_loop": (number, (address,)),
         "fuse_session_process_buf": (None, (address, address, address)),
         "malloc": (address, (size,)),
