@@ -199,6 +199,7 @@ def _names_an_errno(node):
 #: Modules that open other files than those on disk: below /proc, /sys or /dev, or of a mount.
 OPENERS = {
     "cache.directory",  # /proc/self/mountinfo
+    "cli.known_secrets",  # /proc/PID/environ
     "cli.logs",  # non-blocking, may be a device
     "cli.main",
     "cli.paths",
@@ -208,6 +209,7 @@ OPENERS = {
     "fuse.mounted_fd",  # /proc
     "fuse.preflight",
     "fuse.session",
+    "fuse.stack_dump",
     "processes",
     "safe_open",
 }

@@ -4,6 +4,7 @@ Used for `.tinkerfs/errors` and `changes`, the log, the audit log, bug reports, 
 line. Every regular expression here takes linear time, whatever a server sends. Thread-safe.
 """
 
+import base64
 import re
 import threading
 from typing import Final
@@ -73,8 +74,9 @@ def hide_secret(secret: str) -> None:
 
 
 def forms_of_secret(secret: str) -> set[str]:
-    """Return the forms in which a secret may occur in text: itself, and quoted in a URL."""
-    return {secret, quote(secret, safe="")}
+    """Return the forms in which a secret may occur: itself, quoted in a URL, in base64."""
+    encoded = base64.b64encode(secret.encode("utf-8", "surrogateescape")).decode()
+    return {secret, quote(secret, safe="", errors="surrogateescape"), encoded.rstrip("=")}
 
 
 def escape_control_chars(text: str) -> str:
@@ -98,12 +100,11 @@ def redacted(text: str, *, limit: int) -> str:
         limit: maximum number of characters to return.
     """
     text = " ".join(text[: 40 * limit].split())[: _MARGIN * limit]
-    text = escape_control_chars(without_secrets(text))
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    return _truncated(escape_control_chars(without_secrets(text)), limit)
 
 
 def redacted_lines(text: str, *, limit: int) -> str:
-    """Return lines without keys and signatures, and with their indentation.
+    """Return lines without keys and signatures, and with their white space.
 
     Args:
         text: lines of a log or a file.
@@ -114,8 +115,13 @@ def redacted_lines(text: str, *, limit: int) -> str:
 
 
 def _redacted_line(line: str, limit: int) -> str:
-    indent = line[: len(line) - len(line.lstrip())][:limit]
-    return indent.replace("\r", "") + redacted(line, limit=limit)
+    text = without_secrets(line[: _MARGIN * limit].rstrip("\r"))
+    text = "\t".join(map(escape_control_chars, text.split("\t")))
+    return _truncated(text, limit)
+
+
+def _truncated(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def without_secrets(text: str) -> str:

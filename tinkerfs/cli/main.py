@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "path": ("paths", "path", "Print the file path for a tinker path."),
     "url": ("paths", "url", "Print the tinker path for a file path."),
     "doctor": ("doctor", "doctor", "Check the requirements of a mount."),
+    "debug": ("debug", "debug", "Collect what a bug report needs, without secrets."),
     "demo": ("demo", "demo", "Mount a sample account; needs no key and no network."),
     "demo-server": (
         "demo_server",

@@ -13,7 +13,7 @@ from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError, TinkerfsError, Unauthorized
 from tinkerfs.fuse import binding as bindings
-from tinkerfs.fuse import mounted_fd, preflight, session
+from tinkerfs.fuse import mounted_fd, preflight, session, stack_dump
 from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.malloc import tune_malloc
@@ -66,6 +66,7 @@ def _serve(
 ) -> None:
     # These calls precede the first thread. Signals stay blocked until the mount is served.
     session.block_signals()
+    stack_dump.enable()
     tune_malloc()
     session.raise_fd_limit()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=True)

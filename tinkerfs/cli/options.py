@@ -32,6 +32,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 #: The system-wide configuration file, for mounts at boot.
 SYSTEM_FILE: Final = "/etc/tinkerfs.toml"
+#: Start of the keys of `click.Context.meta` for the file that has the value of an option.
+_FILE_OF: Final = "tinkerfs file of "
 
 
 class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.5
@@ -131,9 +133,8 @@ class Setting(click.Option):
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """Return the source of an invalid value: the variable or the flag."""
-        if ctx and ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT:
-            return next(name for name in self.envvar or () if os.environ.get(name))
-        return self.opts[0]
+        source = source_of(self, ctx) if ctx else ""
+        return source if source in (self.envvar or ()) else self.opts[0]
 
     def convert(self, text: str, source: str, ctx: click.Context) -> Any:
         """Return the value of a text from a source that click does not know.
@@ -195,6 +196,17 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: str | None) 
                 text = os.path.join(os.path.dirname(file), os.path.expanduser(text))
             option.convert(text, source, ctx)
             ctx.default_map[str(option.name)] = text
+            ctx.meta[f"{_FILE_OF}{option.name}"] = file
+
+
+def source_of(option: Setting, ctx: click.Context) -> str:
+    """Return where the value of a setting is from: "default", "option", a variable or a file."""
+    source = ctx.get_parameter_source(str(option.name))
+    if source is ParameterSource.ENVIRONMENT:
+        return next(name for name in option.envvar or () if os.environ.get(name))
+    if source is ParameterSource.DEFAULT_MAP:
+        return str(ctx.meta[f"{_FILE_OF}{option.name}"])
+    return "option" if source is ParameterSource.COMMANDLINE else "default"
 
 
 def _user_file() -> str:

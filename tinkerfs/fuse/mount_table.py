@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -145,7 +145,7 @@ def check_health(mountpoint: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> Heal
     )
     numbers = [str(number) for number in errors.DISCONNECTED]
     command = [sys.executable, "-I", "-S", "-c", code, mountpoint, *numbers]
-    result = _run_process(command, timeout_s)
+    result = run_bounded(command, timeout_s)
     if result is None:
         return "unresponsive"
     return "dead" if result[0] == 3 else "responsive"
@@ -159,7 +159,7 @@ def read_file(path: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> bytes | None:
     Raises:
         TimeoutError: the mount did not reply in time.
     """
-    result = _run_process(["head", "-c", str(_MAX_FILE_BYTES), "--", path], timeout_s)
+    result = run_bounded(["head", "-c", str(_MAX_FILE_BYTES), "--", path], timeout_s)
     if result is None:
         raise TimeoutError(path)
     return result[1] if result[0] == 0 else None
@@ -177,14 +177,28 @@ def write_file(path: str, text: str, *, timeout_s: float) -> None:
         "try: os.write(os.open(sys.argv[1], os.O_WRONLY), sys.argv[2].encode())\n"
         "except OSError as error: sys.exit(error.errno)\n"
     )
-    result = _run_process([sys.executable, "-I", "-S", "-c", code, path, text], timeout_s)
+    result = run_bounded([sys.executable, "-I", "-S", "-c", code, path, text], timeout_s)
     if result is None:
         raise TimeoutError(path)
     if result[0] != 0:
         raise errors.os_error_from_errno(result[0], path)
 
 
-def _run_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | None:
+def read_tail(path: str, max_bytes: int, *, timeout_s: float = PROBE_TIMEOUT_S) -> bytes | None:
+    """Return the end of a file that may be on a file system that hangs; None if unreadable.
+
+    Raises:
+        TimeoutError: the file was not read in time.
+    """
+    result = run_bounded(["tail", "-c", str(max_bytes), "--", path], timeout_s)
+    if result is None:
+        raise TimeoutError(path)
+    return result[1] if result[0] == 0 else None
+
+
+def run_bounded(
+    command: list[str], timeout_s: float, *, env: Mapping[str, str] | None = None
+) -> tuple[int, bytes] | None:
     """Run a command; return (exit status, output), or None after a timeout without waiting."""
     process = subprocess.Popen(  # noqa: S603  (a list, no shell)
         command,
@@ -192,6 +206,7 @@ def _run_process(command: list[str], timeout_s: float) -> tuple[int, bytes] | No
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         cwd="/",
+        env=env,
     )
     try:
         output, _ = process.communicate(timeout=timeout_s)

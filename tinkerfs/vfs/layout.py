@@ -203,6 +203,7 @@ def _stats(node: Node, _ctx: RequestContext) -> bytes:
         "cache_size_bytes": backend.settings.cache_size_bytes,
         "base_models": backend.settings.base_models,
         "moe_layout": backend.settings.moe_layout,
+        "log_file": backend.settings.log_file,
         "account": _account_totals(backend.catalog),
     }
     return render.json_values({**settings, **backend.telemetry.snapshot()})

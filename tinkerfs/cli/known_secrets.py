@@ -1,0 +1,78 @@
+"""Find the secrets of this machine's user that a debug bundle must not contain.
+
+They are hidden by their value, so that also a message that repeats one is redacted. The bundle is
+searched for them afterwards.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from tinkerfs.errors import TinkerfsError
+from tinkerfs.printable import MIN_SECRET_CHARS, forms_of_secret
+
+#: Environment variables with a secret, or a command that may contain one, as value.
+_SECRET_VARIABLE: Final = re.compile(
+    r"key|token|secret|passw|credential|auth(?!or|_sock)", re.IGNORECASE
+)
+
+
+def find_secrets(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return the secrets by their value, with a description for users.
+
+    Args:
+        environments: variables of this process, and of the daemons.
+    """
+    found: dict[str, str] = {}
+    for environ in environments:
+        for name, value in environ.items():
+            if _SECRET_VARIABLE.search(name):
+                found.setdefault(value.strip(), name)
+            if name.lower().endswith("_proxy"):
+                for password in _passwords(value):
+                    found.setdefault(password, f"the password of {name}")
+    key, source = _current_key()
+    if key:
+        found[key] = f"the key of {source}"
+    return {secret: about for secret, about in found.items() if len(secret) >= MIN_SECRET_CHARS}
+
+
+def _current_key() -> tuple[str, str]:
+    """Return the API key and its source; an empty key if there is none."""
+    from tinkerfs.api.credentials import Credentials  # lazy: imports HTTP
+
+    credentials = Credentials()
+    try:
+        return credentials.get(), credentials.source
+    except TinkerfsError:
+        return "", credentials.source
+
+
+def _passwords(proxy: str) -> Iterable[str]:
+    try:
+        password = urlsplit(proxy if "://" in proxy else f"http://{proxy}").password
+    except ValueError:
+        return ()
+    return (password, unquote(password)) if password else ()
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """Return the environment of a process, empty if it may not be read."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            entries = file.read().split(b"\0")
+    except OSError:
+        return {}
+    pairs = (os.fsdecode(entry).partition("=") for entry in entries if entry)
+    return {name: value for name, _, value in pairs}
+
+
+def found_in(content: bytes, secrets: Mapping[str, str]) -> list[str]:
+    """Return the descriptions of the secrets that a file contains in any form."""
+    return sorted(
+        about
+        for secret, about in secrets.items()
+        if any(os.fsencode(form) in content for form in forms_of_secret(secret))
+    )
