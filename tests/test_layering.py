@@ -31,6 +31,7 @@ BASE = {
     "journal",
     "name_encoding",
     "network",
+    "operation_log",
     "printable",
     "proxies",
     "retry",

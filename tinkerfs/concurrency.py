@@ -4,8 +4,11 @@ A thread that serves a file operation only waits for them, because it must stay 
 piece of work has its own thread. A pool would let slow work (a hanging server, an archive
 build that takes minutes) delay quick work, and its threads would be joined at exit. Starting a
 thread is much faster than an HTTP request.
+
+A thread inherits the context variables of the thread that started it.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, wait
@@ -35,7 +38,12 @@ def _start_thread(work: Callable[[], T], name: str, future: "Future[T]") -> None
         else:
             future.set_result(result)
 
-    threading.Thread(target=run, name=name, daemon=True).start()
+    _start_daemon(run, name)
+
+
+def _start_daemon(run: Callable[[], None], name: str) -> None:
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(run,), name=name, daemon=True).start()
 
 
 class SingleFlight(Generic[K, F]):
@@ -120,7 +128,7 @@ def start_concurrently(
                 future.set_exception(error)
 
     for _ in range(min(limit, len(tasks))):
-        threading.Thread(target=run, name=name, daemon=True).start()
+        _start_daemon(run, name)
     return [future for _work, future in tasks]
 
 

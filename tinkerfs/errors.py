@@ -467,9 +467,14 @@ def os_error_from_errno(number: int, path: str) -> OSError:
 
 def errno_name(error: OSError) -> str:
     """Return the errno's name as Linux documents it, e.g. "ENOENT"."""
-    if error.errno == errno.EOPNOTSUPP:  # Python's name for it is ENOTSUP
+    return name_of_errno(error.errno or 0)
+
+
+def name_of_errno(number: int) -> str:
+    """Return an errno's name as Linux documents it, "EIO" if it is unknown."""
+    if number == errno.EOPNOTSUPP:  # Python's name for it is ENOTSUP
         return "EOPNOTSUPP"
-    return errno.errorcode.get(error.errno or 0, "EIO")
+    return errno.errorcode.get(number, "EIO")
 
 
 def redact(text: str, *, limit: int = 500) -> str:

@@ -18,6 +18,7 @@ from tinkerfs import errors
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import Caller
 from tinkerfs.journal import Journal
+from tinkerfs.operation_log import OperationLog
 from tinkerfs.printable import escape_control_chars
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Telemetry:
     Attributes:
         passthrough: whether the kernel itself reads cached files: "on", or "off" and the reason.
         on_change_ended: called with each change after its outcome is known.
+        operations: passes the record of each FUSE operation to its subscribers.
     """
 
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -75,6 +77,7 @@ class Telemetry:
         self._started_monotonic = clock.monotonic()
         self.passthrough = "off: not a mount"
         self.on_change_ended: Callable[[MutationRecord], None] = lambda _change: None
+        self.operations = OperationLog()
         #: The last failures and changes. Only this class changes their entries.
         self.errors: Journal[_ErrorRecord] = Journal(_format_error)
         self.changes: Journal[MutationRecord] = Journal(_format_mutation)

@@ -81,7 +81,16 @@ loaded = binding.load_binding()
 assert loaded.module is module
 assert contents(module) == before
 passthrough = Passthrough(Telemetry())
-session.serve(MemoryFileSystem(), loaded, mountpoint, passthrough, timeout_s=9, ready=check)
+operations = Telemetry().operations
+session.serve(
+    MemoryFileSystem(),
+    loaded,
+    mountpoint,
+    passthrough,
+    operation_log=operations,
+    timeout_s=9,
+    ready=check,
+)
 assert contents(module) == before
 print("unchanged")
 """
@@ -98,7 +107,9 @@ def test_long_listing_is_requested_once(mountpoint, binding):
         names = os.listdir(mountpoint / "folder")
         assert sorted(names) == sorted(["costly", *(f"{i:04}" for i in range(5000))])
         assert len(run("ls", "-l", mountpoint / "folder").stdout.splitlines()) == 5002
-    calls = [line.split(" ", 2)[2] for line in log_of(mountpoint).splitlines() if "fuse" in line]
+    calls = [
+        line.split(" ", 2)[2] for line in log_of(mountpoint).splitlines() if "operation_log" in line
+    ]
     assert calls.count("opendir /folder") == 2
     looked_up = [call for call in calls if call.startswith("getattr /folder/")]
     if binding == "mfusepy3":

@@ -270,6 +270,7 @@ def _serve(mountpoint, values):
             binding.load_binding(),
             str(Path(mountpoint).resolve()),
             Passthrough(parts.telemetry),
+            operation_log=parts.telemetry.operations,
             timeout_s=settings.timeout_s,
             **bounds,
             read_only=settings.read_only,

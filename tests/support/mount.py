@@ -118,6 +118,7 @@ def _serve() -> None:
     from tests.support.memoryfs import MemoryFileSystem
     from tinkerfs.fuse import binding, session
     from tinkerfs.fuse.passthrough import Passthrough
+    from tinkerfs.operation_log import OperationLog, log_operation
     from tinkerfs.telemetry import Telemetry
 
     parser = argparse.ArgumentParser()
@@ -130,11 +131,14 @@ def _serve() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)d %(name)s %(message)s")
     session.block_signals()
+    operation_log = OperationLog()
+    operation_log.subscribe(log_operation)
     session.serve(
         MemoryFileSystem(arguments.many, backing=arguments.backing),  # type: ignore[arg-type]
         binding.load_binding(),
         arguments.mountpoint,
         Passthrough(Telemetry()),
+        operation_log=operation_log,
         timeout_s=arguments.timeout,
         read_only=arguments.read_only,
         allow_other=arguments.allow_other,

@@ -19,6 +19,7 @@ import httpx
 from tinkerfs import __version__, errors, proxies, tls
 from tinkerfs.api.network_backend import KEEPALIVE_S, DeadlineBackend, Exchange
 from tinkerfs.errors import ApiError, StartupError
+from tinkerfs.operation_log import current_operation
 from tinkerfs.telemetry import Telemetry
 
 CONNECT_TIMEOUT_S = 5.0
@@ -29,6 +30,10 @@ MAX_OVERHEAD_BYTES, MAX_OVERHEAD_RATIO = 64 << 10, 1
 
 #: The body of an error response is read up to this size, bytes.
 MAX_ERROR_BYTES = 1 << 20
+
+#: Header of a response with the server's id of the request, by which its operators find it.
+REQUEST_ID_HEADER = "x-request-id"
+_MAX_REQUEST_ID_CHARS = 100
 
 #: Supported content codings. Stacked codings (RFC 9110, 8.4) are rejected: 288 bytes under three
 #: codings decode to 3 GB before the limit on the decoded body applies.
@@ -164,6 +169,7 @@ class HttpClient:
                         content = self._read(response, exchange, label)
                     finally:
                         self._telemetry.count("bytes_received", response.num_bytes_downloaded)
+                    _note_request_id(response.headers.get(REQUEST_ID_HEADER, ""))
                     outcome = str(response.status_code)
                     return Response(
                         response.status_code, response.headers, content, str(response.url)
@@ -256,6 +262,13 @@ class HttpClient:
     def __exit__(self, *exc: object) -> None:
         """Close."""
         self.close()
+
+
+def _note_request_id(request_id: str) -> None:
+    """Add a request's id to the operation that this thread works for, if there is one."""
+    operation = current_operation()
+    if operation is not None and request_id:
+        operation.add_request_id(errors.redact(request_id, limit=_MAX_REQUEST_ID_CHARS))
 
 
 def _final(error: ApiError) -> ExchangeError:

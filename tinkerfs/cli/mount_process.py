@@ -18,6 +18,7 @@ from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.malloc import tune_malloc
 from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.operation_log import log_operation
 
 if TYPE_CHECKING:
     from tinkerfs.api.client import Client
@@ -93,11 +94,14 @@ def _serve(
                 logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
             notifier.ready()
 
+        if settings.log_level == "debug":
+            app.telemetry.operations.subscribe(log_operation)
         session.serve(
             app.filesystem,
             binding,
             path,
             Passthrough(app.telemetry),
+            operation_log=app.telemetry.operations,
             timeout_s=settings.timeout_s,
             read_only=settings.read_only,
             allow_other=settings.allow_other,

@@ -158,7 +158,11 @@ class DirectoryCallbacks:
     def _prepare(self, directory: OpenDirectory) -> _PreparedListing | None:
         """Return the prepared entries of a short cached listing; prepare them on first use."""
         cached_entries = directory.stream.cached_entries
-        if cached_entries is None or len(cached_entries) > _MAX_PREPARED:
+        if (
+            cached_entries is None
+            or len(cached_entries) > _MAX_PREPARED
+            or self._operations.operation_log.is_observed
+        ):
             return None
         # The cache may have another listing since the directory was opened.
         prepared = self._prepared.peek(directory.path)

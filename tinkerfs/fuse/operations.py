@@ -26,6 +26,7 @@ from tinkerfs.fuse.callers import Callers
 from tinkerfs.fuse.passthrough import Passthrough
 from tinkerfs.fuse.stat_callers import StatCallers
 from tinkerfs.fuse.worker_pool import SessionWorkers
+from tinkerfs.operation_log import ActiveOperation, OperationLog
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.kernel_cache import ATTR_EXPIRY_S, REPLY_DELAY_S
 from tinkerfs.vfs.node import DOT_ENTRY_COUNT, Attr, Entry, Handle, dot_entries
@@ -58,7 +59,7 @@ Self = TypeVar("Self", bound="Operations")
 def _operation(
     method: Callable[Concatenate[Self, P], R],
 ) -> Callable[Concatenate[Self, P], R]:
-    """Log a FUSE operation, and raise only `OSError`s that have an errno."""
+    """Record a FUSE operation, and raise only `OSError`s that have an errno."""
     return _named_operation(method.__name__, method)
 
 
@@ -69,24 +70,25 @@ def _named_operation(
 
     @functools.wraps(method)
     def wrapped(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        path = args[0]
+        active = self._begin(name, args) if self.operation_log.is_observed else None
+        number, result = 0, None
         try:
             result = method(self, *args, **kwargs)
-        except OSError as error:
-            if not error.errno:
-                log.exception("%s %s: an error without an errno", name, path)
-                raise errors.internal_error(error, str(path)) from error
-            log.debug("%s %s: %s", name, path, errors.errno_name(error))
-            if errors.is_interruption(error) and self.is_stopping:
-                # cat and Python repeat a read that failed with EINTR if no signal arrived.
-                raise errors.disconnected(str(path)) from error
-            raise
+            return result
         except Exception as error:
-            log.exception("%s %s failed", name, path)
-            raise errors.internal_error(error, str(path)) from error
-        if self.is_debug_logging:
-            log.debug("%s %s", name, path)
-        return result
+            failure = self._failure(error, name, args[0])
+            number = failure.errno or 0
+            if failure is error:
+                raise
+            raise failure from error
+        finally:
+            if active is not None:
+                self.operation_log.end(
+                    active,
+                    number,
+                    read_bytes=result if name == "read" and isinstance(result, int) else 0,
+                    written_bytes=result if name == "write" and isinstance(result, int) else 0,
+                )
 
     return wrapped
 
@@ -113,6 +115,7 @@ class Operations:
         lookup_timeout_s: deadline of a lookup; one that needs an archive waits for it.
         stopping: set when the mount is going down; blocked requests then fail with ENOTCONN.
         ready: called when the kernel's first request has arrived.
+        operation_log: receives the record of each operation while it has subscribers.
     """
 
     def __init__(
@@ -125,14 +128,14 @@ class Operations:
         lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
         stopping: threading.Event,
         ready: Callable[[], None],
+        operation_log: OperationLog,
     ) -> None:
         self._filesystem = filesystem
         self._workers = workers
         self.passthrough = passthrough
         self._stopping = stopping
         self._ready = ready
-        #: Whether each operation is logged. Cached, because every operation checks it.
-        self.is_debug_logging = log.isEnabledFor(logging.DEBUG)
+        self.operation_log = operation_log
         # All requests share these contexts: the caller is determined on demand, in the thread that
         # serves the request.
         self._open_ctx = RequestContext(
@@ -167,6 +170,30 @@ class Operations:
         except KeyError:
             raise errors.bad_handle("", "no such open file") from None
 
+    def _begin(self, name: str, args: tuple[object, ...]) -> ActiveOperation:
+        """Begin the record of an operation, before its handle may be closed."""
+        path = args[0]
+        if not isinstance(path, str):
+            # A handle number, or None instead of an unlinked file's path, and the number is last.
+            ints = [arg for arg in args if isinstance(arg, int)]
+            fh = ints[0 if path is not None else -1] if ints else 0
+            file = self._files.get(fh) or self._directories.get(fh)
+            path = "" if file is None else file.path
+        return self.operation_log.begin(name, path, self._caller())
+
+    def _failure(self, error: Exception, name: str, subject: object) -> OSError:
+        """Return the error for the caller of an operation, `error` itself if it has an errno."""
+        if not isinstance(error, OSError):
+            log.error("%s %s failed", name, subject, exc_info=error)
+            return errors.internal_error(error, str(subject))
+        if not error.errno:
+            log.error("%s %s: an error without an errno", name, subject, exc_info=error)
+            return errors.internal_error(error, str(subject))
+        if errors.is_interruption(error) and self.is_stopping:
+            # cat and Python repeat a read that failed with EINTR if no signal arrived.
+            return errors.disconnected(str(subject))
+        return error
+
     # The mount itself
 
     def init(self) -> None:
@@ -195,8 +222,10 @@ class Operations:
         return self._filesystem.generation
 
     def check_and_touch(self, validity: Validity, generation: int) -> bool:
-        """Call `FileSystem.check_and_touch`; return False while each operation is logged."""
-        return not self.is_debug_logging and self._filesystem.check_and_touch(validity, generation)
+        """Call `FileSystem.check_and_touch`; return False while operations are observed."""
+        return not self.operation_log.is_observed and self._filesystem.check_and_touch(
+            validity, generation
+        )
 
     @_operation
     def getattr(
@@ -234,8 +263,8 @@ class Operations:
         self._filesystem.guard.on_readlink(path, self._caller)
 
     def cached_directory(self, path: str) -> "CachedDirectory | None":
-        """Return `FileSystem.cached_directory`; None while each operation is logged."""
-        return None if self.is_debug_logging else self._filesystem.cached_directory(path)
+        """Return `FileSystem.cached_directory`; None while operations are observed."""
+        return None if self.operation_log.is_observed else self._filesystem.cached_directory(path)
 
     @_operation
     def opendir(self, path: str) -> int:

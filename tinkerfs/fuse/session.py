@@ -24,6 +24,7 @@ from tinkerfs.fuse import mount_table, mounted_fd, preflight
 from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.operations import LOOKUP_TIMEOUT_S, Operations, XattrOperations
 from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.operation_log import OperationLog
 
 if TYPE_CHECKING:
     from tinkerfs.vfs.filesystem import FileSystem
@@ -85,6 +86,7 @@ def serve(
     mountpoint: str,
     passthrough: Passthrough,
     *,
+    operation_log: OperationLog,
     timeout_s: float,
     lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
     read_only: bool = False,
@@ -112,6 +114,7 @@ def serve(
         lookup_timeout_s=lookup_timeout_s,
         stopping=session.stopping,
         ready=session.on_first_request,
+        operation_log=operation_log,
     )
     options = binding.mount_options(read_only=read_only, allow_other=allow_other)
     with _captured_stderr() as stderr:

@@ -20,6 +20,8 @@ from tests.support.hostile import (
 from tinkerfs import errors, network
 from tinkerfs.api import network_backend
 from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.context import Caller
+from tinkerfs.operation_log import OperationLog
 from tinkerfs.retry import Backoff
 
 RUNS = "GET training_runs"
@@ -301,3 +303,20 @@ def test_threads_have_separate_deadlines(hostile, client_of):
         assert isinstance(pool.submit(fast.list_training_runs).exception(20), errors.RequestTimeout)
         gate.release()
         assert len(first.result(20)) == 1
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_request_id_is_added_to_the_operation(bytes_of, client_of, status):
+    body = b'{"training_runs": [], "cursor": {"offset": 0, "limit": 1, "total_count": 0}}'
+    client = client_of(
+        bytes_of(response(status, body, "Connection: close", "X-Request-Id: req\x7f-1"))
+    )
+    operation_log, records = OperationLog(), []
+    operation_log.subscribe(records.append)
+    active = operation_log.begin("opendir", "/runs", Caller(1, 2, 3))
+    with contextlib.suppress(errors.ApiError):
+        client.list_training_runs(limit=1)
+    operation_log.end(active, 0)
+    [request_id] = records[0].request_ids
+    assert request_id.startswith("req")
+    assert request_id.isprintable()

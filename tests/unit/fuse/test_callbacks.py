@@ -18,6 +18,7 @@ from tinkerfs.fuse.abi import make_stat_packer
 from tinkerfs.fuse.callbacks import build_operations
 from tinkerfs.fuse.operations import Operations, XattrOperations
 from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.operation_log import OperationLog
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.directory_cache import CachedDirectory
@@ -194,6 +195,7 @@ class Libfuse:
             timeout_s=30,
             stopping=threading.Event(),
             ready=self.on_ready,
+            operation_log=OperationLog(),
         )
         self.table = build_operations(
             self.operations, module, major, lambda *pointers: self.configured.append(pointers)
@@ -360,19 +362,29 @@ def test_valid_listing_serves_getattr_and_readlink(many, major, monkeypatch):
     assert libfuse.target(b"/many/link") == b"another"
 
 
-def test_debug_logging_disables_reply_caches(caplog, monkeypatch):
-    libfuse = Libfuse(3, MemoryFileSystem(generation=1))
-    monkeypatch.setattr(libfuse.operations, "is_debug_logging", True)
-    caplog.set_level("DEBUG")
-    for _ in range(3):
+@pytest.mark.parametrize("major", [2, 3])
+def test_subscriber_disables_reply_caches(major):
+    libfuse = Libfuse(major, MemoryFileSystem(many=8, generation=1))
+
+    def walk():
         libfuse.listed(b"/many", 1000, 1)
         libfuse.stat(b"/many/0000")
         libfuse.target(b"/many/link")
+
+    for _ in range(3):
+        walk()
+    libfuse.filesystem.stats.clear()
+    records = []
+    unsubscribe = libfuse.operations.operation_log.subscribe(records.append)
+    for _ in range(3):
+        walk()
+    unsubscribe()
+    walk()
     assert libfuse.filesystem.stats == ["/many/0000"] * 3
-    for line in ("opendir /many", "getattr /many/0000", "readlink /many/link"):
-        assert caplog.messages.count(line) == 3
-    readings = [line for line in caplog.messages if line.startswith("readdir ")]
-    assert len(readings) == 6, "each listing has two readdir calls"
+    found = [(record.operation, record.path) for record in records]
+    for operation in ("opendir /many", "getattr /many/0000", "readlink /many/link"):
+        assert found.count(tuple(operation.split())) == 3
+    assert found.count(("readdir", "/many")) >= 3
 
 
 @pytest.mark.parametrize("count", [2, 15, 16, 40])
@@ -610,6 +622,7 @@ def test_binding_structures_have_every_operation(module, major):
         timeout_s=1,
         stopping=threading.Event(),
         ready=lambda: None,
+        operation_log=OperationLog(),
     )
     table = build_operations(operations, theirs, loaded.major)
     status = theirs.c_stat()

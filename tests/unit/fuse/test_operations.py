@@ -15,6 +15,7 @@ from tinkerfs.fuse import operations as operations_module
 from tinkerfs.fuse.operations import Operations, XattrOperations
 from tinkerfs.fuse.passthrough import Passthrough
 from tinkerfs.fuse.stat_callers import StatCallers
+from tinkerfs.operation_log import OperationLog, log_operation
 from tinkerfs.telemetry import Telemetry
 
 
@@ -40,7 +41,7 @@ def stopping():
     return threading.Event()
 
 
-def make_operations(requests, stopping):
+def make_operations(requests, stopping, operation_log=None):
     return Operations(
         MemoryFileSystem(),
         requests,
@@ -48,6 +49,7 @@ def make_operations(requests, stopping):
         timeout_s=30,
         stopping=stopping,
         ready=lambda: None,
+        operation_log=operation_log or OperationLog(),
     )
 
 
@@ -167,9 +169,53 @@ def test_unexpected_error_becomes_eio(operations, monkeypatch):
     assert failure.value.errno == errno.EIO
 
 
+def test_subscriber_receives_every_operation(requests, stopping):
+    operation_log, records = OperationLog(), []
+    operations = make_operations(requests, stopping, operation_log)
+    fh = operations.register_handle(operations.open("/hello", os.O_RDONLY))
+    unsubscribe = operation_log.subscribe(records.append)
+    operations.getattr("/folder")
+    operations.getattr(None, fh)
+    operations.read(fh, memoryview(bytearray(9)), 0)
+    operations.release(fh)
+    directory = operations.opendir("/folder")
+    operations.readdir(directory, 0)
+    operations.releasedir(directory)
+    with pytest.raises(PermissionError):
+        operations.mkdir("/new")
+    control = operations.register_handle(operations.open("/control", os.O_WRONLY))
+    operations.write(None, b"12", control)
+    operations.truncate(None, 7, control)
+    operations.fsync(None)
+    with pytest.raises(OSError, match="no such open file"):
+        operations.read(99, memoryview(bytearray(9)), 0)
+    unsubscribe()
+    operations.getattr("/hello")
+    assert [(record.operation, record.path, record.errno_name) for record in records] == [
+        ("getattr", "/folder", ""),
+        ("getattr", "/hello", ""),
+        ("read", "/hello", ""),
+        ("release", "/hello", ""),
+        ("opendir", "/folder", ""),
+        ("readdir", "/folder", ""),
+        ("releasedir", "/folder", ""),
+        ("mkdir", "/new", "EPERM"),
+        ("open", "/control", ""),
+        ("write", "/control", ""),
+        ("truncate", "/control", ""),
+        ("fsync", "", ""),
+        ("read", "", "EBADF"),
+    ]
+    assert [record.read_bytes for record in records if record.operation == "read"] == [6, 0]
+    assert [record.written_bytes for record in records if record.written_bytes] == [2]
+    assert {record.caller.pid for record in records} == {os.getpid()}
+
+
 def test_operation_logs_one_line(requests, stopping, caplog):
-    with caplog.at_level(logging.DEBUG, logger="tinkerfs.fuse.operations"):
-        operations = make_operations(requests, stopping)
+    with caplog.at_level(logging.DEBUG, logger="tinkerfs.operation_log"):
+        operation_log = OperationLog()
+        operation_log.subscribe(log_operation)
+        operations = make_operations(requests, stopping, operation_log)
         operations.getattr("/hello")
         with pytest.raises(FileNotFoundError):
             operations.getattr("/none")

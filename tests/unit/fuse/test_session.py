@@ -11,6 +11,7 @@ import pytest
 from tinkerfs import errors
 from tinkerfs.fuse import session
 from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.operation_log import OperationLog
 from tinkerfs.telemetry import Telemetry
 
 
@@ -64,6 +65,7 @@ def test_failed_mount_raises_error_with_reason(output, failure, message, monkeyp
             FailingBinding(output, failure),
             "/x",
             Passthrough(Telemetry()),
+            operation_log=OperationLog(),
             timeout_s=1,
             ready=lambda: None,
         )

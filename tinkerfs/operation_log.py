@@ -1,0 +1,161 @@
+"""Log of FUSE operations: one record per operation, for subscribers that observe a mount.
+
+The FUSE adapter creates the records, and only while there is a subscriber. Debug logging is one.
+Replies that the adapter serves from its caches of packed replies are not recorded, so the adapter
+bypasses these caches while `is_observed` is true.
+
+API requests run in other threads than the operation that waits for them. The threads of
+`concurrency` inherit the context variable that holds the operation. So a request is attributed to
+the operation that started it, and not to one that joined it later.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from typing import Final
+
+import msgspec
+
+from tinkerfs import errors
+from tinkerfs.context import Caller
+
+log = logging.getLogger(__name__)
+
+#: Maximum number of request ids per operation: a listing may need a request per page.
+MAX_REQUEST_IDS: Final = 32
+
+
+class OperationRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One FUSE operation that has ended.
+
+    Attributes:
+        operation: name of the operation as libfuse has it, e.g. "getattr".
+        path: absolute path within the mount; bytes that are not UTF-8 are surrogates, and an
+            operation on an unknown handle has an empty path.
+        caller: the calling process.
+        errno: the errno that the caller received; 0 for success.
+        started_at: time of its start, seconds since 1970.
+        duration_s: time from its start to its end, seconds.
+        read_bytes: length of the data that it returned.
+        written_bytes: length of the data that it accepted.
+        request_ids: the server's ids of the API requests that it started, the oldest first.
+    """
+
+    operation: str
+    path: str
+    caller: Caller
+    errno: int
+    started_at: float
+    duration_s: float
+    read_bytes: int = 0
+    written_bytes: int = 0
+    request_ids: tuple[str, ...] = ()
+
+    @property
+    def errno_name(self) -> str:
+        """The name of the errno, e.g. "ENOENT"; empty for success."""
+        return errors.name_of_errno(self.errno) if self.errno else ""
+
+
+#: Called with each record, in the thread that served the operation, before its caller continues.
+Subscriber = Callable[[OperationRecord], None]
+
+
+class ActiveOperation:
+    """An observed operation that has not ended. Thread-safe."""
+
+    __slots__ = ("_request_ids", "_started", "caller", "operation", "path", "started_at", "token")
+
+    def __init__(self, operation: str, path: str, caller: Caller) -> None:
+        self.operation = operation
+        self.path = path
+        self.caller = caller
+        self.started_at = time.time()
+        self._started = time.perf_counter()
+        self._request_ids: list[str] = []  # only appended to, which is atomic
+        self.token: Token[ActiveOperation | None] | None = None
+
+    def add_request_id(self, request_id: str) -> None:
+        """Add the server's id of an API request that this operation started."""
+        if len(self._request_ids) < MAX_REQUEST_IDS:
+            self._request_ids.append(request_id)
+
+    def record(self, errno: int, read_bytes: int, written_bytes: int) -> OperationRecord:
+        """Return the record of this operation, which ends now."""
+        return OperationRecord(
+            operation=self.operation,
+            path=self.path,
+            caller=self.caller,
+            errno=errno,
+            started_at=self.started_at,
+            duration_s=time.perf_counter() - self._started,
+            read_bytes=read_bytes,
+            written_bytes=written_bytes,
+            request_ids=tuple(self._request_ids),
+        )
+
+
+_current: ContextVar[ActiveOperation | None] = ContextVar("tinkerfs_operation", default=None)
+
+
+def current_operation() -> ActiveOperation | None:
+    """Return the observed operation that this thread works for, None if there is none."""
+    return _current.get()
+
+
+class OperationLog:
+    """Passes the record of each operation to the subscribers. Thread-safe.
+
+    Attributes:
+        is_observed: whether there is a subscriber. A plain attribute, because every operation
+            checks it.
+    """
+
+    def __init__(self) -> None:
+        self.is_observed = False
+        self._lock = threading.Lock()
+        self._subscribers: tuple[Subscriber, ...] = ()  # replaced under _lock, read without it
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        """Call `subscriber` with the record of every operation that starts from now on.
+
+        Returns:
+            a function that ends the subscription, and may be called again without effect.
+        """
+        with self._lock:
+            self._subscribers = (*self._subscribers, subscriber)
+            self.is_observed = True
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._subscribers = tuple(s for s in self._subscribers if s is not subscriber)
+                self.is_observed = bool(self._subscribers)
+
+        return unsubscribe
+
+    def begin(self, operation: str, path: str, caller: Caller) -> ActiveOperation:
+        """Make an operation the current one of this thread; `end` must follow in this thread."""
+        active = ActiveOperation(operation, path, caller)
+        active.token = _current.set(active)
+        return active
+
+    def end(
+        self, active: ActiveOperation, errno: int, *, read_bytes: int = 0, written_bytes: int = 0
+    ) -> None:
+        """Pass the record of an operation to the subscribers; their failures are only logged."""
+        if active.token is not None:
+            _current.reset(active.token)
+        record = active.record(errno, read_bytes, written_bytes)
+        for subscriber in self._subscribers:
+            try:
+                subscriber(record)
+            except Exception:
+                log.exception("a subscriber of the operation log failed")
+
+
+def log_operation(record: OperationRecord) -> None:
+    """Write a record to the log at level debug: the subscriber of debug logging."""
+    suffix = f": {record.errno_name}" if record.errno else ""
+    log.debug("%s %s%s", record.operation, record.path, suffix, extra={"operation": record})
