@@ -20,6 +20,7 @@ from tinkerfs.cache.directory import (
     locate_cache_dir,
     prepare_cache_dir,
 )
+from tinkerfs.cache.memory_limit import weights_memory_bytes
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.catalog.catalog import Catalog
@@ -161,6 +162,7 @@ def open_app(
                 telemetry,
                 timeout_s=settings.timeout_s,
                 url_age_s=settings.ttl_s,
+                memory_bytes=weights_memory_bytes(),
                 base_models=BaseModels(settings.base_models),
                 moe_layout=settings.moe_layout,
             )

@@ -41,6 +41,11 @@ class BlockMemoryPool:
         self._peak_bytes = 0
 
     @property
+    def max_bytes(self) -> int:
+        """The bound on cached and reserved bytes."""
+        return self._max_bytes
+
+    @property
     def peak_bytes(self) -> int:
         """The highest number of bytes that were cached and reserved at the same time."""
         return self._peak_bytes

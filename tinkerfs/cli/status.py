@@ -117,6 +117,7 @@ def _text(report: dict[str, Any]) -> str:
         ("since", f"{report.get('started', '?')} ({format_duration(report.get('uptime_s', 0))})"),
         ("process", str(report.get("pid", "?"))),
         ("cache", "no lookups yet" if ratio is None else f"{ratio:.0%} of lookups were hits"),
+        ("memory", _memory(report.get("weights_memory_bytes"))),
         ("kernel", _passthrough(report.get("passthrough", "?"))),
         ("requests", str(report.get("api_requests_total", 0))),
     ]
@@ -136,6 +137,11 @@ def _text(report: dict[str, Any]) -> str:
     errors = [escape_control_chars(each.replace("\t", "  ")) for each in report["last_errors"]]
     lines += _section("last errors", errors)
     return "\n".join(lines)
+
+
+def _memory(max_bytes: int | None) -> str:
+    """Describe the bound on memory for weights."""
+    return "?" if max_bytes is None else f"at most {format_size(max_bytes)} for weights"
 
 
 def _passthrough(state: str) -> str:

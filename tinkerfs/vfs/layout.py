@@ -201,6 +201,7 @@ def _stats(node: Node, _ctx: RequestContext) -> bytes:
         "base_url": backend.settings.base_url,
         "cache_dir": backend.settings.cache_dir,
         "cache_size_bytes": backend.settings.cache_size_bytes,
+        "weights_memory_bytes": backend.weights.memory.max_bytes,
         "base_models": backend.settings.base_models,
         "moe_layout": backend.settings.moe_layout,
         "log_file": backend.settings.log_file,

@@ -17,6 +17,7 @@ import msgspec
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.memory_limit import DEFAULT_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.concurrency import run_in_thread
@@ -45,9 +46,6 @@ from tinkerfs.weights.version import Version
 from tinkerfs.weights.virtual_file import Layout, VirtualFile
 
 T = TypeVar("T")
-
-#: Memory bound for the blocks of all open files together.
-MEMORY_BYTES = 256 << 20
 
 #: Time for transfers to store a partly downloaded block when the reader is closed, seconds.
 STOPPING_S = 0.3
@@ -95,7 +93,7 @@ class WeightsReader:
         *,
         timeout_s: float,
         url_age_s: float = 0.0,
-        memory_bytes: int = MEMORY_BYTES,
+        memory_bytes: int = DEFAULT_BYTES,
         base_models: BaseModels | None = None,
         moe_layout: str = "peft",
     ) -> None:
