@@ -60,8 +60,16 @@ class App:
     weights: WeightsReader
     exports: Exports
     client: Client
+    credentials: Credentials
+    catalog: Catalog
+    policies: CachePolicies
     telemetry: Telemetry
     settings: Settings
+
+    def reload(self, settings: Settings) -> None:
+        """Adopt the fields of `RELOADABLE`, and read the key again before the next request."""
+        self.policies.update(settings.ttl_s, settings.stale_if_error_s)
+        self.credentials.reload()
 
 
 def cache_directory(settings: Settings) -> Path:
@@ -107,7 +115,7 @@ def open_app(
         audit_log = AuditLog(settings.audit, clock, telemetry.record_error)
         telemetry.on_change_ended = audit_log.record
     with ExitStack() as stack:
-        credentials = Credentials(clock=clock)
+        credentials = Credentials(key_file=settings.api_key_file, clock=clock)
         client = stack.enter_context(
             Client(
                 settings.base_url,
@@ -179,4 +187,15 @@ def open_app(
             started_ns=int(clock.now() * 1e9),
         )
         filesystem = FileSystem(backend, cache_dir or Path("/"))
-        yield App(filesystem, mutations, weights, exports, client, telemetry, settings)
+        yield App(
+            filesystem=filesystem,
+            mutations=mutations,
+            weights=weights,
+            exports=exports,
+            client=client,
+            credentials=credentials,
+            catalog=catalog,
+            policies=policies,
+            telemetry=telemetry,
+            settings=settings,
+        )

@@ -1,8 +1,8 @@
 """Settings of a mount.
 
 Callers without a command line, such as fsspec, set fields of `Settings`. `cli/options.py` sets them
-from flags, environment variables and TOML files. The API key is not a setting:
-`api/key_sources.py` finds it, so that it cannot appear in a command line.
+from flags, environment variables and TOML files. The API key is not a setting, only the path of a
+file with it: `api/key_sources.py` finds the key, so that it cannot appear in a command line.
 """
 
 import math
@@ -44,6 +44,11 @@ def parse_duration_s(text: str) -> float:
     return seconds
 
 
+#: Fields of `Settings` that a running mount adopts when it reloads its configuration. The log file
+#: and the key are opened again, too, but from the same place.
+RELOADABLE = frozenset({"log_level", "ttl_s", "stale_if_error_s"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The settings of one mount; all times in seconds.
@@ -52,6 +57,7 @@ class Settings:
     """
 
     base_url: str = DEFAULT_BASE_URL
+    api_key_file: str | None = None
     read_only: bool = False
     allow_other: bool = False
     ttl_s: float = 30.0

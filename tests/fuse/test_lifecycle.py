@@ -97,7 +97,7 @@ def test_ctrl_c_before_the_mount_is_ready_leaves_nothing(mountpoint, env, server
     assert children.stdout == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_unmount_and_exit_0(mountpoint, env, number):
     process = subprocess.Popen(
         [sys.executable, "-m", "tinkerfs", "mount", "--foreground", str(mountpoint)],

@@ -8,6 +8,7 @@ For tests of the FUSE layer: it can hang on purpose, and does not depend on Tink
     /folder/costly      listed without attributes
     /many               the same without that and with a link, cached per `generation`
     /slow/read-<any>    opens immediately, reads hang
+    /slow/stuck-<any>   the same, but outside a blocking section: the worker is lost
     /slow/open-<any>    opens hang; so do stats of stat-<any> and listings of list-<any>/
     /backed             zeros, as long as the file `backing`, which the kernel may read instead;
                         without it while the control is "cached", and unbuffered for "direct"
@@ -60,6 +61,8 @@ class MemoryHandle:
         name = self.path.rpartition("/")[2]
         if name.startswith("read-"):
             return ctx.wait_for(NEVER)
+        if name.startswith("stuck-"):
+            threading.Event().wait()
         if name == "broken":
             raise ZeroDivisionError("on purpose")
         if name.startswith("cached-slow"):

@@ -1,9 +1,10 @@
 """The API key of a mount: its renewal, and backoff after a rejected key. No HTTP.
 
-    TINKER_API_KEY  ->  TINKER_CREDENTIAL_CMD  ->  the login stored by `tinker auth login`
+    --api-key-file  ->  TINKER_API_KEY  ->  TINKER_CREDENTIAL_CMD
+        ->  a credential of systemd  ->  the login stored by `tinker auth login`
 
-The first one that is set is the source (`key_sources`). The output of a command and a stored login
-can change during a mount. They are read again when necessary, but never once per request.
+The first one that is set is the source (`key_sources`). The output of a command and a file can
+change during a mount. They are read again when necessary, but never once per request.
 
 After a key was rejected twice, requests fail locally for a while (5 s, doubling to 5 min), so that
 a wrong key does not cost one request per `stat`. No message, repr or log contains a key.
@@ -63,6 +64,7 @@ class Credentials:
 
     Args:
         environ: environment variables, assumed to be constant; None for `os.environ`.
+        key_file: the value of `--api-key-file`; None if not set.
         home: home directory; None for `$HOME`.
         command_timeout_s: timeout of the credential command, seconds.
     """
@@ -71,13 +73,14 @@ class Credentials:
         self,
         environ: Mapping[str, str] | None = None,
         *,
+        key_file: str | None = None,
         home: str | None = None,
         clock: Clock = SYSTEM_CLOCK,
         command_timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> None:
         environ = os.environ if environ is None else environ
         home = home or environ.get("HOME") or os.path.expanduser("~")
-        self._source = find_key_source(environ, home, clock, command_timeout_s)
+        self._source = find_key_source(key_file, environ, home, clock, command_timeout_s)
         self._clock = clock
         #: Held while the source is read; acquired before _lock, never held during a request.
         self._read_lock = threading.Lock()
@@ -85,6 +88,7 @@ class Credentials:
         # All guarded by _lock.
         self._state = _State.USABLE
         self._key: _Key | None = None
+        self._must_reload = False
         self._renew_at_s: float | None = None
         #: The key that the API rejected last, until it accepts one.
         self._rejected: _Key | None = None
@@ -170,6 +174,18 @@ class Credentials:
             self._rejected = self._failure = None
             self._state, self._backoffs = _State.USABLE, 0
 
+    def reload(self) -> None:
+        """Read the source again before the next request, also during a backoff."""
+        with self._lock:
+            self._must_reload = True
+
+    def describe_state(self) -> str:
+        """Return the key's source and whether the API rejects the key; does not block."""
+        with self._lock:
+            if self._state is not _State.USABLE:
+                return f"{self.source} rejected"
+            return f"{self.source} {'not read yet' if self._key is None else 'in use'}"
+
     def close(self) -> None:
         """Kill a running credential command."""
         self._source.close()
@@ -180,7 +196,7 @@ class Credentials:
         Raises:
             StartupError, Unauthorized: the last failure, during the backoff.
         """
-        if self._source.detect_change():
+        if self._source.detect_change() or self._must_reload:
             return None
         if self._failure is not None:
             if self._clock.monotonic() >= self._backoff_until:
@@ -250,6 +266,8 @@ class Credentials:
             StartupError: the key is missing or malformed.
             Unauthorized: the API has already rejected the key as expired.
         """
+        with self._lock:
+            self._must_reload = False
         text, hint = self._source.read(), self._source.hint
         if not text.isascii() or not text.isprintable() or " " in text:
             raise StartupError(f"the key of {self.source} contains invalid characters {hint}")

@@ -1,4 +1,4 @@
-"""Sources of the API key: environment, command, stored login. No HTTP.
+"""Sources of the API key: file, environment, command, stored login. No HTTP.
 
 No message, repr or log contains a key.
 """
@@ -49,6 +49,9 @@ API_KEY = "TINKER_API_KEY"
 COMMAND = "TINKER_CREDENTIAL_CMD"
 STORED = "~/.tinker/credentials.json"
 
+#: Name of the key among the credentials of a systemd service (systemd.exec(5), `LoadCredential=`).
+CREDENTIAL = "tinker-api-key"
+
 _HINT = f"(hint: set {API_KEY} or {COMMAND}, or run `tinker auth login`)"
 _LOGIN_HINT = "(hint: run `tinker auth login` again)"
 _COMMAND_HINT = "(hint: run it in a terminal to see why)"
@@ -91,14 +94,40 @@ class KeySource(ABC):
 
 
 def find_key_source(
-    environ: Mapping[str, str], home: str, clock: Clock, command_timeout_s: float
+    key_file: str | None,
+    environ: Mapping[str, str],
+    home: str,
+    clock: Clock,
+    command_timeout_s: float,
 ) -> KeySource:
-    """Return the first source that is set, as in the Tinker SDK."""
+    """Return the first source that is set; without a file, as in the Tinker SDK.
+
+    Args:
+        key_file: the value of `--api-key-file`; None if not set.
+    """
+    if key_file is not None:
+        return _KeyFile(key_file, clock)
     if key := environ.get(API_KEY, "").strip():
         return _EnvironmentKey(key)
     if command := environ.get(COMMAND, "").strip():
         return _CredentialCommand(command, environ, command_timeout_s)
-    return _StoredLogin(os.path.join(home, ".tinker", "credentials.json"), clock)
+    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY", ""), CREDENTIAL)
+    if os.path.isabs(credential) and os.path.exists(credential):
+        return _KeyFile(credential, clock)
+    path = os.path.join(home, ".tinker", "credentials.json")
+    return _StoredLogin(path, clock, _explain_absence(path, environ))
+
+
+def _explain_absence(path: str, environ: Mapping[str, str]) -> str:
+    """Return the error message for a missing stored login."""
+    where = f"{API_KEY} and {COMMAND} are not set, and {path} does not exist"
+    if not environ.get("SUDO_USER"):
+        return f"no API key: {where} {_HINT}"
+    return (
+        f"no API key: under sudo {where} (hint: sudo drops variables and does not use the home of"
+        f" {environ['SUDO_USER']}; name a file with --api-key-file, or use sudo"
+        f" --preserve-env={API_KEY})"
+    )
 
 
 class _EnvironmentKey(KeySource):
@@ -187,16 +216,17 @@ class _CredentialCommand(KeySource):
                 _kill(self._process)
 
 
-class _StoredLogin(KeySource):
-    """The default key that `tinker auth login` stored in a file. Thread-safe."""
+class _WatchedFile(KeySource):
+    """A file with a key, which is read again after a change. Thread-safe.
 
-    name = STORED
-    hint = _LOGIN_HINT
+    Args:
+        missing: error message if the file does not exist.
+    """
 
-    def __init__(self, path: str, clock: Clock) -> None:
+    def __init__(self, path: str, clock: Clock, missing: str) -> None:
         self._path = path
         self._clock = clock
-        self._warned_version: tuple[int, ...] | None = None
+        self._missing = missing
         self._lock = threading.Lock()
         # Guarded by _lock.
         #: Version of the file when it was read, and whether it has changed since.
@@ -221,18 +251,68 @@ class _StoredLogin(KeySource):
         try:
             fd = open_regular(self._path, os.O_RDONLY, follow_symlinks=True)
         except FileNotFoundError:
-            raise StartupError(f"no API key {_HINT}") from None
+            raise StartupError(self._missing) from None
         except OSError as error:
-            raise StartupError(f"{STORED} cannot be read: {error.strerror} {_HINT}") from None
+            raise StartupError(f"{self.name} cannot be read: {error.strerror} {_HINT}") from None
         with open(fd, "rb") as file:
-            status = os.fstat(fd)
+            self._check_mode(os.fstat(fd))
             try:
                 content = file.read(_MAX_BYTES)
             except OSError as error:
-                raise StartupError(f"{STORED} cannot be read: {error.strerror} {_HINT}") from None
+                raise StartupError(
+                    f"{self.name} cannot be read: {error.strerror} {_HINT}"
+                ) from None
+        return self._parse(content)
+
+    @abstractmethod
+    def _check_mode(self, status: os.stat_result) -> None:
+        """Object if other users can read the file."""
+
+    @abstractmethod
+    def _parse(self, content: bytes) -> str:
+        """Return the key in the content of the file."""
+
+
+class _KeyFile(_WatchedFile):
+    """A file with nothing but a key, which other users must not be able to read."""
+
+    hint = "(hint: write a valid key to it)"
+
+    def __init__(self, path: str, clock: Clock) -> None:
+        super().__init__(path, clock, f"{path} does not exist (hint: write the API key to it)")
+        self.name = path
+
+    def _check_mode(self, status: os.stat_result) -> None:
+        # As PostgreSQL checks its `ssl_key_file`: a group may read a file of root, because only
+        # root chooses that group. Kubernetes and systemd provide secrets in this way.
+        forbidden = 0o037 if status.st_uid == 0 else 0o077
+        if status.st_mode & forbidden:
+            mode = f"{status.st_mode & 0o777:03o}"
+            raise StartupError(
+                f"{self.name} can be read by other users: mode {mode} (hint: chmod 600 {self.name})"
+            )
+
+    def _parse(self, content: bytes) -> str:
+        key = content.decode("utf-8", "replace").strip()
+        if not key:
+            raise StartupError(f"{self.name} is empty {self.hint}")
+        return key
+
+
+class _StoredLogin(_WatchedFile):
+    """The default key that `tinker auth login` stored in a file."""
+
+    name = STORED
+    hint = _LOGIN_HINT
+
+    _warned_version: tuple[int, ...] | None = None
+
+    def _check_mode(self, status: os.stat_result) -> None:
         if status.st_mode & 0o077 and self._warned_version != _version(status):
             self._warned_version = _version(status)
             log.warning("%s can be read by other users (hint: chmod 600 %s)", STORED, STORED)
+
+    def _parse(self, content: bytes) -> str:
         try:
             stored = json.loads(content)
         except (ValueError, RecursionError):

@@ -13,9 +13,9 @@ ERROR_TTL_S = 2.0
 STALE_WHILE_REVALIDATE_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CachePolicy:
-    """How long the outcomes of a load are cached.
+    """How long the outcomes of a load are cached; a change applies to later loads.
 
     Attributes:
         ttl_s: freshness of a value.

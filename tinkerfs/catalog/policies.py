@@ -29,7 +29,7 @@ class CachePolicies:
     @classmethod
     def from_settings(cls, ttl_s: float, stale_s: float) -> "CachePolicies":
         """Return the policies for the values of `--ttl` and `--stale`, in seconds."""
-        negative_ttl_s = min(NEGATIVE_TTL_S, ttl_s)
+        negative_ttl_s = _negative_ttl_s(ttl_s)
         absence = (errors.NotFound, errors.UnsupportedEndpoint)
         absence_by_name = (*absence, errors.BadRequest)
         rejection = (*absence_by_name, errors.ClientError)
@@ -40,3 +40,13 @@ class CachePolicies:
             immutable=CachePolicy(forever, forever, UNSUPPORTED_TTL_S, rejection),
             without_time=CachePolicy(ttl_s, stale_s, UNSUPPORTED_TTL_S, rejection),
         )
+
+    def update(self, ttl_s: float, stale_s: float) -> None:
+        """Adopt changed values of `--ttl` and `--stale`, in seconds, for later loads."""
+        for policy in (self.listing, self.by_name, self.without_time):
+            policy.ttl_s, policy.stale_if_error_s = ttl_s, stale_s
+        self.listing.negative_ttl_s = self.by_name.negative_ttl_s = _negative_ttl_s(ttl_s)
+
+
+def _negative_ttl_s(ttl_s: float) -> float:
+    return min(NEGATIVE_TTL_S, ttl_s)

@@ -121,8 +121,12 @@ def demo(
 
     with server, tempfile.TemporaryDirectory(prefix="tinkerfs-demo-") as cache_dir:
         os.environ.update(server.environment)  # a key of the embedded server, not a secret
-        # The sample account has its own temporary cache, not that of the user.
-        settings |= {"base_url": server.base_url, "cache_dir": cache_dir}
+        # The sample account has its own key and temporary cache, not those of the user.
+        settings |= {
+            "base_url": server.base_url,
+            "cache_dir": cache_dir,
+            "api_key_file": None,
+        }
         mount_process.run_foreground(
             Settings(**settings),
             serve or mountpoint,

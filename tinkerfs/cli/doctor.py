@@ -111,10 +111,9 @@ def _cache(settings: Settings) -> str:
 
 
 def _key(settings: Settings) -> str:
-    del settings
     from tinkerfs.api.credentials import Credentials
 
-    credentials = Credentials()
+    credentials = Credentials(key_file=settings.api_key_file)
     credentials.get()
     return f"found: {credentials.source}"
 
@@ -126,7 +125,10 @@ def _api(settings: Settings) -> str:
 
     started = time.monotonic()
     with Client(
-        settings.base_url, Credentials(), Telemetry(), timeout_s=min(settings.timeout_s, 10.0)
+        settings.base_url,
+        Credentials(key_file=settings.api_key_file),
+        Telemetry(),
+        timeout_s=min(settings.timeout_s, 10.0),
     ) as client:
         try:
             try:

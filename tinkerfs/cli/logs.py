@@ -51,18 +51,7 @@ def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
     """
     handler: logging.Handler
     if log_file is not None:
-        try:
-            # Opening a FIFO without a reader fails. If its reader stalls, records are lost, but the
-            # mount does not block.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
-            descriptor = os.open(os.path.expanduser(log_file), flags, 0o600)
-        except OSError as error:
-            raise StartupError(
-                f"the log file {log_file} cannot be written: {error.strerror}"
-                " (hint: choose another with --log-file)"
-            ) from None
-        stream = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace")
-        handler = _OwnStream(stream)
+        handler = _OwnStream(_open(log_file))
     elif to_stderr:
         # A duplicate, because descriptor 2 is redirected while libfuse mounts.
         stream = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace")
@@ -73,3 +62,39 @@ def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def reload(level: str, log_file: str | None) -> None:
+    """Set the level, and open the log file again, because logrotate(8) may have renamed it.
+
+    Raises:
+        StartupError: The file cannot be opened for writing; the log goes on as before.
+    """
+    logging.getLogger().setLevel(level.upper())
+    if log_file is not None:
+        stream = _open(log_file)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, _OwnStream):
+                # Not `set_up`: another thread may just use the handler, which must stay open.
+                previous = handler.setStream(stream)
+                if previous is not None:
+                    previous.close()
+
+
+def _open(log_file: str) -> TextIO:
+    """Open a log file for appending.
+
+    Raises:
+        StartupError: The file cannot be opened for writing.
+    """
+    try:
+        # Opening a FIFO without a reader fails. If its reader stalls, records are lost, but the
+        # mount does not block.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(os.path.expanduser(log_file), flags, 0o600)
+    except OSError as error:
+        raise StartupError(
+            f"the log file {log_file} cannot be written: {error.strerror}"
+            " (hint: choose another with --log-file)"
+        ) from None
+    return os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace")

@@ -1,12 +1,13 @@
 """The command `tinkerfs mount`."""
 
+from functools import partial
 from typing import Any
 
 import click
 
 from tinkerfs.cli.daemon import serve_option, start_in_background
 from tinkerfs.cli.mount_options import MountCommand
-from tinkerfs.cli.options import mountpoint_argument, settings_options
+from tinkerfs.cli.options import mountpoint_argument, reload_settings, settings_options
 from tinkerfs.config import Settings
 
 
@@ -14,6 +15,7 @@ from tinkerfs.config import Settings
 @mountpoint_argument()
 @click.option("--foreground", is_flag=True, help="Do not detach; log to standard error.")
 @serve_option
+@click.option("--source", default="tinkerfs", hidden=True)  # as /proc/mounts shows it
 @settings_options()
 @click.option(
     "-o",
@@ -24,7 +26,9 @@ from tinkerfs.config import Settings
     help="Options in the form of mount(8): any of the above as NAME=VALUE, ro, rw. Generic options"
     " of mount(8), fstab and FUSE are ignored.",
 )
-def mount(mountpoint: str, foreground: bool, serve: str | None, **settings: Any) -> None:
+def mount(
+    mountpoint: str, foreground: bool, serve: str | None, source: str, **settings: Any
+) -> None:
     """Mount the account on the empty directory MOUNTPOINT.
 
     Returns when the mount is ready, or exits with a one-line error. To unmount, run `tinkerfs
@@ -33,8 +37,12 @@ def mount(mountpoint: str, foreground: bool, serve: str | None, **settings: Any)
     MOUNTPOINT may also be /dev/fd/N, a descriptor that a privileged process mounted and passes on,
     as in an unprivileged container. No privilege is needed then; the other process unmounts.
 
-    The API key is read from TINKER_API_KEY, from the output of TINKER_CREDENTIAL_CMD, or from the
-    login that `tinker auth login` stored, in this order. It is never passed on the command line.
+    The API key is never passed on the command line. The first one of these is used: the file of
+    --api-key-file, TINKER_API_KEY, the output of TINKER_CREDENTIAL_CMD, the credential
+    tinker-api-key of a systemd service, and the login that `tinker auth login` stored.
+
+    SIGHUP opens the log file and reads the key again, and adopts changed values of --ttl, --stale
+    and --log-level in a configuration file. On a terminal it unmounts.
     Times are seconds, or have a unit: 30s, 15m, 24h, 7d.
 
     \b
@@ -48,4 +56,7 @@ def mount(mountpoint: str, foreground: bool, serve: str | None, **settings: Any)
         return
     from tinkerfs.cli import mount_process  # lazy: imports the FUSE adapter
 
-    mount_process.run_foreground(Settings(**settings), serve or mountpoint)
+    reload = partial(reload_settings, click.get_current_context())
+    mount_process.run_foreground(
+        Settings(**settings), serve or mountpoint, source=source, reload=reload
+    )

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from tinkerfs.cli import logs
+from tinkerfs.cli.reloader import Reload, SettingsReloader
+from tinkerfs.cli.service import MountService, describe_mount
+from tinkerfs.cli.service_notifier import ServiceNotifier
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import Settings
 from tinkerfs.errors import StartupError, TinkerfsError, Unauthorized
@@ -18,7 +21,6 @@ from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.malloc import tune_malloc
 from tinkerfs.fuse.passthrough import Passthrough
-from tinkerfs.operation_log import log_operation
 
 if TYPE_CHECKING:
     from tinkerfs.api.client import Client
@@ -33,20 +35,32 @@ def run_foreground(
     settings: Settings,
     mountpoint: str,
     *,
+    source: str = "tinkerfs",
     check_key: bool = True,
     ready: Callable[[str], None] | None = None,
+    reload: Reload | None = None,
 ) -> None:
     """Mount and serve until a signal or an unmount.
 
-    `mountpoint` is an empty directory, or has a dead mount of tinkerfs, or is `/dev/fd/N`. `ready`
-    is called with its path when the mount is ready.
+    `mountpoint` is an empty directory, or has a dead mount of tinkerfs, or is `/dev/fd/N`. `source`
+    is what /proc/mounts shows as the mounted device; mount(8) compares it with a line of fstab.
+    `ready` is called with the mountpoint's path when the mount is ready. `reload` is
+    `options.reload_settings`; without it, no option can change.
 
     Raises:
         StartupError: The mount is not possible; the message has a hint.
     """
     notifier = ReadinessNotifier()
     try:
-        _serve(settings, mountpoint, notifier, check_key=check_key, ready=ready)
+        _serve(
+            settings,
+            mountpoint,
+            notifier,
+            source=source,
+            check_key=check_key,
+            ready=ready,
+            reload=reload,
+        )
     except TinkerfsError as error:
         if notifier.has_parent:  # the parent prints the message; do not print it twice
             notifier.failed(str(error))
@@ -62,9 +76,14 @@ def _serve(
     mountpoint: str,
     notifier: ReadinessNotifier,
     *,
+    source: str,
     check_key: bool,
     ready: Callable[[str], None] | None,
+    reload: Reload | None,
 ) -> None:
+    service_notifier = ServiceNotifier()
+    if notifier.has_parent:  # a mount in the background belongs to no service
+        service_notifier = ServiceNotifier({})
     # These calls precede the first thread. Signals stay blocked until the mount is served.
     session.block_signals()
     stack_dump.enable()
@@ -75,6 +94,8 @@ def _serve(
     if fd is None:
         binding, path = _prepare_mountpoint(mountpoint, settings)
     else:
+        if service_notifier.watchdog_s is not None:
+            raise StartupError(f"no watchdog can check {mountpoint} (hint: remove WatchdogSec=)")
         binding, path = _prepare_fd(fd), mountpoint
 
     from tinkerfs.app import open_app  # lazy: imports HTTP and SQLite, the checks need neither
@@ -85,6 +106,8 @@ def _serve(
         if session.is_stop_pending():
             raise StartupError("interrupted before the mount was ready")
 
+        service = MountService(service_notifier, path, lambda: describe_mount(app))
+
         def on_ready() -> None:
             if ready is not None:
                 ready(path)
@@ -93,20 +116,23 @@ def _serve(
                 # standard error open would block `tinkerfs mount X 2>&1 | tee`, which reads to EOF.
                 logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
             notifier.ready()
+            service.on_ready()
 
-        if settings.log_level == "debug":
-            app.telemetry.operations.subscribe(log_operation)
+        reloader = SettingsReloader(app, settings, reload)
         session.serve(
             app.filesystem,
             binding,
             path,
             Passthrough(app.telemetry),
             operation_log=app.telemetry.operations,
+            source=source,
             timeout_s=settings.timeout_s,
             read_only=settings.read_only,
             allow_other=settings.allow_other,
             xattr=settings.xattr,
             ready=on_ready,
+            reload=lambda: service.on_reload(reloader.reload),
+            stopping=service.on_stopping,
         )
 
 

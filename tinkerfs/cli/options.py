@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -22,10 +23,13 @@ from tinkerfs.config import (
     LOG_LEVELS,
     MAX_CONCURRENCY,
     MOE_LAYOUTS,
+    RELOADABLE,
     SYSLOG,
     TTL_RANGE_S,
+    Settings,
     parse_duration_s,
 )
+from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,6 +38,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 SYSTEM_FILE: Final = "/etc/tinkerfs.toml"
 #: Start of the keys of `click.Context.meta` for the file that has the value of an option.
 _FILE_OF: Final = "tinkerfs file of "
+
+#: Key of `click.Context.meta`: the file that `--config` names, or None.
+_CONFIG_FILE: Final = "tinkerfs.config_file"
+
+#: Sources of a value that a changed configuration file may change.
+_FROM_FILES: Final = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 
 class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.5
@@ -178,8 +188,45 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: str | None) 
     Raises:
         UsageError: A file is invalid; the message names the file and the key.
     """
+    ctx.meta[_CONFIG_FILE] = path
+    ctx.default_map = _read_files(ctx, path)
+
+
+def reload_settings(ctx: click.Context, current: Settings) -> tuple[Settings, list[str]]:
+    """Read the configuration files again; return the settings that result for a running mount.
+
+    Flags and variables are those of the start, because a process has them to its end. The second
+    value has the names of the options that changed but need a new mount.
+
+    Raises:
+        StartupError: A file is invalid; the message names the file and the key.
+    """
+    try:
+        texts = _read_files(ctx, ctx.meta[_CONFIG_FILE])
+    except click.UsageError as error:
+        raise StartupError(error.format_message()) from None
+    adopted: dict[str, Any] = {}
+    ignored: list[str] = []
+    for key, option in settings_of(ctx.command).items():
+        name = str(option.name)
+        if ctx.get_parameter_source(name) not in _FROM_FILES:
+            continue
+        value = option.type_cast_value(ctx, texts.get(name, option.default))
+        if name in RELOADABLE:
+            adopted[name] = value
+        elif value != getattr(current, name):
+            ignored.append(key)
+    return replace(current, **adopted), ignored
+
+
+def _read_files(ctx: click.Context, path: str | None) -> dict[str, str]:
+    """Return the text of each option by its name in the named file, or in the default files.
+
+    Raises:
+        UsageError: A file is invalid; the message names the file and the key.
+    """
     options = settings_of(ctx.command)
-    ctx.default_map = {}
+    texts: dict[str, str] = {}
     for file in (path,) if path else (SYSTEM_FILE, _user_file()):
         for key, value in _read_file(file, must_exist=bool(path)).items():
             option, text, source = options.get(key.replace("_", "-")), str(value), f"{file}: {key}"
@@ -195,8 +242,9 @@ def _read_config(ctx: click.Context, _param: click.Parameter, path: str | None) 
             if is_path and text:  # relative to the file
                 text = os.path.join(os.path.dirname(file), os.path.expanduser(text))
             option.convert(text, source, ctx)
-            ctx.default_map[str(option.name)] = text
+            texts[str(option.name)] = text
             ctx.meta[f"{_FILE_OF}{option.name}"] = file
+    return texts
 
 
 def source_of(option: Setting, ctx: click.Context) -> str:
@@ -254,6 +302,14 @@ _OPTIONS: Final = {
         "URL of the API.",
         show_default="the official service",
         envvar=["TINKERFS_BASE_URL", "TINKER_BASE_URL"],  # the second is the official client's
+    ),
+    "api_key_file": _setting(
+        "--api-key-file FILE",
+        _PATH,
+        None,
+        "File with the API key and mode 0600; without it, the key is searched elsewhere.",
+        show_default="none",
+        envvar=["TINKERFS_API_KEY_FILE", "TINKER_API_KEY_FILE"],
     ),
     "read_only": _setting("--read-only/--no-read-only", bool, False, "Reject every change."),
     "allow_other": _setting(

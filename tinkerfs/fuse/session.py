@@ -3,11 +3,15 @@
 The main thread handles signals and nothing else; libfuse runs in a thread of its own. So a signal
 takes effect at once, even while every request hangs.
 
+SIGHUP ends a mount that was started on a terminal, because it means that the terminal is gone.
+Other mounts reload their configuration, as services do (systemd.service(5), `ExecReload=`).
+
 An internal error never unmounts: with an empty directory in place of the mount, `rsync --delete`
 would empty the other side. A dead mount fails with ENOTCONN, and the next mount removes it.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -31,7 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STOP: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOP: Final = (signal.SIGTERM, signal.SIGINT)
+_HANGUP: Final = signal.SIGHUP
 #: Signal by which the other threads wake the main thread from sigwait.
 _WAKE: Final = signal.SIGUSR1
 
@@ -58,12 +63,12 @@ def raise_fd_limit() -> None:
 
 
 def block_signals() -> None:
-    """Block the signals that end a mount, so that `serve` can wait for them.
+    """Block the signals that end or reload a mount, so that `serve` can wait for them.
 
     Must be called before any thread starts. An earlier thread would not block them, and their
     default action would end the process.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals() | {_WAKE})
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals() | _reload_signals() | {_WAKE})
 
 
 def stop_signals() -> frozenset[signal.Signals]:
@@ -72,7 +77,23 @@ def stop_signals() -> frozenset[signal.Signals]:
     nohup(1) ignores SIGHUP. A shell without job control ignores SIGINT for background commands. An
     ignored signal must not be blocked either, because sigwait(2) accepts a blocked signal anyway.
     """
-    return frozenset(number for number in _STOP if signal.getsignal(number) != signal.SIG_IGN)
+    numbers = (*_STOP, _HANGUP) if _has_terminal() else _STOP
+    return frozenset(number for number in numbers if signal.getsignal(number) != signal.SIG_IGN)
+
+
+def _reload_signals() -> frozenset[signal.Signals]:
+    is_used = not _has_terminal() and signal.getsignal(_HANGUP) != signal.SIG_IGN
+    return frozenset((_HANGUP,)) if is_used else frozenset()
+
+
+@functools.cache  # a process loses its terminal when the terminal is closed, before it gets SIGHUP
+def _has_terminal() -> bool:
+    """Return whether this process had a controlling terminal when it was started."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def is_stop_pending() -> bool:
@@ -87,19 +108,24 @@ def serve(
     passthrough: Passthrough,
     *,
     operation_log: OperationLog,
+    source: str = "tinkerfs",
     timeout_s: float,
     lookup_timeout_s: float = LOOKUP_TIMEOUT_S,
     read_only: bool = False,
     allow_other: bool = False,
     xattr: bool = False,
     ready: Callable[[], None],
+    reload: Callable[[], None] = lambda: None,
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Mount, and serve until a signal or an unmount; the mount is gone on return.
 
     Must be called in the main thread, after `block_signals`. `mountpoint` is an absolute path
     without symbolic links, or `/dev/fd/N`. The mount of a descriptor is not gone on return: its
     requests fail with ENOTCONN when the process has exited, until the other process unmounts it.
-    `ready` is called when the mount is ready. For the two timeouts see `Operations`.
+
+    `source` is the device in /proc/mounts. `ready` is called when the mount is ready, `reload` after
+    a SIGHUP, and `stopping` before the mount goes down. For the two timeouts see `Operations`.
 
     Raises:
         StartupError: libfuse cannot mount, or the session failed.
@@ -116,7 +142,7 @@ def serve(
         ready=session.on_first_request,
         operation_log=operation_log,
     )
-    options = binding.mount_options(read_only=read_only, allow_other=allow_other)
+    options = binding.mount_options(source=source, read_only=read_only, allow_other=allow_other)
     with _captured_stderr() as stderr:
         session.start(lambda: binding.run(operations, mountpoint, options))
         is_stopped = session.wait_until_ready()
@@ -133,7 +159,8 @@ def serve(
             _raise_kernel_readahead(device)
         log.info("%s: mounted by %s", mountpoint, binding)
         ready()
-        is_stopped = session.wait_until_ended()
+        is_stopped = session.wait_until_ended(reload)
+    stopping()
     if is_stopped:
         log.info("%s: received %s, unmounting", mountpoint, session.stop_signal)
         _exit_after_grace_period()
@@ -185,16 +212,22 @@ class _SessionThread:
 
     def wait_until_ready(self) -> bool:
         """Wait until the mount is ready or has ended; return True if a signal arrived first."""
-        return self._wait(lambda: self._is_ready.is_set() or self._ended.is_set())
+        return self._wait(lambda: self._is_ready.is_set() or self._ended.is_set(), None)
 
-    def wait_until_ended(self) -> bool:
-        """Wait until the session has ended; return True if a signal arrived first."""
-        return self._wait(self._ended.is_set)
+    def wait_until_ended(self, reload: Callable[[], None]) -> bool:
+        """Wait until the session has ended; return True if a signal arrived first.
 
-    def _wait(self, is_over: Callable[[], bool]) -> bool:
+        SIGHUP calls `reload` meanwhile, unless it ends the mount.
+        """
+        return self._wait(self._ended.is_set, reload)
+
+    def _wait(self, is_over: Callable[[], bool], reload: Callable[[], None] | None) -> bool:
+        reload_signals = _reload_signals() if reload is not None else frozenset()
         while not is_over():
-            number = signal.sigwait(stop_signals() | {_WAKE})
-            if number != _WAKE:
+            number = signal.sigwait(stop_signals() | reload_signals | {_WAKE})
+            if number in reload_signals and reload is not None:
+                reload()
+            elif number != _WAKE:
                 self.stop_signal = signal.Signals(number).name
                 return True
         return False

@@ -532,3 +532,109 @@ def test_login_deleted_and_restored_is_used_again(make, login, time):
     login.store("tml-stored")
     time.advance(1)
     assert [credentials.get() for _ in range(3)] == ["tml-stored"] * 3
+
+
+# A file with the key.
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    path = tmp_path / "key"
+    path.write_text("tml-of-file\n")
+    path.chmod(0o600)
+    return path
+
+
+def test_key_file_precedes_all_other_sources(key_file, time):
+    environ = {"TINKER_API_KEY": "tml-of-variable", "TINKER_CREDENTIAL_CMD": "echo tml-of-command"}
+    credentials = Credentials(environ, key_file=str(key_file), clock=time.clock)
+    assert credentials.get() == "tml-of-file"
+    assert credentials.source == str(key_file)
+
+
+def test_changed_key_file_is_read_again(key_file, time):
+    credentials = Credentials({}, key_file=str(key_file), clock=time.clock)
+    credentials.get()
+    key_file.write_text("tml-rotated\n")
+    os.utime(key_file, ns=(0, 0))
+    time.advance(1)
+    assert credentials.get() == "tml-rotated"
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "is_allowed"),
+    [
+        (0, 0o600, True),
+        (0, 0o400, True),
+        (0, 0o440, True),  # a secret of Kubernetes with fsGroup
+        (0, 0o644, False),
+        (0, 0o660, False),
+        (1, 0o600, True),
+        (1, 0o440, False),
+        (1, 0o604, False),
+    ],
+)
+def test_key_file_of_others_is_refused(key_file, owner, mode, is_allowed, needs_root):
+    os.chown(key_file, owner, owner)
+    key_file.chmod(mode)
+    credentials = Credentials({}, key_file=str(key_file))
+    if is_allowed:
+        assert credentials.get() == "tml-of-file"
+        return
+    with pytest.raises(StartupError) as refusal:
+        credentials.get()
+    assert str(refusal.value) == (
+        f"{key_file} can be read by other users: mode {mode:03o} (hint: chmod 600 {key_file})"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), (" \n", "is empty"), ("a b", "invalid characters")],
+)
+def test_key_file_without_key_raises_error(key_file, content, message):
+    if content is None:
+        key_file.unlink()
+    else:
+        key_file.write_text(content)
+    with pytest.raises(StartupError, match=message):
+        Credentials({}, key_file=str(key_file)).get()
+
+
+def test_credential_of_systemd_precedes_stored_login(tmp_path, login):
+    login.store("tml-stored")
+    (tmp_path / "tinker-api-key").write_text("tml-credential")
+    (tmp_path / "tinker-api-key").chmod(0o400)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "HOME": str(tmp_path)}
+    assert Credentials(environ).get() == "tml-credential"
+    assert Credentials(environ | {"TINKER_API_KEY": "tml-k"}).get() == "tml-k"
+    (tmp_path / "tinker-api-key").unlink()
+    assert Credentials(environ).get() == "tml-stored", "a service may have other credentials"
+
+
+def test_missing_key_under_sudo_names_the_searched_home(tmp_path):
+    environ = {"HOME": str(tmp_path), "SUDO_USER": "alice"}
+    with pytest.raises(StartupError) as failure:
+        Credentials(environ).get()
+    message = str(failure.value)
+    assert f"under sudo TINKER_API_KEY and TINKER_CREDENTIAL_CMD are not set, and {tmp_path}" in (
+        message
+    )
+    assert "home of alice" in message
+    assert "--api-key-file" in message
+
+
+def test_reload_reads_the_source_before_the_backoff_ends(make, command, time):
+    command.output.write_text("tml-wrong")
+    credentials = make(TINKER_CREDENTIAL_CMD=command.line)
+    key = credentials.get()
+    assert credentials.describe_state() == "TINKER_CREDENTIAL_CMD in use"
+    credentials.on_unauthorized(key, rejection())
+    assert credentials.describe_state() == "TINKER_CREDENTIAL_CMD rejected"
+    with pytest.raises(Unauthorized):
+        credentials.get()
+    command.output.write_text("tml-right")
+    credentials.reload()
+    assert credentials.get() == "tml-right"
+    assert credentials.get() == "tml-right"
+    assert command.count == 3
