@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from scripts.benchmarks.comparison import unmount
 from scripts.benchmarks.harness import Bench, daemon_environment, succeeds
@@ -99,7 +100,7 @@ def main() -> None:
 
     options = Binding.mount_options
 
-    def with_debug(self: Binding, **kwargs: bool) -> dict[str, str | bool]:
+    def with_debug(self: Binding, **kwargs: Any) -> dict[str, str | bool]:
         return options(self, **kwargs) | {"debug": True}
 
     Binding.mount_options = with_debug  # type: ignore[method-assign]

@@ -1,10 +1,13 @@
-"""mount(8) with fstab lines of other FUSE programs, and mounts with missing privileges.
+"""mount(8) with lines of fstab, of other FUSE programs too, and mounts with missing privileges.
 
 Nothing here depends on the binding, so each test runs under one.
 """
 
+import contextlib
 import os
 import shutil
+import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -12,9 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mount import force_unmount, run, tinkerfs
+from tests.support.mount import ROOT, force_unmount, run, tinkerfs, wait_until
 from tinkerfs.fuse import mount_table
 
+#: Script that lets all users open /dev/fuse, in a mount namespace.
+DEVICES = """
+    mount -t tmpfs -o mode=755 none /dev
+    mknod -m 666 /dev/fuse c 10 229; mknod -m 666 /dev/null c 1 3
+    mknod -m 666 /dev/urandom c 1 9
+"""
 AS_OTHER_USER = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
@@ -43,6 +52,144 @@ def test_fstab_line_of_another_program_mounts(options, mountpoint, as_installed,
         f" ls {mountpoint}/runs | wc -l; umount {mountpoint}"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "10\n", "")
+
+
+@pytest.fixture
+def with_fstab(env, tmp_path):
+    """Return a function that runs a shell script with a line of /etc/fstab and mount helpers.
+
+    The script runs in a new mount namespace, in which /sbin has the helpers, and /etc/fstab has
+    only this line.
+    """
+    helpers = tmp_path / "sbin"
+    helpers.mkdir()
+    for name in ("mount.tinkerfs", "mount.fuse.tinkerfs"):
+        (helpers / name).symlink_to(Path(sys.executable).with_name("tinkerfs"))
+    fstab = tmp_path / "fstab"
+
+    def run_script(line, script):
+        fstab.write_text(f"{line}\n")
+        setup = f"""
+            set -e
+            sbin=$(readlink -f /sbin)
+            mount -t overlay overlay -o lowerdir={helpers}:$sbin $sbin
+            mount --bind {fstab} /etc/fstab
+        """
+        return run("unshare", "-m", "sh", "-c", f"{setup}{script}", env=env)
+
+    return run_script
+
+
+def test_fstab_line_of_own_type_mounts_once(mountpoint, with_fstab, needs_root):
+    options = "_netdev,nofail,x-systemd.automount,x-systemd.requires=a.service,allow_other,ro,ttl=5"
+    done = with_fstab(
+        f"tinker  {mountpoint}  tinkerfs  {options}  0  0",
+        f"""
+            mount -a
+            ls {mountpoint}/runs | wc -l
+            mount -a                                   # already mounted: nothing to do
+            findmnt --noheadings --output SOURCE,FSTYPE {mountpoint}
+            if mount -o remount,rw {mountpoint}; then exit 9; fi
+            ls {mountpoint}/runs | wc -l
+            umount {mountpoint}
+            mount --fake {mountpoint}
+            findmnt {mountpoint} || echo none
+        """,
+    )
+    assert done.returncode == 0, done
+    assert done.stdout.split() == ["10", "tinker", "fuse.tinkerfs", "10", "none"]
+    (refusal,) = done.stderr.splitlines()
+    assert refusal.startswith("tinkerfs: -o remount: a mounted file system has the options of its")
+
+
+def test_fstab_line_with_noauto_waits_for_mount(mountpoint, with_fstab, server, needs_root):
+    done = with_fstab(
+        f"{server.base_url}  {mountpoint}  fuse.tinkerfs  noauto,_netdev  0  0",
+        f"""
+            mount -a
+            findmnt {mountpoint} || echo none
+            mount {mountpoint}
+            findmnt --noheadings --output SOURCE {mountpoint}
+            umount {mountpoint}
+        """,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["none", server.base_url]
+
+
+def _let_others_run_this_interpreter():
+    """Return a script that opens a way to this interpreter and checkout, in a mount namespace.
+
+    Either may be in the home directory of root.
+    """
+    script = ""
+    for path in (Path(sys.base_prefix), ROOT):
+        parents = reversed(path.parents)
+        closed = next((each for each in parents if not each.stat().st_mode & stat.S_IXOTH), None)
+        if closed is not None:
+            script += f"""
+                mount --bind {path} /mnt
+                mount -t tmpfs -o mode=755 none {closed}
+                mkdir -p {path}
+                mount --move /mnt {path}
+            """
+    return script
+
+
+def test_fstab_line_with_user_lets_users_mount(public_directory, with_fstab, env, needs_root):
+    env["HOME"] = str(public_directory.with_name("home"))
+    done = with_fstab(
+        f"tinker  {public_directory}  fuse.tinkerfs  user,noauto  0  0",
+        f"""
+            {_let_others_run_this_interpreter()}
+            {DEVICES}
+            as_user="{" ".join(AS_OTHER_USER)}"
+            $as_user mount {public_directory}
+            $as_user ls {public_directory}/runs | wc -l
+            findmnt --noheadings --output OPTIONS {public_directory} | tr , '\n' | grep user_id
+            $as_user umount {public_directory}
+        """,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "10\nuser_id=65534\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("tinker", "usage: mount.tinkerfs SOURCE MOUNTPOINT [-o OPTIONS]"),
+        ("/dev/sda1 /mnt", "unknown source '/dev/sda1' (hint: `tinker`, or a URL)"),
+        ("tinker /mnt -x", "option -x not recognized (see mount(8), EXTERNAL HELPERS)"),
+        ("tinker /mnt -o ro,xyzzy=1", "-o xyzzy: unknown option (hint: valid options: "),
+        ("tinker /does/not/exist -s -o xyzzy=1", "/does/not/exist does not exist (hint: mkdir"),
+    ],
+)
+def test_mount_helper_explains_errors(arguments, message, tmp_path, env):
+    helper = tmp_path / "mount.tinkerfs"
+    helper.symlink_to(Path(sys.executable).with_name("tinkerfs"))
+    done = run(helper, *arguments.split(), env=env)
+    assert done.returncode in (1, 2)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"tinkerfs: {message}")
+
+
+def test_mount_before_the_network_serves_when_the_api_does(mountpoint, env, demo_server):
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+    env["TINKER_BASE_URL"] = f"http://127.0.0.1:{port}"
+    done = tinkerfs("mount", mountpoint, env=env)
+    assert done.returncode == 0
+    assert "mounting without a response from the server" in done.stderr
+    with pytest.raises(OSError, match="No route to host"):
+        os.listdir(mountpoint / "runs")
+    demo_server(port=port)
+    wait_until(lambda: _can_list(mountpoint / "runs"))
+
+
+def _can_list(directory):
+    with contextlib.suppress(OSError):
+        return len(os.listdir(directory)) == 10
+    return False
 
 
 def test_umount_without_privilege_calls_fusermount(mountpoint, env, tmp_path, needs_root):
@@ -109,9 +256,7 @@ def test_mount_denied_by_apparmor_names_it(public_directory, env, tmp_path, need
     ]
     script = f"""
         set -e
-        mount -t tmpfs -o mode=755 none /dev
-        mknod -m 666 /dev/fuse c 10 229; mknod -m 666 /dev/null c 1 3
-        mknod -m 666 /dev/urandom c 1 9
+        {DEVICES}
         mount --bind {shim} $(readlink -f $(command -v fusermount3))
         mount -t tmpfs none /sys/module
         mkdir -p /sys/module/apparmor/parameters

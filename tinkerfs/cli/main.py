@@ -5,10 +5,12 @@ its help. `tinkerfs --help` and shell completion import none of them and stay fa
 this package imports HTTP, FUSE or SQLite at module level.
 """
 
+import getopt
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -46,7 +48,8 @@ Exit codes:
   130  interrupted by Ctrl-C
 
 `tinkerfs SOURCE MOUNTPOINT -o OPTIONS`, the form that mount(8) and fstab use, is the same as
-`tinkerfs mount`. SOURCE is a URL, or `tinker` for the configured server."""
+`tinkerfs mount`. SOURCE is a URL, or `tinker` for the configured server. Under the name
+mount.tinkerfs it takes the arguments of a helper of mount(8)."""
 
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -89,10 +92,32 @@ def _as_command(args: list[str]) -> list[str]:
     if len(args) >= 2 and args[0] not in COMMANDS:
         source, rest = args[0], args[1:]
         if source == "tinker":
-            return ["mount", *rest]
+            return ["mount", "--source", source, *rest]
         if "://" in source:
-            return ["mount", "--base-url", source, *rest]
+            return ["mount", "--source", source, "--base-url", source, *rest]
     return args
+
+
+def _parse_helper_arguments(args: Sequence[str]) -> list[str]:
+    """Translate the arguments of a helper of mount(8) to `SOURCE MOUNTPOINT -o OPTIONS`.
+
+    mount(8) runs `/sbin/mount.TYPE SOURCE MOUNTPOINT [-sfnv] [-N NAMESPACE] [-o OPTIONS] [-t TYPE]`
+    for a type that the kernel does not know.
+    """
+    try:
+        flags, positional = getopt.gnu_getopt(list(args), "sfnvN:o:t:")
+    except getopt.GetoptError as error:
+        _fail(f"{error} (see mount(8), EXTERNAL HELPERS)", _EXIT_USAGE)
+    names = [flag for flag, _ in flags]
+    if len(positional) != 2:
+        _fail("usage: mount.tinkerfs SOURCE MOUNTPOINT [-o OPTIONS]", _EXIT_USAGE)
+    if "-f" in names:  # mount --fake does everything but mount
+        sys.exit(0)
+    if positional[0] != "tinker" and "://" not in positional[0]:
+        _fail(f"unknown source {positional[0]!r} (hint: `tinker`, or a URL)", _EXIT_USAGE)
+    options = [value for flag, value in flags if flag == "-o"]
+    options += ["sloppy"] if "-s" in names else []
+    return [*positional, "-o", ",".join(options)]
 
 
 @click.group(
@@ -117,6 +142,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Every failure is reported here, as one line on standard error and an exit code.
     """
+    if args is None and os.path.basename(sys.argv[0]).startswith("mount."):
+        args = _parse_helper_arguments(sys.argv[1:])
     try:
         cli.main(args=args, prog_name="tinkerfs", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -142,6 +169,6 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(f"{error.filename or 'failed'}: {error.strerror or error}", _EXIT_FAILED)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     click.echo(f"tinkerfs: {escape_control_chars(' '.join(message.split()))}", err=True)
     sys.exit(code)

@@ -18,7 +18,7 @@ _MOUNT_OPTIONS: Final = """
     defaults auto noauto user nouser users owner group nofail _netdev _rnetdev dev nodev suid
     nosuid exec noexec async sync dirsync atime noatime diratime nodiratime relatime norelatime
     strictatime nostrictatime lazytime nolazytime silent loud iversion noiversion mand nomand
-    symfollow nosymfollow comment bg fg
+    symfollow nosymfollow comment bg fg sloppy
 """
 
 #: Options of libfuse, fusermount and other FUSE programs, with or without a value.
@@ -42,9 +42,7 @@ _IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "user=", "uhelper=", "helper
 _TTL_HINT: Final = "ttl=S sets how long metadata is fresh; the kernel adds at most 1 s"
 _UMASK_HINT: Final = "umask=M applies to files and directories: files have no execute bits"
 _OWNER_HINT: Final = "uid=U,gid=G set the owner and group of everything"
-_KEY_HINT: Final = (
-    "the key is not an option; set TINKER_API_KEY or TINKER_CREDENTIAL_CMD, or log in"
-)
+_KEY_HINT: Final = "the key is not an option; api_key_file=FILE names a file with it"
 
 #: Option of another program -> what to use instead.
 _HINTS: Final = {
@@ -82,7 +80,6 @@ _HINTS: Final = {
     "debug": "log_level=debug,log_file=F",
     "dbglevel": "log_level=debug,log_file=F",
     "foreground": "use the flag --foreground, for a service manager",
-    "remount": "tinkerfs umount, then mount it again",
     "bind": "mount --bind an existing mount",
     "setuid": "uid=U,gid=G set the owner of everything; to drop privileges, mount as that user",
     "drop_privileges": "mount as another user; no privileges are needed",
@@ -102,11 +99,19 @@ class MountCommand(click.Command):
 
 def _flags(ctx: click.Context, items: list[str]) -> Iterator[str]:
     settings = settings_of(ctx.command)
+    if "remount" in items:  # first, because mount(8) adds all options of the mount
+        raise click.UsageError(
+            "-o remount: a mounted file system has the options of its start, and stays mounted"
+            " (hint: tinkerfs umount, then mount it again)",
+            ctx,
+        )
     for item in items:
         if not item or _is_ignored(item):
             continue
         name, equals, text = _ALIASES.get(item, item).partition("=")
         option = settings.get(name.replace("_", "-"))
+        if option is None and "sloppy" in items:
+            continue
         if option is None:
             raise click.UsageError(_explain_unknown(item, settings), ctx)
         if not equals and not option.is_flag:

@@ -86,11 +86,14 @@ class Binding:
         """Return a name for messages, such as "mfusepy with libfuse 3.14 (libfuse3.so.3)"."""
         return f"{self.name.rstrip('23')} with {self.library}"
 
-    def mount_options(self, *, read_only: bool, allow_other: bool) -> dict[str, str | bool]:
+    def mount_options(
+        self, *, source: str = "tinkerfs", read_only: bool, allow_other: bool
+    ) -> dict[str, str | bool]:
         """Return the mount options; libfuse rejects options that its version does not know."""
         options: dict[str, str | bool] = {
             # The type in /proc/mounts is then fuse.tinkerfs, which `tinkerfs status` looks for.
-            "fsname": "tinkerfs",
+            # libfuse splits options at commas that have no backslash before them (fuse_opt.h).
+            "fsname": source.replace("\\", "\\\\").replace(",", "\\,"),
             "subtype": "tinkerfs",
             "default_permissions": True,
             "nosuid": True,

@@ -124,8 +124,8 @@ def serve(
     without symbolic links, or `/dev/fd/N`. The mount of a descriptor is not gone on return: its
     requests fail with ENOTCONN when the process has exited, until the other process unmounts it.
 
-    `source` is the device in /proc/mounts. `ready` is called when the mount is ready, `reload` after
-    a SIGHUP, and `stopping` before the mount goes down. For the two timeouts see `Operations`.
+    `source` is the device in /proc/mounts. `ready` is called when the mount is ready, `reload`
+    after a SIGHUP, and `stopping` before the mount goes down. For the timeouts see `Operations`.
 
     Raises:
         StartupError: libfuse cannot mount, or the session failed.

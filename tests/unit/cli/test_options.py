@@ -196,7 +196,6 @@ def test_o_option_of_other_fuse_program_is_ignored(items, expected):
         ("dmask=022", "umask=M"),
         ("vfs_cache_mode=full", "cache_size=SIZE"),
         ("url=https://x", "base_url=URL"),
-        ("remount", "umount"),
         ("alow_other", "did you mean allow-other"),
         ("cache_sizes=3", "did you mean cache-size"),
         ("xyzzy", "valid options: allow-other, "),
@@ -206,6 +205,16 @@ def test_unknown_o_option_has_hint(item, hint):
     message = error_of("-o", f"ro,{item}")
     assert message.startswith(f"-o {item.partition('=')[0]}: unknown option (hint: ")
     assert hint in message
+
+
+def test_remount_is_refused_whatever_else_is_given():
+    message = error_of("-o", "rw,user_id=0,nosuid,remount,xyzzy")
+    assert message.startswith("-o remount: a mounted file system has the options of its start")
+    assert "tinkerfs umount" in message
+
+
+def test_sloppy_ignores_unknown_o_options():
+    assert parse("-o", "ro,xyzzy=3,sloppy") == Settings(read_only=True)
 
 
 def test_unknown_o_option_hides_its_value():
@@ -233,8 +242,11 @@ def test_relative_path_in_file_is_relative_to_file(user_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "command"),
     [
-        (["tinker", "/mnt", "-o", "ro"], ["mount", "/mnt", "-o", "ro"]),
-        (["https://x/y", "/mnt"], ["mount", "--base-url", "https://x/y", "/mnt"]),
+        (["tinker", "/mnt", "-o", "ro"], ["mount", "--source", "tinker", "/mnt", "-o", "ro"]),
+        (
+            ["https://x/y", "/mnt"],
+            ["mount", "--source", "https://x/y", "--base-url", "https://x/y", "/mnt"],
+        ),
         (["mount", "/mnt"], ["mount", "/mnt"]),
         (["nonsense", "/mnt"], ["nonsense", "/mnt"]),
         (["tinker"], ["tinker"]),
