@@ -17,7 +17,7 @@ from typing import Any, Final, Self, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from tinkerfs import errors
+from tinkerfs import errors, operating_system
 from tinkerfs.validity import Expiry, Validity
 
 T = TypeVar("T")
@@ -47,11 +47,7 @@ class Caller:
 
     def command(self) -> str:
         """Return the command name of the process, "?" if the process has exited."""
-        try:
-            with open(f"/proc/{self.pid}/comm", encoding="utf-8", errors="replace") as comm:
-                return comm.read().strip() or "?"
-        except OSError:
-            return "?"
+        return operating_system.command_of(self.pid)
 
     @classmethod
     def from_ids(cls, pid: int, uid: int) -> Self:
@@ -62,16 +58,7 @@ class Caller:
             group = 0
         if group <= 0:
             return cls(pid, uid, -1 - uid)
-        return cls(pid, uid, group, pid if group == pid else _process_of(pid))
-
-
-def _process_of(thread: int) -> int:
-    """Return the process id of a thread, or the thread id if it is unknown."""
-    try:
-        with open(f"/proc/{thread}/status", "rb") as status:
-            return int(status.read().partition(b"\nTgid:")[2].split(None, 1)[0])
-    except (OSError, IndexError, ValueError):
-        return thread
+        return cls(pid, uid, group, pid if group == pid else operating_system.process_of(pid))
 
 
 def _this_process() -> Caller:

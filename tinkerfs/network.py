@@ -18,6 +18,8 @@ from concurrent.futures import Future
 from itertools import zip_longest
 from typing import Any, TypeAlias
 
+from tinkerfs.operating_system import keepalive_options
+
 #: Delay before the next attempt unless the last one failed, seconds (RFC 8305, section 5).
 ATTEMPT_DELAY_S = 0.25
 
@@ -28,10 +30,7 @@ Address: TypeAlias = tuple[int, Any]
 #: minutes, and the kernel's default for the detection is 2 hours (tcp(7)).
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    *keepalive_options(idle_s=15, interval_s=5, count=3),
 )
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import httpcore
 
 from tinkerfs import network
+from tinkerfs.operating_system import time_with_suspend
 
 if TYPE_CHECKING:
     from urllib3.util.ssltransport import SSLTransport
@@ -185,7 +186,8 @@ class _Stream(httpcore.NetworkStream):
         self._timed = _TimedSocket(backend, sock)
         # SSLTransport uses only the methods `recv` and `sendall` of its socket.
         self._inner = None if inner is None else inner(cast("socket.socket", self._timed))
-        self._used_at = _now()
+        # A suspend counts as idle time, unlike on `time.monotonic`.
+        self._used_at = time_with_suspend()
         self._is_suspect = False
         self._last: Exchange | None = None
         if backend.current is not None:
@@ -205,9 +207,9 @@ class _Stream(httpcore.NetworkStream):
             except TimeoutError:
                 if is_shortened and exchange is not None:
                     exchange.is_connection_dead = True
-                    self._backend.trusted_since = _now() - IDLE_S
+                    self._backend.trusted_since = time_with_suspend() - IDLE_S
                 raise
-        self._is_suspect, self._used_at = False, _now()
+        self._is_suspect, self._used_at = False, time_with_suspend()
         if exchange is not None:
             exchange.received_bytes += len(data)
         if exchange is not None and exchange.is_head:
@@ -224,7 +226,7 @@ class _Stream(httpcore.NetworkStream):
         if exchange is not None and exchange is not self._last:
             exchange.is_reused, self._last = self._last is not None, exchange
             self._is_suspect = exchange.is_reused and self._idle_s >= IDLE_S
-        self._used_at = _now()
+        self._used_at = time_with_suspend()
         sock = self._inner or self._timed
         with _map_socket_errors(httpcore.WriteTimeout, httpcore.WriteError):
             self._timed.timeout_s = timeout
@@ -271,7 +273,7 @@ class _Stream(httpcore.NetworkStream):
 
     @property
     def _idle_s(self) -> float:
-        return _now() - self._used_at
+        return time_with_suspend() - self._used_at
 
     def _is_unusable(self) -> bool:
         """Return whether the calling thread must not use this idle connection."""
@@ -280,11 +282,6 @@ class _Stream(httpcore.NetworkStream):
         return self._used_at < self._backend.trusted_since or self._idle_s >= (
             KEEPALIVE_S if may_use_suspect else IDLE_S
         )
-
-
-def _now() -> float:
-    # A suspend counts as idle time, unlike on `time.monotonic` (clock_gettime(2)).
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _is_readable(sock: socket.socket) -> bool:

@@ -40,6 +40,7 @@ from tinkerfs.cache.directory import can_lock_files
 from tinkerfs.cache.eviction import Evictor, remove_data, scan_cache
 from tinkerfs.cache.file_locks import FileLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
+from tinkerfs.operating_system import NOWHERE
 from tinkerfs.telemetry import Telemetry
 
 #: Maximum number of files with a record of verified units; the record is cleared beyond it.
@@ -51,9 +52,6 @@ _USAGE_TTL_S = 5.0
 
 #: Part of the key of each file; another format of the files has another number.
 _FORMAT = 2
-
-#: Stands for a cache directory that does not exist and cannot be created.
-_NOWHERE = Path("/proc/self/no-cache")
 
 _PLAIN = DataLayout()
 
@@ -79,7 +77,7 @@ class BlockCache:
         min_free_bytes: int,
     ) -> None:
         max_bytes = max_bytes if directory is not None else 0
-        self.directory = directory or _NOWHERE
+        self.directory = directory or Path(NOWHERE)
         #: Whether new blocks may be stored.
         self.is_on = max_bytes > 0
         #: Whether the file system has locks that end with their process.

@@ -7,13 +7,11 @@ closed. The kernel releases them with the descriptor, however the process ends.
 
 import fcntl
 import os
-import struct
 import time
 
-_POLL_S = 0.02
+from tinkerfs import operating_system
 
-#: struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for these locks).
-_FLOCK = "@hhqqi4x"
+_POLL_S = 0.02
 
 
 class ByteRangeLocks:
@@ -30,12 +28,13 @@ class ByteRangeLocks:
         """Lock a byte; return whether that was possible within `timeout_s` seconds.
 
         Raises:
-            OSError: the file system does not support these locks.
+            OSError: the file system or the operating system does not support these locks.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                self._set(fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK, byte)
+                kind = fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK
+                operating_system.lock_byte(self._fd, kind, byte)
             except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: locked by another one
                 if time.monotonic() >= deadline:
                     return False
@@ -45,17 +44,15 @@ class ByteRangeLocks:
 
     def release(self, byte: int) -> None:
         """Unlock a byte."""
-        self._set(fcntl.F_UNLCK, byte)
+        operating_system.lock_byte(self._fd, fcntl.F_UNLCK, byte)
 
     def is_locked(self, byte: int) -> bool:
         """Return whether a byte is locked through another open file; lock nothing.
 
         Raises:
-            OSError: the file system does not support these locks.
+            OSError: as `acquire`.
         """
-        query = _flock(fcntl.F_WRLCK, byte)
-        kind: int = struct.unpack(_FLOCK, fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, query))[0]
-        return kind != fcntl.F_UNLCK
+        return operating_system.is_byte_locked(self._fd, byte)
 
     def is_linked(self) -> bool:
         """Return whether the file still has a name."""
@@ -64,10 +61,3 @@ class ByteRangeLocks:
     def close(self) -> None:
         """Close the file and release all locks."""
         os.close(self._fd)
-
-    def _set(self, kind: int, byte: int) -> None:
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(kind, byte))
-
-
-def _flock(kind: int, byte: int) -> bytes:
-    return struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)

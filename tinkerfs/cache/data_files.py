@@ -22,6 +22,7 @@ from xxhash import xxh3_64
 
 from tinkerfs import errors
 from tinkerfs.cache.data_layout import UNIT_BYTES, DataLayout, Part, decode_layout
+from tinkerfs.operating_system import NOWAIT
 from tinkerfs.safe_open import is_regular, open_regular, read_regular
 
 #: Returns a context manager that is entered during a wait.
@@ -29,9 +30,6 @@ BlockingSection = Callable[[], AbstractContextManager[object]]
 
 #: Number of units of one directory that can be verified at the same time.
 _CONCURRENT_CHECKS: Final = 8
-
-#: Flag for a read that fails instead of waiting for the disk (preadv2(2)); 0 if unsupported.
-_RWF_NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 
 #: A record: XXH3 of 64 bits, which detects corruption and is an order of magnitude faster than
 #: CRC-32 or SHA-256; the length; and padding.
@@ -118,7 +116,7 @@ class DataFiles:
         #: Number of blocks that this process is writing, and of begins and ends of such writes.
         #: Changed under _lock, read without it.
         self._writers = self._write_changes = 0
-        self._supports_nowait = bool(_RWF_NOWAIT)
+        self._supports_nowait = bool(NOWAIT)
         if wanted is not None:
             _create_layout(directory, wanted)
         self.layout = _read_layout(directory)
@@ -304,7 +302,7 @@ class DataFiles:
         fd = self._fds.get(number) or self._fd(number)
         if self._supports_nowait:
             try:
-                if os.preadv(fd, (view,), position, _RWF_NOWAIT) == len(view):
+                if os.preadv(fd, (view,), position, NOWAIT) == len(view):
                     return True
             except BlockingIOError:
                 pass  # none of the data is in the page cache

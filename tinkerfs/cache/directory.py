@@ -10,6 +10,7 @@ import secrets
 import stat
 from pathlib import Path
 
+from tinkerfs import operating_system
 from tinkerfs.errors import StartupError
 from tinkerfs.safe_open import open_regular
 
@@ -103,25 +104,20 @@ def can_lock_files(directory: Path) -> bool:
 
     They are the locks of fcntl(2). On FUSE and virtiofs the kernel may forward each lock, but not
     the close of the description. A lock would outlive its process, and the blocks under it would
-    never be evicted.
+    never be evicted. Other systems than Linux have no such locks.
+
+    Without locks, processes may download a block twice, and evict one that another process uses,
+    which then downloads it again.
     """
+    if not operating_system.HAS_BYTE_LOCKS:
+        return False
     fstype = file_system_of(directory)
     return fstype != "virtiofs" and not fstype.startswith("fuse")
 
 
 def file_system_of(path: Path) -> str:
-    """Return the file system type of `path`, or of its nearest parent that exists."""
-    device = os.stat(_nearest(path)).st_dev
-    device_id = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            for line in mounts:
-                fields = line.split()
-                if fields[2] == device_id:
-                    return fields[fields.index("-") + 1]
-    except OSError:
-        pass
-    return ""
+    """Return the file system type of `path`, or of its nearest parent; "" if it is unknown."""
+    return operating_system.file_system_type(os.stat(_nearest(path)).st_dev)
 
 
 def _fallback() -> Path:

@@ -87,6 +87,9 @@ def demo(
     The mount behaves like that of a real account, and sends nothing over the network. Runs until
     Ctrl-C, which unmounts; with --detach, until `tinkerfs umount MOUNTPOINT`.
     """
+    from tinkerfs.fuse import preflight  # lazy: not needed for --help
+
+    preflight.check_system()
     if detach and serve is None:
         start_in_background(mountpoint)
         return

@@ -163,7 +163,7 @@ def open_account(settings: Settings) -> "Iterator[App]":
         StartupError: The cache directory or the log file cannot be used.
     """
     from tinkerfs.app import open_app  # lazy: imports HTTP and SQLite
-    from tinkerfs.fuse.malloc import tune_malloc
+    from tinkerfs.operating_system import tune_malloc
 
     tune_malloc()
     logs.set_up(settings.log_level, settings.log_file, to_stderr=False)

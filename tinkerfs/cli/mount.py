@@ -51,6 +51,9 @@ def mount(
         tinkerfs mount --foreground --log-level debug ~/tinker
         mount -t fuse.tinkerfs tinker /mnt/tinker -o ro,allow_other
     """  # noqa: D301
+    from tinkerfs.fuse import preflight  # lazy: not needed for --help
+
+    preflight.check_system()
     if not foreground and serve is None:
         start_in_background(mountpoint)
         return

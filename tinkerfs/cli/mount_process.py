@@ -19,8 +19,8 @@ from tinkerfs.fuse import binding as bindings
 from tinkerfs.fuse import mounted_fd, preflight, session, stack_dump
 from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.daemonize import ReadinessNotifier
-from tinkerfs.fuse.malloc import tune_malloc
 from tinkerfs.fuse.passthrough import Passthrough
+from tinkerfs.operating_system import tune_malloc
 
 if TYPE_CHECKING:
     from tinkerfs.api.client import Client

@@ -17,6 +17,7 @@ from typing import Final, Literal
 
 from tinkerfs import errors
 from tinkerfs.fuse.mounted_fd import connection_device, parse_fd
+from tinkerfs.operating_system import CAN_MOUNT
 
 FSTYPE: Final = "fuse.tinkerfs"
 
@@ -83,7 +84,9 @@ class MountUser:
 
 
 def list_mounts(mountinfo: str = "/proc/self/mountinfo") -> list[Mount]:
-    """Return all mounts in this process's namespace, oldest first (proc(5))."""
+    """Return all mounts in this process's namespace, oldest first (proc(5)); none outside Linux."""
+    if not CAN_MOUNT:
+        return []
     # The kernel escapes only "\n" in names, so another user's mount may contain other line ends.
     with open(mountinfo, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         lines = file.read().split("\n")
@@ -322,7 +325,7 @@ def find_daemon_pids(mount: Mount) -> list[int]:
 def find_fd_daemons() -> list[FdDaemon]:
     """Return the daemons that serve a descriptor of another process's mount."""
     found = []
-    for name in os.listdir("/proc"):
+    for name in os.listdir("/proc") if CAN_MOUNT else ():
         arguments = _arguments(f"/proc/{name}") if name.isdigit() else []
         for fd in {parse_fd(argument) for argument in arguments} - {None}:
             if _readlink(f"/proc/{name}/fd/{fd}") == "/dev/fuse":

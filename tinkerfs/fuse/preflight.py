@@ -10,6 +10,7 @@ from typing import Final
 
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
+from tinkerfs.operating_system import CAN_MOUNT
 
 _DEVICE: Final = "/dev/fuse"
 _FUSE_CONF: Final = "/etc/fuse.conf"
@@ -19,12 +20,25 @@ _DEVICE_HINT: Final = (
 )
 
 
+def check_system() -> None:
+    """Check that the operating system is Linux.
+
+    Raises:
+        StartupError: it is another one.
+    """
+    if not CAN_MOUNT:
+        raise StartupError(
+            "only Linux can mount tinkerfs (hint: use tinkerfs get, or tinker:// with fsspec)"
+        )
+
+
 def check_device(path: str = _DEVICE) -> None:
     """Check that /dev/fuse can be opened.
 
     Raises:
-        StartupError: it cannot be opened.
+        StartupError: it cannot be opened, or the system is not Linux.
     """
+    check_system()
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:

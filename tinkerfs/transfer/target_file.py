@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
+from tinkerfs.operating_system import copy_range
 from tinkerfs.safe_open import open_regular
 from tinkerfs.transfer.destination import PARTIAL_PATTERN, Destination
 from tinkerfs.weights.file import WeightsFile
@@ -177,7 +178,7 @@ class TargetFile:
         try:
             while offset < self.file.size_bytes:
                 size_bytes = min(self.file.size_bytes - offset, _MAX_KERNEL_COPY_BYTES)
-                size_bytes = os.copy_file_range(cached, descriptor, size_bytes, offset, offset)
+                size_bytes = copy_range(cached, descriptor, size_bytes, offset)
                 if not size_bytes:
                     return
                 offset += size_bytes

@@ -25,6 +25,7 @@ from tinkerfs import errors
 from tinkerfs.clock import Clock
 from tinkerfs.config import Settings
 from tinkerfs.context import Caller
+from tinkerfs.operating_system import is_preview
 from tinkerfs.vfs.copy_tracker import COPIED_FILES, COPIED_LINKS, CopyTracker
 from tinkerfs.vfs.schema import ControlFile, Node, RemovalPolicy
 
@@ -106,7 +107,7 @@ class DeletionGuard:
         """Record that a file is opened for reading."""
         directory, _, name = path.rpartition("/")
         if name in _FILES and _CHECKPOINTS in directory:
-            if flags & (os.O_NOATIME | os.O_NOFOLLOW) == os.O_NOATIME:
+            if is_preview(flags) and not flags & os.O_NOFOLLOW:
                 return  # GIO opens files like this to choose their icons
             reader = caller()
             self._copies.on_read(directory, name, reader)

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from tinkerfs import errors
 from tinkerfs.cache.eviction import free_bytes
 from tinkerfs.context import RequestContext
+from tinkerfs.operating_system import is_preview
 from tinkerfs.validity import Validity
 from tinkerfs.vfs.deletion_guard import DeletionGuard
 from tinkerfs.vfs.directory_cache import CachedDirectory, DirectoryCache
@@ -225,7 +226,7 @@ class FileSystem:
                 raise errors.not_a_file(path)
             if access != os.O_RDONLY:
                 self.guard.check_open_to_write(node, ctx.caller)
-            elif flags & os.O_NOATIME and _has_size_hint(spec):
+            elif is_preview(flags) and _has_size_hint(spec):
                 # GIO (Thunar, Nautilus, `gio info`) opens a file with this flag to guess its type,
                 # if the suffix is unknown. An icon is not worth building an archive; after any
                 # errno but EPERM, GIO uses the name.

@@ -19,6 +19,7 @@ from typing import Any, cast
 import urllib3
 
 from tinkerfs import network
+from tinkerfs.operating_system import time_with_suspend
 
 #: A connection that was silent for longer must send its first byte within `PROBE_S`, seconds.
 IDLE_S = 1.0
@@ -78,7 +79,7 @@ class _DeadlineSocket(socket.socket):
         received_bytes = receive(buffer, *more)
         if not received_bytes:
             return 0
-        self.last_received_at = time.clock_gettime(time.CLOCK_BOOTTIME)
+        self.last_received_at = time_with_suspend()
         if self._first_deadline is not None:
             self._first_deadline = None
             self.settimeout(max(self._deadline - time.monotonic(), 0.001))
@@ -135,10 +136,7 @@ class _Response(http.client.HTTPResponse):
             super().begin()
             return
         last_received_at, probe_s = sock.last_received_at, None
-        if (
-            last_received_at is not None
-            and time.clock_gettime(time.CLOCK_BOOTTIME) - last_received_at > IDLE_S
-        ):
+        if last_received_at is not None and time_with_suspend() - last_received_at > IDLE_S:
             probe_s = min(PROBE_S, self._timeout_s)
         sock.set_deadline(self._timeout_s, probe_s)
         try:

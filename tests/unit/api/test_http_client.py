@@ -21,6 +21,7 @@ from tinkerfs import errors, network
 from tinkerfs.api import network_backend
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.context import Caller
+from tinkerfs.operating_system import time_with_suspend
 from tinkerfs.operation_log import OperationLog
 from tinkerfs.retry import Backoff
 
@@ -266,8 +267,8 @@ def test_archive_request_does_not_use_idle_connection(hostile, client_of):
 def test_connection_idle_during_suspend_is_not_used(hostile, client_of, monkeypatch):
     client = client_of(hostile)
     client.all_training_runs()
-    resumed_at = time.clock_gettime(time.CLOCK_BOOTTIME) + 3600
-    monkeypatch.setattr(network_backend, "_now", lambda: resumed_at)
+    resumed_at = time_with_suspend() + 3600
+    monkeypatch.setattr(network_backend, "time_with_suspend", lambda: resumed_at)
     client.all_training_runs()
     assert connections_of(hostile) == [1, 2]
 
