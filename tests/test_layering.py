@@ -28,12 +28,15 @@ BASE = {
     "context",
     "errors",
     "formatting",
+    "histogram",
     "journal",
     "name_encoding",
     "network",
     "operating_system",
+    "operation_counts",
     "operation_log",
     "printable",
+    "prometheus",
     "proxies",
     "retry",
     "safe_open",
@@ -86,6 +89,7 @@ CONFINED = {
     "httpcore": {"api"},
     "httpx": {"api"},
     "mfusepy": {"fuse"},
+    "prometheus_client": {"prometheus"},
     "pyrage": {"transfer.age"},
     "sqlite3": {"cache"},
     "urllib3": {"api.network_backend", "weights.http", "weights.store_connection"},
@@ -93,7 +97,7 @@ CONFINED = {
 }
 
 #: Import name -> name of the installed distribution, if they differ.
-INSTALLED_AS = {"fuse": "fusepy"}
+INSTALLED_AS = {"fuse": "fusepy", "prometheus_client": "prometheus-client"}
 
 
 def violations(module, source):

@@ -8,6 +8,7 @@ file with it: `api/key_sources.py` finds the key, so that it cannot appear in a 
 import math
 import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 #: The official service (Tinker SDK, _client.py).
 DEFAULT_BASE_URL = "https://tinker.thinkingmachines.dev/services/tinker-prod"
@@ -49,6 +50,27 @@ def parse_duration_s(text: str) -> float:
 RELOADABLE = frozenset({"log_level", "ttl_s", "stale_if_error_s"})
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Return the host and port of ADDRESS:PORT, :PORT or PORT; the default host is 127.0.0.1.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    host, colon, port = text.strip().rpartition(":")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if is_bracketed:
+        host = host[1:-1]
+    try:
+        if is_bracketed or ":" in host:
+            ip_address(host)
+        number = int(port) if port.isascii() and port.isdigit() else -1
+    except ValueError:
+        number = -1
+    if not 0 < number < 65536 or (":" in host and not is_bracketed) or (is_bracketed and not colon):
+        raise ValueError(f"not an address: {text!r} (hint: 9464, 127.0.0.1:9464 or [::1]:9464)")
+    return host or "127.0.0.1", number
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The settings of one mount; all times in seconds.
@@ -77,4 +99,5 @@ class Settings:
     umask: int = 0
     log_file: str | None = None
     log_level: str = "warning"
+    metrics: str | None = None
     audit: str | None = None

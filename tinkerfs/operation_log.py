@@ -20,6 +20,7 @@ import msgspec
 
 from tinkerfs import errors
 from tinkerfs.context import Caller
+from tinkerfs.operation_counts import OperationCounts
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +107,17 @@ def current_operation() -> ActiveOperation | None:
 
 
 class OperationLog:
-    """Passes the record of each operation to the subscribers. Thread-safe.
+    """Passes the record of each operation to the subscribers, and counts all. Thread-safe.
 
     Attributes:
+        counts: counts of the operations, with or without a subscriber.
         is_observed: whether there is a subscriber. A plain attribute, because every operation
             checks it.
     """
 
     def __init__(self) -> None:
         self.is_observed = False
+        self.counts = OperationCounts()
         self._lock = threading.Lock()
         self._subscribers: tuple[Subscriber, ...] = ()  # replaced under _lock, read without it
 

@@ -17,11 +17,15 @@ from functools import partial
 from tinkerfs import errors
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import Caller
+from tinkerfs.histogram import DurationHistogram, HistogramValues
 from tinkerfs.journal import Journal
 from tinkerfs.operation_log import OperationLog
 from tinkerfs.printable import escape_control_chars
 
 log = logging.getLogger(__name__)
+
+#: Returns a number, or the name of a state.
+Gauge = Callable[[], int | str]
 
 
 @dataclass(slots=True)
@@ -87,6 +91,9 @@ class Telemetry:
         self._last_error: _ErrorRecord | None = None
         self._pending: dict[int, tuple[Callable[[], str], float]] = {}
         self._next_pending = 0
+        self._request_durations: dict[str, DurationHistogram] = {}
+        self._waits = DurationHistogram()
+        self._gauges: dict[str, Gauge] = {}
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add to a named counter, e.g. "metadata_cache_hits"."""
@@ -104,10 +111,53 @@ class Telemetry:
             now = self._clock.monotonic()
             return [(what(), now - since) for what, since in self._pending.values()]
 
-    def record_request(self, endpoint: str, outcome: str) -> None:
-        """Count one HTTP request by its outcome: the status, or the kind of failure."""
+    def record_request(self, endpoint: str, outcome: str, duration_s: float | None = None) -> None:
+        """Count one HTTP request by its outcome: the status, or the kind of failure.
+
+        Args:
+            duration_s: time to the end of its response, seconds; None for a transfer of weights.
+        """
         with self._lock:
             self._requests.setdefault(endpoint, Counter())[outcome] += 1
+            if duration_s is not None:
+                durations = self._request_durations.setdefault(endpoint, DurationHistogram())
+                durations.observe(duration_s)
+
+    def add_gauge(self, name: str, read: Gauge) -> None:
+        """Show a value that is read when it is needed, by a function that never blocks."""
+        with self._lock:
+            self._gauges[name] = read
+
+    def requests(self) -> dict[str, dict[str, int]]:
+        """Return the number of HTTP requests by endpoint and outcome."""
+        with self._lock:
+            return {name: dict(counts) for name, counts in sorted(self._requests.items())}
+
+    def request_durations(self) -> dict[str, HistogramValues]:
+        """Return the durations of API requests by endpoint."""
+        with self._lock:
+            durations = sorted(self._request_durations.items())
+        return {endpoint: histogram.values() for endpoint, histogram in durations}
+
+    def waits(self) -> HistogramValues:
+        """Return the durations of the pending waits that have ended."""
+        return self._waits.values()
+
+    def counters(self) -> dict[str, int]:
+        """Return the values of all named counters."""
+        with self._lock:
+            return dict(sorted(self._counters.items()))
+
+    def gauges(self) -> dict[str, int | str]:
+        """Return the current value of each gauge."""
+        with self._lock:
+            gauges = sorted(self._gauges.items())
+        return {name: read() for name, read in gauges}
+
+    @property
+    def started_at(self) -> float:
+        """The time of the start, seconds since 1970."""
+        return self._started
 
     def record_error(self, path: str, operation: str, error: OSError) -> None:
         """Record and log a failed operation; a repetition only increments its count."""
@@ -161,13 +211,15 @@ class Telemetry:
             yield
         finally:
             with self._lock:
-                del self._pending[number]
+                _describe, since = self._pending.pop(number)
+            self._waits.observe(self._clock.monotonic() - since)
 
     def snapshot(self) -> dict[str, object]:
         """Return all values as plain JSON types; times as RFC 3339, durations in seconds."""
+        requests, gauges = self.requests(), self.gauges()
+        durations, waits = self.request_durations(), self.waits()
         with self._lock:
             now = self._clock.monotonic()
-            requests = {name: dict(counts) for name, counts in sorted(self._requests.items())}
             hits = self._counters["metadata_cache_hits"]
             lookups = hits + self._counters["metadata_cache_misses"]
             return {
@@ -175,9 +227,15 @@ class Telemetry:
                 "started": rfc3339(self._started),
                 "uptime_s": round(now - self._started_monotonic, 3),
                 "api_requests": requests,
+                "api_request_duration_s": {
+                    endpoint: round(values.sum_s, 6) for endpoint, values in durations.items()
+                },
                 "api_requests_total": sum(sum(counts.values()) for counts in requests.values()),
                 "metadata_cache_hit_ratio": round(hits / lookups, 4) if lookups else None,
                 "passthrough": self.passthrough,
+                **self.operations.counts.snapshot(),
+                "waits": {"count": waits.count, "duration_s": round(waits.sum_s, 6)},
+                "gauges": gauges,
                 "counters": dict(sorted(self._counters.items())),
                 "pending": [
                     {"what": escape_control_chars(what()), "elapsed_s": round(now - since, 3)}

@@ -83,6 +83,18 @@ class ConcurrencyLimiter:
         with self._lock:
             return self._current_limit
 
+    @property
+    def running(self) -> int:
+        """The number of permits that are held."""
+        with self._lock:
+            return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """The number of requests that wait for a permit."""
+        with self._lock:
+            return len(self._queue)
+
     @contextmanager
     def acquire(self, endpoint: Endpoint, deadline: float, priority: Priority) -> Iterator[Permit]:
         """Wait for a permit and hold it in the body.

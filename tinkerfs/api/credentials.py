@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import Enum
 
 from tinkerfs.api.jwt import expiry_of
 from tinkerfs.api.key_sources import COMMAND_TIMEOUT_S, RENEW_BEFORE_S, find_key_source
@@ -50,11 +50,15 @@ class _State(Enum):
     """What happens to requests."""
 
     #: They are sent; without a key, or if it must be renewed, the source is read first.
-    USABLE = auto()
+    USABLE = "usable"
     #: They fail locally until the backoff ends or the source changes. Then the source is read.
-    BACKING_OFF = auto()
+    BACKING_OFF = "backing_off"
     #: One of them is sent with the rejected key; the others fail locally.
-    RETRYING = auto()
+    RETRYING = "retrying"
+
+
+#: What a key may be: usable; rejected, and not sent; rejected, and sent once more.
+KEY_STATES = tuple(state.value for state in _State)
 
 
 class Credentials:
@@ -106,6 +110,11 @@ class Credentials:
     def source(self) -> str:
         """Name of the key's source for messages."""
         return self._source.name
+
+    @property
+    def state(self) -> str:
+        """Name of what happens to requests: one of `KEY_STATES`."""
+        return self._state.value
 
     def get(self) -> str:
         """Return the current key; may run the credential command.

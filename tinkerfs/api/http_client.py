@@ -182,7 +182,7 @@ class HttpClient:
                 outcome = _outcome_label(failure.error)
                 raise failure from None
             finally:
-                self._telemetry.record_request(label, outcome)
+                self._telemetry.record_request(label, outcome, time.monotonic() - started_at)
 
     def _check_order(self, exchange: Exchange, label: str) -> None:
         """Reject surplus bytes of the previous response on the same connection.

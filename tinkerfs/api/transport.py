@@ -114,6 +114,10 @@ class Transport:
         self._backoff = backoff
         self._clock = clock
         self._limiter = ConcurrencyLimiter(concurrency, clock)
+        telemetry.add_gauge("api_permits", lambda: self._limiter.limit)
+        telemetry.add_gauge("api_permits_used", lambda: self._limiter.running)
+        telemetry.add_gauge("api_permits_awaited", lambda: self._limiter.waiting)
+        telemetry.add_gauge("key", lambda: credentials.state)
         self._tokens = TokenExchange(self._post_with_key, clock)
         self._http = HttpClient(
             base_url.rstrip("/") + "/api/v1/",

@@ -21,6 +21,7 @@ from tinkerfs.fuse.binding import Binding
 from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.passthrough import Passthrough
 from tinkerfs.operating_system import tune_malloc
+from tinkerfs.prometheus import serve_metrics
 
 if TYPE_CHECKING:
     from tinkerfs.api.client import Client
@@ -100,7 +101,7 @@ def _serve(
 
     from tinkerfs.app import open_app  # lazy: imports HTTP and SQLite, the checks need neither
 
-    with open_app(settings) as app:
+    with open_app(settings) as app, serve_metrics(settings.metrics, app.telemetry):
         if check_key:
             _verify_credentials(app.client)
         if session.is_stop_pending():

@@ -27,6 +27,7 @@ from tinkerfs.config import (
     SYSLOG,
     TTL_RANGE_S,
     Settings,
+    parse_address,
     parse_duration_s,
 )
 from tinkerfs.errors import StartupError
@@ -120,10 +121,16 @@ def _parse_audit(text: str) -> str:
     return text if text == SYSLOG else _parse_path(text)
 
 
+def _parse_address(text: str) -> str:
+    parse_address(text)
+    return text.strip()
+
+
 _DURATION: Final = _Parsed("duration", parse_duration_s)
 _TIMEOUT: Final = _Parsed("duration", _parse_timeout_s)
 _PATH: Final = _Parsed("path", _parse_path)
 _AUDIT: Final = _Parsed("destination", _parse_audit)
+_ADDRESS: Final = _Parsed("address", _parse_address)
 _UMASK: Final = _Parsed("umask", _parse_umask)
 _ID: Final = click.IntRange(0, 2**32 - 2)  # see chown(2): the next number means no change
 
@@ -393,6 +400,13 @@ _OPTIONS: Final = {
         click.Choice(LOG_LEVELS, case_sensitive=False),
         "warning",
         f"Least severe level to log: {', '.join(LOG_LEVELS)}.",
+    ),
+    "metrics": _setting(
+        "--metrics ADDRESS:PORT",
+        _ADDRESS,
+        None,
+        "Serve metrics for Prometheus over HTTP; without ADDRESS, at 127.0.0.1.",
+        show_default="none",
     ),
     "audit": _setting(
         "--audit DEST",

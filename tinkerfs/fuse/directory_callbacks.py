@@ -131,6 +131,7 @@ class DirectoryCallbacks:
             if wants_files and operations.is_unmodified(directory):
                 prepared = self._prepare(directory)
                 if prepared is not None:
+                    operations.operation_log.counts.cached_readdirs += 1
                     return self._fill_prepared(prepared, fill, buffer, offset)
             entries = operations.readdir(fh, offset)  # may block
         except OSError as error:

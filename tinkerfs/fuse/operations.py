@@ -16,6 +16,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import TYPE_CHECKING, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 from msgspec.structs import replace
@@ -67,11 +68,13 @@ def _named_operation(
     name: str, method: Callable[Concatenate[Self, P], R]
 ) -> Callable[Concatenate[Self, P], R]:
     """Wrap a method as `_operation` does; `name` is that of the FUSE operation."""
+    is_read, is_write = name == "read", name == "write"
 
     @functools.wraps(method)
     def wrapped(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        active = self._begin(name, args) if self.operation_log.is_observed else None
-        number, result = 0, None
+        operation_log = self.operation_log
+        active = self._begin(name, args) if operation_log.is_observed else None
+        started, number, result = perf_counter(), 0, None
         try:
             result = method(self, *args, **kwargs)
             return result
@@ -82,12 +85,18 @@ def _named_operation(
                 raise
             raise failure from error
         finally:
+            read_bytes = result if is_read and isinstance(result, int) else 0
+            written_bytes = result if is_write and isinstance(result, int) else 0
+            operation_log.counts.record(
+                name,
+                perf_counter() - started,
+                number,
+                read_bytes=read_bytes,
+                written_bytes=written_bytes,
+            )
             if active is not None:
-                self.operation_log.end(
-                    active,
-                    number,
-                    read_bytes=result if name == "read" and isinstance(result, int) else 0,
-                    written_bytes=result if name == "write" and isinstance(result, int) else 0,
+                operation_log.end(
+                    active, number, read_bytes=read_bytes, written_bytes=written_bytes
                 )
 
     return wrapped

@@ -35,10 +35,11 @@ class StatCallbacks:
         module: the binding, which defines the layout of the structures.
     """
 
-    __slots__ = ("_cached_stats", "_fh_of", "_operations", "_pack", "_stat_bytes")
+    __slots__ = ("_cached_stats", "_counts", "_fh_of", "_operations", "_pack", "_stat_bytes")
 
     def __init__(self, operations: Operations, module: Any) -> None:
         self._operations = operations
+        self._counts = operations.operation_log.counts
         self._pack = make_stat_packer(module.c_stat)
         self._stat_bytes = ctypes.sizeof(module.c_stat)
         self._fh_of = make_fh_reader(module.fuse_file_info)
@@ -53,8 +54,10 @@ class StatCallbacks:
             reply = self._cached_stats.get(path) or self._stat_from_listing(path)
         if reply is None:
             reply = self._stat_uncached(path, info)
-        elif not reply.is_directory:
-            self._operations.note_file_stat()
+        else:
+            self._counts.cached_getattrs += 1
+            if not reply.is_directory:
+                self._operations.note_file_stat()
         if reply.errno:
             return -reply.errno
         memmove(buffer, reply.packed, self._stat_bytes)
@@ -66,6 +69,7 @@ class StatCallbacks:
         target = None if entry is None else entry.target
         decoded = path.decode("utf-8", "surrogateescape")
         if target is not None:
+            self._counts.cached_readlinks += 1
             self._operations.on_readlink(decoded)
         else:
             try:

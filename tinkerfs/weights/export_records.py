@@ -166,6 +166,11 @@ class ExportRecords:
         self._reload(max_age_s)
         return self._records.get(key)
 
+    def count(self, state: ExportState) -> int:
+        """Return the number of records in a state, as last read."""
+        with self._lock:
+            return sum(record.state is state for record in self._records.values())
+
     def is_empty(self, max_age_s: float = 0.0) -> bool:
         """Return whether there are no records."""
         self._reload(max_age_s)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Final, Self, TypeVar
 
 import msgspec
@@ -88,6 +89,11 @@ class Exports:
         self._flights: SingleFlight[str, Future[ExportRecord]] = SingleFlight()
         self._lock = threading.Lock()
         self._running: dict[str, tuple[Export, ExportProgress]] = {}  # guarded by _lock
+        telemetry.add_gauge("exports_running", lambda: len(self._running))
+        for state in ExportState:
+            telemetry.add_gauge(
+                f"export_records_{state.value}", partial(self._records.count, state)
+            )
         # A process id alone may be used again, and is not unique among PID namespaces.
         self._process = f"{os.getpid()}:{secrets.token_hex(8)}"
 

@@ -110,6 +110,7 @@ class WeightsReader:
         self.moe_layout = moe_layout
         self.memory = BlockMemoryPool(memory_bytes)
         self._files = RemoteFilePool(cache, self.memory, telemetry, timeout_s=timeout_s)
+        telemetry.add_gauge("blocks_in_flight", self._files.blocks_in_flight)
         self.traces = Traces(
             url_cache, self._origins.connect, self._files, store, telemetry, url_age_s=url_age_s
         )

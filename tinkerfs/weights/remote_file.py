@@ -128,6 +128,8 @@ class RemoteFile:
         for view, index, first in split_by_block(buffer, start):
             is_cached = self._fill(view, index, first, ctx)
             self._telemetry.count("block_cache_hits" if is_cached else "block_cache_misses")
+            if is_cached:
+                self._telemetry.count("block_cache_bytes_read", len(view))
             if not is_cached:
                 future = self._ensure_download(range(index, index + 1), ctx)
                 missing.append((view, index, first, future))
@@ -163,6 +165,11 @@ class RemoteFile:
         """Return whether no download is in flight."""
         with self._sink.lock:
             return not self._sink.in_flight
+
+    def blocks_in_flight(self) -> int:
+        """Return the number of blocks that are being downloaded, or will be."""
+        with self._sink.lock:
+            return len(self._sink.in_flight)
 
     def prepare(self, ctx: RequestContext) -> None:
         """Get a signed URL; wait until the archive is built.

@@ -62,6 +62,10 @@ class RemoteFilePool:
         stored.on_open(partial(_is_open, weakref.ref(file)))
         return file
 
+    def blocks_in_flight(self) -> int:
+        """Return the number of blocks that are being downloaded, or will be."""
+        return sum(file.blocks_in_flight() for file in list(self._files.values()))
+
     def is_idle(self) -> bool:
         """Return whether no download is in flight."""
         return all(file.is_idle() for file in list(self._files.values()))

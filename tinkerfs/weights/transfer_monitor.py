@@ -79,6 +79,7 @@ class TransferMonitor:
     def record_chunk(self, size_bytes: int) -> None:
         """Count the bytes of a received chunk."""
         self._telemetry.count("bytes_received", size_bytes)
+        self._telemetry.count("store_bytes_received", size_bytes)
 
     def touch(self) -> None:
         """Record that a connection was used just now."""
