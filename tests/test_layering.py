@@ -21,6 +21,7 @@ MAX_LINES = 500
 LONG_MODULES: dict[str, str] = {}
 
 BASE = {
+    "access_log",
     "audit",
     "clock",
     "concurrency",

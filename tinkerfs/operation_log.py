@@ -39,6 +39,7 @@ class OperationRecord(msgspec.Struct, frozen=True, kw_only=True):
         errno: the errno that the caller received; 0 for success.
         started_at: time of its start, seconds since 1970.
         duration_s: time from its start to its end, seconds.
+        offset: position in the file of the data that a read returned.
         read_bytes: length of the data that it returned.
         written_bytes: length of the data that it accepted.
         request_ids: the server's ids of the API requests that it started, the oldest first.
@@ -50,6 +51,7 @@ class OperationRecord(msgspec.Struct, frozen=True, kw_only=True):
     errno: int
     started_at: float
     duration_s: float
+    offset: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
     request_ids: tuple[str, ...] = ()
@@ -83,7 +85,9 @@ class ActiveOperation:
         if len(self._request_ids) < MAX_REQUEST_IDS:
             self._request_ids.append(request_id)
 
-    def record(self, errno: int, read_bytes: int, written_bytes: int) -> OperationRecord:
+    def record(
+        self, errno: int, offset: int, read_bytes: int, written_bytes: int
+    ) -> OperationRecord:
         """Return the record of this operation, which ends now."""
         return OperationRecord(
             operation=self.operation,
@@ -92,6 +96,7 @@ class ActiveOperation:
             errno=errno,
             started_at=self.started_at,
             duration_s=time.perf_counter() - self._started,
+            offset=offset,
             read_bytes=read_bytes,
             written_bytes=written_bytes,
             request_ids=tuple(self._request_ids),
@@ -145,12 +150,18 @@ class OperationLog:
         return active
 
     def end(
-        self, active: ActiveOperation, errno: int, *, read_bytes: int = 0, written_bytes: int = 0
+        self,
+        active: ActiveOperation,
+        errno: int,
+        *,
+        offset: int = 0,
+        read_bytes: int = 0,
+        written_bytes: int = 0,
     ) -> None:
         """Pass the record of an operation to the subscribers; their failures are only logged."""
         if active.token is not None:
             _current.reset(active.token)
-        record = active.record(errno, read_bytes, written_bytes)
+        record = active.record(errno, offset, read_bytes, written_bytes)
         for subscriber in self._subscribers:
             try:
                 subscriber(record)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from tinkerfs import errors
+from tinkerfs.access_log import AccessLog
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.context import Caller
 from tinkerfs.histogram import DurationHistogram, HistogramValues
@@ -82,6 +83,8 @@ class Telemetry:
         self.passthrough = "off: not a mount"
         self.on_change_ended: Callable[[MutationRecord], None] = lambda _change: None
         self.operations = OperationLog()
+        #: The operations as lines, while they are read.
+        self.access_log = AccessLog(self.operations)
         #: The last failures and changes. Only this class changes their entries.
         self.errors: Journal[_ErrorRecord] = Journal(_format_error)
         self.changes: Journal[MutationRecord] = Journal(_format_mutation)

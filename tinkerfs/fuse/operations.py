@@ -96,7 +96,11 @@ def _named_operation(
             )
             if active is not None:
                 operation_log.end(
-                    active, number, read_bytes=read_bytes, written_bytes=written_bytes
+                    active,
+                    number,
+                    offset=args[-1] if is_read and isinstance(args[-1], int) else 0,
+                    read_bytes=read_bytes,
+                    written_bytes=written_bytes,
                 )
 
     return wrapped

@@ -236,7 +236,7 @@ class FileSystem:
             if isinstance(spec, ContentFile):
                 return self._open_content(node, spec, ctx)
             if isinstance(spec, GeneratedFile) and spec.journal is not None:
-                return JournalHandle(path, spec.journal(node))
+                return JournalHandle(path, spec.journal(node), waits=spec.waits)
         except (errors.ApiError, OSError) as error:
             self._raise_os_error(error, path, "open")
         try:
@@ -409,6 +409,9 @@ class FileSystem:
         return Attr(mode, size_bytes, mtime_ns, ino, nlink, self._uid, self._gid)
 
     def _size_bytes(self, node: Node, spec: FileSpec, ctx: RequestContext) -> int:
+        if isinstance(spec, GeneratedFile) and spec.journal is not None:
+            ctx.mark_uncacheable()
+            return spec.journal(node).size_bytes
         if isinstance(spec, ControlFile) or spec.size_hint is None:
             return len(self._render(node, ctx))
         ctx.mark_uncacheable()

@@ -1,9 +1,11 @@
 """Handles of open files: generated files, controls, journals and weights."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, NoReturn
 
 import msgspec
+from msgspec.structs import replace
 
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
@@ -120,7 +122,13 @@ class ControlHandle:
 
 
 class JournalHandle:
-    """An open journal; reads include lines added after open(). Thread-safe."""
+    """An open journal; reads include lines added after open(). Thread-safe.
+
+    Args:
+        path: as `Handle.path`.
+        journal: opened here, and closed by `close`.
+        waits: whether a read at the end waits for the next line, as a read of a pipe does.
+    """
 
     #: The file grows without the kernel's knowledge.
     direct_io = True
@@ -128,20 +136,51 @@ class JournalHandle:
     size_hint_reported_at = None
     backing_fd = None
 
-    def __init__(self, path: str, journal: Journal[Any]) -> None:
+    def __init__(self, path: str, journal: Journal[Any], *, waits: bool) -> None:
         self.path = path
         self._journal = journal
+        self._waits = waits
+        self._lock = threading.Lock()
+        # All guarded by _lock.
+        #: What to add to an offset in the file for a position in the journal.
+        self._shift = 0
+        #: Number of lines before the last position, and whether it was the start of a line.
+        self._lines = 0
+        self._is_line_start = True
         journal.open()
 
     @property
     def size_bytes(self) -> int:
         """The current length."""
-        return len(self._journal.text())
+        return self._journal.size_bytes
 
     def read(self, size: int, offset: int, ctx: RequestContext) -> bytes:
-        """Return the current bytes of [offset, offset + size)."""
-        del ctx
-        return self._journal.read(size, offset)
+        """Return the current bytes of [offset, offset + size).
+
+        In place of lines that were dropped before they were read, it returns their number.
+        """
+        data = self._read(size, offset)
+        while self._waits and not data and size:
+            with self._lock:
+                position = offset + self._shift
+            replace(ctx, timeout_s=None).wait_for(self._journal.growth(position))
+            data = self._read(size, offset)
+        return data
+
+    def _read(self, size: int, offset: int) -> bytes:
+        with self._lock:
+            position = offset + self._shift
+            data, first, dropped_lines = self._journal.read(size, position)
+            if first > position:
+                missed = max(dropped_lines - self._lines, 1)
+                end = "" if self._is_line_start else "\n"
+                data = f"{end}# {missed} lines dropped\n".encode()[:size]
+                self._shift, self._lines = first - offset - len(data), dropped_lines
+                self._is_line_start = True
+            elif data:
+                self._lines += data.count(b"\n")
+                self._is_line_start = data.endswith(b"\n")
+            return data
 
     def read_into(self, buffer: memoryview, offset: int, ctx: RequestContext) -> int:
         """Fill a buffer with the bytes from `offset` on, and return their number."""

@@ -378,6 +378,17 @@ _ADAPTERS = views.adapters(
     )
 )
 
+_ACCESS_LOG = GeneratedFile(
+    "access_log",
+    "a line per file operation while it is read; a read waits for the next line; not listed",
+    lambda node, _ctx: node.backend.telemetry.access_log.text(),
+    mode=0o600,
+    journal=lambda node: node.backend.telemetry.access_log,
+    waits=True,
+    is_volatile=True,
+    mtime_ns=_now_ns,
+)
+
 _TINKERFS = Directory(
     ".tinkerfs",
     "the mount's own control files",
@@ -406,6 +417,12 @@ _TINKERFS = Directory(
             journal=lambda node: node.backend.telemetry.changes,
             is_volatile=True,
             mtime_ns=_now_ns,
+        ),
+        DynamicEntries(
+            _ACCESS_LOG,
+            lambda _node, _ctx: (),  # needed only for truncated names, which do not occur here
+            lambda _node, name, _ctx: name if name == _ACCESS_LOG.name else None,
+            False,  # a program that reads every file would wait for ever
         ),
         ControlFile(
             "refresh",

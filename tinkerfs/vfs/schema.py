@@ -106,6 +106,7 @@ class GeneratedFile:
             the content is cached.
         is_volatile: the content differs on every read and is never cached.
         journal: returns the journal that an open file follows as it grows; None for other files.
+        waits: a read at the end of the journal waits for the next line.
         mtime_ns: None to use the modification time of the directory.
     """
 
@@ -118,6 +119,7 @@ class GeneratedFile:
     is_expensive: bool = False
     is_volatile: bool = False
     journal: Callable[[Node], Journal[Any]] | None = None
+    waits: bool = False
     mtime_ns: Callable[[Node, RequestContext], int] | None = None
 
     @property
