@@ -29,6 +29,7 @@ def main() -> int:
         "families": [loaders],
         "vllm_engine": [loaders],
         "mount_checks": mounts,
+        "systemd_units": [],
     }
     for name, arguments in checks.items():
         command = [sys.executable, "-m", f"{__package__}.{name}", *arguments]
