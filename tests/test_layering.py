@@ -1,6 +1,6 @@
 """Enforce the import rules of docs/development/architecture.md.
 
-    cli -> fuse, fsspec -> app -> transfer -> vfs -> catalog, weights -> api, cache -> base
+    cli -> fuse, fsspec, webdav -> app -> transfer -> vfs -> catalog, weights -> api, cache -> base
 
 A part imports only parts to its right, and not its neighbour of one level. `demo` imports none.
 """
@@ -60,8 +60,10 @@ ALLOWED_IMPORTS = {
     "app": BASE | {"api", "cache", "catalog", "weights", "vfs", "transfer"},
     "fuse": BASE | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app"},
     "fsspec": BASE | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app"},
+    "webdav": BASE | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app"},
     "cli": BASE
-    | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app", "fuse", "fsspec", "demo"},
+    | {"api", "cache", "catalog", "weights", "vfs", "transfer", "app"}
+    | {"fuse", "fsspec", "webdav", "demo"},
     "demo": set(),
     "__init__": set(),
     "__main__": {"cli"},
@@ -83,17 +85,21 @@ ALLOWED_NAMESAKES = {
 CONFINED = {
     "cachetools": {"cache", "vfs.copy_tracker", "vfs.deletion_guard"},
     "certifi": {"tls"},
+    "cheroot": {"webdav.server"},
     "click": {"cli"},
     "fsspec": {"fsspec"},
     "fuse": {"fuse"},
     "fusepy": {"fuse"},
     "httpcore": {"api"},
     "httpx": {"api"},
+    "jinja2": {"webdav.pages"},
+    "markupsafe": {"webdav.pages"},
     "mfusepy": {"fuse"},
     "prometheus_client": {"prometheus"},
     "pyrage": {"transfer.age"},
     "sqlite3": {"cache"},
     "urllib3": {"api.network_backend", "weights.http", "weights.store_connection"},
+    "wsgidav": {"webdav"},
     "xxhash": {"cache"},
 }
 

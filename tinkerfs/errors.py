@@ -373,6 +373,11 @@ def is_missing(error: OSError) -> bool:
     return error.errno == errno.ENOENT
 
 
+def is_missing_or_below_file(error: OSError) -> bool:
+    """Return whether the error means that a path does not exist, also if its parent is a file."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR)
+
+
 def is_upstream_failure(error: OSError) -> bool:
     """Return whether the error is an API failure that an operator should see."""
     return isinstance(error.__cause__, ApiError) and not is_missing(error)

@@ -1,4 +1,4 @@
-"""Drivers with one interface for the file system: in process, fsspec and the kernel.
+"""Drivers with one interface for the file system: in process, fsspec, WebDAV and the kernel.
 
 Paths are relative to the root, without a slash in front; links are followed wherever `os` follows
 them. Failures are `OSError`s everywhere.
@@ -19,13 +19,15 @@ from msgspec.structs import replace
 
 from tests.support.account import mounted
 from tests.support.clocks import FakeTime
+from tests.support.webdav import DavClient, served
 from tinkerfs import errors
 from tinkerfs.app import open_app
 from tinkerfs.config import Settings
 from tinkerfs.context import Caller, RequestContext
+from tinkerfs.webdav.clients import WebDavClient
 
 BINDINGS = ("fusepy", "mfusepy2", "mfusepy3")
-KINDS = ("process", "fsspec", *BINDINGS)
+KINDS = ("process", "fsspec", "webdav", *BINDINGS)
 
 #: A shell shows an errno with the text of `os.strerror`.
 OK = "OK"
@@ -152,9 +154,9 @@ class InProcess:
     def remove(self, *steps):
         group = next(self._groups)
         ctx = replace(self.call, caller=lambda: Caller(os.getpid(), os.getuid(), group))
-        return [outcome_of(lambda step=step: self._remove(step, ctx)) for step in steps]
+        return [outcome_of(lambda step=step: self.remove_as(step, ctx)) for step in steps]
 
-    def _remove(self, step, call):
+    def remove_as(self, step, call):
         verb, _, path = step.partition(" ")
         if verb == "advance":
             self.time.advance(float(path))
@@ -243,6 +245,83 @@ class Fsspec:
             self.readlink(path)
         else:
             self.fs.rm_file(f"tinker://{path}")
+        return None
+
+
+class WebDav:
+    """Sends HTTP requests to a server of the FileSystem.
+
+    WebDAV has no links, modes and inode numbers. They come from the FileSystem, after the type, the
+    length and the time in the response were compared.
+    """
+
+    kind = "webdav"
+
+    def __init__(self, filesystem, url, time=None):
+        self.time = time
+        self.client = DavClient(url)
+        self._process = InProcess(filesystem, time)
+        self._groups = itertools.count(1)
+
+    def stat(self, path):
+        path = posixpath.normpath(path) if path else path  # HTTP clients resolve `..` themselves
+        properties = self.client.properties(f"/{path}")
+        status = self._process.stat(path)
+        assert properties.is_directory or not status.is_directory
+        if not status.is_link:
+            assert properties.is_directory == status.is_directory
+            assert status.is_directory or properties.size in (None, status.size)
+        assert properties.mtime_s == status.mtime_ns // 1_000_000_000
+        return status
+
+    def listdir(self, path):
+        return self.client.listdir(posixpath.normpath(f"/{path}"))
+
+    def readlink(self, path):
+        return self._process.readlink(path)
+
+    def read(self, path):
+        return self.client.get(f"/{path}")
+
+    def write(self, path, data):
+        self.client.send("PUT", f"/{path}", data)
+
+    def create(self, path):
+        self.client.send("MKCOL", f"/{path}")
+
+    def remove(self, *steps):
+        agent = f"remover/{next(self._groups)}"
+        client = DavClient(self.client.url, agent=agent)
+        environ = {
+            "REMOTE_ADDR": "127.0.0.1",
+            "HTTP_USER_AGENT": agent,
+            "wsgidav.auth.user_name": "anonymous",
+        }
+        caller = WebDavClient.from_environ(environ)
+        ctx = replace(self._process.call, caller=lambda: caller)
+        try:
+            return [outcome_of(lambda step=step: self._remove(step, client, ctx)) for step in steps]
+        finally:
+            client.close()
+
+    def _remove(self, step, client, ctx):
+        verb, _, path = step.partition(" ")
+        if verb == "advance":
+            self.time.advance(float(path))
+        elif verb == "listdir":
+            return " ".join(client.listdir(f"/{path}"))
+        elif verb == "read":
+            client.get(f"/{path}")
+        elif verb == "rmtree":
+            client.send("DELETE", f"/{path}")
+        elif self._process.stat(path).is_directory:
+            # DELETE removes a directory with its members, which these steps must not do. So they
+            # run in process, as the same client.
+            return self._process.remove_as(step, ctx)
+        elif verb == "rmdir":
+            raise errors.not_a_directory(path)
+        else:
+            client.send("DELETE", f"/{path}")
         return None
 
 
@@ -353,5 +432,12 @@ def opened(kind, server, directory, *, time=None, **settings):
                 del os.environ["TINKER_API_KEY"]
             else:
                 os.environ["TINKER_API_KEY"] = before
-        make = InProcess if kind == "process" else Fsspec
-        yield make(parts.filesystem, time)
+        if kind != "webdav":
+            make = InProcess if kind == "process" else Fsspec
+            yield make(parts.filesystem, time)
+            return
+        is_read_only = all_settings.read_only
+        with served(parts.filesystem, timeout_s=60.0, is_read_only=is_read_only) as server:
+            driver = WebDav(parts.filesystem, server.url, time)
+            stack.callback(driver.client.close)
+            yield driver

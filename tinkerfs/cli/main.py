@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "cache": ("cache", "cache", "Show, verify or clear the weights cached on disk."),
     "path": ("paths", "path", "Print the file path for a tinker path."),
     "url": ("paths", "url", "Print the tinker path for a file path."),
+    "serve": ("serve", "serve", "Serve the account over WebDAV and to a browser; needs no FUSE."),
     "doctor": ("doctor", "doctor", "Check the requirements of a mount."),
     "debug": ("debug", "debug", "Collect what a bug report needs, without secrets."),
     "demo": ("demo", "demo", "Mount a sample account; needs no key and no network."),

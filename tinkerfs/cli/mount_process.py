@@ -3,18 +3,16 @@
 The commands `mount` and `demo` use this module.
 """
 
-import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
 
 from tinkerfs.cli import logs
+from tinkerfs.cli.key_check import verify_credentials
 from tinkerfs.cli.reloader import Reload, SettingsReloader
 from tinkerfs.cli.service import MountService, describe_mount
 from tinkerfs.cli.service_notifier import ServiceNotifier
-from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import Settings
-from tinkerfs.errors import StartupError, TinkerfsError, Unauthorized
+from tinkerfs.errors import StartupError, TinkerfsError
 from tinkerfs.fuse import binding as bindings
 from tinkerfs.fuse import mounted_fd, preflight, session, stack_dump
 from tinkerfs.fuse.binding import Binding
@@ -22,14 +20,6 @@ from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.passthrough import Passthrough
 from tinkerfs.operating_system import tune_malloc
 from tinkerfs.prometheus import serve_metrics
-
-if TYPE_CHECKING:
-    from tinkerfs.api.client import Client
-
-log = logging.getLogger(__name__)
-
-#: Wait at most this long for the API to verify the key; then mount without verification.
-KEY_CHECK_TIMEOUT_S: Final = 3.0
 
 
 def run_foreground(
@@ -103,7 +93,7 @@ def _serve(
 
     with open_app(settings) as app, serve_metrics(settings.metrics, app.telemetry):
         if check_key:
-            _verify_credentials(app.client)
+            verify_credentials(app.client, session.is_stop_pending)
         if session.is_stop_pending():
             raise StartupError("interrupted before the mount was ready")
 
@@ -157,34 +147,3 @@ def _prepare_fd(fd: int) -> Binding:
             f"{binding.library} cannot serve a descriptor, libfuse 3 can (hint: apt install fuse3)"
         )
     return binding
-
-
-def _verify_credentials(client: "Client") -> None:
-    """Fail if the API rejects the key; only log a warning if the API is unavailable.
-
-    With a rejected key, every operation on the mount would fail with "Permission denied".
-
-    Raises:
-        StartupError: There is no key, or the API rejects it.
-    """
-    request = run_in_thread(lambda: client.list_training_runs(limit=1), "key check")
-    waited_s, step_s = 0.0, 0.05
-    while waited_s < KEY_CHECK_TIMEOUT_S and not session.is_stop_pending():
-        try:
-            request.result(step_s)
-        except TimeoutError:
-            waited_s += step_s
-            continue
-        except Unauthorized as error:
-            if error.status is None:  # no key was found: the message already has a hint
-                raise StartupError(error.message) from None
-            raise StartupError(
-                f"the API rejects the key: {error.message} (hint: set TINKER_API_KEY to a valid"
-                " key, or run `tinker auth login`)"
-            ) from None
-        except StartupError:
-            raise
-        except TinkerfsError as error:
-            log.warning("mounting without a response from the server: %s", error)
-        return
-    log.warning("mounting without a response from the server in %g s", KEY_CHECK_TIMEOUT_S)

@@ -96,12 +96,25 @@ def checkpoint_xattrs(node: Node, ctx: RequestContext) -> dict[str, str]:
     """Return the extended attributes of a checkpoint."""
     checkpoint: ListedCheckpoint = node.entity
     # Resolving the checkpoint has loaded the run already.
-    run, record = node.backend.catalog.run(checkpoint.run_id, ctx), checkpoint.record
+    return _checkpoint_facts(checkpoint, node.backend.catalog.run(checkpoint.run_id, ctx))
+
+
+def listed_checkpoint_facts(node: Node, ctx: RequestContext) -> dict[str, str]:
+    """Return the same values of a checkpoint in a view; those of its run only if it is cached."""
+    checkpoint: ListedCheckpoint = node.entity
+    runs = node.backend.catalog.runs.peek(ctx)
+    return _checkpoint_facts(checkpoint, runs.by_id.get(checkpoint.run_id) if runs else None)
+
+
+def _checkpoint_facts(
+    checkpoint: ListedCheckpoint, run: models.TrainingRun | None
+) -> dict[str, str]:
+    record = checkpoint.record
     return _without_none(
         {
             "tinker.path": checkpoint.tinker_path,
-            "tinker.base_model": run.base_model,
-            "tinker.lora_rank": run.lora_rank,
+            "tinker.base_model": run.base_model if run else None,
+            "tinker.lora_rank": run.lora_rank if run else None,
             "tinker.public": int(record.is_public),
             "tinker.size_bytes": record.size_bytes,
             "tinker.time": _rfc3339(record.time_ns),

@@ -1,4 +1,4 @@
-"""The file system, with an interface like `os`, for the FUSE and fsspec adapters.
+"""The file system, with an interface like `os`, for the adapters.
 
 Paths are absolute and normalized ("/runs/x"), with non-UTF-8 bytes as surrogate escapes. Every
 method raises `OSError` with an errno, a message and the path. Failures other than a missing name
@@ -247,7 +247,7 @@ class FileSystem:
                 return ControlHandle(
                     path,
                     data,
-                    lambda ctx: self._render_path(path, ctx),
+                    lambda ctx: self.render(path, ctx),
                     lambda text, ctx: self._write_control(node, text, ctx),
                 )
             if isinstance(spec, GeneratedFile) and spec.is_cacheable:
@@ -453,8 +453,8 @@ class FileSystem:
                 return self._generated_files.get(node, ctx)
         return spec.render(node, ctx)  # type: ignore[no-any-return]
 
-    def _render_path(self, path: str, ctx: RequestContext) -> bytes:
-        """Return the current content of a path, which may be unlinked."""
+    def render(self, path: str, ctx: RequestContext) -> bytes:
+        """Return the current content of a generated file, which may be unlinked, without open()."""
         with self._reporting_errors(path, "read"):
             return self._render(self._resolver.resolve(path, ctx, include_hidden=True), ctx)
 

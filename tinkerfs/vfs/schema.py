@@ -141,6 +141,8 @@ class ContentFile:
         mode: permission bits.
         mtime_ns: None to use the modification time of the directory.
         xattrs: as `Directory.xattrs`.
+        version: returns what identifies the content of the path, without a request; None if only
+            open() determines it.
     """
 
     name: str
@@ -151,6 +153,7 @@ class ContentFile:
     mode: int = 0o444
     mtime_ns: Callable[[Node, RequestContext], int] | None = None
     xattrs: Callable[[Node, RequestContext], dict[str, str]] | None = None
+    version: Callable[[Node], str | None] = lambda _node: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +183,9 @@ class Symlink:
         target: returns a path from the mount's root, or None if an optional link is absent.
         is_optional: some directories of this kind do not have the link.
         mtime_ns: None to use the modification time of the directory.
+        leads_to_file: whether the target is a file and not a directory.
+        facts: returns values of the target, named like extended attributes; must not send a
+            request.
     """
 
     name: str
@@ -187,6 +193,8 @@ class Symlink:
     target: Callable[[Node, RequestContext], str | None]
     is_optional: bool = False
     mtime_ns: Callable[[Node, RequestContext], int] | None = None
+    leads_to_file: bool = False
+    facts: Callable[[Node, RequestContext], dict[str, str]] | None = None
 
 
 class RemovalPolicy(Enum):

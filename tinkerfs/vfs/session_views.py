@@ -152,6 +152,7 @@ SESSIONS = Directory(
                         "trace.pftrace",
                         "the session's timeline, for ui.perfetto.dev; resolved when opened",
                         _trace_path,
+                        leads_to_file=True,
                     ),
                     Directory(
                         "runs",

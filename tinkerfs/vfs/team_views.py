@@ -63,6 +63,7 @@ SHARED = Directory(
                             "a training run of that owner",
                             lambda node, _ctx: entities.run_path(node.entity.run_id),
                             mtime_ns=entities.run_ns,
+                            facts=entities.run_xattrs,
                         ),
                         _list_runs_of_owner,
                         _find_run_of_owner,

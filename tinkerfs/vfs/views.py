@@ -51,6 +51,7 @@ def _view(
         "the checkpoint",
         lambda node, _ctx: entities.checkpoint_path(node.entity),
         mtime_ns=time_ns,
+        facts=entities.listed_checkpoint_facts,
     )
     return Directory(
         name,
@@ -116,6 +117,7 @@ def adapters(files: Directory) -> Directory:
         "the checkpoint as engines load it; checkpoints that are not listed resolve too",
         weights_nodes.adapter_path,
         mtime_ns=entities.checkpoint_ns,
+        facts=entities.listed_checkpoint_facts,
     )
 
     def find_files(_node: Node, name: str, _ctx: RequestContext) -> str | None:
@@ -183,6 +185,7 @@ _RUNS_OF_MODEL = DynamicEntries(
         "a training run of that base model",
         lambda node, _ctx: entities.run_path(node.entity.run_id),
         mtime_ns=entities.run_ns,
+        facts=entities.run_xattrs,
     ),
     _list_runs_of_model,
     _find_run_of_model,

@@ -205,6 +205,12 @@ def _archive_size(node: Node) -> SizeHint:
     return SizeHint(stored_bytes + _MAX_TAR_OVERHEAD_BYTES, is_exact=False)
 
 
+def _content_version(node: Node) -> str | None:
+    """Return the version in the path; None if the record has no time, which would identify it."""
+    checkpoint = _member_ref(node).checkpoint
+    return checkpoint.version if checkpoint.has_time else None
+
+
 def _open_archive(node: Node, ctx: RequestContext) -> WeightsFile:
     return node.backend.weights.open_archive(_version(node, node.entity), ctx)
 
@@ -362,6 +368,7 @@ FILES = Directory(
                 _member_size,
                 mtime_ns=lambda node, _ctx: _member(_member_ref(node)).mtime_ns,
                 xattrs=_cached_bytes,
+                version=_content_version,
             ),
             _list_files,
             _find_file,
@@ -394,6 +401,7 @@ VERSION = Directory(
             _open_archive,
             _archive_size,
             awaits_exact_size=True,
+            version=_content_version,
         ),
         GeneratedFile(
             "tensors.json",
@@ -408,7 +416,12 @@ VERSION = Directory(
 
 
 def _link(name: str) -> Symlink:
-    return Symlink(name, _DOCS[name], lambda node, _ctx: _path(node.entity, name))
+    return Symlink(
+        name,
+        _DOCS[name],
+        lambda node, _ctx: _path(node.entity, name),
+        leads_to_file=name != FILES.name,
+    )
 
 
 #: The links from a checkpoint's directory to its `VERSION`, by name.

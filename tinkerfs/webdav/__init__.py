@@ -1,0 +1,1 @@
+"""WebDAV adapter: the file system over HTTP, and a page for each directory."""
