@@ -25,6 +25,8 @@ MOE_LAYOUTS = ("peft", "packed")
 #: Destination of the audit log: the system's log.
 SYSLOG = "syslog"
 
+#: Formats of the log; see `cli/json_log.py` for the second one.
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _UNITS_S = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -99,5 +101,6 @@ class Settings:
     umask: int = 0
     log_file: str | None = None
     log_level: str = "warning"
+    log_format: str = "text"
     metrics: str | None = None
     audit: str | None = None

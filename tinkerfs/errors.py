@@ -65,6 +65,8 @@ class ApiError(TinkerfsError):
         #: Whether the error was raised without a request: a cached error, an open circuit breaker
         #: or a limiter rejection.
         self.is_local = False
+        #: The server's id of the request; empty without one.
+        self.request_id = ""
         #: Whether the request never reached the server.
         self.request_not_sent = False
 

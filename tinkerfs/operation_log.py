@@ -172,4 +172,15 @@ class OperationLog:
 def log_operation(record: OperationRecord) -> None:
     """Write a record to the log at level debug: the subscriber of debug logging."""
     suffix = f": {record.errno_name}" if record.errno else ""
-    log.debug("%s %s%s", record.operation, record.path, suffix, extra={"operation": record})
+    fields = {
+        "operation": record.operation,
+        "path": record.path,
+        "errno": record.errno_name or None,
+        "duration_s": round(record.duration_s, 6),
+        "request_ids": record.request_ids,
+        "pid": record.caller.pid,
+        "uid": record.caller.uid,
+        "read_bytes": record.read_bytes,
+        "written_bytes": record.written_bytes,
+    }
+    log.debug("%s %s%s", record.operation, record.path, suffix, extra={"fields": fields})

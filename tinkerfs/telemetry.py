@@ -168,7 +168,15 @@ class Telemetry:
         reason = errors.redact(error.strerror or "")
         text = f"{escape_control_chars(path) or '-'}\t{operation}\t{name}\t{reason}"
         level = logging.WARNING if errors.is_upstream_failure(error) else logging.INFO
-        log.log(level, "%s", text.replace("\t", " "))
+        cause = error.__cause__
+        request_id = cause.request_id if isinstance(cause, errors.ApiError) else ""
+        fields = {
+            "operation": operation,
+            "path": path,
+            "errno": name,
+            "request_ids": [request_id] if request_id else [],
+        }
+        log.log(level, "%s", text.replace("\t", " "), extra={"fields": fields})
         with self._lock:
             self._counters["errors"] += 1
             last = self._last_error

@@ -12,6 +12,7 @@ from html import unescape
 from tinkerfs import errors
 from tinkerfs.api import raw_json
 from tinkerfs.api.endpoints import Endpoint, Scope
+from tinkerfs.api.http_client import request_id_of
 from tinkerfs.errors import ApiError
 from tinkerfs.retry import parse_retry_after_s
 
@@ -141,12 +142,14 @@ def error_from_response(
         error_class = _ERROR_OF_STATUS.get(
             status, errors.ServerError if status >= 500 else errors.ClientError
         )
-    return error_class(
+    error = error_class(
         message,
         endpoint=endpoint.label,
         status=status,
         retry_after_s=parse_retry_after_s(headers, now_s),
     )
+    error.request_id = request_id_of(headers)
+    return error
 
 
 #: Messages for responses without a message.

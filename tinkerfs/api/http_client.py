@@ -31,8 +31,6 @@ MAX_OVERHEAD_BYTES, MAX_OVERHEAD_RATIO = 64 << 10, 1
 #: The body of an error response is read up to this size, bytes.
 MAX_ERROR_BYTES = 1 << 20
 
-#: Header of a response with the server's id of the request, by which its operators find it.
-REQUEST_ID_HEADER = "x-request-id"
 _MAX_REQUEST_ID_CHARS = 100
 
 #: Supported content codings. Stacked codings (RFC 9110, 8.4) are rejected: 288 bytes under three
@@ -169,7 +167,9 @@ class HttpClient:
                         content = self._read(response, exchange, label)
                     finally:
                         self._telemetry.count("bytes_received", response.num_bytes_downloaded)
-                    _note_request_id(response.headers.get(REQUEST_ID_HEADER, ""))
+                    operation, request_id = current_operation(), request_id_of(response.headers)
+                    if operation is not None and request_id:
+                        operation.add_request_id(request_id)
                     outcome = str(response.status_code)
                     return Response(
                         response.status_code, response.headers, content, str(response.url)
@@ -264,11 +264,9 @@ class HttpClient:
         self.close()
 
 
-def _note_request_id(request_id: str) -> None:
-    """Add a request's id to the operation that this thread works for, if there is one."""
-    operation = current_operation()
-    if operation is not None and request_id:
-        operation.add_request_id(errors.redact(request_id, limit=_MAX_REQUEST_ID_CHARS))
+def request_id_of(headers: Mapping[str, str]) -> str:
+    """Return the server's id of a request, by which its operators find it; empty without one."""
+    return errors.redact(headers.get("x-request-id", ""), limit=_MAX_REQUEST_ID_CHARS)
 
 
 def _final(error: ApiError) -> ExchangeError:

@@ -166,7 +166,9 @@ def open_account(settings: Settings) -> "Iterator[App]":
     from tinkerfs.operating_system import tune_malloc
 
     tune_malloc()
-    logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
+    logs.set_up(
+        settings.log_level, settings.log_file, to_stderr=False, log_format=settings.log_format
+    )
     # The limit stops traversals that request archives by accident. Here the user named each one.
     with open_app(replace(settings, archive_build_limit=0), is_one_transfer=True) as app:
         yield app

@@ -4,6 +4,7 @@ import logging
 import os
 from typing import Final, TextIO
 
+from tinkerfs.cli.json_log import JsonFormatter
 from tinkerfs.errors import StartupError
 from tinkerfs.printable import escape_control_chars, redacted_lines
 
@@ -38,13 +39,14 @@ class _OwnStream(logging.StreamHandler[TextIO]):
         self.stream.close()
 
 
-def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
+def set_up(level: str, log_file: str | None, *, to_stderr: bool, log_format: str = "text") -> None:
     """Configure logging; replace an earlier configuration.
 
     Args:
         level: The minimum severity to log.
         log_file: A file to append to, created with mode 0600; None for no file.
         to_stderr: Without a file, log to a duplicate of the current standard error.
+        log_format: One of `LOG_FORMATS`.
 
     Raises:
         StartupError: The file cannot be opened for writing.
@@ -58,10 +60,15 @@ def set_up(level: str, log_file: str | None, *, to_stderr: bool) -> None:
         handler = _OwnStream(stream)
     else:
         handler = logging.NullHandler()
-    handler.setFormatter(_Redacting(_FORMAT))
+    handler.setFormatter(JsonFormatter() if log_format == "json" else _Redacting(_FORMAT))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def set_level(level: str) -> None:
+    """Set the minimum severity to log."""
+    logging.getLogger().setLevel(level.upper())
 
 
 def reload(level: str, log_file: str | None) -> None:
@@ -70,7 +77,7 @@ def reload(level: str, log_file: str | None) -> None:
     Raises:
         StartupError: The file cannot be opened for writing; the log goes on as before.
     """
-    logging.getLogger().setLevel(level.upper())
+    set_level(level)
     if log_file is not None:
         stream = _open(log_file)
         for handler in logging.getLogger().handlers:

@@ -80,7 +80,7 @@ def _serve(
     stack_dump.enable()
     tune_malloc()
     session.raise_fd_limit()
-    logs.set_up(settings.log_level, settings.log_file, to_stderr=True)
+    _set_up_log(settings, to_stderr=True)
     fd = mounted_fd.parse_fd(mountpoint)
     if fd is None:
         binding, path = _prepare_mountpoint(mountpoint, settings)
@@ -105,7 +105,7 @@ def _serve(
             if notifier.has_parent:
                 # Warnings during startup are for the user at the terminal. After that, keeping
                 # standard error open would block `tinkerfs mount X 2>&1 | tee`, which reads to EOF.
-                logs.set_up(settings.log_level, settings.log_file, to_stderr=False)
+                _set_up_log(settings, to_stderr=False)
             notifier.ready()
             service.on_ready()
 
@@ -123,8 +123,18 @@ def _serve(
             xattr=settings.xattr,
             ready=on_ready,
             reload=lambda: service.on_reload(reloader.reload),
+            toggle_debug=reloader.toggle_debug,
             stopping=service.on_stopping,
         )
+
+
+def _set_up_log(settings: Settings, *, to_stderr: bool) -> None:
+    logs.set_up(
+        settings.log_level,
+        settings.log_file,
+        to_stderr=to_stderr,
+        log_format=settings.log_format,
+    )
 
 
 def _prepare_mountpoint(mountpoint: str, settings: Settings) -> tuple[Binding, str]:

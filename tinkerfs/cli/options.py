@@ -20,6 +20,7 @@ from click.shell_completion import CompletionItem
 
 from tinkerfs.config import (
     DEFAULT_BASE_URL,
+    LOG_FORMATS,
     LOG_LEVELS,
     MAX_CONCURRENCY,
     MOE_LAYOUTS,
@@ -394,6 +395,12 @@ _OPTIONS: Final = {
     "umask": _setting("--umask M", _UMASK, "000", "Permission bits to clear, octal."),
     "log_file": _setting(
         "--log-file F", _PATH, None, "Write the log to this file.", show_default="none"
+    ),
+    "log_format": _setting(
+        "--log-format FORMAT",
+        click.Choice(LOG_FORMATS, case_sensitive=False),
+        "text",
+        "Format of the log: text, or json with an object per line.",
     ),
     "log_level": _setting(
         "--log-level L",

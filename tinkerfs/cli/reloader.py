@@ -29,6 +29,7 @@ class SettingsReloader:
         self._app = app
         self._settings = settings
         self._reread = reread
+        self._log_level = settings.log_level
         self._stop_logging_operations: Callable[[], None] = lambda: None
         self._adopt_log_level()
 
@@ -51,12 +52,25 @@ class SettingsReloader:
             log.warning("%s", message)
         for option in ignored:
             log.warning("the changed option %s takes effect with the next mount", option)
+        self._log_level = self._settings.log_level
         self._adopt_log_level()
         self._app.reload(self._settings)
         log.info("reloaded")
 
+    def toggle_debug(self) -> None:
+        """Log at level debug, or end that: at the configured level, or at info if that is debug."""
+        if self._log_level != "debug":
+            self._log_level = "debug"
+        elif self._settings.log_level != "debug":
+            self._log_level = self._settings.log_level
+        else:
+            self._log_level = "info"
+        logs.set_level(self._log_level)
+        self._adopt_log_level()
+        log.warning("the log level is %s", self._log_level)
+
     def _adopt_log_level(self) -> None:
         self._stop_logging_operations()
-        if self._settings.log_level == "debug":
+        if self._log_level == "debug":
             operations = self._app.telemetry.operations
             self._stop_logging_operations = operations.subscribe(log_operation)

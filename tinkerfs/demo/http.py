@@ -4,6 +4,7 @@ Each connection has its own thread and may be kept alive.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import select
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_BODY_BYTES = 1 << 20
 _NOTHING = Data(b"")
+_request_numbers = itertools.count(1)
 #: Longest time until a waiting thread notices that its client has disconnected.
 _POLL_S = 0.1
 
@@ -142,6 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             "Date": formatdate(usegmt=True),
             "Server": "tinkerfs-demo",
             "Content-Length": str(reply.length),
+            "X-Request-Id": f"{next(_request_numbers):x}",
             **reply.headers,
         }
         if reply.status == HTTPStatus.NO_CONTENT:

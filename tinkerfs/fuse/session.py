@@ -19,7 +19,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from tinkerfs import errors
@@ -39,6 +39,8 @@ _STOP: Final = (signal.SIGTERM, signal.SIGINT)
 _HANGUP: Final = signal.SIGHUP
 #: Signal by which the other threads wake the main thread from sigwait.
 _WAKE: Final = signal.SIGUSR1
+#: Signal that switches debug logging on and off.
+_TOGGLE_DEBUG: Final = signal.SIGUSR2
 
 #: Maximum number of open files that a mount needs: blocks, connections, and downloads in flight.
 _MAX_OPEN_FILES: Final = 8192
@@ -68,7 +70,9 @@ def block_signals() -> None:
     Must be called before any thread starts. An earlier thread would not block them, and their
     default action would end the process.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals() | _reload_signals() | {_WAKE})
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, stop_signals() | _reload_signals() | {_WAKE, _TOGGLE_DEBUG}
+    )
 
 
 def stop_signals() -> frozenset[signal.Signals]:
@@ -116,6 +120,7 @@ def serve(
     xattr: bool = False,
     ready: Callable[[], None],
     reload: Callable[[], None] = lambda: None,
+    toggle_debug: Callable[[], None] = lambda: None,
     stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Mount, and serve until a signal or an unmount; the mount is gone on return.
@@ -125,7 +130,8 @@ def serve(
     requests fail with ENOTCONN when the process has exited, until the other process unmounts it.
 
     `source` is the device in /proc/mounts. `ready` is called when the mount is ready, `reload`
-    after a SIGHUP, and `stopping` before the mount goes down. For the timeouts see `Operations`.
+    after a SIGHUP, `toggle_debug` after a SIGUSR2, and `stopping` before the mount goes down. For
+    the timeouts see `Operations`.
 
     Raises:
         StartupError: libfuse cannot mount, or the session failed.
@@ -159,7 +165,8 @@ def serve(
             _raise_kernel_readahead(device)
         log.info("%s: mounted by %s", mountpoint, binding)
         ready()
-        is_stopped = session.wait_until_ended(reload)
+        actions = {**dict.fromkeys(_reload_signals(), reload), _TOGGLE_DEBUG: toggle_debug}
+        is_stopped = session.wait_until_ended(actions)
     stopping()
     if is_stopped:
         log.info("%s: received %s, unmounting", mountpoint, session.stop_signal)
@@ -212,23 +219,24 @@ class _SessionThread:
 
     def wait_until_ready(self) -> bool:
         """Wait until the mount is ready or has ended; return True if a signal arrived first."""
-        return self._wait(lambda: self._is_ready.is_set() or self._ended.is_set(), None)
+        return self._wait(lambda: self._is_ready.is_set() or self._ended.is_set(), {})
 
-    def wait_until_ended(self, reload: Callable[[], None]) -> bool:
-        """Wait until the session has ended; return True if a signal arrived first.
+    def wait_until_ended(self, actions: Mapping[signal.Signals, Callable[[], None]]) -> bool:
+        """Wait until the session has ended; return True if a stop signal arrived first.
 
-        SIGHUP calls `reload` meanwhile, unless it ends the mount.
+        The actions are called for other signals meanwhile.
         """
-        return self._wait(self._ended.is_set, reload)
+        return self._wait(self._ended.is_set, actions)
 
-    def _wait(self, is_over: Callable[[], bool], reload: Callable[[], None] | None) -> bool:
-        reload_signals = _reload_signals() if reload is not None else frozenset()
+    def _wait(
+        self, is_over: Callable[[], bool], actions: Mapping[signal.Signals, Callable[[], None]]
+    ) -> bool:
         while not is_over():
-            number = signal.sigwait(stop_signals() | reload_signals | {_WAKE})
-            if number in reload_signals and reload is not None:
-                reload()
+            number = signal.Signals(signal.sigwait({*stop_signals(), *actions, _WAKE}))
+            if number in actions:
+                actions[number]()
             elif number != _WAKE:
-                self.stop_signal = signal.Signals(number).name
+                self.stop_signal = number.name
                 return True
         return False
 
