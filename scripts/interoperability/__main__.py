@@ -25,6 +25,8 @@ def main() -> int:
         "sdk": [directory / "0.35.0", directory / "newest"],
         "exports": [directory / "newest", loaders],
         "data_libraries": [directory / "data"],
+        "containers": [directory / "containers"],
+        "slurm": [],
         "peft_loaders": [loaders],
         "families": [loaders],
         "vllm_engine": [loaders],

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mount import ROOT, force_unmount, run, tinkerfs, wait_until
-from tests.support.passed_fd import STARTER, UID, in_pod, mount_fd, send_fd
+from tests.support.passed_fd import RECEIVE_FD, UID, in_pod, mount_fd, send_fd
 from tinkerfs.fuse import mount_table
 
 TINKERFS = (sys.executable, "-m", "tinkerfs")
@@ -261,7 +261,7 @@ def driver(directory, needs_root):
 
 def test_fd_from_unix_socket_is_served(driver, directory, start):
     """Start the daemon as the starters of CSI drivers do, with the descriptor as number 3."""
-    starter = (sys.executable, "-c", STARTER, driver)
+    starter = (sys.executable, RECEIVE_FD, driver)
     process = start(*in_pod(directory, *starter, *TINKERFS, "mount", "--foreground", "/dev/fd/3"))
     wait_until(lambda: mount_table.find_mount(str(directory / "mnt")) is not None, 30)
     assert runs(directory / "mnt") == 10
@@ -346,3 +346,24 @@ def test_cache_of_pod_without_home_or_user(root, cache, mounted_fd, directory, s
         assert "caching only in memory: the cache directory " in line
         assert "cannot be written: Read-only file system (hint: " in line
         assert '"cache_dir": null' in statistics
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [(None, "No such file or directory"), (b"{}", "the message contains no descriptor")],
+    ids=["no-socket", "no-descriptor"],
+)
+def test_receive_fd_reports_error_in_one_line(reply, message, tmp_path):
+    path = tmp_path / "socket"
+    command = (sys.executable, str(RECEIVE_FD), str(path), "true")
+    with socket.socket(socket.AF_UNIX) as listener:
+        if reply is not None:
+            listener.bind(str(path))
+            listener.listen()
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        if reply is not None:
+            with listener.accept()[0] as connection:
+                connection.sendall(reply)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors == f"receive-fd: {path}: {message}\n"

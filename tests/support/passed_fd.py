@@ -1,6 +1,5 @@
 """Mounts of a privileged process, and daemons without privileges that get their descriptors."""
 
-import array
 import ctypes
 import os
 import socket
@@ -30,24 +29,11 @@ def mount_fd(mountpoint: Path | str, *, fstype: str = "fuse.tinkerfs") -> int:
 
 def send_fd(connection: socket.socket, message: bytes, fd: int) -> None:
     """Pass a descriptor over a Unix socket (unix(7), SCM_RIGHTS)."""
-    rights = array.array("i", [fd]).tobytes()
-    connection.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    socket.send_fds(connection, [message], [fd])
 
 
-#: Receives a descriptor as number 3 from the socket argv[1], and runs argv[2:].
-STARTER = """
-import array, os, socket, sys
-connection = socket.socket(socket.AF_UNIX)
-connection.connect(sys.argv[1])
-_, [(_, _, rights)], _, _ = connection.recvmsg(4096, socket.CMSG_SPACE(4))
-[fd] = array.array("i", rights)
-connection.close()
-if fd == 3:
-    os.set_inheritable(3, True)
-else:
-    os.dup2(fd, 3)
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
+#: Receives a descriptor from a socket, and runs a command with it as number 3.
+RECEIVE_FD = ROOT / "scripts/container/receive-fd"
 
 
 def in_pod(directory: Path, *command: str | Path, devices: str = "") -> list[str]:
@@ -64,7 +50,7 @@ def in_pod(directory: Path, *command: str | Path, devices: str = "") -> list[str
     """
     script = f"""
         mkdir -p {directory}/exposed
-        {_expose(directory / "exposed")}
+        {expose(directory / "exposed")}
         mount -t tmpfs -o mode=755 none /dev
         mknod -m 666 /dev/null c 1 3; mknod -m 666 /dev/urandom c 1 9
         {devices}
@@ -75,8 +61,11 @@ def in_pod(directory: Path, *command: str | Path, devices: str = "") -> list[str
     return ["unshare", "-m", "sh", "-ec", script, "sh", *map(str, command)]
 
 
-def _expose(directory: Path) -> str:
-    """Return the script that lets every user read this Python, wherever it is installed."""
+def expose(directory: Path) -> str:
+    """Return the script that lets every user read this Python, wherever it is installed.
+
+    It runs in a mount namespace of its own, where `directory` exists.
+    """
     lines = []
     for number, path in enumerate(
         dict.fromkeys(map(os.path.realpath, (sys.base_prefix, sys.prefix, ROOT)))

@@ -10,6 +10,7 @@ import click
 from tinkerfs.cli.daemon import serve_option, start_in_background
 from tinkerfs.cli.options import mountpoint_argument, settings_options
 from tinkerfs.config import Settings
+from tinkerfs.fuse.mounted_fd import parse_fd
 
 _FLAGS = (
     "read_only",
@@ -134,5 +135,6 @@ def demo(
             Settings(**settings),
             serve or mountpoint,
             check_key=False,
-            ready=ready if serve is None else None,
+            # A descriptor has no path, below which the tour could name files.
+            ready=ready if serve is None and parse_fd(mountpoint) is None else None,
         )
