@@ -11,8 +11,8 @@ class Expiry:
     alive.
 
     Attributes:
-        fresh_until: end of freshness on the monotonic clock; -inf once the value was replaced.
-        last_used: time of the last read on the monotonic clock.
+        fresh_until: end of freshness on `Clock.with_suspend`; -inf once the value was replaced.
+        last_used: time of the last read on `Clock.with_suspend`.
     """
 
     fresh_until: float
@@ -66,7 +66,7 @@ class Validity:
         """Return whether the value is valid; if so, mark its dependencies as used.
 
         Args:
-            now: time on the monotonic clock.
+            now: time on `Clock.with_suspend`.
         """
         if self._is_uncacheable:
             return False

@@ -32,6 +32,21 @@ def test_server_change_is_visible_after_ttl_and_a_second(make_account):
     assert time.monotonic() - started < 3.0
 
 
+def test_value_cached_before_a_suspend_is_reloaded(make_account, tmp_path):
+    slept_s, later = tmp_path / "slept", tmp_path / "later"
+    slept_s.write_text("0")
+    later.write_text("7200")
+    settings = {"ttl_s": 3600, "clock_offset_file": str(slept_s)}
+    account = make_account(runs=1, checkpoints=1, settings=settings)
+    run = account.server.account.runs()[0]
+    flag = account.path(f"runs/{run.id}/checkpoints/weights/0001/published")
+    before = flag.read_text()
+    run.checkpoints[0].is_public = not run.checkpoints[0].is_public
+    assert flag.read_text() == before
+    later.rename(slept_s)
+    assert account.eventually(lambda: flag.read_text() != before)
+
+
 def test_repeated_reads_within_ttl_send_no_request(account):
     run = account.server.account.run_ids[0]
     account.refresh()

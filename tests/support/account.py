@@ -253,6 +253,7 @@ def _serve(mountpoint, values):
     from tinkerfs.config import Settings
     from tinkerfs.fuse import binding, session
     from tinkerfs.fuse.passthrough import Passthrough
+    from tinkerfs.operating_system import time_with_suspend
 
     logging.basicConfig(level=logging.WARNING, format="%(relativeCreated)d %(name)s %(message)s")
     session.block_signals()
@@ -262,7 +263,11 @@ def _serve(mountpoint, values):
         setattr(importlib.import_module(module), constant, value)
     offset_file, clock = values.pop("clock_offset_file", None), SYSTEM_CLOCK
     if offset_file is not None:
-        clock = Clock(now=lambda: time.time() + float(Path(offset_file).read_text()))
+        offset_s = lambda: float(Path(offset_file).read_text())  # noqa: E731
+        clock = Clock(
+            now=lambda: time.time() + offset_s(),
+            with_suspend=lambda: time_with_suspend() + offset_s(),
+        )
     settings = Settings(**values)
     with open_app(settings, clock) as parts:
         session.serve(

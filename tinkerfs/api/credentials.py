@@ -208,7 +208,7 @@ class Credentials:
         if self._source.detect_change() or self._must_reload:
             return None
         if self._failure is not None:
-            if self._clock.monotonic() >= self._backoff_until:
+            if self._clock.with_suspend() >= self._backoff_until:
                 return None
             raise _copy_of_error(self._failure)
         if self._renew_at_s is not None and self._clock.now() >= self._renew_at_s:
@@ -266,7 +266,7 @@ class Credentials:
         self._start_backoff()
 
     def _start_backoff(self) -> None:
-        self._backoff_until = self._clock.monotonic() + KEY_BACKOFF.delay_s(self._backoffs)
+        self._backoff_until = self._clock.with_suspend() + KEY_BACKOFF.delay_s(self._backoffs)
 
     def _read_source(self) -> _Key:
         """Read the source and validate the key.

@@ -144,7 +144,7 @@ class MetadataCache:
         self._lock = threading.Lock()
         # Guarded by _lock.
         self._entries = _EntryCache(
-            max_entries, ttu=lambda _key, entry, _now: entry.stored_until, timer=clock.monotonic
+            max_entries, ttu=lambda _key, entry, _now: entry.stored_until, timer=clock.with_suspend
         )
         #: The expiry of what was derived from the absence of a value, by its key.
         self._absences: dict[Hashable, Expiry] = {}
@@ -200,7 +200,7 @@ class MetadataCache:
         may_stream: bool = False,
     ) -> Any:
         with self._lock:
-            now = self._clock.monotonic()
+            now = self._clock.with_suspend()
             entry = self._entries.get(key, _ABSENT)
             if now < entry.expiry.fresh_until:  # apart from _decide, because it is the hot path
                 self._telemetry.count("metadata_cache_hits")
@@ -222,7 +222,8 @@ class MetadataCache:
             self._telemetry.count("metadata_cache_misses")
             is_background = decision is _Decision.REVALIDATE_IN_BACKGROUND
             pending = self._join_or_start(key, load, policy, is_demand=not is_background)
-            if is_background and now - pending.started < REVALIDATE_WAIT_S:
+            waited_s = self._clock.monotonic() - pending.started
+            if is_background and waited_s < REVALIDATE_WAIT_S:
                 self._telemetry.count("background_revalidations")
                 return entry.value
         pending.priority.promote()
@@ -267,7 +268,7 @@ class MetadataCache:
         No load is started if a fresh value or negative entry is cached, or a load is in flight.
         """
         with self._lock:
-            now = self._clock.monotonic()
+            now = self._clock.with_suspend()
             entry = self._entries.get(key, _ABSENT)
             is_cached = now < max(entry.expiry.fresh_until, entry.error_until)
             if is_cached or self._loads.get(key) is not None:
@@ -332,7 +333,7 @@ class MetadataCache:
             self._local_mutation_count += 1
             entry = self._entries.get(key, _ABSENT)
             if entry.has_value:
-                now = self._clock.monotonic()
+                now = self._clock.with_suspend()
                 expiry = replace(entry.expiry) if is_authoritative else Expiry(now)
                 value, changed_at = change(entry.value), self._clock.now()
                 self._put(key, replace(entry, value=value, expiry=expiry, last_changed=changed_at))
@@ -343,7 +344,9 @@ class MetadataCache:
             self._loads.forget(key)
             entry = self._entries.get(key, _ABSENT)
             if entry.has_value:
-                self._put(key, replace(entry, expiry=Expiry(self._clock.monotonic()), error=None))
+                self._put(
+                    key, replace(entry, expiry=Expiry(self._clock.with_suspend()), error=None)
+                )
 
     def put(self, key: Hashable, value: object, policy: CachePolicy) -> None:
         """Cache a value that was obtained without `get`."""
@@ -417,7 +420,7 @@ class MetadataCache:
         with self._lock:
             if self._loads.get(key) is not pending:
                 return
-            until = self._clock.monotonic() + policy.error_ttl_s(error)
+            until = self._clock.with_suspend() + policy.error_ttl_s(error)
             entry = self._entries.get(key, _ABSENT)
             if is_outage:
                 self._degraded_kinds.add(_kind(key))
@@ -439,7 +442,7 @@ class MetadataCache:
         self, key: Hashable, value: Any, policy: CachePolicy, *, is_change: bool
     ) -> None:
         """Cache a new value; the caller holds the lock."""
-        now = self._clock.monotonic()
+        now = self._clock.with_suspend()
         fresh_until = now + policy.ttl_s
         stored_until = max(fresh_until, now + policy.stale_if_error_s)
         before = self._entries.get(key, _ABSENT)

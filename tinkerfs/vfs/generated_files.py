@@ -64,7 +64,7 @@ class GeneratedFileCache:
         # Content does not depend on the generation, because a change of the entity reveals new
         # information. So a change of one entity does not make all other files be rendered.
         self._files: ValidatedCache[str, _CachedFile] = ValidatedCache(
-            lambda validity, _generation: validity.check_and_touch(clock.monotonic()), _MAX_BYTES
+            lambda validity, _generation: validity.check_and_touch(clock.with_suspend()), _MAX_BYTES
         )
 
     def shared_handle(self, path: str) -> GeneratedFileHandle | None:

@@ -46,7 +46,7 @@ class Backend:
     def check_and_touch(self, validity: Validity, generation: int) -> bool:
         """Return whether a derived value is valid; if so, mark its dependencies as used."""
         return generation == self.catalog.generation and validity.check_and_touch(
-            self.clock.monotonic()
+            self.clock.with_suspend()
         )
 
 

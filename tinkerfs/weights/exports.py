@@ -185,7 +185,7 @@ class Exports:
         left_s = record.left_s(self._clock.now()) - EXPIRY_MARGIN_S
         if left_s <= 0:
             return "none"
-        ctx.depends_on(Expiry(self._clock.monotonic() + left_s))
+        ctx.depends_on(Expiry(self._clock.with_suspend() + left_s))
         until = "without expiry"
         if record.expires_at_s is not None:
             until = f"until {rfc3339(record.expires_at_s)}"

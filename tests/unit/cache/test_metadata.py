@@ -111,6 +111,34 @@ def test_value_in_use_is_not_served_stale_forever(cache, time):
     assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
 
 
+def test_suspend_ends_the_lifetime_of_values(cache, time):
+    load = Loads()
+    validity = validity_of_get(cache, load, time)
+    time.suspend(POLICY.ttl_s)
+    assert not validity.check_and_touch(time.with_suspend)
+    load.result = "two"
+    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "two"
+    time.suspend(POLICY.ttl_s + POLICY.stale_if_error_s)
+    load.result = errors.ConnectionFailed("no network")
+    with pytest.raises(errors.ConnectionFailed):
+        cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
+
+
+def test_suspend_does_not_count_as_wait_for_a_refresh(cache, time, telemetry):
+    load = Loads()
+    cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
+    time.advance(29.9)
+    cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
+    time.advance(1)
+    load.held.clear()
+    cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
+    time.suspend(1)  # less than the window of stale-while-revalidate
+    cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
+    load.held.set()
+    cache.wait_idle(WAIT)
+    assert telemetry.counter_value("background_revalidations") == 2
+
+
 def test_get_with_zero_ttl_loads_every_time(cache):
     load, policy = Loads(), CachePolicy(ttl_s=0, stale_if_error_s=3600, negative_ttl_s=0)
     for number in range(3):
@@ -482,9 +510,9 @@ def test_validity_lasts_while_its_dependency_is_fresh(cache, time):
     )
     validity = validity_of_get(cache, loads, time)
     time.advance(29.9)
-    assert validity.check_and_touch(time.monotonic)
+    assert validity.check_and_touch(time.with_suspend)
     time.advance(0.1)
-    assert not validity.check_and_touch(time.monotonic)
+    assert not validity.check_and_touch(time.with_suspend)
 
 
 def test_check_of_validity_marks_its_dependency_as_used(cache, telemetry, time):
@@ -492,7 +520,7 @@ def test_check_of_validity_marks_its_dependency_as_used(cache, telemetry, time):
     validity_of_get(cache, loads, time)
     validity = validity_of_get(cache, loads, time)
     time.advance(29.9)
-    assert validity.check_and_touch(time.monotonic)
+    assert validity.check_and_touch(time.with_suspend)
     time.advance(0.2)
     validity_of_get(cache, loads, time)
     assert telemetry.counter_value("background_revalidations") == 1
@@ -510,7 +538,7 @@ def test_validity_ends_when_its_dependency_is_replaced(cache, time, ending):
     else:
         loads.result = "other"
         cache.reload("key", loads, POLICY, BACKGROUND_CONTEXT)
-    assert not validity.check_and_touch(time.monotonic)
+    assert not validity.check_and_touch(time.with_suspend)
     assert cache.generation != generation
 
 
@@ -523,7 +551,7 @@ def test_reload_of_an_equal_value_returns_the_cached_object(cache, time):
     time.advance(20)
     assert cache.reload("key", loads, POLICY, BACKGROUND_CONTEXT) is first
     time.advance(20)
-    assert validity.check_and_touch(time.monotonic), "fresh since the reload"
+    assert validity.check_and_touch(time.with_suspend), "fresh since the reload"
     assert cache.generation == generation
 
 
@@ -534,10 +562,10 @@ def test_first_value_expires_only_what_its_absence_led_to(cache, time):
     cache.peek("another", BACKGROUND_CONTEXT.tracking(other))
     generation = cache.generation
     time.advance(1e6)
-    assert absence.check_and_touch(time.monotonic)
+    assert absence.check_and_touch(time.with_suspend)
     cache.get("key", loads, POLICY, BACKGROUND_CONTEXT)
-    assert not absence.check_and_touch(time.monotonic)
-    assert other.check_and_touch(time.monotonic)
+    assert not absence.check_and_touch(time.with_suspend)
+    assert other.check_and_touch(time.with_suspend)
     assert cache.generation == generation
 
 
@@ -574,9 +602,9 @@ def test_eviction_expires_what_was_derived_from_the_value(time, telemetry):
     validity_of_get(cache, loads, time)
     validity = validity_of_get(cache, loads, time)
     for key in ("another", "a third"):
-        assert validity.check_and_touch(time.monotonic)
+        assert validity.check_and_touch(time.with_suspend)
         cache.get(key, loads, POLICY, BACKGROUND_CONTEXT)
-    assert not validity.check_and_touch(time.monotonic)
+    assert not validity.check_and_touch(time.with_suspend)
 
 
 @pytest.mark.expect_warnings("key refresh")
