@@ -23,6 +23,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "mount": ("mount", "mount", "Mount the account on a directory."),
     "umount": ("umount", "umount", "Unmount, and wait until the daemon has exited."),
     "status": ("status", "status", "Show the state, statistics and pending requests of mounts."),
+    "stats": ("stats", "stats", "Show the activity of a mount, a line per interval."),
+    "profile": (
+        "profile",
+        "profile",
+        "Show which operations, paths and processes take the time.",
+    ),
     "prefetch": ("prefetch", "prefetch", "Download weights into the cache before they are read."),
     "get": ("get", "get", "Copy a checkpoint's files to a directory; needs no mount."),
     "undelete": ("undelete", "undelete", "Restore checkpoints that were removed under --trash."),

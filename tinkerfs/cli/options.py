@@ -128,7 +128,7 @@ def _parse_address(text: str) -> str:
 
 
 _DURATION: Final = _Parsed("duration", parse_duration_s)
-_TIMEOUT: Final = _Parsed("duration", _parse_timeout_s)
+TIMEOUT: Final = _Parsed("duration", _parse_timeout_s)
 _PATH: Final = _Parsed("path", _parse_path)
 _AUDIT: Final = _Parsed("destination", _parse_audit)
 _ADDRESS: Final = _Parsed("address", _parse_address)
@@ -346,10 +346,16 @@ _OPTIONS: Final = {
         "API requests at a time; archive builds are not counted.",
     ),
     "timeout_s": _setting(
-        "--timeout S", _TIMEOUT, "30", "Timeout of every wait, except for archives and traces."
+        "--timeout S",
+        TIMEOUT,
+        "30",
+        "Timeout of every wait, except for archives and traces.",
     ),
     "archive_timeout_s": _setting(
-        "--archive-timeout S", _TIMEOUT, "15m", "Timeout of the wait for an archive or a trace."
+        "--archive-timeout S",
+        TIMEOUT,
+        "15m",
+        "Timeout of the wait for an archive or a trace.",
     ),
     "archive_build_limit": _setting(
         "--archive-burst N",

@@ -5,6 +5,7 @@ import os
 import click
 
 from tinkerfs import name_encoding
+from tinkerfs.cli.selection import select_mount
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table
 from tinkerfs.fuse.mount_table import Mount
@@ -30,7 +31,11 @@ def path(tinker_path: str, mountpoint: str | None) -> None:
     from tinkerfs.transfer.resolve import path_of  # lazy: imports the vfs layer
 
     tree_path = path_of(tinker_path)
-    click.echo(os.fsencode(_select_mount(mountpoint).mountpoint.rstrip("/") + tree_path))
+    click.echo(
+        os.fsencode(
+            select_mount(mountpoint, "--mount MOUNTPOINT").mountpoint.rstrip("/") + tree_path
+        )
+    )
 
 
 @click.command(short_help="Print the tinker path for a file path.")
@@ -70,28 +75,6 @@ def url(file_path: str) -> None:
             click.echo(content, nl=False)
             return
     raise StartupError(f"{file_path} is not a checkpoint, nor in one")
-
-
-def _select_mount(mountpoint: str | None) -> Mount:
-    """Return the mount at `mountpoint`, or the only mount of this user and root."""
-    found = mount_table.tinkerfs_mounts()
-    if mountpoint is not None:
-        path = mount_table.canonical_mountpoint(mountpoint)
-        found = [mount for mount in found if mount.mountpoint == path]
-        if not found:
-            raise StartupError(
-                f"{mountpoint} is not a tinkerfs mount (hint: tinkerfs mount {mountpoint})"
-            )
-    else:
-        found = [mount for mount in found if mount.is_trusted]
-    if not found:
-        raise StartupError("nothing is mounted (hint: tinkerfs mount MOUNTPOINT)")
-    if len({mount.mountpoint for mount in found}) > 1:
-        names = ", ".join(mount.mountpoint for mount in found)
-        raise StartupError(
-            f"there are several mounts (hint: use --mount MOUNTPOINT with one of {names})"
-        )
-    return found[-1]
 
 
 def _resolve_symlinks(file_path: str) -> str:
