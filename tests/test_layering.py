@@ -44,6 +44,7 @@ BASE = {
     "telemetry",
     "tinker_path",
     "tls",
+    "tracing",
     "validity",
 }
 
@@ -95,6 +96,7 @@ CONFINED = {
     "jinja2": {"webdav.pages"},
     "markupsafe": {"webdav.pages"},
     "mfusepy": {"fuse"},
+    "opentelemetry": {"tracing"},
     "prometheus_client": {"prometheus"},
     "pyrage": {"transfer.age"},
     "sqlite3": {"cache"},
@@ -104,7 +106,11 @@ CONFINED = {
 }
 
 #: Import name -> name of the installed distribution, if they differ.
-INSTALLED_AS = {"fuse": "fusepy", "prometheus_client": "prometheus-client"}
+INSTALLED_AS = {
+    "fuse": "fusepy",
+    "opentelemetry": "opentelemetry-sdk",
+    "prometheus_client": "prometheus-client",
+}
 
 
 def violations(module, source):

@@ -394,7 +394,12 @@ def should_report(error: OSError) -> bool:
     cause = error.__cause__
     if isinstance(cause, ApiError):
         return not (cause.is_local and is_missing(error))
-    return error.errno not in _ROUTINE_ERRNOS
+    return not is_routine(error.errno or 0)
+
+
+def is_routine(number: int) -> bool:
+    """Return whether an errno is routine: programs provoke it on purpose."""
+    return number in _ROUTINE_ERRNOS
 
 
 def is_read_only(error: OSError) -> bool:

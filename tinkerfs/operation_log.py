@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar, Token
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 #: Maximum number of request ids per operation: a listing may need a request per page.
 MAX_REQUEST_IDS: Final = 32
+
+_FAILED: Final = "a subscriber of the operation log failed"
 
 
 class OperationRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,14 +64,74 @@ class OperationRecord(msgspec.Struct, frozen=True, kw_only=True):
         return errors.name_of_errno(self.errno) if self.errno else ""
 
 
+class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One HTTP request that has ended, of the API or of the object store.
+
+    Attributes:
+        endpoint: method and path template; "GET store" for the object store.
+        url: with its query, which may be a secret.
+        outcome: the status, or the kind of failure.
+        started_at: time of its start, seconds since 1970.
+        duration_s: time to the end of its response, seconds.
+        request_id: the server's id; empty without one.
+    """
+
+    endpoint: str
+    url: str
+    outcome: str
+    started_at: float
+    duration_s: float
+    request_id: str = ""
+
+
 #: Called with each record, in the thread that served the operation, before its caller continues.
 Subscriber = Callable[[OperationRecord], None]
 
 
-class ActiveOperation:
-    """An observed operation that has not ended. Thread-safe."""
+class Observer(Protocol):
+    """Observes operations from their start on, and their requests, in the threads that do them."""
 
-    __slots__ = ("_request_ids", "_started", "caller", "operation", "path", "started_at", "token")
+    def on_begin(self, active: "ActiveOperation") -> None:
+        """Notice that an operation begins."""
+
+    def on_request(self, active: "ActiveOperation", request: RequestRecord) -> None:
+        """Notice that a request has ended, perhaps after the operation that started it."""
+
+    def on_end(self, active: "ActiveOperation", record: OperationRecord) -> None:
+        """Notice that an operation has ended."""
+
+
+class _SubscriberObserver:
+    def __init__(self, subscriber: Subscriber) -> None:
+        self._subscriber = subscriber
+
+    def on_begin(self, active: "ActiveOperation") -> None:
+        pass
+
+    def on_request(self, active: "ActiveOperation", request: RequestRecord) -> None:
+        pass
+
+    def on_end(self, _active: "ActiveOperation", record: OperationRecord) -> None:
+        self._subscriber(record)
+
+
+class ActiveOperation:
+    """An observed operation. Thread-safe.
+
+    Attributes:
+        span: belongs to the tracer.
+    """
+
+    __slots__ = (
+        "_request_ids",
+        "_started",
+        "caller",
+        "operation",
+        "path",
+        "span",
+        "started_at",
+        "token",
+    )
 
     def __init__(self, operation: str, path: str, caller: Caller) -> None:
         self.operation = operation
@@ -78,6 +140,7 @@ class ActiveOperation:
         self.started_at = time.time()
         self._started = time.perf_counter()
         self._request_ids: list[str] = []  # only appended to, which is atomic
+        self.span: object = None
         self.token: Token[ActiveOperation | None] | None = None
 
     def add_request_id(self, request_id: str) -> None:
@@ -124,7 +187,7 @@ class OperationLog:
         self.is_observed = False
         self.counts = OperationCounts()
         self._lock = threading.Lock()
-        self._subscribers: tuple[Subscriber, ...] = ()  # replaced under _lock, read without it
+        self._observers: tuple[Observer, ...] = ()  # replaced under _lock, read without it
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber` with the record of every operation that starts from now on.
@@ -132,22 +195,44 @@ class OperationLog:
         Returns:
             a function that ends the subscription, and may be called again without effect.
         """
+        return self.observe(_SubscriberObserver(subscriber))
+
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Notify `observer` of every operation that starts from now on; see `subscribe`."""
         with self._lock:
-            self._subscribers = (*self._subscribers, subscriber)
+            self._observers = (*self._observers, observer)
             self.is_observed = True
 
-        def unsubscribe() -> None:
+        def end() -> None:
             with self._lock:
-                self._subscribers = tuple(s for s in self._subscribers if s is not subscriber)
-                self.is_observed = bool(self._subscribers)
+                self._observers = tuple(each for each in self._observers if each is not observer)
+                self.is_observed = bool(self._observers)
 
-        return unsubscribe
+        return end
 
     def begin(self, operation: str, path: str, caller: Caller) -> ActiveOperation:
         """Make an operation the current one of this thread; `end` must follow in this thread."""
         active = ActiveOperation(operation, path, caller)
         active.token = _current.set(active)
+        for observer in self._observers:
+            try:
+                observer.on_begin(active)
+            except Exception:
+                log.exception(_FAILED)
         return active
+
+    def record_request(self, request: RequestRecord) -> None:
+        """Add a request to the operation that this thread works for, if there is one."""
+        active = _current.get()
+        if active is None:
+            return
+        if request.request_id:
+            active.add_request_id(request.request_id)
+        for observer in self._observers:
+            try:
+                observer.on_request(active, request)
+            except Exception:
+                log.exception(_FAILED)
 
     def end(
         self,
@@ -162,11 +247,11 @@ class OperationLog:
         if active.token is not None:
             _current.reset(active.token)
         record = active.record(errno, offset, read_bytes, written_bytes)
-        for subscriber in self._subscribers:
+        for observer in self._observers:
             try:
-                subscriber(record)
+                observer.on_end(active, record)
             except Exception:
-                log.exception("a subscriber of the operation log failed")
+                log.exception(_FAILED)
 
 
 def log_operation(record: OperationRecord) -> None:

@@ -124,6 +124,11 @@ def _truncated(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def valid_unicode(text: str) -> str:
+    r"""Return text with `\xff` for each byte that is not UTF-8, which is a lone surrogate."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def without_secrets(text: str) -> str:
     """Return text without keys, signatures and logins; white space is preserved."""
     pattern = _known_secrets.pattern

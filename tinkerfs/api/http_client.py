@@ -19,7 +19,7 @@ import httpx
 from tinkerfs import __version__, errors, proxies, tls
 from tinkerfs.api.network_backend import KEEPALIVE_S, DeadlineBackend, Exchange
 from tinkerfs.errors import ApiError, StartupError
-from tinkerfs.operation_log import current_operation
+from tinkerfs.operation_log import RequestRecord
 from tinkerfs.telemetry import Telemetry
 
 CONNECT_TIMEOUT_S = 5.0
@@ -149,7 +149,7 @@ class HttpClient:
         Raises:
             ExchangeError: no complete response was received.
         """
-        outcome, started_at = "failed", time.monotonic()
+        outcome, started_at, request_id = "failed", time.monotonic(), ""
         with self._backend.exchange(timeout_s, may_repeat=may_repeat) as exchange:
             try:
                 with self._http.stream(
@@ -167,9 +167,7 @@ class HttpClient:
                         content = self._read(response, exchange, label)
                     finally:
                         self._telemetry.count("bytes_received", response.num_bytes_downloaded)
-                    operation, request_id = current_operation(), request_id_of(response.headers)
-                    if operation is not None and request_id:
-                        operation.add_request_id(request_id)
+                    request_id = request_id_of(response.headers)
                     outcome = str(response.status_code)
                     return Response(
                         response.status_code, response.headers, content, str(response.url)
@@ -182,7 +180,18 @@ class HttpClient:
                 outcome = _outcome_label(failure.error)
                 raise failure from None
             finally:
-                self._telemetry.record_request(label, outcome, time.monotonic() - started_at)
+                duration_s = time.monotonic() - started_at
+                self._telemetry.record_request(label, outcome, duration_s)
+                self._telemetry.operations.record_request(
+                    RequestRecord(
+                        endpoint=label,
+                        url=self._root + path,
+                        outcome=outcome,
+                        started_at=time.time() - duration_s,
+                        duration_s=duration_s,
+                        request_id=request_id,
+                    )
+                )
 
     def _check_order(self, exchange: Exchange, label: str) -> None:
         """Reject surplus bytes of the previous response on the same connection.

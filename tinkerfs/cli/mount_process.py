@@ -20,6 +20,7 @@ from tinkerfs.fuse.daemonize import ReadinessNotifier
 from tinkerfs.fuse.passthrough import Passthrough
 from tinkerfs.operating_system import tune_malloc
 from tinkerfs.prometheus import serve_metrics
+from tinkerfs.tracing import export_traces
 
 
 def run_foreground(
@@ -91,7 +92,11 @@ def _serve(
 
     from tinkerfs.app import open_app  # lazy: imports HTTP and SQLite, the checks need neither
 
-    with open_app(settings) as app, serve_metrics(settings.metrics, app.telemetry):
+    with (
+        open_app(settings) as app,
+        serve_metrics(settings.metrics, app.telemetry),
+        export_traces(app.telemetry),
+    ):
         if check_key:
             verify_credentials(app.client, session.is_stop_pending)
         if session.is_stop_pending():

@@ -96,7 +96,7 @@ class ObjectStoreClient:
         Raises:
             StaleConnection: the idle connection that was used is dead.
         """
-        host, outcome, proxy = "the store", "failed", None
+        host, outcome, proxy, started_at = "the store", "failed", None, time.time()
         try:
             host = urlsplit(url).hostname or host
             proxy = proxies.proxy_for(url)
@@ -117,7 +117,9 @@ class ObjectStoreClient:
             raise self._map_urllib3_error(error, host, proxy) from None
         finally:
             self.monitor.record_request(outcome)
-        return StreamedResponse(self.monitor, raw, host)
+            if outcome == "failed":
+                self.monitor.record_transfer(url, outcome, started_at)
+        return StreamedResponse(self.monitor, raw, host, url, started_at)
 
     def close(self) -> None:
         """Stop all transfers and close all connections, those in use after their transfer."""
@@ -203,7 +205,15 @@ class StreamedResponse:
         host: for messages.
     """
 
-    def __init__(self, monitor: TransferMonitor, raw: urllib3.BaseHTTPResponse, host: str) -> None:
+    def __init__(
+        self,
+        monitor: TransferMonitor,
+        raw: urllib3.BaseHTTPResponse,
+        host: str,
+        url: str,
+        started_at: float,
+    ) -> None:
+        self._url, self._started_at = url, started_at
         self.status: int = raw.status
         self.headers: Mapping[str, str] = raw.headers
         self.host = host
@@ -242,6 +252,9 @@ class StreamedResponse:
     def close(self) -> None:
         """Release the connection; close it unless the body was read to its end."""
         self._raw.close()
+        if self._url:
+            self._monitor.record_transfer(self._url, str(self.status), self._started_at)
+            self._url = ""
 
 
 def _make_manager(proxy: proxies.Proxy | None) -> urllib3.PoolManager:

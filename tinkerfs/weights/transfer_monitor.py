@@ -8,6 +8,7 @@ import time
 
 from tinkerfs import errors
 from tinkerfs.errors import ApiError
+from tinkerfs.operation_log import RequestRecord
 from tinkerfs.retry import STORE_BACKOFF, FailureKind, RetryBudget
 from tinkerfs.telemetry import Telemetry
 
@@ -75,6 +76,23 @@ class TransferMonitor:
     def record_request(self, outcome: str) -> None:
         """Count a request by its status or failure."""
         self._telemetry.record_request(STORE_ENDPOINT, outcome)
+
+    def record_transfer(self, url: str, outcome: str, started_at: float) -> None:
+        """Add a request that has ended to the operation that this thread works for.
+
+        Args:
+            outcome: its status or failure.
+            started_at: time of its start, seconds since 1970.
+        """
+        self._telemetry.operations.record_request(
+            RequestRecord(
+                endpoint=STORE_ENDPOINT,
+                url=url,
+                outcome=outcome,
+                started_at=started_at,
+                duration_s=max(time.time() - started_at, 0.0),
+            )
+        )
 
     def record_chunk(self, size_bytes: int) -> None:
         """Count the bytes of a received chunk."""
