@@ -32,6 +32,7 @@ def main() -> int:
         "vllm_engine": [loaders],
         "mount_checks": mounts,
         "systemd_units": [],
+        "webdav_clients": [],
     }
     for name, arguments in checks.items():
         command = [sys.executable, "-m", f"{__package__}.{name}", *arguments]

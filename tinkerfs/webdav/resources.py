@@ -27,6 +27,9 @@ from tinkerfs.webdav.status import as_responses
 _TYPES: Final = {".json": "application/json", ".md": "text/plain; charset=utf-8"}
 _TEXT: Final = "text/plain; charset=utf-8"
 _BINARY: Final = "application/octet-stream"
+#: Clients that take a file without a length for an empty one, and silently read nothing. They get
+#: the upper bound that stat() returns: davfs2 reads up to the end, and rclone reports an error.
+_NEED_LENGTH: Final = ("davfs2/", "rclone/")
 #: The generated files without a suffix.
 _TEXT_NAMES: Final = frozenset(
     {
@@ -184,9 +187,15 @@ class FileResource(_Resource, DAVNonCollection):  # type: ignore[misc]
     def get_content_length(self) -> int | None:
         """Return the length, or None if unknown; GET opens the file, which determines it."""
         with as_responses(self.path):
-            if self.environ["REQUEST_METHOD"] == "GET":
+            method = self.environ["REQUEST_METHOD"]
+            if method == "GET":
                 return self._open().size_bytes
-            return self._links.validator(self.node, self.ctx).size_bytes
+            size_bytes = self._links.validator(self.node, self.ctx).size_bytes
+            agent = self.environ.get("HTTP_USER_AGENT", "")
+            if size_bytes is None and method == "PROPFIND" and agent.startswith(_NEED_LENGTH):
+                target = self._links.target(self.node, self.ctx)
+                return self._tree.stat(target, self.ctx).size_bytes
+            return size_bytes
 
     def get_content_type(self) -> str:
         """Return the type by the name, never one that a browser executes."""

@@ -42,6 +42,19 @@ def test_properties_of_a_checkpoint_request_no_archive(site):
     assert "GET archive" not in site.calls()
 
 
+def test_client_that_needs_a_length_gets_an_upper_bound(site):
+    client = site.connect(agent="davfs2/1.6.1 neon/0.32.5")
+    listed = client.listing(site.checkpoint)
+    head = client.request("HEAD", quote(f"{site.checkpoint}/archive.tar"))
+    assert head.headers["Content-Length"] is None
+    assert "GET archive" not in site.calls()
+    for name in EXPENSIVE:
+        assert listed[name].size > len(client.get(f"{site.checkpoint}/{name}"))
+    listed = client.listing(site.checkpoint)
+    for name in EXPENSIVE:
+        assert listed[name].size == len(client.get(f"{site.checkpoint}/{name}"))
+
+
 def test_listing_of_files_requests_the_archive(site):
     members = site.client.listing(f"{site.checkpoint}/files")
     assert "GET archive" in site.calls()
