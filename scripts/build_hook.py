@@ -12,7 +12,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class PackageFilesHook(BuildHookInterface[Any]):
+class PackageFilesHook(BuildHookInterface[Any]):  # type: ignore[misc]
     """Generates the files with the command line of the source tree."""
 
     PLUGIN_NAME = "custom"

@@ -28,7 +28,10 @@ def test_pages_are_formatted_without_warnings(tmp_path):
     groff = shutil.which("groff")
     assert groff, "run scripts/setup"
     done = subprocess.run(
-        [groff, "-ww", "-man", "-Tutf8", "pages"], cwd=tmp_path, capture_output=True, check=True
+        [groff, "-ww", "-man", "-Tascii", "-P-cbou", "pages"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
     )
     assert done.stderr == b""
     assert done.stdout.count(b"DESCRIPTION") == len(pages)
@@ -37,6 +40,6 @@ def test_pages_are_formatted_without_warnings(tmp_path):
 @pytest.mark.parametrize("text", [".start", "'start", r"a\b", "-x"])
 def test_escaped_text_is_printed_as_it_is(tmp_path, text):
     (tmp_path / "page").write_text(f".TH X 1\n.SH NAME\n{escaped(text)}\n")
-    groff = ["groff", "-ww", "-man", "-Tascii", "-P-c", "page"]
+    groff = ["groff", "-ww", "-man", "-Tascii", "-P-cbou", "page"]
     done = subprocess.run(groff, cwd=tmp_path, capture_output=True, check=True, text=True)
     assert text in done.stdout

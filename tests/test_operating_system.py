@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.server import demo_server
+from tests.support.server import demo_server, web
 
-__all__ = ["demo_server"]
+__all__ = ["demo_server", "web"]
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "tinkerfs"
@@ -87,15 +87,19 @@ def test_linux_features_finds_feature(source):
     assert linux_features('"""/proc is not opened here."""') == []
 
 
+def environment(server, directory, *, lacks=True):
+    """Return variables for a process without the features of Linux, or with them."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER", "COV"))}
+    path = [str(LACKING), str(ROOT)] if lacks else [str(ROOT)]
+    own = {"HOME": str(directory), "PYTHONPATH": os.pathsep.join(path)}
+    return inherited | server.environment | own
+
+
 def run(server, directory, *arguments, lacks=True):
     """Run Python without the features of Linux, or with them; return its output."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TINKER", "COV"))}
-    path = [str(LACKING), str(ROOT)] if lacks else [str(ROOT)]
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=environment
-        | server.environment
-        | {"HOME": str(directory), "PYTHONPATH": os.pathsep.join(path)},
+        env=environment(server, directory, lacks=lacks),
         cwd=directory,
         capture_output=True,
         text=True,
@@ -176,6 +180,27 @@ def test_prefetch_and_get_copy_and_share_the_cache(demo_server, tmp_path):
             [copied] = (tmp_path / name).rglob(file)
             assert copied.read_bytes() == content.read(0, content.size_bytes)
     assert server.journal.count("store") == 0
+
+
+def test_serve_lists_and_publishes(demo_server, tmp_path, web):
+    server = demo_server(runs=1, checkpoints=1)
+    run_id, checkpoint_id = server.account.runs()[0].id, server.account.runs()[0].checkpoints[0].id
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinkerfs", "serve", "--listen", "127.0.0.1:0"],
+        env=environment(server, tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        url = re.search(r"http://\S+/", process.stdout.readline())[0]
+        assert run_id in web.request("PROPFIND", f"{url}runs/", headers={"Depth": "1"}).text
+        control = f"{url}runs/{run_id}/checkpoints/{checkpoint_id}/published"
+        assert web.put(control, content=b"1").is_success
+        assert web.get(control).text == "1\n"
+    finally:
+        process.terminate()
+        with process.stdout:
+            assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize(

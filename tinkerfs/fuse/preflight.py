@@ -28,7 +28,8 @@ def check_system() -> None:
     """
     if not CAN_MOUNT:
         raise StartupError(
-            "only Linux can mount tinkerfs (hint: use tinkerfs get, or tinker:// with fsspec)"
+            "only Linux can mount tinkerfs (hint: use tinkerfs serve, tinkerfs get, or tinker://"
+            " with fsspec)"
         )
 
 
