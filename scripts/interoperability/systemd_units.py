@@ -54,9 +54,9 @@ END
 # The boot has nothing but this. The API is not there yet, as without a network.
 cat >/etc/systemd/system/tinkerfs-test.target <<END
 [Unit]
-Requires=basic.target
+Requires=sysinit.target
 Wants=remote-fs.target
-After=basic.target remote-fs.target
+After=sysinit.target remote-fs.target
 END
 mkdir -p /etc/systemd/system/{SERVICE}.d
 printf '[Install]\\nWantedBy=\\nWantedBy=tinkerfs-test.target\\n' \\
