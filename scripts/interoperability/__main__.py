@@ -27,6 +27,7 @@ def main() -> int:
         "data_libraries": [directory / "data"],
         "containers": [directory / "containers"],
         "slurm": [],
+        "ray_workers": [directory / "ray"],
         "peft_loaders": [loaders],
         "families": [loaders],
         "vllm_engine": [loaders],
