@@ -62,7 +62,7 @@ class FdDaemon:
 
     Attributes:
         name: The descriptor in the form `/dev/fd/N`.
-        device: Number of the mount as in `Mount.device`; None on Linux before 6.5.
+        device: Number of the mount as in `Mount.device`; None on kernels that do not show it.
     """
 
     name: str
