@@ -16,6 +16,7 @@ from pathlib import Path
 from tests.support.faulty_server import FaultyServer
 from tests.support.mount import ROOT
 from tests.support.passed_fd import expose
+from tinkerfs.fuse import mount_table
 
 SCRIPTS = ROOT / "docs/deploy/slurm"
 TIMEOUT_S = 180
@@ -142,7 +143,7 @@ def run_jobs() -> None:
         assert "/run/tinkerfs/" not in mounts, mounts
         assert list(Path("/run/tinkerfs").iterdir()) == []
         # Neither a daemon nor a mount is left, although a process of each job still held its mount.
-        assert count_processes("tinkerfs --serve") == 0
+        assert mount_table.wait_until(lambda: not count_processes("tinkerfs mount --serve"), 20)
         assert count_processes("^sleep 1000") == number
     state = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=True)
     assert state.stdout.strip() == "idle", state.stdout

@@ -2,7 +2,7 @@
 # Epilog of slurmd, run as root: end the mount of the job, also if a process still holds it.
 directory=/run/tinkerfs/$SLURM_JOB_ID
 # On SIGTERM the daemon unmounts and exits within 2 s; what still holds the mount gets ENOTCONN.
-pkill -TERM -u "$SLURM_JOB_UID" -f -- "--serve $directory mount"
+pkill -TERM -u "$SLURM_JOB_UID" -f -- "tinkerfs mount --serve $directory "
 for _ in $(seq 50); do
     grep -q " $directory " /proc/self/mounts || break
     sleep 0.1
