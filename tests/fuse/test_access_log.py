@@ -9,7 +9,9 @@ import time
 import pytest
 
 from tests.support.account import account, every_binding, make_account, needs
+from tests.support.mount import tinkerfs, wait_until
 from tinkerfs.access_log import parse_line
+from tinkerfs.fuse import mount_table
 
 __all__ = ["account", "make_account"]
 
@@ -64,6 +66,11 @@ class Follower:
     def __exit__(self, *_exc):
         self.process.kill()
         self.process.wait(20)
+
+
+@pytest.fixture
+def binding():
+    return "auto"
 
 
 @pytest.fixture
@@ -160,3 +167,20 @@ def test_without_reader_nothing_is_recorded_or_listed(account):
     needs(["grep", "tar"])
     assert account.sh("grep -r none .tinkerfs; tar c .tinkerfs | wc -c").returncode == 0
     assert account.sh(f"echo 1 > {LOG}").returncode != 0
+
+
+def test_waiting_reader_ends_with_the_mount(mountpoint, env):
+    assert tinkerfs("mount", mountpoint, env=env).returncode == 0
+    (pid,) = mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
+    cat = subprocess.Popen(
+        ["cat", mountpoint / LOG], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with cat:
+        assert cat.stdout.readline().startswith("#")
+        busy = tinkerfs("umount", mountpoint, env=env)
+        assert busy.returncode == 1
+        assert f"cat[{cat.pid}]" in busy.stderr
+        os.kill(pid, signal.SIGTERM)
+        _, errors = cat.communicate(timeout=20)
+    assert "not connected" in errors or "aborted" in errors
+    wait_until(lambda: not mount_table.is_running(pid))
