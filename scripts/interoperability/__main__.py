@@ -34,6 +34,7 @@ def main() -> int:
         "mount_checks": mounts,
         "systemd_units": [],
         "webdav_clients": [],
+        "log_daemons": [],
     }
     for name, arguments in checks.items():
         command = [sys.executable, "-m", f"{__package__}.{name}", *arguments]

@@ -168,6 +168,14 @@ def test_file_open_across_a_fork_is_read_by_both(make, server):
         assert file.read(10) == true.read(9000, 9010)
 
 
+def test_access_log_without_a_mount_is_its_header(make):
+    fs = make()
+    header = fs.cat("/.tinkerfs/access_log")
+    assert header.startswith(b"#time\toperation\t")
+    with fs.open("/.tinkerfs/access_log") as file:
+        assert file.read() == header
+
+
 @pytest.mark.parametrize("scheme", ["tinker://", ""])
 def test_tinker_path_is_the_directory_of_its_files(make, server, scheme):
     fs, (run_id, checkpoint_id) = make(), checkpoint_of(server)

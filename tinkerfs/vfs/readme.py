@@ -47,6 +47,7 @@ When a command fails, the server's error message is in
 
     .tinkerfs/errors        the last 100 failures
     .tinkerfs/changes       the last 100 changes, the processes that made them, and the outcomes
+    .tinkerfs/access_log    file operations as they happen, while you cat it; not listed
     .tinkerfs/stats.json    API requests, cache hits, pending requests
     .tinkerfs/trash/        removed checkpoints, if mounted with --trash, until their deletion
     .tinkerfs/refresh       write anything to invalidate all cached metadata
