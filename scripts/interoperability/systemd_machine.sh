@@ -25,6 +25,7 @@ done
 mount -t cgroup2 cgroup2 "$work/cgroup"
 mkdir "$work/cgroup/tinkerfs-interop-$$"
 echo 0 >"$work/cgroup/tinkerfs-interop-$$/cgroup.procs"
+mount -t proc proc "$root/proc"  # hidden by that of the machine below
 chroot "$root" sh -s <"$work/prepare"
 # shellcheck disable=SC2016
 exec unshare --cgroup --mount --uts --ipc --net --pid --fork --kill-child=KILL sh -ec '

@@ -31,7 +31,7 @@ class CheckResult:
 
 
 @click.command(short_help="Check the requirements of a mount.")
-@settings_options("base_url", "cache_dir", "timeout_s", "config")
+@settings_options("base_url", "api_key_file", "cache_dir", "timeout_s", "config")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: a list with an object per check."
 )

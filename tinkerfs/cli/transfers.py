@@ -21,6 +21,7 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the flags of the settings that a transfer uses to a command."""
     return settings_options(
         "base_url",
+        "api_key_file",
         "cache_dir",
         "base_models",
         "moe_layout",

@@ -30,7 +30,7 @@ _TIMEOUT_S = 120.0
 
 @click.command(short_help="Restore checkpoints that were removed under --trash.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, shell_complete=complete_path)
-@settings_options("base_url", "cache_dir", "timeout_s", "log_file", "log_level")
+@settings_options("base_url", "api_key_file", "cache_dir", "timeout_s", "log_file", "log_level")
 def undelete(paths: tuple[str, ...], **settings: Any) -> None:
     """Restore checkpoints from the trash, with their expiry from before the removal.
 
