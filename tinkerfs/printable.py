@@ -39,7 +39,7 @@ _KEY: Final = re.compile(
 #: A shorter secret is not hidden by its value, because ordinary words would be hidden too.
 MIN_SECRET_CHARS: Final = 8
 #: Maximum number of secrets; the oldest ones are forgotten. Renewed tokens are added.
-_MAX_SECRETS: Final = 64
+_MAX_SECRETS: Final = 256
 
 
 class _KnownSecrets:

@@ -173,6 +173,29 @@ def test_bundle_without_mount_and_key_never_overwrites(env, tmp_path):
     assert "is not a tinkerfs mount" in done.stderr
 
 
+def test_bundle_hides_the_keys_of_key_files(mountpoint, env, tmp_path):
+    keys = {name: f"opaque/{name}/0123456789" for name in ("daemon", "own")}
+    for name, key in keys.items():
+        (tmp_path / name).write_text(key)
+        (tmp_path / name).chmod(0o600)
+    log = tmp_path / "log"
+    log.write_text(" ".join(keys.values()))
+    config = tmp_path / "other.toml"
+    config.write_text(f"ttl = 77\napi-key-file = '{tmp_path}/own'\n")
+    options = f"api_key_file={tmp_path}/daemon,log_file={log},ttl=3"
+    server_key = env.pop("TINKER_API_KEY")
+    (tmp_path / "daemon").write_text(server_key)
+    assert tinkerfs("mount", mountpoint, "-o", options, env=env).returncode == 0
+    (tmp_path / "daemon").write_text(keys["daemon"])
+    found, content, output = bundle(tmp_path, env, mountpoint, "--config", config)
+    assert found["mount-1/log.txt"] == b"[redacted key] [redacted key]"
+    for name, key in keys.items():
+        assert key.encode() not in content
+        assert f"the key of {tmp_path}/{name}" in output
+    assert f"ttl = 77.0  ({config})".encode() in found["settings.txt"]
+    assert f"found: {tmp_path}/own".encode() in found["doctor.txt"]
+
+
 def test_archive_with_secret_is_removed(tmp_path):
     path = str(tmp_path / "b.tar.gz")
     for text in (KEY, quote(KEY, safe=""), base64.b64encode(KEY.encode()).decode()):

@@ -14,8 +14,8 @@ import click
 
 from tinkerfs import __version__
 from tinkerfs.cli.daemon import daemon_command
-from tinkerfs.cli.known_secrets import environment_of, find_secrets
-from tinkerfs.cli.options import settings_of, source_of
+from tinkerfs.cli.known_secrets import environment_of, find_secrets, key_files_of
+from tinkerfs.cli.options import config_file_of, settings_of, source_of
 from tinkerfs.errors import StartupError
 from tinkerfs.fuse import mount_table, stack_dump
 from tinkerfs.fuse.mount_table import Mount
@@ -52,17 +52,22 @@ def collect(
     """
     mounts = _select(mountpoint)
     pids = {mount.mountpoint: _daemon_of(mount) for mount in mounts}
-    environments = [environment_of(pid) for pid in pids.values() if pid]
-    secrets = find_secrets([os.environ, *environments])
+    daemons = [pid for pid in pids.values() if pid]
+    key_files = [path for pid in daemons for path in key_files_of(pid)]
+    if own := ctx.params.get("api_key_file"):
+        key_files.append(own)
+    environments = [os.environ, *map(environment_of, daemons)]
+    secrets = find_secrets(environments, dict.fromkeys(key_files))
     for secret in secrets:
         hide_secret(secret)
+    environ = {**os.environ, "TINKERFS_CONFIG": config_file_of(ctx) or ""}
     with ThreadPoolExecutor(max_workers=8) as pool:
         of_mounts = [
             pool.submit(_mount_parts, mount, pids[mount.mountpoint], log_file) for mount in mounts
         ]
         commands = {
-            "doctor.txt": pool.submit(_run, ["doctor"], _DOCTOR_S),
-            "cache.json": pool.submit(_run, ["cache", "info", "--json"], _CACHE_S),
+            "doctor.txt": pool.submit(_run, ["doctor"], _DOCTOR_S, environ),
+            "cache.json": pool.submit(_run, ["cache", "info", "--json"], _CACHE_S, environ),
         }
         parts = [
             ("versions.txt", _versions()),
@@ -160,12 +165,12 @@ def _mount_lines() -> str:
     return "".join(f"{line}\n" for line in lines.split("\n") if " - fuse" in line)
 
 
-def _run(arguments: list[str], timeout_s: float) -> str:
+def _run(arguments: list[str], timeout_s: float, environ: Mapping[str, str]) -> str:
     """Return the output of a command of tinkerfs."""
     result = mount_table.run_bounded(
         ["sh", "-c", 'exec "$@" 2>&1', "sh", *daemon_command(arguments)],
         timeout_s,
-        env=os.environ,
+        env=environ,
     )
     if result is None:
         return f"tinkerfs {' '.join(arguments)} did not end within {timeout_s:g} s\n"

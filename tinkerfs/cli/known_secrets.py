@@ -14,36 +14,46 @@ from tinkerfs.errors import TinkerfsError
 from tinkerfs.printable import MIN_SECRET_CHARS, forms_of_secret
 
 #: Environment variables with a secret, or a command that may contain one, as value.
-_SECRET_VARIABLE: Final = re.compile(
-    r"key|token|secret|passw|credential|auth(?!or|_sock)", re.IGNORECASE
-)
+_SECRET_VARIABLE: Final = re.compile(r"key|token|secret|passw|credential|auth(?!or)", re.IGNORECASE)
+#: Variables with a path as value, not a secret.
+_PATH_VARIABLE: Final = re.compile(r"_(file|dir|directory|path|sock)$", re.IGNORECASE)
+#: The key file in the arguments of a daemon, as a flag or an item of `-o`.
+_KEY_FILE_ARGUMENT: Final = re.compile(r"api[-_]key[-_]file[=\0]([^\0,]+)")
 
 
-def find_secrets(environments: Iterable[Mapping[str, str]]) -> dict[str, str]:
+def find_secrets(
+    environments: Iterable[Mapping[str, str]], key_files: Iterable[str]
+) -> dict[str, str]:
     """Return the secrets by their value, with a description for users.
 
     Args:
         environments: variables of this process, and of the daemons.
+        key_files: values of `--api-key-file`, of this process and of the daemons.
     """
     found: dict[str, str] = {}
     for environ in environments:
         for name, value in environ.items():
-            if _SECRET_VARIABLE.search(name):
+            if _SECRET_VARIABLE.search(name) and not _PATH_VARIABLE.search(name):
                 found.setdefault(value.strip(), name)
             if name.lower().endswith("_proxy"):
                 for password in _passwords(value):
                     found.setdefault(password, f"the password of {name}")
-    key, source = _current_key()
-    if key:
-        found[key] = f"the key of {source}"
+    for key_file in (None, *key_files):
+        key, source = _current_key(key_file)
+        if key:
+            found[key] = f"the key of {source}"
     return {secret: about for secret, about in found.items() if len(secret) >= MIN_SECRET_CHARS}
 
 
-def _current_key() -> tuple[str, str]:
-    """Return the API key and its source; an empty key if there is none."""
+def _current_key(key_file: str | None) -> tuple[str, str]:
+    """Return the API key and its source; an empty key if there is none.
+
+    Args:
+        key_file: None for the source that applies without a key file.
+    """
     from tinkerfs.api.credentials import Credentials  # lazy: imports HTTP
 
-    credentials = Credentials()
+    credentials = Credentials(key_file=key_file)
     try:
         return credentials.get(), credentials.source
     except TinkerfsError:
@@ -56,6 +66,20 @@ def _passwords(proxy: str) -> Iterable[str]:
     except ValueError:
         return ()
     return (password, unquote(password)) if password else ()
+
+
+def key_files_of(pid: int) -> list[str]:
+    """Return the key files that a daemon's arguments and environment name."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            arguments = os.fsdecode(file.read())
+        directory = os.readlink(f"/proc/{pid}/cwd")
+    except OSError:
+        return []
+    environ = environment_of(pid)
+    named = [environ.get(name, "") for name in ("TINKERFS_API_KEY_FILE", "TINKER_API_KEY_FILE")]
+    named += _KEY_FILE_ARGUMENT.findall(arguments)
+    return [os.path.join(directory, os.path.expanduser(path)) for path in named if path]
 
 
 def environment_of(pid: int) -> dict[str, str]:

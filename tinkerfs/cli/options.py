@@ -255,6 +255,12 @@ def _read_files(ctx: click.Context, path: str | None) -> dict[str, str]:
     return texts
 
 
+def config_file_of(ctx: click.Context) -> str | None:
+    """Return the configuration file that was named, None for the default files."""
+    path: str | None = ctx.meta[_CONFIG_FILE]
+    return path
+
+
 def source_of(option: Setting, ctx: click.Context) -> str:
     """Return where the value of a setting is from: "default", "option", a variable or a file."""
     source = ctx.get_parameter_source(str(option.name))
