@@ -48,33 +48,33 @@ _MAX_HEAPS: Final = 2
 # Files.
 
 
-def lock_byte(fd: int, kind: int, byte: int) -> None:
-    """Set a lock of type F_RDLCK, F_WRLCK or F_UNLCK on a byte, without waiting.
+def lock_bytes(fd: int, kind: int, byte: int, count: int = 1) -> None:
+    """Set a lock of type F_RDLCK, F_WRLCK or F_UNLCK on bytes, without waiting.
 
     Raises:
-        OSError: EAGAIN or EACCES if it is locked through another open file; an error for which
+        OSError: EAGAIN or EACCES if one is locked through another open file; an error for which
             `errors.is_unsupported` is true without such locks.
     """
     if not HAS_BYTE_LOCKS:
         raise errors.not_supported("", "this system has no open file description locks")
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind, byte))
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(kind, byte, count))
 
 
 def is_byte_locked(fd: int, byte: int) -> bool:
     """Return whether a byte is locked through another open file; lock nothing.
 
     Raises:
-        OSError: as `lock_byte`.
+        OSError: as `lock_bytes`.
     """
     if not HAS_BYTE_LOCKS:
         raise errors.not_supported("", "this system has no open file description locks")
-    query = _flock(fcntl.F_WRLCK, byte)
+    query = _flock(fcntl.F_WRLCK, byte, 1)
     kind: int = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0]
     return kind != fcntl.F_UNLCK
 
 
-def _flock(kind: int, byte: int) -> bytes:
-    return struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
+def _flock(kind: int, byte: int, count: int) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, byte, count, 0)
 
 
 def copy_range(source_fd: int, target_fd: int, size_bytes: int, offset: int) -> int:

@@ -106,7 +106,7 @@ def test_cache_without_locks_stays_within_max_size(loopback, seems_lockable, mon
     for file in opened:  # all files stay open
         file.ensure_directory()
         for index in range(8):
-            with file.lock_block(index, timeout_s=5) as is_free:
+            with file.lock_units(range(index, index + 1), timeout_s=5) as is_free:
                 assert is_free
             assert file.put(index, BLOCK)
         assert file.read(7, 0, len(BLOCK), len(BLOCK)) == BLOCK

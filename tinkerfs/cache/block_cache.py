@@ -1,17 +1,17 @@
-"""Block cache on disk, shared by all mounts of a user.
+"""Cache of the bytes of remote files on disk, shared by all mounts of a user.
 
     blocks/<file>/about           description of the file; its last line is the length, or empty
                   lock            byte 0: shared lock of every process that has the file open;
-                                  byte 1 + n: lock of the process that downloads block n
+                                  byte 1 + n: lock of the process that downloads unit n
                   layout, index   see `data_files`
                   0, 1, ...       the bytes, at their offsets in a remote file or in one of its
                                   members
 
-A unit of a block is valid once this process has verified its checksum; it is verified again after
+A unit is valid once this process has verified its checksum; it is verified again after
 the data file was changed by another one. Recency is the access time of `index`, which is set
 when the file is opened and closed, because most file systems are mounted with `relatime`.
 
-No method raises for disk errors. A block that cannot be read or written is downloaded again, and
+No method raises for disk errors. A unit that cannot be read or written is downloaded again, and
 the error is reported once. All classes are thread-safe.
 """
 
@@ -24,17 +24,14 @@ from pathlib import Path
 
 from tinkerfs import errors
 from tinkerfs.cache.block_writer import BlockWriter
-from tinkerfs.cache.data_files import (
-    BlockingSection,
-    DataFiles,
-    Verification,
-)
+from tinkerfs.cache.data_files import BlockingSection, DataFiles, Verification
 from tinkerfs.cache.data_layout import (
     BLOCK_BYTES,
     OVERHEAD_BYTES,
     UNIT_BYTES,
-    UNITS_PER_BLOCK,
     DataLayout,
+    units_of,
+    units_of_block,
 )
 from tinkerfs.cache.directory import can_lock_files
 from tinkerfs.cache.eviction import Evictor, remove_data, scan_cache
@@ -118,7 +115,7 @@ class BlockCache:
         return BlockFile(self, digest.hexdigest()[:40], about, length_bytes, layout)
 
     def reserve_space(self, size_bytes: int) -> bool:
-        """Make room for a block by eviction, and return whether it fits; see `release_space`.
+        """Make room for units by eviction, and return whether it fits; see `release_space`.
 
         Raises:
             OSError: the cache directory cannot be read.
@@ -134,7 +131,7 @@ class BlockCache:
         return is_reserved
 
     def release_space(self, size_bytes: int) -> None:
-        """Record that a block, for which space was reserved, is written or discarded."""
+        """Record that units, for which space was reserved, are written or discarded."""
         with self._lock:
             self._evictor.release(size_bytes)
 
@@ -162,19 +159,20 @@ class BlockCache:
             self._reported.add(name)
         self._telemetry.record_error(str(self.directory), "cache", error)
 
-    def verification(self, name: str) -> Verification:
-        """Return what this process has verified of a file."""
+    def verification(self, name: str, *, is_new: bool = False) -> Verification:
+        """Return what this process has verified of a file; nothing if its data `is_new`."""
         with self._lock:
             if len(self._verifications) >= _MAX_VERIFICATIONS:
                 self._verifications.clear()
+            if is_new:
+                self._verifications.pop(name, None)
             return self._verifications.setdefault(name, Verification())
 
     def report_corrupt(self, directory: str) -> None:
         """Report a corrupt unit, which was dropped."""
         self._telemetry.count("block_cache_corruptions")
-        self.report_once(
-            errors.corrupt(directory, "a block on disk was altered; it is downloaded again")
-        )
+        message = "a block on disk was altered; it is downloaded again"
+        self.report_once(errors.corrupt(directory, message))
 
     def now_ns(self) -> int:
         """Return the time, nanoseconds since 1970."""
@@ -182,7 +180,10 @@ class BlockCache:
 
 
 class BlockFile:
-    """The cached blocks of one file, which are not evicted until it is closed."""
+    """The cached bytes of one file, which are not evicted until it is closed.
+
+    Any run of units is stored and looked up. Blocks are only the usual length of such a run.
+    """
 
     def __init__(
         self,
@@ -199,9 +200,8 @@ class BlockFile:
         self._wanted_layout = layout
         self._verification = cache.verification(name)
         self._lock = threading.Lock()
-        self._files: DataFiles | None = (
-            None  # replaced under _lock after another process removed them
-        )
+        #: Replaced under _lock after another process removed them.
+        self._files: DataFiles | None = None
         self._locks = FileLocks(
             self._directory,
             about,
@@ -219,12 +219,45 @@ class BlockFile:
         self._locks.close()
 
     def has(self, index: int) -> bool:
-        """Return whether block `index` is cached; it is verified when it is read."""
-        return self._cached_units(index) >= len(self._units(index))
+        """Return whether all of block `index` is cached; it is verified when it is read."""
+        return not self.missing(self._units(index))
 
-    def has_part(self, index: int) -> bool:
-        """Return whether the start of block `index` is cached, and not all of it."""
-        return 0 < self._cached_units(index) < len(self._units(index))
+    def missing(self, units: range, end: int | None = None) -> range:
+        """Return the units from the first to the last one that is not cached.
+
+        Args:
+            units: not empty.
+            end: if given, cached units are verified, the last of which ends there or before it.
+        """
+        try:
+            files = self._files or self._open_files()
+            if files is None:
+                return units
+            missing = [
+                unit
+                for unit, record in zip(units, files.records(units), strict=True)
+                if not record.length or (end is not None and not self._is_intact(files, unit, end))
+            ]
+        except FileNotFoundError:  # another process has removed it
+            self._forget_files()
+            return units
+        except OSError:  # `read_into` will report it
+            return units
+        return range(missing[0], missing[-1] + 1) if missing else range(units.start, units.start)
+
+    def cached_bytes(self, start: int, stop: int) -> int:
+        """Return how many of the bytes [start, stop) are cached; see `has`."""
+        units = units_of(start, stop)
+        try:
+            files = self._files or self._open_files()
+            records = [] if files is None else files.records(units)
+        except OSError:  # `read_into` will report it
+            return 0
+        return sum(
+            min(stop, (unit + 1) * UNIT_BYTES) - max(start, unit * UNIT_BYTES)
+            for unit, record in zip(units, records, strict=False)
+            if record.length
+        )
 
     def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
         """Return the bytes [start, stop) of block `index`; None if `read_into` fails."""
@@ -255,14 +288,14 @@ class BlockFile:
             if files is None:
                 return False
             offset, size = index * BLOCK_BYTES + start, len(buffer)
-            first, stop = offset // UNIT_BYTES, (offset + size - 1) // UNIT_BYTES + 1
+            units = units_of(offset, offset + size)
             parts = files.layout.split(offset, size)
-            if files.is_verified(first, stop) and files.read(buffer, parts, blocking):
+            if files.is_verified(units.start, units.stop) and files.read(buffer, parts, blocking):
                 if files.is_unchanged(parts):
                     return True
             else:
                 files.is_unchanged(parts)
-            for unit in range(first, stop):
+            for unit in units:
                 data = self._load(files, unit, index * BLOCK_BYTES + length, blocking)
                 if data is None:
                     return False
@@ -275,22 +308,6 @@ class BlockFile:
             return False
         except OSError as error:
             self._cache.report_once(error)
-            return False
-
-    def is_intact(self, index: int, length: int) -> bool:
-        """Return whether all of block `index`, which has this length, is cached and intact."""
-        start = index * BLOCK_BYTES
-        units = range(index * UNITS_PER_BLOCK, index * UNITS_PER_BLOCK + -(-length // UNIT_BYTES))
-        try:
-            files = self._files or self._open_files()
-            if files is None:
-                return False
-            files.is_unchanged(files.layout.split(start, length))
-            return self._verify(files, units, start + length)
-        except FileNotFoundError:  # another process has removed it
-            self._forget_files()
-            return False
-        except OSError:  # `read_into` will report it
             return False
 
     def backing_fd(
@@ -311,7 +328,7 @@ class BlockFile:
             if files is None or size_bytes is None:
                 return None
             number = files.layout.file_of(start, stop, size_bytes)
-            units = range(start // UNIT_BYTES, -(-stop // UNIT_BYTES))
+            units = units_of(start, stop)
             if number is None:
                 return None
             if not files.is_verified(units.start, units.stop) and (
@@ -334,7 +351,7 @@ class BlockFile:
 
     def put(self, index: int, data: bytes) -> bool:
         """Store a block; return whether it is on disk."""
-        writer = self.begin_write(index, len(data))
+        writer = self.begin_write(index * BLOCK_BYTES, len(data))
         if writer is None:
             return False
         with closing(writer):
@@ -343,16 +360,19 @@ class BlockFile:
             except OSError as error:
                 self._cache.report_once(error)
                 return False
-            return self.commit(index, writer)
+            return self.commit(writer)
 
-    def begin_write(self, index: int, length: int) -> BlockWriter | None:
-        """Return a writer for block `index`, to be closed; None if it does not fit."""
+    def begin_write(self, start: int, length: int) -> BlockWriter | None:
+        """Return a writer for the units of [start, start + length), to be closed.
+
+        None if they do not fit.
+        """
         try:
             size_bytes = length + OVERHEAD_BYTES
             if not self._cache.reserve_space(size_bytes):
                 return None
             try:
-                return self._begin(index, size_bytes)
+                return self._begin(start, length, size_bytes)
             except BaseException:
                 self._cache.release_space(size_bytes)
                 raise
@@ -360,31 +380,24 @@ class BlockFile:
             self._cache.report_once(error)
             return None
 
-    def commit(self, index: int, writer: BlockWriter) -> bool:
-        """Store a completely written block; return whether it is on disk."""
+    def commit(self, writer: BlockWriter) -> bool:
+        """Store completely written units; return whether they are on disk."""
         try:
             if writer.commit():
                 return True
             # Another process has removed the files.
-            with closing(self._begin(index, 0)) as second_writer:
-                second_writer.write(writer.read_back())
+            data = writer.read_back()
+            with closing(self._begin(writer.start, len(data), 0)) as second_writer:
+                second_writer.write(data)
                 return second_writer.commit()
         except OSError as error:
             self._cache.report_once(error)
             return False
 
     def commit_part(self, writer: BlockWriter) -> None:
-        """Store the start of a block, so that the next download can resume."""
+        """Store the units that are complete, so that the next download can resume."""
         with suppress(OSError):  # the next download starts at the beginning
             writer.commit_complete_units()
-
-    def read_part(self, index: int) -> bytes:
-        """Return the cached start of block `index`, empty if there is none."""
-        units = self._cached_units(index)
-        if not units:
-            return b""
-        size = units * UNIT_BYTES
-        return self.read(index, 0, size, size) or b""
 
     def report(self, error: OSError) -> None:
         """Report an error that only makes reads slower, once for each errno."""
@@ -392,23 +405,22 @@ class BlockFile:
 
     def drop(self, index: int) -> None:
         """Remove a block."""
-        first = index * UNITS_PER_BLOCK
-        self._drop(self._files or self._open_files(), range(first, first + UNITS_PER_BLOCK))
+        self._drop(self._files or self._open_files(), units_of_block(index))
 
     def drop_all(self) -> None:
         """Remove all blocks; a process that reads them keeps the old data until then."""
         remove_data(self._directory)
         self._forget_files()
 
-    def lock_block(self, index: int, timeout_s: float) -> AbstractContextManager[bool]:
-        """Return a context manager that locks block `index` against other processes.
+    def lock_units(self, units: range, timeout_s: float) -> AbstractContextManager[bool]:
+        """Return a context manager that locks units against other processes.
 
         Its body runs even if the lock is not free within `timeout_s` seconds, because a second
-        download does no harm. The caller should check whether the block is cached by then.
+        download does no harm. The caller should check whether the units are cached by then.
 
-        Its value is whether no other process is known to download the block.
+        Its value is whether no other process is known to download any of the units.
         """
-        return self._locks.lock_block(index, timeout_s)
+        return self._locks.lock_units(units, timeout_s)
 
     def ensure_directory(self) -> None:
         """Create the directory and the lock file, so that other processes see the locks."""
@@ -416,37 +428,24 @@ class BlockFile:
 
     def _units(self, index: int) -> range:
         """Return the units of a block, of which there are fewer at the end of the file."""
-        first = index * UNITS_PER_BLOCK
         if self._length_bytes is None:
-            return range(first, first + 1)
-        return range(first, min(first + UNITS_PER_BLOCK, -(-self._length_bytes // UNIT_BYTES)))
-
-    def _cached_units(self, index: int) -> int:
-        """Return how many units at the start of a block are recorded."""
-        try:
-            files = self._files or self._open_files()
-            if files is None:
-                return 0
-            count = 0
-            for record in files.records(self._units(index)):
-                if not record.length:
-                    break
-                count += 1
-        except OSError:  # `read_into` will report it
-            return 0
-        return count
+            return units_of_block(index)[:1]
+        start = index * BLOCK_BYTES
+        return units_of(start, min(start + BLOCK_BYTES, self._length_bytes))
 
     def _verify(
-        self,
-        files: DataFiles,
-        units: range,
-        end: int,
-        blocking: BlockingSection = nullcontext,
+        self, files: DataFiles, units: range, end: int, blocking: BlockingSection = nullcontext
     ) -> bool:
         """Return whether units are intact, the last of which ends at `end` or before it."""
         if files.is_verified(units.start, units.stop):
             return True
         return all(self._load(files, unit, end, blocking) is not None for unit in units)
+
+    def _is_intact(self, files: DataFiles, unit: int, end: int) -> bool:
+        """Return whether the data of a unit, which ends at `end` or before it, is intact."""
+        start = unit * UNIT_BYTES
+        files.is_unchanged(files.layout.split(start, min(UNIT_BYTES, end - start)))
+        return self._verify(files, range(unit, unit + 1), end)
 
     def _load(
         self, files: DataFiles, unit: int, end: int, blocking: BlockingSection
@@ -467,7 +466,8 @@ class BlockFile:
 
     def _forget_files(self) -> None:
         self._files = None
-        self._verification.clear()
+        # A thread may still verify the old data, and its result must not count for the new data.
+        self._verification = self._cache.verification(self._name, is_new=True)
 
     def _open_files(self) -> DataFiles | None:
         """Return the open files; None if there are none yet.
@@ -487,7 +487,7 @@ class BlockFile:
             files.touch(self._cache.now_ns())
         return files
 
-    def _begin(self, index: int, reserved_bytes: int) -> BlockWriter:
+    def _begin(self, start: int, length: int, reserved_bytes: int) -> BlockWriter:
         with self._lock:
             files = self._files
             if files is None or files.is_removed():
@@ -495,4 +495,4 @@ class BlockFile:
                 self._locks.ensure()
                 files = self._files = self._new_files(self._wanted_layout)
         release_space = partial(self._cache.release_space, reserved_bytes)
-        return BlockWriter(files, self._name, index, on_close=release_space)
+        return BlockWriter(files, self._name, start, length, on_close=release_space)

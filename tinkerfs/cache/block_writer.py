@@ -1,41 +1,45 @@
-"""Writer of a cached block: its data at its place in the data files, then its records."""
+"""Writer of units of a block: their data at its place in the data files, then their records."""
 
 from collections.abc import Callable
 from contextlib import suppress
 
 from tinkerfs import errors
 from tinkerfs.cache.data_files import DataFiles, Record, checksum_of
-from tinkerfs.cache.data_layout import BLOCK_BYTES, UNIT_BYTES, UNITS_PER_BLOCK
+from tinkerfs.cache.data_layout import UNIT_BYTES, units_of
 
 
 class BlockWriter:
-    """Writes one block; used by one thread, which must close it in any case.
+    """Writes consecutive units; used by one thread, which must close it in any case.
 
     Args:
         name: identifies the file; part of the checksums.
-        index: block index.
-        on_close: called when the block is written or discarded.
+        start: offset of the first unit.
+        length: number of bytes of all units.
+        on_close: called when the units are written or discarded.
+
+    Attributes:
+        start: offset of the first unit.
     """
 
     def __init__(
-        self, files: DataFiles, name: str, index: int, on_close: Callable[[], None]
+        self, files: DataFiles, name: str, start: int, length: int, on_close: Callable[[], None]
     ) -> None:
+        self.start = start
         self._on_close = on_close
         self._files = files
         self._name = name
-        self._first = index * UNITS_PER_BLOCK
-        self._start = index * BLOCK_BYTES
+        self._first = start // UNIT_BYTES
         self._size_bytes = 0
         #: Of the complete units, and of all units before the write.
         self._records: list[Record] = []
-        self._stored = files.records(range(self._first, self._first + UNITS_PER_BLOCK))
+        self._stored = files.records(units_of(start, start + length))
         #: Bytes of a unit that is stored already, and not overwritten: others may read it.
         self._held = bytearray()
         self._checksum = checksum_of(name, self._first)
         files.begin_writing()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append data to the block.
+        """Append data.
 
         Raises:
             OSError: the disk rejects the data; `read_back` still returns the data before it.
@@ -48,7 +52,7 @@ class BlockWriter:
                 if self._stored[len(self._records)].length:
                     self._held += chunk
                 else:
-                    self._files.write(chunk, self._start + size_bytes)
+                    self._files.write(chunk, self.start + size_bytes)
                 size_bytes += len(chunk)
                 if not size_bytes % UNIT_BYTES:
                     self._end_unit(UNIT_BYTES)
@@ -66,7 +70,7 @@ class BlockWriter:
         if complete * UNIT_BYTES < self._size_bytes and self._stored[complete].length:
             held = bytes(self._held[: self._size_bytes - complete * UNIT_BYTES])
         data = bytearray(self._size_bytes - len(held))
-        parts = self._files.layout.split(self._start, len(data))
+        parts = self._files.layout.split(self.start, len(data))
         if data and not self._files.read(memoryview(data), parts):
             raise errors.corrupt("", "a data file was truncated while a block was written")
         return bytes(data) + held
@@ -82,7 +86,7 @@ class BlockWriter:
         return self.commit_complete_units()
 
     def commit_complete_units(self) -> bool:
-        """Record the start of a block, as far as it has complete units; see `commit`."""
+        """Record the complete units; see `commit`."""
         self._files.flush()
         if self._files.is_removed():
             return False

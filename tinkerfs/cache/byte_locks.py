@@ -1,4 +1,4 @@
-"""Locks on single bytes of a file, between processes and descriptors.
+"""Locks on bytes of a file, between processes and descriptors.
 
 They are open file description locks (fcntl(2)). Unlike flock(2), one file has as many locks as it
 has offsets. Unlike POSIX locks, they are not lost when another descriptor of the process is
@@ -24,8 +24,10 @@ class ByteRangeLocks:
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
-    def acquire(self, byte: int, *, is_shared: bool = False, timeout_s: float = 0.0) -> bool:
-        """Lock a byte; return whether that was possible within `timeout_s` seconds.
+    def acquire(
+        self, byte: int, *, count: int = 1, is_shared: bool = False, timeout_s: float = 0.0
+    ) -> bool:
+        """Lock `count` bytes; return whether that was possible within `timeout_s` seconds.
 
         Raises:
             OSError: the file system or the operating system does not support these locks.
@@ -34,7 +36,7 @@ class ByteRangeLocks:
         while True:
             try:
                 kind = fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK
-                operating_system.lock_byte(self._fd, kind, byte)
+                operating_system.lock_bytes(self._fd, kind, byte, count)
             except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: locked by another one
                 if time.monotonic() >= deadline:
                     return False
@@ -42,9 +44,9 @@ class ByteRangeLocks:
             else:
                 return True
 
-    def release(self, byte: int) -> None:
-        """Unlock a byte."""
-        operating_system.lock_byte(self._fd, fcntl.F_UNLCK, byte)
+    def release(self, byte: int, count: int = 1) -> None:
+        """Unlock `count` bytes."""
+        operating_system.lock_bytes(self._fd, fcntl.F_UNLCK, byte, count)
 
     def is_locked(self, byte: int) -> bool:
         """Return whether a byte is locked through another open file; lock nothing.

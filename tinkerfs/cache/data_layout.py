@@ -10,12 +10,12 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import TypeAlias
 
-#: Unit of downloads. Sixteen concurrent requests of this size hide the latency of a typical store,
-#: and a single one still completes soon.
+#: Unit of sequential downloads. Sixteen concurrent requests of this size hide the latency of a
+#: typical store, and a single one still completes soon.
 BLOCK_BYTES = 4 << 20
 
-#: Unit of checksums, a divisor of `BLOCK_BYTES`. A small read verifies one unit, and an interrupted
-#: download keeps all complete units.
+#: Unit of checksums and of random downloads, a divisor of `BLOCK_BYTES`. A small read downloads and
+#: verifies one unit, and an interrupted download keeps all complete units.
 UNIT_BYTES = 256 << 10
 UNITS_PER_BLOCK = BLOCK_BYTES // UNIT_BYTES
 
@@ -31,6 +31,16 @@ MAX_PIECES = 64
 #: The number of a data file, an offset in it, and a length. A plain tuple, because each read needs
 #: one.
 Part: TypeAlias = tuple[int, int, int]
+
+
+def units_of(start: int, stop: int) -> range:
+    """Return the units that contain the bytes [start, stop) of the remote file."""
+    return range(start // UNIT_BYTES, -(-stop // UNIT_BYTES))
+
+
+def units_of_block(index: int) -> range:
+    """Return the units of a whole block."""
+    return range(index * UNITS_PER_BLOCK, (index + 1) * UNITS_PER_BLOCK)
 
 
 class DataLayout:

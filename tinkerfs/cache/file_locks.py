@@ -41,7 +41,7 @@ class FileLocks:
         self._has_locks = has_locks
         self._lock = threading.Lock()
         # Replaced under _lock after another process removed the directory. A thread that holds a
-        # block's lock in the old file continues with that, so all of them stay open until `close`.
+        # lock on units in the old file continues with that, so all of them stay open until `close`.
         self._locks: ByteRangeLocks | None = None
         self._open_locks: list[ByteRangeLocks] = []
         if os.path.isdir(directory):
@@ -72,13 +72,13 @@ class FileLocks:
                 write_about(self._directory, self._about)
 
     @contextmanager
-    def lock_block(self, index: int, timeout_s: float) -> Iterator[bool]:
-        """Lock block `index` against downloads by other processes; see `BlockFile.lock_block`."""
-        byte, locks = 1 + index, self._locks
+    def lock_units(self, units: range, timeout_s: float) -> Iterator[bool]:
+        """Lock units against downloads by other processes; see `BlockFile.lock_units`."""
+        byte, locks = 1 + units.start, self._locks
         is_locked, is_free = False, True
         try:
             if locks is not None:
-                is_locked = is_free = locks.acquire(byte, timeout_s=timeout_s)
+                is_locked = is_free = locks.acquire(byte, count=len(units), timeout_s=timeout_s)
         except OSError as error:
             self._report(error)
         try:
@@ -86,7 +86,7 @@ class FileLocks:
         finally:
             if is_locked and locks is not None:
                 with suppress(OSError):  # closed in the meantime, which also released the lock
-                    locks.release(byte)
+                    locks.release(byte, len(units))
 
     def _open(self) -> ByteRangeLocks:
         while True:

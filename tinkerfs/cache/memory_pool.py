@@ -1,29 +1,30 @@
-"""Memory pool for blocks of weights, in flight and cached, with one bound.
+"""Memory pool for units of weights, in flight and cached, with one bound.
 
-A transfer reserves memory before it starts: a chunk if the block is written to disk, otherwise the
-whole block. Blocks that cannot be written to disk stay in the pool while there is room. They are
-evicted in LRU order. Prefetched blocks that have not been read yet are evicted last, because they
-would have to be downloaded again.
+A transfer reserves memory before it starts: a chunk if its units are written to disk, otherwise all
+of them. Units that cannot be written to disk stay in the pool while there is room. They are evicted
+in LRU order. Prefetched units that have not been read yet are evicted last, because they would have
+to be downloaded again.
 """
 
 import threading
 from collections import OrderedDict
 
+from tinkerfs.cache.data_layout import UNIT_BYTES, units_of
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 
-#: File and block index.
+#: File and number of the unit.
 Key = tuple[str, int]
 
-#: A prefetched block that was not read within this time counts as read, seconds.
+#: A prefetched unit that was not read within this time counts as read, seconds.
 _PREFETCH_TTL_S = 10.0
 
 
 class BlockMemoryPool:
-    """Caches blocks in memory, and reserves memory for others. Thread-safe.
+    """Caches units in memory, and reserves memory for others. Thread-safe.
 
     Args:
         max_bytes: bound on cached and reserved bytes together.
-        clock: `monotonic` measures the age of prefetched blocks.
+        clock: `monotonic` measures the age of prefetched units.
     """
 
     def __init__(self, max_bytes: int, clock: Clock = SYSTEM_CLOCK) -> None:
@@ -31,10 +32,10 @@ class BlockMemoryPool:
         self._clock = clock
         self._changed = threading.Condition()
         # All guarded by _changed.
-        #: Blocks that have not been read, with the time of their arrival, the oldest first.
+        #: Units that have not been read, with the time of their arrival, the oldest first.
         self._prefetched: OrderedDict[Key, tuple[float, bytes]] = OrderedDict()
         self._prefetched_bytes = 0
-        #: Blocks that have been read, the least recently used first.
+        #: Units that have been read, the least recently used first.
         self._accessed: OrderedDict[Key, bytes] = OrderedDict()
         self._accessed_bytes = 0
         self._reserved_bytes = 0
@@ -59,7 +60,7 @@ class BlockMemoryPool:
             return prefetch_bytes <= self._max_bytes // 2
 
     def reserve(self, size_bytes: int, timeout_s: float) -> bool:
-        """Reserve memory, evicting blocks if needed; return whether it was free in time.
+        """Reserve memory, evicting units if needed; return whether it was free in time.
 
         A reservation beyond the bound succeeds when nothing else is reserved.
         """
@@ -81,24 +82,30 @@ class BlockMemoryPool:
             self._reserved_bytes -= size_bytes
             self._changed.notify_all()
 
-    def keep(self, key: Key, data: bytes) -> None:
-        """Cache a block in the memory that was reserved for it."""
+    def keep(self, file: str, start: int, data: bytes) -> None:
+        """Cache the units from offset `start` on, in the memory that was reserved for them."""
+        units = units_of(start, start + len(data))
         with self._changed:
+            arrived = self._clock.monotonic()
+            for number, unit in enumerate(units):
+                key, part = (file, unit), data[number * UNIT_BYTES : (number + 1) * UNIT_BYTES]
+                self._accessed_bytes -= len(self._accessed.pop(key, b""))
+                self._prefetched_bytes -= len(self._prefetched.pop(key, (0.0, b""))[1])
+                self._prefetched_bytes += len(part)
+                self._prefetched[key] = arrived, part
             self._reserved_bytes -= len(data)
-            self._accessed_bytes -= len(self._accessed.pop(key, b""))
-            self._prefetched_bytes += len(data) - len(self._prefetched.pop(key, (0.0, b""))[1])
-            self._prefetched[key] = self._clock.monotonic(), data
             self._changed.notify_all()
 
+    def is_empty(self) -> bool:
+        """Return whether no unit is cached, which is usual if the disk takes them."""
+        return not self._accessed and not self._prefetched  # correct at some instant, unlocked
+
     def has(self, key: Key) -> bool:
-        """Return whether a block is cached, without marking it as read."""
+        """Return whether a unit is cached, without marking it as read."""
         return key in self._accessed or key in self._prefetched
 
     def get(self, key: Key) -> bytes | None:
-        """Return a cached block, and mark it as read."""
-        # The usual case if blocks are stored on disk; correct at some instant without the lock.
-        if not self._accessed and not self._prefetched:
-            return None
+        """Return a cached unit, and mark it as read."""
         with self._changed:
             if key in self._prefetched:
                 self._mark_accessed(key)
@@ -108,13 +115,13 @@ class BlockMemoryPool:
             return data
 
     def demote_prefetched(self, file: str) -> None:
-        """Mark the prefetched blocks of a file as read, because no reader waits for them."""
+        """Mark the prefetched units of a file as read, because no reader waits for them."""
         with self._changed:
             for key in [key for key in self._prefetched if key[0] == file]:
                 self._mark_accessed(key)
 
     def drop(self, file: str) -> None:
-        """Remove every block of a file."""
+        """Remove every unit of a file."""
         with self._changed:
             for key in [key for key in self._prefetched if key[0] == file]:
                 self._prefetched_bytes -= len(self._prefetched.pop(key)[1])
@@ -123,7 +130,7 @@ class BlockMemoryPool:
             self._changed.notify_all()
 
     def _demote_expired(self) -> None:
-        """Mark prefetched blocks as read if no reader has wanted them in time."""
+        """Mark prefetched units as read if no reader has wanted them in time."""
         oldest = self._clock.monotonic() - _PREFETCH_TTL_S
         while self._prefetched and next(iter(self._prefetched.values()))[0] < oldest:
             self._mark_accessed(next(iter(self._prefetched)))

@@ -42,6 +42,16 @@ class BlockCheck:
         self._verified: set[int] = set()
 
     @property
+    def has_digests(self) -> bool:
+        """Whether the digest of each block is known."""
+        return bool(self._digests)
+
+    @property
+    def needs_whole_blocks(self) -> bool:
+        """Whether smaller parts would show changes of the file less reliably."""
+        return self.is_needed or self.has_digests
+
+    @property
     def verifies_cached(self) -> bool:
         """Whether cached blocks must pass `verify_block`."""
         return self.is_needed and bool(self._digests)
@@ -71,15 +81,10 @@ class BlockCheck:
         cached = self._disk.read(index, 0, length, length)
         return b"" if cached is None else block_digest(cached)
 
-    def before(self, start: int, partial: bytes) -> bytes:
-        """Return known bytes that precede `start`, to be requested again and compared.
-
-        `partial` holds the bytes of an incomplete block that ends at `start`; empty for none.
-        """
+    def before(self, start: int) -> bytes:
+        """Return known bytes that precede `start`, to be requested again and compared."""
         if not self.is_needed or not start:
             return b""
-        if partial:
-            return partial[-OVERLAP_BYTES:]
         return self._peek(max(start - OVERLAP_BYTES, 0), start) or b""
 
     def sample(self) -> Sample | None:

@@ -1,4 +1,4 @@
-"""Store a block while it is downloaded: on disk if possible, else in memory.
+"""Store a block, or units of it, while they are downloaded: on disk if possible, else in memory.
 
 Each chunk is written as soon as it arrives. Collecting the whole block first would move 4 MiB
 through the processor's caches several more times, for each of the concurrent downloads.
@@ -6,40 +6,61 @@ through the processor's caches several more times, for each of the concurrent do
 
 import hashlib
 from contextlib import closing
+from dataclasses import dataclass
 
 from tinkerfs import errors
 from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.weights.transfer_monitor import CHUNK_BYTES
 
 
 class CacheWriteLost(OSError):
-    """EIO: a partly written block is lost and must be downloaded again."""
+    """EIO: partly written bytes are lost and must be downloaded again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Bytes of a file that are in memory, at `start`."""
+
+    start: int
+    data: bytes
+
+    def fill(self, buffer: memoryview, offset: int) -> bool:
+        """Fill `buffer` with the bytes at `offset`; return whether all of them are here."""
+        first = offset - self.start
+        if first < 0 or first + len(buffer) > len(self.data):
+            return False
+        buffer[:] = memoryview(self.data)[first : first + len(buffer)]
+        return True
 
 
 class BlockDownload:
-    """A block that is being downloaded. Not thread-safe; close it in any case.
+    """Units of one block that are being downloaded. Not thread-safe; close it in any case.
 
     Args:
         key: of the file.
-        length: of the block.
-        disk: the disk cache of the file's blocks.
-        memory: the pool for blocks that the disk does not take; it also bounds write buffers.
+        start: offset of the first unit.
+        length: of all units.
+        disk: the disk cache of the file.
+        memory: the pool for units that the disk does not take; it also bounds write buffers.
         timeout_s: how long to wait for free memory.
-        digest: the expected `block_digest`; empty if unknown.
-        uses_disk: whether the block may be stored on disk.
+        digest: the expected `block_digest` of a whole block; empty if unknown.
+        uses_disk: whether the units may be stored on disk.
 
     Raises:
         RequestTimeout: no memory became free.
 
     Attributes:
+        index: of the block.
+        stop: offset after the last unit.
         remaining_bytes: number of bytes that have not arrived yet.
     """
 
     def __init__(
         self,
         key: str,
-        index: int,
+        start: int,
         length: int,
         disk: BlockFile,
         memory: BlockMemoryPool,
@@ -48,8 +69,10 @@ class BlockDownload:
         digest: bytes = b"",
         uses_disk: bool = True,
     ) -> None:
+        self.index = start // BLOCK_BYTES
+        self.stop = start + length
         self.remaining_bytes = length
-        self._key, self._index, self._length = key, index, length
+        self._key, self._start, self._length = key, start, length
         self._disk = disk
         self._memory = memory
         self._timeout_s = timeout_s
@@ -61,7 +84,7 @@ class BlockDownload:
         self._uses_disk = uses_disk
         # A block with a digest may be of another version, and is not written before that is known.
         # Blocks of that version may be on disk, and in use.
-        self._writer = disk.begin_write(index, length) if uses_disk and not digest else None
+        self._writer = disk.begin_write(start, length) if uses_disk and not digest else None
         try:
             self._reserve(length if self._writer is None else min(CHUNK_BYTES, length))
         except errors.RequestTimeout:
@@ -69,7 +92,7 @@ class BlockDownload:
             raise
 
     def feed(self, chunk: memoryview) -> memoryview:
-        """Store the bytes of a chunk that belong to the block, and return the rest.
+        """Store the bytes of a chunk that belong to the units, and return the rest.
 
         Raises:
             RequestTimeout: the disk failed, and no memory became free.
@@ -91,34 +114,34 @@ class BlockDownload:
         """Return whether a complete block has the expected digest."""
         return not self._digest or _truncated_digest(self._sha256) == self._digest
 
-    def commit(self) -> bytes | None:
-        """Store a complete block; return it if it is in memory, None if it is on disk.
+    def commit(self) -> Piece | None:
+        """Store complete units; return them if they are in memory, None if they are on disk.
 
         Raises:
             RequestTimeout: as `feed`.
-            CacheWriteLost: the block is lost; the blocks after it are not affected.
+            CacheWriteLost: the units are lost; those after them are not affected.
         """
         if self._writer is not None:
-            if self._disk.commit(self._index, self._writer):
+            if self._disk.commit(self._writer):
                 return None
             self._spill_to_memory(None)
         if self._is_unreadable:
             error = errors.corrupt("", "the disk of the cache has lost a block that was written")
             raise CacheWriteLost(error.errno, error.strerror)
         data = b"".join(self._chunks)
-        if self._digest and self._uses_disk and self._disk.put(self._index, data):
+        if self._digest and self._uses_disk and self._disk.put(self.index, data):
             return None
-        self._memory.keep((self._key, self._index), data)
+        self._memory.keep(self._key, self._start, data)
         self._reserved_bytes = 0
-        return data
+        return Piece(self._start, data)
 
     def commit_partial(self) -> None:
-        """Store an incomplete block for the next download; in memory it would be lost."""
+        """Store the complete units for the next download; in memory they would be lost."""
         if self._writer is not None and self.remaining_bytes < self._length:
             self._disk.commit_part(self._writer)
 
     def close(self) -> None:
-        """Free the resources; an uncommitted block is discarded."""
+        """Free the resources; uncommitted units are discarded."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()

@@ -16,7 +16,7 @@ from tinkerfs.weights.safetensors_header import LENGTH_BYTES, header_length, ten
 from tinkerfs.weights.tar_index import Member, Segment
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from tinkerfs.weights.flights import PieceFuture
 
 
 class WeightsFile(ABC):
@@ -77,15 +77,20 @@ class WeightsFile(ABC):
     def block_bytes(self, block: int) -> int:
         """Return the length of a block, including bytes of other members."""
 
+    @abstractmethod
+    def missing_blocks(self) -> dict[int, int]:
+        """Return how many bytes of the file each block lacks on disk; omit blocks that lack none.
+
+        Send no request.
+        """
+
     def cached_bytes(self) -> int:
         """Return how many bytes are on disk; those in no block count as on disk."""
-        return self.size_bytes - sum(
-            held_bytes for index, held_bytes in self.blocks().items() if not self.is_cached(index)
-        )
+        return self.size_bytes - sum(self.missing_blocks().values())
 
     @abstractmethod
     def is_cached(self, block: int) -> bool:
-        """Return whether a block is on disk; send no request."""
+        """Return whether a whole block is on disk; send no request."""
 
     def backing_fd(self, ctx: RequestContext, max_verified_bytes: float = math.inf) -> int | None:
         """Return a new descriptor of a local file with the same bytes, which the caller closes.
@@ -106,7 +111,7 @@ class WeightsFile(ABC):
         """
 
     @abstractmethod
-    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
+    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "PieceFuture":
         """Start to download a block, or join its download; see `RemoteFile.fetch`.
 
         `count` is the number of blocks that one request may download, from this one on.
@@ -140,14 +145,14 @@ class MemberFile(WeightsFile):
         size = min(len(buffer), self.size_bytes - offset)
         if size <= 0:
             return 0
+        if self._readahead.needs_tensor_offsets(offset):
+            self._load_tensor_offsets()
         plan = self._readahead.on_read(offset, size)
         if plan.start < plan.stop:  # before the wait for the demand read, so that both overlap
             self._fetch_ahead(plan)
         if size < len(buffer):
             buffer = buffer[:size]
-        self._fill(buffer, offset, ctx)
-        if self._readahead.needs_tensor_offsets():
-            self._load_tensor_offsets()
+        self._fill(buffer, offset, ctx, plan.granule_bytes)
         return size
 
     def peek(self, start: int, stop: int) -> bytes | None:
@@ -165,13 +170,18 @@ class MemberFile(WeightsFile):
     def blocks(self) -> dict[int, int]:
         """See `WeightsFile.blocks`; holes are in no block."""
         found: dict[int, int] = {}
-        for segment in self._stored_segments():
-            start, stop = _span(segment)
-            for index in block_range(start, stop):
-                begin = index * BLOCK_BYTES
-                held_bytes = min(stop, begin + BLOCK_BYTES) - max(start, begin)
-                found[index] = found.get(index, 0) + held_bytes
+        for index, start, stop in self._block_parts():
+            found[index] = found.get(index, 0) + stop - start
         return found
+
+    def missing_blocks(self) -> dict[int, int]:
+        """See `WeightsFile.missing_blocks`."""
+        missing: dict[int, int] = {}
+        for index, start, stop in self._block_parts():
+            missing_bytes = stop - start - self._file.cached_bytes(start, stop)
+            if missing_bytes:
+                missing[index] = missing.get(index, 0) + missing_bytes
+        return missing
 
     def block_key(self, block: int) -> tuple[str, int]:
         """See `WeightsFile.block_key`."""
@@ -195,20 +205,30 @@ class MemberFile(WeightsFile):
         """See `WeightsFile.prepare`."""
         self._file.prepare(ctx)
 
-    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
+    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "PieceFuture":
         """See `WeightsFile.fetch`."""
         return self._file.fetch(block, ctx, count)
 
-    def _fill(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
+    def _fill(
+        self, buffer: memoryview, start: int, ctx: RequestContext, granule_bytes: int
+    ) -> None:
         if self._range is not None:
-            self._file.read_into(buffer, self._range[0] + start, ctx)
+            self._file.read_into(buffer, self._range[0] + start, ctx, granule_bytes)
             return
         for segment in self._segments_in(start, start + len(buffer)):
             view = buffer[segment.offset - start :][: segment.length]
             if not segment.is_stored:
                 view[:] = bytes(segment.length)
             else:
-                self._file.read_into(view, segment.archive_offset, ctx)
+                self._file.read_into(view, segment.archive_offset, ctx, granule_bytes)
+
+    def _block_parts(self) -> Iterator[tuple[int, int, int]]:
+        """Yield block index, start and stop of the stored bytes of the file in each block."""
+        for segment in self._stored_segments():
+            start, stop = _span(segment)
+            for index in block_range(start, stop):
+                begin = index * BLOCK_BYTES
+                yield index, max(start, begin), min(stop, begin + BLOCK_BYTES)
 
     def _stored_segments(self) -> Iterable[Segment]:
         """Return the segments that hold the bytes of the file, some of them repeatedly."""
@@ -232,7 +252,9 @@ class MemberFile(WeightsFile):
             if not segment.is_stored:
                 continue
             begin, end = _span(segment)
-            reached = self._file.fetch_ahead(begin, end, plan.request_bytes)
+            reached = self._file.fetch_ahead(
+                begin, end, plan.request_bytes, plan.ahead_granule_bytes
+            )
             self._readahead.mark_fetched(segment.offset + reached - begin)
             if reached < end:
                 return

@@ -16,7 +16,7 @@ from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.virtual_file import Layout
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
+    from tinkerfs.weights.flights import PieceFuture
 
 #: Maximum number of files that stay open without being read: each takes a file descriptor.
 MAX_OPEN_FILES = 16
@@ -116,6 +116,16 @@ class JoinedFile(WeightsFile):
         number, own_block = self._locate(block)
         return min(BLOCK_BYTES, self._parts[number].size_bytes - own_block * BLOCK_BYTES)
 
+    def missing_blocks(self) -> dict[int, int]:
+        """See `WeightsFile.missing_blocks`."""
+        missing: dict[int, int] = {}
+        for number, first_block in enumerate(self._first_blocks):
+            if self._parts[number].size_bytes:
+                with self._opened(number) as file:
+                    of_part = file.missing_blocks()
+                missing |= {first_block + block: each for block, each in of_part.items()}
+        return missing
+
     def is_cached(self, block: int) -> bool:
         """See `WeightsFile.is_cached`."""
         number, own_block = self._locate(block)
@@ -128,7 +138,7 @@ class JoinedFile(WeightsFile):
             with self._opened(0) as file:
                 file.prepare(ctx)
 
-    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "Future[bytes | None]":
+    def fetch(self, block: int, ctx: RequestContext, count: int = 1) -> "PieceFuture":
         """See `WeightsFile.fetch`."""
         number, own_block = self._locate(block)
         with self._opened(number) as file:

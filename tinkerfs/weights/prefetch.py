@@ -2,8 +2,9 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tinkerfs import errors
 from tinkerfs.cache.data_layout import BLOCK_BYTES, OVERHEAD_BYTES
@@ -11,6 +12,9 @@ from tinkerfs.context import RequestContext
 from tinkerfs.weights.block_math import group_consecutive
 from tinkerfs.weights.file import WeightsFile
 from tinkerfs.weights.readahead import MAX_READAHEAD_BYTES, READAHEAD_CONCURRENCY
+
+if TYPE_CHECKING:
+    from tinkerfs.weights.flights import PieceFuture
 
 #: Maximum number of concurrent requests, and of blocks per request: as for sequential readahead.
 _MAX_REQUESTS = READAHEAD_CONCURRENCY
@@ -36,7 +40,7 @@ class BlockResult:
 
 @dataclass(frozen=True, slots=True)
 class _Waiter:
-    """A block of a file that is in flight, `size_bytes` of which belong to the file."""
+    """A block that is in flight, and of which a file lacks `size_bytes`."""
 
     request: int
     number: int
@@ -59,7 +63,7 @@ def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[Bloc
     waits for blocks cannot be interrupted, so callers that may be cancelled run it on a thread of
     its own. Downloads in flight continue after the iterator is closed.
     """
-    in_flight: dict[Future[bytes | None], list[_Waiter]] = {}
+    in_flight: dict[PieceFuture, list[_Waiter]] = {}
     #: The number of waiters of each request that has any.
     waiting: Counter[int] = Counter()
     failed: set[int] = set()
@@ -81,14 +85,7 @@ def prefetch(files: Sequence[WeightsFile], ctx: RequestContext) -> Iterator[Bloc
                     assert isinstance(error, Exception)
                     yield BlockResult(waiter.number, 0, error)
 
-    missing = [
-        {
-            block: held_bytes
-            for block, held_bytes in file.blocks().items()
-            if not file.is_cached(block)
-        }
-        for file in files
-    ]
+    missing = [file.missing_blocks() for file in files]
     # A small number of blocks is spread over all requests.
     count = sum(map(len, missing))
     blocks_per_request = min(max(count // _MAX_REQUESTS, 1), _MAX_BLOCKS_PER_REQUEST)

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.extents import ExtentMap
 from tinkerfs.weights.file import MemberFile
@@ -48,7 +50,7 @@ class VirtualFile(MemberFile):
         prefetches nothing.
         """
         if offset + len(buffer) <= self._own_bytes:
-            self._fill(buffer, offset, ctx)
+            self._fill(buffer, offset, ctx, BLOCK_BYTES)
             return len(buffer)
         return super().read_into(buffer, offset, ctx)
 
@@ -70,9 +72,14 @@ class VirtualFile(MemberFile):
             raise _NotCachedError
         buffer[:] = data
 
-    def _fill(self, buffer: memoryview, start: int, ctx: RequestContext) -> None:
-        fill = super()._fill
-        self._extents.read_into(buffer, start, lambda view, offset: fill(view, offset, ctx))
+    def _fill(
+        self, buffer: memoryview, start: int, ctx: RequestContext, granule_bytes: int
+    ) -> None:
+        # Adjacent bytes may come from distant parts of the source, by one request after the other.
+        # Whole blocks then hold more of what is read next.
+        del granule_bytes
+        fill = partial(super()._fill, ctx=ctx, granule_bytes=BLOCK_BYTES)
+        self._extents.read_into(buffer, start, fill)
 
     def _stored_segments(self) -> Iterator[Segment]:
         for start, stop in self._extents.source_ranges(0, self.size_bytes):

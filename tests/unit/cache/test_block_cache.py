@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.support.clocks import FakeTime
+from tinkerfs.cache import data_files
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.data_files import DataFiles
-from tinkerfs.cache.data_layout import BLOCK_BYTES, OVERHEAD_BYTES, UNIT_BYTES, DataLayout
+from tinkerfs.cache.data_layout import (
+    BLOCK_BYTES,
+    OVERHEAD_BYTES,
+    UNIT_BYTES,
+    DataLayout,
+    units_of_block,
+)
 from tinkerfs.cache.eviction import scan_cache
 from tinkerfs.concurrency import run_concurrently, run_in_thread
 from tinkerfs.telemetry import Telemetry
@@ -62,7 +70,7 @@ def on_disk(cache):
 
 
 def put_part(file, index, data):
-    with contextlib.closing(file.begin_write(index, BLOCK_BYTES)) as writer:
+    with contextlib.closing(file.begin_write(index * BLOCK_BYTES, BLOCK_BYTES)) as writer:
         writer.write(data)
         file.commit_part(writer)
 
@@ -88,18 +96,38 @@ def test_put_block_is_read_in_part_and_by_the_next_mount(cache_of):
 def test_start_of_block_is_not_a_block_and_survives_remount(cache_of):
     data = block(1, 2 * UNIT_BYTES + 1000)
     with contextlib.closing(cache_of().open("key", "about", 5 * BLOCK_BYTES)) as file:
-        assert file.read_part(3) == b""
+        assert file.missing(units_of_block(3)) == units_of_block(3)
         put_part(file, 3, data)
-        assert (file.has(3), file.has_part(3)) == (False, True)
+        assert not file.has(3)
+        assert file.missing(units_of_block(3), 5 * BLOCK_BYTES) == units_of_block(3)[2:]
         assert whole(file, 3, BLOCK_BYTES) is None
-        assert not file.is_intact(3, BLOCK_BYTES)
         assert file.read(3, 100, 200, BLOCK_BYTES) == data[100:200]
     with contextlib.closing(cache_of().open("key", "about", 5 * BLOCK_BYTES)) as again:
-        assert again.read_part(3) == data[: 2 * UNIT_BYTES], "only complete units are kept"
-        assert (again.read_part(2), again.has_part(2)) == (b"", False)
+        kept = 3 * BLOCK_BYTES, 3 * BLOCK_BYTES + 2 * UNIT_BYTES
+        assert again.cached_bytes(0, 5 * BLOCK_BYTES) == 2 * UNIT_BYTES, "only complete units"
+        assert again.cached_bytes(kept[0] + 7, kept[1] + 9) == 2 * UNIT_BYTES - 7
         assert again.put(3, block(2, BLOCK_BYTES))
-        assert (again.has(3), again.has_part(3)) == (True, False)
-        assert again.is_intact(3, BLOCK_BYTES)
+        assert again.has(3)
+        assert not again.missing(units_of_block(3), 5 * BLOCK_BYTES)
+
+
+def test_units_within_a_block_are_read_and_missing_around(cache_of):
+    """A whole block is then requested from its first to its last missing unit."""
+    data, units = block(1, 2 * UNIT_BYTES), units_of_block(1)
+    with contextlib.closing(cache_of().open("key", "about", 3 * BLOCK_BYTES)) as file:
+        with contextlib.closing(file.begin_write(units[5] * UNIT_BYTES, len(data))) as writer:
+            writer.write(data)
+            assert file.commit(writer)
+        assert file.read(1, 5 * UNIT_BYTES + 9, 7 * UNIT_BYTES, BLOCK_BYTES) == data[9:]
+        assert file.read(1, 5 * UNIT_BYTES - 1, 7 * UNIT_BYTES, BLOCK_BYTES) is None
+        assert file.missing(units) == units
+        assert file.missing(units[5:]) == units[7:]
+        assert file.missing(units[:7], 3 * BLOCK_BYTES) == units[:5]
+        spoil_byte(data_path(cache_of()), 7 * UNIT_BYTES + BLOCK_BYTES - 1)
+    with contextlib.closing(cache_of().open("key", "about", 3 * BLOCK_BYTES)) as again:
+        assert again.missing(units[5:]) == units[7:]
+        assert again.missing(units[5:7], 3 * BLOCK_BYTES) == units[6:7], "the altered one"
+        assert not again.missing(units[5:6], 3 * BLOCK_BYTES)
 
 
 def test_corrupt_start_of_block_is_not_returned(cache_of):
@@ -108,7 +136,29 @@ def test_corrupt_start_of_block_is_not_returned(cache_of):
         put_part(file, 0, block(1, 2 * UNIT_BYTES))
         spoil_byte(data_path(cache))
     with contextlib.closing(cache_of().open("key", "about", 5 * BLOCK_BYTES)) as file:
-        assert file.read_part(0) == b""
+        units = units_of_block(0)
+        assert file.missing(units[:2], BLOCK_BYTES) == units[:1]
+
+
+def test_data_verified_before_its_removal_does_not_count_later(cache_of, monkeypatch):
+    """While a thread verifies a unit, the files are removed and another block is stored."""
+    cache, expected = cache_of(), block(1, BLOCK_BYTES)
+    with contextlib.closing(cache.open("key", "about", 3 * BLOCK_BYTES)) as file:
+        assert file.put(0, expected)
+        checksum_of, calls = data_files.checksum_of, []
+
+        def replace_files(*arguments):
+            if not calls:
+                calls.append(1)
+                shutil.rmtree(cache.directory)
+                assert file.put(2, block(2, BLOCK_BYTES))
+            return checksum_of(*arguments)
+
+        monkeypatch.setattr(data_files, "checksum_of", replace_files)
+        assert file.read(0, 0, 100, BLOCK_BYTES) == expected[:100]
+        assert calls
+        assert file.read(0, 0, 100, BLOCK_BYTES) is None, "a hole"
+        assert file.read(2, 0, 100, BLOCK_BYTES) == block(2, BLOCK_BYTES)[:100]
 
 
 def test_last_block_of_a_file_is_short(cache_of):
@@ -148,11 +198,11 @@ def test_cache_files_are_private_to_the_user(cache_of, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in paths if path.is_dir()} == {0o700}
 
 
-def spoil_byte(path):
+def spoil_byte(path, offset=1000):
     with path.open("r+b") as file:
-        file.seek(1000)
+        file.seek(offset)
         old = file.read(1)
-        file.seek(1000)
+        file.seek(offset)
         file.write(bytes([old[0] ^ 1]))
 
 
@@ -218,7 +268,7 @@ def test_hole_is_noticed_while_another_block_is_written(cache_of):
     with contextlib.closing(cache.open("key", "about")) as file:
         file.put(0, block(0))
         assert whole(file, 0) == block(0)
-        with contextlib.closing(file.begin_write(1, BLOCK)) as writer:
+        with contextlib.closing(file.begin_write(BLOCK_BYTES, BLOCK)) as writer:
             writer.write(block(1)[:1000])
             assert whole(file, 0) == block(0)
             punch(data_path(cache))
@@ -231,13 +281,13 @@ def test_change_during_a_write_of_another_block_is_noticed(cache_of, is_over):
     with contextlib.closing(cache.open("key", "about")) as file:
         file.put(0, block(0))
         assert whole(file, 0) == whole(file, 0) == block(0)
-        writer = file.begin_write(1, BLOCK)
+        writer = file.begin_write(BLOCK_BYTES, BLOCK)
         writer.write(block(1)[:1000])
         assert whole(file, 0) == block(0)
         spoil_byte(data_path(cache))
         if is_over:
             writer.write(block(1)[1000:])
-            assert file.commit(1, writer)
+            assert file.commit(writer)
             writer.close()
         assert whole(file, 0) is None
         if not is_over:
@@ -254,7 +304,7 @@ def test_reads_find_blocks_while_another_process_writes(cache_of):
         cache = BlockCache(Path({str(cache.directory)!r}), Telemetry(), max_bytes=1 << 34,
                            min_free_bytes=0)
         file = cache.open("key", "about")
-        writer = file.begin_write(1, {BLOCK_BYTES})
+        writer = file.begin_write({BLOCK_BYTES}, {BLOCK_BYTES})
         print("ready", flush=True)
         while True:
             file._files.write(memoryview(b"x"), {2 * BLOCK_BYTES})
@@ -362,13 +412,13 @@ def test_block_being_written_counts_as_a_whole_block(cache_of):
     with contextlib.closing(cache.open("key", "about")) as file:
         writers = []
         for index in range(60):
-            writer = file.begin_write(index, BLOCK)
+            writer = file.begin_write(index * BLOCK_BYTES, BLOCK)
             if writer is not None:
                 writer.write(b"x")
-                writers.append((index, writer))
-        for index, writer in writers:
+                writers.append(writer)
+        for writer in writers:
             writer.write(bytes(BLOCK - 1))
-            assert file.commit(index, writer)
+            assert file.commit(writer)
             writer.close()
         assert 25 <= len(writers) <= 34
     assert on_disk(cache) <= limit
@@ -459,13 +509,13 @@ from tinkerfs.telemetry import Telemetry
 cache = BlockCache(Path(sys.argv[1]), Telemetry(), max_bytes=1 << 30, min_free_bytes=0)
 file = cache.open("key", "about")
 file.ensure_directory()
-with file.lock_block(7, 10):
+with file.lock_units(range(7, 8), 10):
     print("claimed", flush=True)
     time.sleep(60)
 """
 
 
-def test_lock_block_excludes_other_processes_until_they_exit(cache_of):
+def test_lock_units_excludes_other_processes_until_they_exit(cache_of):
     cache = cache_of()
     other = subprocess.Popen(
         [sys.executable, "-c", CLAIMER, str(cache.directory)], stdout=subprocess.PIPE
@@ -475,12 +525,12 @@ def test_lock_block_excludes_other_processes_until_they_exit(cache_of):
     try:
         assert other.stdout.readline() == b"claimed\n"
         began = time.monotonic()
-        with file.lock_block(8, 10):
+        with file.lock_units(range(8, 10), 10):
             assert time.monotonic() - began < 1
-        with file.lock_block(7, 0.2):
+        with file.lock_units(range(7, 8), 0.2):
             assert time.monotonic() - began >= 0.2
         threading.Timer(0.2, other.kill).start()
-        with file.lock_block(7, 30):
+        with file.lock_units(range(7, 8), 30):
             assert time.monotonic() - began < 10
     finally:
         other.kill()
@@ -785,7 +835,7 @@ def test_cache_with_another_kind_of_file_keeps_serving(cache_of, kind, name):
         assert in_time(lambda: whole(file, 3)) == (None if is_lost else block(1))
         assert in_time(lambda: file.put(5, block(3)))
         assert in_time(lambda: whole(file, 5)) == block(3)
-        with file.lock_block(3, 0.0) as is_free:
+        with file.lock_units(range(3, 4), 0.0) as is_free:
             assert is_free
         assert in_time(lambda: file.put(3, block(1)))
         assert whole(file, 3) == block(1)

@@ -3,12 +3,13 @@
 import threading
 
 from tests.support.clocks import FakeTime
+from tinkerfs.cache.data_layout import UNIT_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 
 
 def fill(memory, file, index):
     assert memory.reserve(30, 0)
-    memory.keep((file, index), bytes(30))
+    memory.keep(file, index * UNIT_BYTES, bytes(30))
 
 
 def test_reserve_evicts_the_least_recently_used_block():

@@ -22,6 +22,8 @@ def test_retry_after_serves_stale_values_and_sends_no_requests(
         server.journal.clear()
         server.faults.add("api", status=429, headers={"Retry-After": "100"})
         assert driver.listdir("runs") == runs
+        # A slow machine shows the stale value before the response has arrived.
+        assert mount_table.wait_until(lambda: b"429" in driver.read(".tinkerfs/errors"), 30)
         for _ in range(3):
             assert driver.listdir("runs") == runs
             assert driver.listdir(f"runs/{one}/checkpoints") == kinds

@@ -1,5 +1,7 @@
 """Fixtures: the weights of a demo server's checkpoints, without a mount."""
 
+import itertools
+import re
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.weights import store_connection
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.reader import WeightsReader
@@ -23,6 +26,12 @@ from tinkerfs.weights.url_cache import SignedUrlCache
 def _no_proxy(monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _patient_connections(monkeypatch):
+    """Never send a request again because a busy machine was slow to respond to the first one."""
+    monkeypatch.setattr(store_connection, "PROBE_S", 60.0)
 
 
 @contextmanager
@@ -70,6 +79,19 @@ def weights_of(tmp_path):
             return stack.enter_context(mount)
 
         yield make
+
+
+def assert_disjoint(entries, size_bytes):
+    """Assert that requests of a store's log have no byte in common, and about `size_bytes`."""
+    ranges = sorted(map(range_of, entries))
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(ranges)), ranges
+    assert size_bytes <= sum(stop - start for start, stop in ranges) < size_bytes + (2 << 20)
+
+
+def range_of(entry):
+    """Return the requested bytes [start, stop) of a log entry."""
+    first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", entry.range).groups()
+    return int(first), int(last) + 1
 
 
 def subject_of(server, kind="weights", *, run=0, number=0):

@@ -15,7 +15,7 @@ from tests.unit.weights.conftest import subject_of, truth
 from tinkerfs.cache import data_files
 from tinkerfs.cache.block_cache import BlockCache, BlockFile
 from tinkerfs.cache.block_writer import BlockWriter
-from tinkerfs.cache.data_layout import BLOCK_BYTES, DataLayout
+from tinkerfs.cache.data_layout import BLOCK_BYTES, DataLayout, units_of_block
 from tinkerfs.concurrency import run_concurrently
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.telemetry import Telemetry
@@ -101,9 +101,9 @@ def test_block_removed_during_commit_is_downloaded_to_memory(opened, monkeypatch
     server, subject, mount = opened
     keep = BlockFile.commit
 
-    def lost(file, index, writer):
-        is_stored = keep(file, index, writer)
-        file.drop(index)
+    def lost(file, writer):
+        is_stored = keep(file, writer)
+        file.drop(writer.start // BLOCK_BYTES)
         return is_stored
 
     monkeypatch.setattr(BlockFile, "commit", lost)
@@ -141,7 +141,7 @@ def test_request_ends_before_block_locked_by_another_process(opened):
         server.journal.clear()
         with another_process(mount) as other:
             data = truth(server, subject, NAME)[: 5 * BLOCK_BYTES]
-            with other.lock_block(3, 0.0) as is_mine:
+            with other.lock_units(units_of_block(3), 0.0) as is_mine:
                 assert is_mine
                 remote.fetch_ahead(2 * BLOCK_BYTES, 4 * BLOCK_BYTES, 2 * BLOCK_BYTES)
                 future = remote.fetch(3, BACKGROUND_CONTEXT)
@@ -231,7 +231,7 @@ def test_fetch_ahead_stops_at_first_block_not_started(opened):
 
         remote._start_prefetch = start
         reached = remote.fetch_ahead(0, 7 * BLOCK_BYTES, BLOCK_BYTES)
-    assert started == [0]
+    assert started == [*units_of_block(0)]
     assert reached == BLOCK_BYTES
 
 
@@ -242,9 +242,9 @@ def test_block_lock_is_released_once_block_is_stored(opened):
         remote = file._file
         assert remote.fetch(2, BACKGROUND_CONTEXT, 2).result(10) is None
         with another_process(mount) as other:
-            with other.lock_block(2, 5.0) as is_mine:
+            with other.lock_units(units_of_block(2), 5.0) as is_mine:
                 assert is_mine
-            with other.lock_block(3, 0.0) as is_mine:
+            with other.lock_units(units_of_block(3), 0.0) as is_mine:
                 assert not is_mine
         server.faults.clear()
         remote.fetch(3, BACKGROUND_CONTEXT).result(20)

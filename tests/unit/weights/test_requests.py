@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from tests.unit.weights.conftest import subject_of, truth
+from tests.unit.weights.conftest import range_of, subject_of, truth
 from tests.unit.weights.test_tar_index import special
 from tinkerfs import errors
 from tinkerfs.cache.data_layout import BLOCK_BYTES
@@ -36,11 +36,6 @@ def read(mount, subject, name=NAME):
 def requests_of(server):
     server.journal.wait_until_idle()
     return server.journal.entries(ARCHIVE)
-
-
-def range_of(entry):
-    first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", entry.range).groups()
-    return int(first), int(last) + 1
 
 
 def test_requests_have_closed_ranges_and_if_range(demo_server, weights_of):
@@ -90,9 +85,12 @@ def test_broken_response_is_resumed_at_its_end(demo_server, weights_of):
     subject, mount = subject_of(server), weights_of(server)
     mount.weights.files(subject, BACKGROUND_CONTEXT)
     server.journal.clear()
-    server.faults.add("store", cut_after_bytes=1_000_001)
+    rule = server.faults.add(
+        "store", cut_after_bytes=1_000_001, when=lambda e: "=0-" not in e.range
+    )
     assert read(mount, subject) == truth(server, subject, NAME)
-    cut, *others = sorted(requests_of(server), key=lambda entry: entry.start_s)
+    assert rule.applied
+    _unit, cut, *others = sorted(requests_of(server), key=lambda entry: entry.start_s)
     begin, end = range_of(cut)
     assert (begin + 1_000_001, end) in [range_of(entry) for entry in others]
     assert sum(entry.sent_bytes for entry in requests_of(server)) < 9 * MIB + 100 * KIB
@@ -168,7 +166,7 @@ def test_prefetch_is_sent_before_waiting_for_the_demand_read(demo_server, weight
     server.faults.add("store", times=2, hold_until=2)
     with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
         assert len(file.read(3 * MIB, 0, BACKGROUND_CONTEXT)) == 3 * MIB
-    assert {range_of(entry)[0] // BLOCK_BYTES for entry in requests_of(server)} == {0, 1}
+    assert {range_of(entry)[0] // BLOCK_BYTES for entry in requests_of(server)} >= {0, 1}
 
 
 def test_archive_of_8_gb_and_2000_members_is_indexed(demo_server, weights_of):
