@@ -52,12 +52,13 @@ class MountService:
         self._notifier.send("STOPPING=1", "STATUS=unmounting")
 
     def on_reload(self, reload: Callable[[], None]) -> None:
-        """Call `reload`, and report its start and end."""
+        """Call `reload`, and report its start and end; its failure does not end the mount."""
         self._notifier.send_reloading()
         try:
             reload()
-        finally:
-            self._send("READY=1")
+        except Exception:
+            log.exception("the reload failed")
+        self._send("READY=1")
 
     def _run(self) -> None:
         watchdog_s = self._notifier.watchdog_s

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tests.support.service_manager import service_manager
+from tinkerfs.cli.service import MountService
 from tinkerfs.cli.service_notifier import ServiceNotifier
 
 
@@ -42,6 +43,15 @@ def test_send_reaches_path_and_abstract_address(tmp_path, address):
 )
 def test_watchdog_is_for_this_process_only(environ, watchdog_s):
     assert ServiceNotifier(environ).watchdog_s == watchdog_s
+
+
+def test_failed_reload_is_logged_and_ends(tmp_path, expect_warnings):
+    expect_warnings("the reload failed")
+    with service_manager(tmp_path) as manager:
+        service = MountService(ServiceNotifier(dict(manager.environment)), "/x", lambda: "here")
+        service.on_reload(lambda: 1 // 0)
+        assert manager.receive()["RELOADING"] == "1"
+        assert manager.receive() == {"READY": "1", "STATUS": "here"}
 
 
 @pytest.mark.parametrize("address", ["", "relative", "vsock:2:1", "/does/not/exist"])
