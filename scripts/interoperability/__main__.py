@@ -24,7 +24,7 @@ def main() -> int:
     checks: dict[str, list[str | Path]] = {
         "sdk": [directory / "0.35.0", directory / "newest"],
         "exports": [directory / "newest", loaders],
-        "data_libraries": [directory / "data"],
+        "data_libraries": [directory / "data/bin/python", loaders],
         "containers": [directory / "containers"],
         "slurm": [],
         "ray_workers": [directory / "ray"],

@@ -1,8 +1,9 @@
-"""Read a checkpoint with pandas, pyarrow, datasets, safetensors and dask, by `tinker://`.
+"""Read a checkpoint with pandas, pyarrow, datasets, safetensors, dask and torch, by `tinker://`.
 
-    python -m scripts.interoperability.data_libraries ENVIRONMENT
+    python -m scripts.interoperability.data_libraries PYTHON TORCH_PYTHON
 
-data_client.py reads inside the environment. This script counts the requests at the server.
+The interpreters run data_client.py and data_loader.py. This script counts the requests at the
+server.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -20,6 +22,8 @@ from tests.support.faulty_server import FaultyServer
 from tinkerfs.demo.content import Content, Data
 
 CLIENT = Path(__file__).with_name("data_client.py")
+LOADER = Path(__file__).with_name("data_loader.py")
+ROOT = Path(__file__).parents[2]
 ROWS = 2000
 #: Writes the table in the format of Parquet; runs in the environment.
 WRITE_PARQUET = (
@@ -46,9 +50,18 @@ def files(python: str) -> dict[str, Content]:
     return {name: Data(data) for name, data in content.items()}
 
 
+def run(*command: str, **options: Any) -> list[str]:
+    """Run a client; return its lines, and one more if it failed."""
+    done = subprocess.run(
+        ["timeout", "140", *command], stdout=subprocess.PIPE, text=True, check=False, **options
+    )
+    lines = done.stdout.splitlines() or ["FAIL no step ran"]
+    return [*lines, f"FAIL exit {done.returncode}"] if done.returncode else lines
+
+
 def main() -> int:
-    """Run the client, and check the requests that it sent."""
-    python = str(Path(sys.argv[1]).resolve() / "bin" / "python")
+    """Run the clients, and check the requests that they sent."""
+    python, with_torch = (str(Path(name).absolute()) for name in sys.argv[1:])
     with FaultyServer(runs=1, checkpoints=1) as server, tempfile.TemporaryDirectory() as home:
         run_id = server.account.run_ids[0]
         content = files(python)
@@ -63,17 +76,11 @@ def main() -> int:
             "sha256": hashlib.sha256(data).hexdigest(),
             "tensors": sorted(safetensors.numpy.load(data)),
         }
-        done = subprocess.run(
-            ["timeout", "250", python, str(CLIENT)],
-            input=json.dumps(expected),
-            env=environment(server, Path(home)),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        lines = done.stdout.splitlines() or ["FAIL no step ran"]
-        if done.returncode:
-            lines.append(f"FAIL exit {done.returncode}")
+        variables = environment(server, Path(home))
+        lines = run(python, str(CLIENT), input=json.dumps(expected), env=variables)
+        variables["PYTHONPATH"] = str(ROOT)  # the environment has the requirements only
+        url = f"{expected['path']}/model.safetensors"
+        lines += run(with_torch, str(LOADER), url, env=variables)
         sent = sum(entry.sent_bytes for entry in server.journal.entries("store"))
         total = sum(each.size_bytes for each in content.values())
         # All processes share one cache, so each byte is downloaded once; lengths cost a few more.
