@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from scripts.interoperability.rootless import check_rootless
 from tests.support.faulty_server import FaultyServer
 from tests.support.mount import ROOT, force_unmount
 from tests.support.passed_fd import mount_fd, send_fd
@@ -63,6 +64,7 @@ def main() -> None:
         with working_podman(directory), FaultyServer(runs=3) as server:
             size = run("podman", "image", "inspect", IMAGE, "--format", "{{.Size}}")
             print(f"containers: the image {IMAGE} has {format_size(int(size))}")
+            check_rootless(directory, IMAGE)
             check_compose(directory, environment, server)
             for name in ("daemonset", "sidecar"):
                 check_privileged(name, directory, server)
