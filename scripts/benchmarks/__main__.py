@@ -20,6 +20,7 @@ from scripts.benchmarks.endurance import measure_endurance
 from scripts.benchmarks.exports import measure_exports
 from scripts.benchmarks.harness import BINDINGS, Bench
 from scripts.benchmarks.latency import measure_speed
+from scripts.benchmarks.metrics import measure_metrics
 from scripts.benchmarks.other_mounts import measure_rivals
 from scripts.benchmarks.outages import measure_outages
 from scripts.benchmarks.parsing import measure_parsing
@@ -42,6 +43,7 @@ PARTS = (
     "weights",
     "adapters",
     "passthrough",
+    "metrics",
     "outage",
     "endurance",
     "scale",
@@ -101,6 +103,8 @@ def main() -> int:
                 measure_rivals(bench, binding)
             if "passthrough" in parts:
                 measure_passthrough(bench, binding)
+            if "metrics" in parts:
+                measure_metrics(bench, binding)
             if "adapters" in parts:
                 print_table(binding)
             if "outage" in parts:

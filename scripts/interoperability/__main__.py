@@ -28,6 +28,7 @@ def main() -> int:
         "containers": [directory / "containers"],
         "slurm": [],
         "ray_workers": [directory / "ray"],
+        "prometheus": [],
         "peft_loaders": [loaders],
         "families": [loaders],
         "vllm_engine": [loaders],
