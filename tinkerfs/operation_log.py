@@ -263,7 +263,7 @@ def log_operation(record: OperationRecord) -> None:
         "errno": record.errno_name or None,
         "duration_s": round(record.duration_s, 6),
         "request_ids": record.request_ids,
-        "pid": record.caller.pid,
+        "pid": record.caller.process or record.caller.pid,
         "uid": record.caller.uid,
         "read_bytes": record.read_bytes,
         "written_bytes": record.written_bytes,

@@ -99,7 +99,7 @@ class OperationTracer:
             attributes={
                 "file.path": without_secrets(valid_unicode(active.path)[:_MAX_PATH_CHARS]),
                 "tinkerfs.operation": active.operation,
-                "process.pid": active.caller.pid,
+                "process.pid": active.caller.process or active.caller.pid,
                 "user.id": str(active.caller.uid),
             },
         )

@@ -214,14 +214,18 @@ def start_and_stop(machine: Machine) -> None:
 
 
 def status_and_reload(machine: Machine) -> None:
-    """The status has runs and key; a reload adopts the log's level, and reports what it cannot."""
+    """The status has runs and key; a reload and SIGUSR2 change the log's level."""
     assert machine.can_list("/mnt/tinker")
     machine.run(f"systemctl reload {SERVICE}")
     machine.wait_until(lambda: "10 runs" in machine.value("StatusText"), "no status")
     assert "tinker-api-key in use" in machine.value("StatusText")
+    journal = f"journalctl --no-pager --unit={SERVICE}"
+    for level in ("debug", "warning"):
+        machine.run(f"systemctl kill --signal=USR2 {SERVICE}")
+        line = f"the log level is {level}"
+        machine.wait_until(lambda: line in machine.run(journal), line)  # noqa: B023
     machine.run("printf 'log-level = \"debug\"\\nxattr = true\\n' >>/etc/tinkerfs.toml")
     machine.run(f"systemctl reload {SERVICE}")
-    journal = f"journalctl --no-pager --unit={SERVICE}"
 
     def is_adopted() -> bool:
         machine.run("ls /mnt/tinker/models")
