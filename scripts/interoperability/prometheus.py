@@ -128,7 +128,7 @@ def check_stats(mount: Path) -> None:
     def agree(_result: object) -> bool:
         stats = json.loads((mount / ".tinkerfs/stats.json").read_text())
         total = stats["api_requests_total"]
-        return query("sum(tinkerfs_api_requests_total)")[0]["value"][1] == str(total)
+        return bool(query("sum(tinkerfs_api_requests_total)")[0]["value"][1] == str(total))
 
     wait_for("up == 1", agree)
 
