@@ -31,6 +31,7 @@ from scripts.benchmarks.scale import measure_scale
 from scripts.benchmarks.throughput import measure_reads
 from scripts.benchmarks.views import count_views
 from scripts.benchmarks.waits import measure_waits
+from scripts.benchmarks.webdav import measure_webdav
 from tinkerfs.fuse.binding import load_binding
 
 PARTS = (
@@ -47,6 +48,7 @@ PARTS = (
     "outage",
     "endurance",
     "scale",
+    "webdav",
 )
 
 
@@ -114,6 +116,8 @@ def main() -> int:
                 measure_endurance(bench, binding, cache, options.walk_s, options.soak_s)
             if "scale" in parts:
                 measure_scale(bench, binding)
+            if "webdav" in parts:
+                measure_webdav(bench, binding)
     if options.json:
         print(json.dumps(bench.rows, indent=2))
     if options.markdown:
