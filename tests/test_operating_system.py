@@ -27,7 +27,7 @@ LINUX_ONLY = ("fuse", "cli", "demo")
 
 #: Names of the standard library that other systems lack, and functions of glibc and Linux.
 LINUX_NAMES = re.compile(
-    r"CLOCK_BOOTTIME|F_OFD_\w+|O_(DIRECT|NOATIME|PATH|TMPFILE)|RWF_\w+|SEEK_(DATA|HOLE)"
+    r"CLOCK_BOOTTIME|F_OFD_\w+|O_(DIRECT|NOATIME|PATH|TMPFILE)|POLLRDHUP|RWF_\w+|SEEK_(DATA|HOLE)"
     r"|SO_PEERCRED|TCP_KEEP\w+|copy_file_range|epoll|eventfd\w*|fallocate|mallopt|memfd_create"
     r"|[gs]etxattr|pidfd_open|posix_fa\w+|prctl|prlimit|sched_\w+|setns|splice|umount2|unshare"
 )
@@ -197,6 +197,10 @@ def test_serve_lists_and_publishes(demo_server, tmp_path, web):
         control = f"{url}runs/{run_id}/checkpoints/{checkpoint_id}/published"
         assert web.put(control, content=b"1").is_success
         assert web.get(control).text == "1\n"
+        # The wait for the archive checks whether the client has left.
+        content = server.files(run_id, checkpoint_id)[NAME]
+        response = web.get(f"{url}runs/{run_id}/checkpoints/{checkpoint_id}/files/{NAME}")
+        assert response.content == content.read(0, content.size_bytes)
     finally:
         process.terminate()
         with process.stdout:

@@ -8,6 +8,7 @@ result is slower or less specific, and never wrong. Thread-safe and stateless.
 import ctypes
 import fcntl
 import os
+import select
 import socket
 import struct
 import sys
@@ -170,3 +171,20 @@ def keepalive_options(idle_s: int, interval_s: int, count: int) -> tuple[tuple[i
         if (number := getattr(socket, name, None)) is not None
     ]
     return ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *options)
+
+
+def has_disconnected(connection: socket.socket) -> bool:
+    """Return whether the peer has closed its side of a TCP connection; works for TLS too.
+
+    Without POLLRDHUP, bytes that the peer sent before it left hide that, such as those of TLS.
+    """
+    hang_up = getattr(select, "POLLRDHUP", 0)
+    poll = select.poll()
+    try:
+        poll.register(connection, hang_up or select.POLLIN)
+        if not poll.poll(0):
+            return False
+        # The class's own method, because that of TLS reads no bytes ahead.
+        return bool(hang_up) or not socket.socket.recv(connection, 1, socket.MSG_PEEK)
+    except (OSError, ValueError):  # ValueError: closed on this side
+        return True

@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import select
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -40,13 +38,3 @@ class WebDavClient(Caller):
         return cls(
             0, os.getuid(), int.from_bytes(digest, "big"), name=f"{program} at {address or '?'}"
         )
-
-
-def has_disconnected(connection: socket.socket) -> bool:
-    """Return whether the client has closed its connection; works for TLS too."""
-    poll = select.poll()
-    try:
-        poll.register(connection, select.POLLRDHUP)
-    except ValueError:  # closed on this side
-        return True
-    return bool(poll.poll(0))

@@ -9,9 +9,10 @@ from wsgidav.dav_provider import DAVProvider
 
 from tinkerfs import errors
 from tinkerfs.context import RequestContext
+from tinkerfs.operating_system import has_disconnected
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.followed_links import FollowedLinks
-from tinkerfs.webdav.clients import WebDavClient, has_disconnected
+from tinkerfs.webdav.clients import WebDavClient
 from tinkerfs.webdav.pages import Pages
 from tinkerfs.webdav.resources import DirectoryResource, FileResource
 from tinkerfs.webdav.status import as_responses

@@ -46,8 +46,9 @@ def make_site(tmp_path, monkeypatch):
     """A factory of sites; the arguments are those of `FaultyServer`, `Settings` and `served`."""
     with ExitStack() as stack:
 
-        def make(*, runs=2, checkpoints=2, profile="official", **options):
-            server = FaultyServer(runs=runs, checkpoints=checkpoints, profile=profile)
+        def make(*, runs=2, checkpoints=2, size_bytes=None, **options):
+            sized = {} if size_bytes is None else {"size_bytes": size_bytes}
+            server = FaultyServer(runs=runs, checkpoints=checkpoints, **sized)
             stack.enter_context(server)
             return Site(stack, server, tmp_path, monkeypatch, **options)
 

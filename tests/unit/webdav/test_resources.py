@@ -5,7 +5,7 @@ import socket
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from urllib.parse import quote, urlsplit
 
 import pytest
@@ -349,6 +349,24 @@ def test_waiting_clients_hold_up_nothing(site):
         finally:
             fault.release()
         assert len({read.result(60) for read in reads}) == 1
+
+
+def test_slow_clients_hold_up_nothing(make_site):
+    site = make_site(runs=1, checkpoints=1, size_bytes=32 << 20)
+    path = f"{site.checkpoint}/files/adapter_model.safetensors"
+    size_bytes = site.client.listing(f"{site.checkpoint}/files")["adapter_model.safetensors"].size
+    with ExitStack() as stack:
+        slow = [stack.enter_context(closing(_request(site, "GET", path))) for _ in range(48)]
+        for connection in slow:  # the server has begun to send, and the buffers are full
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert site.client.get(f"{site.checkpoint}/published") == b"0\n"
+        assert site.client.request("GET", quote(path), Range="bytes=-5").status == 206
+        received = 100
+        while part := slow[0].recv(1 << 20):
+            received += len(part)
+            if received > size_bytes:
+                break
+    assert received > size_bytes
 
 
 def test_client_that_leaves_ends_its_wait(site):
