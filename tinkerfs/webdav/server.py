@@ -10,7 +10,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple, Self
 
 from cheroot.ssl.builtin import BuiltinSSLAdapter
@@ -34,6 +34,8 @@ THREADS: Final = 128
 _SOCKET_TIMEOUT_S: Final = 60
 #: Interval at which the server checks whether to stop, and which idle connections to close.
 _STOP_POLL_S: Final = 0.1
+#: Time for responses in progress to be sent after a signal.
+_GRACE_S: Final = 1.0
 #: The bodies of requests are control values, properties and locks.
 _MAX_BODY_BYTES: Final = 1 << 20
 _MAX_HEADER_BYTES: Final = 65_536
@@ -83,12 +85,46 @@ class Certificate(NamedTuple):
     key: str
 
 
+class _Server(Server):
+    """Tracks the connections with a request in progress. Thread-safe."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._is_idle = threading.Condition()
+        #: Guarded by _is_idle.
+        self._busy: set[socket.socket] = set()
+
+    @contextmanager
+    def serving(self, connection: socket.socket) -> Iterator[None]:
+        """Record that a request of a connection is being served."""
+        with self._is_idle:
+            self._busy.add(connection)
+        try:
+            yield
+        finally:
+            with self._is_idle:
+                self._busy.discard(connection)
+                self._is_idle.notify_all()
+
+    def end_requests(self, timeout_s: float) -> None:
+        """Wait for the requests in progress; then disconnect clients that do not read."""
+        with self._is_idle:
+            self._is_idle.wait_for(lambda: not self._busy, timeout_s)
+            for connection in self._busy:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
 class _Gateway(Gateway_10):
     """Adds the connection to the environment, so that a wait ends when the client leaves."""
 
     def get_environ(self) -> dict[str, Any]:  # type: ignore[override]
         environ: dict[str, Any] = super().get_environ()  # type: ignore[no-untyped-call]
         return {**environ, CONNECTION: self.req.conn.socket}
+
+    def respond(self) -> None:
+        with self.req.server.serving(self.req.conn.socket):
+            super().respond()
 
 
 class WebDavServer:
@@ -135,8 +171,9 @@ class WebDavServer:
         self._serving = run_in_thread(self._server.serve, "webdav")
 
     def stop(self) -> None:
-        """End waiting requests, and stop serving."""
+        """End waiting requests, let others end for a moment, and stop serving."""
         self._stopping.set()
+        self._server.end_requests(_GRACE_S)
         self._server.stop()
         self._serving.result()
 
@@ -171,8 +208,8 @@ def _dav_application(provider: TreeProvider) -> Callable[..., Any]:
 
 def _listen(
     address: Address, application: Callable[..., Any], certificate: Certificate | None
-) -> Server:
-    server = Server(
+) -> _Server:
+    server = _Server(
         (address.host or "0.0.0.0", address.port),  # noqa: S104
         application,
         numthreads=THREADS,

@@ -3,6 +3,7 @@
 import re
 import socket
 import sys
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -391,6 +392,16 @@ def test_stop_ends_waiting_requests(make_site):
             assert b"503" in connection.recv(65536).partition(b"\r\n")[0]
     finally:
         fault.release()
+
+
+def test_stop_disconnects_clients_that_do_not_read(make_site):
+    site = make_site(runs=1, checkpoints=1, size_bytes=32 << 20)
+    path = f"{site.checkpoint}/files/adapter_model.safetensors"
+    with closing(_request(site, "GET", path)) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        site.webdav.stop()
+        assert time.monotonic() - began < 30, "the time-out of the connection is a minute"
 
 
 def _request(site, method, path):
