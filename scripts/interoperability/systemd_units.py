@@ -264,6 +264,20 @@ END
     print(f"systemd: a stuck mount was killed and restarted after {took_s:.1f} s (WatchdogSec=2)")
 
 
+def late_key(machine: Machine) -> None:
+    """A unit without a key starts by itself when the key is there."""
+    machine.run(f"""
+        systemctl stop {SERVICE}
+        echo 'TINKER_CREDENTIAL_CMD=cat /run/late-key' >/etc/tinkerfs/mnt-tinker.env
+        ! systemctl start {SERVICE}
+        echo {KEY} >/run/late-key
+    """)
+    machine.wait_until(lambda: machine.value("ActiveState") == "active", "not started again")
+    assert machine.can_list("/mnt/tinker")
+    assert "TINKER_CREDENTIAL_CMD in use" in machine.value("StatusText")
+    machine.run("rm /etc/tinkerfs/mnt-tinker.env")
+
+
 def mount_unit(machine: Machine) -> None:
     """The `.mount` unit mounts and unmounts; a remount is refused, and changes nothing."""
     machine.run(f"systemctl stop {SERVICE}")
@@ -309,6 +323,7 @@ CHECKS = (
     start_and_stop,
     status_and_reload,
     watchdog,
+    late_key,
     mount_unit,
     user_unit,
     verify,
