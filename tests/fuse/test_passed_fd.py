@@ -80,8 +80,11 @@ def start(pod_env):
         process.stderr.close()
 
 
-def fd_daemons(fd):
-    return [each for each in mount_table.find_fd_daemons() if each.name == f"/dev/fd/{fd}"]
+def fd_daemons(fd, directory):
+    """Return the daemons of a mount, without those that parallel tests serve by that number."""
+    device = mount_table.find_mount(str(directory / "mnt")).device
+    found = mount_table.find_fd_daemons()
+    return [each for each in found if (each.name, each.device) == (f"/dev/fd/{fd}", device)]
 
 
 def status_of(pid):
@@ -108,10 +111,9 @@ def test_daemon_without_privileges_serves_passed_fd(flags, mounted_fd, directory
         assert process.wait(60) == 0, process.stderr.read()
     assert runs(mountpoint) == 10, "in another mount namespace than the daemon"
     assert (mountpoint / "README.md").read_text().startswith("# ")
-    [daemon] = fd_daemons(mounted_fd)
-    if daemon.device is not None:  # as current kernels show it
-        mount = mount_table.find_mount(str(mountpoint))
-        assert mount_table.find_daemon_pids(mount) == [daemon.pid]
+    [daemon] = fd_daemons(mounted_fd, directory)
+    mount = mount_table.find_mount(str(mountpoint))
+    assert mount_table.find_daemon_pids(mount) == [daemon.pid]
     fields = status_of(daemon.pid)
     assert fields["Uid"].split() == [str(UID)] * 4
     assert {fields[f"Cap{name}"] for name in ("Prm", "Eff", "Bnd", "Inh", "Amb")} == {"0" * 16}
@@ -140,13 +142,15 @@ def test_unmount_by_the_other_process_ends_daemon(mounted_fd, directory, start):
 
 def test_status_and_umount_of_passed_fd(mounted_fd, directory, start, pod_env):
     name = f"/dev/fd/{mounted_fd}"
-    assert "is not a tinkerfs mount" in tinkerfs("status", name, env=pod_env).stderr
+    unused = tinkerfs("status", "/dev/fd/987654", env=pod_env)
+    assert (unused.returncode, unused.stdout) == (1, "")
+    assert "/dev/fd/987654 is not a tinkerfs mount (hint: " in unused.stderr
     process = start(
         *in_pod(directory, *TINKERFS, "mount", "--foreground", name), pass_fds=(mounted_fd,)
     )
     close_here(mounted_fd)
     assert runs(directory / "mnt") == 10
-    [daemon] = fd_daemons(mounted_fd)
+    [daemon] = fd_daemons(mounted_fd, directory)
     # Where the mount is visible it is shown by its mountpoint, elsewhere by the descriptor.
     shown = tinkerfs("status", directory / "mnt", env=pod_env)
     assert (shown.returncode, shown.stderr) == (0, "")
@@ -216,7 +220,7 @@ def test_fd_of_another_daemon_is_refused(mounted_fd, directory, start, pod_env):
     assert second.returncode == 1
     assert "is or was served by another process" in second.stderr
     assert runs(directory / "mnt") == 10
-    [daemon] = fd_daemons(mounted_fd)
+    [daemon] = fd_daemons(mounted_fd, directory)
     os.kill(daemon.pid, signal.SIGTERM)
 
 
@@ -318,6 +322,15 @@ def test_mount_fuse3_drops_privileges(directory, as_installed, needs_root):
     assert done.stdout == f"10\nCapEff:\t{'0' * 16}\n"
 
 
+def test_mountpoint_on_read_only_root_names_it(directory, pod_env, needs_root):
+    setup = "mknod -m 666 /dev/fuse c 10 229; mount -o remount,bind,ro /"
+    command = (*TINKERFS, "mount", directory / "other")
+    done = run(*in_pod(directory, *command, devices=setup), env=pod_env, cwd=ROOT)
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert "/other is on a read-only file system, where only root can mount (hint: " in line
+
+
 @pytest.mark.parametrize(
     ("root", "cache"),
     [("ro", ""), ("ro", "var/tmp"), ("rw", "var/tmp")],
@@ -335,7 +348,7 @@ def test_cache_of_pod_without_home_or_user(root, cache, mounted_fd, directory, s
     process = start(*in_pod(directory, *command, devices=setup), pass_fds=(mounted_fd,))
     close_here(mounted_fd)
     assert runs(directory / "mnt") == 10
-    [daemon] = fd_daemons(mounted_fd)
+    [daemon] = fd_daemons(mounted_fd, directory)
     statistics = (directory / "mnt/.tinkerfs/stats.json").read_text()
     os.kill(daemon.pid, signal.SIGTERM)
     assert process.wait(20) == 0

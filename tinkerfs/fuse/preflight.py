@@ -155,6 +155,11 @@ def prepare_mountpoint(mountpoint: str) -> str:
             )
     # The rule of fusermount for users other than root: the directory must be writable, and owned by
     # the user if it is sticky like /tmp (fuse: util/fusermount.c, check_perm).
+    if os.geteuid() != 0 and os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise StartupError(
+            f"{mountpoint} is on a read-only file system, where only root can mount"
+            " (hint: use a directory of a writable volume)"
+        )
     is_sticky_of_others = status.st_mode & stat.S_ISVTX and status.st_uid != os.geteuid()
     if os.geteuid() != 0 and (not os.access(path, os.W_OK) or is_sticky_of_others):
         raise StartupError(
