@@ -1,10 +1,12 @@
 """`.tinkerfs/access_log` with the programs that read logs."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -167,6 +169,23 @@ def test_without_reader_nothing_is_recorded_or_listed(account):
     needs(["grep", "tar"])
     assert account.sh("grep -r none .tinkerfs; tar c .tinkerfs | wc -c").returncode == 0
     assert account.sh(f"echo 1 > {LOG}").returncode != 0
+
+
+def test_wait_of_a_reader_is_not_time_of_operations(account):
+    def read_seconds():
+        stats = json.loads(account.path(".tinkerfs/stats.json").read_text())
+        return stats["operations"]["read"]["duration_s"]
+
+    before = read_seconds()
+    with ThreadPoolExecutor(1) as pool, open(account.path(LOG), "rb", buffering=0) as log:
+        assert log.read(65536).startswith(b"#")
+        started = time.monotonic()
+        waiting = pool.submit(log.read, 65536)
+        assert account.eventually(lambda: time.monotonic() > started + 2)
+        assert not waiting.done()
+        os.listdir(account.root)
+        assert waiting.result(20).endswith(b"\n")
+    assert read_seconds() - before < 1
 
 
 def test_waiting_reader_ends_with_the_mount(mountpoint, env):

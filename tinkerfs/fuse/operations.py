@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Concatenate, Final, NamedTuple, ParamSpec, Typ
 from msgspec.structs import replace
 
 from tinkerfs import errors
+from tinkerfs.access_log import ACCESS_LOG_PATH
 from tinkerfs.context import Caller, RequestContext
 from tinkerfs.fuse.callers import Callers
 from tinkerfs.fuse.passthrough import Passthrough
@@ -48,6 +49,9 @@ PAGE_TIMEOUT_S: Final = 10.0
 
 #: Maximum number of entries per `readdir` call; one reply of libfuse holds 20 to 1,000 entries.
 _MAX_ENTRIES: Final = 256
+
+#: A read of the access log counts as a wait if it takes longer.
+_WAIT_S: Final = 0.01
 
 _BLOCK_BYTES: Final = 4096
 _NAME_MAX: Final = 255
@@ -87,13 +91,17 @@ def _named_operation(
         finally:
             read_bytes = result if is_read and isinstance(result, int) else 0
             written_bytes = result if is_write and isinstance(result, int) else 0
-            operation_log.counts.record(
-                name,
-                perf_counter() - started,
-                number,
-                read_bytes=read_bytes,
-                written_bytes=written_bytes,
-            )
+            duration_s = perf_counter() - started
+            # A read of the access log waits for the operations of others.
+            is_wait = is_read and duration_s > _WAIT_S and self._path_of(args) == ACCESS_LOG_PATH
+            if not is_wait:
+                operation_log.counts.record(
+                    name,
+                    duration_s,
+                    number,
+                    read_bytes=read_bytes,
+                    written_bytes=written_bytes,
+                )
             if active is not None:
                 operation_log.end(
                     active,
@@ -185,14 +193,18 @@ class Operations:
 
     def _begin(self, name: str, args: tuple[object, ...]) -> ActiveOperation:
         """Begin the record of an operation, before its handle may be closed."""
+        return self.operation_log.begin(name, self._path_of(args), self._caller())
+
+    def _path_of(self, args: tuple[object, ...]) -> str:
+        """Return the path for the arguments of an operation; empty for an unknown handle."""
         path = args[0]
         if not isinstance(path, str):
             # A handle number, or None instead of an unlinked file's path, and the number is last.
             ints = [arg for arg in args if isinstance(arg, int)]
             fh = ints[0 if path is not None else -1] if ints else 0
             file = self._files.get(fh) or self._directories.get(fh)
-            path = "" if file is None else file.path
-        return self.operation_log.begin(name, path, self._caller())
+            return "" if file is None else file.path
+        return path
 
     def _failure(self, error: Exception, name: str, subject: object) -> OSError:
         """Return the error for the caller of an operation, `error` itself if it has an errno."""
