@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tinkerfs import printable
+
 #: Set by scripts/test: a kernel test that cannot run is a failure, not a skip.
 MUST_RUN_KERNEL_TESTS = os.environ.get("TINKERFS_REQUIRE_KERNEL_TESTS") == "1"
 
@@ -114,6 +116,14 @@ def expect_warnings(request):
         request.node.stash.setdefault(_expected, []).extend(patterns)
 
     return expect
+
+
+# --- no test redacts the keys of another one -----------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _no_known_secrets(monkeypatch):
+    monkeypatch.setattr(printable, "_known_secrets", type(printable._known_secrets)())
 
 
 # --- kernel tests --------------------------------------------------------------------------------
