@@ -233,9 +233,11 @@ def check_privileged(kind: str, directory: Path, server: FaultyServer) -> None:
             run("podman", "kill", "--signal", signal, name)
             run("podman", "wait", name)
             code = run("podman", "inspect", name, "--format", "{{.State.ExitCode}}")
-            run("podman", "rm", name)
+            run("podman", "rm", "--volumes", name)
     finally:
-        subprocess.run(["podman", "rm", "-f", name], capture_output=True, check=False)
+        subprocess.run(
+            ["podman", "rm", "--force", "--volumes", name], capture_output=True, check=False
+        )
     if code != "0" or is_mounted(host / "tinker"):
         sys.exit(f"containers: FAIL {kind}.yaml does not unmount on SIGTERM (exit code {code})")
     print(f"containers: the mount of {kind}.yaml was run, killed, and run again")
@@ -297,7 +299,9 @@ def check_csi(directory: Path, server: FaultyServer) -> None:
             force_unmount(str(target))  # as the node plugin does at the end of the pod
             code = run("podman", "wait", name)
         finally:
-            subprocess.run(["podman", "rm", "-f", name], capture_output=True, check=False)
+            subprocess.run(
+                ["podman", "rm", "--force", "--volumes", name], capture_output=True, check=False
+            )
     if code != "0":
         sys.exit(f"containers: FAIL the pod of csi.yaml ends with {code}")
     print("containers: the pod of csi.yaml was run, without capabilities and with seccomp")
