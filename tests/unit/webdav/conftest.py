@@ -59,3 +59,11 @@ def make_site(tmp_path, monkeypatch):
 def site(make_site):
     """A site of two runs with two checkpoints each."""
     return make_site()
+
+
+@pytest.fixture(scope="module")
+def shared_site(tmp_path_factory):
+    """A site for the tests of a module that change nothing."""
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as monkeypatch:
+        server = stack.enter_context(FaultyServer(runs=2, checkpoints=2))
+        yield Site(stack, server, tmp_path_factory.mktemp("shared"), monkeypatch)

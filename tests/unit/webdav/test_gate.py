@@ -45,8 +45,8 @@ def auth_file(directory, text, mode=0o600):
         ("", 421),
     ],
 )
-def test_host_must_name_the_server(site, host, status):
-    assert site.client.request("GET", "/README.md", Host=host).status == status
+def test_host_must_name_the_server(shared_site, host, status):
+    assert shared_site.client.request("GET", "/README.md", Host=host).status == status
 
 
 @pytest.mark.parametrize(
@@ -78,20 +78,20 @@ def test_change_by_the_own_page_is_accepted(site):
     assert site.client.request("PUT", path, b"1", **headers).status == 204
 
 
-def test_another_origin_may_link_and_not_include(site):
+def test_another_origin_may_link_and_not_include(shared_site):
     link = {
         "Sec-Fetch-Site": "cross-site",
         "Sec-Fetch-Mode": "navigate",
         "Sec-Fetch-Dest": "document",
     }
-    assert site.client.request("GET", "/runs/", **link).status == 200
+    assert shared_site.client.request("GET", "/runs/", **link).status == 200
     for part in ("image", "script", "iframe", "empty"):
         headers = link | {"Sec-Fetch-Dest": part, "Sec-Fetch-Mode": "no-cors"}
-        assert site.client.request("GET", "/README.md", **headers).status == 403
+        assert shared_site.client.request("GET", "/README.md", **headers).status == 403
 
 
-def test_preflight_of_another_origin_gets_no_permission(site):
-    response = site.client.request(
+def test_preflight_of_another_origin_gets_no_permission(shared_site):
+    response = shared_site.client.request(
         "OPTIONS", "/", Origin="http://evil.example", Access_Control_Request_Method="PUT"
     )
     assert response.status == 403
@@ -100,8 +100,8 @@ def test_preflight_of_another_origin_gets_no_permission(site):
 
 @pytest.mark.parametrize("target", ["/", "/README.md", "/runs/", "/nothing", "/../x"])
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PROPFIND"])
-def test_every_response_has_the_restricting_headers(site, method, target):
-    headers = site.client.request(method, target, Depth="0").headers
+def test_every_response_has_the_restricting_headers(shared_site, method, target):
+    headers = shared_site.client.request(method, target, Depth="0").headers
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["X-Frame-Options"] == "DENY"
     assert headers["Referrer-Policy"] == "no-referrer"
@@ -203,10 +203,10 @@ def test_address_parse_rejects_other_forms(text):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1"])
-def test_other_hosts_need_accounts(site, host):
+def test_other_hosts_need_accounts(shared_site, host):
     with (
         pytest.raises(StartupError, match="--auth-file"),
-        serving(site.filesystem, Address(host, 0), timeout_s=1.0, is_read_only=True),
+        serving(shared_site.filesystem, Address(host, 0), timeout_s=1.0, is_read_only=True),
     ):
         pass
 
@@ -223,11 +223,13 @@ def test_all_addresses_accept_every_host_with_a_password(make_site, accounts):
 
 # cheroot leaves the socket that it could not bind to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_used_port_is_refused_in_one_line(site):
-    port = int(site.url.rstrip("/").rpartition(":")[2])
+def test_used_port_is_refused_in_one_line(shared_site):
+    port = int(shared_site.url.rstrip("/").rpartition(":")[2])
     with (
         pytest.raises(StartupError, match="cannot listen on"),
-        serving(site.filesystem, Address("127.0.0.1", port), timeout_s=1.0, is_read_only=True),
+        serving(
+            shared_site.filesystem, Address("127.0.0.1", port), timeout_s=1.0, is_read_only=True
+        ),
     ):
         pass
 

@@ -79,8 +79,8 @@ def test_page_of_a_checkpoint_shows_its_values(site):
     assert any(link.endswith("/files/") for link in page.links)
 
 
-def test_tensors_are_shown_as_a_table(site):
-    page = page_of(site, f"{site.checkpoint}/tensors.json", "?view")
+def test_tensors_are_shown_as_a_table(shared_site):
+    page = page_of(shared_site, f"{shared_site.checkpoint}/tensors.json", "?view")
     start = next(index for index, row in enumerate(page.rows) if "dtype" in row)
     header, *rows = page.rows[start:]
     assert set(header) == {"name", "bytes", "dtype", "shape"}
@@ -88,17 +88,17 @@ def test_tensors_are_shown_as_a_table(site):
     assert all("lora" in row[0] for row in rows)
 
 
-def test_json_file_without_a_query_is_sent_as_it_is(site):
-    response = site.client.send("GET", f"{site.run}/info.json")
+def test_json_file_without_a_query_is_sent_as_it_is(shared_site):
+    response = shared_site.client.send("GET", f"{shared_site.run}/info.json")
     assert response.headers.get_content_type() == "application/json"
 
 
 @pytest.mark.parametrize("column", ["name", "time", "model", "rank", "size", "expires", "public"])
-def test_pages_sort_by_every_column(site, column):
-    ascending = page_of(site, "/checkpoints/", f"?sort={column}").rows[1:]
-    descending = page_of(site, "/checkpoints/", f"?sort={column}&order=desc").rows[1:]
+def test_pages_sort_by_every_column(shared_site, column):
+    ascending = page_of(shared_site, "/checkpoints/", f"?sort={column}").rows[1:]
+    descending = page_of(shared_site, "/checkpoints/", f"?sort={column}&order=desc").rows[1:]
     assert sorted(ascending) == sorted(descending)
-    page = page_of(site, "/checkpoints/", "?sort=nothing&order=%00&sort=%3Cscript%3E")
+    page = page_of(shared_site, "/checkpoints/", "?sort=nothing&order=%00&sort=%3Cscript%3E")
     assert "script" not in page.tags
 
 
@@ -121,8 +121,8 @@ def test_pages_escape_every_name(site):
         assert not inner.tags & {"script", "img"}
 
 
-def test_policy_of_a_page_allows_its_style_alone(site):
-    response = site.client.send("GET", "/runs/")
+def test_policy_of_a_page_allows_its_style_alone(shared_site):
+    response = shared_site.client.send("GET", "/runs/")
     style = re.search(r"<style>(.*?)</style>", response.text, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = response.headers["Content-Security-Policy"]
@@ -130,11 +130,11 @@ def test_policy_of_a_page_allows_its_style_alone(site):
     assert "on" not in Page(response.text).tags
 
 
-def test_root_page_shows_the_guide(site):
-    page = page_of(site, "/")
+def test_root_page_shows_the_guide(shared_site):
+    page = page_of(shared_site, "/")
     assert "Your Tinker training runs" in page.text
     assert "/runs/" in page.links
-    head = site.client.request("HEAD", "/")
+    head = shared_site.client.request("HEAD", "/")
     assert (head.status, head.body) == (200, b"")
     assert int(head.headers["Content-Length"]) > 1000
 

@@ -87,12 +87,12 @@ def test_probe_name_is_absent_without_a_request(site, name):
     assert site.calls() == []
 
 
-def test_unbounded_listing_is_refused_with_its_condition(site):
+def test_unbounded_listing_is_refused_with_its_condition(shared_site):
     for headers in ({}, {"Depth": "infinity"}):
-        response = site.client.request("PROPFIND", "/runs/", **headers)
+        response = shared_site.client.request("PROPFIND", "/runs/", **headers)
         assert response.status == 403
         assert b"propfind-finite-depth" in response.body
-    assert site.client.request("PROPFIND", "/README.md", Depth="infinity").status == 207
+    assert shared_site.client.request("PROPFIND", "/README.md", Depth="infinity").status == 207
 
 
 # Content.
@@ -106,17 +106,17 @@ def test_unbounded_listing_is_refused_with_its_condition(site):
         ("bytes=-7", slice(-7, None)),
     ],
 )
-def test_range_returns_these_bytes(site, header, expected):
-    path = f"{site.checkpoint}/files/adapter_model.safetensors"
-    data = site.client.get(path)
-    response = site.client.request("GET", quote(path), Range=header)
+def test_range_returns_these_bytes(shared_site, header, expected):
+    path = f"{shared_site.checkpoint}/files/adapter_model.safetensors"
+    data = shared_site.client.get(path)
+    response = shared_site.client.request("GET", quote(path), Range=header)
     assert (response.status, response.body) == (206, data[expected])
     assert response.headers["Content-Range"].endswith(f"/{len(data)}")
 
 
-def test_unsatisfiable_range_is_refused(site):
-    path = quote(f"{site.checkpoint}/files/adapter_config.json")
-    response = site.client.request("GET", path, Range="bytes=9999999-")
+def test_unsatisfiable_range_is_refused(shared_site):
+    path = quote(f"{shared_site.checkpoint}/files/adapter_config.json")
+    response = shared_site.client.request("GET", path, Range="bytes=9999999-")
     assert response.status == 416
     assert response.headers["Content-Range"].startswith("bytes */")
 
@@ -135,11 +135,11 @@ def test_conditional_requests_compare_the_entity_tag(site):
     assert (old.status, old.body) == (200, b"1\n")
 
 
-def test_member_has_an_entity_tag_of_its_version(site):
-    path = f"{site.checkpoint}/files/adapter_config.json"
-    tag = site.client.send("GET", path).headers["ETag"]
-    assert site.client.properties(path).etag == tag
-    assert site.client.request("HEAD", quote(path), If_None_Match=tag).status == 304
+def test_member_has_an_entity_tag_of_its_version(shared_site):
+    path = f"{shared_site.checkpoint}/files/adapter_config.json"
+    tag = shared_site.client.send("GET", path).headers["ETag"]
+    assert shared_site.client.properties(path).etag == tag
+    assert shared_site.client.request("HEAD", quote(path), If_None_Match=tag).status == 304
 
 
 def test_checkpoint_without_a_time_has_no_entity_tags_of_content(site):
@@ -290,14 +290,14 @@ def test_read_only_server_offers_methods_that_read(make_site):
         "/./runs",
     ],
 )
-def test_path_that_leaves_its_directory_is_refused(site, target):
+def test_path_that_leaves_its_directory_is_refused(shared_site, target):
     for method in ("GET", "PROPFIND", "PUT", "DELETE"):
-        assert site.client.request(method, target, Depth="0").status == 400
+        assert shared_site.client.request(method, target, Depth="0").status == 400
 
 
-def test_backslashes_are_part_of_a_name(site):
-    assert site.client.request("GET", "/runs%5C..%5C..%5Cetc").status == 404
-    assert site.client.request("GET", "/..%5Cetc").status == 404
+def test_backslashes_are_part_of_a_name(shared_site):
+    assert shared_site.client.request("GET", "/runs%5C..%5C..%5Cetc").status == 404
+    assert shared_site.client.request("GET", "/..%5Cetc").status == 404
 
 
 @pytest.mark.expect_warnings("EHOSTUNREACH|EIO|EBUSY|EACCES")
@@ -311,16 +311,16 @@ def test_failure_of_the_api_has_its_status(site, status, expected, expect_warnin
     assert (response.status, response.text.partition(":")[0]) == expected
 
 
-def test_members_are_downloads_and_never_html(site):
+def test_members_are_downloads_and_never_html(shared_site):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        headers = site.client.send("GET", f"{site.checkpoint}/files/{name}").headers
+        headers = shared_site.client.send("GET", f"{shared_site.checkpoint}/files/{name}").headers
         assert headers.get_content_type() in ("application/octet-stream", "application/json")
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert "sandbox" in headers["Content-Security-Policy"]
 
 
-def test_archive_url_is_not_stored_by_caches(site):
-    response = site.client.send("GET", f"{site.checkpoint}/archive_url")
+def test_archive_url_is_not_stored_by_caches(shared_site):
+    response = shared_site.client.send("GET", f"{shared_site.checkpoint}/archive_url")
     assert response.text.startswith("http")
     assert response.headers["Cache-Control"] == "no-store"
 
