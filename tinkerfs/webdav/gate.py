@@ -12,6 +12,7 @@ A page of another origin cannot use this server through a browser:
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -40,14 +41,25 @@ _HEADERS: Final = (
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def allowed_hosts(host: str, *, is_loopback: bool, is_wildcard: bool) -> frozenset[str] | None:
+def allowed_hosts(
+    host: str, addresses: Iterable[IPv4Address | IPv6Address]
+) -> frozenset[str] | None:
     """Return the names that `Host` may have; None for every name.
 
     A server on all addresses has passwords, which a browser does not send to a foreign name.
+
+    Args:
+        host: the name or address that the server listens on.
+        addresses: the addresses of that name.
     """
-    if is_wildcard:
-        return None
-    return frozenset({host.lower()}) | (_LOOPBACK_NAMES if is_loopback else frozenset())
+    names = {host.lower()}
+    for address in addresses:
+        if address.is_unspecified:
+            return None
+        names.add(str(address))
+        if address.is_loopback:
+            names |= _LOOPBACK_NAMES
+    return frozenset(names)
 
 
 class Gate:
@@ -97,7 +109,10 @@ class Gate:
         """Check a request and decode its path; raise the `DAVError` of its refusal."""
         host = _host_name(environ.get("HTTP_HOST", ""))
         if self._hosts is not None and host not in self._hosts:
-            raise DAVError(HTTPStatus.MISDIRECTED_REQUEST, "this is not a name of this server")
+            raise DAVError(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                "this is not a name of this server (hint: --listen NAME:PORT)",
+            )
         _check_origin(environ)
         user = "anonymous"
         if self._accounts is not None:

@@ -158,12 +158,7 @@ class WebDavServer:
         provider = TreeProvider(
             filesystem, timeout_s=timeout_s, is_read_only=is_read_only, stopping=self._stopping
         )
-        hosts = allowed_hosts(
-            address.host,
-            is_loopback=self.is_loopback,
-            is_wildcard=any(each.is_unspecified for each in found),
-        )
-        application = Gate(_dav_application(provider), hosts, accounts)
+        application = Gate(_dav_application(provider), allowed_hosts(address.host, found), accounts)
         self._server = _listen(address, application, certificate)
         scheme = "http" if certificate is None else "https"
         host = f"[{address.host}]" if ":" in address.host else address.host or "0.0.0.0"  # noqa: S104

@@ -3,6 +3,7 @@
 import base64
 import os
 import ssl
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,6 +11,7 @@ import pytest
 
 from tinkerfs.errors import StartupError
 from tinkerfs.webdav.authentication import Accounts
+from tinkerfs.webdav.gate import allowed_hosts
 from tinkerfs.webdav.server import Address, Certificate, serving
 
 IDENTITY = str(Path(__file__).parents[2] / "support/localhost.pem")
@@ -47,6 +49,20 @@ def auth_file(directory, text, mode=0o600):
 )
 def test_host_must_name_the_server(shared_site, host, status):
     assert shared_site.client.request("GET", "/README.md", Host=host).status == status
+
+
+@pytest.mark.parametrize(
+    ("host", "addresses", "expected"),
+    [
+        ("127.0.0.1", ["127.0.0.1"], {"127.0.0.1", "::1", "localhost"}),
+        ("NAS.example", ["192.0.2.1", "2001:db8::1"], {"nas.example", "192.0.2.1", "2001:db8::1"}),
+        ("192.0.2.1", ["192.0.2.1"], {"192.0.2.1"}),
+        ("0.0.0.0", ["0.0.0.0"], None),
+        ("::", ["::"], None),
+    ],
+)
+def test_allowed_hosts_are_the_name_and_its_addresses(host, addresses, expected):
+    assert allowed_hosts(host, map(ip_address, addresses)) == expected
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,19 @@ def test_listing_of_files_requests_the_archive(site):
     assert archive.size == len(site.client.get(f"{site.checkpoint}/archive.tar"))
 
 
+@pytest.mark.expect_warnings("EBUSY")
+def test_walk_into_files_is_limited_for_each_client(make_site):
+    site = make_site(settings={"archive_build_limit": 1})
+    run = site.server.account.runs()[0]
+    first, second = (f"{site.run}/checkpoints/{each.id}/files" for each in run.checkpoints[:2])
+    walker = site.connect(agent="walker")
+    assert walker.listdir(first)
+    response = site.connect(agent="walker").request("PROPFIND", quote(second), Depth="1")
+    assert (response.status, response.text.partition(":")[0]) == (503, "EBUSY")
+    assert "--archive-burst" in response.text
+    assert site.connect(agent="other").listdir(second)
+
+
 def test_listing_of_a_view_requests_only_the_account_listing(make_site):
     site = make_site(runs=10, checkpoints=3)
     assert all(each.is_directory for each in site.client.listing("/checkpoints").values())
