@@ -27,6 +27,9 @@ from tinkerfs.webdav.resources import DirectoryResource, FileResource
 #: Maximum size of a JSON file that is shown as a table.
 _MAX_DOCUMENT_BYTES: Final = 16 << 20
 
+#: Maximum length of a query that is parsed.
+_MAX_QUERY: Final = 1000
+
 _INFO, _README = "info.json", "README.md"
 
 
@@ -93,6 +96,17 @@ _COLUMNS: Final = (
 )
 
 
+def has_page(resource: DirectoryResource | FileResource, environ: dict[str, Any]) -> bool:
+    """Return whether a request is for a page: of a directory, or of a JSON file with `?view`."""
+    if isinstance(resource, DirectoryResource):
+        return True
+    return resource.name.endswith(".json") and "view" in _query(environ)
+
+
+def _query(environ: dict[str, Any]) -> dict[str, list[str]]:
+    return parse_qs(environ.get("QUERY_STRING", "")[:_MAX_QUERY], keep_blank_values=True)
+
+
 class Pages:
     """Renders pages. Thread-safe."""
 
@@ -100,31 +114,27 @@ class Pages:
         self._links = links
         self._is_read_only = is_read_only
 
-    def render(
-        self, resource: DirectoryResource | FileResource, environ: dict[str, Any]
-    ) -> bytes | None:
-        """Return the page of a directory, or of a JSON file with `?view`; None for other files."""
-        query = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True, max_num_fields=9)
+    def render(self, resource: DirectoryResource | FileResource, environ: dict[str, Any]) -> bytes:
+        """Return the page of a directory, or of a JSON file."""
         if isinstance(resource, DirectoryResource):
-            page = self._directory(resource, query)
-        elif "view" in query and resource.name.endswith(".json"):
-            page = {"documents": self._documents(resource)}
+            page = self._directory(resource, _query(environ))
         else:
-            return None
+            page = {"documents": self._documents(resource)}
         template, style = _template()
         text = template.render(page={**_heading(resource), **page}, style=Markup(style))  # noqa: S704
         return text.encode("utf-8", "backslashreplace")
 
-    def headers(self, page: bytes) -> list[tuple[str, str]]:
-        """Return the headers of a page, which allow its style and nothing else."""
+    def headers(self, page: bytes | None) -> list[tuple[str, str]]:
+        """Return the headers of a page, which allow its style and nothing else; None for HEAD."""
         _, style = _template()
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         policy = f"default-src 'none'; style-src 'sha256-{digest}'; {_RESTRICTIONS}"
+        length = [] if page is None else [("Content-Length", str(len(page)))]
         return [
             ("Content-Type", "text/html; charset=utf-8"),
-            ("Content-Length", str(len(page))),
             ("Cache-Control", "no-store"),
             ("Content-Security-Policy", policy),
+            *length,
         ]
 
     def _directory(

@@ -13,7 +13,7 @@ from tinkerfs.operating_system import has_disconnected
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.followed_links import FollowedLinks
 from tinkerfs.webdav.clients import WebDavClient
-from tinkerfs.webdav.pages import Pages
+from tinkerfs.webdav.pages import Pages, has_page
 from tinkerfs.webdav.resources import DirectoryResource, FileResource
 from tinkerfs.webdav.status import as_responses
 
@@ -90,15 +90,25 @@ class TreeProvider(DAVProvider):  # type: ignore[misc]
                 environ["HTTP_TIMEOUT"] = _LOCK_TIMEOUT
             if method in ("GET", "HEAD"):
                 resource = self.get_resource_inst(environ["PATH_INFO"], environ)
-                with as_responses(environ["PATH_INFO"]):
-                    page = self._pages.render(resource, environ) if resource is not None else None
-                if page is not None:
-                    start_response("200 OK", self._pages.headers(page))
-                    return [page if method == "GET" else b""]
+                if resource is not None and has_page(resource, environ):
+                    return self._send_page(resource, environ, start_response)
             return self._closing(environ, default_handler(environ, start_response))
         except BaseException:
             _close(environ)
             raise
+
+    def _send_page(
+        self,
+        resource: DirectoryResource | FileResource,
+        environ: Environ,
+        start_response: Callable[..., Any],
+    ) -> list[bytes]:
+        page = None  # HEAD must not list `files/`, so its length stays unknown
+        if environ["REQUEST_METHOD"] == "GET":
+            with as_responses(resource.path):
+                page = self._pages.render(resource, environ)
+        start_response("200 OK", self._pages.headers(page))
+        return [page or b""]
 
     @staticmethod
     def _closing(environ: Environ, body: Iterable[bytes]) -> Iterable[bytes]:

@@ -136,7 +136,7 @@ def test_root_page_shows_the_guide(shared_site):
     assert "/runs/" in page.links
     head = shared_site.client.request("HEAD", "/")
     assert (head.status, head.body) == (200, b"")
-    assert int(head.headers["Content-Length"]) > 1000
+    assert head.headers.get_content_type() == "text/html"
 
 
 @pytest.mark.expect_warnings("EIO")

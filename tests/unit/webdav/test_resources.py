@@ -37,6 +37,8 @@ def test_properties_of_a_checkpoint_request_no_archive(site):
         assert (listed[name].size, listed[name].etag) == (None, None)
         head = site.client.request("HEAD", quote(f"{site.checkpoint}/{name}"))
         assert (head.status, head.headers["Content-Length"]) == (200, None)
+    for target in ("files/", "files", "tensors.json?view"):
+        assert site.client.request("HEAD", f"{quote(site.checkpoint)}/{target}").status == 200
     assert listed["files"].is_directory
     assert listed["info.json"].size == len(site.client.get(f"{site.checkpoint}/info.json"))
     assert site.client.request("OPTIONS", quote(f"{site.checkpoint}/archive.tar")).status == 200
