@@ -127,7 +127,9 @@ class Gate:
             environ.pop(name, None)
         try:
             target = environ["REQUEST_URI"]
-            environ["PATH_INFO"] = "*" if target == "*" else path_from_target(target)
+            # OPTIONS for the whole server; WsgiDAV fails for the asterisk.
+            environ["PATH_INFO"] = "/" if target == "*" else path_from_target(target)
+            urlsplit(environ.get("HTTP_DESTINATION", ""))
         except ValueError as error:
             raise DAVError(HTTPStatus.BAD_REQUEST, str(error)) from None
 

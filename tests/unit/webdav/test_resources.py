@@ -310,6 +310,38 @@ def test_path_that_leaves_its_directory_is_refused(shared_site, target):
         assert shared_site.client.request(method, target, Depth="0").status == 400
 
 
+@pytest.mark.expect_warnings("EPERM")
+@pytest.mark.parametrize(
+    ("method", "target", "headers", "body", "status"),
+    [
+        ("OPTIONS", "*", {}, None, 200),
+        ("MOVE", "/README.md", {"Destination": "http://["}, None, 400),
+        ("MOVE", "/README.md", {}, None, 400),
+        ("COPY", "/README.md", {"Destination": "http://evil.example/x"}, None, 502),
+        ("COPY", "/README.md", {"Destination": "/x/../../y"}, None, 400),
+        ("PROPFIND", "/", {"Depth": "7"}, None, 400),
+        ("PROPFIND", "/", {"Depth": "0"}, "<a>", 400),
+        ("LOCK", "/.tinkerfs/refresh", {}, "<a/>", 400),
+        ("TRACE", "/", {}, None, 405),
+        ("POST", "/.tinkerfs/refresh", {}, "1", 405),
+        ("PUT", "/.tinkerfs/refresh", {"Content-Range": "bytes 0-1/2"}, "1", 400),
+        ("PUT", "/runs/", {}, "1", 405),
+        ("GET", "/runs/?sort=%FF&" + "a&" * 999, {}, None, 200),
+        ("GET", "/%FF%FE", {}, None, 404),
+    ],
+)
+def test_malformed_request_is_refused(shared_site, method, target, headers, body, status):
+    response = shared_site.client.request(method, target, body, **headers)
+    assert response.status == status
+    assert "Traceback" not in response.text
+
+
+def test_entities_in_a_body_are_refused(shared_site):
+    body = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>'
+    response = shared_site.client.request("PROPFIND", "/", body, Depth="0")
+    assert (response.status, "root:" in response.text) == (400, False)
+
+
 def test_backslashes_are_part_of_a_name(shared_site):
     assert shared_site.client.request("GET", "/runs%5C..%5C..%5Cetc").status == 404
     assert shared_site.client.request("GET", "/..%5Cetc").status == 404
