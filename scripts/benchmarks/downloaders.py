@@ -14,7 +14,15 @@ from functools import partial
 from pathlib import Path
 
 from scripts.benchmarks.comparison import TMPFS
-from scripts.benchmarks.harness import Bench, daemon_of, mounted, resident_mb, timed
+from scripts.benchmarks.harness import (
+    TINKERFS,
+    Bench,
+    daemon_environment,
+    daemon_of,
+    mounted,
+    resident_mb,
+    timed,
+)
 from scripts.benchmarks.server import Server
 from tinkerfs.cache.data_layout import UNIT_BYTES
 
@@ -23,6 +31,7 @@ GB = 1_000_000_000
 SLACK_BYTES = 8 << 20
 #: Memory for reading 1 GB: the cache, the page cache of the file, and buffers.
 TOUCHED_BYTES = 3_500_000_000
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 HAS_ARIA2 = shutil.which("aria2c") is not None
 #: Half of them are sampler checkpoints.
 CHECKPOINTS = 12
@@ -47,6 +56,12 @@ def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def cpu_s(pid: int) -> float:
+    """Return the CPU time of a process, seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def touch_memory() -> None:
@@ -201,8 +216,18 @@ def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> Non
                 path = members(directory, server)[0]
                 server.ask("clear")
                 touch_memory()
+                daemon = daemon_of(directory)
+                before_s = cpu_s(daemon)
                 spans["mount"].append(seconds(partial(dd, path)))
+                spans["CPU"].append(cpu_s(daemon) - before_s)
                 cost = server.ask("counts")
+            with fresh(server, binding) as directory:
+                command = [*TINKERFS, "prefetch", str(members(directory, server)[0])]
+                environ = daemon_environment(server, binding)
+                prefetch = partial(subprocess.run, command, env=environ, check=True, **QUIET)
+                touch_memory()
+                spans["prefetch"].append(seconds(prefetch))
+                spans["start"].append(seconds(prefetch))  # the same, of a cached file
             began = time.perf_counter()
             url = archive_url(server, path)
             request_s = time.perf_counter() - began
@@ -225,6 +250,13 @@ def whole_files(bench: Bench, binding: str, latency_s: float, limit: int) -> Non
         if HAS_ARIA2:
             over = middle["mount"] / middle["aria2c"]
             bench.add("... over that of aria2c and reading its file", over, "x", goal=1.0)
+        bench.add("... CPU time of the daemon", middle["CPU"], "s")
+        bench.add(
+            "... prefetch over curl with 8 ranges, writing to disk",
+            middle["prefetch"] / middle["to disk"],
+            "x",
+            details={"prefetch": middle["prefetch"], "of a cached file": middle["start"]},
+        )
         bench.add("... fetched over read", cost["sent"] / GB, "x", 1 + SLACK_BYTES / GB)
 
 
