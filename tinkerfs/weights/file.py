@@ -177,8 +177,18 @@ class MemberFile(WeightsFile):
     def missing_blocks(self) -> dict[int, int]:
         """See `WeightsFile.missing_blocks`."""
         missing: dict[int, int] = {}
+        # A file may have many segments in one block, so only those of a partly cached block are
+        # looked up one by one.
+        cached: dict[int, int] = {}
         for index, start, stop in self._block_parts():
-            missing_bytes = stop - start - self._file.cached_bytes(start, stop)
+            if index not in cached:
+                begin, length = index * BLOCK_BYTES, self.block_bytes(index)
+                cached[index] = self._file.cached_bytes(begin, begin + length)
+            missing_bytes = stop - start
+            if cached[index] == self.block_bytes(index):
+                continue
+            if cached[index]:
+                missing_bytes -= self._file.cached_bytes(start, stop)
             if missing_bytes:
                 missing[index] = missing.get(index, 0) + missing_bytes
         return missing
