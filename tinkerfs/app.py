@@ -113,7 +113,7 @@ def open_app(
     telemetry = Telemetry(clock)
     if settings.audit is not None:
         audit_log = AuditLog(settings.audit, clock, telemetry.record_error)
-        telemetry.on_change_ended = audit_log.record
+        telemetry.on_change = audit_log.record
     with ExitStack() as stack:
         credentials = Credentials(key_file=settings.api_key_file, clock=clock)
         client = stack.enter_context(

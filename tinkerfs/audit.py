@@ -1,8 +1,8 @@
-"""Audit log: one line per change, with its process, user, paths and outcome.
+"""Audit log: a line before and after each change, with its process, user, paths and outcome.
 
 A line goes to the system's log, as a datagram to /dev/log, or to a file. journald reads the same
-socket, so it needs no protocol of its own. No change waits for the log or fails because of it.
-Thread-safe.
+socket, so it needs no protocol of its own. No change fails because of the log, and none waits for
+a log daemon. Thread-safe.
 """
 
 import json
@@ -18,7 +18,7 @@ from tinkerfs import errors
 from tinkerfs.clock import Clock
 from tinkerfs.config import SYSLOG
 from tinkerfs.errors import StartupError
-from tinkerfs.printable import without_secrets
+from tinkerfs.printable import without_secrets_up_to
 from tinkerfs.safe_open import open_regular
 from tinkerfs.telemetry import MutationRecord, rfc3339
 
@@ -33,7 +33,7 @@ _MAX_VALUE_CHARS: Final = 1000
 
 
 class AuditLog:
-    """Writes a line for each change that has ended.
+    """Writes a line when a change is requested, and one when it has ended.
 
     Args:
         destination: "syslog", the path of a datagram socket, or a file to append to.
@@ -93,7 +93,9 @@ class AuditLog:
         try:
             if line:
                 stamp = rfc3339(self._clock.now()).encode()
-                os.write(fd, b"%s tinkerfs[%d]: %s\n" % (stamp, os.getpid(), line))
+                content = b"%s tinkerfs[%d]: %s\n" % (stamp, os.getpid(), line)
+                if os.write(fd, content) != len(content):  # the file system became full
+                    raise errors.no_space(self._path, "no space for the whole line")
         finally:
             os.close(fd)
 
@@ -122,8 +124,9 @@ def format_change(change: MutationRecord) -> str:
 
 def _quoted(text: str) -> str:
     """Return a text as a JSON string of printable ASCII, without secrets."""
-    text = without_secrets(text[: 2 * _MAX_VALUE_CHARS])[:_MAX_VALUE_CHARS]
-    return json.dumps(text).replace("\x7f", r"\u007f")  # JSON does not require that escape
+    # JSON does not require the escape of DEL.
+    text = without_secrets_up_to(text, _MAX_VALUE_CHARS)
+    return json.dumps(text).replace("\x7f", r"\u007f")
 
 
 def _is_socket(path: str) -> bool:

@@ -71,7 +71,7 @@ class Telemetry:
 
     Attributes:
         passthrough: whether the kernel itself reads cached files: "on", or "off" and the reason.
-        on_change_ended: called with each change after its outcome is known.
+        on_change: called with each change before it is sent, and after its outcome is known.
         operations: passes the record of each FUSE operation to its subscribers.
     """
 
@@ -81,7 +81,7 @@ class Telemetry:
         self._started = clock.now()
         self._started_monotonic = clock.monotonic()
         self.passthrough = "off: not a mount"
-        self.on_change_ended: Callable[[MutationRecord], None] = lambda _change: None
+        self.on_change: Callable[[MutationRecord], None] = lambda _change: None
         self.operations = OperationLog()
         #: The operations as lines, while they are read.
         self.access_log = AccessLog(self.operations)
@@ -202,6 +202,7 @@ class Telemetry:
         )
         self.changes.add(mutation)
         log.info("%s: %s requested by %s", path, action, mutation.actor)
+        self.on_change(mutation)
         return mutation
 
     def end_mutation(self, mutation: MutationRecord, outcome: str) -> None:
@@ -209,7 +210,7 @@ class Telemetry:
         mutation.outcome = errors.redact(outcome)
         self.changes.amend(mutation)
         log.info("%s: %s: %s", mutation.path, mutation.action, mutation.outcome)
-        self.on_change_ended(mutation)
+        self.on_change(mutation)
 
     @contextmanager
     def track_pending(self, what: str | Callable[[], str]) -> Iterator[None]:

@@ -70,14 +70,15 @@ def change_checkpoints(directory: Path, socket: Path) -> None:
 
 
 def check(text: str) -> None:
-    """Check the two lines that a daemon stored."""
+    """Check the four lines that a daemon stored."""
     lines = [line for line in text.splitlines() if "action=" in line]
     found = [dict(re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\d+)', line)) for line in lines]
-    assert len(found) == 2, text
-    for values, command in zip(found, ("sh", "rm"), strict=True):
+    assert len(found) == 4, text
+    expected = [(command, outcome) for command in ("sh", "rm") for outcome in ("in flight", "done")]
+    for values, (command, outcome) in zip(found, expected, strict=True):
         assert values["uid"] == str(os.getuid()), text
         assert json.loads(values["command"]) == command, text
-        assert json.loads(values["outcome"]) == "done", text
+        assert json.loads(values["outcome"]) == outcome, text
         assert json.loads(values["tinker_path"]).startswith("tinker://"), text
 
 
@@ -98,9 +99,9 @@ def main() -> int:
         with running(rsyslog, directory / "log"):
             change_checkpoints(directory, directory / "log")
             lines = directory / "lines"
-            wait_until(lambda: lines.exists() and lines.read_text().count("\n") == 2, "no lines")
+            wait_until(lambda: lines.exists() and lines.read_text().count("\n") == 4, "no lines")
         text = lines.read_text()
-        assert text.count("authpriv tinkerfs ") == 2, text
+        assert text.count("authpriv tinkerfs ") == 4, text
         check(text)
         with running([str(JOURNALD)], JOURNAL_SOCKET):
             change_checkpoints(directory, JOURNAL_SOCKET)
@@ -110,7 +111,7 @@ def main() -> int:
             def read_journal() -> str:
                 return subprocess.run(query, capture_output=True, text=True, check=True).stdout
 
-            wait_until(lambda: read_journal().count("action=") == 2, "no lines in the journal")
+            wait_until(lambda: read_journal().count("action=") == 4, "no lines in the journal")
             check(read_journal())
     print("log_daemons: ok")
     return 0

@@ -31,7 +31,9 @@ def test_mount_reports_each_change_to_a_log_daemon(mountpoint, env, server, tmp_
     script = "echo 1 > $0/published; rm -r $0; mkdir $0/none; exit 0"
     process = run("sh", "-c", script, f"{mountpoint}{path}")
     assert process.returncode == 0
-    published, removed = (parse(log_daemon.recv(65536).decode()) for _ in range(2))
+    lines = [parse(log_daemon.recv(65536).decode()) for _ in range(4)]
+    assert [line["outcome"] for line in lines] == ["in flight", "done"] * 2
+    _, published, _, removed = lines
     expected = {"uid": os.getuid(), "tinker_path": f"tinker://{run_id}/{checkpoint.id}"}
     assert expected.items() <= published.items()
     assert expected.items() <= removed.items()
@@ -66,5 +68,6 @@ def test_mount_writes_audit_file_named_in_configuration(mountpoint, env, server,
     server.faults.add("POST publish", status=403, times=None)
     control = mountpoint / "runs" / run_id / "checkpoints" / checkpoint.id / "published"
     assert run("sh", "-c", f"echo 1 > '{control}'").returncode != 0
-    (line,) = (tmp_path / "audit.log").read_text().splitlines()
+    requested, line = (tmp_path / "audit.log").read_text().splitlines()
+    assert parse(requested)["outcome"] == "in flight"
     assert parse(line)["outcome"].startswith("failed: ")

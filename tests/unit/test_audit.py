@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import socket
 import stat
 
@@ -32,7 +33,7 @@ def log_daemon(tmp_path):
 
 def audit_to(telemetry, destination):
     audit_log = AuditLog(str(destination), FakeTime().clock, telemetry.record_error)
-    telemetry.on_change_ended = audit_log.record
+    telemetry.on_change = audit_log.record
 
 
 def change(telemetry, path="/runs/r/checkpoints/weights/1", outcome="done"):
@@ -47,11 +48,12 @@ def parse(line):
     return {name: json.loads(text) for name, text in values.items()}
 
 
-def test_file_gets_a_line_per_change_and_is_private(telemetry, tmp_path):
+def test_file_gets_lines_of_each_change_and_is_private(telemetry, tmp_path):
     audit_to(telemetry, tmp_path / "audit")
     change(telemetry)
     change(telemetry, outcome="failed: 500 https://s/x?sig=c0ffee")
-    first, second = (tmp_path / "audit").read_text().splitlines()
+    requested, first, _, second = (tmp_path / "audit").read_text().splitlines()
+    assert requested == first.replace('outcome="done"', 'outcome="in flight"')
     assert first.startswith(f"2027-01-15T08:00:00Z tinkerfs[{os.getpid()}]: action=")
     with open("/proc/self/comm") as comm:
         command = comm.read().strip()
@@ -69,10 +71,11 @@ def test_file_gets_a_line_per_change_and_is_private(telemetry, tmp_path):
     assert stat.S_IMODE((tmp_path / "audit").stat().st_mode) == 0o600
 
 
-def test_socket_gets_a_datagram_per_change(telemetry, tmp_path, log_daemon):
+def test_socket_gets_two_datagrams_per_change(telemetry, tmp_path, log_daemon):
     audit_to(telemetry, tmp_path / "log")
     change(telemetry)
-    line = log_daemon.recv(65536).decode("ascii")
+    requested, line = (log_daemon.recv(65536).decode("ascii") for _ in range(2))
+    assert parse(requested)["outcome"] == "in flight"
     assert re.match(
         rf"<86>[A-Z][a-z]{{2}} [ \d]\d \d\d:\d\d:\d\d tinkerfs\[{os.getpid()}\]: ", line
     )
@@ -83,7 +86,7 @@ def test_hostile_name_is_one_ascii_line_without_secret(telemetry, tmp_path, log_
     audit_to(telemetry, tmp_path / "log")
     change(telemetry, path=HOSTILE)
     change(telemetry, path="/" + "\u202e\n" * 100_000)
-    line, long_line = log_daemon.recv(65536), log_daemon.recv(65536)
+    line, _, long_line, _ = (log_daemon.recv(65536) for _ in range(4))
     assert re.fullmatch(rb"[ -~]+", line)
     assert b"c0ffee" not in line
     name = HOSTILE.partition("/tml-")[0]
@@ -110,6 +113,20 @@ def test_lost_socket_is_reported_once_and_found_again(telemetry, tmp_path, log_d
     change(telemetry)
     (error,) = telemetry.errors.entries()
     assert error.count == 2
+
+
+def test_line_that_does_not_fit_is_reported(telemetry, tmp_path):
+    path = tmp_path / "audit"
+    audit_to(telemetry, path)
+    path.write_bytes(bytes(950))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        telemetry.begin_mutation("/x", "delete", Caller(1, 0, 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (error,) = telemetry.errors.entries()
+    assert "\taudit\tENOSPC\t" in error.text
 
 
 def test_daemon_that_does_not_read_delays_no_change(telemetry, tmp_path, log_daemon):

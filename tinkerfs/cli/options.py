@@ -431,7 +431,7 @@ _OPTIONS: Final = {
         "--audit DEST",
         _AUDIT,
         None,
-        "Write a line per change to the system's log, if DEST is syslog, or to this file or"
+        "Write two lines per change to the system's log, if DEST is syslog, or to this file or"
         " datagram socket.",
         show_default="none",
     ),
