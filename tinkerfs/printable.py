@@ -38,7 +38,7 @@ _KEY: Final = re.compile(
 
 #: A shorter secret is not hidden by its value, because ordinary words would be hidden too.
 MIN_SECRET_CHARS: Final = 8
-#: Maximum number of secrets; the oldest ones are forgotten. Renewed tokens are added.
+#: Maximum number of secrets of a kind; the oldest ones are forgotten, because tokens are renewed.
 _MAX_SECRETS: Final = 256
 
 
@@ -50,17 +50,23 @@ class _KnownSecrets:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._secrets: dict[str, None] = {}  # modified under _lock
+        self._secrets: dict[str, dict[str, None]] = {}  # by kind; modified under _lock
         self.pattern: re.Pattern[str] | None = None
 
-    def add(self, secret: str) -> None:
-        if len(secret) < MIN_SECRET_CHARS or secret in self._secrets:
+    def add(self, secret: str, kind: str) -> None:
+        if len(secret) < MIN_SECRET_CHARS or secret in self._secrets.get(kind, ()):
             return
         with self._lock:
-            self._secrets[secret] = None
-            if len(self._secrets) > _MAX_SECRETS:
-                del self._secrets[next(iter(self._secrets))]
-            forms = {form for each in self._secrets for form in forms_of_secret(each)}
+            secrets = self._secrets.setdefault(kind, {})
+            secrets[secret] = None
+            if len(secrets) > _MAX_SECRETS:
+                del secrets[next(iter(secrets))]
+            forms = {
+                form
+                for secrets in self._secrets.values()
+                for each in secrets
+                for form in forms_of_secret(each)
+            }
             longest_first = sorted(forms, key=len, reverse=True)
             self.pattern = re.compile("|".join(map(re.escape, longest_first)))
 
@@ -68,9 +74,13 @@ class _KnownSecrets:
 _known_secrets: Final = _KnownSecrets()
 
 
-def hide_secret(secret: str) -> None:
-    """Redact a key or password of this process from now on, whatever its form."""
-    _known_secrets.add(secret)
+def hide_secret(secret: str, kind: str) -> None:
+    """Redact a key or password of this process from now on, whatever its form.
+
+    Args:
+        kind: of each kind, the last secrets are redacted: many tokens displace no password.
+    """
+    _known_secrets.add(secret, kind)
 
 
 def forms_of_secret(secret: str) -> set[str]:
@@ -127,6 +137,14 @@ def _truncated(text: str, limit: int) -> str:
 def valid_unicode(text: str) -> str:
     r"""Return text with `\xff` for each byte that is not UTF-8, which is a lone surrogate."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def without_secrets_up_to(text: str, limit: int) -> str:
+    """Return the start of a text as `without_secrets` does, at most `limit` characters.
+
+    A secret that the limit cuts in two is redacted too.
+    """
+    return without_secrets(text[: _MARGIN * limit])[:limit]
 
 
 def without_secrets(text: str) -> str:

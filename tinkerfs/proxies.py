@@ -136,7 +136,7 @@ def _parse(value: str) -> Proxy:
     login = None
     if parts.username or parts.password:
         login = unquote(parts.username or ""), unquote(parts.password or "")
-        hide_secret(login[1])
+        hide_secret(login[1], "proxy")
     return Proxy(protocol, host, port or _DEFAULT_PORTS[protocol], login)
 
 

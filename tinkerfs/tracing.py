@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from tinkerfs import __version__, errors
 from tinkerfs.operation_log import ActiveOperation, OperationRecord, RequestRecord
-from tinkerfs.printable import valid_unicode, without_secrets
+from tinkerfs.printable import valid_unicode, without_secrets_up_to
 from tinkerfs.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class OperationTracer:
             context=self._root,
             start_time=_as_ns(active.started_at),
             attributes={
-                "file.path": without_secrets(valid_unicode(active.path)[:_MAX_PATH_CHARS]),
+                "file.path": without_secrets_up_to(valid_unicode(active.path), _MAX_PATH_CHARS),
                 "tinkerfs.operation": active.operation,
                 "process.pid": active.caller.process or active.caller.pid,
                 "user.id": str(active.caller.uid),

@@ -41,7 +41,7 @@ def test_serve_prints_its_url_and_ends_on_a_signal(environment, server, end):
 
 def test_secrets_are_in_no_log_and_no_process_list(environment, server, tmp_path):
     token, log = tmp_path / "token", tmp_path / "log"
-    token.write_text("secret-token-42\n")
+    token.write_text("secret-token-42\nada:secret-password\n")
     token.chmod(0o600)
     options = ("--auth-file", token, "--log-file", log, "--log-level", "debug")
     with start(environment, *map(str, options)) as process:
@@ -52,6 +52,10 @@ def test_secrets_are_in_no_log_and_no_process_list(environment, server, tmp_path
         request = urllib.request.Request(f"{url}{path}?password=secret-query", headers=headers)
         with urllib.request.urlopen(request, timeout=60) as response:
             signed = response.read().decode().strip()
+        for secret in ("secret-token-42", "secret-password"):  # also in a path, which is logged
+            request = urllib.request.Request(f"{url}runs/{secret}", headers=headers)
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(request, timeout=60)
         with pytest.raises(urllib.error.HTTPError, match="401"):
             urllib.request.urlopen(f"{url}runs/", timeout=60)
         with open(f"/proc/{process.pid}/cmdline") as cmdline:
@@ -60,7 +64,8 @@ def test_secrets_are_in_no_log_and_no_process_list(environment, server, tmp_path
         process.communicate(timeout=60)
     text = log.read_text()
     assert "/archive_url: 200" in text
-    for secret in ("secret-token-42", "secret-query", server.api_key, signed):
+    assert text.count("/runs/[redacted key]") >= 2
+    for secret in ("secret-token-42", "secret-password", "secret-query", server.api_key, signed):
         assert secret not in text
         assert secret not in arguments
     assert oct(log.stat().st_mode & 0o777) == "0o600"

@@ -75,14 +75,22 @@ def test_redacted_of_any_repetition_is_quick(unit):
 
 
 def test_hidden_secret_of_any_form_is_redacted():
-    hide_secret("opaque+key/0123")
-    hide_secret("opaque+key/0123-and-longer")
+    hide_secret("opaque+key/0123", "key")
+    hide_secret("opaque+key/0123-and-longer", "key")
     for text in ("opaque+key/0123", "opaque%2Bkey%2F0123", "opaque+key/0123-and-longer"):
         assert redacted(f"the key '{text}' is invalid", limit=100) == (
             "the key '[redacted key]' is invalid"
         )
-    hide_secret("short")
+    hide_secret("short", "key")
     assert redacted("a short word", limit=100) == "a short word"
+
+
+def test_password_stays_hidden_after_many_tokens():
+    hide_secret("a-password", "proxy")
+    for number in range(1000):
+        hide_secret(f"opaque-token-{number:04}", "token")
+    text = redacted("a-password opaque-token-0999", limit=100)
+    assert text == "[redacted key] [redacted key]"
 
 
 def test_redacted_lines_keep_lines_and_indentation():

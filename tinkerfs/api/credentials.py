@@ -280,7 +280,7 @@ class Credentials:
         text, hint = self._source.read(), self._source.hint
         if not text.isascii() or not text.isprintable() or " " in text:
             raise StartupError(f"the key of {self.source} contains invalid characters {hint}")
-        hide_secret(text)
+        hide_secret(text, "key")
         expires_at_s = expiry_of(text)
         if expires_at_s is None or expires_at_s > self._clock.now():
             return _Key(text, expires_at_s)

@@ -146,7 +146,7 @@ class TokenExchange:
             with self._lock:
                 self._next_renewal_at = self._clock.monotonic() + RENEWAL_RETRY_S
             raise
-        hide_secret(text)
+        hide_secret(text, "token")
         now_s, expires_at_s = self._clock.now(), expiry_of(text)
         if expires_at_s is not None and expires_at_s <= now_s:
             expires_at_s = None  # the local clock is wrong: the server decides

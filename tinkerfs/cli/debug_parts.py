@@ -59,7 +59,7 @@ def collect(
     environments = [os.environ, *map(environment_of, daemons)]
     secrets = find_secrets(environments, dict.fromkeys(key_files))
     for secret in secrets:
-        hide_secret(secret)
+        hide_secret(secret, "bundle")
     environ = {**os.environ, "TINKERFS_CONFIG": config_file_of(ctx) or ""}
     with ThreadPoolExecutor(max_workers=8) as pool:
         of_mounts = [

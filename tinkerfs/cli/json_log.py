@@ -5,7 +5,7 @@ import logging
 from datetime import UTC, datetime
 from typing import Final
 
-from tinkerfs.printable import valid_unicode, without_secrets
+from tinkerfs.printable import valid_unicode, without_secrets_up_to
 
 #: Maximum length of a string, and of a line of a traceback.
 _MAX_CHARS: Final = 4000
@@ -38,7 +38,7 @@ def _without_secrets(value: object) -> object:
     if isinstance(value, str):
         # Bytes that are not UTF-8 are lone surrogates, which strict parsers of JSON reject.
         text = valid_unicode(value)
-        return "\n".join(without_secrets(line[:_MAX_CHARS]) for line in text.split("\n"))
+        return "\n".join(without_secrets_up_to(line, _MAX_CHARS) for line in text.split("\n"))
     if isinstance(value, list | tuple):
         return [_without_secrets(each) for each in value]
     return value

@@ -34,6 +34,7 @@ _FLAGS = (
     "metrics",
     "audit",
     "log_file",
+    "log_format",
     "log_level",
     "config",
 )
@@ -89,7 +90,7 @@ def serve(
     }
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
     values = Settings(**settings)
-    logs.set_up(values.log_level, values.log_file, to_stderr=True)
+    logs.set_up(values.log_level, values.log_file, to_stderr=True, log_format=values.log_format)
     accounts = Accounts.from_file(os.path.expanduser(auth_file)) if auth_file else None
     with open_app(values) as app, serve_metrics(values.metrics, app.telemetry):
         verify_credentials(app.client, lambda: bool(signal.sigpending() & stop_signals))

@@ -10,6 +10,7 @@ from typing import Final, Self
 
 from tinkerfs import errors
 from tinkerfs.errors import StartupError
+from tinkerfs.printable import hide_secret
 from tinkerfs.safe_open import open_regular
 
 _MAX_BYTES: Final = 65_536
@@ -40,8 +41,13 @@ class Accounts:
             raise StartupError(
                 f"{path}: no account found (hint: a line with user:password or with a token)"
             )
-        tokens = tuple(_digest(line.strip()) for line in lines if b":" not in line)
-        return cls(tuple((name, _digest(password)) for name, password in pairs), tokens)
+        tokens = [line.strip() for line in lines if b":" not in line]
+        for secret in (*tokens, *(password for _, password in pairs)):
+            hide_secret(os.fsdecode(secret), "account")
+        return cls(
+            tuple((name, _digest(password)) for name, password in pairs),
+            tuple(map(_digest, tokens)),
+        )
 
     def user(self, authorization: str) -> str | None:
         """Return the user's name for the header `Authorization`; None if it is not valid.

@@ -78,7 +78,7 @@ def test_failure_has_the_fields_of_its_operation(tmp_path):
 
 def test_secrets_are_redacted_everywhere(tmp_path):
     lines = start_log(tmp_path)
-    hide_secret('odd"key\u00e9-value')
+    hide_secret('odd"key\u00e9-value', "key")
     log = logging.getLogger("tinkerfs.test")
     fields = {"path": "/tml-path-secret", "request_ids": ["tml-id-secret"]}
     log.debug("https://s/x?X-Signature=signed", extra={"fields": fields})
@@ -91,3 +91,12 @@ def test_secrets_are_redacted_everywhere(tmp_path):
     for secret in ("path-secret", "id-secret", "signed", "hidden-secret", "odd", "-value"):
         assert secret not in text
     assert lines()[2]["exception"].startswith("Traceback (most recent call last):\n  File ")
+
+
+def test_secret_at_the_length_limit_is_redacted(tmp_path):
+    lines = start_log(tmp_path)
+    hide_secret("opaque-key-value", "key")
+    for length in range(3990, 4001):
+        logging.getLogger("x").info("%s opaque-key-value", "a" * length)
+    for line in lines():
+        assert "opaque" not in line["message"]
