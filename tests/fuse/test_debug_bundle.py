@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import resource
 import signal
 import stat
 import tarfile
@@ -24,7 +25,10 @@ OTHER_PASSWORD = "s0cks%23passw0rd"
 SIGNATURE = "c0ffeec0ffee0123"
 TOKEN = "hf_0123456789abcdefghij"
 COMMAND_SECRET = "vault-pin-4711-0815"
+HEADER_SECRET = "c0llector-t0ken"
+URL_PASSWORD = "c0llector-passw0rd"
 SECRETS = (KEY, STORED_KEY, PASSWORD, OTHER_PASSWORD, SIGNATURE, TOKEN, COMMAND_SECRET)
+SECRETS += (HEADER_SECRET, URL_PASSWORD)
 
 
 @pytest.fixture
@@ -53,6 +57,9 @@ def planted(env, tmp_path):
         "HTTPS_PROXY": f"http://me:{quote(PASSWORD)}@127.0.0.1:9",
         "ALL_PROXY": f"socks5://me:{OTHER_PASSWORD}@127.0.0.1:9",
         "HF_TOKEN": TOKEN,
+        "OTEL_EXPORTER_OTLP_HEADERS": f"x-a=1,authorization=Bearer%20{HEADER_SECRET}",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://me:{URL_PASSWORD}@127.0.0.1:9",
+        "OTEL_TRACES_EXPORTER": "none",
         "TINKERFS_LOG_LEVEL": "debug",
     }
     del planted["TINKER_API_KEY"]
@@ -96,6 +103,7 @@ def test_bundle_of_mount_has_its_state_and_no_secret(mountpoint, planted, server
             (mountpoint / f"runs/none-{number}/info.json").read_bytes()
     with log.open("a") as file:
         file.write(f"2026-11-29 GET {url} X-API-Key: {KEY} {STORED_KEY} {TOKEN} {PASSWORD}\n")
+        file.write(f"collector: {HEADER_SECRET} {URL_PASSWORD}\n")
         file.write(f"Authorization: Basic {base64.b64encode(KEY.encode()).decode()}\n")
     hang = server.faults.add("POST sessions/search", hang=True, times=None)
     with running([["ls", mountpoint / "sessions"]]):
@@ -196,13 +204,23 @@ def test_bundle_hides_the_keys_of_key_files(mountpoint, env, tmp_path):
     assert f"found: {tmp_path}/own".encode() in found["doctor.txt"]
 
 
-def test_archive_with_secret_is_removed(tmp_path):
-    path = str(tmp_path / "b.tar.gz")
+def test_archive_with_secret_is_refused():
     for text in (KEY, quote(KEY, safe=""), base64.b64encode(KEY.encode()).decode()):
-        debug.write_archive(path, [("a", "harmless"), ("b", f"before {text} after")])
-        with pytest.raises(StartupError, match=r"b would contain the key; .* was removed"):
-            debug.check_archive(path, {KEY: "the key"})
-        assert not os.path.exists(path)
+        archive = debug.make_archive([("a", "harmless"), ("b", f"before {text} after")])
+        with pytest.raises(StartupError, match=r"b would contain the key; no file was written"):
+            debug.check_archive(archive, {KEY: "the key"})
+
+
+def test_archive_that_cannot_be_written_leaves_no_file(tmp_path):
+    path = str(tmp_path / "b.tar.gz")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(StartupError, match=r"cannot be written: File too large"):
+            debug.write_archive(path, bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.path.exists(path)
 
 
 def test_stacks_are_those_of_the_latest_request(mountpoint, env):

@@ -45,7 +45,7 @@ def bundle(
     statistics, errors, changes, the end of the log, and the stacks of the daemon's threads. The
     mount may hang or be dead.
 
-    Keys, signed URLs, passwords and the values of environment variables are removed, and the file
+    Keys, signed URLs, passwords and the values of environment variables are removed, and the archive
     is searched for them. It contains paths and the names of runs and checkpoints. Its mode is 0600;
     an existing file is not overwritten.
 
@@ -57,9 +57,10 @@ def bundle(
 
     path = os.path.abspath(output or time.strftime("tinkerfs-debug-%Y%m%d-%H%M%S.tar.gz"))
     secrets, parts = debug_parts.collect(mountpoint, log_file, click.get_current_context())
-    write_archive(path, parts)
-    sizes = check_archive(path, secrets)
-    click.echo(f"{escape_control_chars(path)} ({format_size(os.path.getsize(path))}) contains:")
+    archive = make_archive(parts)
+    sizes = check_archive(archive, secrets)
+    write_archive(path, archive)
+    click.echo(f"{escape_control_chars(path)} ({format_size(len(archive))}) contains:")
     for name, size_bytes in sizes.items():
         click.echo(f"  {format_size(size_bytes):>10}  {escape_control_chars(name)}")
     searched = ", ".join(sorted(set(secrets.values()))) or "no key or password is configured here"
@@ -67,51 +68,61 @@ def bundle(
     click.echo("paths, servers, and the names of runs and checkpoints are in it: read it first")
 
 
-def write_archive(path: str, parts: Iterable[tuple[str, str]]) -> None:
-    """Write a tar.gz with mode 0600 of (name, text) pairs.
-
-    Raises:
-        StartupError: the file exists or cannot be written.
-    """
-    from tinkerfs.safe_open import open_regular
-
-    now = time.time()
-    try:
-        fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        raise StartupError(
-            f"{path} cannot be written: {error.strerror} (hint: choose another file with -o)"
-        ) from None
-    with open(fd, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+def make_archive(parts: Iterable[tuple[str, str]]) -> bytes:
+    """Return a tar.gz of (name, text) pairs."""
+    now, buffer = time.time(), io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, text in parts:
             content = text.encode("utf-8", "backslashreplace")
             member = tarfile.TarInfo(f"tinkerfs-debug/{name}")
             member.size, member.mode, member.mtime = len(content), 0o600, now
             archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
 
 
-def check_archive(path: str, secrets: Mapping[str, str]) -> dict[str, int]:
+def check_archive(content: bytes, secrets: Mapping[str, str]) -> dict[str, int]:
     """Search an archive for secrets; return the sizes of its members by name.
 
     Args:
         secrets: descriptions of the secrets by their value.
 
     Raises:
-        StartupError: a member contains a secret; the archive was removed.
+        StartupError: a member contains a secret.
     """
     from tinkerfs.cli.known_secrets import found_in
 
     sizes: dict[str, int] = {}
-    with tarfile.open(path) as archive:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         for member in archive:
             file = archive.extractfile(member)
-            content = file.read() if file is not None else b""
-            found = found_in(content, secrets) + found_in(os.fsencode(member.name), secrets)
+            text = file.read() if file is not None else b""
+            found = found_in(text, secrets) + found_in(os.fsencode(member.name), secrets)
             if found:
-                os.unlink(path)
                 raise StartupError(
-                    f"{member.name} would contain {', '.join(found)}; {path} was removed"
+                    f"{member.name} would contain {', '.join(found)}; no file was written"
                     " (hint: this is a bug in tinkerfs, please report it)"
                 )
-            sizes[member.name.partition("/")[2]] = len(content)
+            sizes[member.name.partition("/")[2]] = len(text)
     return sizes
+
+
+def write_archive(path: str, content: bytes) -> None:
+    """Write a new file of mode 0600.
+
+    Raises:
+        StartupError: the file exists or cannot be written.
+    """
+    from tinkerfs.safe_open import open_regular
+
+    try:
+        fd = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(content)
+        except BaseException:
+            os.unlink(path)
+            raise
+    except OSError as error:
+        raise StartupError(
+            f"{path} cannot be written: {error.strerror} (hint: choose another file with -o)"
+        ) from None

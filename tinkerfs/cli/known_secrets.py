@@ -35,7 +35,11 @@ def find_secrets(
         for name, value in environ.items():
             if _SECRET_VARIABLE.search(name) and not _PATH_VARIABLE.search(name):
                 found.setdefault(value.strip(), name)
-            if name.lower().endswith("_proxy"):
+            if name.endswith("_HEADERS"):  # of OpenTelemetry: name=value,name=value
+                for pair in value.split(","):
+                    secret = unquote(pair.partition("=")[2]).rpartition(" ")[2]
+                    found.setdefault(secret.strip(), f"a header of {name}")
+            if name.lower().endswith("_proxy") or "://" in value:
                 for password in _passwords(value):
                     found.setdefault(password, f"the password of {name}")
     for key_file in (None, *key_files):
@@ -60,9 +64,9 @@ def _current_key(key_file: str | None) -> tuple[str, str]:
         return "", credentials.source
 
 
-def _passwords(proxy: str) -> Iterable[str]:
+def _passwords(url: str) -> Iterable[str]:
     try:
-        password = urlsplit(proxy if "://" in proxy else f"http://{proxy}").password
+        password = urlsplit(url if "://" in url else f"http://{url}").password
     except ValueError:
         return ()
     return (password, unquote(password)) if password else ()

@@ -22,6 +22,8 @@ _POLL_S: Final = 0.05
 
 def enable() -> None:
     """Let this process write the stacks of its threads when `read_stacks` requests them."""
+    # The signal of a reader that finds the file at once must not end this process.
+    signal.signal(_SIGNAL, signal.SIG_IGN)
     fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
     # A reader truncates the file, after which the next stacks must be at its start.
     appending = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
