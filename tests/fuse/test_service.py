@@ -55,7 +55,7 @@ def start(mountpoint, env):
 
 
 def test_service_reports_ready_reload_and_stop(mountpoint, start, manager):
-    process = start(WATCHDOG_USEC="300000", **manager.environment)
+    process = start(WATCHDOG_USEC="2000000", **manager.environment)
     ready = manager.receive()
     assert ready["READY"] == "1"
     assert len(os.listdir(mountpoint / "runs")) == 10, "usable at once"
@@ -94,7 +94,7 @@ def test_mount_in_the_background_notifies_no_service(mountpoint, env, manager):
 def test_stuck_workers_stop_keep_alives(mountpoint, binding, manager, expect_warnings):
     """Occupy both workers with handlers that hang outside a blocking section."""
     expect_warnings("not responsive, no keep-alive was sent")
-    notifier = ServiceNotifier(manager.environment | {"WATCHDOG_USEC": "400000"})
+    notifier = ServiceNotifier(manager.environment | {"WATCHDOG_USEC": "1000000"})
     service = MountService(notifier, str(mountpoint), lambda: "here")
     with memory_mount(mountpoint, binding) as process:
         service.on_ready()
@@ -102,7 +102,7 @@ def test_stuck_workers_stop_keep_alives(mountpoint, binding, manager, expect_war
         assert manager.receive() == {"WATCHDOG": "1", "STATUS": "here"}
         paths = [mountpoint / f"slow/stuck-{number}" for number in range(CORE_WORKERS)]
         with running([["cat", path] for path in paths]) as readers:
-            while manager.receive(timeout_s=1.5) is not None:  # sent before both were stuck
+            while manager.receive(timeout_s=2.0) is not None:  # sent before both were stuck
                 pass
             assert "service" in [thread.name for thread in threading.enumerate()]
             service.on_stopping()
