@@ -45,9 +45,9 @@ def bundle(
     statistics, errors, changes, the end of the log, and the stacks of the daemon's threads. The
     mount may hang or be dead.
 
-    Keys, signed URLs, passwords and the values of environment variables are removed, and the archive
-    is searched for them. It contains paths and the names of runs and checkpoints. Its mode is 0600;
-    an existing file is not overwritten.
+    Keys, signed URLs, passwords and the values of environment variables are removed, and the
+    archive is searched for them before it is written. It contains paths and the names of runs and
+    checkpoints. Its mode is 0600; an existing file is not overwritten.
 
     \b
         tinkerfs debug bundle
