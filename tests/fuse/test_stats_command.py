@@ -115,6 +115,20 @@ def test_lost_mount_ends_the_command_with_one_line(mountpoint, env, command):
     assert len(errors) == 1
 
 
+def test_hanging_mount_ends_the_commands_with_one_line(mountpoint, env):
+    assert tinkerfs("mount", mountpoint, env=env).returncode == 0
+    (pid,) = mount_table.find_daemon_pids(mount_table.find_mount(str(mountpoint)))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for command in (["stats"], ["profile", "--duration", "1"]):
+            done = tinkerfs(*command, mountpoint, env=env)
+            assert done.returncode == 1
+            hint = "(hint: tinkerfs debug bundle shows why)"
+            assert done.stderr == f"tinkerfs: {mountpoint} does not reply {hint}\n"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_profile_of_mount_names_operations_paths_and_processes(account):
     done = threading.Event()
 

@@ -102,8 +102,10 @@ def _follow(mountpoint: str, duration_s: float | None) -> Iterator[list[str]]:
 
     Raises:
         EOFError: the log ended, or the mount is gone.
+        StartupError: the mount did not reply, even with the first line of the log.
     """
     from tinkerfs.access_log import ACCESS_LOG_PATH
+    from tinkerfs.cli.selection import explain_silence
     from tinkerfs.fuse import mount_table
 
     command = ["cat", "--", f"{mountpoint}{ACCESS_LOG_PATH}"]
@@ -116,7 +118,7 @@ def _follow(mountpoint: str, duration_s: float | None) -> Iterator[list[str]]:
         start_new_session=True,  # Ctrl-C is for this process
     )
     assert process.stdout is not None
-    output, rest, deadline = process.stdout.fileno(), b"", None
+    output, rest, deadline, has_replied = process.stdout.fileno(), b"", None, False
     if duration_s is not None:
         deadline = time.monotonic() + duration_s
     try:
@@ -126,10 +128,13 @@ def _follow(mountpoint: str, duration_s: float | None) -> Iterator[list[str]]:
                 chunk = os.read(output, _READ_BYTES)
                 if not chunk:
                     raise EOFError
+                has_replied = True
                 *lines, rest = (rest + chunk).split(b"\n")
             elif mount_table.find_mount(mountpoint) is None:
                 raise EOFError  # a lazy unmount leaves the open log as it is
             yield [os.fsdecode(line) for line in lines]
+        if not has_replied:
+            raise explain_silence(mountpoint)
     finally:
         process.kill()
         process.stdout.close()

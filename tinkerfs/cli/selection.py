@@ -43,3 +43,9 @@ def explain_lost_mount(mountpoint: str) -> StartupError:
             f"{shown}: the daemon has exited (hint: tinkerfs umount {shown}, or mount it again)"
         )
     return StartupError(f"{shown}: its files in .tinkerfs cannot be read by this user")
+
+
+def explain_silence(mountpoint: str) -> StartupError:
+    """Return the error for a mount that does not reply in time."""
+    shown = escape_control_chars(mountpoint)
+    return StartupError(f"{shown} does not reply (hint: tinkerfs debug bundle shows why)")

@@ -121,15 +121,13 @@ def _samples(mountpoint: str, interval_s: float) -> Iterator[Sample]:
 
 
 def _read(mountpoint: str) -> dict[str, Any]:
-    from tinkerfs.cli.selection import explain_lost_mount
+    from tinkerfs.cli.selection import explain_lost_mount, explain_silence
     from tinkerfs.fuse import mount_table
 
     try:
         content = mount_table.read_file(f"{mountpoint}/.tinkerfs/stats.json")
     except TimeoutError:
-        raise StartupError(
-            f"{mountpoint} does not reply (hint: tinkerfs debug bundle shows why)"
-        ) from None
+        raise explain_silence(mountpoint) from None
     if content is None:
         raise explain_lost_mount(mountpoint)
     try:
