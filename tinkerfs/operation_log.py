@@ -169,11 +169,6 @@ class ActiveOperation:
 _current: ContextVar[ActiveOperation | None] = ContextVar("tinkerfs_operation", default=None)
 
 
-def current_operation() -> ActiveOperation | None:
-    """Return the observed operation that this thread works for, None if there is none."""
-    return _current.get()
-
-
 class OperationLog:
     """Passes the record of each operation to the subscribers, and counts all. Thread-safe.
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tinkerfs import prometheus
-from tinkerfs.api.credentials import KEY_STATES
+from tinkerfs.api.credentials import _State
 from tinkerfs.config import parse_address
 from tinkerfs.errors import StartupError
 from tinkerfs.histogram import BUCKETS_S, DurationHistogram
@@ -84,12 +84,14 @@ def test_metrics_agree_with_stats(telemetry):
     assert found["tinkerfs_wait_duration_seconds_count",] == stats["waits"]["count"] == 1
     assert found["tinkerfs_api_permits",] == stats["gauges"]["api_permits"] == 8
     assert found["tinkerfs_export_records", ("state", "done")] == 2
-    states = {state: found["tinkerfs_key_state", ("state", state)] for state in KEY_STATES}
+    states = {
+        state: found["tinkerfs_key_state", ("state", state)] for state in prometheus.KEY_STATES
+    }
     assert states == {"usable": 0, "backing_off": 1, "retrying": 0}
 
 
 def test_states_of_metrics_are_those_of_the_code():
-    assert prometheus.KEY_STATES == KEY_STATES
+    assert prometheus.KEY_STATES == tuple(state.value for state in _State)
     assert set(prometheus.EXPORT_STATES) == {state.value for state in ExportState}
 
 

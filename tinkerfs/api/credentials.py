@@ -57,10 +57,6 @@ class _State(Enum):
     RETRYING = "retrying"
 
 
-#: What a key may be: usable; rejected, and not sent; rejected, and sent once more.
-KEY_STATES = tuple(state.value for state in _State)
-
-
 class Credentials:
     """Provides the API key of one mount. Thread-safe.
 
@@ -113,7 +109,7 @@ class Credentials:
 
     @property
     def state(self) -> str:
-        """Name of what happens to requests: one of `KEY_STATES`."""
+        """Name of what happens to requests."""
         return self._state.value
 
     def get(self) -> str:
