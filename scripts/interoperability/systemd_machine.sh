@@ -17,6 +17,7 @@ mount -t tmpfs tmpfs "$work/memory"
 mkdir "$work/memory/upper" "$work/memory/overlay"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$work/memory/upper,workdir=$work/memory/overlay" \
     "$root"
+mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"  # first, because the directories may be below it
 for directory in "$@"; do
     mkdir -p "$root$directory"
     mount --bind "$directory" "$root$directory"
@@ -34,7 +35,6 @@ exec unshare --cgroup --mount --uts --ipc --net --pid --fork --kill-child=KILL s
     mount -t sysfs -o ro sysfs sys
     mount -t cgroup2 cgroup2 sys/fs/cgroup
     mount -t tmpfs tmpfs run
-    mount -t tmpfs tmpfs tmp
     mount -t tmpfs -o mode=755 tmpfs dev
     for device in null:3 zero:5 full:7 random:8 urandom:9; do
         mknod -m 666 "dev/${device%:*}" c 1 "${device#*:}"
