@@ -34,6 +34,7 @@ from tinkerfs.telemetry import Telemetry
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.schema import Backend
 from tinkerfs.weights.base_models import BaseModels
+from tinkerfs.weights.blob_proxy import BlobProxy
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
@@ -161,6 +162,7 @@ def open_app(
                 renews=not settings.read_only,
             )
         )
+        blob_proxy = BlobProxy(settings.blob_proxy, telemetry) if settings.blob_proxy else None
         weights = stack.enter_context(
             WeightsReader(
                 url_cache,
@@ -173,6 +175,7 @@ def open_app(
                 memory_bytes=weights_memory_bytes(),
                 base_models=BaseModels(settings.base_models),
                 moe_layout=settings.moe_layout,
+                blob_proxy=blob_proxy,
             )
         )
         backend = Backend(

@@ -88,6 +88,7 @@ class Settings:
     stale_if_error_s: float = 86400.0
     cache_dir: str | None = None
     cache_size_bytes: int = 10 << 30
+    blob_proxy: str | None = None
     concurrency: int = 8
     timeout_s: float = 30.0
     archive_timeout_s: float = 900.0

@@ -29,6 +29,7 @@ def main() -> int:
         "slurm": [],
         "ray_workers": [directory / "ray"],
         "prometheus": [],
+        "nginx": [],
         "peft_loaders": [loaders],
         "families": [loaders],
         "vllm_engine": [loaders],

@@ -36,6 +36,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "path": ("paths", "path", "Print the file path for a tinker path."),
     "url": ("paths", "url", "Print the tinker path for a file path."),
     "serve": ("serve", "serve", "Serve the account over WebDAV and to a browser; needs no FUSE."),
+    "proxy-config": (
+        "proxy_config",
+        "proxy_config",
+        "Write the configuration of a caching proxy for weights.",
+    ),
     "doctor": ("doctor", "doctor", "Check the requirements of a mount."),
     "debug": ("debug", "debug", "Collect what a bug report needs, without secrets."),
     "demo": ("demo", "demo", "Mount a sample account; needs no key and no network."),

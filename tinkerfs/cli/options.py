@@ -32,6 +32,7 @@ from tinkerfs.config import (
     parse_duration_s,
 )
 from tinkerfs.errors import StartupError
+from tinkerfs.proxies import is_loopback
 from tinkerfs.safe_open import open_regular
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,7 +49,7 @@ _CONFIG_FILE: Final = "tinkerfs.config_file"
 _FROM_FILES: Final = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
 
 
-class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.5
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.5
     """A kind of value with a function that parses its text, or raises ValueError."""
 
     def __init__(self, name: str, parse: Callable[[str], object]) -> None:
@@ -58,6 +59,7 @@ class _Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before 
     def convert(
         self, value: str, param: click.Parameter | None, ctx: click.Context | None
     ) -> object:
+        """Return the value of a text; fail with the message of the ValueError."""
         try:
             return self._parse(value)
         except ValueError as error:
@@ -90,9 +92,17 @@ def _parse_base_url(text: str) -> str:
     if parts.username is not None or parts.password is not None:
         raise ValueError("a URL must not contain a user name or password, which ps would show")
     if parts.query or parts.fragment:
-        raise ValueError("the URL of the API must not contain a query (?) or a fragment (#)")
+        raise ValueError("the URL must not contain a query (?) or a fragment (#)")
     del port
     return text.strip().rstrip("/")
+
+
+def _parse_blob_proxy(text: str) -> str:
+    url = _parse_base_url(text)
+    parts = urlsplit(url)
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise ValueError("signed URLs are secrets: a proxy on another host needs https://")
+    return url
 
 
 def _parse_size_bytes(text: str) -> int:
@@ -127,12 +137,13 @@ def _parse_address(text: str) -> str:
     return text.strip()
 
 
-_DURATION: Final = _Parsed("duration", parse_duration_s)
-TIMEOUT: Final = _Parsed("duration", _parse_timeout_s)
-_PATH: Final = _Parsed("path", _parse_path)
-_AUDIT: Final = _Parsed("destination", _parse_audit)
-_ADDRESS: Final = _Parsed("address", _parse_address)
-_UMASK: Final = _Parsed("umask", _parse_umask)
+_DURATION: Final = Parsed("duration", parse_duration_s)
+TIMEOUT: Final = Parsed("duration", _parse_timeout_s)
+PATH: Final = Parsed("path", _parse_path)
+_AUDIT: Final = Parsed("destination", _parse_audit)
+ADDRESS: Final = Parsed("address", _parse_address)
+SIZE: Final = Parsed("size", _parse_size_bytes)
+_UMASK: Final = Parsed("umask", _parse_umask)
 _ID: Final = click.IntRange(0, 2**32 - 2)  # see chown(2): the next number means no change
 
 
@@ -246,7 +257,7 @@ def _read_files(ctx: click.Context, path: str | None) -> dict[str, str]:
             if option.type is _UMASK and not isinstance(value, str):
                 # 22 and 0o22 are different numbers in TOML, and 22 is never intended.
                 raise click.UsageError(f'{source}: not a string (hint: umask = "022")')
-            is_path = option.type is _PATH or (option.type is _AUDIT and text != SYSLOG)
+            is_path = option.type is PATH or (option.type is _AUDIT and text != SYSLOG)
             if is_path and text:  # relative to the file
                 text = os.path.join(os.path.dirname(file), os.path.expanduser(text))
             option.convert(text, source, ctx)
@@ -311,7 +322,7 @@ def _setting(
 _OPTIONS: Final = {
     "base_url": _setting(
         "--base-url URL",
-        _Parsed("url", _parse_base_url),
+        Parsed("url", _parse_base_url),
         DEFAULT_BASE_URL,
         "URL of the API.",
         show_default="the official service",
@@ -319,7 +330,7 @@ _OPTIONS: Final = {
     ),
     "api_key_file": _setting(
         "--api-key-file FILE",
-        _PATH,
+        PATH,
         None,
         "File with the API key and mode 0600; without it, the key is searched elsewhere.",
         show_default="none",
@@ -337,13 +348,21 @@ _OPTIONS: Final = {
         "--stale S", _DURATION, "24h", "How long cached metadata is served while the API fails."
     ),
     "cache_dir": _setting(
-        "--cache-dir DIR", _PATH, None, "Directory of the cache.", show_default="~/.cache/tinkerfs"
+        "--cache-dir DIR", PATH, None, "Directory of the cache.", show_default="~/.cache/tinkerfs"
     ),
     "cache_size_bytes": _setting(
         "--cache-size SIZE",
-        _Parsed("size", _parse_size_bytes),
+        SIZE,
         "10G",
         "Maximum size of the weights cached on disk; 0 caches none.",
+    ),
+    "blob_proxy": _setting(
+        "--blob-proxy URL",
+        Parsed("url", _parse_blob_proxy),
+        None,
+        "Read weights through this caching proxy (see `tinkerfs proxy-config`): https, or http on"
+        " this machine.",
+        show_default="none",
     ),
     "concurrency": _setting(
         "--concurrency N",
@@ -371,7 +390,7 @@ _OPTIONS: Final = {
     ),
     "trash_s": _setting(
         "--trash DURATION",
-        _Parsed("duration", _parse_trash_s),
+        Parsed("duration", _parse_trash_s),
         None,
         "Make removed checkpoints expire after this time, 1h to 3650d, instead of deleting them;"
         " `tinkerfs undelete` restores them.",
@@ -379,7 +398,7 @@ _OPTIONS: Final = {
     ),
     "base_models": _setting(
         "--base-models DIR",
-        _PATH,
+        PATH,
         None,
         "Directory of base models, which decide how the files in /adapters are named; without it,"
         " the local Hugging Face cache and a table of the service's models are used.",
@@ -406,7 +425,7 @@ _OPTIONS: Final = {
     ),
     "umask": _setting("--umask M", _UMASK, "000", "Permission bits to clear, octal."),
     "log_file": _setting(
-        "--log-file F", _PATH, None, "Write the log to this file.", show_default="none"
+        "--log-file F", PATH, None, "Write the log to this file.", show_default="none"
     ),
     "log_format": _setting(
         "--log-format FORMAT",
@@ -422,7 +441,7 @@ _OPTIONS: Final = {
     ),
     "metrics": _setting(
         "--metrics ADDRESS:PORT",
-        _ADDRESS,
+        ADDRESS,
         None,
         "Serve metrics for Prometheus over HTTP; without ADDRESS, at 127.0.0.1.",
         show_default="none",
@@ -437,7 +456,7 @@ _OPTIONS: Final = {
     ),
     "config": _setting(
         "--config FILE",
-        _PATH,
+        PATH,
         None,
         "Read options from this TOML file instead of /etc/tinkerfs.toml and"
         " ~/.config/tinkerfs/config.toml.",

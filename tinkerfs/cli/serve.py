@@ -24,6 +24,7 @@ _FLAGS = (
     "stale_if_error_s",
     "cache_dir",
     "cache_size_bytes",
+    "blob_proxy",
     "concurrency",
     "timeout_s",
     "archive_timeout_s",

@@ -26,6 +26,7 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
         "base_models",
         "moe_layout",
         "cache_size_bytes",
+        "blob_proxy",
         "timeout_s",
         "archive_timeout_s",
         "log_file",

@@ -17,6 +17,7 @@ import urllib3
 from tinkerfs import __version__, errors, proxies, tls
 from tinkerfs.errors import StartupError
 from tinkerfs.retry import FailureKind
+from tinkerfs.weights.blob_proxy import BlobProxy
 from tinkerfs.weights.store_connection import StaleConnection, TlsSocket, use_deadlines
 from tinkerfs.weights.transfer_monitor import (
     CHUNK_BYTES,
@@ -51,14 +52,16 @@ class ObjectStoreClient:
 
     Attributes:
         monitor: counts, bounds and stops the transfers.
+        blob_proxy: the caching proxy of the site, for `RangeSource`; None if there is none.
     """
 
-    def __init__(self, monitor: TransferMonitor) -> None:
+    def __init__(self, monitor: TransferMonitor, blob_proxy: BlobProxy | None = None) -> None:
         for name in ("connection", "connectionpool", "response"):
             logger = logging.getLogger(f"urllib3.{name}")  # its warnings contain URLs
             if logger.level < logging.ERROR:
                 logger.setLevel(logging.ERROR)
         self.monitor = monitor
+        self.blob_proxy = blob_proxy
         timeout_s = monitor.stall_timeout_s
         self._timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, timeout_s), read=timeout_s)
         self._lock = threading.Lock()

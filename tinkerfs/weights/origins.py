@@ -17,6 +17,7 @@ from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.data_layout import DataLayout, choose_layout
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.archive_index import Index, archive_index, external_index
+from tinkerfs.weights.blob_proxy import BlobProxy
 from tinkerfs.weights.block_source import BlockSource
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.etags import Sample
@@ -63,6 +64,7 @@ class Origins:
         cache: caches the blocks that are downloaded to index an archive.
         monitor: counts, bounds and stops all transfers.
         on_stale: called if the store has another version of a checkpoint than the expected one.
+        blob_proxy: the caching proxy of the site; None if there is none.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class Origins:
         cache: BlockCache,
         monitor: TransferMonitor,
         on_stale: Callable[[CheckpointVersion], None],
+        blob_proxy: BlobProxy | None = None,
     ) -> None:
         self.url_cache = url_cache
         self.exports = exports
         self.cache = cache
         self.on_stale = on_stale
         self._monitor = monitor
+        self._blob_proxy = blob_proxy
         self._lock = threading.Lock()
         self._client: ObjectStoreClient | None = None  # made under _lock
 
@@ -118,7 +122,7 @@ class Origins:
             raise errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT) from None
         with self._lock:
             if self._client is None:
-                self._client = ObjectStoreClient(self._monitor)
+                self._client = ObjectStoreClient(self._monitor, self._blob_proxy)
             return self._client
 
     def stop(self) -> None:

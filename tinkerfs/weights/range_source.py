@@ -17,6 +17,7 @@ from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.errors import ApiError
 from tinkerfs.retry import RetryBudget, parse_retry_after_s
 from tinkerfs.weights.etags import SAMPLE_BYTES, EtagAliases, Sample, sample_of
+from tinkerfs.weights.proxied_range import request_from_proxy
 from tinkerfs.weights.responses import (
     ContentRange,
     invalid_response,
@@ -121,8 +122,13 @@ class RangeSource:
         """Return whether a signed URL is cached."""
         return self._url_provider.has_url()
 
-    def send(self, start: int, stop: int, retry_budget: RetryBudget) -> RangeResponse:
+    def send(
+        self, start: int, stop: int, retry_budget: RetryBudget, *, is_resumed: bool = False
+    ) -> RangeResponse:
         """Send requests until a response contains `start`; called by `Transfer`.
+
+        A transfer that broke off is resumed from the store itself, because a caching proxy may have
+        broken it off and may do so again.
 
         Raises:
             ApiError, OSError: as `open`.
@@ -131,7 +137,9 @@ class RangeSource:
         while True:
             url = self._url(BACKGROUND_CONTEXT)
             try:
-                response = self._send_once(url, start, stop)
+                response = None if is_resumed else self._send_to_proxy(url, start, stop)
+                if response is None:
+                    response = self._send_once(url, start, stop)
             except _UrlRejected as rejection:
                 self._url_provider.invalidate(url)
                 if rejected is not None:
@@ -142,10 +150,7 @@ class RangeSource:
             except TransferInterrupted as interruption:
                 interruption.wait_or_raise(retry_budget)
             else:
-                if self._version is None:
-                    # A resumed transfer must be of the same version.
-                    self._version = response.version
-                    self._etags = EtagAliases(response.version.etag)
+                self._adopt_version(response)
                 self._etags.mark_in_use()
                 return response
 
@@ -161,6 +166,35 @@ class RangeSource:
             if self._version is None:
                 raise
             raise self.report_stale(f"the file is gone: {error}") from error
+
+    def _adopt_version(self, response: RangeResponse) -> None:
+        if self._version is None:  # a later response must be of the same version
+            self._version = response.version
+            self._etags = EtagAliases(response.version.etag)
+
+    def _send_to_proxy(self, signed: SignedUrl, start: int, stop: int) -> RangeResponse | None:
+        """Send one request to the caching proxy; return None if the store must be asked.
+
+        The version is always from the store, so a small request for it comes first.
+
+        Raises:
+            _UrlRejected, TransferInterrupted, ApiError, OSError: as `_send_once`.
+        """
+        client = self._connect()
+        if client.blob_proxy is None or self._etags.is_mixed or stop - start <= 1:
+            return None
+        if self._version is None:
+            response = self._send_once(signed, start, start + 1)
+            if response.content_range.is_full_body or not response.version.size_bytes:
+                return response
+            try:
+                for _ in response.chunks():  # to the end, so that the connection can be reused
+                    pass
+            finally:
+                response.http.close()
+            self._adopt_version(response)
+            assert self._version is not None
+        return request_from_proxy(client, signed.url, start, stop, self._version)
 
     def _send_once(self, signed: SignedUrl, start: int, stop: int) -> RangeResponse:
         """Send one request.

@@ -26,6 +26,7 @@ from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.adapters import AdapterCache, AdapterSource, find_stored_files
 from tinkerfs.weights.archive_index import PROBE_BYTES, Index, block_key, find_member
 from tinkerfs.weights.base_models import BaseModels
+from tinkerfs.weights.blob_proxy import BlobProxy
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.file import MemberFile, WeightsFile
@@ -77,6 +78,7 @@ class WeightsReader:
         memory_bytes: memory bound for the blocks of all open files together.
         base_models: what is known of base models, for adapters; None for the models of the service.
         moe_layout: layout of the experts of adapters, "peft" or "packed".
+        blob_proxy: the caching proxy of the site; None if there is none.
 
     Attributes:
         adapters: the converted adapters, for `AdapterFiles`.
@@ -96,13 +98,16 @@ class WeightsReader:
         memory_bytes: int = DEFAULT_BYTES,
         base_models: BaseModels | None = None,
         moe_layout: str = "peft",
+        blob_proxy: BlobProxy | None = None,
     ) -> None:
         self._store = store
         self._cache = cache
         self._telemetry = telemetry
         self._url_age_s = url_age_s
         monitor = TransferMonitor(telemetry, timeout_s)
-        self._origins = Origins(url_cache, exports, cache, monitor, on_stale=self.invalidate)
+        self._origins = Origins(
+            url_cache, exports, cache, monitor, on_stale=self.invalidate, blob_proxy=blob_proxy
+        )
         exports.on_exported = self.invalidate
         self._indexes = IndexCache(store)
         self.adapters = AdapterCache(store)

@@ -27,7 +27,9 @@ _WITHOUT_END = 1 << 62
 
 
 class _Source(Protocol):
-    def send(self, start: int, stop: int, retry_budget: RetryBudget) -> "RangeResponse": ...
+    def send(
+        self, start: int, stop: int, retry_budget: RetryBudget, *, is_resumed: bool = False
+    ) -> "RangeResponse": ...
 
     def report_stale(self, reason: str) -> OSError: ...
 
@@ -133,7 +135,9 @@ class Transfer:
                 self._response.http.close()
             if offset < self.stop:
                 start = offset - len(self._tail)
-                self._response = self._source.send(start, self.stop, self._retry_budget)
+                self._response = self._source.send(
+                    start, self.stop, self._retry_budget, is_resumed=True
+                )
 
     def _chunks(self, resume_offset: int) -> Iterator[bytes]:
         """Yield the bytes from `resume_offset` on; verify those before it.

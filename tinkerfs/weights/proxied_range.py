@@ -1,0 +1,54 @@
+"""Request a range of a file from the caching proxy of the site.
+
+The proxy caches by the path of a file and its strong ETag, and passes the ETag to the store as
+`If-Range`. So the signature is not part of its key, and a version that was saved again has another
+key. A response of another version is never used.
+"""
+
+from typing import TYPE_CHECKING
+
+from tinkerfs.errors import ApiError
+from tinkerfs.weights.blob_proxy import OWN_FAILURES, VERSION_HEADER
+from tinkerfs.weights.responses import parse_content_range
+from tinkerfs.weights.transfer import RangeResponse
+from tinkerfs.weights.transfer_monitor import TransferInterrupted
+from tinkerfs.weights.version import UNKNOWN_BYTES, Version
+
+if TYPE_CHECKING:
+    from tinkerfs.weights.http import ObjectStoreClient
+
+
+def request_from_proxy(
+    client: "ObjectStoreClient", url: str, start: int, stop: int, version: Version
+) -> RangeResponse | None:
+    """Request the bytes [start, stop) of a version; return None if the store must be asked.
+
+    Raises:
+        ConnectionFailed: the transfers were stopped.
+    """
+    proxy = client.blob_proxy
+    # Without a strong ETag, no key distinguishes the versions of the file.
+    if proxy is None or not version.is_exact or version.size_bytes == UNKNOWN_BYTES:
+        return None
+    if not proxy.claim_attempt():
+        return None
+    headers = {"Range": f"bytes={start}-{stop - 1}", VERSION_HEADER: version.etag}
+    try:
+        response = client.get(proxy.url_of(url), headers)
+    except (TransferInterrupted, ApiError) as failure:
+        client.monitor.raise_if_stopped()
+        proxy.set_aside(str(failure))
+        return None
+    if response.status == 206 and response.headers.get("etag", "").strip() == version.etag:
+        try:
+            found = parse_content_range(response, start, stop, version.size_bytes)
+        except TransferInterrupted as failure:
+            proxy.set_aside(str(failure))
+        else:
+            if found.total_bytes == version.size_bytes:
+                proxy.end_outage()
+                return RangeResponse(response, found, version)
+    response.close()
+    if response.status in OWN_FAILURES:
+        proxy.set_aside(f"status {response.status}: {OWN_FAILURES[response.status]}")
+    return None
