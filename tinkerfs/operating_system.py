@@ -35,9 +35,6 @@ NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 #: Flag of an open for a preview, which leaves the access time unchanged; 0 if unsupported.
 _O_NOATIME: Final = getattr(os, "O_NOATIME", 0)
 
-#: A path that does not exist and cannot be created, even by root.
-NOWHERE: Final = "/dev/null/nowhere"
-
 #: Parameter numbers from glibc's malloc.h; mallopt(3) describes them.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 #: Larger than a chunk of a download, so that chunks are allocated on the heap.

@@ -39,7 +39,7 @@ _KEY: Final = re.compile(
 #: A shorter secret is not hidden by its value, because ordinary words would be hidden too.
 MIN_SECRET_CHARS: Final = 8
 #: Maximum number of secrets of a kind; the oldest ones are forgotten, because tokens are renewed.
-_MAX_SECRETS: Final = 256
+_MAX_SECRETS: Final = 32
 
 
 class _KnownSecrets:

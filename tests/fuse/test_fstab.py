@@ -120,18 +120,28 @@ def test_fstab_line_with_noauto_waits_for_mount(mountpoint, with_fstab, server, 
 def _let_others_run_this_interpreter():
     """Return a script that opens a way to this interpreter and checkout, in a mount namespace.
 
-    Either may be in the home directory of root.
+    Each may be in the home directory of root, or in another private directory.
     """
-    script = ""
-    for path in (Path(sys.base_prefix), ROOT):
+    hidden = {}
+    for path in (Path(sys.base_prefix), ROOT, Path(sys.prefix)):
         parents = reversed(path.parents)
         closed = next((each for each in parents if not each.stat().st_mode & stat.S_IXOTH), None)
         if closed is not None:
+            hidden.setdefault(closed, []).append(path)
+    script = "mount -t tmpfs none /mnt"
+    for closed, paths in hidden.items():
+        for number, path in enumerate(paths):
             script += f"""
-                mount --bind {path} /mnt
-                mount -t tmpfs -o mode=755 none {closed}
+                mkdir -p /mnt/{number}
+                mount --bind {path} /mnt/{number}
+            """
+        script += f"""
+            mount -t tmpfs -o mode=755 none {closed}
+        """
+        for number, path in enumerate(paths):
+            script += f"""
                 mkdir -p {path}
-                mount --move /mnt {path}
+                mount --move /mnt/{number} {path}
             """
     return script
 

@@ -87,9 +87,9 @@ def test_hidden_secret_of_any_form_is_redacted():
 
 def test_password_stays_hidden_after_many_tokens():
     hide_secret("a-password", "proxy")
-    for number in range(1000):
+    for number in range(100):
         hide_secret(f"opaque-token-{number:04}", "token")
-    text = redacted("a-password opaque-token-0999", limit=100)
+    text = redacted("a-password opaque-token-0099", limit=100)
     assert text == "[redacted key] [redacted key]"
 
 

@@ -37,7 +37,6 @@ from tinkerfs.cache.directory import can_lock_files
 from tinkerfs.cache.eviction import Evictor, remove_data, scan_cache
 from tinkerfs.cache.file_locks import FileLocks
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.operating_system import NOWHERE
 from tinkerfs.telemetry import Telemetry
 
 #: Maximum number of files with a record of verified units; the record is cleared beyond it.
@@ -51,6 +50,9 @@ _USAGE_TTL_S = 5.0
 _FORMAT = 2
 
 _PLAIN = DataLayout()
+
+#: Stands for a cache directory that does not exist; nothing is created in it.
+_NOWHERE = Path("/nonexistent/tinkerfs")
 
 
 class BlockCache:
@@ -74,7 +76,7 @@ class BlockCache:
         min_free_bytes: int,
     ) -> None:
         max_bytes = max_bytes if directory is not None else 0
-        self.directory = directory or Path(NOWHERE)
+        self.directory = directory or _NOWHERE
         #: Whether new blocks may be stored.
         self.is_on = max_bytes > 0
         #: Whether the file system has locks that end with their process.
