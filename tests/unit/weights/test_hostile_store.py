@@ -290,7 +290,7 @@ def test_full_scan_resumed_in_another_version_restarts(server, weights_of, is_ch
         save_again(server)
         head = without(head, *VALIDATORS)
         sent = in_chunks(head, body) if is_chunked else head + body
-        return (sent[: 5 * MIB], reset)
+        return (sent[: 5 * MIB], close)
 
     server.on("store", edited(cut, has_ranges=False), times=1)
     server.on("store", edited(bare, has_ranges=False), times=None)
@@ -337,7 +337,7 @@ def test_range_after_a_cached_block_of_another_version_is_stale(server, weights_
 def test_range_resumed_in_another_version_is_stale(server, weights_of):
     def cut(head, body):
         save_again(server)
-        return (without(head, *VALIDATORS) + body[: 2 * MIB], reset)
+        return (without(head, *VALIDATORS) + body[: 2 * MIB], close)
 
     mount = weights_of(server, timeout_s=10)
     rule = server.on("store", edited(bare), times=None)
@@ -355,7 +355,7 @@ def test_part_of_a_block_of_another_version_is_stale(server, weights_of):
     rule = server.on("store", edited(bare), times=None)
     with open_in(mount, server) as file:
         rule.remove()
-        cut = edited(lambda head, body: (without(head, *VALIDATORS) + body[: 2 * MIB], reset))
+        cut = edited(lambda head, body: (without(head, *VALIDATORS) + body[: 2 * MIB], close))
         server.on("store", cut, times=1)
         failing = server.on("store", b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", times=None)
         with pytest.raises(errors.ServerError):
@@ -446,7 +446,7 @@ def without_length(head, body):
 
 
 def test_archive_in_chunks_without_a_length_is_read(server, weights_of):
-    cut = edited(lambda head, body: (in_chunks(head, body)[: 5 * MIB], reset), has_ranges=False)
+    cut = edited(lambda head, body: (in_chunks(head, body)[: 5 * MIB], close), has_ranges=False)
     server.on("store", cut, times=1)
     server.on("store", edited(without_length, has_ranges=False), times=None)
     mount = weights_of(server, timeout_s=10)
