@@ -59,9 +59,16 @@ class _Resource:
     is_collection: bool
     environ: dict[str, Any]
 
-    node: Name
-    ctx: RequestContext
-    _links: FollowedLinks
+    def __init__(
+        self,
+        path: str,
+        environ: dict[str, Any],
+        links: FollowedLinks,
+        node: Name,
+        ctx: RequestContext,
+    ) -> None:
+        super().__init__(path, environ)  # type: ignore[call-arg]  # of the class of WsgiDAV
+        self._links, self.node, self.ctx = links, node, ctx
 
     @property
     def _tree(self) -> FileSystem:
@@ -121,17 +128,6 @@ class _Resource:
 class DirectoryResource(_Resource, DAVCollection):  # type: ignore[misc]
     """A directory, or a link to one."""
 
-    def __init__(
-        self,
-        path: str,
-        environ: dict[str, Any],
-        links: FollowedLinks,
-        node: Name,
-        ctx: RequestContext,
-    ) -> None:
-        DAVCollection.__init__(self, path, environ)
-        self._links, self.node, self.ctx = links, node, ctx
-
     def members(self) -> Iterator["DirectoryResource | FileResource"]:
         """Yield the members; this resolves a link."""
         with as_responses(self.path):
@@ -179,8 +175,7 @@ class FileResource(_Resource, DAVNonCollection):  # type: ignore[misc]
         node: Name,
         ctx: RequestContext,
     ) -> None:
-        DAVNonCollection.__init__(self, path, environ)
-        self._links, self.node, self.ctx = links, node, ctx
+        super().__init__(path, environ, links, node, ctx)
         self._opened: Handle | None = None
         self._is_written = False
 
