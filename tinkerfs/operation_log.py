@@ -68,7 +68,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One HTTP request that has ended, of the API or of the object store.
 
     Attributes:
-        endpoint: method and path template; "GET store" for the object store.
+        endpoint: method and path template; "GET store" for the object store, "GET proxy" for
+            the caching proxy.
         url: with its query, which may be a secret.
         outcome: the status, or the kind of failure.
         started_at: time of its start, seconds since 1970.

@@ -25,6 +25,27 @@ COUNTERS: Final = {
         "tinkerfs_metadata_cache_revalidations",
         "Stale values that were served during a refresh.",
     ),
+    "blob_proxy_bytes_received": (
+        "tinkerfs_blob_proxy_received_bytes",
+        "Bodies of responses of the caching proxy.",
+    ),
+    "blob_proxy_fallbacks": (
+        "tinkerfs_blob_proxy_fallbacks",
+        "Ranges that were requested from the store instead of the caching proxy.",
+    ),
+    "blob_proxy_hits": (
+        "tinkerfs_blob_proxy_hits",
+        "Responses that the caching proxy had in its cache.",
+    ),
+    "blob_proxy_missed_bytes": (
+        "tinkerfs_blob_proxy_missed_bytes",
+        "Length of the slices that the caching proxy requested from the store.",
+    ),
+    "blob_proxy_misses": (
+        "tinkerfs_blob_proxy_misses",
+        "Responses that the caching proxy requested from the store.",
+    ),
+    "blob_proxy_outages": ("tinkerfs_blob_proxy_outages", "Outages of the caching proxy."),
     "block_cache_bytes_read": (
         "tinkerfs_block_cache_read_bytes",
         "Data of weights that was read from memory or disk.",
@@ -48,7 +69,7 @@ COUNTERS: Final = {
     "blocks_downloaded": ("tinkerfs_blocks_downloaded", "Blocks of weights that were downloaded."),
     "bytes_received": (
         "tinkerfs_received_bytes",
-        "Bodies of responses, of the API and of the object store.",
+        "Bodies of responses, of the API, the object store and the caching proxy.",
     ),
     "errors": ("tinkerfs_errors", "Failed operations in .tinkerfs/errors."),
     "exports_failed": ("tinkerfs_exports_failed", "Exports that failed."),

@@ -34,7 +34,9 @@ _NOT_YET_VALID, _EXPIRED = 9, 10
 _OTHER_NAMES: Final = frozenset({62, 63, 64})
 
 _HINT_OF_TIME: Final = "check this machine's clock; otherwise the server needs a new certificate"
-_HINT_OF_NAME: Final = "check the host in --base-url, and whether a captive portal intercepts it"
+_HINT_OF_NAME: Final = (
+    "check the host in --base-url or --blob-proxy, and whether a captive portal intercepts it"
+)
 _HINT_OF_TRUST: Final = (
     "set SSL_CERT_FILE or REQUESTS_CA_BUNDLE to the certificates to trust, such as your company's,"
     " or add them to the system's"

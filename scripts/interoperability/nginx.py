@@ -8,6 +8,7 @@ signatures at the end.
 
 import hashlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -213,10 +215,18 @@ def read_together(server: FaultyServer, directory: Path) -> float:
         with ThreadPoolExecutor(READERS) as pool:
             for found in pool.map(digests, roots):
                 assert found == expected(server)
-        ratio = (sent_bytes(server) - bytes_before) / archive_bytes(server)
+        origin_bytes = sent_bytes(server) - bytes_before
+        ratio = origin_bytes / archive_bytes(server)
         calls = server.journal.count("api") - calls_before
         assert [errors_of(root) for root in roots] == [[]] * READERS
+        counted = Counter[str]()
+        for root in roots:
+            counted.update(json.loads((root / ".tinkerfs/stats.json").read_text())["counters"])
     assert ratio < 1.001, ratio
+    # What the mounts count by `Cache-Status` is what the store sent.
+    assert counted["blob_proxy_missed_bytes"] + counted["store_bytes_received"] == origin_bytes
+    assert counted["blob_proxy_hits"] > counted["blob_proxy_misses"] > 0, counted
+    assert not counted["blob_proxy_fallbacks"] + counted["blob_proxy_outages"], counted
     assert calls <= READERS * calls_alone, (calls, calls_alone)
     assert not any(each.had_key for each in server.journal.entries("store"))
     return ratio

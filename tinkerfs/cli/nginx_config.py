@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tinkerfs.proxies import is_loopback
-
-#: Length of a cached slice, which is that of a block of tinkerfs.
-SLICE = "4m"
+from tinkerfs.weights.blob_proxy import SLICE_BYTES
 
 _TEMPLATE = r"""# Caching proxy for tinkerfs mount --blob-proxy. Written by `tinkerfs proxy-config`.
 worker_processes auto;
@@ -54,6 +52,12 @@ http {
         volatile;
         default 1;
         "~^(?<etag_part>.+) \k<etag_part>$" 0;
+    }
+
+    # `Cache-Status` (RFC 9211); mounts request one slice at a time, and count hits by it.
+    map $upstream_cache_status $cache_outcome {
+        default fwd=miss;
+        HIT hit;
     }
 
     server {
@@ -105,6 +109,8 @@ http {
                                  X-Accel-Expires X-Accel-Limit-Rate X-Accel-Buffering
                                  X-Accel-Charset;
             proxy_hide_header Set-Cookie;
+            proxy_hide_header Cache-Status;
+            add_header Cache-Status "tinkerfs; $cache_outcome";
 
             proxy_ssl_server_name on;
             proxy_ssl_verify on;
@@ -160,7 +166,7 @@ class NginxConfig:
             "ALLOWED": "\n".join(_allowed_lines(self.allowed_hosts)),
             "LISTEN": f"{address}:{port}{' ssl' if tls else ''}",
             "TLS": tls,
-            "SLICE": SLICE,
+            "SLICE": f"{SLICE_BYTES >> 20}m",
             "CA_FILE": _path(self.ca_file),
         }
         return re.sub("@([A-Z_]+)@", lambda found: values[found[1]], _TEMPLATE)

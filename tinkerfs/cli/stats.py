@@ -162,7 +162,7 @@ def rates(before: dict[str, Any], after: dict[str, Any]) -> Sample | None:
         "operation_ms": 1e3 * grown(_operation_seconds) / timed if timed else None,
         "api_requests_per_s": per_s(lambda stats: stats["api_requests_total"]),
         "api_requests_in_flight": float(after["gauges"]["api_permits_used"]),
-        "store_mb_per_s": per_s(_counter("store_bytes_received")) / 1e6,
+        "store_mb_per_s": per_s(_downloaded_bytes) / 1e6,
         "cache_mb_per_s": per_s(_counter("block_cache_bytes_read")) / 1e6,
         "kernel_mb_per_s": per_s(lambda stats: stats["read_bytes"]) / 1e6,
         "metadata_hits_percent": percent("metadata_cache_hits", "metadata_cache_misses"),
@@ -173,6 +173,13 @@ def rates(before: dict[str, Any], after: dict[str, Any]) -> Sample | None:
 
 def _counter(name: str) -> Any:
     return lambda stats: stats["counters"].get(name, 0)
+
+
+def _downloaded_bytes(stats: dict[str, Any]) -> int:
+    """Return the bytes of weights from the store, and from the caching proxy of the site."""
+    counters = stats["counters"]
+    total: int = sum(counters.get(f"{peer}_bytes_received", 0) for peer in ("store", "blob_proxy"))
+    return total
 
 
 def _timed_operations(stats: dict[str, Any]) -> int:

@@ -4,17 +4,25 @@ Whatever the proxy does not deliver is requested from the store itself, so that 
 proxy costs time and no read fails.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from tinkerfs import errors
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 
 #: The header with the ETag of the version; `cli/nginx_config.py` makes it part of the cache's key.
 VERSION_HEADER = "Tinkerfs-Version"
+
+#: The parameter of a member of `Cache-Status` (RFC 9211) that is its outcome.
+_CACHE_STATUS = re.compile(r";\s*(hit\b|fwd=)")
+
+#: Length of a slice, which is what the proxy downloads and caches at once.
+SLICE_BYTES = BLOCK_BYTES
 
 #: How long a proxy that failed is not used, seconds.
 SET_ASIDE_S = 60.0
@@ -68,10 +76,27 @@ class BlobProxy:
             is_first = self._retry_at is None
             self._retry_at = self._monotonic() + SET_ASIDE_S
         if is_first:
+            self._telemetry.count("blob_proxy_outages")
             host = urlsplit(self._url).netloc
             message = f"blob proxy {host} failed, weights are read from the store: {reason}"
             failure = errors.ConnectionFailed(message, endpoint=STORE_ENDPOINT)
             self._telemetry.record_error("-", "blob proxy", errors.os_error_from_api(failure, "-"))
+
+    def count_response(self, cache_status: str, slice_bytes: int) -> None:
+        """Count a usable response as a hit or a miss; without a `Cache-Status`, as neither."""
+        # The last member is that of the nearest cache: a store may have caches of its own.
+        found = _CACHE_STATUS.search(cache_status.rpartition(",")[2])
+        if found is None:
+            return
+        if found[1] == "hit":
+            self._telemetry.count("blob_proxy_hits")
+        else:
+            self._telemetry.count("blob_proxy_misses")
+            self._telemetry.count("blob_proxy_missed_bytes", slice_bytes)
+
+    def count_fallback(self) -> None:
+        """Count a range that is requested from the store instead of the proxy."""
+        self._telemetry.count("blob_proxy_fallbacks")
 
     def end_outage(self) -> None:
         """Record that the proxy works."""

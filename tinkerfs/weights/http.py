@@ -67,8 +67,12 @@ class ObjectStoreClient:
         self._lock = threading.Lock()
         self._managers: dict[proxies.Proxy | None, urllib3.PoolManager] = {}  # made under _lock
 
-    def get(self, url: str, headers: Mapping[str, str]) -> "StreamedResponse":
+    def get(
+        self, url: str, headers: Mapping[str, str], endpoint: str = STORE_ENDPOINT
+    ) -> "StreamedResponse":
         """Send a request; return the response whatever its status. Follow no redirect.
+
+        `endpoint` is the name under which the request is counted.
 
         Raises:
             TransferInterrupted: there is no response.
@@ -83,7 +87,7 @@ class ObjectStoreClient:
         self.monitor.touch()
         for _ in range(_MAX_STALE):
             try:
-                return self._get(url, headers)
+                return self._get(url, headers, endpoint)
             except StaleConnection:
                 self.close_idle()  # the others are probably dead too
             except StartupError as error:
@@ -93,7 +97,7 @@ class ObjectStoreClient:
             errors.ConnectionFailed(f"{host} closes every connection", endpoint=STORE_ENDPOINT)
         )
 
-    def _get(self, url: str, headers: Mapping[str, str]) -> "StreamedResponse":
+    def _get(self, url: str, headers: Mapping[str, str], endpoint: str) -> "StreamedResponse":
         """Send one request.
 
         Raises:
@@ -119,10 +123,10 @@ class ObjectStoreClient:
                 raise innermost from None
             raise self._map_urllib3_error(error, host, proxy) from None
         finally:
-            self.monitor.record_request(outcome)
+            self.monitor.record_request(endpoint, outcome)
             if outcome == "failed":
-                self.monitor.record_transfer(url, outcome, started_at)
-        return StreamedResponse(self.monitor, raw, host, url, started_at)
+                self.monitor.record_transfer(endpoint, url, outcome, started_at)
+        return StreamedResponse(self.monitor, raw, host, endpoint, url, started_at)
 
     def close(self) -> None:
         """Stop all transfers and close all connections, those in use after their transfer."""
@@ -213,10 +217,11 @@ class StreamedResponse:
         monitor: TransferMonitor,
         raw: urllib3.BaseHTTPResponse,
         host: str,
+        endpoint: str,
         url: str,
         started_at: float,
     ) -> None:
-        self._url, self._started_at = url, started_at
+        self._endpoint, self._url, self._started_at = endpoint, url, started_at
         self.status: int = raw.status
         self.headers: Mapping[str, str] = raw.headers
         self.host = host
@@ -235,7 +240,7 @@ class StreamedResponse:
         try:
             while chunk := self._raw.read1(CHUNK_BYTES):
                 window_bytes += len(chunk)
-                monitor.record_chunk(len(chunk))
+                monitor.record_chunk(self._endpoint, len(chunk))
                 now = time.monotonic()
                 if now >= window_end:
                     if window_bytes < MIN_BYTES_PER_S * timeout_s:
@@ -256,7 +261,9 @@ class StreamedResponse:
         """Release the connection; close it unless the body was read to its end."""
         self._raw.close()
         if self._url:
-            self._monitor.record_transfer(self._url, str(self.status), self._started_at)
+            self._monitor.record_transfer(
+                self._endpoint, self._url, str(self.status), self._started_at
+            )
             self._url = ""
 
 

@@ -8,10 +8,10 @@ key. A response of another version is never used.
 from typing import TYPE_CHECKING
 
 from tinkerfs.errors import ApiError
-from tinkerfs.weights.blob_proxy import OWN_FAILURES, VERSION_HEADER
+from tinkerfs.weights.blob_proxy import OWN_FAILURES, SLICE_BYTES, VERSION_HEADER, BlobProxy
 from tinkerfs.weights.responses import parse_content_range
 from tinkerfs.weights.transfer import RangeResponse
-from tinkerfs.weights.transfer_monitor import TransferInterrupted
+from tinkerfs.weights.transfer_monitor import PROXY_ENDPOINT, TransferInterrupted
 from tinkerfs.weights.version import UNKNOWN_BYTES, Version
 
 if TYPE_CHECKING:
@@ -23,18 +23,38 @@ def request_from_proxy(
 ) -> RangeResponse | None:
     """Request the bytes [start, stop) of a version; return None if the store must be asked.
 
+    The response ends at the end of a slice; another request gets the rest.
+
     Raises:
         ConnectionFailed: the transfers were stopped.
     """
     proxy = client.blob_proxy
+    if proxy is None:
+        return None
+    response = _send(client, proxy, url, start, stop, version)
+    if response is None:
+        proxy.count_fallback()
+    return response
+
+
+def _send(
+    client: "ObjectStoreClient", proxy: BlobProxy, url: str, start: int, stop: int, version: Version
+) -> RangeResponse | None:
+    """Request the bytes from the proxy; return None if it does not deliver them.
+
+    Raises:
+        ConnectionFailed: as `request_from_proxy`.
+    """
     # Without a strong ETag, no key distinguishes the versions of the file.
-    if proxy is None or not version.is_exact or version.size_bytes == UNKNOWN_BYTES:
+    if not version.is_exact or version.size_bytes == UNKNOWN_BYTES or not proxy.claim_attempt():
         return None
-    if not proxy.claim_attempt():
-        return None
+    # One slice per response, so that its `Cache-Status` is that of all its bytes.
+    slice_start = start - start % SLICE_BYTES
+    slice_stop = min(slice_start + SLICE_BYTES, version.size_bytes)
+    stop = min(stop, slice_stop)
     headers = {"Range": f"bytes={start}-{stop - 1}", VERSION_HEADER: version.etag}
     try:
-        response = client.get(proxy.url_of(url), headers)
+        response = client.get(proxy.url_of(url), headers, PROXY_ENDPOINT)
     except (TransferInterrupted, ApiError) as failure:
         client.monitor.raise_if_stopped()
         proxy.set_aside(str(failure))
@@ -47,6 +67,8 @@ def request_from_proxy(
         else:
             if found.total_bytes == version.size_bytes:
                 proxy.end_outage()
+                cache_status = response.headers.get("cache-status", "")
+                proxy.count_response(cache_status, slice_stop - slice_start)
                 return RangeResponse(response, found, version)
     response.close()
     if response.status in OWN_FAILURES:

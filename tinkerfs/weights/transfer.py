@@ -70,7 +70,7 @@ class Transfer:
     """Bytes of a file, in order as they arrive. Not thread-safe; a context manager.
 
     Args:
-        source: sends the request for the rest after an interruption.
+        source: sends the request for the rest after an interruption or a short response.
         response: the first response; it begins `len(before)` bytes before `start`.
         before: the known bytes that precede `start`.
 
@@ -114,6 +114,7 @@ class Transfer:
         """
         offset = self.start
         while offset < self.stop:
+            is_interrupted = False
             try:
                 for chunk in self._chunks(offset):
                     fresh = chunk[: self.stop - offset]
@@ -129,6 +130,7 @@ class Transfer:
                     self.stop = offset
                     self.version = replace(self.version, size_bytes=offset)
             except TransferInterrupted as interruption:
+                is_interrupted = True
                 if offset < self.stop:
                     interruption.wait_or_raise(self._retry_budget)
             finally:
@@ -136,7 +138,7 @@ class Transfer:
             if offset < self.stop:
                 start = offset - len(self._tail)
                 self._response = self._source.send(
-                    start, self.stop, self._retry_budget, is_resumed=True
+                    start, self.stop, self._retry_budget, is_resumed=is_interrupted
                 )
 
     def _chunks(self, resume_offset: int) -> Iterator[bytes]:

@@ -15,6 +15,15 @@ from tinkerfs.telemetry import Telemetry
 #: The name of a request to a store in messages and counters.
 STORE_ENDPOINT = "GET store"
 
+#: The same of a request to the caching proxy of the site.
+PROXY_ENDPOINT = "GET proxy"
+
+#: The counter of received bytes by endpoint.
+_BYTE_COUNTERS = {
+    STORE_ENDPOINT: "store_bytes_received",
+    PROXY_ENDPOINT: "blob_proxy_bytes_received",
+}
+
 #: Maximum size of a chunk. Smaller reads would contend more for the interpreter lock.
 CHUNK_BYTES = 1 << 20
 
@@ -73,11 +82,11 @@ class TransferMonitor:
             STORE_BACKOFF, self.stall_timeout_s, max_failures=MAX_FAILURES, has_last_attempt=True
         )
 
-    def record_request(self, outcome: str) -> None:
+    def record_request(self, endpoint: str, outcome: str) -> None:
         """Count a request by its status or failure."""
-        self._telemetry.record_request(STORE_ENDPOINT, outcome)
+        self._telemetry.record_request(endpoint, outcome)
 
-    def record_transfer(self, url: str, outcome: str, started_at: float) -> None:
+    def record_transfer(self, endpoint: str, url: str, outcome: str, started_at: float) -> None:
         """Add a request that has ended to the operation that this thread works for.
 
         Args:
@@ -86,7 +95,7 @@ class TransferMonitor:
         """
         self._telemetry.operations.record_request(
             RequestRecord(
-                endpoint=STORE_ENDPOINT,
+                endpoint=endpoint,
                 url=url,
                 outcome=outcome,
                 started_at=started_at,
@@ -94,10 +103,10 @@ class TransferMonitor:
             )
         )
 
-    def record_chunk(self, size_bytes: int) -> None:
+    def record_chunk(self, endpoint: str, size_bytes: int) -> None:
         """Count the bytes of a received chunk."""
         self._telemetry.count("bytes_received", size_bytes)
-        self._telemetry.count("store_bytes_received", size_bytes)
+        self._telemetry.count(_BYTE_COUNTERS[endpoint], size_bytes)
 
     def touch(self) -> None:
         """Record that a connection was used just now."""

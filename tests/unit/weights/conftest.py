@@ -43,11 +43,12 @@ def weights_in(
     limit_bytes=1 << 34,
     timeout_s=10.0,
     clock=SYSTEM_CLOCK,
+    telemetry=None,
     **options,
 ):
     """Open a weights reader of a server with its caches, as a mount has them."""
     directory.mkdir(mode=0o700, exist_ok=True)
-    telemetry = Telemetry()
+    telemetry = Telemetry() if telemetry is None else telemetry
     credentials = Credentials({"TINKER_API_KEY": api_key}, home=str(directory), clock=clock)
     cache = BlockCache(directory / "blocks", telemetry, max_bytes=limit_bytes, min_free_bytes=0)
     bounds = {"timeout_s": timeout_s}

@@ -8,15 +8,18 @@ import itertools
 import threading
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.support.hostile import tls_context
 from tests.unit.weights.conftest import subject_of, truth, weights_in
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.blob_proxy import SET_ASIDE_S, BlobProxy
+from tinkerfs.weights.blob_proxy import SET_ASIDE_S, SLICE_BYTES, BlobProxy
 
+SUPPORT = Path(__file__).parents[2] / "support"
 NAME = "adapter_model.safetensors"
 SIZE_BYTES = 9 << 20
 
@@ -27,14 +30,18 @@ class ForwardingProxy(ThreadingHTTPServer):
     Attributes:
         requests: The path and headers of each request.
         reply: Sends another response to a handler, if it is set.
+        headers: Added to the responses of the store.
     """
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, tls):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.requests, self.reply = [], None
+        self.requests, self.reply, self.headers = [], None, {}
         self.url = f"http://127.0.0.1:{self.server_port}"
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
+            self.url = f"https://localhost:{self.server_port}"
 
     def handle_error(self, _request, _client):
         """Ignore clients that close the connection."""
@@ -55,7 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
         response = onward.getresponse()
         body = response.read()
         onward.close()
-        return self.reply(response.status, dict(response.getheaders()), body)
+        headers = dict(response.getheaders()) | self.server.headers
+        return self.reply(response.status, headers, body)
 
     def reply(self, status, headers, body=b"", length=None):
         self.send_response_only(status)
@@ -71,8 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def proxy():
-    with ForwardingProxy() as running:
+def proxy(request):
+    """A running proxy; with TLS if the test names a certificate of tests/support."""
+    identity = getattr(request, "param", None)
+    with ForwardingProxy(identity and tls_context(SUPPORT / identity)) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.05,))
         thread.start()
         yield running
@@ -94,7 +104,7 @@ def site(proxy, demo_server, tmp_path):
         directory = tmp_path / f"cache-{next(readers)}"
         account = (directory, server.base_url, server.api_key)
         with (
-            weights_in(*account, blob_proxy=blob_proxy) as mount,
+            weights_in(*account, telemetry=telemetry, blob_proxy=blob_proxy) as mount,
             mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file,
         ):
             return b"".join(
@@ -107,6 +117,13 @@ def site(proxy, demo_server, tmp_path):
         expected=truth(server, subject, NAME),
         read=read,
         now=now,
+        counters=lambda: {
+            name.removeprefix("blob_proxy_"): value
+            for name, value in telemetry.counters().items()
+            if name.startswith("blob_proxy_")
+        },
+        requests=lambda: telemetry.requests().get("GET proxy", {}),
+        store_bytes=lambda: telemetry.counter_value("store_bytes_received"),
         errors=lambda: telemetry.errors.text().decode().splitlines(),
         direct=lambda: [
             each for each in server.journal.entries("store") if each.user_agent is not None
@@ -124,6 +141,8 @@ def test_weights_are_read_through_the_proxy_without_the_key(site, proxy):
         assert "X-Signature=" in path
         assert site.server.api_key not in f"{path} {headers}"
         assert not {"authorization", "x-api-key", "cookie"} & set(headers)
+        first, last = map(int, headers["range"].removeprefix("bytes=").split("-"))
+        assert first // SLICE_BYTES == last // SLICE_BYTES, "one slice per request"
     # The store itself is asked for the version only.
     assert sum(each.sent_bytes for each in site.direct()) == 1
     assert not site.errors()
@@ -140,6 +159,8 @@ def test_failure_of_the_proxy_is_recorded_once_until_it_works(status, site, prox
     assert len(proxy.requests) == 2
     (line,) = site.errors()
     assert f"status {status}" in line
+    assert site.counters()["outages"] == 1
+    assert site.store_bytes() >= 2 * SIZE_BYTES
     proxy.reply = None
     site.now[0] += SET_ASIDE_S
     assert site.read() == site.expected
@@ -157,6 +178,63 @@ def test_proxy_that_is_gone_delays_no_read(site, proxy):
     (line,) = site.errors()
     assert "blob proxy 127.0.0.1" in line
     assert "X-Signature" not in line
+
+
+@pytest.mark.parametrize(
+    ("proxy", "bundle", "reason"),
+    [
+        ("localhost.pem", None, "self-signed"),
+        ("invalid.pem", "invalid.pem", "mismatch"),
+        ("expired.pem", "expired.pem", "expired"),
+    ],
+    indirect=["proxy"],
+)
+@pytest.mark.expect_warnings("blob proxy")
+def test_proxy_with_a_rejected_certificate_is_one_outage(bundle, reason, site, proxy, monkeypatch):
+    if bundle is not None:
+        monkeypatch.setenv("SSL_CERT_FILE", str(SUPPORT / bundle))
+    assert site.read() == site.expected
+    assert not proxy.requests
+    (line,) = site.errors()
+    assert f"blob proxy localhost:{proxy.server_port} failed, weights are read from" in line
+    assert reason in line
+    assert "X-Signature" not in line
+    counters = site.counters()
+    assert (counters["outages"], site.requests()) == (1, {"failed": 1})
+    assert counters["fallbacks"] > 1
+
+
+@pytest.mark.parametrize("proxy", ["localhost.pem"], indirect=True)
+def test_weights_are_read_through_a_proxy_with_tls(site, proxy, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(SUPPORT / "localhost.pem"))
+    assert site.read() == site.expected
+    assert proxy.requests
+    assert not site.errors()
+
+
+@pytest.mark.parametrize(
+    ("cache_status", "hits", "misses"),
+    [
+        ("tinkerfs; hit", 1, 0),
+        ("cdn; fwd=miss; stored, tinkerfs;hit;detail=match", 1, 0),
+        ("tinkerfs; fwd=miss", 0, 1),
+        ("cdn; hit, tinkerfs; fwd=uri-miss; stored", 0, 1),
+        ("tinkerfs", 0, 0),
+        ("tinkerfs; hits=3", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_hits_are_counted_as_the_proxy_reports_them(cache_status, hits, misses, site, proxy):
+    proxy.headers = {"Cache-Status": cache_status}
+    assert site.read() == site.expected
+    counters, count = site.counters(), len(proxy.requests)
+    assert site.requests() == {"206": count}
+    assert counters["bytes_received"] >= SIZE_BYTES
+    assert site.store_bytes() == 1
+    assert (counters.get("hits", 0), counters.get("misses", 0)) == (hits * count, misses * count)
+    # Each response counts as a whole slice, which is what the proxy requests from the store.
+    assert (counters.get("missed_bytes", 0) >= counters["bytes_received"]) == (misses > 0)
+    assert not counters.get("fallbacks")
 
 
 def _other_version(handler):
