@@ -109,6 +109,8 @@ http {
                                  X-Accel-Expires X-Accel-Limit-Rate X-Accel-Buffering
                                  X-Accel-Charset;
             proxy_hide_header Set-Cookie;
+            # Or nginx would cut each range out of a whole file, from a store that ignores ranges.
+            proxy_hide_header Accept-Ranges;
             proxy_hide_header Cache-Status;
             add_header Cache-Status "tinkerfs; $cache_outcome";
 
