@@ -14,14 +14,18 @@ from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.audit import AuditLog
 from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.blocks import Blocks
+from tinkerfs.cache.bounded_access import BOUND_S
 from tinkerfs.cache.directory import (
+    CachePaths,
     UnusableCacheError,
-    default_cache_dir,
-    locate_cache_dir,
-    prepare_cache_dir,
+    can_lock_files,
+    locate_cache,
+    prepare_cache,
 )
 from tinkerfs.cache.memory_limit import weights_memory_bytes
 from tinkerfs.cache.metadata import MetadataCache
+from tinkerfs.cache.shared_cache import SharedBlockCache
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.mutations import Mutations
@@ -40,9 +44,6 @@ from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
 
 log = logging.getLogger(__name__)
-
-#: Name of the block cache's directory within the cache directory.
-BLOCKS = "blocks"
 
 #: Minimum free space that the block cache leaves on its disk, bytes.
 FREE_BYTES = 1 << 30
@@ -73,23 +74,43 @@ class App:
         self.credentials.reload()
 
 
-def cache_directory(settings: Settings) -> Path:
-    """Return the cache directory of a mount, which may not exist yet."""
-    path = default_cache_dir() if settings.cache_dir is None else Path(settings.cache_dir)
-    return locate_cache_dir(path.expanduser().absolute())
+def cache_paths(settings: Settings) -> CachePaths:
+    """Return where the parts of a mount's cache are; they may not exist yet."""
+    return locate_cache(_cache_dir(settings))
 
 
-def _prepare_cache(settings: Settings) -> Path | None:
-    """Return the cache directory, ready for use; None if it cannot be used.
+def prepare_cache_paths(settings: Settings) -> CachePaths:
+    """Return where the parts of a mount's cache are, ready for use.
 
     Raises:
+        UnusableCacheError: it cannot be used; a mount works without it.
         StartupError: the path is not a directory.
     """
-    try:
-        return prepare_cache_dir(cache_directory(settings))
-    except UnusableCacheError as error:
-        log.warning("caching only in memory: %s", error)
-        return None
+    return prepare_cache(_cache_dir(settings), min(BOUND_S, settings.timeout_s))
+
+
+def _cache_dir(settings: Settings) -> Path | None:
+    return None if settings.cache_dir is None else Path(settings.cache_dir).expanduser().absolute()
+
+
+def _open_blocks(
+    paths: CachePaths | None, settings: Settings, telemetry: Telemetry, clock: Clock
+) -> Blocks:
+    limits = {"max_bytes": settings.cache_size_bytes, "min_free_bytes": FREE_BYTES}
+    if paths is None:
+        return BlockCache(None, telemetry, clock, **limits)
+    if not paths.is_shared:
+        return BlockCache(paths.blocks, telemetry, clock, **limits)
+    return SharedBlockCache(
+        paths.blocks,
+        telemetry,
+        clock,
+        owner=paths.root.stat().st_uid,
+        has_locks=can_lock_files(paths.root),
+        memory_bytes=weights_memory_bytes() // 4,
+        bound_s=min(BOUND_S, settings.timeout_s),
+        **limits,
+    )
 
 
 @contextmanager
@@ -106,11 +127,13 @@ def open_app(
     Raises:
         StartupError: the base URL, a proxy, the cache directory or the audit log cannot be used.
     """
-    cache_dir = _prepare_cache(settings)
-    if cache_dir is None:
+    paths: CachePaths | None = None
+    try:
+        paths = prepare_cache_paths(settings)
+        settings = replace(settings, cache_dir=str(paths.root))
+    except UnusableCacheError as error:
+        log.warning("caching only in memory: %s", error)
         settings = replace(settings, cache_dir=None, cache_size_bytes=0)
-    else:
-        settings = replace(settings, cache_dir=str(cache_dir))
     telemetry = Telemetry(clock)
     if settings.audit is not None:
         audit_log = AuditLog(settings.audit, clock, telemetry.record_error)
@@ -129,7 +152,7 @@ def open_app(
         )
         cache = MetadataCache(telemetry, clock)
         policies = CachePolicies.from_settings(settings.ttl_s, settings.stale_if_error_s)
-        store = stack.enter_context(MetadataStore(cache_dir))
+        store = stack.enter_context(MetadataStore(None if paths is None else paths.metadata))
         trash = stack.enter_context(Trash(store, client.base_url, credentials.fingerprint, clock))
         catalog = Catalog(
             client, cache, store, telemetry, clock, policies, trash, settings.concurrency
@@ -145,13 +168,7 @@ def open_app(
             burst=settings.archive_build_limit,
             is_one_transfer=is_one_transfer,
         )
-        blocks = BlockCache(
-            cache_dir / BLOCKS if cache_dir is not None else None,
-            telemetry,
-            clock,
-            max_bytes=settings.cache_size_bytes,
-            min_free_bytes=FREE_BYTES,
-        )
+        blocks = _open_blocks(paths, settings, telemetry, clock)
         exports = stack.enter_context(
             Exports(
                 client,
@@ -180,6 +197,7 @@ def open_app(
         )
         backend = Backend(
             settings=settings,
+            cache_paths=paths,
             catalog=catalog,
             mutations=mutations,
             sessions=sessions,
@@ -189,7 +207,7 @@ def open_app(
             clock=clock,
             started_ns=int(clock.now() * 1e9),
         )
-        filesystem = FileSystem(backend, cache_dir or Path("/"))
+        filesystem = FileSystem(backend)
         yield App(
             filesystem=filesystem,
             mutations=mutations,

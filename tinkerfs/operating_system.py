@@ -32,6 +32,9 @@ _FLOCK: Final = "@hhqqi4x"
 #: Flag for a read that fails instead of waiting for the disk (preadv2(2)); 0 if unsupported.
 NOWAIT: Final = getattr(os, "RWF_NOWAIT", 0)
 
+#: From fcntl.h and linux/stat.h, see statx(2).
+_AT_FDCWD, _FORCE_SYNC, _STATX_BASIC, _STATX_BYTES = -100, 0x2000, 0x7FF, 256
+
 #: Flag of an open for a preview, which leaves the access time unchanged; 0 if unsupported.
 _O_NOATIME: Final = getattr(os, "O_NOATIME", 0)
 
@@ -105,6 +108,26 @@ def file_system_type(device: int) -> str:
     except OSError:
         pass
     return ""
+
+
+def revalidate_directory(path: str | os.PathLike[str]) -> None:
+    """Let a network file system compare what it caches of a directory with the server.
+
+    Otherwise a name that another host has created stays unknown for up to a minute (nfs(5),
+    "Directory entry caching"). On systems without statx(2) the cache is as old as that.
+
+    Raises:
+        OSError: the directory does not exist or cannot be read.
+    """
+    try:
+        statx = ctypes.CDLL(None, use_errno=True).statx
+    except AttributeError:
+        os.stat(path)
+        return
+    result = ctypes.create_string_buffer(_STATX_BYTES)
+    if statx(_AT_FDCWD, os.fsencode(path), _FORCE_SYNC, _STATX_BASIC, result):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), os.fspath(path))
 
 
 # Processes.

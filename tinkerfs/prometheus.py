@@ -84,6 +84,18 @@ COUNTERS: Final = {
         "tinkerfs_passthrough_opens",
         "Opens of files that the kernel reads from the cache itself.",
     ),
+    "shared_cache_blocks_read": (
+        "tinkerfs_shared_cache_blocks_read",
+        "Files of blocks that were read from a cache directory that hosts share.",
+    ),
+    "shared_cache_blocks_stored": (
+        "tinkerfs_shared_cache_blocks_stored",
+        "Files of blocks that this mount stored in such a directory.",
+    ),
+    "shared_cache_outages": (
+        "tinkerfs_shared_cache_outages",
+        "Times at which such a directory did not respond and was set aside.",
+    ),
     "stale_if_error_hits": (
         "tinkerfs_metadata_cache_stale_hits",
         "Stale values that were served because a request failed or was slow.",
@@ -104,6 +116,10 @@ GAUGES: Final = {
         "Blocks of weights that are being downloaded, or will be.",
     ),
     "exports_running": ("tinkerfs_exports_running", "Exports that this process is making."),
+    "shared_cache_hangs": (
+        "tinkerfs_shared_cache_hangs",
+        "Whether the cache directory that hosts share does not respond.",
+    ),
 }
 
 #: Label of `tinkerfs_export_records` -> gauge of `Telemetry.gauges`.

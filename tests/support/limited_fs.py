@@ -13,7 +13,8 @@ import sys
 from tests.support.mount import ROOT, force_unmount
 
 #: By name, the errno of each operation that fails. `mode` and `uid` apply to every file, `caseless`
-#: ignores the case of names, and `is_refused` rejects a rename onto a file.
+#: ignores the case of names, and `is_refused` rejects a rename onto a file. With `is_stale`, reads
+#: of a file without a name fail. `subtype` is a part of the file system type.
 LIMITS = {
     "Lustre without flock": {"flock": "ENOSYS"},
     "NFS without locks": {"flock": "ENOLCK"},
@@ -38,8 +39,16 @@ LIMITS = {
 @contextlib.contextmanager
 def limited_mount(directory, limits):
     """Serve an empty directory with limits until the block ends; yield the mountpoint."""
-    source, mountpoint = directory / "source", directory / "limited"
+    source = directory / "source"
     source.mkdir()
+    with limited_client(directory, limits, source) as (mountpoint, _process):
+        yield mountpoint
+
+
+@contextlib.contextmanager
+def limited_client(directory, limits, source):
+    """Serve `source` with limits until the block ends; yield the mountpoint and the process."""
+    mountpoint = directory / "limited"
     mountpoint.mkdir()
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.support.limited_fs", source, mountpoint, json.dumps(limits)],
@@ -49,7 +58,7 @@ def limited_mount(directory, limits):
     )
     try:
         assert process.stdout.readline() == "ready\n"
-        yield mountpoint
+        yield mountpoint, process
     finally:
         force_unmount(str(mountpoint))
         process.kill()
@@ -96,6 +105,8 @@ def _serve(source, mountpoint, limits):
             return os.open(self._path(path), flags & ~os.O_NOFOLLOW & ~os.O_APPEND)
 
         def read(self, path, size, offset, fh):
+            if limits.get("is_stale") and not os.fstat(fh).st_nlink:
+                raise mfusepy.FuseOSError(errno.ESTALE)
             return os.pread(fh, size, offset)
 
         def write(self, path, data, offset, fh):
@@ -112,6 +123,14 @@ def _serve(source, mountpoint, limits):
 
         def unlink(self, path):
             os.unlink(self._path(path))
+
+        def rmdir(self, path):
+            os.rmdir(self._path(path))
+
+        def statfs(self, path):
+            status = os.statvfs(self._path(path))
+            names = ("f_bavail", "f_bfree", "f_blocks", "f_bsize", "f_frsize", "f_namemax")
+            return {name: getattr(status, name) for name in names}
 
         def rename(self, old, new):
             if limits.get("is_refused") and os.path.lexists(self._path(new)):
@@ -135,7 +154,8 @@ def _serve(source, mountpoint, limits):
         def flock(self, path, fh, operation):
             self._check("flock")
 
-    mfusepy.FUSE(Limited(), mountpoint, foreground=True, nothreads=True, use_ino=True)
+    subtype = {"subtype": limits["subtype"]} if "subtype" in limits else {}
+    mfusepy.FUSE(Limited(), mountpoint, foreground=True, nothreads=True, use_ino=True, **subtype)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-from tinkerfs import errors
 from tinkerfs.cache.block_writer import BlockWriter
+from tinkerfs.cache.blocks import BlocksWriter
 from tinkerfs.cache.data_files import BlockingSection, DataFiles, Verification
 from tinkerfs.cache.data_layout import (
     BLOCK_BYTES,
@@ -34,37 +34,26 @@ from tinkerfs.cache.data_layout import (
     units_of_block,
 )
 from tinkerfs.cache.directory import can_lock_files
-from tinkerfs.cache.eviction import Evictor, remove_data, scan_cache
+from tinkerfs.cache.eviction import remove_data
 from tinkerfs.cache.file_locks import FileLocks
+from tinkerfs.cache.space import CacheSpace
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.telemetry import Telemetry
 
 #: Maximum number of files with a record of verified units; the record is cleared beyond it.
 _MAX_VERIFICATIONS = 4096
 
-#: Maximum age of the cache's size on disk, seconds. File managers request the free space with
-#: every directory, and a scan of a large cache takes a noticeable time.
-_USAGE_TTL_S = 5.0
+#: A scan is due after this share (one nth) of the bound was added.
+_SCAN_SHARE = 32
 
 #: Part of the key of each file; another format of the files has another number.
 _FORMAT = 2
 
 _PLAIN = DataLayout()
 
-#: Stands for a cache directory that does not exist; nothing is created in it.
-_NOWHERE = Path("/nonexistent/tinkerfs")
 
-
-class BlockCache:
-    """Caches blocks of files on disk.
-
-    Args:
-        directory: created with mode 0700 when the first block is stored; None disables the cache.
-        telemetry: receives counters and errors.
-        clock: `now` provides access times, `monotonic` spaces scans.
-        max_bytes: bound on the size of the cache; 0 caches nothing.
-        min_free_bytes: minimum free space to leave on the disk.
-    """
+class BlockCache(CacheSpace):
+    """Caches blocks of files on disk, for one host; see `CacheSpace`."""
 
     def __init__(
         self,
@@ -75,26 +64,16 @@ class BlockCache:
         max_bytes: int,
         min_free_bytes: int,
     ) -> None:
-        max_bytes = max_bytes if directory is not None else 0
-        self.directory = directory or _NOWHERE
-        #: Whether new blocks may be stored.
-        self.is_on = max_bytes > 0
-        #: Whether the file system has locks that end with their process.
-        self.has_locks = self.is_on and can_lock_files(self.directory)
-        self._telemetry = telemetry
-        self._clock = clock
-        self._lock = threading.Lock()
-        # Guarded by _lock.
-        self._evictor = Evictor(
-            self.directory,
+        super().__init__(
+            directory,
+            telemetry,
             clock,
             max_bytes=max_bytes,
             min_free_bytes=min_free_bytes,
-            has_locks=self.has_locks,
+            has_locks=directory is not None and max_bytes > 0 and can_lock_files(directory),
+            scan_share=_SCAN_SHARE,
         )
-        self._verifications: dict[str, Verification] = {}
-        self._reported: set[str] = set()
-        self._usage = (float("-inf"), 0)  # time of the scan on the monotonic clock, and bytes
+        self._verifications: dict[str, Verification] = {}  # guarded by _lock
 
     def open(
         self,
@@ -116,51 +95,6 @@ class BlockCache:
         digest = hashlib.sha256(f"{_FORMAT} {key}".encode("utf-8", "surrogatepass"))
         return BlockFile(self, digest.hexdigest()[:40], about, length_bytes, layout)
 
-    def reserve_space(self, size_bytes: int) -> bool:
-        """Make room for units by eviction, and return whether it fits; see `release_space`.
-
-        Raises:
-            OSError: the cache directory cannot be read.
-        """
-        if not self.is_on:
-            return False
-        with self._lock:
-            is_reserved = self._evictor.reserve(size_bytes)
-            reason = self._evictor.rejection
-        if not is_reserved:
-            self._telemetry.count("block_cache_write_rejections")
-            self.report_once(errors.no_space(str(self.directory), f"no room for a block: {reason}"))
-        return is_reserved
-
-    def release_space(self, size_bytes: int) -> None:
-        """Record that units, for which space was reserved, are written or discarded."""
-        with self._lock:
-            self._evictor.release(size_bytes)
-
-    def usage_bytes(self) -> int:
-        """Return the disk usage of the cache, including other processes; at most 5 s old.
-
-        Raises:
-            OSError: the cache directory cannot be read.
-        """
-        with self._lock:
-            scanned_at, size_bytes = self._usage
-        now = self._clock.monotonic()
-        if self.is_on and now - scanned_at >= _USAGE_TTL_S:
-            size_bytes = sum(each.size_bytes for each in scan_cache(self.directory))
-            with self._lock:
-                self._usage = now, size_bytes
-        return size_bytes
-
-    def report_once(self, error: OSError) -> None:
-        """Report an error that only makes reads slower, once for each errno."""
-        name = errors.errno_name(error)
-        with self._lock:
-            if name in self._reported:
-                return
-            self._reported.add(name)
-        self._telemetry.record_error(str(self.directory), "cache", error)
-
     def verification(self, name: str, *, is_new: bool = False) -> Verification:
         """Return what this process has verified of a file; nothing if its data `is_new`."""
         with self._lock:
@@ -169,12 +103,6 @@ class BlockCache:
             if is_new:
                 self._verifications.pop(name, None)
             return self._verifications.setdefault(name, Verification())
-
-    def report_corrupt(self, directory: str) -> None:
-        """Report a corrupt unit, which was dropped."""
-        self._telemetry.count("block_cache_corruptions")
-        message = "a block on disk was altered; it is downloaded again"
-        self.report_once(errors.corrupt(directory, message))
 
     def now_ns(self) -> int:
         """Return the time, nanoseconds since 1970."""
@@ -382,7 +310,7 @@ class BlockFile:
             self._cache.report_once(error)
             return None
 
-    def commit(self, writer: BlockWriter) -> bool:
+    def commit(self, writer: BlocksWriter) -> bool:
         """Store completely written units; return whether they are on disk."""
         try:
             if writer.commit():
@@ -396,7 +324,7 @@ class BlockFile:
             self._cache.report_once(error)
             return False
 
-    def commit_part(self, writer: BlockWriter) -> None:
+    def commit_part(self, writer: BlocksWriter) -> None:
         """Store the units that are complete, so that the next download can resume."""
         with suppress(OSError):  # the next download starts at the beginning
             writer.commit_complete_units()

@@ -19,7 +19,10 @@ class BlockWriter:
 
     Attributes:
         start: offset of the first unit.
+        is_in_memory: whether the data is in memory until it is committed.
     """
+
+    is_in_memory = False
 
     def __init__(
         self, files: DataFiles, name: str, start: int, length: int, on_close: Callable[[], None]

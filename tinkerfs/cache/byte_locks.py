@@ -9,9 +9,11 @@ import fcntl
 import os
 import time
 
-from tinkerfs import operating_system
+from tinkerfs import errors, operating_system
 
-_POLL_S = 0.02
+#: Interval of the first attempts, and the longest one, seconds. On a network file system each
+#: attempt is a request to its server.
+_POLL_S, _MAX_POLL_S = 0.02, 0.2
 
 
 class ByteRangeLocks:
@@ -32,7 +34,7 @@ class ByteRangeLocks:
         Raises:
             OSError: the file system or the operating system does not support these locks.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline, poll_s = time.monotonic() + timeout_s, _POLL_S
         while True:
             try:
                 kind = fcntl.F_RDLCK if is_shared else fcntl.F_WRLCK
@@ -40,7 +42,8 @@ class ByteRangeLocks:
             except (BlockingIOError, PermissionError):  # EAGAIN or EACCES: locked by another one
                 if time.monotonic() >= deadline:
                     return False
-                time.sleep(_POLL_S)
+                time.sleep(poll_s)
+                poll_s = min(1.25 * poll_s, _MAX_POLL_S)
             else:
                 return True
 
@@ -58,7 +61,12 @@ class ByteRangeLocks:
 
     def is_linked(self) -> bool:
         """Return whether the file still has a name."""
-        return os.fstat(self._fd).st_nlink > 0
+        try:
+            return os.fstat(self._fd).st_nlink > 0
+        except OSError as error:
+            if errors.is_stale(error):  # removed by another host
+                return False
+            raise
 
     def close(self) -> None:
         """Close the file and release all locks."""

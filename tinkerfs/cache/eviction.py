@@ -1,7 +1,7 @@
 """Bounds of the block cache on disk, and LRU eviction of its files.
 
 Every process that uses the cache counts the bytes that it adds, and scans the whole cache again
-after adding a 32nd of the bound. So independent processes stay within the bound together. A file
+after adding a share of the bound. So independent processes stay within the bound together. A file
 that any process has open (byte 0 of its lock file) is never evicted. On file systems without locks
 it may be; its readers keep the data until they have closed it.
 """
@@ -13,14 +13,13 @@ from pathlib import Path
 
 from tinkerfs.cache.byte_locks import ByteRangeLocks
 from tinkerfs.cache.data_files import remove
+from tinkerfs.cache.data_layout import UNIT_BYTES
+from tinkerfs.cache.extent_files import HEADER_BYTES, USED, extent_of
 from tinkerfs.clock import Clock
 from tinkerfs.safe_open import open_regular
 
 #: Minimum time between two scans that could not free enough space, seconds.
 _FULL_RETRY_S = 1.0
-
-#: A scan is due after this share (one nth) of the bound has been added.
-_SCAN_SHARE = 32
 
 #: Files of a directory that remain while a process has it open.
 _KEPT_NAMES = frozenset({"about", "lock"})
@@ -72,6 +71,7 @@ class Evictor:
         max_bytes: bound on the size of the cache; 0 caches nothing.
         min_free_bytes: minimum free space to leave on the disk.
         has_locks: whether the file system has locks that end with their process.
+        scan_share: a scan is due after this share (one nth) of the bound was added.
     """
 
     def __init__(
@@ -81,13 +81,15 @@ class Evictor:
         *,
         max_bytes: int,
         min_free_bytes: int,
-        has_locks: bool = True,
+        has_locks: bool,
+        scan_share: int,
     ) -> None:
         self._root = root
         self._clock = clock
         self._max_bytes = max_bytes
         self._min_free_bytes = min_free_bytes
         self._has_locks = has_locks
+        self._scan_share_bytes = max_bytes // scan_share
         #: Why the last block was rejected.
         self.rejection = ""
         #: Size of the cache at the last scan, None before the first; bytes added since; and bytes
@@ -110,7 +112,7 @@ class Evictor:
             return False
         shortfall_bytes = self._min_free_bytes + size_bytes - free_bytes(self._root)
         added_bytes = self._added_bytes + size_bytes
-        is_due = self._scanned_bytes is None or added_bytes > self._max_bytes // _SCAN_SHARE
+        is_due = self._scanned_bytes is None or added_bytes > self._scan_share_bytes
         if is_due or self._is_full(size_bytes) or shortfall_bytes > 0:
             self._evict(size_bytes, shortfall_bytes)
         is_full = self._is_full(size_bytes)
@@ -138,7 +140,7 @@ class Evictor:
         """Evict until `needed_bytes` fit and `shortfall_bytes` are freed."""
         directories = scan_cache(self._root)
         total_bytes = sum(each.size_bytes for each in directories) + self._reserved_bytes
-        target_bytes = self._max_bytes - max(self._max_bytes // _SCAN_SHARE, needed_bytes)
+        target_bytes = self._max_bytes - max(self._scan_share_bytes, needed_bytes)
         target_bytes = min(target_bytes, total_bytes - max(shortfall_bytes, 0))
         for directory in sorted(directories, key=lambda each: each.last_access_ns):
             if total_bytes <= target_bytes:
@@ -185,11 +187,17 @@ def scan_cache(root: Path) -> list[CacheDirectoryInfo]:
         with suppress(FileNotFoundError):  # removed by another process
             size_bytes, last_access_ns = 0, 0
             for entry in os.scandir(root / name):
+                extent = extent_of(entry.name)
+                if extent is not None:  # no request to the server for each of many files
+                    size_bytes += HEADER_BYTES + (extent.stop - extent.first) * UNIT_BYTES
+                    continue
                 status = entry.stat(follow_symlinks=False)
                 # Some file systems count no blocks.
                 size_bytes += status.st_blocks * 512 or status.st_size
                 if entry.name == "index":
                     last_access_ns = status.st_atime_ns
+                elif entry.name == USED:
+                    last_access_ns = status.st_mtime_ns
             created_ns = os.stat(root / name).st_mtime_ns
             with suppress(FileNotFoundError):
                 created_ns = os.stat(root / name / "about").st_mtime_ns

@@ -3,11 +3,14 @@
 Mounts may use the cache at the same time; they download removed data again.
 """
 
+import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinkerfs.cache import extent_files
 from tinkerfs.cache.about import read_about
 from tinkerfs.cache.data_files import DataFiles, Record, Verification
 from tinkerfs.cache.data_layout import UNIT_BYTES
@@ -70,7 +73,7 @@ def cached_files(root: Path) -> list[CachedFile]:
         CachedFile(
             description,
             length_bytes,
-            _data_bytes(root, info.name),
+            _data_bytes(root, info.name, length_bytes),
             info.size_bytes,
             info.last_access_ns,
             info.created_ns,
@@ -95,19 +98,19 @@ def verify(root: Path, matches: Callable[[str], bool]) -> tuple[int, list[Corrup
     Raises:
         OSError: the cache cannot be read or changed.
     """
-    intact_bytes, corrupt = 0, []
+    intact_bytes, corrupt = 0, list[CorruptRange]()
     for info, description, _ in _directories(root):
         if not matches(description):
             continue
         with suppress(FileNotFoundError):  # evicted by a mount
-            files = DataFiles(str(root / info.name), info.name, None, Verification())
-            for unit, record in _records(files):
-                if files.is_intact(unit):
-                    intact_bytes += record.length
+            for start, stop, is_intact in (
+                *_verified_units(str(root / info.name), info.name),
+                *_verified_extents(str(root / info.name), info.name),
+            ):
+                if is_intact:
+                    intact_bytes += stop - start
                 else:
-                    files.drop_records(range(unit, unit + 1))
-                    start = unit * UNIT_BYTES
-                    corrupt.append(CorruptRange(description, start, start + record.length))
+                    corrupt.append(CorruptRange(description, start, stop))
     return intact_bytes, corrupt
 
 
@@ -146,12 +149,52 @@ def _records(files: DataFiles) -> Iterator[tuple[int, Record]]:
                 yield unit, record
 
 
-def _data_bytes(root: Path, name: str) -> int:
+def _verified_units(directory: str, name: str) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, stop, whether it is intact) of each unit in data files; drop the others."""
+    try:
+        files = DataFiles(directory, name, None, Verification())
+    except FileNotFoundError:  # a directory with extents
+        return
+    for unit, record in _records(files):
+        is_intact = files.is_intact(unit)
+        if not is_intact:
+            files.drop_records(range(unit, unit + 1))
+        start = unit * UNIT_BYTES
+        yield start, start + record.length, is_intact
+
+
+def _verified_extents(directory: str, name: str) -> Iterator[tuple[int, int, bool]]:
+    """Yield (start, stop, whether it is intact) of each extent; remove the others."""
+    owner = os.stat(directory).st_uid
+    for extent in sorted(extent_files.list_extents(directory)):
+        start = extent.first * UNIT_BYTES
+        try:
+            data = extent_files.read_extent(directory, name, extent, owner)
+        except FileNotFoundError:  # evicted by a mount
+            continue
+        except OSError:  # the disk cannot read it
+            data = None
+        if data is None:
+            os.unlink(f"{directory}/{extent.name}")
+        stop = extent.stop * UNIT_BYTES if data is None else start + len(data)
+        yield start, stop, data is not None
+
+
+def _data_bytes(root: Path, name: str, length_bytes: int | None) -> int:
     try:
         files = DataFiles(str(root / name), name, None, Verification())
         return sum(record.length for _unit, record in _records(files))
+    except FileNotFoundError:
+        pass  # a directory with extents
     except OSError:
         return 0
+    units = {
+        unit
+        for extent in extent_files.list_extents(str(root / name))
+        for unit in range(extent.first, extent.stop)
+    }
+    end = math.inf if length_bytes is None else length_bytes
+    return sum(int(min(UNIT_BYTES, end - unit * UNIT_BYTES)) for unit in units)
 
 
 def _is_open(directory: Path) -> bool:

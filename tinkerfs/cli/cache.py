@@ -13,6 +13,7 @@ import click
 
 from tinkerfs import name_encoding
 from tinkerfs.cache import maintenance
+from tinkerfs.cache.directory import CachePaths
 from tinkerfs.cache.maintenance import CachedFile
 from tinkerfs.cli.locations import Location, complete_path, open_account, parse_location
 from tinkerfs.cli.options import settings_options
@@ -45,14 +46,12 @@ class _Selection:
 
     Attributes:
         settings: The settings with the maximum size of the cache.
-        directory: The cache directory.
-        blocks: Its subdirectory with the blocks of weights.
+        paths: Where its parts are.
         matches: Returns whether a file with this description is selected.
     """
 
     settings: Settings
-    directory: Path
-    blocks: Path
+    paths: CachePaths
     matches: Callable[[str], bool]
 
 
@@ -79,12 +78,14 @@ def info(path: str | None, as_json: bool, **settings: Any) -> None:
     it is known. The line `weights` has the disk usage. Exits 0, also if nothing is cached.
     """
     with _select(path, Settings(**settings)) as selection:
-        cached = maintenance.cached_files(selection.blocks)
+        cached = maintenance.cached_files(selection.paths.blocks)
         files = [each for each in cached if selection.matches(each.description)]
         rows = _rows(files)
-        metadata_bytes = _metadata_bytes(selection.directory)
+        metadata_bytes = _metadata_bytes(selection.paths.metadata)
     report: dict[str, Any] = {
-        "cache_dir": str(selection.directory),
+        "cache_dir": str(selection.paths.root),
+        "metadata_dir": str(selection.paths.metadata),
+        "is_shared": selection.paths.is_shared,
         "max_bytes": selection.settings.cache_size_bytes,
         "disk_bytes": sum(row["disk_bytes"] for row in rows),
         "metadata_bytes": metadata_bytes,
@@ -104,7 +105,7 @@ def verify(path: str | None, as_json: bool, **settings: Any) -> None:
     printed, or if the cache cannot be read.
     """
     with _select(path, Settings(**settings)) as selection:
-        intact_bytes, corrupt = maintenance.verify(selection.blocks, selection.matches)
+        intact_bytes, corrupt = maintenance.verify(selection.paths.blocks, selection.matches)
     if as_json:
         rows = [
             {"checkpoint": _checkpoint_of(each.description), "file": _file_of(each.description)}
@@ -132,9 +133,9 @@ def clear(path: str | None, **settings: Any) -> None:
     The lists of their files and tensors are removed too. Exits 0, also if nothing was cached.
     """
     with _select(path, Settings(**settings)) as selection:
-        freed_bytes = maintenance.clear(selection.blocks, selection.matches)
+        freed_bytes = maintenance.clear(selection.paths.blocks, selection.matches)
         _clear_indexes(selection)
-    directory = escape_control_chars(str(selection.blocks))
+    directory = escape_control_chars(str(selection.paths.blocks))
     click.echo(f"{format_size(freed_bytes)} freed in {directory}")
 
 
@@ -142,9 +143,10 @@ def _clear_indexes(selection: _Selection) -> None:
     from tinkerfs.cache.store import FILE_NAME, MetadataStore
     from tinkerfs.weights.checkpoint_version import NAMESPACE_PREFIX, tinker_path_of
 
-    if not (selection.directory / FILE_NAME).exists():
+    directory = selection.paths.metadata
+    if not (directory / FILE_NAME).exists():
         return  # a store would create the file
-    with MetadataStore(selection.directory) as store:
+    with MetadataStore(directory) as store:
         store.delete_matching(NAMESPACE_PREFIX, lambda key: selection.matches(tinker_path_of(key)))
 
 
@@ -155,14 +157,14 @@ def _select(path: str | None, settings: Settings) -> Iterator[_Selection]:
     Raises:
         StartupError: PATH is invalid, or the cache cannot be read or changed.
     """
-    from tinkerfs.app import BLOCKS, cache_directory  # lazy: imports HTTP and SQLite
+    from tinkerfs.app import cache_paths  # lazy: imports HTTP and SQLite
 
     settings, matches = _resolve_selection(path, settings)
-    directory = cache_directory(settings)
+    paths = cache_paths(settings)
     try:
-        yield _Selection(settings, directory, directory / BLOCKS, matches)
+        yield _Selection(settings, paths, matches)
     except OSError as error:
-        where = error.filename or directory
+        where = error.filename or paths.root
         raise StartupError(f"the cache {where}: {error.strerror or error}") from None
 
 
@@ -294,11 +296,15 @@ def _metadata_bytes(directory: Path) -> int:
 
 
 def _text(report: dict[str, Any]) -> str:
+    shared = metadata_dir = ""
+    if report["is_shared"]:
+        shared = " (shared with other hosts)"
+        metadata_dir = f" in {escape_control_chars(report['metadata_dir'])}"
     lines = [
-        f"{escape_control_chars(report['cache_dir'])}",
+        f"{escape_control_chars(report['cache_dir'])}{shared}",
         f"  weights   {format_size(report['disk_bytes'])} of at most"
         f" {format_size(report['max_bytes'])}",
-        f"  metadata  {format_size(report['metadata_bytes'])}",
+        f"  metadata  {format_size(report['metadata_bytes'])}{metadata_dir}",
     ]
     if report["checkpoints"]:
         lines.append(f"{'CACHED':>10}  {'OF':>10}  {'USED':>9}  {'DOWNLOADED':>10}  CHECKPOINT")

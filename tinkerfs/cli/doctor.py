@@ -102,12 +102,14 @@ def _fusermount() -> str:
 
 
 def _cache(settings: Settings) -> str:
-    from tinkerfs.app import cache_directory
-    from tinkerfs.cache.directory import can_lock_files, prepare_cache_dir
+    from tinkerfs.app import prepare_cache_paths
+    from tinkerfs.cache.directory import can_lock_files
 
-    directory = prepare_cache_dir(cache_directory(settings))
-    caveat = "" if can_lock_files(directory) else "; no file locks: blocks may be downloaded twice"
-    return f"{directory} is writable{caveat}"
+    paths = prepare_cache_paths(settings)
+    shared = f", shared with other hosts; metadata in {paths.metadata}" if paths.is_shared else ""
+    has_locks = can_lock_files(paths.root)
+    caveat = "" if has_locks else "; no file locks: blocks may be downloaded twice"
+    return f"{paths.root} is writable{shared}{caveat}"
 
 
 def _key(settings: Settings) -> str:

@@ -117,6 +117,7 @@ def _text(report: dict[str, Any]) -> str:
         ("since", f"{report.get('started', '?')} ({format_duration(report.get('uptime_s', 0))})"),
         ("process", str(report.get("pid", "?"))),
         ("cache", "no lookups yet" if ratio is None else f"{ratio:.0%} of lookups were hits"),
+        ("weights", _shared_cache(report)),
         ("memory", _memory(report.get("weights_memory_bytes"))),
         ("kernel", _passthrough(report.get("passthrough", "?"))),
         ("requests", str(report.get("api_requests_total", 0))),
@@ -142,6 +143,18 @@ def _text(report: dict[str, Any]) -> str:
 def _memory(max_bytes: int | None) -> str:
     """Describe the bound on memory for weights."""
     return "?" if max_bytes is None else f"at most {format_size(max_bytes)} for weights"
+
+
+def _shared_cache(report: dict[str, Any]) -> str:
+    """Describe where weights and metadata are cached."""
+    directory = report.get("cache_dir")
+    if directory is None:
+        return "cached in memory"
+    if not report.get("is_cache_shared"):
+        return f"cached in {directory}"
+    hangs = report["gauges"].get("shared_cache_hangs")
+    state = "does not respond" if hangs else "shared with other hosts"
+    return f"cached in {directory} ({state}); metadata in {report.get('metadata_dir')}"
 
 
 def _passthrough(state: str) -> str:

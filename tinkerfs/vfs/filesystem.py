@@ -10,13 +10,11 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
 
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.cache.eviction import free_bytes
 from tinkerfs.context import RequestContext
 from tinkerfs.operating_system import is_preview
 from tinkerfs.validity import Validity
@@ -59,13 +57,11 @@ class FileSystem:
 
     Args:
         backend: the services of the mount.
-        cache_dir: the directory of the block cache; `statfs` reports the free space of its disk.
     """
 
-    def __init__(self, backend: Backend, cache_dir: Path) -> None:
+    def __init__(self, backend: Backend) -> None:
         settings = backend.settings
         self._backend = backend
-        self._cache_dir = cache_dir
         #: An adapter that serves a request from its own cache reports it to the guard.
         self.guard = DeletionGuard(backend.clock, backend.settings)
         self._resolver = PathResolver(ROOT, backend, self.guard)
@@ -199,7 +195,7 @@ class FileSystem:
         """
         total_bytes = self._backend.settings.cache_size_bytes
         left_bytes = max(total_bytes - self._backend.weights.usage_bytes(), 0)
-        return StatFs(total_bytes, min(left_bytes, free_bytes(self._cache_dir)))
+        return StatFs(total_bytes, min(left_bytes, self._backend.weights.free_bytes()))
 
     # Reading and writing.
 

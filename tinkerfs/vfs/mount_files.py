@@ -12,9 +12,12 @@ from tinkerfs.vfs.schema import ControlFile, DynamicEntries, GeneratedFile, Node
 
 def _stats(node: Node, _ctx: RequestContext) -> bytes:
     backend = node.backend
+    paths = backend.cache_paths
     settings = {
         "base_url": backend.settings.base_url,
         "cache_dir": backend.settings.cache_dir,
+        "metadata_dir": None if paths is None else str(paths.metadata),
+        "is_cache_shared": paths is not None and paths.is_shared,
         "cache_size_bytes": backend.settings.cache_size_bytes,
         "weights_memory_bytes": backend.weights.memory.max_bytes,
         "base_models": backend.settings.base_models,

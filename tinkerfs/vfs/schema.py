@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tinkerfs import name_encoding
+from tinkerfs.cache.directory import CachePaths
 from tinkerfs.catalog.catalog import Catalog
 from tinkerfs.catalog.mutations import Mutations
 from tinkerfs.catalog.sessions import Sessions
@@ -31,9 +32,14 @@ from tinkerfs.weights.reader import WeightsReader
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The services that the functions of the layout table use."""
+    """The services that the functions of the layout table use.
+
+    Attributes:
+        cache_paths: where the parts of the cache are; None if only memory is used.
+    """
 
     settings: Settings
+    cache_paths: CachePaths | None
     catalog: Catalog
     mutations: Mutations
     sessions: Sessions

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.cache.block_cache import BlockCache, BlockFile
+from tinkerfs.cache.blocks import Blocks, FileBlocks
 from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.concurrency import run_concurrently
 from tinkerfs.name_encoding import compound_key
@@ -139,7 +139,7 @@ def block_key(cache_key: str, version: Version, kind: str) -> str:
 def archive_index(
     connect: Connect,
     url_provider: UrlProvider,
-    cache: BlockCache,
+    cache: Blocks,
     cache_key: str,
     description: str,
 ) -> Index:
@@ -171,7 +171,7 @@ def archive_index(
 def _archive_index(
     connect: Connect,
     url_provider: UrlProvider,
-    cache: BlockCache,
+    cache: Blocks,
     cache_key: str,
     description: str,
 ) -> Index:
@@ -281,7 +281,7 @@ def _full_stream(first: bytes, source: RangeSource, version: Version) -> Iterato
 
 
 def _index_full_stream(
-    form: Literal["tar", "gzip"], chunks: Iterable[bytes], version: Version, disk: BlockFile
+    form: Literal["tar", "gzip"], chunks: Iterable[bytes], version: Version, disk: FileBlocks
 ) -> Index:
     """Read the headers of a stream to its end, and store the stream by blocks.
 
@@ -353,7 +353,7 @@ class _SpoolingReader:
     #: Number of bytes before the offset that remain readable.
     _LOOKBACK_BYTES = 4096
 
-    def __init__(self, chunks: Iterable[bytes], disk: BlockFile) -> None:
+    def __init__(self, chunks: Iterable[bytes], disk: FileBlocks) -> None:
         self._chunks = iter(chunks)
         self._disk = disk
         self._start, self._window = 0, bytearray()

@@ -7,7 +7,7 @@ the archive. Thread-safe.
 
 from collections.abc import Callable
 
-from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.blocks import FileBlocks
 from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.weights.block_download import block_digest
 from tinkerfs.weights.etags import SAMPLE_BYTES, Sample, sample_of
@@ -26,7 +26,7 @@ class BlockCheck:
 
     def __init__(
         self,
-        disk: BlockFile,
+        disk: FileBlocks,
         peek: Callable[[int, int], bytes | None],
         size_bytes: int,
         *,

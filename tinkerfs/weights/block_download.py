@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from tinkerfs import errors
-from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.blocks import FileBlocks
 from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.weights.transfer_monitor import CHUNK_BYTES
@@ -62,7 +62,7 @@ class BlockDownload:
         key: str,
         start: int,
         length: int,
-        disk: BlockFile,
+        disk: FileBlocks,
         memory: BlockMemoryPool,
         timeout_s: float,
         *,
@@ -86,7 +86,8 @@ class BlockDownload:
         # Blocks of that version may be on disk, and in use.
         self._writer = disk.begin_write(start, length) if uses_disk and not digest else None
         try:
-            self._reserve(length if self._writer is None else min(CHUNK_BYTES, length))
+            is_on_disk = self._writer is not None and not self._writer.is_in_memory
+            self._reserve(min(CHUNK_BYTES, length) if is_on_disk else length)
         except errors.RequestTimeout:
             self.close()
             raise

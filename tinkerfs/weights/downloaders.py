@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from tinkerfs import errors
-from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.blocks import FileBlocks
 from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.telemetry import Telemetry
@@ -25,7 +25,7 @@ from tinkerfs.weights.flights import Flight, FlightTable
 class FlightClaims:
     """Locks of a download on its units, against other processes. A context manager."""
 
-    def __init__(self, disk: BlockFile) -> None:
+    def __init__(self, disk: FileBlocks) -> None:
         self._disk = disk
         self._locks: dict[Flight, ExitStack] = {}
 
@@ -85,7 +85,7 @@ class BlockSink:
         path: str,
         size_bytes: int,
         source: BlockSource,
-        disk: BlockFile,
+        disk: FileBlocks,
         memory: BlockMemoryPool,
         check: BlockCheck,
         telemetry: Telemetry,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
-from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.blocks import Blocks
 from tinkerfs.cache.data_layout import DataLayout, choose_layout
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.archive_index import Index, archive_index, external_index
@@ -71,7 +71,7 @@ class Origins:
         self,
         url_cache: SignedUrlCache,
         exports: Exports,
-        cache: BlockCache,
+        cache: Blocks,
         monitor: TransferMonitor,
         on_stale: Callable[[CheckpointVersion], None],
         blob_proxy: BlobProxy | None = None,

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from tinkerfs import errors
-from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.blocks import Blocks
 from tinkerfs.cache.memory_limit import DEFAULT_BYTES
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.cache.store import MetadataStore
@@ -90,7 +90,7 @@ class WeightsReader:
         url_cache: SignedUrlCache,
         exports: Exports,
         store: MetadataStore,
-        cache: BlockCache,
+        cache: Blocks,
         telemetry: Telemetry,
         *,
         timeout_s: float,
@@ -322,6 +322,14 @@ class WeightsReader:
             OSError: the cache directory cannot be read.
         """
         return self._cache.usage_bytes()
+
+    def free_bytes(self) -> int:
+        """Return the free space on the disk of the block cache.
+
+        Raises:
+            OSError: the cache directory cannot be read.
+        """
+        return self._cache.free_bytes()
 
     def invalidate(self, checkpoint: CheckpointVersion) -> None:
         """Drop the cached index, version and tensors, because the weights have changed."""

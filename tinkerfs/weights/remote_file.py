@@ -13,7 +13,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from tinkerfs import errors
-from tinkerfs.cache.block_cache import BlockFile
+from tinkerfs.cache.blocks import FileBlocks
 from tinkerfs.cache.data_layout import BLOCK_BYTES, UNIT_BYTES, UNITS_PER_BLOCK, units_of
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.concurrency import run_in_thread
@@ -62,7 +62,7 @@ class RemoteFile:
         path: str,
         size_bytes: int,
         source: BlockSource,
-        disk: BlockFile,
+        disk: FileBlocks,
         memory: BlockMemoryPool,
         telemetry: Telemetry,
         *,
@@ -197,7 +197,7 @@ class RemoteFile:
     def backing_fd(
         self, start: int, stop: int, ctx: RequestContext, max_verified_bytes: float
     ) -> int | None:
-        """Return a new descriptor of the local file with the bytes [start, stop); see `BlockFile`.
+        """Return a new descriptor of the local file with the bytes [start, stop); see `FileBlocks`.
 
         None for a store where only `BlockCheck` can distinguish versions.
         """

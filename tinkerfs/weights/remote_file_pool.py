@@ -4,7 +4,7 @@ import threading
 import weakref
 from functools import partial
 
-from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.blocks import Blocks
 from tinkerfs.cache.memory_pool import BlockMemoryPool
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.archive_index import block_key
@@ -22,7 +22,7 @@ class RemoteFilePool:
     """
 
     def __init__(
-        self, cache: BlockCache, memory: BlockMemoryPool, telemetry: Telemetry, *, timeout_s: float
+        self, cache: Blocks, memory: BlockMemoryPool, telemetry: Telemetry, *, timeout_s: float
     ) -> None:
         self._cache = cache
         self._memory = memory

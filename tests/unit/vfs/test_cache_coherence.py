@@ -76,7 +76,7 @@ class Account:
 
     def new_filesystem(self):
         """Return a file system with the same backend and empty caches."""
-        filesystem = FileSystem(self.filesystem._backend, self.filesystem._cache_dir)
+        filesystem = FileSystem(self.filesystem._backend)
         filesystem.guard = self.filesystem.guard
         filesystem._resolver._guard = filesystem.guard
         return filesystem

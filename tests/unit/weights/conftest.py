@@ -1,6 +1,7 @@
 """Fixtures: the weights of a demo server's checkpoints, without a mount."""
 
 import itertools
+import os
 import re
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.cache.block_cache import BlockCache
+from tinkerfs.cache.shared_cache import SharedBlockCache
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.telemetry import Telemetry
@@ -44,13 +46,22 @@ def weights_in(
     timeout_s=10.0,
     clock=SYSTEM_CLOCK,
     telemetry=None,
+    shared=None,
     **options,
 ):
-    """Open a weights reader of a server with its caches, as a mount has them."""
+    """Open a weights reader of a server with its caches, as a mount has them.
+
+    Its blocks are in the directory `shared`, if that is given, which other hosts may use.
+    """
     directory.mkdir(mode=0o700, exist_ok=True)
     telemetry = Telemetry() if telemetry is None else telemetry
     credentials = Credentials({"TINKER_API_KEY": api_key}, home=str(directory), clock=clock)
-    cache = BlockCache(directory / "blocks", telemetry, max_bytes=limit_bytes, min_free_bytes=0)
+    limits = {"max_bytes": limit_bytes, "min_free_bytes": 0}
+    if shared is None:
+        cache = BlockCache(directory / "blocks", telemetry, **limits)
+    else:
+        form = {"owner": os.getuid(), "has_locks": True, "memory_bytes": 1 << 24}
+        cache = SharedBlockCache(shared, telemetry, **form, **limits)
     bounds = {"timeout_s": timeout_s}
     with Client(base_url, credentials, telemetry, clock=clock, **bounds) as client:
         burst = options.pop("burst", 0)

@@ -20,10 +20,11 @@ from tests.unit.weights.conftest import weights_in
 from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.weights.checkpoint_version import CheckpointVersion
-directory, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]
+directory, shared, base_url, api_key, run, checkpoint, time_s = sys.argv[1:]
 ref = CheckpointRef(run, checkpoint, checkpoint, exists=True)
 subject = CheckpointVersion(base_url, (run, checkpoint, float(time_s)), ref, "/x", 0)
-with weights_in(Path(directory), base_url, api_key) as mount:
+shared = Path(shared) if shared else None
+with weights_in(Path(directory), base_url, api_key, shared=shared) as mount:
     with mount.weights.open(subject, "adapter_model.safetensors", BACKGROUND_CONTEXT) as file:
         print("open", flush=True)
         sys.stdin.readline()
@@ -34,8 +35,9 @@ with weights_in(Path(directory), base_url, api_key) as mount:
 """
 
 
-def reader(server, directory, subject):
-    arguments = [str(each) for each in (directory, server.base_url, server.api_key, *subject.key)]
+def reader(server, directory, subject, shared=""):
+    account = (server.base_url, server.api_key, *subject.key)
+    arguments = [str(each) for each in (directory, shared, *account)]
     return subprocess.Popen(
         [sys.executable, "-c", READER, *arguments],
         stdin=subprocess.PIPE,
