@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
@@ -34,6 +35,7 @@ from tinkerfs.catalog.sessions import Sessions
 from tinkerfs.catalog.trash import Trash
 from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.config import Settings
+from tinkerfs.errors import StartupError
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.vfs.filesystem import FileSystem
 from tinkerfs.vfs.schema import Backend
@@ -42,6 +44,9 @@ from tinkerfs.weights.blob_proxy import BlobProxy
 from tinkerfs.weights.exports import Exports
 from tinkerfs.weights.reader import WeightsReader
 from tinkerfs.weights.url_cache import SignedUrlCache
+
+if TYPE_CHECKING:
+    from tinkerfs.api.shared_cache import SharedCache
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +118,26 @@ def _open_blocks(
     )
 
 
+def _open_shared_cache(
+    settings: Settings, credentials: Credentials, telemetry: Telemetry, clock: Clock
+) -> "SharedCache | None":
+    """Return the cache that hosts share; None without the option.
+
+    Raises:
+        StartupError: a library is not installed.
+    """
+    if settings.shared_cache is None:
+        return None
+    try:  # lazy: imports the client of Redis
+        from tinkerfs.api.shared_cache import SharedCache
+    except ImportError as error:
+        raise StartupError(
+            f"{error.name or 'a package'} is not installed (hint: pip install 'tinkerfs[redis]')"
+        ) from None
+    base_url = settings.base_url.rstrip("/")
+    return SharedCache(settings.shared_cache, base_url, credentials, telemetry, clock)
+
+
 @contextmanager
 def open_app(
     settings: Settings, clock: Clock = SYSTEM_CLOCK, *, is_one_transfer: bool = False
@@ -125,7 +150,8 @@ def open_app(
         is_one_transfer: see `SignedUrlCache`.
 
     Raises:
-        StartupError: the base URL, a proxy, the cache directory or the audit log cannot be used.
+        StartupError: the base URL, a proxy, the cache directory or the audit log cannot be used,
+            or a library for an option is not installed.
     """
     paths: CachePaths | None = None
     try:
@@ -140,6 +166,7 @@ def open_app(
         telemetry.on_change = audit_log.record
     with ExitStack() as stack:
         credentials = Credentials(key_file=settings.api_key_file, clock=clock)
+        shared = _open_shared_cache(settings, credentials, telemetry, clock)
         client = stack.enter_context(
             Client(
                 settings.base_url,
@@ -148,6 +175,7 @@ def open_app(
                 concurrency=settings.concurrency,
                 timeout_s=settings.timeout_s,
                 clock=clock,
+                shared=shared,
             )
         )
         cache = MetadataCache(telemetry, clock)
@@ -157,6 +185,8 @@ def open_app(
         catalog = Catalog(
             client, cache, store, telemetry, clock, policies, trash, settings.concurrency
         )
+        if shared is not None:
+            stack.enter_context(shared.start(catalog.on_change_elsewhere))
         mutations = Mutations(client, telemetry, clock, catalog, trash, settings.trash_s)
         sessions = Sessions(client, cache, policies, settings.concurrency)
         url_cache = SignedUrlCache(

@@ -7,7 +7,7 @@ file with it: `api/key_sources.py` finds the key, so that it cannot appear in a 
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 #: The official service (Tinker SDK, _client.py).
@@ -89,6 +89,7 @@ class Settings:
     cache_dir: str | None = None
     cache_size_bytes: int = 10 << 30
     blob_proxy: str | None = None
+    shared_cache: str | None = field(default=None, repr=False)
     concurrency: int = 8
     timeout_s: float = 30.0
     archive_timeout_s: float = 900.0

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, TimeoutError
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Self, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from tinkerfs import errors, operating_system
-from tinkerfs.validity import Expiry, Validity
+from tinkerfs.validity import Expiry, SharedReads, Validity
 
 T = TypeVar("T")
 
@@ -202,11 +202,13 @@ class Priority:
         on_promoted: called once when a prefetch becomes demand work, by the new waiter, which
             holds no lock.
         on_partial: called with partial results, (key, value) pairs in order, while the work runs.
+        shared_reads: which responses of other hosts the work may use; none by default.
     """
 
     is_demand: bool
     on_promoted: Callable[[], None] | None = None
     on_partial: Callable[[Iterable[tuple[Hashable, Any]]], None] = _ignore
+    shared_reads: SharedReads = field(default_factory=SharedReads)
 
     def promote(self) -> None:
         """Turn a prefetch into demand work; without effect on demand work."""

@@ -96,6 +96,30 @@ COUNTERS: Final = {
         "tinkerfs_shared_cache_outages",
         "Times at which such a directory did not respond and was set aside.",
     ),
+    "shared_metadata_changes": (
+        "tinkerfs_shared_metadata_changes",
+        "Changes that other mounts announced.",
+    ),
+    "shared_metadata_failures": (
+        "tinkerfs_shared_metadata_failures",
+        "Failed commands of the Redis server.",
+    ),
+    "shared_metadata_hits": (
+        "tinkerfs_shared_metadata_hits",
+        "Responses that another mount had requested.",
+    ),
+    "shared_metadata_misses": (
+        "tinkerfs_shared_metadata_misses",
+        "Responses that this mount requested.",
+    ),
+    "shared_metadata_rejections": (
+        "tinkerfs_shared_metadata_rejections",
+        "Values and messages of the Redis server that are not authentic or not understood.",
+    ),
+    "shared_metadata_waits": (
+        "tinkerfs_shared_metadata_waits",
+        "Waits for another mount's request.",
+    ),
     "stale_if_error_hits": (
         "tinkerfs_metadata_cache_stale_hits",
         "Stale values that were served because a request failed or was slow.",
@@ -119,6 +143,10 @@ GAUGES: Final = {
     "shared_cache_hangs": (
         "tinkerfs_shared_cache_hangs",
         "Whether the cache directory that hosts share does not respond.",
+    ),
+    "shared_metadata_up": (
+        "tinkerfs_shared_metadata_up",
+        "Whether responses are shared with other mounts.",
     ),
 }
 

@@ -1,6 +1,6 @@
 """How long values that are derived from cached API responses may be cached."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True, eq=False)
@@ -76,3 +76,41 @@ class Validity:
         for expiry in self._expiries:
             expiry.last_used = now
         return True
+
+
+@dataclass(slots=True, eq=False)
+class SharedReads:
+    """Bounds the age of the shared responses that a load uses, and records the oldest.
+
+    Instants are on `Clock.with_suspend`.
+
+    Attributes:
+        max_age_s: maximum age of a shared response, seconds; 0 if the load uses none.
+        not_before: a response that was requested before is not used.
+        oldest_at: when the oldest response was requested; infinite if none was shared.
+        snapshots: the first page of each listing of several pages, by the listing.
+    """
+
+    max_age_s: float = 0.0
+    not_before: float = float("-inf")
+    oldest_at: float = float("inf")
+    snapshots: dict[str, "Snapshot | None"] = field(default_factory=dict)
+
+    def record(self, requested_at: float) -> None:
+        """Record that a shared response is used."""
+        # Pages are newer than the first page, which is requested alone: no lock is needed.
+        self.oldest_at = min(self.oldest_at, requested_at)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The first page of a shared listing; other pages belong to it.
+
+    Attributes:
+        identity: differs for each request of the first page.
+        is_old: whether the listing has to be complete, because a page that is requested now might
+            not fit to the first page.
+    """
+
+    identity: str
+    is_old: bool

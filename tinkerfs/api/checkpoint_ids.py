@@ -39,6 +39,7 @@ class CheckpointRef:
             to the endpoint.
         has_ambiguous_id: whether another checkpoint of the run is listed with the same bare id.
         is_own: whether the run may belong to the account; False if it belongs to another one.
+        version: which save of the checkpoint; empty if it is unknown.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class CheckpointRef:
     exists: bool = False
     has_ambiguous_id: bool = False
     is_own: bool = True
+    version: str = ""
 
     def is_of(self, tinker_path: str | None, checkpoint_id: str | None) -> bool:
         """Return whether a listed tinker path or id identifies this checkpoint."""

@@ -7,29 +7,23 @@ endpoints are failing, and which endpoints it does not implement.
 Every method raises subclasses of `errors.ApiError` and nothing else.
 """
 
-import copy
-import dataclasses
 import uuid
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Self, TypeVar
-from urllib.parse import urlencode, urlsplit
+from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 from tinkerfs import errors
 from tinkerfs.api import endpoints, pagination, parsing, raw_json, signed_urls
-from tinkerfs.api.checkpoint_ids import CheckpointRef, IdFormCache, capability, id_path, id_segment
+from tinkerfs.api.checkpoint_ids import CheckpointRef, capability, id_segment
 from tinkerfs.api.circuit_breaker import (
-    OUTAGE,
     UNSUPPORTED,
     UNSUPPORTED_KIND,
-    UNSUPPORTED_LISTING,
     UNSUPPORTED_PAGE_SIZE,
-    CircuitBreakers,
 )
-from tinkerfs.api.credentials import Credentials
-from tinkerfs.api.endpoints import Endpoint, Scope
-from tinkerfs.api.error_mapping import withheld
+from tinkerfs.api.endpoint_client import EndpointClient
+from tinkerfs.api.endpoints import Endpoint
 from tinkerfs.api.http_client import Response
 from tinkerfs.api.models import (
     Checkpoint,
@@ -42,11 +36,8 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
-from tinkerfs.api.transport import Recheck, Request, Transport
-from tinkerfs.clock import SYSTEM_CLOCK, Clock
-from tinkerfs.context import DEMAND, Priority
-from tinkerfs.retry import API_BACKOFF, Backoff
-from tinkerfs.telemetry import Telemetry
+from tinkerfs.api.transport import PageOfListing, Recheck, Request
+from tinkerfs.validity import SharedReads
 
 T = TypeVar("T")
 
@@ -56,80 +47,8 @@ _ACCOUNT_PAGE_SIZE = 1000
 _MAX_SEARCH_PAGE_SIZE = 200
 
 
-class Client:
-    """Sends requests to the API of one server. Thread-safe.
-
-    A method blocks for at most `timeout_s` per HTTP request, retries included. After that it raises
-    an `errors.ApiError`. The first request opens the first connection.
-
-    Args:
-        base_url: http or https URL of the API, optionally with a path.
-        concurrency: maximum number of requests in flight. Archive requests are not counted, because
-            they may take minutes.
-        timeout_s: timeout of one request including its retries, seconds.
-
-    Raises:
-        StartupError: the URL or a proxy URL in the environment is invalid.
-    """
-
-    def __init__(
-        self,
-        base_url: str,
-        credentials: Credentials,
-        telemetry: Telemetry,
-        *,
-        concurrency: int = 8,
-        timeout_s: float = 30.0,
-        backoff: Backoff = API_BACKOFF,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
-        self._base_url = base_url.rstrip("/")
-        self._clock = clock
-        self._concurrency = concurrency
-        self._priority = DEMAND
-        self._transport = Transport(
-            base_url,
-            credentials,
-            telemetry,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            backoff=backoff,
-            clock=clock,
-        )
-        self._breakers = CircuitBreakers(clock)
-        self._id_forms = IdFormCache()
-        self._skipped = pagination.SkippedRecordReporter()
-
-    @property
-    def base_url(self) -> str:
-        """URL of the API without a trailing slash."""
-        return self._base_url
-
-    def with_priority(self, priority: Priority) -> Self:
-        """Return a client that shares everything but sends its requests with `priority`."""
-        client = copy.copy(self)
-        client._priority = priority
-        return client
-
-    def is_failing(self, endpoint: Endpoint) -> bool:
-        """Return whether the circuit breaker of an endpoint is open."""
-        return self._breakers.is_open(OUTAGE, endpoint.label)
-
-    def reset(self) -> None:
-        """Close all circuit breakers and forget unsupported endpoints."""
-        self._breakers.reset()
-
-    def close(self) -> None:
-        """Close every connection; later requests raise ConnectionFailed."""
-        self._transport.close()
-
-    def __enter__(self) -> Self:
-        """Return the client itself."""
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Close."""
-        self.close()
+class Client(EndpointClient):
+    """The methods of the API. Thread-safe; see `EndpointClient` for its arguments."""
 
     # Training runs
 
@@ -175,10 +94,7 @@ class Client:
 
         If the run is known to exist (`exists`), a 404 means that the server lacks the endpoint.
         """
-        path = f"training_runs/{id_segment(endpoints.RUN_CHECKPOINTS, run_id)}/checkpoints"
-        request = Request(endpoints.RUN_CHECKPOINTS, path, exists=exists)
-        page = self._fetch_one(request, parsing.parse_checkpoints)
-        return self._skipped.report(endpoints.RUN_CHECKPOINTS.label, page).items
+        return self._checkpoints_of(run_id, exists=exists).items
 
     def list_user_checkpoints(self, limit: int = 100, offset: int = 0) -> Page[Checkpoint]:
         """Return one page of the checkpoints of all the user's runs, newest first."""
@@ -212,16 +128,26 @@ class Client:
         except errors.BadRequest:
             return fetch_all(pagination.PAGE_SIZE)
 
-    def weights_info(self, tinker_path: str, *, exists: bool = False) -> WeightsInfo:
+    def weights_info(
+        self, tinker_path: str, *, exists: bool = False, version: str = ""
+    ) -> WeightsInfo:
         """Return the base model and LoRA parameters of a checkpoint's weights.
 
         Args:
             tinker_path: `tinker://...`.
             exists: whether the checkpoint is known to exist. Repeated BadRequests then mean that
                 the server does not support this kind of checkpoint.
+            version: which save of the checkpoint; empty if it is unknown.
         """
         body = raw_json.dumps({"tinker_path": tinker_path})
-        request = Request(endpoints.WEIGHTS_INFO, "weights_info", body, str(uuid.uuid4()), exists)
+        request = Request(
+            endpoints.WEIGHTS_INFO,
+            "weights_info",
+            body,
+            str(uuid.uuid4()),
+            exists,
+            version=version,
+        )
         kind = tinker_path.rpartition("/")[0].rpartition("/")[2]  # SkyRL supports only `weights`
         capability = (endpoints.WEIGHTS_INFO.label, kind)
         # If the path may be invalid, a BadRequest is about the path and not about the server.
@@ -229,12 +155,14 @@ class Client:
         with guard:
             return self._fetch_one(request, parsing.parse_weights_info)
 
-    def archive(self, ref: CheckpointRef, hold_s: float = 0.0) -> SignedUrl:
+    def archive(
+        self, ref: CheckpointRef, hold_s: float = 0.0, reads: SharedReads | None = None
+    ) -> SignedUrl:
         """Return a signed URL of the checkpoint's archive.
 
         The server may have to build the archive first, and may delay its response for `hold_s`
         seconds. The redirect is never followed, because the API key may be sent only to
-        the origin of the API.
+        the origin of the API. Without `reads` the URL is not one that another host requested.
 
         Raises:
             ResourceNotReady: the server is still building the archive. `retry_after_s` is set if
@@ -244,22 +172,41 @@ class Client:
         """
         request = Request(endpoints.ARCHIVE, "/archive", hold_s=hold_s)
         return self._checkpoint_request(
-            request, ref, lambda response: signed_urls.archive_url(response, self._clock.now())
+            request,
+            ref,
+            lambda response: signed_urls.archive_url(response, self._requested_at(response)),
+            reads,
+            lambda url: self._url_life_s(url.expires_at_s),
         )
+
+    def _requested_at(self, response: Response) -> float:
+        """Return when a response was requested, seconds since 1970."""
+        return self._clock.now() - response.age_s
+
+    def _url_life_s(self, expires_at_s: float) -> float:
+        """Return how long a signed URL is shared: its last user has half of its validity left."""
+        return (expires_at_s - self._clock.now()) / 2
 
     def check_supported(self, endpoint: Endpoint, ref: CheckpointRef | None = None) -> None:
         """Raise UnsupportedEndpoint if a request would, without one; `ref` is its checkpoint."""
         key = endpoint.label if ref is None else capability(endpoint, ref)
         self._breakers.check(UNSUPPORTED, key)
 
-    def external_weights_urls(self, ref: CheckpointRef) -> tuple[dict[str, str], float]:
+    def external_weights_urls(
+        self, ref: CheckpointRef, reads: SharedReads | None = None
+    ) -> tuple[dict[str, str], float]:
         """Return signed URLs for an external checkpoint's files, and their expiry.
 
-        The URLs are secrets. The file names are not validated. The expiry is in seconds since 1970.
+        The URLs are secrets, and without `reads` not those that another host requested. The file
+        names are not validated. The expiry is in seconds since 1970.
         """
         request = Request(endpoints.EXTERNAL_URLS, "/external_weights_urls")
         return self._checkpoint_request(
-            request, ref, lambda response: signed_urls.external_urls(response, self._clock.now())
+            request,
+            ref,
+            lambda response: signed_urls.external_urls(response, self._requested_at(response)),
+            reads,
+            lambda found: self._url_life_s(found[1]),
         )
 
     # Changes of a checkpoint. A change that the server may have received is retried only if
@@ -355,13 +302,23 @@ class Client:
         if cursor is not None:
             query["cursor"] = cursor
         body = raw_json.dumps(query)
-        request = Request(endpoints.SESSION_SEARCH, "sessions/search", body, str(uuid.uuid4()))
+        criteria = {name: value for name, value in query.items() if name != "cursor"}
+        listing = f"sessions/search {raw_json.dumps(criteria).decode()}"
+        request = Request(
+            endpoints.SESSION_SEARCH,
+            "sessions/search",
+            body,
+            str(uuid.uuid4()),
+            page=PageOfListing(listing, is_first=cursor is None),
+        )
         return self._fetch_one(request, parsing.parse_found_sessions)
 
     def all_found_sessions(self) -> tuple[SessionSummary, ...]:
         """Return summaries of all sessions of the user, one request per 200 sessions."""
-        return pagination.read_all_found(
-            lambda cursor: self.search_sessions(limit=_MAX_SEARCH_PAGE_SIZE, cursor=cursor)
+        return self._listed(
+            lambda: pagination.read_all_found(
+                lambda cursor: self.search_sessions(limit=_MAX_SEARCH_PAGE_SIZE, cursor=cursor)
+            )
         )
 
     def sampler(self, sampler_id: str) -> Sampler:
@@ -388,25 +345,7 @@ class Client:
         raw, _ = self._fetch_one(Request(endpoints.WHOAMI, "auth/apikey/me"), raw_json.parse_object)
         return raw
 
-    # Shared by all endpoints
-
-    def _fetch_one(self, request: Request, parse: Callable[[bytes], T]) -> T:
-        return self._fetch(request, lambda response: parse(response.body))
-
-    def _fetch(self, request: Request, parse: Callable[[Response], T]) -> T:
-        endpoint = request.endpoint
-        unsupported = UNSUPPORTED_LISTING if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED
-        support_guard = self._breakers.guard(unsupported, endpoint.label)
-        with support_guard, self._outage_guard(request) as deadline:
-            response = self._transport.send(request, deadline, self._priority)
-            return self._parse(endpoint, response, parse)
-
-    def _outage_guard(self, request: Request) -> AbstractContextManager[float]:
-        """Return the guard of the request's endpoint; it yields the request's deadline."""
-        endpoint, deadline = request.endpoint, self._transport.deadline(request.hold_s)
-        return self._breakers.guard(
-            OUTAGE, endpoint.label, deadline, is_long_running=endpoint.is_long_running
-        )
+    # Listings of several pages
 
     def _list(
         self,
@@ -419,7 +358,11 @@ class Client:
         scope_query = {} if scope is None else {"access_scope": scope}
         query = urlencode({"limit": limit, "offset": offset, **scope_query})
         path = endpoint.label.partition(" ")[2]
-        page = self._fetch_one(Request(endpoint, f"{path}?{query}"), parse)
+        listing = f"{path} {limit} {scope}"
+        request = Request(
+            endpoint, f"{path}?{query}", page=PageOfListing(listing, is_first=offset == 0)
+        )
+        page = self._fetch_one(request, parse)
         return self._skipped.report(endpoint.label, page)
 
     def _all(
@@ -429,59 +372,15 @@ class Client:
         on_page: Callable[[tuple[T, ...]], None] = lambda _items: None,
         page_size: int = pagination.PAGE_SIZE,
     ) -> tuple[T, ...]:
-        return pagination.fetch_all_pages(
-            fetch, key, on_page=on_page, workers=self._concurrency, page_size=page_size
+        return self._listed(
+            lambda: pagination.fetch_all_pages(
+                fetch, key, on_page=on_page, workers=self._concurrency, page_size=page_size
+            )
         )
 
-    def _parse(self, endpoint: Endpoint, response: Response, parse: Callable[[Response], T]) -> T:
+    def _listed(self, fetch_all: Callable[[], T]) -> T:
+        """Fetch a listing, and all of it again if another host has not shared all of its pages."""
         try:
-            return parse(response)
-        except errors.ProtocolError as error:
-            host = urlsplit(response.url).hostname
-            raise errors.ProtocolError(
-                f"{error.message} (from {host})", endpoint=endpoint.label, status=response.status
-            ) from None
-
-    def _change(self, request: Request, ref: CheckpointRef) -> None:
-        self._checkpoint_request(
-            request, ref, lambda response: parsing.check_change_response(response.body)
-        )
-
-    def _checkpoint_request(
-        self, request: Request, ref: CheckpointRef, parse: Callable[[Response], T]
-    ) -> T:
-        """Send a request about a checkpoint, with the id form that the server accepts.
-
-        The request's `path` is appended to the URL path of the checkpoint.
-        """
-        endpoint = request.endpoint
-        run = f"training_runs/{id_segment(endpoint, ref.run_id)}/checkpoints"
-        with (
-            self._breakers.guard(UNSUPPORTED, capability(endpoint, ref)),
-            self._outage_guard(request) as deadline,
-        ):
-
-            def send(checkpoint_id: str) -> T:
-                path = f"{run}/{id_path(checkpoint_id)}{request.path}"
-                complete = dataclasses.replace(request, path=path, exists=ref.exists)
-                response = self._transport.send(complete, deadline, self._priority)
-                return self._parse(endpoint, response, parse)
-
-            try:
-                return self._id_forms.try_forms(endpoint, ref, send)
-            except errors.NotFound as error:
-                if not (ref.exists and endpoint.method == "GET" and self._is_listed(ref)):
-                    raise
-                raise withheld(error, is_own=ref.is_own) from None
-            except errors.UnsupportedEndpoint as error:
-                if ref.is_own or error.status not in (404, 410):
-                    raise
-                raise withheld(error, is_own=False) from None
-
-    def _is_listed(self, ref: CheckpointRef) -> bool:
-        """Return whether the run's listing includes the checkpoint."""
-        try:
-            listed = self.list_checkpoints(ref.run_id)
-        except errors.ApiError:
-            return False
-        return any(ref.is_of(record.tinker_path, record.checkpoint_id) for record in listed)
+            return fetch_all()
+        except pagination.SnapshotGone:
+            return fetch_all()

@@ -34,6 +34,7 @@ class Endpoint:
             earlier attempt may have succeeded.
         is_long_running: whether the server may work for minutes before it responds. Such a request
             needs no permit, so that it delays no other request.
+        is_shareable: whether hosts with the same key may share a response.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Endpoint:
     is_change: bool = False
     is_delete: bool = False
     is_long_running: bool = False
+    is_shareable: bool = False
 
     @property
     def method(self) -> str:
@@ -55,19 +57,24 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _ALREADY_DONE = frozenset({409})
 _CHECKPOINT = "training_runs/{run}/checkpoints/{checkpoint}"
 
-RUNS = Endpoint("GET training_runs", Scope.ACCOUNT)
-RUN = Endpoint("GET training_runs/{run}", Scope.RESOURCE)
-RUN_CHECKPOINTS = Endpoint("GET training_runs/{run}/checkpoints", Scope.OPTIONAL_ACTION)
-USER_CHECKPOINTS = Endpoint("GET checkpoints", Scope.ACCOUNT)
-WEIGHTS_INFO = Endpoint("POST weights_info", Scope.OPTIONAL_ACTION)
+RUNS = Endpoint("GET training_runs", Scope.ACCOUNT, is_shareable=True)
+RUN = Endpoint("GET training_runs/{run}", Scope.RESOURCE, is_shareable=True)
+RUN_CHECKPOINTS = Endpoint(
+    "GET training_runs/{run}/checkpoints", Scope.OPTIONAL_ACTION, is_shareable=True
+)
+USER_CHECKPOINTS = Endpoint("GET checkpoints", Scope.ACCOUNT, is_shareable=True)
+WEIGHTS_INFO = Endpoint("POST weights_info", Scope.OPTIONAL_ACTION, is_shareable=True)
 ARCHIVE = Endpoint(
     f"GET {_CHECKPOINT}/archive",
     Scope.OPTIONAL_ACTION,
     success_statuses=REDIRECTS,
     non_retryable_statuses=frozenset({425, 503}),
     is_long_running=True,
+    is_shareable=True,
 )
-EXTERNAL_URLS = Endpoint(f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIONAL_ACTION)
+EXTERNAL_URLS = Endpoint(
+    f"GET {_CHECKPOINT}/external_weights_urls", Scope.OPTIONAL_ACTION, is_shareable=True
+)
 PUBLISH = Endpoint(
     f"POST {_CHECKPOINT}/publish",
     Scope.OPTIONAL_ACTION,
@@ -88,10 +95,10 @@ DELETE = Endpoint(
     is_change=True,
     is_delete=True,
 )
-SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT)
-SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_RESOURCE)
+SESSIONS = Endpoint("GET sessions", Scope.ACCOUNT, is_shareable=True)
+SESSION = Endpoint("GET sessions/{session}", Scope.OPTIONAL_RESOURCE, is_shareable=True)
 TRACE = Endpoint("GET sessions/{session}/trace_export", Scope.OPTIONAL_RESOURCE)
-SESSION_SEARCH = Endpoint("POST sessions/search", Scope.ACCOUNT)
+SESSION_SEARCH = Endpoint("POST sessions/search", Scope.ACCOUNT, is_shareable=True)
 CREATE_SESSION = Endpoint("POST create_session", Scope.ACCOUNT, is_change=True)
 # The server recognizes a repeated load or save by its sequence number, so both may be retried.
 LOAD_WEIGHTS = Endpoint("POST load_weights", Scope.OPTIONAL_RESOURCE)
@@ -105,7 +112,7 @@ RETRIEVE_FUTURE = Endpoint(
 )
 HEARTBEAT = Endpoint("POST session_heartbeat", Scope.OPTIONAL_RESOURCE)
 FINISH_SESSION = Endpoint("POST sessions/{session}/finish", Scope.OPTIONAL_RESOURCE)
-SAMPLER = Endpoint("GET samplers/{sampler}", Scope.OPTIONAL_RESOURCE)
+SAMPLER = Endpoint("GET samplers/{sampler}", Scope.OPTIONAL_RESOURCE, is_shareable=True)
 WHOAMI = Endpoint("GET auth/apikey/me", Scope.ACCOUNT)
 CLIENT_CONFIG = Endpoint("POST client/config", Scope.ACCOUNT)
 TOKEN = Endpoint("POST auth/token", Scope.ACCOUNT)

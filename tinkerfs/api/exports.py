@@ -135,6 +135,7 @@ class Export:
             # The server ends a session without heartbeats anyway.
             with contextlib.suppress(errors.ApiError):
                 self._finish_session(session_id, reason, detail)
+            self._client.announce_change(f"{session_id}:train:0")
         return path
 
     def _export(self, session_id: str) -> str:

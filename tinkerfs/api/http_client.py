@@ -52,12 +52,14 @@ class Response:
         headers: lookups ignore the case of header names.
         body: the whole body, with its content coding removed.
         url: URL of the request.
+        age_s: seconds since the request; 0 unless another host made it.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytes
     url: str
+    age_s: float = 0.0
 
 
 class ExchangeError(Exception):

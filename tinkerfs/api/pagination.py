@@ -29,6 +29,10 @@ MAX_REFETCHES = 2
 MAX_PAGES = 10_000
 
 
+class SnapshotGone(Exception):
+    """Another host listed the first page long ago, and did not list this one."""
+
+
 def fetch_all_pages(
     fetch: Callable[[int, int], Page[T]],
     key: Callable[[T], Hashable],

@@ -48,6 +48,19 @@ _RETRYABLE_STATUSES = frozenset({408, 409, 429})
 
 
 @dataclass(frozen=True, slots=True)
+class PageOfListing:
+    """A page of a listing of several pages.
+
+    Attributes:
+        listing: path and query of the listing, without the position of the page.
+        is_first: whether the other pages continue this one.
+    """
+
+    listing: str
+    is_first: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One API request.
 
@@ -60,6 +73,8 @@ class Request:
             timeout, but the request is not retried after that timeout.
         recheck: called before each retry of a change. Without it a change is retried only if the
             server cannot have received it.
+        version: the version of the checkpoint that the response is about; empty if it is unknown.
+        page: which page of which listing the response has; None if it is the whole.
     """
 
     endpoint: Endpoint
@@ -69,6 +84,8 @@ class Request:
     exists: bool = False
     hold_s: float = 0.0
     recheck: Recheck | None = None
+    version: str = ""
+    page: PageOfListing | None = None
 
     def has_taken_effect(self, failure: ApiError, *, may_have_succeeded: bool) -> bool:
         """Return whether `recheck` finds the change made, so that no retry is needed.

@@ -23,7 +23,7 @@ from tinkerfs.clock import SYSTEM_CLOCK, Clock
 from tinkerfs.concurrency import SingleFlight
 from tinkerfs.context import BACKGROUND_CONTEXT, Priority, RequestContext
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.validity import Expiry
+from tinkerfs.validity import Expiry, SharedReads
 
 T = TypeVar("T")
 
@@ -117,11 +117,11 @@ class _Load(Future[Any]):
         stream: its partial results.
     """
 
-    def __init__(self, started: float, *, is_demand: bool) -> None:
+    def __init__(self, started: float, shared_reads: SharedReads, *, is_demand: bool) -> None:
         super().__init__()
         self.started = started
         self.stream = ResultStream()
-        self.priority = Priority(is_demand, on_partial=self.stream.add)
+        self.priority = Priority(is_demand, on_partial=self.stream.add, shared_reads=shared_reads)
         self.add_done_callback(self.stream.close)
 
 
@@ -280,7 +280,7 @@ class MetadataCache:
         """Return the outcome of a new load, even if a fresh value is cached."""
         with self._lock:
             self._loads.forget(key)
-            pending = self._join_or_start(key, load, policy, is_demand=True)
+            pending = self._join_or_start(key, load, policy, is_demand=True, may_share=False)
         value: T = ctx.wait_for(pending)
         return value
 
@@ -348,6 +348,14 @@ class MetadataCache:
                     key, replace(entry, expiry=Expiry(self._clock.with_suspend()), error=None)
                 )
 
+    def expire_all(self) -> None:
+        """Make the next `get` of every key reload its value; no load in flight is cached."""
+        with self._lock:
+            self._loads.forget_all()
+            for entry in self._entries.values():
+                entry.expiry.fresh_until = _EXPIRED
+            self._generation += 1
+
     def put(self, key: Hashable, value: object, policy: CachePolicy) -> None:
         """Cache a value that was obtained without `get`."""
         with self._lock:
@@ -384,13 +392,20 @@ class MetadataCache:
             self._absences.pop(key).fresh_until = _EXPIRED
 
     def _join_or_start(
-        self, key: Hashable, load: Loader[T], policy: CachePolicy, *, is_demand: bool
+        self,
+        key: Hashable,
+        load: Loader[T],
+        policy: CachePolicy,
+        *,
+        is_demand: bool,
+        may_share: bool = True,
     ) -> _Load:
         """Return the load in flight, or start one; the caller holds the lock."""
         pending = self._loads.get(key)
         if pending is not None:
             return pending
-        pending = _Load(self._clock.monotonic(), is_demand=is_demand)
+        shared_reads = SharedReads(policy.ttl_s if may_share else 0.0)
+        pending = _Load(self._clock.monotonic(), shared_reads, is_demand=is_demand)
 
         def run() -> T:
             try:
@@ -407,7 +422,8 @@ class MetadataCache:
             with self._lock:
                 if self._loads.get(key) is pending:
                     self._degraded_kinds.discard(_kind(key))
-                    self._store_value(key, value, policy, is_change=is_change)
+                    oldest_at = shared_reads.oldest_at
+                    self._store_value(key, value, policy, is_change=is_change, loaded_at=oldest_at)
             return value
 
         return self._loads.run(key, run, f"load {_describe(key)}", pending)
@@ -439,10 +455,16 @@ class MetadataCache:
             )
 
     def _store_value(
-        self, key: Hashable, value: Any, policy: CachePolicy, *, is_change: bool
+        self,
+        key: Hashable,
+        value: Any,
+        policy: CachePolicy,
+        *,
+        is_change: bool,
+        loaded_at: float = math.inf,
     ) -> None:
-        """Cache a new value; the caller holds the lock."""
-        now = self._clock.with_suspend()
+        """Cache a new value, as old as `loaded_at`; the caller holds the lock."""
+        now = min(self._clock.with_suspend(), loaded_at)
         fresh_until = now + policy.ttl_s
         stored_until = max(fresh_until, now + policy.stale_if_error_s)
         before = self._entries.get(key, _ABSENT)

@@ -231,9 +231,23 @@ class Catalog:
         """Expire the listings of runs that another process trashed or restored."""
         changed = self._trash.take_changed_runs()
         for run_id in changed:
-            self.checkpoints_with_trash(run_id).expire()
-        if changed:
-            self.account_with_trash.expire()
+            self.expire_run(run_id)
+
+    def expire_run(self, run_id: str) -> None:
+        """Request a run's checkpoints again, because they were changed elsewhere."""
+        self.checkpoints_with_trash(run_id).expire()
+        self.account_with_trash.expire()
+
+    def on_change_elsewhere(self, run_id: str | None) -> None:
+        """Expire what another host has changed: a run, or anything if None."""
+        if run_id is None:
+            self._cache.expire_all()
+            return
+        self.expire_run(run_id)
+        self._cache.expire(("run", run_id))
+        runs = self.runs.peek(BACKGROUND_CONTEXT)
+        if runs is not None and run_id not in runs.by_id:  # an export is a run of its own
+            self.runs.expire()
 
     # The trash.
 
@@ -414,7 +428,8 @@ class Catalog:
         if priority.is_demand:
             self._info_prefetcher.on_access(checkpoint.key)
         client = self._client.with_priority(priority)
-        return client.weights_info(checkpoint.tinker_path, exists=True).raw
+        version = "/".join(map(str, checkpoint.fingerprint)) if checkpoint.has_time else ""
+        return client.weights_info(checkpoint.tinker_path, exists=True, version=version).raw
 
     # Prefetching for traversals.
 

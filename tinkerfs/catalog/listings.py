@@ -98,6 +98,7 @@ class ListedCheckpoint(msgspec.Struct, frozen=True, gc=False):
             listed_id=self.record.checkpoint_id,
             exists=True,
             has_ambiguous_id=self.has_ambiguous_id,
+            version=self.version if self.has_time else "",
         )
 
 

@@ -300,8 +300,7 @@ class Mutations:
 
     def _expire(self, run_id: str) -> None:
         """Expire a run's listings after a failed mutation that may have taken effect."""
-        self._catalog.checkpoints_with_trash(run_id).expire()
-        self._catalog.account_with_trash.expire()
+        self._catalog.expire_run(run_id)
 
     def _update_cached_listings(
         self,

@@ -56,7 +56,9 @@ def collect(
     key_files = [path for pid in daemons for path in key_files_of(pid)]
     if own := ctx.params.get("api_key_file"):
         key_files.append(own)
-    environments = [os.environ, *map(environment_of, daemons)]
+    environments: list[Mapping[str, str]] = [os.environ, *map(environment_of, daemons)]
+    if url := ctx.params.get("shared_cache"):  # perhaps of a file
+        environments.append({"shared-cache": url})
     secrets = find_secrets(environments, dict.fromkeys(key_files))
     for secret in secrets:
         hide_secret(secret, "bundle")

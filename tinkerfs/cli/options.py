@@ -12,12 +12,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
-from urllib.parse import urlsplit
 
 import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from tinkerfs.cli.urls import (
+    has_password,
+    parse_base_url,
+    parse_blob_proxy,
+    parse_shared_cache,
+)
 from tinkerfs.config import (
     DEFAULT_BASE_URL,
     LOG_FORMATS,
@@ -32,7 +37,6 @@ from tinkerfs.config import (
     parse_duration_s,
 )
 from tinkerfs.errors import StartupError
-from tinkerfs.proxies import is_loopback
 from tinkerfs.safe_open import open_regular
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,6 +70,25 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # not generic before c
             self.fail(str(error), param, ctx)
 
 
+class _SharedCacheUrl(Parsed):
+    """The URL of a server, with a password only where no other user sees it."""
+
+    def convert(
+        self, value: str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> object:
+        """Return the value of a text; fail if the password is on the command line."""
+        url = super().convert(value, param, ctx)
+        is_visible = (
+            ctx is not None
+            and param is not None
+            and ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+        )
+        if is_visible and has_password(str(url)):
+            message = "a password in it would be visible to other users"
+            self.fail(f"{message} (hint: TINKERFS_SHARED_CACHE or a file)", param, ctx)
+        return url
+
+
 def _parse_timeout_s(text: str) -> float:
     seconds = parse_duration_s(text)
     if seconds <= 0:
@@ -79,30 +102,6 @@ def _parse_trash_s(text: str) -> float:
     if not shortest_s <= seconds <= longest_s:
         raise ValueError(f"not between 1h and 3650d: {text!r}")
     return seconds
-
-
-def _parse_base_url(text: str) -> str:
-    try:
-        parts = urlsplit(text.strip())
-        port = parts.port
-    except ValueError as error:
-        raise ValueError(f"not a URL: {error}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("a URL must start with http:// or https:// and a host name")
-    if parts.username is not None or parts.password is not None:
-        raise ValueError("a URL must not contain a user name or password, which ps would show")
-    if parts.query or parts.fragment:
-        raise ValueError("the URL must not contain a query (?) or a fragment (#)")
-    del port
-    return text.strip().rstrip("/")
-
-
-def _parse_blob_proxy(text: str) -> str:
-    url = _parse_base_url(text)
-    parts = urlsplit(url)
-    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
-        raise ValueError("signed URLs are secrets: a proxy on another host needs https://")
-    return url
 
 
 def _parse_size_bytes(text: str) -> int:
@@ -322,7 +321,7 @@ def _setting(
 _OPTIONS: Final = {
     "base_url": _setting(
         "--base-url URL",
-        Parsed("url", _parse_base_url),
+        Parsed("url", parse_base_url),
         DEFAULT_BASE_URL,
         "URL of the API.",
         show_default="the official service",
@@ -358,10 +357,18 @@ _OPTIONS: Final = {
     ),
     "blob_proxy": _setting(
         "--blob-proxy URL",
-        Parsed("url", _parse_blob_proxy),
+        Parsed("url", parse_blob_proxy),
         None,
         "Read weights through this caching proxy (see `tinkerfs proxy-config`): https, or http on"
         " this machine.",
+        show_default="none",
+    ),
+    "shared_cache": _setting(
+        "--shared-cache URL",
+        _SharedCacheUrl("url", parse_shared_cache),
+        None,
+        "Share API responses with other hosts through this Redis or Valkey server: redis, rediss or"
+        " unix. A URL with a password belongs in the variable or a file.",
         show_default="none",
     ),
     "concurrency": _setting(

@@ -25,6 +25,7 @@ _FLAGS = (
     "cache_dir",
     "cache_size_bytes",
     "blob_proxy",
+    "shared_cache",
     "concurrency",
     "timeout_s",
     "archive_timeout_s",

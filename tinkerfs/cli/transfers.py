@@ -27,6 +27,7 @@ def transfer_options(command: Callable[..., None]) -> Callable[..., None]:
         "moe_layout",
         "cache_size_bytes",
         "blob_proxy",
+        "shared_cache",
         "timeout_s",
         "archive_timeout_s",
         "log_file",

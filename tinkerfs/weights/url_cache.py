@@ -8,6 +8,7 @@ the account. Files of external weights have one URL each; the server lists all o
 response and builds nothing. The trace of a session is built like an archive. Thread-safe.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
@@ -26,12 +27,17 @@ from tinkerfs.concurrency import SingleFlight
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.retry import BUILD_POLL, OUTAGE_BACKOFF, RetryBudget
 from tinkerfs.telemetry import Telemetry
+from tinkerfs.validity import SharedReads
 
 #: A URL is not returned within this time of its expiry, seconds, or a tenth of its lifetime.
 EXPIRY_MARGIN_S = 60.0
 #: Length of the window in which a process group may start `burst` builds.
 RATE_LIMIT_WINDOW_S = 60.0
 
+
+#: A URL of another host counts as newer than a rejected one if it was requested that much later,
+#: seconds. Hosts know the time of each other's requests less exactly than that of their own.
+_NEWER_S = 0.5
 
 #: The name of an archive or a trace in `_CachedUrls.urls`; external files have their own names.
 _ONLY = ""
@@ -85,6 +91,8 @@ class SignedUrlCache:
         self._started: dict[int, deque[float]] = {}
         #: What was built before: another URL costs the server little or nothing.
         self._built: set[Hashable] = set()
+        #: What a URL must be newer than, on `Clock.with_suspend`, because an older one was dropped.
+        self._not_before: dict[Hashable, float] = {}
 
     def cached_url(self, key: Hashable) -> SignedUrl | None:
         """Return a valid cached URL of an archive, None if absent; send no request."""
@@ -117,8 +125,9 @@ class SignedUrlCache:
         self._client.check_supported(endpoints.ARCHIVE, ref)
 
         def request(hold_s: float) -> _CachedUrls:
-            url = self._client.archive(ref, hold_s)
-            return self._cache_entry({_ONLY: url.url}, url.expires_at_s)
+            reads = self._shared_reads((key, False))
+            url = self._client.archive(ref, hold_s, reads)
+            return self._cache_entry({_ONLY: url.url}, url.expires_at_s, reads)
 
         return self._get_or_build((key, False), request, path, ctx).urls[_ONLY]
 
@@ -137,7 +146,7 @@ class SignedUrlCache:
 
         def request(_hold_s: float) -> _CachedUrls:
             url = self._client.trace_url(session_id)
-            return self._cache_entry({_ONLY: url.url}, url.expires_at_s)
+            return self._cache_entry({_ONLY: url.url}, url.expires_at_s, SharedReads())
 
         return self._get_or_build((key, False), request, path, ctx, what="trace").urls[_ONLY]
 
@@ -151,7 +160,8 @@ class SignedUrlCache:
         """
 
         def request(_hold_s: float) -> _CachedUrls:
-            return self._cache_entry(*self._client.external_weights_urls(ref))
+            reads = self._shared_reads((key, True))
+            return self._cache_entry(*self._client.external_weights_urls(ref, reads), reads)
 
         return self._get_or_build((key, True), request, path, ctx).urls
 
@@ -160,14 +170,25 @@ class SignedUrlCache:
         with self._lock:
             entry = self._entries.get((key, is_external))
             if entry is not None and url in entry.urls.values():
-                del self._entries[key, is_external]
+                self._drop((key, is_external), entry)
 
     def expire(self, key: Hashable, age_s: float, *, is_external: bool = False) -> None:
         """Drop URLs older than `age_s`, which may lead to a previous version."""
         with self._lock:
             entry = self._entries.get((key, is_external))
             if entry is not None and self._clock.now() - entry.requested_at >= age_s:
-                del self._entries[key, is_external]
+                self._drop((key, is_external), entry)
+
+    def _drop(self, key: Hashable, entry: _CachedUrls) -> None:
+        """Drop URLs, also those that other hosts got from the same request; _lock is held."""
+        del self._entries[key]
+        age_s = self._clock.now() - entry.requested_at
+        self._not_before[key] = self._clock.with_suspend() - age_s + _NEWER_S
+
+    def _shared_reads(self, key: Hashable) -> SharedReads:
+        """Return which URLs of other hosts may be used."""
+        with self._lock:
+            return SharedReads(math.inf, self._not_before.get(key, -math.inf))
 
     def clear(self) -> None:
         """Drop all URLs; builds in progress continue."""
@@ -203,10 +224,13 @@ class SignedUrlCache:
             return None
         return entry
 
-    def _cache_entry(self, urls: Mapping[str, str], expires_at_s: float) -> _CachedUrls:
+    def _cache_entry(
+        self, urls: Mapping[str, str], expires_at_s: float, reads: SharedReads
+    ) -> _CachedUrls:
         margin_s = min(EXPIRY_MARGIN_S, max(expires_at_s - self._clock.now(), 0.0) / 10)
         signed = {name: SignedUrl(url, expires_at_s) for name, url in urls.items()}
-        return _CachedUrls(signed, expires_at_s - margin_s, self._clock.now())
+        age_s = max(self._clock.with_suspend() - reads.oldest_at, 0.0)
+        return _CachedUrls(signed, expires_at_s - margin_s, self._clock.now() - age_s)
 
     def _check_rate_limit(self, pgid: int, path: str) -> None:
         """Record a build of a process group, or raise EBUSY; the caller holds the lock."""

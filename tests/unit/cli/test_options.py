@@ -289,6 +289,15 @@ def test_config_that_is_fifo_fails_without_blocking(user_file):
         ("log-level", "loud"),
         ("moe-layout", "dense"),
         ("blob-proxy", "http://cache.example.com"),
+        ("shared-cache", "http://host"),
+        ("shared-cache", "redis://"),
+        ("shared-cache", "redis://host:port"),
+        ("shared-cache", "redis://host/x"),
+        ("shared-cache", "redis://host?db=1"),
+        ("shared-cache", "redis://host/1#x"),
+        ("shared-cache", "unix://run/redis.sock"),
+        ("shared-cache", "unix:///run/redis.sock?db=x"),
+        ("shared-cache", "unix:///run/redis.sock?timeout=1"),
         ("cache-dir", ""),
         ("trash", "59m"),
         ("trash", "3650.1d"),
@@ -317,6 +326,9 @@ def test_convert_with_invalid_text_fails(flag, text):
         ("moe-layout", "Packed", "packed"),
         ("blob-proxy", "http://localhost:8080/", "http://localhost:8080"),
         ("blob-proxy", "https://cache.example.com", "https://cache.example.com"),
+        ("shared-cache", "redis://host:6379/1", "redis://host:6379/1"),
+        ("shared-cache", "rediss://user:word@host", "rediss://user:word@host"),
+        ("shared-cache", "unix://:word@/run/redis.sock?db=2", "unix://:word@/run/redis.sock?db=2"),
         ("archive-burst", "0", 0),
         ("concurrency", "1", 1),
         ("concurrency", "64", 64),
@@ -324,3 +336,19 @@ def test_convert_with_invalid_text_fails(flag, text):
 )
 def test_convert_with_valid_text_returns_value(flag, text, value):
     assert settings_of(mount)[flag].convert(text, "here", click.Context(mount)) == value
+
+
+def test_password_of_shared_cache_is_refused_where_it_is_visible(environ, user_file):
+    url = "redis://user:secret@host"
+    for arguments in (["--shared-cache", url], ["-o", f"shared_cache={url}"]):
+        message = error_of(*arguments)
+        assert "visible to other users" in message
+        assert "secret" not in message
+    environ["TINKERFS_SHARED_CACHE"] = url
+    assert parse().shared_cache == url
+    assert "secret" not in repr(parse())
+    del environ["TINKERFS_SHARED_CACHE"]
+    user_file.write_text(f'shared-cache = "{url}"')
+    assert parse().shared_cache == url
+    user_file.write_text('shared-cache = "redis://user:secret@host/x"')
+    assert "secret" not in error_of()
