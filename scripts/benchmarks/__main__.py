@@ -18,6 +18,7 @@ from scripts.benchmarks.cold import measure_cold, measure_commands
 from scripts.benchmarks.downloaders import measure_weights
 from scripts.benchmarks.endurance import measure_endurance
 from scripts.benchmarks.exports import measure_exports
+from scripts.benchmarks.fleet import measure_fleet
 from scripts.benchmarks.harness import BINDINGS, Bench
 from scripts.benchmarks.latency import measure_speed
 from scripts.benchmarks.metrics import measure_metrics
@@ -49,14 +50,17 @@ PARTS = (
     "endurance",
     "scale",
     "webdav",
+    "fleet",
 )
+
+SHORT_PARTS = ("calls", "views", "exports", "fleet")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parser.add_argument("--binding", choices=BINDINGS, action="append", help="default: all three")
-    parser.add_argument("--short", action="store_true", help="only the counts")
+    parser.add_argument("--short", action="store_true", help="only the counts, of small loads")
     parser.add_argument("--queue-s", type=float, default=60.0, help="queue of an export (60)")
     parser.add_argument("--outage-s", type=float, default=20.0, help="length of each outage (20)")
     parser.add_argument(
@@ -70,7 +74,7 @@ def main() -> int:
         "--markdown", type=Path, metavar="PAGE", help="write the tables into a page"
     )
     options = parser.parse_args()
-    parts = ("calls", "views", "exports") if options.short else options.parts or PARTS
+    parts = options.parts or (SHORT_PARTS if options.short else PARTS)
     bindings = options.binding or BINDINGS
     # Unmount on SIGTERM, by unwinding the stack.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -118,6 +122,8 @@ def main() -> int:
                 measure_scale(bench, binding)
             if "webdav" in parts:
                 measure_webdav(bench, binding)
+            if "fleet" in parts:
+                measure_fleet(bench, binding, is_short=options.short)
     if options.json:
         print(json.dumps(bench.rows, indent=2))
     if options.markdown:

@@ -1,9 +1,13 @@
 """A demo server in a separate process, which does not slow down the benchmark."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any, Self
+
+from tinkerfs.demo.content import iter_chunks
 
 
 class Server:
@@ -11,6 +15,7 @@ class Server:
 
     Args:
         bytes_per_s: Maximum rate of each connection to the store; 0 for no limit.
+        prefix: Start of the command, such as one that changes the network namespace.
         **arguments: Arguments of `FaultyServer`.
     """
 
@@ -18,9 +23,12 @@ class Server:
     api_key: str
     run_id: str
 
-    def __init__(self, *, bytes_per_s: int = 0, **arguments: object) -> None:
+    def __init__(
+        self, *, bytes_per_s: int = 0, prefix: Sequence[str] = (), **arguments: object
+    ) -> None:
+        arguments |= {"bytes_per_s": bytes_per_s}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps({"bytes_per_s": bytes_per_s} | arguments)],
+            [*prefix, sys.executable, "-m", __name__, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -67,6 +75,13 @@ def execute(server: Any, command: str, *values: Any) -> object:
     """Execute a command of the client; return its result."""
     if command == "url":  # of the archive of a sampler checkpoint of the first run
         return server.archive_url(server.account.run_ids[0], f"sampler_weights/{values[0]}")
+    if command == "checkpoint":  # the same: its size and checksums
+        name = (server.account.run_ids[0], f"sampler_weights/{values[0]}")
+        archive, files = server.archive(*name), server.files(*name)
+        return {
+            "bytes": archive.size_bytes,
+            "digests": {"archive": sha256({"archive.tar": archive}), "files": sha256(files)},
+        }
     if command == "latency":
         (server.latency_s,) = values
         return None
@@ -95,6 +110,17 @@ def execute(server: Any, command: str, *values: Any) -> object:
         "store": sum(e.origin == "store" for e in entries),
         "sent": sum(e.sent_bytes for e in entries if e.origin == "store"),
     }
+
+
+def sha256(files: Any) -> dict[str, str]:
+    """Return the checksum of each file."""
+    digests = {}
+    for name, content in files.items():
+        digest = hashlib.sha256()
+        for chunk in iter_chunks(content, 0, content.size_bytes):
+            digest.update(chunk)
+        digests[name] = digest.hexdigest()
+    return digests
 
 
 if __name__ == "__main__":
