@@ -13,20 +13,22 @@ from redis.retry import Retry
 
 from tests.support.mount import wait_until
 
+#: The server; `scripts/interop` names that of Valkey.
+PROGRAM = os.environ.get("TINKERFS_TEST_REDIS_SERVER", "redis-server")
+
 
 class RedisProcess:
     """A server on a Unix socket, in a directory of its own.
 
     Args:
         options: further arguments of the server, such as `--requirepass`.
-        program: the server: redis-server or valkey-server.
     """
 
-    def __init__(self, *options, program="redis-server"):
+    def __init__(self, *options):
         self._directory = tempfile.mkdtemp(prefix="redis-")  # short, as paths of sockets must be
         self.socket = f"{self._directory}/s"
         self.url = f"unix://{self.socket}"
-        self._command = [program, "--port", "0", "--unixsocket", self.socket, "--save", ""]
+        self._command = [PROGRAM, "--port", "0", "--unixsocket", self.socket, "--save", ""]
         self._command += ["--dir", self._directory, *options]
         self._log = Path(self._directory, "log")
         self._process = None

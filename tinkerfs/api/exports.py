@@ -117,12 +117,12 @@ class Export:
         """
         session_id = self._create_session()
         ended = threading.Event()
-        reason, detail = "errored", None
+        reason, detail, run_id = "errored", None, ""
         heartbeats = run_in_thread(lambda: self._send_heartbeats(session_id, ended), "heartbeats")
         try:
             self._on_session(session_id)
             path = self._export(session_id)
-            reason = "success"
+            reason, run_id = "success", path.removeprefix("tinker://").partition("/")[0]
         except ExportStopped:
             reason = "interrupted"
             raise
@@ -135,7 +135,7 @@ class Export:
             # The server ends a session without heartbeats anyway.
             with contextlib.suppress(errors.ApiError):
                 self._finish_session(session_id, reason, detail)
-            self._client.announce_change(f"{session_id}:train:0")
+            self._client.announce_change(run_id)
         return path
 
     def _export(self, session_id: str) -> str:

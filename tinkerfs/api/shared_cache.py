@@ -43,7 +43,8 @@ T = TypeVar("T")
 #: Maximum lifetime of a response, also of one that never changes, seconds.
 MAX_LIFE_S: Final = 86400.0
 
-#: Maximum wait for another mount's request, seconds. An archive is waited for as long as it takes.
+#: Maximum wait for another mount's request, seconds. An archive is waited for half as long as its
+#: request may take, so that a claim that is never given up delays it, and does not fail it.
 MAX_WAIT_S: Final = 5.0
 
 #: How often a waiter looks for the response, at first and later, seconds.
@@ -217,7 +218,7 @@ class SharedCache:
         parse: Callable[[Response], T],
     ) -> _Found[T] | _Turn | None:
         """Return the shared response, or this mount's turn to request it; None in an outage."""
-        max_wait_s = request.hold_s if request.endpoint.is_long_running else MAX_WAIT_S
+        max_wait_s = request.hold_s / 2 if request.endpoint.is_long_running else MAX_WAIT_S
         started_at, poll_s, is_waiting = time.monotonic(), _MIN_POLL_S, False
         turn: _Turn | None = None
         unusable = b""

@@ -30,7 +30,7 @@ FORMAT: Final = 1
 MAX_VALUE_BYTES: Final = 16 << 20
 
 #: Headers that are part of a response. The others are of no use to another host.
-_HEADERS: Final[tuple[str, ...]] = ("content-type", "expires", "location")
+_HEADERS: Final[tuple[str, ...]] = ("expires", "location")
 
 #: A value differs from every other one in its first bytes.
 HEAD_BYTES: Final = 12

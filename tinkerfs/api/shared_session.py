@@ -111,9 +111,12 @@ class SessionKeeper:
 
         Right after the start it waits for the first session, as long as a failure would take.
         """
-        self._is_tried.wait(2 * self._server.timeout_s)
-        session = self._session
+        session = self._tried_session()
         return session if session is not None and self.has_key(session) else None
+
+    def _tried_session(self) -> SharedSession | None:
+        self._is_tried.wait(2 * self._server.timeout_s)
+        return self._session
 
     def has_key(self, session: SharedSession) -> bool:
         """Return whether requests are sent with the key of a session."""
@@ -143,7 +146,7 @@ class SessionKeeper:
 
         If the server is down, it is announced as soon as it is up again.
         """
-        session = self._session
+        session = self._tried_session()
         if session is None:
             with self._lock:
                 self._has_unannounced = True
@@ -177,9 +180,10 @@ class SessionKeeper:
                 failure = str(error)
             except TinkerfsError:
                 pass  # there is no key; requests report it
-            with self._lock:
-                self._session = None
-            self._is_tried.set()
+            finally:
+                with self._lock:
+                    self._session = None
+                self._is_tried.set()
             if failure is not None and not self._closing.is_set():
                 self._report(failure, has_settled=time.monotonic() - started_at > _SETTLED_S)
             failures = failures + 1 if time.monotonic() - started_at < _SETTLED_S else 1

@@ -278,6 +278,42 @@ def test_change_during_an_outage_is_announced_afterwards(
     wait_until(lambda: None in second.changes)
 
 
+@pytest.mark.expect_warnings("shared cache .* failed")
+def test_change_that_a_lost_connection_missed_expires_everything(server, host, redis_server):
+    first, second = host(), host()
+    assert first.changes == second.changes == []
+    database = redis_server.client()
+    own = {each["id"] for each in database.client_list(_type="pubsub")}
+    assert len(own) == 2
+    database.client_kill_filter(_type="pubsub")
+    first.client.publish(ref_of(server))
+    wait_until(lambda: first.is_up and second.is_up)
+    wait_until(lambda: second.changes != [])
+    assert set(second.changes) <= {None, first_run(server)}
+
+
+def test_lost_connection_without_a_change_expires_nothing(
+    server, host, redis_server, expect_warnings
+):
+    expect_warnings("shared cache .* failed")
+    client = host()
+    redis_server.client().client_kill_filter(_type="pubsub")
+    wait_until(lambda: not client.is_up)
+    wait_until(lambda: client.is_up)
+    assert client.changes == []
+    assert len(client.errors()) == 1
+
+
+def test_lost_data_expires_everything(server, host, redis_server, expect_warnings):
+    expect_warnings("shared cache .* failed")
+    client = host()
+    redis_server.client().flushall()
+    redis_server.client().client_kill_filter(_type="pubsub")
+    wait_until(lambda: client.changes == [None])
+    client.reading().all_training_runs()
+    assert client.is_up
+
+
 # --- signed URLs ---------------------------------------------------------------------------------
 
 

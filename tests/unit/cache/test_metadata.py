@@ -76,6 +76,58 @@ def test_value_is_loaded_once_within_its_ttl(cache, time):
     assert load.calls == 2
 
 
+def test_shared_value_is_as_old_as_its_oldest_response(cache, time):
+    def load(priority):
+        assert priority.shared_reads.max_age_s == POLICY.ttl_s
+        for age_s in (10.0, 25.0, 20.0):
+            priority.shared_reads.record(time.clock.with_suspend() - age_s)
+        return "shared"
+
+    validity = Validity()
+    assert cache.get("k", load, POLICY, BACKGROUND_CONTEXT) == "shared"
+    time.advance(4.9)
+    again = Loads()
+    assert cache.get("k", again, POLICY, BACKGROUND_CONTEXT.tracking(validity)) == "shared"
+    assert validity.check_and_touch(time.clock.with_suspend())
+    time.advance(2.2)  # the value has been used: it is refreshed in the background
+    cache.get("k", again, POLICY, BACKGROUND_CONTEXT)
+    cache.wait_idle(WAIT)
+    assert again.calls == 1
+    assert not validity.check_and_touch(time.clock.with_suspend())
+
+
+def test_reload_uses_no_shared_response(cache):
+    load = Loads()
+    cache.reload("k", load, POLICY, BACKGROUND_CONTEXT)
+    assert load.priority.shared_reads.max_age_s == 0
+
+
+@pytest.mark.expect_warnings("refresh EHOSTUNREACH")
+def test_expire_all_reloads_values_and_keeps_them_for_outages(cache, time):
+    load, validity = Loads(), Validity()
+    for key in ("a", "b"):
+        cache.get(key, load, POLICY, BACKGROUND_CONTEXT.tracking(validity))
+    time.advance(10)
+    generation = cache.generation
+    cache.expire_all()
+    assert cache.generation != generation
+    load.result = errors.ConnectionFailed("down")
+    assert [cache.get(key, load, POLICY, WAIT) for key in ("a", "b")] == ["one", "one"]
+    assert load.calls == 4
+
+
+def test_expire_all_discards_a_load_in_flight(cache):
+    load = Loads()
+    load.held.clear()
+    started = cache.prefetch("k", load, POLICY)
+    assert started
+    cache.expire_all()
+    load.held.set()
+    cache.wait_idle(WAIT)
+    load.result = "two"
+    assert cache.get("k", load, POLICY, WAIT) == "two"
+
+
 def test_expired_value_in_use_is_served_while_revalidated(cache, time, telemetry):
     load = Loads()
     cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
