@@ -10,8 +10,10 @@ A thread inherits the context variables of the thread that started it.
 
 import contextvars
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -108,36 +110,61 @@ class SingleFlight(Generic[K, F]):
                 del self._in_flight[key]
 
 
-def start_concurrently(
-    works: Iterable[Callable[[], T]], limit: int, name: str
-) -> "list[Future[T]]":
-    """Start to run `works` in order, at most `limit` at a time; return a future for each."""
-    tasks = [(work, Future[T]()) for work in works]
-    pending = iter(tasks)
-    lock = threading.Lock()
-
-    def run() -> None:
-        while True:
-            with lock:
-                work, future = next(pending, (None, None))
-            if work is None or future is None:
-                return
-            try:
-                future.set_result(work())
-            except BaseException as error:  # noqa: BLE001  (raised to the waiter)
-                future.set_exception(error)
-
-    for _ in range(min(limit, len(tasks))):
-        _start_daemon(run, name)
-    return [future for _work, future in tasks]
-
-
 def run_concurrently(works: Iterable[Callable[[], T]], limit: int, name: str) -> "list[Future[T]]":
     """Run `works` in order, at most `limit` at a time, and wait for all.
 
     Returns:
         a future for each, in order, all of them done with a result or an error.
     """
-    futures = start_concurrently(works, limit, name)
+    futures = list(_start_in_order(works, limit, name))
     wait(futures)
     return futures
+
+
+def results_in_order(
+    works: Iterable[Callable[[], T]], limit: int, name: str, max_ahead: int
+) -> Iterator[T]:
+    """Run `works` in order, at most `limit` at a time, and yield each result.
+
+    At most `max_ahead` works are started before the result of the first of them is yielded. So a
+    slow caller does not let results pile up.
+
+    Raises:
+        Exception: the error of a work, in its place.
+    """
+    futures: deque[Future[T]] = deque()
+    for future in _start_in_order(works, limit, name):
+        futures.append(future)
+        if len(futures) == max_ahead:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
+
+
+def _start_in_order(
+    works: Iterable[Callable[[], T]], limit: int, name: str
+) -> "Iterator[Future[T]]":
+    """Start one more of `works` at each step, at most `limit` at a time; yield its future."""
+    queue: SimpleQueue[tuple[Callable[[], T], Future[T]] | None] = SimpleQueue()
+
+    def run() -> None:
+        while (task := queue.get()) is not None:
+            work, future = task
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001  (raised to the waiter)
+                future.set_exception(error)
+            del task, work, future  # a result would be kept while the thread waits
+
+    threads = 0
+    try:
+        for work in works:
+            future: Future[T] = Future()
+            queue.put((work, future))
+            if threads < limit:
+                threads += 1
+                _start_daemon(run, name)
+            yield future
+    finally:
+        for _ in range(threads):
+            queue.put(None)

@@ -8,11 +8,11 @@ The serving thread waits here and polls whether its caller was interrupted (libf
 
 import os
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Protocol, Self, TypeVar
 
 import msgspec
 from msgspec.structs import replace
@@ -187,7 +187,23 @@ class RequestContext(msgspec.Struct, frozen=True):
 BACKGROUND_CONTEXT = RequestContext()
 
 
-def _ignore(_items: Iterable[tuple[Hashable, Any]]) -> None:
+class PartialResults(Protocol):
+    """Values with unique keys, which only grow while work adds to them. Others may read."""
+
+    def __len__(self) -> int:
+        """Return the number of values that have arrived."""
+        ...
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a value by its position in the order of arrival."""
+        ...
+
+    def get(self, key: Any) -> Any:
+        """Return the value of a key, None if it has not arrived."""
+        ...
+
+
+def _ignore(_results: PartialResults) -> None:
     pass
 
 
@@ -201,13 +217,14 @@ class Priority:
         is_demand: whether a caller waits, or waited, for the work. It never becomes False again.
         on_promoted: called once when a prefetch becomes demand work, by the new waiter, which
             holds no lock.
-        on_partial: called with partial results, (key, value) pairs in order, while the work runs.
+        on_partial: called with the results so far, always the same collection, whenever it has
+            grown.
         shared_reads: which responses of other hosts the work may use; none by default.
     """
 
     is_demand: bool
     on_promoted: Callable[[], None] | None = None
-    on_partial: Callable[[Iterable[tuple[Hashable, Any]]], None] = _ignore
+    on_partial: Callable[[PartialResults], None] = _ignore
     shared_reads: SharedReads = field(default_factory=SharedReads)
 
     def promote(self) -> None:

@@ -3,12 +3,7 @@ import tracemalloc
 import pytest
 
 from tinkerfs.api import models, parsing
-from tinkerfs.catalog.listings import (
-    AccountListing,
-    CheckpointListing,
-    ListedCheckpoint,
-    reuse_known_record,
-)
+from tinkerfs.catalog.listings import CheckpointListing
 
 
 def record(checkpoint_id, type_="training", path=None):
@@ -99,60 +94,6 @@ def of_run(run_id, *names, time_ns=None, **fields):
 def test_newest_of_each_kind_is_returned():
     records = of_run("r", "weights/1", "weights/2", time_ns=5) + of_run("r", "odd/1")
     assert CheckpointListing.from_records("r", records).newest_ns == {"weights": 6, "odd": None}
-
-
-def test_equal_values_of_both_listings_are_stored_once():
-    names = ("weights/1", "sampler_weights/1")
-    listings = {"r": CheckpointListing.from_records("r", of_run("r", *names))}
-    records = of_run("r", *names) + of_run("other", *names) + [record("1")]
-    kept = [reuse_known_record(each, listings.get) for each in records]
-    assert kept == records
-    for each, checkpoint in zip(kept, listings["r"].all, strict=False):
-        assert each is checkpoint.record
-    user = AccountListing.from_records(kept)
-    assert user.without_run_count == 1
-    again = CheckpointListing.from_records("r", of_run("r", *names), known=user)
-    assert again == listings["r"]
-    for checkpoint in again.all:
-        assert checkpoint.record is user.by_key[checkpoint.key].record
-
-
-def test_newer_values_of_one_listing_are_preferred():
-    user = AccountListing.from_records(of_run("r", "weights/1"))
-    listing = CheckpointListing.from_records(
-        "r", of_run("r", "weights/1", is_public=True), known=user
-    )
-    assert listing.get("weights", "1").record.is_public
-    (older,) = of_run("r", "weights/1")
-    assert reuse_known_record(older, {"r": listing}.get) is older
-
-
-def test_colliding_bare_ids_share_only_their_records():
-    records = [record("1", path="tinker://r/weights/1")]
-    records.append(record("1", "sampler", path="tinker://r/sampler_weights/1"))
-    user = AccountListing.from_records(records)
-    listing = CheckpointListing.from_records("r", records, known=user)
-    for checkpoint in listing.all:
-        assert checkpoint.has_ambiguous_id
-        assert checkpoint.record is user.by_key[checkpoint.key].record
-
-
-def test_change_keeps_the_order_of_the_account_listing():
-    before = AccountListing.from_records(
-        of_run("r", "weights/1", "weights/2", "weights/3", time_ns=5)
-    )
-    second = before.by_key["r", "weights", "2"]
-    changed = before.with_record(
-        second, models.Checkpoint.from_fields("weights/2", is_public=True, raw=b"{}")
-    )
-    assert list(changed.by_key) == list(before.by_key)
-    assert changed.by_key[second.key].record.is_public
-    assert not before.by_key[second.key].record.is_public
-    assert list(before.with_record(second, None).by_key) == [
-        ("r", "weights", "3"),
-        ("r", "weights", "1"),
-    ]
-    assert changed.with_record(ListedCheckpoint.from_record("gone", second.record), None) == changed
 
 
 @pytest.mark.parametrize("size_bytes", [0, 10**9])

@@ -36,6 +36,7 @@ from tinkerfs.api.models import (
     TrainingRun,
     WeightsInfo,
 )
+from tinkerfs.api.pagination import R, RecordList
 from tinkerfs.api.transport import PageOfListing, Recheck, Request
 from tinkerfs.validity import SharedReads
 
@@ -65,7 +66,7 @@ class Client(EndpointClient):
         return self._list(endpoints.RUNS, parsing.parse_training_runs, limit, offset, scope)
 
     def all_training_runs(
-        self, on_page: Callable[[tuple[TrainingRun, ...]], None] = lambda _runs: None
+        self, on_page: Callable[[RecordList[TrainingRun]], None] = lambda _arrived: None
     ) -> tuple[TrainingRun, ...]:
         """Return all training runs of the user.
 
@@ -73,7 +74,7 @@ class Client(EndpointClient):
         failed page fails the listing.
 
         Args:
-            on_page: receives the runs of each page as it arrives, see `fetch_all_pages`.
+            on_page: receives the runs that have arrived after each page, see `fetch_all_pages`.
         """
         return self._all(self.list_training_runs, lambda run: run.run_id, on_page)
 
@@ -101,25 +102,30 @@ class Client(EndpointClient):
         return self._list(endpoints.USER_CHECKPOINTS, parsing.parse_checkpoints, limit, offset)
 
     def all_user_checkpoints(
-        self,
-        dedupe: Callable[[Checkpoint], Checkpoint] = lambda record: record,
-        on_page: Callable[[tuple[Checkpoint, ...]], None] = lambda _records: None,
-    ) -> tuple[Checkpoint, ...]:
+        self, new_records: Callable[[], R], on_page: Callable[[R], None] = lambda _arrived: None
+    ) -> R:
         """Return all checkpoints of the user, newest first.
 
         Sends one request per page, in parallel after the first. One failed page fails the listing.
         Pages are larger than those of other listings, unless the server refuses their size.
 
         Args:
-            dedupe: returns an equal record that is already in memory, or its argument.
-            on_page: receives the records of each page as it arrives, see `fetch_all_pages`.
+            new_records: returns an empty collection.
+            on_page: receives the records that have arrived after each page, see `fetch_all_pages`.
         """
+        arrived = new_records()
 
-        def fetch(limit: int, offset: int) -> Page[Checkpoint]:
-            return self.list_user_checkpoints(limit, offset).mapped(dedupe)
-
-        def fetch_all(page_size: int) -> tuple[Checkpoint, ...]:
-            return self._all(fetch, lambda record: record.identity, on_page, page_size)
+        def fetch_all(page_size: int) -> R:
+            return self._listed(
+                lambda: pagination.fetch_all_pages(
+                    self.list_user_checkpoints,
+                    new_records,
+                    arrived,
+                    on_page=on_page,
+                    workers=self._concurrency,
+                    page_size=page_size,
+                )
+            )
 
         large_pages = (endpoints.USER_CHECKPOINTS.label, _ACCOUNT_PAGE_SIZE)
         try:
@@ -369,14 +375,19 @@ class Client(EndpointClient):
         self,
         fetch: Callable[[int, int], Page[T]],
         key: Callable[[T], Hashable],
-        on_page: Callable[[tuple[T, ...]], None] = lambda _items: None,
-        page_size: int = pagination.PAGE_SIZE,
+        on_page: Callable[[RecordList[T]], None] = lambda _arrived: None,
     ) -> tuple[T, ...]:
-        return self._listed(
+        arrived = RecordList(key)
+        records = self._listed(
             lambda: pagination.fetch_all_pages(
-                fetch, key, on_page=on_page, workers=self._concurrency, page_size=page_size
+                fetch,
+                lambda: RecordList(key),
+                arrived,
+                on_page=on_page,
+                workers=self._concurrency,
             )
         )
+        return tuple(records)
 
     def _listed(self, fetch_all: Callable[[], T]) -> T:
         """Fetch a listing, and all of it again if another host has not shared all of its pages."""

@@ -5,8 +5,8 @@ that unknown fields are shown unchanged. The representation is compact, because 
 100,000 records. All values may be shared by threads.
 """
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import dataclass
 from sys import intern
 from typing import Generic, Self, TypeVar
 
@@ -206,10 +206,6 @@ class Page(Generic[T]):
     total_count: int | None = None
     limit: int | None = None
     received: int = 0
-
-    def mapped(self, change: Callable[[T], T]) -> "Page[T]":
-        """Return a copy of the page with `change` applied to each record."""
-        return replace(self, items=tuple(map(change, self.items)))
 
 
 @dataclass(frozen=True, slots=True)

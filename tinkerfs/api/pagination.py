@@ -10,10 +10,10 @@ import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from tinkerfs.api.models import Page, SessionSearchPage, SessionSummary
-from tinkerfs.concurrency import start_concurrently
+from tinkerfs.concurrency import results_in_order
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +33,67 @@ class SnapshotGone(Exception):
     """Another host listed the first page long ago, and did not list this one."""
 
 
+class Records(Protocol[T]):
+    """The records of a listing, each once, in the order of arrival. One thread adds."""
+
+    def add(self, record: T) -> None:
+        """Add a record, unless one with its identity is there."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of distinct records."""
+        ...
+
+    def __iter__(self) -> Iterator[T]:
+        """Return an iterator over the records."""
+        ...
+
+
+R = TypeVar("R", bound=Records[Any])
+
+
+class RecordList(Generic[T]):
+    """Records by position and by key. Others may read while one thread adds.
+
+    Args:
+        key: returns the id of a record.
+    """
+
+    def __init__(self, key: Callable[[T], Hashable]) -> None:
+        self._key = key
+        self._by_key: dict[Hashable, T] = {}
+        self._items: list[T] = []
+
+    def add(self, record: T) -> None:
+        """Add a record, unless one with its key is there."""
+        key = self._key(record)
+        if key not in self._by_key:
+            self._by_key[key] = record
+            self._items.append(record)
+
+    def get(self, key: Hashable) -> T | None:
+        """Return the record with a key, or None."""
+        return self._by_key.get(key)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> T:
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+
 def fetch_all_pages(
     fetch: Callable[[int, int], Page[T]],
-    key: Callable[[T], Hashable],
+    new_records: Callable[[], R],
+    arrived: R,
     *,
-    on_page: Callable[[tuple[T, ...]], None] = lambda _items: None,
+    on_page: Callable[[R], None] = lambda _arrived: None,
     workers: int = 8,
     page_size: int = PAGE_SIZE,
-) -> tuple[T, ...]:
+) -> R:
     """Return every record of a listing once, in the server's order.
 
     Sends one request per page if the server's metadata is correct and the listing does not change.
@@ -48,17 +101,18 @@ def fetch_all_pages(
 
     Args:
         fetch: returns the page for (limit, offset).
-        key: returns the id of a record.
-        on_page: receives the records of each page, in the server's order, before later pages have
-            arrived. It receives every returned record. It may also receive a record twice, or a
-            record that is deleted in between.
+        new_records: returns an empty collection, which identifies records.
+        arrived: a collection to which every record is added. It may also contain records that were
+            deleted in between, or that an earlier attempt has added. The result may be this one.
+        on_page: receives `arrived` whenever a page was added, before later pages have arrived.
         workers: maximum number of pages in flight.
         page_size: number of records to request per page.
 
     Raises:
         Exception: an error of `fetch`. A listing is complete or fails.
     """
-    listing = _Listing(fetch, key, on_page, workers, page_size)
+    records = new_records() if len(arrived) else arrived
+    listing = _Listing(fetch, records, arrived, on_page, workers, page_size)
     listing.fetch_pages()
     for _ in range(MAX_REFETCHES):
         if listing.is_complete():
@@ -67,12 +121,12 @@ def fetch_all_pages(
             if not listing.refetch_front():
                 break
             continue
-        fresh = _Listing(fetch, key, on_page, workers, page_size)
+        fresh = _Listing(fetch, new_records(), arrived, on_page, workers, page_size)
         fresh.fetch_pages()
         if not fresh.is_complete():
             fresh.merge_missing(listing)
         listing = fresh
-    return listing.items()
+    return listing.records
 
 
 def read_all_found(search: Callable[[object], SessionSearchPage]) -> tuple[SessionSummary, ...]:
@@ -94,35 +148,38 @@ def read_all_found(search: Callable[[object], SessionSearchPage]) -> tuple[Sessi
         cursor = page.next_cursor
 
 
-class _Listing(Generic[T]):
-    """One pass through a listing. Not thread-safe."""
+class _Listing(Generic[T, R]):
+    """One pass through a listing. Not thread-safe.
+
+    Args:
+        records: receives the records of this pass.
+        arrived: receives the records of all passes; may be the same collection.
+    """
 
     def __init__(
         self,
         fetch: Callable[[int, int], Page[T]],
-        key: Callable[[T], Hashable],
-        on_page: Callable[[tuple[T, ...]], None],
+        records: R,
+        arrived: R,
+        on_page: Callable[[R], None],
         workers: int,
         page_size: int,
     ) -> None:
         self._fetch = fetch
-        self._key = key
+        self.records = records
+        self._arrived = arrived
         self._on_page = on_page
         self._workers = workers
         self._page_size = page_size
         self._step = 0
-        self._records: dict[Hashable, T] = {}
         self._received = 0
         self._skipped = 0
         self._totals: set[int] = set()
         self._total = 0
 
-    def items(self) -> tuple[T, ...]:
-        return tuple(self._records.values())
-
-    def merge_missing(self, other: "_Listing[T]") -> None:
-        for key, item in other._records.items():
-            self._records.setdefault(key, item)
+    def merge_missing(self, other: "_Listing[T, R]") -> None:
+        for record in other.records:
+            self.records.add(record)
 
     def has_changed(self) -> bool:
         """Return whether the server's count differed between pages."""
@@ -136,7 +193,7 @@ class _Listing(Generic[T]):
         """
         if self.has_changed():
             return False
-        distinct = len(self._records) + self._skipped
+        distinct = len(self.records) + self._skipped
         return distinct >= self._total or self._received < self._total
 
     def fetch_pages(self) -> None:
@@ -181,10 +238,9 @@ class _Listing(Generic[T]):
                     is_finished.set()
             return page
 
-        works = [partial(fetch_page, offset) for offset in offsets]
+        works = (partial(fetch_page, offset) for offset in offsets)
         try:
-            for future in start_concurrently(works, self._workers, "page"):
-                page = future.result()
+            for page in results_in_order(works, self._workers, "page", 2 * self._workers):
                 yield page
                 if not page.received:
                     return
@@ -222,16 +278,18 @@ class _Listing(Generic[T]):
 
     def _add(self, page: Page[T]) -> bool:
         """Add the records of a page; return whether any of them is new."""
-        self._on_page(page.items)
-        before = len(self._records)
-        for item in page.items:
-            self._records.setdefault(self._key(item), item)
+        before = len(self.records)
+        for record in page.items:
+            self.records.add(record)
+            if self._arrived is not self.records:
+                self._arrived.add(record)
+        self._on_page(self._arrived)
         self._received += page.received
         self._skipped += page.received - len(page.items)
         if page.received and page.total_count:  # SkyRL's count is 0 past the end
             self._totals.add(page.total_count)
             self._total = page.total_count
-        return len(self._records) > before
+        return len(self.records) > before
 
 
 class SkippedRecordReporter:

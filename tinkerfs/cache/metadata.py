@@ -121,7 +121,7 @@ class _Load(Future[Any]):
         super().__init__()
         self.started = started
         self.stream = ResultStream()
-        self.priority = Priority(is_demand, on_partial=self.stream.add, shared_reads=shared_reads)
+        self.priority = Priority(is_demand, on_partial=self.stream.show, shared_reads=shared_reads)
         self.add_done_callback(self.stream.close)
 
 

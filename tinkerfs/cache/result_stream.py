@@ -2,11 +2,24 @@
 
 import itertools
 import threading
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from tinkerfs.context import RequestContext
+from tinkerfs.context import PartialResults, RequestContext
+
+
+class _NoResults:
+    """The results before the first page."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError(index)
+
+    def get(self, _key: Any) -> Any:
+        return None
 
 
 class ResultStream:
@@ -14,19 +27,15 @@ class ResultStream:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_key: dict[Hashable, Any] = {}  # single operations on it are atomic
-        self._values: list[Any] = []  # append-only
+        self._results: PartialResults = _NoResults()
         # Guarded by _lock; `_more` is resolved and replaced at each addition and at the end.
         self._more: Future[None] = Future()
         self._is_closed = False
         self._error: BaseException | None = None
 
-    def add(self, items: Iterable[tuple[Hashable, Any]]) -> None:
-        """Add (key, value) pairs; the first value of a key is the one that counts."""
-        for key, value in items:
-            if key not in self._by_key:
-                self._by_key[key] = value
-                self._values.append(value)
+    def show(self, results: PartialResults) -> None:
+        """Yield the values of a collection, the same at each call, which has grown."""
+        self._results = results
         self._notify()
 
     def close(self, outcome: "Future[Any]") -> None:
@@ -40,9 +49,9 @@ class ResultStream:
             self._is_closed, self._error = is_closed, error
         more.set_result(None)
 
-    def find(self, key: Hashable) -> Any:
+    def find(self, key: Any) -> Any:
         """Return the value of a key, None if it has not arrived."""
-        return self._by_key.get(key)
+        return self._results.get(key)
 
     def iterate(self, ctx: RequestContext) -> Iterator[Any]:
         """Yield every value as soon as it arrives.
@@ -54,14 +63,14 @@ class ResultStream:
         """
         page_ctx = ctx if ctx.page_timeout_s is None else ctx.with_timeout(ctx.page_timeout_s)
         for index in itertools.count():
-            while index >= len(self._values):
+            while index >= len(self._results):
                 with self._lock:
                     more, is_closed, error = self._more, self._is_closed, self._error
-                if index < len(self._values):  # it arrived just before `more` was replaced
+                if index < len(self._results):  # it arrived just before `more` was replaced
                     break
                 if error is not None:
                     raise error
                 if is_closed:
                     return
                 (page_ctx if index else ctx).wait_for(more)
-            yield self._values[index]
+            yield self._results[index]

@@ -6,7 +6,7 @@ requests raise `ApiError`; a cancelled or timed-out wait raises `OSError`.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 
@@ -15,18 +15,16 @@ from tinkerfs.api import endpoints, models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import MetadataStore
+from tinkerfs.catalog.account_listing import AccountListing, AccountRecords
 from tinkerfs.catalog.cached_listing import CachedListing, VisibleListing
 from tinkerfs.catalog.incarnations import Incarnations
 from tinkerfs.catalog.listings import (
-    AccountListing,
     CheckpointListing,
     ListedCheckpoint,
     RunListing,
     SharedRunListing,
     apply_to_run,
     apply_to_runs,
-    checkpoints_of,
-    reuse_known_record,
     with_listed_last,
 )
 from tinkerfs.catalog.order_index import Order
@@ -225,7 +223,7 @@ class Catalog:
         partial_result: ListedCheckpoint | None = self.account_with_trash.peek_partial(key, ctx)
         if partial_result is not None:
             return None if self._trash.is_trashed(partial_result) else partial_result
-        return self.account.get(ctx).by_key.get(key)
+        return self.account.get(ctx).get(key)
 
     def _expire_changed(self) -> None:
         """Expire the listings of runs that another process trashed or restored."""
@@ -329,9 +327,7 @@ class Catalog:
 
     def _load_runs(self, priority: Priority) -> RunListing:
         return RunListing.from_runs(
-            self._client.with_priority(priority).all_training_runs(
-                lambda runs: priority.on_partial((run.run_id, run) for run in runs)
-            )
+            self._client.with_priority(priority).all_training_runs(priority.on_partial)
         )
 
     def _load_shared(self, priority: Priority) -> SharedRunListing:
@@ -373,8 +369,7 @@ class Catalog:
         if priority.is_demand:
             self._run_prefetcher.on_access(run_id)
         records = self._client.with_priority(priority).list_checkpoints(run_id)
-        known = self.account.peek(BACKGROUND_CONTEXT)
-        listing = CheckpointListing.from_records(run_id, records, known=known)
+        listing = CheckpointListing.from_records(run_id, records)
         self._reconcile_trash(run_id, listing)
         return listing
 
@@ -389,15 +384,18 @@ class Catalog:
         self._trash.reconcile(run_id, listing)
 
     def _load_account(self, priority: Priority) -> AccountListing:
-        def on_page(records: Sequence[models.Checkpoint]) -> None:
-            checkpoints = [c for c in checkpoints_of(records) if c is not None]
-            self._trash.add_own_runs(c.run_id for c in checkpoints)
-            priority.on_partial((c.key, c) for c in checkpoints)
+        shown = 0
 
+        def on_page(arrived: AccountRecords) -> None:
+            nonlocal shown
+            table = arrived.table
+            self._trash.add_own_runs(table[row].run_id for row in range(shown, len(table)))
+            shown = len(table)
+            priority.on_partial(table)
+
+        client = self._client.with_priority(priority)
         try:
-            records = self._client.with_priority(priority).all_user_checkpoints(
-                lambda record: reuse_known_record(record, self._peek_checkpoints), on_page
-            )
+            records = client.all_user_checkpoints(AccountRecords, on_page)
         except errors.UnsupportedEndpoint:
             return self._merge_run_listings()
         listing = AccountListing.from_records(records)

@@ -4,7 +4,7 @@ Servers list bare checkpoint ids, ids with a kind, or both. Here every checkpoin
 and a name. All functions are pure.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import attrgetter
@@ -206,7 +206,6 @@ class CheckpointListing:
         run_id: str,
         records: Iterable[models.Checkpoint],
         kinds: Iterable[str] = (),
-        known: "AccountListing | None" = None,
     ) -> "CheckpointListing":
         """Index the server's records; the first of several for the same checkpoint wins.
 
@@ -214,14 +213,10 @@ class CheckpointListing:
             run_id: the run that every record belongs to.
             records: in the server's order.
             kinds: kinds to include even if they have no checkpoint.
-            known: a listing that already has some of the records. Equal records are shared with it
-                to save memory.
         """
         by_name: dict[tuple[str, str], ListedCheckpoint] = {}
         bare_names: dict[str, int] = {}
         for record in records:
-            if known is not None:
-                record = _deduplicated(record, known.by_key.get((run_id, *kind_and_name(record))))
             checkpoint = ListedCheckpoint.from_record(run_id, record)
             first = by_name.setdefault((checkpoint.kind, checkpoint.name), checkpoint)
             if first is checkpoint and record.kind is None:
@@ -310,95 +305,16 @@ class CheckpointListing:
         return CheckpointListing.from_records(expected.run_id, present, self.kinds)
 
 
-@dataclass(frozen=True, slots=True)
-class AccountListing:
-    """The checkpoints of all the user's runs, newest first.
-
-    Attributes:
-        by_key: every checkpoint by `Checkpoint.key`.
-        without_run_count: number of records that are left out because they name no run.
-    """
-
-    by_key: dict[tuple[str, str, str], ListedCheckpoint]
-    without_run_count: int = 0
-
-    @classmethod
-    def from_checkpoints(
-        cls, checkpoints: Iterable[ListedCheckpoint], without_run_count: int = 0
-    ) -> "AccountListing":
-        """Sort and index checkpoints; the first of several with the same key wins."""
-        newest_first = sorted(checkpoints, key=lambda c: c.record.time_ns or 0, reverse=True)
-        by_key: dict[tuple[str, str, str], ListedCheckpoint] = {}
-        for checkpoint in newest_first:
-            by_key.setdefault(checkpoint.key, checkpoint)
-        return cls(by_key, without_run_count)
-
-    @classmethod
-    def from_records(cls, records: Iterable[models.Checkpoint]) -> "AccountListing":
-        """Sort and index API records; the run of each is taken from its tinker path."""
-        checkpoints = list(checkpoints_of(records))
-        found = (c for c in checkpoints if c is not None)
-        return cls.from_checkpoints(found, checkpoints.count(None))
-
-    def __iter__(self) -> Iterator[ListedCheckpoint]:
-        """Return an iterator over all checkpoints."""
-        return iter(self.by_key.values())
-
-    def without(self, excluded: Collection[ListedCheckpoint]) -> "AccountListing":
-        """Return the listing without the given checkpoints, otherwise unchanged."""
-        if not excluded:
-            return self
-        by_key = self.by_key.copy()
-        for checkpoint in excluded:
-            by_key.pop(checkpoint.key, None)
-        return AccountListing(by_key, self.without_run_count)
-
-    def with_record(
-        self, expected: ListedCheckpoint, record: models.Checkpoint | None
-    ) -> "AccountListing":
-        """Return the listing with a checkpoint's record replaced, or removed if None."""
-        by_key = self.by_key.copy()  # a replaced record keeps its position
-        if expected.key in by_key:
-            if record is None:
-                del by_key[expected.key]
-            else:
-                by_key[expected.key] = replace(by_key[expected.key], record=record)
-        return AccountListing(by_key, self.without_run_count)
-
-
 def _newest_ns(times_ns: Iterable[int | None]) -> int | None:
     return max((time_ns for time_ns in times_ns if time_ns is not None), default=None)
 
 
-def checkpoints_of(records: Iterable[models.Checkpoint]) -> "Iterator[ListedCheckpoint | None]":
-    """Yield the checkpoint of each record, or None if the record names no run."""
-    for record in records:
-        run_id = _run_id(record)
-        yield None if run_id is None else ListedCheckpoint.from_record(run_id, record)
-
-
-def _run_id(record: models.Checkpoint) -> str | None:
+def run_id_of(record: models.Checkpoint) -> str | None:
+    """Return the run that the tinker path of a record names, or None."""
     try:
-        return intern(TinkerPath.parse(record.tinker_path or "").run_id)
+        return TinkerPath.parse(record.tinker_path or "").run_id
     except ValueError:
         return None
-
-
-def reuse_known_record(
-    record: models.Checkpoint, known: Callable[[str], CheckpointListing | None]
-) -> models.Checkpoint:
-    """Return the equal record of a cached run listing, if any, to save memory.
-
-    Args:
-        record: a record of the account's listing.
-        known: returns the cached listing of a run.
-    """
-    listing = known(_run_id(record) or "")
-    return record if listing is None else _deduplicated(record, listing.get(*kind_and_name(record)))
-
-
-def _deduplicated(record: models.Checkpoint, known: ListedCheckpoint | None) -> models.Checkpoint:
-    return known.record if known is not None and known.record == record else record
 
 
 def kind_and_name(record: models.Checkpoint) -> tuple[str, str]:

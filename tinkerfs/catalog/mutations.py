@@ -15,12 +15,9 @@ from tinkerfs import errors
 from tinkerfs.api import models, raw_json
 from tinkerfs.api.client import Client
 from tinkerfs.api.transport import Recheck
+from tinkerfs.catalog.account_listing import AccountListing
 from tinkerfs.catalog.catalog import Catalog
-from tinkerfs.catalog.listings import (
-    AccountListing,
-    CheckpointListing,
-    ListedCheckpoint,
-)
+from tinkerfs.catalog.listings import CheckpointListing, ListedCheckpoint
 from tinkerfs.catalog.trash import Trash, TrashState
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread

@@ -33,7 +33,8 @@ import msgspec
 from msgspec.structs import replace
 
 from tinkerfs.cache.store import MetadataStore
-from tinkerfs.catalog.listings import AccountListing, CheckpointListing, ListedCheckpoint
+from tinkerfs.catalog.account_listing import AccountListing
+from tinkerfs.catalog.listings import CheckpointListing, ListedCheckpoint
 from tinkerfs.clock import Clock
 from tinkerfs.concurrency import run_in_thread
 from tinkerfs.config import TTL_RANGE_S
@@ -260,7 +261,7 @@ class Trash:
             for run_id in self._by_run
             for record in self._of_run(run_id)
         }
-        found = (listing.by_key.get(each) for each in keys)
+        found = map(listing.get, keys)
         return [c for c in found if c is not None and self.is_trashed(c)]
 
     def _filtered(

@@ -40,8 +40,7 @@ def _view(
 
     def view_ns(node: Node, ctx: RequestContext) -> int:
         listing = node.backend.catalog.account.peek(ctx)
-        newest_first = listing.by_key.values() if listing else ()
-        times_ns = (c.record.time_ns for c in newest_first if shows(c))
+        times_ns = (c.record.time_ns for c in listing or () if shows(c))
         newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
         changed_ns = node.backend.catalog.account.last_changed_ns()
         return entities.mtime_or_mount_time(node, changed_ns, newest_ns)
@@ -91,7 +90,8 @@ EXPIRING = _view(
 def _list_adapters(
     node: Node, ctx: RequestContext
 ) -> Iterator[tuple[tuple[str, str, str], ListedCheckpoint]]:
-    yield from node.backend.catalog.account.get(ctx).by_key.items()
+    for checkpoint in node.backend.catalog.account.iter(ctx):
+        yield checkpoint.key, checkpoint
 
 
 def _find_adapter(
@@ -101,8 +101,8 @@ def _find_adapter(
         return None
     run_id, kind, name = parts
     listing = node.backend.catalog.account.peek(ctx)
-    if listing is not None and (run_id, kind, name) in listing.by_key:
-        return node.backend.catalog.account.get(ctx).by_key.get((run_id, kind, name))
+    if listing is not None and listing.get((run_id, kind, name)) is not None:
+        return node.backend.catalog.account.get(ctx).get((run_id, kind, name))
     return entities.absent_as_none(node.backend.catalog.checkpoint, run_id, kind, name, ctx)
 
 

@@ -1,6 +1,7 @@
 """Every endpoint of the client, against the embedded server with the profile of each server."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.unit.api.conftest import http
 from tinkerfs import errors
 from tinkerfs.api import endpoints
 from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.api.pagination import RecordList
 from tinkerfs.clock import SYSTEM_CLOCK
 from tinkerfs.demo.profiles import PROFILES
 
@@ -19,6 +21,10 @@ DELETE = "DELETE checkpoint"
 def ref_of(run_id, checkpoint, *, exists=True):
     _, _, rest = checkpoint.tinker_path.removeprefix("tinker://").partition("/")
     return CheckpointRef(run_id, rest, checkpoint.checkpoint_id, exists)
+
+
+def new_records():
+    return RecordList(lambda record: record.identity)
 
 
 def first_run(server):
@@ -116,7 +122,7 @@ def test_training_run_of_other_account_is_returned(demo_server, client_of):
 def test_list_checkpoints_returns_all_of_run(server, client, run_id):
     listed = client.list_checkpoints(run_id)
     assert len(listed) == 5
-    user = client.all_user_checkpoints()
+    user = client.all_user_checkpoints(new_records)
     assert len(user) == 50
     assert {c.tinker_path for c in listed} <= {c.tinker_path for c in user}
     assert server.journal.count("GET checkpoints") == 1
@@ -126,7 +132,7 @@ def test_list_checkpoints_returns_all_of_run(server, client, run_id):
 
 def test_all_user_checkpoints_requests_large_pages(demo_server, client_of):
     server = demo_server(runs=120, checkpoints=10)
-    assert len(client_of(server).all_user_checkpoints()) == 1200
+    assert len(client_of(server).all_user_checkpoints(new_records)) == 1200
     assert server.journal.count("GET checkpoints") == 2
 
 
@@ -139,7 +145,7 @@ def test_all_user_checkpoints_without_large_pages(demo_server, client_of, status
     client = client_of(server)
     for requests in (4, 3):  # the refusal of large pages is remembered
         server.journal.clear()
-        assert len(client.all_user_checkpoints()) == 300
+        assert len(client.all_user_checkpoints(new_records)) == 300
         assert server.journal.count("GET checkpoints") == requests
 
 
@@ -569,7 +575,8 @@ def test_skyrl_profile_id_forms_and_missing_endpoints(demo_server, client_of):
     server = demo_server(profile="skyrl", runs=120)
     client = client_of(server)
     assert len(client.all_training_runs()) == 120
-    for read in (client.all_user_checkpoints, client.all_sessions, client.whoami):
+    list_user = partial(client.all_user_checkpoints, new_records)
+    for read in (list_user, client.all_sessions, client.whoami):
         with pytest.raises(errors.UnsupportedEndpoint):
             read()
     run_id = first_run(server)
@@ -672,7 +679,8 @@ def test_archive_of_deleted_checkpoint_raises_not_found(server, client):
 def test_hatchery_profile_id_forms_and_missing_endpoints(demo_server, client_of):
     server = demo_server(profile="hatchery")
     client = client_of(server)
-    for read in (client.all_training_runs, client.all_user_checkpoints, client.all_sessions):
+    list_user = partial(client.all_user_checkpoints, new_records)
+    for read in (client.all_training_runs, list_user, client.all_sessions):
         with pytest.raises(errors.UnsupportedEndpoint):
             read()
     run_id = first_run(server)

@@ -9,6 +9,7 @@ import pytest
 from tests.support.hostile import HostileServer, close, endless, genuine, reset, response
 from tinkerfs import errors
 from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.api.pagination import RecordList
 
 RUNS = "GET training_runs"
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -325,7 +326,7 @@ CALLS = {
     "runs": lambda c: c.all_training_runs(),
     "run": lambda c: c.training_run("r:train:0"),
     "checkpoints of a run": lambda c: c.list_checkpoints("r:train:0"),
-    "checkpoints": lambda c: c.all_user_checkpoints(),
+    "checkpoints": lambda c: c.all_user_checkpoints(lambda: RecordList(lambda each: each.identity)),
     "weights info": lambda c: c.weights_info("tinker://r:train:0/weights/1"),
     "archive": lambda c: c.archive(REF),
     "external weights": lambda c: c.external_weights_urls(REF),

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tinkerfs.api.models import Page
-from tinkerfs.api.pagination import fetch_all_pages
+from tinkerfs.api.pagination import RecordList, fetch_all_pages
 
 #: Default maximum number of pages in flight.
 WORKERS = 8
@@ -46,7 +46,23 @@ class Server:
             )
 
     def read(self):
-        return list(fetch_all_pages(self.page, lambda number: number))
+        return list(fetch_numbers(self.page))
+
+
+def fetch_numbers(page, on_page=lambda _new: None, **options):
+    """Return all records; `on_page` receives those that are new after each page, if any."""
+    shown = 0
+
+    def on_arrival(arrived):
+        nonlocal shown
+        new, shown = [arrived[index] for index in range(shown, len(arrived))], len(arrived)
+        if new:
+            on_page(new)
+
+    def new_records():
+        return RecordList(lambda number: number)
+
+    return tuple(fetch_all_pages(page, new_records, new_records(), on_page=on_arrival, **options))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +101,7 @@ def test_fetch_all_pages_with_echoed_limit_is_complete(total):
     def page(limit, offset):
         return dataclasses.replace(server.page(limit, offset), limit=limit)
 
-    records = fetch_all_pages(page, lambda number: number, page_size=1000)
+    records = fetch_numbers(page, page_size=1000)
     assert list(records) == list(range(450))
 
 
@@ -107,7 +123,7 @@ def test_fetch_all_pages_limits_pages_in_flight():
             now -= 1
         return result
 
-    assert fetch_all_pages(page, lambda n: n) == tuple(range(5000))
+    assert fetch_numbers(page) == tuple(range(5000))
     assert max_in_flight == WORKERS
     assert len(server.offsets) == 50
 
@@ -172,7 +188,7 @@ def test_listing_with_failing_page_fails():
         return server.page(limit, offset)
 
     with pytest.raises(ValueError, match="page 7"):
-        fetch_all_pages(page, lambda n: n)
+        fetch_numbers(page)
     assert len(server.offsets) < 50
 
 
@@ -183,7 +199,7 @@ def test_fetch_all_pages_counts_skipped_records_as_received():
         full_page = server.page(limit, offset)
         return Page(full_page.items[1:], full_page.total_count, full_page.limit, full_page.received)
 
-    assert len(fetch_all_pages(page, lambda n: n)) == 247
+    assert len(fetch_numbers(page)) == 247
     assert len(server.offsets) == 3
 
 
@@ -203,7 +219,7 @@ def test_on_page_receives_pages_in_order_as_they_arrive():
         if items[0] == 0:
             assert server.offsets == [0]
 
-    assert fetch_all_pages(page, lambda n: n, on_page=on_page) == tuple(range(1000))
+    assert fetch_numbers(page, on_page=on_page) == tuple(range(1000))
     assert seen == list(range(1000))
 
 
@@ -222,7 +238,7 @@ def test_on_page_receives_pages_before_failing_page():
             failing.set()
 
     with pytest.raises(ValueError, match="page 5"):
-        fetch_all_pages(page, lambda n: n, on_page=on_page)
+        fetch_numbers(page, on_page=on_page)
     assert seen == list(range(500))
 
 
@@ -236,7 +252,7 @@ def test_on_page_receives_every_returned_record(count, clamp, moved_at):
 
     server.on_request = move
     seen = []
-    found = fetch_all_pages(server.page, lambda number: number, on_page=seen.extend)
+    found = fetch_numbers(server.page, on_page=seen.extend)
     assert set(found) == set(seen) == set(range(count))
 
 
@@ -261,7 +277,7 @@ def test_on_page_receives_pages_despite_earlier_error():
             assert failed.wait(10)
 
     with pytest.raises(ValueError, match="page 5"):
-        fetch_all_pages(page, lambda n: n, on_page=on_page)
+        fetch_numbers(page, on_page=on_page)
     assert seen == list(range(500))
 
 
@@ -278,7 +294,7 @@ def test_on_page_error_stops_requests():
             raise ValueError("no room")
 
     with pytest.raises(ValueError, match="no room"):
-        fetch_all_pages(page, lambda n: n, on_page=on_page)
+        fetch_numbers(page, on_page=on_page)
     resume.set()
     for thread in threading.enumerate():
         if thread.name == "page":

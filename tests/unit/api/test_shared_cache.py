@@ -19,6 +19,7 @@ from tinkerfs.api.checkpoint_ids import CheckpointRef
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.http_client import Response
+from tinkerfs.api.pagination import RecordList
 from tinkerfs.api.shared_cache import SharedCache
 from tinkerfs.api.shared_records import InvalidRecordError, RecordSeal, SharedRecord
 from tinkerfs.clock import SYSTEM_CLOCK
@@ -367,7 +368,7 @@ def values(redis_server):
 def test_no_value_or_name_has_a_secret(server, host, redis_server):
     client = host()
     client.reading().all_training_runs()
-    client.reading().all_user_checkpoints()
+    client.reading().all_user_checkpoints(lambda: RecordList(lambda each: each.identity))
     url = url_cache(client).url("x", ref_of(server), "/x", BACKGROUND_CONTEXT).url
     content = b"".join(name + value for name, value in redis_server.dump().items())
     assert len(values(redis_server)) == 3

@@ -8,8 +8,8 @@ from tests.support.clocks import FakeTime
 from tinkerfs.api import models
 from tinkerfs.cache.metadata import MetadataCache
 from tinkerfs.cache.store import MetadataStore
+from tinkerfs.catalog.account_listing import AccountListing, AccountRecords
 from tinkerfs.catalog.cached_listing import CachedListing, VisibleListing
-from tinkerfs.catalog.listings import AccountListing
 from tinkerfs.catalog.policies import CachePolicies
 from tinkerfs.catalog.trash import Trash
 from tinkerfs.context import RequestContext, Validity
@@ -41,7 +41,7 @@ class Server:
 
     def _load(self, priority):
         self.requests += 1
-        listing = AccountListing.from_records(
+        first, *others = (
             models.Checkpoint.from_fields(
                 f"weights/{name}",
                 tinker_path=f"tinker://run/weights/{name}",
@@ -51,11 +51,13 @@ class Server:
             )
             for name, expires_at_ns in self.expiries_ns.items()
         )
-        items = list(listing.by_key.items())
-        priority.on_partial(items[:1])
+        records = AccountRecords([first])
+        priority.on_partial(records.table)
         assert self.second_page.wait(10)
-        priority.on_partial(items[1:])
-        return listing
+        for record in others:
+            records.add(record)
+        priority.on_partial(records.table)
+        return AccountListing.from_records(records)
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def test_visible_listing_leaves_out_the_trash(server, time, tmp_path, is_slow):
         visible = VisibleListing(server.listing, trash, trash.visible_in_account)
         assert visible.peek(CTX) is None
         assert visible.last_changed_ns() is None
-        checkpoint = server.listing.get(CTX).by_key[KEY]
+        checkpoint = server.listing.get(CTX).get(KEY)
         record = trash.plan(checkpoint, 86_400)
         trash.mark_set(record)
         assert server.listing.last_changed_ns() is None

@@ -14,7 +14,8 @@ from tests.support.clocks import FakeTime
 from tests.support.mount import wait_until
 from tinkerfs.api import models
 from tinkerfs.cache.store import MetadataStore
-from tinkerfs.catalog.listings import AccountListing, CheckpointListing
+from tinkerfs.catalog.account_listing import AccountListing
+from tinkerfs.catalog.listings import CheckpointListing
 from tinkerfs.catalog.trash import SETTLED_S, Trash, TrashState
 
 URL = "http://server.invalid"
@@ -76,7 +77,7 @@ def test_visible_with_a_confirmed_removal_excludes_it(opened, time):
     assert trash.visible(RUN, current).kinds == ("weights",)
     assert names(trash.of_run(RUN, current)) == ["1"]
     user = AccountListing.from_checkpoints(current.all)
-    assert trash.visible_in_account(user).by_key == {}
+    assert names(trash.visible_in_account(user)) == []
     assert trash.visible_in_account(user) is trash.visible_in_account(user)
 
 
@@ -403,7 +404,7 @@ class TrashMachine(RuleBasedStateMachine):
         assert names(self.trash.visible(RUN, current).all) == visible
         assert names(self.trash.of_run(RUN, current)) == sorted(self.removed)
         user = AccountListing.from_checkpoints(current.all)
-        assert names(self.trash.visible_in_account(user).by_key.values()) == visible
+        assert names(self.trash.visible_in_account(user)) == visible
 
 
 TestTrashMachine = TrashMachine.TestCase

@@ -1,10 +1,11 @@
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tinkerfs import errors
-from tinkerfs.vfs.directory_stream import DirectoryStream
+from tinkerfs.vfs.directory_stream import MAX_KEPT_ENTRIES, DirectoryStream
 from tinkerfs.vfs.node import Entry
 
 LIMIT = 40
@@ -109,3 +110,71 @@ def test_read_after_an_interruption_continues(error):
     assert stream.read(150, LIMIT) == list(ENTRIES[150:190])
     assert read_to_end(stream) == ENTRIES
     assert completed == [ENTRIES]
+
+
+# --- long streams --------------------------------------------------------------------------------
+
+LONG = 3 * MAX_KEPT_ENTRIES
+
+
+class Source:
+    """Yields many entries, and counts how often it is started and how many it yields.
+
+    Attributes:
+        fails_at: position at which it is interrupted once.
+    """
+
+    def __init__(self, fails_at=None):
+        self.starts = self.yielded = 0
+        self.fails_at = fails_at
+
+    def __call__(self):
+        self.starts += 1
+        for number in range(LONG):
+            if number == self.fails_at:
+                self.fails_at = None
+                raise errors.interrupted()
+            self.yielded += 1
+            yield entry(number)
+
+
+def test_long_stream_keeps_only_the_latest_entries():
+    source, completed = Source(), []
+    stream = DirectoryStream(source=source, on_complete=completed.append)
+    tracemalloc.start()
+    try:
+        offset = 0
+        while batch := stream.read(offset, 256):
+            assert batch[0].name == str(offset)
+            offset += len(batch)
+        _kept_bytes, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert offset == LONG
+    assert most_bytes < 200 * (MAX_KEPT_ENTRIES + LONG // 8)
+    assert (source.starts, source.yielded) == (1, LONG)
+    assert completed == []
+    assert stream.read(LONG, 1) == ()
+    assert stream.read(LONG - 1000, 1) == (entry(LONG - 1000),)
+    assert source.starts == 1
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_reader_that_goes_back_gets_the_same_entries(is_complete):
+    source = Source()
+    stream = DirectoryStream(source=source)
+    assert len(stream.read(LONG - (not is_complete), 1)) == (not is_complete)
+    assert stream.read(5, 2) == [entry(5), entry(6)]
+    assert source.starts == 2
+    assert list(stream.read(LONG - 1, 5)) == [entry(LONG - 1)]
+    assert tuple(each.name for each in stream.read_all()) == tuple(map(str, range(LONG)))
+
+
+def test_long_stream_continues_after_an_interruption():
+    source = Source(fails_at=LONG - 50)
+    stream = DirectoryStream(source=source)
+    offset = 0
+    while batch := stream.read(offset, 100):
+        assert [each.name for each in batch] == [str(offset + n) for n in range(len(batch))]
+        offset += len(batch)
+    assert (offset, source.starts) == (LONG, 2)
