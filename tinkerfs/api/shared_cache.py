@@ -45,7 +45,7 @@ MAX_LIFE_S: Final = 86400.0
 
 #: Maximum wait for another mount's request, seconds. An archive is waited for half as long as its
 #: request may take, so that a claim that is never given up delays it, and does not fail it.
-MAX_WAIT_S: Final = 5.0
+MAX_WAIT_S: Final = 10.0
 
 #: How often a waiter looks for the response, at first and later, seconds.
 _MIN_POLL_S: Final = 0.01
@@ -251,6 +251,8 @@ class SharedCache:
                 time.sleep(poll_s)
                 poll_s = min(2 * poll_s, _MAX_POLL_S)
         except ServerFailedError as error:
+            if turn is not None:
+                self._release(turn)
             self._on_failure(session, error)
             return None
 
@@ -346,14 +348,14 @@ class SharedCache:
 
     def _store(self, turn: _Turn, response: Response, identity: str, life_s: float) -> bool:
         """Store a response; return whether it is shared."""
-        assert self._keeper is not None
         session = turn.session
-        self._keeper.remove_claim(turn.claim_key)
+        self._release(turn)
         record = SharedRecord(
             turn.generation, turn.requested_us, int(1000 * life_s), identity, response
         )
         # With another key than the session's, the response may be of another account.
-        value = session.seal.seal(record, turn.name) if self._keeper.has_key(session) else None
+        has_key = self._keeper is not None and self._keeper.has_key(session)
+        value = session.seal.seal(record, turn.name) if has_key else None
         if value is None or life_s <= 0:
             self._give_up(turn, _FAILED)
             return False
@@ -368,12 +370,16 @@ class SharedCache:
         """Replace the claim of a request without a response, for `life_s`."""
         if turn is None or not turn.has_claim:
             return
-        assert self._keeper is not None
-        self._keeper.remove_claim(turn.claim_key)
+        self._release(turn)
         try:
             turn.session.server.mark(turn.claim_key, mark, life_s)
         except ServerFailedError as error:
             self._on_failure(turn.session, error)
+
+    def _release(self, turn: _Turn) -> None:
+        """Extend the claim of a request no longer."""
+        if self._keeper is not None:
+            self._keeper.remove_claim(turn.claim_key)
 
     def _on_failure(self, session: SharedSession, error: ServerFailedError) -> None:
         self._telemetry.count("shared_metadata_failures")

@@ -92,7 +92,7 @@ class SessionKeeper:
         self._failure: str | None = None
         self._is_reported = False
         self._claims: set[str] = set()
-        #: The generation that this mount knows; None before the first session.
+        #: The generation of the last message; None before the first session.
         self._generation: bytes | None = None
         #: Whether a change could not be announced.
         self._has_unannounced = False
@@ -165,8 +165,6 @@ class SessionKeeper:
         session.server.announce(
             session.generation_key, generation, GENERATION_S, session.channel, message
         )
-        with self._lock:
-            self._generation = generation
 
     # The thread
 
@@ -236,10 +234,11 @@ class SessionKeeper:
         except InvalidRecordError:
             self._telemetry.count("shared_metadata_rejections")
             return
-        if change.sender == self._mount_id:
-            return
+        # Also after an own change: without its message, the subscription may have missed others.
         with self._lock:
             self._generation = change.generation
+        if change.sender == self._mount_id:
+            return
         self._telemetry.count("shared_metadata_changes")
         self._on_change(change.run_id or None)
 
