@@ -30,6 +30,7 @@ def main() -> int:
         "ray_workers": [directory / "ray"],
         "prometheus": [],
         "nginx": [],
+        "shared_cache": [],
         "peft_loaders": [loaders],
         "families": [loaders],
         "vllm_engine": [loaders],

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from tinkerfs.cache.block_writer import BlockWriter
-from tinkerfs.cache.blocks import BlocksWriter
+from tinkerfs.cache.blocks import BlocksWriter, FileBlocks
 from tinkerfs.cache.data_files import BlockingSection, DataFiles, Verification
 from tinkerfs.cache.data_layout import (
     BLOCK_BYTES,
@@ -95,6 +95,10 @@ class BlockCache(CacheSpace):
         digest = hashlib.sha256(f"{_FORMAT} {key}".encode("utf-8", "surrogatepass"))
         return BlockFile(self, digest.hexdigest()[:40], about, length_bytes, layout)
 
+    def open_record(self, key: str, description: str) -> None:
+        """Return None: the metadata store has the records of one host."""
+        del key, description
+
     def verification(self, name: str, *, is_new: bool = False) -> Verification:
         """Return what this process has verified of a file; nothing if its data `is_new`."""
         with self._lock:
@@ -109,7 +113,7 @@ class BlockCache(CacheSpace):
         return int(self._clock.now() * 1e9)
 
 
-class BlockFile:
+class BlockFile(FileBlocks):
     """The cached bytes of one file, which are not evicted until it is closed.
 
     Any run of units is stored and looked up. Blocks are only the usual length of such a run.
@@ -188,12 +192,6 @@ class BlockFile:
             for unit, record in zip(units, records, strict=False)
             if record.length
         )
-
-    def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
-        """Return the bytes [start, stop) of block `index`; None if `read_into` fails."""
-        data = bytearray(stop - start)
-        is_read = self.read_into(index, start, memoryview(data), length)
-        return bytes(data) if is_read else None
 
     def read_into(
         self,
@@ -278,19 +276,6 @@ class BlockFile:
         except OSError as error:
             self._cache.report_once(error)
             return None
-
-    def put(self, index: int, data: bytes) -> bool:
-        """Store a block; return whether it is on disk."""
-        writer = self.begin_write(index * BLOCK_BYTES, len(data))
-        if writer is None:
-            return False
-        with closing(writer):
-            try:
-                writer.write(data)
-            except OSError as error:
-                self._cache.report_once(error)
-                return False
-            return self.commit(writer)
 
     def begin_write(self, start: int, length: int) -> BlockWriter | None:
         """Return a writer for the units of [start, start + length), to be closed.

@@ -5,11 +5,11 @@ that many hosts share. `directory.CachePaths` decides which one is used.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Protocol
 
 from tinkerfs.cache.data_files import BlockingSection
-from tinkerfs.cache.data_layout import DataLayout
+from tinkerfs.cache.data_layout import BLOCK_BYTES, DataLayout
 
 _PLAIN = DataLayout()
 
@@ -88,7 +88,9 @@ class FileBlocks(Protocol):
 
     def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
         """Return the bytes [start, stop) of block `index`; None if `read_into` fails."""
-        ...
+        data = bytearray(stop - start)
+        is_read = self.read_into(index, start, memoryview(data), length)
+        return bytes(data) if is_read else None
 
     def read_into(
         self,
@@ -125,7 +127,16 @@ class FileBlocks(Protocol):
 
     def put(self, index: int, data: bytes) -> bool:
         """Store a block; return whether it is on disk."""
-        ...
+        writer = self.begin_write(index * BLOCK_BYTES, len(data))
+        if writer is None:
+            return False
+        with closing(writer):
+            try:
+                writer.write(data)
+            except OSError as error:
+                self.report(error)
+                return False
+            return self.commit(writer)
 
     def begin_write(self, start: int, length: int) -> BlocksWriter | None:
         """Return a writer for the units of [start, start + length), to be closed.
@@ -169,6 +180,14 @@ class FileBlocks(Protocol):
         ...
 
 
+class BlockRecord(FileBlocks, Protocol):
+    """A value of at most a block that hosts share: block 0 of a file without a known length."""
+
+    def read_record(self) -> bytes | None:
+        """Return what `put` has stored as block 0 on any host; None if there is nothing."""
+        ...
+
+
 class Blocks(Protocol):
     """A cache of the blocks of remote files. Thread-safe."""
 
@@ -186,6 +205,15 @@ class Blocks(Protocol):
             description: text for users.
             length_bytes: length of the whole file; None if unknown.
             layout: of new data files; those that exist keep theirs.
+        """
+        ...
+
+    def open_record(self, key: str, description: str) -> BlockRecord | None:
+        """Return the record of `key`; None if hosts share no records.
+
+        Args:
+            key: identifies the value.
+            description: text for users.
         """
         ...
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 BOUND_S = 10.0
 
 #: Minimum time for which a hanging file system is set aside, seconds.
-_SET_ASIDE_S = 30.0
+_SET_ASIDE_S = 10.0
 
 
 class BoundedAccess:

@@ -16,13 +16,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TypeVar
 
 from tinkerfs import errors, operating_system
 from tinkerfs.cache import extent_files
-from tinkerfs.cache.blocks import BlocksWriter
+from tinkerfs.cache.blocks import BlocksWriter, FileBlocks
 from tinkerfs.cache.data_files import BlockingSection
 from tinkerfs.cache.data_layout import (
     BLOCK_BYTES,
@@ -74,8 +74,12 @@ class SharedBlockCache(SharedDirectory):
         digest = hashlib.sha256(f"shared {_FORMAT} {key}".encode("utf-8", "surrogatepass"))
         return SharedBlockFile(self, digest.hexdigest()[:40], about, length_bytes)
 
+    def open_record(self, key: str, description: str) -> "SharedBlockFile | None":
+        """Return the record of `key`; see `Blocks.open_record`."""
+        return self.open(f"record {key}", description) if self.is_on else None
 
-class SharedBlockFile:
+
+class SharedBlockFile(FileBlocks):
     """The cached bytes of one file; see `FileBlocks`."""
 
     def __init__(
@@ -123,12 +127,6 @@ class SharedBlockFile:
 
     # Reads.
 
-    def read(self, index: int, start: int, stop: int, length: int) -> bytes | None:
-        """Return the bytes [start, stop) of a block; None if `read_into` fails."""
-        data = bytearray(stop - start)
-        is_read = self.read_into(index, start, memoryview(data), length)
-        return bytes(data) if is_read else None
-
     def read_into(
         self,
         index: int,
@@ -154,6 +152,16 @@ class SharedBlockFile:
             buffer, offset = buffer[len(part) :], offset + len(part)
         return True
 
+    def read_record(self) -> bytes | None:
+        """Return the data of block 0; see `BlockRecord`."""
+        self._open()
+        self._access(self._refresh, None)
+        for extent in self._find_all(0):
+            data = self._access(partial(self._read, extent), None)
+            if data is not None:
+                return data
+        return None
+
     def backing_fd(
         self,
         start: int,
@@ -165,15 +173,6 @@ class SharedBlockFile:
         del start, stop, max_verified_bytes, blocking
 
     # Writes.
-
-    def put(self, index: int, data: bytes) -> bool:
-        """Store a block; return whether it is on disk."""
-        writer = self.begin_write(index * BLOCK_BYTES, len(data))
-        if writer is None:
-            return False
-        with closing(writer):
-            writer.write(data)
-            return self.commit(writer)
 
     def begin_write(self, start: int, length: int) -> SharedWriter | None:
         """Return a writer, None if nothing can be stored; see `FileBlocks.begin_write`."""
@@ -386,6 +385,11 @@ class SharedBlockFile:
             self._known.clear()
             self._listed_at = listed_at
         self._remember(extents)
+
+    def _refresh(self) -> None:
+        with suppress(FileNotFoundError):
+            operating_system.revalidate_directory(self._directory)
+        self._list()
 
     def _look_up(self, units: range) -> None:
         """Find and load extents with some units of a block that other hosts have stored."""

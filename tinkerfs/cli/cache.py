@@ -36,8 +36,11 @@ _PATH_HELP = (
 #: The limit of Linux, see path_resolution(7).
 _MAX_LINKS = 40
 
+#: Suffix of a list of members that hosts share; it is not counted as weights.
+_INDEX_SUFFIX = " index"
+
 #: Suffixes after the tinker path or the session in the description of a cached file.
-_DESCRIPTION_SUFFIXES = (" archive", " unpacked", " trace")
+_DESCRIPTION_SUFFIXES = (" archive", " unpacked", " trace", _INDEX_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,14 +270,18 @@ def _rows(files: list[CachedFile]) -> list[dict[str, Any]]:
         {
             "checkpoint": checkpoint,
             "disk_bytes": sum(file.size_bytes for file in cached),
-            "cached_bytes": sum(file.data_bytes for file in cached),
-            "total_bytes": _sum_known([file.length_bytes for file in cached]),
+            "cached_bytes": sum(file.data_bytes for file in _weights(cached)),
+            "total_bytes": _sum_known([file.length_bytes for file in _weights(cached)]),
             "accessed_s_ago": _age_s(max(file.last_access_ns for file in cached)),
             "downloaded_s_ago": _age_s(min(file.fetched_ns for file in cached)),
             "is_open": any(file.is_open for file in cached),
         }
         for checkpoint, cached in by_checkpoint.items()
     ]
+
+
+def _weights(files: list[CachedFile]) -> list[CachedFile]:
+    return [file for file in files if not file.description.endswith(_INDEX_SUFFIX)]
 
 
 def _age_s(time_ns: int) -> int:

@@ -109,7 +109,7 @@ class WeightsReader:
             url_cache, exports, cache, monitor, on_stale=self.invalidate, blob_proxy=blob_proxy
         )
         exports.on_exported = self.invalidate
-        self._indexes = IndexCache(store)
+        self._indexes = IndexCache(store, cache, timeout_s)
         self.adapters = AdapterCache(store)
         self.base_models = base_models or BaseModels(None)
         self.moe_layout = moe_layout
@@ -333,7 +333,7 @@ class WeightsReader:
 
     def invalidate(self, checkpoint: CheckpointVersion) -> None:
         """Drop the cached index, version and tensors, because the weights have changed."""
-        self._indexes.drop(checkpoint.cache_key)
+        self._indexes.drop(checkpoint.cache_key, checkpoint.about)
         self.adapters.drop(checkpoint.cache_key)
         for namespace in (_VERSIONS, _TENSORS):
             self._store.delete(namespace, checkpoint.cache_key)
@@ -397,7 +397,7 @@ class WeightsReader:
             return load_and_report
 
         name = f"index of {checkpoint.path}"
-        return self._indexes.get(checkpoint.cache_key, prepare, name, ctx)
+        return self._indexes.get(checkpoint.cache_key, prepare, name, ctx, checkpoint.about)
 
     def _acquire(self, checkpoint: CheckpointVersion, stored: StoredFile) -> RemoteFile:
         return self._files.acquire(checkpoint.cache_key, checkpoint.path, checkpoint.about, stored)

@@ -4,11 +4,14 @@ import threading
 
 import pytest
 
+from tinkerfs.cache.block_cache import BlockCache
 from tinkerfs.cache.store import MetadataStore
 from tinkerfs.context import RequestContext
+from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights import index_cache
 from tinkerfs.weights.index_cache import IndexCache
 
+NOTHING = {"max_bytes": 0, "min_free_bytes": 0}
 CTX = RequestContext(timeout_s=10.0)
 
 
@@ -17,7 +20,7 @@ def indexes(tmp_path, monkeypatch):
     monkeypatch.setattr(index_cache, "encode_index", str.encode)
     monkeypatch.setattr(index_cache, "decode_index", bytes.decode)
     with MetadataStore(tmp_path) as store:
-        yield IndexCache(store)
+        yield IndexCache(store, BlockCache(None, Telemetry(), **NOTHING), 10.0)
 
 
 def test_index_is_loaded_once_and_again_after_a_failure(indexes):

@@ -35,6 +35,15 @@ def test_hosts_fetch_each_byte_once_between_them(demo_server, tmp_path):
     assert [each.communicate(timeout=60)[0] == expected for each in started] == [True] * 3
     fetched = sorted(map(range_of, server.journal.entries("GET store/archive")))
     assert sum(stop - start for start, stop in fetched) < 21 * MIB, fetched
+    server.journal.clear()
+    account = (server.base_url, server.api_key)
+    with weights_in(tmp_path / "later", *account, shared=tmp_path / "shared") as mount:
+        with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT) as file:
+            assert file.read(len(expected), 0, BACKGROUND_CONTEXT) == expected
+        assert not list(server.journal), "another host has found the members and the bytes"
+        mount.weights.invalidate(subject)
+        with mount.weights.open(subject, NAME, BACKGROUND_CONTEXT):
+            assert server.journal.entries("GET store/archive"), "the common members were dropped"
 
 
 def test_killed_hosts_leave_no_wrong_byte_and_no_claim(demo_server, tmp_path):
