@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from scripts.benchmarks.downloaders import GB
 from scripts.benchmarks.fleet_load import Load, load
-from scripts.benchmarks.fleet_model import KEY_CHECK_CALLS
-from scripts.benchmarks.fleet_scale import MAX_MORE_CALLS, Loads, compare, project
+from scripts.benchmarks.fleet_model import requests_of
+from scripts.benchmarks.fleet_scale import Loads, compare, project
 from scripts.benchmarks.fleet_ways import (
     ALONE,
     DIRECTORY,
@@ -22,6 +22,8 @@ from scripts.benchmarks.harness import Bench
 
 #: The store may send more than the checkpoint: the ETag, and the index of each host.
 MAX_ORIGIN_RATIO = 1.05
+#: API requests of hosts that share responses, beside those that are expected.
+MAX_MORE_CALLS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,26 +66,21 @@ def measure_fleet(bench: Bench, binding: str, *, is_short: bool) -> None:
         with site_of(shape.links, hosts, shape.size_bytes, binding) as site:
             for way in shape.ways:
                 found = loads[way][hosts] = load(site, way)
-                alone = loads[ALONE][hosts].api_calls // hosts
-                add_rows(bench, f"{hosts} hosts, {way.name}", way, found, alone)
+                add_rows(bench, f"{hosts} hosts, {way.name}", way, found)
     print(table_of(loads, shape), file=sys.stderr)
     if not is_short:
         compare(bench, loads, shape.links)
-        project(bench, binding, loads, shape.links)
+        project(bench, binding, loads[ALONE][1].checkpoint_bytes)
 
 
-def add_rows(bench: Bench, what: str, way: Way, found: Load, calls_alone: int) -> None:
-    """Add the rows of one load.
-
-    Args:
-        calls_alone: API requests of a host that shares nothing.
-    """
+def add_rows(bench: Bench, what: str, way: Way, found: Load) -> None:
+    """Add the rows of one load."""
     hosts = len(found.times_s)
-    calls = calls_alone * hosts
-    if way.shares_calls:
-        calls = calls_alone + KEY_CHECK_CALLS * (hosts - 1) + MAX_MORE_CALLS
+    calls = requests_of(hosts, found.time_s, way.sharing)
+    if way.sharing.shares_calls:
+        calls += MAX_MORE_CALLS
     bench.add(f"{what}: API requests", found.api_calls, "requests", calls)
-    ratio = MAX_ORIGIN_RATIO * (hosts if way.wait_s is None else 1)
+    ratio = MAX_ORIGIN_RATIO * (hosts if way.sharing.wait_s is None else 1)
     bench.add("... origin bytes over those of the checkpoint", found.origin_ratio, "x", ratio)
     bench.add("... hosts that read wrong bytes", found.wrong_hosts, "hosts", 0)
     details = {"first host": min(found.times_s), "CPU in use": found.busy} | found.cpu_s

@@ -38,21 +38,19 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What was measured of a way.
+class Sharing:
+    """What hosts share.
 
     Attributes:
-        start_s: time that a single host needs beside the transfer.
         wait_s: maximum time after which other hosts find a byte that was fetched; None if hosts
             share no bytes.
         calls: API requests of a mount: at first, and whenever its records have expired.
         shares_calls: whether the hosts share responses.
     """
 
-    start_s: float
-    wait_s: float | None
-    calls: tuple[int, int]
-    shares_calls: bool
+    wait_s: float | None = None
+    calls: tuple[int, int] = (4, 2)
+    shares_calls: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ def simulate(
     hosts: int,
     size_bytes: float,
     rates: Rates,
-    figures: Figures,
+    sharing: Sharing,
     *,
     services: int = 1,
     spread_s: float = 0.0,
@@ -84,24 +82,25 @@ def simulate(
         services: number of services, each of which serves an equal share of the hosts.
         spread_s: the hosts start evenly over this time.
     """
-    if figures.wait_s is None:
+    if sharing.wait_s is None:
         time_s = flow(groups_of(hosts, spread_s), size_bytes, rates.host, rates.uplink)
         ratio = float(hosts)
     else:
         services = min(services, hosts)
         share = replace(rates, uplink=rates.uplink / services)
         groups = groups_of(-(-hosts // services), spread_s)
-        wait_s = figures.wait_s if hosts > 1 else 0.0
+        wait_s = sharing.wait_s if hosts > 1 else 0.0
         time_s = flow(groups, size_bytes, share.host, share.service, share.uplink, wait_s)
         ratio = float(services)
-    time_s += figures.start_s
-    first, again = figures.calls
-    calls = first + again * int(time_s // TTL_S)
-    if figures.shares_calls:
-        calls += KEY_CHECK_CALLS * (hosts - 1)
-    else:
-        calls *= hosts
+    calls = requests_of(hosts, time_s, sharing)
     return Outcome(time_s=time_s, origin_ratio=ratio, api_calls=calls)
+
+
+def requests_of(hosts: int, time_s: float, sharing: Sharing) -> int:
+    """Return the maximum number of API requests of hosts that load for some time."""
+    first, again = sharing.calls
+    calls = first + again * int(time_s // TTL_S)
+    return calls + KEY_CHECK_CALLS * (hosts - 1) if sharing.shares_calls else calls * hosts
 
 
 def groups_of(hosts: int, spread_s: float) -> list[tuple[float, int]]:

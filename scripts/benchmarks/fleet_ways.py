@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from scripts.benchmarks.fleet_model import Sharing
 from scripts.benchmarks.fleet_network import Host, Network
 from scripts.benchmarks.fleet_services import (
     etag_of,
@@ -103,17 +104,11 @@ class Way:
 
     Attributes:
         start: mounts on all hosts, and runs what they share.
-        wait_s: maximum time after which another host finds a byte that was fetched; None if the
-            store sends the bytes to each host.
-        shares_calls: whether the hosts share the responses of the API.
-        calls: API requests of a mount: at first, and whenever its records have expired.
     """
 
     name: str
     start: Callable[[Site], AbstractContextManager[Ready]]
-    wait_s: float | None = None
-    shares_calls: bool = False
-    calls: tuple[int, int] = (4, 2)
+    sharing: Sharing
 
 
 @contextmanager
@@ -246,16 +241,33 @@ def rclone(site: Site) -> Iterator[Ready]:
         )
 
 
-ALONE = Way(name="lone mounts", start=mounts)
-DIRECTORY = Way(name="shared directory", start=partial(mounts, local=True), wait_s=DIRECTORY_POLL_S)
-GLUSTER = Way(name="shared directory, GlusterFS", start=partial(mounts, gluster=True))
-PROXY = Way(name="caching proxy", start=partial(mounts, proxy=True), wait_s=NGINX_POLL_S)
-METADATA = Way(name="shared metadata", start=partial(mounts, metadata=True), shares_calls=True)
+ALONE = Way(name="lone mounts", start=mounts, sharing=Sharing())
+DIRECTORY = Way(
+    name="shared local directory",
+    start=partial(mounts, local=True),
+    sharing=Sharing(wait_s=DIRECTORY_POLL_S),
+)
+GLUSTER = Way(
+    name="shared directory on GlusterFS", start=partial(mounts, gluster=True), sharing=Sharing()
+)
+PROXY = Way(
+    name="caching proxy",
+    start=partial(mounts, proxy=True),
+    sharing=Sharing(wait_s=NGINX_POLL_S),
+)
+METADATA = Way(
+    name="shared metadata",
+    start=partial(mounts, metadata=True),
+    sharing=Sharing(shares_calls=True),
+)
 TOGETHER = Way(
     name="GlusterFS, proxy and metadata",
     start=partial(mounts, gluster=True, proxy=True, metadata=True),
-    wait_s=NGINX_POLL_S,
-    shares_calls=True,
+    sharing=Sharing(wait_s=NGINX_POLL_S, shares_calls=True),
 )
-RCLONE = Way(name="rclone behind the proxy", start=rclone, wait_s=NGINX_POLL_S, calls=(0, 0))
+RCLONE = Way(
+    name="rclone behind the proxy",
+    start=rclone,
+    sharing=Sharing(wait_s=NGINX_POLL_S, calls=(0, 0)),
+)
 WAYS = (ALONE, DIRECTORY, GLUSTER, PROXY, METADATA, TOGETHER, RCLONE)
