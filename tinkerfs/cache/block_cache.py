@@ -218,19 +218,17 @@ class BlockFile(FileBlocks):
             offset, size = index * BLOCK_BYTES + start, len(buffer)
             units = units_of(offset, offset + size)
             parts = files.layout.split(offset, size)
-            if files.is_verified(units.start, units.stop) and files.read(buffer, parts, blocking):
-                if files.is_unchanged(parts):
-                    return True
-            else:
-                files.is_unchanged(parts)
-            for unit in units:
-                data = self._load(files, unit, index * BLOCK_BYTES + length, blocking)
-                if data is None:
-                    return False
-                skipped = unit * UNIT_BYTES - offset  # offset of the unit in the buffer
-                view = buffer[max(skipped, 0) : skipped + len(data)]
-                view[:] = memoryview(data)[max(-skipped, 0) :][: len(view)]
-            return True
+            is_read = files.is_verified(units.start, units.stop) and files.read(
+                buffer, parts, blocking
+            )
+            if files.is_unchanged(parts) and is_read:
+                return True
+            end = index * BLOCK_BYTES + length
+            # After a failure only the units that are corrupt are dropped, and not the others.
+            return files.read_verified(buffer, offset, end, blocking) or (
+                self._verify(files, units, end, blocking)
+                and files.read_verified(buffer, offset, end, blocking)
+            )
         except FileNotFoundError:  # another process has removed it
             self._forget_files()
             return False
@@ -354,7 +352,7 @@ class BlockFile(FileBlocks):
         """Return whether units are intact, the last of which ends at `end` or before it."""
         if files.is_verified(units.start, units.stop):
             return True
-        return all(self._load(files, unit, end, blocking) is not None for unit in units)
+        return all(self._verify_unit(files, unit, end, blocking) for unit in units)
 
     def _is_intact(self, files: DataFiles, unit: int, end: int) -> bool:
         """Return whether the data of a unit, which ends at `end` or before it, is intact."""
@@ -362,17 +360,19 @@ class BlockFile(FileBlocks):
         files.is_unchanged(files.layout.split(start, min(UNIT_BYTES, end - start)))
         return self._verify(files, range(unit, unit + 1), end)
 
-    def _load(
+    def _verify_unit(
         self, files: DataFiles, unit: int, end: int, blocking: BlockingSection
-    ) -> bytearray | None:
-        """Return the bytes of a unit that ends at `end` or before it; drop it if it is corrupt."""
+    ) -> bool:
+        """Return whether a unit that ends at `end` or before it is intact; drop it if corrupt."""
         if not files.records(range(unit, unit + 1))[0].length:
-            return None
-        data = files.load(unit, min(UNIT_BYTES, end - unit * UNIT_BYTES), blocking)
-        if data is None:
+            return False
+        start = unit * UNIT_BYTES
+        view = memoryview(bytearray(min(UNIT_BYTES, end - start)))
+        is_intact = files.read_verified(view, start, end, blocking)
+        if not is_intact:
             self._drop(files, range(unit, unit + 1))
             self._cache.report_corrupt(self._directory)
-        return data
+        return is_intact
 
     def _drop(self, files: DataFiles | None, units: range) -> None:
         if files is not None:

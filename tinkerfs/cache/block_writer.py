@@ -36,6 +36,8 @@ class BlockWriter:
         #: Of the complete units, and of all units before the write.
         self._records: list[Record] = []
         self._stored = files.records(units_of(start, start + length))
+        #: Usually none is, and a chunk is written by one call, although it has parts of many units.
+        self._has_stored = any(record.length for record in self._stored)
         #: Bytes of a unit that is stored already, and not overwritten: others may read it.
         self._held = bytearray()
         self._checksum = checksum_of(name, self._first)
@@ -47,20 +49,17 @@ class BlockWriter:
         Raises:
             OSError: the disk rejects the data; `read_back` still returns the data before it.
         """
-        size_bytes = self._size_bytes
         with memoryview(data) as rest:
             while rest:
-                chunk = rest[: UNIT_BYTES - size_bytes % UNIT_BYTES]
-                self._checksum.update(chunk)
-                if self._stored[len(self._records)].length:
+                chunk = rest
+                if self._has_stored:
+                    chunk = rest[: UNIT_BYTES - self._size_bytes % UNIT_BYTES]
+                if self._is_held():
                     self._held += chunk
                 else:
-                    self._files.write(chunk, self.start + size_bytes)
-                size_bytes += len(chunk)
-                if not size_bytes % UNIT_BYTES:
-                    self._end_unit(UNIT_BYTES)
+                    self._files.write(chunk, self.start + self._size_bytes)
+                self._update_checksums(chunk)
                 rest = rest[len(chunk) :]
-        self._size_bytes = size_bytes
 
     def read_back(self) -> bytes:
         """Return all data that was written.
@@ -70,7 +69,7 @@ class BlockWriter:
         """
         complete = len(self._records)
         held = b""
-        if complete * UNIT_BYTES < self._size_bytes and self._stored[complete].length:
+        if complete * UNIT_BYTES < self._size_bytes and self._is_held():
             held = bytes(self._held[: self._size_bytes - complete * UNIT_BYTES])
         data = bytearray(self._size_bytes - len(held))
         parts = self._files.layout.split(self.start, len(data))
@@ -101,6 +100,20 @@ class BlockWriter:
         with suppress(OSError):  # the files are then verified again
             self._files.end_writing()
         self._on_close()
+
+    def _is_held(self) -> bool:
+        """Return whether the current unit is stored already."""
+        return bool(self._stored[len(self._records)].length)
+
+    def _update_checksums(self, data: memoryview) -> None:
+        """Record the units that data completes, once it is written or held."""
+        while data:
+            part = data[: UNIT_BYTES - self._size_bytes % UNIT_BYTES]
+            self._checksum.update(part)
+            self._size_bytes += len(part)
+            if not self._size_bytes % UNIT_BYTES:
+                self._end_unit(UNIT_BYTES)
+            data = data[len(part) :]
 
     def _end_unit(self, length: int) -> None:
         record = Record(self._checksum.intdigest(), length)

@@ -21,15 +21,12 @@ from typing import Final, NamedTuple
 from xxhash import xxh3_64
 
 from tinkerfs import errors
-from tinkerfs.cache.data_layout import UNIT_BYTES, DataLayout, Part, decode_layout
+from tinkerfs.cache.data_layout import UNIT_BYTES, DataLayout, Part, decode_layout, units_of
 from tinkerfs.operating_system import NOWAIT
 from tinkerfs.safe_open import is_regular, open_regular, read_regular
 
 #: Returns a context manager that is entered during a wait.
 BlockingSection = Callable[[], AbstractContextManager[object]]
-
-#: Number of units of one directory that can be verified at the same time.
-_CONCURRENT_CHECKS: Final = 8
 
 #: A record: XXH3 of 64 bits, which detects corruption and is an order of magnitude faster than
 #: CRC-32 or SHA-256; the length; and padding.
@@ -111,8 +108,6 @@ class DataFiles:
         self._name = name
         self._verification = verification
         self._lock = threading.Lock()
-        #: Held while a unit is verified; each lock serves every nth unit.
-        self._checks = tuple(threading.Lock() for _ in range(_CONCURRENT_CHECKS))
         #: Number of blocks that this process is writing, and of begins and ends of such writes.
         #: Changed under _lock, read without it.
         self._writers = self._write_changes = 0
@@ -249,39 +244,58 @@ class DataFiles:
                 return False
         return True
 
-    def load(
-        self, unit: int, length: int | None = None, blocking: BlockingSection = nullcontext
-    ) -> bytearray | None:
-        """Return the bytes of a unit; None if it is not cached or does not match its checksum.
+    def read_verified(
+        self, buffer: memoryview, offset: int, end: int, blocking: BlockingSection = nullcontext
+    ) -> bool:
+        """Fill `buffer` with the bytes at `offset`; return whether their units are intact.
+
+        The checksums are computed from the buffer itself. Only what it lacks of its first and its
+        last unit is read into other memory.
 
         Args:
-            length: the expected length of the unit; None for that of the record.
+            end: length of the remote file, or the end of the last unit.
             blocking: entered while the disk is read.
 
         Raises:
             OSError: a data file does not exist or cannot be read.
         """
-        with blocking(), self._checks[unit % len(self._checks)]:
-            [record] = self.records(range(unit, unit + 1))
-            if not record.length or record.length != (length or record.length):
-                return None
-            write_changes = self._write_changes
-            data = bytearray(record.length)
-            parts = self.layout.split(unit * UNIT_BYTES, record.length)
-            if not self.read(memoryview(data), parts):
-                return None
+        stop = offset + len(buffer)
+        units = units_of(offset, stop)
+        bounds = [(unit * UNIT_BYTES, min((unit + 1) * UNIT_BYTES, end)) for unit in units]
+        records = self.records(units)
+        if any(
+            record.length != after - first
+            for record, (first, after) in zip(records, bounds, strict=True)
+        ):
+            return False
+        write_changes = self._write_changes
+        first, after = bounds[0][0], bounds[-1][1]
+        sections = [
+            (memoryview(bytearray(offset - first)), first),
+            (buffer, offset),
+            (memoryview(bytearray(after - stop)), stop),
+        ]
+        for view, start in sections:
+            if view and not self.read(view, self.layout.split(start, len(view)), blocking):
+                return False
+        for unit, record, (first, after) in zip(units, records, bounds, strict=True):
             checksum = checksum_of(self._name, unit)
-            checksum.update(data)
+            for view, start in sections:
+                checksum.update(view[max(first - start, 0) : max(after - start, 0)])
             if checksum.intdigest() != record.checksum:
-                return None
-            if not self._writers and self._write_changes == write_changes:
-                self._verification.add((unit,))
-            return data
+                return False
+        if not self._writers and self._write_changes == write_changes:
+            self._verification.add(units)
+        return True
 
     def is_intact(self, unit: int) -> bool:
         """Return whether a unit is cached, can be read, and matches its checksum."""
         try:
-            return self.load(unit) is not None
+            [record] = self.records(range(unit, unit + 1))
+            if not 0 < record.length <= UNIT_BYTES:
+                return False
+            start, view = unit * UNIT_BYTES, memoryview(bytearray(record.length))
+            return self.read_verified(view, start, start + record.length)
         except OSError:  # the disk cannot read it, or a data file is missing or not regular
             return False
 

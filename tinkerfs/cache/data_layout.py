@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from typing import TypeAlias
 
-#: Unit of sequential downloads. Sixteen concurrent requests of this size hide the latency of a
+#: Unit of sequential downloads. Many concurrent requests of this size hide the latency of a
 #: typical store, and a single one still completes soon.
 BLOCK_BYTES = 4 << 20
 

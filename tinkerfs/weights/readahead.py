@@ -19,10 +19,10 @@ from typing import NamedTuple
 from tinkerfs.cache.data_layout import BLOCK_BYTES, UNIT_BYTES
 
 #: Maximum number of concurrent prefetch requests per file.
-READAHEAD_CONCURRENCY = 16
+READAHEAD_CONCURRENCY = 24
 
 #: Maximum length of the readahead window. Each of the concurrent requests then has 8 MiB.
-MAX_READAHEAD_BYTES = 128 << 20
+MAX_READAHEAD_BYTES = 192 << 20
 
 #: A longer run from the file's start is not a header; its window is multiplied by the factor.
 HEADER_BYTES = 4 << 20

@@ -35,7 +35,7 @@ from tinkerfs.weights.flights import Flight, PieceFuture, future_of_all
 from tinkerfs.weights.readahead import READAHEAD_CONCURRENCY
 
 #: Concurrent requests per file. Prefetches leave some of them to demand reads.
-CONNECTIONS = 24
+CONNECTIONS = 32
 
 #: Maximum number of downloads of a unit for one reader, if it keeps disappearing from the disk.
 _MAX_FETCHES = 3

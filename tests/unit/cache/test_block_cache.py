@@ -30,7 +30,7 @@ from tinkerfs.cache.data_layout import (
     units_of_block,
 )
 from tinkerfs.cache.eviction import scan_cache
-from tinkerfs.concurrency import run_concurrently, run_in_thread
+from tinkerfs.concurrency import run_in_thread
 from tinkerfs.telemetry import Telemetry
 
 KIB = 1 << 10
@@ -168,25 +168,36 @@ def test_last_block_of_a_file_is_short(cache_of):
         assert whole(file, 1, 100) == block(1, 100)
 
 
-def test_concurrent_reads_of_a_unit_verify_it_once_at_a_time(cache_of, monkeypatch):
+@pytest.mark.parametrize("start", [0, 100])
+def test_first_read_verifies_units_in_its_own_buffer(cache_of, monkeypatch, start):
     with contextlib.closing(cache_of().open("key", "about")) as file:
-        file.put(3, block(1))
-    running, read = [0, 0], DataFiles.read
+        file.put(3, block(3, BLOCK_BYTES))
+    sizes, read = [], DataFiles.read
 
-    def slowly(files, buffer, offset, *blocking):
-        if len(buffer) == BLOCK:
-            running[0] += 1
-            running[1] = max(running)
-            time.sleep(0.1)
-            running[0] -= 1
-        return read(files, buffer, offset, *blocking)
+    def recorded(files, buffer, *more):
+        sizes.append(len(buffer))
+        return read(files, buffer, *more)
 
-    monkeypatch.setattr(DataFiles, "read", slowly)
+    monkeypatch.setattr(DataFiles, "read", recorded)
     with contextlib.closing(cache_of().open("key", "about")) as again:
-        work = [lambda: again.read(3, 0, 100, BLOCK)] * 4
-        found = run_concurrently(work, 4, "readers")
-        assert [each.result() for each in found] == [block(1)[:100]] * 4
-    assert running == [0, 1]
+        stop = start + 4 * UNIT_BYTES
+        found = again.read(3, start, stop, BLOCK_BYTES)
+    assert found == block(3, BLOCK_BYTES)[start:stop]
+    # What the buffer lacks of the first and of the last unit is read apart from it.
+    edges = [start, UNIT_BYTES - start] if start else []
+    assert sorted(sizes) == sorted([4 * UNIT_BYTES, *edges])
+
+
+def test_read_of_many_units_drops_only_the_altered_one(cache_of):
+    cache = cache_of()
+    with contextlib.closing(cache.open("key", "about")) as file:
+        file.put(0, block(0, BLOCK_BYTES))
+        with open(data_path(cache), "r+b") as altered:
+            altered.seek(2 * UNIT_BYTES + 5)
+            altered.write(b"altered")
+    with contextlib.closing(cache_of().open("key", "about")) as again:
+        assert again.read(0, 100, 4 * UNIT_BYTES, BLOCK_BYTES) is None
+        assert again.missing(units_of_block(0)) == range(2, 3)
 
 
 def test_cache_files_are_private_to_the_user(cache_of, tmp_path):
@@ -780,18 +791,30 @@ def test_nowait_is_tried_once_if_unsupported(read_of, waits):
     assert waits == []
 
 
-def test_verification_of_a_block_is_blocking(cache_of, waits):
+@pytest.mark.parametrize("is_in_page_cache", [True, False])
+def test_verification_is_blocking_if_the_disk_is_read(
+    cache_of, waits, monkeypatch, is_in_page_cache
+):
+    preadv = os.preadv
+
+    def fake_preadv(fd, buffers, offset, flags=0):
+        if flags and not is_in_page_cache:
+            raise BlockingIOError
+        return preadv(fd, buffers, offset)
+
     @contextlib.contextmanager
     def waiting():
         waits.append("begun")
         yield
+        waits.append("over")
 
     with contextlib.closing(cache_of().open("key", "about")) as file:
         file.put(0, block(1))
+    monkeypatch.setattr(os, "preadv", fake_preadv)
     with contextlib.closing(cache_of().open("key", "about")) as file:
-        buffer = memoryview(bytearray(9))
+        buffer = memoryview(bytearray(BLOCK))
         assert file.read_into(0, 0, buffer, BLOCK, waiting)
-        assert waits[:1] == ["begun"]
+    assert waits == ([] if is_in_page_cache else ["begun", "over"])
 
 
 def test_removed_block_is_not_read_and_frees_its_space(cache_of):

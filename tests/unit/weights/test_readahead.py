@@ -60,10 +60,10 @@ def test_sequential_reads_grow_the_window_up_to_its_maximum():
 
 
 def test_sequential_read_past_header_grows_window_fast():
-    reached = prefetch_ends(ReadaheadState(5 * GIB), in_order(32 * MIB, step=MIB))
+    reached = prefetch_ends(ReadaheadState(5 * GIB), in_order(48 * MIB, step=MIB))
     assert max(reached[: HEADER_BYTES // MIB]) <= HEADER_BYTES + FIRST_WINDOW_BYTES
     assert reached[HEADER_BYTES // MIB] >= 5 * HEADER_BYTES
-    assert is_far_ahead(max(reached), 32 * MIB)
+    assert is_far_ahead(max(reached), 48 * MIB)
 
 
 def test_sequential_read_after_seek_prefetches_its_own_length():
@@ -186,8 +186,8 @@ def test_read_past_a_tensor_prefetches_the_next():
 
 def test_sequential_small_tensors_grow_the_window():
     state = state_with_tensors(300 * KIB, 4000)
-    reached = prefetch_ends(state, in_order(140 * MIB, begin=500 * MIB))
-    assert is_far_ahead(max(reached), 640 * MIB)
+    reached = prefetch_ends(state, in_order(200 * MIB, begin=500 * MIB))
+    assert is_far_ahead(max(reached), 700 * MIB)
     assert max(reached[: 5 * 8]) == 510 * MIB
 
 
