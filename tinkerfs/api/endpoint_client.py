@@ -31,7 +31,7 @@ from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import SharedReads
 
 if TYPE_CHECKING:
-    from tinkerfs.api.shared_cache import SharedCache
+    from tinkerfs.api.shared_cache import Send, SharedCache
 
 T = TypeVar("T")
 
@@ -125,18 +125,20 @@ class EndpointClient:
         endpoint = request.endpoint
         unsupported = UNSUPPORTED_LISTING if endpoint.scope is Scope.ACCOUNT else UNSUPPORTED
 
-        def send() -> tuple[Response, T]:
-            support_guard = self._breakers.guard(unsupported, endpoint.label)
-            with support_guard, self._outage_guard(request) as deadline:
-                response = self._transport.send(request, deadline, self._priority)
-                return response, self._parse(endpoint, response, parse)
+        def send(refusal: errors.ApiError | None) -> tuple[Response, T]:
+            with self._breakers.guard(unsupported, endpoint.label):
+                if refusal is not None:
+                    raise refusal
+                with self._outage_guard(request) as deadline:
+                    response = self._transport.send(request, deadline, self._priority)
+                    return response, self._parse(endpoint, response, parse)
 
         return self._send_or_share(request, send, parse, self._priority.shared_reads)
 
     def _send_or_share(
         self,
         request: Request,
-        send: Callable[[], tuple[Response, T]],
+        send: "Send[T]",
         parse: Callable[[Response], T],
         reads: SharedReads | None,
         life_s: Callable[[T], float] = lambda _parsed: math.inf,
@@ -145,13 +147,13 @@ class EndpointClient:
 
         Args:
             request: the request; its path identifies the response.
-            send: sends it.
+            send: sends it; see `shared_cache.Send`.
             parse: parses a response.
             reads: bounds the age of the response; None if it is not shared.
             life_s: returns how long a parsed response may be shared, seconds.
         """
         if self._shared is None or reads is None or not request.endpoint.is_shareable:
-            return send()[1]
+            return send(None)[1]
         return self._shared.fetch(request, reads, send, parse, life_s)
 
     def _outage_guard(self, request: Request) -> AbstractContextManager[float]:
@@ -204,26 +206,29 @@ class EndpointClient:
             response = self._transport.send(complete, deadline, self._priority)
             return response, self._parse(endpoint, response, parse)
 
-        def send() -> tuple[Response, T]:
-            with (
-                self._breakers.guard(UNSUPPORTED, capability(endpoint, ref)),
-                self._outage_guard(request) as deadline,
-            ):
-                try:
-                    return self._id_forms.try_forms(endpoint, ref, partial(send_form, deadline))
-                except errors.NotFound as error:
-                    if not (ref.exists and endpoint.method == "GET" and self._is_listed(ref)):
-                        raise
-                    raise withheld(error, is_own=ref.is_own) from None
-                except errors.UnsupportedEndpoint as error:
-                    if ref.is_own or error.status not in (404, 410):
-                        raise
-                    raise withheld(error, is_own=False) from None
+        def send(refusal: errors.ApiError | None) -> tuple[Response, T]:
+            with self._breakers.guard(UNSUPPORTED, capability(endpoint, ref)):
+                if refusal is not None:
+                    raise refusal
+                with self._outage_guard(request) as deadline:
+                    return send_forms(deadline)
+
+        def send_forms(deadline: float) -> tuple[Response, T]:
+            try:
+                return self._id_forms.try_forms(endpoint, ref, partial(send_form, deadline))
+            except errors.NotFound as error:
+                if not (ref.exists and endpoint.method == "GET" and self._is_listed(ref)):
+                    raise
+                raise withheld(error, is_own=ref.is_own) from None
+            except errors.UnsupportedEndpoint as error:
+                if ref.is_own or error.status not in (404, 410):
+                    raise
+                raise withheld(error, is_own=False) from None
 
         # The form of the id does not matter to other hosts. Without a version, the response may be
         # of a checkpoint that was replaced.
         path = f"{run}/{id_path(ref.path_id)}{request.path}" if ref.path_id else ""
-        identified = dataclasses.replace(request, path=path, version=ref.version)
+        identified = dataclasses.replace(request, path=path, exists=ref.exists, version=ref.version)
         is_shared = bool(path and ref.version)
         return self._send_or_share(identified, send, parse, reads if is_shared else None, life_s)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Final, Generic, Self, TypeVar
+from typing import Final, Generic, Self, TypeAlias, TypeVar
 
 from tinkerfs import errors
 from tinkerfs.api.credentials import Credentials
@@ -22,6 +22,7 @@ from tinkerfs.api.redis_server import Reading, RedisServer, ServerFailedError
 from tinkerfs.api.shared_records import (
     HEAD_BYTES,
     MAX_VALUE_BYTES,
+    REFUSALS,
     InvalidRecordError,
     SharedRecord,
 )
@@ -40,8 +41,15 @@ from tinkerfs.validity import SharedReads, Snapshot
 
 T = TypeVar("T")
 
+#: Sends a request, and returns its response and the parsed response. With an error, it raises that
+#: as if the server had responded with it, so that circuit breakers count it.
+Send: TypeAlias = Callable[[errors.ApiError | None], tuple[Response, T]]
+
 #: Maximum lifetime of a response, also of one that never changes, seconds.
 MAX_LIFE_S: Final = 86400.0
+
+#: Lifetime of a refusal, seconds; as of a negative entry.
+NEGATIVE_LIFE_S: Final = 5.0
 
 #: Maximum wait for another mount's request, seconds. An archive is waited for half as long as its
 #: request may take, so that a claim that is never given up delays it, and does not fail it.
@@ -92,9 +100,9 @@ class _Turn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Found(Generic[T]):
-    """A shared response, parsed."""
+    """A shared response, parsed, or the error by which the server refused it."""
 
-    parsed: T
+    outcome: T | errors.ApiError
 
 
 class SharedCache:
@@ -159,7 +167,7 @@ class SharedCache:
         self,
         request: Request,
         reads: SharedReads,
-        send: Callable[[], tuple[Response, T]],
+        send: Send[T],
         parse: Callable[[Response], T],
         life_s: Callable[[T], float],
     ) -> T:
@@ -168,7 +176,7 @@ class SharedCache:
         Args:
             request: the request; its path identifies the response, together with its version.
             reads: bounds the age of the response.
-            send: sends the request, and parses the response.
+            send: see `Send`.
             parse: parses a response.
             life_s: returns how long a parsed response may be used, seconds.
 
@@ -177,17 +185,18 @@ class SharedCache:
             SnapshotGone: the page is missing, and the listing is too old to request it.
         """
         if reads.max_age_s <= 0:
-            return send()[1]
+            return send(None)[1]
         session = None if self._keeper is None else self._keeper.current()
         if session is None:
             _begin_snapshot(request, reads, None)
-            return send()[1]
+            return send(None)[1]
         name = self._name(session, request, reads)
         if name is None:
-            return send()[1]
+            return send(None)[1]
         found = self._find(session, name, request, reads, parse)
         if isinstance(found, _Found):
-            return found.parsed
+            outcome = found.outcome
+            return send(outcome)[1] if isinstance(outcome, errors.ApiError) else outcome
         if request.page is not None and not request.page.is_first:
             snapshot = reads.snapshots.get(request.page.listing)
             if snapshot is not None and snapshot.is_old:
@@ -204,7 +213,9 @@ class SharedCache:
                 return None
             identity = snapshot.identity
         body = "" if request.body is None else request.body.decode("ascii", "replace")
-        parts = (request.endpoint.label, request.path, body, request.version, identity)
+        # An error may be another one if the resource is known to exist.
+        exists = "exists" if request.exists else ""
+        parts = (request.endpoint.label, request.path, body, request.version, exists, identity)
         return session.seal.name("v", *parts)
 
     # Reading
@@ -284,14 +295,20 @@ class SharedCache:
         requested_at = self._clock.with_suspend() - age_s
         if requested_at < not_before:
             return None
-        try:
-            parsed = parse(replace(record.response, age_s=age_s))
-        except errors.ApiError:  # an older mount has accepted what this one does not
-            self._telemetry.count("shared_metadata_rejections")
-            return None
+        outcome = record.outcome
+        found: _Found[T]
+        if isinstance(outcome, Response):
+            try:
+                found = _Found(parse(replace(outcome, age_s=age_s)))
+            except errors.ApiError:  # an older mount has accepted what this one does not
+                self._telemetry.count("shared_metadata_rejections")
+                return None
+            _begin_snapshot(request, reads, Snapshot(record.identity, age_s > MAX_SKEW_S))
+        else:
+            outcome.endpoint = request.endpoint.label
+            found = _Found(outcome)
         reads.record(requested_at)
-        _begin_snapshot(request, reads, Snapshot(record.identity, age_s > MAX_SKEW_S))
-        return _Found(parsed)
+        return found
 
     def _take_turn(
         self, session: SharedSession, name: str, reading: Reading, *, is_over: bool
@@ -326,13 +343,19 @@ class SharedCache:
         turn: _Turn | None,
         request: Request,
         reads: SharedReads,
-        send: Callable[[], tuple[Response, T]],
+        send: Send[T],
         life_s: Callable[[T], float],
     ) -> T:
         """Send a request, and share its response."""
         identity = secrets.token_hex(16)
         try:
-            response, parsed = send()
+            response, parsed = send(None)
+        except REFUSALS as error:
+            if turn is not None and not error.is_local:
+                self._store(turn, error, identity, min(reads.max_age_s, NEGATIVE_LIFE_S))
+            else:
+                self._give_up(turn, _FAILED)
+            raise
         except errors.ResourceNotReady as error:
             # The next request is sent when the server asks for it, by this mount or another.
             self._give_up(turn, _NOT_READY, error.retry_after_s or BUILD_POLL.delay_s(1))
@@ -346,12 +369,14 @@ class SharedCache:
         _begin_snapshot(request, reads, Snapshot(identity, is_old=False) if is_stored else None)
         return parsed
 
-    def _store(self, turn: _Turn, response: Response, identity: str, life_s: float) -> bool:
-        """Store a response; return whether it is shared."""
+    def _store(
+        self, turn: _Turn, outcome: Response | errors.ApiError, identity: str, life_s: float
+    ) -> bool:
+        """Store a response or refusal; return whether it is shared."""
         session = turn.session
         self._release(turn)
         record = SharedRecord(
-            turn.generation, turn.requested_us, int(1000 * life_s), identity, response
+            turn.generation, turn.requested_us, int(1000 * life_s), identity, outcome
         )
         # With another key than the session's, the response may be of another account.
         has_key = self._keeper is not None and self._keeper.has_key(session)

@@ -20,8 +20,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from tinkerfs import errors
 from tinkerfs.api.http_client import Response
 from tinkerfs.api.transport import MAX_RESPONSE_BYTES
+from tinkerfs.errors import ApiError
 
 #: Version of the format; part of every name, so that other versions never meet.
 FORMAT: Final = 1
@@ -31,6 +33,13 @@ MAX_VALUE_BYTES: Final = 16 << 20
 
 #: Headers that are part of a response. The others are of no use to another host.
 _HEADERS: Final[tuple[str, ...]] = ("expires", "location")
+
+#: Errors that hosts share: the server responded, and would refuse another host as well.
+REFUSALS: Final[tuple[type[ApiError], ...]] = (
+    errors.NotFound,
+    errors.UnsupportedEndpoint,
+    errors.BadRequest,
+)
 
 #: A value differs from every other one in its first bytes.
 HEAD_BYTES: Final = 12
@@ -51,23 +60,29 @@ class SharedRecord:
         requested_us: when it was requested, by the clock of the server, microseconds since 1970.
         life_ms: how long it may be used, milliseconds.
         identity: differs for each request.
-        response: the response itself.
+        outcome: the response, or the error by which the server refused the request.
     """
 
     generation: bytes
     requested_us: int
     life_ms: int
     identity: str
-    response: Response
+    outcome: Response | ApiError
 
 
 class _Stored(msgspec.Struct, array_like=True, frozen=True):
-    """A `SharedRecord` as it is encoded."""
+    """A `SharedRecord` as it is encoded.
+
+    Attributes:
+        refusal: the class of an error, empty for a response. The body has its message then, and the
+            URL what distinguishes it from other errors of the class.
+    """
 
     generation: bytes
     requested_us: int
     life_ms: int
     identity: str
+    refusal: str
     status: int
     headers: dict[str, str]
     url: str
@@ -110,17 +125,12 @@ class RecordSeal:
 
     def seal(self, record: SharedRecord, name: str) -> bytes | None:
         """Return the value to store under a name; None if it is too large."""
-        response = record.response
-        found = {each: response.headers.get(each) for each in _HEADERS}
         stored = _Stored(
             record.generation,
             record.requested_us,
             record.life_ms,
             record.identity,
-            response.status,
-            {each: value for each, value in found.items() if value is not None},
-            response.url,
-            zlib.compress(response.body, level=1),
+            *_encode(record.outcome),
         )
         sealed = self._encrypt(msgspec.msgpack.encode(stored), name)
         return sealed if len(sealed) <= MAX_VALUE_BYTES else None
@@ -133,13 +143,11 @@ class RecordSeal:
         """
         try:
             stored = msgspec.msgpack.decode(self._decrypt(value, name), type=_Stored)
-            body = _decompress(stored.body)
-        except (msgspec.MsgspecError, zlib.error):
+            outcome = _decode(stored)
+        except (msgspec.MsgspecError, zlib.error, UnicodeDecodeError):
             raise InvalidRecordError("not a record") from None
-        headers = {each: stored.headers[each] for each in _HEADERS if each in stored.headers}
-        response = Response(stored.status, headers, body, stored.url)
         return SharedRecord(
-            stored.generation, stored.requested_us, stored.life_ms, stored.identity, response
+            stored.generation, stored.requested_us, stored.life_ms, stored.identity, outcome
         )
 
     def seal_change(self, change: Change, name: str) -> bytes:
@@ -167,6 +175,32 @@ class RecordSeal:
             return self._cipher.decrypt(nonce, sealed, name.encode())
         except (InvalidTag, ValueError):  # ValueError: too short
             raise InvalidRecordError("not authentic") from None
+
+
+def _encode(outcome: Response | ApiError) -> tuple[str, int, dict[str, str], str, bytes]:
+    """Return the last fields of `_Stored`."""
+    if isinstance(outcome, Response):
+        found = {each: outcome.headers.get(each) for each in _HEADERS}
+        headers = {each: value for each, value in found.items() if value is not None}
+        return "", outcome.status, headers, outcome.url, zlib.compress(outcome.body, level=1)
+    text = zlib.compress(outcome.message.encode("utf-8", "replace"))
+    reason = getattr(outcome, "reason", "")
+    return type(outcome).__name__, outcome.status or 0, {}, reason, text
+
+
+def _decode(stored: _Stored) -> Response | ApiError:
+    """Return the outcome that the last fields describe."""
+    body = _decompress(stored.body)
+    if not stored.refusal:
+        headers = {each: stored.headers[each] for each in _HEADERS if each in stored.headers}
+        return Response(stored.status, headers, body, stored.url)
+    for kind in REFUSALS:
+        if kind.__name__ == stored.refusal:
+            error = kind(body.decode(), status=stored.status or None)
+            if isinstance(error, errors.UnsupportedEndpoint):
+                error.reason = stored.url
+            return error
+    raise InvalidRecordError("not a known error")
 
 
 def _decompress(body: bytes) -> bytes:

@@ -436,7 +436,8 @@ class MetadataCache:
         with self._lock:
             if self._loads.get(key) is not pending:
                 return
-            until = self._clock.with_suspend() + policy.error_ttl_s(error)
+            now = min(self._clock.with_suspend(), pending.priority.shared_reads.oldest_at)
+            until = now + policy.error_ttl_s(error)
             entry = self._entries.get(key, _ABSENT)
             if is_outage:
                 self._degraded_kinds.add(_kind(key))

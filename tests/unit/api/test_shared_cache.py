@@ -14,8 +14,9 @@ from tests.support.faulty_server import FaultyServer
 from tests.support.mount import ROOT, wait_until
 from tests.support.redis_server import RedisProcess
 from tinkerfs import errors
-from tinkerfs.api import pagination, shared_cache
+from tinkerfs.api import endpoints, pagination, shared_cache
 from tinkerfs.api.checkpoint_ids import CheckpointRef
+from tinkerfs.api.circuit_breaker import UNSUPPORTED
 from tinkerfs.api.client import Client
 from tinkerfs.api.credentials import Credentials
 from tinkerfs.api.http_client import Response
@@ -185,12 +186,36 @@ def test_hosts_with_other_keys_share_nothing(server, host, redis_server):
     assert len(prefixes) == 2
 
 
-def test_failed_request_is_not_shared(server, host):
-    hosts = [host() for _ in range(2)]
+def test_refusal_is_shared_and_counts_for_circuit_breakers(server, host):
+    hosts = [host() for _ in range(3)]
     for each in hosts:
-        with pytest.raises(errors.NotFound):
+        with pytest.raises(errors.NotFound, match="absent") as failure:
             each.reading().training_run("absent:train:0")
-    assert server.journal.count("GET training_runs/{run}") == 2
+        assert failure.value.endpoint == "GET training_runs/{run}"
+        assert failure.value.status == 404
+    assert server.journal.count("GET training_runs/{run}") == 1
+    server.faults.add(ARCHIVE, status=501, times=None)
+    ref = ref_of(server)
+    for each in hosts:
+        for _ in range(UNSUPPORTED.threshold):
+            with pytest.raises(errors.UnsupportedEndpoint, match="has no such endpoint"):
+                each.client.archive(ref, reads=SharedReads(float("inf")))
+        with pytest.raises(errors.UnsupportedEndpoint):
+            each.client.check_supported(endpoints.ARCHIVE, ref)
+    assert server.journal.count(ARCHIVE) == 1
+
+
+def test_failure_is_not_shared(server, host):
+    hosts = [host() for _ in range(2)]
+    for status, error in ((403, errors.Unauthorized), (422, errors.BadRequest)):
+        server.journal.clear()
+        server.faults.add("GET sessions/{session}", status=status, times=None)
+        for each in hosts:
+            with pytest.raises(error):
+                each.reading().session(f"session-{status}")
+        expected = 2 if error is errors.Unauthorized else 1
+        assert server.journal.count("GET sessions/{session}") == expected
+        server.faults.clear()
 
 
 def test_weights_info_of_another_version_is_requested(server, host):
@@ -430,7 +455,7 @@ def test_response_that_is_not_understood_is_requested_again(server, host, redis_
     ((name, value),) = values(redis_server).items()
     seal = RecordSeal(server.api_key, server.base_url)
     record = seal.unseal(value, name.decode())
-    odd = replace(record, response=Response(200, {}, b"[]", ""))
+    odd = replace(record, outcome=Response(200, {}, b"[]", ""))
     redis_server.client().set(name, seal.seal(odd, name.decode()))
     assert client.reading().all_training_runs() == runs
     assert client.count("rejections") > 0
@@ -441,8 +466,8 @@ def test_seal_of_another_account_server_or_name_opens_nothing():
     record = SharedRecord(b"g", 1, 2, "i", response)
     seal = RecordSeal("key", "http://host")
     value = seal.seal(record, "name")
-    assert seal.unseal(value, "name").response.body == b"body"
-    assert seal.unseal(value, "name").response.headers == {"expires": "x"}
+    assert seal.unseal(value, "name").outcome.body == b"body"
+    assert seal.unseal(value, "name").outcome.headers == {"expires": "x"}
     for other, name in (
         (seal, "other"),
         (RecordSeal("key2", "http://host"), "name"),

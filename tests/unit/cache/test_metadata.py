@@ -96,6 +96,21 @@ def test_shared_value_is_as_old_as_its_oldest_response(cache, time):
     assert not validity.check_and_touch(time.clock.with_suspend())
 
 
+def test_shared_refusal_is_as_old_as_its_request(cache, time):
+    calls = []
+
+    def load(priority):
+        calls.append(priority)
+        priority.shared_reads.record(time.clock.with_suspend() - 4.0)
+        raise errors.NotFound("gone")
+
+    for advance_s, expected in ((0.0, 1), (0.9, 1), (0.2, 2)):
+        time.advance(advance_s)
+        with pytest.raises(errors.NotFound):
+            cache.get("k", load, POLICY, BACKGROUND_CONTEXT)
+        assert len(calls) == expected
+
+
 def test_reload_uses_no_shared_response(cache):
     load = Loads()
     cache.reload("k", load, POLICY, BACKGROUND_CONTEXT)
