@@ -29,6 +29,10 @@ _UNSAFE_PART_CHARS = re.compile("[%/\0@]")
 _TRUNCATED = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
 #: Matches names without unsafe characters that fit, which are nearly all names.
 _is_plain = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.:+-]{0,254}").fullmatch
+#: The same for composite names, whose parts may not be empty.
+_is_plain_composite = re.compile(
+    r"[0-9A-Za-z][0-9A-Za-z_.:+-]*(?:@[0-9A-Za-z][0-9A-Za-z_.:+-]*)*"
+).fullmatch
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODED = re.compile(r"%(ED%[AB][0-9A-F]%[89AB][0-9A-F]|[0-9A-F]{2})")
 
@@ -82,6 +86,15 @@ def encode(name: str) -> str:
 
 def encode_composite(parts: Iterable[str]) -> str:
     """Return the composite file name for several names of the server."""
+    parts = tuple(parts)
+    plain = _SEPARATOR.join(parts)
+    if (
+        len(plain) <= NAME_MAX_BYTES
+        and plain.count(_SEPARATOR) == len(parts) - 1
+        and _is_plain_composite(plain)
+        and _PROBES.isdisjoint(parts)
+    ):
+        return plain
     joined = _SEPARATOR.join(_encoded(part, _UNSAFE_PART_CHARS) for part in parts)
     return _truncate(joined, joined)
 

@@ -85,8 +85,8 @@ class CheckpointTable:
     def add(self, checkpoint: ListedCheckpoint) -> bool:
         """Append a checkpoint; return False if the table has one with its key."""
         key_hash = hash(checkpoint.key) & _HASH_MASK
-        slot, row = self._find(checkpoint.key, key_hash)
-        if row is not None:
+        slot, first = self._find(checkpoint.key, key_hash)
+        if first is not None:
             return False
         time_ns = checkpoint.record.time_ns or 0
         self._is_newest_first = self._is_newest_first and time_ns <= self._last_ns
@@ -104,8 +104,8 @@ class CheckpointTable:
 
     def get(self, key: tuple[str, str, str]) -> ListedCheckpoint | None:
         """Return the checkpoint with a `ListedCheckpoint.key`, or None."""
-        _slot, row = self._find(key, hash(key) & _HASH_MASK)
-        return None if row is None else self[row]
+        _slot, found = self._find(key, hash(key) & _HASH_MASK)
+        return found
 
     def newest_first(self) -> "CheckpointTable":
         """Return a table of the same checkpoints, the newest first; the same one if it is so."""
@@ -146,14 +146,18 @@ class CheckpointTable:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _find(self, key: tuple[str, str, str], key_hash: int) -> tuple[int, int | None]:
-        """Return the slot of a key, or where it would be, and its row number if present."""
+    def _find(
+        self, key: tuple[str, str, str], key_hash: int
+    ) -> tuple[int, ListedCheckpoint | None]:
+        """Return the slot of a key, or where it would be, and the checkpoint with it if any."""
         slots, hashes = self._slots, self._hashes
         mask = len(slots) - 1
         slot = key_hash & mask
         while number := slots[slot]:
-            if hashes[number - 1] == key_hash and self[number - 1].key == key:
-                return slot, number - 1
+            if hashes[number - 1] == key_hash:
+                found = self[number - 1]
+                if found.key == key:
+                    return slot, found
             slot = (slot + 1) & mask
         return slot, None
 

@@ -7,7 +7,7 @@ from tinkerfs import errors, name_encoding
 from tinkerfs.api import models
 from tinkerfs.catalog.listings import ListedCheckpoint
 from tinkerfs.context import RequestContext
-from tinkerfs.tinker_path import TinkerPath
+from tinkerfs.tinker_path import KINDS, TinkerPath
 from tinkerfs.vfs import render
 from tinkerfs.vfs.schema import Node
 
@@ -22,7 +22,9 @@ def run_path(run_id: str) -> str:
 
 def checkpoint_path(checkpoint: ListedCheckpoint) -> str:
     """Return the canonical path of a checkpoint from the mount's root."""
-    kind, name = name_encoding.encode(checkpoint.kind), name_encoding.encode(checkpoint.name)
+    kind, name = checkpoint.kind, name_encoding.encode(checkpoint.name)
+    if kind not in KINDS:
+        kind = name_encoding.encode(kind)
     return f"{run_path(checkpoint.run_id)}/checkpoints/{kind}/{name}"
 
 
