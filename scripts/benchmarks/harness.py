@@ -152,9 +152,10 @@ def daemon_of(directory: Path) -> int:
     raise LookupError(directory)
 
 
-def resident_mb(pid: int) -> float:
+def resident_mb(pid: int, field: str = "VmRSS") -> float:
+    """Return the resident memory of a process; the largest so far for `VmHWM`."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{field}:"):
             return round(int(line.split()[1]) / 1024, 1)
     raise LookupError(pid)
 

@@ -1,6 +1,6 @@
 """The checkpoints of all the user's runs, packed, because there may be a million."""
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -62,6 +62,9 @@ class AccountListing:
     table: CheckpointTable
     changes: Mapping[tuple[str, str, str], ListedCheckpoint | None] = field(default_factory=dict)
     without_run_count: int = 0
+    _newest_ns: dict[Callable[[ListedCheckpoint], bool], int | None] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @classmethod
     def from_checkpoints(cls, checkpoints: Iterable[ListedCheckpoint]) -> "AccountListing":
@@ -96,6 +99,17 @@ class AccountListing:
     def get(self, key: tuple[str, str, str]) -> ListedCheckpoint | None:
         """Return the checkpoint with a `ListedCheckpoint.key`, or None."""
         return self.changes[key] if key in self.changes else self.table.get(key)
+
+    def newest_ns(self, shows: Callable[[ListedCheckpoint], bool]) -> int | None:
+        """Return the time of the newest checkpoint that matches, nanoseconds since 1970.
+
+        It is None if none has a time. A view asks for it whenever it is looked at, and may have
+        to read all checkpoints, so the listing remembers the result for each function.
+        """
+        if shows not in self._newest_ns:
+            times_ns = (each.record.time_ns for each in self if shows(each))
+            self._newest_ns[shows] = next((t for t in times_ns if t is not None), None)
+        return self._newest_ns[shows]
 
     def without(self, excluded: Collection[ListedCheckpoint]) -> "AccountListing":
         """Return the listing without the given checkpoints, otherwise unchanged."""

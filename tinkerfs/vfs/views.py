@@ -40,8 +40,7 @@ def _view(
 
     def view_ns(node: Node, ctx: RequestContext) -> int:
         listing = node.backend.catalog.account.peek(ctx)
-        times_ns = (c.record.time_ns for c in listing or () if shows(c))
-        newest_ns = next((time_ns for time_ns in times_ns if time_ns is not None), None)
+        newest_ns = None if listing is None else listing.newest_ns(shows)
         changed_ns = node.backend.catalog.account.last_changed_ns()
         return entities.mtime_or_mount_time(node, changed_ns, newest_ns)
 

@@ -181,6 +181,20 @@ def test_change_keeps_the_order_of_the_listing():
     assert changed.with_record(absent, second.record) is changed
 
 
+def test_newest_match_is_searched_once():
+    asked = []
+
+    def is_old(checkpoint):
+        asked.append(checkpoint.name)
+        return checkpoint.record.time_ns < 3
+
+    listing = three()
+    assert listing.newest_ns(is_old) == listing.newest_ns(is_old) == 2
+    assert asked == ["3", "2"]
+    assert listing.newest_ns(lambda _each: True) == 3
+    assert listing.newest_ns(lambda _each: False) is None
+
+
 def test_excluded_checkpoints_are_in_no_listing():
     before = three()
     assert before.without(()) is before
