@@ -29,7 +29,7 @@ _UNSAFE_PART_CHARS = re.compile("[%/\0@]")
 _TRUNCATED = re.compile(f"{_EMPTY}[0-9a-f]{{{_HASH_CHARACTERS}}}\\Z")
 #: Matches names without unsafe characters that fit, which are nearly all names.
 _is_plain = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.:+-]{0,254}").fullmatch
-#: The same for composite names, whose parts may not be empty.
+#: Matches composite names of such parts, of any length.
 _is_plain_composite = re.compile(
     r"[0-9A-Za-z][0-9A-Za-z_.:+-]*(?:@[0-9A-Za-z][0-9A-Za-z_.:+-]*)*"
 ).fullmatch

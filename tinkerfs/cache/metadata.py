@@ -34,7 +34,8 @@ REVALIDATE_WAIT_S = 2.0
 #: recovered responds within this time; a hanging one does not delay a walk at every directory.
 DEGRADED_WAIT_S = 0.2
 
-#: Wait at most this long for all pages of a first load before they are streamed, seconds.
+#: Wait at most this long for all pages of a first load before they are streamed, seconds. A long
+#: listing is streamed at once.
 STREAM_WAIT_S = 0.25
 
 #: `Expiry.fresh_until` of a value that was replaced or removed.
@@ -256,11 +257,11 @@ class MetadataCache:
             return ctx.wait_for(pending)
         wait_s = STREAM_WAIT_S - (self._clock.monotonic() - pending.started)
         try:
-            return ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending)
+            ctx.with_timeout(max(wait_s, 0.0)).wait_for(pending.stream.is_long_or_ended)
         except OSError as error:
             if not errors.is_timeout(error):
                 raise
-        return pending.stream
+        return ctx.wait_for(pending) if pending.done() else pending.stream
 
     def prefetch(self, key: Hashable, load: Loader[T], policy: CachePolicy) -> bool:
         """Start loading a value without a waiter; return whether a load was started.

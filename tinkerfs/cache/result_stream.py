@@ -8,6 +8,9 @@ from typing import Any
 
 from tinkerfs.context import PartialResults, RequestContext
 
+#: A load with that many partial results takes long. Readers need not wait for its end.
+LONG_RESULTS = 10_000
+
 
 class _NoResults:
     """The results before the first page."""
@@ -28,6 +31,8 @@ class ResultStream:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._results: PartialResults = _NoResults()
+        #: Resolved when the load has ended, or has `LONG_RESULTS`.
+        self.is_long_or_ended: Future[None] = Future()
         # Guarded by _lock; `_more` is resolved and replaced at each addition and at the end.
         self._more: Future[None] = Future()
         self._is_closed = False
@@ -37,11 +42,18 @@ class ResultStream:
         """Yield the values of a collection, the same at each call, which has grown."""
         self._results = results
         self._notify()
+        if len(results) >= LONG_RESULTS:
+            self._resolve()
 
     def close(self, outcome: "Future[Any]") -> None:
         """End the stream with the outcome of the load."""
         # Not the future itself: it refers to this stream, and the cycle would delay deallocation.
         self._notify(is_closed=True, error=outcome.exception())
+        self._resolve()
+
+    def _resolve(self) -> None:
+        if not self.is_long_or_ended.done():
+            self.is_long_or_ended.set_result(None)
 
     def _notify(self, *, is_closed: bool = False, error: BaseException | None = None) -> None:
         with self._lock:

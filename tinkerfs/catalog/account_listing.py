@@ -103,8 +103,8 @@ class AccountListing:
     def newest_ns(self, shows: Callable[[ListedCheckpoint], bool]) -> int | None:
         """Return the time of the newest checkpoint that matches, nanoseconds since 1970.
 
-        It is None if none has a time. A view asks for it whenever it is looked at, and may have
-        to read all checkpoints, so the listing remembers the result for each function.
+        Returns None if all matches are without a time. A view needs it for each stat of its
+        directory, and the search may read all checkpoints. So the result is remembered.
         """
         if shows not in self._newest_ns:
             times_ns = (each.record.time_ns for each in self if shows(each))

@@ -77,6 +77,19 @@ def test_scandir_of_fast_server_lists_all_pages_first(directory, server, filesys
     assert len(scan.read_all()) == RUNS
 
 
+@pytest.mark.parametrize("directory", LISTED)
+def test_long_listing_is_streamed_at_once(directory, server, filesystem, monkeypatch):
+    monkeypatch.setattr("tinkerfs.cache.metadata.STREAM_WAIT_S", 60.0)
+    monkeypatch.setattr("tinkerfs.cache.result_stream.LONG_RESULTS", PAGE)
+    hung = threading.Event()
+    later_pages(server, directory, call=lambda: hung.wait(10))
+    scan = filesystem.scandir(directory, CTX)
+    assert len(scan.read(0, PAGE)) == PAGE
+    assert not hung.is_set()
+    hung.set()
+    assert len(scan.read_all()) == RUNS
+
+
 @pytest.mark.expect_warnings(r"list EIO .* 500")
 @pytest.mark.parametrize("directory", LISTED)
 def test_scandir_with_a_failing_page_raises_after_earlier_pages(directory, server, filesystem):
