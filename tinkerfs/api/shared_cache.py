@@ -2,7 +2,8 @@
 
 A response is used as long as it would be fresh in the cache of the mount that requested it. One
 mount requests a response, and the others wait for it. A change that a mount makes begins a new
-generation, and no response of an earlier one is used. A response has the generation in which it was
+generation, and no response of an earlier one is used, except what belongs to one version of a
+checkpoint. A response has the generation in which it was
 requested, so that one that is stored later is not used either. Every failure has the same effect
 as a miss.
 """
@@ -285,11 +286,10 @@ class SharedCache:
         except InvalidRecordError:
             self._telemetry.count("shared_metadata_rejections")
             return None
+        # No change alters what belongs to one version of a checkpoint.
+        is_current = bool(request.version) or record.generation == reading.generation
         age_us = reading.now_us - record.requested_us
-        if (
-            record.generation != reading.generation
-            or not -_CLOCK_TOLERANCE_US <= age_us < 1000 * record.life_ms
-        ):
+        if not is_current or not -_CLOCK_TOLERANCE_US <= age_us < 1000 * record.life_ms:
             return None
         age_s = max(age_us, 0) / 1e6
         requested_at = self._clock.with_suspend() - age_s

@@ -3,6 +3,8 @@
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,7 +25,9 @@ from tinkerfs.api.http_client import Response
 from tinkerfs.api.pagination import RecordList
 from tinkerfs.api.shared_cache import SharedCache
 from tinkerfs.api.shared_records import InvalidRecordError, RecordSeal, SharedRecord
+from tinkerfs.app import open_app
 from tinkerfs.clock import SYSTEM_CLOCK
+from tinkerfs.config import Settings
 from tinkerfs.context import BACKGROUND_CONTEXT, Priority
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.validity import SharedReads
@@ -104,6 +108,26 @@ def ref_of(server, version="1"):
     run = next(iter(server.account.runs()))
     found = next(c for c in run.checkpoints if c.id.startswith("weights/"))
     return CheckpointRef(run.id, found.id, found.id, exists=True, version=version)
+
+
+def test_without_the_option_no_library_is_imported():
+    code = "import sys, tinkerfs.app; print({'redis', 'cryptography'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_missing_library_is_named(server, tmp_path, monkeypatch):
+    for name in ("redis", "tinkerfs.api.redis_server", "tinkerfs.api.shared_cache"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    settings = Settings(
+        base_url=server.base_url, cache_dir=str(tmp_path / "cache"), shared_cache="redis://host"
+    )
+    with (
+        pytest.raises(errors.StartupError, match=r"redis is .* pip install 'tinkerfs\[redis\]'"),
+        open_app(settings),
+    ):
+        pass
 
 
 # --- sharing -------------------------------------------------------------------------------------
@@ -220,13 +244,15 @@ def test_failure_is_not_shared(server, host):
 
 def test_weights_info_of_another_version_is_requested(server, host):
     run = next(iter(server.account.runs()))
-    path = run.checkpoints[0].tinker_path if hasattr(run.checkpoints[0], "tinker_path") else None
-    path = path or f"tinker://{run.id}/{run.checkpoints[0].id}"
+    path = f"tinker://{run.id}/{run.checkpoints[0].id}"
     first, second = host(), host()
     first.reading(float("inf")).weights_info(path, version="1")
     second.reading(float("inf")).weights_info(path, version="1")
     assert server.journal.count("POST weights_info") == 1
     second.reading(float("inf")).weights_info(path, version="2")
+    assert server.journal.count("POST weights_info") == 2
+    first.client.publish(ref_of(server))  # changes no version
+    first.reading(float("inf")).weights_info(path, version="2")
     assert server.journal.count("POST weights_info") == 2
 
 
