@@ -26,6 +26,7 @@ def main() -> int:
         "exports": [directory / "newest", loaders],
         "data_libraries": [directory / "data/bin/python", loaders],
         "containers": [directory / "containers"],
+        "fleet_compose": [directory / "containers"],
         "slurm": [],
         "ray_workers": [directory / "ray"],
         "prometheus": [],

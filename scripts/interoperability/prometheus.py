@@ -142,9 +142,9 @@ def check_stats(mount: Path) -> None:
     wait_for("up == 1", agree)
 
 
-def query(expression: str) -> list[dict[str, Any]]:
+def query(expression: str, port: int = PROMETHEUS) -> list[dict[str, Any]]:
     """Return the result of an instant query."""
-    url = f"http://127.0.0.1:{PROMETHEUS}/api/v1/query?"
+    url = f"http://127.0.0.1:{port}/api/v1/query?"
     with urllib.request.urlopen(url + urllib.parse.urlencode({"query": expression})) as response:
         reply = json.load(response)
     assert reply["status"] == "success", reply

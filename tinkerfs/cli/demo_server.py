@@ -22,6 +22,12 @@ _PROFILES = ("official", "official-0.36", "skyrl", "hatchery", "twinkle", "mlx_t
     help="Port of the API; a free one by default.",
 )
 @click.option(
+    "--store-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    help="Port of the store; a free one by default.",
+)
+@click.option(
     "--runs",
     type=click.IntRange(min=0),
     default=10,
@@ -34,6 +40,11 @@ _PROFILES = ("official", "official-0.36", "skyrl", "hatchery", "twinkle", "mlx_t
     default=5,
     show_default=True,
     help="Number of checkpoints per run.",
+)
+@click.option(
+    "--size-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Size of every checkpoint, in MB; 0.3 to 5 by default.",
 )
 @click.option(
     "--profile",
@@ -66,8 +77,10 @@ _PROFILES = ("official", "official-0.36", "skyrl", "hatchery", "twinkle", "mlx_t
 def demo_server(
     host: str,
     port: int,
+    store_port: int,
     runs: int,
     checkpoints: int,
+    size_mb: float | None,
     profile: str,
     seed: int,
     latency_ms: float,
@@ -103,10 +116,12 @@ def demo_server(
     server = DemoServer(
         runs=runs,
         checkpoints=checkpoints,
+        size_bytes=None if size_mb is None else int(size_mb * 1e6),
         profile=profile,
         seed=seed,
         host=host,
         port=port,
+        store_port=store_port,
         prefix=prefix,
         latency_s=latency_ms / 1000,
         exports=ExportOptions(load_s=export_s, save_s=export_s),
@@ -117,7 +132,8 @@ def demo_server(
         server.start()
     except OSError as error:
         server.close()
-        msg = f"cannot listen on {host} port {port}: {error.strerror or error}"
+        ports = f"{port} or {store_port}" if store_port else f"{port}"
+        msg = f"cannot listen on {host} port {ports}: {error.strerror or error}"
         raise click.ClickException(msg) from error
     with server:
         for name, value in server.environment.items():

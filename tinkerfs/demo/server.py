@@ -37,7 +37,8 @@ class DemoServer:
         profile: The known server to behave as: a name in `PROFILES`, or a custom profile.
         seed: Seed of the sample account.
         host: Address to listen on.
-        port: Port of the API; 0 for a free one. The store always uses a free one.
+        port: Port of the API; 0 for a free one.
+        store_port: Port of the store; 0 for a free one.
         prefix: Path of the base URL, such as `/services/tinker-prod`.
         api_key: The accepted API key, `tml-...`.
         latency_s: Minimum time from a request to its response, at both origins.
@@ -74,6 +75,7 @@ class DemoServer:
         port: int = 0,
         *,
         prefix: str = "",
+        store_port: int = 0,
         api_key: str = DEMO_KEY,
         latency_s: float = 0.0,
         clock: Callable[[], float] = time.time,
@@ -110,7 +112,7 @@ class DemoServer:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         # Guarded by _lock. The ports stay the same after stop_listening().
-        self._ports = {"api": port, "store": 0}
+        self._ports = {"api": port, "store": store_port}
         self._listeners: dict[str, Listener] = {}
 
     def start(self) -> Self:

@@ -1,6 +1,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,23 @@ def test_demo_server_may_require_tokens():
             f"{url}/api/v1/auth/token", headers={"X-API-Key": key}, trust_env=False
         )
         assert status(exchange.json()["jwt"]).status_code == 200
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+def test_ports_and_size_of_checkpoints_are_options():
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        store_port = reserved.getsockname()[1]
+    with start("--runs=1", "--size-mb=0.5", f"--store-port={store_port}") as process:
+        url, key = (process.stdout.readline().partition("=")[2].strip() for _ in range(2))
+        headers = {"X-API-Key": key}
+        with httpx.Client(headers=headers, trust_env=False) as client:
+            found = client.get(f"{url}/api/v1/checkpoints").json()["checkpoints"]
+            assert all(4e5 < each["size_bytes"] < 6e5 for each in found)
+            run_id = found[0]["tinker_path"].removeprefix("tinker://").partition("/")[0]
+            place = f"training_runs/{run_id}/checkpoints/{found[0]['checkpoint_id']}/archive"
+            target = client.get(f"{url}/api/v1/{place}").headers["location"]
+        assert target.startswith(f"http://127.0.0.1:{store_port}/")
         process.terminate()
         process.communicate(timeout=10)
 
