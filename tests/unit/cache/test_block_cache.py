@@ -188,6 +188,28 @@ def test_first_read_verifies_units_in_its_own_buffer(cache_of, monkeypatch, star
     assert sorted(sizes) == sorted([4 * UNIT_BYTES, *edges])
 
 
+@pytest.mark.parametrize("stored", [0, 1])
+def test_chunk_is_written_by_one_call_unless_it_is_stored(cache_of, monkeypatch, stored):
+    data, half = block(3, BLOCK_BYTES), BLOCK_BYTES // 2
+    with contextlib.closing(cache_of().open("key", "about")) as file:
+        put_part(file, 0, data[: stored * UNIT_BYTES])
+        offsets, write = [], DataFiles.write
+
+        def recorded(files, chunk, offset):
+            offsets.append(offset)
+            write(files, chunk, offset)
+
+        monkeypatch.setattr(DataFiles, "write", recorded)
+        with contextlib.closing(file.begin_write(0, BLOCK_BYTES)) as writer:
+            for start in (0, half):
+                writer.write(data[start : start + half])
+            assert file.commit(writer)
+        assert whole(file, 0, BLOCK_BYTES) == data
+    if not stored:
+        assert offsets == [0, half]
+    assert 0 not in offsets or not stored, "others may read the stored unit"
+
+
 def test_read_of_many_units_drops_only_the_altered_one(cache_of):
     cache = cache_of()
     with contextlib.closing(cache.open("key", "about")) as file:
