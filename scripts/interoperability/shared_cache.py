@@ -64,6 +64,8 @@ def main() -> int:
             FaultyServer(host=SERVER, runs=1, checkpoints=6, size_bytes=mib << 20, latency_s=0.02)
         )
         nfs = stack.enter_context(nfs_server(directory))
+        make_memory(directory)
+        stack.callback(run, f"umount --lazy {directory}/memory")
         with ThreadPoolExecutor(count) as pool:
             hosts = list(pool.map(lambda number: Host(directory, number, server), range(count)))
             for host in hosts:
@@ -96,6 +98,12 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.05)
+
+
+def make_memory(directory: Path) -> None:
+    """Make a directory for the memory of the hosts."""
+    (directory / "memory").mkdir()
+    run(f"mount -t tmpfs none {directory}/memory")
 
 
 @contextmanager
@@ -140,12 +148,12 @@ class Host:
         tap = f"tap{number}"
         run(f"ip tuntap add {tap} mode tap; ip link set {tap} master br0; ip link set {tap} up")
         mac = f"52:54:00:77:01:{number + 1:02x}"
-        kernel = ["linux.uml", "mem=256M", "root=/dev/root", "rootfstype=hostfs", "ro", "quiet"]
+        kernel = ["linux.uml", "mem=512M", "root=/dev/root", "rootfstype=hostfs", "ro", "quiet"]
         kernel += ["con=null", "con0=null,fd:1", f"umid=tinkerfs-{os.getpid()}-{number}"]
         kernel += [f"vec0:transport=tap,ifname={tap},depth=128,gro=1,mac={mac}"]
         # The hosts' clocks differ by hours.
         init = [sys.executable, linux_host.__file__, self._address, str((number - 1) * 5000)]
-        environment = os.environ | {"TMPDIR": str(directory)}
+        environment = os.environ | {"TMPDIR": str(directory / "memory")}
         with self._console.open("wb") as console:
             self._process = subprocess.Popen(
                 [*kernel, f"init={init[0]}", "--", *init[1:]],

@@ -93,8 +93,8 @@ def test_mount_reads_from_the_store_while_its_client_hangs(
         try:
             assert digest(root) == truth(server)
             assert os.statvfs(root).f_bavail == 0
-            [line] = (root / ".tinkerfs/errors").read_text().splitlines()
-            assert "no response within 2 s; weights are read from the store" in line
+            last = (root / ".tinkerfs/errors").read_text().splitlines()[-1]
+            assert "no response within 2 s; weights are read from the store" in last
             assert stats(root)["gauges"]["shared_cache_hangs"] == 1
             done = tinkerfs("status", root, env=env)
             assert (

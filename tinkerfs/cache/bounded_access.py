@@ -1,12 +1,13 @@
 """Accesses to a file system that may hang, such as NFS without its server.
 
 A system call on such a file system may wait for ever, and no signal but SIGKILL ends it. So each
-access has a thread of its own, and its caller waits for a limited time. Then the file system is
-set aside, and callers continue without it. One thread probes it meanwhile, and ends the outage
-when its system call returns. Thread-safe.
+access has a thread of its own, and its caller waits for a limited time. If no access has ended
+within that time, the file system is set aside, and callers continue without it. One thread probes
+it meanwhile, and ends the outage when its system call returns. Thread-safe.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
@@ -23,6 +24,9 @@ T = TypeVar("T")
 #: shorter `--timeout`.
 BOUND_S = 10.0
 
+#: A file system is also set aside if an access takes this multiple of the bound.
+_MAX_BOUNDS = 6
+
 #: Minimum time for which a hanging file system is set aside, seconds.
 _SET_ASIDE_S = 10.0
 
@@ -35,6 +39,7 @@ class BoundedAccess:
         telemetry: receives one error for each outage.
         bound_s: how long an access may take, seconds.
         set_aside_s: minimum length of an outage, seconds.
+        monotonic: clock of the bound.
     """
 
     def __init__(
@@ -44,11 +49,15 @@ class BoundedAccess:
         *,
         bound_s: float,
         set_aside_s: float = _SET_ASIDE_S,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
         self._telemetry = telemetry
         self._bound_s = bound_s
         self._set_aside_s = set_aside_s
+        self._monotonic = monotonic
+        #: When the last access ended.
+        self._ended_at = float("-inf")
         self._lock = threading.Lock()
         #: Done while the file system is set aside; replaced under _lock when the outage ends.
         self._outage: Future[None] = Future()
@@ -76,10 +85,15 @@ class BoundedAccess:
         """
         if self.is_set_aside:
             raise self._hanging()
-        outage = self._outage
-        future = run_in_thread(work, f"shared cache {self._directory}")
-        timeout_s = self._bound_s + extra_s
-        _wait_for_any((future, outage), timeout_s)
+        outage, began = self._outage, self._monotonic()
+        future = self._start(work)
+        _wait_for_any((future, outage), self._bound_s + extra_s)
+        give_up_at = began + extra_s + _MAX_BOUNDS * self._bound_s
+        while not (future.done() or outage.done()):
+            quiet_until = max(began + extra_s, self._ended_at) + self._bound_s
+            if self._monotonic() >= min(quiet_until, give_up_at):
+                break
+            _wait_for_any((future, outage), self._bound_s)
         if future.done():
             return future.result()
         if on_late is not None:
@@ -95,9 +109,18 @@ class BoundedAccess:
         Errors are ignored.
         """
         outage = self._outage
-        future = run_in_thread(work, f"shared cache {self._directory}")
+        future = self._start(work)
         if not outage.done():
             _wait_for_any((future, outage), self._bound_s)
+
+    def _start(self, work: Callable[[], T]) -> "Future[T]":
+        def run() -> T:
+            try:
+                return work()
+            finally:
+                self._ended_at = self._monotonic()
+
+        return run_in_thread(run, f"shared cache {self._directory}")
 
     def _set_aside(self, outage: "Future[None]") -> None:
         with self._lock:

@@ -16,6 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
+from tests.support.clocks import FakeTime
 from tinkerfs.cache import maintenance
 from tinkerfs.cache.bounded_access import BoundedAccess
 from tinkerfs.cache.data_layout import BLOCK_BYTES, UNIT_BYTES, UNITS_PER_BLOCK
@@ -343,15 +344,47 @@ def test_hanging_access_ends_after_its_bound(tmp_path, release):
     while not late or access.is_set_aside:
         assert not deadline.wait(0.01)
     assert late == [5]
+    access._bound_s = 60.0
     assert access.run(lambda: 6) == 6
 
 
+def test_slow_file_system_is_not_set_aside(tmp_path, release):
+    now = FakeTime()
+    access = BoundedAccess(
+        tmp_path, Telemetry(), bound_s=0.01, set_aside_s=0.0, monotonic=now.clock.monotonic
+    )
+    slow = run_in_thread(lambda: access.run(lambda: release.wait(60)), "slow")
+    for _ in range(5):
+        now.advance(0.009)
+        access.run(lambda: None)
+    with pytest.raises(TimeoutError):
+        slow.result(0.05)
+    assert not access.is_set_aside
+    now.advance(0.011)
+    with pytest.raises(OSError, match="no response"):
+        slow.result(60)
+
+
+def test_access_that_takes_far_too_long_is_given_up(tmp_path, release):
+    now = FakeTime()
+    access = BoundedAccess(
+        tmp_path, Telemetry(), bound_s=0.01, set_aside_s=0.0, monotonic=now.clock.monotonic
+    )
+    slow = run_in_thread(lambda: access.run(lambda: release.wait(60)), "slow")
+    while not slow.done():
+        now.advance(0.005)
+        with contextlib.suppress(TimeoutError):
+            access.run(lambda: None)
+    assert access._telemetry.counters()["shared_cache_outages"] >= 1
+
+
 def test_file_system_that_hangs_is_set_aside(tmp_path, release):
-    host = new_host(tmp_path, bound_s=0.05)
+    host = new_host(tmp_path, bound_s=60.0)
     with opened(host) as file:
         file.put(0, block(0))
         file.put(1, block(1))
         host.loaded.discard((file._name, Extent(16, 32)))
+        host.access._bound_s = 0.05
         with pytest.raises(TimeoutError):
             host.access.run(lambda: release.wait(60))
         assert file.read(0, 1, 9, BLOCK_BYTES) == block(0)[1:9], "it is in memory"
