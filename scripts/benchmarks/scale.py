@@ -101,12 +101,19 @@ def measure_all_checkpoints(bench: Bench, binding: str, server: Server, shape: s
         report(bench, f"{shape}: after ls -l", MAX_MEMORY_MB)
     with cold(binding, server, EXPIRING) as (directory, report):
         measure_listing(bench, f"{shape}, expiring", directory / "checkpoints")
-        requests = server.ask("counts")["api"]
-        measure_listing(bench, f"{shape}, expired", directory / "checkpoints", FIRST_ENTRY_GOAL_S)
-        while (now := server.ask("counts")["api"]) > requests:
-            requests = now
-            time.sleep(3)
+        measure_listing(bench, f"{shape}, expired", directory / "checkpoints")
+        wait_until_idle(daemon_of(directory))
         report(bench, f"{shape}: after a refresh", MAX_MEMORY_MB)
+
+
+def wait_until_idle(pid: int) -> None:
+    """Wait until a process hardly uses the CPU."""
+    used_s = cpu_seconds(pid)
+    while True:
+        time.sleep(5)
+        before_s, used_s = used_s, cpu_seconds(pid)
+        if used_s - before_s < 0.1:
+            return
 
 
 @contextmanager
