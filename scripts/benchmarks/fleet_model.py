@@ -104,10 +104,16 @@ def requests_of(hosts: int, time_s: float, sharing: Sharing) -> int:
 
 
 def groups_of(hosts: int, spread_s: float) -> list[tuple[float, int]]:
-    """Return groups of hosts: the start of each, seconds, and the number of its hosts."""
-    groups = min(hosts, MAX_GROUPS) if spread_s else 1
-    numbers = [hosts * (each + 1) // groups - hosts * each // groups for each in range(groups)]
-    return [(spread_s * each / max(groups - 1, 1), count) for each, count in enumerate(numbers)]
+    """Return groups of hosts: the start of each, seconds, and the number of its hosts.
+
+    The first group is one host.
+    """
+    others = hosts - 1
+    groups = min(others, MAX_GROUPS) if spread_s else min(others, 1)
+    numbers = [others * (each + 1) // groups - others * each // groups for each in range(groups)]
+    return [(0.0, 1)] + [
+        (spread_s * (each + 1) / groups, count) for each, count in enumerate(numbers)
+    ]
 
 
 def flow(
@@ -121,7 +127,7 @@ def flow(
     """Return the time until all hosts have received a file, seconds.
 
     Args:
-        groups: start and number of hosts.
+        groups: start and number of hosts; the first host has no wait.
         host: maximum rate of a host, bytes per second.
         link: rate of the link to all hosts.
         fill: rate at which a service at the link receives the file; None if it has the file.
@@ -142,8 +148,10 @@ def flow(
             instants.append(now)
         seen = filled[max(bisect_right(instants, now - wait_s) - 1, 0)]
         limits = [
-            min(host, max(0.0, seen - have) / step_s) if start < now else 0.0
-            for (start, _), have in zip(groups, received, strict=True)
+            min(host, max(0.0, until - have) / step_s) if start < now else 0.0
+            for (start, _), have, until in zip(
+                groups, received, [filled[-1]] + [seen] * (len(groups) - 1), strict=True
+            )
         ]
         rates = max_min(link, limits, [count for _, count in groups])
         received = [have + rate * step_s for have, rate in zip(received, rates, strict=True)]
