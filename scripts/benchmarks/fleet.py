@@ -83,6 +83,9 @@ def add_rows(bench: Bench, what: str, way: Way, found: Load) -> None:
     ratio = MAX_ORIGIN_RATIO * (hosts if way.sharing.wait_s is None else 1)
     bench.add("... origin bytes over those of the checkpoint", found.origin_ratio, "x", ratio)
     bench.add("... hosts that read wrong bytes", found.wrong_hosts, "hosts", 0)
+    bench.add("... errors that mounts reported", len(found.errors), "errors", 0)
+    for line in found.errors:
+        print(line, file=sys.stderr)
     details = {"first host": min(found.times_s), "CPU in use": found.busy} | found.cpu_s
     bench.add("... until the last host has loaded", found.time_s, "s", details=details)
 

@@ -33,6 +33,7 @@ class Load:
         origin_bytes: what the store has sent.
         checkpoint_bytes: length of the checkpoint's archive.
         wrong_hosts: number of hosts that read wrong bytes.
+        errors: what the mounts reported.
         cpu_s: CPU time by kind of process.
         busy: share of the machine's CPU time that was not idle.
     """
@@ -42,6 +43,7 @@ class Load:
     origin_bytes: int
     checkpoint_bytes: int
     wrong_hosts: int
+    errors: tuple[str, ...]
     cpu_s: dict[str, float]
     busy: float
 
@@ -63,6 +65,7 @@ def load(site: Site, way: Way) -> Load:
         cpu_before, busy_before = cpu_of(ready), machine_cpu()
         replies = read_all(ready.directories)
         cpu_after, busy_after = cpu_of(ready), machine_cpu()
+        errors = [line for path in ready.error_logs for line in path.read_text().splitlines()]
         counts = site.server.ask("counts")
     busy_s, all_s = (after - before for before, after in zip(busy_before, busy_after, strict=True))
     return Load(
@@ -71,6 +74,7 @@ def load(site: Site, way: Way) -> Load:
         origin_bytes=counts["sent"],
         checkpoint_bytes=site.checkpoint_bytes,
         wrong_hosts=sum(digests != ready.expected for _, digests in replies),
+        errors=tuple(errors),
         cpu_s={name: cpu_after[name] - before for name, before in cpu_before.items()},
         busy=busy_s / all_s,
     )

@@ -89,11 +89,13 @@ class Ready:
 
     Attributes:
         directories: what each host reads.
+        error_logs: the errors of each mount of tinkerfs.
         expected: checksum by file.
         pids: processes by what they are; each may have children.
     """
 
     directories: Sequence[Path]
+    error_logs: Sequence[Path]
     expected: dict[str, str]
     pids: dict[str, list[int]]
 
@@ -186,8 +188,12 @@ def mounts(
             list(pool.map(partial(mount_on, site, options, environ), site.hosts, caches, roots))
         pids["mounts"] = [daemon_of(root) for root in roots]
         files = f"runs/{site.server.run_id}/checkpoints/sampler_weights/{CHECKPOINT}/files"
-        directories = [root / files for root in roots]
-        yield Ready(directories=directories, expected=site.expected["files"], pids=pids)
+        yield Ready(
+            directories=[root / files for root in roots],
+            error_logs=[root / ".tinkerfs/errors" for root in roots],
+            expected=site.expected["files"],
+            pids=pids,
+        )
 
 
 def mount_on(
@@ -236,6 +242,7 @@ def rclone(site: Site) -> Iterator[Ready]:
         ]
         yield Ready(
             directories=[directory for directory, _ in mounted],
+            error_logs=[],
             expected=site.expected["archive"],
             pids={"mounts": [pid for _, pid in mounted], "proxy": [proxy.pid]},
         )
