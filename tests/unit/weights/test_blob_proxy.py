@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.hostile import tls_context
+from tests.support.proxy import ProxyServer
 from tests.unit.weights.conftest import subject_of, truth, weights_in
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.telemetry import Telemetry
@@ -35,13 +36,13 @@ class ForwardingProxy(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, tls):
+    def __init__(self, tls, host="localhost"):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.requests, self.reply, self.headers = [], None, {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         if tls is not None:
             self.socket = tls.wrap_socket(self.socket, server_side=True)
-            self.url = f"https://localhost:{self.server_port}"
+            self.url = f"https://{host}:{self.server_port}"
 
     def handle_error(self, _request, _client):
         """Ignore clients that close the connection."""
@@ -80,9 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy(request):
-    """A running proxy; with TLS if the test names a certificate of tests/support."""
-    identity = getattr(request, "param", None)
-    with ForwardingProxy(identity and tls_context(SUPPORT / identity)) as running:
+    """A running proxy; with TLS if the test names a certificate of tests/support, and a host."""
+    identity, _, host = getattr(request, "param", "").partition(" ")
+    tls = tls_context(SUPPORT / identity) if identity else None
+    with ForwardingProxy(tls, host or "localhost") as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.05,))
         thread.start()
         yield running
@@ -208,6 +210,17 @@ def test_proxy_with_a_rejected_certificate_is_one_outage(bundle, reason, site, p
 def test_weights_are_read_through_a_proxy_with_tls(site, proxy, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(SUPPORT / "localhost.pem"))
     assert site.read() == site.expected
+    assert proxy.requests
+    assert not site.errors()
+
+
+@pytest.mark.parametrize("proxy", ["invalid.pem store.invalid"], indirect=True)
+def test_other_proxy_of_the_environment_sees_only_the_host(site, proxy, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(SUPPORT / "invalid.pem"))
+    with ProxyServer() as forward:
+        monkeypatch.setenv("HTTPS_PROXY", forward.address)
+        assert site.read() == site.expected
+        assert set(forward.targets) == {("CONNECT", f"store.invalid:{proxy.server_port}")}
     assert proxy.requests
     assert not site.errors()
 
