@@ -1,8 +1,8 @@
 """HTTP client for object stores: GET requests with streamed bodies.
 
-This module and `store_connection` import urllib3, which takes 0.08 s. So `Origins` imports them at
-the first request. urllib3 copies a body less often than httpx, which the API client uses. Messages
-and logs contain no URL, because signed URLs are secrets.
+This module and `store_connection` import urllib3, which takes 0.08 s. So `Origins` imports them
+while the URL of the first archive is requested. urllib3 copies a body less often than httpx, which
+the API client uses. Messages and logs contain no URL, because signed URLs are secrets.
 """
 
 import logging

@@ -15,6 +15,7 @@ from tinkerfs import errors
 from tinkerfs.api.models import SignedUrl
 from tinkerfs.cache.blocks import Blocks
 from tinkerfs.cache.data_layout import DataLayout, choose_layout
+from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import RequestContext
 from tinkerfs.weights.archive_index import Index, archive_index, external_index
 from tinkerfs.weights.blob_proxy import BlobProxy
@@ -125,6 +126,11 @@ class Origins:
                 self._client = ObjectStoreClient(self._monitor, self._blob_proxy)
             return self._client
 
+    def prepare_client(self) -> None:
+        """Import the HTTP client in the background, while the server returns a URL."""
+        if self._client is None:
+            run_in_thread(self.connect, "HTTP client of the store")  # a reader gets its error later
+
     def stop(self) -> None:
         """End all transfers at their next chunk with ConnectionFailed, and start no more."""
         self._monitor.stop()
@@ -213,6 +219,7 @@ class Archive(Origin):
             OSError: EOPNOTSUPP if there is neither; see also `SignedUrlCache.url`.
         """
         checkpoint, origins, url_provider = self._checkpoint, self._origins, self._url_provider()
+        origins.prepare_client()
         try:
             url_provider.url(ctx)
         except errors.UnsupportedEndpoint as refusal:

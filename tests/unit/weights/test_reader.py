@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.clocks import FakeTime
+from tests.support.mount import wait_until
 from tests.unit.weights.conftest import assert_disjoint, subject_of, truth
 from tests.unit.weights.test_tar_index import special, tar_of
 from tinkerfs import errors
 from tinkerfs.cache.data_layout import BLOCK_BYTES
+from tinkerfs.concurrency import run_in_thread
 from tinkerfs.context import BACKGROUND_CONTEXT, RequestContext
 from tinkerfs.demo.content import Data
 from tinkerfs.demo.profiles import PROFILES
@@ -428,6 +430,16 @@ def test_url_is_renewed_before_it_expires(demo_server, weights_of):
         file.read(9, 0, BACKGROUND_CONTEXT)
     assert [entry.status for entry in server.journal.entries("store")] == [206] * 3
     assert server.journal.count(URL) == 2
+
+
+def test_http_client_is_made_while_the_archive_is_built(small, weights_of):
+    subject, mount = subject_of(small), weights_of(small)
+    rule = small.faults.add(URL, hang=True)
+    listing = run_in_thread(lambda: mount.weights.files(subject, BACKGROUND_CONTEXT), "listing")
+    rule.wait_for(1)
+    wait_until(lambda: mount.weights._origins._client is not None)
+    rule.release()
+    assert NAME in listing.result(10).members
 
 
 def test_changed_archive_is_stale_until_reopened(small, weights_of):
