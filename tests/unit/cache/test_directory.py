@@ -13,12 +13,27 @@ from tinkerfs.cache.directory import (
     UnusableCacheError,
     default_cache_dir,
     locate_cache_dir,
+    prepare_cache,
     prepare_cache_dir,
 )
 from tinkerfs.concurrency import run_concurrently
 from tinkerfs.errors import StartupError
 
 OWN = f"tinkerfs-{os.getuid()}"
+
+
+def test_cache_with_a_directory_shared_is_for_many_hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "cache").mkdir(mode=0o700)
+    alone = prepare_cache(tmp_path / "cache", 60.0)
+    assert (alone.is_shared, alone.metadata) == (False, alone.root)
+    (tmp_path / "cache/shared").mkdir()
+    shared = prepare_cache(tmp_path / "cache", 60.0)
+    assert shared.is_shared
+    assert shared.blocks == tmp_path / "cache/shared"
+    assert shared.metadata == tmp_path / "home/.cache/tinkerfs"
+    assert shared.metadata.is_dir()
 
 
 def test_prepare_cache_dir_that_is_new_makes_it_private(tmp_path):
