@@ -42,7 +42,7 @@ _RECONNECT: Final = Backoff(0.5, 10.0)
 _SETTLED_S: Final = 30.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SharedSession:
     """The time between two outages, with one API key.
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.proxies import is_loopback
-from tinkerfs.weights.blob_proxy import SLICE_BYTES
 
 _TEMPLATE = r"""# Caching proxy for tinkerfs mount --blob-proxy. Written by `tinkerfs proxy-config`.
 worker_processes auto;
@@ -168,7 +168,8 @@ class NginxConfig:
             "ALLOWED": "\n".join(_allowed_lines(self.allowed_hosts)),
             "LISTEN": f"{address}:{port}{' ssl' if tls else ''}",
             "TLS": tls,
-            "SLICE": f"{SLICE_BYTES >> 20}m",
+            # A mount requests a part of one block at a time.
+            "SLICE": f"{BLOCK_BYTES >> 20}m",
             "CA_FILE": _path(self.ca_file),
         }
         return re.sub("@([A-Z_]+)@", lambda found: values[found[1]], _TEMPLATE)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from tinkerfs import errors
-from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.telemetry import Telemetry
 from tinkerfs.weights.transfer_monitor import STORE_ENDPOINT
 
@@ -20,9 +19,6 @@ VERSION_HEADER = "Tinkerfs-Version"
 
 #: The parameter of a member of `Cache-Status` (RFC 9211) that is its outcome.
 _CACHE_STATUS = re.compile(r";\s*(hit\b|fwd=)")
-
-#: Length of a slice, which is what the proxy downloads and caches at once.
-SLICE_BYTES = BLOCK_BYTES
 
 #: How long a proxy that failed is not used, seconds.
 SET_ASIDE_S = 60.0

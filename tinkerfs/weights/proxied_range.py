@@ -7,8 +7,9 @@ key. A response of another version is never used.
 
 from typing import TYPE_CHECKING
 
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.errors import ApiError
-from tinkerfs.weights.blob_proxy import OWN_FAILURES, SLICE_BYTES, VERSION_HEADER, BlobProxy
+from tinkerfs.weights.blob_proxy import OWN_FAILURES, VERSION_HEADER, BlobProxy
 from tinkerfs.weights.responses import parse_content_range
 from tinkerfs.weights.transfer import RangeResponse
 from tinkerfs.weights.transfer_monitor import PROXY_ENDPOINT, TransferInterrupted
@@ -49,8 +50,8 @@ def _send(
     if not version.is_exact or version.size_bytes == UNKNOWN_BYTES or not proxy.claim_attempt():
         return None
     # One slice per response, so that its `Cache-Status` is that of all its bytes.
-    slice_start = start - start % SLICE_BYTES
-    slice_stop = min(slice_start + SLICE_BYTES, version.size_bytes)
+    slice_start = start - start % BLOCK_BYTES
+    slice_stop = min(slice_start + BLOCK_BYTES, version.size_bytes)
     stop = min(stop, slice_stop)
     headers = {"Range": f"bytes={start}-{stop - 1}", VERSION_HEADER: version.etag}
     try:

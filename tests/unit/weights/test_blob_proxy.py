@@ -16,9 +16,10 @@ import pytest
 from tests.support.hostile import tls_context
 from tests.support.proxy import ProxyServer
 from tests.unit.weights.conftest import subject_of, truth, weights_in
+from tinkerfs.cache.data_layout import BLOCK_BYTES
 from tinkerfs.context import BACKGROUND_CONTEXT
 from tinkerfs.telemetry import Telemetry
-from tinkerfs.weights.blob_proxy import SET_ASIDE_S, SLICE_BYTES, BlobProxy
+from tinkerfs.weights.blob_proxy import SET_ASIDE_S, BlobProxy
 
 SUPPORT = Path(__file__).parents[2] / "support"
 NAME = "adapter_model.safetensors"
@@ -144,7 +145,7 @@ def test_weights_are_read_through_the_proxy_without_the_key(site, proxy):
         assert site.server.api_key not in f"{path} {headers}"
         assert not {"authorization", "x-api-key", "cookie"} & set(headers)
         first, last = map(int, headers["range"].removeprefix("bytes=").split("-"))
-        assert first // SLICE_BYTES == last // SLICE_BYTES, "one slice per request"
+        assert first // BLOCK_BYTES == last // BLOCK_BYTES, "one slice per request"
     # The store itself is asked for the version only.
     assert sum(each.sent_bytes for each in site.direct()) == 1
     assert not site.errors()
