@@ -31,7 +31,7 @@ SERVER = "10.77.0.1"
 TINKERFS = f"{sys.executable} -m tinkerfs"
 HOSTS, MIB = 4, 16
 #: How long a mount waits for the store, for a claim, and for the file system, seconds.
-TIMEOUT_S = 5
+TIMEOUT_S = 20
 DEADLINE_S = 120
 
 GANESHA = """
@@ -63,9 +63,11 @@ def main() -> int:
         server = stack.enter_context(
             FaultyServer(host=SERVER, runs=1, checkpoints=6, size_bytes=mib << 20, latency_s=0.02)
         )
+        for name in ("memory", "export"):  # in memory, because a busy disk takes long for a flush
+            (directory / name).mkdir()
+            run(f"mount -t tmpfs none {directory}/{name}")
+            stack.callback(run, f"umount --lazy {directory}/{name}")
         nfs = stack.enter_context(nfs_server(directory))
-        make_memory(directory)
-        stack.callback(run, f"umount --lazy {directory}/memory")
         with ThreadPoolExecutor(count) as pool:
             hosts = list(pool.map(lambda number: Host(directory, number, server), range(count)))
             for host in hosts:
@@ -100,17 +102,10 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def make_memory(directory: Path) -> None:
-    """Make a directory for the memory of the hosts."""
-    (directory / "memory").mkdir()
-    run(f"mount -t tmpfs none {directory}/memory")
-
-
 @contextmanager
 def nfs_server(directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Export a directory with root_squash until the block ends; yield the process."""
-    for name in ("export", "recovery"):
-        (directory / name).mkdir()
+    (directory / "recovery").mkdir()
     (directory / "export").chmod(0o1777)
     directory.chmod(0o755)
     (directory / "ganesha.conf").write_text(GANESHA.format(directory=directory))
