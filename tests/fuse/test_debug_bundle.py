@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import stat
+import subprocess
 import tarfile
 from urllib.parse import quote
 
@@ -232,3 +233,21 @@ def test_stacks_are_those_of_the_latest_request(mountpoint, env):
         assert "session.py" in stacks
     assert (mountpoint / "README.md").read_bytes(), "the mount is unaffected"
     assert stack_dump.read_stacks(os.getpid()) is None
+
+
+def test_stacks_are_written_while_threads_work(mountpoint, env):
+    assert tinkerfs("mount", mountpoint, env=env).returncode == 0
+    pid = daemon_of(mountpoint)
+    walk = ["sh", "-c", "while :; do ls -lR . >/dev/null; cat runs/*/info.json >/dev/null; done"]
+    walkers = [subprocess.Popen(walk, cwd=mountpoint, process_group=0) for _ in range(3)]
+    try:
+        for _ in range(1000):
+            os.kill(pid, signal.SIGRTMIN)
+            os.sched_yield()
+            (mountpoint / "README.md").stat()
+        assert stack_dump.read_stacks(pid)
+    finally:
+        for walker in walkers:
+            os.killpg(walker.pid, signal.SIGKILL)
+            walker.wait()
+    assert (mountpoint / "README.md").read_bytes(), "the daemon lives"

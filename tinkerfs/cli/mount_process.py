@@ -78,9 +78,9 @@ def _serve(
         service_notifier = ServiceNotifier({})
     # These calls precede the first thread. Signals stay blocked until the mount is served.
     session.block_signals()
-    stack_dump.enable()
     tune_malloc()
     session.raise_fd_limit()
+    stack_dump.enable()
     _set_up_log(settings, to_stderr=True)
     fd = mounted_fd.parse_fd(mountpoint)
     if fd is None:

@@ -1,13 +1,14 @@
 """Stacks of the threads of a mount's daemon, for a debug bundle.
 
-The daemon lets faulthandler write them to an anonymous file on a signal, and another process of the
-same user reads that file through /proc. So they are available while every thread hangs, and also
-while one of them holds the GIL. The stacks have functions and line numbers, and no values.
+A thread of the daemon writes them to an anonymous file on a signal, and another process of the same
+user reads that file through /proc. So they are available while every other thread waits. The stacks
+have functions and line numbers, and no values.
 """
 
 import faulthandler
 import os
 import signal
+import threading
 import time
 from typing import Final
 
@@ -21,14 +22,26 @@ _POLL_S: Final = 0.05
 
 
 def enable() -> None:
-    """Let this process write the stacks of its threads when `read_stacks` requests them."""
-    # The signal of a reader that finds the file at once must not end this process.
-    signal.signal(_SIGNAL, signal.SIG_IGN)
+    """Let this process write the stacks of its threads when `read_stacks` requests them.
+
+    Must be called before any other thread starts. An earlier thread would not block the signal, and
+    its default action would end the process.
+    """
+    # A reader may find the file at once, so the signal is blocked first.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {_SIGNAL})
     fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
     # A reader truncates the file, after which the next stacks must be at its start.
     appending = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
     os.close(fd)
-    faulthandler.register(_SIGNAL, file=appending, all_threads=True)
+    threading.Thread(target=_write_on_request, args=(appending,), daemon=True).start()
+
+
+def _write_on_request(fd: int) -> None:
+    while True:
+        signal.sigwait({_SIGNAL})
+        # With the GIL held, no other thread changes its stack meanwhile. A signal handler in C
+        # has no GIL, and could read a stack that no longer exists.
+        faulthandler.dump_traceback(fd, all_threads=True)
 
 
 def read_stacks(pid: int, *, timeout_s: float = 1.0) -> str | None:

@@ -359,12 +359,12 @@ def test_part_of_a_block_of_another_version_is_stale(server, weights_of):
         server.on("store", cut, times=1)
         failing = server.on("store", b"HTTP/1.1 500 No\r\nContent-Length: 0\r\n\r\n", times=None)
         with pytest.raises(errors.ServerError):
-            file.read(9, 5 * MIB, BACKGROUND_CONTEXT)
+            file.read(9, BLOCK_BYTES, BACKGROUND_CONTEXT)
         assert 0 < file._file.cached_bytes(BLOCK_BYTES, 2 * BLOCK_BYTES) < BLOCK_BYTES
         failing.remove()
         server.on("store", edited(bare), times=None)
         save_again(server)
-        assert file.read(9, 5 * MIB, BACKGROUND_CONTEXT), "the stored part is of one version"
+        assert file.read(9, BLOCK_BYTES, BACKGROUND_CONTEXT), "the stored part is of one version"
         with pytest.raises(OSError, match="another version"):
             file.read(9, 7 * MIB, BACKGROUND_CONTEXT)
     assert not read_in_the_end(mount, server)
