@@ -1,9 +1,10 @@
 """A directory that many hosts share as a cache: its space, and what of it is in memory."""
 
 import threading
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
+
+from cachetools import LRUCache
 
 from tinkerfs.cache.bounded_access import BOUND_S, BoundedAccess
 from tinkerfs.cache.extent_files import Extent
@@ -99,11 +100,8 @@ class LoadedExtents:
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        # Guarded by _lock.
-        self._extents: OrderedDict[tuple[str, Extent], bytes] = OrderedDict()
-        self._size_bytes = 0
+        self._extents: LRUCache[tuple[str, Extent], bytes] = LRUCache(max_bytes, getsizeof=len)
 
     def __contains__(self, key: tuple[str, Extent]) -> bool:
         """Return whether an extent of a file is in memory."""
@@ -112,21 +110,14 @@ class LoadedExtents:
     def get(self, key: tuple[str, Extent]) -> bytes | None:
         """Return the data of an extent of a file; None if it is not in memory."""
         with self._lock:
-            data = self._extents.get(key)
-            if data is not None:
-                self._extents.move_to_end(key)
-            return data
+            return self._extents.get(key)
 
     def put(self, key: tuple[str, Extent], data: bytes) -> None:
         """Add an extent of a file."""
-        self.discard(key)
-        with self._lock:
+        with self._lock, suppress(ValueError):  # larger than the bound
             self._extents[key] = data
-            self._size_bytes += len(data)
-            while self._size_bytes > self._max_bytes:
-                self._size_bytes -= len(self._extents.popitem(last=False)[1])
 
     def discard(self, key: tuple[str, Extent]) -> None:
         """Remove an extent if it is in memory."""
         with self._lock:
-            self._size_bytes -= len(self._extents.pop(key, b""))
+            self._extents.pop(key, None)
