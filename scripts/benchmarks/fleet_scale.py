@@ -18,7 +18,7 @@ FAST = Links(host=40e9, service=40e9, uplink=40e9)
 SITE = Links(host=25e9, service=100e9, uplink=10e9)
 SERVICE_CPUS = 16
 SIMULATED_HOSTS = (1, 4, 16, 64, 256, 1000)
-SIMULATED_SERVICES = (1, 4, 16)
+SIMULATED_SERVICES = (1, 4, 10, 16)
 
 #: By way and number of hosts.
 Loads = Mapping[Way, Mapping[int, Load]]
@@ -97,7 +97,7 @@ def project(bench: Bench, binding: str, size_bytes: int) -> None:
         host=min(rates.host, found.bytes_per_s),
         service=min(rates.service, by_cpu),
     )
-    names = [f"{services} proxies" for services in SIMULATED_SERVICES]
+    names = [f"proxies: {services}" for services in SIMULATED_SERVICES]
     lines = [
         f"GB/s: a host loads {rates.host / 1e9:.2f}, a proxy sends {rates.service / 1e9:.2f} "
         f"({by_cpu / 1e9:.2f} by its processors), the uplink carries {rates.uplink / 1e9:.2f}",
