@@ -5,8 +5,9 @@ directions of each link. Not every kernel has netem, so `fleet_delay` delays the
 a distant host.
 
 A namespace exists as long as a `cat` that waits for its standard input, or another process in it.
-Therefore the namespaces end with the benchmark, even if it is killed. All addresses are loopback
-addresses, to which tinkerfs sends requests without TLS. They exist in the namespaces only.
+Therefore it ends with the benchmark. Only after SIGKILL, mounts and services stay, which keep it.
+All addresses are loopback addresses, to which tinkerfs sends requests without TLS. They exist in
+the namespaces only.
 """
 
 import subprocess
