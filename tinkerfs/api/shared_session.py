@@ -249,12 +249,11 @@ class SessionKeeper:
         if is_known:
             log.info("shared cache %s: %s", self._server.name, failure)
             return
-        message = (
-            f"shared cache {self._server.name} failed, responses are requested from the API: "
-            f"{failure}"
+        error = errors.ConnectionFailed(
+            f"failed, responses are requested from the API: {failure}",
+            endpoint=f"shared cache {self._server.name}",
         )
-        error = errors.os_error_from_api(errors.ConnectionFailed(message), "-")
-        self._telemetry.record_error("-", "shared cache", error)
+        self._telemetry.record_error("-", "shared cache", errors.os_error_from_api(error, "-"))
 
 
 def new_generation() -> bytes:
