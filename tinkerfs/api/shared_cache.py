@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Final, Generic, Self, TypeAlias, TypeVar
 
 from tinkerfs import errors
@@ -145,12 +144,7 @@ class SharedCache:
         """Return the cache itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Disconnect."""
         if self._keeper is not None:
             self._keeper.close()

@@ -26,7 +26,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from functools import partial
-from types import TracebackType
 from typing import Self, TypeVar
 
 import msgspec
@@ -178,12 +177,7 @@ class Trash:
         run_in_thread(self._watch, "watch the trash")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         """Stop polling for changes by other processes."""
         self._closing.set()
 
