@@ -201,16 +201,7 @@ class BlockFile(FileBlocks):
         length: int,
         blocking: BlockingSection = nullcontext,
     ) -> bool:
-        """Fill `buffer` from block `index`; return whether these bytes are cached and intact.
-
-        Args:
-            index: block index.
-            start: offset within the block.
-            buffer: not empty, and not longer than the rest of the block; its content is undefined
-                if the method returns False.
-            length: length of the whole block.
-            blocking: entered while the disk is read.
-        """
+        """Fill `buffer` from a block; see `FileBlocks.read_into`."""
         try:
             files = self._files or self._open_files()
             if files is None:
